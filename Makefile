@@ -1,0 +1,42 @@
+# Everything happens in .venv/ at the project's root; `make demo` and `make test` set it up when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
+
+.PHONY: demo test bench lint format build clean
+
+demo: build
+	$(BIN)/twa demo -o twa-demo --overwrite
+
+test: build
+	$(BIN)/python -m pytest
+
+bench: build
+	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python bench/peak_memory.py
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+build: $(VENV)/.built
+
+$(VENV)/.requirements: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, found " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.requirements $(NATIVE) pyproject.toml
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info twa_kernels/*.so $(VENV)/.built

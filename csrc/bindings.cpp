@@ -1,0 +1,128 @@
+// Python bindings: the only file that knows Python, and it does not know torch. Tensors arrive as addresses, sizes and dtype
+// numbers; twa_kernels/native.py checks shapes, dtypes and devices and keeps the tensors alive during the call.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "twa.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Addresses = std::vector<uintptr_t>;
+using Numbers = std::vector<int64_t>;
+
+// Owns the arrays behind a TensorTable.
+struct Table {
+  std::vector<void*> data;
+  Numbers numel;
+  std::vector<twa::Dtype> dtype;
+
+  // `sizes` is shorter than `addresses` where several rows share one size (pack).
+  Table(const Addresses& addresses, const Numbers& sizes, const Numbers& dtypes) : numel(sizes) {
+    if (dtypes.size() != addresses.size()) throw py::value_error("as many dtypes as tensors expected");
+    for (const uintptr_t a : addresses) data.push_back(reinterpret_cast<void*>(a));
+    for (const int64_t d : dtypes) {
+      if (d < 0 || d > 2) throw py::value_error("dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+      dtype.push_back(static_cast<twa::Dtype>(d));
+    }
+  }
+  twa::TensorTable view() const { return {data.data(), numel.data(), dtype.data(), static_cast<int64_t>(data.size())}; }
+};
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(twa::Status status) {
+  if (status != twa::Status::ok) throw py::value_error("kernel refused its arguments: sizes, bits or tensor list do not fit the basis");
+}
+
+struct Basis {
+  twa::BasisView view;
+  Basis(uintptr_t codes, uintptr_t scales, uintptr_t row_scale, uintptr_t tile_segment, int64_t n, int64_t tiles, int64_t segments, int bits)
+      : view{pointer<const uint8_t>(codes), pointer<const uint8_t>(scales), pointer<const float>(row_scale), pointer<const int32_t>(tile_segment), n,
+             tiles, segments, bits} {}
+};
+
+py::object pack(const Addresses& rows, const Numbers& row_dtypes, const Addresses& center, const Numbers& center_dtypes, const Numbers& numel,
+                uintptr_t tile_segment, int64_t n, int64_t segments, int bits, uintptr_t codes, uintptr_t scales, uintptr_t sum_sq,
+                uintptr_t max_scale, int threads) {
+  const Table row_table(rows, numel, row_dtypes), center_table(center, numel, center_dtypes);
+  if (rows.size() != numel.size() * n || (!center.empty() && center.size() != numel.size())) throw py::value_error("pack: tables of unequal length");
+  const twa::TensorTable c{center.empty() ? nullptr : center_table.data.data(), numel.data(), center_table.dtype.data(),
+                           static_cast<int64_t>(numel.size())};
+  twa::Where where{};
+  twa::Status status;
+  {
+    py::gil_scoped_release release;
+    status = twa::pack_cpu(row_table.view(), c, pointer<const int32_t>(tile_segment), n, segments, bits, pointer<uint8_t>(codes),
+                           pointer<uint16_t>(scales), pointer<double>(sum_sq), pointer<float>(max_scale), &where, threads);
+  }
+  if (status == twa::Status::not_finite) return py::make_tuple(where.row, where.tensor, where.column);
+  check(status);
+  return py::none();
+}
+
+void unpack(const Basis& basis, const Addresses& out, const Numbers& numel, int threads) {
+  const Table table(out, numel, Numbers(out.size(), 0));
+  py::gil_scoped_release release;
+  const twa::Status status = twa::unpack_cpu(basis.view, table.view(), threads);
+  py::gil_scoped_acquire acquire;
+  check(status);
+}
+
+void project(const Basis& basis, const Addresses& grads, const Numbers& numel, const Numbers& dtypes, uintptr_t c, int threads) {
+  const Table table(grads, numel, dtypes);
+  py::gil_scoped_release release;
+  const twa::Status status = twa::project_cpu(basis.view, table.view(), pointer<float>(c), threads);
+  py::gil_scoped_acquire acquire;
+  check(status);
+}
+
+void reconstruct(const Basis& basis, uintptr_t x, const Addresses& center, const Numbers& center_dtypes, const Addresses& out, const Numbers& numel,
+                 const Numbers& dtypes, int threads) {
+  const Table out_table(out, numel, dtypes), center_table(center, numel, center_dtypes);
+  if (!center.empty() && center.size() != out.size()) throw py::value_error("reconstruct: as many centers as outputs expected");
+  const twa::TensorTable c{center.empty() ? nullptr : center_table.data.data(), numel.data(), center_table.dtype.data(),
+                           static_cast<int64_t>(out.size())};
+  py::gil_scoped_release release;
+  const twa::Status status = twa::reconstruct_cpu(basis.view, pointer<const float>(x), c, out_table.view(), threads);
+  py::gil_scoped_acquire acquire;
+  check(status);
+}
+
+#if defined(TWA_WITH_CUDA)
+void pack_cuda(uintptr_t rows, uintptr_t center, uintptr_t numel, uintptr_t tile_begin, uintptr_t dtypes, int64_t count, int64_t tiles, int64_t n,
+               int bits, uintptr_t codes, uintptr_t scales, uintptr_t sum_sq_tiles, uintptr_t bad, uintptr_t stream) {
+  if (!twa::valid_bits(bits)) throw py::value_error("bits must be 8, 4, 3, 2 or 1");
+  const int error = twa::pack_cuda(pointer<const void* const>(rows), pointer<const void* const>(center), pointer<const int64_t>(numel),
+                                   pointer<const int64_t>(tile_begin), pointer<const twa::Dtype>(dtypes), count, tiles, n, bits,
+                                   pointer<uint8_t>(codes), pointer<uint16_t>(scales), pointer<double>(sum_sq_tiles), pointer<int32_t>(bad),
+                                   pointer<void>(stream));
+  if (error != 0) throw std::runtime_error(std::string("pack: CUDA launch failed: ") + twa::cuda_error_name(error));
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of twa_kernels. Use the functions of the package, not these: addresses are not checked here.";
+  py::class_<Basis>(m, "Basis").def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int>());
+  m.def("pack", &pack);
+  m.def("unpack", &unpack);
+  m.def("project", &project);
+  m.def("reconstruct", &reconstruct);
+  m.def("cpu_isa", [] { return twa::cpu_isa(); });
+  m.def("get_code", [](int bits, const std::string& row, int column) { return twa::get_code(bits, reinterpret_cast<const uint8_t*>(row.data()), column); });
+  m.def("level", &twa::level);
+#if defined(TWA_WITH_CUDA)
+  m.attr("with_cuda") = true;
+  m.attr("cuda_architectures") = TWA_CUDA_ARCHITECTURES;
+  m.def("pack_cuda", &pack_cuda);
+  m.def("cuda_device_count", &twa::cuda_device_count);
+#else
+  m.attr("with_cuda") = false;
+#endif
+}

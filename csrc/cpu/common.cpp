@@ -1,0 +1,148 @@
+// Instruction-set choice, thread pool and work blocks.
+#include "common.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+
+namespace twa {
+namespace {
+
+Isa best_isa() {
+#ifdef TWA_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
+    return Isa::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return Isa::avx2;
+#endif
+  return Isa::portable;
+}
+
+struct IsaChoice {
+  Isa isa;
+  const char* name;  // null: TWA_KERNELS_ISA asks for what this machine or build lacks
+};
+const IsaChoice& isa_choice() {
+  static const IsaChoice choice = [] {
+    constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+    const Isa best = best_isa();
+    const char* forced = std::getenv("TWA_KERNELS_ISA");
+    if (!forced || !*forced) return IsaChoice{best, kNames[static_cast<int>(best)]};
+    for (int k = 0; k <= static_cast<int>(best); ++k)
+      if (!std::strcmp(forced, kNames[k])) return IsaChoice{static_cast<Isa>(k), kNames[k]};
+    return IsaChoice{best, nullptr};
+  }();
+  return choice;
+}
+
+// Threads that sleep between calls. One call runs at a time; a second caller waits for the first.
+class Pool {
+ public:
+  void run(int64_t count, int threads, const std::function<void(int64_t)>& fn) {
+    std::lock_guard<std::mutex> one_call(call_mutex_);
+    const int helpers = threads - 1;
+    while (static_cast<int>(workers_.size()) < helpers) workers_.emplace_back([this, id = static_cast<int>(workers_.size())] { work(id); });
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      fn_ = &fn;
+      count_ = count;
+      next_.store(0);
+      helpers_ = running_ = helpers;
+      ++generation_;
+    }
+    start_.notify_all();
+    drain(fn, count);
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return running_ == 0; });
+  }
+
+ private:
+  void drain(const std::function<void(int64_t)>& fn, int64_t count) {
+    for (int64_t item; (item = next_.fetch_add(1)) < count;) fn(item);
+  }
+  void work(int id) {
+    uint64_t seen = 0;
+    for (;;) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      start_.wait(lock, [&] { return generation_ != seen; });
+      seen = generation_;
+      if (id >= helpers_) continue;
+      const auto* fn = fn_;
+      const int64_t count = count_;
+      lock.unlock();
+      drain(*fn, count);
+      lock.lock();
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex call_mutex_, mutex_;
+  std::condition_variable start_, done_;
+  std::vector<std::thread> workers_;
+  const std::function<void(int64_t)>* fn_ = nullptr;
+  int64_t count_ = 0;
+  std::atomic<int64_t> next_{0};
+  int helpers_ = 0, running_ = 0;
+  uint64_t generation_ = 0;
+};
+
+// Never destroyed: its threads may outlive static destruction. A forked child has none of them, so it starts a new pool.
+std::atomic<Pool*> pool{nullptr};
+Pool& get_pool() {
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
+  (void)registered;
+  Pool* p = pool.load();
+  if (!p) {
+    Pool* fresh = new Pool;
+    if (pool.compare_exchange_strong(p, fresh)) return *fresh;
+    delete fresh;
+  }
+  return *p;
+}
+
+}  // namespace
+
+Isa isa() { return isa_choice().isa; }
+const char* cpu_isa() { return isa_choice().name; }
+
+void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& fn) {
+  if (count < threads) threads = static_cast<int>(count);
+  if (threads <= 1) {
+    for (int64_t item = 0; item < count; ++item) fn(item);
+  } else {
+    get_pool().run(count, threads, fn);
+  }
+}
+
+int64_t total_tiles(const TensorTable& tensors) {
+  int64_t tiles = 0;
+  for (int64_t k = 0; k < tensors.count; ++k) {
+    if (tensors.numel[k] < 0) return -1;
+    tiles += num_tiles(tensors.numel[k]);
+  }
+  return tiles;
+}
+
+std::vector<Block> make_blocks(const TensorTable& tensors, const int32_t* tile_segment) {
+  std::vector<Block> blocks;
+  int64_t tile = 0;
+  for (int64_t k = 0; k < tensors.count; ++k) {
+    const int64_t tiles = num_tiles(tensors.numel[k]);
+    for (int64_t t = 0; t < tiles;) {
+      const int32_t segment = tile_segment[tile + t];
+      int64_t end = t + 1;
+      while (end < tiles && end - t < kBlockTiles && tile_segment[tile + end] == segment) ++end;
+      if (tensors.data[k]) blocks.push_back({k, t * kTileColumns, tile + t, end - t, segment});
+      t = end;
+    }
+    tile += tiles;
+  }
+  return blocks;
+}
+
+}  // namespace twa

@@ -1,0 +1,134 @@
+// Shared by the CPU kernels: instruction-set choice, thread pool, work blocks, dtype conversion, fixed point.
+#pragma once
+
+#include <functional>
+#include <vector>
+
+#include "../twa.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define TWA_X86 1
+#include <immintrin.h>
+// Kernels of the higher tiers carry their target in the function, so one object file serves every machine.
+#define TWA_AVX2 __attribute__((target("avx2,f16c")))
+#define TWA_AVX512 __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#endif
+// Bodies written once in plain C++ and compiled for each tier by being inlined into a function with that target.
+#define TWA_INLINE inline __attribute__((always_inline))
+
+namespace twa {
+
+enum class Isa { portable, avx2, avx512 };
+Isa isa();  // decided once; see cpu_isa() in twa.h
+
+// Runs fn(item) for item in [0, count) on `threads` threads (the caller is one of them). Which thread takes which item is
+// not fixed, so fn must write only what belongs to its item.
+void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& fn);
+
+// Up to kBlockTiles tiles of one tensor and one segment: the unit of work and of reduction.
+struct Block {
+  int64_t tensor;
+  int64_t first_column;  // within the tensor
+  int64_t first_tile;    // within the basis
+  int64_t tiles;
+  int32_t segment;
+};
+std::vector<Block> make_blocks(const TensorTable& tensors, const int32_t* tile_segment);
+
+// Total tiles of a tensor list, or -1 if a size is negative.
+int64_t total_tiles(const TensorTable& tensors);
+
+// Real columns of tile `tile` of a block; the rest of the tile is padding.
+inline int valid_columns(const TensorTable& tensors, const Block& b, int64_t tile) {
+  const int64_t left = tensors.numel[b.tensor] - (b.first_column + tile * kTileColumns);
+  return left < kTileColumns ? static_cast<int>(left) : kTileColumns;
+}
+
+// out[0..127] = data[column .. column + valid) as float32, zero past `valid`.
+TWA_INLINE void load_tile(Dtype dtype, const void* data, int64_t column, int valid, float* __restrict__ out) {
+  const int full = valid == kTileColumns ? kTileColumns : 0;  // a constant trip count for all but the last tile
+  switch (dtype) {
+    case Dtype::f32: {
+      const float* p = static_cast<const float*>(data) + column;
+      for (int c = 0; c < full; ++c) out[c] = p[c];
+      for (int c = full; c < valid; ++c) out[c] = p[c];
+      break;
+    }
+    case Dtype::bf16: {
+      const uint16_t* p = static_cast<const uint16_t*>(data) + column;
+      for (int c = 0; c < full; ++c) out[c] = bf16_to_float(p[c]);
+      for (int c = full; c < valid; ++c) out[c] = bf16_to_float(p[c]);
+      break;
+    }
+    case Dtype::f16: {
+      const uint16_t* p = static_cast<const uint16_t*>(data) + column;
+      for (int c = 0; c < full; ++c) out[c] = f16_to_float(p[c]);
+      for (int c = full; c < valid; ++c) out[c] = f16_to_float(p[c]);
+      break;
+    }
+  }
+  for (int c = valid; c < kTileColumns; ++c) out[c] = 0.0f;
+}
+
+// data[column .. column + valid) = in, rounded to nearest even.
+TWA_INLINE void store_tile(Dtype dtype, void* data, int64_t column, int valid, const float* __restrict__ in) {
+  switch (dtype) {
+    case Dtype::f32: {
+      float* p = static_cast<float*>(data) + column;
+      for (int c = 0; c < valid; ++c) p[c] = in[c];
+      break;
+    }
+    case Dtype::bf16: {
+      uint16_t* p = static_cast<uint16_t*>(data) + column;
+      for (int c = 0; c < valid; ++c) p[c] = float_to_bf16(in[c]);
+      break;
+    }
+    case Dtype::f16: {
+      uint16_t* p = static_cast<uint16_t*>(data) + column;
+      for (int c = 0; c < valid; ++c) p[c] = float_to_f16(in[c]);
+      break;
+    }
+  }
+}
+
+// Largest |v|, as float bits: integer order is magnitude order, and Inf and NaN come last.
+TWA_INLINE int32_t max_abs_bits(const float* v, int count) {
+  int32_t m = 0;
+  for (int c = 0; c < count; ++c) {
+    const int32_t u = static_cast<int32_t>(float_bits(v[c]) & 0x7fffffffu);
+    m = u > m ? u : m;
+  }
+  return m;
+}
+
+// Fixed point. v[c] = q[c] * unit with unit a power of two and |q| <= kMaxFixed, the largest integer with three balanced int8
+// limbs. |v - q * unit| <= max|v| * 2^-23. NaN or Inf anywhere in v makes unit NaN. Returns unit.
+constexpr int32_t kMaxFixed = 127 * 65536 + 127 * 256 + 127;
+TWA_INLINE double to_fixed(const float* __restrict__ v, int count, int32_t* __restrict__ q) {
+  const int32_t m = max_abs_bits(v, count);
+  if (m == 0 || m >= 0x7f800000) {
+    for (int c = 0; c < count; ++c) q[c] = 0;
+    return m == 0 ? 0.0 : static_cast<double>(NAN);
+  }
+  int e = (m >> 23) - 126;       // 2^(e-1) <= max|v| < 2^e for normal numbers
+  if (e < -100) e = -100;        // keeps 2^(23-e) finite; below 2^-100 precision is absolute, 2^-123
+  if (bits_float(static_cast<uint32_t>(m)) * pow2f(23 - e) > static_cast<float>(kMaxFixed)) ++e;
+  const float factor = pow2f(23 - e);
+  // Adding and subtracting 1.5 * 2^52 rounds a double to the nearest integer, ties to even.
+  for (int c = 0; c < count; ++c) q[c] = static_cast<int32_t>((static_cast<double>(v[c] * factor) + 0x1.8p52) - 0x1.8p52);
+  return std::ldexp(1.0, e - 23);
+}
+
+// Limbs of a fixed-point number: q = 65536 a + 256 b + c (int8), and q = 4096 high + low (int16).
+TWA_INLINE void split_int8(int32_t q, int8_t* a, int8_t* b, int8_t* c) {
+  *c = static_cast<int8_t>(q);
+  const int32_t r = (q - *c) >> 8;
+  *b = static_cast<int8_t>(r);
+  *a = static_cast<int8_t>((r - *b) >> 8);
+}
+TWA_INLINE void split_int16(int32_t q, int16_t* high, int16_t* low) {
+  *low = static_cast<int16_t>(((q + 2048) & 4095) - 2048);
+  *high = static_cast<int16_t>((q - *low) >> 12);
+}
+
+}  // namespace twa

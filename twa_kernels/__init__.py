@@ -1,0 +1,14 @@
+"""Low-bit subspace kernels: pack checkpoints into a few bits, project gradients into their span and weights out of it.
+
+    basis = twa_kernels.pack(rows, bits=4, center=center)     # rows[k]: (n, *shape_k)
+    c = twa_kernels.project(basis, grads)                     # (n, L)
+    theta = twa_kernels.reconstruct(basis, x, center)         # one tensor per parameter; differentiable in x
+"""
+
+from .api import pack, project, reconstruct, unpack
+from .ops import NotFiniteError
+from .packed import PackedBasis, Packer
+from .reference import relative_error
+
+__all__ = ["NotFiniteError", "PackedBasis", "Packer", "pack", "project", "reconstruct", "relative_error", "unpack"]
+__version__ = "0.1.0"

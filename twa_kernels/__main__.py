@@ -1,0 +1,41 @@
+"""`python -m twa_kernels`: what is built, what runs here, and why something does not."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+from . import __version__, dispatch, native
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as f:
+            names = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
+        return names[0]
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    print(f"twa_kernels {__version__}   torch {torch.__version__}   Python {platform.python_version()}")
+    print(f"CPU: {processor()}, {torch.get_num_threads()} threads")
+    if native._C is not None:
+        print(f"native module: {native._C.__file__}")
+        print(f"  instruction set: {native._C.cpu_isa() or 'not available here'} (TWA_KERNELS_ISA={os.environ.get('TWA_KERNELS_ISA', '')!r})")
+        print(f"  CUDA: {'compiled for sm_' + native._C.cuda_architectures.replace(' ', ', sm_') if native._C.with_cuda else 'not compiled'}")
+    print("backends:")
+    for backend, devices in dispatch.DEVICES.items():
+        reason = dispatch.why_unusable(backend)
+        print(f"  {backend:10s} {', '.join(devices):20s} {'usable' if reason is None else 'not usable: ' + reason}")
+    override = os.environ.get(dispatch.ENVIRONMENT, "")
+    print(f"default per op ({dispatch.ENVIRONMENT}={override!r}):")
+    for op in dispatch.OPS:
+        row = [f"{device}: {override or dispatch.DEFAULTS.get((op, device), 'none yet')}" for device in ("cpu", "cuda")]
+        print(f"  {op:12s} {'   '.join(row)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Tensors to addresses for the native module `_C` (C++ for CPUs, CUDA). Argument checks happen in ops.py, before this."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .reference import tile_offsets
+
+try:
+    from . import _C
+except ImportError as error:  # reported by why_unusable(), never hidden: selecting this backend raises it
+    _C = None
+    _import_error = str(error)
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def why_unusable() -> str | None:
+    if _C is None:
+        return f"the native module is not built ({_import_error}); run `pip install -e .` in the source tree"
+    if _C.cpu_isa() is None:
+        return "TWA_KERNELS_ISA asks for an instruction set that this machine lacks; expected portable, avx2 or avx512"
+    return None
+
+
+def why_cuda_unusable() -> str | None:
+    if _C is None:
+        return why_unusable()
+    if not _C.with_cuda:
+        return "built without CUDA (no nvcc was found, or TWA_CUDA=off)"
+    if _C.cuda_device_count() == 0:
+        return "no CUDA device on this machine"
+    return None
+
+
+def _addresses(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    return [t.data_ptr() for t in tensors], [DTYPES[t.dtype] for t in tensors]
+
+
+def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous versions; only the tensors that are not get copied, one by one."""
+    return [t if t.is_contiguous() else t.contiguous() for t in tensors]
+
+
+def _basis(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, bits: int):
+    return _C.Basis(
+        codes.data_ptr(), scales.data_ptr(), row_scale.data_ptr(), tile_segment.data_ptr(), row_scale.shape[0], len(tile_segment), row_scale.shape[1], bits
+    )
+
+
+def pack(
+    rows: Sequence[Tensor],
+    center: Sequence[Tensor],
+    numels: Sequence[int],
+    tile_segment: Tensor,
+    bits: int,
+    codes: Tensor,
+    scales: Tensor,
+    sum_sq: Tensor,
+    max_scale: Tensor,
+) -> tuple[int, int, int] | None:
+    rows, center = _contiguous(rows), _contiguous(center)
+    n, segments = sum_sq.shape
+    return _C.pack(
+        *_addresses(rows),
+        *_addresses(center),
+        list(numels),
+        tile_segment.data_ptr(),
+        n,
+        segments,
+        bits,
+        codes.data_ptr(),
+        scales.data_ptr(),
+        sum_sq.data_ptr(),
+        max_scale.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def unpack(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, numels: Sequence[int], bits: int) -> list[Tensor]:
+    out = [torch.empty(row_scale.shape[0], numel) for numel in numels]
+    basis = _basis(codes, scales, row_scale, tile_segment, bits)
+    _C.unpack(basis, [o.data_ptr() for o in out], list(numels), torch.get_num_threads())
+    return out
+
+
+def project(
+    codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, grads: Sequence[Tensor], numels: Sequence[int], bits: int
+) -> Tensor:
+    grads = _contiguous(grads)
+    addresses, dtypes = _addresses(grads)  # an empty tensor's address is 0: an absent gradient
+    c = torch.empty(row_scale.shape)
+    _C.project(_basis(codes, scales, row_scale, tile_segment, bits), addresses, list(numels), dtypes, c.data_ptr(), torch.get_num_threads())
+    return c
+
+
+def reconstruct(
+    codes: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    tile_segment: Tensor,
+    x: Tensor,
+    center: Sequence[Tensor],
+    numels: Sequence[int],
+    bits: int,
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    center, x = _contiguous(center), x.contiguous()
+    if out is None:
+        out = [torch.empty(numel, dtype=center[k].dtype if center else torch.float32) for k, numel in enumerate(numels)]
+    targets = [o if o.is_contiguous() else torch.empty(o.shape, dtype=o.dtype) for o in out]
+    _C.reconstruct(
+        _basis(codes, scales, row_scale, tile_segment, bits),
+        x.data_ptr(),
+        *_addresses(center),
+        [t.data_ptr() for t in targets],
+        list(numels),
+        [DTYPES[t.dtype] for t in targets],
+        torch.get_num_threads(),
+    )
+    for o, t in zip(out, targets, strict=True):
+        if o is not t:
+            o.copy_(t)
+    return list(out)
+
+
+def pack_cuda(
+    rows: Sequence[Tensor],
+    center: Sequence[Tensor],
+    numels: Sequence[int],
+    tile_segment: Tensor,
+    bits: int,
+    codes: Tensor,
+    scales: Tensor,
+    sum_sq: Tensor,
+    max_scale: Tensor,
+) -> tuple[int, int, int] | None:
+    rows, center = _contiguous(rows), _contiguous(center)
+    device, n = codes.device, sum_sq.shape[0]
+    offsets = tile_offsets(numels)
+    row_addresses, row_dtypes = _addresses(rows)
+    center_addresses, center_dtypes = _addresses(center)
+    table = {
+        "rows": torch.tensor(row_addresses, dtype=torch.int64, device=device),
+        "center": torch.tensor(center_addresses, dtype=torch.int64, device=device),
+        "numel": torch.tensor(list(numels), dtype=torch.int64, device=device),
+        "tile_begin": torch.tensor(offsets, dtype=torch.int64, device=device),
+        "dtype": torch.tensor(row_dtypes + center_dtypes, dtype=torch.int32, device=device),
+    }
+    squares = torch.empty(offsets[-1], n, dtype=torch.float64, device=device)
+    bad = torch.zeros((), dtype=torch.int32, device=device)
+    with torch.cuda.device(device):
+        _C.pack_cuda(
+            table["rows"].data_ptr(),
+            table["center"].data_ptr() if center else 0,
+            table["numel"].data_ptr(),
+            table["tile_begin"].data_ptr(),
+            table["dtype"].data_ptr(),
+            len(numels),
+            offsets[-1],
+            n,
+            bits,
+            codes.data_ptr(),
+            scales.data_ptr(),
+            squares.data_ptr(),
+            bad.data_ptr(),
+            torch.cuda.current_stream(device).cuda_stream,
+        )
+    if bad.item():
+        for at, row in enumerate(rows):
+            k, i = divmod(at, n)
+            v = row.reshape(-1).float() - (center[k].reshape(-1).float() if center else 0.0)
+            if not torch.isfinite(v).all():
+                return i, k, int(torch.nonzero(~torch.isfinite(v))[0])
+    # Runs of one segment are summed as slices: a fixed order, without float atomics.
+    values, counts = torch.unique_consecutive(tile_segment, return_counts=True)
+    first = 0
+    for segment, count in zip(values.tolist(), counts.tolist(), strict=True):
+        sum_sq[:, segment] += squares[first : first + count].sum(0)
+        top = scales[first : first + count].float().amax(0)
+        max_scale[:, segment] = torch.maximum(max_scale[:, segment], top)
+        first += count
+    return None

@@ -1,0 +1,240 @@
+"""The ops as torch.library entries: schema, checks, fake and autograd of each sit together.
+
+Tensors of a packed basis (csrc/packing.h): codes (num_tiles, n, 16 * bits) uint8, scales (num_tiles, n) float8_e4m3fn,
+row_scale (n, L) float32, tile_segment (num_tiles,) int32. Lists hold one tensor per tensor of the model, `numels` their
+sizes; the k-th starts at tile sum(num_tiles(numels[:k])). Users call the functions of `api.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .reference import BITS, MAX_ROWS, tile_offsets
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+BASIS = "Tensor codes, Tensor scales, Tensor row_scale, Tensor tile_segment"
+
+_library = torch.library.Library("twa_kernels", "DEF")
+_library.define(
+    "pack(Tensor[] rows, Tensor[] center, int[] numels, Tensor tile_segment, int bits, Tensor(a!) codes, Tensor(b!) scales, "
+    "Tensor(c!) sum_sq, Tensor(d!) max_scale, str backend='') -> ()"
+)
+_library.define(f"unpack({BASIS}, int[] numels, int bits, str backend='') -> Tensor[]")
+_library.define(f"project({BASIS}, Tensor[] grads, int[] numels, int bits, str backend='') -> Tensor")
+_library.define(f"reconstruct({BASIS}, Tensor x, Tensor[] center, int[] numels, int bits, str backend='') -> Tensor[]")
+_library.define(f"reconstruct_out({BASIS}, Tensor x, Tensor[] center, int[] numels, int bits, Tensor(a!)[] out, str backend='') -> ()")
+
+
+# Rules, each written once; they hold for real and for fake tensors. -------------------------------------------------
+
+
+def check_bits(bits: int) -> None:
+    if bits not in BITS:
+        raise ValueError(f"bits must be one of {BITS}, found {bits!r}")
+
+
+def _check_tensor(name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    if t.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, found {t.dtype}")
+    if tuple(t.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, found {tuple(t.shape)}")
+    if t.device != device:
+        raise ValueError(f"{name}: expected device {device}, found {t.device}")
+    if not t.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, found strides {t.stride()}")
+
+
+def _check_basis(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, numels: Sequence[int], bits: int) -> None:
+    check_bits(bits)
+    if row_scale.dim() != 2 or not 1 <= row_scale.shape[0] <= MAX_ROWS:
+        raise ValueError(f"row_scale: expected shape (n, L) with 1 <= n <= {MAX_ROWS}, found {tuple(row_scale.shape)}")
+    n, tiles = row_scale.shape[0], tile_offsets(numels)[-1]
+    _check_tensor("codes", codes, (tiles, n, 16 * bits), torch.uint8, codes.device)
+    _check_tensor("scales", scales, (tiles, n), torch.float8_e4m3fn, codes.device)
+    _check_tensor("row_scale", row_scale, row_scale.shape, torch.float32, codes.device)
+    _check_tensor("tile_segment", tile_segment, (tiles,), torch.int32, codes.device)
+
+
+def _check_list(
+    name: str, tensors: Sequence[Tensor], numels: Sequence[int], device: torch.device, backend: str, absent: bool = False
+) -> None:
+    if len(tensors) != len(numels):
+        raise ValueError(f"{name}: expected {len(numels)} tensors, one per tensor of the basis, found {len(tensors)}")
+    dtypes = (*FLOATS, torch.float64) if backend == "reference" else FLOATS
+    for k, (t, numel) in enumerate(zip(tensors, numels, strict=True)):
+        if absent and t.numel() == 0:
+            continue
+        if t.numel() != numel:
+            raise ValueError(f"{name}[{k}]: expected {numel} elements, found shape {tuple(t.shape)} with {t.numel()}")
+        if t.dtype not in dtypes:
+            raise TypeError(f"{name}[{k}]: expected one of {dtypes}, found {t.dtype}")
+        if t.device != device:
+            raise ValueError(f"{name}[{k}]: expected device {device}, found {t.device}")
+
+
+def _check_x(x: Tensor, row_scale: Tensor) -> None:
+    if x.shape != row_scale.shape:
+        raise ValueError(f"x: expected shape (n, L) = {tuple(row_scale.shape)}, found {tuple(x.shape)}")
+    if x.dtype != torch.float32:
+        raise TypeError(f"x: expected torch.float32, found {x.dtype}")
+    if x.device != row_scale.device:
+        raise ValueError(f"x: expected device {row_scale.device}, found {x.device}")
+
+
+def _check_disjoint(tensors: Sequence[Tensor]) -> None:
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), k) for k, t in enumerate(tensors) if t.numel())
+    for (_, end, a), (begin, _, b) in zip(spans, spans[1:], strict=False):
+        if begin < end:
+            raise ValueError(f"out[{min(a, b)}] and out[{max(a, b)}] share memory: pass each tied weight once")
+
+
+def _impl(name: str):
+    """Registers the eager implementation for every device; `dispatch` picks the backend."""
+    return torch.library.impl(_library, name, "CompositeExplicitAutograd")
+
+
+# pack ------------------------------------------------------------------------------------------------------------
+
+
+def _check_pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, backend) -> None:
+    check_bits(bits)
+    n, device, tiles = sum_sq.shape[0], codes.device, tile_offsets(numels)[-1]
+    if not 1 <= n <= MAX_ROWS:
+        raise ValueError(f"n: expected 1 to {MAX_ROWS} rows, found {n}")
+    _check_list("rows", rows, [numel for numel in numels for _ in range(n)], device, backend)
+    if center:
+        _check_list("center", center, numels, device, backend)
+    _check_tensor("tile_segment", tile_segment, (tiles,), torch.int32, device)
+    _check_tensor("codes", codes, (tiles, n, 16 * bits), torch.uint8, device)
+    _check_tensor("scales", scales, (tiles, n), torch.bfloat16, device)
+    _check_tensor("sum_sq", sum_sq, sum_sq.shape, torch.float64, device)
+    _check_tensor("max_scale", max_scale, sum_sq.shape, torch.float32, device)
+
+
+class NotFiniteError(ValueError):
+    """NaN or Inf in the input of pack: `row`, `tensor` and `column` say where."""
+
+    def __init__(self, row: int, tensor: int, column: int) -> None:
+        super().__init__(f"NaN or Inf in row {row} of tensor {tensor} at column {column}")
+        self.row, self.tensor, self.column = row, tensor, column
+
+
+@_impl("pack")
+def _pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, backend="") -> None:
+    _check_pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, backend)
+    kernel = dispatch.select("pack", codes.device.type, backend)
+    bad = kernel(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale)
+    if bad is not None:
+        raise NotFiniteError(*bad)
+
+
+@torch.library.register_fake("twa_kernels::pack", lib=_library)
+def _pack_fake(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, backend="") -> None:
+    _check_pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, backend)
+
+
+# unpack ----------------------------------------------------------------------------------------------------------
+
+
+@_impl("unpack")
+def _unpack(codes, scales, row_scale, tile_segment, numels, bits, backend=""):
+    _check_basis(codes, scales, row_scale, tile_segment, numels, bits)
+    return dispatch.select("unpack", codes.device.type, backend)(codes, scales, row_scale, tile_segment, numels, bits)
+
+
+@torch.library.register_fake("twa_kernels::unpack", lib=_library)
+def _unpack_fake(codes, scales, row_scale, tile_segment, numels, bits, backend=""):
+    _check_basis(codes, scales, row_scale, tile_segment, numels, bits)
+    return [row_scale.new_empty(row_scale.shape[0], numel) for numel in numels]
+
+
+# project ---------------------------------------------------------------------------------------------------------
+
+
+def _check_project(codes, scales, row_scale, tile_segment, grads, numels, bits, backend) -> None:
+    _check_basis(codes, scales, row_scale, tile_segment, numels, bits)
+    _check_list("grads", grads, numels, codes.device, backend, absent=True)
+
+
+@_impl("project")
+def _project(codes, scales, row_scale, tile_segment, grads, numels, bits, backend=""):
+    _check_project(codes, scales, row_scale, tile_segment, grads, numels, bits, backend)
+    return dispatch.select("project", codes.device.type, backend)(codes, scales, row_scale, tile_segment, grads, numels, bits).float()
+
+
+@torch.library.register_fake("twa_kernels::project", lib=_library)
+def _project_fake(codes, scales, row_scale, tile_segment, grads, numels, bits, backend=""):
+    _check_project(codes, scales, row_scale, tile_segment, grads, numels, bits, backend)
+    return row_scale.new_empty(row_scale.shape)
+
+
+def _project_setup(ctx, inputs, output) -> None:
+    *basis, grads, ctx.numels, ctx.bits, ctx.backend = inputs
+    ctx.save_for_backward(*basis)
+    ctx.like = [(g.shape, g.dtype) for g in grads]
+
+
+def _project_backward(ctx, grad_c):
+    flat = torch.ops.twa_kernels.reconstruct(*ctx.saved_tensors, grad_c.contiguous(), [], ctx.numels, ctx.bits, ctx.backend)
+    grads = [f.view(shape).to(dtype) if shape.numel() else f.new_empty(shape, dtype=dtype) for f, (shape, dtype) in zip(flat, ctx.like, strict=True)]
+    return None, None, None, None, grads, None, None, None
+
+
+torch.library.register_autograd("twa_kernels::project", _project_backward, setup_context=_project_setup, lib=_library)
+
+
+# reconstruct -----------------------------------------------------------------------------------------------------
+
+
+def _check_reconstruct(codes, scales, row_scale, tile_segment, x, center, numels, bits, backend) -> None:
+    _check_basis(codes, scales, row_scale, tile_segment, numels, bits)
+    _check_x(x, row_scale)
+    if center:
+        _check_list("center", center, numels, codes.device, backend)
+
+
+@_impl("reconstruct")
+def _reconstruct(codes, scales, row_scale, tile_segment, x, center, numels, bits, backend=""):
+    _check_reconstruct(codes, scales, row_scale, tile_segment, x, center, numels, bits, backend)
+    return dispatch.select("reconstruct", codes.device.type, backend)(codes, scales, row_scale, tile_segment, x, center, numels, bits)
+
+
+@torch.library.register_fake("twa_kernels::reconstruct", lib=_library)
+def _reconstruct_fake(codes, scales, row_scale, tile_segment, x, center, numels, bits, backend=""):
+    _check_reconstruct(codes, scales, row_scale, tile_segment, x, center, numels, bits, backend)
+    return [x.new_empty(numel, dtype=center[k].dtype if center else torch.float32) for k, numel in enumerate(numels)]
+
+
+def _reconstruct_setup(ctx, inputs, output) -> None:
+    *basis, _, center, ctx.numels, ctx.bits, ctx.backend = inputs
+    ctx.save_for_backward(*basis)
+    ctx.like = [(c.shape, c.dtype) for c in center]
+
+
+def _reconstruct_backward(ctx, grads):
+    empty = ctx.saved_tensors[2].new_empty(0)
+    present = [empty if g is None else g for g in grads]
+    c = torch.ops.twa_kernels.project(*ctx.saved_tensors, present, ctx.numels, ctx.bits, ctx.backend)
+    center = [None if g is None else g.view(shape).to(dtype) for g, (shape, dtype) in zip(grads, ctx.like, strict=False)]
+    return None, None, None, None, c, center, None, None, None
+
+
+torch.library.register_autograd("twa_kernels::reconstruct", _reconstruct_backward, setup_context=_reconstruct_setup, lib=_library)
+
+
+@_impl("reconstruct_out")
+def _reconstruct_out(codes, scales, row_scale, tile_segment, x, center, numels, bits, out, backend="") -> None:
+    _check_reconstruct(codes, scales, row_scale, tile_segment, x, center, numels, bits, backend)
+    _check_list("out", out, numels, codes.device, backend)
+    _check_disjoint(out)
+    dispatch.select("reconstruct", codes.device.type, backend)(codes, scales, row_scale, tile_segment, x, center, numels, bits, out)
+
+
+@torch.library.register_fake("twa_kernels::reconstruct_out", lib=_library)
+def _reconstruct_out_fake(codes, scales, row_scale, tile_segment, x, center, numels, bits, out, backend="") -> None:
+    _check_reconstruct(codes, scales, row_scale, tile_segment, x, center, numels, bits, backend)
+    _check_list("out", out, numels, codes.device, backend)

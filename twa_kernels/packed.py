@@ -1,0 +1,192 @@
+"""`PackedBasis`: a low-bit basis of n rows, and `Packer`, which builds one from a stream of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .ops import NotFiniteError, check_bits
+from .reference import MAX_ROWS, num_tiles, tile_offsets
+
+NORMALIZE = ("row", "segment", "none")
+
+
+@dataclass(frozen=True)
+class PackedBasis:
+    """Basis P (n, D) in packed form; the layout is drawn in csrc/packing.h.
+
+    value(i, column c of tile t) = row_scale[i, segment(t)] * scales[t, i] * level[code(t, i, c)]
+
+    codes         (num_tiles, n, 16 * bits) uint8
+    scales        (num_tiles, n) float8_e4m3fn
+    row_scale     (n, L) float32
+    tile_segment  (num_tiles,) int32 in [0, L)
+    divisor       (n, L) float64: P[i] = (row i - center) / divisor[i, l] before quantisation; 0 where that part is zero
+    shapes        shape of each tensor, in order
+    bits          8, 4, 3, 2 or 1
+    """
+
+    codes: Tensor
+    scales: Tensor
+    row_scale: Tensor
+    tile_segment: Tensor
+    divisor: Tensor
+    shapes: tuple[torch.Size, ...]
+    bits: int
+
+    @property
+    def n(self) -> int:
+        return self.row_scale.shape[0]
+
+    @property
+    def num_segments(self) -> int:
+        return self.row_scale.shape[1]
+
+    @property
+    def numels(self) -> list[int]:
+        return [shape.numel() for shape in self.shapes]
+
+    @property
+    def num_columns(self) -> int:
+        """D, without the padding of the last tiles."""
+        return sum(self.numels)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed tensors: about n * D * (bits / 8 + 1 / 128)."""
+        return sum(t.numel() * t.element_size() for t in (self.codes, self.scales, self.row_scale, self.tile_segment))
+
+    def to(self, device: torch.device | str) -> PackedBasis:
+        moved = {name: getattr(self, name).to(device) for name in ("codes", "scales", "row_scale", "tile_segment", "divisor")}
+        return replace(self, **moved)
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the ops take: codes, scales, row_scale, tile_segment."""
+        return self.codes, self.scales, self.row_scale, self.tile_segment
+
+    def __repr__(self) -> str:
+        return (
+            f"PackedBasis(n={self.n}, D={self.num_columns}, L={self.num_segments}, bits={self.bits}, "
+            f"tensors={len(self.shapes)}, {self.nbytes / 1e6:.1f} MB, {self.device})"
+        )
+
+
+def segments_to_tiles(segments: Sequence[int] | Tensor | None, numels: Sequence[int]) -> Tensor:
+    """Segment map -> (num_tiles,) int32. None: one segment per tensor. One index per tensor, or one per tile."""
+    offsets = tile_offsets(numels)
+    counts = torch.tensor([b - a for a, b in zip(offsets, offsets[1:], strict=False)], dtype=torch.int64)
+    index = torch.arange(len(numels)) if segments is None else torch.as_tensor(segments)
+    if index.is_floating_point() or index.dim() != 1:
+        raise TypeError(f"segments: expected a flat list of integers, found {index.dtype} of shape {tuple(index.shape)}")
+    if len(index) == len(numels):
+        index = torch.repeat_interleave(index.long(), counts)
+    elif len(index) != offsets[-1]:
+        raise ValueError(f"segments: expected {len(numels)} entries (one per tensor) or {offsets[-1]} (one per tile of 128 columns), found {len(index)}")
+    if len(index) and index.min() < 0:
+        raise ValueError(f"segments: expected indices of at least 0, found {int(index.min())}")
+    return index.to(torch.int32)
+
+
+class Packer:
+    """Builds a PackedBasis from tensors that arrive one by one, in order; memory is the packed basis and one tensor's rows.
+
+        packer = Packer(n, shapes, bits=4, segments=None)
+        for rows, center in stream:            # rows: n tensors of shapes[k]; center: one, or None
+            packer.add(rows, center)
+        basis = packer.finish()
+
+    The result has the same bits as `pack` on everything at once.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        shapes: Sequence[Sequence[int]],
+        bits: int = 4,
+        segments: Sequence[int] | Tensor | None = None,
+        device: torch.device | str = "cpu",
+        backend: str = "",
+    ) -> None:
+        check_bits(bits)
+        if not 1 <= n <= MAX_ROWS:
+            raise ValueError(f"n: expected 1 to {MAX_ROWS} rows, found {n}")
+        self.n, self.bits, self.backend = n, bits, backend
+        self.shapes = tuple(torch.Size(s) for s in shapes)
+        numels = [s.numel() for s in self.shapes]
+        self._offsets = tile_offsets(numels)
+        self._next = 0
+        self.tile_segment = segments_to_tiles(segments, numels).to(device)
+        given = torch.as_tensor(segments) if segments is not None and len(segments) else None
+        self.num_segments = int(given.max()) + 1 if given is not None else len(numels)
+        tiles = self._offsets[-1]
+        self.codes = torch.empty(tiles, n, 16 * bits, dtype=torch.uint8, device=device)
+        self.scales = torch.zeros(tiles, n, dtype=torch.bfloat16, device=device)
+        self.sum_sq = torch.zeros(n, self.num_segments, dtype=torch.float64, device=device)
+        self.max_scale = torch.zeros(n, self.num_segments, dtype=torch.float32, device=device)
+
+    def add(self, rows: Sequence[Tensor] | Tensor, center: Tensor | None = None) -> None:
+        """Packs the next tensor: rows (n, *shape) or n tensors, minus center. Raises NotFiniteError on NaN or Inf."""
+        if self._next == len(self.shapes):
+            raise ValueError(f"Packer: all {len(self.shapes)} tensors were added already")
+        k = self._next
+        rows = list(rows.unbind(0)) if isinstance(rows, Tensor) else list(rows)
+        for i, t in enumerate([*rows] + ([center] if center is not None else [])):
+            if t.shape != self.shapes[k]:
+                name = f"row {i}" if i < len(rows) else "center"
+                raise ValueError(f"tensor {k}, {name}: expected shape {tuple(self.shapes[k])}, found {tuple(t.shape)}")
+        if len(rows) != self.n:
+            raise ValueError(f"tensor {k}: expected {self.n} rows, found {len(rows)}")
+        at = slice(self._offsets[k], self._offsets[k + 1])
+        try:
+            torch.ops.twa_kernels.pack(
+                rows,
+                [] if center is None else [center],
+                [self.shapes[k].numel()],
+                self.tile_segment[at],
+                self.bits,
+                self.codes[at],
+                self.scales[at],
+                self.sum_sq,
+                self.max_scale,
+                self.backend,
+            )
+        except NotFiniteError as error:
+            raise NotFiniteError(error.row, k, error.column) from None
+        self._next += 1
+
+    def finish(self, normalize: str = "row") -> PackedBasis:
+        """normalize: "row": every row gets the same norm, the root mean square of the rows' norms, so that a coefficient of 1
+        is a typical distance from the center; "segment": the same within each segment; "none": rows as they are."""
+        if normalize not in NORMALIZE:
+            raise ValueError(f"normalize: expected one of {NORMALIZE}, found {normalize!r}")
+        if self._next != len(self.shapes):
+            raise ValueError(f"Packer: {self._next} of {len(self.shapes)} tensors were added")
+        divisor = row_divisor(self.sum_sq, normalize)
+        # A power of two per (row, segment) brings the largest scale into [128, 256), inside e4m3's range.
+        exponent = torch.frexp(self.max_scale).exponent - 8
+        unit = torch.where(self.max_scale > 0, torch.exp2(exponent.double()), torch.zeros_like(divisor))  # (n, L)
+        scales = torch.empty(self.scales.shape, dtype=torch.float8_e4m3fn, device=self.scales.device)
+        for at in torch.arange(len(scales), device=scales.device).split(1 << 16):
+            u = unit.T.float()[self.tile_segment[at].long()]  # (tiles, n)
+            scales[at] = torch.where(u > 0, self.scales[at].float() / u, 0.0).to(torch.float8_e4m3fn)
+        row_scale = torch.where(divisor > 0, unit / divisor, 0.0).float()
+        return PackedBasis(self.codes, scales, row_scale, self.tile_segment, divisor, self.shapes, self.bits)
+
+
+def row_divisor(sum_sq: Tensor, normalize: str) -> Tensor:
+    """Squared norms (n, L) of row parts -> what each part is divided by (n, L); 0 for parts that are zero."""
+    if normalize == "none":
+        return (sum_sq > 0).double()
+    squares = sum_sq.sum(1, keepdim=True) if normalize == "row" else sum_sq  # (n, 1) or (n, L)
+    present = squares > 0
+    rms = (squares.sum(0) / present.sum(0).clamp(min=1)).sqrt()  # over the rows that are not zero
+    divisor = torch.where(present, squares.sqrt() / torch.where(rms > 0, rms, 1.0), 0.0)
+    return torch.where(sum_sq > 0, divisor.expand_as(sum_sq), 0.0)

@@ -1,0 +1,238 @@
+"""The specification, in plain PyTorch: every other backend is tested against these functions.
+
+`pack` follows csrc/packing.h step by step and gives the same bytes as every other backend. `project` and `reconstruct`
+compute in float64 on the dequantised rows and are differentiable.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+TILE = 128  # columns of a tile = quantisation group
+BITS = (8, 4, 3, 2, 1)
+MAX_ROWS = 4096
+
+#: Lloyd-Max levels of a unit Gaussian, outermost scaled to 127, rounded; 8 bits: uniform
+LEVELS: dict[int, list[int]] = {
+    8: list(range(-128, 128)),
+    4: [-127, -96, -75, -58, -44, -31, -18, -6, 6, 18, 31, 44, 58, 75, 96, 127],
+    3: [-127, -79, -45, -14, 14, 45, 79, 127],
+    2: [-127, -38, 38, 127],
+    1: [-127, 127],
+}
+#: sigma / 127 of the outermost level
+INITIAL_SCALE = {4: 2.732589571 / 127, 3: 2.151945705 / 127, 2: 1.510417608 / 127, 1: 0.7978845608 / 127}
+
+
+def num_tiles(numel: int) -> int:
+    return -(-numel // TILE)
+
+
+def tile_offsets(numels: Sequence[int]) -> list[int]:
+    """First tile of each tensor, then the total."""
+    offsets = [0]
+    for numel in numels:
+        offsets.append(offsets[-1] + num_tiles(numel))
+    return offsets
+
+
+# Codes <-> bytes -------------------------------------------------------------------------------------------------
+
+
+def _plane_to_bytes(codes: Tensor, bits: int) -> Tensor:
+    """(..., 128) codes of `bits` (a power of two) -> (..., 16 * bits) bytes; column c is field c // B of byte c % B."""
+    fields = codes.unflatten(-1, (8 // bits, 16 * bits))  # (..., field, byte)
+    weights = 2 ** (bits * torch.arange(8 // bits, device=codes.device))
+    return (fields.long() * weights[:, None]).sum(-2).to(torch.uint8)
+
+
+def _plane_from_bytes(packed: Tensor, bits: int) -> Tensor:
+    shifts = bits * torch.arange(8 // bits, device=packed.device)
+    fields = (packed.long().unsqueeze(-2) >> shifts[:, None]) & (2**bits - 1)  # (..., field, byte)
+    return fields.flatten(-2)
+
+
+def codes_to_bytes(codes: Tensor, bits: int) -> Tensor:
+    """(..., 128) codes -> (..., 16 * bits) bytes. 3 bits: a 2-bit plane, then a 1-bit plane."""
+    if bits == 3:
+        return torch.cat([_plane_to_bytes(codes & 3, 2), _plane_to_bytes(codes >> 2, 1)], -1)
+    return _plane_to_bytes(codes, bits)
+
+
+def bytes_to_codes(packed: Tensor, bits: int) -> Tensor:
+    """(..., 16 * bits) bytes -> (..., 128) codes, int64."""
+    if bits == 3:
+        return _plane_from_bytes(packed[..., :32], 2) | (_plane_from_bytes(packed[..., 32:], 1) << 2)
+    return _plane_from_bytes(packed, bits)
+
+
+# pack ------------------------------------------------------------------------------------------------------------
+
+
+def _tree_sum(v: Tensor) -> Tensor:
+    """Halving-tree float32 sum over the last axis (128): the order every backend uses."""
+    h = TILE // 2
+    while h:
+        v = v[..., :h] + v[..., h:]
+        h //= 2
+    return v
+
+
+def _round_scale(s: Tensor, up: bool) -> Tensor:
+    """Positive float32 to 4 significant bits, to nearest even or up."""
+    u = s.view(torch.int32)
+    add = torch.full_like(u, 0xFFFFF) if up else 0x7FFFF + ((u >> 20) & 1)
+    return ((u + add) & ~0xFFFFF).view(torch.float32)
+
+
+def _encode(u: Tensor, s: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and levels (float32) of u / s."""
+    inverse = torch.where(s > 0, 1.0 / s, torch.zeros_like(s))
+    k = (u * inverse).clamp(-127, 127).round()
+    levels = torch.tensor(LEVELS[bits], dtype=torch.float32, device=u.device)
+    if bits == 8:
+        return (k + 128).long(), k
+    midpoints = (levels[:-1] + levels[1:]) / 2
+    code = torch.bucketize(k, midpoints)  # number of midpoints below k
+    return code, levels[code]
+
+
+def quantise(v: Tensor, valid: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups v (..., 128) float32, zero past `valid` (...,) columns -> codes (..., 128), scales (...,) float32 of 4
+    significant bits, squared norms (...,) float64. See csrc/packing.h for the steps."""
+    m = v.abs().amax(-1, keepdim=True)
+    zero = m < 2.0**-126
+    e = torch.where(zero, torch.zeros_like(m, dtype=torch.int32), (m.view(torch.int32) >> 23) - 126)
+    half = torch.div(e, 2, rounding_mode="trunc")
+    down, down2 = torch.exp2(-half.float()), torch.exp2(-(e - half).float())
+    u = torch.where(zero, torch.zeros_like(v), v * down * down2)
+    sum_sq = _tree_sum(u * u)
+    if bits == 8:
+        s = _round_scale(m * down * down2 / 127.0, up=True)
+    else:
+        s = torch.sqrt(sum_sq / valid[..., None].float()) * torch.tensor(INITIAL_SCALE[bits], dtype=torch.float32, device=v.device)
+        real = torch.arange(TILE, device=v.device) < valid[..., None]
+        for _ in range(2):
+            _, lev = _encode(u, s, bits)
+            s = _tree_sum(u * lev) / (lev * lev * real).sum(-1, keepdim=True)
+        s = _round_scale(s, up=False)
+    s = torch.where(zero, torch.zeros_like(s), s)
+    codes, _ = _encode(u, s, bits)
+    scale = s * torch.exp2(half.float()) * torch.exp2((e - half).float())
+    scale = torch.where(scale < 2.0**-126, torch.zeros_like(scale), scale)
+    return codes, scale[..., 0], torch.ldexp(sum_sq.double(), 2 * e)[..., 0]
+
+
+def _pad_columns(flat: Tensor) -> Tensor:
+    """(..., numel) -> (..., tiles, 128), zero past the end."""
+    tiles = num_tiles(flat.shape[-1])
+    return torch.nn.functional.pad(flat, (0, tiles * TILE - flat.shape[-1])).unflatten(-1, (tiles, TILE))
+
+
+def pack(
+    rows: Sequence[Tensor],
+    center: Sequence[Tensor],
+    numels: Sequence[int],
+    tile_segment: Tensor,
+    bits: int,
+    codes: Tensor,
+    scales: Tensor,
+    sum_sq: Tensor,
+    max_scale: Tensor,
+) -> tuple[int, int, int] | None:
+    """Packs rows - center into codes (tiles, n, 16 bits) and scales (tiles, n) bfloat16; adds squared norms to sum_sq (n, L)
+    float64 and maximises max_scale (n, L) float32. rows: the n rows of tensor 0, then of tensor 1, ... Returns (row, tensor,
+    column) of a NaN or Inf, None if there is none."""
+    n = sum_sq.shape[0]
+    offsets = tile_offsets(numels)
+    for k, numel in enumerate(numels):
+        if numel == 0:
+            continue
+        v = torch.stack([r.reshape(-1).float() for r in rows[k * n : (k + 1) * n]])  # (n, numel)
+        if center:
+            v = v - center[k].reshape(-1).float()
+        if not torch.isfinite(v).all():
+            row, column = torch.nonzero(~torch.isfinite(v))[0].tolist()
+            return row, k, column
+        v = _pad_columns(v).transpose(0, 1).contiguous()  # (tiles, n, 128)
+        valid = (numel - TILE * torch.arange(len(v), device=v.device)).clamp(max=TILE)[:, None].expand(-1, n)
+        code, scale, squares = quantise(v, valid, bits)
+        at = slice(offsets[k], offsets[k + 1])
+        codes[at] = codes_to_bytes(code, bits)
+        scales[at] = scale.to(torch.bfloat16)
+        segment = tile_segment[at].long()
+        sum_sq.index_add_(1, segment, squares.T)
+        max_scale.scatter_reduce_(1, segment.expand(n, -1), scale.T, "amax")
+    return None
+
+
+# unpack, project, reconstruct --------------------------------------------------------------------------------------
+
+
+def dequantise(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, bits: int) -> Tensor:
+    """value = row_scale * scale * level in float64: (num_tiles, n, 128)."""
+    levels = torch.tensor(LEVELS[bits], dtype=torch.float64, device=codes.device)
+    scale = scales.float().double() * row_scale.double()[:, tile_segment.long()].T  # (num_tiles, n)
+    return levels[bytes_to_codes(codes, bits)] * scale[..., None]
+
+
+def _split(columns: Tensor, numels: Sequence[int]) -> list[Tensor]:
+    """(..., num_tiles, 128) -> one (..., numel) tensor per tensor of the model."""
+    offsets = tile_offsets(numels)
+    return [columns[..., a:b, :].flatten(-2)[..., :numel] for a, b, numel in zip(offsets, offsets[1:], numels, strict=False)]
+
+
+def unpack(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, numels: Sequence[int], bits: int) -> list[Tensor]:
+    dense = dequantise(codes, scales, row_scale, tile_segment, bits).transpose(0, 1)  # (n, num_tiles, 128)
+    return [t.float().contiguous() for t in _split(dense, numels)]
+
+
+def project(
+    codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, grads: Sequence[Tensor], numels: Sequence[int], bits: int
+) -> Tensor:
+    """c[i, l] = sum over columns j of segment l of P[i, j] g[j]; float64 inside; an empty gradient counts as zero."""
+    p = dequantise(codes, scales, row_scale, tile_segment, bits)  # (num_tiles, n, 128)
+    flat = [g.reshape(-1) if g.numel() == numel else codes.new_zeros(numel, dtype=torch.float32) for g, numel in zip(grads, numels, strict=True)]
+    g = torch.cat([_pad_columns(f.double()) for f in flat])  # (num_tiles, 128)
+    per_tile = (p @ g[:, :, None])[..., 0]  # (num_tiles, n)
+    c = per_tile.new_zeros(row_scale.shape).index_add(1, tile_segment.long(), per_tile.T)
+    return c if any(f.dtype == torch.float64 for f in flat) else c.float()
+
+
+def reconstruct(
+    codes: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    tile_segment: Tensor,
+    x: Tensor,
+    center: Sequence[Tensor],
+    numels: Sequence[int],
+    bits: int,
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """out[j] = center[j] + sum_i x[i, l] P[i, j]; float64 inside, rounded to float32 and then to the dtype of `out`
+    (of the center without `out`; float32 without both)."""
+    p = dequantise(codes, scales, row_scale, tile_segment, bits)
+    weights = x.double()[:, tile_segment.long()].T  # (num_tiles, n)
+    flat = _split((weights[:, None, :] @ p)[:, 0], numels)
+    if center:
+        flat = [c.reshape(-1).double() + f for c, f in zip(center, flat, strict=True)]
+    if out is not None:
+        for o, f in zip(out, flat, strict=True):
+            o.copy_(f.float().to(o.dtype).view_as(o))
+        return list(out)
+    dtypes = [c.dtype for c in center] if center else [x.dtype] * len(flat)
+    return [f if d == torch.float64 else f.float().to(d) for f, d in zip(flat, dtypes, strict=True)]
+
+
+def relative_error(v: Tensor, bits: int) -> float:
+    """||v - dequantised v|| / ||v|| of a 1-D tensor packed alone, before row_scale: the quantiser's error on this data."""
+    groups = _pad_columns(v.float().reshape(1, -1))[0]
+    valid = (v.numel() - TILE * torch.arange(len(groups))).clamp(max=TILE)
+    codes, scale, _ = quantise(groups, valid, bits)
+    back = torch.tensor(LEVELS[bits], dtype=torch.float32)[codes] * scale[:, None]
+    return math.sqrt(((back - groups) ** 2).sum().item() / (groups**2).sum().item())
