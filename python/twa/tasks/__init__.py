@@ -1,0 +1,105 @@
+"""Tasks: what `twa average` needs to know about a model, as a Python file or a built-in name.
+
+A task file defines
+
+    model()                 a new nn.Module
+    train_data()            re-iterable batches for TWA-t and BatchNorm re-estimation
+    val_data()              re-iterable batches on which every choice is made
+    loss(model, batch)      scalar mean loss over the batch; runs the model
+
+and may define
+
+    heldout_data()          batches for TWA-v's gradient steps, disjoint from val_data. Without it, TWA-v takes every other batch of
+                            val_data and all choices are made on the rest.
+    test_data()             batches for the report only
+    metric(model, batch)    mean over the batch of a second figure for the report, such as accuracy; METRIC names it
+
+Data functions may take a `seed` argument, which then orders the batches.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from torch import Tensor, nn
+
+BUILT_IN = ("chars", "digits")
+REQUIRED = ("model", "train_data", "val_data", "loss")
+
+
+class TaskError(ValueError):
+    """The task cannot be loaded or does not keep the contract."""
+
+
+class _EveryOther:
+    def __init__(self, batches: Iterable, start: int) -> None:
+        self.batches, self.start = batches, start
+
+    def __iter__(self):
+        return (batch for k, batch in enumerate(self.batches) if k % 2 == self.start)
+
+
+@dataclass
+class Task:
+    """A loaded task; see the module's text."""
+
+    name: str
+    model: Callable[[], nn.Module]
+    loss: Callable[[nn.Module, object], Tensor]
+    train: Iterable
+    val: Iterable
+    heldout: Iterable
+    test: Iterable | None
+    metric: Callable[[nn.Module, object], float] | None
+    metric_name: str
+
+
+def load_task(name: str, seed: int = 0) -> Task:
+    """A built-in task by name, or a Python file (which is run)."""
+    if name in BUILT_IN:
+        module = importlib.import_module(f"twa.tasks.{name}")
+    else:
+        module = _run_file(Path(name))
+    if missing := [part for part in REQUIRED if not callable(getattr(module, part, None))]:
+        raise TaskError(f"task {name}: expected functions {', '.join(REQUIRED)}; {', '.join(missing)} missing")
+
+    def data(function: str) -> Iterable | None:
+        make = getattr(module, function, None)
+        if make is None:
+            return None
+        batches = make(seed=seed) if "seed" in inspect.signature(make).parameters else make()
+        if iter(batches) is batches:
+            raise TaskError(f"task {name}: {function}() returned an iterator, which can be read only once; return a DataLoader or a list of batches")
+        return batches
+
+    val, heldout = data("val_data"), data("heldout_data")
+    if heldout is None:
+        val, heldout = _EveryOther(val, 1), _EveryOther(val, 0)
+    return Task(
+        name=name,
+        model=module.model,
+        loss=module.loss,
+        train=data("train_data"),
+        val=val,
+        heldout=heldout,
+        test=data("test_data"),
+        metric=getattr(module, "metric", None),
+        metric_name=getattr(module, "METRIC", "metric"),
+    )
+
+
+def _run_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise TaskError(f"task {str(path)!r}: expected one of {', '.join(BUILT_IN)}, or a Python file; there is no such file")
+    spec = importlib.util.spec_from_file_location(f"twa_task_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise TaskError(f"task {str(path)!r}: expected a file ending in .py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -23,7 +23,7 @@ EVAL_BATCH = 64
 BLOCK = 16 * (CONTEXT + 1)  # characters per block of the split
 CYCLE = 20
 HELDOUT, VALIDATION, TEST = 9, 14, 19  # positions in a cycle; the other 17 are training data
-EVAL_WINDOWS = 256  # windows of (CONTEXT + 1) characters that validation and test use
+VAL_WINDOWS, TEST_WINDOWS = 192, 512  # windows of (CONTEXT + 1) characters
 
 
 class Block(nn.Module):
@@ -119,11 +119,11 @@ def heldout_data(seed: int = 0) -> Batches:
 
 
 def val_data() -> Batches:
-    return Batches("val", EVAL_BATCH, limit=EVAL_WINDOWS)
+    return Batches("val", EVAL_BATCH, limit=VAL_WINDOWS)
 
 
 def test_data() -> Batches:
-    return Batches("test", EVAL_BATCH, limit=EVAL_WINDOWS * 4)
+    return Batches("test", EVAL_BATCH, limit=TEST_WINDOWS)
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:

@@ -1,0 +1,90 @@
+"""Re-estimation of BatchNorm statistics, which no averaging of checkpoints gets right."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def batch_size(batch: object) -> int:
+    """Samples in a batch: the first dimension of its first tensor."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else 1
+    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    for item in items:
+        if isinstance(item, Tensor) and item.dim():
+            return item.shape[0]
+    raise TypeError(f"batch: expected a tensor, or a tuple, list or dict that holds one, found {type(batch).__name__}")
+
+
+def run_model(model: nn.Module, batch: object) -> object:
+    """Forward pass on a batch as loaders give it: model(**batch) for a dict (keys that forward does not take are left out),
+    model(batch[0]) for a tuple or list, model(batch) for a tensor."""
+    if isinstance(batch, Mapping):
+        accepted = inspect.signature(model.forward).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+            batch = {k: v for k, v in batch.items() if k in accepted}
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, list | tuple) else batch)
+
+
+def tracked_batchnorms(model: nn.Module) -> list[_BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.running_mean is not None]
+
+
+@torch.no_grad()
+def update_bn(loader: Iterable, model: nn.Module, forward: Callable[[nn.Module, object], object] = run_model, max_batches: int | None = None) -> int:
+    """Sets every BatchNorm's running mean and variance to their averages over the batches, each weighted by its size.
+
+    loader       tensors, tuples or lists (model input first), or dicts (passed by keyword)
+    forward      how to run the model on a batch, if that guess is wrong
+    max_batches  stop after so many
+
+    Returns the number of batches used: 0, without reading any, if the model has no BatchNorm with running statistics. A batch of one
+    sample is left out (BatchNorm cannot take a variance of it) unless it is the only one. Training mode, momenta and
+    the momentum-averaging state are restored. Raises ValueError if the loader is empty.
+    """
+    norms = tracked_batchnorms(model)
+    if not norms:
+        return 0
+    modes = {m: m.training for m in model.modules()}
+    momenta = {m: m.momentum for m in norms}
+    try:
+        model.train()
+        for m in model.modules():
+            if isinstance(m, nn.modules.dropout._DropoutNd):
+                m.eval()
+        for m in norms:
+            m.train()
+            m.reset_running_stats()
+        samples = batches = 0
+        lone = None
+        for batch in loader:
+            if max_batches is not None and batches >= max_batches:
+                break
+            size = batch_size(batch)
+            if size == 1:
+                lone = batch
+                continue
+            samples += size
+            batches += 1
+            for m in norms:
+                m.momentum = size / samples  # running = (1 - size / samples) * running + size / samples * batch
+            forward(model, batch)
+        if not batches:
+            if lone is None:
+                raise ValueError("update_bn: expected at least one batch, found none: is the loader an exhausted iterator?")
+            for m in norms:
+                m.momentum = 1.0
+            forward(model, lone)
+            batches = 1
+        return batches
+    finally:
+        for m, momentum in momenta.items():
+            m.momentum = momentum
+        for m, training in modes.items():
+            m.training = training

@@ -1,0 +1,73 @@
+"""`DenseBasis`: the float32 basis (bits=32), plain PyTorch. It costs n * D * 4 bytes and shows what low bits lose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class DenseBasis:
+    """P as one (n, numel_k) float32 matrix per tensor, one segment each; the counterpart of twa_kernels.PackedBasis."""
+
+    bits = 32
+
+    def __init__(self, rows: list[Tensor], segment: list[int], divisor: Tensor, shapes: tuple[torch.Size, ...]) -> None:
+        self.rows, self.segment, self.divisor, self.shapes = rows, segment, divisor, shapes
+
+    @property
+    def n(self) -> int:
+        return self.divisor.shape[0]
+
+    @property
+    def num_segments(self) -> int:
+        return self.divisor.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.divisor.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(r.numel() * r.element_size() for r in self.rows)
+
+    def to(self, device: torch.device | str) -> DenseBasis:
+        return DenseBasis([r.to(device) for r in self.rows], self.segment, self.divisor.to(device), self.shapes)
+
+    def project(self, grads: Sequence[Tensor | None]) -> Tensor:
+        """c (n, L) = P @ g, per segment."""
+        c = torch.zeros(self.n, self.num_segments, device=self.device)
+        for p, l, g in zip(self.rows, self.segment, grads, strict=True):
+            if g is not None:
+                c[:, l] += p @ g.reshape(-1).float()
+        return c
+
+    def reconstruct(self, x: Tensor, center: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """out = center + x^T P, per segment, in place."""
+        for p, l, c, o in zip(self.rows, self.segment, center, out, strict=True):
+            o.copy_((c.reshape(-1) + x[:, l] @ p).view_as(o))
+
+
+class DensePacker:
+    """Collects rows one tensor at a time, as twa_kernels.Packer does."""
+
+    def __init__(self, n: int, shapes: Sequence[torch.Size], segments: Sequence[int]) -> None:
+        self.shapes, self.segments = tuple(shapes), list(segments)
+        self.rows: list[Tensor] = []
+        self.sum_sq = torch.zeros(n, max(self.segments, default=-1) + 1, dtype=torch.float64)
+
+    def add(self, rows: Sequence[Tensor], center: Tensor) -> None:
+        l = self.segments[len(self.rows)]
+        p = torch.stack([r.reshape(-1).float() - center.reshape(-1) for r in rows])  # (n, numel)
+        self.sum_sq[:, l] += p.double().square().sum(1)
+        self.rows.append(p)
+
+    def finish(self, normalize: str) -> DenseBasis:
+        from twa_kernels.packed import row_divisor
+
+        divisor = row_divisor(self.sum_sq, normalize)
+        inverse = torch.where(divisor > 0, 1.0 / divisor, 0.0).float()
+        for p, l in zip(self.rows, self.segments, strict=True):
+            p *= inverse[:, l, None]
+        return DenseBasis(self.rows, self.segments, divisor, self.shapes)

@@ -1,0 +1,86 @@
+"""`SubspaceOptimizer`: a torch optimizer over the coefficients that drops into a training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .subspace import Subspace
+
+
+class SubspaceOptimizer(torch.optim.Optimizer):
+    """Trains the coefficients x (n, L) of a subspace with any torch optimizer.
+
+        optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.02)
+        for batch in loader:
+            loss(model, batch).backward(); optimizer.step(); optimizer.zero_grad()
+
+    step(): x.grad = project(gradients of the model); inner optimizer step on x; model = center + x^T P. In plain PyTorch, per
+    segment: `x.grad = P @ g; inner.step(); theta = center + x @ P`.
+
+    `param_groups`, `state` and `defaults` are the inner optimizer's, so learning-rate schedulers work as usual. Gradients
+    accumulate in the model's .grad over several backward calls; clipping them before step() works too. `state_dict` holds
+    the inner state and x; `load_state_dict` also moves the model.
+    """
+
+    def __init__(self, subspace: Subspace, optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW, **options: Any) -> None:
+        self.subspace = subspace
+        self.inner = optimizer([subspace.coefficients], **options)
+        super().__init__([subspace.coefficients], self.inner.defaults)
+
+    # One source of truth: the base class assigns these, schedulers read and change them, the inner optimizer owns them.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        pass
+
+    def add_param_group(self, group: dict[str, Any]) -> None:
+        if group["params"] is not self.subspace.coefficients and group["params"] != [self.subspace.coefficients]:
+            raise ValueError("SubspaceOptimizer trains the subspace's coefficients only; use another optimizer beside it for other parameters")
+
+    @property
+    def state(self):
+        return self.inner.state
+
+    @state.setter
+    def state(self, value) -> None:
+        pass
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None):
+        if closure is None:
+            self.subspace.coefficients.grad = self.subspace.project_gradients()
+            loss = self.inner.step()
+        else:
+            loss = self.inner.step(lambda: self._evaluate(closure))
+        self.subspace.write_weights()
+        return loss
+
+    def _evaluate(self, closure: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """For optimizers such as L-BFGS that try several coefficients in one step."""
+        self.subspace.write_weights()
+        with torch.enable_grad():
+            loss = closure()
+        self.subspace.coefficients.grad = self.subspace.project_gradients()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.subspace.model.zero_grad(set_to_none=set_to_none)
+        self.inner.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"inner": self.inner.state_dict(), "coefficients": self.subspace.coefficients.detach().clone()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        x = state["coefficients"]
+        if x.shape != self.subspace.coefficients.shape:
+            raise ValueError(f"coefficients: expected shape {tuple(self.subspace.coefficients.shape)}, found {tuple(x.shape)}")
+        self.inner.load_state_dict(state["inner"])
+        self.subspace.coefficients.copy_(x)
+        self.subspace.write_weights()

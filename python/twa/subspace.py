@@ -1,0 +1,334 @@
+"""`Subspace`: the model's weights as center + sum_i x[i, l] * P[i, :], built from candidates in one stream."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import twa_kernels as tk
+from torch import Tensor, nn
+
+from . import schemes
+from .candidates import CandidateError, Candidates, TensorInfo, average_into, check_info
+from .dense import DenseBasis, DensePacker
+from .files import write_json, write_safetensors
+
+BITS = (32, 8, 4, 3, 2, 1)
+Granularity = str | Mapping[str, object] | Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What becomes of each tensor of the model.
+
+    trained   parameters in the subspace: name -> key in the candidate files
+    fixed     float tensors that are averaged but not trained: frozen parameters and float buffers
+    copied    integer and bool buffers: taken from the last candidate
+    aliases   other names of tied parameters: name -> the name that stands for them
+    """
+
+    trained: dict[str, str]
+    fixed: dict[str, str]
+    copied: dict[str, str]
+    aliases: dict[str, str]
+
+
+def layout_of(model: nn.Module, candidates: Candidates) -> Layout:
+    """Matches the model's state_dict with the candidates' keys; CandidateError where they do not fit."""
+    canonical: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        first = canonical.setdefault(id(p), name)
+        if first != name:
+            aliases[name] = first
+    parameters = dict(model.named_parameters())
+    state = model.state_dict(keep_vars=True)
+    expected = {name: t for name, t in state.items() if isinstance(t, Tensor)}
+    first, info = candidates[0], candidates.info
+
+    if unexpected := sorted(info.keys() - expected.keys()):
+        raise CandidateError(f"{first.path}: tensor {unexpected[0]!r} is unexpected ({len(unexpected)} in all): the model does not have it")
+    groups: dict[str, list[str]] = {}  # canonical name -> keys present in the files
+    for name in expected:
+        groups.setdefault(aliases.get(name, name), [])
+        if name in info:
+            groups[aliases.get(name, name)].append(name)
+    if missing := sorted(name for name, keys in groups.items() if not keys):
+        raise CandidateError(f"{first.path}: tensor {missing[0]!r} of the model is missing ({len(missing)} in all)")
+
+    layout = Layout({}, {}, {}, {a: n for a, n in aliases.items() if a in expected})
+    for name, keys in groups.items():
+        tensor, key = expected[name], keys[0]
+        for k in keys:
+            check_info(first.path, k, TensorInfo(tuple(tensor.shape), tensor.dtype), info[k], "in the model")
+        for other in keys[1:]:
+            for c in candidates:
+                if not torch.equal(c.tensor(key), c.tensor(other)):
+                    raise CandidateError(f"{c.path}: {key!r} and {other!r} are one tied weight in the model but differ in the file")
+        if not tensor.is_floating_point():
+            layout.copied[name] = key
+        elif name in parameters and parameters[name].requires_grad:
+            layout.trained[name] = key
+        else:
+            layout.fixed[name] = key
+    if not layout.trained:
+        raise ValueError("the model has no trainable floating-point parameter: nothing to average")
+    return layout
+
+
+def segment_labels(names: list[str], granularity: Granularity) -> list[object]:
+    """Label of each parameter's segment: "model", "block" (the name up to its first number, else its module), "tensor", a mapping
+    from parameter name to label, or a function."""
+    if granularity == "model":
+        return ["model"] * len(names)
+    if granularity == "tensor":
+        return list(names)
+    if granularity == "block":
+        blocks = [re.match(r"(.*?\.\d+)\.", name) for name in names]
+        return [m.group(1) if m else name.rpartition(".")[0] or name for m, name in zip(blocks, names, strict=True)]
+    if isinstance(granularity, Mapping):
+        if missing := [name for name in names if name not in granularity]:
+            raise ValueError(f"granularity: the mapping has no segment for parameter {missing[0]!r} ({len(missing)} in all)")
+        return [granularity[name] for name in names]
+    if callable(granularity):
+        return [granularity(name) for name in names]
+    raise ValueError(f"granularity: expected 'model', 'block', 'tensor', a mapping or a function, found {granularity!r}")
+
+
+class Subspace:
+    """The span of the candidates around a center, attached to a model.
+
+    theta = center + sum_i x[i, l] * P[i, :]   with P[i] = (w_i - center) / divisor[i, l], packed at `bits` bits
+
+    coefficients   x (n, L) float32 nn.Parameter, all zero at first: the model is at the center
+    labels         names of the L segments
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        candidates: Candidates,
+        layout: Layout,
+        basis: tk.PackedBasis | DenseBasis,
+        center: list[Tensor],
+        center_weights: Tensor,
+        labels: list[str],
+    ) -> None:
+        self.model, self.candidates, self.layout = model, candidates, layout
+        self.basis, self.center, self.center_weights, self.labels = basis, center, center_weights, labels
+        named = dict(model.named_parameters())
+        self.parameters = [named[name] for name in layout.trained]
+        self.coefficients = nn.Parameter(torch.zeros(basis.n, basis.num_segments, device=basis.device))
+
+    @classmethod
+    def from_candidates(
+        cls,
+        model: nn.Module,
+        candidates: Candidates,
+        *,
+        bits: int = 4,
+        granularity: Granularity = "tensor",
+        center: str | int | Tensor = "mean",
+        normalize: str = "row",
+        progress: Callable[[str, int], None] | None = None,
+    ) -> Subspace:
+        """Streams the candidates tensor by tensor into a basis and moves the model to the center.
+
+        bits         8, 4, 3, 2, 1 (packed), or 32 (dense float32, n * D * 4 bytes)
+        granularity  segments with their own coefficients: "model", "block", "tensor", a mapping from parameter name, or a function
+        center       "mean", "last", a candidate's index, or merge weights (n,) that sum to 1
+        normalize    "row" (each candidate's delta has the same norm), "segment" (each segment of it), "none"
+        progress     called with (tensor name, bytes read)
+
+        Frozen parameters and float buffers get the center's weights over the candidates and are not trained; integer and bool
+        buffers are the last candidate's; a tied weight counts once; tensors equal in all candidates stay as they are.
+        Raises CandidateError if files and model do not fit or a candidate holds NaN or Inf.
+        """
+        if bits not in BITS:
+            raise ValueError(f"bits: expected one of {BITS}, found {bits!r}")
+        layout = layout_of(model, candidates)
+        weights = _center_weights(center, len(candidates))
+        names = list(layout.trained)
+        labels = segment_labels(names, granularity)
+        order = {label: l for l, label in enumerate(dict.fromkeys(labels))}
+        segments = [order[label] for label in labels]
+        shapes = [torch.Size(candidates.info[layout.trained[name]].shape) for name in names]
+        packer = DensePacker(len(candidates), shapes, segments) if bits == 32 else tk.Packer(len(candidates), shapes, bits, segments)
+        centers = []
+        for name in names:
+            rows = _float_rows(candidates, layout.trained[name])
+            mean = average_into(torch.empty(rows[0].shape), rows, weights)
+            _check_finite(mean, rows, candidates, name)
+            try:
+                packer.add(rows, mean)
+            except tk.NotFiniteError as error:
+                raise CandidateError(f"{candidates[error.row].path}: tensor {name!r} differs from the center by more than float32 holds") from error
+            centers.append(mean)
+            if progress:
+                progress(name, sum(r.numel() * r.element_size() for r in rows))
+        parameters = dict(model.named_parameters())
+        device = parameters[names[0]].device
+        basis = packer.finish(normalize).to(device)
+        subspace = cls(model, candidates, layout, basis, [c.to(device) for c in centers], weights, [str(label) for label in order])
+        subspace._load_fixed(weights)
+        subspace.write_weights()
+        return subspace
+
+    # Weights in and out -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def write_weights(self) -> None:
+        """model parameters = center + sum_i x[i, l] * P[i, :], in their own dtypes."""
+        out = [p.data for p in self.parameters]
+        if isinstance(self.basis, DenseBasis):
+            self.basis.reconstruct(self.coefficients, self.center, out)
+            return
+        # float64 parameters, which the kernels do not write, go through float32.
+        targets = [torch.empty_like(o, dtype=torch.float32) if o.dtype == torch.float64 else o for o in out]
+        tk.reconstruct(self.basis, self.coefficients, self.center, out=targets)
+        for o, t in zip(out, targets, strict=True):
+            if o is not t:
+                o.copy_(t)
+
+    @torch.no_grad()
+    def project_gradients(self) -> Tensor:
+        """c (n, L): the gradient of the coefficients, from the parameters' .grad (None counts as zero)."""
+        grads = [p.grad for p in self.parameters]
+        if all(g is None for g in grads):
+            raise RuntimeError("no parameter of the model has a gradient: call loss.backward() before optimizer.step()")
+        if isinstance(self.basis, DenseBasis):
+            return self.basis.project(grads)
+        return tk.project(self.basis, [g.float() if g is not None and g.dtype == torch.float64 else g for g in grads])
+
+    # Coefficients and merge weights -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge_weights(self) -> Tensor:
+        """beta (n, L) float64: theta = sum_i beta[i, l] w_i, sum_i beta[i, l] = 1 (exact without quantisation)."""
+        divisor = self.basis.divisor.cpu()
+        share = torch.where(divisor > 0, self.coefficients.cpu().double() / torch.where(divisor > 0, divisor, 1.0), 0.0)
+        return share + self.center_weights[:, None] * (1.0 - share.sum(0, keepdim=True))
+
+    @torch.no_grad()
+    def set_merge_weights(self, beta: Tensor) -> None:
+        """Coefficients for merge weights (n,) or (n, L) that sum to 1, and the model there."""
+        beta = beta.double().cpu()
+        beta = beta[:, None].expand(-1, self.basis.num_segments) if beta.dim() == 1 else beta
+        if beta.shape != self.coefficients.shape or not torch.allclose(beta.sum(0), torch.ones(1, dtype=torch.float64), atol=1e-6):
+            raise ValueError(f"merge weights: expected shape (n,) or {tuple(self.coefficients.shape)} with columns that sum to 1, found {tuple(beta.shape)}")
+        self.coefficients.copy_((beta * self.basis.divisor.cpu()).float())
+        self.write_weights()
+
+    # Everything that is not trained -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _load_fixed(self, weights: Tensor) -> None:
+        load_untrained(self.model, self.candidates, self.layout, weights)
+
+    # Export -------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Writes averaged.safetensors (the model as it is now, every key and dtype of the candidate files) and coefficients.json
+        (x and merge weights beta)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_safetensors(folder / "averaged.safetensors", export_state(self.model, self.candidates, self.layout))
+        write_json(folder / "coefficients.json", self.coefficients_json())
+
+    def coefficients_json(self) -> dict:
+        return {
+            "format": "twa-coefficients-1",
+            "candidates": [str(c.path) for c in self.candidates],
+            "segments": self.labels,
+            "segment_of": dict(zip(self.layout.trained, self._segment_labels(), strict=True)),
+            "bits": self.basis.bits,
+            "center_weights": self.center_weights.tolist(),
+            "x": self.coefficients.detach().cpu().tolist(),
+            "beta": self.merge_weights().tolist(),
+        }
+
+    def _segment_labels(self) -> list[str]:
+        if isinstance(self.basis, DenseBasis):
+            return [self.labels[l] for l in self.basis.segment]
+        labels, tile = [], 0
+        for numel in self.basis.numels:
+            labels.append(self.labels[int(self.basis.tile_segment[tile])] if numel else "")
+            tile += -(-numel // 128)
+        return labels
+
+
+def _center_weights(center: str | int | Tensor, n: int) -> Tensor:
+    if center == "mean" if isinstance(center, str) else False:
+        return schemes.uniform(n)
+    if isinstance(center, str) and center == "last":
+        return schemes.candidate(n, -1)
+    if isinstance(center, int):
+        return schemes.candidate(n, center)
+    if isinstance(center, Tensor) and center.shape == (n,) and abs(float(center.double().sum()) - 1.0) < 1e-6:
+        return center.double().cpu()
+    raise ValueError(f"center: expected 'mean', 'last', an index below {n} or {n} merge weights that sum to 1, found {center!r}")
+
+
+def _float_rows(candidates: Candidates, key: str) -> list[Tensor]:
+    """The n rows of a tensor in a dtype that the kernels read; only float64 and float8 are converted."""
+    return [r if r.dtype in (torch.float32, torch.bfloat16, torch.float16) else r.float() for r in candidates.tensors(key)]
+
+
+def _check_finite(mean: Tensor, rows: list[Tensor], candidates: Candidates, name: str) -> None:
+    """A NaN or Inf in any row shows in the rows' weighted sum, or in a row of weight 0; then say which file."""
+    if torch.isfinite(mean).all() and all(bool(torch.isfinite(r).all()) for r in rows):
+        return
+    for candidate, row in zip(candidates, rows, strict=True):
+        bad = ~torch.isfinite(row)
+        if bad.any():
+            where = torch.nonzero(bad)[0].tolist()
+            raise CandidateError(
+                f"{candidate.path}: tensor {name!r} has {int(bad.sum())} NaN or Inf of {row.numel()} values (the first at {where}): expected finite weights"
+            )
+    raise CandidateError(f"the mean of tensor {name!r} overflows float32")
+
+
+@torch.no_grad()
+def load_untrained(model: nn.Module, candidates: Candidates, layout: Layout, weights: Tensor) -> None:
+    """Frozen parameters and float buffers: the candidates' weighted mean; integer and bool buffers: the last candidate's."""
+    state = model.state_dict(keep_vars=True)
+    for name, key in layout.fixed.items():
+        rows = candidates.tensors(key)
+        if all(torch.equal(rows[0], r) for r in rows[1:]):
+            value = rows[0]
+        else:
+            value = candidates.average(key, weights)
+        if not torch.isfinite(value).all():
+            _check_finite(value, rows, candidates, key)
+        state[name].data.copy_(value)
+    for name, key in layout.copied.items():
+        state[name].data.copy_(candidates[-1].tensor(key))
+
+
+@torch.no_grad()
+def load_merge(model: nn.Module, candidates: Candidates, layout: Layout, beta: Tensor) -> None:
+    """model = sum_i beta[i] w_i, exactly (no basis, no quantisation), streamed tensor by tensor."""
+    parameters = dict(model.named_parameters())
+    for name, key in layout.trained.items():
+        parameters[name].data.copy_(candidates.average(key, beta))
+    load_untrained(model, candidates, layout, beta)
+
+
+@torch.no_grad()
+def export_state(model: nn.Module, candidates: Candidates, layout: Layout) -> dict[str, Tensor]:
+    """The model's tensors under every key of the candidate files, in the files' dtypes."""
+    state = model.state_dict()
+    return {key: state[key].detach().to("cpu", info.dtype, copy=True).contiguous() for key, info in candidates.info.items()}
+
+
+@torch.no_grad()
+def round_to_files(model: nn.Module, candidates: Candidates, layout: Layout) -> None:
+    """Rounds the model's weights to the dtypes of the candidate files, so that what is measured is what is exported."""
+    state = model.state_dict(keep_vars=True)
+    for name, key in (layout.trained | layout.fixed).items():
+        dtype = candidates.info[key].dtype
+        if dtype != state[name].dtype:
+            state[name].data.copy_(state[name].data.to(dtype))
