@@ -5,6 +5,7 @@
     theta = twa_kernels.reconstruct(basis, x, center)         # one tensor per parameter; differentiable in x
 """
 
+from . import native, reference
 from .api import pack, project, reconstruct, unpack
 from .ops import NotFiniteError
 from .packed import PackedBasis, Packer

@@ -35,7 +35,7 @@ def pack(
     backend    overrides the table in dispatch.py.
 
     Raises ValueError or TypeError on wrong sizes and dtypes, NotFiniteError on NaN or Inf. Plain PyTorch, unquantised:
-    `P = torch.stack(rows) - center; P *= P.norm(dim=1).square().mean().sqrt() / P.norm(dim=1, keepdim=True)`.
+    `P = torch.stack(rows) - center; norms = P.norm(dim=1, keepdim=True); P *= norms.quantile(0.25, interpolation="lower") / norms`.
     """
     rows = [rows] if isinstance(rows, Tensor) else list(rows)
     if not rows:

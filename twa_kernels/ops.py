@@ -1,6 +1,6 @@
 """The ops as torch.library entries: schema, checks, fake and autograd of each sit together.
 
-Tensors of a packed basis (csrc/packing.h): codes (num_tiles, n, 16 * bits) uint8, scales (num_tiles, n) float8_e4m3fn,
+Tensors of a packed basis (csrc/packing.h): codes (num_tiles, n, 16 * bits) uint8, scales (num_tiles, n) uint8 (the bits of e4m3),
 row_scale (n, L) float32, tile_segment (num_tiles,) int32. Lists hold one tensor per tensor of the model, `numels` their
 sizes; the k-th starts at tile sum(num_tiles(numels[:k])). Users call the functions of `api.py`.
 """
@@ -21,12 +21,12 @@ BASIS = "Tensor codes, Tensor scales, Tensor row_scale, Tensor tile_segment"
 _library = torch.library.Library("twa_kernels", "DEF")
 _library.define(
     "pack(Tensor[] rows, Tensor[] center, int[] numels, Tensor tile_segment, int bits, Tensor(a!) codes, Tensor(b!) scales, "
-    "Tensor(c!) sum_sq, Tensor(d!) max_scale, str backend='') -> ()"
+    "Tensor(c!) sum_sq, Tensor(d!) max_scale, str backend) -> ()"
 )
-_library.define(f"unpack({BASIS}, int[] numels, int bits, str backend='') -> Tensor[]")
-_library.define(f"project({BASIS}, Tensor[] grads, int[] numels, int bits, str backend='') -> Tensor")
-_library.define(f"reconstruct({BASIS}, Tensor x, Tensor[] center, int[] numels, int bits, str backend='') -> Tensor[]")
-_library.define(f"reconstruct_out({BASIS}, Tensor x, Tensor[] center, int[] numels, int bits, Tensor(a!)[] out, str backend='') -> ()")
+_library.define(f"unpack({BASIS}, int[] numels, int bits, str backend) -> Tensor[]")
+_library.define(f"project({BASIS}, Tensor[] grads, int[] numels, int bits, str backend) -> Tensor")
+_library.define(f"reconstruct({BASIS}, Tensor x, Tensor[] center, int[] numels, int bits, str backend) -> Tensor[]")
+_library.define(f"reconstruct_out({BASIS}, Tensor x, Tensor[] center, int[] numels, int bits, Tensor(a!)[] out, str backend) -> ()")
 
 
 # Rules, each written once; they hold for real and for fake tensors. -------------------------------------------------
@@ -54,7 +54,7 @@ def _check_basis(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment:
         raise ValueError(f"row_scale: expected shape (n, L) with 1 <= n <= {MAX_ROWS}, found {tuple(row_scale.shape)}")
     n, tiles = row_scale.shape[0], tile_offsets(numels)[-1]
     _check_tensor("codes", codes, (tiles, n, 16 * bits), torch.uint8, codes.device)
-    _check_tensor("scales", scales, (tiles, n), torch.float8_e4m3fn, codes.device)
+    _check_tensor("scales", scales, (tiles, n), torch.uint8, codes.device)
     _check_tensor("row_scale", row_scale, row_scale.shape, torch.float32, codes.device)
     _check_tensor("tile_segment", tile_segment, (tiles,), torch.int32, codes.device)
 
@@ -124,7 +124,7 @@ class NotFiniteError(ValueError):
 
 
 @_impl("pack")
-def _pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, backend="") -> None:
+def _pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, backend) -> None:
     _check_pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, backend)
     kernel = dispatch.select("pack", codes.device.type, backend)
     bad = kernel(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale)
@@ -133,7 +133,7 @@ def _pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_s
 
 
 @torch.library.register_fake("twa_kernels::pack", lib=_library)
-def _pack_fake(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, backend="") -> None:
+def _pack_fake(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, backend) -> None:
     _check_pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, backend)
 
 
@@ -141,13 +141,13 @@ def _pack_fake(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, 
 
 
 @_impl("unpack")
-def _unpack(codes, scales, row_scale, tile_segment, numels, bits, backend=""):
+def _unpack(codes, scales, row_scale, tile_segment, numels, bits, backend):
     _check_basis(codes, scales, row_scale, tile_segment, numels, bits)
     return dispatch.select("unpack", codes.device.type, backend)(codes, scales, row_scale, tile_segment, numels, bits)
 
 
 @torch.library.register_fake("twa_kernels::unpack", lib=_library)
-def _unpack_fake(codes, scales, row_scale, tile_segment, numels, bits, backend=""):
+def _unpack_fake(codes, scales, row_scale, tile_segment, numels, bits, backend):
     _check_basis(codes, scales, row_scale, tile_segment, numels, bits)
     return [row_scale.new_empty(row_scale.shape[0], numel) for numel in numels]
 
@@ -161,13 +161,13 @@ def _check_project(codes, scales, row_scale, tile_segment, grads, numels, bits, 
 
 
 @_impl("project")
-def _project(codes, scales, row_scale, tile_segment, grads, numels, bits, backend=""):
+def _project(codes, scales, row_scale, tile_segment, grads, numels, bits, backend):
     _check_project(codes, scales, row_scale, tile_segment, grads, numels, bits, backend)
     return dispatch.select("project", codes.device.type, backend)(codes, scales, row_scale, tile_segment, grads, numels, bits).float()
 
 
 @torch.library.register_fake("twa_kernels::project", lib=_library)
-def _project_fake(codes, scales, row_scale, tile_segment, grads, numels, bits, backend=""):
+def _project_fake(codes, scales, row_scale, tile_segment, grads, numels, bits, backend):
     _check_project(codes, scales, row_scale, tile_segment, grads, numels, bits, backend)
     return row_scale.new_empty(row_scale.shape)
 
@@ -198,13 +198,13 @@ def _check_reconstruct(codes, scales, row_scale, tile_segment, x, center, numels
 
 
 @_impl("reconstruct")
-def _reconstruct(codes, scales, row_scale, tile_segment, x, center, numels, bits, backend=""):
+def _reconstruct(codes, scales, row_scale, tile_segment, x, center, numels, bits, backend):
     _check_reconstruct(codes, scales, row_scale, tile_segment, x, center, numels, bits, backend)
     return dispatch.select("reconstruct", codes.device.type, backend)(codes, scales, row_scale, tile_segment, x, center, numels, bits)
 
 
 @torch.library.register_fake("twa_kernels::reconstruct", lib=_library)
-def _reconstruct_fake(codes, scales, row_scale, tile_segment, x, center, numels, bits, backend=""):
+def _reconstruct_fake(codes, scales, row_scale, tile_segment, x, center, numels, bits, backend):
     _check_reconstruct(codes, scales, row_scale, tile_segment, x, center, numels, bits, backend)
     return [x.new_empty(numel, dtype=center[k].dtype if center else torch.float32) for k, numel in enumerate(numels)]
 
@@ -227,7 +227,7 @@ torch.library.register_autograd("twa_kernels::reconstruct", _reconstruct_backwar
 
 
 @_impl("reconstruct_out")
-def _reconstruct_out(codes, scales, row_scale, tile_segment, x, center, numels, bits, out, backend="") -> None:
+def _reconstruct_out(codes, scales, row_scale, tile_segment, x, center, numels, bits, out, backend) -> None:
     _check_reconstruct(codes, scales, row_scale, tile_segment, x, center, numels, bits, backend)
     _check_list("out", out, numels, codes.device, backend)
     _check_disjoint(out)
@@ -235,6 +235,6 @@ def _reconstruct_out(codes, scales, row_scale, tile_segment, x, center, numels, 
 
 
 @torch.library.register_fake("twa_kernels::reconstruct_out", lib=_library)
-def _reconstruct_out_fake(codes, scales, row_scale, tile_segment, x, center, numels, bits, out, backend="") -> None:
+def _reconstruct_out_fake(codes, scales, row_scale, tile_segment, x, center, numels, bits, out, backend) -> None:
     _check_reconstruct(codes, scales, row_scale, tile_segment, x, center, numels, bits, backend)
     _check_list("out", out, numels, codes.device, backend)

@@ -69,8 +69,8 @@ class PackedBasis:
 
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the ops take: codes, scales, row_scale, tile_segment."""
-        return self.codes, self.scales, self.row_scale, self.tile_segment
+        """What the ops take: codes, scales (as bytes, which more of PyTorch understands than float8), row_scale, tile_segment."""
+        return self.codes, self.scales.view(torch.uint8), self.row_scale, self.tile_segment
 
     def __repr__(self) -> str:
         return (
@@ -163,8 +163,8 @@ class Packer:
         self._next += 1
 
     def finish(self, normalize: str = "row") -> PackedBasis:
-        """normalize: "row": every row gets the same norm, the root mean square of the rows' norms, so that a coefficient of 1
-        is a typical distance from the center; "segment": the same within each segment; "none": rows as they are."""
+        """normalize: "row": every row gets the same norm, the lower quartile of the rows' norms, so that a coefficient of 1 moves the
+        weights as far as a near candidate is from the center; "segment": the same within each segment; "none": rows as they are."""
         if normalize not in NORMALIZE:
             raise ValueError(f"normalize: expected one of {NORMALIZE}, found {normalize!r}")
         if self._next != len(self.shapes):
@@ -185,8 +185,8 @@ def row_divisor(sum_sq: Tensor, normalize: str) -> Tensor:
     """Squared norms (n, L) of row parts -> what each part is divided by (n, L); 0 for parts that are zero."""
     if normalize == "none":
         return (sum_sq > 0).double()
-    squares = sum_sq.sum(1, keepdim=True) if normalize == "row" else sum_sq  # (n, 1) or (n, L)
-    present = squares > 0
-    rms = (squares.sum(0) / present.sum(0).clamp(min=1)).sqrt()  # over the rows that are not zero
-    divisor = torch.where(present, squares.sqrt() / torch.where(rms > 0, rms, 1.0), 0.0)
-    return torch.where(sum_sq > 0, divisor.expand_as(sum_sq), 0.0)
+    norms = (sum_sq.sum(1, keepdim=True) if normalize == "row" else sum_sq).sqrt()  # (n, 1) or (n, L)
+    # Lower quartile of the norms that are not zero: far-off rows do not set the scale, a near-duplicate of the center neither.
+    ordered = torch.where(norms > 0, norms, torch.inf).sort(0).values
+    common = ordered.gather(0, ((norms > 0).sum(0, keepdim=True) - 1).clamp(min=0) // 4)  # (1, 1) or (1, L)
+    return torch.where(sum_sq > 0, (norms / common).expand_as(sum_sq), 0.0)

@@ -176,7 +176,7 @@ def pack(
 def dequantise(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, bits: int) -> Tensor:
     """value = row_scale * scale * level in float64: (num_tiles, n, 128)."""
     levels = torch.tensor(LEVELS[bits], dtype=torch.float64, device=codes.device)
-    scale = scales.float().double() * row_scale.double()[:, tile_segment.long()].T  # (num_tiles, n)
+    scale = scales.view(torch.float8_e4m3fn).float().double() * row_scale.double()[:, tile_segment.long()].T  # (num_tiles, n)
     return levels[bytes_to_codes(codes, bits)] * scale[..., None]
 
 

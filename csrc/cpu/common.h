@@ -110,12 +110,11 @@ TWA_INLINE double to_fixed(const float* __restrict__ v, int count, int32_t* __re
     for (int c = 0; c < count; ++c) q[c] = 0;
     return m == 0 ? 0.0 : static_cast<double>(NAN);
   }
-  int e = (m >> 23) - 126;       // 2^(e-1) <= max|v| < 2^e for normal numbers
-  if (e < -100) e = -100;        // keeps 2^(23-e) finite; below 2^-100 precision is absolute, 2^-123
-  if (bits_float(static_cast<uint32_t>(m)) * pow2f(23 - e) > static_cast<float>(kMaxFixed)) ++e;
-  const float factor = pow2f(23 - e);
+  int e = (m >> 23) - 126;  // 2^(e-1) <= max|v| < 2^e for normal numbers
+  if (std::ldexp(static_cast<double>(bits_float(static_cast<uint32_t>(m))), 23 - e) > kMaxFixed) ++e;
+  const double factor = std::ldexp(1.0, 23 - e);
   // Adding and subtracting 1.5 * 2^52 rounds a double to the nearest integer, ties to even.
-  for (int c = 0; c < count; ++c) q[c] = static_cast<int32_t>((static_cast<double>(v[c] * factor) + 0x1.8p52) - 0x1.8p52);
+  for (int c = 0; c < count; ++c) q[c] = static_cast<int32_t>((static_cast<double>(v[c]) * factor + 0x1.8p52) - 0x1.8p52);
   return std::ldexp(1.0, e - 23);
 }
 

@@ -87,7 +87,11 @@ class Outcome:
 
 
 class Average:
-    """Runs every method on one model object and remembers the best on the validation data."""
+    """Runs every method on one model object and remembers the best on the validation data.
+
+    TWA starts at the best fixed average (its center), looks at the validation data from there on, and keeps the best coefficients:
+    so it is never worse there than that average.
+    """
 
     def __init__(self, task: Task, candidates: Candidates, settings: Settings, progress: bool = True) -> None:
         self.task, self.candidates, self.settings = task, candidates, settings
@@ -160,11 +164,13 @@ class Average:
     def _twa(self, method: TwaMethod) -> Result:
         start, memory = time.perf_counter(), PeakMemory()
         s = self.settings
-        subspace = Subspace.from_candidates(self.model, self.candidates, bits=method.bits, granularity=method.granularity)
+        start_from = min((r for r in self.results if r.steps == 0), key=lambda r: r.val_loss)
+        center, center_name = start_from.beta, " ".join(filter(None, (start_from.method, start_from.note)))
+        subspace = Subspace.from_candidates(self.model, self.candidates, bits=method.bits, granularity=method.granularity, center=center)
         optimizer = SubspaceOptimizer(subspace, torch.optim.AdamW, lr=s.lr, weight_decay=s.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_then_linear(step, s.steps))
         data = self.task.train if method.kind == "t" else self.task.heldout
-        curve, val_curve, note = [], [], ""
+        curve, val_curve, note = [], [], f"from {center_name}"
         best_loss, best_x = math.inf, subspace.coefficients.detach().clone()
         looks = {round(s.steps * k / VALIDATIONS) for k in range(VALIDATIONS + 1)}
         bar = self._bar(method.name, s.steps)
@@ -179,7 +185,7 @@ class Average:
             self.model.train()
             loss = self.task.loss(self.model, batch)
             if not torch.isfinite(loss):
-                note = f"stopped: loss {loss.item()} at step {step}; best coefficients so far kept"
+                note += f"; stopped: loss {loss.item()} at step {step}; best coefficients so far kept"
                 print(f"twa: {method.name}: {note}", file=sys.stderr)
                 break
             optimizer.zero_grad()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 class DenseBasis:
-    """P as one (n, numel_k) float32 matrix per tensor, one segment each; the counterpart of twa_kernels.PackedBasis."""
+    """P as one (n, numel_k) matrix per tensor (float32, or float64 for checks), one segment each; the counterpart of
+    twa_kernels.PackedBasis."""
 
     bits = 32
 
@@ -29,6 +30,10 @@ class DenseBasis:
         return self.divisor.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.rows[0].dtype
+
+    @property
     def nbytes(self) -> int:
         return sum(r.numel() * r.element_size() for r in self.rows)
 
@@ -37,10 +42,10 @@ class DenseBasis:
 
     def project(self, grads: Sequence[Tensor | None]) -> Tensor:
         """c (n, L) = P @ g, per segment."""
-        c = torch.zeros(self.n, self.num_segments, device=self.device)
+        c = torch.zeros(self.n, self.num_segments, device=self.device, dtype=self.dtype)
         for p, l, g in zip(self.rows, self.segment, grads, strict=True):
             if g is not None:
-                c[:, l] += p @ g.reshape(-1).float()
+                c[:, l] += p @ g.reshape(-1).to(p.dtype)
         return c
 
     def reconstruct(self, x: Tensor, center: Sequence[Tensor], out: Sequence[Tensor]) -> None:

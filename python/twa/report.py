@@ -67,7 +67,7 @@ def markdown(outcome: Outcome, task: Task, command: str) -> str:
         "- Every choice (best single, EMA decay, LAWA length, soup members, TWA's stopping point, the winner) was made on the validation data; "
         "the test data only fills its column.",
         "- extra steps: gradient steps beyond the candidates' own training. seconds: wall time to build and choose, without the test. "
-        "peak MB: highest resident memory of the whole process while the method ran.",
+        "A trained average starts from the best fixed one, named in its note, whose seconds come on top. peak MB: highest resident memory of the whole process while the method ran.",
         "",
         "![loss curves, methods and merge weights](report.png)",
         "",
@@ -114,11 +114,7 @@ def _curves(axes, trained: list[Result]) -> None:
         style = dict(color=f"C{k % 10}", linestyle="--" if "float32" in r.method else "-")
         axes.plot(*zip(*r.val_curve, strict=True), marker="o", markersize=4, label=r.method, **style)
     best = min(trained, key=lambda r: r.val_loss)
-    axes.plot(range(1, len(best.curve) + 1), _smooth(best.curve, 10), color="0.6", linewidth=1, label="training loss of the best (mean of 10)")
-    # The start, at the center, can be far above everything that matters: show up to a little over the second look.
-    later = [v for r in trained for _, v in r.val_curve[1:]] + _smooth(best.curve, 10)[len(best.curve) // 4 :]
-    low, high = min(later), max(later)
-    axes.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))
+    axes.plot(range(1, len(best.curve) + 1), _smooth(best.curve, 25), color="0.6", linewidth=1, label="training loss of the best (mean of 25)", zorder=0)
     axes.legend(fontsize=8, loc="upper right")
 
 
@@ -140,7 +136,7 @@ def _bars(axes, outcome: Outcome, task: Task) -> None:
     axes.set_yticks(list(positions), [r.method for r in results], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlabel(f"{which} loss (axis does not start at 0)")
-    axes.set_title("Methods: orange won on validation, blue trained, grey fixed" + (", green no average" if any(not r.is_average for r in results) else ""))
+    axes.set_title("Orange: best on validation, blue: trained, grey: fixed" + (", green: no average" if any(not r.is_average for r in results) else ""))
 
 
 def _heat_map(figure, axes, shown: Result, outcome: Outcome) -> None:

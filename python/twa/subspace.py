@@ -121,7 +121,8 @@ class Subspace:
         self.basis, self.center, self.center_weights, self.labels = basis, center, center_weights, labels
         named = dict(model.named_parameters())
         self.parameters = [named[name] for name in layout.trained]
-        self.coefficients = nn.Parameter(torch.zeros(basis.n, basis.num_segments, device=basis.device))
+        dtype = basis.dtype if isinstance(basis, DenseBasis) else torch.float32
+        self.coefficients = nn.Parameter(torch.zeros(basis.n, basis.num_segments, device=basis.device, dtype=dtype))
 
     @classmethod
     def from_candidates(
@@ -219,7 +220,7 @@ class Subspace:
         beta = beta[:, None].expand(-1, self.basis.num_segments) if beta.dim() == 1 else beta
         if beta.shape != self.coefficients.shape or not torch.allclose(beta.sum(0), torch.ones(1, dtype=torch.float64), atol=1e-6):
             raise ValueError(f"merge weights: expected shape (n,) or {tuple(self.coefficients.shape)} with columns that sum to 1, found {tuple(beta.shape)}")
-        self.coefficients.copy_((beta * self.basis.divisor.cpu()).float())
+        self.coefficients.copy_(beta * self.basis.divisor.cpu())
         self.write_weights()
 
     # Everything that is not trained -------------------------------------------------------------------------------

@@ -1,0 +1,48 @@
+"""Shared shapes and data. Sizes sit around the tile of 128 columns; values are never all zero."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import twa_kernels as tk
+
+BITS = (8, 4, 3, 2, 1)
+#: tensors of one model: single elements, odd sizes, tile - 1, tile, tile + 1, a block of 64 tiles + 1 and a 0-d tensor
+SHAPES = [(1,), (127,), (128,), (129,), (151,), (9, 126), (64 * 128 + 1,), (), (33, 100)]
+SEGMENTS = [0, 1, 1, 2, 0, 3, 3, 4, 2]
+
+
+def tensors(shapes, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+
+
+def rows_of(n, shapes, seed=0, dtype=torch.float32):
+    return [torch.stack(list(t)) for t in zip(*(tensors(shapes, seed + 1 + i, dtype) for i in range(n)), strict=True)]
+
+
+@pytest.fixture(scope="session")
+def basis_of():
+    """basis_of(n, bits): a packed basis of SHAPES with several segments, built once."""
+    made = {}
+
+    def make(n, bits):
+        if (n, bits) not in made:
+            made[n, bits] = tk.pack(rows_of(n, SHAPES), bits, tensors(SHAPES), SEGMENTS)
+        return made[n, bits]
+
+    return make
+
+
+def run_python(code, **environment):
+    """Runs code in a fresh interpreter, returns its standard output; the test fails if it does."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def has_isa(name):
+    flags = open("/proc/cpuinfo").read() if os.path.exists("/proc/cpuinfo") else ""
+    return {"portable": True, "avx2": "avx2" in flags and "f16c" in flags, "avx512": "avx512_vnni" in flags}[name]

@@ -1,0 +1,130 @@
+"""The ops as torch.library entries: opcheck, gradcheck, torch.compile, backend selection, imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+import twa_kernels as tk
+from conftest import BITS, run_python
+from twa_kernels import dispatch, reference
+
+SHAPES = [(130,), (3, 5), (257,)]
+ROOT = Path(__file__).parent.parent
+
+
+def operands(bits=4, n=3, seed=0):
+    torch.manual_seed(seed)
+    return tk.pack([torch.randn(n, *s) for s in SHAPES], bits, segments=[0, 1, 0])
+
+
+def pack_arguments(bits):
+    n, numels = 3, [130, 15]
+    rows = [torch.randn(s) for s in numels for _ in range(n)]
+    return (
+        (rows, [torch.randn(s) for s in numels], numels, torch.tensor([0, 0, 1], dtype=torch.int32), bits)
+        + (torch.zeros(3, n, 16 * bits, dtype=torch.uint8), torch.zeros(3, n, dtype=torch.bfloat16))
+        + (torch.zeros(n, 2, dtype=torch.float64), torch.zeros(n, 2), "")
+    )
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("op", ["pack", "unpack", "project", "reconstruct", "reconstruct_out"])
+def test_opcheck(op, bits):
+    basis = operands(bits)
+    x, center = torch.randn(3, 2, requires_grad=True), [torch.randn(s, requires_grad=True) for s in SHAPES]
+    arguments = {
+        "pack": lambda: pack_arguments(bits),
+        "unpack": lambda: (*basis.operands, basis.numels, bits, ""),
+        "project": lambda: (*basis.operands, center, basis.numels, bits, ""),
+        "reconstruct": lambda: (*basis.operands, x, center, basis.numels, bits, ""),
+        "reconstruct_out": lambda: (*basis.operands, x.detach(), [c.detach() for c in center], basis.numels, bits, [torch.empty(s) for s in SHAPES], ""),
+    }[op]()
+    torch.library.opcheck(getattr(torch.ops.twa_kernels, op).default, arguments)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_gradcheck_of_the_reference(bits):
+    basis = operands(bits)
+    grads = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in SHAPES]
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *g: reference.project(*basis.operands, g, basis.numels, bits), grads)
+    assert torch.autograd.gradcheck(lambda x, *c: reference.reconstruct(*basis.operands, x, c, basis.numels, bits), (x, *grads))
+
+
+def test_second_derivative():
+    """project and reconstruct are each other's backward, so backward of backward works."""
+    basis = operands()
+    x = torch.randn(3, 2, requires_grad=True)
+    theta = tk.reconstruct(basis, x)
+    (g,) = torch.autograd.grad(sum(t.square().sum() for t in theta), x, create_graph=True)
+    (h,) = torch.autograd.grad(g.sum(), x)
+    once = tk.reconstruct(basis, torch.ones(3, 2))
+    torch.testing.assert_close(h, 2 * tk.project(basis, once), rtol=1e-4, atol=1e-4)
+
+
+def test_compile_without_graph_break():
+    basis = operands()
+    grads, center, x = [torch.randn(s) for s in SHAPES], [torch.randn(s) for s in SHAPES], torch.randn(3, 2)
+
+    def both(grads, x, center):
+        return tk.project(basis, grads), tk.reconstruct(basis, x, center)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(grads, x, center), both(grads, x, center), rtol=0, atol=0)
+
+
+def test_dispatch_never_falls_back(monkeypatch):
+    assert dispatch.select("project", "cpu") is tk.native.project
+    assert dispatch.select("project", "cpu", "reference") is reference.project
+    with pytest.raises(RuntimeError, match="no kernel for cuda tensors yet"):
+        dispatch.select("project", "cuda")
+    with pytest.raises(RuntimeError, match="does not implement"):
+        dispatch.select("project", "cuda", "cpp")
+    monkeypatch.setenv("TWA_KERNELS_BACKEND", "reference")
+    assert dispatch.select("project", "cpu") is reference.project
+    monkeypatch.setattr(tk.native, "_C", None)
+    monkeypatch.setattr(tk.native, "_import_error", "no such file", raising=False)
+    with pytest.raises(RuntimeError, match="the native module is not built"):
+        dispatch.select("project", "cpu", "cpp")
+
+
+def test_unknown_instruction_set_is_an_error():
+    code = """
+import torch, twa_kernels as tk
+try:
+    tk.pack([torch.randn(2, 3)])
+except RuntimeError as error:
+    print(error)
+"""
+    assert "expected portable, avx2 or avx512" in run_python(code, TWA_KERNELS_ISA="altivec")
+
+
+def test_diagnostics():
+    text = run_python("import runpy; runpy.run_module('twa_kernels', run_name='__main__')")
+    for word in ("backends:", "cpp", "reference", "instruction set", "project"):
+        assert word in text
+
+
+@pytest.mark.skipif(not (tk.native._C and tk.native._C.with_cuda), reason="the native module was built without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_without_a_device_says_so():
+    assert dispatch.why_unusable("cuda") == "no CUDA device on this machine"
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module
+
+
+def test_imports_point_one_way():
+    """twa -> twa_kernels -> _C -> csrc."""
+    for path in (ROOT / "twa_kernels").rglob("*.py"):
+        assert not [name for name in imports_of(path) if name.split(".")[0] == "twa"], path
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file() and path.name != "bindings.cpp":
+            text = path.read_text()
+            assert "pybind11" not in text and "Python.h" not in text and "torch/" not in text, path

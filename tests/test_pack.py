@@ -1,0 +1,185 @@
+"""pack and unpack: bytes equal to the reference, error bounds, special values, streaming."""
+
+import hashlib
+
+import pytest
+import torch
+import twa_kernels as tk
+from conftest import BITS, SEGMENTS, SHAPES, has_isa, rows_of, run_python, tensors
+from twa_kernels import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def same_bytes(a, b):
+    assert torch.equal(a.codes, b.codes)
+    assert torch.equal(a.scales.view(torch.uint8), b.scales.view(torch.uint8))
+    torch.testing.assert_close(a.row_scale, b.row_scale, rtol=1e-6, atol=0)
+    torch.testing.assert_close(a.divisor, b.divisor, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("n", [1, 5, 17])
+@pytest.mark.parametrize("bits", BITS)
+def test_bytes_equal_reference(bits, n):
+    rows, center = rows_of(n, SHAPES), tensors(SHAPES)
+    same_bytes(tk.pack(rows, bits, center, SEGMENTS), tk.pack(rows, bits, center, SEGMENTS, backend="reference"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_input_dtypes(bits, dtype):
+    rows = rows_of(3, SHAPES, dtype=dtype)
+    packed = tk.pack(rows, bits)
+    same_bytes(packed, tk.pack(rows, bits, backend="reference"))
+    same_bytes(packed, tk.pack([r.float() for r in rows], bits))
+
+
+def test_many_rows():
+    rows = rows_of(512, [(130,)])
+    same_bytes(tk.pack(rows, 4), tk.pack(rows, 4, backend="reference"))
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-20, 1.0, 1e20, 1e37])
+@pytest.mark.parametrize("bits", BITS)
+def test_any_magnitude(bits, scale):
+    rows = [scale * torch.randn(4, 300, generator=torch.Generator().manual_seed(3)).clamp(-3, 3)]
+    a = tk.pack(rows, bits, normalize="none")
+    same_bytes(a, tk.pack(rows, bits, normalize="none", backend="reference"))
+    assert torch.isfinite(tk.unpack(a)[0]).all()
+
+
+#: relative error on Gaussian data; published min/max per tensor at 4, 3, 2, 1 bits: .20, .43, 1.1, 4.4
+GAUSSIAN_ERROR = {8: 0.0075, 4: 0.098, 3: 0.186, 2: 0.345, 1: 0.61}
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_gaussian_error(bits):
+    v = torch.randn(2, 128 * 500, generator=torch.Generator().manual_seed(1))
+    back = tk.unpack(tk.pack([v], bits, normalize="none"))[0]
+    error = ((back - v).norm() / v.norm()).item()
+    assert error <= GAUSSIAN_ERROR[bits]
+    assert error == pytest.approx(tk.relative_error(v.flatten(), bits), rel=1e-3)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_unpack_is_the_formula(bits, basis_of):
+    basis = basis_of(5, bits)
+    for ours, spec in zip(tk.unpack(basis), tk.unpack(basis, backend="reference"), strict=True):
+        torch.testing.assert_close(ours, spec, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_code_bit_map(bits):
+    """Byte packing and unpacking are inverse, and column c is where the layout says, for every column."""
+    codes = torch.randint(0, 2**bits, (7, 128), generator=torch.Generator().manual_seed(bits))
+    packed = reference.codes_to_bytes(codes, bits)
+    assert packed.shape == (7, 16 * bits)
+    assert torch.equal(reference.bytes_to_codes(packed, bits), codes)
+    for row, expected in zip(packed, codes, strict=True):
+        found = [tk.native._C.get_code(bits, bytes(row.tolist()), c) for c in range(128)]
+        assert found == expected.tolist()
+
+
+def test_levels_agree():
+    for bits in BITS:
+        assert [tk.native._C.level(bits, c) for c in range(2**bits)] == reference.LEVELS[bits]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_normalize(bits):
+    rows = [torch.randn(6, 300) * torch.tensor([0.01, 0.1, 1, 2, 3, 100.0])[:, None], torch.randn(6, 77)]
+    norms = torch.cat(rows, 1).norm(dim=1).double()
+    row = tk.pack(rows, bits, normalize="row")
+    torch.testing.assert_close(row.divisor, (norms / norms.sort().values[1])[:, None].expand(-1, 2), rtol=1e-6, atol=0)
+    segment = tk.pack(rows, bits, normalize="segment")
+    parts = torch.stack([r.norm(dim=1).double() for r in rows], 1)
+    torch.testing.assert_close(segment.divisor, parts / parts.sort(0).values[1], rtol=1e-6, atol=0)
+    assert torch.equal(tk.pack(rows, bits, normalize="none").divisor, torch.ones(6, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_zero_rows_and_constant_tensors(bits):
+    rows = [torch.zeros(3, 200), torch.randn(3, 200)]
+    rows[1][1] = 0
+    for normalize in ("row", "segment", "none"):
+        basis = tk.pack(rows, bits, normalize=normalize)
+        dense = tk.unpack(basis)
+        assert all(torch.isfinite(t).all() for t in dense)
+        assert not dense[0].any() and not dense[1][1].any() and dense[1][0].any()
+        assert not basis.divisor[:, 0].any()
+
+
+def test_packer_streams_to_the_same_bits():
+    rows, center = rows_of(4, SHAPES), tensors(SHAPES)
+    packer = tk.Packer(4, SHAPES, 4, SEGMENTS)
+    for r, c in zip(rows, center, strict=True):
+        packer.add(list(r), c)
+    a, b = packer.finish(), tk.pack(rows, 4, center, SEGMENTS)
+    assert torch.equal(a.codes, b.codes) and torch.equal(a.row_scale, b.row_scale)
+
+
+def digest_code(threads):
+    return f"""
+import hashlib, torch, twa_kernels as tk, sys
+sys.path.insert(0, "tests")
+from conftest import rows_of, tensors, SHAPES, SEGMENTS
+torch.set_num_threads({threads})
+h = hashlib.sha256()
+for bits in (8, 4, 3, 2, 1):
+    b = tk.pack(rows_of(6, SHAPES), bits, tensors(SHAPES), SEGMENTS)
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(5))
+    for t in [b.codes, b.scales.view(torch.uint8), b.row_scale, tk.project(b, tensors(SHAPES, 9)), *tk.reconstruct(b, x, tensors(SHAPES))]:
+        h.update(t.contiguous().numpy().tobytes())
+print(h.hexdigest())
+"""
+
+
+@pytest.fixture(scope="session")
+def expected_digest():
+    return run_python(digest_code(1), TWA_KERNELS_ISA="portable")
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_tier_and_thread_count_gives_the_same_bits(isa, expected_digest):
+    if not has_isa(isa):
+        pytest.skip(f"this processor lacks {isa}")
+    for threads in (1, 2, 3, 8):
+        assert run_python(digest_code(threads), TWA_KERNELS_ISA=isa) == expected_digest
+
+
+def test_repeats_give_the_same_bits(basis_of):
+    basis, grads = basis_of(5, 4), tensors(SHAPES, 9)
+    digests = {hashlib.sha256(tk.project(basis, grads).numpy().tobytes()).hexdigest() for _ in range(12)}
+    assert len(digests) == 1
+
+
+def test_not_finite_is_located():
+    rows = rows_of(4, SHAPES)
+    rows[6][2, 8000] = float("inf")
+    for backend in ("cpp", "reference"):
+        with pytest.raises(tk.NotFiniteError, match="row 2 of tensor 6 at column 8000") as error:
+            tk.pack(rows, 4, backend=backend)
+        assert (error.value.row, error.value.tensor, error.value.column) == (2, 6, 8000)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(bits=5), ValueError, "bits must be one of"),
+        (dict(rows=[]), ValueError, "at least one tensor"),
+        (dict(rows=[torch.zeros(2, 3, dtype=torch.int32)]), TypeError, r"rows\[0\]: expected one of .* found torch.int32"),
+        (dict(rows=[torch.zeros(2, 3, dtype=torch.float64)]), TypeError, "float64"),
+        (dict(rows=[[torch.zeros(3), torch.zeros(4)]]), ValueError, r"row 1: expected shape \(3,\), found \(4,\)"),
+        (dict(center=[torch.zeros(4)]), ValueError, r"center: expected shape \(3,\), found \(4,\)"),
+        (dict(center=[torch.zeros(3)] * 2), ValueError, "center: expected 1 tensors, found 2"),
+        (dict(segments=[0, 1]), ValueError, "segments: expected 1 entries"),
+        (dict(segments=[-1]), ValueError, "at least 0"),
+        (dict(segments=[0.5]), TypeError, "integers"),
+        (dict(normalize="rows"), ValueError, "normalize"),
+        (dict(backend="fpga"), RuntimeError, "unknown backend 'fpga'"),
+    ],
+)
+def test_bad_input(change, error, message):
+    arguments = dict(rows=[torch.randn(2, 3)], bits=4) | change
+    with pytest.raises(error, match=message):
+        tk.pack(**arguments)

@@ -1,0 +1,81 @@
+"""project against the float64 reference on the same packed basis."""
+
+import pytest
+import torch
+import twa_kernels as tk
+from conftest import BITS, SHAPES, rows_of, tensors
+from twa_kernels import reference
+
+#: dtype, bound relative to |P| |g| of the same dtype's values: the docstring's 2^-23 and the result's own rounding
+BOUNDS = [(torch.float32, 2**-22), (torch.bfloat16, 2**-22), (torch.float16, 2**-22)]
+
+
+def exact(basis, grads):
+    return reference.project(*basis.operands, [g.double() for g in grads], basis.numels, basis.bits)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+@pytest.mark.parametrize("n", [1, 5, 16, 33])
+@pytest.mark.parametrize("bits", BITS)
+def test_against_float64(bits, n, dtype, bound, basis_of):
+    basis, grads = basis_of(n, bits), tensors(SHAPES, 7, dtype)
+    norm_p = torch.cat([t.reshape(n, -1) for t in tk.unpack(basis)], 1).double().norm(dim=1, keepdim=True)
+    norm_g = torch.cat([g.flatten() for g in grads]).double().norm()
+    assert ((tk.project(basis, grads).double() - exact(basis, grads)).abs() <= bound * norm_p * norm_g).all()
+
+
+def test_no_worse_than_plain_pytorch():
+    """At most twice the error of a float32 matmul on the dequantised rows."""
+    rows = rows_of(64, [(100_000,)])
+    basis, grads = tk.pack(rows, 4), tensors([(100_000,)], 7)
+    truth = exact(basis, grads)
+    plain = tk.unpack(basis)[0] @ grads[0]
+    assert (tk.project(basis, grads)[:, 0] - truth[:, 0]).abs().max() <= 2 * (plain - truth[:, 0]).abs().max() + 1e-7
+
+
+@pytest.mark.parametrize("factor", [1e-38, 1e-30, 1e30])
+def test_any_gradient_magnitude(factor, basis_of):
+    basis, grads = basis_of(5, 4), [g * factor for g in tensors(SHAPES, 7)]
+    truth = exact(basis, grads)
+    assert ((tk.project(basis, grads) - truth).abs() <= 1e-5 * truth.abs().max()).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_missing_gradients_count_as_zero(bits, basis_of):
+    basis, grads = basis_of(5, bits), tensors(SHAPES, 7)
+    some = [g if k % 2 else None for k, g in enumerate(grads)]
+    zeros = [g if k % 2 else torch.zeros_like(g) for k, g in enumerate(grads)]
+    assert torch.equal(tk.project(basis, some), tk.project(basis, zeros))
+
+
+def test_strided_gradients(basis_of):
+    basis, grads = basis_of(5, 4), tensors(SHAPES, 7)
+    strided = [g.t().contiguous().t() if g.dim() == 2 else torch.stack([g, g], -1)[..., 0] for g in grads]
+    assert not strided[-1].is_contiguous() and not strided[1].is_contiguous()
+    assert torch.equal(tk.project(basis, strided), tk.project(basis, grads))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_gradient_makes_its_segment_nan(bits, value, basis_of):
+    basis, grads = basis_of(5, bits), tensors(SHAPES, 7)
+    clean = tk.project(basis, grads)
+    grads[5].view(-1)[77] = value  # segment 3
+    c = tk.project(basis, grads)
+    assert c[:, 3].isnan().all()
+    others = [0, 1, 2, 4]
+    assert torch.equal(c[:, others], clean[:, others])
+
+
+@pytest.mark.parametrize(
+    ("grads", "error", "message"),
+    [
+        ([torch.zeros(3)], ValueError, "grads: expected 9 tensors, found 1"),
+        ([torch.zeros(s) for s in SHAPES[:-1]] + [torch.zeros(7)], ValueError, r"grads\[8\]: expected 3300 elements"),
+        ([torch.zeros(s, dtype=torch.float64) for s in SHAPES], TypeError, r"grads\[0\].*float64"),
+        ([torch.zeros(s, device="meta") for s in SHAPES], ValueError, r"grads\[0\]: expected device cpu, found meta"),
+    ],
+)
+def test_bad_input(grads, error, message, basis_of):
+    with pytest.raises(error, match=message):
+        tk.project(basis_of(5, 4), grads)

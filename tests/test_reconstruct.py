@@ -1,0 +1,124 @@
+"""reconstruct against the float64 reference; adjointness with project; writing in place."""
+
+import pytest
+import torch
+import twa_kernels as tk
+from conftest import BITS, SHAPES, rows_of, tensors
+from twa_kernels import reference
+
+
+def coefficients(basis, seed=3):
+    return torch.randn(basis.n, basis.num_segments, generator=torch.Generator().manual_seed(seed))
+
+
+def exact(basis, x, center=()):
+    return reference.reconstruct(*basis.operands, x.double(), [c.double() for c in center], basis.numels, basis.bits)
+
+
+@pytest.mark.parametrize("n", [1, 3, 5, 16, 33])
+@pytest.mark.parametrize("bits", BITS)
+def test_against_float64(bits, n, basis_of):
+    basis = basis_of(n, bits)
+    x = coefficients(basis)
+    largest = max(t.abs().max() for t in exact(basis, x.abs()))
+    for ours, truth, shape in zip(tk.reconstruct(basis, x), exact(basis, x), SHAPES, strict=True):
+        assert ours.shape == shape and ours.dtype == torch.float32
+        assert (ours.flatten() - truth).abs().max() <= 2**-21 * largest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_of_center_and_out(dtype, basis_of):
+    basis = basis_of(5, 4)
+    x, center = coefficients(basis), tensors(SHAPES, 11, dtype)
+    wide = tk.reconstruct(basis, x, [c.float() for c in center])
+    for ours, w in zip(tk.reconstruct(basis, x, center), wide, strict=True):
+        assert torch.equal(ours, w.to(dtype))  # rounded once from float32
+    out = [torch.empty(s, dtype=dtype) for s in SHAPES]
+    assert tk.reconstruct(basis, x, [c.float() for c in center], out=out)[0] is out[0]
+    assert all(torch.equal(o, w.to(dtype)) for o, w in zip(out, wide, strict=True))
+
+
+@pytest.mark.parametrize("n", [1, 5, 33])
+@pytest.mark.parametrize("bits", BITS)
+def test_adjoint_of_project(bits, n, basis_of):
+    basis, grads = basis_of(n, bits), tensors(SHAPES, 7)
+    x = coefficients(basis)
+    left = (x.double() * tk.project(basis, grads).double()).sum()
+    theta = tk.reconstruct(basis, x)
+    right = sum((t.double() * g.double()).sum() for t, g in zip(theta, grads, strict=True))
+    size = torch.cat([t.flatten() for t in theta]).double().norm() * torch.cat([g.flatten() for g in grads]).double().norm()
+    assert (left - right).abs() <= 1e-6 * size
+
+
+def test_zero_coefficients_give_the_center(basis_of):
+    center = tensors(SHAPES, 11)
+    theta = tk.reconstruct(basis_of(5, 4), torch.zeros(5, 5), center)
+    assert all(torch.equal(t, c) for t, c in zip(theta, center, strict=True))
+
+
+def test_many_rows():
+    basis = tk.pack(rows_of(512, [(130,)]), 8)
+    x = coefficients(basis)
+    largest = exact(basis, x.abs())[0].abs().max()
+    assert (tk.reconstruct(basis, x)[0] - exact(basis, x)[0]).abs().max() <= 2**-21 * largest
+
+
+def test_strided_out(basis_of):
+    basis = basis_of(5, 4)
+    x = coefficients(basis)
+    out = [torch.zeros(*s, 2)[..., 0] for s in SHAPES]
+    tk.reconstruct(basis, x, out=out)
+    assert all(torch.equal(o, t) for o, t in zip(out, tk.reconstruct(basis, x), strict=True))
+
+
+def test_nan_coefficient_shows_in_its_segment_only(basis_of):
+    basis = basis_of(5, 4)
+    x = coefficients(basis)
+    x[2, 3] = float("nan")
+    theta = tk.reconstruct(basis, x)
+    assert theta[5].isnan().all() and theta[6].isnan().all()
+    assert all(torch.isfinite(theta[k]).all() for k in (0, 1, 2, 3, 4, 7, 8))
+
+
+def test_differentiable_in_x_and_center(basis_of):
+    basis, weights = basis_of(5, 4), tensors(SHAPES, 13)
+    x = coefficients(basis).requires_grad_()
+    center = [c.requires_grad_() for c in tensors(SHAPES, 11)]
+    sum((w * t).sum() for w, t in zip(weights, tk.reconstruct(basis, x, center), strict=True)).backward()
+    assert torch.equal(x.grad, tk.project(basis, weights))
+    assert all(torch.equal(c.grad, w) for c, w in zip(center, weights, strict=True))
+
+
+def test_inside_functional_call():
+    """Another trainer's way: the model as a function of x, no parameter written."""
+    model = torch.nn.Linear(20, 7)
+    names = [name for name, _ in model.named_parameters()]
+    center = [p.detach().clone() for p in model.parameters()]
+    basis = tk.pack([torch.randn(4, *c.shape) for c in center], 4, segments=[0, 0])
+    x = torch.zeros(4, 1, requires_grad=True)
+    data = torch.randn(3, 20)
+    theta = dict(zip(names, tk.reconstruct(basis, x, center), strict=True))
+    torch.func.functional_call(model, theta, (data,)).square().sum().backward()
+    model(data).square().sum().backward()
+    torch.testing.assert_close(x.grad, tk.project(basis, [p.grad for p in model.parameters()]))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(x=torch.zeros(5, 4)), ValueError, r"x: expected shape \(n, L\) = \(5, 5\), found \(5, 4\)"),
+        (dict(x=torch.zeros(5, 5, dtype=torch.float64)), TypeError, "x: expected torch.float32"),
+        (dict(center=tensors(SHAPES[:-1])), ValueError, "center: expected 9 tensors.*found 8"),
+        (dict(out=tensors(SHAPES, dtype=torch.float64)), TypeError, r"out\[0\].*float64"),
+    ],
+)
+def test_bad_input(change, error, message, basis_of):
+    with pytest.raises(error, match=message):
+        tk.reconstruct(basis_of(5, 4), **(dict(x=torch.zeros(5, 5)) | change))
+
+
+def test_outputs_that_share_memory_are_refused():
+    basis = tk.pack([torch.randn(2, 10), torch.randn(2, 10)], 4)
+    memory = torch.zeros(15)
+    with pytest.raises(ValueError, match=r"out\[0\] and out\[1\] share memory"):
+        tk.reconstruct(basis, torch.zeros(2, 2), out=[memory[:10], memory[5:]])
