@@ -90,12 +90,14 @@ class Average:
     """Runs every method on one model object and remembers the best on the validation data.
 
     TWA starts at the best fixed average (its center), looks at the validation data from there on, and keeps the best coefficients:
-    so it is never worse there than that average.
+    so it is never worse there than that average (where BatchNorm is re-estimated, up to what that changes).
     """
 
     def __init__(self, task: Task, candidates: Candidates, settings: Settings, progress: bool = True) -> None:
         self.task, self.candidates, self.settings = task, candidates, settings
         self.progress = progress
+        if len(candidates) > 1 and any(m.kind == "v" for m in settings.methods):
+            task.split_validation()
         self.model = task.model()
         self.layout = layout_of(self.model, candidates)
         self.results: list[Result] = []

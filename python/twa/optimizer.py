@@ -40,7 +40,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         pass
 
     def add_param_group(self, group: dict[str, Any]) -> None:
-        if group["params"] is not self.subspace.coefficients and group["params"] != [self.subspace.coefficients]:
+        params = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
+        if [id(p) for p in params] != [id(self.subspace.coefficients)]:
             raise ValueError("SubspaceOptimizer trains the subspace's coefficients only; use another optimizer beside it for other parameters")
 
     @property

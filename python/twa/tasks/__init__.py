@@ -37,7 +37,9 @@ class TaskError(ValueError):
     """The task cannot be loaded or does not keep the contract."""
 
 
-class _EveryOther:
+class EveryOther:
+    """Batches start, start + 2, ... of re-iterable data."""
+
     def __init__(self, batches: Iterable, start: int) -> None:
         self.batches, self.start = batches, start
 
@@ -47,17 +49,27 @@ class _EveryOther:
 
 @dataclass
 class Task:
-    """A loaded task; see the module's text."""
+    """A loaded task; see the module's text. Without `heldout`, `split_validation` makes it from `val`."""
 
     name: str
     model: Callable[[], nn.Module]
     loss: Callable[[nn.Module, object], Tensor]
     train: Iterable
     val: Iterable
-    heldout: Iterable
+    heldout: Iterable | None
     test: Iterable | None
     metric: Callable[[nn.Module, object], float] | None
     metric_name: str
+
+    def split_validation(self) -> None:
+        """Gives every other batch of the validation data to TWA-v, if the task has no held-out data of its own."""
+        if self.heldout is not None:
+            return
+        if sum(1 for _ in zip(self.val, range(2), strict=False)) < 2:
+            raise TaskError(
+                f"task {self.name}: TWA-v needs heldout_data(), or a val_data() of at least 2 batches to take every other one from; found fewer"
+            )
+        self.val, self.heldout = EveryOther(self.val, 1), EveryOther(self.val, 0)
 
 
 def load_task(name: str, seed: int = 0) -> Task:
@@ -78,16 +90,13 @@ def load_task(name: str, seed: int = 0) -> Task:
             raise TaskError(f"task {name}: {function}() returned an iterator, which can be read only once; return a DataLoader or a list of batches")
         return batches
 
-    val, heldout = data("val_data"), data("heldout_data")
-    if heldout is None:
-        val, heldout = _EveryOther(val, 1), _EveryOther(val, 0)
     return Task(
         name=name,
         model=module.model,
         loss=module.loss,
         train=data("train_data"),
-        val=val,
-        heldout=heldout,
+        val=data("val_data"),
+        heldout=data("heldout_data"),
         test=data("test_data"),
         metric=getattr(module, "metric", None),
         metric_name=getattr(module, "METRIC", "metric"),

@@ -1,0 +1,202 @@
+"""The main job through the command line: outputs, the winner's guarantee, and bad input with exit status 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import twa
+from conftest import run_python
+from safetensors.torch import load_file, save_file
+from twa import cli, report
+from twa.average import Average, Settings, TwaMethod, warmup_then_linear
+from twa.tasks import TaskError, digits, load_task
+
+FILES = {"averaged.safetensors", "coefficients.json", "report.md", "report.png", "results.json"}
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """10 checkpoints of the digits network, a BatchNorm model, on its way."""
+    folder = tmp_path_factory.mktemp("digits")
+    torch.manual_seed(0)
+    model, data = digits.model(), digits.train_data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for epoch in range(10):
+        for batch in data:
+            optimizer.zero_grad()
+            digits.loss(model, batch).backward()
+            optimizer.step()
+        save_file(model.state_dict(), folder / f"epoch_{epoch}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(checkpoints, tmp_path_factory):
+    """Output folder and standard output of one whole run in a process of its own."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    command = [sys.executable, "-m", "twa", "average", "digits", f"{checkpoints}/epoch_*.safetensors", "-o", str(out), "--steps", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_outputs(finished):
+    out, printed = finished
+    assert {p.name for p in out.iterdir()} == FILES
+    results = json.loads((out / "results.json").read_text())
+    names = [r["method"] for r in results]
+    assert names == ["last", "best single", "uniform", "EMA", "LAWA", "greedy soup", "TWA-t per tensor, 4 bits", "TWA-v per model, 4 bits"]
+    for r in results:
+        assert f"| {r['method']}" in printed and f"| {r['method']}" in (out / "report.md").read_text()
+        assert 0.9 < float(r["test accuracy"]) <= 1
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_winner_has_the_lowest_validation_loss(finished):
+    out, printed = finished
+    results = {r["method"]: float(r["val loss"]) for r in json.loads((out / "results.json").read_text())}
+    winner = printed.split("winner on the validation data: ")[1].split(", validation loss")[0]
+    assert results[winner] == min(results.values()) <= results["best single"]
+
+
+def test_exported_model_gives_the_reported_loss_in_a_fresh_process(finished):
+    out, printed = finished
+    reported = float(printed.split("test loss ")[-1].split()[0])
+    code = f"""
+import torch
+from safetensors.torch import load_file
+from twa.tasks import digits
+model = digits.model()
+model.load_state_dict(load_file({str(out / "averaged.safetensors")!r}))
+model.eval()
+total = count = 0
+with torch.no_grad():
+    for images, labels in digits.test_data():
+        total += torch.nn.functional.cross_entropy(model(images), labels, reduction="sum").item()
+        count += len(labels)
+print(total / count)
+"""
+    assert float(run_python(code)) == pytest.approx(reported, abs=1e-6)
+
+
+def test_coefficients_file(finished, checkpoints):
+    written = json.loads((finished[0] / "coefficients.json").read_text())
+    beta = torch.tensor(written["beta"], dtype=torch.float64)
+    assert beta.shape == (10, len(written["segments"])) and [Path(p).name for p in written["candidates"]] == [f"epoch_{k}.safetensors" for k in range(10)]
+    torch.testing.assert_close(beta.sum(0), torch.ones(beta.shape[1], dtype=torch.float64), rtol=1e-6, atol=1e-6)
+
+
+def run_cli(*arguments):
+    return cli.main([str(a) for a in arguments])
+
+
+def test_one_candidate_is_evaluated_and_exported(checkpoints, tmp_path, capsys):
+    path = checkpoints / "epoch_9.safetensors"
+    assert run_cli("average", "digits", path, "-o", tmp_path / "out") == 0
+    assert "nothing to learn" in capsys.readouterr().err
+    exported = load_file(tmp_path / "out" / "averaged.safetensors")
+    assert all(torch.equal(exported[k], t) for k, t in load_file(path).items())
+
+
+def test_output_directory_is_protected(checkpoints, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("keep")
+    pattern = checkpoints / "epoch_[89].safetensors"
+    assert run_cli("average", "digits", pattern, "-o", out) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert [p.name for p in out.iterdir()] == ["precious.txt"]
+    assert run_cli("average", "digits", pattern, "-o", out / "precious.txt") == 2
+    assert "expected a directory" in capsys.readouterr().err
+    assert run_cli("average", "digits", pattern, "-o", out / "precious.txt" / "deeper") == 2
+    assert run_cli("average", "digits", pattern, "-o", "/proc/out") == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert run_cli("average", "digits", pattern, "-o", out, "--steps", "2", "--overwrite") == 0
+    assert {p.name for p in out.iterdir()} == FILES | {"precious.txt"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["average", "digits", "nowhere/*.pt"], "nothing matches"),
+        (["average", "nosuch.py", "{ok}"], "there is no such file"),
+        (["average", "chars", "{ok}"], "is unexpected"),
+        (["average", "digits", "{ok}", "--twa", "x:tensor:4"], "expected KIND:GRANULARITY:BITS"),
+        (["average", "digits", "{ok}", "{nan}"], "NaN or Inf"),
+        (["average", "digits", "{ok}", "{cut}"], "not a complete safetensors file"),
+    ],
+)
+def test_bad_input_writes_nothing(checkpoints, tmp_path, capsys, arguments, message):
+    state = load_file(checkpoints / "epoch_9.safetensors")
+    state["0.weight"][0, 0] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((checkpoints / "epoch_9.safetensors").read_bytes()[:-50])
+    names = {"{ok}": checkpoints / "epoch_9.safetensors", "{nan}": tmp_path / "nan.safetensors", "{cut}": tmp_path / "cut.safetensors"}
+    out = tmp_path / "out"
+    assert run_cli(*[names.get(a, a) for a in arguments], "-o", out) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.splitlines()[-1].startswith("twa: error: ")
+    assert not out.exists() or not list(out.iterdir())
+
+
+TASK = """
+import torch
+from twa.tasks import digits
+model, train_data, val_data = digits.model, digits.train_data, digits.val_data
+calls = 0
+def loss(model, batch):
+    global calls
+    value = digits.loss(model, batch)
+    if model.training and torch.is_grad_enabled():
+        calls += 1
+        if calls > {limit}:
+            return value * float("nan")
+    return value
+"""
+
+
+def test_task_file_and_a_loss_that_turns_nan(checkpoints, tmp_path, capsys):
+    (tmp_path / "task.py").write_text(TASK.format(limit=8))
+    task = load_task(str(tmp_path / "task.py"))
+    assert task.test is None and task.metric is None
+    method = TwaMethod("t", "tensor", 4)
+    outcome = Average(task, twa.Candidates(checkpoints / "epoch_*.safetensors"), Settings((method,), steps=20), progress=False).run()
+    trained = outcome.results[-1]
+    assert trained.steps == 8 and "stopped: loss nan at step 8" in trained.note
+    assert trained.val_loss <= min(r.val_loss for r in outcome.results[:-1]) + 1e-4
+    assert all(torch.isfinite(t.float()).all() for t in outcome.state.values())
+    assert "test loss" not in report.table_rows(outcome.results, task)[0]
+
+
+def test_validation_data_is_split_for_twa_v_only(checkpoints, tmp_path):
+    (tmp_path / "task.py").write_text(TASK.format(limit=10**9))
+    candidates = twa.Candidates(checkpoints / "epoch_[789].safetensors")
+    with pytest.raises(TaskError, match="at least 2 batches"):
+        Average(load_task(str(tmp_path / "task.py")), candidates, Settings(steps=2), progress=False)
+    (tmp_path / "task.py").write_text(TASK.format(limit=10**9).replace("digits.val_data", "lambda: list(digits.train_data())[:5]"))
+    task = load_task(str(tmp_path / "task.py"))
+    batches = list(task.val)
+    task.split_validation()
+    assert [b is batches[k] for k, b in zip((1, 3), task.val, strict=True)] == [True, True]
+    assert [b is batches[k] for k, b in zip((0, 2, 4), task.heldout, strict=True)] == [True] * 3
+
+
+def test_tasks_that_break_the_contract(tmp_path):
+    (tmp_path / "a.py").write_text("def model(): pass")
+    with pytest.raises(TaskError, match="train_data, val_data, loss missing"):
+        load_task(str(tmp_path / "a.py"))
+    (tmp_path / "b.py").write_text("model = loss = lambda *a: 0\ndef train_data(): return iter([])\nval_data = train_data")
+    with pytest.raises(TaskError, match="can be read only once"):
+        load_task(str(tmp_path / "b.py"))
+    (tmp_path / "c.txt").write_text("")
+    with pytest.raises(TaskError, match=r"ending in \.py"):
+        load_task(str(tmp_path / "c.txt"))
+
+
+def test_learning_rate_schedule():
+    factors = [warmup_then_linear(k, 100) for k in range(101)]
+    assert factors[0] == 0.2 and factors[4] == 1.0 and factors[99] == pytest.approx(1 / 95) and factors[100] == 0.0
+    assert factors[4:] == sorted(factors[4:], reverse=True) and [warmup_then_linear(k, 1) for k in (0, 1)] == [1.0, 0.0]

@@ -1,0 +1,192 @@
+"""Subspace: what becomes of tied, frozen, integer, constant and mixed-dtype tensors; export; granularity; streaming."""
+
+import json
+
+import pytest
+import torch
+import twa
+from safetensors.torch import load_file, save_file
+from torch import nn
+from twa.candidates import CandidateError
+from twa.subspace import segment_labels
+
+
+class Zoo(nn.Module):
+    """Tied embedding, frozen layer, BatchNorm with its integer buffer, 0-d and constant parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(20, 6)
+        self.frozen = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.constant = nn.Parameter(torch.full((3,), 0.1))
+        self.head = nn.Linear(6, 20, bias=False)
+        self.head.weight = self.embed.weight
+        self.frozen.requires_grad_(False)
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+    def forward(self, tokens):
+        return self.head(self.norm(self.frozen(self.embed(tokens)))) * self.scale + self.constant.sum()
+
+
+def zoo_state(k, tied_name="embed.weight"):
+    torch.manual_seed(k)
+    state = Zoo().state_dict()
+    state["scale"] = torch.tensor(1.0 + k)
+    state["constant"] = torch.full((3,), 0.1)
+    state["norm.running_mean"] = torch.full((6,), float(k))
+    state["norm.num_batches_tracked"] = torch.tensor(100 + k)
+    state["mask"] = torch.tensor([k == 2, True])
+    state.pop("head.weight" if tied_name == "embed.weight" else "embed.weight")
+    return state
+
+
+def save_zoo(folder, dtype=torch.float32, **options):
+    for k in range(3):
+        state = {key: t.to(dtype) if t.is_floating_point() else t for key, t in zoo_state(k, **options).items()}
+        save_file(state, folder / f"c{k}.safetensors")
+    return twa.Candidates(folder / "c*.safetensors")
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4, 1])
+@pytest.mark.parametrize("tied_name", ["embed.weight", "head.weight"])
+def test_every_kind_of_tensor(tmp_path, bits, tied_name):
+    candidates = save_zoo(tmp_path, tied_name=tied_name)
+    model = Zoo()
+    subspace = twa.Subspace.from_candidates(model, candidates, bits=bits)
+    mean = {k: torch.stack([zoo_state(i, tied_name)[k].double() for i in range(3)]).mean(0) for k in candidates.info}
+    assert list(subspace.layout.trained) == ["scale", "constant", "embed.weight", "norm.weight", "norm.bias"]
+    assert model.head.weight is model.embed.weight
+    torch.testing.assert_close(model.embed.weight.double(), mean[tied_name], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(model.frozen.weight.double(), mean["frozen.weight"], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(model.norm.running_mean, torch.full((6,), 1.0))
+    assert model.norm.num_batches_tracked == 102 and model.mask.tolist() == [True, True]
+    assert torch.equal(model.constant, torch.full((3,), 0.1))
+
+    optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.01)
+    frozen = model.frozen.weight.clone()
+    for _ in range(3):
+        model(torch.arange(20)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert torch.equal(model.constant, torch.full((3,), 0.1)) and torch.equal(model.frozen.weight, frozen)
+    assert model.embed.weight is model.head.weight and not torch.equal(model.embed.weight.double(), mean[tied_name])
+    beta = subspace.merge_weights()
+    torch.testing.assert_close(beta.sum(0), torch.ones(5, dtype=torch.float64))
+
+    subspace.save(tmp_path / "out")
+    exported = load_file(tmp_path / "out" / "averaged.safetensors")
+    assert {k: (tuple(t.shape), t.dtype) for k, t in exported.items()} == {k: (i.shape, i.dtype) for k, i in candidates.info.items()}
+    fresh = Zoo()
+    fresh.load_state_dict(exported, strict=False)
+    model.eval(), fresh.eval()
+    assert torch.equal(fresh(torch.arange(20)), model(torch.arange(20)))
+    written = json.loads((tmp_path / "out" / "coefficients.json").read_text())
+    assert torch.equal(torch.tensor(written["x"]), subspace.coefficients) and written["segments"] == subspace.labels
+
+
+def test_dense_export_is_the_weighted_sum_of_the_files(tmp_path):
+    candidates, model = save_zoo(tmp_path), Zoo()
+    subspace = twa.Subspace.from_candidates(model, candidates, bits=32)
+    with torch.no_grad():
+        subspace.coefficients.normal_()
+    subspace.write_weights()
+    beta = subspace.merge_weights()
+    for l, name in enumerate(subspace.layout.trained):
+        direct = sum(beta[i, l] * zoo_state(i)[name].double() for i in range(3))
+        torch.testing.assert_close(dict(model.named_parameters())[name].double(), direct, rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_and_equal_in_all_candidates_keeps_its_bits(tmp_path):
+    for k in range(3):
+        state = zoo_state(k) | {"frozen.weight": zoo_state(0)["frozen.weight"]}
+        save_file(state, tmp_path / f"c{k}.safetensors")
+    model = Zoo()
+    twa.Subspace.from_candidates(model, twa.Candidates(tmp_path / "c*.safetensors"))
+    assert torch.equal(model.frozen.weight, zoo_state(0)["frozen.weight"])
+
+
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("file_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_mixed_dtypes(tmp_path, model_dtype, file_dtype):
+    candidates, model = save_zoo(tmp_path, dtype=file_dtype), Zoo().to(model_dtype)
+    subspace = twa.Subspace.from_candidates(model, candidates, bits=4)
+    optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.1)
+    model(torch.arange(20)).square().mean().backward()
+    optimizer.step()
+    assert subspace.coefficients.dtype == torch.float32 and subspace.coefficients.abs().sum() > 0
+    assert all(p.dtype == model_dtype and torch.isfinite(p).all() for p in model.parameters())
+    subspace.save(tmp_path / "out")
+    assert load_file(tmp_path / "out" / "averaged.safetensors")["embed.weight"].dtype == file_dtype
+
+
+def test_tied_copies_that_differ_are_refused(tmp_path):
+    for k in range(2):
+        state = zoo_state(k)
+        save_file(state | {"head.weight": state["embed.weight"] + k}, tmp_path / f"c{k}.safetensors")
+    with pytest.raises(CandidateError, match=r"c1\.safetensors: 'embed.weight' and 'head.weight' are one tied weight"):
+        twa.Subspace.from_candidates(Zoo(), twa.Candidates(tmp_path / "c*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("scale"), "tensor 'scale' of the model is missing"),
+        (lambda s: s.update(other=torch.zeros(2)), "tensor 'other' is unexpected.*the model does not have it"),
+        (lambda s: s.update({"embed.weight": torch.zeros(25, 6)}), r"vocabulary mismatch \(20 and 25 tokens\)"),
+        (lambda s: s["norm.bias"].fill_(float("nan")), r"c0\.safetensors: tensor 'norm.bias' has 6 NaN or Inf"),
+        (lambda s: s["frozen.bias"].fill_(float("inf")), r"c0\.safetensors: tensor 'frozen.bias' has 6 NaN or Inf"),
+    ],
+)
+def test_files_that_do_not_fit_the_model(tmp_path, change, message):
+    for k in range(2):
+        state = zoo_state(k)
+        if k == 0 or "NaN" not in message:
+            change(state)
+        save_file(state, tmp_path / f"c{k}.safetensors")
+    with pytest.raises(CandidateError, match=message):
+        twa.Subspace.from_candidates(Zoo(), twa.Candidates(tmp_path / "c*.safetensors"))
+
+
+@pytest.mark.parametrize("weight", ["mean", "last"])
+def test_nan_in_one_candidate_names_its_file(tmp_path, weight):
+    for k in range(3):
+        state = zoo_state(k)
+        if k == 1:
+            state["embed.weight"][4, 5] = float("nan")
+        save_file(state, tmp_path / f"c{k}.safetensors")
+    with pytest.raises(CandidateError, match=r"c1\.safetensors: tensor 'embed.weight' has 1 NaN or Inf of 120 values \(the first at \[4, 5\]\)"):
+        twa.Subspace.from_candidates(Zoo(), twa.Candidates(tmp_path / "c*.safetensors"), center=weight)
+
+
+def test_granularity(tmp_path):
+    names = ["embed.weight", "layers.0.a.weight", "layers.0.b.bias", "layers.1.a.weight", "head.weight", "scale"]
+    assert segment_labels(names, "model") == ["model"] * 6
+    assert segment_labels(names, "tensor") == names
+    assert segment_labels(names, "block") == ["embed", "layers.0", "layers.0", "layers.1", "head", "scale"]
+    assert segment_labels(names, lambda name: name[0]) == ["e", "l", "l", "l", "h", "s"]
+    with pytest.raises(ValueError, match="no segment for parameter 'head.weight'"):
+        segment_labels(names, dict.fromkeys(names[:4], 0))
+    with pytest.raises(ValueError, match="granularity: expected"):
+        segment_labels(names, "layer")
+    candidates = save_zoo(tmp_path)
+    for bits in (4, 32):
+        for granularity, count in (("model", 1), ("tensor", 5), ({n: n == "scale" for n in ["scale", "constant", "embed.weight", "norm.weight", "norm.bias"]}, 2)):
+            subspace = twa.Subspace.from_candidates(Zoo(), candidates, bits=bits, granularity=granularity)
+            assert subspace.coefficients.shape == (3, count) == (3, len(subspace.labels))
+
+
+@pytest.mark.parametrize("center", ["first", 3, torch.tensor([1.0, 1.0, 1.0]), torch.ones(2) / 2])
+def test_bad_center(tmp_path, center):
+    with pytest.raises((ValueError, CandidateError), match="expected"):
+        twa.Subspace.from_candidates(Zoo(), save_zoo(tmp_path), center=center)
+
+
+def test_nothing_trainable(tmp_path):
+    model = Zoo()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable"):
+        twa.Subspace.from_candidates(model, save_zoo(tmp_path))
