@@ -98,15 +98,16 @@ def test_average_is_float64_inside(tmp_path):
 
 
 def test_mappings_are_dropped(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "RELEASE_BYTES", 100)
-    save(tmp_path / "c.safetensors", {f"t{k}": torch.full((20,), float(k)) for k in range(5)})
-    candidate = Candidates(tmp_path / "c.safetensors")[0]
+    monkeypatch.setattr(module, "RELEASE_BYTES", 300)
+    for c in range(2):
+        save(tmp_path / f"c{c}.safetensors", {f"t{k}": torch.full((20,), float(10 * c + k)) for k in range(5)})
+    candidates = Candidates(tmp_path / "c*.safetensors")
     opened = []
     original = module.safe_open
     monkeypatch.setattr(module, "safe_open", lambda *a, **k: opened.append(1) or original(*a, **k))
-    tensors = [candidate.tensor(f"t{k}") for k in range(5)]
-    assert len(opened) == 5
-    assert [int(t[0]) for t in tensors] == [0, 1, 2, 3, 4]  # still alive after the mapping was dropped
+    tensors = [candidates.tensors(f"t{k}") for k in range(5)]  # 160 bytes each: dropped after each one
+    assert len(opened) == 10
+    assert [[int(t[0]) for t in pair] for pair in tensors] == [[k, 10 + k] for k in range(5)]  # still alive
 
 
 class Evil:

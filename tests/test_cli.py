@@ -166,7 +166,7 @@ def test_task_file_and_a_loss_that_turns_nan(checkpoints, tmp_path, capsys):
     outcome = Average(task, twa.Candidates(checkpoints / "epoch_*.safetensors"), Settings((method,), steps=20), progress=False).run()
     trained = outcome.results[-1]
     assert trained.steps == 8 and "stopped: loss nan at step 8" in trained.note
-    assert trained.val_loss <= min(r.val_loss for r in outcome.results[:-1]) + 1e-4
+    assert trained.val_loss <= 1.05 * min(r.val_loss for r in outcome.results[:-1])  # BatchNorm is re-estimated
     assert all(torch.isfinite(t.float()).all() for t in outcome.state.values())
     assert "test loss" not in report.table_rows(outcome.results, task)[0]
 

@@ -151,15 +151,16 @@ def test_files_that_do_not_fit_the_model(tmp_path, change, message):
         twa.Subspace.from_candidates(Zoo(), twa.Candidates(tmp_path / "c*.safetensors"))
 
 
-@pytest.mark.parametrize("weight", ["mean", "last"])
-def test_nan_in_one_candidate_names_its_file(tmp_path, weight):
+@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize("center", ["mean", "last"])
+def test_nan_in_one_candidate_names_its_file(tmp_path, center, bits):
     for k in range(3):
         state = zoo_state(k)
         if k == 1:
             state["embed.weight"][4, 5] = float("nan")
         save_file(state, tmp_path / f"c{k}.safetensors")
     with pytest.raises(CandidateError, match=r"c1\.safetensors: tensor 'embed.weight' has 1 NaN or Inf of 120 values \(the first at \[4, 5\]\)"):
-        twa.Subspace.from_candidates(Zoo(), twa.Candidates(tmp_path / "c*.safetensors"), center=weight)
+        twa.Subspace.from_candidates(Zoo(), twa.Candidates(tmp_path / "c*.safetensors"), center=center, bits=bits)
 
 
 def test_granularity(tmp_path):

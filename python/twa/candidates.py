@@ -1,7 +1,7 @@
 """Candidates: checkpoints of one architecture, read tensor by tensor.
 
-Files are mapped into memory, not loaded: a tensor's bytes are touched when it is asked for, and mappings are dropped again
-after `RELEASE_BYTES`, so resident memory does not grow with the number or the size of the files.
+Files are mapped into memory, not loaded: a tensor's bytes are touched when it is asked for, and all mappings are dropped after
+every `RELEASE_BYTES` read, so resident memory does not grow with the number or the size of the files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-RELEASE_BYTES = 64 << 20
+RELEASE_BYTES = 32 << 20
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 #: keys under which training scripts put the weights of a larger checkpoint
 NESTED_KEYS = ("state_dict", "model_state_dict", "model")
@@ -67,16 +67,8 @@ class _File:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._open = None
-        self._touched = 0
         self.info = self._scan()
         self.release()
-
-    def read(self, key: str) -> Tensor:
-        self._touched += self.info[key].nbytes
-        if self._touched > RELEASE_BYTES:
-            self.release()
-            self._touched = self.info[key].nbytes
-        return self._read(key)
 
     def release(self) -> None:
         self._open = None
@@ -84,7 +76,7 @@ class _File:
     def _scan(self) -> dict[str, TensorInfo]:
         raise NotImplementedError
 
-    def _read(self, key: str) -> Tensor:
+    def read(self, key: str) -> Tensor:
         raise NotImplementedError
 
 
@@ -107,7 +99,7 @@ class _SafetensorsFile(_File):
             info[key] = TensorInfo(tuple(piece.get_shape()), dtype)
         return info
 
-    def _read(self, key: str) -> Tensor:
+    def read(self, key: str) -> Tensor:
         return self._handle().get_tensor(key)
 
 
@@ -132,7 +124,7 @@ class _TorchFile(_File):
     def _scan(self) -> dict[str, TensorInfo]:
         return {key: TensorInfo(tuple(t.shape), t.dtype) for key, t in self._load().items()}
 
-    def _read(self, key: str) -> Tensor:
+    def read(self, key: str) -> Tensor:
         return self._load()[key]
 
 
@@ -195,6 +187,11 @@ class Candidate:
         file, inner = self._where[key]
         return file.read(inner)
 
+    def release(self) -> None:
+        """Drops the mappings of the candidate's files; tensors still held keep theirs alive."""
+        for file in {id(f): f for f, _ in self._where.values()}.values():
+            file.release()
+
 
 def _index_in(folder: Path) -> Path:
     for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json", "model.safetensors", "pytorch_model.bin"):
@@ -252,6 +249,7 @@ class Candidates(Sequence[Candidate]):
         self._candidates = [Candidate(path) for path in found]
         for candidate in self._candidates[1:]:
             check_same(self._candidates[0], candidate)
+        self._touched = 0  # bytes read since the mappings were last dropped
 
     def __len__(self) -> int:
         return len(self._candidates)
@@ -272,6 +270,12 @@ class Candidates(Sequence[Candidate]):
 
     def tensors(self, key: str) -> list[Tensor]:
         """This tensor of every candidate."""
+        read = sum(c.info[key].nbytes for c in self)
+        self._touched += read
+        if self._touched > RELEASE_BYTES:
+            for c in self:
+                c.release()
+            self._touched = read
         return [c.tensor(key) for c in self]
 
     def average(self, key: str, weights: Tensor) -> Tensor:

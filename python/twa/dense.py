@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from twa_kernels import NotFiniteError
+from twa_kernels.packed import row_divisor
 
 
 class DenseBasis:
@@ -65,12 +67,13 @@ class DensePacker:
     def add(self, rows: Sequence[Tensor], center: Tensor) -> None:
         l = self.segments[len(self.rows)]
         p = torch.stack([r.reshape(-1).float() - center.reshape(-1) for r in rows])  # (n, numel)
+        if not torch.isfinite(p).all():
+            row, column = torch.nonzero(~torch.isfinite(p))[0].tolist()
+            raise NotFiniteError(row, len(self.rows), column)
         self.sum_sq[:, l] += p.double().square().sum(1)
         self.rows.append(p)
 
     def finish(self, normalize: str) -> DenseBasis:
-        from twa_kernels.packed import row_divisor
-
         divisor = row_divisor(self.sum_sq, normalize)
         inverse = torch.where(divisor > 0, 1.0 / divisor, 0.0).float()
         for p, l in zip(self.rows, self.segments, strict=True):

@@ -162,11 +162,10 @@ class Subspace:
         for name in names:
             rows = _float_rows(candidates, layout.trained[name])
             mean = average_into(torch.empty(rows[0].shape), rows, weights)
-            _check_finite(mean, rows, candidates, name)
             try:
                 packer.add(rows, mean)
             except tk.NotFiniteError as error:
-                raise CandidateError(f"{candidates[error.row].path}: tensor {name!r} differs from the center by more than float32 holds") from error
+                raise not_finite(candidates, name, rows) from error
             centers.append(mean)
             if progress:
                 progress(name, sum(r.numel() * r.element_size() for r in rows))
@@ -278,18 +277,16 @@ def _float_rows(candidates: Candidates, key: str) -> list[Tensor]:
     return [r if r.dtype in (torch.float32, torch.bfloat16, torch.float16) else r.float() for r in candidates.tensors(key)]
 
 
-def _check_finite(mean: Tensor, rows: list[Tensor], candidates: Candidates, name: str) -> None:
-    """A NaN or Inf in any row shows in the rows' weighted sum, or in a row of weight 0; then say which file."""
-    if torch.isfinite(mean).all() and all(bool(torch.isfinite(r).all()) for r in rows):
-        return
+def not_finite(candidates: Candidates, name: str, rows: list[Tensor]) -> CandidateError:
+    """The error that says which file holds the NaN or Inf of this tensor."""
     for candidate, row in zip(candidates, rows, strict=True):
         bad = ~torch.isfinite(row)
         if bad.any():
             where = torch.nonzero(bad)[0].tolist()
-            raise CandidateError(
+            return CandidateError(
                 f"{candidate.path}: tensor {name!r} has {int(bad.sum())} NaN or Inf of {row.numel()} values (the first at {where}): expected finite weights"
             )
-    raise CandidateError(f"the mean of tensor {name!r} overflows float32")
+    return CandidateError(f"tensor {name!r}: the candidates' mean or their distance from it overflows float32")
 
 
 @torch.no_grad()
@@ -303,7 +300,7 @@ def load_untrained(model: nn.Module, candidates: Candidates, layout: Layout, wei
         else:
             value = candidates.average(key, weights)
         if not torch.isfinite(value).all():
-            _check_finite(value, rows, candidates, key)
+            raise not_finite(candidates, key, rows)
         state[name].data.copy_(value)
     for name, key in layout.copied.items():
         state[name].data.copy_(candidates[-1].tensor(key))

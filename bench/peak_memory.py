@@ -1,0 +1,80 @@
+"""Peak memory while a 4-bit subspace of 32 candidates x 20 M parameters is built from safetensors files.
+
+Bound: packed size + 32 x the largest tensor in float32 + the model + 100 MB, beyond what the interpreter with torch takes.
+Run: python bench/peak_memory.py [--candidates 32] [--bits 4]. The build runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+
+def model(width: int = 512, depth: int = 6, vocabulary: int = 2048) -> nn.Module:
+    """Shapes of a 20 M parameter transformer."""
+    blocks = [
+        nn.ModuleDict(
+            {
+                "qkv": nn.Linear(width, 3 * width),
+                "proj": nn.Linear(width, width),
+                "up": nn.Linear(width, 4 * width),
+                "down": nn.Linear(4 * width, width),
+                "norm": nn.LayerNorm(width),
+            }
+        )
+        for _ in range(depth)
+    ]
+    return nn.ModuleDict({"embed": nn.Embedding(vocabulary, width), "blocks": nn.ModuleList(blocks)})
+
+
+def build(folder: str, bits: int) -> None:
+    import twa
+    from twa.measure import PeakMemory
+
+    m = model()
+    model_bytes = sum(p.numel() * 4 for p in m.parameters())
+    candidates = twa.Candidates(f"{folder}/*.safetensors")
+    memory = PeakMemory()
+    before = memory.bytes() - model_bytes
+    start = time.perf_counter()
+    subspace = twa.Subspace.from_candidates(m, candidates, bits=bits)
+    seconds = time.perf_counter() - start
+    peak = memory.bytes() - before
+    largest = max(p.numel() * 4 for p in m.parameters())
+    packed = subspace.basis.nbytes
+    bound = packed + len(candidates) * largest + model_bytes + 100e6
+    read = len(candidates) * model_bytes
+    print(f"candidates {len(candidates)} x {model_bytes / 4e6:.1f} M parameters, {read / 1e9:.2f} GB of files, {bits} bits")
+    print(f"built in {seconds:.1f} s ({read / seconds / 1e9:.2f} GB/s)")
+    print(f"packed {packed / 1e6:.0f} MB, largest tensor {largest / 1e6:.1f} MB, model {model_bytes / 1e6:.0f} MB")
+    print(f"peak {peak / 1e6:.0f} MB beyond the interpreter with torch ({before / 1e6:.0f} MB); bound {bound / 1e6:.0f} MB: {'met' if peak <= bound else 'MISSED'}")
+    sys.exit(peak > bound)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--candidates", type=int, default=32)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--build", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.build:
+        build(args.build, args.bits)
+    with tempfile.TemporaryDirectory() as folder:
+        base = {name: p.detach() for name, p in model().named_parameters()}
+        for k in range(args.candidates):
+            torch.manual_seed(k)
+            save_file({name: p + 0.01 * torch.randn_like(p) for name, p in base.items()}, Path(folder) / f"c{k}.safetensors")
+        command = [sys.executable, __file__, "--build", folder, "--bits", str(args.bits)]
+        sys.exit(subprocess.run(command, check=False).returncode)
+
+
+if __name__ == "__main__":
+    main()
