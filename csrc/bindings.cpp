@@ -115,6 +115,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("project", &project);
   m.def("reconstruct", &reconstruct);
   m.def("cpu_isa", [] { return twa::cpu_isa(); });
+  m.def("read_bytes", [](uintptr_t data, int64_t bytes, int threads) {
+    py::gil_scoped_release release;
+    return twa::read_bytes(pointer<const void>(data), bytes, threads);
+  });
+  m.def("copy_bytes", [](uintptr_t from, uintptr_t to, int64_t bytes, int threads) {
+    py::gil_scoped_release release;
+    twa::copy_bytes(pointer<const void>(from), pointer<void>(to), bytes, threads);
+  });
   m.def("get_code", [](int bits, const std::string& row, int column) { return twa::get_code(bits, reinterpret_cast<const uint8_t*>(row.data()), column); });
   m.def("level", &twa::level);
 #if defined(TWA_WITH_CUDA)

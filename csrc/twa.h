@@ -62,6 +62,10 @@ Status project_cpu(const BasisView& basis, const TensorTable& grads, float* c, i
 // A NaN or Inf in x[:, l] makes every column of its segment NaN.
 Status reconstruct_cpu(const BasisView& basis, const float* x, const TensorTable& center, const TensorTable& out, int threads);
 
+// Memory bandwidth with the same threads: sum of the 64-bit words (bytes moved = bytes), and a copy (2 * bytes).
+uint64_t read_bytes(const void* data, int64_t bytes, int threads);
+void copy_bytes(const void* from, void* to, int64_t bytes, int threads);
+
 // Name of the instruction set in use: "avx512", "avx2" or "portable" (TWA_KERNELS_ISA forces one; null if it is not available).
 const char* cpu_isa();
 

@@ -25,6 +25,10 @@ Isa isa();  // decided once; see cpu_isa() in twa.h
 // not fixed, so fn must write only what belongs to its item.
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& fn);
 
+// How far ahead of the codes in use the fast kernels prefetch: hardware prefetchers stop at each 4 KiB page. Past the end of
+// the codes the instruction does nothing.
+constexpr int64_t kPrefetch = 4096;
+
 // Up to kBlockTiles tiles of one tensor and one segment: the unit of work and of reduction.
 struct Block {
   int64_t tensor;

@@ -49,33 +49,75 @@ TWA_AVX2 inline __m256i level_table_avx2() {
   return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(t)));
 }
 
-// Levels + 128 as unsigned bytes (what vpdpbusd takes) of columns 64 * half .. + 63, in order.
-template <int kBits, int kHalf>
-TWA_AVX512 inline __m512i decode_avx512(const uint8_t* row, __m512i table) {
-  // Bytes whose 1-bit field is set: 128-bit lane k holds field 4 half + k.
-  const auto bit_mask = [](const uint8_t* p) TWA_AVX512 {
-    constexpr uint64_t kOnes = 0x0101010101010101ull << 4 * kHalf;
-    const __m512i bit = _mm512_set_epi64(kOnes << 3, kOnes << 3, kOnes << 2, kOnes << 2, kOnes << 1, kOnes << 1, kOnes, kOnes);
-    return _mm512_test_epi8_mask(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), bit);
-  };
-  if constexpr (kBits == 8) return _mm512_loadu_si512(row + 64 * kHalf);
-  if constexpr (kBits == 4)
-    return _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(row), 4 * kHalf), _mm512_set1_epi8(15)));
-  if constexpr (kBits == 1) return _mm512_mask_blend_epi8(bit_mask(row), _mm512_set1_epi8(1), _mm512_set1_epi8(-1));
-  // Lower 32 bytes: field 2 half; upper 32 bytes: field 2 half + 1.
-  const __m512i w = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
-  const __m512i shift = _mm512_inserti64x4(_mm512_set1_epi16(4 * kHalf), _mm256_set1_epi16(4 * kHalf + 2), 1);
-  __m512i code = _mm512_and_si512(_mm512_srlv_epi16(w, shift), _mm512_set1_epi8(3));
-  if constexpr (kBits == 3) code = _mm512_mask_add_epi8(code, bit_mask(row + 32), code, _mm512_set1_epi8(4));
-  return _mm512_shuffle_epi8(table, code);
-}
+// AVX-512 works on rearranged bytes (of 4, 8 or 16 rows), so its decoder takes a vector of packed bytes and gives one vector per
+// field: levels + 128 as unsigned bytes, which is what vpdpbusd takes. A nibble of packed bytes indexes a byte shuffle;
+// table j gives the level of the nibble's j-th field.
+constexpr int fields_per_byte(int bits) { return bits == 8 ? 1 : bits == 4 ? 2 : bits == 1 ? 8 : 4; }  // 3 bits: of the 2-bit plane
 
 template <int kBits>
-TWA_AVX512 inline __m512i level_table_avx512() {
-  alignas(16) uint8_t t[16] = {};
-  if constexpr (kBits < 8)
-    for (int k = 0; k < 1 << kBits; ++k) t[k] = static_cast<uint8_t>(level(kBits, k) + 128);
-  return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(t)));
+struct LevelTables {
+  static constexpr int kCount = kBits == 2 ? 2 : kBits == 1 ? 4 : 1;
+  __m512i table[kCount];
+};
+
+template <int kBits>
+TWA_AVX512 inline LevelTables<kBits> level_tables_avx512() {
+  LevelTables<kBits> tables;
+  for (int j = 0; j < LevelTables<kBits>::kCount; ++j) {
+    alignas(16) uint8_t t[16] = {};
+    if constexpr (kBits < 8)
+      for (int k = 0; k < 16; ++k) t[k] = static_cast<uint8_t>(level(kBits, (k >> (j * kBits)) & ((1 << kBits) - 1)) + 128);
+    tables.table[j] = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(t)));
+  }
+  return tables;
+}
+
+// out[f] = levels + 128 of field f of the packed bytes, for 8, 4, 2 and 1 bits.
+template <int kBits>
+TWA_AVX512 inline void expand_avx512(__m512i packed, const LevelTables<kBits>& tables, __m512i* out) {
+  if constexpr (kBits == 8) {
+    out[0] = packed;
+  } else {
+    constexpr int kPerNibble = 4 / kBits;
+    const __m512i nibble = _mm512_set1_epi8(15);
+    const __m512i low = _mm512_and_si512(packed, nibble), high = _mm512_and_si512(_mm512_srli_epi16(packed, 4), nibble);
+#pragma GCC unroll 4
+    for (int j = 0; j < kPerNibble; ++j) {
+      out[j] = _mm512_shuffle_epi8(tables.table[j], low);
+      out[kPerNibble + j] = _mm512_shuffle_epi8(tables.table[j], high);
+    }
+  }
+}
+
+// 3 bits: out[f] from field f of the 2-bit plane's bytes and the 1-bit plane's bit that `bits[f]` selects in each byte.
+TWA_AVX512 inline void expand3_avx512(__m512i plane2, __m512i plane1, const __m512i* bits, const LevelTables<3>& tables, __m512i* out) {
+  const __m512i three = _mm512_set1_epi8(3), four = _mm512_set1_epi8(4);
+#pragma GCC unroll 4
+  for (int f = 0; f < 4; ++f) {
+    const __m512i code = _mm512_and_si512(_mm512_srli_epi16(plane2, static_cast<unsigned>(2 * f)), three);
+    out[f] = _mm512_shuffle_epi8(tables.table[0], _mm512_mask_add_epi8(code, _mm512_test_epi8_mask(plane1, bits[f]), code, four));
+  }
+}
+
+TWA_AVX512 inline __m512i two_halves(const uint8_t* low, const uint8_t* high) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low))),
+                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)), 1);
+}
+TWA_AVX512 inline __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+TWA_AVX512 inline __m512i four_quarters(const uint8_t* p0, const uint8_t* p1, const uint8_t* p2, const uint8_t* p3) {
+  const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(load16(p0)), load16(p1), 1);
+  const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(load16(p2)), load16(p3), 1);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+// Transposes 4 x 4 dwords in each 128-bit lane: v[m] element e <- v[e] element m.
+TWA_AVX512 inline void transpose_dwords(__m512i* v) {
+  const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]), c = _mm512_unpacklo_epi32(v[2], v[3]),
+                d = _mm512_unpackhi_epi32(v[2], v[3]);
+  v[0] = _mm512_unpacklo_epi64(a, c);
+  v[1] = _mm512_unpackhi_epi64(a, c);
+  v[2] = _mm512_unpacklo_epi64(b, d);
+  v[3] = _mm512_unpackhi_epi64(b, d);
 }
 
 #endif  // TWA_X86

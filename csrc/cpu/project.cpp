@@ -17,7 +17,6 @@ struct alignas(64) TileGradient {
   int32_t q[kTileColumns];
   int8_t a[kTileColumns], b[kTileColumns], c[kTileColumns];
   int16_t high[kTileColumns], low[kTileColumns];
-  int64_t sum;  // of q
   double unit;
 };
 
@@ -80,17 +79,125 @@ TWA_AVX2 void tile_avx2(const uint8_t* codes, const uint8_t* scales, int64_t n, 
   }
 }
 
-// Lane j of the result is the sum of the 16 lanes of v[j].
-TWA_AVX512 inline __m512i sum_lanes(const __m512i* v) {
-  __m512i quad[4];
-  for (int k = 0; k < 4; ++k) {
-    const __m512i *p = v + 4 * k, ab = _mm512_add_epi32(_mm512_unpacklo_epi32(p[0], p[1]), _mm512_unpackhi_epi32(p[0], p[1])),
-                  cd = _mm512_add_epi32(_mm512_unpacklo_epi32(p[2], p[3]), _mm512_unpackhi_epi32(p[2], p[3]));
-    quad[k] = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));  // each 128-bit lane: parts of v[4k .. 4k+3]
+// AVX-512. 16 rows at a time; transposing 4 x 4 dwords in each 128-bit lane gives vectors U[m] whose elements are rows, so that
+// vpdpbusd adds 4 columns of a row and few lanes are left to sum. Which columns lie in lane k of U[m], field f:
+//
+//   bits 8  two vectors a row:  half h, 64 h + 16 k + 4 m ..+3          4 rows per transposition, element e = row e
+//   bits 4  one vector a row:   64 f + 16 k + 4 m ..+3                  the same
+//   bits 2  two rows a vector:  32 f + 16 (k % 2) + 4 m ..+3            8 rows, lane k element e = row 2 e + k / 2
+//   bits 1  four rows a vector: 16 f + 4 m ..+3                         16 rows, lane k element e = row 4 e + k
+//   bits 3  as 2 bits, with the 1-bit plane's 16 bytes in both lanes of a row
+//
+// The gradient's limbs are laid out to match: operand(f, limb, m), one vector each.
+template <int kBits>
+struct alignas(64) Operands {
+  static constexpr int kFields = kBits == 8 ? 2 : fields_per_byte(kBits);  // 8 bits: the two halves
+  int8_t v[kFields][3][4][64];
+};
+
+template <int kBits>
+TWA_AVX512 inline void lay_out(const TileGradient& g, Operands<kBits>* operands) {
+  constexpr int kColumns = kTileColumns / Operands<kBits>::kFields;  // of one field: 64, 32 or 16
+  const int8_t* limbs[3] = {g.a, g.b, g.c};
+  for (int f = 0; f < Operands<kBits>::kFields; ++f)
+    for (int limb = 0; limb < 3; ++limb) {
+      const int8_t* p = limbs[limb] + f * kColumns;
+      const __m512i v = kColumns == 64   ? _mm512_load_si512(p)
+                        : kColumns == 32 ? _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)))
+                                         : _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
+      _mm512_store_si512(operands->v[f][limb][0], _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(0x00)));
+      _mm512_store_si512(operands->v[f][limb][1], _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(0x55)));
+      _mm512_store_si512(operands->v[f][limb][2], _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(0xaa)));
+      _mm512_store_si512(operands->v[f][limb][3], _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(0xff)));
+    }
+}
+
+// acc[limb] += products of field f, dword m.
+template <int kBits>
+TWA_AVX512 inline void multiply(__m512i levels, const Operands<kBits>& operands, int f, int m, __m512i* acc) {
+#pragma GCC unroll 3
+  for (int limb = 0; limb < 3; ++limb) acc[limb] = _mm512_dpbusd_epi32(acc[limb], levels, _mm512_load_si512(operands.v[f][limb][m]));
+}
+
+// Sums of lanes 0..3 of four vectors: lane k of the result = sum of the lanes of v[k].
+TWA_AVX512 inline __m512i add_lanes4(__m512i v0, __m512i v1, __m512i v2, __m512i v3) {
+  const __m512i a = _mm512_add_epi32(_mm512_shuffle_i32x4(v0, v1, 0x88), _mm512_shuffle_i32x4(v0, v1, 0xdd));
+  const __m512i b = _mm512_add_epi32(_mm512_shuffle_i32x4(v2, v3, 0x88), _mm512_shuffle_i32x4(v2, v3, 0xdd));
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+
+// sums[limb]: element r = exact sum over the tile's columns of (level + 128) * limb for row r of 16 rows.
+template <int kBits>
+TWA_AVX512 inline void sum_rows16(const uint8_t* codes, const LevelTables<kBits>& tables, const Operands<kBits>& operands, __m512i* sums) {
+  constexpr int kBytes = row_bytes(kBits);
+  if constexpr (kBits == 8 || kBits == 4) {
+    __m512i acc[4][3];
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) {
+      acc[g][0] = acc[g][1] = acc[g][2] = _mm512_setzero_si512();
+#pragma GCC unroll 2
+      for (int h = 0; h < kBytes / 64; ++h) {
+        __m512i u[4], levels[2];
+#pragma GCC unroll 4
+        for (int e = 0; e < 4; ++e) u[e] = _mm512_loadu_si512(codes + (4 * g + e) * kBytes + 64 * h);
+        transpose_dwords(u);
+#pragma GCC unroll 4
+        for (int m = 0; m < 4; ++m) {
+          expand_avx512<kBits>(u[m], tables, levels);
+          multiply(levels[0], operands, h, m, acc[g]);
+          if constexpr (kBits == 4) multiply(levels[1], operands, 1, m, acc[g]);
+        }
+      }
+    }
+    for (int limb = 0; limb < 3; ++limb) sums[limb] = add_lanes4(acc[0][limb], acc[1][limb], acc[2][limb], acc[3][limb]);
+  } else if constexpr (kBits == 1) {
+    __m512i u[4], levels[8];
+    sums[0] = sums[1] = sums[2] = _mm512_setzero_si512();
+    for (int e = 0; e < 4; ++e) u[e] = _mm512_loadu_si512(codes + 64 * e);
+    transpose_dwords(u);
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; ++m) {
+      expand_avx512<1>(u[m], tables, levels);
+#pragma GCC unroll 8
+      for (int f = 0; f < 8; ++f) multiply(levels[f], operands, f, m, sums);
+    }
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);  // row 4 e + k <- lane k element e
+    for (int limb = 0; limb < 3; ++limb) sums[limb] = _mm512_permutexvar_epi32(order, sums[limb]);
+  } else {
+    __m512i acc[2][3], bits[4];
+    for (int f = 0; f < 4; ++f)
+      bits[f] = _mm512_set_epi64(0x0202020202020202ll << 2 * f, 0x0202020202020202ll << 2 * f, 0x0101010101010101ll << 2 * f, 0x0101010101010101ll << 2 * f,
+                                 0x0202020202020202ll << 2 * f, 0x0202020202020202ll << 2 * f, 0x0101010101010101ll << 2 * f, 0x0101010101010101ll << 2 * f);
+#pragma GCC unroll 2
+    for (int g = 0; g < 2; ++g) {
+      acc[g][0] = acc[g][1] = acc[g][2] = _mm512_setzero_si512();
+      __m512i u[4], w[4], levels[4];
+#pragma GCC unroll 4
+      for (int e = 0; e < 4; ++e) {
+        const uint8_t *even = codes + (8 * g + 2 * e) * kBytes, *odd = even + kBytes;
+        u[e] = two_halves(even, odd);
+        if constexpr (kBits == 3) w[e] = four_quarters(even + 32, even + 32, odd + 32, odd + 32);
+      }
+      transpose_dwords(u);
+      if constexpr (kBits == 3) transpose_dwords(w);
+#pragma GCC unroll 4
+      for (int m = 0; m < 4; ++m) {
+        if constexpr (kBits == 3) {
+          expand3_avx512(u[m], w[m], bits, tables, levels);
+        } else {
+          expand_avx512<kBits>(u[m], tables, levels);
+        }
+#pragma GCC unroll 4
+        for (int f = 0; f < 4; ++f) multiply(levels[f], operands, f, m, acc[g]);
+      }
+    }
+    // lanes 0, 1 hold parts of even rows, 2, 3 of odd rows
+    const __m512i order = _mm512_set_epi32(15, 11, 14, 10, 13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0);
+    for (int limb = 0; limb < 3; ++limb) {
+      const __m512i pairs = _mm512_add_epi32(_mm512_shuffle_i32x4(acc[0][limb], acc[1][limb], 0x88), _mm512_shuffle_i32x4(acc[0][limb], acc[1][limb], 0xdd));
+      sums[limb] = _mm512_permutexvar_epi32(order, pairs);
+    }
   }
-  const __m512i lo = _mm512_add_epi32(_mm512_shuffle_i32x4(quad[0], quad[1], 0x88), _mm512_shuffle_i32x4(quad[0], quad[1], 0xdd));
-  const __m512i hi = _mm512_add_epi32(_mm512_shuffle_i32x4(quad[2], quad[3], 0x88), _mm512_shuffle_i32x4(quad[2], quad[3], 0xdd));
-  return _mm512_add_epi32(_mm512_shuffle_i32x4(lo, hi, 0x88), _mm512_shuffle_i32x4(lo, hi, 0xdd));
 }
 
 TWA_AVX512 inline __m512 e4m3_to_float_avx512(__m128i bytes) {
@@ -105,35 +212,34 @@ TWA_AVX512 void tile_avx512(const uint8_t* codes, const uint8_t* scales, int64_t
                             double* acc) {
   TileGradient g;
   load_gradient(grads, block, tile, &g);
-  g.sum = 0;
-  for (int c = 0; c < kTileColumns; ++c) split_int8(g.q[c], &g.a[c], &g.b[c], &g.c[c]);
   int32_t sum = 0;  // |sum| < 2^30
   for (int c = 0; c < kTileColumns; ++c) sum += g.q[c];
-  const __m512i table = level_table_avx512<kBits>();
-  const __m512i a0 = _mm512_load_si512(g.a), a1 = _mm512_load_si512(g.a + 64), b0 = _mm512_load_si512(g.b), b1 = _mm512_load_si512(g.b + 64),
-                c0 = _mm512_load_si512(g.c), c1 = _mm512_load_si512(g.c + 64);
+  for (int c = 0; c < kTileColumns; ++c) split_int8(g.q[c], &g.a[c], &g.b[c], &g.c[c]);
+  Operands<kBits> operands;
+  lay_out(g, &operands);
+  const LevelTables<kBits> tables = level_tables_avx512<kBits>();
   const __m512d offset = _mm512_set1_pd(-128.0 * sum), unit = _mm512_set1_pd(g.unit), two16 = _mm512_set1_pd(65536.0);
   for (int64_t i0 = 0; i0 < n; i0 += 16) {
-    __m512i high[16], low[16];  // per row: sums of a, and of 256 b + c, over 8 columns a lane
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) {
-      const uint8_t* row = codes + (i0 + r < n ? i0 + r : n - 1) * row_bytes(kBits);
-      const __m512i l0 = decode_avx512<kBits, 0>(row, table), l1 = decode_avx512<kBits, 1>(row, table), zero = _mm512_setzero_si512();
-      high[r] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, l0, a0), l1, a1);
-      const __m512i b = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, l0, b0), l1, b1);
-      low[r] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_slli_epi32(b, 8), l0, c0), l1, c1);
+    const uint8_t* rows = codes + i0 * row_bytes(kBits);
+    for (int64_t line = 0; line < 16 * row_bytes(kBits); line += 64) _mm_prefetch(reinterpret_cast<const char*>(rows + kPrefetch + line), _MM_HINT_T0);
+    alignas(64) uint8_t padded[16 * row_bytes(kBits)];
+    if (n - i0 < 16) {  // the last rows, followed by anything
+      std::memcpy(padded, rows, static_cast<size_t>((n - i0) * row_bytes(kBits)));
+      rows = padded;
     }
-    const __m512i h = sum_lanes(high), l = sum_lanes(low);
-    const __mmask16 rows = static_cast<__mmask16>(n - i0 >= 16 ? 0xffff : (1 << (n - i0)) - 1);
-    const __m512 scale = e4m3_to_float_avx512(_mm_maskz_loadu_epi8(rows, scales + i0));
-    const auto add = [&](__m256i hh, __m256i ll, __m256 s, __mmask8 mask, double* out) TWA_AVX512 {
+    __m512i sums[3];
+    sum_rows16<kBits>(rows, tables, operands, sums);
+    const __m512i low = _mm512_add_epi32(_mm512_slli_epi32(sums[1], 8), sums[2]);  // below 2^31: 128 * 255 * 128 * 257
+    const __mmask16 mask = static_cast<__mmask16>(n - i0 >= 16 ? 0xffff : (1 << (n - i0)) - 1);
+    const __m512 scale = e4m3_to_float_avx512(_mm_maskz_loadu_epi8(mask, scales + i0));
+    const auto add = [&](__m256i h, __m256i l, __m256 s, __mmask8 m, double* out) TWA_AVX512 {
       // Exact: the dot product has 38 bits, the scale 4.
-      const __m512d dot = _mm512_add_pd(_mm512_add_pd(_mm512_mul_pd(_mm512_cvtepi32_pd(hh), two16), _mm512_cvtepi32_pd(ll)), offset);
+      const __m512d dot = _mm512_add_pd(_mm512_add_pd(_mm512_mul_pd(_mm512_cvtepi32_pd(h), two16), _mm512_cvtepi32_pd(l)), offset);
       const __m512d term = _mm512_mul_pd(dot, _mm512_mul_pd(_mm512_cvtps_pd(s), unit));
-      _mm512_mask_storeu_pd(out, mask, _mm512_add_pd(_mm512_maskz_loadu_pd(mask, out), term));
+      _mm512_mask_storeu_pd(out, m, _mm512_add_pd(_mm512_maskz_loadu_pd(m, out), term));
     };
-    add(_mm512_castsi512_si256(h), _mm512_castsi512_si256(l), _mm512_castps512_ps256(scale), static_cast<__mmask8>(rows), acc + i0);
-    add(_mm512_extracti64x4_epi64(h, 1), _mm512_extracti64x4_epi64(l, 1), _mm512_extractf32x8_ps(scale, 1), static_cast<__mmask8>(rows >> 8),
+    add(_mm512_castsi512_si256(sums[0]), _mm512_castsi512_si256(low), _mm512_castps512_ps256(scale), static_cast<__mmask8>(mask), acc + i0);
+    add(_mm512_extracti64x4_epi64(sums[0], 1), _mm512_extracti64x4_epi64(low, 1), _mm512_extractf32x8_ps(scale, 1), static_cast<__mmask8>(mask >> 8),
         acc + i0 + 8);
   }
 }

@@ -7,6 +7,7 @@
 // Bytes      n * D * (bits / 8 + 1 / 128) read once as one stream, plus D * (center + out).
 // Products   AVX-512: rows in groups of 4, their levels interleaved so that one 32-bit lane holds a column's 4 levels + 128;
 //            vpdpbusd against 4 coefficient limbs, 3 limbs, 8 x 16 columns: 24 accumulators. Corrected by 128 * sum(q).
+//            The packed bytes are interleaved, before they are expanded.
 //            AVX2: rows in pairs, two int16 limbs, vpmaddwd. Portable: the same in plain C++.
 #include <algorithm>
 
@@ -117,11 +118,25 @@ TWA_AVX2 void tile_avx2(const uint8_t* codes, const uint8_t* scales, const float
   finish_tile(center, out, block, tile, k->unit, sum);
 }
 
-// Four rows' levels of one half tile, interleaved: 32-bit element m of 128-bit lane v of out[j] holds column 16 v + 4 j + m.
-template <int kBits, int kHalf>
-TWA_AVX512 inline void interleave_rows(const uint8_t* const* rows, __m512i table, __m512i* out) {
-  const __m512i r0 = decode_avx512<kBits, kHalf>(rows[0], table), r1 = decode_avx512<kBits, kHalf>(rows[1], table),
-                r2 = decode_avx512<kBits, kHalf>(rows[2], table), r3 = decode_avx512<kBits, kHalf>(rows[3], table);
+// AVX-512. Four rows at a time; their packed bytes are interleaved so that a dword holds one byte of each row. Expanded, a dword
+// holds the 4 levels of one column, and vpdpbusd multiplies it with the 4 rows' limbs. Eight vectors of 16 columns cover
+// the tile; dword d of vector u holds column
+//
+//   bits 8  64 (u / 4) + 16 (d / 4) + 4 (u % 4) + d % 4      one half of the tile after the other
+//   bits 4  64 (u % 2) + 16 (d / 4) + 4 (u / 2) + d % 4      u % 2 = field
+//   bits 2  16 (2 f + q) + d, u = 4 q + f                    q = half of the row's 32 bytes
+//   bits 3  as 2 bits
+//   bits 1  16 u + d                                         u = field
+template <int kBits>
+constexpr int vector_column(int u, int lane) {
+  return kBits == 8   ? 64 * (u / 4) + 16 * lane + 4 * (u % 4)
+         : kBits == 4 ? 64 * (u % 2) + 16 * lane + 4 * (u / 2)
+         : kBits == 1 ? 16 * u + 4 * lane
+                      : 16 * (2 * (u % 4) + u / 4) + 4 * lane;
+}
+
+// Interleaves the bytes of four rows of 64 bytes: dword d of out[j] has byte 16 (d / 4) + 4 j + d % 4 of each.
+TWA_AVX512 inline void interleave_rows(__m512i r0, __m512i r1, __m512i r2, __m512i r3, __m512i* out) {
   const __m512i lo01 = _mm512_unpacklo_epi8(r0, r1), hi01 = _mm512_unpackhi_epi8(r0, r1), lo23 = _mm512_unpacklo_epi8(r2, r3),
                 hi23 = _mm512_unpackhi_epi8(r2, r3);
   out[0] = _mm512_unpacklo_epi16(lo01, lo23);
@@ -130,20 +145,59 @@ TWA_AVX512 inline void interleave_rows(const uint8_t* const* rows, __m512i table
   out[3] = _mm512_unpackhi_epi16(hi01, hi23);
 }
 
-TWA_AVX512 inline void store_sums(const __m512i* a, const __m512i* b, const __m512i* c, __m512d offset, double* sum) {
-  const __m512d two16 = _mm512_set1_pd(65536.0), two8 = _mm512_set1_pd(256.0);
-  for (int j = 0; j < 4; ++j) {
-    const auto combine = [&](__m256i x, __m256i y, __m256i z) TWA_AVX512 {
-      const __m512d low = _mm512_add_pd(_mm512_mul_pd(_mm512_cvtepi32_pd(y), two8), _mm512_cvtepi32_pd(z));
-      return _mm512_add_pd(_mm512_add_pd(_mm512_mul_pd(_mm512_cvtepi32_pd(x), two16), low), offset);
-    };
-    const __m512d lanes01 = combine(_mm512_castsi512_si256(a[j]), _mm512_castsi512_si256(b[j]), _mm512_castsi512_si256(c[j]));
-    const __m512d lanes23 = combine(_mm512_extracti64x4_epi64(a[j], 1), _mm512_extracti64x4_epi64(b[j], 1), _mm512_extracti64x4_epi64(c[j], 1));
-    _mm256_store_pd(sum + 4 * j, _mm512_castpd512_pd256(lanes01));
-    _mm256_store_pd(sum + 16 + 4 * j, _mm512_extractf64x4_pd(lanes01, 1));
-    _mm256_store_pd(sum + 32 + 4 * j, _mm512_castpd512_pd256(lanes23));
-    _mm256_store_pd(sum + 48 + 4 * j, _mm512_extractf64x4_pd(lanes23, 1));
+// Lane k of v holds dword k of four rows; afterwards its dword d has byte 4 k + d of each row.
+TWA_AVX512 inline __m512i transpose_bytes(__m512i v) {
+  return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0)));
+}
+
+// out[0 .. count): expanded vectors part * count .. of four rows; count = 4 for 8 bits (part = half), 8 otherwise (part = 0).
+template <int kBits>
+TWA_AVX512 inline void expand_rows4(const uint8_t* const* rows, int part, const LevelTables<kBits>& tables, __m512i* out) {
+  if constexpr (kBits == 8) {
+    interleave_rows(_mm512_loadu_si512(rows[0] + 64 * part), _mm512_loadu_si512(rows[1] + 64 * part), _mm512_loadu_si512(rows[2] + 64 * part),
+                    _mm512_loadu_si512(rows[3] + 64 * part), out);
+  } else if constexpr (kBits == 4) {
+    __m512i bytes[4];
+    interleave_rows(_mm512_loadu_si512(rows[0]), _mm512_loadu_si512(rows[1]), _mm512_loadu_si512(rows[2]), _mm512_loadu_si512(rows[3]), bytes);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) expand_avx512<4>(bytes[j], tables, out + 2 * j);
+  } else {
+    // dword k of rows 0..3 into lane k
+    const __m512i lanes = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    if constexpr (kBits == 1) {
+      expand_avx512<1>(transpose_bytes(_mm512_permutexvar_epi32(lanes, four_quarters(rows[0], rows[1], rows[2], rows[3]))), tables, out);
+    } else {
+      const __m512i r01 = two_halves(rows[0], rows[1]), r23 = two_halves(rows[2], rows[3]);  // 8 dwords a row
+      const __m512i q0 = _mm512_set_epi32(27, 19, 11, 3, 26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0), q1 = _mm512_add_epi32(q0, _mm512_set1_epi32(4));
+      const __m512i half0 = transpose_bytes(_mm512_permutex2var_epi32(r01, q0, r23)), half1 = transpose_bytes(_mm512_permutex2var_epi32(r01, q1, r23));
+      if constexpr (kBits == 2) {
+        expand_avx512<2>(half0, tables, out);
+        expand_avx512<2>(half1, tables, out + 4);
+      } else {
+        const __m512i plane1 = transpose_bytes(_mm512_permutexvar_epi32(lanes, four_quarters(rows[0] + 32, rows[1] + 32, rows[2] + 32, rows[3] + 32)));
+        __m512i even[4], odd[4];
+        for (int f = 0; f < 4; ++f) even[f] = _mm512_set1_epi8(static_cast<char>(1 << 2 * f)), odd[f] = _mm512_set1_epi8(static_cast<char>(2 << 2 * f));
+        expand3_avx512(half0, plane1, even, tables, out);
+        expand3_avx512(half1, plane1, odd, tables, out + 4);
+      }
+    }
   }
+}
+
+// sum[column] = 65536 a + 256 b + c + offset for the 16 columns of vector u.
+template <int kBits>
+TWA_AVX512 inline void store_sums(int u, __m512i a, __m512i b, __m512i c, __m512d offset, double* sum) {
+  const __m512d two16 = _mm512_set1_pd(65536.0), two8 = _mm512_set1_pd(256.0);
+  const auto combine = [&](__m256i x, __m256i y, __m256i z) TWA_AVX512 {
+    const __m512d low = _mm512_add_pd(_mm512_mul_pd(_mm512_cvtepi32_pd(y), two8), _mm512_cvtepi32_pd(z));
+    return _mm512_add_pd(_mm512_add_pd(_mm512_mul_pd(_mm512_cvtepi32_pd(x), two16), low), offset);
+  };
+  const __m512d lanes01 = combine(_mm512_castsi512_si256(a), _mm512_castsi512_si256(b), _mm512_castsi512_si256(c));
+  const __m512d lanes23 = combine(_mm512_extracti64x4_epi64(a, 1), _mm512_extracti64x4_epi64(b, 1), _mm512_extracti64x4_epi64(c, 1));
+  _mm256_store_pd(sum + vector_column<kBits>(u, 0), _mm512_castpd512_pd256(lanes01));
+  _mm256_store_pd(sum + vector_column<kBits>(u, 1), _mm512_extractf64x4_pd(lanes01, 1));
+  _mm256_store_pd(sum + vector_column<kBits>(u, 2), _mm512_castpd512_pd256(lanes23));
+  _mm256_store_pd(sum + vector_column<kBits>(u, 3), _mm512_extractf64x4_pd(lanes23, 1));
 }
 
 template <int kBits>
@@ -153,37 +207,39 @@ TWA_AVX512 void tile_avx512(const uint8_t* codes, const uint8_t* scales, const f
   for (int64_t i = 0; i < padded; ++i) split_int8(k->q[i], &k->a[i], &k->b[i], &k->c[i]);
   int64_t total = 0;
   for (int64_t i = 0; i < padded; ++i) total += k->q[i];
-  const __m512i table = level_table_avx512<kBits>();
+  const LevelTables<kBits> tables = level_tables_avx512<kBits>();
+  constexpr int kParts = kBits == 8 ? 2 : 1, kVectors = 8 / kParts;
   __m512i a[8], b[8], c[8];
 #pragma GCC unroll 8
-  for (int j = 0; j < 8; ++j) a[j] = b[j] = c[j] = _mm512_setzero_si512();
+  for (int u = 0; u < 8; ++u) a[u] = b[u] = c[u] = _mm512_setzero_si512();
   for (int64_t i = 0; i < n; i += 4) {
     const uint8_t* rows[4];
-    for (int r = 0; r < 4; ++r) rows[r] = codes + std::min(i + r, n - 1) * row_bytes(kBits);
+    for (int r = 0; r < 4; ++r) rows[r] = codes + std::min(i + r, n - 1) * row_bytes(kBits);  // rows past n have zero limbs
+    for (int64_t line = 0; line < 4 * row_bytes(kBits); line += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(codes + i * row_bytes(kBits) + kPrefetch + line), _MM_HINT_T0);
     const auto limbs = [i](const int8_t* p) TWA_AVX512 {
       int32_t four;
       std::memcpy(&four, p + i, 4);
       return _mm512_set1_epi32(four);
     };
     const __m512i ka = limbs(k->a), kb = limbs(k->b), kc = limbs(k->c);
-    __m512i lev[4];
-    const auto add = [&](int first) TWA_AVX512 {
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        a[first + j] = _mm512_dpbusd_epi32(a[first + j], lev[j], ka);
-        b[first + j] = _mm512_dpbusd_epi32(b[first + j], lev[j], kb);
-        c[first + j] = _mm512_dpbusd_epi32(c[first + j], lev[j], kc);
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; ++part) {
+      __m512i levels[kVectors];
+      expand_rows4<kBits>(rows, part, tables, levels);
+#pragma GCC unroll 8
+      for (int u = 0; u < kVectors; ++u) {
+        const int at = part * kVectors + u;
+        a[at] = _mm512_dpbusd_epi32(a[at], levels[u], ka);
+        b[at] = _mm512_dpbusd_epi32(b[at], levels[u], kb);
+        c[at] = _mm512_dpbusd_epi32(c[at], levels[u], kc);
       }
-    };
-    interleave_rows<kBits, 0>(rows, table, lev);
-    add(0);
-    interleave_rows<kBits, 1>(rows, table, lev);
-    add(4);
+    }
   }
   alignas(64) double sum[kTileColumns];
   const __m512d offset = _mm512_set1_pd(-128.0 * static_cast<double>(total));
-  store_sums(a, b, c, offset, sum);
-  store_sums(a + 4, b + 4, c + 4, offset, sum + 64);
+#pragma GCC unroll 8
+  for (int u = 0; u < 8; ++u) store_sums<kBits>(u, a[u], b[u], c[u], offset, sum);
   finish_tile(center, out, block, tile, k->unit, sum);
 }
 

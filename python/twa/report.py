@@ -98,11 +98,6 @@ def picture(outcome: Outcome, task: Task) -> bytes:
     return buffer.getvalue()
 
 
-def _smooth(values: list[float], window: int) -> list[float]:
-    """Mean over the last `window` values."""
-    return [sum(values[max(0, k - window + 1) : k + 1]) / (k + 1 - max(0, k - window + 1)) for k in range(len(values))]
-
-
 def _curves(axes, trained: list[Result]) -> None:
     axes.set_title("Validation loss while the coefficients train")
     axes.set_xlabel("gradient step")
@@ -114,7 +109,9 @@ def _curves(axes, trained: list[Result]) -> None:
         style = dict(color=f"C{k % 10}", linestyle="--" if "float32" in r.method else "-")
         axes.plot(*zip(*r.val_curve, strict=True), marker="o", markersize=4, label=r.method, **style)
     best = min(trained, key=lambda r: r.val_loss)
-    axes.plot(range(1, len(best.curve) + 1), _smooth(best.curve, 25), color="0.6", linewidth=1, label="training loss of the best (mean of 25)", zorder=0)
+    window = min(25, len(best.curve))
+    means = [sum(best.curve[k - window : k]) / window for k in range(window, len(best.curve) + 1)]
+    axes.plot(range(window, len(best.curve) + 1), means, color="0.6", linewidth=1, label=f"training loss of the best (mean of {window})", zorder=0)
     axes.legend(fontsize=8, loc="upper right")
 
 

@@ -1,0 +1,53 @@
+// Memory bandwidth with the kernels' own threads: what benchmarks compare themselves with.
+//
+// read_bytes   sums 64-bit words; bytes moved = bytes.      copy_bytes   one read and one write per byte.
+// Work map     items of 1 MiB, taken by the threads in order, as the kernels take their blocks.
+#include <algorithm>
+#include <atomic>
+
+#include "common.h"
+
+namespace twa {
+namespace {
+
+constexpr int64_t kItem = int64_t{1} << 20;
+
+TWA_INLINE uint64_t sum_words(const uint64_t* __restrict__ p, int64_t count) {
+  uint64_t s[8] = {};
+  for (int64_t k = 0; k + 8 <= count; k += 8)
+    for (int j = 0; j < 8; ++j) s[j] += p[k + j];
+  return s[0] + s[1] + s[2] + s[3] + s[4] + s[5] + s[6] + s[7];
+}
+uint64_t sum_portable(const uint64_t* p, int64_t count) { return sum_words(p, count); }
+#ifdef TWA_X86
+TWA_AVX512 uint64_t sum_avx512(const uint64_t* p, int64_t count) {
+  __m512i s[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
+  for (int64_t k = 0; k + 32 <= count; k += 32)
+    for (int j = 0; j < 4; ++j) s[j] = _mm512_add_epi64(s[j], _mm512_loadu_si512(p + k + 8 * j));
+  return static_cast<uint64_t>(_mm512_reduce_add_epi64(_mm512_add_epi64(_mm512_add_epi64(s[0], s[1]), _mm512_add_epi64(s[2], s[3]))));
+}
+#endif
+
+}  // namespace
+
+uint64_t read_bytes(const void* data, int64_t bytes, int threads) {
+  std::atomic<uint64_t> total{0};
+  auto sum = sum_portable;
+#ifdef TWA_X86
+  if (isa() == Isa::avx512) sum = sum_avx512;
+#endif
+  parallel_for((bytes + kItem - 1) / kItem, threads, [&](int64_t item) {
+    const int64_t begin = item * kItem, count = std::min(kItem, bytes - begin) / 8;
+    total += sum(reinterpret_cast<const uint64_t*>(static_cast<const char*>(data) + begin), count);
+  });
+  return total;
+}
+
+void copy_bytes(const void* from, void* to, int64_t bytes, int threads) {
+  parallel_for((bytes + kItem - 1) / kItem, threads, [&](int64_t item) {
+    const int64_t begin = item * kItem;
+    std::memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin, static_cast<size_t>(std::min(kItem, bytes - begin)));
+  });
+}
+
+}  // namespace twa
