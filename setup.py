@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.resolve()
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / "cmake"
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"  # kept, so that a rebuild compiles only what changed
         build.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         options = [

@@ -46,8 +46,15 @@ def main() -> None:
     checks = []
     for trained in TRAINED:
         margin = [min(losses[f][k] for f in FIXED) - losses[trained][k] for k in range(len(args.seeds))]
-        checks.append(f"{trained}: below the best fixed average on every seed: {'yes' if min(margin) > 0 else 'NO'} (by {min(margin):.4f} to {max(margin):.4f})")
-    gaps = [abs(a - b) for name in losses if "4 bits" in name for a, b in zip(losses[name], losses[name.replace("4 bits", "float32")], strict=True)]
+        checks.append(
+            f"{trained}: below the best fixed average on every seed: {'yes' if min(margin) > 0 else 'NO'} (by {min(margin):.4f} to {max(margin):.4f})"
+        )
+    gaps = [
+        abs(a - b)
+        for name in losses
+        if "4 bits" in name
+        for a, b in zip(losses[name], losses[name.replace("4 bits", "float32")], strict=True)
+    ]
     checks.append(f"largest difference between 4 bits and float32: {max(gaps):.4f} (target 0.005)")
     checks.append(f"seconds per demo: {', '.join(f'{s:.0f}' for s in seconds)} (target 180)")
     hardware = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}, commit {commit()}"
@@ -55,7 +62,9 @@ def main() -> None:
     print(text)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "demo_seeds.md").write_text(text)
-    (RESULTS / "demo_seeds.json").write_text(json.dumps({"hardware": hardware, "seeds": args.seeds, "test_loss": losses, "seconds": seconds}, indent=1) + "\n")
+    (RESULTS / "demo_seeds.json").write_text(
+        json.dumps({"hardware": hardware, "seeds": args.seeds, "test_loss": losses, "seconds": seconds}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -42,8 +42,14 @@ void check(twa::Status status) {
 struct Basis {
   twa::BasisView view;
   Basis(uintptr_t codes, uintptr_t scales, uintptr_t row_scale, uintptr_t tile_segment, int64_t n, int64_t tiles, int64_t segments, int bits)
-      : view{pointer<const uint8_t>(codes), pointer<const uint8_t>(scales), pointer<const float>(row_scale), pointer<const int32_t>(tile_segment), n,
-             tiles, segments, bits} {}
+      : view{pointer<const uint8_t>(codes),
+             pointer<const uint8_t>(scales),
+             pointer<const float>(row_scale),
+             pointer<const int32_t>(tile_segment),
+             n,
+             tiles,
+             segments,
+             bits} {}
 };
 
 py::object pack(const Addresses& rows, const Numbers& row_dtypes, const Addresses& center, const Numbers& center_dtypes, const Numbers& numel,
@@ -97,10 +103,10 @@ void reconstruct(const Basis& basis, uintptr_t x, const Addresses& center, const
 void pack_cuda(uintptr_t rows, uintptr_t center, uintptr_t numel, uintptr_t tile_begin, uintptr_t dtypes, int64_t count, int64_t tiles, int64_t n,
                int bits, uintptr_t codes, uintptr_t scales, uintptr_t sum_sq_tiles, uintptr_t bad, uintptr_t stream) {
   if (!twa::valid_bits(bits)) throw py::value_error("bits must be 8, 4, 3, 2 or 1");
-  const int error = twa::pack_cuda(pointer<const void* const>(rows), pointer<const void* const>(center), pointer<const int64_t>(numel),
-                                   pointer<const int64_t>(tile_begin), pointer<const twa::Dtype>(dtypes), count, tiles, n, bits,
-                                   pointer<uint8_t>(codes), pointer<uint16_t>(scales), pointer<double>(sum_sq_tiles), pointer<int32_t>(bad),
-                                   pointer<void>(stream));
+  const int error =
+      twa::pack_cuda(pointer<const void* const>(rows), pointer<const void* const>(center), pointer<const int64_t>(numel),
+                     pointer<const int64_t>(tile_begin), pointer<const twa::Dtype>(dtypes), count, tiles, n, bits, pointer<uint8_t>(codes),
+                     pointer<uint16_t>(scales), pointer<double>(sum_sq_tiles), pointer<int32_t>(bad), pointer<void>(stream));
   if (error != 0) throw std::runtime_error(std::string("pack: CUDA launch failed: ") + twa::cuda_error_name(error));
 }
 #endif
@@ -123,7 +129,8 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     twa::copy_bytes(pointer<const void>(from), pointer<void>(to), bytes, threads);
   });
-  m.def("get_code", [](int bits, const std::string& row, int column) { return twa::get_code(bits, reinterpret_cast<const uint8_t*>(row.data()), column); });
+  m.def("get_code",
+        [](int bits, const std::string& row, int column) { return twa::get_code(bits, reinterpret_cast<const uint8_t*>(row.data()), column); });
   m.def("level", &twa::level);
 #if defined(TWA_WITH_CUDA)
   m.attr("with_cuda") = true;

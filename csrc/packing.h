@@ -65,21 +65,30 @@ TWA_HD int level(int bits, int code) {
   constexpr int8_t k2[4] = {-127, -38, 38, 127};
   constexpr int8_t k1[2] = {-127, 127};
   switch (bits) {
-    case 8: return code - 128;
-    case 4: return k4[code];
-    case 3: return k3[code];
-    case 2: return k2[code];
-    default: return k1[code];
+    case 8:
+      return code - 128;
+    case 4:
+      return k4[code];
+    case 3:
+      return k3[code];
+    case 2:
+      return k2[code];
+    default:
+      return k1[code];
   }
 }
 
 // sigma / 127 of the outermost Lloyd-Max level: turns an rms into a first scale.
 TWA_HD float initial_scale(int bits) {
   switch (bits) {
-    case 4: return 2.732589571f / 127.0f;
-    case 3: return 2.151945705f / 127.0f;
-    case 2: return 1.510417608f / 127.0f;
-    default: return 0.7978845608f / 127.0f;
+    case 4:
+      return 2.732589571f / 127.0f;
+    case 3:
+      return 2.151945705f / 127.0f;
+    case 2:
+      return 1.510417608f / 127.0f;
+    default:
+      return 0.7978845608f / 127.0f;
   }
 }
 

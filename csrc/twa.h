@@ -13,23 +13,23 @@ namespace twa {
 
 enum class Status : int32_t {
   ok = 0,
-  bad_argument = 1,   // sizes, bits or dtype out of range
-  not_finite = 2,     // pack: NaN or Inf in the input; *where says in which row and tensor
-  device_error = 3,   // CUDA: see the message that the launcher filled
+  bad_argument = 1,  // sizes, bits or dtype out of range
+  not_finite = 2,    // pack: NaN or Inf in the input; *where says in which row and tensor
+  device_error = 3,  // CUDA: see the message that the launcher filled
 };
 
 struct TensorTable {
-  void* const* data;      // (count,) base pointers; null means an absent tensor (a zero gradient)
-  const int64_t* numel;   // (count,)
-  const Dtype* dtype;     // (count,)
+  void* const* data;     // (count,) base pointers; null means an absent tensor (a zero gradient)
+  const int64_t* numel;  // (count,)
+  const Dtype* dtype;    // (count,)
   int64_t count;
 };
 
 struct BasisView {
-  const uint8_t* codes;          // (num_tiles, n, row_bytes(bits))
-  const uint8_t* scales;         // (num_tiles, n) e4m3
-  const float* row_scale;        // (n, L)
-  const int32_t* tile_segment;   // (num_tiles,) in [0, L)
+  const uint8_t* codes;         // (num_tiles, n, row_bytes(bits))
+  const uint8_t* scales;        // (num_tiles, n) e4m3
+  const float* row_scale;       // (n, L)
+  const int32_t* tile_segment;  // (num_tiles,) in [0, L)
   int64_t n;
   int64_t num_tiles;
   int64_t num_segments;
@@ -48,8 +48,8 @@ struct Where {
 //   center    count tables, or data == nullptr for no center
 //   codes     (num_tiles, n, row_bytes) and scales_bf16 (num_tiles, n) of these tensors: scales with 4 significant bits, as bf16
 //   sum_sq    (n, L) float64, added to: squared norms;  max_scale (n, L) float32, maximised
-Status pack_cpu(const TensorTable& rows, const TensorTable& center, const int32_t* tile_segment, int64_t n, int64_t num_segments,
-                int bits, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq, float* max_scale, Where* where, int threads);
+Status pack_cpu(const TensorTable& rows, const TensorTable& center, const int32_t* tile_segment, int64_t n, int64_t num_segments, int bits,
+                uint8_t* codes, uint16_t* scales_bf16, double* sum_sq, float* max_scale, Where* where, int threads);
 
 // out[k] (n, numel[k]) float32 = dequantised rows.
 Status unpack_cpu(const BasisView& basis, const TensorTable& out, int threads);
@@ -72,9 +72,8 @@ const char* cpu_isa();
 #if defined(TWA_WITH_CUDA)
 // As pack_cpu, on device pointers (the tables and tile_segment too) and on a stream (cudaStream_t). sum_sq_tiles (num_tiles, n)
 // holds squared norms per group; `bad` counts groups with a NaN or Inf. Returns the CUDA error, 0 when the launch succeeded.
-int pack_cuda(const void* const* rows, const void* const* center, const int64_t* numel, const int64_t* tile_begin, const Dtype* dtype,
-              int64_t count, int64_t tiles, int64_t n, int bits, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq_tiles,
-              int32_t* bad, void* stream);
+int pack_cuda(const void* const* rows, const void* const* center, const int64_t* numel, const int64_t* tile_begin, const Dtype* dtype, int64_t count,
+              int64_t tiles, int64_t n, int bits, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq_tiles, int32_t* bad, void* stream);
 const char* cuda_error_name(int error);
 int cuda_device_count();
 #endif

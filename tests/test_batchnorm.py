@@ -25,7 +25,9 @@ def expected(m, batches):
     return (share * torch.stack([o.mean(0) for o in outputs])).sum(0), (share * torch.stack([o.var(0) for o in outputs])).sum(0)
 
 
-@pytest.mark.parametrize("wrap", [lambda b: b, lambda b: (b, torch.zeros(len(b))), lambda b: [b], lambda b: {"input": b, "labels": torch.zeros(len(b))}])
+@pytest.mark.parametrize(
+    "wrap", [lambda b: b, lambda b: (b, torch.zeros(len(b))), lambda b: [b], lambda b: {"input": b, "labels": torch.zeros(len(b))}]
+)
 def test_batches_of_every_kind_with_a_ragged_last(wrap):
     m = model()
     batches = list(DATA.split(16))  # 16, 16, 16, 2
@@ -40,6 +42,15 @@ def test_last_batch_of_one_sample_is_left_out():
     m = model()
     assert update_bn(DATA[:33].split(16), m) == 2
     torch.testing.assert_close(statistics(m)[0], expected(m, DATA[:32].split(16))[0])
+
+
+def test_batches_of_one_image():
+    images = torch.randn(5, 3, 8, 8)
+    m, whole = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    assert update_bn(images.split(1), m) == 5
+    update_bn([images], whole)
+    torch.testing.assert_close(m.running_mean, whole.running_mean)
+    assert update_bn(iter(images.split(1)), nn.BatchNorm2d(3), max_batches=2) == 2
 
 
 def test_state_is_restored():
@@ -68,5 +79,6 @@ def test_own_forward_and_limit():
 
 
 def test_empty_loader():
-    with pytest.raises(ValueError, match="at least one batch"):
-        update_bn([], model())
+    for loader in ([], [DATA[:1]]):
+        with pytest.raises(ValueError, match="at least one batch"):
+            update_bn(loader, model())

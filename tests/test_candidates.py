@@ -42,9 +42,15 @@ def test_numeric_order_of_names(tmp_path):
     assert sorted(["x10y2", "x9", "x10y10"], key=numeric_order) == ["x9", "x10y2", "x10y10"]
 
 
+def test_order_of_lists(tmp_path):
+    paths = [save(tmp_path / f"step_{k}.pt", state(k)) for k in (1, 10, 2, 9)]
+    assert Candidates(paths).names == ["step_1", "step_2", "step_9", "step_10"]  # alphabetic, as from a shell
+    assert Candidates([paths[3], paths[1], paths[2]]).names == ["step_9", "step_10", "step_2"]  # somebody's own order
+
+
 @pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict"])
 def test_nested_and_wrapped(tmp_path, key):
-    wrapped = {f"module.{k}": v for k, v in state().items()}
+    wrapped = {f"_orig_mod.module.{k}": v for k, v in state().items()}
     save(tmp_path / "c.pt", {key: wrapped, "epoch": 3, "optimizer": {"state": {}}})
     candidates = Candidates(tmp_path / "c.pt")
     assert set(candidates.info) == {"a.weight", "a.bias"}
@@ -150,6 +156,7 @@ def bad_files(folder):
     }
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_files_that_are_no_checkpoints(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path, message in bad_files(tmp_path).items():
@@ -176,6 +183,7 @@ def test_no_candidates(tmp_path):
         (lambda s: s.update({"a.bias": torch.zeros(5)}), r"c1\.pt: tensor 'a.bias': expected shape \[4\].*c0\.pt, found \[5\]$"),
         (lambda s: s.update({"a.bias": torch.zeros(4, dtype=torch.int64)}), "expected torch.float32"),
         (lambda s: s.update({"a.bias": torch.zeros(4, dtype=torch.complex64)}), "complex"),
+        (lambda s: s.update({"a.bias": torch.zeros(4).to(torch.float8_e4m3fn)}), "at least 16 bits"),
     ],
 )
 def test_candidates_that_do_not_match(tmp_path, change, message):

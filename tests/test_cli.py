@@ -12,6 +12,7 @@ from conftest import run_python
 from safetensors.torch import load_file, save_file
 from twa import cli, report
 from twa.average import Average, Settings, TwaMethod, warmup_then_linear
+from twa.measure import mean_over
 from twa.tasks import TaskError, digits, load_task
 
 FILES = {"averaged.safetensors", "coefficients.json", "report.md", "report.png", "results.json"}
@@ -85,7 +86,9 @@ print(total / count)
 def test_coefficients_file(finished, checkpoints):
     written = json.loads((finished[0] / "coefficients.json").read_text())
     beta = torch.tensor(written["beta"], dtype=torch.float64)
-    assert beta.shape == (10, len(written["segments"])) and [Path(p).name for p in written["candidates"]] == [f"epoch_{k}.safetensors" for k in range(10)]
+    assert beta.shape == (10, len(written["segments"])) and [Path(p).name for p in written["candidates"]] == [
+        f"epoch_{k}.safetensors" for k in range(10)
+    ]
     torch.testing.assert_close(beta.sum(0), torch.ones(beta.shape[1], dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
 
@@ -182,6 +185,49 @@ def test_validation_data_is_split_for_twa_v_only(checkpoints, tmp_path):
     task.split_validation()
     assert [b is batches[k] for k, b in zip((1, 3), task.val, strict=True)] == [True, True]
     assert [b is batches[k] for k, b in zip((0, 2, 4), task.heldout, strict=True)] == [True] * 3
+
+
+def test_a_shuffled_validation_set_cannot_be_split(tmp_path):
+    (tmp_path / "task.py").write_text(TASK.format(limit=10**9).replace("digits.val_data", "digits.train_data"))
+    with pytest.raises(TaskError, match="other batches at each pass"):
+        load_task(str(tmp_path / "task.py")).split_validation()
+
+
+def test_candidates_with_nan_loss_never_win(checkpoints, tmp_path):
+    """Finite weights, NaN loss: the first and the last candidate; and a run where nothing is finite."""
+    (tmp_path / "helper.py").write_text("LIMIT = 50.0")
+    text = "from __future__ import annotations\nfrom helper import LIMIT\n" + TASK.format(limit=10**9).replace(
+        "    return value\n", "    return value if model[7].bias.abs().max() < LIMIT else value * float('nan')\n"
+    )
+    (tmp_path / "task.py").write_text(text)
+    for k, path in enumerate(sorted(checkpoints.glob("*.safetensors"))[:5]):
+        state = load_file(path)
+        if k in (0, 4):
+            state["7.bias"] += 1000.0
+        save_file(state, tmp_path / f"c{k}.safetensors")
+    task = load_task(str(tmp_path / "task.py"))
+    candidates = twa.Candidates(tmp_path / "c*.safetensors")
+    outcome = Average(task, candidates, Settings((TwaMethod("t", "tensor", 4),), steps=4), progress=False).run()
+    assert outcome.winner.val_loss < 1 and outcome.results[1].note in ("c1", "c2", "c3")
+    report.write_outputs(tmp_path, outcome, task, candidates.names, "command")
+    assert (tmp_path / "report.png").exists()
+    with pytest.raises(ValueError, match="every method is NaN or Inf"):
+        Average(task, twa.Candidates(tmp_path / "c0.safetensors"), Settings(), progress=False).run()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_measured_is_exported_in_half_precision(checkpoints, tmp_path, dtype):
+    """BatchNorm statistics are re-estimated in float32 and exported in the files' dtype: measured after that rounding."""
+    for path in checkpoints.glob("*.safetensors"):
+        save_file({k: t.to(dtype) if t.is_floating_point() else t for k, t in load_file(path).items()}, tmp_path / path.name)
+    task = load_task("digits")
+    outcome = Average(
+        task, twa.Candidates(tmp_path / "*.safetensors"), Settings((TwaMethod("t", "tensor", 4),), steps=5), progress=False
+    ).run()
+    model = digits.model()
+    model.load_state_dict(outcome.state)
+    assert all(t.dtype == dtype for t in outcome.state.values() if t.is_floating_point())
+    assert mean_over(model, digits.loss, task.test) == pytest.approx(outcome.winner.test_loss, abs=1e-7)
 
 
 def test_tasks_that_break_the_contract(tmp_path):

@@ -38,7 +38,15 @@ def test_opcheck(op, bits):
         "unpack": lambda: (*basis.operands, basis.numels, bits, ""),
         "project": lambda: (*basis.operands, center, basis.numels, bits, ""),
         "reconstruct": lambda: (*basis.operands, x, center, basis.numels, bits, ""),
-        "reconstruct_out": lambda: (*basis.operands, x.detach(), [c.detach() for c in center], basis.numels, bits, [torch.empty(s) for s in SHAPES], ""),
+        "reconstruct_out": lambda: (
+            *basis.operands,
+            x.detach(),
+            [c.detach() for c in center],
+            basis.numels,
+            bits,
+            [torch.empty(s) for s in SHAPES],
+            "",
+        ),
     }[op]()
     torch.library.opcheck(getattr(torch.ops.twa_kernels, op).default, arguments)
 

@@ -109,6 +109,14 @@ def test_zero_rows_and_constant_tensors(bits):
         assert not basis.divisor[:, 0].any()
 
 
+def test_scales_below_the_range_are_zero_with_a_warning():
+    rows = [torch.randn(2, 300), 1e-7 * torch.randn(2, 300)]
+    with pytest.warns(UserWarning, match="6 of 12 groups are zero"):
+        basis = tk.pack(rows, 4, segments=[0, 0])
+    assert not tk.unpack(basis)[1].any()
+    assert tk.unpack(tk.pack(rows, 4))[1].any()
+
+
 def test_packer_streams_to_the_same_bits():
     rows, center = rows_of(4, SHAPES), tensors(SHAPES)
     packer = tk.Packer(4, SHAPES, 4, SEGMENTS)

@@ -24,6 +24,19 @@ def test_against_float64(bits, n, dtype, bound, basis_of):
     assert ((tk.project(basis, grads).double() - exact(basis, grads)).abs() <= bound * norm_p * norm_g).all()
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_worst_case_of_the_bound(bits):
+    """One large gradient where P is small: the other 127 are rounded to its unit."""
+    row = torch.ones(1, 128)
+    row[0, 0] = 1e-6
+    basis, grads = tk.pack([row], bits, normalize="none"), [torch.full((128,), 2.0**-24 * 1.01)]
+    grads[0][0] = 1.0
+    p = tk.unpack(basis)[0].double()
+    assert (tk.project(basis, grads).double() - exact(basis, grads)).abs().item() <= 2.0**-23 * p.abs().sum().item() + 1e-7 * p[
+        0, 0
+    ].abs().item()
+
+
 def test_no_worse_than_plain_pytorch():
     """At most twice the error of a float32 matmul on the dequantised rows."""
     rows = rows_of(64, [(100_000,)])

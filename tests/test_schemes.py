@@ -89,7 +89,9 @@ def test_greedy_soup():
     assert len(tried) == 3 + 2
 
 
-@pytest.mark.parametrize("call", [lambda: schemes.lawa(3, 4), lambda: schemes.lawa(3, 0), lambda: schemes.ema(3, 1.0), lambda: schemes.candidate(3, 3)])
+@pytest.mark.parametrize(
+    "call", [lambda: schemes.lawa(3, 4), lambda: schemes.lawa(3, 0), lambda: schemes.ema(3, 1.0), lambda: schemes.candidate(3, 3)]
+)
 def test_bad_input(call):
     with pytest.raises(ValueError, match="expected"):
         call()

@@ -159,7 +159,9 @@ def test_nan_in_one_candidate_names_its_file(tmp_path, center, bits):
         if k == 1:
             state["embed.weight"][4, 5] = float("nan")
         save_file(state, tmp_path / f"c{k}.safetensors")
-    with pytest.raises(CandidateError, match=r"c1\.safetensors: tensor 'embed.weight' has 1 NaN or Inf of 120 values \(the first at \[4, 5\]\)"):
+    with pytest.raises(
+        CandidateError, match=r"c1\.safetensors: tensor 'embed.weight' has 1 NaN or Inf of 120 values \(the first at \[4, 5\]\)"
+    ):
         twa.Subspace.from_candidates(Zoo(), twa.Candidates(tmp_path / "c*.safetensors"), center=center, bits=bits)
 
 
@@ -168,6 +170,7 @@ def test_granularity(tmp_path):
     assert segment_labels(names, "model") == ["model"] * 6
     assert segment_labels(names, "tensor") == names
     assert segment_labels(names, "block") == ["embed", "layers.0", "layers.0", "layers.1", "head", "scale"]
+    assert segment_labels(["0.conv.0.weight", "0.conv.1.weight", "12.bias"], "block") == ["0", "0", "12"]
     assert segment_labels(names, lambda name: name[0]) == ["e", "l", "l", "l", "h", "s"]
     with pytest.raises(ValueError, match="no segment for parameter 'head.weight'"):
         segment_labels(names, dict.fromkeys(names[:4], 0))
@@ -175,7 +178,11 @@ def test_granularity(tmp_path):
         segment_labels(names, "layer")
     candidates = save_zoo(tmp_path)
     for bits in (4, 32):
-        for granularity, count in (("model", 1), ("tensor", 5), ({n: n == "scale" for n in ["scale", "constant", "embed.weight", "norm.weight", "norm.bias"]}, 2)):
+        for granularity, count in (
+            ("model", 1),
+            ("tensor", 5),
+            ({n: n == "scale" for n in ["scale", "constant", "embed.weight", "norm.weight", "norm.bias"]}, 2),
+        ):
             subspace = twa.Subspace.from_candidates(Zoo(), candidates, bits=bits, granularity=granularity)
             assert subspace.coefficients.shape == (3, count) == (3, len(subspace.labels))
 

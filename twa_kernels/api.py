@@ -63,8 +63,9 @@ def project(basis: PackedBasis, grads: Tensors | Sequence[Tensor | None], backen
             is not contiguous is copied, alone.
     returns (n, L) float32, the gradient of the coefficients: `c = P @ g` for one segment.
 
-    Error against float64 on the same packed basis, relative to |P| |g|: at most 2^-23 (each tile's gradient is carried in 24-bit
-    fixed point, everything else is exact or float64). The bits do not depend on the number of threads or the instruction
+    Error against float64 on the same packed basis: at most 2^-23 * max|g| * sum|P| summed over tiles, because each tile's gradient is
+    carried in 24-bit fixed point and all else is exact or float64; so at most sqrt(128) * 2^-23 * |P| |g|, and near 2^-26 * |P| |g|
+    for gradients of a common size within a tile. A float32 sum has no better bound. The bits do not depend on the number of threads or the instruction
     set. NaN or Inf in a gradient makes its segment's coefficients NaN. Differentiable in grads (backward: reconstruct).
     """
     given = _list(grads)
@@ -74,7 +75,9 @@ def project(basis: PackedBasis, grads: Tensors | Sequence[Tensor | None], backen
     return torch.ops.twa_kernels.project(*basis.operands, [empty if g is None else g for g in given], basis.numels, basis.bits, backend)
 
 
-def reconstruct(basis: PackedBasis, x: Tensor, center: Tensors | None = None, out: Tensors | None = None, backend: str = "") -> list[Tensor]:
+def reconstruct(
+    basis: PackedBasis, x: Tensor, center: Tensors | None = None, out: Tensors | None = None, backend: str = ""
+) -> list[Tensor]:
     """theta[j] = center[j] + sum_i x[i, l] * P[i, j], l the segment of column j.
 
     x       (n, L) float32 coefficients.
@@ -95,4 +98,5 @@ def reconstruct(basis: PackedBasis, x: Tensor, center: Tensors | None = None, ou
         torch.ops.twa_kernels.reconstruct_out(
             *basis.operands, x.detach(), centers, basis.numels, basis.bits, [t.detach() for t in targets], backend
         )
+    torch.autograd.graph.increment_version(targets)  # so that autograd refuses to go back through the old values
     return targets

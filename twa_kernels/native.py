@@ -47,7 +47,14 @@ def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _basis(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, bits: int):
     return _C.Basis(
-        codes.data_ptr(), scales.data_ptr(), row_scale.data_ptr(), tile_segment.data_ptr(), row_scale.shape[0], len(tile_segment), row_scale.shape[1], bits
+        codes.data_ptr(),
+        scales.data_ptr(),
+        row_scale.data_ptr(),
+        tile_segment.data_ptr(),
+        row_scale.shape[0],
+        len(tile_segment),
+        row_scale.shape[1],
+        bits,
     )
 
 

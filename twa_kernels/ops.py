@@ -74,6 +74,8 @@ def _check_list(
             raise TypeError(f"{name}[{k}]: expected one of {dtypes}, found {t.dtype}")
         if t.device != device:
             raise ValueError(f"{name}[{k}]: expected device {device}, found {t.device}")
+        if t.layout != torch.strided:
+            raise TypeError(f"{name}[{k}]: expected a dense (strided) tensor, found layout {t.layout}")
 
 
 def _check_x(x: Tensor, row_scale: Tensor) -> None:
@@ -180,7 +182,10 @@ def _project_setup(ctx, inputs, output) -> None:
 
 def _project_backward(ctx, grad_c):
     flat = torch.ops.twa_kernels.reconstruct(*ctx.saved_tensors, grad_c.contiguous(), [], ctx.numels, ctx.bits, ctx.backend)
-    grads = [f.view(shape).to(dtype) if shape.numel() else f.new_empty(shape, dtype=dtype) for f, (shape, dtype) in zip(flat, ctx.like, strict=True)]
+    grads = [
+        f.view(shape).to(dtype) if shape.numel() else f.new_empty(shape, dtype=dtype)
+        for f, (shape, dtype) in zip(flat, ctx.like, strict=True)
+    ]
     return None, None, None, None, grads, None, None, None
 
 

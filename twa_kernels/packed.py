@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -89,7 +90,9 @@ def segments_to_tiles(segments: Sequence[int] | Tensor | None, numels: Sequence[
     if len(index) == len(numels):
         index = torch.repeat_interleave(index.long(), counts)
     elif len(index) != offsets[-1]:
-        raise ValueError(f"segments: expected {len(numels)} entries (one per tensor) or {offsets[-1]} (one per tile of 128 columns), found {len(index)}")
+        raise ValueError(
+            f"segments: expected {len(numels)} entries (one per tensor) or {offsets[-1]} (one per tile of 128 columns), found {len(index)}"
+        )
     if len(index) and index.min() < 0:
         raise ValueError(f"segments: expected indices of at least 0, found {int(index.min())}")
     return index.to(torch.int32)
@@ -177,6 +180,13 @@ class Packer:
         for at in torch.arange(len(scales), device=scales.device).split(1 << 16):
             u = unit.T.float()[self.tile_segment[at].long()]  # (tiles, n)
             scales[at] = torch.where(u > 0, self.scales[at].float() / u, 0.0).to(torch.float8_e4m3fn)
+        lost = int(((self.scales > 0) & (scales.view(torch.uint8) == 0)).sum())
+        if lost:
+            warnings.warn(
+                f"{lost} of {scales.numel()} groups are zero in the packed basis: their rows differ from the center by less than 2^-17 of what "
+                "the same row does elsewhere in the segment; finer segments keep them",
+                stacklevel=2,
+            )
         row_scale = torch.where(divisor > 0, unit / divisor, 0.0).float()
         return PackedBasis(self.codes, scales, row_scale, self.tile_segment, divisor, self.shapes, self.bits)
 

@@ -25,9 +25,20 @@ Isa isa();  // decided once; see cpu_isa() in twa.h
 // not fixed, so fn must write only what belongs to its item.
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& fn);
 
-// How far ahead of the codes in use the fast kernels prefetch: hardware prefetchers stop at each 4 KiB page. Past the end of
-// the codes the instruction does nothing.
-constexpr int64_t kPrefetch = 4096;
+#ifdef TWA_X86
+// Requests the `bytes` that lie kPrefetch ahead of p into L2: hardware prefetchers stop at each 4 KiB page, and the second-level
+// cache can wait for more lines at a time than the first. Past the end of the codes the instruction does nothing.
+#ifndef TWA_PF
+#define TWA_PF 8192
+#endif
+#ifndef TWA_HINT
+#define TWA_HINT _MM_HINT_T1
+#endif
+constexpr int64_t kPrefetch = TWA_PF;
+TWA_INLINE void prefetch_ahead(const uint8_t* p, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetch + line), TWA_HINT);
+}
+#endif
 
 // Up to kBlockTiles tiles of one tensor and one segment: the unit of work and of reduction.
 struct Block {
@@ -124,10 +135,10 @@ TWA_INLINE double to_fixed(const float* __restrict__ v, int count, int32_t* __re
 
 // Limbs of a fixed-point number: q = 65536 a + 256 b + c (int8), and q = 4096 high + low (int16).
 TWA_INLINE void split_int8(int32_t q, int8_t* a, int8_t* b, int8_t* c) {
+  const int32_t r = (q + 128) >> 8;  // the low byte counts as signed
   *c = static_cast<int8_t>(q);
-  const int32_t r = (q - *c) >> 8;
   *b = static_cast<int8_t>(r);
-  *a = static_cast<int8_t>((r - *b) >> 8);
+  *a = static_cast<int8_t>((r + 128) >> 8);
 }
 TWA_INLINE void split_int16(int32_t q, int16_t* high, int16_t* low) {
   *low = static_cast<int16_t>(((q + 2048) & 4095) - 2048);

@@ -38,7 +38,7 @@ TWA_INLINE void encode(const float* __restrict__ u, float s, uint8_t* __restrict
     for (int c = 0; c < kTileColumns; ++c) lev[c] = static_cast<int8_t>(level(kBits, 0));
     for (int j = 0; j + 1 < 1 << kBits; ++j) {
       const int sum = level(kBits, j) + level(kBits, j + 1);
-      const int8_t threshold = static_cast<int8_t>(sum >= 0 ? sum / 2 : -((1 - sum) / 2));  // floor(sum / 2): 2 k > sum
+      const int8_t threshold = static_cast<int8_t>(sum >= 0 ? sum / 2 : -((1 - sum) / 2));   // floor(sum / 2): 2 k > sum
       const int8_t rise = static_cast<int8_t>(level(kBits, j + 1) - level(kBits, j) - 128);  // + 128 below: a rise of 254 fits
       for (int c = 0; c < kTileColumns; ++c) {
         const int above = k[c] > threshold;
@@ -117,8 +117,8 @@ TWA_INLINE void pack_block(const Job& job, const Block& block, double* sum_sq, f
   const TensorTable one_row{nullptr, job.center.numel, nullptr, job.center.count};
   if (job.center.data)
     for (int64_t t = 0; t < block.tiles; ++t)
-      load_tile(job.center.dtype[block.tensor], job.center.data[block.tensor], block.first_column + t * kTileColumns, valid_columns(one_row, block, t),
-                center + t * kTileColumns);
+      load_tile(job.center.dtype[block.tensor], job.center.data[block.tensor], block.first_column + t * kTileColumns,
+                valid_columns(one_row, block, t), center + t * kTileColumns);
   for (int64_t i = 0; i < job.n; ++i) {
     const int64_t source = block.tensor * job.n + i;
     for (int64_t t = 0; t < block.tiles; ++t) {
@@ -164,11 +164,16 @@ BlockKernel pick() {
 }
 BlockKernel pick(int bits) {
   switch (bits) {
-    case 8: return pick<8>();
-    case 4: return pick<4>();
-    case 3: return pick<3>();
-    case 2: return pick<2>();
-    default: return pick<1>();
+    case 8:
+      return pick<8>();
+    case 4:
+      return pick<4>();
+    case 3:
+      return pick<3>();
+    case 2:
+      return pick<2>();
+    default:
+      return pick<1>();
   }
 }
 
@@ -198,9 +203,8 @@ Status pack_cpu(const TensorTable& rows, const TensorTable& center, const int32_
   std::vector<float> largest(blocks.size() * n, 0.0f);
   std::vector<int64_t> bad(blocks.size() * 2, -1);
   const BlockKernel kernel = pick(bits);
-  parallel_for(static_cast<int64_t>(blocks.size()), threads, [&](int64_t k) {
-    kernel(job, blocks[k], partial.data() + k * n, largest.data() + k * n, bad.data() + 2 * k);
-  });
+  parallel_for(static_cast<int64_t>(blocks.size()), threads,
+               [&](int64_t k) { kernel(job, blocks[k], partial.data() + k * n, largest.data() + k * n, bad.data() + 2 * k); });
   for (size_t k = 0; k < blocks.size(); ++k) {
     if (bad[2 * k] >= 0) {
       *where = {bad[2 * k], blocks[k].tensor, first_bad_column(job, blocks[k], bad[2 * k], bad[2 * k + 1])};

@@ -63,7 +63,8 @@ TWA_AVX2 void tile_avx2(const uint8_t* codes, const uint8_t* scales, int64_t n, 
     __m256i high = _mm256_setzero_si256(), low = high;
     const auto add = [&](__m256i lev, int k) TWA_AVX2 {
       const __m256i l0 = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(lev)), l1 = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(lev, 1));
-      high = _mm256_add_epi32(high, _mm256_add_epi32(_mm256_madd_epi16(l0, operand(g.high, 2 * k)), _mm256_madd_epi16(l1, operand(g.high, 2 * k + 1))));
+      high =
+          _mm256_add_epi32(high, _mm256_add_epi32(_mm256_madd_epi16(l0, operand(g.high, 2 * k)), _mm256_madd_epi16(l1, operand(g.high, 2 * k + 1))));
       low = _mm256_add_epi32(low, _mm256_add_epi32(_mm256_madd_epi16(l0, operand(g.low, 2 * k)), _mm256_madd_epi16(l1, operand(g.low, 2 * k + 1))));
     };
     add(decode_avx2<kBits, 0>(row, table), 0);
@@ -166,8 +167,9 @@ TWA_AVX512 inline void sum_rows16(const uint8_t* codes, const LevelTables<kBits>
   } else {
     __m512i acc[2][3], bits[4];
     for (int f = 0; f < 4; ++f)
-      bits[f] = _mm512_set_epi64(0x0202020202020202ll << 2 * f, 0x0202020202020202ll << 2 * f, 0x0101010101010101ll << 2 * f, 0x0101010101010101ll << 2 * f,
-                                 0x0202020202020202ll << 2 * f, 0x0202020202020202ll << 2 * f, 0x0101010101010101ll << 2 * f, 0x0101010101010101ll << 2 * f);
+      bits[f] = _mm512_set_epi64(0x0202020202020202ll << 2 * f, 0x0202020202020202ll << 2 * f, 0x0101010101010101ll << 2 * f,
+                                 0x0101010101010101ll << 2 * f, 0x0202020202020202ll << 2 * f, 0x0202020202020202ll << 2 * f,
+                                 0x0101010101010101ll << 2 * f, 0x0101010101010101ll << 2 * f);
 #pragma GCC unroll 2
     for (int g = 0; g < 2; ++g) {
       acc[g][0] = acc[g][1] = acc[g][2] = _mm512_setzero_si512();
@@ -194,7 +196,8 @@ TWA_AVX512 inline void sum_rows16(const uint8_t* codes, const LevelTables<kBits>
     // lanes 0, 1 hold parts of even rows, 2, 3 of odd rows
     const __m512i order = _mm512_set_epi32(15, 11, 14, 10, 13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0);
     for (int limb = 0; limb < 3; ++limb) {
-      const __m512i pairs = _mm512_add_epi32(_mm512_shuffle_i32x4(acc[0][limb], acc[1][limb], 0x88), _mm512_shuffle_i32x4(acc[0][limb], acc[1][limb], 0xdd));
+      const __m512i pairs =
+          _mm512_add_epi32(_mm512_shuffle_i32x4(acc[0][limb], acc[1][limb], 0x88), _mm512_shuffle_i32x4(acc[0][limb], acc[1][limb], 0xdd));
       sums[limb] = _mm512_permutexvar_epi32(order, pairs);
     }
   }
@@ -221,7 +224,7 @@ TWA_AVX512 void tile_avx512(const uint8_t* codes, const uint8_t* scales, int64_t
   const __m512d offset = _mm512_set1_pd(-128.0 * sum), unit = _mm512_set1_pd(g.unit), two16 = _mm512_set1_pd(65536.0);
   for (int64_t i0 = 0; i0 < n; i0 += 16) {
     const uint8_t* rows = codes + i0 * row_bytes(kBits);
-    for (int64_t line = 0; line < 16 * row_bytes(kBits); line += 64) _mm_prefetch(reinterpret_cast<const char*>(rows + kPrefetch + line), _MM_HINT_T0);
+    prefetch_ahead(rows, 16 * row_bytes(kBits));
     alignas(64) uint8_t padded[16 * row_bytes(kBits)];
     if (n - i0 < 16) {  // the last rows, followed by anything
       std::memcpy(padded, rows, static_cast<size_t>((n - i0) * row_bytes(kBits)));
@@ -256,11 +259,16 @@ TileKernel pick() {
 }
 TileKernel pick(int bits) {
   switch (bits) {
-    case 8: return pick<8>();
-    case 4: return pick<4>();
-    case 3: return pick<3>();
-    case 2: return pick<2>();
-    default: return pick<1>();
+    case 8:
+      return pick<8>();
+    case 4:
+      return pick<4>();
+    case 3:
+      return pick<3>();
+    case 2:
+      return pick<2>();
+    default:
+      return pick<1>();
   }
 }
 

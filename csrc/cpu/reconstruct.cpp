@@ -169,14 +169,17 @@ TWA_AVX512 inline void expand_rows4(const uint8_t* const* rows, int part, const 
     } else {
       const __m512i r01 = two_halves(rows[0], rows[1]), r23 = two_halves(rows[2], rows[3]);  // 8 dwords a row
       const __m512i q0 = _mm512_set_epi32(27, 19, 11, 3, 26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0), q1 = _mm512_add_epi32(q0, _mm512_set1_epi32(4));
-      const __m512i half0 = transpose_bytes(_mm512_permutex2var_epi32(r01, q0, r23)), half1 = transpose_bytes(_mm512_permutex2var_epi32(r01, q1, r23));
+      const __m512i half0 = transpose_bytes(_mm512_permutex2var_epi32(r01, q0, r23)),
+                    half1 = transpose_bytes(_mm512_permutex2var_epi32(r01, q1, r23));
       if constexpr (kBits == 2) {
         expand_avx512<2>(half0, tables, out);
         expand_avx512<2>(half1, tables, out + 4);
       } else {
-        const __m512i plane1 = transpose_bytes(_mm512_permutexvar_epi32(lanes, four_quarters(rows[0] + 32, rows[1] + 32, rows[2] + 32, rows[3] + 32)));
+        const __m512i plane1 =
+            transpose_bytes(_mm512_permutexvar_epi32(lanes, four_quarters(rows[0] + 32, rows[1] + 32, rows[2] + 32, rows[3] + 32)));
         __m512i even[4], odd[4];
-        for (int f = 0; f < 4; ++f) even[f] = _mm512_set1_epi8(static_cast<char>(1 << 2 * f)), odd[f] = _mm512_set1_epi8(static_cast<char>(2 << 2 * f));
+        for (int f = 0; f < 4; ++f)
+          even[f] = _mm512_set1_epi8(static_cast<char>(1 << 2 * f)), odd[f] = _mm512_set1_epi8(static_cast<char>(2 << 2 * f));
         expand3_avx512(half0, plane1, even, tables, out);
         expand3_avx512(half1, plane1, odd, tables, out + 4);
       }
@@ -215,8 +218,7 @@ TWA_AVX512 void tile_avx512(const uint8_t* codes, const uint8_t* scales, const f
   for (int64_t i = 0; i < n; i += 4) {
     const uint8_t* rows[4];
     for (int r = 0; r < 4; ++r) rows[r] = codes + std::min(i + r, n - 1) * row_bytes(kBits);  // rows past n have zero limbs
-    for (int64_t line = 0; line < 4 * row_bytes(kBits); line += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(codes + i * row_bytes(kBits) + kPrefetch + line), _MM_HINT_T0);
+    prefetch_ahead(codes + i * row_bytes(kBits), 4 * row_bytes(kBits));
     const auto limbs = [i](const int8_t* p) TWA_AVX512 {
       int32_t four;
       std::memcpy(&four, p + i, 4);
@@ -255,11 +257,16 @@ TileKernel pick() {
 }
 TileKernel pick(int bits) {
   switch (bits) {
-    case 8: return pick<8>();
-    case 4: return pick<4>();
-    case 3: return pick<3>();
-    case 2: return pick<2>();
-    default: return pick<1>();
+    case 8:
+      return pick<8>();
+    case 4:
+      return pick<4>();
+    case 3:
+      return pick<3>();
+    case 2:
+      return pick<2>();
+    default:
+      return pick<1>();
   }
 }
 

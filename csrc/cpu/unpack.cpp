@@ -31,11 +31,16 @@ Status unpack_cpu(const BasisView& basis, const TensorTable& out, int threads) {
   const std::vector<Block> blocks = make_blocks(out, basis.tile_segment);
   parallel_for(static_cast<int64_t>(blocks.size()), threads, [&](int64_t k) {
     switch (basis.bits) {
-      case 8: return unpack_block<8>(basis, out, blocks[k]);
-      case 4: return unpack_block<4>(basis, out, blocks[k]);
-      case 3: return unpack_block<3>(basis, out, blocks[k]);
-      case 2: return unpack_block<2>(basis, out, blocks[k]);
-      default: return unpack_block<1>(basis, out, blocks[k]);
+      case 8:
+        return unpack_block<8>(basis, out, blocks[k]);
+      case 4:
+        return unpack_block<4>(basis, out, blocks[k]);
+      case 3:
+        return unpack_block<3>(basis, out, blocks[k]);
+      case 2:
+        return unpack_block<2>(basis, out, blocks[k]);
+      default:
+        return unpack_block<1>(basis, out, blocks[k]);
     }
   });
   return Status::ok;

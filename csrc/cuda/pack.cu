@@ -18,9 +18,12 @@ constexpr int kWarps = 8;  // rows of a tile per block: enough warps to hide a l
 
 __device__ __forceinline__ float load(Dtype dtype, const void* p, int64_t j) {
   switch (dtype) {
-    case Dtype::f32: return static_cast<const float*>(p)[j];
-    case Dtype::bf16: return bf16_to_float(static_cast<const uint16_t*>(p)[j]);
-    default: return f16_to_float(static_cast<const uint16_t*>(p)[j]);
+    case Dtype::f32:
+      return static_cast<const float*>(p)[j];
+    case Dtype::bf16:
+      return bf16_to_float(static_cast<const uint16_t*>(p)[j]);
+    default:
+      return f16_to_float(static_cast<const uint16_t*>(p)[j]);
   }
 }
 
@@ -36,17 +39,16 @@ __device__ __forceinline__ int warp_max(int v) {
 }
 
 template <int kBits>
-__global__ void __launch_bounds__(32 * kWarps)
-    pack_kernel(const void* const* __restrict__ rows,      // (count * n)
-                const void* const* __restrict__ center,    // (count) or null
-                const int64_t* __restrict__ numel,         // (count)
-                const int64_t* __restrict__ tile_begin,    // (count + 1)
-                const Dtype* __restrict__ dtype,           // (count * n) of rows, then (count) of center
-                int64_t count, int64_t n,
-                uint8_t* __restrict__ codes,               // (num_tiles, n, 16 * bits)
-                uint16_t* __restrict__ scales,             // (num_tiles, n)
-                double* __restrict__ sum_sq,               // (num_tiles, n)
-                int32_t* __restrict__ bad) {
+__global__ void __launch_bounds__(32 * kWarps) pack_kernel(const void* const* __restrict__ rows,    // (count * n)
+                                                           const void* const* __restrict__ center,  // (count) or null
+                                                           const int64_t* __restrict__ numel,       // (count)
+                                                           const int64_t* __restrict__ tile_begin,  // (count + 1)
+                                                           const Dtype* __restrict__ dtype,         // (count * n) of rows, then (count) of center
+                                                           int64_t count, int64_t n,
+                                                           uint8_t* __restrict__ codes,    // (num_tiles, n, 16 * bits)
+                                                           uint16_t* __restrict__ scales,  // (num_tiles, n)
+                                                           double* __restrict__ sum_sq,    // (num_tiles, n)
+                                                           int32_t* __restrict__ bad) {
   __shared__ uint8_t shared_codes[kWarps][kTileColumns];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t tile = blockIdx.x, i = static_cast<int64_t>(blockIdx.y) * kWarps + warp;
@@ -54,7 +56,10 @@ __global__ void __launch_bounds__(32 * kWarps)
   int64_t k = 0, end = count;  // tensor of this tile: the last k with tile_begin[k] <= tile
   while (k + 1 < end) {
     const int64_t mid = (k + end) / 2;
-    if (tile_begin[mid] <= tile) k = mid; else end = mid;
+    if (tile_begin[mid] <= tile)
+      k = mid;
+    else
+      end = mid;
   }
   const int64_t column = (tile - tile_begin[k]) * kTileColumns, left = numel[k] - column;
   const int valid = left < kTileColumns ? static_cast<int>(left) : kTileColumns;
@@ -119,11 +124,16 @@ int pack_cuda(const void* const* rows, const void* const* center, const int64_t*
     return static_cast<int>(cudaGetLastError());
   };
   switch (bits) {
-    case 8: return launch(pack_kernel<8>);
-    case 4: return launch(pack_kernel<4>);
-    case 3: return launch(pack_kernel<3>);
-    case 2: return launch(pack_kernel<2>);
-    default: return launch(pack_kernel<1>);
+    case 8:
+      return launch(pack_kernel<8>);
+    case 4:
+      return launch(pack_kernel<4>);
+    case 3:
+      return launch(pack_kernel<3>);
+    case 2:
+      return launch(pack_kernel<2>);
+    default:
+      return launch(pack_kernel<1>);
   }
 }
 

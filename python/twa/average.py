@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import schemes
-from .batchnorm import tracked_batchnorms, update_bn
+from .batchnorm import update_bn
 from .candidates import Candidates
 from .measure import PeakMemory, mean_over
 from .optimizer import SubspaceOptimizer
@@ -42,8 +42,15 @@ class TwaMethod:
     def parse(cls, text: str) -> TwaMethod:
         """ "t:tensor:4" """
         parts = text.split(":")
-        if len(parts) != 3 or parts[0] not in "tv" or parts[1] not in ("model", "block", "tensor") or parts[2] not in ("32", "8", "4", "3", "2", "1"):
-            raise ValueError(f"method {text!r}: expected KIND:GRANULARITY:BITS such as t:tensor:4 (t or v; model, block or tensor; 32, 8, 4, 3, 2 or 1)")
+        if (
+            len(parts) != 3
+            or parts[0] not in ("t", "v")
+            or parts[1] not in ("model", "block", "tensor")
+            or parts[2] not in ("32", "8", "4", "3", "2", "1")
+        ):
+            raise ValueError(
+                f"method {text!r}: expected KIND:GRANULARITY:BITS such as t:tensor:4 (t or v; model, block or tensor; 32, 8, 4, 3, 2 or 1)"
+            )
         return cls(parts[0], parts[1], int(parts[2]))
 
 
@@ -105,10 +112,14 @@ class Average:
         self._losses: dict[bytes, float] = {}
 
     def run(self) -> Outcome:
+        """Every method in turn. Raises ValueError if none has a finite validation loss."""
         self._baselines()
         for method in self.settings.methods if len(self.candidates) > 1 else ():
             self.results.append(self._twa(method))
-        assert self._best is not None
+        if self._best is None:
+            raise ValueError(
+                f"task {self.task.name}: the validation loss of every method is NaN or Inf: do model, loss and data fit the candidates?"
+            )
         _, winner, state = self._best
         return Outcome(self.results, winner, state)
 
@@ -123,7 +134,7 @@ class Average:
             key = beta.numpy().tobytes()
             if key not in self._losses:
                 self._load(beta)
-                self._losses[key] = mean_over(self.model, self.task.loss, self.task.val)
+                self._losses[key] = self._validation_loss()
             bar.update(1)
             return self._losses[key]
 
@@ -154,19 +165,25 @@ class Average:
     def _load(self, beta: Tensor) -> None:
         """The model at exact merge weights; BatchNorm re-estimated unless it is one candidate's own."""
         load_merge(self.model, self.candidates, self.layout, beta)
-        round_to_files(self.model, self.candidates, self.layout)
-        if (beta != 0).sum() > 1:
-            self._update_bn()
+        self._settle(own_statistics=int((beta != 0).sum()) == 1)
 
-    def _update_bn(self) -> None:
-        update_bn(self.task.train, self.model, forward=self.task.loss, max_batches=self.settings.bn_batches)
+    def _settle(self, own_statistics: bool = False) -> None:
+        """Makes the model what would be exported: BatchNorm re-estimated (unless its statistics are its own), the files' dtypes."""
+        round_to_files(self.model, self.candidates, self.layout)
+        if not own_statistics and update_bn(self.task.train, self.model, forward=self.task.loss, max_batches=self.settings.bn_batches):
+            round_to_files(self.model, self.candidates, self.layout)
+
+    def _validation_loss(self) -> float:
+        """Inf for NaN, so that it loses every comparison."""
+        loss = mean_over(self.model, self.task.loss, self.task.val)
+        return math.inf if math.isnan(loss) else loss
 
     # TWA ----------------------------------------------------------------------------------------------------------
 
     def _twa(self, method: TwaMethod) -> Result:
         start, memory = time.perf_counter(), PeakMemory()
         s = self.settings
-        start_from = min((r for r in self.results if r.steps == 0), key=lambda r: r.val_loss)
+        start_from = min((r for r in self.results if r.coefficients is None), key=lambda r: r.val_loss)
         center, center_name = start_from.beta, " ".join(filter(None, (start_from.method, start_from.note)))
         subspace = Subspace.from_candidates(self.model, self.candidates, bits=method.bits, granularity=method.granularity, center=center)
         optimizer = SubspaceOptimizer(subspace, torch.optim.AdamW, lr=s.lr, weight_decay=s.weight_decay)
@@ -178,7 +195,9 @@ class Average:
         bar = self._bar(method.name, s.steps)
         for step, batch in zip(range(s.steps + 1), forever(data), strict=False):
             if step in looks:
-                val = self._validate()
+                self._settle()
+                val = self._validation_loss()
+                subspace.write_weights()  # unrounded again
                 val_curve.append((step, val))
                 if val < best_loss:
                     best_loss, best_x = val, subspace.coefficients.detach().clone()
@@ -201,27 +220,23 @@ class Average:
         with torch.no_grad():
             subspace.coefficients.copy_(best_x)
         subspace.write_weights()
-        round_to_files(self.model, self.candidates, self.layout)
-        self._update_bn()
-        val = mean_over(self.model, self.task.loss, self.task.val)
+        self._settle()
+        val = self._validation_loss()
         seconds = time.perf_counter() - start
-        result = Result(method.name, len(self.candidates), len(curve), seconds, memory.bytes(), val, note=note, curve=curve, val_curve=val_curve)
+        result = Result(
+            method.name, len(self.candidates), len(curve), seconds, memory.bytes(), val, note=note, curve=curve, val_curve=val_curve
+        )
         result.beta, result.coefficients = subspace.merge_weights(), subspace.coefficients_json()
         optimizer.zero_grad()
         self._finish(result)
         return result
-
-    def _validate(self) -> float:
-        if tracked_batchnorms(self.model):
-            self._update_bn()
-        return mean_over(self.model, self.task.loss, self.task.val)
 
     # ---------------------------------------------------------------------------------------------------------------
 
     def _finish(self, result: Result) -> None:
         """Test figures of the model as it is, and its state if it is the best so far."""
         measure_test(result, self.model, self.task)
-        if self._best is None or result.val_loss < self._best[0]:
+        if result.val_loss < (self._best[0] if self._best else math.inf):
             self._best = (result.val_loss, result, export_state(self.model, self.candidates, self.layout))
 
     def _bar(self, text: str, total: int) -> tqdm:

@@ -37,16 +37,18 @@ def tracked_batchnorms(model: nn.Module) -> list[_BatchNorm]:
 
 
 @torch.no_grad()
-def update_bn(loader: Iterable, model: nn.Module, forward: Callable[[nn.Module, object], object] = run_model, max_batches: int | None = None) -> int:
+def update_bn(
+    loader: Iterable, model: nn.Module, forward: Callable[[nn.Module, object], object] = run_model, max_batches: int | None = None
+) -> int:
     """Sets every BatchNorm's running mean and variance to their averages over the batches, each weighted by its size.
 
     loader       tensors, tuples or lists (model input first), or dicts (passed by keyword)
     forward      how to run the model on a batch, if that guess is wrong
     max_batches  stop after so many
 
-    Returns the number of batches used: 0, without reading any, if the model has no BatchNorm with running statistics. A batch of one
-    sample is left out (BatchNorm cannot take a variance of it) unless it is the only one. Training mode, momenta and
-    the momentum-averaging state are restored. Raises ValueError if the loader is empty.
+    Returns the number of batches used: 0, without reading any, if the model has no BatchNorm with running statistics. A batch that
+    leaves a BatchNorm one value per channel, such as a last batch of one sample, has no variance and is left out. Training
+    mode and momenta are restored; Dropout is off meanwhile. Raises ValueError if no batch could be used.
     """
     norms = tracked_batchnorms(model)
     if not norms:
@@ -62,26 +64,27 @@ def update_bn(loader: Iterable, model: nn.Module, forward: Callable[[nn.Module, 
             m.train()
             m.reset_running_stats()
         samples = batches = 0
-        lone = None
         for batch in loader:
-            if max_batches is not None and batches >= max_batches:
+            if batches == max_batches:
                 break
             size = batch_size(batch)
-            if size == 1:
-                lone = batch
+            saved = [(m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.clone()) for m in norms] if size == 1 else []
+            for m in norms:
+                m.momentum = size / (samples + size)  # running = (1 - momentum) * running + momentum * batch
+            try:
+                forward(model, batch)
+            except ValueError as error:
+                if size > 1 or "more than 1 value per channel" not in str(error):
+                    raise
+                for m, (mean, variance, tracked) in zip(norms, saved, strict=True):
+                    m.running_mean.copy_(mean), m.running_var.copy_(variance), m.num_batches_tracked.copy_(tracked)
                 continue
             samples += size
             batches += 1
-            for m in norms:
-                m.momentum = size / samples  # running = (1 - size / samples) * running + size / samples * batch
-            forward(model, batch)
         if not batches:
-            if lone is None:
-                raise ValueError("update_bn: expected at least one batch, found none: is the loader an exhausted iterator?")
-            for m in norms:
-                m.momentum = 1.0
-            forward(model, lone)
-            batches = 1
+            raise ValueError(
+                "update_bn: expected at least one batch with more than one value per channel, found none: is the loader used up?"
+            )
         return batches
     finally:
         for m, momentum in momenta.items():

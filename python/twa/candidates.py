@@ -39,8 +39,6 @@ _SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
     "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
 }
 
 
@@ -73,6 +71,9 @@ class _File:
     def release(self) -> None:
         self._open = None
 
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_open": None}  # a copy maps the file again
+
     def _scan(self) -> dict[str, TensorInfo]:
         raise NotImplementedError
 
@@ -95,7 +96,9 @@ class _SafetensorsFile(_File):
             piece = handle.get_slice(key)
             dtype = _SAFETENSORS_DTYPES.get(piece.get_dtype())
             if dtype is None:
-                raise CandidateError(f"{self.path}: tensor {key!r} has dtype {piece.get_dtype()}, expected one of {sorted(_SAFETENSORS_DTYPES)}")
+                raise CandidateError(
+                    f"{self.path}: tensor {key!r} has dtype {piece.get_dtype()}, expected one of {sorted(_SAFETENSORS_DTYPES)}"
+                )
             info[key] = TensorInfo(tuple(piece.get_shape()), dtype)
         return info
 
@@ -117,7 +120,9 @@ class _TorchFile(_File):
                     ) from error
                 raise CandidateError(f"{self.path}: not a torch checkpoint ({_first_line(error)})") from error
             except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, TypeError, IndexError) as error:
-                raise CandidateError(f"{self.path}: not a complete torch checkpoint ({type(error).__name__}: {_first_line(error)})") from error
+                raise CandidateError(
+                    f"{self.path}: not a complete torch checkpoint ({type(error).__name__}: {_first_line(error)})"
+                ) from error
             self._open = _unwrap(loaded, self.path)
         return self._open
 
@@ -170,13 +175,17 @@ class Candidate:
                 if key in where:
                     raise CandidateError(f"{self.path}: tensor {key!r} is in both {where[key][0].path.name} and {file.path.name}")
                 where[key] = (file, key)
-        for prefix in WRAPPER_PREFIXES:
-            if where and all(key.startswith(prefix) for key in where):
-                where = {key.removeprefix(prefix): v for key, v in where.items()}
         if not where:
             raise CandidateError(f"{self.path}: expected a checkpoint, found no tensors")
+        while prefix := next((p for p in WRAPPER_PREFIXES if all(key.startswith(p) for key in where)), None):
+            where = {key.removeprefix(prefix): v for key, v in where.items()}
         self._where = where
         self.info = {key: file.info[inner] for key, (file, inner) in where.items()}
+        for key, info in self.info.items():
+            if info.dtype.is_floating_point and info.dtype.itemsize == 1:
+                raise CandidateError(
+                    f"{self.path}: tensor {key!r} is {info.dtype}: expected weights of at least 16 bits; convert the checkpoint first"
+                )
 
     @property
     def name(self) -> str:
@@ -208,7 +217,9 @@ def _shards(index: Path) -> list[_File]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CandidateError(f"{index}: expected JSON with a 'weight_map' from tensor names to shard files ({type(error).__name__})") from error
+        raise CandidateError(
+            f"{index}: expected JSON with a 'weight_map' from tensor names to shard files ({type(error).__name__})"
+        ) from error
     files = []
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
@@ -227,7 +238,8 @@ def numeric_order(path: Path | str) -> list[tuple[int, int, str]]:
 
 
 class Candidates(Sequence[Candidate]):
-    """The heap: checkpoints with the same tensors, in numeric order of their names within each pattern.
+    """The heap: checkpoints with the same tensors, in numeric order of their names within each pattern. A list of files in alphabetic
+    order, as a shell gives it, is put in numeric order too; any other list keeps its order.
 
     paths   files (.safetensors, .pt, .pth, .bin), glob patterns, directories with a Hugging Face checkpoint (sharded or not), or a
             list of those. Order matters to EMA and LAWA: earlier candidates first.
@@ -240,12 +252,16 @@ class Candidates(Sequence[Candidate]):
         found: list[Path] = []
         for pattern in patterns:
             text = os.fspath(pattern)
-            matches = [text] if os.path.exists(text) or not glob.has_magic(text) else sorted(glob.glob(text, recursive=True), key=numeric_order)
+            matches = (
+                [text] if os.path.exists(text) or not glob.has_magic(text) else sorted(glob.glob(text, recursive=True), key=numeric_order)
+            )
             if not matches:
                 raise CandidateError(f"no candidates: nothing matches {text!r}")
             found += [Path(m) for m in matches]
         if not found:
             raise CandidateError("no candidates: expected at least one checkpoint, found none")
+        if found == sorted(found, key=str):  # as a shell lists what a pattern matches: step_10 before step_9
+            found.sort(key=numeric_order)
         self._candidates = [Candidate(path) for path in found]
         for candidate in self._candidates[1:]:
             check_same(self._candidates[0], candidate)
@@ -306,7 +322,9 @@ def check_same(first: Candidate, other: Candidate) -> None:
     if missing := sorted(first.info.keys() - other.info.keys()):
         raise CandidateError(f"{other.path}: tensor {missing[0]!r} is missing ({len(missing)} in all) but is in {first.path}")
     if unexpected := sorted(other.info.keys() - first.info.keys()):
-        raise CandidateError(f"{other.path}: tensor {unexpected[0]!r} is unexpected ({len(unexpected)} in all): {first.path} does not have it")
+        raise CandidateError(
+            f"{other.path}: tensor {unexpected[0]!r} is unexpected ({len(unexpected)} in all): {first.path} does not have it"
+        )
     for key, expected in first.info.items():
         check_info(other.path, key, expected, other.info[key], f"in {first.path}")
 
@@ -314,10 +332,14 @@ def check_same(first: Candidate, other: Candidate) -> None:
 def check_info(path: Path, key: str, expected: TensorInfo, found: TensorInfo, where: str) -> None:
     if expected.shape != found.shape:
         hint = ""
-        if len(expected.shape) == len(found.shape) >= 1 and expected.shape[1:] == found.shape[1:] and re.search(r"emb|wte|vocab|lm_head|tok", key):
+        if (
+            len(expected.shape) == len(found.shape) >= 1
+            and expected.shape[1:] == found.shape[1:]
+            and re.search(r"emb|wte|vocab|lm_head|tok", key)
+        ):
             hint = f"; this looks like a vocabulary mismatch ({expected.shape[0]} and {found.shape[0]} tokens): candidates must share one tokenizer"
         raise CandidateError(f"{path}: tensor {key!r}: expected shape {list(expected.shape)} as {where}, found {list(found.shape)}{hint}")
     if expected.dtype.is_complex or found.dtype.is_complex:
         raise CandidateError(f"{path}: tensor {key!r} is complex, which is not supported: expected a real dtype")
-    if expected.dtype.is_floating_point != found.dtype.is_floating_point:
+    if expected.dtype.is_floating_point != found.dtype.is_floating_point or (expected.dtype == torch.bool) != (found.dtype == torch.bool):
         raise CandidateError(f"{path}: tensor {key!r}: expected {expected.dtype} as {where}, found {found.dtype}")

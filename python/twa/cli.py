@@ -96,15 +96,24 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         help="a trained average to try, such as t:tensor:4; may be repeated (default: t:tensor:4 and v:model:4)",
     )
-    a.add_argument("--steps", type=positive(int), default=Settings.steps, help="gradient steps of each trained average (default: %(default)s)")
+    a.add_argument(
+        "--steps", type=positive(int), default=Settings.steps, help="gradient steps of each trained average (default: %(default)s)"
+    )
     a.add_argument("--lr", type=positive(float), default=Settings.lr, help="learning rate of the coefficients (default: %(default)s)")
-    a.add_argument("--weight-decay", type=float, default=Settings.weight_decay, help="pulls coefficients to the mean (default: %(default)s)")
+    a.add_argument(
+        "--weight-decay",
+        type=float,
+        default=Settings.weight_decay,
+        help="pulls coefficients to zero, the best fixed average (default: %(default)s)",
+    )
     a.add_argument("--seed", type=int, default=0, help="order of the data (default: %(default)s)")
     a.add_argument("--overwrite", action="store_true", help="replace results in an output directory that is not empty")
     a.set_defaults(run=run_average)
 
     d = commands.add_parser("demo", help="train a small model and average its checkpoints")
-    d.add_argument("-o", "--output", metavar="OUT", type=Path, default=Path("twa-demo"), help="directory for the result (default: %(default)s)")
+    d.add_argument(
+        "-o", "--output", metavar="OUT", type=Path, default=Path("twa-demo"), help="directory for the result (default: %(default)s)"
+    )
     d.add_argument("--seed", type=int, default=0, help="of the model and its data (default: %(default)s)")
     d.add_argument("--overwrite", action="store_true", help="replace results in an output directory that is not empty")
     d.set_defaults(run=run_demo)
@@ -119,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"twa: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("twa: stopped; nothing was written", file=sys.stderr)
+        print("twa: stopped; no result was written", file=sys.stderr)
         return 130
     return 0
 

@@ -38,7 +38,7 @@ def train(task: Task, folder: Path, progress: bool = True) -> tuple[nn.Module, t
         bar.update(1)
         if step % EVERY == 0:
             state = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # a tied weight once
-            write_safetensors(folder / f"step_{step}.safetensors", state)
+            write_safetensors(folder / f"demo_step_{step}.safetensors", state)
     bar.close()
     return model, optimizer
 
@@ -71,10 +71,10 @@ def run(folder: Path, seed: int, progress: bool = True) -> tuple[Outcome, Task, 
     task = load_task("chars", seed)
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    for old in checkpoints.glob("step_*.safetensors"):
+    for old in checkpoints.glob("demo_step_*.safetensors"):
         old.unlink()
     model, optimizer = train(task, checkpoints, progress)
-    candidates = Candidates(checkpoints / "step_*.safetensors")
+    candidates = Candidates(checkpoints / "demo_step_*.safetensors")
     outcome = Average(task, candidates, Settings(methods=METHODS, steps=TWA_STEPS), progress).run()
     outcome.results.append(anneal(task, model, optimizer, TWA_STEPS, progress))
     return outcome, task, candidates

@@ -26,23 +26,30 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, subspace: Subspace, optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW, **options: Any) -> None:
+        self._ready = False
         self.subspace = subspace
         self.inner = optimizer([subspace.coefficients], **options)
         super().__init__([subspace.coefficients], self.inner.defaults)
+        self._ready = True
 
-    # One source of truth: the base class assigns these, schedulers read and change them, the inner optimizer owns them.
+    # One source of truth: schedulers read and change these, the inner optimizer owns them.
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return self.inner.param_groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        pass
+        if self._ready:  # not while the base class initialises itself
+            self.inner.param_groups = groups
 
     def add_param_group(self, group: dict[str, Any]) -> None:
+        if not self._ready:
+            return
         params = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
         if [id(p) for p in params] != [id(self.subspace.coefficients)]:
-            raise ValueError("SubspaceOptimizer trains the subspace's coefficients only; use another optimizer beside it for other parameters")
+            raise ValueError(
+                "SubspaceOptimizer trains the subspace's coefficients only; use another optimizer beside it for other parameters"
+            )
 
     @property
     def state(self):
@@ -50,7 +57,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     @state.setter
     def state(self, value) -> None:
-        pass
+        if self._ready:
+            self.inner.state = value
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None):
@@ -74,14 +82,24 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self.subspace.model.zero_grad(set_to_none=set_to_none)
         self.inner.zero_grad(set_to_none=set_to_none)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        inner = {key: state[key] for key in ("state", "param_groups") if key in state}
+        self.__dict__.update({key: value for key, value in state.items() if key not in inner})
+        if inner:
+            self.inner.__setstate__(inner)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"inner": self.inner.state_dict(), "coefficients": self.subspace.coefficients.detach().clone()}
+        return super().state_dict() | {"coefficients": self.subspace.coefficients.detach().clone(), "subspace": self.subspace.identity()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        x = state["coefficients"]
-        if x.shape != self.subspace.coefficients.shape:
-            raise ValueError(f"coefficients: expected shape {tuple(self.subspace.coefficients.shape)}, found {tuple(x.shape)}")
-        self.inner.load_state_dict(state["inner"])
-        self.subspace.coefficients.copy_(x)
+        """Raises ValueError if the state belongs to a subspace of other candidates, segments, center or bits."""
+        for key, ours in self.subspace.identity().items():
+            if (theirs := state["subspace"][key]) != ours:
+                raise ValueError(f"optimizer state of another subspace: {key}: expected {ours}, found {theirs}")
+        super().load_state_dict({key: value for key, value in state.items() if key not in ("coefficients", "subspace")})
+        self.subspace.coefficients.copy_(state["coefficients"])
         self.subspace.write_weights()

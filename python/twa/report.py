@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import platform
 from pathlib import Path
 
@@ -111,7 +112,9 @@ def _curves(axes, trained: list[Result]) -> None:
     best = min(trained, key=lambda r: r.val_loss)
     window = min(25, len(best.curve))
     means = [sum(best.curve[k - window : k]) / window for k in range(window, len(best.curve) + 1)]
-    axes.plot(range(window, len(best.curve) + 1), means, color="0.6", linewidth=1, label=f"training loss of the best (mean of {window})", zorder=0)
+    axes.plot(
+        range(window, len(best.curve) + 1), means, color="0.6", linewidth=1, label=f"training loss of the best (mean of {window})", zorder=0
+    )
     axes.legend(fontsize=8, loc="upper right")
 
 
@@ -119,21 +122,34 @@ def _bars(axes, outcome: Outcome, task: Task) -> None:
     results = outcome.results
     which = "test" if task.test is not None else "validation"
     losses = [r.test_loss if r.test_loss is not None else r.val_loss for r in results]
-    colours = ["tab:orange" if r is outcome.winner else "tab:blue" if r.curve and r.is_average else "0.7" if r.is_average else "tab:green" for r in results]
+    colours = [
+        "tab:orange" if r is outcome.winner else "tab:blue" if r.curve and r.is_average else "0.7" if r.is_average else "tab:green"
+        for r in results
+    ]
     positions = range(len(results))
     # A uniform average far off would flatten the rest: such bars run out of the picture, their number does not.
-    ordered = sorted(losses)
+    ordered = sorted(v for v in losses if math.isfinite(v))
     low, typical = ordered[0], ordered[len(ordered) // 2]
-    high = max(v for v in losses if v <= typical + 4 * (typical - low) + 1e-9)
+    high = max(v for v in ordered if v <= typical + 4 * (typical - low) + 1e-9)
     span = (high - low) or abs(high) or 1.0
-    axes.barh(positions, losses, color=colours)
+    axes.barh(positions, [v if math.isfinite(v) else high + span for v in losses], color=colours)
     axes.set_xlim(low - 0.25 * span, high + 0.3 * span)
     for p, v in zip(positions, losses, strict=True):
-        axes.text(min(v, high) + 0.02 * span, p, f"{v:.4f}" + (" (cut)" if v > high else ""), va="center", fontsize=9, backgroundcolor="white")
+        shown = v <= high
+        axes.text(
+            (v if shown else high) + 0.02 * span,
+            p,
+            f"{v:.4f}" + ("" if shown else " (cut)"),
+            va="center",
+            fontsize=9,
+            backgroundcolor="white",
+        )
     axes.set_yticks(list(positions), [r.method for r in results], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlabel(f"{which} loss (axis does not start at 0)")
-    axes.set_title("Orange: best on validation, blue: trained, grey: fixed" + (", green: no average" if any(not r.is_average for r in results) else ""))
+    axes.set_title(
+        "Orange: best on validation, blue: trained, grey: fixed" + (", green: no average" if any(not r.is_average for r in results) else "")
+    )
 
 
 def _heat_map(figure, axes, shown: Result, outcome: Outcome) -> None:
@@ -167,9 +183,10 @@ def coefficients(outcome: Outcome, names: list[str]) -> dict:
 
 def write_outputs(folder: Path, outcome: Outcome, task: Task, names: list[str], command: str) -> None:
     """averaged.safetensors, coefficients.json, report.md, report.png and results.json; each appears whole."""
-    write_bytes(folder / "report.png", picture(outcome, task))
-    write_text(folder / "report.md", markdown(outcome, task, command))
+    # The result first: no fault in a picture may cost a model.
+    write_safetensors(folder / "averaged.safetensors", outcome.state)
+    write_json(folder / "coefficients.json", coefficients(outcome, names))
     header, rows = table_rows(outcome.results, task)
     write_json(folder / "results.json", [dict(zip(header, row, strict=True)) for row in rows])
-    write_json(folder / "coefficients.json", coefficients(outcome, names))
-    write_safetensors(folder / "averaged.safetensors", outcome.state)
+    write_text(folder / "report.md", markdown(outcome, task, command))
+    write_bytes(folder / "report.png", picture(outcome, task))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ class Layout:
 
     trained   parameters in the subspace: name -> key in the candidate files
     fixed     float tensors that are averaged but not trained: frozen parameters and float buffers
-    copied    integer and bool buffers: taken from the last candidate
+    copied    integer and bool buffers: taken from the last candidate (or the one that has all the weight)
     aliases   other names of tied parameters: name -> the name that stands for them
     """
 
@@ -79,6 +78,13 @@ def layout_of(model: nn.Module, candidates: Candidates) -> Layout:
     return layout
 
 
+def _block_of(name: str) -> str:
+    """ "layers.3.attn.weight" -> "layers.3"; without a number the module: "embed.weight" -> "embed"."""
+    parts = name.split(".")
+    end = next((k for k, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
+    return ".".join(parts[: end + 1]) or name
+
+
 def segment_labels(names: list[str], granularity: Granularity) -> list[object]:
     """Label of each parameter's segment: "model", "block" (the name up to its first number, else its module), "tensor", a mapping
     from parameter name to label, or a function."""
@@ -87,8 +93,7 @@ def segment_labels(names: list[str], granularity: Granularity) -> list[object]:
     if granularity == "tensor":
         return list(names)
     if granularity == "block":
-        blocks = [re.match(r"(.*?\.\d+)\.", name) for name in names]
-        return [m.group(1) if m else name.rpartition(".")[0] or name for m, name in zip(blocks, names, strict=True)]
+        return [_block_of(name) for name in names]
     if isinstance(granularity, Mapping):
         if missing := [name for name in names if name not in granularity]:
             raise ValueError(f"granularity: the mapping has no segment for parameter {missing[0]!r} ({len(missing)} in all)")
@@ -182,7 +187,7 @@ class Subspace:
     @torch.no_grad()
     def write_weights(self) -> None:
         """model parameters = center + sum_i x[i, l] * P[i, :], in their own dtypes."""
-        out = [p.data for p in self.parameters]
+        out = [p.detach() for p in self.parameters]
         if isinstance(self.basis, DenseBasis):
             self.basis.reconstruct(self.coefficients, self.center, out)
             return
@@ -196,7 +201,7 @@ class Subspace:
     @torch.no_grad()
     def project_gradients(self) -> Tensor:
         """c (n, L): the gradient of the coefficients, from the parameters' .grad (None counts as zero)."""
-        grads = [p.grad for p in self.parameters]
+        grads = [p.grad if p.grad is None or p.grad.layout == torch.strided else p.grad.to_dense() for p in self.parameters]
         if all(g is None for g in grads):
             raise RuntimeError("no parameter of the model has a gradient: call loss.backward() before optimizer.step()")
         if isinstance(self.basis, DenseBasis):
@@ -218,9 +223,20 @@ class Subspace:
         beta = beta.double().cpu()
         beta = beta[:, None].expand(-1, self.basis.num_segments) if beta.dim() == 1 else beta
         if beta.shape != self.coefficients.shape or not torch.allclose(beta.sum(0), torch.ones(1, dtype=torch.float64), atol=1e-6):
-            raise ValueError(f"merge weights: expected shape (n,) or {tuple(self.coefficients.shape)} with columns that sum to 1, found {tuple(beta.shape)}")
+            raise ValueError(
+                f"merge weights: expected shape (n,) or {tuple(self.coefficients.shape)} with columns that sum to 1, found {tuple(beta.shape)}"
+            )
         self.coefficients.copy_(beta * self.basis.divisor.cpu())
         self.write_weights()
+
+    def identity(self) -> dict[str, object]:
+        """What coefficients belong to: those of one subspace mean nothing in another."""
+        return {
+            "candidates": [c.name for c in self.candidates],
+            "segments": self.labels,
+            "bits": self.basis.bits,
+            "center_weights": self.center_weights.tolist(),
+        }
 
     # Everything that is not trained -------------------------------------------------------------------------------
 
@@ -291,7 +307,8 @@ def not_finite(candidates: Candidates, name: str, rows: list[Tensor]) -> Candida
 
 @torch.no_grad()
 def load_untrained(model: nn.Module, candidates: Candidates, layout: Layout, weights: Tensor) -> None:
-    """Frozen parameters and float buffers: the candidates' weighted mean; integer and bool buffers: the last candidate's."""
+    """Frozen parameters and float buffers: the candidates' weighted mean; integer and bool buffers: the last candidate's, or those of
+    the one that has all the weight."""
     state = model.state_dict(keep_vars=True)
     for name, key in layout.fixed.items():
         rows = candidates.tensors(key)
@@ -302,8 +319,10 @@ def load_untrained(model: nn.Module, candidates: Candidates, layout: Layout, wei
         if not torch.isfinite(value).all():
             raise not_finite(candidates, key, rows)
         state[name].data.copy_(value)
+    single = torch.nonzero(weights == 1.0).flatten().tolist()
+    source = candidates[single[0] if single else -1]
     for name, key in layout.copied.items():
-        state[name].data.copy_(candidates[-1].tensor(key))
+        state[name].data.copy_(source.tensor(key))
 
 
 @torch.no_grad()

@@ -22,11 +22,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import Tensor, nn
 
 BUILT_IN = ("chars", "digits")
@@ -35,6 +37,17 @@ REQUIRED = ("model", "train_data", "val_data", "loss")
 
 class TaskError(ValueError):
     """The task cannot be loaded or does not keep the contract."""
+
+
+def _same(a: object, b: object) -> bool:
+    """Whether two batches hold equal tensors."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return True
 
 
 class EveryOther:
@@ -69,6 +82,10 @@ class Task:
             raise TaskError(
                 f"task {self.name}: TWA-v needs heldout_data(), or a val_data() of at least 2 batches to take every other one from; found fewer"
             )
+        if not _same(next(iter(self.val)), next(iter(self.val))):
+            raise TaskError(
+                f"task {self.name}: val_data() gives other batches at each pass (shuffled?), so TWA-v cannot take every other one; fix its order or define heldout_data()"
+            )
         self.val, self.heldout = EveryOther(self.val, 1), EveryOther(self.val, 0)
 
 
@@ -87,7 +104,9 @@ def load_task(name: str, seed: int = 0) -> Task:
             return None
         batches = make(seed=seed) if "seed" in inspect.signature(make).parameters else make()
         if iter(batches) is batches:
-            raise TaskError(f"task {name}: {function}() returned an iterator, which can be read only once; return a DataLoader or a list of batches")
+            raise TaskError(
+                f"task {name}: {function}() returned an iterator, which can be read only once; return a DataLoader or a list of batches"
+            )
         return batches
 
     return Task(
@@ -110,5 +129,7 @@ def _run_file(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise TaskError(f"task {str(path)!r}: expected a file ending in .py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and worker processes look it up
+    sys.path.insert(0, str(path.parent.resolve()))  # modules beside the file, as when it is run as a script
     spec.loader.exec_module(module)
     return module
