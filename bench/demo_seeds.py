@@ -49,15 +49,12 @@ def main() -> None:
         checks.append(
             f"{trained}: below the best fixed average on every seed: {'yes' if min(margin) > 0 else 'NO'} (by {min(margin):.4f} to {max(margin):.4f})"
         )
-    gaps = [
-        abs(a - b)
-        for name in losses
-        if "4 bits" in name
-        for a, b in zip(losses[name], losses[name.replace("4 bits", "float32")], strict=True)
-    ]
+    gaps = [abs(a - b) for name in losses if "4 bits" in name for a, b in zip(losses[name], losses[name.replace("4 bits", "float32")], strict=True)]
     checks.append(f"largest difference between 4 bits and float32: {max(gaps):.4f} (target 0.005)")
     checks.append(f"seconds per demo: {', '.join(f'{s:.0f}' for s in seconds)} (target 180)")
-    hardware = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}, commit {commit()}"
+    hardware = (
+        f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}, commit {commit()}"
+    )
     text = "\n".join(["# Test loss of the demo (nats per character)", "", table, "", *(f"- {c}" for c in checks), "", hardware, ""])
     print(text)
     RESULTS.mkdir(exist_ok=True)

@@ -55,9 +55,8 @@ def build(folder: str, bits: int) -> None:
     print(f"candidates {len(candidates)} x {model_bytes / 4e6:.1f} M parameters, {read / 1e9:.2f} GB of files, {bits} bits")
     print(f"built in {seconds:.1f} s ({read / seconds / 1e9:.2f} GB/s)")
     print(f"packed {packed / 1e6:.0f} MB, largest tensor {largest / 1e6:.1f} MB, model {model_bytes / 1e6:.0f} MB")
-    print(
-        f"peak {peak / 1e6:.0f} MB beyond the interpreter with torch ({before / 1e6:.0f} MB); bound {bound / 1e6:.0f} MB: {'met' if peak <= bound else 'MISSED'}"
-    )
+    verdict = "met" if peak <= bound else "MISSED"
+    print(f"peak {peak / 1e6:.0f} MB beyond the interpreter with torch ({before / 1e6:.0f} MB); bound {bound / 1e6:.0f} MB: {verdict}")
     sys.exit(peak > bound)
 
 

@@ -129,6 +129,7 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     twa::copy_bytes(pointer<const void>(from), pointer<void>(to), bytes, threads);
   });
+  m.def("advise_huge_pages", [](uintptr_t data, int64_t bytes) { twa::advise_huge_pages(pointer<void>(data), bytes); });
   m.def("get_code",
         [](int bits, const std::string& row, int column) { return twa::get_code(bits, reinterpret_cast<const uint8_t*>(row.data()), column); });
   m.def("level", &twa::level);

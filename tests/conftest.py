@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+
 import twa_kernels as tk
 
 BITS = (8, 4, 3, 2, 1)
@@ -44,5 +46,6 @@ def run_python(code, **environment):
 
 
 def has_isa(name):
-    flags = open("/proc/cpuinfo").read() if os.path.exists("/proc/cpuinfo") else ""
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text() if info.exists() else ""
     return {"portable": True, "avx2": "avx2" in flags and "f16c" in flags, "avx512": "avx512_vnni" in flags}[name]

@@ -221,9 +221,7 @@ def test_measured_is_exported_in_half_precision(checkpoints, tmp_path, dtype):
     for path in checkpoints.glob("*.safetensors"):
         save_file({k: t.to(dtype) if t.is_floating_point() else t for k, t in load_file(path).items()}, tmp_path / path.name)
     task = load_task("digits")
-    outcome = Average(
-        task, twa.Candidates(tmp_path / "*.safetensors"), Settings((TwaMethod("t", "tensor", 4),), steps=5), progress=False
-    ).run()
+    outcome = Average(task, twa.Candidates(tmp_path / "*.safetensors"), Settings((TwaMethod("t", "tensor", 4),), steps=5), progress=False).run()
     model = digits.model()
     model.load_state_dict(outcome.state)
     assert all(t.dtype == dtype for t in outcome.state.values() if t.is_floating_point())

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import twa_kernels as tk
 from conftest import BITS, run_python
+
+import twa_kernels as tk
 from twa_kernels import dispatch, reference
 
 SHAPES = [(130,), (3, 5), (257,)]
@@ -22,9 +23,16 @@ def pack_arguments(bits):
     n, numels = 3, [130, 15]
     rows = [torch.randn(s) for s in numels for _ in range(n)]
     return (
-        (rows, [torch.randn(s) for s in numels], numels, torch.tensor([0, 0, 1], dtype=torch.int32), bits)
-        + (torch.zeros(3, n, 16 * bits, dtype=torch.uint8), torch.zeros(3, n, dtype=torch.bfloat16))
-        + (torch.zeros(n, 2, dtype=torch.float64), torch.zeros(n, 2), "")
+        rows,
+        [torch.randn(s) for s in numels],
+        numels,
+        torch.tensor([0, 0, 1], dtype=torch.int32),
+        bits,
+        torch.zeros(3, n, 16 * bits, dtype=torch.uint8),
+        torch.zeros(3, n, dtype=torch.bfloat16),
+        torch.zeros(n, 2, dtype=torch.float64),
+        torch.zeros(n, 2),
+        "",
     )
 
 

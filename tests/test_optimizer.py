@@ -216,3 +216,59 @@ def test_stale_graphs_are_refused(candidates):
         optimizer.step()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             second.backward()
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize("granularity", ["model", "tensor"])
+def test_low_memory_is_the_same_training(candidates, bits, granularity):
+    runs = []
+    for low_memory in (False, True):
+        model = make()
+        subspace = twa.Subspace.from_candidates(model, candidates, bits=bits, granularity=granularity)
+        optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.02, low_memory=low_memory)
+        for _ in range(5):
+            for x, y in zip(X.chunk(2), Y.chunk(2), strict=True):  # accumulates
+                (model(x) - y).square().mean().backward()
+                assert not low_memory or all(p.grad is None for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(subspace.coefficients.detach())
+    torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-5)
+
+
+def test_low_memory_with_tied_weights_and_a_grad_scaler(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(11, 5)
+            self.head = nn.Linear(5, 11, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, tokens):
+            return self.head(self.embed(tokens))
+
+    for k in range(3):
+        torch.manual_seed(k)
+        save_file({"embed.weight": torch.randn(11, 5)}, tmp_path / f"c{k}.safetensors")
+    grads = []
+    for low_memory in (False, True):
+        model = Tied()
+        subspace = twa.Subspace.from_candidates(model, twa.Candidates(tmp_path / "c*.safetensors"))
+        optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=1e-3, low_memory=low_memory)
+        value = model(torch.arange(11)).square().mean()
+        if low_memory:
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            scaler.scale(value).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            value.backward()
+            optimizer.step()
+        grads.append(subspace.coefficients.grad)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+
+
+def test_low_memory_without_backward(candidates):
+    optimizer = twa.SubspaceOptimizer(twa.Subspace.from_candidates(make(), candidates), low_memory=True, lr=0.1)
+    with pytest.raises(RuntimeError, match="no gradient has reached the coefficients"):
+        optimizer.step()

@@ -4,8 +4,9 @@ import hashlib
 
 import pytest
 import torch
-import twa_kernels as tk
 from conftest import BITS, SEGMENTS, SHAPES, has_isa, rows_of, run_python, tensors
+
+import twa_kernels as tk
 from twa_kernels import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-import twa_kernels as tk
 from conftest import BITS, SHAPES, rows_of, tensors
+
+import twa_kernels as tk
 from twa_kernels import reference
 
 #: dtype, bound relative to |P| |g| of the same dtype's values: the docstring's 2^-23 and the result's own rounding
@@ -32,9 +33,7 @@ def test_worst_case_of_the_bound(bits):
     basis, grads = tk.pack([row], bits, normalize="none"), [torch.full((128,), 2.0**-24 * 1.01)]
     grads[0][0] = 1.0
     p = tk.unpack(basis)[0].double()
-    assert (tk.project(basis, grads).double() - exact(basis, grads)).abs().item() <= 2.0**-23 * p.abs().sum().item() + 1e-7 * p[
-        0, 0
-    ].abs().item()
+    assert (tk.project(basis, grads).double() - exact(basis, grads)).abs().item() <= 2.0**-23 * p.abs().sum().item() + 1e-7 * p[0, 0].abs().item()
 
 
 def test_no_worse_than_plain_pytorch():

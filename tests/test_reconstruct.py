@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-import twa_kernels as tk
 from conftest import BITS, SHAPES, rows_of, tensors
+
+import twa_kernels as tk
 from twa_kernels import reference
 
 

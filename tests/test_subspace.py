@@ -159,9 +159,7 @@ def test_nan_in_one_candidate_names_its_file(tmp_path, center, bits):
         if k == 1:
             state["embed.weight"][4, 5] = float("nan")
         save_file(state, tmp_path / f"c{k}.safetensors")
-    with pytest.raises(
-        CandidateError, match=r"c1\.safetensors: tensor 'embed.weight' has 1 NaN or Inf of 120 values \(the first at \[4, 5\]\)"
-    ):
+    with pytest.raises(CandidateError, match=r"c1\.safetensors: tensor 'embed.weight' has 1 NaN or Inf of 120 values \(the first at \[4, 5\]\)"):
         twa.Subspace.from_candidates(Zoo(), twa.Candidates(tmp_path / "c*.safetensors"), center=center, bits=bits)
 
 
@@ -172,7 +170,7 @@ def test_granularity(tmp_path):
     assert segment_labels(names, "block") == ["embed", "layers.0", "layers.0", "layers.1", "head", "scale"]
     assert segment_labels(["0.conv.0.weight", "0.conv.1.weight", "12.bias"], "block") == ["0", "0", "12"]
     assert segment_labels(names, lambda name: name[0]) == ["e", "l", "l", "l", "h", "s"]
-    with pytest.raises(ValueError, match="no segment for parameter 'head.weight'"):
+    with pytest.raises(ValueError, match=r"no segment for parameter 'head.weight'"):
         segment_labels(names, dict.fromkeys(names[:4], 0))
     with pytest.raises(ValueError, match="granularity: expected"):
         segment_labels(names, "layer")

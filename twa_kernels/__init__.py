@@ -11,5 +11,5 @@ from .ops import NotFiniteError
 from .packed import PackedBasis, Packer
 from .reference import relative_error
 
-__all__ = ["NotFiniteError", "PackedBasis", "Packer", "pack", "project", "reconstruct", "relative_error", "unpack"]
+__all__ = ["NotFiniteError", "PackedBasis", "Packer", "native", "pack", "project", "reconstruct", "reference", "relative_error", "unpack"]
 __version__ = "0.1.0"

@@ -24,12 +24,8 @@ def main() -> None:
     print(f"CPU: {processor()}, {torch.get_num_threads()} threads")
     if native._C is not None:
         print(f"native module: {native._C.__file__}")
-        print(
-            f"  instruction set: {native._C.cpu_isa() or 'not available here'} (TWA_KERNELS_ISA={os.environ.get('TWA_KERNELS_ISA', '')!r})"
-        )
-        print(
-            f"  CUDA: {'compiled for sm_' + native._C.cuda_architectures.replace(' ', ', sm_') if native._C.with_cuda else 'not compiled'}"
-        )
+        print(f"  instruction set: {native._C.cpu_isa() or 'not available here'} (TWA_KERNELS_ISA={os.environ.get('TWA_KERNELS_ISA', '')!r})")
+        print(f"  CUDA: {'compiled for sm_' + native._C.cuda_architectures.replace(' ', ', sm_') if native._C.with_cuda else 'not compiled'}")
     print("backends:")
     for backend, devices in dispatch.DEVICES.items():
         reason = dispatch.why_unusable(backend)

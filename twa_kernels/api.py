@@ -65,8 +65,8 @@ def project(basis: PackedBasis, grads: Tensors | Sequence[Tensor | None], backen
 
     Error against float64 on the same packed basis: at most 2^-23 * max|g| * sum|P| summed over tiles, because each tile's gradient is
     carried in 24-bit fixed point and all else is exact or float64; so at most sqrt(128) * 2^-23 * |P| |g|, and near 2^-26 * |P| |g|
-    for gradients of a common size within a tile. A float32 sum has no better bound. The bits do not depend on the number of threads or the instruction
-    set. NaN or Inf in a gradient makes its segment's coefficients NaN. Differentiable in grads (backward: reconstruct).
+    for gradients of a common size within a tile. A float32 sum has no better bound. The bits do not depend on the number of
+    threads or the instruction set. NaN or Inf in a gradient makes its segment's coefficients NaN. Differentiable in grads (backward: reconstruct).
     """
     given = _list(grads)
     if len(given) != len(basis.shapes):
@@ -75,9 +75,7 @@ def project(basis: PackedBasis, grads: Tensors | Sequence[Tensor | None], backen
     return torch.ops.twa_kernels.project(*basis.operands, [empty if g is None else g for g in given], basis.numels, basis.bits, backend)
 
 
-def reconstruct(
-    basis: PackedBasis, x: Tensor, center: Tensors | None = None, out: Tensors | None = None, backend: str = ""
-) -> list[Tensor]:
+def reconstruct(basis: PackedBasis, x: Tensor, center: Tensors | None = None, out: Tensors | None = None, backend: str = "") -> list[Tensor]:
     """theta[j] = center[j] + sum_i x[i, l] * P[i, j], l the segment of column j.
 
     x       (n, L) float32 coefficients.
@@ -95,8 +93,6 @@ def reconstruct(
         return [f.view(shape) for f, shape in zip(flat, basis.shapes, strict=True)]
     targets = _list(out)
     with torch.no_grad():
-        torch.ops.twa_kernels.reconstruct_out(
-            *basis.operands, x.detach(), centers, basis.numels, basis.bits, [t.detach() for t in targets], backend
-        )
+        torch.ops.twa_kernels.reconstruct_out(*basis.operands, x.detach(), centers, basis.numels, basis.bits, [t.detach() for t in targets], backend)
     torch.autograd.graph.increment_version(targets)  # so that autograd refuses to go back through the old values
     return targets

@@ -36,6 +36,14 @@ def why_cuda_unusable() -> str | None:
     return None
 
 
+def empty_for_streaming(shape: Sequence[int], device: torch.device | str) -> Tensor:
+    """Uninitialised uint8 tensor, on huge pages where the system gives them."""
+    t = torch.empty(tuple(shape), dtype=torch.uint8, device=device)
+    if _C is not None and t.device.type == "cpu":
+        _C.advise_huge_pages(t.data_ptr(), t.numel())
+    return t
+
+
 def _addresses(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     return [t.data_ptr() for t in tensors], [DTYPES[t.dtype] for t in tensors]
 

@@ -7,6 +7,7 @@ sizes; the k-th starts at tile sum(num_tiles(numels[:k])). Users call the functi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -59,9 +60,7 @@ def _check_basis(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment:
     _check_tensor("tile_segment", tile_segment, (tiles,), torch.int32, codes.device)
 
 
-def _check_list(
-    name: str, tensors: Sequence[Tensor], numels: Sequence[int], device: torch.device, backend: str, absent: bool = False
-) -> None:
+def _check_list(name: str, tensors: Sequence[Tensor], numels: Sequence[int], device: torch.device, backend: str, absent: bool = False) -> None:
     if len(tensors) != len(numels):
         raise ValueError(f"{name}: expected {len(numels)} tensors, one per tensor of the basis, found {len(tensors)}")
     dtypes = (*FLOATS, torch.float64) if backend == "reference" else FLOATS
@@ -89,7 +88,7 @@ def _check_x(x: Tensor, row_scale: Tensor) -> None:
 
 def _check_disjoint(tensors: Sequence[Tensor]) -> None:
     spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), k) for k, t in enumerate(tensors) if t.numel())
-    for (_, end, a), (begin, _, b) in zip(spans, spans[1:], strict=False):
+    for (_, end, a), (begin, _, b) in itertools.pairwise(spans):
         if begin < end:
             raise ValueError(f"out[{min(a, b)}] and out[{max(a, b)}] share memory: pass each tied weight once")
 
@@ -182,10 +181,7 @@ def _project_setup(ctx, inputs, output) -> None:
 
 def _project_backward(ctx, grad_c):
     flat = torch.ops.twa_kernels.reconstruct(*ctx.saved_tensors, grad_c.contiguous(), [], ctx.numels, ctx.bits, ctx.backend)
-    grads = [
-        f.view(shape).to(dtype) if shape.numel() else f.new_empty(shape, dtype=dtype)
-        for f, (shape, dtype) in zip(flat, ctx.like, strict=True)
-    ]
+    grads = [f.view(shape).to(dtype) if shape.numel() else f.new_empty(shape, dtype=dtype) for f, (shape, dtype) in zip(flat, ctx.like, strict=True)]
     return None, None, None, None, grads, None, None, None
 
 

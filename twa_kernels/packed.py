@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .native import empty_for_streaming
 from .ops import NotFiniteError, check_bits
-from .reference import MAX_ROWS, num_tiles, tile_offsets
+from .reference import MAX_ROWS, tile_offsets
 
 NORMALIZE = ("row", "segment", "none")
 
@@ -73,6 +75,26 @@ class PackedBasis:
         """What the ops take: codes, scales (as bytes, which more of PyTorch understands than float8), row_scale, tile_segment."""
         return self.codes, self.scales.view(torch.uint8), self.row_scale, self.tile_segment
 
+    def select(self, k: int) -> tuple[PackedBasis, slice]:
+        """The basis of tensor k alone (a view of the codes), and which segments of this one its coefficients are."""
+        offsets = tile_offsets(self.numels)
+        at = slice(offsets[k], offsets[k + 1])
+        segment = self.tile_segment[at]
+        first, last = (int(segment.min()), int(segment.max())) if len(segment) else (0, 0)
+        columns = slice(first, last + 1)
+        return (
+            PackedBasis(
+                self.codes[at],
+                self.scales[at],
+                self.row_scale[:, columns].contiguous(),
+                segment - first,
+                self.divisor[:, columns].contiguous(),
+                (self.shapes[k],),
+                self.bits,
+            ),
+            columns,
+        )
+
     def __repr__(self) -> str:
         return (
             f"PackedBasis(n={self.n}, D={self.num_columns}, L={self.num_segments}, bits={self.bits}, "
@@ -83,7 +105,7 @@ class PackedBasis:
 def segments_to_tiles(segments: Sequence[int] | Tensor | None, numels: Sequence[int]) -> Tensor:
     """Segment map -> (num_tiles,) int32. None: one segment per tensor. One index per tensor, or one per tile."""
     offsets = tile_offsets(numels)
-    counts = torch.tensor([b - a for a, b in zip(offsets, offsets[1:], strict=False)], dtype=torch.int64)
+    counts = torch.tensor([b - a for a, b in itertools.pairwise(offsets)], dtype=torch.int64)
     index = torch.arange(len(numels)) if segments is None else torch.as_tensor(segments)
     if index.is_floating_point() or index.dim() != 1:
         raise TypeError(f"segments: expected a flat list of integers, found {index.dtype} of shape {tuple(index.shape)}")
@@ -130,7 +152,7 @@ class Packer:
         given = torch.as_tensor(segments) if segments is not None and len(segments) else None
         self.num_segments = int(given.max()) + 1 if given is not None else len(numels)
         tiles = self._offsets[-1]
-        self.codes = torch.empty(tiles, n, 16 * bits, dtype=torch.uint8, device=device)
+        self.codes = empty_for_streaming((tiles, n, 16 * bits), device)
         self.scales = torch.zeros(tiles, n, dtype=torch.bfloat16, device=device)
         self.sum_sq = torch.zeros(n, self.num_segments, dtype=torch.float64, device=device)
         self.max_scale = torch.zeros(n, self.num_segments, dtype=torch.float32, device=device)

@@ -196,9 +196,7 @@ def project(
 ) -> Tensor:
     """c[i, l] = sum over columns j of segment l of P[i, j] g[j]; float64 inside; an empty gradient counts as zero."""
     p = dequantise(codes, scales, row_scale, tile_segment, bits)  # (num_tiles, n, 128)
-    flat = [
-        g.reshape(-1) if g.numel() == numel else codes.new_zeros(numel, dtype=torch.float32) for g, numel in zip(grads, numels, strict=True)
-    ]
+    flat = [g.reshape(-1) if g.numel() == numel else codes.new_zeros(numel, dtype=torch.float32) for g, numel in zip(grads, numels, strict=True)]
     g = torch.cat([_pad_columns(f.double()) for f in flat])  # (num_tiles, 128)
     per_tile = (p @ g[:, :, None])[..., 0]  # (num_tiles, n)
     c = per_tile.new_zeros(row_scale.shape).index_add(1, tile_segment.long(), per_tile.T)

@@ -117,9 +117,7 @@ class Average:
         for method in self.settings.methods if len(self.candidates) > 1 else ():
             self.results.append(self._twa(method))
         if self._best is None:
-            raise ValueError(
-                f"task {self.task.name}: the validation loss of every method is NaN or Inf: do model, loss and data fit the candidates?"
-            )
+            raise ValueError(f"task {self.task.name}: the validation loss of every method is NaN or Inf: do model, loss and data fit the candidates?")
         _, winner, state = self._best
         return Outcome(self.results, winner, state)
 
@@ -223,9 +221,7 @@ class Average:
         self._settle()
         val = self._validation_loss()
         seconds = time.perf_counter() - start
-        result = Result(
-            method.name, len(self.candidates), len(curve), seconds, memory.bytes(), val, note=note, curve=curve, val_curve=val_curve
-        )
+        result = Result(method.name, len(self.candidates), len(curve), seconds, memory.bytes(), val, note=note, curve=curve, val_curve=val_curve)
         result.beta, result.coefficients = subspace.merge_weights(), subspace.coefficients_json()
         optimizer.zero_grad()
         self._finish(result)

@@ -37,9 +37,7 @@ def tracked_batchnorms(model: nn.Module) -> list[_BatchNorm]:
 
 
 @torch.no_grad()
-def update_bn(
-    loader: Iterable, model: nn.Module, forward: Callable[[nn.Module, object], object] = run_model, max_batches: int | None = None
-) -> int:
+def update_bn(loader: Iterable, model: nn.Module, forward: Callable[[nn.Module, object], object] = run_model, max_batches: int | None = None) -> int:
     """Sets every BatchNorm's running mean and variance to their averages over the batches, each weighted by its size.
 
     loader       tensors, tuples or lists (model input first), or dicts (passed by keyword)
@@ -82,9 +80,7 @@ def update_bn(
             samples += size
             batches += 1
         if not batches:
-            raise ValueError(
-                "update_bn: expected at least one batch with more than one value per channel, found none: is the loader used up?"
-            )
+            raise ValueError("update_bn: expected at least one batch with more than one value per channel, found none: is the loader used up?")
         return batches
     finally:
         for m, momentum in momenta.items():

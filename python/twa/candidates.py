@@ -96,9 +96,7 @@ class _SafetensorsFile(_File):
             piece = handle.get_slice(key)
             dtype = _SAFETENSORS_DTYPES.get(piece.get_dtype())
             if dtype is None:
-                raise CandidateError(
-                    f"{self.path}: tensor {key!r} has dtype {piece.get_dtype()}, expected one of {sorted(_SAFETENSORS_DTYPES)}"
-                )
+                raise CandidateError(f"{self.path}: tensor {key!r} has dtype {piece.get_dtype()}, expected one of {sorted(_SAFETENSORS_DTYPES)}")
             info[key] = TensorInfo(tuple(piece.get_shape()), dtype)
         return info
 
@@ -120,9 +118,7 @@ class _TorchFile(_File):
                     ) from error
                 raise CandidateError(f"{self.path}: not a torch checkpoint ({_first_line(error)})") from error
             except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, TypeError, IndexError) as error:
-                raise CandidateError(
-                    f"{self.path}: not a complete torch checkpoint ({type(error).__name__}: {_first_line(error)})"
-                ) from error
+                raise CandidateError(f"{self.path}: not a complete torch checkpoint ({type(error).__name__}: {_first_line(error)})") from error
             self._open = _unwrap(loaded, self.path)
         return self._open
 
@@ -217,9 +213,7 @@ def _shards(index: Path) -> list[_File]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CandidateError(
-            f"{index}: expected JSON with a 'weight_map' from tensor names to shard files ({type(error).__name__})"
-        ) from error
+        raise CandidateError(f"{index}: expected JSON with a 'weight_map' from tensor names to shard files ({type(error).__name__})") from error
     files = []
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
@@ -252,9 +246,7 @@ class Candidates(Sequence[Candidate]):
         found: list[Path] = []
         for pattern in patterns:
             text = os.fspath(pattern)
-            matches = (
-                [text] if os.path.exists(text) or not glob.has_magic(text) else sorted(glob.glob(text, recursive=True), key=numeric_order)
-            )
+            matches = [text] if os.path.exists(text) or not glob.has_magic(text) else sorted(glob.glob(text, recursive=True), key=numeric_order)
             if not matches:
                 raise CandidateError(f"no candidates: nothing matches {text!r}")
             found += [Path(m) for m in matches]
@@ -322,9 +314,7 @@ def check_same(first: Candidate, other: Candidate) -> None:
     if missing := sorted(first.info.keys() - other.info.keys()):
         raise CandidateError(f"{other.path}: tensor {missing[0]!r} is missing ({len(missing)} in all) but is in {first.path}")
     if unexpected := sorted(other.info.keys() - first.info.keys()):
-        raise CandidateError(
-            f"{other.path}: tensor {unexpected[0]!r} is unexpected ({len(unexpected)} in all): {first.path} does not have it"
-        )
+        raise CandidateError(f"{other.path}: tensor {unexpected[0]!r} is unexpected ({len(unexpected)} in all): {first.path} does not have it")
     for key, expected in first.info.items():
         check_info(other.path, key, expected, other.info[key], f"in {first.path}")
 
@@ -332,11 +322,7 @@ def check_same(first: Candidate, other: Candidate) -> None:
 def check_info(path: Path, key: str, expected: TensorInfo, found: TensorInfo, where: str) -> None:
     if expected.shape != found.shape:
         hint = ""
-        if (
-            len(expected.shape) == len(found.shape) >= 1
-            and expected.shape[1:] == found.shape[1:]
-            and re.search(r"emb|wte|vocab|lm_head|tok", key)
-        ):
+        if len(expected.shape) == len(found.shape) >= 1 and expected.shape[1:] == found.shape[1:] and re.search(r"emb|wte|vocab|lm_head|tok", key):
             hint = f"; this looks like a vocabulary mismatch ({expected.shape[0]} and {found.shape[0]} tokens): candidates must share one tokenizer"
         raise CandidateError(f"{path}: tensor {key!r}: expected shape {list(expected.shape)} as {where}, found {list(found.shape)}{hint}")
     if expected.dtype.is_complex or found.dtype.is_complex:

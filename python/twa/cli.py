@@ -86,9 +86,7 @@ def parser() -> argparse.ArgumentParser:
 
     a = commands.add_parser("average", help="average checkpoints of one model", description=run_average.__doc__)
     a.add_argument("task", metavar="TASK", help=f"{' or '.join(BUILT_IN)}, or a Python file that defines model, train_data, val_data, loss")
-    a.add_argument(
-        "candidates", metavar="CANDIDATES", nargs="+", help="checkpoint files, glob patterns or Hugging Face directories, oldest first"
-    )
+    a.add_argument("candidates", metavar="CANDIDATES", nargs="+", help="checkpoint files, glob patterns or Hugging Face directories, oldest first")
     a.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="directory for the result")
     a.add_argument(
         "--twa",
@@ -96,9 +94,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         help="a trained average to try, such as t:tensor:4; may be repeated (default: t:tensor:4 and v:model:4)",
     )
-    a.add_argument(
-        "--steps", type=positive(int), default=Settings.steps, help="gradient steps of each trained average (default: %(default)s)"
-    )
+    a.add_argument("--steps", type=positive(int), default=Settings.steps, help="gradient steps of each trained average (default: %(default)s)")
     a.add_argument("--lr", type=positive(float), default=Settings.lr, help="learning rate of the coefficients (default: %(default)s)")
     a.add_argument(
         "--weight-decay",
@@ -111,9 +107,7 @@ def parser() -> argparse.ArgumentParser:
     a.set_defaults(run=run_average)
 
     d = commands.add_parser("demo", help="train a small model and average its checkpoints")
-    d.add_argument(
-        "-o", "--output", metavar="OUT", type=Path, default=Path("twa-demo"), help="directory for the result (default: %(default)s)"
-    )
+    d.add_argument("-o", "--output", metavar="OUT", type=Path, default=Path("twa-demo"), help="directory for the result (default: %(default)s)")
     d.add_argument("--seed", type=int, default=0, help="of the model and its data (default: %(default)s)")
     d.add_argument("--overwrite", action="store_true", help="replace results in an output directory that is not empty")
     d.set_defaults(run=run_demo)

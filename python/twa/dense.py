@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
 from twa_kernels import NotFiniteError
 from twa_kernels.packed import row_divisor
 
@@ -49,6 +50,11 @@ class DenseBasis:
             if g is not None:
                 c[:, l] += p @ g.reshape(-1).to(p.dtype)
         return c
+
+    def select(self, k: int) -> tuple[DenseBasis, slice]:
+        """The basis of tensor k alone, and which segment its coefficients are."""
+        columns = slice(self.segment[k], self.segment[k] + 1)
+        return DenseBasis([self.rows[k]], [0], self.divisor[:, columns], (self.shapes[k],)), columns
 
     def reconstruct(self, x: Tensor, center: Sequence[Tensor], out: Sequence[Tensor]) -> None:
         """out = center + x^T P, per segment, in place."""

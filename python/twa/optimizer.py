@@ -23,11 +23,26 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     `param_groups`, `state` and `defaults` are the inner optimizer's, so learning-rate schedulers work as usual. Gradients
     accumulate in the model's .grad over several backward calls; clipping them before step() works too. `state_dict` holds
     the inner state and x; `load_state_dict` also moves the model.
+
+    low_memory   project each gradient as soon as backward has it, and free it: no D-sized gradient is ever held, several backward
+                 calls accumulate in the coefficients' gradient, and torch.amp.GradScaler works (it scales what it sees in
+                 param_groups; without low_memory it raises "No inf checks were recorded"). Clip the coefficients' gradient
+                 then, the model has none.
     """
 
-    def __init__(self, subspace: Subspace, optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW, **options: Any) -> None:
+    def __init__(
+        self,
+        subspace: Subspace,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+        *,
+        low_memory: bool = False,
+        **options: Any,
+    ) -> None:
         self._ready = False
-        self.subspace = subspace
+        self.subspace, self.low_memory = subspace, low_memory
+        if low_memory:
+            for k, parameter in enumerate(subspace.parameters):
+                parameter.register_post_accumulate_grad_hook(lambda _, k=k: subspace.absorb_gradient(k))
         self.inner = optimizer([subspace.coefficients], **options)
         super().__init__([subspace.coefficients], self.inner.defaults)
         self._ready = True
@@ -47,9 +62,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             return
         params = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
         if [id(p) for p in params] != [id(self.subspace.coefficients)]:
-            raise ValueError(
-                "SubspaceOptimizer trains the subspace's coefficients only; use another optimizer beside it for other parameters"
-            )
+            raise ValueError("SubspaceOptimizer trains the subspace's coefficients only; use another optimizer beside it for other parameters")
 
     @property
     def state(self):
@@ -63,7 +76,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None):
         if closure is None:
-            self.subspace.coefficients.grad = self.subspace.project_gradients()
+            self._project()
             loss = self.inner.step()
         else:
             loss = self.inner.step(lambda: self._evaluate(closure))
@@ -75,8 +88,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self.subspace.write_weights()
         with torch.enable_grad():
             loss = closure()
-        self.subspace.coefficients.grad = self.subspace.project_gradients()
+        self._project()
         return loss
+
+    def _project(self) -> None:
+        if not self.low_memory:
+            self.subspace.coefficients.grad = self.subspace.project_gradients()
+        elif self.subspace.coefficients.grad is None:
+            raise RuntimeError("no gradient has reached the coefficients: call loss.backward() before optimizer.step()")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.subspace.model.zero_grad(set_to_none=set_to_none)

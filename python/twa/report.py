@@ -68,7 +68,8 @@ def markdown(outcome: Outcome, task: Task, command: str) -> str:
         "- Every choice (best single, EMA decay, LAWA length, soup members, TWA's stopping point, the winner) was made on the validation data; "
         "the test data only fills its column.",
         "- extra steps: gradient steps beyond the candidates' own training. seconds: wall time to build and choose, without the test. "
-        "A trained average starts from the best fixed one, named in its note, whose seconds come on top. peak MB: highest resident memory of the whole process while the method ran.",
+        "A trained average starts from the best fixed one, named in its note, whose seconds come on top. "
+        "peak MB: highest resident memory of the whole process while the method ran.",
         "",
         "![loss curves, methods and merge weights](report.png)",
         "",
@@ -112,9 +113,7 @@ def _curves(axes, trained: list[Result]) -> None:
     best = min(trained, key=lambda r: r.val_loss)
     window = min(25, len(best.curve))
     means = [sum(best.curve[k - window : k]) / window for k in range(window, len(best.curve) + 1)]
-    axes.plot(
-        range(window, len(best.curve) + 1), means, color="0.6", linewidth=1, label=f"training loss of the best (mean of {window})", zorder=0
-    )
+    axes.plot(range(window, len(best.curve) + 1), means, color="0.6", linewidth=1, label=f"training loss of the best (mean of {window})", zorder=0)
     axes.legend(fontsize=8, loc="upper right")
 
 
@@ -123,8 +122,7 @@ def _bars(axes, outcome: Outcome, task: Task) -> None:
     which = "test" if task.test is not None else "validation"
     losses = [r.test_loss if r.test_loss is not None else r.val_loss for r in results]
     colours = [
-        "tab:orange" if r is outcome.winner else "tab:blue" if r.curve and r.is_average else "0.7" if r.is_average else "tab:green"
-        for r in results
+        "tab:orange" if r is outcome.winner else "tab:blue" if r.curve and r.is_average else "0.7" if r.is_average else "tab:green" for r in results
     ]
     positions = range(len(results))
     # A uniform average far off would flatten the rest: such bars run out of the picture, their number does not.

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import twa_kernels as tk
 from torch import Tensor, nn
+
+import twa_kernels as tk
 
 from . import schemes
 from .candidates import CandidateError, Candidates, TensorInfo, average_into, check_info
@@ -126,6 +127,7 @@ class Subspace:
         self.basis, self.center, self.center_weights, self.labels = basis, center, center_weights, labels
         named = dict(model.named_parameters())
         self.parameters = [named[name] for name in layout.trained]
+        self._selected: dict[int, tuple[tk.PackedBasis | DenseBasis, slice]] = {}
         dtype = basis.dtype if isinstance(basis, DenseBasis) else torch.float32
         self.coefficients = nn.Parameter(torch.zeros(basis.n, basis.num_segments, device=basis.device, dtype=dtype))
 
@@ -201,12 +203,24 @@ class Subspace:
     @torch.no_grad()
     def project_gradients(self) -> Tensor:
         """c (n, L): the gradient of the coefficients, from the parameters' .grad (None counts as zero)."""
-        grads = [p.grad if p.grad is None or p.grad.layout == torch.strided else p.grad.to_dense() for p in self.parameters]
+        grads = [p.grad for p in self.parameters]
         if all(g is None for g in grads):
             raise RuntimeError("no parameter of the model has a gradient: call loss.backward() before optimizer.step()")
-        if isinstance(self.basis, DenseBasis):
-            return self.basis.project(grads)
-        return tk.project(self.basis, [g.float() if g is not None and g.dtype == torch.float64 else g for g in grads])
+        return _project(self.basis, grads)
+
+    @torch.no_grad()
+    def absorb_gradient(self, k: int) -> None:
+        """Adds the projection of parameter k's .grad to coefficients.grad and frees it."""
+        basis, columns = self._tensor_basis(k)
+        if self.coefficients.grad is None:
+            self.coefficients.grad = torch.zeros_like(self.coefficients)
+        self.coefficients.grad[:, columns] += _project(basis, [self.parameters[k].grad])
+        self.parameters[k].grad = None
+
+    def _tensor_basis(self, k: int) -> tuple[tk.PackedBasis | DenseBasis, slice]:
+        if k not in self._selected:
+            self._selected[k] = self.basis.select(k)
+        return self._selected[k]
 
     # Coefficients and merge weights -------------------------------------------------------------------------------
 
@@ -276,6 +290,14 @@ class Subspace:
         return labels
 
 
+def _project(basis: tk.PackedBasis | DenseBasis, grads: list[Tensor | None]) -> Tensor:
+    """c (n, L); sparse gradients are made dense, float64 ones float32 (what the kernels read)."""
+    grads = [g if g is None or g.layout == torch.strided else g.to_dense() for g in grads]
+    if isinstance(basis, DenseBasis):
+        return basis.project(grads)
+    return tk.project(basis, [g.float() if g is not None and g.dtype == torch.float64 else g for g in grads])
+
+
 def _center_weights(center: str | int | Tensor, n: int) -> Tensor:
     if center == "mean" if isinstance(center, str) else False:
         return schemes.uniform(n)
@@ -300,7 +322,8 @@ def not_finite(candidates: Candidates, name: str, rows: list[Tensor]) -> Candida
         if bad.any():
             where = torch.nonzero(bad)[0].tolist()
             return CandidateError(
-                f"{candidate.path}: tensor {name!r} has {int(bad.sum())} NaN or Inf of {row.numel()} values (the first at {where}): expected finite weights"
+                f"{candidate.path}: tensor {name!r} has {int(bad.sum())} NaN or Inf of {row.numel()} values (the first at {where}): "
+                "expected finite weights"
             )
     return CandidateError(f"tensor {name!r}: the candidates' mean or their distance from it overflows float32")
 

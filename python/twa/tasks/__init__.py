@@ -84,7 +84,8 @@ class Task:
             )
         if not _same(next(iter(self.val)), next(iter(self.val))):
             raise TaskError(
-                f"task {self.name}: val_data() gives other batches at each pass (shuffled?), so TWA-v cannot take every other one; fix its order or define heldout_data()"
+                f"task {self.name}: val_data() gives other batches at each pass (shuffled?), so TWA-v cannot take every other one; "
+                "fix its order or define heldout_data()"
             )
         self.val, self.heldout = EveryOther(self.val, 1), EveryOther(self.val, 0)
 
@@ -104,9 +105,7 @@ def load_task(name: str, seed: int = 0) -> Task:
             return None
         batches = make(seed=seed) if "seed" in inspect.signature(make).parameters else make()
         if iter(batches) is batches:
-            raise TaskError(
-                f"task {name}: {function}() returned an iterator, which can be read only once; return a DataLoader or a list of batches"
-            )
+            raise TaskError(f"task {name}: {function}() returned an iterator, which can be read only once; return a DataLoader or a list of batches")
         return batches
 
     return Task(

@@ -1,4 +1,4 @@
-// Memory bandwidth with the kernels' own threads: what benchmarks compare themselves with.
+// Huge pages, and memory bandwidth with the kernels' own threads: what benchmarks compare themselves with.
 //
 // read_bytes   sums 64-bit words; bytes moved = bytes.      copy_bytes   one read and one write per byte.
 // Work map     items of 1 MiB, taken by the threads in order, as the kernels take their blocks.
@@ -6,6 +6,10 @@
 #include <atomic>
 
 #include "common.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace twa {
 namespace {
@@ -48,6 +52,16 @@ void copy_bytes(const void* from, void* to, int64_t bytes, int threads) {
     const int64_t begin = item * kItem;
     std::memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin, static_cast<size_t>(std::min(kItem, bytes - begin)));
   });
+}
+
+void advise_huge_pages(void* data, int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage, end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: failure changes nothing
+#else
+  (void)data, (void)bytes;
+#endif
 }
 
 }  // namespace twa
