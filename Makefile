@@ -13,7 +13,7 @@ test: build
 	$(BIN)/python -m pytest
 
 bench: build
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m pytest -o python_files="benchmark_*.py" -p no:cacheprovider bench --benchmark-only --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
 	$(BIN)/python bench/peak_memory.py
 
 lint: build

@@ -1,0 +1,77 @@
+"""Shared by the microbenchmarks: random bases, measured bandwidth, and the peers, written from their definitions."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+import twa_kernels as tk
+from torch import Tensor
+from twa_kernels.__main__ import processor
+from twa_kernels.native import empty_for_streaming
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def random_basis(n: int, columns: int, bits: int, tensors: int = 1) -> tk.PackedBasis:
+    """Random codes and scales (never zeros), one segment; `tensors` equal parts."""
+    part = columns // tensors
+    tiles = tensors * -(-part // 128)
+    codes = empty_for_streaming((tiles, n, 16 * bits), "cpu")
+    codes.random_(0, 256)
+    scales = torch.randint(40, 100, (tiles, n), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    segment = torch.zeros(tiles, dtype=torch.int32)
+    shapes = tuple(torch.Size((part,)) for _ in range(tensors))
+    return tk.PackedBasis(codes, scales, torch.rand(n, 1) + 0.5, segment, torch.ones(n, 1, dtype=torch.float64), shapes, bits)
+
+
+def median_seconds(run, at_least: int = 5, seconds: float = 1.0) -> float:
+    """Median of at least `at_least` runs and about `seconds` seconds, after one to warm up."""
+    run()
+    times: list[float] = []
+    while len(times) < at_least or (sum(times) < seconds and len(times) < 200):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+@functools.cache
+def bandwidth() -> dict[str, float]:
+    """GB/s of reading 1 GB, and of copying it (read + write), with the threads that the kernels use."""
+    native, threads = tk.native._C, torch.get_num_threads()
+    source, target = empty_for_streaming((1 << 30,), "cpu"), empty_for_streaming((1 << 30,), "cpu")
+    source.random_(0, 256), target.zero_()
+    read = median_seconds(lambda: native.read_bytes(source.data_ptr(), source.numel(), threads))
+    copy = median_seconds(lambda: native.copy_bytes(source.data_ptr(), target.data_ptr(), source.numel(), threads))
+    return {"read": source.numel() / read / 1e9, "copy": 2 * source.numel() / copy / 1e9}
+
+
+class Published:
+    """The published implementation's arithmetic: one uint8 code per weight, min/max scale per row, broadcast multiply, sum."""
+
+    def __init__(self, n: int, columns: int) -> None:
+        self.codes = torch.randint(0, 16, (n, columns), dtype=torch.uint8)
+        self.scale, self.zero = torch.rand(n, 1) + 0.5, torch.rand(n, 1)
+
+    def project(self, g: Tensor) -> Tensor:
+        return (((self.codes.float() - self.zero) * self.scale) * g[None, :]).sum(1)
+
+    def reconstruct(self, x: Tensor, center: Tensor) -> Tensor:
+        return center + (x * ((self.codes.float() - self.zero) * self.scale)).sum(0)
+
+
+def hardware() -> dict[str, str]:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent, check=False)
+    return {
+        "processor": processor(),
+        "threads": str(torch.get_num_threads()),
+        "isa": str(tk.native._C.cpu_isa()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": done.stdout.strip() or "unknown",
+    }
