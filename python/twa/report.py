@@ -114,7 +114,7 @@ def _curves(axes, trained: list[Result]) -> None:
     window = min(25, len(best.curve))
     means = [sum(best.curve[k - window : k]) / window for k in range(window, len(best.curve) + 1)]
     axes.plot(range(window, len(best.curve) + 1), means, color="0.6", linewidth=1, label=f"training loss of the best (mean of {window})", zorder=0)
-    axes.legend(fontsize=8, loc="upper right")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
 
 
 def _bars(axes, outcome: Outcome, task: Task) -> None:
