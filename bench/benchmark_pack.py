@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-import twa_kernels as tk
 from conftest import record
+
+import twa_kernels as tk
 
 
 @pytest.mark.benchmark(group="pack")

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-import twa_kernels as tk
 from common import Published, random_basis
 from conftest import record
+
+import twa_kernels as tk
 
 
 @pytest.mark.benchmark(group="project")

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import torch
-import twa_kernels as tk
 from torch import Tensor
+
+import twa_kernels as tk
 from twa_kernels.__main__ import processor
 from twa_kernels.native import empty_for_streaming
 

@@ -51,6 +51,13 @@ class DenseBasis:
                 c[:, l] += p @ g.reshape(-1).to(p.dtype)
         return c
 
+    def gram(self) -> Tensor:
+        """G (L, n, n) float64: P_l @ P_l.T."""
+        total = torch.zeros(self.num_segments, self.n, self.n, dtype=torch.float64, device=self.device)
+        for p, l in zip(self.rows, self.segment, strict=True):
+            total[l] += (p @ p.T).double()
+        return total
+
     def select(self, k: int) -> tuple[DenseBasis, slice]:
         """The basis of tensor k alone, and which segment its coefficients are."""
         columns = slice(self.segment[k], self.segment[k] + 1)

@@ -16,6 +16,7 @@ from .candidates import CandidateError, Candidates, TensorInfo, average_into, ch
 from .dense import DenseBasis, DensePacker
 from .files import write_json, write_safetensors
 
+RIDGE = 1e-4
 BITS = (32, 8, 4, 3, 2, 1)
 Granularity = str | Mapping[str, object] | Callable[[str], object]
 
@@ -122,6 +123,7 @@ class Subspace:
         center: list[Tensor],
         center_weights: Tensor,
         labels: list[str],
+        precondition: bool = False,
     ) -> None:
         self.model, self.candidates, self.layout = model, candidates, layout
         self.basis, self.center, self.center_weights, self.labels = basis, center, center_weights, labels
@@ -130,6 +132,7 @@ class Subspace:
         self._selected: dict[int, tuple[tk.PackedBasis | DenseBasis, slice]] = {}
         dtype = basis.dtype if isinstance(basis, DenseBasis) else torch.float32
         self.coefficients = nn.Parameter(torch.zeros(basis.n, basis.num_segments, device=basis.device, dtype=dtype))
+        self.preconditioner = _preconditioner(basis.gram()).to(dtype) if precondition else None  # (L, n, n)
 
     @classmethod
     def from_candidates(
@@ -141,6 +144,7 @@ class Subspace:
         granularity: Granularity = "tensor",
         center: str | int | Tensor = "mean",
         normalize: str = "row",
+        precondition: bool = False,
         progress: Callable[[str, int], None] | None = None,
     ) -> Subspace:
         """Streams the candidates tensor by tensor into a basis and moves the model to the center.
@@ -149,6 +153,8 @@ class Subspace:
         granularity  segments with their own coefficients: "model", "block", "tensor", a mapping from parameter name, or a function
         center       "mean", "last", a candidate's index, or merge weights (n,) that sum to 1
         normalize    "row" (each candidate's delta has the same norm), "segment" (each segment of it), "none"
+        precondition coefficients of the basis orthonormalised within each segment: x = A y with A from the Cholesky factor of the Gram
+                     matrix; the parameter that is trained is then y
         progress     called with (tensor name, bytes read)
 
         Frozen parameters and float buffers get the center's weights over the candidates and are not trained; integer and bool
@@ -179,7 +185,7 @@ class Subspace:
         parameters = dict(model.named_parameters())
         device = parameters[names[0]].device
         basis = packer.finish(normalize).to(device)
-        subspace = cls(model, candidates, layout, basis, [c.to(device) for c in centers], weights, [str(label) for label in order])
+        subspace = cls(model, candidates, layout, basis, [c.to(device) for c in centers], weights, [str(label) for label in order], precondition)
         subspace._load_fixed(weights)
         subspace.write_weights()
         return subspace
@@ -191,11 +197,11 @@ class Subspace:
         """model parameters = center + sum_i x[i, l] * P[i, :], in their own dtypes."""
         out = [p.detach() for p in self.parameters]
         if isinstance(self.basis, DenseBasis):
-            self.basis.reconstruct(self.coefficients, self.center, out)
+            self.basis.reconstruct(self.x(), self.center, out)
             return
         # float64 parameters, which the kernels do not write, go through float32.
         targets = [torch.empty_like(o, dtype=torch.float32) if o.dtype == torch.float64 else o for o in out]
-        tk.reconstruct(self.basis, self.coefficients, self.center, out=targets)
+        tk.reconstruct(self.basis, self.x(), self.center, out=targets)
         for o, t in zip(out, targets, strict=True):
             if o is not t:
                 o.copy_(t)
@@ -206,7 +212,7 @@ class Subspace:
         grads = [p.grad for p in self.parameters]
         if all(g is None for g in grads):
             raise RuntimeError("no parameter of the model has a gradient: call loss.backward() before optimizer.step()")
-        return _project(self.basis, grads)
+        return self._pull_back(_project(self.basis, grads), slice(None))
 
     @torch.no_grad()
     def absorb_gradient(self, k: int) -> None:
@@ -214,7 +220,7 @@ class Subspace:
         basis, columns = self._tensor_basis(k)
         if self.coefficients.grad is None:
             self.coefficients.grad = torch.zeros_like(self.coefficients)
-        self.coefficients.grad[:, columns] += _project(basis, [self.parameters[k].grad])
+        self.coefficients.grad[:, columns] += self._pull_back(_project(basis, [self.parameters[k].grad]), columns)
         self.parameters[k].grad = None
 
     def _tensor_basis(self, k: int) -> tuple[tk.PackedBasis | DenseBasis, slice]:
@@ -222,13 +228,24 @@ class Subspace:
             self._selected[k] = self.basis.select(k)
         return self._selected[k]
 
+    @torch.no_grad()
+    def x(self) -> Tensor:
+        """Coefficients (n, L) of the basis: the trained ones, or A times them."""
+        if self.preconditioner is None:
+            return self.coefficients.detach()
+        return torch.einsum("lij,jl->il", self.preconditioner, self.coefficients)
+
+    def _pull_back(self, c: Tensor, columns: slice) -> Tensor:
+        """Gradient of the trained coefficients from that of x."""
+        return c if self.preconditioner is None else torch.einsum("lij,il->jl", self.preconditioner[columns], c)
+
     # Coefficients and merge weights -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def merge_weights(self) -> Tensor:
         """beta (n, L) float64: theta = sum_i beta[i, l] w_i, sum_i beta[i, l] = 1 (exact without quantisation)."""
         divisor = self.basis.divisor.cpu()
-        share = torch.where(divisor > 0, self.coefficients.cpu().double() / torch.where(divisor > 0, divisor, 1.0), 0.0)
+        share = torch.where(divisor > 0, self.x().cpu().double() / torch.where(divisor > 0, divisor, 1.0), 0.0)
         return share + self.center_weights[:, None] * (1.0 - share.sum(0, keepdim=True))
 
     @torch.no_grad()
@@ -240,7 +257,10 @@ class Subspace:
             raise ValueError(
                 f"merge weights: expected shape (n,) or {tuple(self.coefficients.shape)} with columns that sum to 1, found {tuple(beta.shape)}"
             )
-        self.coefficients.copy_(beta * self.basis.divisor.cpu())
+        x = beta * self.basis.divisor.cpu()
+        if self.preconditioner is not None:
+            x = torch.linalg.solve(self.preconditioner.double().cpu(), x.T[..., None])[..., 0].T
+        self.coefficients.copy_(x)
         self.write_weights()
 
     def identity(self) -> dict[str, object]:
@@ -276,7 +296,7 @@ class Subspace:
             "segment_of": dict(zip(self.layout.trained, self._segment_labels(), strict=True)),
             "bits": self.basis.bits,
             "center_weights": self.center_weights.tolist(),
-            "x": self.coefficients.detach().cpu().tolist(),
+            "x": self.x().cpu().tolist(),
             "beta": self.merge_weights().tolist(),
         }
 
@@ -288,6 +308,16 @@ class Subspace:
             labels.append(self.labels[int(self.basis.tile_segment[tile])] if numel else "")
             tile += -(-numel // 128)
         return labels
+
+
+def _preconditioner(gram: Tensor) -> Tensor:
+    """A (L, n, n) with x = A y: A = c * L^-T for G + ridge = L L^T, so that the rows of A^T P are orthogonal with norm c, the root mean square
+    norm of P's rows. The ridge, 1e-4 of the mean diagonal, bounds what nearly dependent candidates are amplified by."""
+    n = gram.shape[-1]
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]  # (L, 1, 1); 0 for a segment that is equal in all candidates
+    eye = torch.eye(n, dtype=gram.dtype, device=gram.device)
+    factor = torch.linalg.cholesky(gram + eye * torch.where(mean > 0, RIDGE * mean, 1.0))
+    return mean.sqrt() * torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).mT
 
 
 def _project(basis: tk.PackedBasis | DenseBasis, grads: list[Tensor | None]) -> Tensor:
