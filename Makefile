@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 
-.PHONY: demo test bench lint format build clean
+.PHONY: demo test bench lint format build clean sanitize
 
 demo: build
 	$(BIN)/twa demo -o twa-demo --overwrite
@@ -15,6 +15,19 @@ test: build
 bench: build
 	$(BIN)/python -m pytest -o python_files="benchmark_*.py" -p no:cacheprovider bench --benchmark-only --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
 	$(BIN)/python bench/peak_memory.py
+
+# The kernel tests once more, with a native module built for AddressSanitizer and UndefinedBehaviorSanitizer.
+SANITIZED := build/sanitize
+sanitize: build
+	mkdir -p $(SANITIZED)/twa_kernels
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B $(SANITIZED)/cmake -DTWA_CUDA=off -DTWA_SANITIZE=address,undefined -DPYBIND11_FINDPYTHON=ON \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
+	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/$(SANITIZED)/twa_kernels
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZED)/cmake
+	cp twa_kernels/*.py $(SANITIZED)/twa_kernels/
+	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	  $(BIN)/python -m pytest -p no:cacheprovider tests/test_pack.py tests/test_project.py tests/test_reconstruct.py tests/test_gram.py
 
 lint: build
 	$(BIN)/ruff check .

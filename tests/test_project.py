@@ -1,5 +1,7 @@
 """project against the float64 reference on the same packed basis."""
 
+import mmap
+
 import pytest
 import torch
 from conftest import BITS, SHAPES, rows_of, tensors
@@ -77,6 +79,28 @@ def test_non_finite_gradient_makes_its_segment_nan(bits, value, basis_of):
     assert c[:, 3].isnan().all()
     others = [0, 1, 2, 4]
     assert torch.equal(c[:, others], clean[:, others])
+
+
+def test_beyond_2_to_the_31_columns():
+    """Two tensors, the second past column 2^31, on memory of which only the pages that are written exist."""
+    first, second = 2**31 + 128, 300
+
+    def sparse(count, dtype):
+        memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+        return torch.frombuffer(memory, dtype=dtype, count=count)
+
+    tiles = first // 128 + 3
+    codes = sparse(tiles * 16, torch.uint8).view(tiles, 1, 16)
+    scales = torch.full((tiles, 1), 0x38, dtype=torch.uint8).view(torch.float8_e4m3fn)  # 1.0
+    segment = torch.zeros(tiles, dtype=torch.int32)
+    segment[-3:] = 1
+    shapes = (torch.Size((first,)), torch.Size((second,)))
+    basis = tk.PackedBasis(codes, scales, torch.ones(1, 2), segment, torch.ones(1, 2, dtype=torch.float64), shapes, 1)
+    grads = [sparse(first, torch.bfloat16), torch.arange(300.0)]
+    grads[0][-1], grads[0][5] = 2.0, 0.5
+    codes[-1, 0, 0] = 1  # column 256 of the second tensor: +127 instead of -127
+    expected = [-127 * 2.5, -127.0 * (sum(range(300)) - 2 * 256)]
+    assert tk.project(basis, grads).tolist() == [expected]
 
 
 @pytest.mark.parametrize(

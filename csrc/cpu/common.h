@@ -127,13 +127,7 @@ TWA_INLINE double to_fixed(const float* __restrict__ v, int count, int32_t* __re
   return std::ldexp(1.0, e - 23);
 }
 
-// Limbs of a fixed-point number: q = 65536 a + 256 b + c (int8), and q = 4096 high + low (int16).
-TWA_INLINE void split_int8(int32_t q, int8_t* a, int8_t* b, int8_t* c) {
-  const int32_t r = (q + 128) >> 8;  // the low byte counts as signed
-  *c = static_cast<int8_t>(q);
-  *b = static_cast<int8_t>(r);
-  *a = static_cast<int8_t>((r + 128) >> 8);
-}
+// Limbs of a fixed-point number: q = 4096 high + low (decode.h has the int8 limbs of AVX-512: q = 65536 a + 256 b + c).
 TWA_INLINE void split_int16(int32_t q, int16_t* high, int16_t* low) {
   *low = static_cast<int16_t>(((q + 2048) & 4095) - 2048);
   *high = static_cast<int16_t>((q - *low) >> 12);

@@ -99,6 +99,48 @@ TWA_AVX512 inline void expand3_avx512(__m512i plane2, __m512i plane1, const __m5
   }
 }
 
+TWA_AVX512 inline __m512 e4m3_to_float_avx512(__m128i bytes) {
+  const __m512i m = _mm512_cvtepu8_epi32(bytes);
+  const __m512 normal = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(m, 20), _mm512_set1_epi32(120 << 23)));
+  const __m512 small = _mm512_mul_ps(_mm512_cvtepi32_ps(m), _mm512_set1_ps(0x1p-9f));
+  return _mm512_mask_blend_ps(_mm512_cmplt_epi32_mask(m, _mm512_set1_epi32(8)), normal, small);
+}
+
+// to_fixed of common.h, 16 numbers at a time; count is a multiple of 16.
+TWA_AVX512 inline double to_fixed_avx512(const float* v, int count, int32_t* q) {
+  __m512i m = _mm512_setzero_si512();
+  for (int c = 0; c < count; c += 16) m = _mm512_max_epu32(m, _mm512_and_si512(_mm512_loadu_si512(v + c), _mm512_set1_epi32(0x7fffffff)));
+  const int32_t largest = static_cast<int32_t>(_mm512_reduce_max_epu32(m));
+  int e = (largest >> 23) - 126;
+  if (largest == 0 || e < -100 || e > 120) return to_fixed(v, count, q);  // zero, tiny, huge or not finite
+  if (bits_float(static_cast<uint32_t>(largest)) * pow2f(23 - e) > static_cast<float>(kMaxFixed)) ++e;
+  const __m512 factor = _mm512_set1_ps(pow2f(23 - e));  // a power of two: the product is exact
+  for (int c = 0; c < count; c += 16)
+    _mm512_storeu_si512(q + c,
+                        _mm512_cvt_roundps_epi32(_mm512_mul_ps(_mm512_loadu_ps(v + c), factor), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return static_cast<double>(pow2f(e - 23));
+}
+
+// Limbs of count numbers (a multiple of 16) as split_int8; returns the sum of the numbers.
+TWA_AVX512 inline int64_t split_avx512(const int32_t* q, int count, int8_t* a, int8_t* b, int8_t* c) {
+  const __m512i half = _mm512_set1_epi32(128);
+  __m512i sum = _mm512_setzero_si512();
+  int64_t total = 0;
+  for (int k = 0; k < count; k += 16) {
+    const __m512i v = _mm512_loadu_si512(q + k), r = _mm512_srai_epi32(_mm512_add_epi32(v, half), 8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(c + k), _mm512_cvtepi32_epi8(v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(b + k), _mm512_cvtepi32_epi8(r));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(a + k), _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(r, half), 8)));
+    sum = _mm512_add_epi32(sum, v);
+    if (k % 2048 == 2032 || k + 16 == count) {  // before 128 numbers of 2^23 a lane could overflow
+      total += _mm512_reduce_add_epi64(
+          _mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(sum)), _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(sum, 1))));
+      sum = _mm512_setzero_si512();
+    }
+  }
+  return total;
+}
+
 TWA_AVX512 inline __m512i two_halves(const uint8_t* low, const uint8_t* high) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low))),
                             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)), 1);

@@ -57,7 +57,8 @@ void copy_bytes(const void* from, void* to, int64_t bytes, int threads) {
 void advise_huge_pages(void* data, int64_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage, end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage,
+                  end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: failure changes nothing
 #else
   (void)data, (void)bytes;

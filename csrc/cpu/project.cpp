@@ -95,29 +95,41 @@ struct alignas(64) Operands {
   static constexpr int kFields = kBits == 8 ? 2 : fields_per_byte(kBits);  // 8 bits: the two halves
   int8_t v[kFields][3][4][64];
 };
+template <>
+struct alignas(64) Operands<1> {  // all lanes hold the same columns: a dword, broadcast by the multiplication's load
+  int32_t v[3][kTileColumns / 4];
+};
 
 template <int kBits>
 TWA_AVX512 inline void lay_out(const TileGradient& g, Operands<kBits>* operands) {
-  constexpr int kColumns = kTileColumns / Operands<kBits>::kFields;  // of one field: 64, 32 or 16
   const int8_t* limbs[3] = {g.a, g.b, g.c};
-  for (int f = 0; f < Operands<kBits>::kFields; ++f)
-    for (int limb = 0; limb < 3; ++limb) {
-      const int8_t* p = limbs[limb] + f * kColumns;
-      const __m512i v = kColumns == 64   ? _mm512_load_si512(p)
-                        : kColumns == 32 ? _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)))
-                                         : _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
-      _mm512_store_si512(operands->v[f][limb][0], _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(0x00)));
-      _mm512_store_si512(operands->v[f][limb][1], _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(0x55)));
-      _mm512_store_si512(operands->v[f][limb][2], _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(0xaa)));
-      _mm512_store_si512(operands->v[f][limb][3], _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(0xff)));
-    }
+  if constexpr (kBits == 1) {
+    for (int limb = 0; limb < 3; ++limb) std::memcpy(operands->v[limb], limbs[limb], kTileColumns);
+  } else {
+    constexpr int kColumns = kTileColumns / Operands<kBits>::kFields;  // of one field: 64 or 32
+    for (int f = 0; f < Operands<kBits>::kFields; ++f)
+      for (int limb = 0; limb < 3; ++limb) {
+        const int8_t* p = limbs[limb] + f * kColumns;
+        const __m512i v = kColumns == 64 ? _mm512_load_si512(p) : _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)));
+        _mm512_store_si512(operands->v[f][limb][0], _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(0x00)));
+        _mm512_store_si512(operands->v[f][limb][1], _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(0x55)));
+        _mm512_store_si512(operands->v[f][limb][2], _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(0xaa)));
+        _mm512_store_si512(operands->v[f][limb][3], _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(0xff)));
+      }
+  }
 }
 
 // acc[limb] += products of field f, dword m.
 template <int kBits>
 TWA_AVX512 inline void multiply(__m512i levels, const Operands<kBits>& operands, int f, int m, __m512i* acc) {
 #pragma GCC unroll 3
-  for (int limb = 0; limb < 3; ++limb) acc[limb] = _mm512_dpbusd_epi32(acc[limb], levels, _mm512_load_si512(operands.v[f][limb][m]));
+  for (int limb = 0; limb < 3; ++limb) {
+    if constexpr (kBits == 1) {
+      acc[limb] = _mm512_dpbusd_epi32(acc[limb], levels, _mm512_set1_epi32(operands.v[limb][4 * f + m]));
+    } else {
+      acc[limb] = _mm512_dpbusd_epi32(acc[limb], levels, _mm512_load_si512(operands.v[f][limb][m]));
+    }
+  }
 }
 
 // Sums of lanes 0..3 of four vectors: lane k of the result = sum of the lanes of v[k].
@@ -153,15 +165,18 @@ TWA_AVX512 inline void sum_rows16(const uint8_t* codes, const LevelTables<kBits>
     for (int limb = 0; limb < 3; ++limb) sums[limb] = add_lanes4(acc[0][limb], acc[1][limb], acc[2][limb], acc[3][limb]);
   } else if constexpr (kBits == 1) {
     __m512i u[4], levels[8];
-    sums[0] = sums[1] = sums[2] = _mm512_setzero_si512();
+    __m512i acc[4][3];  // one chain of additions per m: 16 rows make too few for the multiplier's latency otherwise
     for (int e = 0; e < 4; ++e) u[e] = _mm512_loadu_si512(codes + 64 * e);
     transpose_dwords(u);
 #pragma GCC unroll 4
     for (int m = 0; m < 4; ++m) {
+      acc[m][0] = acc[m][1] = acc[m][2] = _mm512_setzero_si512();
       expand_avx512<1>(u[m], tables, levels);
 #pragma GCC unroll 8
-      for (int f = 0; f < 8; ++f) multiply(levels[f], operands, f, m, sums);
+      for (int f = 0; f < 8; ++f) multiply(levels[f], operands, f, m, acc[m]);
     }
+    for (int limb = 0; limb < 3; ++limb)
+      sums[limb] = _mm512_add_epi32(_mm512_add_epi32(acc[0][limb], acc[1][limb]), _mm512_add_epi32(acc[2][limb], acc[3][limb]));
     const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);  // row 4 e + k <- lane k element e
     for (int limb = 0; limb < 3; ++limb) sums[limb] = _mm512_permutexvar_epi32(order, sums[limb]);
   } else {
@@ -203,21 +218,14 @@ TWA_AVX512 inline void sum_rows16(const uint8_t* codes, const LevelTables<kBits>
   }
 }
 
-TWA_AVX512 inline __m512 e4m3_to_float_avx512(__m128i bytes) {
-  const __m512i m = _mm512_cvtepu8_epi32(bytes);
-  const __m512 normal = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(m, 20), _mm512_set1_epi32(120 << 23)));
-  const __m512 small = _mm512_mul_ps(_mm512_cvtepi32_ps(m), _mm512_set1_ps(0x1p-9f));
-  return _mm512_mask_blend_ps(_mm512_cmplt_epi32_mask(m, _mm512_set1_epi32(8)), normal, small);
-}
-
 template <int kBits>
 TWA_AVX512 void tile_avx512(const uint8_t* codes, const uint8_t* scales, int64_t n, const TensorTable& grads, const Block& block, int64_t tile,
                             double* acc) {
   TileGradient g;
-  load_gradient(grads, block, tile, &g);
-  int32_t sum = 0;  // |sum| < 2^30
-  for (int c = 0; c < kTileColumns; ++c) sum += g.q[c];
-  for (int c = 0; c < kTileColumns; ++c) split_int8(g.q[c], &g.a[c], &g.b[c], &g.c[c]);
+  alignas(64) float v[kTileColumns];
+  load_tile(grads.dtype[block.tensor], grads.data[block.tensor], block.first_column + tile * kTileColumns, valid_columns(grads, block, tile), v);
+  g.unit = to_fixed_avx512(v, kTileColumns, g.q);
+  const double sum = static_cast<double>(split_avx512(g.q, kTileColumns, g.a, g.b, g.c));
   Operands<kBits> operands;
   lay_out(g, &operands);
   const LevelTables<kBits> tables = level_tables_avx512<kBits>();

@@ -206,10 +206,14 @@ TWA_AVX512 inline void store_sums(int u, __m512i a, __m512i b, __m512i c, __m512
 template <int kBits>
 TWA_AVX512 void tile_avx512(const uint8_t* codes, const uint8_t* scales, const float* x_row, int64_t n, const TensorTable& center,
                             const TensorTable& out, const Block& block, int64_t tile, TileCoefficients* k) {
-  const int64_t padded = load_coefficients(x_row, scales, n, k);
-  for (int64_t i = 0; i < padded; ++i) split_int8(k->q[i], &k->a[i], &k->b[i], &k->c[i]);
-  int64_t total = 0;
-  for (int64_t i = 0; i < padded; ++i) total += k->q[i];
+  const int padded = static_cast<int>((n + 15) / 16 * 16);
+  for (int i = 0; i < padded; i += 16) {
+    const __mmask16 mask = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1);
+    const __m512 scale = e4m3_to_float_avx512(_mm_maskz_loadu_epi8(mask, scales + i));
+    _mm512_store_ps(k->w + i, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x_row + i), scale));
+  }
+  k->unit = to_fixed_avx512(k->w, padded, k->q);
+  const int64_t total = split_avx512(k->q, padded, k->a, k->b, k->c);
   const LevelTables<kBits> tables = level_tables_avx512<kBits>();
   constexpr int kParts = kBits == 8 ? 2 : 1, kVectors = 8 / kParts;
   __m512i a[8], b[8], c[8];
