@@ -25,9 +25,10 @@ sanitize: build
 	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/$(SANITIZED)/twa_kernels
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZED)/cmake
 	cp twa_kernels/*.py $(SANITIZED)/twa_kernels/
-	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-	  $(BIN)/python -m pytest -p no:cacheprovider tests/test_pack.py tests/test_project.py tests/test_reconstruct.py tests/test_gram.py
+	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
+	  $(addprefix $(CURDIR)/tests/test_,pack.py project.py reconstruct.py gram.py)
 
 lint: build
 	$(BIN)/ruff check .

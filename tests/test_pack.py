@@ -1,6 +1,7 @@
 """pack and unpack: bytes equal to the reference, error bounds, special values, streaming."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_packer_streams_to_the_same_bits():
 def digest_code(threads):
     return f"""
 import hashlib, torch, twa_kernels as tk, sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 from conftest import rows_of, tensors, SHAPES, SEGMENTS
 torch.set_num_threads({threads})
 h = hashlib.sha256()

@@ -107,6 +107,15 @@ Pool& get_pool() {
 
 }  // namespace
 
+bool has_vbmi() {
+#ifdef TWA_X86
+  static const bool found = isa() == Isa::avx512 && __builtin_cpu_supports("avx512vbmi");
+  return found;
+#else
+  return false;
+#endif
+}
+
 Isa isa() { return isa_choice().isa; }
 const char* cpu_isa() { return isa_choice().name; }
 

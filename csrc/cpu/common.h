@@ -13,13 +13,15 @@
 #define TWA_AVX2 __attribute__((target("avx2,f16c")))
 #define TWA_AVX512 __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 #endif
+#define TWA_VBMI __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi")))
 // Bodies written once in plain C++ and compiled for each tier by being inlined into a function with that target.
 #define TWA_INLINE inline __attribute__((always_inline))
 
 namespace twa {
 
 enum class Isa { portable, avx2, avx512 };
-Isa isa();  // decided once; see cpu_isa() in twa.h
+Isa isa();        // decided once; see cpu_isa() in twa.h
+bool has_vbmi();  // within the avx512 tier: byte permutations of whole vectors
 
 // Runs fn(item) for item in [0, count) on `threads` threads (the caller is one of them). Which thread takes which item is
 // not fixed, so fn must write only what belongs to its item.
