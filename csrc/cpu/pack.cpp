@@ -226,7 +226,8 @@ TWA_VBMI inline Group quantise_vbmi(const float* v, int valid, const CodeTables<
   }
   encode_vbmi<kBits>(u, s, tables, code);
   put_codes_vbmi<kBits>(code, out);
-  return {s * pow2f(e), std::ldexp(static_cast<double>(sum_sq), 2 * e), true};
+  const double up = static_cast<double>(pow2f(e));
+  return {s * pow2f(e), static_cast<double>(sum_sq) * up * up, true};
 }
 
 #endif  // TWA_X86
