@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <type_traits>
 #include <vector>
 
 #include "../twa.h"
@@ -22,6 +23,23 @@ namespace twa {
 enum class Isa { portable, avx2, avx512 };
 Isa isa();        // decided once; see cpu_isa() in twa.h
 bool has_vbmi();  // within the avx512 tier: byte permutations of whole vectors
+
+// f(std::integral_constant<int, bits>): a kernel's one switch over bit widths.
+template <class F>
+auto with_bits(int bits, const F& f) {
+  switch (bits) {
+    case 8:
+      return f(std::integral_constant<int, 8>());
+    case 4:
+      return f(std::integral_constant<int, 4>());
+    case 3:
+      return f(std::integral_constant<int, 3>());
+    case 2:
+      return f(std::integral_constant<int, 2>());
+    default:
+      return f(std::integral_constant<int, 1>());
+  }
+}
 
 // Runs fn(item) for item in [0, count) on `threads` threads (the caller is one of them). Which thread takes which item is
 // not fixed, so fn must write only what belongs to its item.

@@ -310,18 +310,7 @@ BlockKernel pick() {
   return block_portable<kBits>;
 }
 BlockKernel pick(int bits) {
-  switch (bits) {
-    case 8:
-      return pick<8>();
-    case 4:
-      return pick<4>();
-    case 3:
-      return pick<3>();
-    case 2:
-      return pick<2>();
-    default:
-      return pick<1>();
-  }
+  return with_bits(bits, [](auto b) { return pick<b()>(); });
 }
 
 // Column of the first NaN or Inf of row - center in one tile.

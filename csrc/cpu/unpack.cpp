@@ -29,20 +29,8 @@ void unpack_block(const BasisView& basis, const TensorTable& out, const Block& b
 Status unpack_cpu(const BasisView& basis, const TensorTable& out, int threads) {
   if (!valid_bits(basis.bits) || basis.n < 1 || basis.n > kMaxRows || total_tiles(out) != basis.num_tiles) return Status::bad_argument;
   const std::vector<Block> blocks = make_blocks(out, basis.tile_segment);
-  parallel_for(static_cast<int64_t>(blocks.size()), threads, [&](int64_t k) {
-    switch (basis.bits) {
-      case 8:
-        return unpack_block<8>(basis, out, blocks[k]);
-      case 4:
-        return unpack_block<4>(basis, out, blocks[k]);
-      case 3:
-        return unpack_block<3>(basis, out, blocks[k]);
-      case 2:
-        return unpack_block<2>(basis, out, blocks[k]);
-      default:
-        return unpack_block<1>(basis, out, blocks[k]);
-    }
-  });
+  parallel_for(static_cast<int64_t>(blocks.size()), threads,
+               [&](int64_t k) { with_bits(basis.bits, [&](auto b) { unpack_block<b()>(basis, out, blocks[k]); }); });
   return Status::ok;
 }
 
