@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import sys
 
 import torch
 import twa
@@ -48,16 +49,16 @@ def samples(pattern: str) -> dict[str, list[Tensor]]:
         "Gaussian": [torch.randn(1 << 20)],
         "Student-t(4)": [torch.distributions.StudentT(4.0).sample((1 << 20,))],
     }
-    if glob.glob(pattern):
-        candidates = twa.Candidates(pattern)
-        mean = twa.schemes.uniform(len(candidates))
-        deltas = []
-        for key, info in candidates.info.items():
-            if len(info.shape) == 2:
-                center = candidates.average(key, mean)
-                deltas += [(c.tensor(key).float() - center).flatten() for c in (candidates[0], candidates[-1])]
-        data["checkpoint deltas"] = deltas
-    return data
+    if not glob.glob(pattern):
+        sys.exit(f"no checkpoints match {pattern}: run `make demo` first, or pass --checkpoints")
+    candidates = twa.Candidates(pattern)
+    mean = twa.schemes.uniform(len(candidates))
+    deltas = []
+    for key, info in candidates.info.items():
+        if len(info.shape) == 2:
+            center = candidates.average(key, mean)
+            deltas += [(c.tensor(key).float() - center).flatten() for c in (candidates[0], candidates[-1])]
+    return data | {"checkpoint deltas": deltas}
 
 
 def main() -> None:

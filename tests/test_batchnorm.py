@@ -80,5 +80,9 @@ def test_own_forward_and_limit():
 
 def test_empty_loader():
     for loader in ([], [DATA[:1]]):
+        m = model()
+        update_bn([DATA], m)
+        mean, variance = statistics(m)
         with pytest.raises(ValueError, match="at least one batch"):
-            update_bn(loader, model())
+            update_bn(loader, m)
+        assert torch.equal(statistics(m)[0], mean) and torch.equal(statistics(m)[1], variance)

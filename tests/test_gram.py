@@ -61,6 +61,16 @@ def test_preconditioned_basis_is_orthogonal_and_spans_the_same(candidates, bits)
 
 
 @pytest.mark.parametrize("bits", [32, 4])
+def test_preconditioned_with_a_constant_tensor(tmp_path, bits):
+    for k in range(3):
+        torch.manual_seed(k)
+        save_file({name: p.detach() if name != "2.bias" else torch.ones(1) for name, p in make().named_parameters()}, tmp_path / f"c{k}.safetensors")
+    subspace = twa.Subspace.from_candidates(make(), twa.Candidates(tmp_path / "c*.safetensors"), bits=bits, precondition=True)
+    subspace.set_merge_weights(twa.schemes.lawa(3, 2))
+    assert torch.isfinite(subspace.coefficients).all() and subspace.model[2].bias.item() == 1.0
+
+
+@pytest.mark.parametrize("bits", [32, 4])
 def test_preconditioned_training(candidates, bits):
     """Merge weights go in and out as before; the gradient is the true one; a low-memory run is the same."""
     results = []

@@ -2,6 +2,8 @@
 
 import collections
 import copy
+import gc
+import pickle
 
 import pytest
 import torch
@@ -266,6 +268,42 @@ def test_low_memory_with_tied_weights_and_a_grad_scaler(tmp_path):
             optimizer.step()
         grads.append(subspace.coefficients.grad)
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+
+
+def test_low_memory_hooks_come_and_go(candidates):
+    model = make()
+    first = twa.SubspaceOptimizer(twa.Subspace.from_candidates(model, candidates), low_memory=True, lr=0.1)
+    second = twa.SubspaceOptimizer(twa.Subspace.from_candidates(model, candidates), low_memory=True, lr=0.1)
+    with pytest.raises(RuntimeError, match="another low_memory optimizer"):
+        loss(model).backward()
+    first.close()
+    loss(model).backward()
+    assert second.subspace.coefficients.grad.abs().sum() > 0
+    second.step()
+    del second
+    gc.collect()
+    loss(model).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_copies_with_a_scheduler(candidates, low_memory):
+    optimizer = twa.SubspaceOptimizer(twa.Subspace.from_candidates(make(), candidates), lr=0.1, low_memory=low_memory)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1.0)
+    twin = pickle.loads(pickle.dumps(optimizer)) if not low_memory else copy.deepcopy(optimizer)
+    for o in (optimizer, twin):
+        loss(o.subspace.model).backward()
+        o.step()
+    schedule.step()
+    assert optimizer.subspace.coefficients.abs().sum() > 0
+    assert torch.equal(twin.subspace.coefficients, optimizer.subspace.coefficients)
+
+
+@pytest.mark.parametrize("change", [{"precondition": True}, {"normalize": "none"}, {"granularity": "model"}, {"bits": 8}])
+def test_state_of_another_subspace_is_refused(candidates, change):
+    saved = twa.SubspaceOptimizer(twa.Subspace.from_candidates(make(), candidates, **change), lr=0.1).state_dict()
+    with pytest.raises(ValueError, match=f"another subspace: {'segment_of' if 'granularity' in change else next(iter(change))}"):
+        twa.SubspaceOptimizer(twa.Subspace.from_candidates(make(), candidates), lr=0.1).load_state_dict(saved)
 
 
 def test_low_memory_without_backward(candidates):

@@ -66,6 +66,12 @@ class PackedBasis:
         """Bytes of the packed tensors: about n * D * (bits / 8 + 1 / 128)."""
         return sum(t.numel() * t.element_size() for t in (self.codes, self.scales, self.row_scale, self.tile_segment))
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"scales": self.scales.view(torch.uint8)}  # pickle does not know float8
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state | {"scales": state["scales"].view(torch.float8_e4m3fn)})
+
     def to(self, device: torch.device | str) -> PackedBasis:
         moved = {name: getattr(self, name).to(device) for name in ("codes", "scales", "row_scale", "tile_segment", "divisor")}
         return replace(self, **moved)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import schemes
-from .batchnorm import update_bn
+from .batchnorm import tracked_batchnorms, update_bn
 from .candidates import Candidates
 from .measure import PeakMemory, mean_over
 from .optimizer import SubspaceOptimizer
@@ -140,9 +140,12 @@ class Average:
             start, memory = time.perf_counter(), PeakMemory()
             beta, note = choose()
             self._load(beta)
-            seconds = time.perf_counter() - start
             members = int((beta != 0).sum())
-            result = Result(name, members, 0, seconds, memory.bytes(), self._losses[beta.numpy().tobytes()], note=note, beta=beta)
+            # Re-estimated BatchNorm statistics differ from those that the choice was made with: measure what is exported.
+            changed = members > 1 and tracked_batchnorms(self.model)
+            loss = self._validation_loss() if changed else self._losses[beta.numpy().tobytes()]
+            seconds = time.perf_counter() - start
+            result = Result(name, members, 0, seconds, memory.bytes(), loss, note=note, beta=beta)
             self._finish(result)
             self.results.append(result)
 
@@ -172,9 +175,9 @@ class Average:
             round_to_files(self.model, self.candidates, self.layout)
 
     def _validation_loss(self) -> float:
-        """Inf for NaN, so that it loses every comparison."""
+        """Inf for NaN and -Inf, so that they lose every comparison."""
         loss = mean_over(self.model, self.task.loss, self.task.val)
-        return math.inf if math.isnan(loss) else loss
+        return loss if math.isfinite(loss) else math.inf
 
     # TWA ----------------------------------------------------------------------------------------------------------
 

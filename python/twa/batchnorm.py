@@ -36,6 +36,17 @@ def tracked_batchnorms(model: nn.Module) -> list[_BatchNorm]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m.running_mean is not None]
 
 
+def _statistics(norms: list[_BatchNorm]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    return [(m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.clone()) for m in norms]
+
+
+def _restore(norms: list[_BatchNorm], saved: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    for m, (mean, variance, tracked) in zip(norms, saved, strict=True):
+        m.running_mean.copy_(mean)
+        m.running_var.copy_(variance)
+        m.num_batches_tracked.copy_(tracked)
+
+
 @torch.no_grad()
 def update_bn(loader: Iterable, model: nn.Module, forward: Callable[[nn.Module, object], object] = run_model, max_batches: int | None = None) -> int:
     """Sets every BatchNorm's running mean and variance to their averages over the batches, each weighted by its size.
@@ -46,13 +57,16 @@ def update_bn(loader: Iterable, model: nn.Module, forward: Callable[[nn.Module, 
 
     Returns the number of batches used: 0, without reading any, if the model has no BatchNorm with running statistics. A batch that
     leaves a BatchNorm one value per channel, such as a last batch of one sample, has no variance and is left out. Training
-    mode and momenta are restored; Dropout is off meanwhile. Raises ValueError if no batch could be used.
+    mode and momenta are restored; Dropout is off meanwhile. Raises ValueError if no batch could be used; after any error the statistics are
+    as they were.
     """
     norms = tracked_batchnorms(model)
     if not norms:
         return 0
     modes = {m: m.training for m in model.modules()}
     momenta = {m: m.momentum for m in norms}
+    before = _statistics(norms)
+    done = False
     try:
         model.train()
         for m in model.modules():
@@ -66,7 +80,7 @@ def update_bn(loader: Iterable, model: nn.Module, forward: Callable[[nn.Module, 
             if batches == max_batches:
                 break
             size = batch_size(batch)
-            saved = [(m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.clone()) for m in norms] if size == 1 else []
+            saved = _statistics(norms) if size == 1 else []
             for m in norms:
                 m.momentum = size / (samples + size)  # running = (1 - momentum) * running + momentum * batch
             try:
@@ -74,15 +88,17 @@ def update_bn(loader: Iterable, model: nn.Module, forward: Callable[[nn.Module, 
             except ValueError as error:
                 if size > 1 or "more than 1 value per channel" not in str(error):
                     raise
-                for m, (mean, variance, tracked) in zip(norms, saved, strict=True):
-                    m.running_mean.copy_(mean), m.running_var.copy_(variance), m.num_batches_tracked.copy_(tracked)
+                _restore(norms, saved)
                 continue
             samples += size
             batches += 1
         if not batches:
             raise ValueError("update_bn: expected at least one batch with more than one value per channel, found none: is the loader used up?")
+        done = True
         return batches
     finally:
+        if not done:
+            _restore(norms, before)
         for m, momentum in momenta.items():
             m.momentum = momentum
         for m, training in modes.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -40,12 +41,27 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     ) -> None:
         self._ready = False
         self.subspace, self.low_memory = subspace, low_memory
-        if low_memory:
-            for k, parameter in enumerate(subspace.parameters):
-                parameter.register_post_accumulate_grad_hook(lambda _, k=k: subspace.absorb_gradient(k))
         self.inner = optimizer([subspace.coefficients], **options)
         super().__init__([subspace.coefficients], self.inner.defaults)
         self._ready = True
+        if low_memory:
+            self._hook()
+
+    def _hook(self) -> None:
+        """Projects gradients inside backward for as long as this optimizer lives."""
+        subspace = weakref.ref(self.subspace)
+
+        def absorb(k: int) -> None:
+            if (alive := subspace()) is not None:
+                alive.absorb_gradient(k)
+
+        handles = [p.register_post_accumulate_grad_hook(lambda _, k=k: absorb(k)) for k, p in enumerate(self.subspace.parameters)]
+        self._unhook = weakref.finalize(self, lambda: [handle.remove() for handle in handles])
+
+    def close(self) -> None:
+        """Ends low_memory: the model keeps its gradients again. Happens by itself when the optimizer is gone."""
+        if self.low_memory:
+            self._unhook()
 
     # One source of truth: schedulers read and change these, the inner optimizer owns them.
     @property
@@ -102,22 +118,25 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self.inner.zero_grad(set_to_none=set_to_none)
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        # A scheduler puts a `step` bound to this object into it; hooks belong to this model's parameters.
+        return {key: value for key, value in self.__dict__.items() if key not in ("step", "_opt_called", "_unhook")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         inner = {key: state[key] for key in ("state", "param_groups") if key in state}
         self.__dict__.update({key: value for key, value in state.items() if key not in inner})
         if inner:
             self.inner.__setstate__(inner)
+        if "subspace" in state and self.low_memory:  # a copy or an unpickled optimizer, not load_state_dict
+            self._hook()
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"coefficients": self.subspace.coefficients.detach().clone(), "subspace": self.subspace.identity()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if the state belongs to a subspace of other candidates, segments, center or bits."""
+        """Raises ValueError if the state belongs to a subspace of other candidates, segments, center, bits or normalisation."""
         for key, ours in self.subspace.identity().items():
-            if (theirs := state["subspace"][key]) != ours:
+            if (theirs := state["subspace"].get(key)) != ours:
                 raise ValueError(f"optimizer state of another subspace: {key}: expected {ours}, found {theirs}")
         super().load_state_dict({key: value for key, value in state.items() if key not in ("coefficients", "subspace")})
         self.subspace.coefficients.copy_(state["coefficients"])

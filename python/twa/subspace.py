@@ -124,8 +124,10 @@ class Subspace:
         center_weights: Tensor,
         labels: list[str],
         precondition: bool = False,
+        normalize: str = "row",
     ) -> None:
         self.model, self.candidates, self.layout = model, candidates, layout
+        self.normalize = normalize
         self.basis, self.center, self.center_weights, self.labels = basis, center, center_weights, labels
         named = dict(model.named_parameters())
         self.parameters = [named[name] for name in layout.trained]
@@ -185,7 +187,9 @@ class Subspace:
         parameters = dict(model.named_parameters())
         device = parameters[names[0]].device
         basis = packer.finish(normalize).to(device)
-        subspace = cls(model, candidates, layout, basis, [c.to(device) for c in centers], weights, [str(label) for label in order], precondition)
+        subspace = cls(
+            model, candidates, layout, basis, [c.to(device) for c in centers], weights, [str(label) for label in order], precondition, normalize
+        )
         subspace._load_fixed(weights)
         subspace.write_weights()
         return subspace
@@ -217,6 +221,8 @@ class Subspace:
     @torch.no_grad()
     def absorb_gradient(self, k: int) -> None:
         """Adds the projection of parameter k's .grad to coefficients.grad and frees it."""
+        if self.parameters[k].grad is None:
+            raise RuntimeError("a gradient was taken before it could be projected: does another low_memory optimizer hold this model? close() it")
         basis, columns = self._tensor_basis(k)
         if self.coefficients.grad is None:
             self.coefficients.grad = torch.zeros_like(self.coefficients)
@@ -267,9 +273,11 @@ class Subspace:
         """What coefficients belong to: those of one subspace mean nothing in another."""
         return {
             "candidates": [c.name for c in self.candidates],
-            "segments": self.labels,
+            "segment_of": dict(zip(self.layout.trained, self._segment_labels(), strict=True)),
             "bits": self.basis.bits,
             "center_weights": self.center_weights.tolist(),
+            "normalize": self.normalize,
+            "precondition": self.preconditioner is not None,
         }
 
     # Everything that is not trained -------------------------------------------------------------------------------
@@ -317,7 +325,8 @@ def _preconditioner(gram: Tensor) -> Tensor:
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]  # (L, 1, 1); 0 for a segment that is equal in all candidates
     eye = torch.eye(n, dtype=gram.dtype, device=gram.device)
     factor = torch.linalg.cholesky(gram + eye * torch.where(mean > 0, RIDGE * mean, 1.0))
-    return mean.sqrt() * torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).mT
+    inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).mT
+    return torch.where(mean > 0, mean.sqrt() * inverse, eye)  # a segment that is equal in all candidates has no basis to turn
 
 
 def _project(basis: tk.PackedBasis | DenseBasis, grads: list[Tensor | None]) -> Tensor:
