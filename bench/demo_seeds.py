@@ -7,24 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
-import torch
+from common import RESULTS, hardware
 from twa import demo
-from twa.report import markdown_table, processor_name
+from twa.report import markdown_table
 
-RESULTS = Path(__file__).parent / "results"
 FIXED = ("last", "best single", "uniform", "EMA", "LAWA", "greedy soup")
 TRAINED = ("TWA-t per tensor, 4 bits", "TWA-v per model, 4 bits")
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def main() -> None:
@@ -52,15 +44,14 @@ def main() -> None:
     gaps = [abs(a - b) for name in losses if "4 bits" in name for a, b in zip(losses[name], losses[name.replace("4 bits", "float32")], strict=True)]
     checks.append(f"largest difference between 4 bits and float32: {max(gaps):.4f} (target 0.005)")
     checks.append(f"seconds per demo: {', '.join(f'{s:.0f}' for s in seconds)} (target 180)")
-    hardware = (
-        f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}, commit {commit()}"
-    )
-    text = "\n".join(["# Test loss of the demo (nats per character)", "", table, "", *(f"- {c}" for c in checks), "", hardware, ""])
+    machine = hardware()
+    described = ", ".join(f"{key} {value}" for key, value in machine.items())
+    text = "\n".join(["# Test loss of the demo (nats per character)", "", table, "", *(f"- {c}" for c in checks), "", described, ""])
     print(text)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "demo_seeds.md").write_text(text)
     (RESULTS / "demo_seeds.json").write_text(
-        json.dumps({"hardware": hardware, "seeds": args.seeds, "test_loss": losses, "seconds": seconds}, indent=1) + "\n"
+        json.dumps({"hardware": machine, "seeds": args.seeds, "test_loss": losses, "seconds": seconds}, indent=1) + "\n"
     )
 
 

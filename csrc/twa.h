@@ -15,7 +15,6 @@ enum class Status : int32_t {
   ok = 0,
   bad_argument = 1,  // sizes, bits or dtype out of range
   not_finite = 2,    // pack: NaN or Inf in the input; *where says in which row and tensor
-  device_error = 3,  // CUDA: see the message that the launcher filled
 };
 
 struct TensorTable {

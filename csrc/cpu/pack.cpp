@@ -39,13 +39,12 @@ TWA_INLINE void encode(const float* __restrict__ u, float s, uint8_t* __restrict
     for (int c = 0; c < kTileColumns; ++c) code[c] = 0;
     for (int c = 0; c < kTileColumns; ++c) lev[c] = static_cast<int8_t>(level(kBits, 0));
     for (int j = 0; j + 1 < 1 << kBits; ++j) {
-      const int sum = level(kBits, j) + level(kBits, j + 1);
-      const int8_t threshold = static_cast<int8_t>(sum >= 0 ? sum / 2 : -((1 - sum) / 2));   // floor(sum / 2): 2 k > sum
-      const int8_t rise = static_cast<int8_t>(level(kBits, j + 1) - level(kBits, j) - 128);  // + 128 below: a rise of 254 fits
+      const int sum = level(kBits, j) + level(kBits, j + 1), rise = level(kBits, j + 1) - level(kBits, j);
+      const int8_t threshold = static_cast<int8_t>(sum >= 0 ? sum / 2 : -((1 - sum) / 2));  // floor(sum / 2): 2 k > sum
       for (int c = 0; c < kTileColumns; ++c) {
         const int above = k[c] > threshold;
         code[c] = static_cast<uint8_t>(code[c] + above);
-        lev[c] = static_cast<int8_t>(lev[c] + (above ? static_cast<int8_t>(rise) + 128 : 0));
+        lev[c] = static_cast<int8_t>(lev[c] + (above ? rise : 0));
       }
     }
   }

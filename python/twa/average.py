@@ -126,7 +126,8 @@ class Average:
     def _baselines(self) -> None:
         n = len(self.candidates)
         lengths = [k for k in LAWA_LENGTHS if k < n]
-        bar = self._bar(f"baselines ({n} candidates)", n if n == 1 else 2 * n + len(lengths) + len(EMA_DECAYS))
+        total = n if n == 1 else 2 * n + len(lengths) + len(EMA_DECAYS)
+        bar = progress_bar(f"baselines ({n} candidates)", total, self.progress)
 
         def evaluate(beta: Tensor) -> float:
             key = beta.numpy().tobytes()
@@ -193,7 +194,7 @@ class Average:
         curve, val_curve, note = [], [], f"from {center_name}"
         best_loss, best_x = math.inf, subspace.coefficients.detach().clone()
         looks = {round(s.steps * k / VALIDATIONS) for k in range(VALIDATIONS + 1)}
-        bar = self._bar(method.name, s.steps)
+        bar = progress_bar(method.name, s.steps, self.progress)
         for step, batch in zip(range(s.steps + 1), forever(data), strict=False):
             if step in looks:
                 self._settle()
@@ -236,10 +237,11 @@ class Average:
         """Test figures of the model as it is, and its state if it is the best so far."""
         measure_test(result, self.model, self.task)
         if result.val_loss < (self._best[0] if self._best else math.inf):
-            self._best = (result.val_loss, result, export_state(self.model, self.candidates, self.layout))
+            self._best = (result.val_loss, result, export_state(self.model, self.candidates))
 
-    def _bar(self, text: str, total: int) -> tqdm:
-        return tqdm(total=total, desc=f"{text:32.32s}", disable=not self.progress, leave=True, mininterval=0.5, file=sys.stderr)
+
+def progress_bar(text: str, total: int, shown: bool) -> tqdm:
+    return tqdm(total=total, desc=f"{text:32.32s}", disable=not shown, mininterval=0.5, file=sys.stderr)
 
 
 def measure_test(result: Result, model: nn.Module, task: Task) -> None:

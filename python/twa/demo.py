@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from .average import Average, Outcome, Result, Settings, TwaMethod, forever, measure_test
+from .average import Average, Outcome, Result, Settings, TwaMethod, forever, measure_test, progress_bar
 from .candidates import Candidates
 from .files import write_safetensors
 from .measure import PeakMemory, mean_over
@@ -27,7 +25,7 @@ def train(task: Task, folder: Path, progress: bool = True) -> tuple[nn.Module, t
     model = task.model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
-    bar = tqdm(total=STEPS, desc=f"{'training the demo model':32s}", disable=not progress, mininterval=0.5, file=sys.stderr)
+    bar = progress_bar("training the demo model", STEPS, progress)
     for step, batch in zip(range(1, STEPS + 1), forever(task.train), strict=False):
         loss = task.loss(model, batch)
         optimizer.zero_grad()
@@ -46,7 +44,7 @@ def train(task: Task, folder: Path, progress: bool = True) -> tuple[nn.Module, t
 def anneal(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, progress: bool = True) -> Result:
     """The last checkpoint trained on, its optimizer state kept, with the rate falling linearly to zero over `steps`."""
     start, memory = time.perf_counter(), PeakMemory()
-    bar = tqdm(total=steps, desc=f"{'annealing':32s}", disable=not progress, mininterval=0.5, file=sys.stderr)
+    bar = progress_bar("annealing", steps, progress)
     curve = []
     for step, batch in zip(range(steps), forever(task.train), strict=False):
         for group in optimizer.param_groups:

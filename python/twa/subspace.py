@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import twa_kernels as tk
+from twa_kernels.reference import tile_offsets
 
 from . import schemes
 from .candidates import CandidateError, Candidates, TensorInfo, average_into, check_info
@@ -190,7 +192,7 @@ class Subspace:
         subspace = cls(
             model, candidates, layout, basis, [c.to(device) for c in centers], weights, [str(label) for label in order], precondition, normalize
         )
-        subspace._load_fixed(weights)
+        load_untrained(model, candidates, layout, weights)
         subspace.write_weights()
         return subspace
 
@@ -280,12 +282,6 @@ class Subspace:
             "precondition": self.preconditioner is not None,
         }
 
-    # Everything that is not trained -------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _load_fixed(self, weights: Tensor) -> None:
-        load_untrained(self.model, self.candidates, self.layout, weights)
-
     # Export -------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
@@ -293,7 +289,7 @@ class Subspace:
         (x and merge weights beta)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / "averaged.safetensors", export_state(self.model, self.candidates, self.layout))
+        write_safetensors(folder / "averaged.safetensors", export_state(self.model, self.candidates))
         write_json(folder / "coefficients.json", self.coefficients_json())
 
     def coefficients_json(self) -> dict:
@@ -311,11 +307,8 @@ class Subspace:
     def _segment_labels(self) -> list[str]:
         if isinstance(self.basis, DenseBasis):
             return [self.labels[l] for l in self.basis.segment]
-        labels, tile = [], 0
-        for numel in self.basis.numels:
-            labels.append(self.labels[int(self.basis.tile_segment[tile])] if numel else "")
-            tile += -(-numel // 128)
-        return labels
+        spans = itertools.pairwise(tile_offsets(self.basis.numels))
+        return [self.labels[int(self.basis.tile_segment[first])] if first < end else "" for first, end in spans]
 
 
 def _preconditioner(gram: Tensor) -> Tensor:
@@ -397,7 +390,7 @@ def load_merge(model: nn.Module, candidates: Candidates, layout: Layout, beta: T
 
 
 @torch.no_grad()
-def export_state(model: nn.Module, candidates: Candidates, layout: Layout) -> dict[str, Tensor]:
+def export_state(model: nn.Module, candidates: Candidates) -> dict[str, Tensor]:
     """The model's tensors under every key of the candidate files, in the files' dtypes."""
     state = model.state_dict()
     return {key: state[key].detach().to("cpu", info.dtype, copy=True).contiguous() for key, info in candidates.info.items()}
