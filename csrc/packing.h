@@ -59,7 +59,7 @@ static_assert(row_bytes(8) == 128 && row_bytes(4) == 64 && row_bytes(3) == 48 &&
 TWA_HD constexpr int64_t num_tiles(int64_t numel) { return (numel + kTileColumns - 1) / kTileColumns; }
 
 // level of a code. Arrays live inside the function so that host and device share one definition.
-TWA_HD int level(int bits, int code) {
+TWA_HD constexpr int level(int bits, int code) {
   constexpr int8_t k4[16] = {-127, -96, -75, -58, -44, -31, -18, -6, 6, 18, 31, 44, 58, 75, 96, 127};
   constexpr int8_t k3[8] = {-127, -79, -45, -14, 14, 45, 79, 127};
   constexpr int8_t k2[4] = {-127, -38, 38, 127};

@@ -48,4 +48,4 @@ def run_python(code, **environment):
 def has_isa(name):
     info = Path("/proc/cpuinfo")
     flags = info.read_text() if info.exists() else ""
-    return {"portable": True, "avx2": "avx2" in flags and "f16c" in flags, "avx512": "avx512_vnni" in flags}[name]
+    return {"portable": True, "avx2": "avx2" in flags and "f16c" in flags, "avx512": "avx512vbmi" in flags and "avx512_vnni" in flags}[name]

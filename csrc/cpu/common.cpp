@@ -12,12 +12,16 @@
 namespace twa {
 namespace {
 
+#ifdef TWA_X86
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+}
+#endif
 Isa best_isa() {
 #ifdef TWA_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
-    return Isa::avx512;
+  if (has_avx512()) return Isa::avx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return Isa::avx2;
 #endif
   return Isa::portable;
@@ -106,15 +110,6 @@ Pool& get_pool() {
 }
 
 }  // namespace
-
-bool has_vbmi() {
-#ifdef TWA_X86
-  static const bool found = isa() == Isa::avx512 && __builtin_cpu_supports("avx512vbmi");
-  return found;
-#else
-  return false;
-#endif
-}
 
 Isa isa() { return isa_choice().isa; }
 const char* cpu_isa() { return isa_choice().name; }

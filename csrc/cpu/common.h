@@ -12,17 +12,15 @@
 #include <immintrin.h>
 // Kernels of the higher tiers carry their target in the function, so one object file serves every machine.
 #define TWA_AVX2 __attribute__((target("avx2,f16c")))
-#define TWA_AVX512 __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#define TWA_AVX512 __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi")))  // Ice Lake, Zen 4
 #endif
-#define TWA_VBMI __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi")))
 // Bodies written once in plain C++ and compiled for each tier by being inlined into a function with that target.
 #define TWA_INLINE inline __attribute__((always_inline))
 
 namespace twa {
 
 enum class Isa { portable, avx2, avx512 };
-Isa isa();        // decided once; see cpu_isa() in twa.h
-bool has_vbmi();  // within the avx512 tier: byte permutations of whole vectors
+Isa isa();  // decided once; see cpu_isa() in twa.h
 
 // f(std::integral_constant<int, bits>): a kernel's one switch over bit widths.
 template <class F>
@@ -46,11 +44,15 @@ auto with_bits(int bits, const F& f) {
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& fn);
 
 #ifdef TWA_X86
-// Requests the `bytes` that lie kPrefetch ahead of p: hardware prefetchers stop at each 4 KiB page. Past the end of the codes the
-// instruction does nothing. Distances of 2 to 64 KiB, into L1 or L2, measured alike; 2 KiB was best by a few percent.
-constexpr int64_t kPrefetch = 2048;
-TWA_INLINE void prefetch_ahead(const uint8_t* p, int64_t bytes) {
-  for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetch + line), _MM_HINT_T0);
+// Asks for the cache line that lies kPrefetch bytes after p: hardware prefetchers stop at each 4 KiB page. Past the end of the data the
+// instruction does nothing. Codes go to the second-level cache, one line at a time between other work: in a burst, prefetches fill
+// the core's line buffers and stall it. So that the compiler does not gather them, it is told that `after` changes here.
+constexpr int kPrefetch = 8192;
+TWA_AVX512 inline void prefetch_line(const uint8_t* p, __m512i* after) { asm volatile("prefetcht1 %c2(%1)" : "+v"(*after) : "r"(p), "i"(kPrefetch)); }
+// The same for the small streams beside the codes, gradient and center, which are read in one go per tile; and the scales, in tiles.
+constexpr int kPrefetchInput = 4096, kScalesAhead = 16;
+TWA_AVX512 inline void prefetch_input(const uint8_t* p, __m512i* after) {
+  asm volatile("prefetcht0 %c2(%1)" : "+v"(*after) : "r"(p), "i"(kPrefetchInput));
 }
 #endif
 

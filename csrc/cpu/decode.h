@@ -50,53 +50,58 @@ TWA_AVX2 inline __m256i level_table_avx2() {
 }
 
 // AVX-512 works on rearranged bytes (of 4, 8 or 16 rows), so its decoder takes a vector of packed bytes and gives one vector per
-// field: levels + 128 as unsigned bytes, which is what vpdpbusd takes. A nibble of packed bytes indexes a byte shuffle;
-// table j gives the level of the nibble's j-th field.
+// field: levels + 128 as unsigned bytes, which is what vpdpbusd takes. vpermb looks a byte's low 6 bits up in a table of 64, so a
+// field anywhere in those bits needs no mask and no shift, only a table of its own.
 constexpr int fields_per_byte(int bits) { return bits == 8 ? 1 : bits == 4 ? 2 : bits == 1 ? 8 : 4; }  // 3 bits: of the 2-bit plane
 
 template <int kBits>
-struct LevelTables {
-  static constexpr int kCount = kBits == 2 ? 2 : kBits == 1 ? 4 : 1;
-  __m512i table[kCount];
+struct alignas(64) LevelBytes {
+  static constexpr int kCount = kBits == 1 ? 6 : kBits == 2 ? 3 : 1;
+  uint8_t v[kCount][64];
 };
-
 template <int kBits>
-TWA_AVX512 inline LevelTables<kBits> level_tables_avx512() {
-  LevelTables<kBits> tables;
-  for (int j = 0; j < LevelTables<kBits>::kCount; ++j) {
-    alignas(16) uint8_t t[16] = {};
-    if constexpr (kBits < 8)
-      for (int k = 0; k < 16; ++k) t[k] = static_cast<uint8_t>(level(kBits, (k >> (j * kBits)) & ((1 << kBits) - 1)) + 128);
-    tables.table[j] = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(t)));
-  }
-  return tables;
+constexpr LevelBytes<kBits> level_bytes() {
+  LevelBytes<kBits> t{};
+  constexpr int kField = kBits == 3 ? 4 : kBits;  // 3 bits: codes in nibbles
+  for (int f = 0; f < LevelBytes<kBits>::kCount; ++f)
+    for (int i = 0; i < 64; ++i) t.v[f][i] = static_cast<uint8_t>(level(kBits, (i >> (f * kField)) & ((1 << kBits) - 1)) + 128);
+  return t;
 }
 
-// out[f] = levels + 128 of field f of the packed bytes, for 8, 4, 2 and 1 bits.
 template <int kBits>
+struct LevelTables {
+  __m512i table[LevelBytes<kBits>::kCount];
+  TWA_AVX512 LevelTables() {
+    static constexpr LevelBytes<kBits> kBytes = level_bytes<kBits>();
+    for (int f = 0; f < LevelBytes<kBits>::kCount; ++f) table[f] = _mm512_load_si512(kBytes.v[f]);
+  }
+};
+
+// out[f - kBegin] = levels + 128 of field f of the packed bytes, f in [kBegin, kEnd), for 8, 4, 2 and 1 bits.
+template <int kBits, int kBegin = 0, int kEnd = 8 / kBits>
 TWA_AVX512 inline void expand_avx512(__m512i packed, const LevelTables<kBits>& tables, __m512i* out) {
   if constexpr (kBits == 8) {
     out[0] = packed;
   } else {
-    constexpr int kPerNibble = 4 / kBits;
-    const __m512i nibble = _mm512_set1_epi8(15);
-    const __m512i low = _mm512_and_si512(packed, nibble), high = _mm512_and_si512(_mm512_srli_epi16(packed, 4), nibble);
-#pragma GCC unroll 4
-    for (int j = 0; j < kPerNibble; ++j) {
-      out[j] = _mm512_shuffle_epi8(tables.table[j], low);
-      out[kPerNibble + j] = _mm512_shuffle_epi8(tables.table[j], high);
-    }
+    constexpr int kFields = 8 / kBits, kDirect = kBits == 4 ? 1 : LevelBytes<kBits>::kCount;
+    const __m512i shifted = _mm512_srli_epi16(packed, kBits * (kFields - kDirect));  // brings the upper fields under the last tables
+#pragma GCC unroll 8
+    for (int f = kBegin; f < kEnd; ++f)
+      out[f - kBegin] =
+          f < kDirect ? _mm512_permutexvar_epi8(packed, tables.table[f]) : _mm512_permutexvar_epi8(shifted, tables.table[f - (kFields - kDirect)]);
   }
 }
 
-// 3 bits: out[f] from field f of the 2-bit plane's bytes and the 1-bit plane's bit that `bits[f]` selects in each byte.
-TWA_AVX512 inline void expand3_avx512(__m512i plane2, __m512i plane1, const __m512i* bits, const LevelTables<3>& tables, __m512i* out) {
-  const __m512i three = _mm512_set1_epi8(3), four = _mm512_set1_epi8(4);
-#pragma GCC unroll 4
-  for (int f = 0; f < 4; ++f) {
-    const __m512i code = _mm512_and_si512(_mm512_srli_epi16(plane2, static_cast<unsigned>(2 * f)), three);
-    out[f] = _mm512_shuffle_epi8(tables.table[0], _mm512_mask_add_epi8(code, _mm512_test_epi8_mask(plane1, bits[f]), code, four));
-  }
+// 3 bits: out[f] from field f of the 2-bit plane's bytes and bit 2 f of the 1-bit plane's (its odd bits are shifted down by the caller).
+TWA_AVX512 inline void expand3_avx512(__m512i plane2, __m512i plane1, const LevelTables<3>& tables, __m512i* out) {
+  constexpr int kSelect = 0xca;  // a ? b : c
+  const __m512i low_bits = _mm512_set1_epi8(0x33);
+  const __m512i even = _mm512_ternarylogic_epi32(low_bits, plane2, _mm512_slli_epi16(plane1, 2), kSelect);  // nibbles: fields 0 and 2
+  const __m512i odd = _mm512_ternarylogic_epi32(low_bits, _mm512_srli_epi16(plane2, 2), plane1, kSelect);   // fields 1 and 3
+  out[0] = _mm512_permutexvar_epi8(even, tables.table[0]);
+  out[1] = _mm512_permutexvar_epi8(odd, tables.table[0]);
+  out[2] = _mm512_permutexvar_epi8(_mm512_srli_epi16(even, 4), tables.table[0]);
+  out[3] = _mm512_permutexvar_epi8(_mm512_srli_epi16(odd, 4), tables.table[0]);
 }
 
 TWA_AVX512 inline __m512 e4m3_to_float_avx512(__m128i bytes) {
@@ -121,24 +126,14 @@ TWA_AVX512 inline double to_fixed_avx512(const float* v, int count, int32_t* q) 
   return static_cast<double>(pow2f(e - 23));
 }
 
-// Limbs of count numbers (a multiple of 16) as split_int8; returns the sum of the numbers.
-TWA_AVX512 inline int64_t split_avx512(const int32_t* q, int count, int8_t* a, int8_t* b, int8_t* c) {
-  const __m512i half = _mm512_set1_epi32(128);
-  __m512i sum = _mm512_setzero_si512();
-  int64_t total = 0;
-  for (int k = 0; k < count; k += 16) {
-    const __m512i v = _mm512_loadu_si512(q + k), r = _mm512_srai_epi32(_mm512_add_epi32(v, half), 8);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(c + k), _mm512_cvtepi32_epi8(v));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(b + k), _mm512_cvtepi32_epi8(r));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(a + k), _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(r, half), 8)));
-    sum = _mm512_add_epi32(sum, v);
-    if (k % 2048 == 2032 || k + 16 == count) {  // before 128 numbers of 2^23 a lane could overflow
-      total += _mm512_reduce_add_epi64(
-          _mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(sum)), _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(sum, 1))));
-      sum = _mm512_setzero_si512();
-    }
-  }
-  return total;
+// Bytes c, b, a, 0 of each dword: the signed limbs of q = 65536 a + 256 b + c.
+TWA_AVX512 inline __m512i limb_bytes(__m512i q) {
+  const __m512i bias = _mm512_set1_epi32(0x808080);
+  return _mm512_xor_si512(_mm512_add_epi32(q, bias), bias);
+}
+// The same with the 4 x 4 bytes of each 128-bit lane transposed: dwords of 4 limbs c, of b, of a, zero.
+TWA_AVX512 inline __m512i limb_dwords(__m512i q) {
+  return _mm512_shuffle_epi8(limb_bytes(q), _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0)));
 }
 
 TWA_AVX512 inline __m512i two_halves(const uint8_t* low, const uint8_t* high) {
@@ -160,6 +155,16 @@ TWA_AVX512 inline void transpose_dwords(__m512i* v) {
   v[1] = _mm512_unpackhi_epi64(a, c);
   v[2] = _mm512_unpacklo_epi64(b, d);
   v[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+// Transposes 4 x 4 lanes of 128 bits: v[m] lane k <- v[k] lane m.
+TWA_AVX512 inline void transpose_lanes(__m512i* v) {
+  const __m512i a = _mm512_shuffle_i32x4(v[0], v[1], 0x44), b = _mm512_shuffle_i32x4(v[0], v[1], 0xee), c = _mm512_shuffle_i32x4(v[2], v[3], 0x44),
+                d = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
+  v[0] = _mm512_shuffle_i32x4(a, c, 0x88);
+  v[1] = _mm512_shuffle_i32x4(a, c, 0xdd);
+  v[2] = _mm512_shuffle_i32x4(b, d, 0x88);
+  v[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
 }
 
 #endif  // TWA_X86

@@ -6,8 +6,8 @@
 //            written as whole 16 * bits byte groups. Norms: float32 halving tree per group, float64 over groups in order,
 //            blocks in order: same bits for any thread count, tier, or split of a tensor at multiples of kBlockTiles tiles.
 // Bytes      n * D * input read, n * D * (bits / 8 + 2 / 128) written.
-// Speed      the quantiser is bound by arithmetic, not memory: three encodings and two least-squares sums a group. Where the
-//            processor permutes bytes (VBMI), codes come from a 128-entry table in registers; elsewhere from comparisons.
+// Speed      the quantiser is bound by arithmetic, not memory: three encodings and two least-squares sums a group.
+//            AVX-512 takes codes from a 128-entry table in registers, the other tiers from comparisons.
 #include <algorithm>
 #include <mutex>
 
@@ -110,7 +110,7 @@ struct CodeTables {
 };
 
 template <int kBits>
-TWA_VBMI CodeTables<kBits> code_tables() {
+TWA_AVX512 CodeTables<kBits> code_tables() {
   alignas(64) uint8_t positive[128], negative[128], levels[16] = {};
   for (int k = 0; k < 128; ++k) {
     positive[k] = static_cast<uint8_t>(nearest_code(kBits, k));
@@ -124,19 +124,19 @@ TWA_VBMI CodeTables<kBits> code_tables() {
   return t;
 }
 
-TWA_VBMI inline float tree_sum16(__m512 v) {  // h = 8, 4, 2, 1 of the halving tree
+TWA_AVX512 inline float tree_sum16(__m512 v) {  // h = 8, 4, 2, 1 of the halving tree
   const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
   const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
 }
-TWA_VBMI inline float tree_sum128(const __m512* v) {
+TWA_AVX512 inline float tree_sum128(const __m512* v) {
   const __m512 a0 = _mm512_add_ps(v[0], v[4]), a1 = _mm512_add_ps(v[1], v[5]), a2 = _mm512_add_ps(v[2], v[6]), a3 = _mm512_add_ps(v[3], v[7]);
   return tree_sum16(_mm512_add_ps(_mm512_add_ps(a0, a2), _mm512_add_ps(a1, a3)));
 }
 
 // k[h]: integer levels of columns 64 h .. + 63, clamped to [-127, 127], in order.
-TWA_VBMI inline void to_levels(const __m512* u, float s, __m512i* k) {
+TWA_AVX512 inline void to_levels(const __m512* u, float s, __m512i* k) {
   const __m512 inverse = _mm512_set1_ps(s > 0.0f ? 1.0f / s : 0.0f);
   const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);  // undoes the lanes of the two packs
   for (int h = 0; h < 2; ++h) {
@@ -148,7 +148,7 @@ TWA_VBMI inline void to_levels(const __m512* u, float s, __m512i* k) {
 }
 
 template <int kBits>
-TWA_VBMI inline void encode_vbmi(const __m512* u, float s, const CodeTables<kBits>& tables, __m512i* code) {
+TWA_AVX512 inline void encode_avx512(const __m512* u, float s, const CodeTables<kBits>& tables, __m512i* code) {
   to_levels(u, s, code);
   for (int h = 0; h < 2; ++h) {
     if constexpr (kBits == 8) {
@@ -162,7 +162,7 @@ TWA_VBMI inline void encode_vbmi(const __m512* u, float s, const CodeTables<kBit
 }
 
 template <int kBits>
-TWA_VBMI inline void put_codes_vbmi(const __m512i* code, uint8_t* out) {
+TWA_AVX512 inline void put_codes_avx512(const __m512i* code, uint8_t* out) {
   if constexpr (kBits == 8) {
     _mm512_storeu_si512(out, code[0]);
     _mm512_storeu_si512(out + 64, code[1]);
@@ -179,7 +179,7 @@ TWA_VBMI inline void put_codes_vbmi(const __m512i* code, uint8_t* out) {
     if constexpr (kBits == 1 || kBits == 3) {  // 16 columns a field
       const __m512i shift = _mm512_set_epi64(0x0003000300030003ll, 0x0003000300030003ll, 0x0002000200020002ll, 0x0002000200020002ll,
                                              0x0001000100010001ll, 0x0001000100010001ll, 0, 0);
-      const auto bit = [](__m512i c) TWA_VBMI { return kBits == 3 ? _mm512_and_si512(_mm512_srli_epi16(c, 2), _mm512_set1_epi8(1)) : c; };
+      const auto bit = [](__m512i c) TWA_AVX512 { return kBits == 3 ? _mm512_and_si512(_mm512_srli_epi16(c, 2), _mm512_set1_epi8(1)) : c; };
       const __m512i fields = _mm512_or_si512(_mm512_sllv_epi16(bit(code[0]), shift), _mm512_slli_epi16(_mm512_sllv_epi16(bit(code[1]), shift), 4));
       const __m256i half = _mm256_or_si256(_mm512_castsi512_si256(fields), _mm512_extracti64x4_epi64(fields, 1));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_or_si128(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
@@ -188,7 +188,7 @@ TWA_VBMI inline void put_codes_vbmi(const __m512i* code, uint8_t* out) {
 }
 
 template <int kBits>
-TWA_VBMI inline Group quantise_vbmi(const float* v, int valid, const CodeTables<kBits>& tables, uint8_t* out) {
+TWA_AVX512 inline Group quantise_avx512(const float* v, int valid, const CodeTables<kBits>& tables, uint8_t* out) {
   __m512 u[8], work[8];
   __m512i largest = _mm512_setzero_si512();
   for (int j = 0; j < 8; ++j) {
@@ -210,7 +210,7 @@ TWA_VBMI inline Group quantise_vbmi(const float* v, int valid, const CodeTables<
     s = std::sqrt(sum_sq / static_cast<float>(valid)) * initial_scale(kBits);
     const __mmask64 real[2] = {valid >= 64 ? ~0ull : (1ull << valid) - 1, valid == 128 ? ~0ull : valid <= 64 ? 0 : (1ull << (valid - 64)) - 1};
     for (int pass = 0; pass < 2; ++pass) {
-      encode_vbmi<kBits>(u, s, tables, code);
+      encode_avx512<kBits>(u, s, tables, code);
       __m512i squares = _mm512_setzero_si512();
       for (int h = 0; h < 2; ++h) {
         const __m512i lev = _mm512_shuffle_epi8(tables.levels, code[h]), size = _mm512_maskz_abs_epi8(real[h], lev);
@@ -223,8 +223,8 @@ TWA_VBMI inline Group quantise_vbmi(const float* v, int valid, const CodeTables<
     }
     s = round_scale(s, false);
   }
-  encode_vbmi<kBits>(u, s, tables, code);
-  put_codes_vbmi<kBits>(code, out);
+  encode_avx512<kBits>(u, s, tables, code);
+  put_codes_avx512<kBits>(code, out);
   const double up = static_cast<double>(pow2f(e));
   return {s * pow2f(e), static_cast<double>(sum_sq) * up * up, true};
 }
@@ -285,24 +285,19 @@ TWA_AVX2 void block_avx2(const Job& job, const Block& block, double* sum_sq, flo
   pack_block<kBits>(job, block, sum_sq, max_scale, bad, PlainQuantiser<kBits>());
 }
 template <int kBits>
-TWA_AVX512 void block_avx512(const Job& job, const Block& block, double* sum_sq, float* max_scale, int64_t* bad) {
-  pack_block<kBits>(job, block, sum_sq, max_scale, bad, PlainQuantiser<kBits>());
-}
-template <int kBits>
-struct VbmiQuantiser {
+struct VectorQuantiser {
   CodeTables<kBits> tables;
-  TWA_VBMI Group operator()(const float* v, int valid, uint8_t* out) const { return quantise_vbmi<kBits>(v, valid, tables, out); }
+  TWA_AVX512 Group operator()(const float* v, int valid, uint8_t* out) const { return quantise_avx512<kBits>(v, valid, tables, out); }
 };
 template <int kBits>
-TWA_VBMI void block_vbmi(const Job& job, const Block& block, double* sum_sq, float* max_scale, int64_t* bad) {
-  pack_block<kBits>(job, block, sum_sq, max_scale, bad, VbmiQuantiser<kBits>{code_tables<kBits>()});
+TWA_AVX512 void block_avx512(const Job& job, const Block& block, double* sum_sq, float* max_scale, int64_t* bad) {
+  pack_block<kBits>(job, block, sum_sq, max_scale, bad, VectorQuantiser<kBits>{code_tables<kBits>()});
 }
 #endif
 
 template <int kBits>
 BlockKernel pick() {
 #ifdef TWA_X86
-  if (has_vbmi()) return block_vbmi<kBits>;
   if (isa() == Isa::avx512) return block_avx512<kBits>;
   if (isa() == Isa::avx2) return block_avx2<kBits>;
 #endif

@@ -5,17 +5,18 @@
 //            the dot product with the int8 levels is an exact integer below 2^38 and no order of summation can change it. Tiles
 //            are added in float64 in order within a block, blocks in float64 in order: same bits for any thread count and tier.
 // Bytes      n * D * (bits / 8 + 1 / 128) read once as one stream, plus the gradient once.
-// Products   AVX-512: gradient in three int8 limbs, vpdpbusd against (level + 128), corrected by 128 * sum(q).
+// Products   AVX-512: gradient in three int8 limbs, vpdpbusd against (level + 128), corrected by 128 * sum(q); 1 bit: table look-ups.
 //            AVX2: two int16 limbs of 12 bits, vpmaddwd. Portable: the same in plain C++.
+#include <algorithm>
+
 #include "decode.h"
 
 namespace twa {
 namespace {
 
-// One tile's gradient as an operand.
+// One tile's gradient as an operand of the lower tiers.
 struct alignas(64) TileGradient {
   int32_t q[kTileColumns];
-  int8_t a[kTileColumns], b[kTileColumns], c[kTileColumns];
   int16_t high[kTileColumns], low[kTileColumns];
   double unit;
 };
@@ -29,12 +30,12 @@ TWA_INLINE void split_gradient_int16(TileGradient* g) {
   for (int c = 0; c < kTileColumns; ++c) split_int16(g->q[c], &g->high[c], &g->low[c]);
 }
 
-// acc[i] += scale[i] * unit * sum_c level[i, c] * q[c] for the n rows of one tile.
-using TileKernel = void (*)(const uint8_t* codes, const uint8_t* scales, int64_t n, const TensorTable& grads, const Block& block, int64_t tile,
-                            double* acc);
+// For each tile of a block in order: acc[i] += scale[i] * unit * sum_c level[i, c] * q[c] for the n rows.
+using BlockKernel = void (*)(const BasisView& basis, const TensorTable& grads, const Block& block, double* acc);
 
 template <int kBits>
-void tile_portable(const uint8_t* codes, const uint8_t* scales, int64_t n, const TensorTable& grads, const Block& block, int64_t tile, double* acc) {
+TWA_INLINE void tile_portable(const uint8_t* codes, const uint8_t* scales, int64_t n, const TensorTable& grads, const Block& block, int64_t tile,
+                              double* acc) {
   TileGradient g;
   load_gradient(grads, block, tile, &g);
   split_gradient_int16(&g);
@@ -48,11 +49,19 @@ void tile_portable(const uint8_t* codes, const uint8_t* scales, int64_t n, const
   }
 }
 
+template <int kBits>
+void block_portable(const BasisView& basis, const TensorTable& grads, const Block& block, double* acc) {
+  for (int64_t t = 0; t < block.tiles; ++t) {
+    const int64_t group = (block.first_tile + t) * basis.n;
+    tile_portable<kBits>(basis.codes + group * row_bytes(kBits), basis.scales + group, basis.n, grads, block, t, acc);
+  }
+}
+
 #ifdef TWA_X86
 
 template <int kBits>
-TWA_AVX2 void tile_avx2(const uint8_t* codes, const uint8_t* scales, int64_t n, const TensorTable& grads, const Block& block, int64_t tile,
-                        double* acc) {
+TWA_AVX2 inline void tile_avx2(const uint8_t* codes, const uint8_t* scales, int64_t n, const TensorTable& grads, const Block& block, int64_t tile,
+                               double* acc) {
   TileGradient g;
   load_gradient(grads, block, tile, &g);
   split_gradient_int16(&g);
@@ -80,55 +89,112 @@ TWA_AVX2 void tile_avx2(const uint8_t* codes, const uint8_t* scales, int64_t n, 
   }
 }
 
+template <int kBits>
+TWA_AVX2 void block_avx2(const BasisView& basis, const TensorTable& grads, const Block& block, double* acc) {
+  for (int64_t t = 0; t < block.tiles; ++t) {
+    const int64_t group = (block.first_tile + t) * basis.n;
+    tile_avx2<kBits>(basis.codes + group * row_bytes(kBits), basis.scales + group, basis.n, grads, block, t, acc);
+  }
+}
+
 // AVX-512. 16 rows at a time; transposing 4 x 4 dwords in each 128-bit lane gives vectors U[m] whose elements are rows, so that
 // vpdpbusd adds 4 columns of a row and few lanes are left to sum. Which columns lie in lane k of U[m], field f:
 //
 //   bits 8  two vectors a row:  half h, 64 h + 16 k + 4 m ..+3          4 rows per transposition, element e = row e
 //   bits 4  one vector a row:   64 f + 16 k + 4 m ..+3                  the same
 //   bits 2  two rows a vector:  32 f + 16 (k % 2) + 4 m ..+3            8 rows, lane k element e = row 2 e + k / 2
-//   bits 1  four rows a vector: 16 f + 4 m ..+3                         16 rows, lane k element e = row 4 e + k
 //   bits 3  as 2 bits, with the 1-bit plane's 16 bytes in both lanes of a row
+//   bits 1  four rows a vector: 16 f + 4 m ..+3                         16 rows, lane k element e = row 4 e + k
 //
-// The gradient's limbs are laid out to match: operand(f, limb, m), one vector each.
+// The gradient's limbs are laid out to match: one vector for each (field, limb, m).
+//
+// 1 bit needs no product: a nibble of U[m] names 4 columns of a row, and their 16 possible sums, whole 24-bit numbers, are a table
+// that vpermd reads for 16 rows at once. sum(level * q) = 254 * sum(bit * q) - 127 * sum(q).
 template <int kBits>
-struct alignas(64) Operands {
-  static constexpr int kFields = kBits == 8 ? 2 : fields_per_byte(kBits);  // 8 bits: the two halves
-  int8_t v[kFields][3][4][64];
+struct alignas(64) Operands {  // 128 columns: 64 of half 0 or field 0, then of 1; 2 and 3 bits: 32 of each field, which all pairs of lanes share
+  int8_t v[2][3][4][64];
+  TWA_AVX512 __m512i get(int f, int limb, int m) const {
+    if constexpr (kBits == 8 || kBits == 4) return _mm512_load_si512(v[f][limb][m]);
+    return _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(v[f / 2][limb][m] + 32 * (f % 2))));
+  }
 };
 template <>
-struct alignas(64) Operands<1> {  // all lanes hold the same columns: a dword, broadcast by the multiplication's load
-  int32_t v[3][kTileColumns / 4];
+struct alignas(64) Operands<1> {
+  int32_t v[4][4][2][16];  // byte j of the dwords of U[m], nibble h: columns 16 (4 h + i) + 4 m + j
 };
 
+// One tile's gradient, ready to multiply.
 template <int kBits>
-TWA_AVX512 inline void lay_out(const TileGradient& g, Operands<kBits>* operands) {
-  const int8_t* limbs[3] = {g.a, g.b, g.c};
-  if constexpr (kBits == 1) {
-    for (int limb = 0; limb < 3; ++limb) std::memcpy(operands->v[limb], limbs[limb], kTileColumns);
+struct Prepared {
+  Operands<kBits> operands;
+  double unit, offset;  // offset: what the dot products lack because levels are not signed
+};
+
+// One tile's gradient in fixed point. Returns its unit.
+TWA_AVX512 inline double load_fixed(const TensorTable& grads, const Block& block, int64_t tile, int32_t* q) {
+  alignas(64) float v[kTileColumns];
+  const int64_t column = block.first_column + tile * kTileColumns;
+  const int valid = valid_columns(grads, block, tile);
+  const Dtype dtype = grads.dtype[block.tensor];
+  const float* from = v;
+  if (dtype == Dtype::f32 && valid == kTileColumns) {
+    from = static_cast<const float*>(grads.data[block.tensor]) + column;
   } else {
-    constexpr int kColumns = kTileColumns / Operands<kBits>::kFields;  // of one field: 64 or 32
-    for (int f = 0; f < Operands<kBits>::kFields; ++f)
-      for (int limb = 0; limb < 3; ++limb) {
-        const int8_t* p = limbs[limb] + f * kColumns;
-        const __m512i v = kColumns == 64 ? _mm512_load_si512(p) : _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)));
-        _mm512_store_si512(operands->v[f][limb][0], _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(0x00)));
-        _mm512_store_si512(operands->v[f][limb][1], _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(0x55)));
-        _mm512_store_si512(operands->v[f][limb][2], _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(0xaa)));
-        _mm512_store_si512(operands->v[f][limb][3], _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(0xff)));
+    load_tile(dtype, grads.data[block.tensor], column, valid, v);
+  }
+  const double unit = to_fixed_avx512(from, kTileColumns, q);
+  const int64_t size = dtype == Dtype::f32 ? 4 : 2;
+  const auto* ahead = static_cast<const uint8_t*>(grads.data[block.tensor]) + column * size;
+  __m512i number;
+  for (int c = 0; c < kTileColumns * size; c += 64) {
+    number = _mm512_load_si512(q + c / 4 % kTileColumns);
+    prefetch_input(ahead + c, &number);
+  }
+  return unit;
+}
+
+template <int kBits>
+TWA_AVX512 inline void prepare(const TensorTable& grads, const Block& block, int64_t tile, Prepared<kBits>* out) {
+  alignas(64) int32_t q[kTileColumns];
+  out->unit = load_fixed(grads, block, tile, q);
+  __m512i total = _mm512_setzero_si512();
+  for (int c = 0; c < kTileColumns; c += 16) total = _mm512_add_epi32(total, _mm512_load_si512(q + c));
+  out->offset = (kBits == 1 ? -127.0 : -128.0) * _mm512_reduce_add_epi32(total);  // |sum| <= 128 * 2^23
+  if constexpr (kBits == 1) {
+    for (int b = 0; b < 16; ++b)
+      for (int h = 0; h < 2; ++h) {
+        const int32_t* g = q + 64 * h + b;
+        __m512i t = _mm512_maskz_set1_epi32(0xaaaa, g[0]);
+        t = _mm512_mask_add_epi32(t, 0xcccc, t, _mm512_set1_epi32(g[16]));
+        t = _mm512_mask_add_epi32(t, 0xf0f0, t, _mm512_set1_epi32(g[32]));
+        t = _mm512_mask_add_epi32(t, 0xff00, t, _mm512_set1_epi32(g[48]));
+        _mm512_store_si512(out->operands.v[b / 4][b % 4][h], t);
       }
+  } else {
+#pragma GCC unroll 2
+    for (int f = 0; f < 2; ++f) {
+      __m512i lane[4];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) lane[k] = limb_dwords(_mm512_load_si512(q + 64 * f + 16 * k));
+      transpose_lanes(lane);
+#pragma GCC unroll 4
+      for (int m = 0; m < 4; ++m) {
+        _mm512_store_si512(out->operands.v[f][0][m], _mm512_shuffle_epi32(lane[m], static_cast<_MM_PERM_ENUM>(0xaa)));
+        _mm512_store_si512(out->operands.v[f][1][m], _mm512_shuffle_epi32(lane[m], static_cast<_MM_PERM_ENUM>(0x55)));
+        _mm512_store_si512(out->operands.v[f][2][m], _mm512_shuffle_epi32(lane[m], static_cast<_MM_PERM_ENUM>(0x00)));
+      }
+    }
   }
 }
 
-// acc[limb] += products of field f, dword m.
+// acc[g][limb] += products of field f, dword m, for two groups of rows that share the operands.
 template <int kBits>
-TWA_AVX512 inline void multiply(__m512i levels, const Operands<kBits>& operands, int f, int m, __m512i* acc) {
+TWA_AVX512 inline void multiply(__m512i levels0, __m512i levels1, const Operands<kBits>& operands, int f, int m, __m512i (*acc)[3]) {
 #pragma GCC unroll 3
   for (int limb = 0; limb < 3; ++limb) {
-    if constexpr (kBits == 1) {
-      acc[limb] = _mm512_dpbusd_epi32(acc[limb], levels, _mm512_set1_epi32(operands.v[limb][4 * f + m]));
-    } else {
-      acc[limb] = _mm512_dpbusd_epi32(acc[limb], levels, _mm512_load_si512(operands.v[f][limb][m]));
-    }
+    const __m512i k = operands.get(f, limb, m);
+    acc[0][limb] = _mm512_dpbusd_epi32(acc[0][limb], levels0, k);
+    acc[1][limb] = _mm512_dpbusd_epi32(acc[1][limb], levels1, k);
   }
 }
 
@@ -139,74 +205,84 @@ TWA_AVX512 inline __m512i add_lanes4(__m512i v0, __m512i v1, __m512i v2, __m512i
   return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
 }
 
-// sums[limb]: element r = exact sum over the tile's columns of (level + 128) * limb for row r of 16 rows.
+// Exact sums over the tile's columns for 16 rows, element r = row r, as add_rows16 takes them.
+// `stream` is where the rows lie in memory, to prefetch what follows them; `codes` may be a copy.
 template <int kBits>
-TWA_AVX512 inline void sum_rows16(const uint8_t* codes, const LevelTables<kBits>& tables, const Operands<kBits>& operands, __m512i* sums) {
+TWA_AVX512 inline void sum_rows16(const uint8_t* codes, const uint8_t* stream, const LevelTables<kBits>& tables, const Operands<kBits>& operands,
+                                  __m512i* high, __m512i* low) {
   constexpr int kBytes = row_bytes(kBits);
+  __m512i sums[3];
   if constexpr (kBits == 8 || kBits == 4) {
     __m512i acc[4][3];
-#pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g) {
-      acc[g][0] = acc[g][1] = acc[g][2] = _mm512_setzero_si512();
+#pragma GCC unroll 2
+    for (int g = 0; g < 4; g += 2) {
+      for (int limb = 0; limb < 3; ++limb) acc[g][limb] = acc[g + 1][limb] = _mm512_setzero_si512();
 #pragma GCC unroll 2
       for (int h = 0; h < kBytes / 64; ++h) {
-        __m512i u[4], levels[2];
-#pragma GCC unroll 4
-        for (int e = 0; e < 4; ++e) u[e] = _mm512_loadu_si512(codes + (4 * g + e) * kBytes + 64 * h);
+        __m512i u[8];
+#pragma GCC unroll 8
+        for (int e = 0; e < 8; ++e) u[e] = _mm512_loadu_si512(codes + (4 * g + e) * kBytes + 64 * h);
         transpose_dwords(u);
+        transpose_dwords(u + 4);
 #pragma GCC unroll 4
         for (int m = 0; m < 4; ++m) {
-          expand_avx512<kBits>(u[m], tables, levels);
-          multiply(levels[0], operands, h, m, acc[g]);
-          if constexpr (kBits == 4) multiply(levels[1], operands, 1, m, acc[g]);
+          __m512i levels0[2], levels1[2];
+          const uint8_t* lines = stream + (4 * g + 2 * m) * kBytes + 128 * h;  // two of the 8 that these rows' halves have
+          prefetch_line(kBits == 8 ? stream + (4 * g + 4 * h + m) * kBytes : lines, &acc[g][0]);
+          prefetch_line(kBits == 8 ? stream + (4 * g + 4 * h + m) * kBytes + 64 : lines + kBytes, &acc[g + 1][0]);
+          expand_avx512<kBits>(u[m], tables, levels0);
+          expand_avx512<kBits>(u[4 + m], tables, levels1);
+          multiply<kBits>(levels0[0], levels1[0], operands, h, m, acc + g);
+          if constexpr (kBits == 4) multiply<kBits>(levels0[1], levels1[1], operands, 1, m, acc + g);
         }
       }
     }
     for (int limb = 0; limb < 3; ++limb) sums[limb] = add_lanes4(acc[0][limb], acc[1][limb], acc[2][limb], acc[3][limb]);
   } else if constexpr (kBits == 1) {
-    __m512i u[4], levels[8];
-    __m512i acc[4][3];  // one chain of additions per m: 16 rows make too few for the multiplier's latency otherwise
+    __m512i u[4], acc[4];
     for (int e = 0; e < 4; ++e) u[e] = _mm512_loadu_si512(codes + 64 * e);
     transpose_dwords(u);
 #pragma GCC unroll 4
     for (int m = 0; m < 4; ++m) {
-      acc[m][0] = acc[m][1] = acc[m][2] = _mm512_setzero_si512();
-      expand_avx512<1>(u[m], tables, levels);
+      acc[m] = _mm512_setzero_si512();
+      prefetch_line(stream + 64 * m, &acc[m]);
 #pragma GCC unroll 8
-      for (int f = 0; f < 8; ++f) multiply(levels[f], operands, f, m, acc[m]);
+      for (int k = 0; k < 8; ++k)
+        acc[m] = _mm512_add_epi32(
+            acc[m], _mm512_permutexvar_epi32(_mm512_srli_epi32(u[m], static_cast<unsigned>(4 * k)), _mm512_load_si512(operands.v[m][k / 2][k % 2])));
     }
-    for (int limb = 0; limb < 3; ++limb)
-      sums[limb] = _mm512_add_epi32(_mm512_add_epi32(acc[0][limb], acc[1][limb]), _mm512_add_epi32(acc[2][limb], acc[3][limb]));
     const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);  // row 4 e + k <- lane k element e
-    for (int limb = 0; limb < 3; ++limb) sums[limb] = _mm512_permutexvar_epi32(order, sums[limb]);
+    *high = _mm512_permutexvar_epi32(order, _mm512_add_epi32(_mm512_add_epi32(acc[0], acc[1]), _mm512_add_epi32(acc[2], acc[3])));
+    return;
   } else {
-    __m512i acc[2][3], bits[4];
-    for (int f = 0; f < 4; ++f)
-      bits[f] = _mm512_set_epi64(0x0202020202020202ll << 2 * f, 0x0202020202020202ll << 2 * f, 0x0101010101010101ll << 2 * f,
-                                 0x0101010101010101ll << 2 * f, 0x0202020202020202ll << 2 * f, 0x0202020202020202ll << 2 * f,
-                                 0x0101010101010101ll << 2 * f, 0x0101010101010101ll << 2 * f);
+    __m512i acc[2][3], u[2][4], w[2][4];
 #pragma GCC unroll 2
     for (int g = 0; g < 2; ++g) {
-      acc[g][0] = acc[g][1] = acc[g][2] = _mm512_setzero_si512();
-      __m512i u[4], w[4], levels[4];
+      for (int limb = 0; limb < 3; ++limb) acc[g][limb] = _mm512_setzero_si512();
 #pragma GCC unroll 4
       for (int e = 0; e < 4; ++e) {
         const uint8_t *even = codes + (8 * g + 2 * e) * kBytes, *odd = even + kBytes;
-        u[e] = two_halves(even, odd);
-        if constexpr (kBits == 3) w[e] = four_quarters(even + 32, even + 32, odd + 32, odd + 32);
+        u[g][e] = two_halves(even, odd);
+        if constexpr (kBits == 3) w[g][e] = four_quarters(even + 32, even + 32, odd + 32, odd + 32);
       }
-      transpose_dwords(u);
-      if constexpr (kBits == 3) transpose_dwords(w);
+      transpose_dwords(u[g]);
+      if constexpr (kBits == 3) transpose_dwords(w[g]);
+    }
 #pragma GCC unroll 4
-      for (int m = 0; m < 4; ++m) {
-        if constexpr (kBits == 3) {
-          expand3_avx512(u[m], w[m], bits, tables, levels);
-        } else {
-          expand_avx512<kBits>(u[m], tables, levels);
-        }
-#pragma GCC unroll 4
-        for (int f = 0; f < 4; ++f) multiply(levels[f], operands, f, m, acc[g]);
+    for (int m = 0; m < 4; ++m) {
+      __m512i levels0[4], levels1[4];
+#pragma GCC unroll 3
+      for (int line = m * kBits; line < (m + 1) * kBits; ++line) prefetch_line(stream + 64 * line, &acc[line % 2][line / 2 % 3]);
+      if constexpr (kBits == 3) {
+        const __m512i odd_lanes = _mm512_set_epi64(0x0001000100010001, 0x0001000100010001, 0, 0, 0x0001000100010001, 0x0001000100010001, 0, 0);
+        expand3_avx512(u[0][m], _mm512_srlv_epi16(w[0][m], odd_lanes), tables, levels0);
+        expand3_avx512(u[1][m], _mm512_srlv_epi16(w[1][m], odd_lanes), tables, levels1);
+      } else {
+        expand_avx512<kBits>(u[0][m], tables, levels0);
+        expand_avx512<kBits>(u[1][m], tables, levels1);
       }
+#pragma GCC unroll 4
+      for (int f = 0; f < 4; ++f) multiply<kBits>(levels0[f], levels1[f], operands, f, m, acc);
     }
     // lanes 0, 1 hold parts of even rows, 2, 3 of odd rows
     const __m512i order = _mm512_set_epi32(15, 11, 14, 10, 13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0);
@@ -216,56 +292,64 @@ TWA_AVX512 inline void sum_rows16(const uint8_t* codes, const LevelTables<kBits>
       sums[limb] = _mm512_permutexvar_epi32(order, pairs);
     }
   }
+  *high = sums[0];
+  *low = _mm512_add_epi32(_mm512_slli_epi32(sums[1], 8), sums[2]);  // below 2^31: 128 * 255 * 128 * 257
+}
+
+// acc[i] += scale[i] * unit * (65536 high[i] + low[i] + offset) for up to 16 rows; 1 bit: (254 high[i] + offset).
+template <int kBits>
+TWA_AVX512 inline void add_rows16(__m512i high, __m512i low, __m512d offset, __m512d unit, const uint8_t* scales, int64_t rows, double* acc) {
+  const __mmask16 mask = static_cast<__mmask16>(rows >= 16 ? 0xffff : (1 << rows) - 1);
+  const __m512 scale = e4m3_to_float_avx512(_mm_maskz_loadu_epi8(mask, scales));
+  const auto add = [&](__m256i h, __m256i l, __m256 s, __mmask8 m, double* out) TWA_AVX512 {
+    // Exact: the dot product has 38 bits, the scale 4.
+    const __m512d dot = kBits == 1 ? _mm512_fmadd_pd(_mm512_cvtepi32_pd(h), _mm512_set1_pd(254.0), offset)
+                                   : _mm512_add_pd(_mm512_fmadd_pd(_mm512_cvtepi32_pd(h), _mm512_set1_pd(65536.0), _mm512_cvtepi32_pd(l)), offset);
+    const __m512d term = _mm512_mul_pd(dot, _mm512_mul_pd(_mm512_cvtps_pd(s), unit));
+    _mm512_mask_storeu_pd(out, m, _mm512_add_pd(_mm512_maskz_loadu_pd(m, out), term));
+  };
+  add(_mm512_castsi512_si256(high), _mm512_castsi512_si256(low), _mm512_castps512_ps256(scale), static_cast<__mmask8>(mask), acc);
+  add(_mm512_extracti64x4_epi64(high, 1), _mm512_extracti64x4_epi64(low, 1), _mm512_extractf32x8_ps(scale, 1), static_cast<__mmask8>(mask >> 8),
+      acc + 8);
 }
 
 template <int kBits>
-TWA_AVX512 void tile_avx512(const uint8_t* codes, const uint8_t* scales, int64_t n, const TensorTable& grads, const Block& block, int64_t tile,
-                            double* acc) {
-  TileGradient g;
-  alignas(64) float v[kTileColumns];
-  load_tile(grads.dtype[block.tensor], grads.data[block.tensor], block.first_column + tile * kTileColumns, valid_columns(grads, block, tile), v);
-  g.unit = to_fixed_avx512(v, kTileColumns, g.q);
-  const double sum = static_cast<double>(split_avx512(g.q, kTileColumns, g.a, g.b, g.c));
-  Operands<kBits> operands;
-  lay_out(g, &operands);
-  const LevelTables<kBits> tables = level_tables_avx512<kBits>();
-  const __m512d offset = _mm512_set1_pd(-128.0 * sum), unit = _mm512_set1_pd(g.unit), two16 = _mm512_set1_pd(65536.0);
-  for (int64_t i0 = 0; i0 < n; i0 += 16) {
-    const uint8_t* rows = codes + i0 * row_bytes(kBits);
-    prefetch_ahead(rows, 16 * row_bytes(kBits));
-    alignas(64) uint8_t padded[16 * row_bytes(kBits)];
-    if (n - i0 < 16) {  // the last rows, followed by anything
-      std::memcpy(padded, rows, static_cast<size_t>((n - i0) * row_bytes(kBits)));
-      rows = padded;
+TWA_AVX512 void block_avx512(const BasisView& basis, const TensorTable& grads, const Block& block, double* acc) {
+  constexpr int kBytes = row_bytes(kBits);
+  const LevelTables<kBits> tables;
+  const int64_t n = basis.n;
+  Prepared<kBits> g;
+  for (int64_t tile = 0; tile < block.tiles; ++tile) {
+    prepare(grads, block, tile, &g);
+    const uint8_t* codes = basis.codes + (block.first_tile + tile) * n * kBytes;
+    const uint8_t* scales = basis.scales + (block.first_tile + tile) * n;
+    _mm_prefetch(reinterpret_cast<const char*>(scales + kScalesAhead * n), _MM_HINT_T0);
+    const __m512d offset = _mm512_set1_pd(g.offset), unit = _mm512_set1_pd(g.unit);
+    for (int64_t i0 = 0; i0 < n; i0 += 16) {
+      const uint8_t *stream = codes + i0 * kBytes, *rows = stream;
+      alignas(64) uint8_t padded[16 * kBytes];
+      if (n - i0 < 16) {  // the last rows, followed by anything
+        std::memcpy(padded, rows, static_cast<size_t>((n - i0) * kBytes));
+        rows = padded;
+      }
+      __m512i high, low = _mm512_setzero_si512();
+      sum_rows16<kBits>(rows, stream, tables, g.operands, &high, &low);
+      add_rows16<kBits>(high, low, offset, unit, scales + i0, n - i0, acc + i0);
     }
-    __m512i sums[3];
-    sum_rows16<kBits>(rows, tables, operands, sums);
-    const __m512i low = _mm512_add_epi32(_mm512_slli_epi32(sums[1], 8), sums[2]);  // below 2^31: 128 * 255 * 128 * 257
-    const __mmask16 mask = static_cast<__mmask16>(n - i0 >= 16 ? 0xffff : (1 << (n - i0)) - 1);
-    const __m512 scale = e4m3_to_float_avx512(_mm_maskz_loadu_epi8(mask, scales + i0));
-    const auto add = [&](__m256i h, __m256i l, __m256 s, __mmask8 m, double* out) TWA_AVX512 {
-      // Exact: the dot product has 38 bits, the scale 4.
-      const __m512d dot = _mm512_add_pd(_mm512_add_pd(_mm512_mul_pd(_mm512_cvtepi32_pd(h), two16), _mm512_cvtepi32_pd(l)), offset);
-      const __m512d term = _mm512_mul_pd(dot, _mm512_mul_pd(_mm512_cvtps_pd(s), unit));
-      _mm512_mask_storeu_pd(out, m, _mm512_add_pd(_mm512_maskz_loadu_pd(m, out), term));
-    };
-    add(_mm512_castsi512_si256(sums[0]), _mm512_castsi512_si256(low), _mm512_castps512_ps256(scale), static_cast<__mmask8>(mask), acc + i0);
-    add(_mm512_extracti64x4_epi64(sums[0], 1), _mm512_extracti64x4_epi64(low, 1), _mm512_extractf32x8_ps(scale, 1), static_cast<__mmask8>(mask >> 8),
-        acc + i0 + 8);
   }
 }
 
 #endif  // TWA_X86
 
 template <int kBits>
-TileKernel pick() {
+BlockKernel pick() {
 #ifdef TWA_X86
-  if (isa() == Isa::avx512) return tile_avx512<kBits>;
-  if (isa() == Isa::avx2) return tile_avx2<kBits>;
+  if (isa() == Isa::avx512) return block_avx512<kBits>;
+  if (isa() == Isa::avx2) return block_avx2<kBits>;
 #endif
-  return tile_portable<kBits>;
+  return block_portable<kBits>;
 }
-TileKernel pick(int bits) {
+BlockKernel pick(int bits) {
   return with_bits(bits, [](auto b) { return pick<b()>(); });
 }
 
@@ -275,14 +359,13 @@ Status project_cpu(const BasisView& basis, const TensorTable& grads, float* c, i
   const int64_t n = basis.n, segments = basis.num_segments;
   if (!valid_bits(basis.bits) || n < 1 || n > kMaxRows || total_tiles(grads) != basis.num_tiles) return Status::bad_argument;
   const std::vector<Block> blocks = make_blocks(grads, basis.tile_segment);
-  std::vector<double> partial(blocks.size() * n, 0.0), total(segments * n, 0.0);
-  const TileKernel kernel = pick(basis.bits);
+  std::vector<double> partial(blocks.size() * n), total(segments * n, 0.0);
+  const BlockKernel kernel = pick(basis.bits);
   parallel_for(static_cast<int64_t>(blocks.size()), threads, [&](int64_t k) {
-    const Block& b = blocks[k];
-    for (int64_t t = 0; t < b.tiles; ++t) {
-      const int64_t group = (b.first_tile + t) * n;
-      kernel(basis.codes + group * row_bytes(basis.bits), basis.scales + group, n, grads, b, t, partial.data() + k * n);
-    }
+    static thread_local std::vector<double> acc;  // not `partial`: two threads would write to one cache line, tile after tile
+    acc.assign(static_cast<size_t>(n), 0.0);
+    kernel(basis, grads, blocks[k], acc.data());
+    std::copy(acc.begin(), acc.end(), partial.begin() + k * n);
   });
   for (size_t k = 0; k < blocks.size(); ++k)
     for (int64_t i = 0; i < n; ++i) total[blocks[k].segment * n + i] += partial[k * n + i];

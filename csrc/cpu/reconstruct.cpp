@@ -20,7 +20,7 @@ namespace {
 struct alignas(64) TileCoefficients {
   float w[kMaxRows];
   int32_t q[kMaxRows];
-  int8_t a[kMaxRows], b[kMaxRows], c[kMaxRows];
+  int32_t limbs[kMaxRows];  // AVX-512: 4 rows' limbs c, b, a and zeros, one dword each
   int16_t high[kMaxRows], low[kMaxRows];
   double unit;
 };
@@ -127,22 +127,37 @@ TWA_AVX2 void tile_avx2(const uint8_t* codes, const uint8_t* scales, const float
 //   bits 2  16 (2 f + q) + d, u = 4 q + f                    q = half of the row's 32 bytes
 //   bits 3  as 2 bits
 //   bits 1  16 u + d                                         u = field
+//
+// Afterwards vector u has columns 16 u + d.
 template <int kBits>
-constexpr int vector_column(int u, int lane) {
-  return kBits == 8   ? 64 * (u / 4) + 16 * lane + 4 * (u % 4)
-         : kBits == 4 ? 64 * (u % 2) + 16 * lane + 4 * (u / 2)
-         : kBits == 1 ? 16 * u + 4 * lane
-                      : 16 * (2 * (u % 4) + u / 4) + 4 * lane;
+TWA_AVX512 inline void put_in_order(__m512i* v) {
+  if constexpr (kBits == 1) return;
+  if constexpr (kBits == 8) {
+    transpose_lanes(v);
+    transpose_lanes(v + 4);
+  } else {
+    const __m512i even[4] = {v[0], v[2], v[4], v[6]}, odd[4] = {v[1], v[3], v[5], v[7]};
+    if constexpr (kBits == 4) {
+      for (int j = 0; j < 4; ++j) v[j] = even[j], v[4 + j] = odd[j];
+      transpose_lanes(v);
+      transpose_lanes(v + 4);
+    } else {
+      const __m512i first[8] = {v[0], v[4], v[1], v[5], v[2], v[6], v[3], v[7]};
+      for (int j = 0; j < 8; ++j) v[j] = first[j];
+    }
+  }
 }
 
-// Interleaves the bytes of four rows of 64 bytes: dword d of out[j] has byte 16 (d / 4) + 4 j + d % 4 of each.
-TWA_AVX512 inline void interleave_rows(__m512i r0, __m512i r1, __m512i r2, __m512i r3, __m512i* out) {
-  const __m512i lo01 = _mm512_unpacklo_epi8(r0, r1), hi01 = _mm512_unpackhi_epi8(r0, r1), lo23 = _mm512_unpacklo_epi8(r2, r3),
-                hi23 = _mm512_unpackhi_epi8(r2, r3);
-  out[0] = _mm512_unpacklo_epi16(lo01, lo23);
-  out[1] = _mm512_unpackhi_epi16(lo01, lo23);
-  out[2] = _mm512_unpacklo_epi16(hi01, hi23);
-  out[3] = _mm512_unpackhi_epi16(hi01, hi23);
+// Interleaves the bytes of four rows of 64 bytes: dword d of out[j] has byte 16 (d / 4) + 4 j + d % 4 of each; kLow: j = 0, 1, else j = 2, 3.
+template <bool kLow>
+TWA_AVX512 inline void interleave_rows(const uint8_t* const* rows, int at, __m512i* out) {
+  const auto pair = [at](const uint8_t* x, const uint8_t* y) TWA_AVX512 {
+    const __m512i v = _mm512_loadu_si512(x + at), w = _mm512_loadu_si512(y + at);
+    return kLow ? _mm512_unpacklo_epi8(v, w) : _mm512_unpackhi_epi8(v, w);
+  };
+  const __m512i r01 = pair(rows[0], rows[1]), r23 = pair(rows[2], rows[3]);
+  out[0] = _mm512_unpacklo_epi16(r01, r23);
+  out[1] = _mm512_unpackhi_epi16(r01, r23);
 }
 
 // Lane k of v holds dword k of four rows; afterwards its dword d has byte 4 k + d of each row.
@@ -150,57 +165,99 @@ TWA_AVX512 inline __m512i transpose_bytes(__m512i v) {
   return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0)));
 }
 
-// out[0 .. count): expanded vectors part * count .. of four rows; count = 4 for 8 bits (part = half), 8 otherwise (part = 0).
-template <int kBits>
-TWA_AVX512 inline void expand_rows4(const uint8_t* const* rows, int part, const LevelTables<kBits>& tables, __m512i* out) {
+// out[0 .. 3]: levels of vectors 4 * kPass ..+3 of the tile (see above), from four rows.
+template <int kBits, int kPass>
+TWA_AVX512 inline void expand_rows4(const uint8_t* const* rows, const LevelTables<kBits>& tables, __m512i* out) {
   if constexpr (kBits == 8) {
-    interleave_rows(_mm512_loadu_si512(rows[0] + 64 * part), _mm512_loadu_si512(rows[1] + 64 * part), _mm512_loadu_si512(rows[2] + 64 * part),
-                    _mm512_loadu_si512(rows[3] + 64 * part), out);
+    interleave_rows<true>(rows, 64 * kPass, out);
+    interleave_rows<false>(rows, 64 * kPass, out + 2);
   } else if constexpr (kBits == 4) {
-    __m512i bytes[4];
-    interleave_rows(_mm512_loadu_si512(rows[0]), _mm512_loadu_si512(rows[1]), _mm512_loadu_si512(rows[2]), _mm512_loadu_si512(rows[3]), bytes);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) expand_avx512<4>(bytes[j], tables, out + 2 * j);
-  } else {
+    __m512i bytes[2];
+    interleave_rows<kPass == 0>(rows, 0, bytes);
+    expand_avx512<4>(bytes[0], tables, out);
+    expand_avx512<4>(bytes[1], tables, out + 2);
+  } else if constexpr (kBits == 1) {
     // dword k of rows 0..3 into lane k
     const __m512i lanes = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-    if constexpr (kBits == 1) {
-      expand_avx512<1>(transpose_bytes(_mm512_permutexvar_epi32(lanes, four_quarters(rows[0], rows[1], rows[2], rows[3]))), tables, out);
+    const __m512i bytes = transpose_bytes(_mm512_permutexvar_epi32(lanes, four_quarters(rows[0], rows[1], rows[2], rows[3])));
+    expand_avx512<1, 4 * kPass, 4 * kPass + 4>(bytes, tables, out);
+  } else {
+    const __m512i r01 = two_halves(rows[0], rows[1]), r23 = two_halves(rows[2], rows[3]);  // 8 dwords a row
+    const __m512i q = _mm512_add_epi32(_mm512_set_epi32(27, 19, 11, 3, 26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0), _mm512_set1_epi32(4 * kPass));
+    const __m512i half = transpose_bytes(_mm512_permutex2var_epi32(r01, q, r23));
+    if constexpr (kBits == 2) {
+      expand_avx512<2>(half, tables, out);
     } else {
-      const __m512i r01 = two_halves(rows[0], rows[1]), r23 = two_halves(rows[2], rows[3]);  // 8 dwords a row
-      const __m512i q0 = _mm512_set_epi32(27, 19, 11, 3, 26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0), q1 = _mm512_add_epi32(q0, _mm512_set1_epi32(4));
-      const __m512i half0 = transpose_bytes(_mm512_permutex2var_epi32(r01, q0, r23)),
-                    half1 = transpose_bytes(_mm512_permutex2var_epi32(r01, q1, r23));
-      if constexpr (kBits == 2) {
-        expand_avx512<2>(half0, tables, out);
-        expand_avx512<2>(half1, tables, out + 4);
-      } else {
-        const __m512i plane1 =
-            transpose_bytes(_mm512_permutexvar_epi32(lanes, four_quarters(rows[0] + 32, rows[1] + 32, rows[2] + 32, rows[3] + 32)));
-        __m512i even[4], odd[4];
-        for (int f = 0; f < 4; ++f)
-          even[f] = _mm512_set1_epi8(static_cast<char>(1 << 2 * f)), odd[f] = _mm512_set1_epi8(static_cast<char>(2 << 2 * f));
-        expand3_avx512(half0, plane1, even, tables, out);
-        expand3_avx512(half1, plane1, odd, tables, out + 4);
-      }
+      const __m512i lanes = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+      const __m512i plane1 = transpose_bytes(_mm512_permutexvar_epi32(lanes, four_quarters(rows[0] + 32, rows[1] + 32, rows[2] + 32, rows[3] + 32)));
+      expand3_avx512(half, kPass == 0 ? plane1 : _mm512_srli_epi16(plane1, 1), tables, out);
     }
   }
 }
 
-// sum[column] = 65536 a + 256 b + c + offset for the 16 columns of vector u.
-template <int kBits>
-TWA_AVX512 inline void store_sums(int u, __m512i a, __m512i b, __m512i c, __m512d offset, double* sum) {
-  const __m512d two16 = _mm512_set1_pd(65536.0), two8 = _mm512_set1_pd(256.0);
-  const auto combine = [&](__m256i x, __m256i y, __m256i z) TWA_AVX512 {
-    const __m512d low = _mm512_add_pd(_mm512_mul_pd(_mm512_cvtepi32_pd(y), two8), _mm512_cvtepi32_pd(z));
-    return _mm512_add_pd(_mm512_add_pd(_mm512_mul_pd(_mm512_cvtepi32_pd(x), two16), low), offset);
-  };
-  const __m512d lanes01 = combine(_mm512_castsi512_si256(a), _mm512_castsi512_si256(b), _mm512_castsi512_si256(c));
-  const __m512d lanes23 = combine(_mm512_extracti64x4_epi64(a, 1), _mm512_extracti64x4_epi64(b, 1), _mm512_extracti64x4_epi64(c, 1));
-  _mm256_store_pd(sum + vector_column<kBits>(u, 0), _mm512_castpd512_pd256(lanes01));
-  _mm256_store_pd(sum + vector_column<kBits>(u, 1), _mm512_extractf64x4_pd(lanes01, 1));
-  _mm256_store_pd(sum + vector_column<kBits>(u, 2), _mm512_castpd512_pd256(lanes23));
-  _mm256_store_pd(sum + vector_column<kBits>(u, 3), _mm512_extractf64x4_pd(lanes23, 1));
+// One half of the tile's columns, all rows: 12 accumulators and their operands stay in registers.
+template <int kBits, int kPass>
+TWA_AVX512 inline void sum_half(const uint8_t* codes, int64_t n, const int32_t* limbs, const LevelTables<kBits>& tables, __m512i* a, __m512i* b,
+                                __m512i* c) {
+  constexpr int kBytes = row_bytes(kBits);
+#pragma GCC unroll 4
+  for (int u = 0; u < 4; ++u) a[u] = b[u] = c[u] = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; i += 4) {
+    const uint8_t* rows[4];
+    for (int r = 0; r < 4; ++r) rows[r] = codes + std::min(i + r, n - 1) * kBytes;  // rows past n have zero limbs
+    const __m512i kc = _mm512_set1_epi32(limbs[i]), kb = _mm512_set1_epi32(limbs[i + 1]), ka = _mm512_set1_epi32(limbs[i + 2]);
+    __m512i levels[4];
+    expand_rows4<kBits, kPass>(rows, tables, levels);
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) {
+      if constexpr (kPass == 0) {  // four rows are kBits lines
+        if (u < kBits) prefetch_line(codes + i * kBytes + 64 * u, &a[u]);
+        if (u + 4 < kBits) prefetch_line(codes + i * kBytes + 64 * (u + 4), &b[u]);
+      }
+      a[u] = _mm512_dpbusd_epi32(a[u], levels[u], ka);
+      b[u] = _mm512_dpbusd_epi32(b[u], levels[u], kb);
+      c[u] = _mm512_dpbusd_epi32(c[u], levels[u], kc);
+    }
+  }
+}
+
+// finish_tile for sums 65536 a + 256 b + c + offset, in vectors of 16 consecutive columns.
+TWA_AVX512 inline void finish_avx512(const TensorTable& center, const TensorTable& out, const Block& block, int64_t tile, int64_t n, double unit,
+                                     double offset, const __m512i* a, const __m512i* b, const __m512i* c) {
+  alignas(64) float base[kTileColumns], value[kTileColumns];
+  const int valid = valid_columns(out, block, tile);
+  const int64_t column = block.first_column + tile * kTileColumns;
+  const auto direct = [&](const TensorTable& t) { return valid == kTileColumns && t.dtype[block.tensor] == Dtype::f32; };
+  float* to = direct(out) ? static_cast<float*>(out.data[block.tensor]) + column : value;
+  const float* from = base;
+  if (!center.data) {
+    for (int k = 0; k < kTileColumns; ++k) base[k] = 0.0f;
+  } else if (direct(center)) {
+    from = static_cast<const float*>(center.data[block.tensor]) + column;
+  } else {
+    load_tile(center.dtype[block.tensor], center.data[block.tensor], column, valid, base);
+  }
+  const __m512d two16 = _mm512_set1_pd(65536.0), two8 = _mm512_set1_pd(256.0), offsets = _mm512_set1_pd(offset), units = _mm512_set1_pd(unit);
+  const bool narrow = n <= 256;  // 256 b + c stays below 2^31: 256 rows * 255 * 128 * 257
+#pragma GCC unroll 8
+  for (int u = 0; u < 8; ++u) {
+    __m512i low = narrow ? _mm512_add_epi32(_mm512_slli_epi32(b[u], 8), c[u]) : c[u];
+    prefetch_input(reinterpret_cast<const uint8_t*>(from + 16 * u), &low);
+    prefetch_input(reinterpret_cast<const uint8_t*>(to + 16 * u), &low);
+    const auto column8 = [&](__m256i x, __m256i y, __m256i z, const float* p) TWA_AVX512 {
+      __m512d sum = _mm512_cvtepi32_pd(z);  // every step exact, up to the addition of the center
+      if (!narrow) sum = _mm512_fmadd_pd(_mm512_cvtepi32_pd(y), two8, sum);
+      sum = _mm512_add_pd(_mm512_fmadd_pd(_mm512_cvtepi32_pd(x), two16, sum), offsets);
+      return _mm512_cvtpd_ps(_mm512_fmadd_pd(sum, units, _mm512_cvtps_pd(_mm256_loadu_ps(p))));
+    };
+    const auto upper = [](__m512i v) TWA_AVX512 { return _mm512_extracti64x4_epi64(v, 1); };
+    const float* p = from + 16 * u;
+    const __m256 first = column8(_mm512_castsi512_si256(a[u]), _mm512_castsi512_si256(b[u]), _mm512_castsi512_si256(low), p),
+                 second = column8(upper(a[u]), upper(b[u]), upper(low), p + 8);
+    _mm256_storeu_ps(to + 16 * u, first);
+    _mm256_storeu_ps(to + 16 * u + 8, second);
+  }
+  if (to == value) store_tile(out.dtype[block.tensor], out.data[block.tensor], column, valid, value);
 }
 
 template <int kBits>
@@ -213,40 +270,19 @@ TWA_AVX512 void tile_avx512(const uint8_t* codes, const uint8_t* scales, const f
     _mm512_store_ps(k->w + i, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x_row + i), scale));
   }
   k->unit = to_fixed_avx512(k->w, padded, k->q);
-  const int64_t total = split_avx512(k->q, padded, k->a, k->b, k->c);
-  const LevelTables<kBits> tables = level_tables_avx512<kBits>();
-  constexpr int kParts = kBits == 8 ? 2 : 1, kVectors = 8 / kParts;
-  __m512i a[8], b[8], c[8];
-#pragma GCC unroll 8
-  for (int u = 0; u < 8; ++u) a[u] = b[u] = c[u] = _mm512_setzero_si512();
-  for (int64_t i = 0; i < n; i += 4) {
-    const uint8_t* rows[4];
-    for (int r = 0; r < 4; ++r) rows[r] = codes + std::min(i + r, n - 1) * row_bytes(kBits);  // rows past n have zero limbs
-    prefetch_ahead(codes + i * row_bytes(kBits), 4 * row_bytes(kBits));
-    const auto limbs = [i](const int8_t* p) TWA_AVX512 {
-      int32_t four;
-      std::memcpy(&four, p + i, 4);
-      return _mm512_set1_epi32(four);
-    };
-    const __m512i ka = limbs(k->a), kb = limbs(k->b), kc = limbs(k->c);
-#pragma GCC unroll 2
-    for (int part = 0; part < kParts; ++part) {
-      __m512i levels[kVectors];
-      expand_rows4<kBits>(rows, part, tables, levels);
-#pragma GCC unroll 8
-      for (int u = 0; u < kVectors; ++u) {
-        const int at = part * kVectors + u;
-        a[at] = _mm512_dpbusd_epi32(a[at], levels[u], ka);
-        b[at] = _mm512_dpbusd_epi32(b[at], levels[u], kb);
-        c[at] = _mm512_dpbusd_epi32(c[at], levels[u], kc);
-      }
-    }
+  int64_t total = 0;
+  for (int i = 0; i < padded; i += 16) {
+    const __m512i q = _mm512_load_si512(k->q + i);
+    _mm512_store_si512(k->limbs + i, limb_dwords(q));
+    total += _mm512_reduce_add_epi32(q);  // 16 numbers of 24 bits
   }
-  alignas(64) double sum[kTileColumns];
-  const __m512d offset = _mm512_set1_pd(-128.0 * static_cast<double>(total));
-#pragma GCC unroll 8
-  for (int u = 0; u < 8; ++u) store_sums<kBits>(u, a[u], b[u], c[u], offset, sum);
-  finish_tile(center, out, block, tile, k->unit, sum);
+  const LevelTables<kBits> tables;
+  __m512i a[8], b[8], c[8];
+  sum_half<kBits, 0>(codes, n, k->limbs, tables, a, b, c);
+  sum_half<kBits, 1>(codes, n, k->limbs, tables, a + 4, b + 4, c + 4);
+  _mm_prefetch(reinterpret_cast<const char*>(scales + kScalesAhead * n), _MM_HINT_T0);
+  for (__m512i* sums : {a, b, c}) put_in_order<kBits>(sums);
+  finish_avx512(center, out, block, tile, n, k->unit, -128.0 * static_cast<double>(total), a, b, c);
 }
 
 #endif  // TWA_X86
