@@ -99,6 +99,30 @@ void reconstruct(const Basis& basis, uintptr_t x, const Addresses& center, const
   check(status);
 }
 
+// options: maximize, lr, weight decay, then momentum, dampening, nesterov (sgd) or beta1, beta2, eps (adamw).
+void step(const Basis& basis, const Addresses& grads, const Numbers& grad_dtypes, bool adamw, const std::vector<double>& options, int64_t count,
+          uintptr_t x, uintptr_t first, uintptr_t second, const Addresses& center, const Numbers& center_dtypes, const Addresses& out,
+          const Numbers& numel, const Numbers& dtypes, uintptr_t c, int threads) {
+  const Table grad_table(grads, numel, grad_dtypes), out_table(out, numel, dtypes), center_table(center, numel, center_dtypes);
+  if (options.size() != 6) throw py::value_error("step: six options expected");
+  if (grads.size() != out.size() || (!center.empty() && center.size() != out.size())) throw py::value_error("step: tables of unequal length");
+  twa::Update update{};
+  update.rule = adamw ? twa::Update::Rule::adamw : twa::Update::Rule::sgd;
+  update.maximize = options[0] != 0.0, update.lr = options[1], update.weight_decay = options[2], update.step = count;
+  if (adamw) {
+    update.beta1 = options[3], update.beta2 = options[4], update.eps = options[5];
+  } else {
+    update.momentum = options[3], update.dampening = options[4], update.nesterov = options[5] != 0.0;
+  }
+  const twa::TensorTable centers{center.empty() ? nullptr : center_table.data.data(), numel.data(), center_table.dtype.data(),
+                                 static_cast<int64_t>(out.size())};
+  py::gil_scoped_release release;
+  const twa::Status status = twa::step_cpu(basis.view, grad_table.view(), update, pointer<float>(x), pointer<float>(first), pointer<float>(second),
+                                           centers, out_table.view(), pointer<float>(c), threads);
+  py::gil_scoped_acquire acquire;
+  check(status);
+}
+
 #if defined(TWA_WITH_CUDA)
 void pack_cuda(uintptr_t rows, uintptr_t center, uintptr_t numel, uintptr_t tile_begin, uintptr_t dtypes, int64_t count, int64_t tiles, int64_t n,
                int bits, uintptr_t codes, uintptr_t scales, uintptr_t sum_sq_tiles, uintptr_t bad, uintptr_t stream) {
@@ -120,6 +144,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("unpack", &unpack);
   m.def("project", &project);
   m.def("reconstruct", &reconstruct);
+  m.def("step", &step);
   m.def("cpu_isa", [] { return twa::cpu_isa(); });
   m.def("read_bytes", [](uintptr_t data, int64_t bytes, int threads) {
     py::gil_scoped_release release;

@@ -61,6 +61,22 @@ Status project_cpu(const BasisView& basis, const TensorTable& grads, float* c, i
 // A NaN or Inf in x[:, l] makes every column of its segment NaN.
 Status reconstruct_cpu(const BasisView& basis, const float* x, const TensorTable& center, const TensorTable& out, int threads);
 
+// An optimizer's update of the coefficients, as torch.optim.SGD and AdamW define it (in float32).
+struct Update {
+  enum class Rule : int32_t { sgd = 0, adamw = 1 };
+  Rule rule;
+  bool maximize, nesterov;
+  double lr, weight_decay;
+  double momentum, dampening;  // sgd
+  double beta1, beta2, eps;    // adamw
+  int64_t step;                // 1 for the first one
+};
+
+// c = project(grads), update of x (n, L), out = center + x^T P: the three calls in one, a small segment at a time while its codes are in
+// cache. first: momentum buffer or first moment (n, L), null for SGD without momentum; second: second moment, null for SGD.
+Status step_cpu(const BasisView& basis, const TensorTable& grads, const Update& update, float* x, float* first, float* second,
+                const TensorTable& center, const TensorTable& out, float* c, int threads);
+
 // Memory bandwidth with the same threads: sum of the 64-bit words (bytes moved = bytes), and a copy (2 * bytes).
 uint64_t read_bytes(const void* data, int64_t bytes, int threads);
 void copy_bytes(const void* from, void* to, int64_t bytes, int threads);

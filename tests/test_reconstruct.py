@@ -57,11 +57,22 @@ def test_zero_coefficients_give_the_center(basis_of):
     assert all(torch.equal(t, c) for t, c in zip(theta, center, strict=True))
 
 
-def test_many_rows():
-    basis = tk.pack(rows_of(512, [(130,)]), 8)
+@pytest.mark.parametrize("n", [256, 257, 512])
+@pytest.mark.parametrize("bits", BITS)
+def test_many_rows(bits, n):
+    basis = tk.pack(rows_of(n, [(130,)]), bits)
     x = coefficients(basis)
     largest = exact(basis, x.abs())[0].abs().max()
     assert (tk.reconstruct(basis, x)[0] - exact(basis, x)[0]).abs().max() <= 2**-21 * largest
+
+
+@pytest.mark.parametrize("n", [256, 257, 4096])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_the_largest_sums_do_not_overflow(n, sign):
+    """All levels and all coefficients at their extremes, at the row counts where the kernels change their integers and end."""
+    basis = tk.pack([torch.ones(n, 130)], 8, normalize="none")
+    x = torch.full((n, 1), sign)
+    assert (tk.reconstruct(basis, x)[0] - exact(basis, x)[0]).abs().max() <= 2**-21 * n
 
 
 def test_strided_out(basis_of):

@@ -6,10 +6,10 @@ theta = twa_kernels.reconstruct(basis, x, center)         # one tensor per param
 """
 
 from . import native, reference
-from .api import pack, project, reconstruct, unpack
+from .api import pack, project, reconstruct, step, unpack
 from .ops import NotFiniteError
 from .packed import PackedBasis, Packer
 from .reference import relative_error
 
-__all__ = ["NotFiniteError", "PackedBasis", "Packer", "native", "pack", "project", "reconstruct", "reference", "relative_error", "unpack"]
+__all__ = ["NotFiniteError", "PackedBasis", "Packer", "native", "pack", "project", "reconstruct", "reference", "relative_error", "step", "unpack"]
 __version__ = "0.1.0"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .ops import RULES
 from .packed import PackedBasis, Packer
 
 Tensors = Tensor | Sequence[Tensor]
+
+SGD_DEFAULTS = {"lr": 1e-3, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
+ADAMW_DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "maximize": False}
 
 
 def _list(tensors: Tensors) -> list[Tensor]:
@@ -68,11 +73,16 @@ def project(basis: PackedBasis, grads: Tensors | Sequence[Tensor | None], backen
     for gradients of a common size within a tile. A float32 sum has no better bound. The bits do not depend on the number of
     threads or the instruction set. NaN or Inf in a gradient makes its segment's coefficients NaN. Differentiable in grads (backward: reconstruct).
     """
+    return torch.ops.twa_kernels.project(*basis.operands, _present(basis, grads), basis.numels, basis.bits, backend)
+
+
+def _present(basis: PackedBasis, grads: Tensors | Sequence[Tensor | None]) -> list[Tensor]:
+    """One tensor per tensor of the basis; absent gradients as empty tensors, which is what the ops know."""
     given = _list(grads)
     if len(given) != len(basis.shapes):
         raise ValueError(f"grads: expected {len(basis.shapes)} tensors, found {len(given)}")
     empty = basis.row_scale.new_empty(0)
-    return torch.ops.twa_kernels.project(*basis.operands, [empty if g is None else g for g in given], basis.numels, basis.bits, backend)
+    return [empty if g is None else g for g in given]
 
 
 def reconstruct(basis: PackedBasis, x: Tensor, center: Tensors | None = None, out: Tensors | None = None, backend: str = "") -> list[Tensor]:
@@ -96,3 +106,67 @@ def reconstruct(basis: PackedBasis, x: Tensor, center: Tensors | None = None, ou
         torch.ops.twa_kernels.reconstruct_out(*basis.operands, x.detach(), centers, basis.numels, basis.bits, [t.detach() for t in targets], backend)
     torch.autograd.graph.increment_version(targets)  # so that autograd refuses to go back through the old values
     return targets
+
+
+def step(
+    basis: PackedBasis,
+    grads: Tensors | Sequence[Tensor | None],
+    x: Tensor,
+    out: Tensors,
+    center: Tensors | None = None,
+    *,
+    rule: str,
+    options: Mapping[str, Any],
+    state: MutableMapping[str, Any],
+    backend: str = "",
+) -> Tensor:
+    """One training step of the coefficients in one call: `c = project(basis, grads)`, the optimizer's update of x, `reconstruct(basis, x,
+    center, out=out)`; a small segment at a time, so that its packed rows are read from memory once.
+
+    grads, center, out   as in project and reconstruct.
+    x        (n, L) float32, contiguous, updated in place.
+    rule     "sgd" (torch.optim.SGD, with momentum) or "adamw" (torch.optim.AdamW).
+    options  lr, weight_decay, momentum, dampening, nesterov, betas, eps, maximize: a param_group of that optimizer, or a dict; what is
+             left out has torch's default. amsgrad, capturable and differentiable must be false.
+    state    that optimizer's state of x, updated in place: {} at first, then step (a number or a 0-d tensor) with exp_avg and
+             exp_avg_sq, or momentum_buffer: torch's names, so that either may continue what the other began.
+    returns  c (n, L) float32, the gradient of the coefficients, for clipping thresholds and logs.
+
+    c and out have the bits of the separate calls on the same x; x itself agrees with torch's optimizer to float32 rounding. Plain PyTorch,
+    per segment: `x.grad = P @ g; optimizer.step(); theta = center + x @ P`.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {sorted(RULES)}, found {rule!r}")
+    for name in ("amsgrad", "capturable", "differentiable"):
+        if options.get(name):
+            raise ValueError(f"options: {name}=True is not supported by the fused step")
+    given = {**(SGD_DEFAULTS if rule == "sgd" else ADAMW_DEFAULTS), **options}
+    given["beta1"], given["beta2"] = given.get("betas", (0.0, 0.0))
+    numbers = [float(given[name]) for name in RULES[rule][0]]
+    x = x.detach()
+    moments = RULES[rule][1] if rule == "adamw" or given["momentum"] else ()
+    # torch's SGD counts no steps: its first one is the one that finds no buffer.
+    previous = int(state.get("step", 0)) if rule == "adamw" else int(state.get("momentum_buffer") is not None)
+    for name in moments:
+        if state.get(name) is None:
+            state[name] = torch.zeros_like(x)
+    targets = _list(out)
+    with torch.no_grad():
+        c = torch.ops.twa_kernels.step(
+            *basis.operands,
+            [g.detach() for g in _present(basis, grads)],
+            x,
+            [state[name] for name in moments],
+            [] if center is None else _list(center),
+            basis.numels,
+            basis.bits,
+            rule,
+            numbers,
+            previous + 1,
+            [t.detach() for t in targets],
+            backend,
+        )
+    if rule == "adamw":
+        state["step"] = state.get("step", torch.zeros(())) + 1
+    torch.autograd.graph.increment_version(targets)
+    return c

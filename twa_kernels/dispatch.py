@@ -13,6 +13,7 @@ DEFAULTS: dict[tuple[str, str], str] = {
     ("unpack", "cpu"): "cpp",
     ("project", "cpu"): "cpp",
     ("reconstruct", "cpu"): "cpp",
+    ("step", "cpu"): "cpp",
     ("pack", "cuda"): "cuda",
 }
 
@@ -22,17 +23,19 @@ IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
     ("unpack", "reference"): reference.unpack,
     ("project", "reference"): reference.project,
     ("reconstruct", "reference"): reference.reconstruct,
+    ("step", "reference"): reference.step,
     ("pack", "cpp"): native.pack,
     ("unpack", "cpp"): native.unpack,
     ("project", "cpp"): native.project,
     ("reconstruct", "cpp"): native.reconstruct,
+    ("step", "cpp"): native.step,
     ("pack", "cuda"): native.pack_cuda,
 }
 
 #: backend -> device types it runs on
 DEVICES: dict[str, tuple[str, ...]] = {"cpp": ("cpu",), "cuda": ("cuda",), "reference": ("cpu", "cuda", "mps", "xpu")}
 
-OPS = ("pack", "unpack", "project", "reconstruct")
+OPS = ("pack", "unpack", "project", "reconstruct", "step")
 ENVIRONMENT = "TWA_KERNELS_BACKEND"
 
 

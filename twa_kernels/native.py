@@ -142,6 +142,47 @@ def reconstruct(
     return list(out)
 
 
+def step(
+    codes: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    tile_segment: Tensor,
+    grads: Sequence[Tensor],
+    x: Tensor,
+    state: Sequence[Tensor],
+    center: Sequence[Tensor],
+    numels: Sequence[int],
+    bits: int,
+    rule: str,
+    options: Sequence[float],
+    count: int,
+    out: Sequence[Tensor],
+) -> Tensor:
+    grads, center = _contiguous(grads), _contiguous(center)
+    targets = [o if o.is_contiguous() else torch.empty(o.shape, dtype=o.dtype) for o in out]
+    c = torch.empty(row_scale.shape)
+    moments = [s.data_ptr() for s in state] + [0, 0]
+    _C.step(
+        _basis(codes, scales, row_scale, tile_segment, bits),
+        *_addresses(grads),
+        rule == "adamw",
+        list(options),
+        count,
+        x.data_ptr(),
+        *moments[:2],
+        *_addresses(center),
+        [t.data_ptr() for t in targets],
+        list(numels),
+        [DTYPES[t.dtype] for t in targets],
+        c.data_ptr(),
+        torch.get_num_threads(),
+    )
+    for o, t in zip(out, targets, strict=True):
+        if o is not t:
+            o.copy_(t)
+    return c
+
+
 def pack_cuda(
     rows: Sequence[Tensor],
     center: Sequence[Tensor],

@@ -28,6 +28,10 @@ _library.define(f"unpack({BASIS}, int[] numels, int bits, str backend) -> Tensor
 _library.define(f"project({BASIS}, Tensor[] grads, int[] numels, int bits, str backend) -> Tensor")
 _library.define(f"reconstruct({BASIS}, Tensor x, Tensor[] center, int[] numels, int bits, str backend) -> Tensor[]")
 _library.define(f"reconstruct_out({BASIS}, Tensor x, Tensor[] center, int[] numels, int bits, Tensor(a!)[] out, str backend) -> ()")
+_library.define(
+    f"step({BASIS}, Tensor[] grads, Tensor(a!) x, Tensor(b!)[] state, Tensor[] center, int[] numels, int bits, str rule, float[] options, "
+    "int count, Tensor(c!)[] out, str backend) -> Tensor"
+)
 
 
 # Rules, each written once; they hold for real and for fake tensors. -------------------------------------------------
@@ -86,11 +90,11 @@ def _check_x(x: Tensor, row_scale: Tensor) -> None:
         raise ValueError(f"x: expected device {row_scale.device}, found {x.device}")
 
 
-def _check_disjoint(tensors: Sequence[Tensor]) -> None:
+def _check_disjoint(tensors: Sequence[Tensor], name: str = "out") -> None:
     spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), k) for k, t in enumerate(tensors) if t.numel())
     for (_, end, a), (begin, _, b) in itertools.pairwise(spans):
         if begin < end:
-            raise ValueError(f"out[{min(a, b)}] and out[{max(a, b)}] share memory: pass each tied weight once")
+            raise ValueError(f"{name}[{min(a, b)}] and {name}[{max(a, b)}] share memory: pass each tied weight once")
 
 
 def _impl(name: str):
@@ -239,3 +243,43 @@ def _reconstruct_out(codes, scales, row_scale, tile_segment, x, center, numels, 
 def _reconstruct_out_fake(codes, scales, row_scale, tile_segment, x, center, numels, bits, out, backend) -> None:
     _check_reconstruct(codes, scales, row_scale, tile_segment, x, center, numels, bits, backend)
     _check_list("out", out, numels, codes.device, backend)
+
+
+# step ------------------------------------------------------------------------------------------------------------
+
+#: rule -> its options, in the order of the op's list, and the moments it keeps
+RULES = {
+    "sgd": (("maximize", "lr", "weight_decay", "momentum", "dampening", "nesterov"), ("momentum_buffer",)),
+    "adamw": (("maximize", "lr", "weight_decay", "beta1", "beta2", "eps"), ("exp_avg", "exp_avg_sq")),
+}
+
+
+def _check_step(codes, scales, row_scale, tile_segment, grads, x, state, center, numels, bits, rule, options, count, out, backend) -> None:
+    _check_project(codes, scales, row_scale, tile_segment, grads, numels, bits, backend)
+    _check_reconstruct(codes, scales, row_scale, tile_segment, x, center, numels, bits, backend)
+    _check_list("out", out, numels, codes.device, backend)
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {sorted(RULES)}, found {rule!r}")
+    names, moments = RULES[rule]
+    if len(options) != len(names) or count < 1:
+        raise ValueError(f"step: expected options {names} and a count of at least 1, found {len(options)} options and count {count}")
+    needed = moments if rule == "adamw" or options[names.index("momentum")] else ()
+    if len(state) != len(needed):
+        raise ValueError(f"state: expected {len(needed)} tensors {needed}, found {len(state)}")
+    for name, t in zip(("x", *needed), (x, *state), strict=True):
+        _check_tensor(name, t, row_scale.shape, torch.float32, codes.device)
+
+
+@_impl("step")
+def _step(codes, scales, row_scale, tile_segment, grads, x, state, center, numels, bits, rule, options, count, out, backend):
+    _check_step(codes, scales, row_scale, tile_segment, grads, x, state, center, numels, bits, rule, options, count, out, backend)
+    _check_disjoint(out)
+    _check_disjoint([x, *state], "x and state")
+    kernel = dispatch.select("step", codes.device.type, backend)
+    return kernel(codes, scales, row_scale, tile_segment, grads, x, state, center, numels, bits, rule, options, count, out)
+
+
+@torch.library.register_fake("twa_kernels::step", lib=_library)
+def _step_fake(codes, scales, row_scale, tile_segment, grads, x, state, center, numels, bits, rule, options, count, out, backend):
+    _check_step(codes, scales, row_scale, tile_segment, grads, x, state, center, numels, bits, rule, options, count, out, backend)
+    return row_scale.new_empty(row_scale.shape)

@@ -229,6 +229,45 @@ def reconstruct(
     return [f if d == torch.float64 else f.float().to(d) for f, d in zip(flat, dtypes, strict=True)]
 
 
+def step(
+    codes: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    tile_segment: Tensor,
+    grads: Sequence[Tensor],
+    x: Tensor,
+    state: Sequence[Tensor],
+    center: Sequence[Tensor],
+    numels: Sequence[int],
+    bits: int,
+    rule: str,
+    options: Sequence[float],
+    count: int,
+    out: Sequence[Tensor],
+) -> Tensor:
+    """project, the update of torch.optim.SGD ("sgd") or AdamW ("adamw") on x and its state, in place, and reconstruct. Returns c."""
+    c = project(codes, scales, row_scale, tile_segment, grads, numels, bits).float()
+    maximize, lr, weight_decay, *rest = options
+    g = -c if maximize else c
+    if rule == "adamw":
+        beta1, beta2, eps = rest
+        mean, square = state
+        x.mul_(1 - lr * weight_decay)
+        mean.lerp_(g, 1 - beta1)
+        square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        x.addcdiv_(mean, (square.sqrt() / math.sqrt(1 - beta2**count)).add_(eps), value=-lr / (1 - beta1**count))
+    else:
+        momentum, dampening, nesterov = rest
+        g = g + weight_decay * x
+        if momentum:
+            buffer = state[0]
+            buffer.copy_(g if count == 1 else momentum * buffer + (1 - dampening) * g)
+            g = g + momentum * buffer if nesterov else buffer
+        x.sub_(lr * g)
+    reconstruct(codes, scales, row_scale, tile_segment, x, center, numels, bits, out)
+    return c
+
+
 def relative_error(v: Tensor, bits: int) -> float:
     """||v - dequantised v|| / ||v|| of a 1-D tensor packed alone, before row_scale: the quantiser's error on this data."""
     groups = _pad_columns(v.float().reshape(1, -1))[0]

@@ -69,6 +69,14 @@ std::vector<Block> make_blocks(const TensorTable& tensors, const int32_t* tile_s
 // Total tiles of a tensor list, or -1 if a size is negative.
 int64_t total_tiles(const TensorTable& tensors);
 
+// The kernels of one block for the instruction set in use, shared by the single ops and step().
+// project: acc[i] += sum over the block's columns of scales * level * g, for the n rows (row_scale is the caller's).
+using ProjectBlock = void (*)(const BasisView& basis, const TensorTable& grads, const Block& block, double* acc);
+ProjectBlock project_block(int bits);
+// reconstruct: out = center + sum_i x_row[i] * scales * level on the block's columns; x_row (n,) is x * row_scale of its segment.
+using ReconstructBlock = void (*)(const BasisView& basis, const float* x_row, const TensorTable& center, const TensorTable& out, const Block& block);
+ReconstructBlock reconstruct_block(int bits);
+
 // Real columns of tile `tile` of a block; the rest of the tile is padding.
 inline int valid_columns(const TensorTable& tensors, const Block& b, int64_t tile) {
   const int64_t left = tensors.numel[b.tensor] - (b.first_column + tile * kTileColumns);

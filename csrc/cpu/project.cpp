@@ -30,9 +30,6 @@ TWA_INLINE void split_gradient_int16(TileGradient* g) {
   for (int c = 0; c < kTileColumns; ++c) split_int16(g->q[c], &g->high[c], &g->low[c]);
 }
 
-// For each tile of a block in order: acc[i] += scale[i] * unit * sum_c level[i, c] * q[c] for the n rows.
-using BlockKernel = void (*)(const BasisView& basis, const TensorTable& grads, const Block& block, double* acc);
-
 template <int kBits>
 TWA_INLINE void tile_portable(const uint8_t* codes, const uint8_t* scales, int64_t n, const TensorTable& grads, const Block& block, int64_t tile,
                               double* acc) {
@@ -342,25 +339,26 @@ TWA_AVX512 void block_avx512(const BasisView& basis, const TensorTable& grads, c
 #endif  // TWA_X86
 
 template <int kBits>
-BlockKernel pick() {
+ProjectBlock pick() {
 #ifdef TWA_X86
   if (isa() == Isa::avx512) return block_avx512<kBits>;
   if (isa() == Isa::avx2) return block_avx2<kBits>;
 #endif
   return block_portable<kBits>;
 }
-BlockKernel pick(int bits) {
-  return with_bits(bits, [](auto b) { return pick<b()>(); });
-}
 
 }  // namespace
+
+ProjectBlock project_block(int bits) {
+  return with_bits(bits, [](auto b) { return pick<b()>(); });
+}
 
 Status project_cpu(const BasisView& basis, const TensorTable& grads, float* c, int threads) {
   const int64_t n = basis.n, segments = basis.num_segments;
   if (!valid_bits(basis.bits) || n < 1 || n > kMaxRows || total_tiles(grads) != basis.num_tiles) return Status::bad_argument;
   const std::vector<Block> blocks = make_blocks(grads, basis.tile_segment);
   std::vector<double> partial(blocks.size() * n), total(segments * n, 0.0);
-  const BlockKernel kernel = pick(basis.bits);
+  const ProjectBlock kernel = project_block(basis.bits);
   parallel_for(static_cast<int64_t>(blocks.size()), threads, [&](int64_t k) {
     static thread_local std::vector<double> acc;  // not `partial`: two threads would write to one cache line, tile after tile
     acc.assign(static_cast<size_t>(n), 0.0);

@@ -47,13 +47,9 @@ TWA_INLINE void finish_tile(const TensorTable& center, const TensorTable& out, c
   store_tile(out.dtype[block.tensor], out.data[block.tensor], column, valid, value);
 }
 
-// sum[c] = sum_i q[i] * level[i, c], exact. Returns the unit of q.
-using TileKernel = void (*)(const uint8_t* codes, const uint8_t* scales, const float* x_row, int64_t n, const TensorTable& center,
-                            const TensorTable& out, const Block& block, int64_t tile, TileCoefficients* k);
-
 template <int kBits>
-void tile_portable(const uint8_t* codes, const uint8_t* scales, const float* x_row, int64_t n, const TensorTable& center, const TensorTable& out,
-                   const Block& block, int64_t tile, TileCoefficients* k) {
+TWA_INLINE void tile_portable(const uint8_t* codes, const uint8_t* scales, const float* x_row, int64_t n, const TensorTable& center,
+                              const TensorTable& out, const Block& block, int64_t tile, TileCoefficients* k) {
   load_coefficients(x_row, scales, n, k);
   alignas(64) int16_t lev[kTileColumns];
   alignas(64) int32_t high[kTileColumns] = {}, low[kTileColumns] = {};
@@ -67,6 +63,15 @@ void tile_portable(const uint8_t* codes, const uint8_t* scales, const float* x_r
   alignas(64) double sum[kTileColumns];
   for (int c = 0; c < kTileColumns; ++c) sum[c] = 4096.0 * high[c] + low[c];
   finish_tile(center, out, block, tile, k->unit, sum);
+}
+
+template <int kBits>
+void block_portable(const BasisView& basis, const float* x_row, const TensorTable& center, const TensorTable& out, const Block& block) {
+  static thread_local TileCoefficients workspace;
+  for (int64_t t = 0; t < block.tiles; ++t) {
+    const int64_t group = (block.first_tile + t) * basis.n;
+    tile_portable<kBits>(basis.codes + group * row_bytes(kBits), basis.scales + group, x_row, basis.n, center, out, block, t, &workspace);
+  }
 }
 
 #ifdef TWA_X86
@@ -105,8 +110,8 @@ TWA_AVX2 inline void quarter_avx2(const uint8_t* codes, int64_t n, const TileCoe
 }
 
 template <int kBits>
-TWA_AVX2 void tile_avx2(const uint8_t* codes, const uint8_t* scales, const float* x_row, int64_t n, const TensorTable& center, const TensorTable& out,
-                        const Block& block, int64_t tile, TileCoefficients* k) {
+TWA_AVX2 inline void tile_avx2(const uint8_t* codes, const uint8_t* scales, const float* x_row, int64_t n, const TensorTable& center,
+                               const TensorTable& out, const Block& block, int64_t tile, TileCoefficients* k) {
   const int64_t padded = load_coefficients(x_row, scales, n, k);
   for (int64_t i = 0; i < padded; ++i) split_int16(k->q[i], &k->high[i], &k->low[i]);
   const __m256i table = level_table_avx2<kBits>();
@@ -116,6 +121,15 @@ TWA_AVX2 void tile_avx2(const uint8_t* codes, const uint8_t* scales, const float
   quarter_avx2<kBits, 2>(codes, n, *k, table, sum);
   quarter_avx2<kBits, 3>(codes, n, *k, table, sum);
   finish_tile(center, out, block, tile, k->unit, sum);
+}
+
+template <int kBits>
+TWA_AVX2 void block_avx2(const BasisView& basis, const float* x_row, const TensorTable& center, const TensorTable& out, const Block& block) {
+  static thread_local TileCoefficients workspace;
+  for (int64_t t = 0; t < block.tiles; ++t) {
+    const int64_t group = (block.first_tile + t) * basis.n;
+    tile_avx2<kBits>(basis.codes + group * row_bytes(kBits), basis.scales + group, x_row, basis.n, center, out, block, t, &workspace);
+  }
 }
 
 // AVX-512. Four rows at a time; their packed bytes are interleaved so that a dword holds one byte of each row. Expanded, a dword
@@ -261,8 +275,8 @@ TWA_AVX512 inline void finish_avx512(const TensorTable& center, const TensorTabl
 }
 
 template <int kBits>
-TWA_AVX512 void tile_avx512(const uint8_t* codes, const uint8_t* scales, const float* x_row, int64_t n, const TensorTable& center,
-                            const TensorTable& out, const Block& block, int64_t tile, TileCoefficients* k) {
+TWA_AVX512 inline void tile_avx512(const uint8_t* codes, const uint8_t* scales, const float* x_row, int64_t n, const TensorTable& center,
+                                   const TensorTable& out, const Block& block, int64_t tile, TileCoefficients* k) {
   const int padded = static_cast<int>((n + 15) / 16 * 16);
   for (int i = 0; i < padded; i += 16) {
     const __mmask16 mask = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1);
@@ -285,21 +299,31 @@ TWA_AVX512 void tile_avx512(const uint8_t* codes, const uint8_t* scales, const f
   finish_avx512(center, out, block, tile, n, k->unit, -128.0 * static_cast<double>(total), a, b, c);
 }
 
+template <int kBits>
+TWA_AVX512 void block_avx512(const BasisView& basis, const float* x_row, const TensorTable& center, const TensorTable& out, const Block& block) {
+  static thread_local TileCoefficients workspace;
+  for (int64_t t = 0; t < block.tiles; ++t) {
+    const int64_t group = (block.first_tile + t) * basis.n;
+    tile_avx512<kBits>(basis.codes + group * row_bytes(kBits), basis.scales + group, x_row, basis.n, center, out, block, t, &workspace);
+  }
+}
+
 #endif  // TWA_X86
 
 template <int kBits>
-TileKernel pick() {
+ReconstructBlock pick() {
 #ifdef TWA_X86
-  if (isa() == Isa::avx512) return tile_avx512<kBits>;
-  if (isa() == Isa::avx2) return tile_avx2<kBits>;
+  if (isa() == Isa::avx512) return block_avx512<kBits>;
+  if (isa() == Isa::avx2) return block_avx2<kBits>;
 #endif
-  return tile_portable<kBits>;
-}
-TileKernel pick(int bits) {
-  return with_bits(bits, [](auto b) { return pick<b()>(); });
+  return block_portable<kBits>;
 }
 
 }  // namespace
+
+ReconstructBlock reconstruct_block(int bits) {
+  return with_bits(bits, [](auto b) { return pick<b()>(); });
+}
 
 Status reconstruct_cpu(const BasisView& basis, const float* x, const TensorTable& center, const TensorTable& out, int threads) {
   const int64_t n = basis.n, segments = basis.num_segments;
@@ -309,15 +333,9 @@ Status reconstruct_cpu(const BasisView& basis, const float* x, const TensorTable
   std::vector<float> scaled(segments * n);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t l = 0; l < segments; ++l) scaled[l * n + i] = x[i * segments + l] * basis.row_scale[i * segments + l];
-  const TileKernel kernel = pick(basis.bits);
-  parallel_for(static_cast<int64_t>(blocks.size()), threads, [&](int64_t item) {
-    static thread_local TileCoefficients workspace;
-    const Block& b = blocks[item];
-    for (int64_t t = 0; t < b.tiles; ++t) {
-      const int64_t group = (b.first_tile + t) * n;
-      kernel(basis.codes + group * row_bytes(basis.bits), basis.scales + group, scaled.data() + b.segment * n, n, center, out, b, t, &workspace);
-    }
-  });
+  const ReconstructBlock kernel = reconstruct_block(basis.bits);
+  parallel_for(static_cast<int64_t>(blocks.size()), threads,
+               [&](int64_t k) { kernel(basis, scaled.data() + blocks[k].segment * n, center, out, blocks[k]); });
   return Status::ok;
 }
 

@@ -10,6 +10,9 @@ import torch
 
 from .subspace import Subspace
 
+#: optimizers whose step is fused with the projection and the reconstruction: all of it in one call, segment by segment
+FUSED = {torch.optim.SGD: "sgd", torch.optim.AdamW: "adamw"}
+
 
 class SubspaceOptimizer(torch.optim.Optimizer):
     """Trains the coefficients x (n, L) of a subspace with any torch optimizer.
@@ -20,6 +23,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     step(): x.grad = project(gradients of the model); inner optimizer step on x; model = center + x^T P. In plain PyTorch, per
     segment: `x.grad = P @ g; inner.step(); theta = center + x @ P`.
+
+    With SGD or AdamW on a packed basis in CPU memory all of that is one call (twa_kernels.step), to the same result.
 
     `param_groups`, `state` and `defaults` are the inner optimizer's, so learning-rate schedulers work as usual. Gradients
     accumulate in the model's .grad over several backward calls; clipping them before step() works too. `state_dict` holds
@@ -91,6 +96,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None):
+        if closure is None and (rule := self._fused_rule()):
+            coefficients = self.subspace.coefficients
+            self.subspace.step(rule, self.inner.param_groups[0], self.inner.state[coefficients])
+            return None
         if closure is None:
             self._project()
             loss = self.inner.step()
@@ -98,6 +107,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             loss = self.inner.step(lambda: self._evaluate(closure))
         self.subspace.write_weights()
         return loss
+
+    def _fused_rule(self) -> str | None:
+        """The rule of twa_kernels.step that does what the three parts of a step would do here, if there is one."""
+        group = self.inner.param_groups[0]
+        plain = not any(group.get(name) for name in ("amsgrad", "capturable", "differentiable"))
+        hooked = self.inner._optimizer_step_pre_hooks or self.inner._optimizer_step_post_hooks
+        return FUSED.get(type(self.inner)) if plain and not hooked and not self.low_memory and self.subspace.can_fuse() else None
 
     def _evaluate(self, closure: Callable[[], torch.Tensor]) -> torch.Tensor:
         """For optimizers such as L-BFGS that try several coefficients in one step."""

@@ -20,6 +20,7 @@ from .files import write_json, write_safetensors
 
 RIDGE = 1e-4
 BITS = (32, 8, 4, 3, 2, 1)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Granularity = str | Mapping[str, object] | Callable[[str], object]
 
 
@@ -215,10 +216,27 @@ class Subspace:
     @torch.no_grad()
     def project_gradients(self) -> Tensor:
         """c (n, L): the gradient of the coefficients, from the parameters' .grad (None counts as zero)."""
+        return self._pull_back(_project(self.basis, self._gradients()), slice(None))
+
+    def can_fuse(self) -> bool:
+        """Whether step() covers this subspace: packed, on a CPU, coefficients of the basis itself, dtypes that the kernels write."""
+        if isinstance(self.basis, DenseBasis) or self.preconditioner is not None or self.basis.device.type != "cpu":
+            return False
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        return all(p.dtype in KERNEL_DTYPES for p in self.parameters) and all(g.layout == torch.strided and g.dtype in KERNEL_DTYPES for g in grads)
+
+    @torch.no_grad()
+    def step(self, rule: str, options: dict, state: dict) -> None:
+        """twa_kernels.step on the coefficients and the model's weights; the coefficients' gradient is kept in .grad."""
+        grads = self._gradients()
+        out = [p.detach() for p in self.parameters]
+        self.coefficients.grad = tk.step(self.basis, grads, self.coefficients, out, self.center, rule=rule, options=options, state=state)
+
+    def _gradients(self) -> list[Tensor | None]:
         grads = [p.grad for p in self.parameters]
         if all(g is None for g in grads):
             raise RuntimeError("no parameter of the model has a gradient: call loss.backward() before optimizer.step()")
-        return self._pull_back(_project(self.basis, grads), slice(None))
+        return grads
 
     @torch.no_grad()
     def absorb_gradient(self, k: int) -> None:
@@ -344,7 +362,7 @@ def _center_weights(center: str | int | Tensor, n: int) -> Tensor:
 
 def _float_rows(candidates: Candidates, key: str) -> list[Tensor]:
     """The n rows of a tensor in a dtype that the kernels read; only float64 and float8 are converted."""
-    return [r if r.dtype in (torch.float32, torch.bfloat16, torch.float16) else r.float() for r in candidates.tensors(key)]
+    return [r if r.dtype in KERNEL_DTYPES else r.float() for r in candidates.tensors(key)]
 
 
 def not_finite(candidates: Candidates, name: str, rows: list[Tensor]) -> CandidateError:
