@@ -21,8 +21,8 @@
 // an exact integer one, in a stated order, so that all backends produce the same bytes:
 //
 //   1. e: the power of two with 2^(e-1) <= max|v| < 2^e;   u = v * 2^-e                      (exact)
-//   2. bits 8:      s = max|u| / 127, rounded up to 4 significant bits
-//      bits 4 .. 1: s = sqrt(sum u^2 / valid) * kInitialScale; twice: s = sum(u * l) / sum(l * l) with l = level[code(u, s)];
+//   2. bits 8, or the absmax quantiser: s = max|u| / 127, rounded up to 4 significant bits: nothing is clipped
+//      bits 4 .. 1: s = sqrt(sum u^2 / valid) * kInitialScale; twice (1 bit: once): s = sum(u * l) / sum(l * l) with l = level[code(u, s)];
 //                   then s rounded to nearest, 4 significant bits
 //   3. code(u, s) = number of j with 2 k > level[j] + level[j + 1], k = round-to-even(u * (1 / s)) clamped to [-127, 127]
 //
@@ -92,8 +92,11 @@ TWA_HD float initial_scale(int bits) {
   }
 }
 
+// Least-squares steps of the scale. With one bit a second one changes next to nothing: codes are signs.
+TWA_HD constexpr int refinements(int bits) { return bits == 1 ? 1 : 2; }
+
 // code of an integer k in [-127, 127]: the nearest level, the lower one at a tie.
-TWA_HD int nearest_code(int bits, int k) {
+TWA_HD constexpr int nearest_code(int bits, int k) {
   if (bits == 8) return k + 128;
   int code = 0;
   const int last = (1 << bits) - 1;

@@ -46,9 +46,11 @@ struct Where {
 //   rows      count * n pointers, the n rows of tensor 0 first
 //   center    count tables, or data == nullptr for no center
 //   codes     (num_tiles, n, row_bytes) and scales_bf16 (num_tiles, n) of these tensors: scales with 4 significant bits, as bf16
+//   absmax    scale from the largest number of a group (always so at 8 bits), else the least-squares scale for Gaussian levels
 //   sum_sq    (n, L) float64, added to: squared norms;  max_scale (n, L) float32, maximised
+//   errors    (count, 2) float64 or null, added to: squared quantisation error and squared norm of each tensor, all rows
 Status pack_cpu(const TensorTable& rows, const TensorTable& center, const int32_t* tile_segment, int64_t n, int64_t num_segments, int bits,
-                uint8_t* codes, uint16_t* scales_bf16, double* sum_sq, float* max_scale, Where* where, int threads);
+                bool absmax, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq, float* max_scale, double* errors, Where* where, int threads);
 
 // out[k] (n, numel[k]) float32 = dequantised rows.
 Status unpack_cpu(const BasisView& basis, const TensorTable& out, int threads);
@@ -92,7 +94,8 @@ const char* cpu_isa();
 // As pack_cpu, on device pointers (the tables and tile_segment too) and on a stream (cudaStream_t). sum_sq_tiles (num_tiles, n)
 // holds squared norms per group; `bad` counts groups with a NaN or Inf. Returns the CUDA error, 0 when the launch succeeded.
 int pack_cuda(const void* const* rows, const void* const* center, const int64_t* numel, const int64_t* tile_begin, const Dtype* dtype, int64_t count,
-              int64_t tiles, int64_t n, int bits, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq_tiles, int32_t* bad, void* stream);
+              int64_t tiles, int64_t n, int bits, bool absmax, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq_tiles, int32_t* bad,
+              void* stream);
 const char* cuda_error_name(int error);
 int cuda_device_count();
 #endif

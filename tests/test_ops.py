@@ -28,10 +28,12 @@ def pack_arguments(bits):
         numels,
         torch.tensor([0, 0, 1], dtype=torch.int32),
         bits,
+        "gaussian",
         torch.zeros(3, n, 16 * bits, dtype=torch.uint8),
         torch.zeros(3, n, dtype=torch.bfloat16),
         torch.zeros(n, 2, dtype=torch.float64),
         torch.zeros(n, 2),
+        torch.zeros(2, 2, dtype=torch.float64),
         "",
     )
 

@@ -41,6 +41,40 @@ def test_many_rows():
     same_bytes(tk.pack(rows, 4), tk.pack(rows, 4, backend="reference"))
 
 
+@pytest.mark.parametrize("n", [300, 1100])
+@pytest.mark.parametrize("bits", [8, 3])
+def test_many_rows_of_many_tiles(bits, n):
+    """The kernels pack fewer tiles at a time when rows are many."""
+    rows = rows_of(n, [(128 * 11 + 5,)])
+    same_bytes(tk.pack(rows, bits), tk.pack(rows, bits, backend="reference"))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_absmax_clips_nothing(bits):
+    rows = [torch.distributions.StudentT(2.0).sample((3, 128 * 9 + 40))]
+    packed = tk.pack(rows, bits, normalize="none", quantiser="absmax")
+    same_bytes(packed, tk.pack(rows, bits, normalize="none", quantiser="absmax", backend="reference"))
+    groups = torch.nn.functional.pad(rows[0], (0, 88)).view(3, 10, 128)
+    largest = groups.abs().amax(-1, keepdim=True)
+    gaps = torch.tensor(reference.LEVELS[bits]).diff().max().item() if bits > 1 else 254
+    error = torch.nn.functional.pad(tk.unpack(packed)[0] - rows[0], (0, 88)).view(3, 10, 128).abs()
+    # half a gap, plus half a level for rounding to one, of a scale that is rounded up by at most 1 / 8
+    assert (error <= (gaps / 2 + 1) / 127 * 1.125 * largest).all()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("quantiser", ["gaussian", "absmax"])
+@pytest.mark.parametrize("bits", BITS)
+def test_reported_error_is_the_measured_one(bits, quantiser, backend):
+    rows, center = rows_of(4, SHAPES), tensors(SHAPES)
+    rows[2][:] = center[2]  # a tensor that is equal in all rows
+    packed = tk.pack(rows, bits, center, normalize="none", quantiser=quantiser, report=True, backend=backend)
+    for back, row, c, error in zip(tk.unpack(packed), rows, center, packed.relative_error, strict=True):
+        delta = (row - c).double()
+        assert error == pytest.approx(float((back.double() - delta).norm() / delta.norm()) if delta.any() else 0.0, rel=1e-4)
+    assert tk.pack(rows, bits, center).relative_error is None
+
+
 @pytest.mark.parametrize("scale", [1e-37, 1e-20, 1.0, 1e20, 1e37])
 @pytest.mark.parametrize("bits", BITS)
 def test_any_magnitude(bits, scale):
@@ -140,6 +174,11 @@ for bits in (8, 4, 3, 2, 1):
     x = torch.randn(6, 5, generator=torch.Generator().manual_seed(5))
     for t in [b.codes, b.scales.view(torch.uint8), b.row_scale, tk.project(b, tensors(SHAPES, 9)), *tk.reconstruct(b, x, tensors(SHAPES))]:
         h.update(t.contiguous().numpy().tobytes())
+    out, options = [torch.empty(s) for s in SHAPES], dict(lr=0.1, momentum=0.9)
+    c = tk.step(b, tensors(SHAPES, 9), x, out, tensors(SHAPES), rule="sgd", options=options, state=dict())
+    a = tk.pack(rows_of(6, SHAPES), bits, tensors(SHAPES), SEGMENTS, quantiser="absmax")
+    for t in [c, x, *out, a.codes, a.scales.view(torch.uint8)]:
+        h.update(t.contiguous().numpy().tobytes())
 print(h.hexdigest())
 """
 
@@ -185,6 +224,7 @@ def test_not_finite_is_located():
         (dict(segments=[0, 1]), ValueError, "segments: expected 1 entries"),
         (dict(segments=[-1]), ValueError, "at least 0"),
         (dict(segments=[0.5]), TypeError, "integers"),
+        (dict(quantiser="minmax"), ValueError, r"quantiser must be one of \('gaussian', 'absmax'\), found 'minmax'"),
         (dict(normalize="rows"), ValueError, "normalize"),
         (dict(backend="fpga"), RuntimeError, "unknown backend 'fpga'"),
     ],

@@ -28,6 +28,8 @@ def pack(
     segments: Sequence[int] | Tensor | None = None,
     normalize: str = "row",
     backend: str = "",
+    quantiser: str = "gaussian",
+    report: bool = False,
 ) -> PackedBasis:
     """P = (rows - center) / divisor, packed at `bits` bits.
 
@@ -38,6 +40,8 @@ def pack(
     segments   segment index of each tensor (or of each tile of 128 columns); None: one segment per tensor.
     normalize  "row", "segment" or "none": see Packer.finish.
     backend    overrides the table in dispatch.py.
+    quantiser  "gaussian": least-squares scale per group; "absmax": the scale that clips nothing, with a larger error for Gaussian rows.
+    report     also measure the relative error of each tensor: basis.relative_error.
 
     Raises ValueError or TypeError on wrong sizes and dtypes, NotFiniteError on NaN or Inf. Plain PyTorch, unquantised:
     `P = torch.stack(rows) - center; norms = P.norm(dim=1, keepdim=True); P *= norms.quantile(0.25, interpolation="lower") / norms`.
@@ -49,7 +53,7 @@ def pack(
     if len(centers) != len(rows):
         raise ValueError(f"center: expected {len(rows)} tensors, found {len(centers)}")
     first = rows[0][0]
-    packer = Packer(len(rows[0]), [r[0].shape for r in rows], bits, segments, first.device, backend)
+    packer = Packer(len(rows[0]), [r[0].shape for r in rows], bits, segments, first.device, backend, quantiser, report)
     for r, c in zip(rows, centers, strict=True):
         packer.add(r, c)
     return packer.finish(normalize)
@@ -154,7 +158,7 @@ def step(
     with torch.no_grad():
         c = torch.ops.twa_kernels.step(
             *basis.operands,
-            [g.detach() for g in _present(basis, grads)],
+            _present(basis, grads),
             x,
             [state[name] for name in moments],
             [] if center is None else _list(center),
@@ -163,7 +167,7 @@ def step(
             rule,
             numbers,
             previous + 1,
-            [t.detach() for t in targets],
+            targets,
             backend,
         )
     if rule == "adamw":

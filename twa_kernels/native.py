@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .reference import tile_offsets
+from .reference import TILE, bytes_to_codes, squared_error, tile_offsets
 
 try:
     from . import _C
@@ -72,10 +72,12 @@ def pack(
     numels: Sequence[int],
     tile_segment: Tensor,
     bits: int,
+    quantiser: str,
     codes: Tensor,
     scales: Tensor,
     sum_sq: Tensor,
     max_scale: Tensor,
+    errors: Tensor | None,
 ) -> tuple[int, int, int] | None:
     rows, center = _contiguous(rows), _contiguous(center)
     n, segments = sum_sq.shape
@@ -87,10 +89,12 @@ def pack(
         n,
         segments,
         bits,
+        quantiser == "absmax",
         codes.data_ptr(),
         scales.data_ptr(),
         sum_sq.data_ptr(),
         max_scale.data_ptr(),
+        0 if errors is None else errors.data_ptr(),
         torch.get_num_threads(),
     )
 
@@ -189,10 +193,12 @@ def pack_cuda(
     numels: Sequence[int],
     tile_segment: Tensor,
     bits: int,
+    quantiser: str,
     codes: Tensor,
     scales: Tensor,
     sum_sq: Tensor,
     max_scale: Tensor,
+    errors: Tensor | None,
 ) -> tuple[int, int, int] | None:
     rows, center = _contiguous(rows), _contiguous(center)
     device, n = codes.device, sum_sq.shape[0]
@@ -219,6 +225,7 @@ def pack_cuda(
             offsets[-1],
             n,
             bits,
+            quantiser == "absmax",
             codes.data_ptr(),
             scales.data_ptr(),
             squares.data_ptr(),
@@ -231,6 +238,8 @@ def pack_cuda(
             v = row.reshape(-1).float() - (center[k].reshape(-1).float() if center else 0.0)
             if not torch.isfinite(v).all():
                 return i, k, int(torch.nonzero(~torch.isfinite(v))[0])
+    if errors is not None:
+        _add_errors(rows, center, numels, offsets, bits, codes, scales, squares, errors)
     # Runs of one segment are summed as slices: a fixed order, without float atomics.
     values, counts = torch.unique_consecutive(tile_segment, return_counts=True)
     first = 0
@@ -240,3 +249,15 @@ def pack_cuda(
         max_scale[:, segment] = torch.maximum(max_scale[:, segment], top)
         first += count
     return None
+
+
+def _add_errors(rows, center, numels, offsets, bits, codes, scales, squares, errors) -> None:
+    """Quantisation errors from the packed bytes, a row at a time, in PyTorch: for backends whose kernel does not count them."""
+    for k, numel in enumerate(numels):
+        n, at = codes.shape[1], slice(offsets[k], offsets[k + 1])
+        valid = (numel - TILE * torch.arange(offsets[k + 1] - offsets[k], device=codes.device)).clamp(max=TILE)
+        for i in range(n):
+            v = rows[k * n + i].reshape(-1).float() - (center[k].reshape(-1).float() if center else 0.0)
+            v = torch.nn.functional.pad(v, (0, len(valid) * TILE - numel)).view(-1, TILE)
+            errors[k, 0] += squared_error(v, bytes_to_codes(codes[at, i], bits), scales[at, i].float(), valid, bits)
+        errors[k, 1] += squares[at].sum()

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .reference import BITS, MAX_ROWS, tile_offsets
+from .reference import BITS, MAX_ROWS, QUANTISERS, tile_offsets
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BASIS = "Tensor codes, Tensor scales, Tensor row_scale, Tensor tile_segment"
 
 _library = torch.library.Library("twa_kernels", "DEF")
 _library.define(
-    "pack(Tensor[] rows, Tensor[] center, int[] numels, Tensor tile_segment, int bits, Tensor(a!) codes, Tensor(b!) scales, "
-    "Tensor(c!) sum_sq, Tensor(d!) max_scale, str backend) -> ()"
+    "pack(Tensor[] rows, Tensor[] center, int[] numels, Tensor tile_segment, int bits, str quantiser, Tensor(a!) codes, "
+    "Tensor(b!) scales, Tensor(c!) sum_sq, Tensor(d!) max_scale, Tensor(e!)? errors, str backend) -> ()"
 )
 _library.define(f"unpack({BASIS}, int[] numels, int bits, str backend) -> Tensor[]")
 _library.define(f"project({BASIS}, Tensor[] grads, int[] numels, int bits, str backend) -> Tensor")
@@ -40,6 +40,11 @@ _library.define(
 def check_bits(bits: int) -> None:
     if bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, found {bits!r}")
+
+
+def check_quantiser(quantiser: str) -> None:
+    if quantiser not in QUANTISERS:
+        raise ValueError(f"quantiser must be one of {QUANTISERS}, found {quantiser!r}")
 
 
 def _check_tensor(name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
@@ -69,8 +74,11 @@ def _check_list(name: str, tensors: Sequence[Tensor], numels: Sequence[int], dev
         raise ValueError(f"{name}: expected {len(numels)} tensors, one per tensor of the basis, found {len(tensors)}")
     dtypes = (*FLOATS, torch.float64) if backend == "reference" else FLOATS
     for k, (t, numel) in enumerate(zip(tensors, numels, strict=True)):
-        if absent and t.numel() == 0:
+        found = t.numel()
+        if absent and found == 0:
             continue
+        if found == numel and t.dtype in dtypes and t.device == device and t.layout == torch.strided:
+            continue  # the usual case first: this runs for every tensor of every call
         if t.numel() != numel:
             raise ValueError(f"{name}[{k}]: expected {numel} elements, found shape {tuple(t.shape)} with {t.numel()}")
         if t.dtype not in dtypes:
@@ -105,8 +113,9 @@ def _impl(name: str):
 # pack ------------------------------------------------------------------------------------------------------------
 
 
-def _check_pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, backend) -> None:
+def _check_pack(rows, center, numels, tile_segment, bits, quantiser, codes, scales, sum_sq, max_scale, errors, backend) -> None:
     check_bits(bits)
+    check_quantiser(quantiser)
     n, device, tiles = sum_sq.shape[0], codes.device, tile_offsets(numels)[-1]
     if not 1 <= n <= MAX_ROWS:
         raise ValueError(f"n: expected 1 to {MAX_ROWS} rows, found {n}")
@@ -118,6 +127,8 @@ def _check_pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq,
     _check_tensor("scales", scales, (tiles, n), torch.bfloat16, device)
     _check_tensor("sum_sq", sum_sq, sum_sq.shape, torch.float64, device)
     _check_tensor("max_scale", max_scale, sum_sq.shape, torch.float32, device)
+    if errors is not None:
+        _check_tensor("errors", errors, (len(numels), 2), torch.float64, device)
 
 
 class NotFiniteError(ValueError):
@@ -129,17 +140,17 @@ class NotFiniteError(ValueError):
 
 
 @_impl("pack")
-def _pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, backend) -> None:
-    _check_pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, backend)
+def _pack(rows, center, numels, tile_segment, bits, quantiser, codes, scales, sum_sq, max_scale, errors, backend) -> None:
+    _check_pack(rows, center, numels, tile_segment, bits, quantiser, codes, scales, sum_sq, max_scale, errors, backend)
     kernel = dispatch.select("pack", codes.device.type, backend)
-    bad = kernel(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale)
+    bad = kernel(rows, center, numels, tile_segment, bits, quantiser, codes, scales, sum_sq, max_scale, errors)
     if bad is not None:
         raise NotFiniteError(*bad)
 
 
 @torch.library.register_fake("twa_kernels::pack", lib=_library)
-def _pack_fake(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, backend) -> None:
-    _check_pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, backend)
+def _pack_fake(rows, center, numels, tile_segment, bits, quantiser, codes, scales, sum_sq, max_scale, errors, backend) -> None:
+    _check_pack(rows, center, numels, tile_segment, bits, quantiser, codes, scales, sum_sq, max_scale, errors, backend)
 
 
 # unpack ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .native import empty_for_streaming
-from .ops import NotFiniteError, check_bits
+from .ops import NotFiniteError, check_bits, check_quantiser
 from .reference import MAX_ROWS, TILE, tile_offsets
 
 NORMALIZE = ("row", "segment", "none")
@@ -30,6 +30,7 @@ class PackedBasis:
     divisor       (n, L) float64: P[i] = (row i - center) / divisor[i, l] before quantisation; 0 where that part is zero
     shapes        shape of each tensor, in order
     bits          8, 4, 3, 2 or 1
+    relative_error  per tensor, if it was asked for: ||P - dequantised P|| / ||P|| over all rows before normalisation, 0 for zeros
     """
 
     codes: Tensor
@@ -39,6 +40,7 @@ class PackedBasis:
     divisor: Tensor
     shapes: tuple[torch.Size, ...]
     bits: int
+    relative_error: tuple[float, ...] | None = None
 
     @property
     def n(self) -> int:
@@ -165,11 +167,14 @@ class Packer:
         segments: Sequence[int] | Tensor | None = None,
         device: torch.device | str = "cpu",
         backend: str = "",
+        quantiser: str = "gaussian",
+        report: bool = False,
     ) -> None:
         check_bits(bits)
+        check_quantiser(quantiser)
         if not 1 <= n <= MAX_ROWS:
             raise ValueError(f"n: expected 1 to {MAX_ROWS} rows, found {n}")
-        self.n, self.bits, self.backend = n, bits, backend
+        self.n, self.bits, self.backend, self.quantiser = n, bits, backend, quantiser
         self.shapes = tuple(torch.Size(s) for s in shapes)
         numels = [s.numel() for s in self.shapes]
         self._offsets = tile_offsets(numels)
@@ -182,6 +187,7 @@ class Packer:
         self.scales = torch.zeros(tiles, n, dtype=torch.bfloat16, device=device)
         self.sum_sq = torch.zeros(n, self.num_segments, dtype=torch.float64, device=device)
         self.max_scale = torch.zeros(n, self.num_segments, dtype=torch.float32, device=device)
+        self.errors = torch.zeros(len(numels), 2, dtype=torch.float64, device=device) if report else None
 
     def add(self, rows: Sequence[Tensor] | Tensor, center: Tensor | None = None) -> None:
         """Packs the next tensor: rows (n, *shape) or n tensors, minus center. Raises NotFiniteError on NaN or Inf."""
@@ -203,10 +209,12 @@ class Packer:
                 [self.shapes[k].numel()],
                 self.tile_segment[at],
                 self.bits,
+                self.quantiser,
                 self.codes[at],
                 self.scales[at],
                 self.sum_sq,
                 self.max_scale,
+                None if self.errors is None else self.errors[k : k + 1],
                 self.backend,
             )
         except NotFiniteError as error:
@@ -224,11 +232,12 @@ class Packer:
         # A power of two per (row, segment) brings the largest scale into [128, 256), inside e4m3's range.
         exponent = torch.frexp(self.max_scale).exponent - 8
         unit = torch.where(self.max_scale > 0, torch.exp2(exponent.double()), torch.zeros_like(divisor))  # (n, L)
-        scales = torch.empty(self.scales.shape, dtype=torch.float8_e4m3fn, device=self.scales.device)
-        for at in torch.arange(len(scales), device=scales.device).split(1 << 16):
-            u = unit.T.float()[self.tile_segment[at].long()]  # (tiles, n)
-            scales[at] = torch.where(u > 0, self.scales[at].float() / u, 0.0).to(torch.float8_e4m3fn)
-        lost = int(((self.scales > 0) & (scales.view(torch.uint8) == 0)).sum())
+        scales = torch.empty(self.scales.shape, dtype=torch.uint8, device=self.scales.device)
+        by_segment = exponent.to(torch.int16).T.contiguous()  # (L, n)
+        for first in range(0, len(scales), 1 << 14):
+            at = slice(first, first + (1 << 14))
+            scales[at] = _e4m3(self.scales[at], by_segment[self.tile_segment[at].long()])
+        lost = int(((self.scales > 0) & (scales == 0)).sum())
         if lost:
             warnings.warn(
                 f"{lost} of {scales.numel()} groups are zero in the packed basis: their rows differ from the center by less than 2^-17 of what "
@@ -236,7 +245,20 @@ class Packer:
                 stacklevel=2,
             )
         row_scale = torch.where(divisor > 0, unit / divisor, 0.0).float()
-        return PackedBasis(self.codes, scales, row_scale, self.tile_segment, divisor, self.shapes, self.bits)
+        error = None if self.errors is None else tuple((self.errors[:, 0] / self.errors[:, 1].clamp(min=1e-300)).sqrt().tolist())
+        return PackedBasis(self.codes, scales.view(torch.float8_e4m3fn), row_scale, self.tile_segment, divisor, self.shapes, self.bits, error)
+
+
+def _e4m3(scales: Tensor, exponent: Tensor) -> Tensor:
+    """Bits of scales * 2^-exponent as e4m3, rounded to nearest even: scales bfloat16 of 4 significant bits, not negative, below
+    2^(exponent + 8). A normal number keeps its three mantissa bits; only the exponent's bias changes."""
+    bits = scales.view(torch.int16) >> 4  # biased exponent, then the mantissa bits that are in use
+    code = bits - (exponent + 120) * 8
+    small = code < 8
+    if small.any():  # below e4m3's normal range, or zero
+        exact = scales[small].double() * torch.exp2(-exponent[small].double())
+        code[small] = (exact * 512).round().to(torch.int16)
+    return code.to(torch.uint8)
 
 
 def row_divisor(sum_sq: Tensor, normalize: str) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 TILE = 128  # columns of a tile = quantisation group
 BITS = (8, 4, 3, 2, 1)
+QUANTISERS = ("gaussian", "absmax")  # least-squares scale of a group, or its largest number's; at 8 bits always the latter
 MAX_ROWS = 4096
 
 #: Lloyd-Max levels of a unit Gaussian, outermost scaled to 127, rounded; 8 bits: uniform
@@ -101,7 +102,7 @@ def _encode(u: Tensor, s: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return code, levels[code]
 
 
-def quantise(v: Tensor, valid: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantise(v: Tensor, valid: Tensor, bits: int, quantiser: str = "gaussian") -> tuple[Tensor, Tensor, Tensor]:
     """Groups v (..., 128) float32, zero past `valid` (...,) columns -> codes (..., 128), scales (...,) float32 of 4
     significant bits, squared norms (...,) float64. See csrc/packing.h for the steps."""
     m = v.abs().amax(-1, keepdim=True)
@@ -111,12 +112,12 @@ def quantise(v: Tensor, valid: Tensor, bits: int) -> tuple[Tensor, Tensor, Tenso
     down, down2 = torch.exp2(-half.float()), torch.exp2(-(e - half).float())
     u = torch.where(zero, torch.zeros_like(v), v * down * down2)
     sum_sq = _tree_sum(u * u)
-    if bits == 8:
+    if bits == 8 or quantiser == "absmax":
         s = _round_scale(m * down * down2 / 127.0, up=True)
     else:
         s = torch.sqrt(sum_sq / valid[..., None].float()) * torch.tensor(INITIAL_SCALE[bits], dtype=torch.float32, device=v.device)
         real = torch.arange(TILE, device=v.device) < valid[..., None]
-        for _ in range(2):
+        for _ in range(1 if bits == 1 else 2):
             _, lev = _encode(u, s, bits)
             s = _tree_sum(u * lev) / (lev * lev * real).sum(-1, keepdim=True)
         s = _round_scale(s, up=False)
@@ -139,13 +140,16 @@ def pack(
     numels: Sequence[int],
     tile_segment: Tensor,
     bits: int,
+    quantiser: str,
     codes: Tensor,
     scales: Tensor,
     sum_sq: Tensor,
     max_scale: Tensor,
+    errors: Tensor | None,
 ) -> tuple[int, int, int] | None:
     """Packs rows - center into codes (tiles, n, 16 bits) and scales (tiles, n) bfloat16; adds squared norms to sum_sq (n, L)
-    float64 and maximises max_scale (n, L) float32. rows: the n rows of tensor 0, then of tensor 1, ... Returns (row, tensor,
+    float64 and maximises max_scale (n, L) float32; errors (count, 2) float64 adds up each
+    tensor's squared quantisation error and squared norm. rows: the n rows of tensor 0, then of tensor 1, ... Returns (row, tensor,
     column) of a NaN or Inf, None if there is none."""
     n = sum_sq.shape[0]
     offsets = tile_offsets(numels)
@@ -160,14 +164,24 @@ def pack(
             return row, k, column
         v = _pad_columns(v).transpose(0, 1).contiguous()  # (tiles, n, 128)
         valid = (numel - TILE * torch.arange(len(v), device=v.device)).clamp(max=TILE)[:, None].expand(-1, n)
-        code, scale, squares = quantise(v, valid, bits)
+        code, scale, squares = quantise(v, valid, bits, quantiser)
         at = slice(offsets[k], offsets[k + 1])
         codes[at] = codes_to_bytes(code, bits)
         scales[at] = scale.to(torch.bfloat16)
         segment = tile_segment[at].long()
         sum_sq.index_add_(1, segment, squares.T)
         max_scale.scatter_reduce_(1, segment.expand(n, -1), scale.T, "amax")
+        if errors is not None:
+            errors[k, 0] += squared_error(v, code, scale, valid, bits)
+            errors[k, 1] += squares.sum()
     return None
+
+
+def squared_error(v: Tensor, code: Tensor, scale: Tensor, valid: Tensor, bits: int) -> Tensor:
+    """Sum of (v - scale * level)^2 over the real columns of groups v (..., 128), in float64."""
+    levels = torch.tensor(LEVELS[bits], dtype=torch.float64, device=v.device)[code]
+    real = torch.arange(TILE, device=v.device) < valid[..., None]
+    return (((v.double() - scale.double()[..., None] * levels) ** 2) * real).sum()
 
 
 # unpack, project, reconstruct --------------------------------------------------------------------------------------
@@ -268,10 +282,9 @@ def step(
     return c
 
 
-def relative_error(v: Tensor, bits: int) -> float:
+def relative_error(v: Tensor, bits: int, quantiser: str = "gaussian") -> float:
     """||v - dequantised v|| / ||v|| of a 1-D tensor packed alone, before row_scale: the quantiser's error on this data."""
     groups = _pad_columns(v.float().reshape(1, -1))[0]
     valid = (v.numel() - TILE * torch.arange(len(groups))).clamp(max=TILE)
-    codes, scale, _ = quantise(groups, valid, bits)
-    back = torch.tensor(LEVELS[bits], dtype=torch.float32)[codes] * scale[:, None]
-    return math.sqrt(((back - groups) ** 2).sum().item() / (groups**2).sum().item())
+    codes, scale, _ = quantise(groups, valid, bits, quantiser)
+    return math.sqrt(squared_error(groups, codes, scale, valid, bits).item() / (groups.double() ** 2).sum().item())

@@ -2,16 +2,16 @@
 //
 // Operands   rows: count * n tensors in float32/bf16/f16, center: count tensors; codes (num_tiles, n, 16 * bits) bytes, scales
 //            (num_tiles, n) as bf16 bits, sum_sq (n, L) float64 and max_scale (n, L) float32 accumulated over calls.
-// Work map   one item = one Block: its center is converted once, then row after row is read as one stream of up to 32 KiB and
-//            written as whole 16 * bits byte groups. Norms: float32 halving tree per group, float64 over groups in order,
-//            blocks in order: same bits for any thread count, tier, or split of a tensor at multiples of kBlockTiles tiles.
+// Work map   one item = one Block, in chunks of up to 8 tiles: of each row in turn, the chunk's columns are read (one page of float32)
+//            and quantised into a buffer, which then goes out as one stream. Norms: float32 halving tree per group, float64
+//            over groups in order, blocks in order: same bits for any thread count, tier, or split of a tensor at
+//            multiples of kBlockTiles tiles.
 // Bytes      n * D * input read, n * D * (bits / 8 + 2 / 128) written.
-// Speed      the quantiser is bound by arithmetic, not memory: three encodings and two least-squares sums a group.
-//            AVX-512 takes codes from a 128-entry table in registers, the other tiers from comparisons.
+// Speed      the Gaussian quantiser is bound by arithmetic, not memory: three encodings and two least-squares sums a group, most of
+//            it one chain of dependent operations, so AVX-512 works on two groups at a time.
 #include <algorithm>
-#include <mutex>
 
-#include "common.h"
+#include "decode.h"
 
 namespace twa {
 namespace {
@@ -63,7 +63,7 @@ struct Group {
 
 // Quantises v[0 .. 127] (zero past valid) into 16 * bits bytes.
 template <int kBits>
-TWA_INLINE Group quantise(const float* __restrict__ v, int valid, uint8_t* __restrict__ out) {
+TWA_INLINE Group quantise(const float* __restrict__ v, int valid, bool absmax, uint8_t* __restrict__ out) {
   alignas(64) float u[kTileColumns], work[kTileColumns];
   alignas(64) uint8_t code[kTileColumns];
   alignas(64) int8_t lev[kTileColumns];
@@ -81,11 +81,11 @@ TWA_INLINE Group quantise(const float* __restrict__ v, int valid, uint8_t* __res
   for (int c = 0; c < kTileColumns; ++c) work[c] = u[c] * u[c];
   const float sum_sq = tree_sum(work);
   float s;
-  if constexpr (kBits == 8) {
+  if (kBits == 8 || absmax) {
     s = round_scale(bits_float(static_cast<uint32_t>(m)) * down * down2 / 127.0f, true);
   } else {
     s = std::sqrt(sum_sq / static_cast<float>(valid)) * initial_scale(kBits);
-    for (int pass = 0; pass < 2; ++pass) {
+    for (int pass = 0; pass < refinements(kBits); ++pass) {
       encode<kBits>(u, s, code, lev);
       for (int c = 0; c < kTileColumns; ++c) work[c] = u[c] * static_cast<float>(lev[c]);
       int32_t norm = 0;
@@ -100,29 +100,47 @@ TWA_INLINE Group quantise(const float* __restrict__ v, int valid, uint8_t* __res
   return {up < 0x1p-126f ? 0.0f : up, std::ldexp(static_cast<double>(sum_sq), 2 * e), true};
 }
 
+template <int kBits>
+TWA_INLINE Group quantise_difference(const float* __restrict__ row, const float* __restrict__ center, int valid, bool absmax, uint8_t* out) {
+  alignas(64) float v[kTileColumns];
+  for (int c = 0; c < kTileColumns; ++c) v[c] = row[c] - center[c];
+  return quantise<kBits>(v, valid, absmax, out);
+}
+
 #ifdef TWA_X86
 
 // The quantiser with a group in 8 vectors, column 16 j + lane in vector j. Same operations in the same order as quantise().
+// A bucket of four integer levels k, k >> 2 in 6 bits, holds at most one threshold between codes: tables say which code its first k
+// has, and the last k that has it.
 template <int kBits>
-struct CodeTables {
-  __m512i positive[2], negative[2];  // code of k in 0 .. 127, and of k - 128 in -128 .. -1, at index k
-  __m512i levels;                    // int8 level of a code
+struct alignas(64) BucketBytes {
+  int8_t code[64], last[64], low[64], high[64];  // low, high: levels of that code and of the next
 };
-
 template <int kBits>
-TWA_AVX512 CodeTables<kBits> code_tables() {
-  alignas(64) uint8_t positive[128], negative[128], levels[16] = {};
-  for (int k = 0; k < 128; ++k) {
-    positive[k] = static_cast<uint8_t>(nearest_code(kBits, k));
-    negative[k] = static_cast<uint8_t>(nearest_code(kBits, k == 0 ? -127 : k - 128));
+constexpr BucketBytes<kBits> bucket_bytes() {
+  BucketBytes<kBits> t{};
+  if (kBits == 8) return t;
+  for (int j = 0; j < 64; ++j) {
+    const int first = 4 * (j < 32 ? j : j - 64), code = nearest_code(kBits, first);
+    int last = 127;
+    for (int k = first + 3; k > first; --k)
+      if (nearest_code(kBits, k) != code) last = k - 1;
+    t.code[j] = static_cast<int8_t>(code);
+    t.last[j] = static_cast<int8_t>(last);
+    t.low[j] = static_cast<int8_t>(level(kBits, code));
+    t.high[j] = static_cast<int8_t>(level(kBits, last == 127 ? code : code + 1));
   }
-  if constexpr (kBits < 8)
-    for (int k = 0; k < 1 << kBits; ++k) levels[k] = static_cast<uint8_t>(level(kBits, k));
-  CodeTables<kBits> t;
-  for (int h = 0; h < 2; ++h) t.positive[h] = _mm512_load_si512(positive + 64 * h), t.negative[h] = _mm512_load_si512(negative + 64 * h);
-  t.levels = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(levels)));
   return t;
 }
+template <int kBits>
+struct BucketTables {
+  __m512i code, last, low, high;
+  TWA_AVX512 BucketTables() {
+    static constexpr BucketBytes<kBits> kBytes = bucket_bytes<kBits>();
+    code = _mm512_load_si512(kBytes.code), last = _mm512_load_si512(kBytes.last);
+    low = _mm512_load_si512(kBytes.low), high = _mm512_load_si512(kBytes.high);
+  }
+};
 
 TWA_AVX512 inline float tree_sum16(__m512 v) {  // h = 8, 4, 2, 1 of the halving tree
   const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
@@ -148,17 +166,17 @@ TWA_AVX512 inline void to_levels(const __m512* u, float s, __m512i* k) {
 }
 
 template <int kBits>
-TWA_AVX512 inline void encode_avx512(const __m512* u, float s, const CodeTables<kBits>& tables, __m512i* code) {
-  to_levels(u, s, code);
-  for (int h = 0; h < 2; ++h) {
-    if constexpr (kBits == 8) {
-      code[h] = _mm512_xor_si512(code[h], _mm512_set1_epi8(-128));
-    } else {  // the permutation takes the low 7 bits of k as its index
-      const __m512i positive = _mm512_permutex2var_epi8(tables.positive[0], code[h], tables.positive[1]);
-      const __m512i negative = _mm512_permutex2var_epi8(tables.negative[0], code[h], tables.negative[1]);
-      code[h] = _mm512_mask_blend_epi8(_mm512_movepi8_mask(code[h]), positive, negative);
-    }
-  }
+TWA_AVX512 inline __m512i codes_of(__m512i k, const BucketTables<kBits>& tables) {
+  if constexpr (kBits == 8) return _mm512_xor_si512(k, _mm512_set1_epi8(-128));
+  const __m512i bucket = _mm512_srli_epi16(k, 2), code = _mm512_permutexvar_epi8(bucket, tables.code);
+  const __mmask64 next = _mm512_cmpgt_epi8_mask(k, _mm512_permutexvar_epi8(bucket, tables.last));
+  return _mm512_mask_add_epi8(code, next, code, _mm512_set1_epi8(1));
+}
+template <int kBits>
+TWA_AVX512 inline __m512i levels_of(__m512i k, const BucketTables<kBits>& tables) {
+  const __m512i bucket = _mm512_srli_epi16(k, 2);
+  const __mmask64 next = _mm512_cmpgt_epi8_mask(k, _mm512_permutexvar_epi8(bucket, tables.last));
+  return _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(bucket, tables.low), next, bucket, tables.high);
 }
 
 template <int kBits>
@@ -187,46 +205,81 @@ TWA_AVX512 inline void put_codes_avx512(const __m512i* code, uint8_t* out) {
   }
 }
 
-template <int kBits>
-TWA_AVX512 inline Group quantise_avx512(const float* v, int valid, const CodeTables<kBits>& tables, uint8_t* out) {
-  __m512 u[8], work[8];
-  __m512i largest = _mm512_setzero_si512();
-  for (int j = 0; j < 8; ++j) {
-    u[j] = _mm512_loadu_ps(v + 16 * j);
-    largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(u[j]), _mm512_set1_epi32(0x7fffffff)));
-  }
-  const int32_t m = static_cast<int32_t>(_mm512_reduce_max_epu32(largest));
-  const int e = (m >> 23) - 126;
-  if (e < -100 || e > 100) return quantise<kBits>(v, valid, out);  // zero, extreme or not finite
-  const __m512 down = _mm512_set1_ps(pow2f(-e));
-  for (int j = 0; j < 8; ++j) u[j] = _mm512_mul_ps(u[j], down);
-  for (int j = 0; j < 8; ++j) work[j] = _mm512_mul_ps(u[j], u[j]);
-  const float sum_sq = tree_sum128(work);
-  __m512i code[2];
-  float s;
-  if constexpr (kBits == 8) {
-    s = round_scale(bits_float(static_cast<uint32_t>(m)) * pow2f(-e) / 127.0f, true);
-  } else {
-    s = std::sqrt(sum_sq / static_cast<float>(valid)) * initial_scale(kBits);
-    const __mmask64 real[2] = {valid >= 64 ? ~0ull : (1ull << valid) - 1, valid == 128 ? ~0ull : valid <= 64 ? 0 : (1ull << (valid - 64)) - 1};
-    for (int pass = 0; pass < 2; ++pass) {
-      encode_avx512<kBits>(u, s, tables, code);
-      __m512i squares = _mm512_setzero_si512();
-      for (int h = 0; h < 2; ++h) {
-        const __m512i lev = _mm512_shuffle_epi8(tables.levels, code[h]), size = _mm512_maskz_abs_epi8(real[h], lev);
-        squares = _mm512_dpbusd_epi32(squares, size, size);
-        const __m128i quarter[4] = {_mm512_castsi512_si128(lev), _mm512_extracti32x4_epi32(lev, 1), _mm512_extracti32x4_epi32(lev, 2),
-                                    _mm512_extracti32x4_epi32(lev, 3)};
-        for (int j = 0; j < 4; ++j) work[4 * h + j] = _mm512_mul_ps(u[4 * h + j], _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter[j])));
-      }
-      s = tree_sum128(work) / static_cast<float>(_mm512_reduce_add_epi32(squares));
+// kGroups groups of row - center, one after the other; `next`: where input that is needed soon begins. Steps are taken for all of them together, so
+// that their chains overlap.
+template <int kBits, int kGroups>
+TWA_AVX512 inline void quantise_avx512(const float* row, const float* center, const int* valid, bool absmax, const BucketTables<kBits>& tables,
+                                       const char* next, uint8_t* const* out, Group* groups) {
+  __m512 u[kGroups][8], work[8];
+  int32_t m[kGroups];
+  int e[kGroups];
+  bool usual = true;
+#pragma GCC unroll 2
+  for (int g = 0; g < kGroups; ++g) {
+    __m512i largest = _mm512_setzero_si512();
+    for (int j = 0; j < 8; ++j) {
+      u[g][j] = _mm512_sub_ps(_mm512_loadu_ps(row + 128 * g + 16 * j), _mm512_load_ps(center + 128 * g + 16 * j));
+      largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(u[g][j]), _mm512_set1_epi32(0x7fffffff)));
+      asm volatile("prefetcht0 %c2(%1)" : "+v"(largest) : "r"(next), "i"(64 * (8 * g + j)));
     }
-    s = round_scale(s, false);
+    m[g] = static_cast<int32_t>(_mm512_reduce_max_epu32(largest));
+    e[g] = (m[g] >> 23) - 126;
+    usual = usual && e[g] >= -100 && e[g] <= 100;
   }
-  encode_avx512<kBits>(u, s, tables, code);
-  put_codes_avx512<kBits>(code, out);
-  const double up = static_cast<double>(pow2f(e));
-  return {s * pow2f(e), static_cast<double>(sum_sq) * up * up, true};
+  if (!usual) {  // a group that is zero, extreme or not finite
+    for (int g = 0; g < kGroups; ++g) groups[g] = quantise_difference<kBits>(row + 128 * g, center + 128 * g, valid[g], absmax, out[g]);
+    return;
+  }
+  float sum_sq[kGroups], s[kGroups];
+#pragma GCC unroll 2
+  for (int g = 0; g < kGroups; ++g) {
+    const __m512 down = _mm512_set1_ps(pow2f(-e[g]));
+    for (int j = 0; j < 8; ++j) u[g][j] = _mm512_mul_ps(u[g][j], down);
+    for (int j = 0; j < 8; ++j) work[j] = _mm512_mul_ps(u[g][j], u[g][j]);
+    sum_sq[g] = tree_sum128(work);
+    s[g] = kBits == 8 || absmax ? round_scale(bits_float(static_cast<uint32_t>(m[g])) * pow2f(-e[g]) / 127.0f, true)
+                                : std::sqrt(sum_sq[g] / static_cast<float>(valid[g])) * initial_scale(kBits);
+  }
+  __m512i k[2];
+  if (kBits != 8 && !absmax) {
+    for (int pass = 0; pass < refinements(kBits); ++pass) {
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; ++g) {
+        const __mmask64 real[2] = {valid[g] >= 64 ? ~0ull : (1ull << valid[g]) - 1, valid[g] == 128  ? ~0ull
+                                                                                    : valid[g] <= 64 ? 0
+                                                                                                     : (1ull << (valid[g] - 64)) - 1};
+        to_levels(u[g], s[g], k);
+        __m512i squares = _mm512_setzero_si512();
+        alignas(64) int8_t lev[kTileColumns];
+        for (int h = 0; h < 2; ++h) {
+          const __m512i l = levels_of<kBits>(k[h], tables), size = _mm512_maskz_abs_epi8(real[h], l);
+          squares = _mm512_dpbusd_epi32(squares, size, size);
+          _mm512_store_si512(lev + 64 * h, l);
+        }
+        for (int j = 0; j < 8; ++j)
+          work[j] = _mm512_mul_ps(u[g][j], _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(lev + 16 * j)))));
+        s[g] = tree_sum128(work) / static_cast<float>(_mm512_reduce_add_epi32(squares));
+      }
+    }
+    for (int g = 0; g < kGroups; ++g) s[g] = round_scale(s[g], false);
+  }
+#pragma GCC unroll 2
+  for (int g = 0; g < kGroups; ++g) {
+    to_levels(u[g], s[g], k);
+    for (int h = 0; h < 2; ++h) k[h] = codes_of<kBits>(k[h], tables);
+    put_codes_avx512<kBits>(k, out[g]);
+    const double up = static_cast<double>(pow2f(e[g]));
+    groups[g] = {s[g] * pow2f(e[g]), static_cast<double>(sum_sq[g]) * up * up, true};
+  }
+}
+
+// to = from, past the caches where lines are whole: packed rows are not needed again soon.
+TWA_AVX512 inline void stream_out(const uint8_t* from, uint8_t* to, int64_t bytes) {
+  int64_t k = std::min<int64_t>(bytes, (64 - static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % 64)) % 64);
+  std::memcpy(to, from, static_cast<size_t>(k));
+  for (; k + 64 <= bytes; k += 64) _mm512_stream_si512(reinterpret_cast<__m512i*>(to + k), _mm512_loadu_si512(from + k));
+  std::memcpy(to + k, from + k, static_cast<size_t>(bytes - k));
+  _mm_sfence();
 }
 
 #endif  // TWA_X86
@@ -235,63 +288,124 @@ struct Job {
   const TensorTable& rows;
   const TensorTable& center;
   int64_t n;
+  bool absmax;
+  bool report;
   uint8_t* codes;
   uint16_t* scales;
 };
 
-// One block, all rows: adds to sum_sq[n], max_scale[n]. Returns the first row and tile with a NaN or Inf in bad[2], -1 if none.
-using BlockKernel = void (*)(const Job& job, const Block& block, double* sum_sq, float* max_scale, int64_t* bad);
+// What one block adds up, for its n rows.
+struct Sums {
+  std::vector<double> sum_sq;
+  std::vector<float> max_scale;
+  double error_sq = 0.0;                // of all rows, when asked for
+  int64_t bad_row = -1, bad_tile = -1;  // the first row with a NaN or Inf
+};
+using BlockKernel = void (*)(const Job& job, const Block& block, Sums* sums);
 
-template <int kBits, class Quantise>
-TWA_INLINE void pack_block(const Job& job, const Block& block, double* sum_sq, float* max_scale, int64_t* bad, const Quantise& quantise_group) {
-  alignas(64) static thread_local float center[kBlockTiles * kTileColumns];
-  alignas(64) float v[kTileColumns];
-  const TensorTable one_row{nullptr, job.center.numel, nullptr, job.center.count};
-  if (job.center.data)
-    for (int64_t t = 0; t < block.tiles; ++t)
-      load_tile(job.center.dtype[block.tensor], job.center.data[block.tensor], block.first_column + t * kTileColumns,
-                valid_columns(one_row, block, t), center + t * kTileColumns);
-  for (int64_t i = 0; i < job.n; ++i) {
-    const int64_t source = block.tensor * job.n + i;
-    for (int64_t t = 0; t < block.tiles; ++t) {
-      const int valid = valid_columns(one_row, block, t);
-      load_tile(job.rows.dtype[source], job.rows.data[source], block.first_column + t * kTileColumns, valid, v);
+// sum of (row - center - scale * level)^2 over the real columns of a group.
+template <int kBits>
+TWA_INLINE double squared_error(const float* __restrict__ row, const float* __restrict__ center, int valid, float scale, const uint8_t* codes) {
+  alignas(64) int16_t lev[kTileColumns];
+  decode_portable<kBits>(codes, lev);
+  double sum = 0.0;
+  for (int c = 0; c < valid; ++c) {
+    const double d = static_cast<double>(row[c] - center[c]) - static_cast<double>(scale) * lev[c];
+    sum += d * d;
+  }
+  return sum;
+}
+
+constexpr int kChunk = 8;                             // tiles: a page of float32 of each row
+constexpr int64_t kBufferBytes = int64_t{256} << 10;  // of packed bytes, within the second-level cache
+
+// Quantiser: quantise(row, center, valid, ...) for `count` groups, 1 or 2; copy(...) writes the buffer out.
+template <int kBits, class Quantiser>
+TWA_INLINE void pack_block(const Job& job, const Block& block, Sums* sums, const Quantiser& quantiser) {
+  constexpr int kBytes = row_bytes(kBits);
+  alignas(64) float center[kChunk * kTileColumns] = {}, loaded[2 * kTileColumns];
+  static thread_local std::vector<uint8_t> buffer;
+  const int64_t n = job.n, chunk = std::clamp<int64_t>(kBufferBytes / (n * kBytes), 1, kChunk);
+  buffer.resize(static_cast<size_t>(chunk * n * kBytes));
+  sums->sum_sq.assign(static_cast<size_t>(n), 0.0);
+  sums->max_scale.assign(static_cast<size_t>(n), 0.0f);
+  const TensorTable sizes{nullptr, job.center.numel, nullptr, job.center.count};
+  for (int64_t t0 = 0; t0 < block.tiles; t0 += chunk) {
+    const int64_t tiles = std::min(chunk, block.tiles - t0), column = block.first_column + t0 * kTileColumns;
+    int valid[kChunk];
+    for (int64_t t = 0; t < tiles; ++t) {
+      valid[t] = valid_columns(sizes, block, t0 + t);
       if (job.center.data)
-        for (int c = 0; c < kTileColumns; ++c) v[c] -= center[t * kTileColumns + c];
-      const int64_t group = (block.first_tile + t) * job.n + i;
-      const Group g = quantise_group(v, valid, job.codes + group * row_bytes(kBits));
-      if (!g.finite) {
-        if (bad[0] < 0) bad[0] = i, bad[1] = t;
-        continue;
-      }
-      job.scales[group] = static_cast<uint16_t>(float_bits(g.scale) >> 16);
-      sum_sq[i] += g.sum_sq;
-      max_scale[i] = std::max(max_scale[i], g.scale);
+        load_tile(job.center.dtype[block.tensor], job.center.data[block.tensor], column + t * kTileColumns, valid[t], center + t * kTileColumns);
     }
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t source = block.tensor * n + i;
+      for (int64_t t = 0; t < tiles; t += 2) {
+        const int count = t + 1 < tiles ? 2 : 1;
+        uint8_t* out[2];
+        Group groups[2];
+        const bool direct = job.rows.dtype[source] == Dtype::f32 && valid[t + count - 1] == kTileColumns;
+        const float* row = direct ? static_cast<const float*>(job.rows.data[source]) + column + t * kTileColumns : loaded;
+        const float* from = center + t * kTileColumns;
+        for (int g = 0; g < count; ++g) {
+          if (!direct)
+            load_tile(job.rows.dtype[source], job.rows.data[source], column + (t + g) * kTileColumns, valid[t + g], loaded + g * kTileColumns);
+          out[g] = buffer.data() + ((t + g) * n + i) * kBytes;
+        }
+        // The same columns of the next row; after the last row, of the first row's next chunk. An address that is only prefetched.
+        const int64_t ahead = i + 1 < n ? source + 1 : block.tensor * n, skip = i + 1 < n ? 0 : chunk;
+        const char* next =
+            static_cast<const char*>(job.rows.data[ahead]) + (column + (t + skip) * kTileColumns) * (job.rows.dtype[ahead] == Dtype::f32 ? 4 : 2);
+        quantiser.quantise(row, from, valid + t, job.absmax, count, next, out, groups);
+        for (int g = 0; g < count; ++g) {
+          if (!groups[g].finite) {
+            if (sums->bad_row < 0) sums->bad_row = i, sums->bad_tile = t0 + t + g;
+            continue;
+          }
+          job.scales[(block.first_tile + t0 + t + g) * n + i] = static_cast<uint16_t>(float_bits(groups[g].scale) >> 16);
+          sums->sum_sq[i] += groups[g].sum_sq;
+          sums->max_scale[i] = std::max(sums->max_scale[i], groups[g].scale);
+          if (job.report)
+            sums->error_sq += squared_error<kBits>(row + g * kTileColumns, from + g * kTileColumns, valid[t + g], groups[g].scale, out[g]);
+        }
+      }
+    }
+    quantiser.copy(buffer.data(), job.codes + (block.first_tile + t0) * n * kBytes, tiles * n * kBytes);
   }
 }
 
 template <int kBits>
 struct PlainQuantiser {
-  TWA_INLINE Group operator()(const float* v, int valid, uint8_t* out) const { return quantise<kBits>(v, valid, out); }
+  TWA_INLINE void quantise(const float* row, const float* center, const int* valid, bool absmax, int count, const char*, uint8_t* const* out,
+                           Group* groups) const {
+    for (int g = 0; g < count; ++g)
+      groups[g] = quantise_difference<kBits>(row + g * kTileColumns, center + g * kTileColumns, valid[g], absmax, out[g]);
+  }
+  TWA_INLINE void copy(const uint8_t* from, uint8_t* to, int64_t bytes) const { std::memcpy(to, from, static_cast<size_t>(bytes)); }
 };
 template <int kBits>
-void block_portable(const Job& job, const Block& block, double* sum_sq, float* max_scale, int64_t* bad) {
-  pack_block<kBits>(job, block, sum_sq, max_scale, bad, PlainQuantiser<kBits>());
+void block_portable(const Job& job, const Block& block, Sums* sums) {
+  pack_block<kBits>(job, block, sums, PlainQuantiser<kBits>());
 }
 #ifdef TWA_X86
 template <int kBits>
-TWA_AVX2 void block_avx2(const Job& job, const Block& block, double* sum_sq, float* max_scale, int64_t* bad) {
-  pack_block<kBits>(job, block, sum_sq, max_scale, bad, PlainQuantiser<kBits>());
+TWA_AVX2 void block_avx2(const Job& job, const Block& block, Sums* sums) {
+  pack_block<kBits>(job, block, sums, PlainQuantiser<kBits>());
 }
 template <int kBits>
 struct VectorQuantiser {
-  CodeTables<kBits> tables;
-  TWA_AVX512 Group operator()(const float* v, int valid, uint8_t* out) const { return quantise_avx512<kBits>(v, valid, tables, out); }
+  BucketTables<kBits> tables;
+  TWA_AVX512 VectorQuantiser() {}
+  TWA_AVX512 void quantise(const float* row, const float* center, const int* valid, bool absmax, int count, const char* next, uint8_t* const* out,
+                           Group* groups) const {
+    if (count == 2) return quantise_avx512<kBits, 2>(row, center, valid, absmax, tables, next, out, groups);
+    quantise_avx512<kBits, 1>(row, center, valid, absmax, tables, next, out, groups);
+  }
+  TWA_AVX512 void copy(const uint8_t* from, uint8_t* to, int64_t bytes) const { stream_out(from, to, bytes); }
 };
 template <int kBits>
-TWA_AVX512 void block_avx512(const Job& job, const Block& block, double* sum_sq, float* max_scale, int64_t* bad) {
-  pack_block<kBits>(job, block, sum_sq, max_scale, bad, VectorQuantiser<kBits>{code_tables<kBits>()});
+TWA_AVX512 void block_avx512(const Job& job, const Block& block, Sums* sums) {
+  pack_block<kBits>(job, block, sums, VectorQuantiser<kBits>());
 }
 #endif
 
@@ -323,28 +437,27 @@ int64_t first_bad_column(const Job& job, const Block& block, int64_t row, int64_
 }  // namespace
 
 Status pack_cpu(const TensorTable& rows, const TensorTable& center, const int32_t* tile_segment, int64_t n, int64_t num_segments, int bits,
-                uint8_t* codes, uint16_t* scales_bf16, double* sum_sq, float* max_scale, Where* where, int threads) {
+                bool absmax, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq, float* max_scale, double* errors, Where* where, int threads) {
   if (!valid_bits(bits) || n < 1 || n > kMaxRows || rows.count != center.count * n || total_tiles(center) < 0) return Status::bad_argument;
-  const Job job{rows, center, n, codes, scales_bf16};
+  const Job job{rows, center, n, absmax, errors != nullptr, codes, scales_bf16};
   // Blocks of the center's geometry; an absent center still has sizes.
   std::vector<void*> present(center.count, codes);
   const std::vector<Block> blocks = make_blocks({present.data(), center.numel, center.dtype, center.count}, tile_segment);
-  std::vector<double> partial(blocks.size() * n, 0.0);
-  std::vector<float> largest(blocks.size() * n, 0.0f);
-  std::vector<int64_t> bad(blocks.size() * 2, -1);
+  std::vector<Sums> sums(blocks.size());
   const BlockKernel kernel = pick(bits);
-  parallel_for(static_cast<int64_t>(blocks.size()), threads,
-               [&](int64_t k) { kernel(job, blocks[k], partial.data() + k * n, largest.data() + k * n, bad.data() + 2 * k); });
+  parallel_for(static_cast<int64_t>(blocks.size()), threads, [&](int64_t k) { kernel(job, blocks[k], &sums[k]); });
   for (size_t k = 0; k < blocks.size(); ++k) {
-    if (bad[2 * k] >= 0) {
-      *where = {bad[2 * k], blocks[k].tensor, first_bad_column(job, blocks[k], bad[2 * k], bad[2 * k + 1])};
+    if (sums[k].bad_row >= 0) {
+      *where = {sums[k].bad_row, blocks[k].tensor, first_bad_column(job, blocks[k], sums[k].bad_row, sums[k].bad_tile)};
       return Status::not_finite;
     }
     for (int64_t i = 0; i < n; ++i) {
       const int64_t at = i * num_segments + blocks[k].segment;
-      sum_sq[at] += partial[k * n + i];
-      max_scale[at] = std::max(max_scale[at], largest[k * n + i]);
+      sum_sq[at] += sums[k].sum_sq[i];
+      max_scale[at] = std::max(max_scale[at], sums[k].max_scale[i]);
+      if (errors) errors[2 * blocks[k].tensor + 1] += sums[k].sum_sq[i];
     }
+    if (errors) errors[2 * blocks[k].tensor] += sums[k].error_sq;
   }
   return Status::ok;
 }

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(32 * kWarps) pack_kernel(const void* const* __
                                                            const int64_t* __restrict__ numel,       // (count)
                                                            const int64_t* __restrict__ tile_begin,  // (count + 1)
                                                            const Dtype* __restrict__ dtype,         // (count * n) of rows, then (count) of center
-                                                           int64_t count, int64_t n,
+                                                           int64_t count, int64_t n, bool absmax,
                                                            uint8_t* __restrict__ codes,    // (num_tiles, n, 16 * bits)
                                                            uint16_t* __restrict__ scales,  // (num_tiles, n)
                                                            double* __restrict__ sum_sq,    // (num_tiles, n)
@@ -80,11 +80,11 @@ __global__ void __launch_bounds__(32 * kWarps) pack_kernel(const void* const* __
   const float total = tree_sum(u[0] * u[0], u[1] * u[1], u[2] * u[2], u[3] * u[3]);
   float s = 0.0f;
   if (!zero && finite) {
-    if (kBits == 8) {
+    if (kBits == 8 || absmax) {
       s = round_scale(bits_float(static_cast<uint32_t>(m)) * down * down2 / 127.0f, true);
     } else {
       s = sqrtf(total / static_cast<float>(valid)) * initial_scale(kBits);
-      for (int pass = 0; pass < 2; ++pass) {
+      for (int pass = 0; pass < refinements(kBits); ++pass) {
         const float inverse = 1.0f / s;
         float dot[4];
         int norm = 0;
@@ -115,11 +115,12 @@ __global__ void __launch_bounds__(32 * kWarps) pack_kernel(const void* const* __
 }  // namespace
 
 int pack_cuda(const void* const* rows, const void* const* center, const int64_t* numel, const int64_t* tile_begin, const Dtype* dtype, int64_t count,
-              int64_t tiles, int64_t n, int bits, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq_tiles, int32_t* bad, void* stream) {
+              int64_t tiles, int64_t n, int bits, bool absmax, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq_tiles, int32_t* bad,
+              void* stream) {
   if (tiles == 0) return 0;
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>((n + kWarps - 1) / kWarps));
   const auto launch = [&](auto kernel) {
-    kernel<<<grid, 32 * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(rows, center, numel, tile_begin, dtype, count, n, codes, scales_bf16,
+    kernel<<<grid, 32 * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(rows, center, numel, tile_begin, dtype, count, n, absmax, codes, scales_bf16,
                                                                         sum_sq_tiles, bad);
     return static_cast<int>(cudaGetLastError());
   };

@@ -229,8 +229,7 @@ class Subspace:
     def step(self, rule: str, options: dict, state: dict) -> None:
         """twa_kernels.step on the coefficients and the model's weights; the coefficients' gradient is kept in .grad."""
         grads = self._gradients()
-        out = [p.detach() for p in self.parameters]
-        self.coefficients.grad = tk.step(self.basis, grads, self.coefficients, out, self.center, rule=rule, options=options, state=state)
+        self.coefficients.grad = tk.step(self.basis, grads, self.coefficients, self.parameters, self.center, rule=rule, options=options, state=state)
 
     def _gradients(self) -> list[Tensor | None]:
         grads = [p.grad for p in self.parameters]
