@@ -172,7 +172,7 @@ h = hashlib.sha256()
 for bits in (8, 4, 3, 2, 1):
     b = tk.pack(rows_of(6, SHAPES), bits, tensors(SHAPES), SEGMENTS)
     x = torch.randn(6, 5, generator=torch.Generator().manual_seed(5))
-    for t in [b.codes, b.scales.view(torch.uint8), b.row_scale, tk.project(b, tensors(SHAPES, 9)), *tk.reconstruct(b, x, tensors(SHAPES))]:
+    for t in [*tk.unpack(b), b.codes, b.scales.view(torch.uint8), b.row_scale, tk.project(b, tensors(SHAPES, 9)), *tk.reconstruct(b, x, tensors(SHAPES))]:
         h.update(t.contiguous().numpy().tobytes())
     out, options = [torch.empty(s) for s in SHAPES], dict(lr=0.1, momentum=0.9)
     c = tk.step(b, tensors(SHAPES, 9), x, out, tensors(SHAPES), rule="sgd", options=options, state=dict())

@@ -36,11 +36,11 @@ def why_cuda_unusable() -> str | None:
     return None
 
 
-def empty_for_streaming(shape: Sequence[int], device: torch.device | str) -> Tensor:
-    """Uninitialised uint8 tensor, on huge pages where the system gives them."""
-    t = torch.empty(tuple(shape), dtype=torch.uint8, device=device)
+def empty_for_streaming(shape: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Uninitialised tensor, on huge pages where the system gives them."""
+    t = torch.empty(tuple(shape), dtype=dtype, device=device)
     if _C is not None and t.device.type == "cpu":
-        _C.advise_huge_pages(t.data_ptr(), t.numel())
+        _C.advise_huge_pages(t.data_ptr(), t.numel() * t.element_size())
     return t
 
 
@@ -100,7 +100,7 @@ def pack(
 
 
 def unpack(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, numels: Sequence[int], bits: int) -> list[Tensor]:
-    out = [torch.empty(row_scale.shape[0], numel) for numel in numels]
+    out = [empty_for_streaming((row_scale.shape[0], numel), dtype=torch.float32) for numel in numels]
     basis = _basis(codes, scales, row_scale, tile_segment, bits)
     _C.unpack(basis, [o.data_ptr() for o in out], list(numels), torch.get_num_threads())
     return out
@@ -129,7 +129,7 @@ def reconstruct(
 ) -> list[Tensor]:
     center, x = _contiguous(center), x.contiguous()
     if out is None:
-        out = [torch.empty(numel, dtype=center[k].dtype if center else torch.float32) for k, numel in enumerate(numels)]
+        out = [empty_for_streaming((numel,), dtype=center[k].dtype if center else torch.float32) for k, numel in enumerate(numels)]
     targets = [o if o.is_contiguous() else torch.empty(o.shape, dtype=o.dtype) for o in out]
     _C.reconstruct(
         _basis(codes, scales, row_scale, tile_segment, bits),

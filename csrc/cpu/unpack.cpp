@@ -1,27 +1,82 @@
-// unpack:  out[i, j] = row_scale[i, l] * scales[t, i] * level[code(t, i, c)], float32, for tests and small things.
+// unpack:  out[i, j] = row_scale[i, l] * scales[t, i] * level[code(t, i, c)], float32.
 //
 // Operands   as project; out a list of (n, numel) float32 tensors.
-// Work map   one item = one Block; the product of the two scales is rounded to float32 first, then times the level.
-// Bytes      n * D * (bits / 8 + 1 / 128) read, n * D * 4 written: bound by the writes, so one portable version serves all tiers.
+// Work map   one item = one Block, in chunks of tiles whose packed bytes stay in the second-level cache: each row of a chunk is one stream
+//            of writes. The product of the two scales is rounded to float32 first, then times the level.
+// Bytes      n * D * (bits / 8 + 1 / 128) read, n * D * 4 written.
+#include <algorithm>
+
 #include "decode.h"
 
 namespace twa {
 namespace {
 
-template <int kBits>
-void unpack_block(const BasisView& basis, const TensorTable& out, const Block& block) {
-  alignas(64) int16_t lev[kTileColumns];
+constexpr int64_t kResident = int64_t{512} << 10;
+
+// decode(row, out): the 128 levels of one row of one tile as int8.
+template <int kBits, class Decode>
+TWA_INLINE void unpack_block(const BasisView& basis, const TensorTable& out, const Block& block, const Decode& decode) {
+  alignas(64) int8_t lev[kTileColumns];
   const int64_t n = basis.n, columns = out.numel[block.tensor];
-  for (int64_t t = 0; t < block.tiles; ++t) {
-    const int valid = valid_columns(out, block, t);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t group = (block.first_tile + t) * n + i;
-      decode_portable<kBits>(basis.codes + group * row_bytes(kBits), lev);
-      const float scale = basis.row_scale[i * basis.num_segments + block.segment] * e4m3_to_float(basis.scales[group]);
-      float* to = static_cast<float*>(out.data[block.tensor]) + i * columns + block.first_column + t * kTileColumns;
-      for (int c = 0; c < valid; ++c) to[c] = scale * static_cast<float>(lev[c]);
-    }
+  const int64_t chunk = std::max<int64_t>(1, kResident / (n * row_bytes(kBits)));
+  for (int64_t t0 = 0; t0 < block.tiles; t0 += chunk)
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t t = t0; t < std::min(t0 + chunk, block.tiles); ++t) {
+        const int64_t group = (block.first_tile + t) * n + i;
+        decode(basis.codes + group * row_bytes(kBits), lev);
+        const float scale = basis.row_scale[i * basis.num_segments + block.segment] * e4m3_to_float(basis.scales[group]);
+        float* to = static_cast<float*>(out.data[block.tensor]) + i * columns + block.first_column + t * kTileColumns;
+        const int valid = valid_columns(out, block, t), full = valid == kTileColumns ? kTileColumns : 0;
+        for (int c = 0; c < full; ++c) to[c] = scale * static_cast<float>(lev[c]);
+        for (int c = full; c < valid; ++c) to[c] = scale * static_cast<float>(lev[c]);
+      }
+}
+
+template <int kBits>
+struct PortableDecoder {
+  TWA_INLINE void operator()(const uint8_t* row, int8_t* out) const {
+    int16_t lev[kTileColumns];
+    decode_portable<kBits>(row, lev);
+    for (int c = 0; c < kTileColumns; ++c) out[c] = static_cast<int8_t>(lev[c]);
   }
+};
+template <int kBits>
+void block_portable(const BasisView& basis, const TensorTable& out, const Block& block) {
+  unpack_block<kBits>(basis, out, block, PortableDecoder<kBits>());
+}
+
+#ifdef TWA_X86
+template <int kBits>
+struct Avx2Decoder {
+  __m256i table;
+  TWA_AVX2 Avx2Decoder() : table(level_table_avx2<kBits>()) {}
+  TWA_AVX2 void operator()(const uint8_t* row, int8_t* out) const {
+    auto* to = reinterpret_cast<__m256i*>(out);
+    _mm256_store_si256(to, decode_avx2<kBits, 0>(row, table));
+    _mm256_store_si256(to + 1, decode_avx2<kBits, 1>(row, table));
+    _mm256_store_si256(to + 2, decode_avx2<kBits, 2>(row, table));
+    _mm256_store_si256(to + 3, decode_avx2<kBits, 3>(row, table));
+  }
+};
+template <int kBits>
+TWA_AVX2 void block_avx2(const BasisView& basis, const TensorTable& out, const Block& block) {
+  unpack_block<kBits>(basis, out, block, Avx2Decoder<kBits>());
+}
+// The AVX2 decoder keeps up with the writes; AVX-512 only makes the conversion to float wider.
+template <int kBits>
+TWA_AVX512 void block_avx512(const BasisView& basis, const TensorTable& out, const Block& block) {
+  unpack_block<kBits>(basis, out, block, Avx2Decoder<kBits>());
+}
+#endif
+
+using UnpackBlock = void (*)(const BasisView& basis, const TensorTable& out, const Block& block);
+template <int kBits>
+UnpackBlock pick() {
+#ifdef TWA_X86
+  if (isa() == Isa::avx512) return block_avx512<kBits>;
+  if (isa() == Isa::avx2) return block_avx2<kBits>;
+#endif
+  return block_portable<kBits>;
 }
 
 }  // namespace
@@ -29,8 +84,8 @@ void unpack_block(const BasisView& basis, const TensorTable& out, const Block& b
 Status unpack_cpu(const BasisView& basis, const TensorTable& out, int threads) {
   if (!valid_bits(basis.bits) || basis.n < 1 || basis.n > kMaxRows || total_tiles(out) != basis.num_tiles) return Status::bad_argument;
   const std::vector<Block> blocks = make_blocks(out, basis.tile_segment);
-  parallel_for(static_cast<int64_t>(blocks.size()), threads,
-               [&](int64_t k) { with_bits(basis.bits, [&](auto b) { unpack_block<b()>(basis, out, blocks[k]); }); });
+  const UnpackBlock kernel = with_bits(basis.bits, [](auto b) { return pick<b()>(); });
+  parallel_for(static_cast<int64_t>(blocks.size()), threads, [&](int64_t k) { kernel(basis, out, blocks[k]); });
   return Status::ok;
 }
 
