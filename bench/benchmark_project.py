@@ -4,6 +4,7 @@ import pytest
 import torch
 from common import Published, random_basis
 from conftest import record
+from peers import PEERS
 
 import twa_kernels as tk
 
@@ -45,3 +46,13 @@ def test_published(benchmark, n, columns):
     peer, g = Published(n, columns), torch.randn(columns)
     benchmark.pedantic(peer.project, (g,), rounds=3, warmup_rounds=1)
     record(benchmark, "project", "published arithmetic", n, columns, n * columns + 4 * columns)
+
+
+@pytest.mark.benchmark(group="project")
+@pytest.mark.parametrize("make", PEERS)
+def test_low_bit_peer(benchmark, make, n, columns):
+    if reason := make.why_unusable(n, columns):
+        pytest.skip(reason)
+    peer, g = make(n, columns), torch.randn(columns)
+    benchmark(peer.project, g)
+    record(benchmark, "project", peer.name, n, columns, peer.nbytes[0] + 4 * columns, "read")

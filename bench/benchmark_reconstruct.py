@@ -4,6 +4,7 @@ import pytest
 import torch
 from common import Published, random_basis
 from conftest import record
+from peers import PEERS
 
 import twa_kernels as tk
 
@@ -44,3 +45,13 @@ def test_published(benchmark, n, columns):
     peer, x, center = Published(n, columns), torch.randn(n, 1), torch.randn(columns)
     benchmark.pedantic(peer.reconstruct, (x, center), rounds=3, warmup_rounds=1)
     record(benchmark, "reconstruct", "published arithmetic", n, columns, n * columns + 8 * columns)
+
+
+@pytest.mark.benchmark(group="reconstruct")
+@pytest.mark.parametrize("make", PEERS)
+def test_low_bit_peer(benchmark, make, n, columns):
+    if reason := make.why_unusable(n, columns):
+        pytest.skip(reason)
+    peer, x, center = make(n, columns), torch.randn(n, 1), torch.randn(columns)
+    benchmark(peer.reconstruct, x, center)
+    record(benchmark, "reconstruct", peer.name, n, columns, peer.nbytes[1] + 8 * columns, "copy")

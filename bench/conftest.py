@@ -41,7 +41,8 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
     if not ROWS:
         return
     lines = [f"{k}: {v}" for k, v in common.hardware().items()]
-    lines.append("measured bandwidth: read {read:.1f} GB/s, copy {copy:.1f} GB/s (read + write)".format(**common.bandwidth()))
+    read, ahead, copy = (common.bandwidth()[name] for name in ("read", "prefetched read", "copy"))
+    lines.append(f"measured bandwidth: read {read:.1f} GB/s (with software prefetch {ahead:.1f}), copy {copy:.1f} GB/s (read + write)")
     lines += ["", "| op | kernel | n | D | median ms | GB/s | of bandwidth | time / our 4 bits |", "|---|---|--:|--:|--:|--:|--:|--:|"]
     ours = {(r["op"], r["n"], r["D"]): r["ms"] for r in ROWS if r["what"] == "4 bits"}
     for r in sorted(ROWS, key=lambda r: (r["op"], r["n"], r["D"])):

@@ -146,10 +146,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("reconstruct", &reconstruct);
   m.def("step", &step);
   m.def("cpu_isa", [] { return twa::cpu_isa(); });
-  m.def("read_bytes", [](uintptr_t data, int64_t bytes, int threads) {
-    py::gil_scoped_release release;
-    return twa::read_bytes(pointer<const void>(data), bytes, threads);
-  });
+  m.def(
+      "read_bytes",
+      [](uintptr_t data, int64_t bytes, int threads, bool ahead) {
+        py::gil_scoped_release release;
+        return twa::read_bytes(pointer<const void>(data), bytes, threads, ahead);
+      },
+      py::arg("data"), py::arg("bytes"), py::arg("threads"), py::arg("ahead") = false);
   m.def("copy_bytes", [](uintptr_t from, uintptr_t to, int64_t bytes, int threads) {
     py::gil_scoped_release release;
     twa::copy_bytes(pointer<const void>(from), pointer<void>(to), bytes, threads);

@@ -26,7 +26,7 @@ struct TensorTable {
 
 struct BasisView {
   const uint8_t* codes;         // (num_tiles, n, row_bytes(bits))
-  const uint8_t* scales;        // (num_tiles, n) e4m3
+  const uint8_t* scales;        // (num_tiles, n) e4m3, at most 0x7e: no sign, no NaN
   const float* row_scale;       // (n, L)
   const int32_t* tile_segment;  // (num_tiles,) in [0, L)
   int64_t n;
@@ -74,13 +74,15 @@ struct Update {
   int64_t step;                // 1 for the first one
 };
 
-// c = project(grads), update of x (n, L), out = center + x^T P: the three calls in one, a small segment at a time while its codes are in
-// cache. first: momentum buffer or first moment (n, L), null for SGD without momentum; second: second moment, null for SGD.
+// c = project(grads), update of x (n, L), out = center + x^T P: the three calls in one, a segment at a time, where segments are small and
+// many, while its codes are in cache. No gradient may share memory with an output. first: momentum buffer or first moment (n, L), null for SGD
+// without momentum; second: second moment, null for SGD.
 Status step_cpu(const BasisView& basis, const TensorTable& grads, const Update& update, float* x, float* first, float* second,
                 const TensorTable& center, const TensorTable& out, float* c, int threads);
 
-// Memory bandwidth with the same threads: sum of the 64-bit words (bytes moved = bytes), and a copy (2 * bytes).
-uint64_t read_bytes(const void* data, int64_t bytes, int threads);
+// Memory bandwidth with the same threads: sum of the 64-bit words (bytes moved = bytes; `ahead`: with the kernels' software prefetch,
+// on AVX-512), and a copy (2 * bytes).
+uint64_t read_bytes(const void* data, int64_t bytes, int threads, bool ahead);
 void copy_bytes(const void* from, void* to, int64_t bytes, int threads);
 
 // Asks the system for huge pages under a large buffer, where it can: streaming n * D * bits / 8 bytes through 4 KiB pages costs a

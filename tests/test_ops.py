@@ -107,6 +107,26 @@ def test_dispatch_never_falls_back(monkeypatch):
         dispatch.select("project", "cpu", "cpp")
 
 
+def test_a_forked_child_has_threads_of_its_own():
+    """PyTorch's threads, which the parent shares, do not survive a fork."""
+    code = """
+import os, torch, twa_kernels as tk
+torch.set_num_threads(2)
+basis, grads = tk.pack([torch.randn(4, 300_000)]), [torch.randn(300_000)]
+expected = tk.project(basis, grads)
+child = os.fork()
+if not child:
+    os._exit(0 if torch.equal(tk.project(basis, grads), expected) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), torch.equal(tk.project(basis, grads), expected))
+"""
+    assert run_python(code).strip() == "0 True"
+
+
+def test_lazily_negated_gradients():
+    basis, grads = operands(), [torch.randn(s) for s in SHAPES]
+    assert torch.equal(tk.project(basis, [torch._neg_view(g) for g in grads]), tk.project(basis, [-g for g in grads]))
+
+
 def test_unknown_instruction_set_is_an_error():
     code = """
 import torch, twa_kernels as tk

@@ -41,6 +41,36 @@ def test_many_rows():
     same_bytes(tk.pack(rows, 4), tk.pack(rows, 4, backend="reference"))
 
 
+def test_scales_as_e4m3_at_every_boundary():
+    """Every scale of 4 significant bits, at every exponent, against PyTorch's own conversion."""
+    mantissa, exponent = torch.arange(8, 16)[:, None], torch.arange(-126, 120)[None, :]
+    values = torch.cat([torch.zeros(1), (mantissa / 8 * 2.0 ** exponent.double()).flatten()]).bfloat16()
+    for unit in range(-134, 112):
+        ours = tk.packed._e4m3(values, torch.full_like(values, unit, dtype=torch.int16))
+        exact = values.double() * 2.0**-unit
+        fits = exact < 256
+        assert torch.equal(ours[fits], exact[fits].float().to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+def test_a_zero_tensor_in_a_tiny_segment_is_zero():
+    basis = tk.pack([1e-36 * torch.randn(3, 300), torch.zeros(3, 200)], 4, segments=[0, 0], normalize="none")
+    assert not tk.unpack(basis)[1].any() and tk.unpack(basis)[0].any()
+
+
+def test_a_refused_tensor_adds_nothing():
+    packer = tk.Packer(3, [(20000,)])
+    bad = torch.ones(3, 20000)
+    bad[1, -1] = torch.nan
+    with pytest.raises(tk.NotFiniteError):
+        packer.add(bad)
+    packer.add(torch.ones(3, 20000))
+    same_bytes(packer.finish(), tk.pack([torch.ones(3, 20000)]))
+
+
+def test_below_the_normal_range_counts_as_zero():
+    assert tk.pack([torch.full((3, 300), 1e-40)], report=True).relative_error == (0.0,)
+
+
 @pytest.mark.parametrize("n", [300, 1100])
 @pytest.mark.parametrize("bits", [8, 3])
 def test_many_rows_of_many_tiles(bits, n):
@@ -172,7 +202,8 @@ h = hashlib.sha256()
 for bits in (8, 4, 3, 2, 1):
     b = tk.pack(rows_of(6, SHAPES), bits, tensors(SHAPES), SEGMENTS)
     x = torch.randn(6, 5, generator=torch.Generator().manual_seed(5))
-    for t in [*tk.unpack(b), b.codes, b.scales.view(torch.uint8), b.row_scale, tk.project(b, tensors(SHAPES, 9)), *tk.reconstruct(b, x, tensors(SHAPES))]:
+    packed = [b.codes, b.scales.view(torch.uint8), b.row_scale]
+    for t in [*packed, *tk.unpack(b), tk.project(b, tensors(SHAPES, 9)), *tk.reconstruct(b, x, tensors(SHAPES))]:
         h.update(t.contiguous().numpy().tobytes())
     out, options = [torch.empty(s) for s in SHAPES], dict(lr=0.1, momentum=0.9)
     c = tk.step(b, tensors(SHAPES, 9), x, out, tensors(SHAPES), rule="sgd", options=options, state=dict())

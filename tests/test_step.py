@@ -8,6 +8,7 @@ import twa
 from conftest import BITS, SEGMENTS, SHAPES, tensors
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import twa_kernels as tk
 from twa_kernels.packed import PackedBasis
@@ -19,6 +20,7 @@ RULES = [
     ("sgd", {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "maximize": True}),
     ("adamw", {"lr": 0.02}),
     ("adamw", {"lr": 0.02, "betas": (0.5, 0.9), "weight_decay": 0.1, "eps": 1e-6, "maximize": True}),
+    ("adamw", {"lr": 0.02, "betas": (0.0, 0.5), "weight_decay": 0.0}),
 ]
 TORCH = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
@@ -90,16 +92,44 @@ def test_writes_other_dtypes_and_layouts(dtype, basis_of):
     assert all(torch.equal(o, t.to(dtype)) for o, t in zip(out, tk.reconstruct(basis, x), strict=True))
 
 
-def test_opcheck_and_compile(basis_of):
-    basis = basis_of(5, 4)
+def test_opcheck(basis_of):
+    basis, state, out = basis_of(5, 4), [torch.rand(5, 5), torch.rand(5, 5)], [torch.empty(s) for s in SHAPES]
+    options = [0.0, 0.02, 0.01, 0.9, 0.999, 1e-8]
+    arguments = (*basis.operands, tensors(SHAPES, 20), torch.zeros(5, 5), state, [], basis.numels, 4, "adamw", options, 1, out, "")
+    torch.library.opcheck(torch.ops.twa_kernels.step.default, arguments)
 
-    def arguments():
-        state = [torch.rand(5, 5), torch.rand(5, 5)]
-        out = [torch.empty(s) for s in SHAPES]
-        options = [0.0, 0.02, 0.01, 0.9, 0.999, 1e-8]
-        return (*basis.operands, tensors(SHAPES, 20), torch.zeros(5, 5), state, [], basis.numels, 4, "adamw", options, 1, out, "")
 
-    torch.library.opcheck(torch.ops.twa_kernels.step.default, arguments())
+def test_compiles_without_graph_break(basis_of):
+    basis, grads = basis_of(5, 4), tensors(SHAPES, 20)
+
+    def run(step):
+        x, out = torch.zeros(5, 5), [torch.empty(s) for s in SHAPES]
+        return [step(x, out), x, *out]
+
+    def step(x, out):
+        return tk.step(basis, grads, x, out, rule="sgd", options={"lr": 0.1}, state={})
+
+    for ours, eager in zip(run(torch.compile(step, fullgraph=True, backend="aot_eager")), run(step), strict=True):
+        assert torch.equal(ours, eager)
+
+
+def test_autograd_refuses_values_from_before(basis_of):
+    x = torch.zeros(5, 5, requires_grad=True)
+    loss = (x**2).sum()
+    tk.step(basis_of(5, 4), tensors(SHAPES), x, [torch.empty(s) for s in SHAPES], rule="sgd", options={}, state={})
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_refused_step_leaves_the_state_alone(basis_of):
+    state: dict = {}
+    with pytest.raises(ValueError, match="grads: expected 9 tensors"):
+        tk.step(basis_of(5, 4), [torch.zeros(3)], torch.zeros(5, 5), [torch.empty(s) for s in SHAPES], rule="adamw", options={}, state=state)
+    assert state == {}
+    tk.step(basis_of(5, 4), tensors(SHAPES), torch.zeros(5, 5), [torch.empty(s) for s in SHAPES], rule="adamw", options={}, state=state)
+    before = state["step"]
+    tk.step(basis_of(5, 4), tensors(SHAPES), torch.zeros(5, 5), [torch.empty(s) for s in SHAPES], rule="adamw", options={}, state=state)
+    assert before is state["step"] and int(before) == 2
 
 
 @pytest.mark.parametrize(
@@ -189,5 +219,13 @@ def test_what_is_not_fused(candidates):
     assert train(candidates, torch.optim.AdamW, options={"lr": 0.02, "amsgrad": True})[1]._fused_rule() is None
     assert train(candidates, torch.optim.AdamW, precondition=True)[1]._fused_rule() is None
     _, optimizer, _ = train(candidates, torch.optim.AdamW)
+    handle = register_optimizer_step_pre_hook(lambda *_: None)
+    assert optimizer._fused_rule() is None
+    handle.remove()
+    assert optimizer._fused_rule()
     optimizer.inner.register_step_pre_hook(lambda *_: None)
     assert optimizer._fused_rule() is None
+
+
+def test_plain_sgd_keeps_no_state(candidates):
+    assert train(candidates, torch.optim.SGD, options={"lr": 0.1})[1].state_dict()["state"] == {}

@@ -125,9 +125,9 @@ def step(
     backend: str = "",
 ) -> Tensor:
     """One training step of the coefficients in one call: `c = project(basis, grads)`, the optimizer's update of x, `reconstruct(basis, x,
-    center, out=out)`; a small segment at a time, so that its packed rows are read from memory once.
+    center, out=out)`; a segment at a time, where segments are small and many, so that their packed rows are read from memory once.
 
-    grads, center, out   as in project and reconstruct.
+    grads, center, out   as in project and reconstruct; no gradient may share memory with an output.
     x        (n, L) float32, contiguous, updated in place.
     rule     "sgd" (torch.optim.SGD, with momentum) or "adamw" (torch.optim.AdamW).
     options  lr, weight_decay, momentum, dampening, nesterov, betas, eps, maximize: a param_group of that optimizer, or a dict; what is
@@ -151,16 +151,14 @@ def step(
     moments = RULES[rule][1] if rule == "adamw" or given["momentum"] else ()
     # torch's SGD counts no steps: its first one is the one that finds no buffer.
     previous = int(state.get("step", 0)) if rule == "adamw" else int(state.get("momentum_buffer") is not None)
-    for name in moments:
-        if state.get(name) is None:
-            state[name] = torch.zeros_like(x)
+    held = [torch.zeros_like(x) if state.get(name) is None else state[name] for name in moments]
     targets = _list(out)
     with torch.no_grad():
         c = torch.ops.twa_kernels.step(
             *basis.operands,
             _present(basis, grads),
             x,
-            [state[name] for name in moments],
+            held,
             [] if center is None else _list(center),
             basis.numels,
             basis.bits,
@@ -170,7 +168,10 @@ def step(
             targets,
             backend,
         )
+    # Only now: a call that was refused leaves the state as it was.
+    state.update(zip(moments, held, strict=True))
     if rule == "adamw":
-        state["step"] = state.get("step", torch.zeros(())) + 1
-    torch.autograd.graph.increment_version(targets)
+        state.setdefault("step", torch.zeros(()))
+        state["step"] += 1
+    torch.autograd.graph.increment_version([x, *held, *targets])
     return c

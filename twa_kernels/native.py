@@ -50,7 +50,7 @@ def _addresses(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
 
 def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Contiguous versions; only the tensors that are not get copied, one by one."""
-    return [t if t.is_contiguous() else t.contiguous() for t in tensors]
+    return [t.contiguous().resolve_neg() if not t.is_contiguous() or t.is_neg() else t for t in tensors]
 
 
 def _basis(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, bits: int):

@@ -30,7 +30,8 @@ class PackedBasis:
     divisor       (n, L) float64: P[i] = (row i - center) / divisor[i, l] before quantisation; 0 where that part is zero
     shapes        shape of each tensor, in order
     bits          8, 4, 3, 2 or 1
-    relative_error  per tensor, if it was asked for: ||P - dequantised P|| / ||P|| over all rows before normalisation, 0 for zeros
+    relative_error  per tensor, if it was asked for: the quantiser's ||P - dequantised P|| / ||P|| over all rows, 0 for zeros; before the
+                  smallest scales of a segment lose bits to e4m3 (which a warning reports when they become zero)
     """
 
     codes: Tensor
@@ -119,6 +120,7 @@ class PackedBasis:
                 self.divisor[:, columns].contiguous(),
                 (self.shapes[k],),
                 self.bits,
+                None if self.relative_error is None else (self.relative_error[k],),
             ),
             columns,
         )
@@ -245,7 +247,7 @@ class Packer:
                 stacklevel=2,
             )
         row_scale = torch.where(divisor > 0, unit / divisor, 0.0).float()
-        error = None if self.errors is None else tuple((self.errors[:, 0] / self.errors[:, 1].clamp(min=1e-300)).sqrt().tolist())
+        error = None if self.errors is None else tuple(torch.where(self.errors[:, 1] > 0, self.errors[:, 0] / self.errors[:, 1], 0.0).sqrt().tolist())
         return PackedBasis(self.codes, scales.view(torch.float8_e4m3fn), row_scale, self.tile_segment, divisor, self.shapes, self.bits, error)
 
 
@@ -254,7 +256,7 @@ def _e4m3(scales: Tensor, exponent: Tensor) -> Tensor:
     2^(exponent + 8). A normal number keeps its three mantissa bits; only the exponent's bias changes."""
     bits = scales.view(torch.int16) >> 4  # biased exponent, then the mantissa bits that are in use
     code = bits - (exponent + 120) * 8
-    small = code < 8
+    small = (code < 8) | (bits == 0)
     if small.any():  # below e4m3's normal range, or zero
         exact = scales[small].double() * torch.exp2(-exponent[small].double())
         code[small] = (exact * 512).round().to(torch.int16)

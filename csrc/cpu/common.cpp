@@ -3,6 +3,10 @@
 
 #include <pthread.h>
 
+#ifdef __linux__
+#include <dlfcn.h>
+#endif
+
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
@@ -95,6 +99,34 @@ class Pool {
   uint64_t generation_ = 0;
 };
 
+#ifdef __linux__
+// The OpenMP runtime that the process has loaded already, such as PyTorch's, if there is one (libgomp, libiomp5 and libomp have this entry).
+// Its threads have just run the backward pass and spin for a while afterwards: threads of our own would have to wait for their cores.
+using OpenMp = void (*)(void (*region)(void*), void* data, unsigned threads, unsigned flags);
+OpenMp openmp() {
+  static std::atomic<OpenMp> found{nullptr};
+  OpenMp f = found.load(std::memory_order_relaxed);
+  if (!f) {
+    f = reinterpret_cast<OpenMp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    found.store(f, std::memory_order_relaxed);
+  }
+  return f;
+}
+// After a fork that runtime's threads are gone, and it does not know. Watched from the moment the library is loaded.
+std::atomic<bool> forked{false};
+const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+
+struct Region {
+  const std::function<void(int64_t)>& fn;
+  int64_t count;
+  std::atomic<int64_t> next{0};
+  static void run(void* data) {
+    auto* region = static_cast<Region*>(data);
+    for (int64_t item; (item = region->next.fetch_add(1)) < region->count;) region->fn(item);
+  }
+};
+#endif
+
 // Never destroyed: its threads may outlive static destruction. A forked child has none of them, so it starts a new pool.
 std::atomic<Pool*> pool{nullptr};
 Pool& get_pool() {
@@ -118,9 +150,16 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>
   if (count < threads) threads = static_cast<int>(count);
   if (threads <= 1) {
     for (int64_t item = 0; item < count; ++item) fn(item);
-  } else {
-    get_pool().run(count, threads, fn);
+    return;
   }
+#ifdef __linux__
+  if (const OpenMp parallel = watching_forks == 0 && !forked.load() ? openmp() : nullptr) {
+    Region region{fn, count};
+    parallel(Region::run, &region, static_cast<unsigned>(threads), 0);
+    return;
+  }
+#endif
+  get_pool().run(count, threads, fn);
 }
 
 int64_t total_tiles(const TensorTable& tensors) {

@@ -52,7 +52,6 @@ TWA_AVX2 inline __m256i level_table_avx2() {
 // AVX-512 works on rearranged bytes (of 4, 8 or 16 rows), so its decoder takes a vector of packed bytes and gives one vector per
 // field: levels + 128 as unsigned bytes, which is what vpdpbusd takes. vpermb looks a byte's low 6 bits up in a table of 64, so a
 // field anywhere in those bits needs no mask and no shift, only a table of its own.
-constexpr int fields_per_byte(int bits) { return bits == 8 ? 1 : bits == 4 ? 2 : bits == 1 ? 8 : 4; }  // 3 bits: of the 2-bit plane
 
 template <int kBits>
 struct alignas(64) LevelBytes {

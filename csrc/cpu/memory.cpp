@@ -24,21 +24,27 @@ TWA_INLINE uint64_t sum_words(const uint64_t* __restrict__ p, int64_t count) {
 }
 uint64_t sum_portable(const uint64_t* p, int64_t count) { return sum_words(p, count); }
 #ifdef TWA_X86
+template <bool kAhead>
 TWA_AVX512 uint64_t sum_avx512(const uint64_t* p, int64_t count) {
   __m512i s[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
   for (int64_t k = 0; k + 32 <= count; k += 32)
-    for (int j = 0; j < 4; ++j) s[j] = _mm512_add_epi64(s[j], _mm512_loadu_si512(p + k + 8 * j));
+    for (int j = 0; j < 4; ++j) {
+      if (kAhead) prefetch_line(reinterpret_cast<const uint8_t*>(p + k + 8 * j), &s[j]);
+      s[j] = _mm512_add_epi64(s[j], _mm512_loadu_si512(p + k + 8 * j));
+    }
   return static_cast<uint64_t>(_mm512_reduce_add_epi64(_mm512_add_epi64(_mm512_add_epi64(s[0], s[1]), _mm512_add_epi64(s[2], s[3]))));
 }
 #endif
 
 }  // namespace
 
-uint64_t read_bytes(const void* data, int64_t bytes, int threads) {
+uint64_t read_bytes(const void* data, int64_t bytes, int threads, bool ahead) {
   std::atomic<uint64_t> total{0};
   auto sum = sum_portable;
-#ifdef TWA_X86
-  if (isa() == Isa::avx512) sum = sum_avx512;
+#ifndef TWA_X86
+  (void)ahead;
+#else
+  if (isa() == Isa::avx512) sum = ahead ? sum_avx512<true> : sum_avx512<false>;
 #endif
   parallel_for((bytes + kItem - 1) / kItem, threads, [&](int64_t item) {
     const int64_t begin = item * kItem, count = std::min(kItem, bytes - begin) / 8;

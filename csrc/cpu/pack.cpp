@@ -220,7 +220,7 @@ TWA_AVX512 inline void quantise_avx512(const float* row, const float* center, co
     for (int j = 0; j < 8; ++j) {
       u[g][j] = _mm512_sub_ps(_mm512_loadu_ps(row + 128 * g + 16 * j), _mm512_load_ps(center + 128 * g + 16 * j));
       largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(u[g][j]), _mm512_set1_epi32(0x7fffffff)));
-      asm volatile("prefetcht0 %c2(%1)" : "+v"(largest) : "r"(next), "i"(64 * (8 * g + j)));
+      asm volatile("prefetcht0 %1" : "+v"(largest) : "m"(next[64 * (8 * g + j)]));
     }
     m[g] = static_cast<int32_t>(_mm512_reduce_max_epu32(largest));
     e[g] = (m[g] >> 23) - 126;
@@ -446,11 +446,12 @@ Status pack_cpu(const TensorTable& rows, const TensorTable& center, const int32_
   std::vector<Sums> sums(blocks.size());
   const BlockKernel kernel = pick(bits);
   parallel_for(static_cast<int64_t>(blocks.size()), threads, [&](int64_t k) { kernel(job, blocks[k], &sums[k]); });
-  for (size_t k = 0; k < blocks.size(); ++k) {
+  for (size_t k = 0; k < blocks.size(); ++k)  // before anything is added up
     if (sums[k].bad_row >= 0) {
       *where = {sums[k].bad_row, blocks[k].tensor, first_bad_column(job, blocks[k], sums[k].bad_row, sums[k].bad_tile)};
       return Status::not_finite;
     }
+  for (size_t k = 0; k < blocks.size(); ++k) {
     for (int64_t i = 0; i < n; ++i) {
       const int64_t at = i * num_segments + blocks[k].segment;
       sum_sq[at] += sums[k].sum_sq[i];

@@ -6,7 +6,8 @@
 //            in float64 and rounded to float32, then to the dtype of out: same bits for any thread count and tier.
 // Bytes      n * D * (bits / 8 + 1 / 128) read once as one stream, plus D * (center + out).
 // Products   AVX-512: rows in groups of 4, their levels interleaved so that one 32-bit lane holds a column's 4 levels + 128;
-//            vpdpbusd against 4 coefficient limbs, 3 limbs, 8 x 16 columns: 24 accumulators. Corrected by 128 * sum(q).
+//            vpdpbusd against 4 coefficient limbs, 3 limbs, 4 x 16 columns: 12 accumulators, and all rows once more for the
+//            other half of the columns, from cache. Corrected by 128 * sum(q).
 //            The packed bytes are interleaved, before they are expanded.
 //            AVX2: rows in pairs, two int16 limbs, vpmaddwd. Portable: the same in plain C++.
 #include <algorithm>

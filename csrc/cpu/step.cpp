@@ -1,10 +1,10 @@
 // step:  c = project(g);  x = optimizer(x, c);  out = center + x^T P, segment by segment.
 //
 // Operands   as project and reconstruct; x and the optimizer's state (n, L) fp32, updated in place; c (n, L) fp32, written.
-// Work map   first pass: a segment of at most kResidentBytes of codes is one item, in which one thread projects, updates and
-//            reconstructs, so that the second read of its codes hits the core's cache; larger segments are projected by blocks.
-//            Second pass: blocks of the larger segments are reconstructed, the most recently read first.
-// Bytes      codes of small segments once, of large ones twice; gradient, center and out once.
+// Work map   first pass: a resident segment, of at most kResidentBytes of codes and a thread's share of all of them, is one item, in
+//            which one thread projects, updates and reconstructs, so that the second read of its codes hits the core's cache; other
+//            segments are projected by blocks. Second pass: the others' blocks are reconstructed, the most recently read first.
+// Bytes      codes of resident segments once, of others twice; gradient, center and out once.
 // Bits       the same as project_cpu, the update, and reconstruct_cpu one after the other.
 #include <algorithm>
 #include <cmath>
@@ -43,7 +43,7 @@ struct Rule {
     if (maximize) g = -g;
     if (adamw) {
       *x *= shrink;
-      *first += w1 * (g - *first);
+      *first = w1 < 0.5f ? *first + w1 * (g - *first) : g - (g - *first) * (1.0f - w1);  // torch.lerp, exact at both ends
       *second = *second * b2 + w2 * g * g;
       *x -= size * *first / (std::sqrt(*second) / root + eps);
       return;

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .subspace import Subspace
 
@@ -98,7 +99,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], torch.Tensor] | None = None):
         if closure is None and (rule := self._fused_rule()):
             coefficients = self.subspace.coefficients
-            self.subspace.step(rule, self.inner.param_groups[0], self.inner.state[coefficients])
+            state = self.inner.state.get(coefficients, {})
+            self.subspace.step(rule, self.inner.param_groups[0], state)
+            if state:  # plain SGD keeps none
+                self.inner.state[coefficients] = state
             return None
         if closure is None:
             self._project()
@@ -112,7 +116,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """The rule of twa_kernels.step that does what the three parts of a step would do here, if there is one."""
         group = self.inner.param_groups[0]
         plain = not any(group.get(name) for name in ("amsgrad", "capturable", "differentiable"))
-        hooked = self.inner._optimizer_step_pre_hooks or self.inner._optimizer_step_post_hooks
+        own = self.inner._optimizer_step_pre_hooks or self.inner._optimizer_step_post_hooks
+        hooked = own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
         return FUSED.get(type(self.inner)) if plain and not hooked and not self.low_memory and self.subspace.can_fuse() else None
 
     def _evaluate(self, closure: Callable[[], torch.Tensor]) -> torch.Tensor:
