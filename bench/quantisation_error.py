@@ -69,6 +69,7 @@ def main() -> None:
     for name, vectors in samples(args.checkpoints).items():
         for quantiser, error in (
             ("packed (ours)", tk.relative_error),
+            ("packed, absmax", lambda v, b: tk.relative_error(v, b, "absmax")),
             ("packed, rotated", lambda v, b: tk.relative_error(rotated(v), b)),
             ("published min/max", min_max_error),
         ):

@@ -57,11 +57,15 @@ def test_kernel_examples():
         "candidates": [net() for _ in range(3)],
     }
     kernels = [e for e in examples("README.md") if "tk." in e]
-    assert len(kernels) == 2
+    assert len(kernels) == 3
     exec(kernels[0], names)
     assert names["c"].shape == (3, 2) and [t.shape for t in names["theta"]] == [torch.Size(s) for s in shapes]
     exec(kernels[1], names)
     assert names["x"].grad.shape == (3, 6) and names["x"].grad.abs().sum() > 0
+    before = names["model"][0].weight.detach().clone()
+    loss(names["model"], names["batch"]).backward()
+    exec(kernels[2], names)
+    assert not torch.equal(names["model"][0].weight, before) and int(names["state"]["step"]) == 1
 
 
 def test_task_example(tmp_path):

@@ -31,7 +31,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     accumulate in the model's .grad over several backward calls; clipping them before step() works too. `state_dict` holds
     the inner state and x; `load_state_dict` also moves the model.
 
-    low_memory   project each gradient as soon as backward has it, and free it: no D-sized gradient is ever held, several backward
+    low_memory   project each gradient as soon as backward has it, and free it: never more than one of them is held, several backward
                  calls accumulate in the coefficients' gradient, and torch.amp.GradScaler works (it scales what it sees in
                  param_groups; without low_memory it raises "No inf checks were recorded"). Clip the coefficients' gradient
                  then, the model has none.
