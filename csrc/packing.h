@@ -22,8 +22,8 @@
 //
 //   1. e: the power of two with 2^(e-1) <= max|v| < 2^e;   u = v * 2^-e                      (exact)
 //   2. bits 8, or the absmax quantiser: s = max|u| / 127, rounded up to 4 significant bits: nothing is clipped
-//      bits 4 .. 1: s = sqrt(sum u^2 / valid) * kInitialScale; twice (1 bit: once): s = sum(u * l) / sum(l * l) with l = level[code(u, s)];
-//                   then s rounded to nearest, 4 significant bits
+//      bits 4 .. 1: s = sqrt(sum u^2 / valid) * rms_share + max|u| * max_share; then s = sum(u * l) / sum(l * l) with l = level[code(u, s)],
+//                   rounded to nearest, 4 significant bits
 //   3. code(u, s) = number of j with 2 k > level[j] + level[j + 1], k = round-to-even(u * (1 / s)) clamped to [-127, 127]
 //
 // Float sums run as a halving tree: v[c] += v[c + h] for h = 64, 32, ..., 1. A scale of 4 significant bits is an e4m3 number up
@@ -78,22 +78,22 @@ TWA_HD constexpr int level(int bits, int code) {
   }
 }
 
-// sigma / 127 of the outermost Lloyd-Max level: turns an rms into a first scale.
-TWA_HD float initial_scale(int bits) {
+// First scale of a group, from which one least-squares step is taken: a mixture of the rms, which is right for Gaussian numbers, and
+// the largest number, which is right for heavy tails. Shares of the largest: 1/2, 1/4, 0, 0 at 4, 3, 2, 1 bits; the rms is
+// multiplied by sigma / 127 of the outermost Lloyd-Max level.
+TWA_HD float rms_share(int bits) {
   switch (bits) {
     case 4:
-      return 2.732589571f / 127.0f;
+      return 0.5f * 2.732589571f / 127.0f;
     case 3:
-      return 2.151945705f / 127.0f;
+      return 0.75f * 2.151945705f / 127.0f;
     case 2:
       return 1.510417608f / 127.0f;
     default:
       return 0.7978845608f / 127.0f;
   }
 }
-
-// Least-squares steps of the scale. With one bit a second one changes next to nothing: codes are signs.
-TWA_HD constexpr int refinements(int bits) { return bits == 1 ? 1 : 2; }
+TWA_HD float max_share(int bits) { return bits == 4 ? 0.5f / 127.0f : bits == 3 ? 0.25f / 127.0f : 0.0f; }
 
 // code of an integer k in [-127, 127]: the nearest level, the lower one at a tie.
 TWA_HD constexpr int nearest_code(int bits, int k) {

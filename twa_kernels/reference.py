@@ -25,8 +25,9 @@ LEVELS: dict[int, list[int]] = {
     2: [-127, -38, 38, 127],
     1: [-127, 127],
 }
-#: sigma / 127 of the outermost level
-INITIAL_SCALE = {4: 2.732589571 / 127, 3: 2.151945705 / 127, 2: 1.510417608 / 127, 1: 0.7978845608 / 127}
+#: first scale of a group = rms * share + largest * share: csrc/packing.h says why
+RMS_SHARE = {4: 0.5 * 2.732589571 / 127, 3: 0.75 * 2.151945705 / 127, 2: 1.510417608 / 127, 1: 0.7978845608 / 127}
+MAX_SHARE = {4: 0.5 / 127, 3: 0.25 / 127, 2: 0.0, 1: 0.0}
 
 
 def num_tiles(numel: int) -> int:
@@ -115,11 +116,11 @@ def quantise(v: Tensor, valid: Tensor, bits: int, quantiser: str = "gaussian") -
     if bits == 8 or quantiser == "absmax":
         s = _round_scale(m * down * down2 / 127.0, up=True)
     else:
-        s = torch.sqrt(sum_sq / valid[..., None].float()) * torch.tensor(INITIAL_SCALE[bits], dtype=torch.float32, device=v.device)
+        rms_share, max_share = (torch.tensor(share[bits], dtype=torch.float32, device=v.device) for share in (RMS_SHARE, MAX_SHARE))
+        s = torch.sqrt(sum_sq / valid[..., None].float()) * rms_share + (m * down * down2) * max_share
         real = torch.arange(TILE, device=v.device) < valid[..., None]
-        for _ in range(1 if bits == 1 else 2):
-            _, lev = _encode(u, s, bits)
-            s = _tree_sum(u * lev) / (lev * lev * real).sum(-1, keepdim=True)
+        _, lev = _encode(u, s, bits)
+        s = _tree_sum(u * lev) / (lev * lev * real).sum(-1, keepdim=True)
         s = _round_scale(s, up=False)
     s = torch.where(zero, torch.zeros_like(s), s)
     codes, _ = _encode(u, s, bits)

@@ -7,8 +7,8 @@
 //            over groups in order, blocks in order: same bits for any thread count, tier, or split of a tensor at
 //            multiples of kBlockTiles tiles.
 // Bytes      n * D * input read, n * D * (bits / 8 + 2 / 128) written.
-// Speed      the Gaussian quantiser is bound by arithmetic, not memory: three encodings and two least-squares sums a group, most of
-//            it one chain of dependent operations, so AVX-512 works on two groups at a time.
+// Speed      the Gaussian quantiser is bound by arithmetic, not memory: two encodings and a least-squares sum a group, most of it
+//            one chain of dependent operations, so AVX-512 works on two groups at a time.
 #include <algorithm>
 
 #include "decode.h"
@@ -84,14 +84,13 @@ TWA_INLINE Group quantise(const float* __restrict__ v, int valid, bool absmax, u
   if (kBits == 8 || absmax) {
     s = round_scale(bits_float(static_cast<uint32_t>(m)) * down * down2 / 127.0f, true);
   } else {
-    s = std::sqrt(sum_sq / static_cast<float>(valid)) * initial_scale(kBits);
-    for (int pass = 0; pass < refinements(kBits); ++pass) {
-      encode<kBits>(u, s, code, lev);
-      for (int c = 0; c < kTileColumns; ++c) work[c] = u[c] * static_cast<float>(lev[c]);
-      int32_t norm = 0;
-      for (int c = 0; c < valid; ++c) norm += lev[c] * lev[c];
-      s = tree_sum(work) / static_cast<float>(norm);
-    }
+    const float largest = bits_float(static_cast<uint32_t>(m)) * down * down2;
+    s = std::sqrt(sum_sq / static_cast<float>(valid)) * rms_share(kBits) + largest * max_share(kBits);
+    encode<kBits>(u, s, code, lev);
+    for (int c = 0; c < kTileColumns; ++c) work[c] = u[c] * static_cast<float>(lev[c]);
+    int32_t norm = 0;
+    for (int c = 0; c < valid; ++c) norm += lev[c] * lev[c];
+    s = tree_sum(work) / static_cast<float>(norm);
     s = round_scale(s, false);
   }
   encode<kBits>(u, s, code, lev);
@@ -237,29 +236,28 @@ TWA_AVX512 inline void quantise_avx512(const float* row, const float* center, co
     for (int j = 0; j < 8; ++j) u[g][j] = _mm512_mul_ps(u[g][j], down);
     for (int j = 0; j < 8; ++j) work[j] = _mm512_mul_ps(u[g][j], u[g][j]);
     sum_sq[g] = tree_sum128(work);
-    s[g] = kBits == 8 || absmax ? round_scale(bits_float(static_cast<uint32_t>(m[g])) * pow2f(-e[g]) / 127.0f, true)
-                                : std::sqrt(sum_sq[g] / static_cast<float>(valid[g])) * initial_scale(kBits);
+    const float largest = bits_float(static_cast<uint32_t>(m[g])) * pow2f(-e[g]);
+    s[g] = kBits == 8 || absmax ? round_scale(largest / 127.0f, true)
+                                : std::sqrt(sum_sq[g] / static_cast<float>(valid[g])) * rms_share(kBits) + largest * max_share(kBits);
   }
   __m512i k[2];
   if (kBits != 8 && !absmax) {
-    for (int pass = 0; pass < refinements(kBits); ++pass) {
 #pragma GCC unroll 2
-      for (int g = 0; g < kGroups; ++g) {
-        const __mmask64 real[2] = {valid[g] >= 64 ? ~0ull : (1ull << valid[g]) - 1, valid[g] == 128  ? ~0ull
-                                                                                    : valid[g] <= 64 ? 0
-                                                                                                     : (1ull << (valid[g] - 64)) - 1};
-        to_levels(u[g], s[g], k);
-        __m512i squares = _mm512_setzero_si512();
-        alignas(64) int8_t lev[kTileColumns];
-        for (int h = 0; h < 2; ++h) {
-          const __m512i l = levels_of<kBits>(k[h], tables), size = _mm512_maskz_abs_epi8(real[h], l);
-          squares = _mm512_dpbusd_epi32(squares, size, size);
-          _mm512_store_si512(lev + 64 * h, l);
-        }
-        for (int j = 0; j < 8; ++j)
-          work[j] = _mm512_mul_ps(u[g][j], _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(lev + 16 * j)))));
-        s[g] = tree_sum128(work) / static_cast<float>(_mm512_reduce_add_epi32(squares));
+    for (int g = 0; g < kGroups; ++g) {
+      const __mmask64 real[2] = {valid[g] >= 64 ? ~0ull : (1ull << valid[g]) - 1, valid[g] == 128  ? ~0ull
+                                                                                  : valid[g] <= 64 ? 0
+                                                                                                   : (1ull << (valid[g] - 64)) - 1};
+      to_levels(u[g], s[g], k);
+      __m512i squares = _mm512_setzero_si512();
+      alignas(64) int8_t lev[kTileColumns];
+      for (int h = 0; h < 2; ++h) {
+        const __m512i l = levels_of<kBits>(k[h], tables), size = _mm512_maskz_abs_epi8(real[h], l);
+        squares = _mm512_dpbusd_epi32(squares, size, size);
+        _mm512_store_si512(lev + 64 * h, l);
       }
+      for (int j = 0; j < 8; ++j)
+        work[j] = _mm512_mul_ps(u[g][j], _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(lev + 16 * j)))));
+      s[g] = tree_sum128(work) / static_cast<float>(_mm512_reduce_add_epi32(squares));
     }
     for (int g = 0; g < kGroups; ++g) s[g] = round_scale(s[g], false);
   }

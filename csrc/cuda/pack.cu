@@ -83,19 +83,17 @@ __global__ void __launch_bounds__(32 * kWarps) pack_kernel(const void* const* __
     if (kBits == 8 || absmax) {
       s = round_scale(bits_float(static_cast<uint32_t>(m)) * down * down2 / 127.0f, true);
     } else {
-      s = sqrtf(total / static_cast<float>(valid)) * initial_scale(kBits);
-      for (int pass = 0; pass < refinements(kBits); ++pass) {
-        const float inverse = 1.0f / s;
-        float dot[4];
-        int norm = 0;
-        for (int r = 0; r < 4; ++r) {
-          const int l = level(kBits, nearest_code(kBits, to_level(u[r], inverse)));
-          dot[r] = u[r] * static_cast<float>(l);
-          norm += lane + 32 * r < valid ? l * l : 0;
-        }
-        for (int h = 16; h > 0; h /= 2) norm += __shfl_xor_sync(0xffffffffu, norm, h);
-        s = tree_sum(dot[0], dot[1], dot[2], dot[3]) / static_cast<float>(norm);
+      s = sqrtf(total / static_cast<float>(valid)) * rms_share(kBits) + bits_float(static_cast<uint32_t>(m)) * down * down2 * max_share(kBits);
+      const float inverse = 1.0f / s;
+      float dot[4];
+      int norm = 0;
+      for (int r = 0; r < 4; ++r) {
+        const int l = level(kBits, nearest_code(kBits, to_level(u[r], inverse)));
+        dot[r] = u[r] * static_cast<float>(l);
+        norm += lane + 32 * r < valid ? l * l : 0;
       }
+      for (int h = 16; h > 0; h /= 2) norm += __shfl_xor_sync(0xffffffffu, norm, h);
+      s = tree_sum(dot[0], dot[1], dot[2], dot[3]) / static_cast<float>(norm);
       s = round_scale(s, false);
     }
   }
