@@ -125,8 +125,8 @@ class Average:
 
     def _baselines(self) -> None:
         n = len(self.candidates)
-        lengths = [k for k in LAWA_LENGTHS if k < n]
-        total = n if n == 1 else 2 * n + len(lengths) + len(EMA_DECAYS)
+        lengths = [k for k in LAWA_LENGTHS if k < n] or [1]
+        total = 2 if n == 1 else 3 * n + 1 + len(lengths) + len(EMA_DECAYS)  # greedy soup looks at each candidate twice
         bar = progress_bar(f"baselines ({n} candidates)", total, self.progress)
 
         def evaluate(beta: Tensor) -> float:
@@ -160,7 +160,7 @@ class Average:
         if n > 1:
             timed("uniform", lambda: pick([(schemes.uniform(n), "")]))
             timed("EMA", lambda: pick([(schemes.ema(n, d), f"decay {d}") for d in EMA_DECAYS]))
-            timed("LAWA", lambda: pick([(schemes.lawa(n, k), f"last {k}") for k in lengths or [1]]))
+            timed("LAWA", lambda: pick([(schemes.lawa(n, k), f"last {k}") for k in lengths]))
             timed("greedy soup", lambda: (schemes.greedy_soup([evaluate(b) for b in singles], evaluate), ""))
         bar.close()
 
