@@ -50,7 +50,7 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>
 constexpr int kPrefetch = 8192;
 TWA_AVX512 inline void prefetch_line(const uint8_t* p, __m512i* after) { asm volatile("prefetcht1 %c2(%1)" : "+v"(*after) : "r"(p), "i"(kPrefetch)); }
 // The same for the small streams beside the codes, gradient and center, which are read in one go per tile; and the scales, in tiles.
-constexpr int kPrefetchInput = 4096, kScalesAhead = 16;
+constexpr int kPrefetchInput = 2048, kScalesAhead = 16;
 TWA_AVX512 inline void prefetch_input(const uint8_t* p, __m512i* after) {
   asm volatile("prefetcht0 %c2(%1)" : "+v"(*after) : "r"(p), "i"(kPrefetchInput));
 }
