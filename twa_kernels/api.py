@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import RULES
+from .ops import RULES, UNSUPPORTED_OPTIONS
 from .packed import PackedBasis, Packer
 
 Tensors = Tensor | Sequence[Tensor]
@@ -141,7 +141,7 @@ def step(
     """
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {sorted(RULES)}, found {rule!r}")
-    for name in ("amsgrad", "capturable", "differentiable"):
+    for name in UNSUPPORTED_OPTIONS:
         if options.get(name):
             raise ValueError(f"options: {name}=True is not supported by the fused step")
     given = {**(SGD_DEFAULTS if rule == "sgd" else ADAMW_DEFAULTS), **options}

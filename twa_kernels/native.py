@@ -53,6 +53,17 @@ def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.contiguous().resolve_neg() if not t.is_contiguous() or t.is_neg() else t for t in tensors]
 
 
+def _targets(out: Sequence[Tensor]) -> list[Tensor]:
+    """What a kernel writes for `out`: the tensors themselves, or contiguous ones that `_write_back` then copies."""
+    return [o if o.is_contiguous() else torch.empty(o.shape, dtype=o.dtype) for o in out]
+
+
+def _write_back(out: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for o, t in zip(out, targets, strict=True):
+        if o is not t:
+            o.copy_(t)
+
+
 def _basis(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, bits: int):
     return _C.Basis(
         codes.data_ptr(),
@@ -130,7 +141,7 @@ def reconstruct(
     center, x = _contiguous(center), x.contiguous()
     if out is None:
         out = [empty_for_streaming((numel,), dtype=center[k].dtype if center else torch.float32) for k, numel in enumerate(numels)]
-    targets = [o if o.is_contiguous() else torch.empty(o.shape, dtype=o.dtype) for o in out]
+    targets = _targets(out)
     _C.reconstruct(
         _basis(codes, scales, row_scale, tile_segment, bits),
         x.data_ptr(),
@@ -140,9 +151,7 @@ def reconstruct(
         [DTYPES[t.dtype] for t in targets],
         torch.get_num_threads(),
     )
-    for o, t in zip(out, targets, strict=True):
-        if o is not t:
-            o.copy_(t)
+    _write_back(out, targets)
     return list(out)
 
 
@@ -163,7 +172,7 @@ def step(
     out: Sequence[Tensor],
 ) -> Tensor:
     grads, center = _contiguous(grads), _contiguous(center)
-    targets = [o if o.is_contiguous() else torch.empty(o.shape, dtype=o.dtype) for o in out]
+    targets = _targets(out)
     c = torch.empty(row_scale.shape)
     moments = [s.data_ptr() for s in state] + [0, 0]
     _C.step(
@@ -181,9 +190,7 @@ def step(
         c.data_ptr(),
         torch.get_num_threads(),
     )
-    for o, t in zip(out, targets, strict=True):
-        if o is not t:
-            o.copy_(t)
+    _write_back(out, targets)
     return c
 
 

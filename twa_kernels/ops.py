@@ -265,6 +265,10 @@ RULES = {
 }
 
 
+#: options of torch's optimizers that change the update in ways the fused step does not know
+UNSUPPORTED_OPTIONS = ("amsgrad", "capturable", "differentiable")
+
+
 def _check_step(codes, scales, row_scale, tile_segment, grads, x, state, center, numels, bits, rule, options, count, out, backend) -> None:
     _check_project(codes, scales, row_scale, tile_segment, grads, numels, bits, backend)
     _check_reconstruct(codes, scales, row_scale, tile_segment, x, center, numels, bits, backend)

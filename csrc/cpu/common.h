@@ -49,11 +49,13 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>
 // the core's line buffers and stall it. So that the compiler does not gather them, it is told that `after` changes here.
 constexpr int kPrefetch = 8192;
 TWA_AVX512 inline void prefetch_line(const uint8_t* p, __m512i* after) { asm volatile("prefetcht1 %c2(%1)" : "+v"(*after) : "r"(p), "i"(kPrefetch)); }
-// The same for the small streams beside the codes, gradient and center, which are read in one go per tile; and the scales, in tiles.
-constexpr int kPrefetchInput = 2048, kScalesAhead = 16;
-TWA_AVX512 inline void prefetch_input(const uint8_t* p, __m512i* after) {
-  asm volatile("prefetcht0 %c2(%1)" : "+v"(*after) : "r"(p), "i"(kPrefetchInput));
+// The same into the first-level cache, of the line at p itself.
+TWA_AVX512 inline void prefetch_near(const void* p, __m512i* after) {
+  asm volatile("prefetcht0 %1" : "+v"(*after) : "m"(*static_cast<const char*>(p)));
 }
+// The small streams beside the codes, gradient and center, which are read in one go per tile; and the scales, in tiles.
+constexpr int kPrefetchInput = 2048, kScalesAhead = 16;
+TWA_AVX512 inline void prefetch_input(const void* p, __m512i* after) { prefetch_near(static_cast<const char*>(p) + kPrefetchInput, after); }
 #endif
 
 // Up to kBlockTiles tiles of one tensor and one segment: the unit of work and of reduction.
@@ -73,9 +75,20 @@ int64_t total_tiles(const TensorTable& tensors);
 // project: acc[i] += sum over the block's columns of scales * level * g, for the n rows (row_scale is the caller's).
 using ProjectBlock = void (*)(const BasisView& basis, const TensorTable& grads, const Block& block, double* acc);
 ProjectBlock project_block(int bits);
+// The same, assigned to partial (n,), by way of numbers of this thread: neighbouring partial sums share cache lines with other threads.
+void project_partial(ProjectBlock kernel, const BasisView& basis, const TensorTable& grads, const Block& block, double* partial);
 // reconstruct: out = center + sum_i x_row[i] * scales * level on the block's columns; x_row (n,) is x * row_scale of its segment.
 using ReconstructBlock = void (*)(const BasisView& basis, const float* x_row, const TensorTable& center, const TensorTable& out, const Block& block);
 ReconstructBlock reconstruct_block(int bits);
+
+// tile(codes, scales, t) for each tile t of a block, in order.
+template <int kBits, class Tile>
+TWA_INLINE void each_tile(const BasisView& basis, const Block& block, const Tile& tile) {
+  for (int64_t t = 0; t < block.tiles; ++t) {
+    const int64_t group = (block.first_tile + t) * basis.n;
+    tile(basis.codes + group * row_bytes(kBits), basis.scales + group, t);
+  }
+}
 
 // Real columns of tile `tile` of a block; the rest of the tile is padding.
 inline int valid_columns(const TensorTable& tensors, const Block& b, int64_t tile) {

@@ -219,7 +219,7 @@ TWA_AVX512 inline void quantise_avx512(const float* row, const float* center, co
     for (int j = 0; j < 8; ++j) {
       u[g][j] = _mm512_sub_ps(_mm512_loadu_ps(row + 128 * g + 16 * j), _mm512_load_ps(center + 128 * g + 16 * j));
       largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(u[g][j]), _mm512_set1_epi32(0x7fffffff)));
-      asm volatile("prefetcht0 %1" : "+v"(largest) : "m"(next[64 * (8 * g + j)]));
+      prefetch_near(next + 64 * (8 * g + j), &largest);
     }
     m[g] = static_cast<int32_t>(_mm512_reduce_max_epu32(largest));
     e[g] = (m[g] >> 23) - 126;

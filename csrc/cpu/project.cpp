@@ -48,10 +48,9 @@ TWA_INLINE void tile_portable(const uint8_t* codes, const uint8_t* scales, int64
 
 template <int kBits>
 void block_portable(const BasisView& basis, const TensorTable& grads, const Block& block, double* acc) {
-  for (int64_t t = 0; t < block.tiles; ++t) {
-    const int64_t group = (block.first_tile + t) * basis.n;
-    tile_portable<kBits>(basis.codes + group * row_bytes(kBits), basis.scales + group, basis.n, grads, block, t, acc);
-  }
+  each_tile<kBits>(basis, block, [&](const uint8_t* codes, const uint8_t* scales, int64_t t) {
+    tile_portable<kBits>(codes, scales, basis.n, grads, block, t, acc);
+  });
 }
 
 #ifdef TWA_X86
@@ -88,10 +87,9 @@ TWA_AVX2 inline void tile_avx2(const uint8_t* codes, const uint8_t* scales, int6
 
 template <int kBits>
 TWA_AVX2 void block_avx2(const BasisView& basis, const TensorTable& grads, const Block& block, double* acc) {
-  for (int64_t t = 0; t < block.tiles; ++t) {
-    const int64_t group = (block.first_tile + t) * basis.n;
-    tile_avx2<kBits>(basis.codes + group * row_bytes(kBits), basis.scales + group, basis.n, grads, block, t, acc);
-  }
+  each_tile<kBits>(basis, block, [&](const uint8_t* codes, const uint8_t* scales, int64_t t) TWA_AVX2 {
+    tile_avx2<kBits>(codes, scales, basis.n, grads, block, t, acc);
+  });
 }
 
 // AVX-512. 16 rows at a time; transposing 4 x 4 dwords in each 128-bit lane gives vectors U[m] whose elements are rows, so that
@@ -353,18 +351,21 @@ ProjectBlock project_block(int bits) {
   return with_bits(bits, [](auto b) { return pick<b()>(); });
 }
 
+void project_partial(ProjectBlock kernel, const BasisView& basis, const TensorTable& grads, const Block& block, double* partial) {
+  static thread_local std::vector<double> acc;
+  acc.assign(static_cast<size_t>(basis.n), 0.0);
+  kernel(basis, grads, block, acc.data());
+  std::copy(acc.begin(), acc.end(), partial);
+}
+
 Status project_cpu(const BasisView& basis, const TensorTable& grads, float* c, int threads) {
   const int64_t n = basis.n, segments = basis.num_segments;
   if (!valid_bits(basis.bits) || n < 1 || n > kMaxRows || total_tiles(grads) != basis.num_tiles) return Status::bad_argument;
   const std::vector<Block> blocks = make_blocks(grads, basis.tile_segment);
   std::vector<double> partial(blocks.size() * n), total(segments * n, 0.0);
   const ProjectBlock kernel = project_block(basis.bits);
-  parallel_for(static_cast<int64_t>(blocks.size()), threads, [&](int64_t k) {
-    static thread_local std::vector<double> acc;  // not `partial`: two threads would write to one cache line, tile after tile
-    acc.assign(static_cast<size_t>(n), 0.0);
-    kernel(basis, grads, blocks[k], acc.data());
-    std::copy(acc.begin(), acc.end(), partial.begin() + k * n);
-  });
+  parallel_for(static_cast<int64_t>(blocks.size()), threads,
+               [&](int64_t k) { project_partial(kernel, basis, grads, blocks[k], partial.data() + k * n); });
   for (size_t k = 0; k < blocks.size(); ++k)
     for (int64_t i = 0; i < n; ++i) total[blocks[k].segment * n + i] += partial[k * n + i];
   for (int64_t i = 0; i < n; ++i)

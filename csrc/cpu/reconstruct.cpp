@@ -69,10 +69,9 @@ TWA_INLINE void tile_portable(const uint8_t* codes, const uint8_t* scales, const
 template <int kBits>
 void block_portable(const BasisView& basis, const float* x_row, const TensorTable& center, const TensorTable& out, const Block& block) {
   static thread_local TileCoefficients workspace;
-  for (int64_t t = 0; t < block.tiles; ++t) {
-    const int64_t group = (block.first_tile + t) * basis.n;
-    tile_portable<kBits>(basis.codes + group * row_bytes(kBits), basis.scales + group, x_row, basis.n, center, out, block, t, &workspace);
-  }
+  each_tile<kBits>(basis, block, [&](const uint8_t* codes, const uint8_t* scales, int64_t t) {
+    tile_portable<kBits>(codes, scales, x_row, basis.n, center, out, block, t, &workspace);
+  });
 }
 
 #ifdef TWA_X86
@@ -127,10 +126,9 @@ TWA_AVX2 inline void tile_avx2(const uint8_t* codes, const uint8_t* scales, cons
 template <int kBits>
 TWA_AVX2 void block_avx2(const BasisView& basis, const float* x_row, const TensorTable& center, const TensorTable& out, const Block& block) {
   static thread_local TileCoefficients workspace;
-  for (int64_t t = 0; t < block.tiles; ++t) {
-    const int64_t group = (block.first_tile + t) * basis.n;
-    tile_avx2<kBits>(basis.codes + group * row_bytes(kBits), basis.scales + group, x_row, basis.n, center, out, block, t, &workspace);
-  }
+  each_tile<kBits>(basis, block, [&](const uint8_t* codes, const uint8_t* scales, int64_t t) TWA_AVX2 {
+    tile_avx2<kBits>(codes, scales, x_row, basis.n, center, out, block, t, &workspace);
+  });
 }
 
 // AVX-512. Four rows at a time; their packed bytes are interleaved so that a dword holds one byte of each row. Expanded, a dword
@@ -257,8 +255,8 @@ TWA_AVX512 inline void finish_avx512(const TensorTable& center, const TensorTabl
 #pragma GCC unroll 8
   for (int u = 0; u < 8; ++u) {
     __m512i low = narrow ? _mm512_add_epi32(_mm512_slli_epi32(b[u], 8), c[u]) : c[u];
-    prefetch_input(reinterpret_cast<const uint8_t*>(from + 16 * u), &low);
-    prefetch_input(reinterpret_cast<const uint8_t*>(to + 16 * u), &low);
+    prefetch_input(from + 16 * u, &low);
+    prefetch_input(to + 16 * u, &low);
     const auto column8 = [&](__m256i x, __m256i y, __m256i z, const float* p) TWA_AVX512 {
       __m512d sum = _mm512_cvtepi32_pd(z);  // every step exact, up to the addition of the center
       if (!narrow) sum = _mm512_fmadd_pd(_mm512_cvtepi32_pd(y), two8, sum);
@@ -303,10 +301,9 @@ TWA_AVX512 inline void tile_avx512(const uint8_t* codes, const uint8_t* scales, 
 template <int kBits>
 TWA_AVX512 void block_avx512(const BasisView& basis, const float* x_row, const TensorTable& center, const TensorTable& out, const Block& block) {
   static thread_local TileCoefficients workspace;
-  for (int64_t t = 0; t < block.tiles; ++t) {
-    const int64_t group = (block.first_tile + t) * basis.n;
-    tile_avx512<kBits>(basis.codes + group * row_bytes(kBits), basis.scales + group, x_row, basis.n, center, out, block, t, &workspace);
-  }
+  each_tile<kBits>(basis, block, [&](const uint8_t* codes, const uint8_t* scales, int64_t t) TWA_AVX512 {
+    tile_avx512<kBits>(codes, scales, x_row, basis.n, center, out, block, t, &workspace);
+  });
 }
 
 #endif  // TWA_X86

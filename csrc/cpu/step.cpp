@@ -96,10 +96,7 @@ Status step_cpu(const BasisView& basis, const TensorTable& grads, const Update& 
   const ReconstructBlock reconstruct = reconstruct_block(basis.bits);
   const auto project_one = [&](int64_t k) {
     if (!grads.data[blocks[k].tensor]) return;  // an absent gradient: zero
-    static thread_local std::vector<double> acc;
-    acc.assign(static_cast<size_t>(n), 0.0);
-    project(basis, grads, blocks[k], acc.data());
-    std::copy(acc.begin(), acc.end(), partial.begin() + k * n);
+    project_partial(project, basis, grads, blocks[k], partial.data() + k * n);
   };
   const auto update_segment = [&](int64_t l) {
     for (int64_t i = 0; i < n; ++i) {

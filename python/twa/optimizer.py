@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from twa_kernels.ops import UNSUPPORTED_OPTIONS
+
 from .subspace import Subspace
 
 #: optimizers whose step is fused with the projection and the reconstruction: all of it in one call, segment by segment
@@ -115,7 +117,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def _fused_rule(self) -> str | None:
         """The rule of twa_kernels.step that does what the three parts of a step would do here, if there is one."""
         group = self.inner.param_groups[0]
-        plain = not any(group.get(name) for name in ("amsgrad", "capturable", "differentiable"))
+        plain = not any(group.get(name) for name in UNSUPPORTED_OPTIONS)
         own = self.inner._optimizer_step_pre_hooks or self.inner._optimizer_step_post_hooks
         hooked = own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
         return FUSED.get(type(self.inner)) if plain and not hooked and not self.low_memory and self.subspace.can_fuse() else None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import twa_kernels as tk
+from twa_kernels.ops import FLOATS
 from twa_kernels.reference import tile_offsets
 
 from . import schemes
@@ -20,7 +21,6 @@ from .files import write_json, write_safetensors
 
 RIDGE = 1e-4
 BITS = (32, 8, 4, 3, 2, 1)
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Granularity = str | Mapping[str, object] | Callable[[str], object]
 
 
@@ -223,7 +223,7 @@ class Subspace:
         if isinstance(self.basis, DenseBasis) or self.preconditioner is not None or self.basis.device.type != "cpu":
             return False
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        return all(p.dtype in KERNEL_DTYPES for p in self.parameters) and all(g.layout == torch.strided and g.dtype in KERNEL_DTYPES for g in grads)
+        return all(p.dtype in FLOATS for p in self.parameters) and all(g.layout == torch.strided and g.dtype in FLOATS for g in grads)
 
     @torch.no_grad()
     def step(self, rule: str, options: dict, state: dict) -> None:
@@ -361,7 +361,7 @@ def _center_weights(center: str | int | Tensor, n: int) -> Tensor:
 
 def _float_rows(candidates: Candidates, key: str) -> list[Tensor]:
     """The n rows of a tensor in a dtype that the kernels read; only float64 and float8 are converted."""
-    return [r if r.dtype in KERNEL_DTYPES else r.float() for r in candidates.tensors(key)]
+    return [r if r.dtype in FLOATS else r.float() for r in candidates.tensors(key)]
 
 
 def not_finite(candidates: Candidates, name: str, rows: list[Tensor]) -> CandidateError:
