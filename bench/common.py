@@ -78,3 +78,12 @@ def hardware() -> dict[str, str]:
         "python": platform.python_version(),
         "commit": done.stdout.strip() or "unknown",
     }
+
+
+def publish(name: str, lines: list[str], save: bool) -> None:
+    """Prints a result with the hardware it comes from; with `save` also writes bench/results/NAME.md."""
+    text = "\n".join([*lines, "", ", ".join(f"{key} {value}" for key, value in hardware().items()), ""])
+    print(text)
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.md").write_text(text)

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import RESULTS, hardware
+from common import publish
 from safetensors.torch import save_file
 from torch import nn
 from twa.report import markdown_table
@@ -72,7 +72,8 @@ def main() -> None:
                 before, peak, packed = (found[RUNS // 2][key] for key in ("before", "peak", "packed"))
                 rows.append([f"low_memory={low}", *(f"{v / 1e6:.0f}" for v in (before, peak, peak - before)), allocator])
             saved[allocator] = [peaks["False"][RUNS // 2] - peak for peak in reversed(peaks["True"])]
-    text = "\n".join(
+    publish(
+        "low_memory",
         [
             f"# Peak memory of {STEPS} optimizer steps",
             "",
@@ -87,15 +88,9 @@ def main() -> None:
                 f"({s[0] / 1e6:.0f} to {s[-1] / 1e6:.0f} MB in {RUNS} runs)"
                 for name, s in saved.items()
             ),
-            "",
-            ", ".join(f"{key} {value}" for key, value in hardware().items()),
-            "",
-        ]
+        ],
+        args.save,
     )
-    print(text)
-    if args.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "low_memory.md").write_text(text)
 
 
 if __name__ == "__main__":

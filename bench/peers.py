@@ -17,7 +17,7 @@ import importlib.util
 import math
 
 import torch
-from common import RESULTS, bandwidth, hardware, median_seconds, random_basis
+from common import bandwidth, median_seconds, publish, random_basis
 from torch import Tensor
 from twa.report import markdown_table
 
@@ -129,22 +129,17 @@ def main() -> None:
         for k, (op, vectors) in enumerate((("project", 4), ("reconstruct", 8)))
         for seconds, (name, _, _, stored) in zip(best, table, strict=True)
     ]
-    text = "\n".join(
+    publish(
+        "peers",
         [
             f"# 4-bit kernels, n = {n}, D = {columns:.3g}",
             "",
             "measured bandwidth: read {read:.1f} GB/s, copy {copy:.1f} GB/s (read + write)".format(**bandwidth()),
             "",
             markdown_table(["op", "median ms", "GB/s", "time / ours", "kernel"], rows),
-            "",
-            ", ".join(f"{key} {value}" for key, value in hardware().items()),
-            "",
-        ]
+        ],
+        args.save,
     )
-    print(text)
-    if args.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "peers.md").write_text(text)
 
 
 if __name__ == "__main__":
