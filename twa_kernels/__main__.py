@@ -33,7 +33,7 @@ def main() -> None:
     override = os.environ.get(dispatch.ENVIRONMENT, "")
     print(f"default per op ({dispatch.ENVIRONMENT}={override!r}):")
     for op in dispatch.OPS:
-        row = [f"{device}: {override or dispatch.DEFAULTS.get((op, device), 'none yet')}" for device in ("cpu", "cuda")]
+        row = [f"{device}: {override or dispatch.default_backend(op, device) or 'none'}" for device in ("cpu", "cuda")]
         print(f"  {op:12s} {'   '.join(row)}")
 
 

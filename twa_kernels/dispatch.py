@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 
+import torch
+
 from . import native, reference
 
-#: (op, device type) -> backend used unless overridden
-DEFAULTS: dict[tuple[str, str], str] = {
-    ("pack", "cpu"): "cpp",
-    ("unpack", "cpu"): "cpp",
-    ("project", "cpu"): "cpp",
-    ("reconstruct", "cpu"): "cpp",
-    ("step", "cpu"): "cpp",
-    ("pack", "cuda"): "cuda",
-}
+OPS = ("pack", "unpack", "project", "reconstruct", "step", "gram")
+ENVIRONMENT = "TWA_KERNELS_BACKEND"
+
+
+def _triton(op: str) -> Callable:
+    """The op of the Triton backend, imported when first run: importing triton takes a second."""
+
+    def run(*operands):
+        return getattr(importlib.import_module("twa_kernels._triton.ops"), op)(*operands)
+
+    return run
+
 
 #: (op, backend) -> implementation
 IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
-    ("pack", "reference"): reference.pack,
-    ("unpack", "reference"): reference.unpack,
-    ("project", "reference"): reference.project,
-    ("reconstruct", "reference"): reference.reconstruct,
-    ("step", "reference"): reference.step,
-    ("pack", "cpp"): native.pack,
-    ("unpack", "cpp"): native.unpack,
-    ("project", "cpp"): native.project,
-    ("reconstruct", "cpp"): native.reconstruct,
-    ("step", "cpp"): native.step,
+    **{(op, "reference"): getattr(reference, op) for op in OPS},
+    **{(op, "cpp"): getattr(native, op) for op in OPS},
+    **{(op, "triton"): _triton(op) for op in OPS},
     ("pack", "cuda"): native.pack_cuda,
 }
 
-#: backend -> device types it runs on
-DEVICES: dict[str, tuple[str, ...]] = {"cpp": ("cpu",), "cuda": ("cuda",), "reference": ("cpu", "cuda", "mps", "xpu")}
+#: backend -> device types it runs on ("cuda" is PyTorch's name for AMD GPUs too)
+DEVICES: dict[str, tuple[str, ...]] = {
+    "cpp": ("cpu",),
+    "cuda": ("cuda",),
+    "triton": ("cuda", "cpu"),  # cpu: under the interpreter only
+    "reference": ("cpu", "cuda", "mps", "xpu"),
+}
 
-OPS = ("pack", "unpack", "project", "reconstruct", "step")
-ENVIRONMENT = "TWA_KERNELS_BACKEND"
+#: device type -> backends in order of preference; an op takes the first that implements it and is usable there, as `default_backend` says
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+
+
+def default_backend(op: str, device: str) -> str:
+    """CPUs: C++. GPUs: CUDA C++ where it is built and has the op, else Triton. "" if no backend has the op for the device."""
+    candidates = [backend for backend in PREFERENCE.get(device, ()) if (op, backend) in IMPLEMENTATIONS]
+    usable = [backend for backend in candidates if why_unusable(backend) is None]
+    return (usable or candidates or [""])[0]
 
 
 def why_unusable(backend: str) -> str | None:
@@ -45,16 +58,36 @@ def why_unusable(backend: str) -> str | None:
         return native.why_unusable()
     if backend == "cuda":
         return native.why_cuda_unusable()
+    if backend == "triton":
+        return why_triton_unusable()
+    return None
+
+
+def interpreting() -> bool:
+    """Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "True", "on")
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def why_triton_unusable() -> str | None:
+    if not _has_triton():
+        return "triton is not installed (`pip install triton`)"
+    if not interpreting() and not torch.cuda.is_available():
+        return "no GPU that PyTorch can use (CPU tensors need the interpreter: TRITON_INTERPRET=1)"
     return None
 
 
 def select(op: str, device: str, override: str = "") -> Callable:
     """Implementation of `op` on tensors of `device` ("cpu", "cuda", ...).
 
-    Order: `override` (an op's `backend` argument), the environment variable TWA_KERNELS_BACKEND, the table DEFAULTS.
+    Order: `override` (an op's `backend` argument), the environment variable TWA_KERNELS_BACKEND, `default_backend`.
     Raises RuntimeError when the chosen backend is absent or does not run on that device; it never picks another one.
     """
-    backend = override or os.environ.get(ENVIRONMENT, "") or DEFAULTS.get((op, device), "")
+    backend = override or os.environ.get(ENVIRONMENT, "") or default_backend(op, device)
     if not backend:
         raise RuntimeError(
             f"twa_kernels.{op} has no kernel for {device} tensors yet; pass backend='reference' (plain PyTorch) or set {ENVIRONMENT}=reference"
@@ -63,6 +96,8 @@ def select(op: str, device: str, override: str = "") -> Callable:
         raise RuntimeError(f"unknown backend {backend!r} for twa_kernels.{op}: expected one of {sorted(DEVICES)}")
     if (op, backend) not in IMPLEMENTATIONS or device not in DEVICES[backend]:
         raise RuntimeError(f"backend {backend!r} does not implement twa_kernels.{op} for {device} tensors")
+    if backend == "triton" and device == "cpu" and not interpreting():
+        raise RuntimeError(f"backend 'triton' runs twa_kernels.{op} on CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1")
     if reason := why_unusable(backend):
         raise RuntimeError(f"backend {backend!r} of twa_kernels.{op} is not usable: {reason}")
     return IMPLEMENTATIONS[op, backend]

@@ -55,7 +55,7 @@ def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _targets(out: Sequence[Tensor]) -> list[Tensor]:
     """What a kernel writes for `out`: the tensors themselves, or contiguous ones that `_write_back` then copies."""
-    return [o if o.is_contiguous() else torch.empty(o.shape, dtype=o.dtype) for o in out]
+    return [o if o.is_contiguous() else torch.empty(o.shape, dtype=o.dtype, device=o.device) for o in out]
 
 
 def _write_back(out: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
@@ -239,14 +239,21 @@ def pack_cuda(
             bad.data_ptr(),
             torch.cuda.current_stream(device).cuda_stream,
         )
-    if bad.item():
+    squares.masked_fill_(bad.bool(), torch.nan)  # some group was not finite: finish_pack finds out which
+    return finish_pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, errors, squares)
+
+
+def finish_pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, errors, squares) -> tuple[int, int, int] | None:
+    """What a GPU's pack leaves to PyTorch: squares (num_tiles, n) float64 holds squared norms, NaN where a group was not finite."""
+    n = sum_sq.shape[0]
+    if squares.isnan().any():
         for at, row in enumerate(rows):
             k, i = divmod(at, n)
             v = row.reshape(-1).float() - (center[k].reshape(-1).float() if center else 0.0)
             if not torch.isfinite(v).all():
                 return i, k, int(torch.nonzero(~torch.isfinite(v))[0])
     if errors is not None:
-        _add_errors(rows, center, numels, offsets, bits, codes, scales, squares, errors)
+        _add_errors(rows, center, numels, tile_offsets(numels), bits, codes, scales, squares, errors)
     # Runs of one segment are summed as slices: a fixed order, without float atomics.
     values, counts = torch.unique_consecutive(tile_segment, return_counts=True)
     first = 0
@@ -268,3 +275,21 @@ def _add_errors(rows, center, numels, offsets, bits, codes, scales, squares, err
             v = torch.nn.functional.pad(v, (0, len(valid) * TILE - numel)).view(-1, TILE)
             errors[k, 0] += squared_error(v, bytes_to_codes(codes[at, i], bits), scales[at, i].float(), valid, bits)
         errors[k, 1] += squares[at].sum()
+
+
+def gram(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, numels: Sequence[int], bits: int) -> Tensor:
+    """Blocks of 64 tiles are dequantised to float32, multiplied and summed in float64."""
+    n, num_segments = row_scale.shape
+    total = torch.zeros(num_segments, n, n, dtype=torch.float64)
+    offsets = tile_offsets(numels)
+    for k, numel in enumerate(numels):
+        for begin in range(offsets[k], offsets[k + 1], 64):
+            at = slice(begin, min(begin + 64, offsets[k + 1]))
+            columns = min(64 * TILE, numel - (begin - offsets[k]) * TILE)  # without the padding of the last tile
+            (rows,) = unpack(codes[at], scales[at], row_scale, tile_segment[at], [columns], bits)
+            first = 0
+            for l, tiles in zip(*(v.tolist() for v in torch.unique_consecutive(tile_segment[at], return_counts=True)), strict=True):
+                p = rows[:, first * TILE : (first + tiles) * TILE].double()
+                total[l] += p @ p.T
+                first += tiles
+    return total

@@ -25,6 +25,7 @@ _library.define(
     "Tensor(b!) scales, Tensor(c!) sum_sq, Tensor(d!) max_scale, Tensor(e!)? errors, str backend) -> ()"
 )
 _library.define(f"unpack({BASIS}, int[] numels, int bits, str backend) -> Tensor[]")
+_library.define(f"gram({BASIS}, int[] numels, int bits, str backend) -> Tensor")
 _library.define(f"project({BASIS}, Tensor[] grads, int[] numels, int bits, str backend) -> Tensor")
 _library.define(f"reconstruct({BASIS}, Tensor x, Tensor[] center, int[] numels, int bits, str backend) -> Tensor[]")
 _library.define(f"reconstruct_out({BASIS}, Tensor x, Tensor[] center, int[] numels, int bits, Tensor(a!)[] out, str backend) -> ()")
@@ -166,6 +167,22 @@ def _unpack(codes, scales, row_scale, tile_segment, numels, bits, backend):
 def _unpack_fake(codes, scales, row_scale, tile_segment, numels, bits, backend):
     _check_basis(codes, scales, row_scale, tile_segment, numels, bits)
     return [row_scale.new_empty(row_scale.shape[0], numel) for numel in numels]
+
+
+# gram ------------------------------------------------------------------------------------------------------------
+
+
+@_impl("gram")
+def _gram(codes, scales, row_scale, tile_segment, numels, bits, backend):
+    _check_basis(codes, scales, row_scale, tile_segment, numels, bits)
+    return dispatch.select("gram", codes.device.type, backend)(codes, scales, row_scale, tile_segment, numels, bits)
+
+
+@torch.library.register_fake("twa_kernels::gram", lib=_library)
+def _gram_fake(codes, scales, row_scale, tile_segment, numels, bits, backend):
+    _check_basis(codes, scales, row_scale, tile_segment, numels, bits)
+    n, num_segments = row_scale.shape
+    return row_scale.new_empty((num_segments, n, n), dtype=torch.float64)
 
 
 # project ---------------------------------------------------------------------------------------------------------

@@ -84,25 +84,12 @@ class PackedBasis:
         """What the ops take: codes, scales (as bytes, which more of PyTorch understands than float8), row_scale, tile_segment."""
         return self.codes, self.scales.view(torch.uint8), self.row_scale, self.tile_segment
 
-    def gram(self) -> Tensor:
+    def gram(self, backend: str = "") -> Tensor:
         """G (L, n, n) float64: inner products of the dequantised rows within each segment, `P_l @ P_l.T`.
 
-        Blocks of 64 tiles are dequantised to float32, multiplied and summed in float64.
+        Error, relative to the norms of both rows: below 1e-12 on CPUs; on GPUs exact per tile, then float32 sums over up to 1024 tiles.
         """
-        total = torch.zeros(self.num_segments, self.n, self.n, dtype=torch.float64, device=self.device)
-        offsets = tile_offsets(self.numels)
-        for k, numel in enumerate(self.numels):
-            for begin in range(offsets[k], offsets[k + 1], 64):
-                at = slice(begin, min(begin + 64, offsets[k + 1]))
-                columns = min(64 * TILE, numel - (begin - offsets[k]) * TILE)  # without the padding of the last tile
-                operands = self.codes[at], self.scales[at].view(torch.uint8), self.row_scale, self.tile_segment[at]
-                (rows,) = torch.ops.twa_kernels.unpack(*operands, [columns], self.bits, "")
-                first = 0
-                for l, tiles in zip(*(v.tolist() for v in torch.unique_consecutive(self.tile_segment[at], return_counts=True)), strict=True):
-                    p = rows[:, first * TILE : (first + tiles) * TILE].double()
-                    total[l] += p @ p.T
-                    first += tiles
-        return total
+        return torch.ops.twa_kernels.gram(*self.operands, self.numels, self.bits, backend)
 
     def select(self, k: int) -> tuple[PackedBasis, slice]:
         """The basis of tensor k alone (a view of the codes), and which segments of this one its coefficients are."""

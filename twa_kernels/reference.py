@@ -283,6 +283,17 @@ def step(
     return c
 
 
+def gram(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, numels: Sequence[int], bits: int) -> Tensor:
+    """G[l, i, k] = sum over columns j of segment l of P[i, j] P[k, j]: (L, n, n) float64."""
+    p = dequantise(codes, scales, row_scale, tile_segment, bits)  # (num_tiles, n, 128)
+    offsets = tile_offsets(numels)
+    for k, numel in enumerate(numels):
+        if numel % TILE:
+            p[offsets[k + 1] - 1, :, numel % TILE :] = 0  # padding
+    g = p.new_zeros(row_scale.shape[1], row_scale.shape[0], row_scale.shape[0])
+    return g.index_add(0, tile_segment.long(), p @ p.mT)
+
+
 def relative_error(v: Tensor, bits: int, quantiser: str = "gaussian") -> float:
     """||v - dequantised v|| / ||v|| of a 1-D tensor packed alone, before row_scale: the quantiser's error on this data."""
     groups = _pad_columns(v.float().reshape(1, -1))[0]

@@ -1,0 +1,65 @@
+"""Launch configurations that ship: (op, bits, architecture) -> numbers. Nothing is tuned at import; `python -m twa_kernels.tune` measures others."""
+
+from __future__ import annotations
+
+import torch
+
+from ..reference import BITS
+
+#: op -> bits -> configuration, for every architecture that has no row of its own in OVERRIDES.
+#: rows: rows of P a program takes at most; tiles: tiles it takes at a time; item: tiles of a work item; warps; stages of the copy pipeline.
+DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
+    "project": {
+        8: {"rows": 64, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
+        4: {"rows": 64, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
+        3: {"rows": 64, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
+        2: {"rows": 64, "tiles": 4, "item": 64, "warps": 4, "stages": 4},
+        1: {"rows": 128, "tiles": 4, "item": 64, "warps": 4, "stages": 4},
+    },
+    # 16 bytes a thread and row: `tiles` is what the threads of a program cover. rows: rows in flight.
+    "reconstruct": {
+        8: {"tiles": 16, "rows": 16, "warps": 4},
+        4: {"tiles": 32, "rows": 16, "warps": 4},
+        3: {"tiles": 128, "rows": 4, "warps": 4},
+        2: {"tiles": 64, "rows": 8, "warps": 4},
+        1: {"tiles": 128, "rows": 8, "warps": 4},
+    },
+    "pack": {bits: {"tiles": 4, "warps": 4} for bits in BITS},
+    "unpack": {bits: {"tiles": 16, "warps": 4} for bits in BITS},
+    "gram": {bits: {"rows": 64, "item": 1024, "warps": 4} for bits in BITS},
+    # second stage of project and the update of a step: items and rows that a program adds at a time
+    "sum": {bits: {"items": 128, "rows": 16, "warps": 4} for bits in BITS},
+}
+
+#: (op, bits, architecture) -> what differs from DEFAULTS there
+OVERRIDES: dict[tuple[str, int, str], dict[str, int]] = {}
+
+ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
+
+
+def architecture(device: torch.device) -> str:
+    """"sm_90", "gfx942", ...; "interpreter" for CPU tensors."""
+    if device.type == "cpu":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def isa(arch: str) -> str:
+    """How words.py expresses its pieces on an architecture."""
+    return "ptx" if arch.startswith("sm_") else "gcn" if arch.startswith("gfx") else "generic"
+
+
+def configuration(op: str, bits: int, arch: str) -> dict[str, int]:
+    config = DEFAULTS[op][bits] | OVERRIDES.get((op, bits, arch), {})
+    if arch.startswith("gfx9"):  # 64 lanes a warp: as many threads in half as many warps
+        config["warps"] = max(1, config["warps"] // 2)
+    return config
+
+
+def rows_per_program(n: int, most: int) -> int:
+    """Power of two from 16 to `most` that wastes least: rows of padding, and 16 rows' worth of gradient work for each block of rows."""
+    sizes = [size for size in (16, 32, 64, 128, 256) if size <= most]
+    return min(sizes, key=lambda size: -(-n // size) * (size + 16))

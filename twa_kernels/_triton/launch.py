@@ -1,0 +1,108 @@
+"""From tensors to launches: work items, tables of addresses, the numbers that go with a device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..reference import tile_offsets
+from .config import architecture, configuration, isa
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Work items of one basis, on its device. An item is up to `size` tiles of one tensor and one segment; items are ordered by segment."""
+
+    tensor: Tensor  # (items,) int32
+    tile: Tensor  # (items,) int64: first tile in the basis
+    tiles: Tensor  # (items,) int32
+    segment: Tensor  # (items,) int32
+    segment_begin: Tensor  # (L + 1,) int32: first item of each segment
+    numel: Tensor  # (tensors,) int64
+    tile_begin: Tensor  # (tensors,) int64
+
+    @property
+    def count(self) -> int:
+        return len(self.tensor)
+
+
+def _build(tile_segment: Tensor, numels: Sequence[int], num_segments: int, size: int) -> Work:
+    offsets = torch.tensor(tile_offsets(numels))
+    segment, tiles = tile_segment.cpu().long(), int(offsets[-1])
+    # A run starts where a tensor or a segment does, an item every `size` tiles of a run.
+    starts = torch.zeros(tiles, dtype=torch.bool)
+    starts[offsets[:-1][offsets[:-1] < tiles]] = True
+    starts[1:] |= segment[1:] != segment[:-1]
+    run = torch.nonzero(starts)[:, 0]
+    length = torch.diff(run, append=torch.tensor([tiles]))
+    pieces = (length + size - 1) // size
+    which = torch.repeat_interleave(torch.arange(len(run)), pieces)
+    piece = torch.arange(len(which)) - (pieces.cumsum(0) - pieces)[which]
+    tile = run[which] + piece * size
+    count = torch.minimum(length[which] - piece * size, torch.tensor(size))
+    order = torch.argsort(segment[tile], stable=True) if tiles else torch.empty(0, dtype=torch.long)
+    tile, count = tile[order], count[order]
+    tensor = torch.searchsorted(offsets[1:], tile, right=True)  # tensors without columns have no tile
+    begin = torch.searchsorted(segment[tile].contiguous(), torch.arange(num_segments + 1))
+    put = functools.partial(Tensor.to, device=tile_segment.device)
+    return Work(
+        put(tensor.int()),
+        put(tile),
+        put(count.int()),
+        put(segment[tile].int()),
+        put(begin.int()),
+        put(torch.tensor(list(numels), dtype=torch.int64)),
+        put(offsets[:-1].clone()),
+    )
+
+
+_work: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def work_items(tile_segment: Tensor, numels: Sequence[int], num_segments: int, size: int) -> Work:
+    """Built once per basis and size (reading tile_segment back waits for the device), then kept as long as tile_segment lives."""
+    kept = _work.setdefault(tile_segment, {})
+    key = tuple(numels), num_segments, size, tile_segment._version
+    if key not in kept:
+        kept[key] = _build(tile_segment, numels, num_segments, size)
+    return kept[key]
+
+
+@functools.lru_cache(maxsize=64)
+def address_table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    """(tensors,) int64 on the device. Training loops pass the same tensors again and again, so most calls copy nothing."""
+    table = torch.tensor(addresses, dtype=torch.int64)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def by_dtype(tensors: Sequence[Tensor], keys: Sequence) -> dict:
+    """key -> addresses, 0 where a tensor has another key: one launch per key leaves the other tensors alone."""
+    groups: dict = {}
+    for k, (t, key) in enumerate(zip(tensors, keys, strict=True)):
+        if t.numel():
+            groups.setdefault(key, [0] * len(tensors))[k] = t.data_ptr()
+    return groups
+
+
+class Launch:
+    """What a kernel's launch needs besides its operands: configuration, ISA, options of the compiler."""
+
+    def __init__(self, op: str, bits: int, device: torch.device) -> None:
+        arch = architecture(device)
+        self.device, self.isa = device, isa(arch)
+        self.config = configuration(op, bits, arch)
+
+    def options(self, fuse: bool = True) -> dict:
+        """fuse: a * b + c may be rounded once."""
+        return {"num_warps": self.config["warps"], "enable_fp_fusion": fuse}
+
+    def on_device(self):
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else torch.autograd.profiler.record_function("twa_kernels")

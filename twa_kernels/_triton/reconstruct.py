@@ -1,0 +1,244 @@
+"""out[j] = center[j] + sum_i x[i, l] P[i, j], on packed words.
+
+Work map   program = work item: up to TILES tiles of one tensor and one segment, all n rows. A thread owns 16 bytes of every row of its tile, so
+           its columns never leave its registers; loads of ROWS rows are in flight together.
+Product    four rows at a time. Their words are regrouped so that a word holds one column of the four rows, looked up as int8 levels, and
+           multiplied by `dp4a` with three int8 limbs of the rows' coefficients, x row_scale scale in 24-bit fixed point per tile: exact
+           int32 sums over ROWS rows, which are then added in float32. The matrix units would contract more rows at once, but their operand wants
+           the rows next to each other: bytes would have to be transposed through shared memory.
+Bytes      n * D * (bits / 8 + 1 / 128) + center + weights.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .words import byte_perm, dp4a, exponent_of, limbs, magnitude, scale_of, to_fixed, unit_of
+
+
+@triton.jit
+def _four_bytes(a, b, c, d, ISA: tl.constexpr):
+    """Bytes of four words, transposed: word k holds byte k of a, b, c, d."""
+    ab01 = byte_perm(a, b, 0x5140, ISA)
+    cd01 = byte_perm(c, d, 0x5140, ISA)
+    ab23 = byte_perm(a, b, 0x7362, ISA)
+    cd23 = byte_perm(c, d, 0x7362, ISA)
+    return (
+        byte_perm(ab01, cd01, 0x5410, ISA),
+        byte_perm(ab01, cd01, 0x7632, ISA),
+        byte_perm(ab23, cd23, 0x5410, ISA),
+        byte_perm(ab23, cd23, 0x7632, ISA),
+    )
+
+
+@triton.jit
+def _look_up(selector, tables, BITS: tl.constexpr, ISA: tl.constexpr):
+    """Eight codes, a nibble each -> two words: int8 levels of the low four and of the high four."""
+    if BITS == 4:
+        index = selector & 0x77777777
+        top = ((selector >> 1) & 0x44444444) | 0x32103210  # picks from the upper levels where bit 3 is set
+        low = byte_perm(tables[0], tables[1], index, ISA)
+        high = byte_perm(tables[2], tables[3], index, ISA)
+        first = byte_perm(low, high, top, ISA)
+        low = byte_perm(tables[0], tables[1], index >> 16, ISA)
+        high = byte_perm(tables[2], tables[3], index >> 16, ISA)
+        return first, byte_perm(low, high, top >> 16, ISA)
+    else:
+        return byte_perm(tables[0], tables[1], selector, ISA), byte_perm(tables[0], tables[1], selector >> 16, ISA)
+
+
+@triton.jit
+def _four_nibbles(a, b, c, d, tables, HIGH: tl.constexpr, BITS: tl.constexpr, ISA: tl.constexpr):
+    """Codes in the low (or high) nibbles of four rows' words -> four words: int8 levels of bytes 0, 1, 2, 3 in the four rows."""
+    if HIGH:
+        ab = ((a >> 4) & 0x0F0F0F0F) | (b & -252645136)  # 0xf0f0f0f0
+        cd = ((c >> 4) & 0x0F0F0F0F) | (d & -252645136)
+    else:
+        ab = (a & 0x0F0F0F0F) | ((b << 4) & -252645136)
+        cd = (c & 0x0F0F0F0F) | ((d << 4) & -252645136)
+    first = byte_perm(ab, cd, 0x5140, ISA)  # the four rows' codes of byte 0, then of byte 1
+    last = byte_perm(ab, cd, 0x7362, ISA)
+    return _look_up(first, tables, BITS, ISA) + _look_up(last, tables, BITS, ISA)
+
+
+@triton.jit
+def _codes_of(low, top, FIELD: tl.constexpr, BITS: tl.constexpr):
+    """Words whose low nibbles (fields of the first half) or high nibbles (of the second) hold the codes of field FIELD."""
+    if BITS == 4:
+        return low
+    elif BITS == 2:
+        return (low >> (2 * (FIELD % 2))) & 0x33333333
+    else:  # field 2 f + half: low is that half of the 2-bit plane, top the 1-bit plane
+        amount: tl.constexpr = FIELD % 4 - 2
+        if amount < 0:
+            bit = top << -amount
+        else:
+            bit = top >> amount
+        return ((low >> (2 * (FIELD // 2 % 2))) & 0x33333333) | (bit & 0x44444444)
+
+
+@triton.jit
+def _levels(raw, columns, tables, GROUP: tl.constexpr, FIELD: tl.constexpr, BITS: tl.constexpr, ISA: tl.constexpr):
+    """int8 levels of field FIELD of bytes 0, 1, 2, 3 of each word, for the four rows of a group; 1 bit: 0 or 1 (level = 254 b - 127)."""
+    if BITS == 8:
+        flip: tl.constexpr = -2139062144  # 0x80808080: code - 128
+        return columns[4 * GROUP] ^ flip, columns[4 * GROUP + 1] ^ flip, columns[4 * GROUP + 2] ^ flip, columns[4 * GROUP + 3] ^ flip
+    elif BITS == 1:
+        return (
+            (columns[4 * GROUP] >> FIELD) & 0x01010101,
+            (columns[4 * GROUP + 1] >> FIELD) & 0x01010101,
+            (columns[4 * GROUP + 2] >> FIELD) & 0x01010101,
+            (columns[4 * GROUP + 3] >> FIELD) & 0x01010101,
+        )
+    else:
+        planes: tl.constexpr = 3 if BITS == 3 else 1
+        half: tl.constexpr = FIELD % 2 if BITS == 3 else 0
+        r: tl.constexpr = 4 * GROUP * planes
+        return _four_nibbles(
+            _codes_of(raw[r + half], raw[r + planes - 1], FIELD, BITS),
+            _codes_of(raw[r + planes + half], raw[r + 2 * planes - 1], FIELD, BITS),
+            _codes_of(raw[r + 2 * planes + half], raw[r + 3 * planes - 1], FIELD, BITS),
+            _codes_of(raw[r + 3 * planes + half], raw[r + 4 * planes - 1], FIELD, BITS),
+            tables,
+            2 * FIELD * BITS >= 8 if BITS != 3 else FIELD >= 4,
+            BITS,
+            ISA,
+        )
+
+
+@triton.jit
+def _limb_words(q0, q1, q2, q3, ISA: tl.constexpr):
+    """Four rows' fixed-point coefficients -> their low, middle and high limbs, one word each."""
+    low, middle, high, _ = _four_bytes(limbs(q0), limbs(q1), limbs(q2), limbs(q3), ISA)
+    return low, middle, high
+
+
+@triton.jit
+def reconstruct_kernel(
+    codes,  # (num_tiles, n, 4 * BITS) int32
+    scales,  # (num_tiles, n) uint8
+    x,  # (L, padded) float32: coefficient times row_scale; zero from n to padded, a multiple of ROWS and of 16
+    tables,  # (4,) int32: the levels' bytes
+    center,  # (tensors,) int64: addresses; not read without HAS_CENTER
+    out,  # (tensors,) int64: addresses, 0 for a tensor that this launch leaves alone
+    numel,  # (tensors,) int64
+    tile_begin,  # (tensors,) int64
+    item_tensor,  # (items,) int32
+    item_tile,  # (items,) int64
+    item_tiles,  # (items,) int32
+    item_segment,  # (items,) int32
+    n,
+    padded,
+    BITS: tl.constexpr,
+    CENTER: tl.constexpr,
+    OUT: tl.constexpr,
+    HAS_CENTER: tl.constexpr,
+    ISA: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    EVEN: tl.constexpr,  # n is a multiple of ROWS
+):
+    item = tl.program_id(0)
+    tensor = tl.load(item_tensor + item)
+    address = tl.load(out + tensor)
+    if address != 0:
+        FIELDS: tl.constexpr = 8 if BITS == 3 else 8 // BITS
+        WORDS: tl.constexpr = 32 // FIELDS  # words of a row that hold one code per byte and field
+        PLANES: tl.constexpr = 3 if BITS == 3 else 1  # 3 bits: two halves of the 2-bit plane, the 1-bit plane
+        GROUPS: tl.constexpr = ROWS // 4
+
+        first = tl.load(item_tile + item)
+        count = tl.load(item_tiles + item)
+        x_row = x + tl.load(item_segment + item).to(tl.int64) * padded
+        live = tl.arange(0, TILES) < count
+        t = tl.minimum(tl.arange(0, TILES), count - 1)  # past the end the last tile once more, which is not stored
+        word = tl.arange(0, WORDS)[None, :]
+        table = (tl.load(tables), tl.load(tables + 1), tl.load(tables + 2), tl.load(tables + 3))
+        tile_codes = codes + (first * n) * (4 * BITS) + (t[:, None] * n) * (4 * BITS) + word  # (TILES, WORDS)
+        tile_scales = scales + first * n + t * n  # (TILES,)
+
+        largest = tl.zeros((TILES,), tl.int32)
+        for row0 in tl.range(0, n, 16):
+            rows = row0 + tl.arange(0, 16)
+            s = tl.load(tile_scales[:, None] + rows[None, :], mask=(rows < n)[None, :], other=0)
+            y = tl.load(x_row + rows, mask=rows < n, other=0)[None, :] * scale_of(s)
+            largest = tl.maximum(largest, tl.max(magnitude(y), 1))
+        e = exponent_of(largest)
+
+        acc = ()
+        for k in tl.static_range(4 * FIELDS):
+            acc = acc + (tl.zeros((TILES, WORDS), tl.float32),)
+        total = tl.zeros((TILES,), tl.float32)  # 1 bit: sum of the coefficients
+        for row0 in tl.range(0, n, ROWS):
+            raw = ()
+            for r in tl.static_range(ROWS):
+                row = r if EVEN else tl.minimum(r, n - 1 - row0)  # past the end the last row once more, whose coefficient is zero
+                for plane in tl.static_range(PLANES):
+                    raw = raw + (tl.load(tile_codes + row0 * (4 * BITS) + (row * (4 * BITS) + plane * 4)),)
+            low = ()
+            middle = ()
+            high = ()
+            q = ()
+            for r in tl.static_range(ROWS):
+                s = scale_of(tl.load(tile_scales + row0 + (r if EVEN else tl.minimum(r, n - 1 - row0))))
+                q = q + (to_fixed(tl.load(x_row + row0 + r) * s, e),)
+            sum_q = tl.zeros((TILES,), tl.int32)
+            for group in tl.static_range(GROUPS):
+                l, m, h = _limb_words(q[4 * group], q[4 * group + 1], q[4 * group + 2], q[4 * group + 3], ISA)
+                low = low + (l,)
+                middle = middle + (m,)
+                high = high + (h,)
+                sum_q += q[4 * group] + q[4 * group + 1] + q[4 * group + 2] + q[4 * group + 3]
+            if BITS == 1:
+                total += sum_q.to(tl.float32)
+            columns = ()  # 8 and 1 bits: bytes of four rows, regrouped
+            if BITS == 8 or BITS == 1:
+                for group in tl.static_range(GROUPS):
+                    columns = columns + _four_bytes(raw[4 * group], raw[4 * group + 1], raw[4 * group + 2], raw[4 * group + 3], ISA)
+            new = ()
+            for f in tl.static_range(FIELDS):
+                sums = ()
+                for k in tl.static_range(12):
+                    sums = sums + (tl.zeros((TILES, WORDS), tl.int32),)
+                for group in tl.static_range(GROUPS):
+                    c0, c1, c2, c3 = _levels(raw, columns, table, group, f, BITS, ISA)
+                    sums = _accumulate(sums, c0, c1, c2, c3, low[group][:, None], middle[group][:, None], high[group][:, None], ISA)
+                for k in tl.static_range(4):
+                    # Over ROWS <= 64 rows the two lower limbs together stay below 2^31.
+                    new = new + (acc[4 * f + k] + sums[3 * k + 2].to(tl.float32) * 65536.0 + (sums[3 * k + 1] * 256 + sums[3 * k]).to(tl.float32),)
+            acc = new
+
+        unit = unit_of(largest, e)[:, None]
+        begin = (first - tl.load(tile_begin + tensor)) * 128 + tl.arange(0, TILES)[:, None] * 128 + tl.arange(0, 4 * WORDS)[None, :]
+        for f in tl.static_range(FIELDS):
+            both = tl.join(tl.join(acc[4 * f], acc[4 * f + 2]), tl.join(acc[4 * f + 1], acc[4 * f + 3]))
+            value = both.reshape(TILES, 4 * WORDS)
+            if BITS == 1:
+                value = 254.0 * value - 127.0 * total[:, None]
+            column = begin + f * 4 * WORDS
+            mask = live[:, None] & (column < tl.load(numel + tensor))
+            value *= unit
+            if HAS_CENTER:
+                c = tl.load(tl.load(center + tensor).to(tl.pointer_type(CENTER)) + column, mask=mask, other=0)
+                value += c.to(tl.float32)
+            tl.store(address.to(tl.pointer_type(OUT)) + column, value.to(OUT), mask=mask)
+
+
+@triton.jit
+def _accumulate(sums, c0, c1, c2, c3, low, middle, high, ISA: tl.constexpr):
+    """Adds the products of four columns (of four rows each) with the limbs: sums[3 k + limb], int32."""
+    return (
+        dp4a(c0, low, sums[0], ISA),
+        dp4a(c0, middle, sums[1], ISA),
+        dp4a(c0, high, sums[2], ISA),
+        dp4a(c1, low, sums[3], ISA),
+        dp4a(c1, middle, sums[4], ISA),
+        dp4a(c1, high, sums[5], ISA),
+        dp4a(c2, low, sums[6], ISA),
+        dp4a(c2, middle, sums[7], ISA),
+        dp4a(c2, high, sums[8], ISA),
+        dp4a(c3, low, sums[9], ISA),
+        dp4a(c3, middle, sums[10], ISA),
+        dp4a(c3, high, sums[11], ISA),
+    )

@@ -1,0 +1,73 @@
+"""The middle of a fused step: c = row_scale * sum of partial sums, the optimizer's update of x and its state, and x times row_scale, transposed,
+for reconstruct. `project` and `reconstruct` are the kernels of those ops.
+
+Work map   program (segment, block of ROWS rows).
+Update     torch.optim.SGD and AdamW in float32; what all coefficients share is computed once in float64 on the host.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .project import segment_sums
+
+
+@triton.jit
+def update_kernel(
+    partial,  # (items, n) float32
+    segment_begin,  # (L + 1,) int32
+    row_scale,  # (n, L) float32
+    c,  # (n, L) float32, written: the gradient of the coefficients
+    x,  # (n, L) float32, updated
+    first,  # (n, L) float32, updated: momentum buffer or first moment; not touched without MOMENTS
+    second,  # (n, L) float32, updated: second moment (adamw)
+    x_rows,  # (L, padded) float32, written: x * row_scale
+    lr,  # sgd: learning rate; adamw: divided by the first moment's bias correction
+    decay,  # sgd: weight decay; adamw: 1 - lr * weight decay
+    w1,  # sgd: momentum; adamw: 1 - beta1
+    w2,  # sgd: 1 - dampening; adamw: 1 - beta2
+    beta2,
+    root,  # adamw: root of the second moment's bias correction
+    eps,
+    n,
+    padded,
+    num_segments,
+    ADAMW: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    FRESH: tl.constexpr,
+    ITEMS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    segment = tl.program_id(0)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    live = rows < n
+    at = rows.to(tl.int64) * num_segments + segment
+    scale = tl.load(row_scale + at, mask=live, other=0)
+    g = (segment_sums(partial, segment_begin, segment, rows, n, ITEMS, ROWS) * scale).to(tl.float32)
+    tl.store(c + at, g, mask=live)
+    if MAXIMIZE:
+        g = -g
+    value = tl.load(x + at, mask=live, other=0)
+    if ADAMW:
+        mean = tl.load(first + at, mask=live, other=0)
+        square = tl.load(second + at, mask=live, other=0)
+        value *= decay
+        mean = tl.where(w1 < 0.5, mean + w1 * (g - mean), g - (g - mean) * (1.0 - w1))  # torch.lerp, exact at both ends
+        square = square * beta2 + w2 * g * g
+        value -= tl.div_rn(lr * mean, tl.div_rn(tl.sqrt_rn(square), tl.zeros_like(square) + root) + eps)
+        tl.store(first + at, mean, mask=live)
+        tl.store(second + at, square, mask=live)
+    else:
+        g += decay * value
+        if MOMENTUM:
+            buffer = g
+            if not FRESH:
+                buffer = tl.load(first + at, mask=live, other=0) * w1 + w2 * g
+            tl.store(first + at, buffer, mask=live)
+            g = g + w1 * buffer if NESTEROV else buffer
+        value -= lr * g
+    tl.store(x + at, value, mask=live)
+    tl.store(x_rows + segment.to(tl.int64) * padded + rows, tl.where(live, value * scale, 0.0), mask=rows < padded)
