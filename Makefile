@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 
-.PHONY: demo test bench lint format build clean sanitize
+.PHONY: demo test bench lint format build clean sanitize gpu-check static-cost
 
 demo: build
 	$(BIN)/twa demo -o twa-demo --overwrite
@@ -16,6 +16,14 @@ bench: build
 	$(BIN)/python -m pytest -o python_files="benchmark_*.py" -p no:cacheprovider bench --benchmark-only --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --save cpu
 	$(BIN)/python bench/peak_memory.py
 
+# For a machine with a GPU and PyTorch already installed: its own Python, no network. Build, tests, compute-sanitizer, roofline table.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py
+
+# Registers, spills and instructions per weight of the Triton kernels, from their machine code; needs no GPU.
+static-cost: build
+	$(BIN)/python bench/static_cost.py
+
 # The kernel tests once more, with a native module built for AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED := build/sanitize
 sanitize: build
@@ -24,7 +32,7 @@ sanitize: build
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
 	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/$(SANITIZED)/twa_kernels
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZED)/cmake
-	cp twa_kernels/*.py $(SANITIZED)/twa_kernels/
+	cp -r twa_kernels/*.py twa_kernels/_triton $(SANITIZED)/twa_kernels/
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \

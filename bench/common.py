@@ -73,7 +73,7 @@ def hardware() -> dict[str, str]:
     return {
         "processor": processor(),
         "threads": str(torch.get_num_threads()),
-        "isa": str(tk.native._C.cpu_isa()),
+        "isa": str(tk.native._C.cpu_isa()) if tk.native._C else "native module not built",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": done.stdout.strip() or "unknown",

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # GPU kernels then run in Triton's interpreter
+    import interpreter
+
+    interpreter.install()
+
 import twa_kernels as tk
+from twa_kernels import dispatch
 
 BITS = (8, 4, 3, 2, 1)
 #: tensors of one model: single elements, odd sizes, tile - 1, tile, tile + 1, a block of 64 tiles + 1 and a 0-d tensor
@@ -36,6 +42,38 @@ def basis_of():
         return made[n, bits]
 
     return make
+
+
+class Gpu:
+    """A backend for GPUs and the device to run it on: a GPU, or CPU tensors under Triton's interpreter."""
+
+    def __init__(self, backend, device):
+        self.backend, self.device = backend, device
+
+    def put(self, value):
+        """Tensors, bases, lists and tuples of them on the device; anything else as it is."""
+        if isinstance(value, (torch.Tensor, tk.PackedBasis)):
+            return value.to(self.device)
+        return type(value)(self.put(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+    def needs(self, op):
+        if (op, self.backend) not in dispatch.IMPLEMENTATIONS:
+            pytest.skip(f"backend {self.backend} does not implement {op}")
+        return self
+
+
+ON_GPU = torch.cuda.is_available()
+GPU_BACKENDS = [name for name in ("triton", "cuda") if dispatch.why_unusable(name) is None]
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.gpu] if ON_GPU else []) for name in GPU_BACKENDS])
+def gpu(request, monkeypatch):
+    """Each GPU backend that is usable. The interpreter is given NVIDIA's assembly, which tests/interpreter.py runs."""
+    if not ON_GPU:
+        from twa_kernels._triton import launch
+
+        monkeypatch.setattr(launch, "isa", lambda arch: "ptx")
+    return Gpu(request.param, "cuda" if ON_GPU else "cpu")
 
 
 def run_python(code, **environment):

@@ -2,6 +2,7 @@
 
 Assembly   The interpreter has none. Here each block is parsed and run on NumPy arrays, instruction by instruction as the manuals of PTX and of
            the CDNA 3 instruction set define them, so that the very strings that ship are what the tests run.
+Rounding   The interpreter truncates float32 to bfloat16; compiled code rounds to nearest even, and so does this.
 Speed      The interpreter prepares the language module anew at every call of a helper function, which would be half of the suite's time; once per
            kernel launch is enough.
 """
@@ -117,6 +118,16 @@ def _inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack, _seman
     return out[0] if len(out) == 1 else tuple(out)
 
 
+# Rounding --------------------------------------------------------------------------------------------------------
+
+
+def to_bfloat16(v):
+    """float32 -> bits of bfloat16, to nearest even; NaN stays NaN."""
+    bits = v.view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)
+    return np.where(np.isnan(v), np.uint64(0x7FC0), rounded).astype(np.uint16)
+
+
 # Speed -----------------------------------------------------------------------------------------------------------
 
 
@@ -126,6 +137,14 @@ class _Nothing:
 
 
 def install():
+    convert = interpreter._convert_float
+
+    def convert_rounded(data, from_type, to_type, mode):
+        if from_type == tl.float32 and to_type == tl.bfloat16:
+            return to_bfloat16(np.ascontiguousarray(data))
+        return convert(data, from_type, to_type, mode)
+
+    interpreter._convert_float = convert_rounded
     prepare, launch, prepared = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
 
     def prepare_once(fn):

@@ -87,3 +87,17 @@ def test_preconditioned_training(candidates, bits):
         assert model(X).square().mean() < start - 0.3 * 0.05 * gradient.square().sum()
         results.append(subspace.coefficients.detach().clone())
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [5, 33])
+@pytest.mark.parametrize("bits", BITS)
+def test_gpu_gram(bits, n, basis_of, gpu):
+    gpu.needs("gram")
+    basis = basis_of(n, bits)
+    truth = basis.gram("reference")
+    norms = truth.diagonal(dim1=1, dim2=2).sqrt()
+    assert ((gpu.put(basis).gram(gpu.backend).cpu() - truth).abs() <= 2e-6 * norms[:, :, None] * norms[:, None, :]).all()
+
+
+def test_reference_gram_is_that_of_the_rows(basis_of):
+    assert ((basis_of(5, 4).gram("reference") - basis_of(5, 4).gram()).abs() <= 1e-6).all()

@@ -39,13 +39,14 @@ def pack_arguments(bits):
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3])
-@pytest.mark.parametrize("op", ["pack", "unpack", "project", "reconstruct", "reconstruct_out"])
+@pytest.mark.parametrize("op", ["pack", "unpack", "project", "reconstruct", "reconstruct_out", "gram"])
 def test_opcheck(op, bits):
     basis = operands(bits)
     x, center = torch.randn(3, 2, requires_grad=True), [torch.randn(s, requires_grad=True) for s in SHAPES]
     arguments = {
         "pack": lambda: pack_arguments(bits),
         "unpack": lambda: (*basis.operands, basis.numels, bits, ""),
+        "gram": lambda: (*basis.operands, basis.numels, bits, ""),
         "project": lambda: (*basis.operands, center, basis.numels, bits, ""),
         "reconstruct": lambda: (*basis.operands, x, center, basis.numels, bits, ""),
         "reconstruct_out": lambda: (
@@ -59,6 +60,38 @@ def test_opcheck(op, bits):
         ),
     }[op]()
     torch.library.opcheck(getattr(torch.ops.twa_kernels, op).default, arguments)
+
+
+@pytest.mark.parametrize("op", ["unpack", "project", "reconstruct", "gram"])
+def test_opcheck_on_gpu_backends(op, gpu):
+    gpu.needs(op)
+    basis = gpu.put(operands(4))
+    x = torch.randn(3, 2, device=gpu.device).requires_grad_()
+    center = [torch.randn(s, device=gpu.device).requires_grad_() for s in SHAPES]
+    between = {"unpack": (), "gram": (), "project": (center,), "reconstruct": (x, center)}[op]
+    torch.library.opcheck(getattr(torch.ops.twa_kernels, op).default, (*basis.operands, *between, basis.numels, 4, gpu.backend))
+
+
+def test_gpu_backends_compile_without_graph_break(gpu):
+    gpu.needs("project").needs("reconstruct")
+    basis = gpu.put(operands())
+
+    def both(grads, x, center):
+        return tk.reconstruct(basis, x - 0.1 * tk.project(basis, grads, gpu.backend), center, backend=gpu.backend)
+
+    grads, center = ([torch.randn(s, device=gpu.device) for s in SHAPES] for _ in range(2))
+    x = torch.randn(3, 2, device=gpu.device)
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(grads, x, center), both(grads, x, center), rtol=0, atol=0)
+
+
+def test_gpu_backends_are_differentiable(gpu):
+    """project and reconstruct are each other's backward, on the same backend."""
+    gpu.needs("project").needs("reconstruct")
+    basis, x = gpu.put(operands()), torch.randn(3, 2, device=gpu.device).requires_grad_()
+    weights = [torch.randn(s, device=gpu.device) for s in SHAPES]
+    sum((t * w).sum() for t, w in zip(tk.reconstruct(basis, x, backend=gpu.backend), weights, strict=True)).backward()
+    assert torch.equal(x.grad, tk.project(basis, weights, gpu.backend))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -95,8 +128,9 @@ def test_compile_without_graph_break():
 def test_dispatch_never_falls_back(monkeypatch):
     assert dispatch.select("project", "cpu") is tk.native.project
     assert dispatch.select("project", "cpu", "reference") is reference.project
-    with pytest.raises(RuntimeError, match="no kernel for cuda tensors yet"):
-        dispatch.select("project", "cuda")
+    with pytest.raises(RuntimeError, match="no kernel for mps tensors yet"):
+        dispatch.select("project", "mps")
+    assert dispatch.default_backend("project", "cuda") == "triton"
     with pytest.raises(RuntimeError, match="does not implement"):
         dispatch.select("project", "cuda", "cpp")
     monkeypatch.setenv("TWA_KERNELS_BACKEND", "reference")
@@ -105,6 +139,25 @@ def test_dispatch_never_falls_back(monkeypatch):
     monkeypatch.setattr(tk.native, "_import_error", "no such file", raising=False)
     with pytest.raises(RuntimeError, match="the native module is not built"):
         dispatch.select("project", "cpu", "cpp")
+
+
+def test_triton_without_its_package_or_a_gpu_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="on CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1"):
+        dispatch.select("project", "cpu", "triton")
+    with pytest.raises(RuntimeError, match="no GPU that PyTorch can use"):
+        dispatch.select("project", "cuda", "triton")
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        dispatch.select("project", "cuda", "triton")
+
+
+def test_gpu_pack_prefers_the_cuda_module(monkeypatch):
+    monkeypatch.setattr(dispatch, "why_unusable", lambda backend: None)
+    assert dispatch.default_backend("pack", "cuda") == "cuda" and dispatch.default_backend("gram", "cuda") == "triton"
+    monkeypatch.setattr(dispatch, "why_unusable", lambda backend: "absent" if backend == "cuda" else None)
+    assert dispatch.default_backend("pack", "cuda") == "triton"
 
 
 def test_a_forked_child_has_threads_of_its_own():

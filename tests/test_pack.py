@@ -264,3 +264,49 @@ def test_bad_input(change, error, message):
     arguments = dict(rows=[torch.randn(2, 3)], bits=4) | change
     with pytest.raises(error, match=message):
         tk.pack(**arguments)
+
+
+# GPU kernels -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantiser", ["gaussian", "absmax"])
+@pytest.mark.parametrize("bits", BITS)
+def test_gpu_bytes_equal_reference(bits, quantiser, gpu):
+    rows, center = rows_of(3, SHAPES), tensors(SHAPES)
+    rows[3][1] = rows[3][0]
+    rows[4][2] = center[4]  # a zero row
+    ours = tk.pack(gpu.put(rows), bits, gpu.put(center), SEGMENTS, backend=gpu.backend, quantiser=quantiser, report=True)
+    truth = tk.pack(rows, bits, center, SEGMENTS, backend="reference", quantiser=quantiser, report=True)
+    same_bytes(ours.to("cpu"), truth)
+    torch.testing.assert_close(torch.tensor(ours.relative_error), torch.tensor(truth.relative_error), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-20, 1e37])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_gpu_any_magnitude(bits, scale, gpu):
+    rows = [r * scale for r in rows_of(2, [(300,), (5, 7)])]
+    same_bytes(tk.pack(gpu.put(rows), bits, backend=gpu.backend).to("cpu"), tk.pack(rows, bits, backend="reference"))
+
+
+def test_gpu_input_dtypes(gpu):
+    """Rows of several dtypes in one tensor, a center of another."""
+    rows = [[t.to(d) for t, d in zip(r, DTYPES, strict=True)] for r in rows_of(3, [(300,), (129,)])]
+    center = [t.bfloat16() for t in tensors([(300,), (129,)])]
+    wide = [torch.stack([t.float() for t in r]) for r in rows]
+    ours = tk.pack(gpu.put(rows), 4, gpu.put(center), backend=gpu.backend).to("cpu")
+    same_bytes(ours, tk.pack(wide, 4, [c.float() for c in center], backend="reference"))
+
+
+def test_gpu_not_finite_is_located(gpu):
+    rows = rows_of(3, [(10,), (300,)])
+    rows[1][2, 7] = torch.inf
+    with pytest.raises(tk.ops.NotFiniteError, match="row 2 of tensor 1 at column 7"):
+        tk.pack(gpu.put(rows), 4, backend=gpu.backend)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_gpu_unpack(bits, basis_of, gpu):
+    gpu.needs("unpack")
+    basis = basis_of(5, bits)
+    ours = tk.unpack(gpu.put(basis), gpu.backend)
+    assert all(torch.equal(o.cpu(), t) for o, t in zip(ours, tk.unpack(basis), strict=True))

@@ -115,3 +115,98 @@ def test_beyond_2_to_the_31_columns():
 def test_bad_input(grads, error, message, basis_of):
     with pytest.raises(error, match=message):
         tk.project(basis_of(5, 4), grads)
+
+
+# GPU kernels -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bits", "n", "dtype"),
+    [(bits, n, torch.float32) for bits in BITS for n in (1, 17, 33)] + [(bits, 5, d) for bits in (4, 1) for d in (torch.bfloat16, torch.float16)],
+)
+def test_gpu_against_float64(bits, n, dtype, basis_of, gpu):
+    gpu.needs("project")
+    basis, grads = basis_of(n, bits), tensors(SHAPES, 7, dtype)
+    norm_p = torch.cat([t.reshape(n, -1) for t in tk.unpack(basis)], 1).double().norm(dim=1, keepdim=True)
+    norm_g = torch.cat([g.flatten() for g in grads]).double().norm()
+    ours = tk.project(gpu.put(basis), gpu.put(grads), gpu.backend).cpu().double()
+    assert ((ours - exact(basis, grads)).abs() <= 2**-22 * norm_p * norm_g).all()
+
+
+@pytest.mark.parametrize("n", [72, 130])
+@pytest.mark.parametrize("bits", [4, 1])
+def test_gpu_blocks_of_rows(bits, n, gpu):
+    gpu.needs("project")
+    shapes = [(130,), (700,)]
+    basis, grads = tk.pack(rows_of(n, shapes), bits, segments=[1, 0]), tensors(shapes, 7)
+    truth = exact(basis, grads)
+    ours = tk.project(gpu.put(basis), gpu.put(grads), gpu.backend).cpu()
+    assert ((ours - truth).abs() <= 2e-6 * truth.abs().max()).all()
+
+
+def test_gpu_mixed_dtypes_missing_and_strided_gradients(basis_of, gpu):
+    gpu.needs("project")
+    basis, grads = basis_of(5, 4), tensors(SHAPES, 7)
+    grads[2], grads[6] = grads[2].bfloat16(), grads[6].half()
+    grads[1], grads[5] = None, grads[5].t().contiguous().t()
+    full = [torch.zeros(s) if g is None else g for g, s in zip(grads, SHAPES, strict=True)]
+    truth = exact(basis, full)
+    ours = tk.project(gpu.put(basis), gpu.put(grads), gpu.backend).cpu()
+    assert ((ours - truth).abs() <= 2e-6 * truth.abs().max()).all()
+
+
+@pytest.mark.parametrize("factor", [1e-38, 1e-30, 1e30])
+def test_gpu_any_gradient_magnitude(factor, basis_of, gpu):
+    gpu.needs("project")
+    basis, grads = basis_of(5, 4), [g * factor for g in tensors(SHAPES, 7)]
+    truth = exact(basis, grads)
+    assert ((tk.project(gpu.put(basis), gpu.put(grads), gpu.backend).cpu() - truth).abs() <= 1e-5 * truth.abs().max()).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_gpu_non_finite_gradient_makes_its_segment_nan(value, basis_of, gpu):
+    gpu.needs("project")
+    basis, grads = gpu.put(basis_of(5, 4)), gpu.put(tensors(SHAPES, 7))
+    clean = tk.project(basis, grads, gpu.backend)
+    grads[5].view(-1)[77] = value  # segment 3
+    c = tk.project(basis, grads, gpu.backend)
+    assert c[:, 3].isnan().all()
+    assert torch.equal(c[:, [0, 1, 2, 4]], clean[:, [0, 1, 2, 4]])
+
+
+def test_gpu_repeats_give_the_same_bits(basis_of, gpu):
+    gpu.needs("project")
+    basis, grads = gpu.put(basis_of(5, 4)), gpu.put(tensors(SHAPES, 7))
+    first = tk.project(basis, grads, gpu.backend)
+    assert all(torch.equal(first, tk.project(basis, grads, gpu.backend)) for _ in range(11 if gpu.device == "cuda" else 1))
+
+
+def test_gpu_segments_inside_a_tensor(gpu):
+    gpu.needs("project")
+    tiles = torch.tensor([0, 0, 1, 1, 1, 0, 2, 2])
+    basis, g = tk.pack([torch.randn(4, 1000)], 4, segments=tiles), torch.randn(1000)
+    truth = exact(basis, [g])
+    assert ((tk.project(gpu.put(basis), gpu.put(g), gpu.backend).cpu() - truth).abs() <= 2e-6 * truth.abs().max()).all()
+
+
+def test_gpu_beyond_2_to_the_31_columns(gpu):
+    """As above, on a GPU's memory; the interpreter would take hours."""
+    gpu.needs("project")
+    if gpu.device != "cuda":
+        pytest.skip("needs a GPU: 16.8 million tiles are too many for Triton's interpreter")
+    first, second = 2**31 + 128, 300
+    tiles = first // 128 + 3
+    codes = torch.zeros(tiles, 1, 16, dtype=torch.uint8, device="cuda")
+    scales = torch.full((tiles, 1), 0x38, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
+    segment = torch.zeros(tiles, dtype=torch.int32)
+    segment[-3:] = 1
+    shapes = (torch.Size((first,)), torch.Size((second,)))
+    one = torch.ones(1, 2, device="cuda")
+    basis = tk.PackedBasis(codes, scales, one, segment.cuda(), one.double(), shapes, 1)
+    grads = [torch.zeros(first, dtype=torch.bfloat16, device="cuda"), torch.arange(300.0, device="cuda")]
+    grads[0][-1], grads[0][5] = 2.0, 0.5
+    codes[-1, 0, 0] = 1
+    assert tk.project(basis, grads, gpu.backend).tolist() == [[-127 * 2.5, -127.0 * (sum(range(300)) - 2 * 256)]]
+    out = [torch.empty_like(g) for g in grads]
+    tk.reconstruct(basis, one, out=out, backend=gpu.backend)
+    assert out[0][-1] == -127 and out[1][0] == -127 and out[1][256] == 127

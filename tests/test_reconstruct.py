@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import BITS, SHAPES, rows_of, tensors
+from conftest import BITS, SEGMENTS, SHAPES, rows_of, tensors
 
 import twa_kernels as tk
 from twa_kernels import reference
@@ -134,3 +134,62 @@ def test_outputs_that_share_memory_are_refused():
     memory = torch.zeros(15)
     with pytest.raises(ValueError, match=r"out\[0\] and out\[1\] share memory"):
         tk.reconstruct(basis, torch.zeros(2, 2), out=[memory[:10], memory[5:]])
+
+
+# GPU kernels -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "n"), [(bits, n) for bits in BITS for n in (1, 17)] + [(4, 48)])
+def test_gpu_against_float64(bits, n, basis_of, gpu):
+    gpu.needs("reconstruct")
+    basis = basis_of(n, bits)
+    x, center = coefficients(basis), tensors(SHAPES, 11)
+    largest = max(t.abs().max() for t in exact(basis, x.abs()))
+    ours = tk.reconstruct(gpu.put(basis), gpu.put(x), gpu.put(center), backend=gpu.backend)
+    for o, truth, c in zip(ours, exact(basis, x, center), center, strict=True):
+        assert o.shape == c.shape and o.dtype == torch.float32
+        assert ((o.cpu().flatten() - truth).abs() <= 2**-21 * largest + 2**-24 * truth.abs()).all()
+
+
+def test_gpu_dtypes_of_center_and_out(basis_of, gpu):
+    """Several dtypes in one call, center and out different."""
+    gpu.needs("reconstruct")
+    basis, kinds = gpu.put(basis_of(5, 4)), [torch.float32, torch.bfloat16, torch.float16]
+    x = gpu.put(coefficients(basis_of(5, 4)))
+    center = gpu.put([t.to(kinds[k % 3]) for k, t in enumerate(tensors(SHAPES, 11))])
+    wide = tk.reconstruct(basis, x, [c.float() for c in center], backend=gpu.backend)
+    out = [torch.full(s, torch.nan, dtype=kinds[k // 3], device=gpu.device) for k, s in enumerate(SHAPES)]
+    tk.reconstruct(basis, x, center, out=out, backend=gpu.backend)
+    assert all(torch.equal(o, w.to(o.dtype)) for o, w in zip(out, wide, strict=True))  # rounded once from float32
+
+
+@pytest.mark.parametrize("bits", [8, 1])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_gpu_largest_sums_do_not_overflow(bits, sign, gpu):
+    """Levels, coefficients and scales at their ends, all of one sign. The emulated dp4a refuses to overflow."""
+    gpu.needs("reconstruct")
+    n = 130
+    basis = gpu.put(tk.pack([sign * torch.ones(n, 200)], bits, normalize="none"))
+    x = torch.ones(n, 1, device=gpu.device)
+    (theta,) = tk.reconstruct(basis, x, backend=gpu.backend)
+    torch.testing.assert_close(theta.cpu(), torch.full((200,), sign * n), rtol=2e-2, atol=0)
+    truth = exact(gpu.__class__("", "cpu").put(basis), x.cpu())[0]
+    assert (theta.cpu() - truth).abs().max() <= 1e-6 * n
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gpu_nan_coefficient_shows_in_its_segment_only(value, basis_of, gpu):
+    gpu.needs("reconstruct")
+    basis, x = gpu.put(basis_of(5, 4)), coefficients(basis_of(5, 4))
+    x[2, 3] = value
+    theta = tk.reconstruct(basis, gpu.put(x), backend=gpu.backend)
+    assert [bool(t.isnan().all()) for t in theta] == [s == 3 for s in SEGMENTS]
+    assert [bool(t.isnan().any()) for t in theta] == [s == 3 for s in SEGMENTS]
+
+
+def test_gpu_strided_out_and_zero_coefficients(basis_of, gpu):
+    gpu.needs("reconstruct")
+    center = gpu.put(tensors(SHAPES, 11))
+    out = [torch.full(s[::-1], torch.nan, device=gpu.device).t() if len(s) == 2 else torch.full(s, torch.nan, device=gpu.device) for s in SHAPES]
+    tk.reconstruct(gpu.put(basis_of(5, 4)), torch.zeros(5, 5, device=gpu.device), center, out=out, backend=gpu.backend)
+    assert all(torch.equal(o, c) for o, c in zip(out, center, strict=True))

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import twa
-from conftest import BITS, SEGMENTS, SHAPES, tensors
+from conftest import BITS, SEGMENTS, SHAPES, rows_of, tensors
 from safetensors.torch import save_file
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -229,3 +229,25 @@ def test_what_is_not_fused(candidates):
 
 def test_plain_sgd_keeps_no_state(candidates):
     assert train(candidates, torch.optim.SGD, options={"lr": 0.1})[1].state_dict()["state"] == {}
+
+
+@pytest.mark.parametrize(("rule", "options"), RULES)
+def test_gpu_equals_the_separate_calls(rule, options, basis_of, gpu):
+    gpu.needs("step")
+    basis = gpu.put(tk.pack(rows_of(5, STEP_SHAPES), 4, segments=[0, 1, 0]))
+    center = gpu.put(tensors(STEP_SHAPES, 11))
+    x, state = torch.zeros(5, 2, device=gpu.device), {}
+    out = [torch.full(s, torch.nan, device=gpu.device) for s in STEP_SHAPES]
+    theirs = nn.Parameter(x.clone())
+    optimizer = TORCH[rule]([theirs], **options)
+    for k in range(3):
+        grads = gpu.put(tensors(STEP_SHAPES, 20 + k))
+        c = tk.step(basis, grads, x, out, center, rule=rule, options=options, state=state, backend=gpu.backend)
+        theirs.grad = tk.project(basis, grads, gpu.backend)
+        assert torch.equal(c, theirs.grad)
+        optimizer.step()
+        torch.testing.assert_close(x, theirs.detach(), rtol=1e-5, atol=1e-6)
+        assert all(torch.equal(o, t) for o, t in zip(out, tk.reconstruct(basis, x, center, backend=gpu.backend), strict=True))
+
+
+STEP_SHAPES = [(200,), (129,), (3, 7)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .native import empty_for_streaming
 from .ops import NotFiniteError, check_bits, check_quantiser
-from .reference import MAX_ROWS, TILE, tile_offsets
+from .reference import MAX_ROWS, tile_offsets
 
 NORMALIZE = ("row", "segment", "none")
 

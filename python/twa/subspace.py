@@ -219,8 +219,9 @@ class Subspace:
         return self._pull_back(_project(self.basis, self._gradients()), slice(None))
 
     def can_fuse(self) -> bool:
-        """Whether step() covers this subspace: packed, on a CPU, coefficients of the basis itself, dtypes that the kernels write."""
-        if isinstance(self.basis, DenseBasis) or self.preconditioner is not None or self.basis.device.type != "cpu":
+        """Whether step() covers this subspace: packed, on a device that has its kernel, coefficients of the basis itself, dtypes that the kernels
+        write."""
+        if isinstance(self.basis, DenseBasis) or self.preconditioner is not None or not tk.dispatch.default_backend("step", self.basis.device.type):
             return False
         grads = [p.grad for p in self.parameters if p.grad is not None]
         return all(p.dtype in FLOATS for p in self.parameters) and all(g.layout == torch.strided and g.dtype in FLOATS for g in grads)

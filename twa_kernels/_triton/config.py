@@ -18,13 +18,13 @@ DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
     },
     # 16 bytes a thread and row: `tiles` is what the threads of a program cover. rows: rows in flight.
     "reconstruct": {
-        8: {"tiles": 16, "rows": 16, "warps": 4},
+        8: {"tiles": 16, "rows": 8, "warps": 4},
         4: {"tiles": 32, "rows": 16, "warps": 4},
         3: {"tiles": 128, "rows": 4, "warps": 4},
         2: {"tiles": 64, "rows": 8, "warps": 4},
-        1: {"tiles": 128, "rows": 8, "warps": 4},
+        1: {"tiles": 128, "rows": 4, "warps": 4},
     },
-    "pack": {bits: {"tiles": 4, "warps": 4} for bits in BITS},
+    "pack": {bits: {"tiles": 4, "warps": 1} for bits in BITS},
     "unpack": {bits: {"tiles": 16, "warps": 4} for bits in BITS},
     "gram": {bits: {"rows": 64, "item": 1024, "warps": 4} for bits in BITS},
     # second stage of project and the update of a step: items and rows that a program adds at a time
@@ -32,13 +32,13 @@ DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
 }
 
 #: (op, bits, architecture) -> what differs from DEFAULTS there
-OVERRIDES: dict[tuple[str, int, str], dict[str, int]] = {}
+OVERRIDES: dict[tuple[str, int, str], dict[str, int]] = {("gram", bits, "gfx942"): {"rows": 32} for bits in BITS}
 
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
 
 
 def architecture(device: torch.device) -> str:
-    """"sm_90", "gfx942", ...; "interpreter" for CPU tensors."""
+    """ "sm_90", "gfx942", ...; "interpreter" for CPU tensors."""
     if device.type == "cpu":
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)
@@ -59,7 +59,12 @@ def configuration(op: str, bits: int, arch: str) -> dict[str, int]:
     return config
 
 
-def rows_per_program(n: int, most: int) -> int:
-    """Power of two from 16 to `most` that wastes least: rows of padding, and 16 rows' worth of gradient work for each block of rows."""
-    sizes = [size for size in (16, 32, 64, 128, 256) if size <= most]
+def rows_per_program(n: int, most: int, least: int = 16) -> int:
+    """Power of two from `least` to `most` that wastes least: rows of padding, and 16 rows' worth of gradient work for each block of rows."""
+    sizes = [size for size in (16, 32, 64, 128) if least <= size <= most]
     return min(sizes, key=lambda size: -(-n // size) * (size + 16))
+
+
+def least_rows(bits: int) -> int:
+    """Of project: below that, a program's threads would load less than 16 bytes each at 3 bits and 1."""
+    return 32 if bits in (3, 1) else 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..native import _contiguous, _targets, _write_back, finish_pack
-from .config import rows_per_program
+from .config import least_rows, rows_per_program
 from .gram import gram_kernel
 from .launch import DTYPES, Launch, Work, address_table, by_dtype, work_items
 from .pack import pack_kernel
@@ -104,7 +105,7 @@ def _partial_sums(codes: Tensor, scales: Tensor, tile_segment: Tensor, grads: Se
     # One dtype for all tensors writes every item; else what is left out is zero.
     complete = len(groups) == 1 and all(address or not numel for address, numel in zip(next(iter(groups.values())), numels, strict=True))
     partial = (torch.empty if complete else torch.zeros)(work.count, n, device=codes.device)
-    rows = rows_per_program(n, config["rows"])
+    rows = rows_per_program(n, config["rows"], least_rows(bits))
     with launch.on_device():
         for dtype, addresses in groups.items():
             project_kernel[work.count, -(-n // rows)](
@@ -292,5 +293,5 @@ def gram(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor,
             )
     scale = row_scale.double().T  # (L, n)
     at = work.segment_begin.tolist()
-    total = torch.stack([partial[first:last].sum(0, dtype=torch.float64) for first, last in zip(at, at[1:], strict=False)])
+    total = torch.stack([partial[first:last].sum(0, dtype=torch.float64) for first, last in itertools.pairwise(at)])
     return total * scale[:, :, None] * scale[:, None, :]

@@ -173,7 +173,7 @@ def reconstruct_kernel(
         for row0 in tl.range(0, n, ROWS):
             raw = ()
             for r in tl.static_range(ROWS):
-                row = r if EVEN else tl.minimum(r, n - 1 - row0)  # past the end the last row once more, whose coefficient is zero
+                row = r if EVEN else tl.where(row0 + r < n, r, 0)  # past the end some row once more: its coefficient is zero
                 for plane in tl.static_range(PLANES):
                     raw = raw + (tl.load(tile_codes + row0 * (4 * BITS) + (row * (4 * BITS) + plane * 4)),)
             low = ()
@@ -181,7 +181,7 @@ def reconstruct_kernel(
             high = ()
             q = ()
             for r in tl.static_range(ROWS):
-                s = scale_of(tl.load(tile_scales + row0 + (r if EVEN else tl.minimum(r, n - 1 - row0))))
+                s = scale_of(tl.load(tile_scales + row0 + (r if EVEN else tl.where(row0 + r < n, r, 0))))
                 q = q + (to_fixed(tl.load(x_row + row0 + r) * s, e),)
             sum_q = tl.zeros((TILES,), tl.int32)
             for group in tl.static_range(GROUPS):

@@ -34,7 +34,7 @@ T1_0 = tl.constexpr(TABLES[1][0])
 # Four bytes in, four int8 levels out per field: field f of byte b is column f * (bytes of a row) + b (csrc/packing.h).
 # 0x6420 and 0x7531 separate what low and high nibbles gave, so that output k belongs to byte k whatever layout the compiler chose.
 
-_LOOK_UP_4 = "prmt.b32 a, 0x{0:08x}, 0x{1:08x}, {{m}}; prmt.b32 b, 0x{2:08x}, 0x{3:08x}, {{m}}; prmt.b32 {{to}}, a, b, {{s}};".format(*TABLES[4])
+_LOOK_UP_4 = "prmt.b32 a, 0x{:08x}, 0x{:08x}, {{m}}; prmt.b32 b, 0x{:08x}, 0x{:08x}, {{m}}; prmt.b32 {{to}}, a, b, {{s}};".format(*TABLES[4])
 _PTX_4 = (
     "{ .reg .b32 m, s, a, b, x, y;"
     "and.b32 m, $2, 0x77777777; shr.u32 s, $2, 1; and.b32 s, s, 0x44444444; or.b32 s, s, 0x32103210;"  # s takes b where bit 3 is set
@@ -117,17 +117,25 @@ def level_of(code, BITS: tl.constexpr):
 def decode(w, w1, w2, BITS: tl.constexpr, ISA: tl.constexpr):
     """Packed bytes (..., K) uint8 -> tuple of int8 levels (..., K), one tensor per field. 3 bits: w and w1 are the first and second
     16 bytes of the 2-bit plane, w2 the 1-bit plane, and output 2 f + half is columns 32 f + 16 half + byte; else w1 and w2 are not used."""
+    i = tl.int8
     if ISA == "ptx":
         if BITS == 8:
-            return (tl.inline_asm_elementwise(PTX_8, "=r,r", [w], dtype=tl.int8, is_pure=True, pack=4),)
+            return (tl.inline_asm_elementwise(PTX_8, "=r,r", [w], dtype=i, is_pure=True, pack=4),)
         elif BITS == 4:
-            return tl.inline_asm_elementwise(PTX_4, OUT_2 + ",r", [w], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(PTX_4, OUT_2 + ",r", [w], dtype=(i, i), is_pure=True, pack=4)
         elif BITS == 3:
-            return tl.inline_asm_elementwise(PTX_3, OUT_8 + ",r,r,r", [w, w1, w2], dtype=(tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(
+                PTX_3,
+                OUT_8 + ",r,r,r",
+                [w, w1, w2],
+                dtype=(i, i, i, i, i, i, i, i),
+                is_pure=True,
+                pack=4,
+            )
         elif BITS == 2:
-            return tl.inline_asm_elementwise(PTX_2, OUT_4 + ",r", [w], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(PTX_2, OUT_4 + ",r", [w], dtype=(i, i, i, i), is_pure=True, pack=4)
         else:
-            return tl.inline_asm_elementwise(PTX_1, OUT_8 + ",r", [w], dtype=(tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(PTX_1, OUT_8 + ",r", [w], dtype=(i, i, i, i, i, i, i, i), is_pure=True, pack=4)
     else:
         out = ()
         if BITS == 3:

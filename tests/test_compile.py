@@ -1,0 +1,62 @@
+"""The Triton kernels through the compiler, for architectures that need not be present: every kernel in every shipped configuration."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+specification = importlib.util.spec_from_file_location("static_cost", ROOT / "bench/static_cost.py")
+static_cost = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(static_cost)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """In a process of its own: this one may hold the kernels as the interpreter's. A cache of its own: nothing compiled before counts."""
+    folder = tmp_path_factory.mktemp("static_cost")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder / "cache")}
+    command = [sys.executable, str(ROOT / "bench/static_cost.py"), "--output", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert (folder / "triton_static_cost.json").exists(), done.stdout[-2000:] + done.stderr[-2000:]
+    assert (folder / "triton_static_cost.png").stat().st_size > 10_000
+    return json.loads((folder / "triton_static_cost.json").read_text())
+
+
+def test_every_op_compiles_for_every_architecture(rows):
+    compiled = {(r["arch"], r["op"], r["bits"]) for r in rows}
+    for arch in ("sm_80", "sm_90", "gfx942"):
+        for op in ("pack", "unpack", "project", "reconstruct", "gram"):
+            assert {bits for a, o, bits in compiled if (a, o) == (arch, op)} == {8, 4, 3, 2, 1}
+        assert (arch, "step", 4) in compiled and (arch, "sum", 4) in compiled
+
+
+def test_no_spills_wide_loads_and_within_the_budget(rows):
+    assert [problem for row in rows for problem in static_cost.problems(row)] == []
+
+
+def test_matrix_units_and_no_barriers_where_meant(rows):
+    for row in rows:
+        if row["op"] in ("project", "gram"):
+            assert row["matrix"] > 0, row
+        if row["op"] == "reconstruct" and row["arch"].startswith("sm_"):
+            assert row["barriers"] == row["shared_access"] == 0, row  # registers only
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spills": 8}, "8 bytes of spills"),
+        ({"wide": 0.5}, "50 % of the packed bytes"),
+        ({"per_weight": 5.6}, "5.60 instructions per weight, budget 3.7"),
+    ],
+)
+def test_a_problem_is_reported(change, message):
+    row = {"op": "project", "bits": 4, "variant": "64 rows, fp32", "arch": "sm_90", "spills": 0, "wide": 1.0, "per_weight": 3.6}
+    assert static_cost.problems(row) == []
+    (found,) = static_cost.problems(row | change)
+    assert message in found

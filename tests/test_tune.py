@@ -1,0 +1,54 @@
+"""python -m twa_kernels.tune, as far as it goes without a GPU."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ON_GPU
+
+from twa_kernels import tune
+from twa_kernels._triton import config
+
+
+@pytest.mark.parametrize("op", sorted(tune.CANDIDATES))
+def test_measures_and_leaves_the_shipped_numbers_alone(op, capsys):
+    before = dict(config.OVERRIDES)
+    line = tune.tune(op, 4, 3, 300, "cuda" if ON_GPU else "cpu", 0.0, 2)
+    assert before == config.OVERRIDES
+    out = capsys.readouterr().out
+    assert out.count("GB/s") == 3 and "shipped" in out  # the shipped one and two candidates
+    assert not line or eval("{" + line + "}")  # what it prints fits into the table
+
+
+def test_a_configuration_that_fails_is_reported(monkeypatch, capsys):
+    def fails_with_two_warps(run, device, budget):
+        if config.OVERRIDES and any(c.get("warps") == 2 for c in config.OVERRIDES.values()):
+            raise RuntimeError("out of resources: shared memory")
+        return 1.0
+
+    monkeypatch.setattr(tune, "seconds", fails_with_two_warps)
+    assert tune.tune("reconstruct", 4, 3, 300, "cuda" if ON_GPU else "cpu", 0.0, 3) == ""
+    assert "out of resources" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(ON_GPU, reason="this machine has a GPU")
+def test_without_a_gpu_says_so():
+    environment = {"PATH": "/usr/bin", "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-m", "twa_kernels.tune"], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 1 and "expected a GPU to measure on, found none" in done.stderr
+
+
+def test_every_configuration_covers_16_bytes_a_thread():
+    for arch in config.ARCHITECTURES:
+        for bits in config.BITS:
+            c = config.configuration("reconstruct", bits, arch)
+            lanes = 64 if arch.startswith("gfx") else 32
+            row_of_a_plane = 16 * (1 if bits == 3 else bits)
+            assert c["tiles"] * row_of_a_plane == 16 * lanes * c["warps"]
+            assert torch.tensor(c["rows"]) % 4 == 0 and 64 % c["rows"] == 0
+
+
+@pytest.mark.parametrize(("n", "rows"), [(1, 16), (16, 16), (17, 32), (64, 64), (72, 32), (120, 64), (256, 64)])
+def test_rows_per_program(n, rows):
+    assert config.rows_per_program(n, 64) == rows
