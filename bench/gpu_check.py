@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LOGS = ROOT / "build" / "gpu-check"
+LOGS, RESULTS = ROOT / "build" / "gpu-check", ROOT / "bench" / "results"
 TOTAL = 460  # seconds for all steps
 ROOFLINE = 120  # of them kept for the last step
 CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
@@ -231,18 +231,18 @@ def sanitized_run(seconds: float) -> None:
 def roofline(found: dict, limit: float) -> str:
     if limit < 60:
         raise NotRun("no time was left")
-    command = [sys.executable, ROOT / "bench" / "roofline.py", "--quick", "--seconds", f"{limit - 40:.0f}", "--output", LOGS]
+    command = [sys.executable, ROOT / "bench" / "roofline.py", "--seconds", f"{limit - 40:.0f}"]  # what it had no time for, it lists
     command += ["--commit", os.environ["TWA_COMMIT"]] if "TWA_COMMIT" in os.environ else []
-    for old in LOGS.glob("roofline_*"):
-        old.unlink()
+    begin = time.time()
     try:
         code, text = run("roofline", command, limit)
-    finally:
-        for page in LOGS.glob("roofline_*.md"):
+    finally:  # the page is written after each basis, so an ended run leaves one too
+        pages = [page for page in RESULTS.glob("roofline_*.md") if page.stat().st_mtime >= begin]
+        for page in pages:
             print(page.read_text())
     if code:
         raise Failed(f"exit status {code}: {last_line(text)}")
-    return f"table above and in {LOGS.relative_to(ROOT)}"
+    return f"table above and in {', '.join(str(page.relative_to(ROOT)) for page in pages)}"
 
 
 STEPS = (

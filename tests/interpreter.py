@@ -1,4 +1,4 @@
-"""Triton's interpreter, for a test suite: with the kernels' inline assembly, and quick enough. Imported by conftest.py before any kernel is.
+"""Triton's interpreter, for a test suite: with the kernels' inline assembly, and quick enough. conftest.py installs it where there is no GPU.
 
 Assembly   The interpreter has none. Here each block is parsed and run on NumPy arrays, instruction by instruction as the manuals of PTX and of
            the CDNA 3 instruction set define them, so that the very strings that ship are what the tests run.
@@ -10,8 +10,6 @@ Speed      The interpreter prepares the language module anew at every call of a 
 import functools
 import os
 import re
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
 import triton.language as tl
@@ -137,6 +135,8 @@ class _Nothing:
 
 
 def install():
+    """Before any kernel is defined."""
+    os.environ["TRITON_INTERPRET"] = "1"
     convert = interpreter._convert_float
 
     def convert_rounded(data, from_type, to_type, mode):
