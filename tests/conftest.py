@@ -9,6 +9,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():  # GPU kernels then run in Triton's interpreter
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
     import interpreter
 
     interpreter.install()

@@ -8,7 +8,6 @@ Speed      The interpreter prepares the language module anew at every call of a 
 """
 
 import functools
-import os
 import re
 
 import numpy as np
@@ -135,8 +134,6 @@ class _Nothing:
 
 
 def install():
-    """Before any kernel is defined."""
-    os.environ["TRITON_INTERPRET"] = "1"
     convert = interpreter._convert_float
 
     def convert_rounded(data, from_type, to_type, mode):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 import triton.language as tl
@@ -55,7 +55,14 @@ class Variant:
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """All that `ops.py` can launch with the shipped configurations; dtypes other than float32 at 4 bits only."""
+    """All that `ops.py` can launch with the shipped configurations; dtypes other than float32, and n = 1, at 4 bits only."""
+    for v in _variants(arch):
+        yield v
+        if v.bits == 4 and v.name in ("16 rows, fp32", "center fp32, out fp32, n any", "fp32", "16 rows"):
+            yield replace(v, name=f"{v.name}, n = 1", constants=(*v.constants, ("n", 1)))  # Triton compiles an argument of 1 as a constant
+
+
+def _variants(arch: str) -> Iterator[Variant]:
 
     def variant(op: str, bits: int, name: str, fn, config: dict, fuse: bool = True, types: dict | None = None, **constants) -> Variant:
         return Variant(op, bits, name, fn, tuple(constants.items()), config["warps"], fuse, tuple((types or {}).items()))

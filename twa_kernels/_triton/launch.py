@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,9 +77,15 @@ def work_items(tile_segment: Tensor, numels: Sequence[int], num_segments: int, s
     return kept[key]
 
 
-@functools.lru_cache(maxsize=64)
-def address_table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+def address_table(addresses: Sequence[int], device: torch.device) -> Tensor:
     """(tensors,) int64 on the device. Training loops pass the same tensors again and again, so most calls copy nothing."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _address_table(tuple(addresses), device, stream)
+
+
+@functools.lru_cache(maxsize=64)
+def _address_table(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """Per stream: the copy is not waited for, and only its own stream is sure to come after it."""
     table = torch.tensor(addresses, dtype=torch.int64)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
@@ -105,4 +112,4 @@ class Launch:
         return {"num_warps": self.config["warps"], "enable_fp_fusion": fuse}
 
     def on_device(self):
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else torch.autograd.profiler.record_function("twa_kernels")
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()

@@ -47,8 +47,8 @@ def pack(
     with launch.on_device():
         for (dtype, center_dtype), addresses in by_dtype(rows, keys).items():
             pack_kernel[work.count, n](
-                address_table(tuple(addresses), codes.device),
-                address_table(tuple(c.data_ptr() for c in center), codes.device) if center else work.numel,
+                address_table(addresses, codes.device),
+                address_table([c.data_ptr() for c in center], codes.device) if center else work.numel,
                 work.numel,
                 work.tile_begin,
                 work.tensor,
@@ -80,7 +80,7 @@ def unpack(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tenso
                 codes,
                 scales,
                 row_scale,
-                address_table(tuple(o.data_ptr() for o in out), codes.device),
+                address_table([o.data_ptr() for o in out], codes.device),
                 work.numel,
                 work.tile_begin,
                 work.tensor,
@@ -111,7 +111,7 @@ def _partial_sums(codes: Tensor, scales: Tensor, tile_segment: Tensor, grads: Se
             project_kernel[work.count, -(-n // rows)](
                 codes,
                 scales,
-                address_table(tuple(addresses), codes.device),
+                address_table(addresses, codes.device),
                 work.numel,
                 work.tile_begin,
                 work.tensor,
@@ -167,8 +167,8 @@ def _reconstruct(
                 scales,
                 x_rows,
                 _tables(bits, codes.device),
-                address_table(tuple(c.data_ptr() for c in center), codes.device) if center else work.numel,
-                address_table(tuple(addresses), codes.device),
+                address_table([c.data_ptr() for c in center], codes.device) if center else work.numel,
+                address_table(addresses, codes.device),
                 work.numel,
                 work.tile_begin,
                 work.tensor,
