@@ -66,13 +66,14 @@ def gcn(kernel) -> tuple[list[tuple[str, str]], dict[str, int]]:
 
 
 def main_loop(lines: list[tuple[str, str]]) -> list[str]:
-    """The longest stretch that a branch goes back over; the whole kernel where there is none."""
+    """The longest innermost stretch that a branch goes back over; the whole kernel where there is none."""
     at = {label: k for k, (label, _) in enumerate(lines) if label}
     spans = []
     for k, (_, instruction) in enumerate(lines):
         found = re.search(r"(?:BRA|s_c?branch\w*)\b.*?(\.L\w+)", instruction)
         if found and at.get(found[1], k) < k:  # not the branch to itself that ends a kernel
             spans.append((k + 1 - at[found[1]], at[found[1]], k + 1))
+    spans = [(size, a, b) for size, a, b in spans if not any(a <= c and d <= b and other < size for other, c, d in spans)]
     _, begin, end = max(spans, default=(0, 0, len(lines)))
     return [instruction for _, instruction in lines[begin:end]]
 
@@ -92,12 +93,13 @@ def measure(variant, arch: str) -> dict:
 
     kernel = compile_variant(variant, arch)
     lines, row = (gcn if arch.startswith("gfx") else sass)(kernel)
+    c = dict(variant.constants)
     loop, threads = main_loop(lines), variant.warps * (64 if arch.startswith("gfx") else 32)
     row |= {"op": variant.op, "bits": variant.bits, "variant": variant.name, "arch": arch, "loop": len(loop)}
     weights = weights_of(variant)
     if weights:
         row["per_weight"] = len(loop) * threads / weights
-    if variant.op in ("project", "reconstruct"):
+    if variant.op in ("project", "reconstruct") and "n" not in c:  # a single row is loaded once for all rows in flight
         # Only the packed words are loaded 16 bytes at a time, so these loads must add up to all of them.
         wide = sum(bool(re.match(r"LDG\S*\.128|LDGSTS\S*\.128|(global|buffer)_load_dwordx4", i)) for i in loop)
         row["wide"] = wide * 16 * threads / (weights * variant.bits / 8)
@@ -161,10 +163,22 @@ def markdown(rows: list[dict]) -> list[str]:
     ]
     by = {(r["op"], r["bits"], r["variant"], r["arch"]): r for r in rows}
     for r in rows:
-        if r["arch"] == "sm_90" and is_main(r):
-            others = [f"{by[r['op'], r['bits'], r['variant'], arch]['per_weight']:.2f}" for arch in ("sm_80", "gfx942")]
+        many = (r["op"], r["variant"]) == ("project", "128 rows, fp32")  # what n >= 128 gets at 2 bits and 1
+        if r["arch"] == "sm_90" and (is_main(r) or many):
+            found = [by.get((r["op"], r["bits"], r["variant"], arch)) for arch in ("sm_80", "gfx942")]
+            others = [f"{other['per_weight']:.2f}" if other else "" for other in found]
             share = f"{r['per_weight'] / BUDGET[r['bits']]:.2f}"
-            cells = [r["op"], r["bits"], BUDGET[r["bits"]], f"{r['per_weight']:.2f}", share, *others, r["registers"], r["shared"], r["barriers"]]
+            cells = [
+                r["op"] + ", 128 rows" * many,
+                r["bits"],
+                BUDGET[r["bits"]],
+                f"{r['per_weight']:.2f}",
+                share,
+                *others,
+                r["registers"],
+                r["shared"],
+                r["barriers"],
+            ]
             lines.append("| " + " | ".join(map(str, [*cells, f"{100 * r['wide']:.0f} %"])) + " |")
     worst = max(r["spills"] for r in rows)
     lines += [
@@ -192,7 +206,7 @@ def picture(path: Path, rows: list[dict]) -> None:
     for k, op in enumerate(("project", "reconstruct")):
         values = [next(r["per_weight"] for r in rows if r["arch"] == "sm_90" and r["op"] == op and r["bits"] == b and is_main(r)) for b in bits]
         bars = axis.bar([i + 0.4 * k - 0.2 for i in range(len(bits))], values, 0.36, label=op, color=f"C{k}")
-        axis.bar_label(bars, [f"{v:.1f}" for v in values], padding=2)
+        axis.bar_label(bars, [f"{v:.1f}" for v in values], label_type="center", color="white")
     for i, b in enumerate(bits):
         style = {"color": "0.2", "linewidth": 1.5}
         axis.hlines(BUDGET[b], i - 0.42, i + 0.42, label="budget at full bandwidth" if not i else None, **style)

@@ -54,6 +54,20 @@ def dp4a(a, b, c):
     return total.astype(np.int32).view(np.uint32)
 
 
+def dp2a(first_byte):
+    """Two 16-bit numbers of a times bytes first_byte and first_byte + 1 of b, plus c."""
+
+    def run(a, b, c):
+        total = c.view(np.int32).astype(np.int64)
+        for k in range(2):
+            half = ((a >> np.uint32(16 * k)) & np.uint32(0xFFFF)).astype(np.uint16).view(np.int16).astype(np.int64)
+            total = total + half * _byte(b, first_byte + k).astype(np.uint8).view(np.int8)
+        assert (np.abs(total) < 2**31).all(), "an int32 sum overflowed"
+        return total.astype(np.int32).view(np.uint32)
+
+    return run
+
+
 INSTRUCTIONS = {
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
@@ -62,6 +76,8 @@ INSTRUCTIONS = {
     "shr.u32": lambda a, b: a >> b,
     "prmt.b32": prmt,
     "dp4a.s32.s32": dp4a,
+    "dp2a.lo.s32.s32": dp2a(0),
+    "dp2a.hi.s32.s32": dp2a(2),
     "v_perm_b32": v_perm,
     "v_dot4_i32_i8": dp4a,
 }

@@ -43,7 +43,7 @@ def test_matrix_units_and_no_barriers_where_meant(rows):
     for row in rows:
         if row["op"] in ("project", "gram"):
             assert row["matrix"] > 0, row
-        if row["op"] == "reconstruct" and row["arch"].startswith("sm_"):
+        if row["op"] == "reconstruct" and row["arch"].startswith("sm_") and "n = 1" not in row["variant"]:
             assert row["barriers"] == row["shared_access"] == 0, row  # registers only
 
 

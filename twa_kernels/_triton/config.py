@@ -13,7 +13,7 @@ DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
         8: {"rows": 64, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
         4: {"rows": 64, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
         3: {"rows": 64, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
-        2: {"rows": 64, "tiles": 4, "item": 64, "warps": 4, "stages": 4},
+        2: {"rows": 128, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
         1: {"rows": 128, "tiles": 4, "item": 64, "warps": 4, "stages": 4},
     },
     # 16 bytes a thread and row: `tiles` is what the threads of a program cover. rows: rows in flight.
@@ -32,7 +32,10 @@ DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
 }
 
 #: (op, bits, architecture) -> what differs from DEFAULTS there
-OVERRIDES: dict[tuple[str, int, str], dict[str, int]] = {("gram", bits, "gfx942"): {"rows": 32} for bits in BITS}
+OVERRIDES: dict[tuple[str, int, str], dict[str, int]] = {
+    ("project", 2, "gfx942"): {"rows": 64},
+    **{("gram", bits, "gfx942"): {"rows": 32} for bits in BITS},
+}
 
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
 

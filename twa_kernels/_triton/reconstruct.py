@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .words import byte_perm, dp4a, exponent_of, limbs, magnitude, scale_of, to_fixed, unit_of
+from .words import byte_perm, coefficient_words, dot_low, dp4a, exponent_of, magnitude, scale_of, to_fixed, unit_of
 
 
 @triton.jit
@@ -108,10 +108,77 @@ def _levels(raw, columns, tables, GROUP: tl.constexpr, FIELD: tl.constexpr, BITS
 
 
 @triton.jit
-def _limb_words(q0, q1, q2, q3, ISA: tl.constexpr):
-    """Four rows' fixed-point coefficients -> their low, middle and high limbs, one word each."""
-    low, middle, high, _ = _four_bytes(limbs(q0), limbs(q1), limbs(q2), limbs(q3), ISA)
-    return low, middle, high
+def _accumulate(sums, c0, c1, c2, c3, first, second, high, ISA: tl.constexpr):
+    """Adds the products of four columns (four rows each) with the coefficients: sums[2 k] low, sums[2 k + 1] high part, int32."""
+    return (
+        dot_low(c0, first, second, sums[0], ISA),
+        dp4a(c0, high, sums[1], ISA),
+        dot_low(c1, first, second, sums[2], ISA),
+        dp4a(c1, high, sums[3], ISA),
+        dot_low(c2, first, second, sums[4], ISA),
+        dp4a(c2, high, sums[5], ISA),
+        dot_low(c3, first, second, sums[6], ISA),
+        dp4a(c3, high, sums[7], ISA),
+    )
+
+
+@triton.jit
+def _add_rows(
+    acc,
+    total,
+    row0,
+    tile_codes,
+    tile_scales,
+    x_row,
+    table,
+    e,
+    n,
+    BITS: tl.constexpr,
+    ISA: tl.constexpr,
+    ROWS: tl.constexpr,
+    EVEN: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """acc and total with rows row0 .. row0 + ROWS - 1 added; past the last row some row once more, whose coefficient is zero."""
+    FIELDS: tl.constexpr = 8 if BITS == 3 else 8 // BITS
+    PLANES: tl.constexpr = 3 if BITS == 3 else 1  # 3 bits: two halves of the 2-bit plane, the 1-bit plane
+    GROUPS: tl.constexpr = ROWS // 4
+    raw = ()
+    for r in tl.static_range(ROWS):
+        row = r if EVEN else tl.where(row0 + r < n, r, 0)
+        for plane in tl.static_range(PLANES):
+            raw = raw + (tl.load(tile_codes + row0 * (4 * BITS) + (row * (4 * BITS) + plane * 4)),)
+    q = ()
+    for r in tl.static_range(ROWS):
+        s = scale_of(tl.load(tile_scales + row0 + (r if EVEN else tl.where(row0 + r < n, r, 0))))
+        q = q + (to_fixed(tl.load(x_row + row0 + r) * s, e),)
+    coefficients = ()
+    sum_q = tl.zeros_like(e)
+    for group in tl.static_range(GROUPS):
+        coefficients = coefficients + coefficient_words(q[4 * group], q[4 * group + 1], q[4 * group + 2], q[4 * group + 3], ISA)
+        sum_q += q[4 * group] + q[4 * group + 1] + q[4 * group + 2] + q[4 * group + 3]
+    if BITS == 1:
+        total += sum_q.to(tl.float32)
+    columns = ()  # 8 and 1 bits: bytes of four rows, regrouped
+    if BITS == 8 or BITS == 1:
+        for group in tl.static_range(GROUPS):
+            columns = columns + _four_bytes(raw[4 * group], raw[4 * group + 1], raw[4 * group + 2], raw[4 * group + 3], ISA)
+    new = ()
+    for f in tl.static_range(FIELDS):
+        sums = ()
+        for k in tl.static_range(8):
+            sums = sums + (acc[8 * f + k] if EXACT else tl.zeros_like(raw[0]),)
+        for group in tl.static_range(GROUPS):
+            c0, c1, c2, c3 = _levels(raw, columns, table, group, f, BITS, ISA)
+            first = coefficients[3 * group][:, None]
+            second = coefficients[3 * group + 1][:, None]
+            sums = _accumulate(sums, c0, c1, c2, c3, first, second, coefficients[3 * group + 2][:, None], ISA)
+        if EXACT:
+            new = new + sums
+        else:
+            for k in tl.static_range(4):
+                new = new + (acc[4 * f + k] + sums[2 * k + 1].to(tl.float32) * 65536.0 + sums[2 * k].to(tl.float32),)
+    return new, total
 
 
 @triton.jit
@@ -145,18 +212,16 @@ def reconstruct_kernel(
     if address != 0:
         FIELDS: tl.constexpr = 8 if BITS == 3 else 8 // BITS
         WORDS: tl.constexpr = 32 // FIELDS  # words of a row that hold one code per byte and field
-        PLANES: tl.constexpr = 3 if BITS == 3 else 1  # 3 bits: two halves of the 2-bit plane, the 1-bit plane
-        GROUPS: tl.constexpr = ROWS // 4
 
-        first = tl.load(item_tile + item)
+        tile = tl.load(item_tile + item)
         count = tl.load(item_tiles + item)
         x_row = x + tl.load(item_segment + item).to(tl.int64) * padded
         live = tl.arange(0, TILES) < count
         t = tl.minimum(tl.arange(0, TILES), count - 1)  # past the end the last tile once more, which is not stored
         word = tl.arange(0, WORDS)[None, :]
         table = (tl.load(tables), tl.load(tables + 1), tl.load(tables + 2), tl.load(tables + 3))
-        tile_codes = codes + (first * n) * (4 * BITS) + (t[:, None] * n) * (4 * BITS) + word  # (TILES, WORDS)
-        tile_scales = scales + first * n + t * n  # (TILES,)
+        tile_codes = codes + (tile * n) * (4 * BITS) + (t[:, None] * n) * (4 * BITS) + word  # (TILES, WORDS)
+        tile_scales = scales + tile * n + t * n  # (TILES,)
 
         largest = tl.zeros((TILES,), tl.int32)
         for row0 in tl.range(0, n, 16):
@@ -166,53 +231,33 @@ def reconstruct_kernel(
             largest = tl.maximum(largest, tl.max(magnitude(y), 1))
         e = exponent_of(largest)
 
+        # 8, 4, 2 bits: int32 sums (low, high) of every column over all rows. 3 and 1 bits have too many columns a thread for two registers each:
+        # their int32 sums over ROWS rows are added in float32.
+        EXACT: tl.constexpr = BITS == 8 or BITS == 4 or BITS == 2
         acc = ()
-        for k in tl.static_range(4 * FIELDS):
-            acc = acc + (tl.zeros((TILES, WORDS), tl.float32),)
+        for k in tl.static_range((8 if EXACT else 4) * FIELDS):
+            acc = acc + (tl.zeros((TILES, WORDS), tl.int32 if EXACT else tl.float32),)
         total = tl.zeros((TILES,), tl.float32)  # 1 bit: sum of the coefficients
-        for row0 in tl.range(0, n, ROWS):
-            raw = ()
-            for r in tl.static_range(ROWS):
-                row = r if EVEN else tl.where(row0 + r < n, r, 0)  # past the end some row once more: its coefficient is zero
-                for plane in tl.static_range(PLANES):
-                    raw = raw + (tl.load(tile_codes + row0 * (4 * BITS) + (row * (4 * BITS) + plane * 4)),)
-            low = ()
-            middle = ()
-            high = ()
-            q = ()
-            for r in tl.static_range(ROWS):
-                s = scale_of(tl.load(tile_scales + row0 + (r if EVEN else tl.where(row0 + r < n, r, 0))))
-                q = q + (to_fixed(tl.load(x_row + row0 + r) * s, e),)
-            sum_q = tl.zeros((TILES,), tl.int32)
-            for group in tl.static_range(GROUPS):
-                l, m, h = _limb_words(q[4 * group], q[4 * group + 1], q[4 * group + 2], q[4 * group + 3], ISA)
-                low = low + (l,)
-                middle = middle + (m,)
-                high = high + (h,)
-                sum_q += q[4 * group] + q[4 * group + 1] + q[4 * group + 2] + q[4 * group + 3]
-            if BITS == 1:
-                total += sum_q.to(tl.float32)
-            columns = ()  # 8 and 1 bits: bytes of four rows, regrouped
-            if BITS == 8 or BITS == 1:
-                for group in tl.static_range(GROUPS):
-                    columns = columns + _four_bytes(raw[4 * group], raw[4 * group + 1], raw[4 * group + 2], raw[4 * group + 3], ISA)
-            new = ()
-            for f in tl.static_range(FIELDS):
-                sums = ()
-                for k in tl.static_range(12):
-                    sums = sums + (tl.zeros((TILES, WORDS), tl.int32),)
-                for group in tl.static_range(GROUPS):
-                    c0, c1, c2, c3 = _levels(raw, columns, table, group, f, BITS, ISA)
-                    sums = _accumulate(sums, c0, c1, c2, c3, low[group][:, None], middle[group][:, None], high[group][:, None], ISA)
-                for k in tl.static_range(4):
-                    # Over ROWS <= 64 rows the two lower limbs together stay below 2^31.
-                    new = new + (acc[4 * f + k] + sums[3 * k + 2].to(tl.float32) * 65536.0 + (sums[3 * k + 1] * 256 + sums[3 * k]).to(tl.float32),)
-            acc = new
+        if EXACT:
+            for chunk in tl.range(0, n, 256):  # low sums of 256 rows stay below 2^31: 256 * 128 * 2^15 + 2^16
+                for row0 in tl.range(chunk, tl.minimum(chunk + 256, n), ROWS):
+                    acc, total = _add_rows(acc, total, row0, tile_codes, tile_scales, x_row, table, e, n, BITS, ISA, ROWS, EVEN, EXACT)
+                carried = ()
+                for k in tl.static_range(4 * FIELDS):
+                    carried = carried + (acc[2 * k] & 0xFFFF, acc[2 * k + 1] + (acc[2 * k] >> 16))
+                acc = carried
+            values = ()
+            for k in tl.static_range(4 * FIELDS):
+                values = values + (acc[2 * k + 1].to(tl.float32) * 65536.0 + acc[2 * k].to(tl.float32),)
+        else:
+            for row0 in tl.range(0, n, ROWS):
+                acc, total = _add_rows(acc, total, row0, tile_codes, tile_scales, x_row, table, e, n, BITS, ISA, ROWS, EVEN, EXACT)
+            values = acc
 
         unit = unit_of(largest, e)[:, None]
-        begin = (first - tl.load(tile_begin + tensor)) * 128 + tl.arange(0, TILES)[:, None] * 128 + tl.arange(0, 4 * WORDS)[None, :]
+        begin = (tile - tl.load(tile_begin + tensor)) * 128 + tl.arange(0, TILES)[:, None] * 128 + tl.arange(0, 4 * WORDS)[None, :]
         for f in tl.static_range(FIELDS):
-            both = tl.join(tl.join(acc[4 * f], acc[4 * f + 2]), tl.join(acc[4 * f + 1], acc[4 * f + 3]))
+            both = tl.join(tl.join(values[4 * f], values[4 * f + 2]), tl.join(values[4 * f + 1], values[4 * f + 3]))
             value = both.reshape(TILES, 4 * WORDS)
             if BITS == 1:
                 value = 254.0 * value - 127.0 * total[:, None]
@@ -223,22 +268,3 @@ def reconstruct_kernel(
                 c = tl.load(tl.load(center + tensor).to(tl.pointer_type(CENTER)) + column, mask=mask, other=0)
                 value += c.to(tl.float32)
             tl.store(address.to(tl.pointer_type(OUT)) + column, value.to(OUT), mask=mask)
-
-
-@triton.jit
-def _accumulate(sums, c0, c1, c2, c3, low, middle, high, ISA: tl.constexpr):
-    """Adds the products of four columns (of four rows each) with the limbs: sums[3 k + limb], int32."""
-    return (
-        dp4a(c0, low, sums[0], ISA),
-        dp4a(c0, middle, sums[1], ISA),
-        dp4a(c0, high, sums[2], ISA),
-        dp4a(c1, low, sums[3], ISA),
-        dp4a(c1, middle, sums[4], ISA),
-        dp4a(c1, high, sums[5], ISA),
-        dp4a(c2, low, sums[6], ISA),
-        dp4a(c2, middle, sums[7], ISA),
-        dp4a(c2, high, sums[8], ISA),
-        dp4a(c3, low, sums[9], ISA),
-        dp4a(c3, middle, sums[10], ISA),
-        dp4a(c3, high, sums[11], ISA),
-    )

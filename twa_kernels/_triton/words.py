@@ -184,6 +184,38 @@ def dp4a(a, b, c, ISA: tl.constexpr):
         return c
 
 
+@triton.jit
+def coefficient_words(q0, q1, q2, q3, ISA: tl.constexpr):
+    """Fixed-point coefficients of four rows -> the words that dot_low (two) and dp4a (one) multiply four rows' levels by, such that
+    q = 65536 high + low. AMD has no product of 16-bit and 8-bit numbers: there the first two words are the lower and the middle limbs."""
+    if ISA == "gcn":
+        v0, v1, v2, v3 = limbs(q0), limbs(q1), limbs(q2), limbs(q3)
+        ab = byte_perm(v0, v1, 0x5140, ISA)
+        cd = byte_perm(v2, v3, 0x5140, ISA)
+        first = byte_perm(ab, cd, 0x5410, ISA)
+        second = byte_perm(ab, cd, 0x7632, ISA)
+    else:
+        v0, v1, v2, v3 = q0 + 0x8000, q1 + 0x8000, q2 + 0x8000, q3 + 0x8000  # byte 2 is then the high part
+        first = byte_perm(q0, q1, 0x5410, ISA)
+        second = byte_perm(q2, q3, 0x5410, ISA)
+    return first, second, byte_perm(byte_perm(v0, v1, 0x6262, ISA), byte_perm(v2, v3, 0x6262, ISA), 0x5410, ISA)
+
+
+@triton.jit
+def dot_low(c, first, second, total, ISA: tl.constexpr):
+    """total + the sum over four rows of level (the int8 bytes of c) times the low part of the coefficient; int32."""
+    if ISA == "ptx":
+        half = tl.inline_asm_elementwise("dp2a.lo.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [first, c, total], dtype=tl.int32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise("dp2a.hi.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [second, c, half], dtype=tl.int32, is_pure=True, pack=1)
+    elif ISA == "gcn":
+        return dp4a(c, first, total, ISA) + (dp4a(c, second, 0, ISA) << 8)
+    else:
+        for k in tl.static_range(2):
+            total += ((c << (24 - 8 * k)) >> 24) * ((first << (16 - 16 * k)) >> 16)
+            total += ((c << (8 - 8 * k)) >> 24) * ((second << (16 - 16 * k)) >> 16)
+        return total
+
+
 # Fixed point -----------------------------------------------------------------------------------------------------
 
 
