@@ -169,7 +169,8 @@ def install():
 
     def launch_afresh(self, *args, **kwargs):
         prepared.clear()
-        return launch(self, *args, **kwargs)
+        with np.errstate(invalid="ignore"):  # NaN to an integer: any number will do, since the unit is NaN
+            return launch(self, *args, **kwargs)
 
     interpreter._patch_lang = prepare_once
     interpreter.GridExecutor.__call__ = launch_afresh
