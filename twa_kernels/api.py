@@ -75,7 +75,8 @@ def project(basis: PackedBasis, grads: Tensors | Sequence[Tensor | None], backen
     Error against float64 on the same packed basis: at most 2^-23 * max|g| * sum|P| summed over tiles, because each tile's gradient is
     carried in 24-bit fixed point and all else is exact or float64; so at most sqrt(128) * 2^-23 * |P| |g|, and near 2^-26 * |P| |g|
     for gradients of a common size within a tile. A float32 sum has no better bound. The bits do not depend on the number of
-    threads or the instruction set. On GPUs (Triton) the sum of a tile is as exact; up to 64 tiles are then added in float32. NaN or Inf in a gradient makes its segment's coefficients NaN. Differentiable in grads (backward: reconstruct).
+    threads or the instruction set. On GPUs (Triton) the sum of a tile is as exact; up to 64 tiles are then added in float32.
+    NaN or Inf in a gradient makes its segment's coefficients NaN. Differentiable in grads (backward: reconstruct).
     """
     return torch.ops.twa_kernels.project(*basis.operands, _present(basis, grads), basis.numels, basis.bits, backend)
 
@@ -97,9 +98,9 @@ def reconstruct(basis: PackedBasis, x: Tensor, center: Tensors | None = None, ou
     out     tensors to write, such as a model's parameters, each in its own dtype; without it new ones in the center's dtype.
     returns list of tensors of shape_k: `theta = center + x.T @ P` for one segment.
 
-    The sum is float64-exact per tile up to 24-bit coefficients (on GPUs at 3 bits and 1: in float32 over every 4 rows), added to the center and rounded to float32, then to the dtype of
-    the result. NaN or Inf in a coefficient makes its segment NaN. Without `out` differentiable in x (backward: project) and
-    center; with `out` it writes in place, outside autograd.
+    The sum is float64-exact per tile up to 24-bit coefficients (on GPUs at 3 bits and 1: float32 over groups of 4 rows), added to the center and
+    rounded to float32, then to the dtype of the result. NaN or Inf in a coefficient makes its segment NaN. Without `out` differentiable in x
+    (backward: project) and center; with `out` it writes in place, outside autograd.
     """
     centers = [] if center is None else _list(center)
     if out is None:
