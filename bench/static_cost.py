@@ -24,6 +24,7 @@ import tempfile
 from pathlib import Path
 
 BUDGET = {8: 7.0, 4: 3.7, 3: 2.8, 2: 1.8, 1: 0.9}  # instructions per weight, H200 at full bandwidth
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}  # bytes of shared memory that a block may have
 LIMIT = 1.5  # of the budget, at 8 and 4 bits
 TOOLS = "backends/nvidia/bin"
 
@@ -116,6 +117,8 @@ def problems(row: dict) -> list[str]:
     found = []
     if row["spills"]:
         found.append(f"{label}: {row['spills']} bytes of spills")
+    if row["shared"] > SHARED[row["arch"]]:
+        found.append(f"{label}: {row['shared']} bytes of shared memory, {row['arch']} has {SHARED[row['arch']]}")
     if row["arch"].startswith("sm_") and row.get("wide", 1.0) != 1.0:
         found.append(f"{label}: {100 * row['wide']:.0f} % of the packed bytes are loaded 16 bytes at a time")
     if row["arch"] == "sm_90" and is_main(row) and row["per_weight"] > LIMIT * BUDGET[row["bits"]] and row["bits"] in (8, 4):

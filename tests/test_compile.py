@@ -51,12 +51,13 @@ def test_matrix_units_and_no_barriers_where_meant(rows):
     ("change", "message"),
     [
         ({"spills": 8}, "8 bytes of spills"),
+        ({"shared": 1 << 18}, "262144 bytes of shared memory, sm_90 has 232448"),
         ({"wide": 0.5}, "50 % of the packed bytes"),
         ({"per_weight": 5.6}, "5.60 instructions per weight, budget 3.7"),
     ],
 )
 def test_a_problem_is_reported(change, message):
-    row = {"op": "project", "bits": 4, "variant": "64 rows, fp32", "arch": "sm_90", "spills": 0, "wide": 1.0, "per_weight": 3.6}
+    row = {"op": "project", "bits": 4, "variant": "64 rows, fp32", "arch": "sm_90", "spills": 0, "shared": 0, "wide": 1.0, "per_weight": 3.6}
     assert static_cost.problems(row) == []
     (found,) = static_cost.problems(row | change)
     assert message in found

@@ -32,6 +32,21 @@ def test_a_configuration_that_fails_is_reported(monkeypatch, capsys):
     assert "out of resources" in capsys.readouterr().out
 
 
+def test_shipped_numbers_that_fail_lose(monkeypatch, capsys):
+    def fails_as_shipped(run, device, budget):
+        if not any(config.OVERRIDES.values()):
+            raise RuntimeError("out of resources: shared memory")
+        return 1.0
+
+    monkeypatch.setattr(tune, "seconds", fails_as_shipped)
+    monkeypatch.setattr(config, "OVERRIDES", {})
+    assert "project" in tune.tune("project", 4, 3, 300, "cuda" if ON_GPU else "cpu", 0.0, 2)
+    assert "did not run" in capsys.readouterr().out
+    monkeypatch.setattr(tune, "seconds", lambda *_: 1 / 0)
+    assert tune.tune("project", 4, 3, 300, "cuda" if ON_GPU else "cpu", 0.0, 2) == ""
+    assert "no configuration runs here" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(ON_GPU, reason="this machine has a GPU")
 def test_without_a_gpu_says_so():
     environment = {"PATH": "/usr/bin", "TRITON_INTERPRET": "0"}

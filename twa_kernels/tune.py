@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -107,12 +108,18 @@ def tune(op: str, bits: int, n: int, columns: int, device: str, budget: float, m
         shipped.OVERRIDES.pop(key, None)
         if before is not None:
             shipped.OVERRIDES[key] = before
-    shipped_time = next(took for took, k, _ in results if not k)
-    took, _, best = min(results)
+    if not results:
+        print(f"{op} {bits} bits: no configuration runs here")
+        return ""
+    shipped_time = next((took for took, k, _ in results if not k), math.inf)  # it too may be refused
+    took, _, best = min(results, key=lambda r: r[:2])
     if took > 0.98 * shipped_time:  # less than two percent is noise
         print(f"{op} {bits} bits: the shipped {current} is the best of {len(results)}")
         return ""
-    print(f"{op} {bits} bits: {best} takes {took / shipped_time:.2f} of the shipped time")
+    beside = (
+        f"{took / shipped_time:.2f} of the shipped time" if shipped_time < math.inf else f"{1e3 * took:.3f} ms; the shipped {current} did not run"
+    )
+    print(f"{op} {bits} bits: {best} takes {beside}")
     return f"    {key!r}: {best!r},"
 
 

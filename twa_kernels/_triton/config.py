@@ -33,6 +33,7 @@ DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
 
 #: (op, bits, architecture) -> what differs from DEFAULTS there
 OVERRIDES: dict[tuple[str, int, str], dict[str, int]] = {
+    ("project", 8, "gfx942"): {"rows": 32},  # 64 KB of shared memory
     ("project", 2, "gfx942"): {"rows": 64},
     **{("gram", bits, "gfx942"): {"rows": 32} for bits in BITS},
 }
