@@ -163,12 +163,27 @@ def test_gpu_dtypes_of_center_and_out(basis_of, gpu):
     assert all(torch.equal(o, w.to(o.dtype)) for o, w in zip(out, wide, strict=True))  # rounded once from float32
 
 
-@pytest.mark.parametrize("bits", [8, 1])
-@pytest.mark.parametrize("sign", [-1.0, 1.0])
-def test_gpu_largest_sums_do_not_overflow(bits, sign, gpu):
-    """Levels, coefficients and scales at their ends, all of one sign. The emulated dp4a refuses to overflow."""
+@pytest.mark.parametrize("n", [260, 520])
+@pytest.mark.parametrize("bits", [8, 3, 1])
+def test_gpu_many_rows(bits, n, gpu):
+    """More rows than one run of integer sums holds; at most twice the error of a float32 matrix product."""
     gpu.needs("reconstruct")
-    n = 130
+    if n > 260 and bits == 3 and gpu.device == "cpu":
+        n = 300  # the interpreter is slow here
+    generator = torch.Generator().manual_seed(n)
+    basis = tk.pack([torch.randn(n, 120, generator=generator)], bits, normalize="none")
+    x = torch.randn(n, 1, generator=generator)
+    truth = exact(basis, x)[0]
+    plain = (x.T @ tk.unpack(basis)[0])[0]
+    ours = tk.reconstruct(gpu.put(basis), gpu.put(x), backend=gpu.backend)[0].cpu()
+    assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max() + 2**-23 * truth.abs().max()
+
+
+@pytest.mark.parametrize(("bits", "n"), [(8, 130), (1, 255)])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_gpu_largest_sums_do_not_overflow(bits, n, sign, gpu):
+    """Levels, coefficients and scales at their ends, all of one sign. The emulated products refuse to overflow."""
+    gpu.needs("reconstruct")
     basis = gpu.put(tk.pack([sign * torch.ones(n, 200)], bits, normalize="none"))
     x = torch.ones(n, 1, device=gpu.device)
     (theta,) = tk.reconstruct(basis, x, backend=gpu.backend)

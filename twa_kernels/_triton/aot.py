@@ -76,13 +76,15 @@ def _variants(arch: str) -> Iterator[Variant]:
                     constants = {"BITS": bits, "DTYPE": FLOATS[dtype], "ISA": how, "ROWS": rows, "TILES": config["tiles"], "STAGES": config["stages"]}
                     yield variant("project", bits, f"{rows} rows, {dtype}", project_kernel, config, **constants)
         config = configuration("reconstruct", bits, arch)
-        shapes = [("fp32", "fp32", True, True), ("fp32", "fp32", True, False)]
+        shapes = [("fp32", "fp32", True, True, True), ("fp32", "fp32", True, False, True)]
         if bits == 4:
-            shapes += [("fp32", "fp32", False, True), ("bf16", "bf16", True, True), ("fp16", "fp16", True, True)]
-        for center, out, has_center, even in shapes:
-            name = f"center {center if has_center else 'none'}, out {out}, n {'even' if even else 'any'}"
+            shapes += [("fp32", "fp32", False, True, True), ("bf16", "bf16", True, True, True), ("fp16", "fp16", True, True, True)]
+        if bits == 1:
+            shapes += [("fp32", "fp32", True, True, False), ("fp32", "fp32", True, False, False)]
+        for center, out, has_center, even, few in shapes:
+            name = f"center {center if has_center else 'none'}, out {out}, n {'even' if even else 'any'}{'' if few else ' > 255'}"
             constants = {"BITS": bits, "CENTER": FLOATS[center], "OUT": FLOATS[out], "HAS_CENTER": has_center, "ISA": how}
-            constants |= {"TILES": config["tiles"], "ROWS": config["rows"], "EVEN": even}
+            constants |= {"TILES": config["tiles"], "ROWS": config["rows"], "EVEN": even, "FEW": few}
             yield variant("reconstruct", bits, name, reconstruct_kernel, config, types={"codes": "*i32"}, **constants)
         config = configuration("pack", bits, arch)
         for dtype, absmax in [("fp32", False), *([("bf16", False), ("fp16", False), ("fp32", True)] if bits == 4 else [])]:

@@ -185,6 +185,7 @@ def _reconstruct(
                 TILES=config["tiles"],
                 ROWS=config["rows"],
                 EVEN=n % config["rows"] == 0,
+                FEW=n <= 255,
                 **launch.options(),
             )
 

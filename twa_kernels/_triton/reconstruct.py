@@ -138,6 +138,7 @@ def _add_rows(
     ROWS: tl.constexpr,
     EVEN: tl.constexpr,
     EXACT: tl.constexpr,
+    SINGLE: tl.constexpr,
 ):
     """acc and total with rows row0 .. row0 + ROWS - 1 added; past the last row some row once more, whose coefficient is zero."""
     FIELDS: tl.constexpr = 8 if BITS == 3 else 8 // BITS
@@ -157,8 +158,8 @@ def _add_rows(
     for group in tl.static_range(GROUPS):
         coefficients = coefficients + coefficient_words(q[4 * group], q[4 * group + 1], q[4 * group + 2], q[4 * group + 3], ISA)
         sum_q += q[4 * group] + q[4 * group + 1] + q[4 * group + 2] + q[4 * group + 3]
-    if BITS == 1:
-        total += sum_q.to(tl.float32)
+    if SINGLE:
+        total += sum_q
     columns = ()  # 8 and 1 bits: bytes of four rows, regrouped
     if BITS == 8 or BITS == 1:
         for group in tl.static_range(GROUPS):
@@ -166,8 +167,13 @@ def _add_rows(
     new = ()
     for f in tl.static_range(FIELDS):
         sums = ()
-        for k in tl.static_range(8):
-            sums = sums + (acc[8 * f + k] if EXACT else tl.zeros_like(raw[0]),)
+        for k in tl.static_range(4):
+            if EXACT:
+                sums = sums + (acc[8 * f + 2 * k], acc[8 * f + 2 * k + 1])
+            elif SINGLE:
+                sums = sums + (acc[4 * f + k], tl.zeros_like(raw[0]))
+            else:
+                sums = sums + (tl.zeros_like(raw[0]), tl.zeros_like(raw[0]))
         for group in tl.static_range(GROUPS):
             c0, c1, c2, c3 = _levels(raw, columns, table, group, f, BITS, ISA)
             first = coefficients[3 * group][:, None]
@@ -175,9 +181,16 @@ def _add_rows(
             sums = _accumulate(sums, c0, c1, c2, c3, first, second, coefficients[3 * group + 2][:, None], ISA)
         if EXACT:
             new = new + sums
+        elif SINGLE:
+            for k in tl.static_range(4):
+                new = new + (sums[2 * k] + (sums[2 * k + 1] << 16),)
+        elif BITS == 1:
+            for k in tl.static_range(4):
+                group_sum = sums[2 * k] + (sums[2 * k + 1] << 16)  # of bits; the levels are 127 (2 b - 1)
+                new = new + (acc[4 * f + k] + (2 * group_sum - sum_q[:, None]).to(tl.float32),)
         else:
             for k in tl.static_range(4):
-                new = new + (acc[4 * f + k] + sums[2 * k + 1].to(tl.float32) * 65536.0 + sums[2 * k].to(tl.float32),)
+                new = new + (acc[4 * f + k] + (sums[2 * k + 1].to(tl.float32) * 65536.0 + sums[2 * k].to(tl.float32)),)
     return new, total
 
 
@@ -205,6 +218,7 @@ def reconstruct_kernel(
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
     EVEN: tl.constexpr,  # n is a multiple of ROWS
+    FEW: tl.constexpr,  # n <= 255
 ):
     item = tl.program_id(0)
     tensor = tl.load(item_tensor + item)
@@ -231,17 +245,19 @@ def reconstruct_kernel(
             largest = tl.maximum(largest, tl.max(magnitude(y), 1))
         e = exponent_of(largest)
 
-        # 8, 4, 2 bits: int32 sums (low, high) of every column over all rows. 3 and 1 bits have too many columns a thread for two registers each:
-        # their int32 sums over ROWS rows are added in float32.
+        # 8, 4, 2 bits: int32 sums (low, high) of every column over all rows. 3 and 1 bits have too many columns a thread for two registers each: at
+        # 1 bit and up to 255 rows the whole sum of coefficients times 0 or 1 is one int32 (255 * 0x7f7f7f < 2^31); else int32 sums over ROWS
+        # rows are added in float32.
         EXACT: tl.constexpr = BITS == 8 or BITS == 4 or BITS == 2
+        SINGLE: tl.constexpr = BITS == 1 and FEW
         acc = ()
         for k in tl.static_range((8 if EXACT else 4) * FIELDS):
-            acc = acc + (tl.zeros((TILES, WORDS), tl.int32 if EXACT else tl.float32),)
-        total = tl.zeros((TILES,), tl.float32)  # 1 bit: sum of the coefficients
+            acc = acc + (tl.zeros((TILES, WORDS), tl.int32 if EXACT or SINGLE else tl.float32),)
+        total = tl.zeros((TILES,), tl.int32)  # SINGLE: sum of the coefficients
         if EXACT:
             for chunk in tl.range(0, n, 256):  # low sums of 256 rows stay below 2^31: 256 * 128 * 2^15 + 2^16
                 for row0 in tl.range(chunk, tl.minimum(chunk + 256, n), ROWS):
-                    acc, total = _add_rows(acc, total, row0, tile_codes, tile_scales, x_row, table, e, n, BITS, ISA, ROWS, EVEN, EXACT)
+                    acc, total = _add_rows(acc, total, row0, tile_codes, tile_scales, x_row, table, e, n, BITS, ISA, ROWS, EVEN, EXACT, SINGLE)
                 carried = ()
                 for k in tl.static_range(4 * FIELDS):
                     carried = carried + (acc[2 * k] & 0xFFFF, acc[2 * k + 1] + (acc[2 * k] >> 16))
@@ -251,7 +267,7 @@ def reconstruct_kernel(
                 values = values + (acc[2 * k + 1].to(tl.float32) * 65536.0 + acc[2 * k].to(tl.float32),)
         else:
             for row0 in tl.range(0, n, ROWS):
-                acc, total = _add_rows(acc, total, row0, tile_codes, tile_scales, x_row, table, e, n, BITS, ISA, ROWS, EVEN, EXACT)
+                acc, total = _add_rows(acc, total, row0, tile_codes, tile_scales, x_row, table, e, n, BITS, ISA, ROWS, EVEN, EXACT, SINGLE)
             values = acc
 
         unit = unit_of(largest, e)[:, None]
@@ -259,8 +275,10 @@ def reconstruct_kernel(
         for f in tl.static_range(FIELDS):
             both = tl.join(tl.join(values[4 * f], values[4 * f + 2]), tl.join(values[4 * f + 1], values[4 * f + 3]))
             value = both.reshape(TILES, 4 * WORDS)
+            if SINGLE:  # sum of q (2 b - 1), which again is below 2^31
+                value = (value + value - total[:, None]).to(tl.float32)
             if BITS == 1:
-                value = 254.0 * value - 127.0 * total[:, None]
+                value *= 127.0
             column = begin + f * 4 * WORDS
             mask = live[:, None] & (column < tl.load(numel + tensor))
             value *= unit
