@@ -3,9 +3,10 @@
 Work map   program = work item: up to TILES tiles of one tensor and one segment, all n rows. A thread owns 16 bytes of every row of its tile, so
            its columns never leave its registers; loads of ROWS rows are in flight together.
 Product    four rows at a time. Their words are regrouped so that a word holds one column of the four rows, looked up as int8 levels, and
-           multiplied by `dp4a` with three int8 limbs of the rows' coefficients, x row_scale scale in 24-bit fixed point per tile: exact
-           int32 sums over ROWS rows, which are then added in float32. The matrix units would contract more rows at once, but their operand wants
-           the rows next to each other: bytes would have to be transposed through shared memory.
+           multiplied by `dp2a` and `dp4a` with the low 16 and the high 8 bits of the rows' coefficients: x row_scale scale in 24-bit fixed point
+           per tile. int32 sums, exact: over all rows at 8, 4 and 2 bits, and at 1 bit up to 255 rows; else over ROWS rows, then float32. The
+           matrix units would contract more rows at once, but their operand wants the rows next to each other: bytes would have to be
+           transposed through shared memory.
 Bytes      n * D * (bits / 8 + 1 / 128) + center + weights.
 """
 
