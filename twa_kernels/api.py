@@ -98,9 +98,9 @@ def reconstruct(basis: PackedBasis, x: Tensor, center: Tensors | None = None, ou
     out     tensors to write, such as a model's parameters, each in its own dtype; without it new ones in the center's dtype.
     returns list of tensors of shape_k: `theta = center + x.T @ P` for one segment.
 
-    The sum is float64-exact per tile up to 24-bit coefficients (on GPUs at 3 bits, and at 1 bit past 255 rows: float32 over groups of 4), added to the center and
-    rounded to float32, then to the dtype of the result. NaN or Inf in a coefficient makes its segment NaN. Without `out` differentiable in x
-    (backward: project) and center; with `out` it writes in place, outside autograd.
+    The sum is float64-exact per tile up to 24-bit coefficients (on GPUs at 3 bits, and at 1 bit past 255 rows: float32 over groups of 4),
+    added to the center and rounded to float32, then to the dtype of the result. NaN or Inf in a coefficient makes its segment NaN.
+    Without `out` differentiable in x (backward: project) and center; with `out` it writes in place, outside autograd.
     """
     centers = [] if center is None else _list(center)
     if out is None:
