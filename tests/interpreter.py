@@ -90,7 +90,7 @@ def _parse(asm):
     parsed = []
     for line in lines:
         name, _, operands = line.partition(" ")
-        if name != ".reg":
+        if name not in (".reg", "s_nop"):
             to, *sources = [operand.strip() for operand in operands.split(",")]
             parsed.append((name, to, tuple(sources)))
     return parsed

@@ -149,6 +149,8 @@ def decode(w, w1, w2, BITS: tl.constexpr, ISA: tl.constexpr):
         return out
 
 
+GCN_DOT4 = tl.constexpr("v_dot4_i32_i8 $0, $1, $2, $3\n\ts_nop 2")
+
 # Words of 32 bits, for reconstruct -------------------------------------------------------------------------------
 
 
@@ -177,7 +179,8 @@ def dp4a(a, b, c, ISA: tl.constexpr):
     if ISA == "ptx":
         return tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1)
     elif ISA == "gcn":
-        return tl.inline_asm_elementwise("v_dot4_i32_i8 $0, $1, $2, $3", "=v,v,v,v", [a, b, c], dtype=tl.int32, is_pure=True, pack=1)
+        # Three wait states before another instruction may read the result: the compiler inserts them for its own products, not in assembly.
+        return tl.inline_asm_elementwise(GCN_DOT4, "=v,v,v,v", [a, b, c], dtype=tl.int32, is_pure=True, pack=1)
     else:
         for k in tl.static_range(4):
             c += ((a << (24 - 8 * k)) >> 24) * ((b << (24 - 8 * k)) >> 24)
