@@ -100,12 +100,8 @@ void reconstruct(const Basis& basis, uintptr_t x, const Addresses& center, const
 }
 
 // options: maximize, lr, weight decay, then momentum, dampening, nesterov (sgd) or beta1, beta2, eps (adamw).
-void step(const Basis& basis, const Addresses& grads, const Numbers& grad_dtypes, bool adamw, const std::vector<double>& options, int64_t count,
-          uintptr_t x, uintptr_t first, uintptr_t second, const Addresses& center, const Numbers& center_dtypes, const Addresses& out,
-          const Numbers& numel, const Numbers& dtypes, uintptr_t c, int threads) {
-  const Table grad_table(grads, numel, grad_dtypes), out_table(out, numel, dtypes), center_table(center, numel, center_dtypes);
+twa::Update update_of(bool adamw, const std::vector<double>& options, int64_t count) {
   if (options.size() != 6) throw py::value_error("step: six options expected");
-  if (grads.size() != out.size() || (!center.empty() && center.size() != out.size())) throw py::value_error("step: tables of unequal length");
   twa::Update update{};
   update.rule = adamw ? twa::Update::Rule::adamw : twa::Update::Rule::sgd;
   update.maximize = options[0] != 0.0, update.lr = options[1], update.weight_decay = options[2], update.step = count;
@@ -114,6 +110,15 @@ void step(const Basis& basis, const Addresses& grads, const Numbers& grad_dtypes
   } else {
     update.momentum = options[3], update.dampening = options[4], update.nesterov = options[5] != 0.0;
   }
+  return update;
+}
+
+void step(const Basis& basis, const Addresses& grads, const Numbers& grad_dtypes, bool adamw, const std::vector<double>& options, int64_t count,
+          uintptr_t x, uintptr_t first, uintptr_t second, const Addresses& center, const Numbers& center_dtypes, const Addresses& out,
+          const Numbers& numel, const Numbers& dtypes, uintptr_t c, int threads) {
+  const Table grad_table(grads, numel, grad_dtypes), out_table(out, numel, dtypes), center_table(center, numel, center_dtypes);
+  if (grads.size() != out.size() || (!center.empty() && center.size() != out.size())) throw py::value_error("step: tables of unequal length");
+  const twa::Update update = update_of(adamw, options, count);
   const twa::TensorTable centers{center.empty() ? nullptr : center_table.data.data(), numel.data(), center_table.dtype.data(),
                                  static_cast<int64_t>(out.size())};
   py::gil_scoped_release release;
@@ -124,20 +129,75 @@ void step(const Basis& basis, const Addresses& grads, const Numbers& grad_dtypes
 }
 
 #if defined(TWA_WITH_CUDA)
+void check_cuda(const char* op, int error, int device) {
+  if (error != 0)
+    throw std::runtime_error(std::string(op) + ": CUDA error " + twa::cuda_error_name(error) + " on device " + std::to_string(device) + " (" +
+                             twa::cuda_error_string(error) + "); nothing was computed");
+}
+
 void pack_cuda(uintptr_t rows, uintptr_t center, uintptr_t numel, uintptr_t tile_begin, uintptr_t dtypes, int64_t count, int64_t tiles, int64_t n,
-               int bits, bool absmax, uintptr_t codes, uintptr_t scales, uintptr_t sum_sq_tiles, uintptr_t bad, uintptr_t stream) {
+               int bits, bool absmax, uintptr_t codes, uintptr_t scales, uintptr_t sum_sq_tiles, uintptr_t bad, int device, uintptr_t stream) {
   if (!twa::valid_bits(bits)) throw py::value_error("bits must be 8, 4, 3, 2 or 1");
   const int error =
       twa::pack_cuda(pointer<const void* const>(rows), pointer<const void* const>(center), pointer<const int64_t>(numel),
                      pointer<const int64_t>(tile_begin), pointer<const twa::Dtype>(dtypes), count, tiles, n, bits, absmax, pointer<uint8_t>(codes),
-                     pointer<uint16_t>(scales), pointer<double>(sum_sq_tiles), pointer<int32_t>(bad), pointer<void>(stream));
-  if (error != 0) throw std::runtime_error(std::string("pack: CUDA launch failed: ") + twa::cuda_error_name(error));
+                     pointer<uint16_t>(scales), pointer<double>(sum_sq_tiles), pointer<int32_t>(bad), device, pointer<void>(stream));
+  check_cuda("pack", error, device);
+}
+
+template <class T>
+py::bytes bytes_of(const std::vector<T>& v) {
+  return py::bytes(reinterpret_cast<const char*>(v.data()), v.size() * sizeof(T));
+}
+
+// DeviceWork from the addresses of its arrays, in the order of its members.
+struct Work {
+  twa::DeviceWork view;
+  Work(const Addresses& a, int64_t items, int64_t groups) {
+    if (a.size() != 9) throw py::value_error("Work: nine addresses expected");
+    view = {pointer<const int32_t>(a[0]), pointer<const int64_t>(a[1]), pointer<const int32_t>(a[2]),
+            pointer<const int32_t>(a[3]), pointer<const int32_t>(a[4]), pointer<const int32_t>(a[5]),
+            pointer<const int32_t>(a[6]), pointer<const int64_t>(a[7]), pointer<const int64_t>(a[8]),
+            items,                        groups};
+  }
+};
+
+void project_cuda(const Basis& basis, uintptr_t grads, const Work& work, uintptr_t partial, uintptr_t sums, uintptr_t c, int device, uintptr_t stream) {
+  check_cuda("project",
+             twa::project_cuda(basis.view, pointer<const twa::DeviceTensor>(grads), work.view, pointer<float>(partial), pointer<double>(sums),
+                               pointer<float>(c), device, pointer<void>(stream)),
+             device);
+}
+
+void reconstruct_cuda(const Basis& basis, uintptr_t x, uintptr_t center, uintptr_t out, const Work& work, uintptr_t x_rows, int device,
+                      uintptr_t stream) {
+  check_cuda("reconstruct",
+             twa::reconstruct_cuda(basis.view, pointer<const float>(x), pointer<const twa::DeviceTensor>(center), pointer<const twa::DeviceTensor>(out),
+                                   work.view, pointer<float>(x_rows), device, pointer<void>(stream)),
+             device);
+}
+
+// workspaces: partial, sums, x_rows, counters, tasks (0: separate launches).
+void step_cuda(const Basis& basis, uintptr_t grads, bool adamw, const std::vector<double>& options, int64_t count, uintptr_t x, uintptr_t first,
+               uintptr_t second, uintptr_t center, uintptr_t out, const Work& work, const Addresses& workspaces, int64_t window, uintptr_t c,
+               int device, uintptr_t stream) {
+  if (workspaces.size() != 5) throw py::value_error("step: five workspaces expected");
+  const int error = twa::step_cuda(
+      basis.view, pointer<const twa::DeviceTensor>(grads), update_of(adamw, options, count), pointer<float>(x), pointer<float>(first),
+      pointer<float>(second), pointer<const twa::DeviceTensor>(center), pointer<const twa::DeviceTensor>(out), work.view, pointer<float>(workspaces[0]),
+      pointer<double>(workspaces[1]), pointer<float>(workspaces[2]), pointer<int32_t>(workspaces[3]), pointer<const int32_t>(workspaces[4]), window,
+      pointer<float>(c), device, pointer<void>(stream));
+  check_cuda("step", error, device);
 }
 #endif
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+#if !defined(TWA_MODULE)
+#define TWA_MODULE _C
+#endif
+
+PYBIND11_MODULE(TWA_MODULE, m) {
   m.doc() = "Native kernels of twa_kernels. Use the functions of the package, not these: addresses are not checked here.";
   py::class_<Basis>(m, "Basis").def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int>());
   m.def("pack", &pack);
@@ -164,7 +224,29 @@ PYBIND11_MODULE(_C, m) {
 #if defined(TWA_WITH_CUDA)
   m.attr("with_cuda") = true;
   m.attr("cuda_architectures") = TWA_CUDA_ARCHITECTURES;
+  py::class_<Work>(m, "Work").def(py::init<const Addresses&, int64_t, int64_t>());
+  // Host arrays of work items as bytes, in the order of Work's addresses without numel; tile_begin last.
+  py::class_<twa::HostWork>(m, "HostWork", py::module_local())
+      .def(py::init([](const Numbers& numel, uintptr_t tile_segment, int64_t segments, int bits) {
+        return twa::make_work(numel.data(), static_cast<int64_t>(numel.size()), pointer<const int32_t>(tile_segment), segments, bits);
+      }))
+      .def_property_readonly("arrays",
+                             [](const twa::HostWork& w) {
+                               return py::make_tuple(bytes_of(w.item_tensor), bytes_of(w.item_tile), bytes_of(w.item_tiles), bytes_of(w.item_segment),
+                                                     bytes_of(w.item_group), bytes_of(w.group_begin), bytes_of(w.segment_groups),
+                                                     bytes_of(w.tile_begin));
+                             })
+      .def("tasks", [](const twa::HostWork& w, int64_t window) { return bytes_of(twa::make_tasks(w, window)); });
   m.def("pack_cuda", &pack_cuda);
+  m.def("project_cuda", &project_cuda);
+  m.def("reconstruct_cuda", &reconstruct_cuda);
+  m.def("step_cuda", &step_cuda);
+  m.def("step_counters", [](int64_t groups, int64_t segments) { return twa::step_counters(groups, segments); });
+  m.def("step_window", [](int64_t n, int bits, int device) {
+    const int window = twa::step_window(n, bits, device);
+    check_cuda("step", window < 0 ? -window : 0, device);
+    return window;
+  });
   m.def("cuda_device_count", &twa::cuda_device_count);
 #else
   m.attr("with_cuda") = false;

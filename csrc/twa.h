@@ -7,6 +7,8 @@
 // every instruction set: sums are exact integers per tile and float64 in a fixed order above it.
 #pragma once
 
+#include <vector>
+
 #include "packing.h"
 
 namespace twa {
@@ -92,13 +94,69 @@ void advise_huge_pages(void* data, int64_t bytes);
 // Name of the instruction set in use: "avx512", "avx2" or "portable" (TWA_KERNELS_ISA forces one; null if it is not available).
 const char* cpu_isa();
 
+// CUDA ------------------------------------------------------------------------------------------------------------
+// All pointers are device pointers (the tables too), on device number `device`, and work is queued on `stream` (a cudaStream_t) of it. Nothing waits and
+// nothing is allocated: the caller brings the workspaces. Each function returns the CUDA error, 0 when everything was launched; if it is not 0,
+// no output has been written. Repeats give the same bits: no sum depends on which block ran first.
 #if defined(TWA_WITH_CUDA)
-// As pack_cpu, on device pointers (the tables and tile_segment too) and on a stream (cudaStream_t). sum_sq_tiles (num_tiles, n)
-// holds squared norms per group; `bad` counts groups with a NaN or Inf. Returns the CUDA error, 0 when the launch succeeded.
+struct DeviceTensor {
+  void* data;  // null means an absent tensor: a zero gradient, no center, an output that is left alone
+  Dtype dtype;
+  int32_t reserved;
+};
+
+// Work items of a basis: up to item_tiles(bits) tiles of one tensor and one segment, ordered by segment; and groups of up to kGroupItems items of one
+// segment, whose partial sums are added first. make_work() fills host arrays; copy them to the device once.
+constexpr int item_tiles(int bits) { return bits >= 4 ? 16 : bits >= 2 ? 32 : 64; }
+constexpr int kGroupItems = 64;
+struct DeviceWork {
+  const int32_t* item_tensor;     // (items,)
+  const int64_t* item_tile;       // (items,) first tile in the basis
+  const int32_t* item_tiles;      // (items,)
+  const int32_t* item_segment;    // (items,)
+  const int32_t* item_group;      // (items,)
+  const int32_t* group_begin;     // (groups + 1,) first item of each group
+  const int32_t* segment_groups;  // (L + 1,) first group of each segment
+  const int64_t* numel;           // (tensors,)
+  const int64_t* tile_begin;      // (tensors,) first tile of each tensor
+  int64_t items, groups;
+};
+struct HostWork {
+  std::vector<int32_t> item_tensor, item_tiles, item_segment, item_group, group_begin, segment_groups;
+  std::vector<int64_t> item_tile, tile_begin;
+};
+// numel and tile_segment (total tiles,) in host memory.
+HostWork make_work(const int64_t* numel, int64_t count, const int32_t* tile_segment, int64_t num_segments, int bits);
+
+// As pack_cpu. sum_sq_tiles (num_tiles, n) receives squared norms per group; `bad` counts groups with a NaN or Inf.
 int pack_cuda(const void* const* rows, const void* const* center, const int64_t* numel, const int64_t* tile_begin, const Dtype* dtype, int64_t count,
-              int64_t tiles, int64_t n, int bits, bool absmax, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq_tiles, int32_t* bad,
+              int64_t tiles, int64_t n, int bits, bool absmax, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq_tiles, int32_t* bad, int device,
               void* stream);
+
+// As project_cpu. Workspaces: partial (items, n), sums (groups, n).
+int project_cuda(const BasisView& basis, const DeviceTensor* grads, const DeviceWork& work, float* partial, double* sums, float* c, int device,
+                 void* stream);
+
+// As reconstruct_cpu; center may be null. Workspace: x_rows (L, padded_rows(n)).
+TWA_HD constexpr int64_t padded_rows(int64_t n) { return (n + 31) / 32 * 32; }
+int reconstruct_cuda(const BasisView& basis, const float* x, const DeviceTensor* center, const DeviceTensor* out, const DeviceWork& work, float* x_rows,
+                     int device, void* stream);
+
+// As step_cpu, in one kernel: segments are projected, updated and reconstructed in an order in which the second read of a segment's codes finds in the
+// second-level cache what fits there. Workspaces as above, and counters (step_counters(groups, L),). tasks (2 * items,) from make_tasks(), window from
+// step_window(); where tasks is null, project, update and reconstruct run one after the other, with the same results.
+int step_cuda(const BasisView& basis, const DeviceTensor* grads, const Update& update, float* x, float* first, float* second, const DeviceTensor* center,
+              const DeviceTensor* out, const DeviceWork& work, float* partial, double* sums, float* x_rows, int32_t* counters, const int32_t* tasks,
+              int64_t window, float* c, int device, void* stream);
+constexpr int64_t step_counters(int64_t groups, int64_t num_segments) { return 1 + groups + 2 * num_segments; }
+// Tasks of a step, in order: item i's projection is i, its reconstruction is -1 - i. A segment's reconstruction begins `window` tasks after its last
+// projection, last item first. Empty if a segment has no item: such a step runs without tasks.
+std::vector<int32_t> make_tasks(const HostWork& work, int64_t window);
+// Blocks of the step kernel that a device runs at once, which is the window that make_tasks() wants; or minus the CUDA error.
+int step_window(int64_t n, int bits, int device);
+
 const char* cuda_error_name(int error);
+const char* cuda_error_string(int error);
 int cuda_device_count();
 #endif
 

@@ -64,6 +64,10 @@ class Gpu:
 
 
 ON_GPU = torch.cuda.is_available()
+if not ON_GPU:  # CUDA kernels then run compiled for the CPU
+    import emulator
+
+    emulator.install()
 GPU_BACKENDS = [name for name in ("triton", "cuda") if dispatch.why_unusable(name) is None]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import native, reference
+from . import cuda, native, reference
 
 OPS = ("pack", "unpack", "project", "reconstruct", "step", "gram")
 ENVIRONMENT = "TWA_KERNELS_BACKEND"
@@ -30,7 +30,7 @@ IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
     **{(op, "reference"): getattr(reference, op) for op in OPS},
     **{(op, "cpp"): getattr(native, op) for op in OPS},
     **{(op, "triton"): _triton(op) for op in OPS},
-    ("pack", "cuda"): native.pack_cuda,
+    **{(op, "cuda"): getattr(cuda, op) for op in ("pack", "project", "reconstruct", "step")},
 }
 
 #: backend -> device types it runs on ("cuda" is PyTorch's name for AMD GPUs too)
@@ -57,7 +57,7 @@ def why_unusable(backend: str) -> str | None:
     if backend == "cpp":
         return native.why_unusable()
     if backend == "cuda":
-        return native.why_cuda_unusable()
+        return cuda.why_unusable()
     if backend == "triton":
         return why_triton_unusable()
     return None

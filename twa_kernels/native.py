@@ -1,4 +1,4 @@
-"""Tensors to addresses for the native module `_C` (C++ for CPUs, CUDA). Argument checks happen in ops.py, before this."""
+"""Tensors to addresses for the native module `_C`: C++ for CPUs (CUDA: cuda.py). Argument checks happen in ops.py, before this."""
 
 from __future__ import annotations
 
@@ -23,16 +23,6 @@ def why_unusable() -> str | None:
         return f"the native module is not built ({_import_error}); run `pip install -e .` in the source tree"
     if _C.cpu_isa() is None:
         return "TWA_KERNELS_ISA asks for an instruction set that this machine lacks; expected portable, avx2 or avx512"
-    return None
-
-
-def why_cuda_unusable() -> str | None:
-    if _C is None:
-        return why_unusable()
-    if not _C.with_cuda:
-        return "built without CUDA (no nvcc was found, or TWA_CUDA=off)"
-    if _C.cuda_device_count() == 0:
-        return "no CUDA device on this machine"
     return None
 
 
@@ -64,8 +54,8 @@ def _write_back(out: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
             o.copy_(t)
 
 
-def _basis(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, bits: int):
-    return _C.Basis(
+def _basis(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, bits: int, module=_C):
+    return module.Basis(
         codes.data_ptr(),
         scales.data_ptr(),
         row_scale.data_ptr(),
@@ -192,55 +182,6 @@ def step(
     )
     _write_back(out, targets)
     return c
-
-
-def pack_cuda(
-    rows: Sequence[Tensor],
-    center: Sequence[Tensor],
-    numels: Sequence[int],
-    tile_segment: Tensor,
-    bits: int,
-    quantiser: str,
-    codes: Tensor,
-    scales: Tensor,
-    sum_sq: Tensor,
-    max_scale: Tensor,
-    errors: Tensor | None,
-) -> tuple[int, int, int] | None:
-    rows, center = _contiguous(rows), _contiguous(center)
-    device, n = codes.device, sum_sq.shape[0]
-    offsets = tile_offsets(numels)
-    row_addresses, row_dtypes = _addresses(rows)
-    center_addresses, center_dtypes = _addresses(center)
-    table = {
-        "rows": torch.tensor(row_addresses, dtype=torch.int64, device=device),
-        "center": torch.tensor(center_addresses, dtype=torch.int64, device=device),
-        "numel": torch.tensor(list(numels), dtype=torch.int64, device=device),
-        "tile_begin": torch.tensor(offsets, dtype=torch.int64, device=device),
-        "dtype": torch.tensor(row_dtypes + center_dtypes, dtype=torch.int32, device=device),
-    }
-    squares = torch.empty(offsets[-1], n, dtype=torch.float64, device=device)
-    bad = torch.zeros((), dtype=torch.int32, device=device)
-    with torch.cuda.device(device):
-        _C.pack_cuda(
-            table["rows"].data_ptr(),
-            table["center"].data_ptr() if center else 0,
-            table["numel"].data_ptr(),
-            table["tile_begin"].data_ptr(),
-            table["dtype"].data_ptr(),
-            len(numels),
-            offsets[-1],
-            n,
-            bits,
-            quantiser == "absmax",
-            codes.data_ptr(),
-            scales.data_ptr(),
-            squares.data_ptr(),
-            bad.data_ptr(),
-            torch.cuda.current_stream(device).cuda_stream,
-        )
-    squares.masked_fill_(bad.bool(), torch.nan)  # some group was not finite: finish_pack finds out which
-    return finish_pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, errors, squares)
 
 
 def finish_pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, errors, squares) -> tuple[int, int, int] | None:

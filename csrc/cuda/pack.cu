@@ -2,21 +2,33 @@
 //
 // Operands   rows: count * n device pointers, center: count pointers or null; codes (num_tiles, n, 16 * bits) bytes, scales
 //            (num_tiles, n) as bf16 bits, sum_sq_tiles (num_tiles, n) float64.
-// Work map   block = 8 warps = 8 rows of one tile; grid.x = tiles, grid.y = ceil(n / 8). Lane r holds columns r, r + 32, r + 64,
+// Work map   block = 8 warps = 8 rows of one tile; blocks of a tile follow each other. Lane r holds columns r, r + 32, r + 64,
 //            r + 96, so the halving tree is: two additions inside the lane, then butterflies over 16, 8, 4, 2, 1 lanes.
 // Shared     128 bytes of codes per warp, from which each lane assembles whole bytes.
 // Bytes      n * D * input read, n * D * (bits / 8 + 2 / 128) written.
 // Compiled with -fmad=false: every float operation rounds once, as on the CPU.
-#include <cuda_runtime.h>
-
-#include "../twa.h"
+#include "device.h"
 
 namespace twa {
 namespace {
 
-constexpr int kWarps = 8;  // rows of a tile per block: enough warps to hide a load, 1 KiB of shared memory
+constexpr int kPackWarps = 8;  // rows of a tile per block: enough warps to hide a load, 1 KiB of shared memory
 
-__device__ __forceinline__ float load(Dtype dtype, const void* p, int64_t j) {
+struct PackArguments {
+  const void* const* rows;    // (count * n)
+  const void* const* center;  // (count) or null
+  const int64_t* numel;       // (count)
+  const int64_t* tile_begin;  // (count)
+  const Dtype* dtype;         // (count * n) of rows, then (count) of center
+  int64_t count, n;
+  bool absmax;
+  uint8_t* codes;    // (num_tiles, n, 16 * bits)
+  uint16_t* scales;  // (num_tiles, n)
+  double* sum_sq;    // (num_tiles, n)
+  int32_t* bad;      // counts groups that are not finite
+};
+
+TWA_DEVICE float load(Dtype dtype, const void* p, int64_t j) {
   switch (dtype) {
     case Dtype::f32:
       return static_cast<const float*>(p)[j];
@@ -28,51 +40,39 @@ __device__ __forceinline__ float load(Dtype dtype, const void* p, int64_t j) {
 }
 
 // Sum of 128 numbers, 4 a lane, in the halving-tree order of packing.h; every lane gets it.
-__device__ __forceinline__ float tree_sum(float v0, float v1, float v2, float v3) {
+TWA_DEVICE float tree_sum(float v0, float v1, float v2, float v3) {
   float s = (v0 + v2) + (v1 + v3);
-  for (int h = 16; h > 0; h /= 2) s += __shfl_xor_sync(0xffffffffu, s, h);  // a + b == b + a, so all lanes agree
+  for (int h = 16; h > 0; h /= 2) s += shuffle_xor(s, h);  // a + b == b + a, so all lanes agree
   return s;
-}
-__device__ __forceinline__ int warp_max(int v) {
-  for (int h = 16; h > 0; h /= 2) v = max(v, __shfl_xor_sync(0xffffffffu, v, h));
-  return v;
 }
 
 template <int kBits>
-__global__ void __launch_bounds__(32 * kWarps) pack_kernel(const void* const* __restrict__ rows,    // (count * n)
-                                                           const void* const* __restrict__ center,  // (count) or null
-                                                           const int64_t* __restrict__ numel,       // (count)
-                                                           const int64_t* __restrict__ tile_begin,  // (count + 1)
-                                                           const Dtype* __restrict__ dtype,         // (count * n) of rows, then (count) of center
-                                                           int64_t count, int64_t n, bool absmax,
-                                                           uint8_t* __restrict__ codes,    // (num_tiles, n, 16 * bits)
-                                                           uint16_t* __restrict__ scales,  // (num_tiles, n)
-                                                           double* __restrict__ sum_sq,    // (num_tiles, n)
-                                                           int32_t* __restrict__ bad) {
-  __shared__ uint8_t shared_codes[kWarps][kTileColumns];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t tile = blockIdx.x, i = static_cast<int64_t>(blockIdx.y) * kWarps + warp;
-  if (i >= n) return;
-  int64_t k = 0, end = count;  // tensor of this tile: the last k with tile_begin[k] <= tile
+TWA_KERNEL(32 * kPackWarps, 1)
+pack_kernel(PackArguments a) {
+  uint8_t* shared_codes = shared_memory() + warp_index() * kTileColumns;
+  const int lane = lane_index();
+  const int64_t blocks = (a.n + kPackWarps - 1) / kPackWarps, tile = block_index() / blocks, i = block_index() % blocks * kPackWarps + warp_index();
+  if (i >= a.n) return;
+  int64_t k = 0, end = a.count;  // tensor of this tile: the last k with tile_begin[k] <= tile
   while (k + 1 < end) {
     const int64_t mid = (k + end) / 2;
-    if (tile_begin[mid] <= tile)
+    if (a.tile_begin[mid] <= tile)
       k = mid;
     else
       end = mid;
   }
-  const int64_t column = (tile - tile_begin[k]) * kTileColumns, left = numel[k] - column;
+  const int64_t column = (tile - a.tile_begin[k]) * kTileColumns, left = a.numel[k] - column;
   const int valid = left < kTileColumns ? static_cast<int>(left) : kTileColumns;
 
   float u[4];
   int m = 0;
   for (int r = 0; r < 4; ++r) {
     const int c = lane + 32 * r;
-    u[r] = c < valid ? load(dtype[k * n + i], rows[k * n + i], column + c) : 0.0f;
-    if (center && c < valid) u[r] -= load(dtype[count * n + k], center[k], column + c);
+    u[r] = c < valid ? load(a.dtype[k * a.n + i], a.rows[k * a.n + i], column + c) : 0.0f;
+    if (a.center && c < valid) u[r] -= load(a.dtype[a.count * a.n + k], a.center[k], column + c);
     m = max(m, static_cast<int>(float_bits(u[r]) & 0x7fffffffu));
   }
-  m = warp_max(m);
+  m = static_cast<int>(warp_max(static_cast<uint32_t>(m)));
   const bool finite = m < 0x7f800000, zero = m < 0x00800000;
   const int e = finite && !zero ? (m >> 23) - 126 : 0;
   const float down = pow2f(-(e / 2)), down2 = pow2f(-(e - e / 2));
@@ -80,10 +80,10 @@ __global__ void __launch_bounds__(32 * kWarps) pack_kernel(const void* const* __
   const float total = tree_sum(u[0] * u[0], u[1] * u[1], u[2] * u[2], u[3] * u[3]);
   float s = 0.0f;
   if (!zero && finite) {
-    if (kBits == 8 || absmax) {
+    if (kBits == 8 || a.absmax) {
       s = round_scale(bits_float(static_cast<uint32_t>(m)) * down * down2 / 127.0f, true);
     } else {
-      s = sqrtf(total / static_cast<float>(valid)) * rms_share(kBits) + bits_float(static_cast<uint32_t>(m)) * down * down2 * max_share(kBits);
+      s = square_root(divide(total, static_cast<float>(valid))) * rms_share(kBits) + bits_float(static_cast<uint32_t>(m)) * down * down2 * max_share(kBits);
       const float inverse = 1.0f / s;
       float dot[4];
       int norm = 0;
@@ -92,55 +92,44 @@ __global__ void __launch_bounds__(32 * kWarps) pack_kernel(const void* const* __
         dot[r] = u[r] * static_cast<float>(l);
         norm += lane + 32 * r < valid ? l * l : 0;
       }
-      for (int h = 16; h > 0; h /= 2) norm += __shfl_xor_sync(0xffffffffu, norm, h);
+      norm = warp_sum(norm);
       s = tree_sum(dot[0], dot[1], dot[2], dot[3]) / static_cast<float>(norm);
       s = round_scale(s, false);
     }
   }
   const float inverse = s > 0.0f ? 1.0f / s : 0.0f;
-  for (int r = 0; r < 4; ++r) shared_codes[warp][lane + 32 * r] = static_cast<uint8_t>(nearest_code(kBits, to_level(u[r], inverse)));
-  __syncwarp();
-  const int64_t group = tile * n + i;
-  for (int b = lane; b < row_bytes(kBits); b += 32) codes[group * row_bytes(kBits) + b] = pack_byte(kBits, shared_codes[warp], b);
+  for (int r = 0; r < 4; ++r) shared_codes[lane + 32 * r] = static_cast<uint8_t>(nearest_code(kBits, to_level(u[r], inverse)));
+  sync_warp();
+  const int64_t group = tile * a.n + i;
+  for (int b = lane; b < row_bytes(kBits); b += 32) a.codes[group * row_bytes(kBits) + b] = pack_byte(kBits, shared_codes, b);
   if (lane == 0) {
     const float up = s * pow2f(e / 2) * pow2f(e - e / 2);
-    scales[group] = static_cast<uint16_t>((up < 0x1p-126f ? 0u : float_bits(up)) >> 16);
-    sum_sq[group] = ldexp(static_cast<double>(total), 2 * e);
-    if (!finite) atomicAdd(bad, 1);  // an integer count: its order does not matter
+    a.scales[group] = static_cast<uint16_t>((up < 0x1p-126f ? 0u : float_bits(up)) >> 16);
+    a.sum_sq[group] = ldexp(static_cast<double>(total), 2 * e);
+    if (!finite) counter_add(a.bad, 1);  // an integer count: its order does not matter
   }
 }
 
 }  // namespace
 
 int pack_cuda(const void* const* rows, const void* const* center, const int64_t* numel, const int64_t* tile_begin, const Dtype* dtype, int64_t count,
-              int64_t tiles, int64_t n, int bits, bool absmax, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq_tiles, int32_t* bad,
+              int64_t tiles, int64_t n, int bits, bool absmax, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq_tiles, int32_t* bad, int device,
               void* stream) {
-  if (tiles == 0) return 0;
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>((n + kWarps - 1) / kWarps));
-  const auto launch = [&](auto kernel) {
-    kernel<<<grid, 32 * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(rows, center, numel, tile_begin, dtype, count, n, absmax, codes, scales_bf16,
-                                                                        sum_sq_tiles, bad);
-    return static_cast<int>(cudaGetLastError());
-  };
+  const PackArguments a{rows, center, numel, tile_begin, dtype, count, n, absmax, codes, scales_bf16, sum_sq_tiles, bad};
+  const int64_t blocks = tiles * ((n + kPackWarps - 1) / kPackWarps);
+  const auto run = [&](auto kernel) { return launch(kernel, blocks, 32 * kPackWarps, kPackWarps * kTileColumns, device, stream, a); };
   switch (bits) {
     case 8:
-      return launch(pack_kernel<8>);
+      return run(pack_kernel<8>);
     case 4:
-      return launch(pack_kernel<4>);
+      return run(pack_kernel<4>);
     case 3:
-      return launch(pack_kernel<3>);
+      return run(pack_kernel<3>);
     case 2:
-      return launch(pack_kernel<2>);
+      return run(pack_kernel<2>);
     default:
-      return launch(pack_kernel<1>);
+      return run(pack_kernel<1>);
   }
-}
-
-const char* cuda_error_name(int error) { return cudaGetErrorName(static_cast<cudaError_t>(error)); }
-
-int cuda_device_count() {
-  int count = 0;
-  return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
 
 }  // namespace twa

@@ -1,0 +1,179 @@
+// What the kernels ask of a GPU, one small function per instruction, and the launch. tests/emulator/emulator.h has the same functions for a CPU, so
+// that the kernels themselves, not copies of them, run in tests on machines without a GPU (compiled with -DTWA_EMULATE).
+#pragma once
+
+#include "../twa.h"
+#include "lanes.h"
+
+#if defined(TWA_EMULATE)
+#include "emulator.h"
+#else
+#include <cuda_runtime.h>
+
+#define TWA_DEVICE __device__ __forceinline__
+#define TWA_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+
+namespace twa {
+
+TWA_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+TWA_DEVICE int lane_index() { return static_cast<int>(threadIdx.x % 32); }
+TWA_DEVICE int warp_index() { return static_cast<int>(threadIdx.x / 32); }
+TWA_DEVICE int64_t block_index() { return blockIdx.x; }
+TWA_DEVICE uint8_t* shared_memory() {
+  extern __shared__ __align__(128) uint8_t bytes[];
+  return bytes;
+}
+TWA_DEVICE void sync_block() { __syncthreads(); }
+TWA_DEVICE void sync_warp() { __syncwarp(); }
+
+// Warp-wide; all 32 lanes take part.
+TWA_DEVICE uint32_t warp_max(uint32_t v) { return __reduce_max_sync(0xffffffffu, v); }
+TWA_DEVICE int warp_sum(int v) { return __reduce_add_sync(0xffffffffu, v); }
+TWA_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+TWA_DEVICE int shuffle_xor(int v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+TWA_DEVICE int shuffle(int v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+
+TWA_DEVICE int dot4(uint32_t a, uint32_t b, int c) { return __dp4a(static_cast<int>(a), static_cast<int>(b), c); }
+TWA_DEVICE int round_to_int(float v) { return __float2int_rn(v); }
+
+// d += a (16 x 32) * b (32 x 8), 8-bit integers (b signed; a signed, or unsigned for kUnsigned), int32 sums. Lane 4 g + t holds, in order,
+// a: row g bytes 4 t .. 4 t + 3, row g + 8 the same bytes, row g bytes 16 + 4 t .., row g + 8 bytes 16 + 4 t ..;
+// b: column g, rows 4 t .. 4 t + 3, then rows 16 + 4 t ..;   d: row g columns 2 t, 2 t + 1, then row g + 8.
+template <bool kUnsigned>
+TWA_DEVICE void multiply_add(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  if constexpr (kUnsigned) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
+
+// Division and root as IEEE says, whatever the compiler's flags.
+TWA_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+TWA_DEVICE float square_root(float a) { return __fsqrt_rn(a); }
+
+// Memory that other multiprocessors wrote during this kernel: read from the second-level cache.
+TWA_DEVICE float load_shared_by_all(const float* p) { return __ldcg(p); }
+TWA_DEVICE double load_shared_by_all(const double* p) { return __ldcg(p); }
+// Packed bytes pass once: loads that say so leave the caches to what is used again.
+TWA_DEVICE uint64_t evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  return policy;
+}
+TWA_DEVICE uint64_t evict_normal() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(policy));
+  return policy;
+}
+
+// Asynchronous copies into shared memory. A barrier completes a phase when the bytes announced to it have arrived.
+// bulk_copies: one instruction for kilobytes (cp.async.bulk); else 16 bytes a lane (cp.async).
+TWA_DEVICE constexpr bool bulk_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return false;
+#else
+  return true;
+#endif
+}
+
+TWA_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+TWA_DEVICE void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+// Makes initialised barriers visible to the copy engine; then the warp must synchronise.
+TWA_DEVICE void barrier_publish() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+TWA_DEVICE void barrier_expect(uint64_t* barrier, int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+#endif
+}
+TWA_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{ .reg .pred done; wait: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra.uni wait; }" ::"r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+#else
+  asm volatile(
+      "{ .reg .pred done; wait: mbarrier.test_wait.parity.shared.b64 done, [%0], %1; @!done bra.uni wait; }" ::"r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+#endif
+}
+// to, from and bytes are multiples of 16.
+TWA_DEVICE void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier, uint64_t policy) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+               : "memory");
+#endif
+}
+TWA_DEVICE void copy_16(void* to, const void* from, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "l"(policy) : "memory");
+}
+// Arrives at the barrier when this lane's copies so far have come.
+TWA_DEVICE void barrier_arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Between blocks of one kernel: everything written before `publish` is seen by who reads the counter's new value.
+TWA_DEVICE void fence() { __threadfence(); }
+TWA_DEVICE int counter_add(int* counter, int by) { return atomicAdd(counter, by); }
+TWA_DEVICE int counter_read(const int* counter) {
+  int v;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
+  return v;
+}
+TWA_DEVICE void pause() { __nanosleep(64); }
+
+// Runs kernel(arguments) in `blocks` blocks; the CUDA error, 0 if the launch succeeded. No block, no launch.
+template <class Arguments>
+int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_bytes, int device, void* stream, const Arguments& arguments) {
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess && blocks > 0x7fffffff) error = cudaErrorInvalidConfiguration;
+  if (error == cudaSuccess && device != before) error = cudaSetDevice(device);
+  if (error == cudaSuccess && shared_bytes > 48 << 10) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == cudaSuccess && blocks > 0) {
+    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
+    error = cudaGetLastError();
+  } else if (error != cudaSuccess) {
+    cudaGetLastError();  // clears it: the next call must not report this one's error
+  }
+  if (device != before) cudaSetDevice(before);
+  return static_cast<int>(error);
+}
+// Blocks of a kernel that the device runs at once, or minus the CUDA error.
+template <class Arguments>
+int resident_blocks(void (*kernel)(Arguments), int threads, int shared_bytes, int device) {
+  int per = 0, count = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  int before = 0;
+  if (error == cudaSuccess) error = cudaGetDevice(&before);
+  if (error == cudaSuccess && device != before) error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per, kernel, threads, static_cast<size_t>(shared_bytes));
+  if (error != cudaSuccess) cudaGetLastError();
+  if (device != before) cudaSetDevice(before);
+  return error == cudaSuccess ? per * count : -static_cast<int>(error);
+}
+// Sets device memory to zero, in the stream's order.
+inline int clear(void* p, int64_t bytes, int device, void* stream) {
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess && device != before) error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = cudaMemsetAsync(p, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) cudaGetLastError();
+  if (device != before) cudaSetDevice(before);
+  return static_cast<int>(error);
+}
+
+}  // namespace twa
+#endif

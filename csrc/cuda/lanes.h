@@ -1,0 +1,212 @@
+// Which lane holds what: packed words to 8-bit operands of the matrix units, and the columns and rows that they stand for. Host and device; a test
+// runs all of it for every lane and bit width against packing.h (tests/test_lanes.cpp).
+//
+// Lane 4 g + t of a warp holds rows g and g + 8 of a matrix operand, four consecutive bytes of each (device.h, multiply_add). The order of the
+// contracted index is free as long as both operands agree, so each lane takes bytes that lie together in memory.
+#pragma once
+
+#include "../packing.h"
+
+namespace twa {
+
+// Byte k of the result is byte s & 7 of the eight bytes of a (0 to 3) and b (4 to 7), s = selector >> 4 k; with s & 8 the byte's sign, eight times.
+TWA_HD uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+#if defined(__CUDA_ARCH__)
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
+#else
+  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t d = 0;
+  for (int k = 0; k < 4; ++k) {
+    const uint32_t s = selector >> (4 * k), byte = static_cast<uint32_t>(both >> (8 * (s & 7))) & 0xff;
+    d |= (s & 8 ? (byte & 0x80 ? 0xffu : 0u) : byte) << (8 * k);
+  }
+  return d;
+#endif
+}
+
+struct alignas(16) Word4 {
+  uint32_t w[4];
+};
+struct alignas(8) Word2 {
+  uint32_t w[2];
+};
+
+// Codes to levels -------------------------------------------------------------------------------------------------
+
+// Levels first .. first + 3 as the bytes of a word.
+template <int kBits>
+TWA_HD constexpr uint32_t level_word(int first) {
+  uint32_t w = 0;
+  for (int k = 0; k < 4; ++k) w |= static_cast<uint32_t>(level(kBits, (first + k) & ((1 << kBits) - 1)) & 0xff) << (8 * k);
+  return w;
+}
+
+// Eight codes, a nibble each, to int8 levels: of the low four and of the high four. The nibbles are the selectors of a byte permutation.
+template <int kBits>
+TWA_HD void look_up(uint32_t codes, uint32_t& low, uint32_t& high) {
+  constexpr uint32_t t0 = level_word<kBits>(0), t1 = level_word<kBits>(4), t2 = level_word<kBits>(8), t3 = level_word<kBits>(12);
+  if constexpr (kBits == 4) {
+    const uint32_t index = codes & 0x77777777u, index2 = index >> 16;
+    const uint32_t pick = ((codes >> 1) & 0x44444444u) | 0x32103210u, pick2 = pick >> 16;  // the upper levels where bit 3 is set
+    low = byte_perm(byte_perm(t0, t1, index), byte_perm(t2, t3, index), pick);
+    high = byte_perm(byte_perm(t0, t1, index2), byte_perm(t2, t3, index2), pick2);
+  } else {
+    low = byte_perm(t0, t1, codes);
+    high = byte_perm(t0, t1, codes >> 16);
+  }
+}
+
+// 2 and 3 bits: the nibbles of w hold two fields each; code number `odd` of each nibble as a nibble. top, 3 bits: the nibbles' bits 0 and 2 are
+// the codes' third bits.
+template <int kBits>
+TWA_HD uint32_t nibble_codes(uint32_t w, uint32_t top, int odd) {
+  const uint32_t two = odd ? w >> 2 : w;
+  if constexpr (kBits == 3) return (two & 0x33333333u) | ((odd ? top : top << 2) & 0xccccccccu);
+  return two & 0x33333333u;
+}
+// 3 bits: byte b of the 2-bit plane is in half h = b / 16; the third bit of its field f is bit 2 f + h of byte b % 16 of the 1-bit plane.
+TWA_HD uint32_t top_bits(uint32_t w, int half) { return (w >> half) & 0x55555555u; }
+
+// project: rows of P are rows of the left operand -----------------------------------------------------------------
+
+// Rows of P in one operand of 16 rows. At 1 bit a row has 16 bytes, and two of them lie side by side.
+template <int kBits>
+constexpr int kProjectRows = kBits == 1 ? 32 : 16;
+// Multiplications that contract one tile.
+template <int kBits>
+constexpr int kProjectSteps = kBits == 1 ? 8 : 4;
+// Bytes between groups of 8 rows at 8 bits, so that rows of one operand, 128 bytes apart, lie in different banks.
+constexpr int kProjectPad = 64;
+
+// Row of P (of the operand's 16 or 32) in row g of the operand, for lane 4 g + t.
+template <int kBits>
+TWA_HD constexpr int project_row(int g, int t) {
+  if (kBits == 8) return g < 8 ? (g & 1) * 8 + (g >> 1) : (g & 1) * 8 + 4 + ((g - 8) >> 1);
+  if (kBits == 1) return 2 * g + t / 2;
+  return g;
+}
+// Where that row begins in shared memory.
+template <int kBits>
+TWA_HD constexpr int project_offset(int row) {
+  return kBits == 8 ? row * 128 + row / 8 * kProjectPad : row * row_bytes(kBits);
+}
+
+// Operand words of one row of a tile for lane 4 g + t: a[2 s], a[2 s + 1] are the first and second word of multiplication s.
+template <int kBits>
+TWA_HD void project_operand(const uint8_t* row, int t, uint32_t* a) {
+  if constexpr (kBits == 8) {
+    const Word4 x = *reinterpret_cast<const Word4*>(row + 16 * t), y = *reinterpret_cast<const Word4*>(row + 64 + 16 * t);
+    for (int k = 0; k < 4; ++k) a[k] = x.w[k] ^ 0x80808080u, a[4 + k] = y.w[k] ^ 0x80808080u;
+  } else if constexpr (kBits == 4) {
+    const Word4 x = *reinterpret_cast<const Word4*>(row + 16 * t);
+    for (int k = 0; k < 4; ++k) look_up<4>(x.w[k], a[2 * k], a[2 * k + 1]);
+  } else if constexpr (kBits == 1) {  // `row` is where the pair of rows begins; bits stay where they are: 0 or 2^field
+    const Word2 x = *reinterpret_cast<const Word2*>(row + 8 * t);
+    for (int f = 0; f < 8; ++f) a[2 * f] = x.w[0] & (0x01010101u << f), a[2 * f + 1] = x.w[1] & (0x01010101u << f);
+  } else {
+    const Word2 x = *reinterpret_cast<const Word2*>(row + 8 * t);
+    Word2 top = {{0, 0}};
+    if constexpr (kBits == 3) top = *reinterpret_cast<const Word2*>(row + 32 + 8 * (t % 2));
+    for (int k = 0; k < 2; ++k) {
+      const uint32_t third = kBits == 3 ? top_bits(top.w[k], t / 2) : 0;
+      for (int odd = 0; odd < 2; ++odd) look_up<kBits>(nibble_codes<kBits>(x.w[k], third, odd), a[4 * k + 2 * odd], a[4 * k + 2 * odd + 1]);
+    }
+  }
+}
+
+// The gradient's side: lane r converts the four columns that are one word of the operand, and puts each limb's word at project_word(r).
+// Column k (0 to 3) of lane r:
+template <int kBits>
+TWA_HD constexpr int project_column(int r, int k) {
+  if (kBits == 8 || kBits == 1) return 4 * r + k;
+  return 2 * r + k / 2 + 64 * (k % 2);
+}
+// Words 8 t .. 8 t + 7 are what lane 4 g + t multiplies with (1 bit: 16 (t % 2) .. 16 (t % 2) + 15), in project_operand's order.
+template <int kBits>
+TWA_HD constexpr int project_word(int r) {
+  if (kBits == 8) return r / 4 % 4 * 8 + r / 16 * 4 + r % 4;
+  if (kBits == 4) return r;
+  if (kBits == 1) return r / 2 % 2 * 16 + r / 4 * 2 + r % 2;
+  return r / 4 % 4 * 8 + r / 2 % 2 * 4 + r / 16 * 2 + r % 2;
+}
+
+// reconstruct: columns of a tile are rows of the left operand, rows of P are contracted, 32 at a time --------------
+
+constexpr int kReconstructRows = 32;
+// Bytes between groups of 8 rows at 8 bits.
+constexpr int kReconstructPad = 32;
+
+// Row of the 32 that is byte j of the eight that lane 4 g + t contracts.
+template <int kBits>
+TWA_HD constexpr int reconstruct_row(int t, int j) {
+  return kBits == 8 ? 8 * t + j : 4 * j + t;
+}
+// The inverse: at which byte of a limb's 32 the coefficient of a row goes, 8 t + j.
+template <int kBits>
+TWA_HD constexpr int reconstruct_byte(int row) {
+  return kBits == 8 ? row : row % 4 * 8 + row / 4;
+}
+template <int kBits>
+TWA_HD constexpr int reconstruct_offset(int row) {
+  return kBits == 8 ? row * 128 + row / 8 * kReconstructPad : row * row_bytes(kBits);
+}
+
+// Column of the tile in row g (second: g + 8) of multiplication m, 0 to 7.
+template <int kBits>
+TWA_HD constexpr int reconstruct_column(int m, int second, int g) {
+  const int p = m % 2 * 2 + second;  // byte of a word
+  if (kBits == 8 || kBits == 4) return 64 * (m / 4) + 8 * g + 4 * (m / 2 % 2) + p;
+  if (kBits == 1) return 64 * (g / 4) + 16 * (m / 2) + 4 * (g % 4) + p;
+  return 32 * (m / 2) + 4 * g + p;
+}
+// At 1 bit a level counts 0 or 2^field; the field of a column.
+TWA_HD constexpr int bit_field(int column) { return column / 16; }
+
+// Bytes of four words, transposed: word k holds byte k of a, b, c, d.
+TWA_HD void transpose_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint32_t* out) {
+  const uint32_t ab = byte_perm(a, b, 0x5140), cd = byte_perm(c, d, 0x5140), ab2 = byte_perm(a, b, 0x7362), cd2 = byte_perm(c, d, 0x7362);
+  out[0] = byte_perm(ab, cd, 0x5410), out[1] = byte_perm(ab, cd, 0x7632);
+  out[2] = byte_perm(ab2, cd2, 0x5410), out[3] = byte_perm(ab2, cd2, 0x7632);
+}
+// Low (or high) nibbles of four words: out[0] holds those of byte 0 of a, b, c, d, then of byte 1; out[1] bytes 2 and 3.
+template <bool kHigh>
+TWA_HD void transpose_nibbles(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint32_t* out) {
+  constexpr uint32_t low = 0x0f0f0f0fu, high = 0xf0f0f0f0u;
+  const uint32_t ab = kHigh ? ((a >> 4) & low) | (b & high) : (a & low) | ((b << 4) & high);
+  const uint32_t cd = kHigh ? ((c >> 4) & low) | (d & high) : (c & low) | ((d << 4) & high);
+  out[0] = byte_perm(ab, cd, 0x5140), out[1] = byte_perm(ab, cd, 0x7362);
+}
+
+// A word of four rows of P (w[0..3]; top: of the 1-bit plane, top_bits() taken) to levels, four rows a word. kPart is which half of the tile at 8
+// bits, which nibble at 4, which field at 3, 2 and 1. out[p] belongs to byte p of the words.
+template <int kBits, int kPart>
+TWA_HD void reconstruct_operand(const uint32_t* w, const uint32_t* top, int g, uint32_t* out) {
+  if constexpr (kBits == 8) {
+    transpose_bytes(w[0], w[1], w[2], w[3], out);
+    for (int p = 0; p < 4; ++p) out[p] ^= 0x80808080u;
+  } else if constexpr (kBits == 1) {  // w: transposed bytes already; bits stay where they are
+    const uint32_t mask = (0x01010101u << kPart) << (g & 4);
+    for (int p = 0; p < 4; ++p) out[p] = w[p] & mask;
+  } else {
+    uint32_t n[2], third[2] = {0, 0};
+    transpose_nibbles<(kBits == 4 ? kPart : kPart / 2) != 0>(w[0], w[1], w[2], w[3], n);
+    if constexpr (kBits == 3) transpose_nibbles<kPart / 2 != 0>(top[0], top[1], top[2], top[3], third);
+    for (int k = 0; k < 2; ++k) look_up<kBits>(kBits == 4 ? n[k] : nibble_codes<kBits>(n[k], third[k], kPart % 2), out[2 * k], out[2 * k + 1]);
+  }
+}
+
+// Fixed point -----------------------------------------------------------------------------------------------------
+
+// Bits of max|v| to e with 2^(23 - e) |v| <= 0x7f7f7f, the largest integer with three balanced 8-bit limbs.
+TWA_HD int fixed_exponent(uint32_t largest) { return static_cast<int>((largest + 65793u) >> 23) - 126; }  // carries where the mantissa is above that
+// 2^e for -149 <= e <= 127.
+TWA_HD float any_pow2f(int e) { return e >= -126 ? pow2f(e) : bits_float(1u << (e + 149 > 0 ? e + 149 : 0)); }
+// q = sum of 256^k limb[k], limbs in [-128, 127], as the bytes of the result: three limbs of a 24-bit number, four of one below 2^31 - 2^24.
+TWA_HD constexpr uint32_t limbs3(int q) { return (static_cast<uint32_t>(q) + 0x808080u) ^ 0x808080u; }
+TWA_HD constexpr uint32_t limbs4(int q) { return (static_cast<uint32_t>(q) + 0x80808080u) ^ 0x80808080u; }
+// e4m3 to float times 2^-120, subnormal numbers too: exact.
+TWA_HD float e4m3_shifted(uint32_t byte) { return bits_float(byte << 20); }
+
+}  // namespace twa

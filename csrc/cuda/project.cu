@@ -1,0 +1,65 @@
+// project on a GPU: partial sums of items (project.cuh), then their sums in a fixed order (step.cuh).
+#include "dispatch.h"
+#include "project.cuh"
+#include "step.cuh"
+
+namespace twa {
+namespace {
+
+template <int kBits, int kGroups>
+TWA_KERNEL(kThreads, kBits == 8 ? 2 : 4)
+project_kernel(ProjectArguments a) {
+  using P = Project<kBits, kGroups>;
+  const int stride = P::warp_bytes(a.slots);
+  uint8_t* mine = shared_memory() + warp_index() * stride;
+  Ring ring;
+  ring.open(mine + P::kHeader, reinterpret_cast<uint64_t*>(mine), a.slots, P::kSlot, evict_first());
+  project_item<kBits, kGroups>(a, ring, shared_memory(), stride, block_index() / a.row_blocks, static_cast<int>(block_index() % a.row_blocks));
+}
+
+// Block = (group, 32 rows).
+TWA_KERNEL(kThreads, 8) sum_kernel(UpdateArguments a) {
+  const int64_t chunks = padded_rows(a.n) / 32;
+  sum_group(a, block_index() / chunks, block_index() % chunks, reinterpret_cast<double*>(shared_memory()));
+}
+
+// Thread = (segment, row).
+TWA_KERNEL(kThreads, 8) update_kernel(UpdateArguments a) {
+  const int64_t at = block_index() * kThreads + thread_index();
+  if (at < a.num_segments * padded_rows(a.n)) update_row(a, at / padded_rows(a.n), at % padded_rows(a.n));
+}
+
+}  // namespace
+
+int launch_project(const ProjectArguments& arguments, int bits, int device, void* stream) {
+  return with_bits_and_groups(bits, project_groups(arguments.n, bits), [&](auto b, auto g) {
+    constexpr int kBits = decltype(b)::value, kGroups = decltype(g)::value;
+    if constexpr (kGroups <= project_most_groups(kBits)) {
+      using P = Project<kBits, kGroups>;
+      ProjectArguments a = arguments;
+      a.slots = ring_slots(P::kSlot);
+      a.row_blocks = static_cast<int>((a.n + P::kRows - 1) / P::kRows);
+      return launch(project_kernel<kBits, kGroups>, a.work.items * a.row_blocks, kThreads, kWarps * P::warp_bytes(a.slots), device, stream, a);
+    }
+    return kInvalidValue;
+  });
+}
+
+int launch_update(const UpdateArguments& a, int device, void* stream) {
+  const int64_t chunks = padded_rows(a.n) / 32;
+  const int error = launch(sum_kernel, a.work.groups * chunks, kThreads, kThreads * 8, device, stream, a);
+  if (error != 0) return error;
+  return launch(update_kernel, (a.num_segments * padded_rows(a.n) + kThreads - 1) / kThreads, kThreads, 0, device, stream, a);
+}
+
+int project_cuda(const BasisView& basis, const DeviceTensor* grads, const DeviceWork& work, float* partial, double* sums, float* c, int device,
+                 void* stream) {
+  if (!is_valid(basis)) return kInvalidValue;
+  const int error = launch_project({basis.codes, basis.scales, grads, work, partial, basis.n, 0, 1}, basis.bits, device, stream);
+  if (error != 0) return error;
+  UpdateArguments a{};
+  a.partial = partial, a.sums = sums, a.row_scale = basis.row_scale, a.c = c, a.work = work, a.n = basis.n, a.num_segments = basis.num_segments;
+  return launch_update(a, device, stream);
+}
+
+}  // namespace twa

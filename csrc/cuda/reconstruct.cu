@@ -1,0 +1,56 @@
+// reconstruct on a GPU: x * row_scale by segment, then one block an item (reconstruct.cuh).
+#include "dispatch.h"
+#include "reconstruct.cuh"
+
+namespace twa {
+namespace {
+
+template <int kBits, int kGroups, bool kMany>
+TWA_KERNEL(kThreads, 4)
+reconstruct_kernel(ReconstructArguments a) {
+  using R = Reconstruct<kBits, kGroups>;
+  float* x_row = reinterpret_cast<float*>(shared_memory());
+  uint8_t* mine = shared_memory() + padded_rows(a.n) * 4 + warp_index() * R::warp_bytes(a.slots);
+  Ring ring;
+  ring.open(mine + R::kHeader, reinterpret_cast<uint64_t*>(mine), a.slots, R::kSlot, evict_first());
+  reconstruct_item<kBits, kGroups, kMany>(a, ring, mine, x_row, a.work.items - 1 - block_index());  // last first: project ended there
+}
+
+struct ScaleArguments {
+  const float* x;          // (n, L)
+  const float* row_scale;  // (n, L)
+  float* x_rows;           // (L, padded_rows(n))
+  int64_t n, num_segments;
+};
+TWA_KERNEL(kThreads, 8) scale_kernel(ScaleArguments a) {
+  const int64_t at = block_index() * kThreads + thread_index(), row = at % padded_rows(a.n), segment = at / padded_rows(a.n);
+  if (segment < a.num_segments) a.x_rows[at] = row < a.n ? a.x[row * a.num_segments + segment] * a.row_scale[row * a.num_segments + segment] : 0.0f;
+}
+
+}  // namespace
+
+int launch_reconstruct(const ReconstructArguments& arguments, int bits, int device, void* stream) {
+  return with_bits_and_groups(bits, reconstruct_groups(arguments.n), [&](auto b, auto g) {
+    constexpr int kBits = decltype(b)::value, kGroups = decltype(g)::value;
+    using R = Reconstruct<kBits, kGroups>;
+    ReconstructArguments a = arguments;
+    a.slots = ring_slots(R::kSlot);
+    const int shared = static_cast<int>(padded_rows(a.n) * 4) + kWarps * R::warp_bytes(a.slots);
+    if constexpr (kGroups == kMostGroups) {
+      if (a.n > 32 * kGroups) return launch(reconstruct_kernel<kBits, kGroups, true>, a.work.items, kThreads, shared, device, stream, a);
+    }
+    return launch(reconstruct_kernel<kBits, kGroups, false>, a.work.items, kThreads, shared, device, stream, a);
+  });
+}
+
+int reconstruct_cuda(const BasisView& basis, const float* x, const DeviceTensor* center, const DeviceTensor* out, const DeviceWork& work, float* x_rows,
+                     int device, void* stream) {
+  if (!is_valid(basis)) return kInvalidValue;
+  const int64_t threads = basis.num_segments * padded_rows(basis.n);
+  const ScaleArguments scale{x, basis.row_scale, x_rows, basis.n, basis.num_segments};
+  const int error = launch(scale_kernel, (threads + kThreads - 1) / kThreads, kThreads, 0, device, stream, scale);
+  if (error != 0) return error;
+  return launch_reconstruct({basis.codes, basis.scales, x_rows, center, out, work, basis.n, 0}, basis.bits, device, stream);
+}
+
+}  // namespace twa

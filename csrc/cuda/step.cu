@@ -1,0 +1,161 @@
+// A training step on a GPU in one kernel: project, update and reconstruct by segment, so that the second read of a segment's codes finds in the
+// second-level cache what is still there.
+//
+// Work map   as many blocks as the device runs at once take tasks in order from one counter: an item's projection or its reconstruction. The last projection
+//            of a group of items adds the group's partial sums, the last group of a segment updates the coefficients and raises the segment's
+//            flag; reconstructions wait for it. Nothing else waits: what is waited for was taken earlier by a block that is running.
+// Order      make_tasks(): segment after segment; a segment's reconstruction begins, last item first, when as many other tasks have been handed out
+//            since its last projection as blocks run at once, so that few blocks ever wait.
+#include "dispatch.h"
+#include "project.cuh"
+#include "reconstruct.cuh"
+#include "step.cuh"
+
+namespace twa {
+namespace {
+
+struct StepArguments {
+  ProjectArguments project;
+  ReconstructArguments reconstruct;
+  UpdateArguments update;
+  const int32_t* tasks;  // (count,)
+  int32_t* counters;     // tasks taken (1,), items done (groups,), groups done (L,), flags (L,)
+  int64_t count;
+};
+
+constexpr int kStrandBytes = kThreads * 8, kTaskBytes = 128;
+
+template <int kBits, int kGroups, bool kMany>
+struct Step {
+  static constexpr int kProjectGroups = kGroups < project_most_groups(kBits) ? kGroups : project_most_groups(kBits);
+  using P = Project<kBits, kProjectGroups>;
+  using R = Reconstruct<kBits, kGroups>;
+  static constexpr int kSlot = P::kSlot > R::kSlot ? P::kSlot : R::kSlot, kHeader = P::kHeader > R::kHeader ? P::kHeader : R::kHeader;
+  TWA_HD static constexpr int warp_bytes(int slots) { return (kHeader + slots * kSlot + 127) / 128 * 128; }
+  static int shared_bytes(int64_t n, int slots) { return kTaskBytes + kStrandBytes + static_cast<int>(padded_rows(n)) * 4 + kWarps * warp_bytes(slots); }
+};
+
+// True in every thread of the last of `of` blocks that come here.
+TWA_DEVICE bool is_last(int32_t* counter, int of, int32_t* shared) {
+  fence();
+  sync_block();
+  if (thread_index() == 0) *shared = counter_add(counter, 1) == of - 1;
+  sync_block();
+  const bool last = *shared;
+  fence();
+  sync_block();  // before *shared is written again
+  return last;
+}
+
+TWA_DEVICE void finish_item(const StepArguments& a, int64_t item, int32_t* shared, double* strands) {
+  const UpdateArguments& u = a.update;
+  int32_t* items_done = a.counters + 1;
+  int32_t* groups_done = items_done + u.work.groups;
+  int32_t* flags = groups_done + u.num_segments;
+  const int group = u.work.item_group[item], segment = u.work.item_segment[item];
+  if (!is_last(items_done + group, u.work.group_begin[group + 1] - u.work.group_begin[group], shared)) return;
+  for (int64_t chunk = 0; chunk < padded_rows(u.n) / 32; ++chunk) sum_group(u, group, chunk, strands);
+  if (!is_last(groups_done + segment, u.work.segment_groups[segment + 1] - u.work.segment_groups[segment], shared)) return;
+  for (int64_t row = thread_index(); row < padded_rows(u.n); row += kThreads) update_row(u, segment, row);
+  fence();
+  sync_block();
+  if (thread_index() == 0) counter_add(flags + segment, 1);
+}
+
+template <int kBits, int kGroups, bool kMany>
+TWA_KERNEL(kThreads, kBits == 8 ? 2 : 4)
+step_kernel(StepArguments a) {
+  using S = Step<kBits, kGroups, kMany>;
+  int32_t* shared = reinterpret_cast<int32_t*>(shared_memory());
+  double* strands = reinterpret_cast<double*>(shared_memory() + kTaskBytes);
+  float* x_row = reinterpret_cast<float*>(shared_memory() + kTaskBytes + kStrandBytes);
+  uint8_t* base = shared_memory() + kTaskBytes + kStrandBytes + padded_rows(a.update.n) * 4;
+  const int stride = S::warp_bytes(a.project.slots);
+  uint8_t* mine = base + warp_index() * stride;
+  Ring ring;
+  ring.open(mine + S::kHeader, reinterpret_cast<uint64_t*>(mine), a.project.slots, S::kSlot, evict_normal());
+  const int32_t* flags = a.counters + 1 + a.update.work.groups + a.update.num_segments;
+  for (;;) {
+    if (thread_index() == 0) shared[1] = counter_add(a.counters, 1);
+    sync_block();
+    const int64_t taken = shared[1];
+    sync_block();
+    if (taken >= a.count) break;
+    const int task = a.tasks[taken];
+    if (task >= 0) {
+      for (int block = 0; block < a.project.row_blocks; ++block) project_item<kBits, S::kProjectGroups>(a.project, ring, base, stride, task, block);
+      finish_item(a, task, shared, strands);
+    } else {
+      const int item = -1 - task;
+      if (thread_index() == 0)
+        while (counter_read(flags + a.update.work.item_segment[item]) == 0) pause();
+      sync_block();
+      fence();
+      reconstruct_item<kBits, kGroups, kMany>(a.reconstruct, ring, mine, x_row, item);
+    }
+  }
+}
+
+// f(kernel, shared bytes, slots) of the kernel for n rows.
+template <class F>
+int with_kernel(int64_t n, int bits, const F& f) {
+  return with_bits_and_groups(bits, reconstruct_groups(n), [&](auto b, auto g) {
+    constexpr int kBits = decltype(b)::value, kGroups = decltype(g)::value;
+    const auto run = [&](auto many) {
+      using S = Step<kBits, kGroups, decltype(many)::value>;
+      const int slots = ring_slots(S::kSlot);
+      return f(step_kernel<kBits, kGroups, decltype(many)::value>, S::shared_bytes(n, slots), slots, 32 * S::kProjectGroups);
+    };
+    if constexpr (kGroups == kMostGroups) {
+      if (n > 32 * kGroups) return run(std::true_type());
+    }
+    return run(std::false_type());
+  });
+}
+
+UpdateArguments update_arguments(const Update& u) {
+  UpdateArguments a{};
+  a.adamw = u.rule == Update::Rule::adamw, a.maximize = u.maximize, a.nesterov = u.nesterov, a.fresh = u.step == 1;
+  if (a.adamw) {
+    a.lr = static_cast<float>(u.lr / (1.0 - std::pow(u.beta1, static_cast<double>(u.step))));
+    a.decay = static_cast<float>(1.0 - u.lr * u.weight_decay);
+    a.w1 = static_cast<float>(1.0 - u.beta1), a.w2 = static_cast<float>(1.0 - u.beta2), a.beta2 = static_cast<float>(u.beta2);
+    a.root = static_cast<float>(std::sqrt(1.0 - std::pow(u.beta2, static_cast<double>(u.step)))), a.eps = static_cast<float>(u.eps);
+  } else {
+    a.lr = static_cast<float>(u.lr), a.decay = static_cast<float>(u.weight_decay);
+    a.w1 = static_cast<float>(u.momentum), a.w2 = static_cast<float>(1.0 - u.dampening);
+  }
+  return a;
+}
+
+}  // namespace
+
+int step_cuda(const BasisView& basis, const DeviceTensor* grads, const Update& update, float* x, float* first, float* second, const DeviceTensor* center,
+              const DeviceTensor* out, const DeviceWork& work, float* partial, double* sums, float* x_rows, int32_t* counters, const int32_t* tasks,
+              int64_t window, float* c, int device, void* stream) {
+  const bool adamw = update.rule == Update::Rule::adamw, momentum = !adamw && update.momentum != 0.0;
+  if (!is_valid(basis) || update.step < 1 || (!first && (adamw || momentum)) || (!second && adamw)) return kInvalidValue;
+  UpdateArguments u = update_arguments(update);
+  u.partial = partial, u.sums = sums, u.row_scale = basis.row_scale, u.c = c, u.x = x, u.x_rows = x_rows, u.work = work, u.n = basis.n;
+  u.first = adamw || momentum ? first : nullptr, u.second = adamw ? second : nullptr, u.num_segments = basis.num_segments;
+  ProjectArguments p{basis.codes, basis.scales, grads, work, partial, basis.n, 0, 1};
+  const ReconstructArguments r{basis.codes, basis.scales, x_rows, center, out, work, basis.n, 0};
+  if (tasks == nullptr) {
+    int error = launch_project(p, basis.bits, device, stream);
+    if (error == 0) error = launch_update(u, device, stream);
+    return error == 0 ? launch_reconstruct(r, basis.bits, device, stream) : error;
+  }
+  return with_kernel(basis.n, basis.bits, [&](auto kernel, int shared, int slots, int rows) {
+    StepArguments a{p, r, u, tasks, counters, 2 * work.items};
+    a.project.slots = a.reconstruct.slots = slots;
+    a.project.row_blocks = static_cast<int>((basis.n + rows - 1) / rows);
+    const int error = clear(counters, step_counters(work.groups, basis.num_segments) * 4, device, stream);
+    return error != 0 ? error : launch(kernel, a.count < window ? a.count : window, kThreads, shared, device, stream, a);
+  });
+}
+
+int step_window(int64_t n, int bits, int device) {
+  return with_kernel(n, bits, [&](auto kernel, int shared, int, int) { return resident_blocks(kernel, kThreads, shared, device); });
+}
+
+}  // namespace twa

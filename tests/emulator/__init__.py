@@ -1,0 +1,34 @@
+"""The CUDA kernels on a CPU: csrc/cuda compiled against emulator.h instead of device.h's instructions. For machines without a GPU.
+
+Built by `cmake --build build/cmake-* --target _emulated`, from the same build folder as the native module.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+
+
+def load():
+    """The module `_emulated`, built first if a source is newer."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(["cmake", "--build", BUILD, "--target", "_emulated"], capture_output=True, text=True, env=os.environ | {"PATH": path})
+    if done.returncode:
+        raise RuntimeError(f"the emulated CUDA kernels do not build:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
+    (library,) = (BUILD / "emulator").glob("_emulated.*")
+    specification = importlib.util.spec_from_file_location("_emulated", library)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def install() -> None:
+    """Backend "cuda" runs on CPU tensors in this process."""
+    from twa_kernels import cuda, dispatch
+
+    cuda.module = load()
+    dispatch.DEVICES["cuda"] = ("cuda", "cpu")

@@ -1,0 +1,278 @@
+// The functions of csrc/cuda/device.h on a CPU: the CUDA kernels themselves run in tests, block by block, a fiber a thread.
+//
+// What a GPU does at once happens here in an order chosen at random (TWA_EMULATOR_SEED), and what it leaves undefined is made visible: shared memory begins
+// as garbage, an asynchronous copy makes its destination garbage until somebody waits for it, writing past a block's shared memory, lanes of a warp that
+// call different functions, misaligned copies and blocks that wait for ever are errors.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <unordered_map>
+#include <vector>
+
+#define TWA_DEVICE inline
+#define TWA_KERNEL(threads, blocks) static void
+
+namespace twa {
+namespace emulator {
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+struct Barrier {
+  int arrivals = 0, pending = 0;
+  int64_t expected = 0, issued = 0;  // bytes of bulk copies announced and started in this phase
+  uint64_t phase = 0;
+  std::vector<Copy> copies;
+};
+struct Warp {
+  uint32_t in[32][12], out[32][4];
+  int arrived = 0;
+  const char* function = nullptr;
+  uint64_t generation = 0;
+};
+struct Block {
+  int64_t index;
+  int threads, arrived = 0, left;
+  uint64_t generation = 0;
+  std::vector<uint8_t> bytes;
+  uint8_t* shared;
+  int shared_bytes;
+  std::vector<Warp> warps;
+  std::unordered_map<const uint64_t*, Barrier> barriers;
+  std::unordered_map<int, std::vector<Copy>> lane_copies;
+};
+
+Block& block();  // of the running fiber
+int thread();
+// Goes on when *counter is no longer `value`; null: when the other fibers have had their turn.
+void wait(const uint64_t* counter, uint64_t value);
+[[noreturn]] void fail(const std::string& what);
+bool bulk_copies();  // TWA_EMULATOR_BULK=0: copies of 16 bytes a lane, as before sm_90
+void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel);
+void complete(Barrier& barrier);
+
+// All 32 lanes bring kIn words; compute(in, out) makes each lane's kOut words.
+template <int kIn, int kOut, class F>
+void together(const char* function, const uint32_t (&in)[kIn], uint32_t (&out)[kOut], const F& compute) {
+  static_assert(kIn <= 12 && kOut <= 4);
+  Warp& w = block().warps[thread() / 32];
+  const int lane = thread() % 32;
+  if (w.arrived == 0) w.function = function;
+  if (std::strcmp(w.function, function) != 0) fail(std::string("lanes of a warp call ") + w.function + " and " + function);
+  std::memcpy(w.in[lane], in, sizeof(in));
+  if (++w.arrived == 32) {
+    w.arrived = 0;
+    compute(w.in, w.out);
+    ++w.generation;
+  } else {
+    wait(&w.generation, w.generation);
+  }
+  std::memcpy(out, w.out[lane], sizeof(out));
+}
+template <class T>
+uint32_t bits_of(T v) {
+  uint32_t u;
+  std::memcpy(&u, &v, 4);
+  return u;
+}
+template <class T>
+T of_bits(uint32_t u) {
+  T v;
+  std::memcpy(&v, &u, 4);
+  return v;
+}
+template <class T>
+T exchange(const char* function, T v, int argument, bool exclusive_or) {
+  uint32_t in[2] = {bits_of(v), static_cast<uint32_t>(argument)}, out[1];
+  together(function, in, out, [&](auto& a, auto& b) {
+    for (uint32_t k = 0; k < 32; ++k) b[k][0] = a[exclusive_or ? k ^ a[k][1] : a[k][1]][0];
+  });
+  return of_bits<T>(out[0]);
+}
+
+}  // namespace emulator
+
+inline int thread_index() { return emulator::thread(); }
+inline int lane_index() { return emulator::thread() % 32; }
+inline int warp_index() { return emulator::thread() / 32; }
+inline int64_t block_index() { return emulator::block().index; }
+inline uint8_t* shared_memory() { return emulator::block().shared; }
+inline void sync_block() {
+  emulator::Block& b = emulator::block();
+  if (++b.arrived == b.threads) {
+    b.arrived = 0;
+    ++b.generation;
+  } else {
+    emulator::wait(&b.generation, b.generation);
+  }
+}
+inline void sync_warp() {
+  uint32_t in[1] = {0}, out[1];
+  emulator::together("sync_warp", in, out, [](auto&, auto&) {});
+}
+
+template <class T>
+T max(T a, T b) {
+  return a > b ? a : b;
+}
+inline uint32_t warp_max(uint32_t v) {
+  uint32_t in[1] = {v}, out[1];
+  emulator::together("warp_max", in, out, [](auto& a, auto& b) {
+    uint32_t m = 0;
+    for (int k = 0; k < 32; ++k) m = max(m, a[k][0]);
+    for (int k = 0; k < 32; ++k) b[k][0] = m;
+  });
+  return out[0];
+}
+inline int warp_sum(int v) {
+  uint32_t in[1] = {static_cast<uint32_t>(v)}, out[1];
+  emulator::together("warp_sum", in, out, [](auto& a, auto& b) {
+    uint32_t m = 0;
+    for (int k = 0; k < 32; ++k) m += a[k][0];
+    for (int k = 0; k < 32; ++k) b[k][0] = m;
+  });
+  return static_cast<int>(out[0]);
+}
+inline float shuffle_xor(float v, int mask) { return emulator::exchange("shuffle_xor", v, mask, true); }
+inline int shuffle_xor(int v, int mask) { return emulator::exchange("shuffle_xor", v, mask, true); }
+inline int shuffle(int v, int lane) { return emulator::exchange("shuffle", v, lane, false); }
+
+inline int dot4(uint32_t a, uint32_t b, int c) {
+  for (int k = 0; k < 4; ++k) c += static_cast<int8_t>(a >> (8 * k)) * static_cast<int8_t>(b >> (8 * k));
+  return c;
+}
+inline int round_to_int(float v) {  // as the instruction: saturated, NaN is 0
+  if (std::isnan(v)) return 0;
+  return v >= 0x1p31f ? INT32_MAX : v <= -0x1p31f ? INT32_MIN : static_cast<int>(std::nearbyint(v));
+}
+
+// mma.m16n8k32 by the definition of its fragments in the PTX manual ("Matrix Fragments for mma.m16n8k32"): group = lane >> 2, member = lane % 4;
+// a[i]: row = group for 0 <= i < 4 and 8 <= i < 12, else group + 8; column = member * 4 + (i & 3), and 16 more for i >= 8;
+// b[i]: row = member * 4 + (i & 3), and 16 more for i >= 4; column = group;   c[i]: row = group for i < 2, else group + 8; column = member * 2 + (i & 1).
+template <bool kUnsigned>
+void multiply_add(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  uint32_t in[10] = {a0, a1, a2, a3, b0, b1}, out[4];
+  for (int i = 0; i < 4; ++i) in[6 + i] = static_cast<uint32_t>(d[i]);
+  emulator::together(kUnsigned ? "mma.u8" : "mma.s8", in, out, [](auto& x, auto& y) {
+    int a[16][32], b[32][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int group = lane >> 2, member = lane % 4;
+      for (int i = 0; i < 16; ++i) {
+        const uint32_t byte = x[lane][i / 4] >> (8 * (i & 3)) & 0xff;
+        const int row = (i < 4 || (i >= 8 && i < 12)) ? group : group + 8, column = member * 4 + (i & 3) + (i >= 8 ? 16 : 0);
+        a[row][column] = kUnsigned ? static_cast<int>(byte) : static_cast<int8_t>(byte);
+      }
+      for (int i = 0; i < 8; ++i) b[member * 4 + (i & 3) + (i >= 4 ? 16 : 0)][group] = static_cast<int8_t>(x[lane][4 + i / 4] >> (8 * (i & 3)) & 0xff);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        const int row = (lane >> 2) + (i < 2 ? 0 : 8), column = lane % 4 * 2 + (i & 1);
+        int64_t sum = static_cast<int32_t>(x[lane][6 + i]);
+        for (int k = 0; k < 32; ++k) sum += a[row][k] * b[k][column];
+        if (sum > INT32_MAX || sum < INT32_MIN) emulator::fail("an int32 sum of the matrix units overflows");
+        y[lane][i] = static_cast<uint32_t>(sum);
+      }
+    }
+  });
+  for (int i = 0; i < 4; ++i) d[i] = static_cast<int>(out[i]);
+}
+
+inline float divide(float a, float b) { return a / b; }
+inline float square_root(float a) { return std::sqrt(a); }
+using std::fmaf;
+template <class T>
+T load_shared_by_all(const T* p) {
+  return *p;
+}
+inline uint64_t evict_first() { return 1; }
+inline uint64_t evict_normal() { return 2; }
+
+inline bool bulk_copies() { return emulator::bulk_copies(); }
+inline void barrier_init(uint64_t* barrier, int arrivals) {
+  if (emulator::block().barriers.count(barrier)) emulator::fail("a barrier is initialised twice");
+  emulator::Barrier& b = emulator::block().barriers[barrier];
+  b.arrivals = b.pending = arrivals;
+}
+inline void barrier_publish() {}
+inline emulator::Barrier& barrier_at(uint64_t* barrier) {
+  const auto found = emulator::block().barriers.find(barrier);
+  if (found == emulator::block().barriers.end()) emulator::fail("a barrier that was not initialised");
+  return found->second;
+}
+inline void barrier_expect(uint64_t* barrier, int bytes) {
+  emulator::Barrier& b = barrier_at(barrier);
+  if (b.pending <= 0) emulator::fail("more arrivals at a barrier than it expects");
+  b.expected += bytes;
+  --b.pending;
+}
+inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  emulator::Barrier& b = barrier_at(barrier);
+  while (b.phase % 2 == parity) {
+    emulator::complete(b);
+    if (b.phase % 2 == parity) emulator::wait(nullptr, 0);
+  }
+}
+inline void start_copy(emulator::Copy copy, std::vector<emulator::Copy>& copies) {
+  const emulator::Block& b = emulator::block();
+  const uint8_t* to = static_cast<const uint8_t*>(copy.to);
+  if (reinterpret_cast<uintptr_t>(copy.from) % 16 || (to - b.shared) % 16 || copy.bytes % 16 || copy.bytes <= 0)
+    emulator::fail("an asynchronous copy is not of multiples of 16 bytes");
+  if (to < b.shared || to + copy.bytes > b.shared + b.shared_bytes) emulator::fail("an asynchronous copy past the end of shared memory");
+  std::memset(copy.to, 0xa5, copy.bytes);
+  copies.push_back(copy);
+}
+inline void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier, uint64_t policy) {
+  if (policy == 0) emulator::fail("a copy without a cache policy");
+  emulator::Barrier& b = barrier_at(barrier);
+  start_copy({to, from, bytes}, b.copies);
+  b.issued += bytes;
+}
+inline void copy_16(void* to, const void* from, uint64_t policy) {
+  if (policy == 0) emulator::fail("a copy without a cache policy");
+  start_copy({to, from, 16}, emulator::block().lane_copies[emulator::thread()]);
+}
+inline void barrier_arrive_after_copies(uint64_t* barrier) {
+  emulator::Barrier& b = barrier_at(barrier);
+  if (b.pending <= 0) emulator::fail("more arrivals at a barrier than it expects");
+  std::vector<emulator::Copy>& mine = emulator::block().lane_copies[emulator::thread()];
+  b.copies.insert(b.copies.end(), mine.begin(), mine.end());
+  mine.clear();
+  --b.pending;
+}
+
+inline void fence() {}
+inline int counter_add(int* counter, int by) {
+  const int before = *counter;
+  *counter += by;
+  return before;
+}
+inline int counter_read(const int* counter) { return *counter; }
+inline void pause() { emulator::wait(nullptr, 0); }
+
+template <class Arguments>
+int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_bytes, int device, void*, const Arguments& arguments) {
+  if (device != 0) return 101;                 // cudaErrorInvalidDevice
+  if (shared_bytes > 227 << 10) return 1;      // cudaErrorInvalidValue
+  if (blocks > 0) emulator::run(blocks, threads, shared_bytes, [&] { kernel(arguments); });
+  return 0;
+}
+template <class Arguments>
+int resident_blocks(void (*)(Arguments), int, int, int device) {
+  return device == 0 ? 3 : -101;
+}
+inline int clear(void* p, int64_t bytes, int device, void*) {
+  if (device != 0) return 101;
+  std::memset(p, 0, static_cast<size_t>(bytes));
+  return 0;
+}
+
+}  // namespace twa

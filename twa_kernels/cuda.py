@@ -1,0 +1,266 @@
+"""Tensors to addresses for the CUDA C++ kernels (csrc/cuda). Operands as in ops.py, which has checked them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from . import native
+from .native import DTYPES, _contiguous, _targets, _write_back, finish_pack
+from .reference import tile_offsets
+
+#: the native module; tests put in its place the same kernels compiled for a CPU (tests/emulator)
+module = native._C
+
+
+def why_unusable() -> str | None:
+    if native._C is None:
+        return native.why_unusable()
+    if not module.with_cuda:
+        return "built without CUDA (no nvcc was found, or TWA_CUDA=off)"
+    if module.cuda_device_count() == 0:
+        return "no CUDA device on this machine"
+    return None
+
+
+def _place(device: torch.device) -> tuple[int, int]:
+    """Device number and stream."""
+    if device.type != "cuda":  # emulated
+        return 0, 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, torch.cuda.current_stream(device).cuda_stream
+
+
+def _on(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _to_device(values: Sequence | Tensor, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Queued on the current stream, not waited for."""
+    host = torch.as_tensor(values, dtype=dtype)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and host.numel() else host.to(device)
+
+
+def tensor_table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """(tensors, 2) int64 on the device: address and dtype number, 0 for an empty tensor. Training loops pass the same tensors again and again, so
+    most calls copy nothing."""
+    entries = tuple(v for t in tensors for v in (t.data_ptr() if t.numel() else 0, DTYPES[t.dtype]))
+    return _tensor_table(entries, device, _place(device)[1])
+
+
+@functools.lru_cache(maxsize=64)
+def _tensor_table(entries: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """Per stream: the copy is not waited for, and only its own stream is sure to come after it."""
+    return _to_device(entries, device)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Work items of one basis (csrc/twa.h, DeviceWork), on its device."""
+
+    arrays: list[Tensor]  # keeps what `native` points to
+    host: object
+    native: object
+    items: int
+    groups: int
+    tasks: dict[int, Tensor | None]  # window -> order of a step's tasks, None where it cannot be fused
+
+
+def _build(tile_segment: Tensor, numels: Sequence[int], num_segments: int, bits: int) -> Work:
+    segments = tile_segment.cpu()
+    host = module.HostWork(list(numels), segments.data_ptr(), num_segments, bits)
+    dtypes = [torch.int32, torch.int64, *[torch.int32] * 5, torch.int64]
+    arrays = [torch.frombuffer(bytearray(b), dtype=d) if b else torch.empty(0, dtype=d) for b, d in zip(host.arrays, dtypes, strict=True)]
+    arrays.insert(7, torch.tensor(list(numels), dtype=torch.int64))
+    items, groups = len(arrays[0]), len(arrays[5]) - 1
+    arrays = [a.to(tile_segment.device) for a in arrays]  # waits: used by every stream from here on
+    return Work(arrays, host, module.Work([a.data_ptr() for a in arrays], items, groups), items, groups, {})
+
+
+_work: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def work_items(tile_segment: Tensor, numels: Sequence[int], num_segments: int, bits: int) -> Work:
+    """Built once per basis (reading tile_segment back waits for the device), then kept as long as tile_segment lives."""
+    kept = _work.setdefault(tile_segment, {})
+    key = tuple(numels), num_segments, bits, tile_segment._version
+    if key not in kept:
+        kept[key] = _build(tile_segment, numels, num_segments, bits)
+    return kept[key]
+
+
+def _basis(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, bits: int):
+    if codes.data_ptr() % 16:
+        raise ValueError(
+            f"codes begin at address {codes.data_ptr():#x}, expected a multiple of 16, which asynchronous copies need: pass codes.clone() instead of a view"
+        )
+    return native._basis(codes, scales, row_scale, tile_segment, bits, module)
+
+
+def project(
+    codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, grads: Sequence[Tensor], numels: Sequence[int], bits: int
+) -> Tensor:
+    device, (n, num_segments) = codes.device, row_scale.shape
+    grads = _contiguous(grads)
+    work = work_items(tile_segment, numels, num_segments, bits)
+    c = torch.empty_like(row_scale)
+    partial = torch.empty(work.items, n, device=device)
+    sums = torch.empty(work.groups, n, dtype=torch.float64, device=device)
+    with _on(device):
+        module.project_cuda(
+            _basis(codes, scales, row_scale, tile_segment, bits),
+            tensor_table(grads, device).data_ptr(),
+            work.native,
+            partial.data_ptr(),
+            sums.data_ptr(),
+            c.data_ptr(),
+            *_place(device),
+        )
+    return c
+
+
+def _padded(n: int) -> int:
+    return -(-n // 32) * 32
+
+
+def reconstruct(
+    codes: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    tile_segment: Tensor,
+    x: Tensor,
+    center: Sequence[Tensor],
+    numels: Sequence[int],
+    bits: int,
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    device, (n, num_segments) = codes.device, row_scale.shape
+    if out is None:
+        out = [codes.new_empty(numel, dtype=center[k].dtype if center else torch.float32) for k, numel in enumerate(numels)]
+    targets, center, x = _targets(out), _contiguous(center), x.contiguous()
+    work = work_items(tile_segment, numels, num_segments, bits)
+    x_rows = torch.empty(num_segments, _padded(n), device=device)
+    with _on(device):
+        module.reconstruct_cuda(
+            _basis(codes, scales, row_scale, tile_segment, bits),
+            x.data_ptr(),
+            tensor_table(center, device).data_ptr() if center else 0,
+            tensor_table(targets, device).data_ptr(),
+            work.native,
+            x_rows.data_ptr(),
+            *_place(device),
+        )
+    _write_back(out, targets)
+    return list(out)
+
+
+@functools.lru_cache(maxsize=256)
+def _window(n: int, bits: int, device: int) -> int:
+    return module.step_window(n, bits, device)
+
+
+def step(
+    codes: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    tile_segment: Tensor,
+    grads: Sequence[Tensor],
+    x: Tensor,
+    state: Sequence[Tensor],
+    center: Sequence[Tensor],
+    numels: Sequence[int],
+    bits: int,
+    rule: str,
+    options: Sequence[float],
+    count: int,
+    out: Sequence[Tensor],
+) -> Tensor:
+    device, (n, num_segments) = codes.device, row_scale.shape
+    grads, center, targets = _contiguous(grads), _contiguous(center), _targets(out)
+    work = work_items(tile_segment, numels, num_segments, bits)
+    c = torch.empty_like(row_scale)
+    with _on(device):
+        number, stream = _place(device)
+        window = _window(n, bits, number)
+        if window not in work.tasks:
+            order = bytearray(work.host.tasks(window))
+            work.tasks[window] = torch.frombuffer(order, dtype=torch.int32).to(device) if order else None
+        tasks = work.tasks[window]
+        workspaces = [
+            torch.empty(work.items, n, device=device),
+            torch.empty(work.groups, n, dtype=torch.float64, device=device),
+            torch.empty(num_segments, _padded(n), device=device),
+            torch.empty(module.step_counters(work.groups, num_segments), dtype=torch.int32, device=device),
+        ]
+        module.step_cuda(
+            _basis(codes, scales, row_scale, tile_segment, bits),
+            tensor_table(grads, device).data_ptr(),
+            rule == "adamw",
+            list(options),
+            count,
+            x.data_ptr(),
+            *[s.data_ptr() for s in [*state, x, x][:2]],  # what the rule does not keep, the kernel does not touch
+            tensor_table(center, device).data_ptr() if center else 0,
+            tensor_table(targets, device).data_ptr(),
+            work.native,
+            [w.data_ptr() for w in workspaces] + [0 if tasks is None else tasks.data_ptr()],
+            window,
+            c.data_ptr(),
+            number,
+            stream,
+        )
+    _write_back(out, targets)
+    return c
+
+
+def pack(
+    rows: Sequence[Tensor],
+    center: Sequence[Tensor],
+    numels: Sequence[int],
+    tile_segment: Tensor,
+    bits: int,
+    quantiser: str,
+    codes: Tensor,
+    scales: Tensor,
+    sum_sq: Tensor,
+    max_scale: Tensor,
+    errors: Tensor | None,
+) -> tuple[int, int, int] | None:
+    rows, center = _contiguous(rows), _contiguous(center)
+    device, n = codes.device, sum_sq.shape[0]
+    offsets = tile_offsets(numels)
+    addresses = [t.data_ptr() for t in rows]
+    tables = [
+        _to_device(addresses, device),
+        _to_device([t.data_ptr() for t in center], device),
+        _to_device(list(numels), device),
+        _to_device(offsets, device),
+        _to_device([DTYPES[t.dtype] for t in [*rows, *center]], device, torch.int32),
+    ]
+    squares = torch.empty(offsets[-1], n, dtype=torch.float64, device=device)
+    bad = torch.zeros((), dtype=torch.int32, device=device)
+    with _on(device):
+        at = [t.data_ptr() for t in tables]
+        module.pack_cuda(
+            at[0],
+            at[1] if center else 0,
+            *at[2:],
+            len(numels),
+            offsets[-1],
+            n,
+            bits,
+            quantiser == "absmax",
+            codes.data_ptr(),
+            scales.data_ptr(),
+            squares.data_ptr(),
+            bad.data_ptr(),
+            *_place(device),
+        )
+    squares.masked_fill_(bad.bool(), torch.nan)  # some group was not finite: finish_pack finds out which
+    return finish_pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, errors, squares)
