@@ -162,12 +162,23 @@ TWA_HD float e4m3_to_float(uint8_t x) {
 
 TWA_HD float bf16_to_float(uint16_t h) { return bits_float(static_cast<uint32_t>(h) << 16); }
 TWA_HD uint16_t float_to_bf16(float f) {  // round to nearest even; NaN stays NaN
+#if defined(__CUDA_ARCH__)
+  uint16_t h;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+#else
   const uint32_t u = float_bits(f);
   if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40u);
   return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+#endif
 }
 
 TWA_HD float f16_to_float(uint16_t h) {
+#if defined(__CUDA_ARCH__)
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+  return f;
+#else
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, m = h & 0x7fffu;
   if (m >= 0x7c00u) return bits_float(sign | 0x7f800000u | ((m & 0x3ffu) << 13));
   if (m < 0x400u) {  // subnormal: m * 2^-24
@@ -175,8 +186,14 @@ TWA_HD float f16_to_float(uint16_t h) {
     return sign ? -f : f;
   }
   return bits_float(sign | ((m << 13) + (112u << 23)));
+#endif
 }
 TWA_HD uint16_t float_to_f16(float f) {  // round to nearest even; overflow to infinity; NaN stays NaN
+#if defined(__CUDA_ARCH__)
+  uint16_t h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+#else
   const uint32_t u = float_bits(f), sign = (u >> 16) & 0x8000u, m = u & 0x7fffffffu;
   if (m > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
   if (m >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more round to infinity
@@ -185,6 +202,7 @@ TWA_HD uint16_t float_to_f16(float f) {  // round to nearest even; overflow to i
     return static_cast<uint16_t>(sign | (float_bits(r) - 0x3f000000u));
   }
   return static_cast<uint16_t>(sign | ((m - (112u << 23) + 0xfffu + ((m >> 13) & 1u)) >> 13));
+#endif
 }
 
 }  // namespace twa

@@ -10,50 +10,7 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kMaxStages = 8;         // slots of a warp's ring
 constexpr int kRingBytes = 12 << 10;  // of a warp, at most, where two slots fit: 4 blocks on a multiprocessor have 192 KiB on their way
 
-struct alignas(16) Float4 {
-  float v[4];
-};
-struct alignas(8) Float2 {
-  float v[2];
-};
-struct alignas(8) Half4 {
-  uint16_t v[4];
-};
-struct alignas(4) Half2 {
-  uint16_t v[2];
-};
-
-TWA_DEVICE float half_to_float(Dtype dtype, uint16_t h) { return dtype == Dtype::bf16 ? bf16_to_float(h) : f16_to_float(h); }
-TWA_DEVICE float load_one(const DeviceTensor& x, int64_t j) {
-  return x.dtype == Dtype::f32 ? static_cast<const float*>(x.data)[j] : half_to_float(x.dtype, static_cast<const uint16_t*>(x.data)[j]);
-}
-// True if groups of four elements may be loaded at once: tiles begin at multiples of 128 elements.
-TWA_DEVICE bool is_aligned(const DeviceTensor& x) { return reinterpret_cast<uintptr_t>(x.data) % (x.dtype == Dtype::f32 ? 16 : 8) == 0; }
-
-// Elements j .. j + 3.
-TWA_DEVICE void load_four(const DeviceTensor& x, int64_t j, float* v) {
-  if (x.dtype == Dtype::f32) {
-    const Float4 f = *reinterpret_cast<const Float4*>(static_cast<const float*>(x.data) + j);
-    for (int k = 0; k < 4; ++k) v[k] = f.v[k];
-  } else {
-    const Half4 h = *reinterpret_cast<const Half4*>(static_cast<const uint16_t*>(x.data) + j);
-    for (int k = 0; k < 4; ++k) v[k] = half_to_float(x.dtype, h.v[k]);
-  }
-}
-// Elements j, j + 64, j + 1, j + 65.
-TWA_DEVICE void load_pairs(const DeviceTensor& x, int64_t j, float* v) {
-  for (int k = 0; k < 2; ++k) {
-    if (x.dtype == Dtype::f32) {
-      const Float2 f = *reinterpret_cast<const Float2*>(static_cast<const float*>(x.data) + j + 64 * k);
-      v[k] = f.v[0], v[2 + k] = f.v[1];
-    } else {
-      const Half2 h = *reinterpret_cast<const Half2*>(static_cast<const uint16_t*>(x.data) + j + 64 * k);
-      v[k] = half_to_float(x.dtype, h.v[0]), v[2 + k] = half_to_float(x.dtype, h.v[1]);
-    }
-  }
-}
-
-// An item: up to kItemTiles tiles of one tensor and one segment.
+// An item: up to item_tiles(bits) tiles of one tensor and one segment.
 struct Item {
   int64_t tile;    // first tile, in the basis
   int64_t column;  // first column, in the tensor
@@ -67,11 +24,88 @@ TWA_DEVICE Item load_item(const DeviceWork& work, int64_t at) {
   return item;
 }
 
+// An item's columns of a tensor: offsets within them are small.
+struct Columns {
+  uint8_t* data;  // null: absent
+  Dtype dtype;
+  bool aligned;  // vectors of four elements may be loaded at once: tiles begin at multiples of 128 elements
+  int count;
+
+  TWA_DEVICE Columns(const DeviceTensor* table, const Item& item) : data(nullptr), dtype(Dtype::f32), aligned(true), count(0) {
+    if (table == nullptr) return;
+    const DeviceTensor tensor = table[item.tensor];
+    if (tensor.data == nullptr) return;
+    const int64_t left = item.numel - item.column;
+    dtype = tensor.dtype, count = left < item.tiles * kTileColumns ? static_cast<int>(left) : item.tiles * kTileColumns;
+    data = static_cast<uint8_t*>(tensor.data) + item.column * (dtype == Dtype::f32 ? 4 : 2);
+    aligned = reinterpret_cast<uintptr_t>(data) % (dtype == Dtype::f32 ? 16 : 8) == 0;
+  }
+  TWA_DEVICE float half(uint16_t h) const { return dtype == Dtype::bf16 ? bf16_to_float(h) : f16_to_float(h); }
+  TWA_DEVICE uint16_t to_half(float v) const { return dtype == Dtype::bf16 ? float_to_bf16(v) : float_to_f16(v); }
+  // v[k] = element at(k), zero past the last.
+  template <class At>
+  TWA_DEVICE void load_singly(const At& at, float* v) const {
+    if (dtype == Dtype::f32) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) v[k] = at(k) < count ? bits_float(load_4(data + 4 * at(k))) : 0.0f;
+    } else {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) v[k] = half(at(k) < count ? load_2(data + 2 * at(k)) : uint16_t{0});
+    }
+  }
+  // Elements c + 4 lane .. c + 4 lane + 3 of the tile that begins at c.
+  TWA_DEVICE void load_four(int c, float* v) const {
+    const int j = c + 4 * lane_index();
+    if (!aligned || c + kTileColumns > count) {
+      load_singly([&](int k) { return j + k; }, v);
+    } else if (dtype == Dtype::f32) {
+      const uint4 w = load_16(data + 4 * j);
+      v[0] = bits_float(w.x), v[1] = bits_float(w.y), v[2] = bits_float(w.z), v[3] = bits_float(w.w);
+    } else {
+      const uint2 w = load_8(data + 2 * j);
+      v[0] = half(static_cast<uint16_t>(w.x)), v[1] = half(static_cast<uint16_t>(w.x >> 16));
+      v[2] = half(static_cast<uint16_t>(w.y)), v[3] = half(static_cast<uint16_t>(w.y >> 16));
+    }
+  }
+  // Elements j, j + 64, j + 1, j + 65 with j = c + 2 lane.
+  TWA_DEVICE void load_pairs(int c, float* v) const {
+    const int j = c + 2 * lane_index();
+    if (!aligned || c + kTileColumns > count) {
+      load_singly([&](int k) { return j + k / 2 + 64 * (k % 2); }, v);
+    } else if (dtype == Dtype::f32) {
+      const uint2 a = load_8(data + 4 * j), b = load_8(data + 4 * j + 256);
+      v[0] = bits_float(a.x), v[1] = bits_float(b.x), v[2] = bits_float(a.y), v[3] = bits_float(b.y);
+    } else {
+      const uint32_t a = load_4(data + 2 * j), b = load_4(data + 2 * j + 128);
+      v[0] = half(static_cast<uint16_t>(a)), v[1] = half(static_cast<uint16_t>(b));
+      v[2] = half(static_cast<uint16_t>(a >> 16)), v[3] = half(static_cast<uint16_t>(b >> 16));
+    }
+  }
+  // As load_four.
+  TWA_DEVICE void store_four(int c, const float* v) const {
+    const int j = c + 4 * lane_index();
+    if (!aligned || c + kTileColumns > count) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (j + k >= count) break;
+        if (dtype == Dtype::f32)
+          store_4(data + 4 * (j + k), float_bits(v[k]));
+        else
+          store_2(data + 2 * (j + k), to_half(v[k]));
+      }
+    } else if (dtype == Dtype::f32) {
+      store_16(data + 4 * j, uint4{float_bits(v[0]), float_bits(v[1]), float_bits(v[2]), float_bits(v[3])});
+    } else {
+      store_8(data + 2 * j, uint2{to_half(v[0]) | static_cast<uint32_t>(to_half(v[1])) << 16, to_half(v[2]) | static_cast<uint32_t>(to_half(v[3])) << 16});
+    }
+  }
+};
+
 // Scales of the rows as bytes, row 32 j + lane in s[j]; zero past the last row, so whatever lies there in the ring counts nothing.
 template <int kCount>
 TWA_DEVICE void load_scales(const uint8_t* scales, int rows, uint32_t* s) {
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) s[j] = 32 * j + lane_index() < rows ? scales[32 * j + lane_index()] : 0u;
+  for (int j = 0; j < kCount; ++j) s[j] = 32 * j + lane_index() < rows ? load_1(scales + 32 * j + lane_index()) : 0u;
 }
 
 // A warp's ring of slots in shared memory, filled by asynchronous copies in the order in which they are used.

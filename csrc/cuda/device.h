@@ -56,6 +56,16 @@ TWA_DEVICE void multiply_add(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
 TWA_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 TWA_DEVICE float square_root(float a) { return __fsqrt_rn(a); }
 
+// Loads and stores of global memory: pointers that come out of tables would else be taken for generic ones.
+TWA_DEVICE uint4 load_16(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
+TWA_DEVICE uint2 load_8(const void* p) { return __ldg(static_cast<const uint2*>(p)); }
+TWA_DEVICE uint32_t load_4(const void* p) { return __ldg(static_cast<const uint32_t*>(p)); }
+TWA_DEVICE uint16_t load_2(const void* p) { return __ldg(static_cast<const uint16_t*>(p)); }
+TWA_DEVICE uint32_t load_1(const void* p) { return __ldg(static_cast<const uint8_t*>(p)); }
+TWA_DEVICE void store_16(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
+TWA_DEVICE void store_8(void* p, uint2 v) { __stcs(static_cast<uint2*>(p), v); }
+TWA_DEVICE void store_4(void* p, uint32_t v) { __stcs(static_cast<uint32_t*>(p), v); }
+TWA_DEVICE void store_2(void* p, uint16_t v) { __stcs(static_cast<uint16_t*>(p), v); }
 // Memory that other multiprocessors wrote during this kernel: read from the second-level cache.
 TWA_DEVICE float load_shared_by_all(const float* p) { return __ldcg(p); }
 TWA_DEVICE double load_shared_by_all(const double* p) { return __ldcg(p); }

@@ -26,6 +26,17 @@ TWA_HD uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
 #endif
 }
 
+// a where mask is set, else b: one instruction.
+TWA_HD uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(d) : "r"(a), "r"(b), "r"(mask));
+  return d;
+#else
+  return (a & mask) | (b & ~mask);
+#endif
+}
+
 struct alignas(16) Word4 {
   uint32_t w[4];
 };
@@ -63,7 +74,7 @@ TWA_HD void look_up(uint32_t codes, uint32_t& low, uint32_t& high) {
 template <int kBits>
 TWA_HD uint32_t nibble_codes(uint32_t w, uint32_t top, int odd) {
   const uint32_t two = odd ? w >> 2 : w;
-  if constexpr (kBits == 3) return (two & 0x33333333u) | ((odd ? top : top << 2) & 0xccccccccu);
+  if constexpr (kBits == 3) return select_bits(0x33333333u, two, odd ? top : top << 2);
   return two & 0x33333333u;
 }
 // 3 bits: byte b of the 2-bit plane is in half h = b / 16; the third bit of its field f is bit 2 f + h of byte b % 16 of the 1-bit plane.
@@ -173,9 +184,9 @@ TWA_HD void transpose_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint
 // Low (or high) nibbles of four words: out[0] holds those of byte 0 of a, b, c, d, then of byte 1; out[1] bytes 2 and 3.
 template <bool kHigh>
 TWA_HD void transpose_nibbles(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint32_t* out) {
-  constexpr uint32_t low = 0x0f0f0f0fu, high = 0xf0f0f0f0u;
-  const uint32_t ab = kHigh ? ((a >> 4) & low) | (b & high) : (a & low) | ((b << 4) & high);
-  const uint32_t cd = kHigh ? ((c >> 4) & low) | (d & high) : (c & low) | ((d << 4) & high);
+  constexpr uint32_t low = 0x0f0f0f0fu;
+  const uint32_t ab = kHigh ? select_bits(low, a >> 4, b) : select_bits(low, a, b << 4);
+  const uint32_t cd = kHigh ? select_bits(low, c >> 4, d) : select_bits(low, c, d << 4);
   out[0] = byte_perm(ab, cd, 0x5140), out[1] = byte_perm(ab, cd, 0x7362);
 }
 
@@ -201,8 +212,6 @@ TWA_HD void reconstruct_operand(const uint32_t* w, const uint32_t* top, int g, u
 
 // Bits of max|v| to e with 2^(23 - e) |v| <= 0x7f7f7f, the largest integer with three balanced 8-bit limbs.
 TWA_HD int fixed_exponent(uint32_t largest) { return static_cast<int>((largest + 65793u) >> 23) - 126; }  // carries where the mantissa is above that
-// 2^e for -149 <= e <= 127.
-TWA_HD float any_pow2f(int e) { return e >= -126 ? pow2f(e) : bits_float(1u << (e + 149 > 0 ? e + 149 : 0)); }
 // q = sum of 256^k limb[k], limbs in [-128, 127], as the bytes of the result: three limbs of a 24-bit number, four of one below 2^31 - 2^24.
 TWA_HD constexpr uint32_t limbs3(int q) { return (static_cast<uint32_t>(q) + 0x808080u) ^ 0x808080u; }
 TWA_HD constexpr uint32_t limbs4(int q) { return (static_cast<uint32_t>(q) + 0x80808080u) ^ 0x80808080u; }

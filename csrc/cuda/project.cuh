@@ -39,38 +39,30 @@ struct Project {
   TWA_HD static constexpr int warp_bytes(int slots) { return (kHeader + slots * kSlot + 127) / 128 * 128; }
 };
 
-// The tile's gradient, four columns a lane (project_column); zero past the tensor's end.
+// The gradient of the tile that begins at column c, four columns a lane (project_column).
 template <int kBits>
-TWA_DEVICE void load_gradient(const DeviceTensor& grad, bool aligned, int64_t column, int64_t numel, float* g) {
-  const int lane = lane_index();
-  if (aligned && column + kTileColumns <= numel) {
-    if constexpr (kBits == 8 || kBits == 1)
-      load_four(grad, column + 4 * lane, g);
-    else
-      load_pairs(grad, column + 2 * lane, g);
-  } else {
-    for (int k = 0; k < 4; ++k) {
-      const int64_t j = column + project_column<kBits>(lane, k);
-      g[k] = j < numel ? load_one(grad, j) : 0.0f;
-    }
-  }
+TWA_DEVICE void load_gradient(const Columns& grad, int c, float* g) {
+  if constexpr (kBits == 8 || kBits == 1)
+    grad.load_four(c, g);
+  else
+    grad.load_pairs(c, g);
 }
 
-// Writes the limbs of the tile's gradient; returns the value of 1 in fixed point, NaN if the gradient is not finite. `sum`, 1 bit: what is to be subtracted
-// from twice this lane's sums, those of limbs 0 and 1, or 2 and 3.
+// Writes the limbs of the tile's gradient. first * second is 2^120 times the value of 1 in fixed point (it may pass float32's range), NaN if the gradient
+// is not finite. sum, 1 bit: what is to be subtracted from twice this lane's sums, those of limbs 0 and 1, or 2 and 3.
 template <int kBits>
-TWA_DEVICE float write_limbs(const float* g, uint32_t* limbs, int& sum) {
+TWA_DEVICE void write_limbs(const float* g, uint32_t* limbs, float& first, float& second, int& sum) {
   const int lane = lane_index();
   uint32_t largest = 0;
 #pragma unroll
   for (int k = 0; k < 4; ++k) largest = max(largest, float_bits(g[k]) & 0x7fffffffu);
   largest = warp_max(largest);
   const int e = fixed_exponent(largest), up = 23 - e;
-  const float first = any_pow2f(up >> 1), second = any_pow2f(up - (up >> 1));  // the factor may pass float32's range
+  const float up1 = pow2f(up >> 1), up2 = pow2f(up - (up >> 1));  // 2^up may pass float32's range, too
   uint32_t v[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const int q = round_to_int(g[k] * first * second);
+    const int q = round_to_int(g[k] * up1 * up2);
     v[k] = kBits == 1 ? limbs4(q * (128 >> (lane / 4))) : limbs3(q);
   }
   uint32_t w[4];
@@ -84,8 +76,9 @@ TWA_DEVICE float write_limbs(const float* g, uint32_t* limbs, int& sum) {
     const int high = warp_sum((dot4(w[2], 0x01010101u, 0) + 256 * dot4(w[3], 0x01010101u, 0)) << (lane / 4));
     sum = lane % 2 ? high : low;
   }
-  if (largest >= 0x7f800000u) return bits_float(0x7fc00000u);
-  return any_pow2f(e - 23) * (kBits == 1 ? 127.0f / 128.0f : 1.0f);
+  const int down = 120 + e - 23 - (kBits == 1 ? 7 : 0);
+  first = pow2f(down >> 1);
+  second = largest >= 0x7f800000u ? bits_float(0x7fc00000u) : pow2f(down - (down >> 1));
 }
 
 // base: the warps' shared memory, `stride` bytes each.
@@ -94,9 +87,8 @@ TWA_DEVICE void project_item(const ProjectArguments& a, Ring& ring, uint8_t* bas
   using P = Project<kBits, kGroups>;
   const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4;
   const Item item = load_item(a.work, at);
-  const DeviceTensor grad = a.grads[item.tensor];
-  const int64_t row0 = static_cast<int64_t>(row_block) * P::kRows;
-  const int rows = a.n - row0 < P::kRows ? static_cast<int>(a.n - row0) : P::kRows;
+  const Columns grad(a.grads, item);
+  const int n = static_cast<int>(a.n), row0 = row_block * P::kRows, rows = n - row0 < P::kRows ? n - row0 : P::kRows;
   float* out = a.partial + at * a.n + row0;
   if (grad.data == nullptr) {
     for (int i = thread_index(); i < rows; i += kThreads) out[i] = 0.0f;
@@ -112,28 +104,28 @@ TWA_DEVICE void project_item(const ProjectArguments& a, Ring& ring, uint8_t* bas
   const uint32_t* my_limbs = limbs + (!has_limb ? 128 : kBits == 1 ? g % 4 * 32 + t % 2 * 16 : g * 32 + t * 8);
   constexpr int kWords = 2 * kProjectSteps<kBits>;
 
-  const int64_t tile_bytes = a.n * row_bytes(kBits);
+  const int tile_bytes = n * row_bytes(kBits);  // an item has at most 64 tiles of 4096 rows
   const uint8_t* codes = a.codes + (item.tile * a.n + row0) * row_bytes(kBits);
   const uint8_t* scales = a.scales + item.tile * a.n + row0;
   for (int k = 0; k < a.slots; ++k) {
     const int tile = warp + kWarps * k;
     if (tile < item.tiles) ring.template copy<kBits, kProjectPad>(codes + tile * tile_bytes, rows);
   }
-  const bool aligned = is_aligned(grad);
   float gradient[4], acc[P::kBlocks][2] = {};
   uint32_t s[kGroups];
   if (warp < item.tiles) {
-    load_gradient<kBits>(grad, aligned, item.column + warp * kTileColumns, item.numel, gradient);
-    load_scales<kGroups>(scales + warp * a.n, rows, s);
+    load_gradient<kBits>(grad, warp * kTileColumns, gradient);
+    load_scales<kGroups>(scales + warp * n, rows, s);
   }
   for (int tile = warp; tile < item.tiles; tile += kWarps) {
     int sum;
-    const float unit = write_limbs<kBits>(gradient, limbs, sum);
+    float first, second;
+    write_limbs<kBits>(gradient, limbs, first, second, sum);
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j) scale[32 * j + lane] = e4m3_shifted(s[j]) * 0x1p120f * unit;
+    for (int j = 0; j < kGroups; ++j) scale[32 * j + lane] = e4m3_shifted(s[j]) * first * second;
     if (tile + kWarps < item.tiles) {  // the next tile's, while this one is computed
-      load_gradient<kBits>(grad, aligned, item.column + (tile + kWarps) * kTileColumns, item.numel, gradient);
-      load_scales<kGroups>(scales + (tile + kWarps) * a.n, rows, s);
+      load_gradient<kBits>(grad, (tile + kWarps) * kTileColumns, gradient);
+      load_scales<kGroups>(scales + (tile + kWarps) * n, rows, s);
     }
     sync_warp();
     uint32_t b[kWords];
@@ -177,7 +169,7 @@ TWA_DEVICE void project_item(const ProjectArguments& a, Ring& ring, uint8_t* bas
   for (int i = thread_index(); i < rows; i += kThreads) {
     float value = 0.0f;
     for (int w = 0; w < kWarps; ++w) value += reinterpret_cast<const float*>(base + w * stride + P::kScaleAt)[i];
-    out[i] = value;
+    out[i] = kBits == 1 ? 127.0f * value : value;
   }
   sync_block();
 }

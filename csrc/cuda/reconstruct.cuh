@@ -87,71 +87,33 @@ TWA_DEVICE void add_rows(const uint8_t* rows, uint32_t b0, uint32_t b1, int (&su
   }
 }
 
-// Coefficients of this lane's rows, row0 + 32 j + lane: x row_scale scale, zero past n.
-template <int kGroups>
-TWA_DEVICE void coefficients(const float* x_row, const uint8_t* scales, int64_t row0, int64_t n, const uint32_t* loaded, float* y) {
+// Coefficients of this lane's rows, row0 + 32 j + lane: x row_scale scale; loaded: scales that are here already.
+template <int kGroups, bool kMany>
+TWA_DEVICE void coefficients(const float* x_row, const uint8_t* scales, int row0, int n, const uint32_t* loaded, float* y) {
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
-    const int64_t row = row0 + 32 * j + lane_index();
-    const uint32_t byte = loaded ? loaded[j] : row < n ? scales[row] : 0u;
-    y[j] = row < n ? x_row[row] * (e4m3_shifted(byte) * 0x1p120f) : 0.0f;
+    const int row = row0 + 32 * j + lane_index();
+    const uint32_t byte = loaded ? loaded[j] : row < n ? load_1(scales + row) : 0u;
+    const float x = !kMany || row < n ? x_row[row] : 0.0f;  // padded with zeros up to a multiple of 32
+    y[j] = x * (e4m3_shifted(byte) * 0x1p120f);
   }
 }
 
-// The tile's four columns of this lane, 4 lane .. 4 lane + 3: sums to weights. sum: 1 bit, sums of the limbs of all coefficients.
+// The tile's four columns of this lane, 4 lane .. 4 lane + 3: value += sum * unit * unit2. low, high: 1 bit, what to subtract from twice the lower and the
+// upper limb, for a level of 0 or 1.
 template <int kBits>
-TWA_DEVICE void weights_of(const Word4* columns, const int (&sum)[3], float unit, float* value) {
-  const int lane = lane_index();
+TWA_DEVICE void add_sums(const Word4* columns, int low, int high, float unit, float unit2, float* value) {
+  const int lane = lane_index(), field = bit_field(4 * lane);
+  if constexpr (kBits == 1) unit *= 127.0f * pow2f(-field);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const Word4 limbs = columns[5 * lane + k];
     int v[3];
 #pragma unroll
     for (int i = 0; i < 3; ++i) v[i] = static_cast<int>(limbs.w[i]);
-    if constexpr (kBits == 1) {  // 2^(field + 1) sum b q - 2^field sum q, exact: below 2^28
-#pragma unroll
-      for (int i = 0; i < 3; ++i) v[i] = 2 * v[i] - (sum[i] << bit_field(4 * lane));
-    }
+    if constexpr (kBits == 1) v[0] = 2 * v[0] - (low << field), v[1] = 2 * v[1], v[2] = 2 * v[2] - (high << field);  // exact: below 2^30
     const float q = fmaf(65536.0f, static_cast<float>(v[2]), fmaf(256.0f, static_cast<float>(v[1]), static_cast<float>(v[0])));
-    value[k] = q * unit;
-  }
-  if constexpr (kBits == 1) {
-    const float even = 127.0f * pow2f(-bit_field(4 * lane));
-#pragma unroll
-    for (int k = 0; k < 4; ++k) value[k] *= even;
-  }
-}
-
-TWA_DEVICE void store_weights(const DeviceTensor& out, bool aligned, int64_t column, int64_t numel, const float* value) {
-  const int64_t j = column + 4 * lane_index();
-  if (aligned && j + 4 <= numel) {
-    if (out.dtype == Dtype::f32) {
-      Float4 f;
-      for (int k = 0; k < 4; ++k) f.v[k] = value[k];
-      *reinterpret_cast<Float4*>(static_cast<float*>(out.data) + j) = f;
-    } else {
-      Half4 h;
-      for (int k = 0; k < 4; ++k) h.v[k] = out.dtype == Dtype::bf16 ? float_to_bf16(value[k]) : float_to_f16(value[k]);
-      *reinterpret_cast<Half4*>(static_cast<uint16_t*>(out.data) + j) = h;
-    }
-  } else {
-    for (int k = 0; k < 4 && j + k < numel; ++k) {
-      if (out.dtype == Dtype::f32)
-        static_cast<float*>(out.data)[j + k] = value[k];
-      else
-        static_cast<uint16_t*>(out.data)[j + k] = out.dtype == Dtype::bf16 ? float_to_bf16(value[k]) : float_to_f16(value[k]);
-    }
-  }
-}
-
-TWA_DEVICE void load_center(const DeviceTensor& center, bool aligned, int64_t column, int64_t numel, float* v) {
-  const int64_t j = column + 4 * lane_index();
-  if (center.data == nullptr) {
-    for (int k = 0; k < 4; ++k) v[k] = 0.0f;
-  } else if (aligned && j + 4 <= numel) {
-    load_four(center, j, v);
-  } else {
-    for (int k = 0; k < 4; ++k) v[k] = j + k < numel ? load_one(center, j + k) : 0.0f;
+    value[k] = fmaf(q * unit, unit2, value[k]);
   }
 }
 
@@ -161,28 +123,25 @@ TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint
   using R = Reconstruct<kBits, kGroups>;
   const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4;
   const Item item = load_item(a.work, at);
-  const DeviceTensor out = a.out[item.tensor];
+  const Columns out(a.out, item), center(a.center, item);  // an absent center has no columns: zeros
   if (out.data == nullptr) return;
-  DeviceTensor center{nullptr, Dtype::f32, 0};
-  if (a.center) center = a.center[item.tensor];
-  const bool aligned = is_aligned(out), center_aligned = is_aligned(center);
+  const int n = static_cast<int>(a.n);
   uint8_t* limbs = mine + R::kLimbAt;
   Word4* columns = reinterpret_cast<Word4*>(mine + R::kSumAt);
   if (lane < 8) reinterpret_cast<uint32_t*>(limbs + 3 * kGroups * 32)[lane] = 0;
 
   // Copies run ahead over (tile, rows of a slot), in the order of their use.
   constexpr int kSlotRows = 32 * R::kSlotGroups;
-  const int64_t tile_bytes = a.n * row_bytes(kBits);
-  const uint8_t* codes = a.codes + item.tile * tile_bytes;
+  const int tile_bytes = n * row_bytes(kBits);  // an item has at most 64 tiles of 4096 rows
+  const uint8_t* codes = a.codes + item.tile * a.n * row_bytes(kBits);
   const uint8_t* scales = a.scales + item.tile * a.n;
-  int copy_tile = warp;
-  int64_t copy_row = 0;
+  int copy_tile = warp, copy_row = 0;
   const auto copy_next = [&] {
     if (copy_tile >= item.tiles) return;
-    const int rows = a.n - copy_row < kSlotRows ? static_cast<int>(a.n - copy_row) : kSlotRows;
+    const int rows = n - copy_row < kSlotRows ? n - copy_row : kSlotRows;
     ring.template copy<kBits, kReconstructPad>(codes + copy_tile * tile_bytes + copy_row * row_bytes(kBits), rows);
     copy_row += kSlotRows;
-    if (copy_row >= a.n) copy_row = 0, copy_tile += kWarps;
+    if (copy_row >= n) copy_row = 0, copy_tile += kWarps;
   };
   for (int k = 0; k < a.slots; ++k) copy_next();
 
@@ -196,34 +155,36 @@ TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint
   uint32_t s[kGroups];
   float middle[4];
   if (warp < item.tiles) {
-    load_scales<kGroups>(scales + warp * a.n, static_cast<int>(a.n), s);
-    load_center(center, center_aligned, item.column + warp * kTileColumns, item.numel, middle);
+    load_scales<kGroups>(scales + warp * n, n, s);
+    center.load_four(warp * kTileColumns, middle);
   }
   for (int tile = warp; tile < item.tiles; tile += kWarps) {
-    const uint8_t* tile_scales = scales + tile * a.n;
+    const uint8_t* tile_scales = scales + tile * n;
     float y[kGroups];
-    coefficients<kGroups>(x_row, tile_scales, 0, a.n, s, y);
+    coefficients<kGroups, kMany>(x_row, tile_scales, 0, n, s, y);
     uint32_t largest = 0;
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) largest = max(largest, float_bits(y[j]) & 0x7fffffffu);
     if constexpr (kMany) {
-      for (int64_t row0 = 32 * kGroups; row0 < a.n; row0 += 32 * kGroups) {
+      for (int row0 = 32 * kGroups; row0 < n; row0 += 32 * kGroups) {
         float more[kGroups];
-        coefficients<kGroups>(x_row, tile_scales, row0, a.n, nullptr, more);
+        coefficients<kGroups, kMany>(x_row, tile_scales, row0, n, nullptr, more);
         for (int j = 0; j < kGroups; ++j) largest = max(largest, float_bits(more[j]) & 0x7fffffffu);
       }
     }
     largest = warp_max(largest);
     const int e = fixed_exponent(largest), up = 23 - e;
-    const float first = any_pow2f(up >> 1), second = any_pow2f(up - (up >> 1));
-    if (tile + kWarps < item.tiles) load_scales<kGroups>(tile_scales + kWarps * a.n, static_cast<int>(a.n), s);
+    const float first = pow2f(up >> 1), second = pow2f(up - (up >> 1));  // 2^up may pass float32's range
+    if (tile + kWarps < item.tiles) load_scales<kGroups>(tile_scales + kWarps * n, n, s);
 
-    int sums[8][4] = {}, limb_sum = 0;
-    for (int64_t row0 = 0; row0 < (kMany ? a.n : 1); row0 += 32 * kGroups) {
-      if (kMany && row0 > 0) coefficients<kGroups>(x_row, tile_scales, row0, a.n, nullptr, y);
+    int sums[8][4] = {}, q_sum = 0;
+    for (int row0 = 0; row0 < (kMany ? n : 1); row0 += 32 * kGroups) {
+      if (kMany && row0 > 0) coefficients<kGroups, kMany>(x_row, tile_scales, row0, n, nullptr, y);
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
-        const uint32_t v = limbs3(round_to_int(y[j] * first * second));
+        const int q = round_to_int(y[j] * first * second);
+        const uint32_t v = limbs3(q);
+        if constexpr (kBits == 1) q_sum += q;
         const int byte = j * 32 + reconstruct_byte<kBits>(lane);
         limbs[byte] = static_cast<uint8_t>(v);
         limbs[kGroups * 32 + byte] = static_cast<uint8_t>(v >> 8);
@@ -232,12 +193,11 @@ TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint
       sync_warp();
 #pragma unroll
       for (int j = 0; j < kGroups; j += R::kSlotGroups) {
-        if (row0 + 32 * j >= a.n) continue;
+        if ((j > 0 || kMany) && row0 + 32 * j >= n) continue;
         const uint8_t* slot = ring.next();
 #pragma unroll
         for (int i = 0; i < R::kSlotGroups && i + j < kGroups; ++i) {
           const Word2 b = *reinterpret_cast<const Word2*>(my_limbs + (j + i) * limb_step);
-          if constexpr (kBits == 1) limb_sum = dot4(b.w[1], 0x01010101u, dot4(b.w[0], 0x01010101u, limb_sum));
           add_rows<kBits>(slot + reconstruct_offset<kBits>(32 * i), b.w[0], b.w[1], sums);
         }
         sync_warp();
@@ -247,30 +207,27 @@ TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint
 
     // From the matrix layout, two limbs of 16 columns a lane, to three limbs of four columns.
     if (t < 2) {
+      const int mine = reconstruct_column<kBits>(0, 0, g);  // a multiple of 4
+      Word2* to = reinterpret_cast<Word2*>(columns + mine + mine / 4) + t;
 #pragma unroll
       for (int m = 0; m < 8; ++m) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int column = reconstruct_column<kBits>(m, h, g);
-          Word2* to = reinterpret_cast<Word2*>(columns + column + column / 4) + t;
-          *to = Word2{{static_cast<uint32_t>(sums[m][2 * h]), static_cast<uint32_t>(sums[m][2 * h + 1])}};
+          const int column = reconstruct_column<kBits>(m, h, 0);
+          to[2 * (column + column / 4)] = Word2{{static_cast<uint32_t>(sums[m][2 * h]), static_cast<uint32_t>(sums[m][2 * h + 1])}};
         }
       }
     }
-    int sum[3] = {0, 0, 0};
-    if constexpr (kBits == 1) {
-      limb_sum += shuffle_xor(limb_sum, 1);
-      limb_sum += shuffle_xor(limb_sum, 2);
-#pragma unroll
-      for (int i = 0; i < 3; ++i) sum[i] = shuffle(limb_sum, 4 * i);
-    }
+    int low = 0, high = 0;
+    if constexpr (kBits == 1) low = warp_sum(q_sum & 0xffff), high = warp_sum(q_sum >> 16);
     sync_warp();
     float value[4];
-    weights_of<kBits>(columns, sum, largest >= 0x7f800000u ? bits_float(0x7fc00000u) : any_pow2f(e - 23), value);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) value[k] += middle[k];
-    if (tile + kWarps < item.tiles) load_center(center, center_aligned, item.column + (tile + kWarps) * kTileColumns, item.numel, middle);
-    store_weights(out, aligned, item.column + tile * kTileColumns, item.numel, value);
+    for (int k = 0; k < 4; ++k) value[k] = middle[k];
+    const int down = e - 23;  // 2^down may be below float32's normal numbers
+    add_sums<kBits>(columns, low, high, pow2f(down >> 1), largest >= 0x7f800000u ? bits_float(0x7fc00000u) : pow2f(down - (down >> 1)), value);
+    if (tile + kWarps < item.tiles) center.load_four((tile + kWarps) * kTileColumns, middle);
+    out.store_four(tile * kTileColumns, value);
     sync_warp();  // the sums have been read
   }
   sync_block();  // x_row too

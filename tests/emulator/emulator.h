@@ -189,6 +189,33 @@ void multiply_add(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
 inline float divide(float a, float b) { return a / b; }
 inline float square_root(float a) { return std::sqrt(a); }
 using std::fmaf;
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+template <class T>
+T load_as(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) emulator::fail("a misaligned load");
+  T v;
+  std::memcpy(&v, p, sizeof(T));
+  return v;
+}
+template <class T>
+void store_as(void* p, T v) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) emulator::fail("a misaligned store");
+  std::memcpy(p, &v, sizeof(T));
+}
+inline uint4 load_16(const void* p) { return load_as<uint4>(p); }
+inline uint2 load_8(const void* p) { return load_as<uint2>(p); }
+inline uint32_t load_4(const void* p) { return load_as<uint32_t>(p); }
+inline uint16_t load_2(const void* p) { return load_as<uint16_t>(p); }
+inline uint32_t load_1(const void* p) { return load_as<uint8_t>(p); }
+inline void store_16(void* p, uint4 v) { store_as(p, v); }
+inline void store_8(void* p, uint2 v) { store_as(p, v); }
+inline void store_4(void* p, uint32_t v) { store_as(p, v); }
+inline void store_2(void* p, uint16_t v) { store_as(p, v); }
 template <class T>
 T load_shared_by_all(const T* p) {
   return *p;
