@@ -8,7 +8,7 @@ namespace twa {
 constexpr int kWarps = 4;             // warps of a block; each streams tiles of its own, and nothing in the main loops waits for another warp
 constexpr int kThreads = 32 * kWarps;
 constexpr int kMaxStages = 8;         // slots of a warp's ring
-constexpr int kRingBytes = 12 << 10;  // of a warp, at most, where two slots fit: 4 blocks on a multiprocessor have 192 KiB on their way
+constexpr int kRingBytes = 10 << 10;  // of a warp, where two slots fit: four blocks of reconstruct share a multiprocessor of Hopper
 
 // An item: up to item_tiles(bits) tiles of one tensor and one segment.
 struct Item {

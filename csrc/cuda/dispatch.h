@@ -9,16 +9,20 @@ namespace twa {
 
 constexpr int kInvalidValue = 1;       // cudaErrorInvalidValue
 constexpr int kMisalignedAddress = 716;  // cudaErrorMisalignedAddress
-constexpr int kMostGroups = 4;
 
-// Two slots of 96 rows are 24 KiB at 8 bits.
-constexpr int project_most_groups(int bits) { return bits == 8 ? 3 : kMostGroups; }
+// Groups of 32 rows that a block can take: two slots of 96 rows are 24 KiB at 8 bits; at 1 bit a row is 16 bytes.
+constexpr int project_most_groups(int bits) { return bits == 8 ? 3 : bits == 1 ? 8 : 4; }
+constexpr int reconstruct_most_groups(int bits) { return bits == 1 ? 8 : 4; }
+constexpr int built_groups(int groups) { return groups <= 4 ? groups : 8; }
 // Rows are split evenly over as few blocks as hold them.
 inline int project_groups(int64_t n, int bits) {
   const int64_t groups = (n + 31) / 32, most = project_most_groups(bits), blocks = (groups + most - 1) / most;
-  return static_cast<int>((groups + blocks - 1) / blocks);
+  return built_groups(static_cast<int>((groups + blocks - 1) / blocks));
 }
-inline int reconstruct_groups(int64_t n) { return n > 32 * kMostGroups ? kMostGroups : static_cast<int>((n + 31) / 32); }
+inline int reconstruct_groups(int64_t n, int bits) {
+  const int most = reconstruct_most_groups(bits);
+  return n > 32 * most ? most : built_groups(static_cast<int>((n + 31) / 32));
+}
 
 inline bool is_valid(const BasisView& basis) {
   return valid_bits(basis.bits) && basis.n >= 1 && basis.n <= kMaxRows && reinterpret_cast<uintptr_t>(basis.codes) % 16 == 0;
@@ -35,8 +39,10 @@ int with_bits_and_groups(int bits, int groups, const F& f) {
         return f(b, std::integral_constant<int, 2>());
       case 3:
         return f(b, std::integral_constant<int, 3>());
-      default:
+      case 4:
         return f(b, std::integral_constant<int, 4>());
+      default:
+        return f(b, std::integral_constant<int, decltype(b)::value == 1 ? 8 : 4>());
     }
   };
   switch (bits) {

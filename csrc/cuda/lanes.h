@@ -5,6 +5,8 @@
 // contracted index is free as long as both operands agree, so each lane takes bytes that lie together in memory.
 #pragma once
 
+#include <utility>
+
 #include "../packing.h"
 
 namespace twa {
@@ -52,6 +54,26 @@ TWA_HD constexpr uint32_t level_word(int first) {
   uint32_t w = 0;
   for (int k = 0; k < 4; ++k) w |= static_cast<uint32_t>(level(kBits, (first + k) & ((1 << kBits) - 1)) & 0xff) << (8 * k);
   return w;
+}
+
+// Level of one code, out of registers: an array indexed by it would lie in memory.
+template <int kBits>
+TWA_HD int level_of(int code) {
+  if constexpr (kBits == 8) return code - 128;
+  constexpr uint32_t t0 = level_word<kBits>(0), t1 = level_word<kBits>(4), t2 = level_word<kBits>(8), t3 = level_word<kBits>(12);
+  const uint32_t low = byte_perm(t0, t1, static_cast<uint32_t>(code & 7)), high = byte_perm(t2, t3, static_cast<uint32_t>(code & 7));
+  return static_cast<int8_t>(kBits == 4 && code >= 8 ? high : low);
+}
+
+// nearest_code() of packing.h with its thresholds as constants.
+template <int kBits, int... kLower>
+TWA_HD int count_thresholds(int k, std::integer_sequence<int, kLower...>) {
+  return (0 + ... + static_cast<int>(2 * k > std::integral_constant<int, level(kBits, kLower) + level(kBits, kLower + 1)>::value));
+}
+template <int kBits>
+TWA_HD int nearest_code_of(int k) {
+  if constexpr (kBits == 8) return k + 128;
+  return count_thresholds<kBits>(k, std::make_integer_sequence<int, (1 << kBits) - 1>());
 }
 
 // Eight codes, a nibble each, to int8 levels: of the low four and of the high four. The nibbles are the selectors of a byte permutation.

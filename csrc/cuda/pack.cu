@@ -88,7 +88,7 @@ pack_kernel(PackArguments a) {
       float dot[4];
       int norm = 0;
       for (int r = 0; r < 4; ++r) {
-        const int l = level(kBits, nearest_code(kBits, to_level(u[r], inverse)));
+        const int l = level_of<kBits>(nearest_code_of<kBits>(to_level(u[r], inverse)));
         dot[r] = u[r] * static_cast<float>(l);
         norm += lane + 32 * r < valid ? l * l : 0;
       }
@@ -98,7 +98,7 @@ pack_kernel(PackArguments a) {
     }
   }
   const float inverse = s > 0.0f ? 1.0f / s : 0.0f;
-  for (int r = 0; r < 4; ++r) shared_codes[lane + 32 * r] = static_cast<uint8_t>(nearest_code(kBits, to_level(u[r], inverse)));
+  for (int r = 0; r < 4; ++r) shared_codes[lane + 32 * r] = static_cast<uint8_t>(nearest_code_of<kBits>(to_level(u[r], inverse)));
   sync_warp();
   const int64_t group = tile * a.n + i;
   for (int b = lane; b < row_bytes(kBits); b += 32) a.codes[group * row_bytes(kBits) + b] = pack_byte(kBits, shared_codes, b);

@@ -7,7 +7,7 @@
 //            even out, and sum (2 b - 1) q = 2 sum b q - sum q: a quarter of an instruction decodes a weight. Two rows then lie side by side in
 //            the operand, each against limbs in its own four of the 8 columns.
 // Sums       a tile's exact sums times scale and unit are added in float32 over the warp's tiles, then over the warps, in order.
-// Shared     per warp: ring of packed rows, 512 bytes of limbs, scales of the rows as float32.
+// Shared     per warp: ring of packed rows, 624 bytes of limbs, scales of the rows as float32.
 // Bytes      n * D * (bits / 8 + 1 / 128) + D * gradient, once per block of rows.
 #pragma once
 
@@ -32,7 +32,8 @@ struct Project {
   static constexpr int kRows = 32 * kGroups, kBlocks = kRows / kProjectRows<kBits>;
   static constexpr int kSlot = kBits == 8 ? kRows * 128 + kRows / 8 * kProjectPad : kRows * row_bytes(kBits);
   static constexpr int kLimbs = kBits == 1 ? 4 : 3;
-  static constexpr int kLimbBytes = 128 * 4 + 64;  // and 64 bytes of zeros, for the columns of the operand that no limb has
+  // Limbs lie 36 words apart, so that lanes of two of them read other banks; then 16 words of zeros, for columns of the operand without a limb.
+  static constexpr int kLimbStride = 36, kZeroAt = 3 * kLimbStride + 32, kLimbBytes = (kZeroAt + 16) * 4;
   static constexpr int kScaleBytes = kRows * 4;
   static constexpr int kLimbAt = kMaxStages * 8, kScaleAt = kLimbAt + kLimbBytes;  // in a warp's shared memory, after the barriers
   static constexpr int kHeader = kScaleAt + kScaleBytes;                           // before its ring
@@ -50,7 +51,7 @@ TWA_DEVICE void load_gradient(const Columns& grad, int c, float* g) {
 
 // Writes the limbs of the tile's gradient. first * second is 2^120 times the value of 1 in fixed point (it may pass float32's range), NaN if the gradient
 // is not finite. sum, 1 bit: what is to be subtracted from twice this lane's sums, those of limbs 0 and 1, or 2 and 3.
-template <int kBits>
+template <int kBits, int kStride>
 TWA_DEVICE void write_limbs(const float* g, uint32_t* limbs, float& first, float& second, int& sum) {
   const int lane = lane_index();
   uint32_t largest = 0;
@@ -69,7 +70,7 @@ TWA_DEVICE void write_limbs(const float* g, uint32_t* limbs, float& first, float
   transpose_bytes(v[0], v[1], v[2], v[3], w);
   const int at = project_word<kBits>(lane);
 #pragma unroll
-  for (int k = 0; k < (kBits == 1 ? 4 : 3); ++k) limbs[32 * k + at] = w[k];
+  for (int k = 0; k < (kBits == 1 ? 4 : 3); ++k) limbs[kStride * k + at] = w[k];
   sum = 0;
   if constexpr (kBits == 1) {
     const int low = warp_sum((dot4(w[0], 0x01010101u, 0) + 256 * dot4(w[1], 0x01010101u, 0)) << (lane / 4));
@@ -97,11 +98,11 @@ TWA_DEVICE void project_item(const ProjectArguments& a, Ring& ring, uint8_t* bas
   uint8_t* mine = base + warp * stride;
   uint32_t* limbs = reinterpret_cast<uint32_t*>(mine + P::kLimbAt);
   float* scale = reinterpret_cast<float*>(mine + P::kScaleAt);
-  if (lane < 16) limbs[128 + lane] = 0;
+  if (lane < 16) limbs[P::kZeroAt + lane] = 0;
 
   // This lane's words of the limbs: column g of the operand is limb g, or nothing. 1 bit: columns 4 to 7 belong to the second row of a pair.
   const bool has_limb = kBits == 1 ? (g >= 4) == (t >= 2) : g < P::kLimbs;
-  const uint32_t* my_limbs = limbs + (!has_limb ? 128 : kBits == 1 ? g % 4 * 32 + t % 2 * 16 : g * 32 + t * 8);
+  const uint32_t* my_limbs = limbs + (!has_limb ? P::kZeroAt : kBits == 1 ? g % 4 * P::kLimbStride + t % 2 * 16 : g * P::kLimbStride + t * 8);
   constexpr int kWords = 2 * kProjectSteps<kBits>;
 
   const int tile_bytes = n * row_bytes(kBits);  // an item has at most 64 tiles of 4096 rows
@@ -120,7 +121,7 @@ TWA_DEVICE void project_item(const ProjectArguments& a, Ring& ring, uint8_t* bas
   for (int tile = warp; tile < item.tiles; tile += kWarps) {
     int sum;
     float first, second;
-    write_limbs<kBits>(gradient, limbs, first, second, sum);
+    write_limbs<kBits, P::kLimbStride>(gradient, limbs, first, second, sum);
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) scale[32 * j + lane] = e4m3_shifted(s[j]) * first * second;
     if (tile + kWarps < item.tiles) {  // the next tile's, while this one is computed

@@ -10,7 +10,7 @@ TWA_KERNEL(kThreads, 4)
 reconstruct_kernel(ReconstructArguments a) {
   using R = Reconstruct<kBits, kGroups>;
   float* x_row = reinterpret_cast<float*>(shared_memory());
-  uint8_t* mine = shared_memory() + padded_rows(a.n) * 4 + warp_index() * R::warp_bytes(a.slots);
+  uint8_t* mine = shared_memory() + R::x_count(a.n) * 4 + warp_index() * R::warp_bytes(a.slots);
   Ring ring;
   ring.open(mine + R::kHeader, reinterpret_cast<uint64_t*>(mine), a.slots, R::kSlot, evict_first());
   reconstruct_item<kBits, kGroups, kMany>(a, ring, mine, x_row, a.work.items - 1 - block_index());  // last first: project ended there
@@ -30,13 +30,13 @@ TWA_KERNEL(kThreads, 8) scale_kernel(ScaleArguments a) {
 }  // namespace
 
 int launch_reconstruct(const ReconstructArguments& arguments, int bits, int device, void* stream) {
-  return with_bits_and_groups(bits, reconstruct_groups(arguments.n), [&](auto b, auto g) {
+  return with_bits_and_groups(bits, reconstruct_groups(arguments.n, bits), [&](auto b, auto g) {
     constexpr int kBits = decltype(b)::value, kGroups = decltype(g)::value;
     using R = Reconstruct<kBits, kGroups>;
     ReconstructArguments a = arguments;
     a.slots = ring_slots(R::kSlot);
-    const int shared = static_cast<int>(padded_rows(a.n) * 4) + kWarps * R::warp_bytes(a.slots);
-    if constexpr (kGroups == kMostGroups) {
+    const int shared = R::x_count(a.n) * 4 + kWarps * R::warp_bytes(a.slots);
+    if constexpr (kGroups == reconstruct_most_groups(kBits)) {
       if (a.n > 32 * kGroups) return launch(reconstruct_kernel<kBits, kGroups, true>, a.work.items, kThreads, shared, device, stream, a);
     }
     return launch(reconstruct_kernel<kBits, kGroups, false>, a.work.items, kThreads, shared, device, stream, a);

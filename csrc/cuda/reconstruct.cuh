@@ -35,6 +35,8 @@ struct Reconstruct {
   static constexpr int kLimbBytes = 3 * kGroups * 32 + 32;  // and 32 bytes of zeros, for the columns of the operand that no limb has
   static constexpr int kSumBytes = 160 * 16;                // 128 columns of four sums, one column of padding every four
   static constexpr int kLimbAt = kMaxStages * 8, kSumAt = (kLimbAt + kLimbBytes + 15) / 16 * 16, kHeader = kSumAt + kSumBytes;
+  // Floats of x_rows in shared memory: zeros as far as lanes read.
+  TWA_HD static constexpr int x_count(int64_t n) { return static_cast<int>((n + 32 * kGroups - 1) / (32 * kGroups) * (32 * kGroups)); }
   TWA_HD static constexpr int warp_bytes(int slots) { return (kHeader + slots * kSlot + 127) / 128 * 128; }
 };
 
@@ -88,14 +90,13 @@ TWA_DEVICE void add_rows(const uint8_t* rows, uint32_t b0, uint32_t b1, int (&su
 }
 
 // Coefficients of this lane's rows, row0 + 32 j + lane: x row_scale scale; loaded: scales that are here already.
-template <int kGroups, bool kMany>
+template <int kGroups>
 TWA_DEVICE void coefficients(const float* x_row, const uint8_t* scales, int row0, int n, const uint32_t* loaded, float* y) {
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
     const int row = row0 + 32 * j + lane_index();
     const uint32_t byte = loaded ? loaded[j] : row < n ? load_1(scales + row) : 0u;
-    const float x = !kMany || row < n ? x_row[row] : 0.0f;  // padded with zeros up to a multiple of 32
-    y[j] = x * (e4m3_shifted(byte) * 0x1p120f);
+    y[j] = x_row[row] * (e4m3_shifted(byte) * 0x1p120f);
   }
 }
 
@@ -138,15 +139,20 @@ TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint
   int copy_tile = warp, copy_row = 0;
   const auto copy_next = [&] {
     if (copy_tile >= item.tiles) return;
-    const int rows = n - copy_row < kSlotRows ? n - copy_row : kSlotRows;
-    ring.template copy<kBits, kReconstructPad>(codes + copy_tile * tile_bytes + copy_row * row_bytes(kBits), rows);
-    copy_row += kSlotRows;
-    if (copy_row >= n) copy_row = 0, copy_tile += kWarps;
+    if constexpr (!kMany && kGroups == R::kSlotGroups) {  // a tile is one slot
+      ring.template copy<kBits, kReconstructPad>(codes + copy_tile * tile_bytes, n);
+      copy_tile += kWarps;
+    } else {
+      const int rows = n - copy_row < kSlotRows ? n - copy_row : kSlotRows;
+      ring.template copy<kBits, kReconstructPad>(codes + copy_tile * tile_bytes + copy_row * row_bytes(kBits), rows);
+      copy_row += kSlotRows;
+      if (copy_row >= n) copy_row = 0, copy_tile += kWarps;
+    }
   };
   for (int k = 0; k < a.slots; ++k) copy_next();
 
   const float* x = a.x_rows + item.segment * padded_rows(a.n);
-  for (int64_t i = thread_index(); i < padded_rows(a.n); i += kThreads) x_row[i] = load_shared_by_all(x + i);
+  for (int i = thread_index(); i < R::x_count(n); i += kThreads) x_row[i] = i < n ? load_shared_by_all(x + i) : 0.0f;
   sync_block();
 
   // Column g of the operand is limb g, or nothing; this lane's words of 32 rows follow each other every 32 bytes.
@@ -161,14 +167,14 @@ TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint
   for (int tile = warp; tile < item.tiles; tile += kWarps) {
     const uint8_t* tile_scales = scales + tile * n;
     float y[kGroups];
-    coefficients<kGroups, kMany>(x_row, tile_scales, 0, n, s, y);
+    coefficients<kGroups>(x_row, tile_scales, 0, n, s, y);
     uint32_t largest = 0;
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) largest = max(largest, float_bits(y[j]) & 0x7fffffffu);
     if constexpr (kMany) {
       for (int row0 = 32 * kGroups; row0 < n; row0 += 32 * kGroups) {
         float more[kGroups];
-        coefficients<kGroups, kMany>(x_row, tile_scales, row0, n, nullptr, more);
+        coefficients<kGroups>(x_row, tile_scales, row0, n, nullptr, more);
         for (int j = 0; j < kGroups; ++j) largest = max(largest, float_bits(more[j]) & 0x7fffffffu);
       }
     }
@@ -179,7 +185,7 @@ TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint
 
     int sums[8][4] = {}, q_sum = 0;
     for (int row0 = 0; row0 < (kMany ? n : 1); row0 += 32 * kGroups) {
-      if (kMany && row0 > 0) coefficients<kGroups, kMany>(x_row, tile_scales, row0, n, nullptr, y);
+      if (kMany && row0 > 0) coefficients<kGroups>(x_row, tile_scales, row0, n, nullptr, y);
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
         const int q = round_to_int(y[j] * first * second);

@@ -32,7 +32,7 @@ struct Step {
   using R = Reconstruct<kBits, kGroups>;
   static constexpr int kSlot = P::kSlot > R::kSlot ? P::kSlot : R::kSlot, kHeader = P::kHeader > R::kHeader ? P::kHeader : R::kHeader;
   TWA_HD static constexpr int warp_bytes(int slots) { return (kHeader + slots * kSlot + 127) / 128 * 128; }
-  static int shared_bytes(int64_t n, int slots) { return kTaskBytes + kStrandBytes + static_cast<int>(padded_rows(n)) * 4 + kWarps * warp_bytes(slots); }
+  static int shared_bytes(int64_t n, int slots) { return kTaskBytes + kStrandBytes + R::x_count(n) * 4 + kWarps * warp_bytes(slots); }
 };
 
 // True in every thread of the last of `of` blocks that come here.
@@ -63,13 +63,13 @@ TWA_DEVICE void finish_item(const StepArguments& a, int64_t item, int32_t* share
 }
 
 template <int kBits, int kGroups, bool kMany>
-TWA_KERNEL(kThreads, kBits == 8 ? 2 : 4)
+TWA_KERNEL(kThreads, kBits == 8 ? 2 : 3)
 step_kernel(StepArguments a) {
   using S = Step<kBits, kGroups, kMany>;
   int32_t* shared = reinterpret_cast<int32_t*>(shared_memory());
   double* strands = reinterpret_cast<double*>(shared_memory() + kTaskBytes);
   float* x_row = reinterpret_cast<float*>(shared_memory() + kTaskBytes + kStrandBytes);
-  uint8_t* base = shared_memory() + kTaskBytes + kStrandBytes + padded_rows(a.update.n) * 4;
+  uint8_t* base = shared_memory() + kTaskBytes + kStrandBytes + S::R::x_count(a.update.n) * 4;
   const int stride = S::warp_bytes(a.project.slots);
   uint8_t* mine = base + warp_index() * stride;
   Ring ring;
@@ -99,14 +99,14 @@ step_kernel(StepArguments a) {
 // f(kernel, shared bytes, slots) of the kernel for n rows.
 template <class F>
 int with_kernel(int64_t n, int bits, const F& f) {
-  return with_bits_and_groups(bits, reconstruct_groups(n), [&](auto b, auto g) {
+  return with_bits_and_groups(bits, reconstruct_groups(n, bits), [&](auto b, auto g) {
     constexpr int kBits = decltype(b)::value, kGroups = decltype(g)::value;
     const auto run = [&](auto many) {
       using S = Step<kBits, kGroups, decltype(many)::value>;
       const int slots = ring_slots(S::kSlot);
       return f(step_kernel<kBits, kGroups, decltype(many)::value>, S::shared_bytes(n, slots), slots, 32 * S::kProjectGroups);
     };
-    if constexpr (kGroups == kMostGroups) {
+    if constexpr (kGroups == reconstruct_most_groups(kBits)) {
       if (n > 32 * kGroups) return run(std::true_type());
     }
     return run(std::false_type());

@@ -78,7 +78,7 @@ void run(int64_t blocks, int threads, int shared_bytes, const std::function<void
   const auto start = [&](size_t slot) {
     auto b = std::make_unique<Block>();
     b->index = next++, b->threads = b->left = threads, b->shared_bytes = shared_bytes;
-    b->bytes.assign(shared_bytes + 512, 0xa5);
+    b->bytes.assign(shared_bytes + 512, 0xff);
     b->shared = b->bytes.data() + (128 - reinterpret_cast<uintptr_t>(b->bytes.data()) % 128);
     b->warps.resize(threads / 32);
     for (int t = 0; t < threads; ++t) {
@@ -125,7 +125,7 @@ void run(int64_t blocks, int threads, int shared_bytes, const std::function<void
       if (running[slot] && running[slot]->left == 0) {
         const Block& b = *running[slot];
         for (const uint8_t* p = b.shared + b.shared_bytes; p < b.bytes.data() + b.bytes.size(); ++p)
-          if (*p != 0xa5) error = "emulator: a block wrote past the end of its shared memory";
+          if (*p != 0xff) error = "emulator: a block wrote past the end of its shared memory";
         for (const auto& [address, barrier] : b.barriers)
           if (!barrier.copies.empty()) error = "emulator: a block ended before its asynchronous copies";
         running[slot].reset();

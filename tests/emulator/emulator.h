@@ -254,7 +254,7 @@ inline void start_copy(emulator::Copy copy, std::vector<emulator::Copy>& copies)
   if (reinterpret_cast<uintptr_t>(copy.from) % 16 || (to - b.shared) % 16 || copy.bytes % 16 || copy.bytes <= 0)
     emulator::fail("an asynchronous copy is not of multiples of 16 bytes");
   if (to < b.shared || to + copy.bytes > b.shared + b.shared_bytes) emulator::fail("an asynchronous copy past the end of shared memory");
-  std::memset(copy.to, 0xa5, copy.bytes);
+  std::memset(copy.to, 0xff, copy.bytes);
   copies.push_back(copy);
 }
 inline void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier, uint64_t policy) {
