@@ -40,12 +40,8 @@ def functions(library: Path) -> list[Function]:
         tool("cuobjdump", "-xelf", "all", str(library.resolve()), folder=folder)
         for cubin in sorted(Path(folder).glob("*.cubin")):
             arch = re.search(r"sm_\d+a?", cubin.name)[0]
-            usage = dict(
-                (name, (int(registers), int(stack)))
-                for name, registers, stack in re.findall(
-                    r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", tool("cuobjdump", "--dump-resource-usage", str(cubin))
-                )
-            )
+            table = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", tool("cuobjdump", "--dump-resource-usage", str(cubin)))
+            usage = {name: (int(registers), int(stack)) for name, registers, stack in table}
             for name, code in parse(tool("nvdisasm", "-c", str(cubin))).items():
                 found.append(Function(name, arch, code, *usage[name]))
     return found

@@ -155,14 +155,22 @@ struct Work {
   twa::DeviceWork view;
   Work(const Addresses& a, int64_t items, int64_t groups) {
     if (a.size() != 9) throw py::value_error("Work: nine addresses expected");
-    view = {pointer<const int32_t>(a[0]), pointer<const int64_t>(a[1]), pointer<const int32_t>(a[2]),
-            pointer<const int32_t>(a[3]), pointer<const int32_t>(a[4]), pointer<const int32_t>(a[5]),
-            pointer<const int32_t>(a[6]), pointer<const int64_t>(a[7]), pointer<const int64_t>(a[8]),
-            items,                        groups};
+    view = {pointer<const int32_t>(a[0]),
+            pointer<const int64_t>(a[1]),
+            pointer<const int32_t>(a[2]),
+            pointer<const int32_t>(a[3]),
+            pointer<const int32_t>(a[4]),
+            pointer<const int32_t>(a[5]),
+            pointer<const int32_t>(a[6]),
+            pointer<const int64_t>(a[7]),
+            pointer<const int64_t>(a[8]),
+            items,
+            groups};
   }
 };
 
-void project_cuda(const Basis& basis, uintptr_t grads, const Work& work, uintptr_t partial, uintptr_t sums, uintptr_t c, int device, uintptr_t stream) {
+void project_cuda(const Basis& basis, uintptr_t grads, const Work& work, uintptr_t partial, uintptr_t sums, uintptr_t c, int device,
+                  uintptr_t stream) {
   check_cuda("project",
              twa::project_cuda(basis.view, pointer<const twa::DeviceTensor>(grads), work.view, pointer<float>(partial), pointer<double>(sums),
                                pointer<float>(c), device, pointer<void>(stream)),
@@ -172,8 +180,8 @@ void project_cuda(const Basis& basis, uintptr_t grads, const Work& work, uintptr
 void reconstruct_cuda(const Basis& basis, uintptr_t x, uintptr_t center, uintptr_t out, const Work& work, uintptr_t x_rows, int device,
                       uintptr_t stream) {
   check_cuda("reconstruct",
-             twa::reconstruct_cuda(basis.view, pointer<const float>(x), pointer<const twa::DeviceTensor>(center), pointer<const twa::DeviceTensor>(out),
-                                   work.view, pointer<float>(x_rows), device, pointer<void>(stream)),
+             twa::reconstruct_cuda(basis.view, pointer<const float>(x), pointer<const twa::DeviceTensor>(center),
+                                   pointer<const twa::DeviceTensor>(out), work.view, pointer<float>(x_rows), device, pointer<void>(stream)),
              device);
 }
 
@@ -182,11 +190,11 @@ void step_cuda(const Basis& basis, uintptr_t grads, bool adamw, const std::vecto
                uintptr_t second, uintptr_t center, uintptr_t out, const Work& work, const Addresses& workspaces, int64_t window, uintptr_t c,
                int device, uintptr_t stream) {
   if (workspaces.size() != 5) throw py::value_error("step: five workspaces expected");
-  const int error = twa::step_cuda(
-      basis.view, pointer<const twa::DeviceTensor>(grads), update_of(adamw, options, count), pointer<float>(x), pointer<float>(first),
-      pointer<float>(second), pointer<const twa::DeviceTensor>(center), pointer<const twa::DeviceTensor>(out), work.view, pointer<float>(workspaces[0]),
-      pointer<double>(workspaces[1]), pointer<float>(workspaces[2]), pointer<int32_t>(workspaces[3]), pointer<const int32_t>(workspaces[4]), window,
-      pointer<float>(c), device, pointer<void>(stream));
+  const int error =
+      twa::step_cuda(basis.view, pointer<const twa::DeviceTensor>(grads), update_of(adamw, options, count), pointer<float>(x), pointer<float>(first),
+                     pointer<float>(second), pointer<const twa::DeviceTensor>(center), pointer<const twa::DeviceTensor>(out), work.view,
+                     pointer<float>(workspaces[0]), pointer<double>(workspaces[1]), pointer<float>(workspaces[2]), pointer<int32_t>(workspaces[3]),
+                     pointer<const int32_t>(workspaces[4]), window, pointer<float>(c), device, pointer<void>(stream));
   check_cuda("step", error, device);
 }
 #endif

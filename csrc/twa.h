@@ -95,8 +95,8 @@ void advise_huge_pages(void* data, int64_t bytes);
 const char* cpu_isa();
 
 // CUDA ------------------------------------------------------------------------------------------------------------
-// All pointers are device pointers (the tables too), on device number `device`, and work is queued on `stream` (a cudaStream_t) of it. Nothing waits and
-// nothing is allocated: the caller brings the workspaces. Each function returns the CUDA error, 0 when everything was launched; if it is not 0,
+// All pointers are device pointers (the tables too), on device number `device`, and work is queued on `stream` (a cudaStream_t) of it. Nothing waits
+// and nothing is allocated: the caller brings the workspaces. Each function returns the CUDA error, 0 when everything was launched; if it is not 0,
 // no output has been written. Repeats give the same bits: no sum depends on which block ran first.
 #if defined(TWA_WITH_CUDA)
 struct DeviceTensor {
@@ -139,15 +139,15 @@ int project_cuda(const BasisView& basis, const DeviceTensor* grads, const Device
 
 // As reconstruct_cpu; center may be null. Workspace: x_rows (L, padded_rows(n)).
 TWA_HD constexpr int64_t padded_rows(int64_t n) { return (n + 31) / 32 * 32; }
-int reconstruct_cuda(const BasisView& basis, const float* x, const DeviceTensor* center, const DeviceTensor* out, const DeviceWork& work, float* x_rows,
-                     int device, void* stream);
+int reconstruct_cuda(const BasisView& basis, const float* x, const DeviceTensor* center, const DeviceTensor* out, const DeviceWork& work,
+                     float* x_rows, int device, void* stream);
 
-// As step_cpu, in one kernel: segments are projected, updated and reconstructed in an order in which the second read of a segment's codes finds in the
-// second-level cache what fits there. Workspaces as above, and counters (step_counters(groups, L),). tasks (2 * items,) from make_tasks(), window from
-// step_window(); where tasks is null, project, update and reconstruct run one after the other, with the same results.
-int step_cuda(const BasisView& basis, const DeviceTensor* grads, const Update& update, float* x, float* first, float* second, const DeviceTensor* center,
-              const DeviceTensor* out, const DeviceWork& work, float* partial, double* sums, float* x_rows, int32_t* counters, const int32_t* tasks,
-              int64_t window, float* c, int device, void* stream);
+// As step_cpu, in one kernel: segments are projected, updated and reconstructed in an order in which the second read of a segment's codes finds in
+// the second-level cache what fits there. Workspaces as above, and counters (step_counters(groups, L),). tasks (2 * items,) from make_tasks(), window
+// from step_window(); where tasks is null, project, update and reconstruct run one after the other, with the same results.
+int step_cuda(const BasisView& basis, const DeviceTensor* grads, const Update& update, float* x, float* first, float* second,
+              const DeviceTensor* center, const DeviceTensor* out, const DeviceWork& work, float* partial, double* sums, float* x_rows,
+              int32_t* counters, const int32_t* tasks, int64_t window, float* c, int device, void* stream);
 constexpr int64_t step_counters(int64_t groups, int64_t num_segments) { return 1 + groups + 2 * num_segments; }
 // Tasks of a step, in order: item i's projection is i, its reconstruction is -1 - i. A segment's reconstruction begins `window` tasks after its last
 // projection, last item first. Empty if a segment has no item: such a step runs without tasks.

@@ -97,9 +97,7 @@ def work_items(tile_segment: Tensor, numels: Sequence[int], num_segments: int, b
 
 def _basis(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, bits: int):
     if codes.data_ptr() % 16:
-        raise ValueError(
-            f"codes begin at address {codes.data_ptr():#x}, expected a multiple of 16, which asynchronous copies need: pass codes.clone() instead of a view"
-        )
+        raise ValueError(f"codes begin at address {codes.data_ptr():#x}, expected a multiple of 16, which asynchronous copies need: clone() them")
     return native._basis(codes, scales, row_scale, tile_segment, bits, module)
 
 

@@ -5,7 +5,7 @@
 
 namespace twa {
 
-constexpr int kWarps = 4;             // warps of a block; each streams tiles of its own, and nothing in the main loops waits for another warp
+constexpr int kWarps = 4;  // warps of a block; each streams tiles of its own, and nothing in the main loops waits for another warp
 constexpr int kThreads = 32 * kWarps;
 constexpr int kMaxStages = 8;         // slots of a warp's ring
 constexpr int kRingBytes = 10 << 10;  // of a warp, where two slots fit: four blocks of reconstruct share a multiprocessor of Hopper
@@ -96,7 +96,8 @@ struct Columns {
     } else if (dtype == Dtype::f32) {
       store_16(data + 4 * j, uint4{float_bits(v[0]), float_bits(v[1]), float_bits(v[2]), float_bits(v[3])});
     } else {
-      store_8(data + 2 * j, uint2{to_half(v[0]) | static_cast<uint32_t>(to_half(v[1])) << 16, to_half(v[2]) | static_cast<uint32_t>(to_half(v[3])) << 16});
+      store_8(data + 2 * j,
+              uint2{to_half(v[0]) | static_cast<uint32_t>(to_half(v[1])) << 16, to_half(v[2]) | static_cast<uint32_t>(to_half(v[3])) << 16});
     }
   }
 };
@@ -113,8 +114,8 @@ struct Ring {
   uint8_t* data;
   uint64_t* full;  // (kMaxStages,) one barrier a slot
   int slots, slot_bytes;
-  int fill, use;         // slots next filled and next used
-  uint32_t parity;       // of the phase that the next used slot completes
+  int fill, use;    // slots next filled and next used
+  uint32_t parity;  // of the phase that the next used slot completes
   uint64_t policy;
 
   TWA_DEVICE void open(uint8_t* bytes, uint64_t* barriers, int count, int size, uint64_t cache_policy) {

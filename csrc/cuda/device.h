@@ -108,13 +108,13 @@ TWA_DEVICE void barrier_expect(uint64_t* barrier, int bytes) {
 }
 TWA_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{ .reg .pred done; wait: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra.uni wait; }" ::"r"(shared_address(barrier)), "r"(parity)
-      : "memory");
+  asm volatile("{ .reg .pred done; wait: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra.uni wait; }" ::"r"(shared_address(barrier)),
+               "r"(parity)
+               : "memory");
 #else
-  asm volatile(
-      "{ .reg .pred done; wait: mbarrier.test_wait.parity.shared.b64 done, [%0], %1; @!done bra.uni wait; }" ::"r"(shared_address(barrier)), "r"(parity)
-      : "memory");
+  asm volatile("{ .reg .pred done; wait: mbarrier.test_wait.parity.shared.b64 done, [%0], %1; @!done bra.uni wait; }" ::"r"(shared_address(barrier)),
+               "r"(parity)
+               : "memory");
 #endif
 }
 // to, from and bytes are multiples of 16.
@@ -150,9 +150,10 @@ int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_by
   cudaError_t error = cudaGetDevice(&before);
   if (error == cudaSuccess && blocks > 0x7fffffff) error = cudaErrorInvalidConfiguration;
   if (error == cudaSuccess && device != before) error = cudaSetDevice(device);
-  if (error == cudaSuccess && shared_bytes > 48 << 10) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == cudaSuccess && shared_bytes > 48 << 10)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess && blocks > 0) {
-    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
+    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(arguments);
     error = cudaGetLastError();
   } else if (error != cudaSuccess) {
     cudaGetLastError();  // clears it: the next call must not report this one's error

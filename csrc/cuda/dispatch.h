@@ -7,7 +7,7 @@
 
 namespace twa {
 
-constexpr int kInvalidValue = 1;       // cudaErrorInvalidValue
+constexpr int kInvalidValue = 1;         // cudaErrorInvalidValue
 constexpr int kMisalignedAddress = 716;  // cudaErrorMisalignedAddress
 
 // Groups of 32 rows that a block can take: two slots of 96 rows are 24 KiB at 8 bits; at 1 bit a row is 16 bytes.

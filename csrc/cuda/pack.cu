@@ -83,7 +83,8 @@ pack_kernel(PackArguments a) {
     if (kBits == 8 || a.absmax) {
       s = round_scale(bits_float(static_cast<uint32_t>(m)) * down * down2 / 127.0f, true);
     } else {
-      s = square_root(divide(total, static_cast<float>(valid))) * rms_share(kBits) + bits_float(static_cast<uint32_t>(m)) * down * down2 * max_share(kBits);
+      s = square_root(divide(total, static_cast<float>(valid))) * rms_share(kBits) +
+          bits_float(static_cast<uint32_t>(m)) * down * down2 * max_share(kBits);
       const float inverse = 1.0f / s;
       float dot[4];
       int norm = 0;

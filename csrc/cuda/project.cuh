@@ -16,13 +16,13 @@
 namespace twa {
 
 struct ProjectArguments {
-  const uint8_t* codes;        // (num_tiles, n, 16 * bits)
-  const uint8_t* scales;       // (num_tiles, n)
-  const DeviceTensor* grads;   // (tensors,)
+  const uint8_t* codes;       // (num_tiles, n, 16 * bits)
+  const uint8_t* scales;      // (num_tiles, n)
+  const DeviceTensor* grads;  // (tensors,)
   DeviceWork work;
-  float* partial;              // (items, n)
+  float* partial;  // (items, n)
   int64_t n;
-  int slots;                   // of a warp's ring
+  int slots;  // of a warp's ring
   int row_blocks;
 };
 
@@ -49,8 +49,8 @@ TWA_DEVICE void load_gradient(const Columns& grad, int c, float* g) {
     grad.load_pairs(c, g);
 }
 
-// Writes the limbs of the tile's gradient. first * second is 2^120 times the value of 1 in fixed point (it may pass float32's range), NaN if the gradient
-// is not finite. sum, 1 bit: what is to be subtracted from twice this lane's sums, those of limbs 0 and 1, or 2 and 3.
+// Writes the limbs of the tile's gradient. first * second is 2^120 times the value of 1 in fixed point (it may pass float32's range), NaN if the
+// gradient is not finite. sum, 1 bit: what is to be subtracted from twice this lane's sums, those of limbs 0 and 1, or 2 and 3.
 template <int kBits, int kStride>
 TWA_DEVICE void write_limbs(const float* g, uint32_t* limbs, float& first, float& second, int& sum) {
   const int lane = lane_index();

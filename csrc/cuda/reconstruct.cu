@@ -43,8 +43,8 @@ int launch_reconstruct(const ReconstructArguments& arguments, int bits, int devi
   });
 }
 
-int reconstruct_cuda(const BasisView& basis, const float* x, const DeviceTensor* center, const DeviceTensor* out, const DeviceWork& work, float* x_rows,
-                     int device, void* stream) {
+int reconstruct_cuda(const BasisView& basis, const float* x, const DeviceTensor* center, const DeviceTensor* out, const DeviceWork& work,
+                     float* x_rows, int device, void* stream) {
   if (!is_valid(basis)) return kInvalidValue;
   const int64_t threads = basis.num_segments * padded_rows(basis.n);
   const ScaleArguments scale{x, basis.row_scale, x_rows, basis.n, basis.num_segments};

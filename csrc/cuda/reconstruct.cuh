@@ -2,7 +2,8 @@
 //
 // Operands   codes, scales as in project; x_rows (L, padded_rows(n)) float32: coefficient times row_scale, zero past n; center and out by tensor.
 // Work map   block = item; warp w takes tiles w, w + 4, ... and all n rows, kGroups * 32 of them at a time.
-// Product    levels (columns x rows) times coefficients (rows x limbs) on the matrix units. The operand wants four rows in a word where packed words have
+// Product    levels (columns x rows) times coefficients (rows x limbs) on the matrix units. The operand wants four rows in a word where packed words
+// have
 //            four bytes of one row: 4 x 4 bytes (or nibbles) are transposed in registers before they are decoded, at 1 bit 0.06 permutations a
 //            weight. Coefficients x row_scale scale are 24-bit fixed point with a unit per tile: three limbs, exact int32 sums over all rows.
 //            At 1 bit the operand is masked words, 0 or 2^field: sum (2 b - 1) q = 2 sum b q - sum q.
@@ -16,14 +17,14 @@
 namespace twa {
 
 struct ReconstructArguments {
-  const uint8_t* codes;         // (num_tiles, n, 16 * bits)
-  const uint8_t* scales;        // (num_tiles, n)
-  const float* x_rows;          // (L, padded_rows(n))
-  const DeviceTensor* center;   // (tensors,) or null
-  const DeviceTensor* out;      // (tensors,)
+  const uint8_t* codes;        // (num_tiles, n, 16 * bits)
+  const uint8_t* scales;       // (num_tiles, n)
+  const float* x_rows;         // (L, padded_rows(n))
+  const DeviceTensor* center;  // (tensors,) or null
+  const DeviceTensor* out;     // (tensors,)
   DeviceWork work;
   int64_t n;
-  int slots;                    // of a warp's ring
+  int slots;  // of a warp's ring
 };
 
 // kGroups: groups of 32 rows whose coefficients a lane holds, one row each.
@@ -100,8 +101,8 @@ TWA_DEVICE void coefficients(const float* x_row, const uint8_t* scales, int row0
   }
 }
 
-// The tile's four columns of this lane, 4 lane .. 4 lane + 3: value += sum * unit * unit2. low, high: 1 bit, what to subtract from twice the lower and the
-// upper limb, for a level of 0 or 1.
+// The tile's four columns of this lane, 4 lane .. 4 lane + 3: value += sum * unit * unit2. low, high: 1 bit, what to subtract from twice the lower
+// and the upper limb, for a level of 0 or 1.
 template <int kBits>
 TWA_DEVICE void add_sums(const Word4* columns, int low, int high, float unit, float unit2, float* value) {
   const int lane = lane_index(), field = bit_field(4 * lane);

@@ -1,7 +1,8 @@
 // A training step on a GPU in one kernel: project, update and reconstruct by segment, so that the second read of a segment's codes finds in the
 // second-level cache what is still there.
 //
-// Work map   as many blocks as the device runs at once take tasks in order from one counter: an item's projection or its reconstruction. The last projection
+// Work map   as many blocks as the device runs at once take tasks in order from one counter: an item's projection or its reconstruction. The last
+// projection
 //            of a group of items adds the group's partial sums, the last group of a segment updates the coefficients and raises the segment's
 //            flag; reconstructions wait for it. Nothing else waits: what is waited for was taken earlier by a block that is running.
 // Order      make_tasks(): segment after segment; a segment's reconstruction begins, last item first, when as many other tasks have been handed out
@@ -130,9 +131,9 @@ UpdateArguments update_arguments(const Update& u) {
 
 }  // namespace
 
-int step_cuda(const BasisView& basis, const DeviceTensor* grads, const Update& update, float* x, float* first, float* second, const DeviceTensor* center,
-              const DeviceTensor* out, const DeviceWork& work, float* partial, double* sums, float* x_rows, int32_t* counters, const int32_t* tasks,
-              int64_t window, float* c, int device, void* stream) {
+int step_cuda(const BasisView& basis, const DeviceTensor* grads, const Update& update, float* x, float* first, float* second,
+              const DeviceTensor* center, const DeviceTensor* out, const DeviceWork& work, float* partial, double* sums, float* x_rows,
+              int32_t* counters, const int32_t* tasks, int64_t window, float* c, int device, void* stream) {
   const bool adamw = update.rule == Update::Rule::adamw, momentum = !adamw && update.momentum != 0.0;
   if (!is_valid(basis) || update.step < 1 || (!first && (adamw || momentum)) || (!second && adamw)) return kInvalidValue;
   UpdateArguments u = update_arguments(update);

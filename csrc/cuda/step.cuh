@@ -10,21 +10,21 @@
 namespace twa {
 
 struct UpdateArguments {
-  const float* partial;     // (items, n)
-  double* sums;             // (groups, n)
-  const float* row_scale;   // (n, L)
-  float* c;                 // (n, L)
-  float* x;                 // (n, L), updated; null: c only
-  float* first;             // (n, L) or null
-  float* second;            // (n, L) or null
-  float* x_rows;            // (L, padded_rows(n))
+  const float* partial;    // (items, n)
+  double* sums;            // (groups, n)
+  const float* row_scale;  // (n, L)
+  float* c;                // (n, L)
+  float* x;                // (n, L), updated; null: c only
+  float* first;            // (n, L) or null
+  float* second;           // (n, L) or null
+  float* x_rows;           // (L, padded_rows(n))
   DeviceWork work;
   int64_t n, num_segments;
   bool adamw, maximize, nesterov, fresh;
-  float lr;     // sgd: learning rate; adamw: divided by the first moment's bias correction
-  float decay;  // sgd: weight decay; adamw: 1 - lr * weight decay
-  float w1;     // sgd: momentum; adamw: 1 - beta1
-  float w2;     // sgd: 1 - dampening; adamw: 1 - beta2
+  float lr;                // sgd: learning rate; adamw: divided by the first moment's bias correction
+  float decay;             // sgd: weight decay; adamw: 1 - lr * weight decay
+  float w1;                // sgd: momentum; adamw: 1 - beta1
+  float w2;                // sgd: 1 - dampening; adamw: 1 - beta2
   float beta2, root, eps;  // adamw; root: of the second moment's bias correction
 };
 

@@ -1,8 +1,8 @@
 // The functions of csrc/cuda/device.h on a CPU: the CUDA kernels themselves run in tests, block by block, a fiber a thread.
 //
-// What a GPU does at once happens here in an order chosen at random (TWA_EMULATOR_SEED), and what it leaves undefined is made visible: shared memory begins
-// as garbage, an asynchronous copy makes its destination garbage until somebody waits for it, writing past a block's shared memory, lanes of a warp that
-// call different functions, misaligned copies and blocks that wait for ever are errors.
+// What a GPU does at once happens here in an order chosen at random (TWA_EMULATOR_SEED), and what it leaves undefined is made visible: shared memory
+// begins as garbage, an asynchronous copy makes its destination garbage until somebody waits for it, writing past a block's shared memory, lanes of a
+// warp that call different functions, misaligned copies and blocks that wait for ever are errors.
 #pragma once
 
 #include <cmath>
@@ -157,7 +157,8 @@ inline int round_to_int(float v) {  // as the instruction: saturated, NaN is 0
 
 // mma.m16n8k32 by the definition of its fragments in the PTX manual ("Matrix Fragments for mma.m16n8k32"): group = lane >> 2, member = lane % 4;
 // a[i]: row = group for 0 <= i < 4 and 8 <= i < 12, else group + 8; column = member * 4 + (i & 3), and 16 more for i >= 8;
-// b[i]: row = member * 4 + (i & 3), and 16 more for i >= 4; column = group;   c[i]: row = group for i < 2, else group + 8; column = member * 2 + (i & 1).
+// b[i]: row = member * 4 + (i & 3), and 16 more for i >= 4; column = group;   c[i]: row = group for i < 2, else group + 8; column = member * 2 + (i &
+// 1).
 template <bool kUnsigned>
 void multiply_add(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   uint32_t in[10] = {a0, a1, a2, a3, b0, b1}, out[4];
@@ -171,7 +172,8 @@ void multiply_add(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
         const int row = (i < 4 || (i >= 8 && i < 12)) ? group : group + 8, column = member * 4 + (i & 3) + (i >= 8 ? 16 : 0);
         a[row][column] = kUnsigned ? static_cast<int>(byte) : static_cast<int8_t>(byte);
       }
-      for (int i = 0; i < 8; ++i) b[member * 4 + (i & 3) + (i >= 4 ? 16 : 0)][group] = static_cast<int8_t>(x[lane][4 + i / 4] >> (8 * (i & 3)) & 0xff);
+      for (int i = 0; i < 8; ++i)
+        b[member * 4 + (i & 3) + (i >= 4 ? 16 : 0)][group] = static_cast<int8_t>(x[lane][4 + i / 4] >> (8 * (i & 3)) & 0xff);
     }
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < 4; ++i) {
@@ -287,8 +289,8 @@ inline void pause() { emulator::wait(nullptr, 0); }
 
 template <class Arguments>
 int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_bytes, int device, void*, const Arguments& arguments) {
-  if (device != 0) return 101;                 // cudaErrorInvalidDevice
-  if (shared_bytes > 227 << 10) return 1;      // cudaErrorInvalidValue
+  if (device != 0) return 101;             // cudaErrorInvalidDevice
+  if (shared_bytes > 227 << 10) return 1;  // cudaErrorInvalidValue
   if (blocks > 0) emulator::run(blocks, threads, shared_bytes, [&] { kernel(arguments); });
   return 0;
 }
