@@ -153,8 +153,10 @@ int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_by
   if (error == cudaSuccess && shared_bytes > 48 << 10)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess && blocks > 0) {
-    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(arguments);
-    error = cudaGetLastError();
+    void* pointers[] = {const_cast<Arguments*>(&arguments)};
+    error = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), pointers,
+                             static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream));
+    if (error != cudaSuccess) cudaGetLastError();
   } else if (error != cudaSuccess) {
     cudaGetLastError();  // clears it: the next call must not report this one's error
   }
