@@ -118,7 +118,11 @@ def direct_build(output: Path, architecture: str, include: Path) -> None:
     if architecture:
         code = f"arch=compute_{architecture},code=[compute_{architecture},sm_{architecture}]"
         device = [nvcc, "-DNDEBUG", "-std=c++17", *cmake_flags("twa_cuda"), "-Xcompiler=-fPIC,-fvisibility=hidden", "-gencode", code]
-        jobs += [[*device, "-DTWA_WITH_CUDA", f"-I{ROOT / 'csrc'}", "-c", source] for source in sorted(ROOT.glob("csrc/cuda/*.cu"))]
+        jobs += [
+            [*device, "-DTWA_WITH_CUDA", f"-I{ROOT / 'csrc'}", "-c", source]
+            for source in sorted(ROOT.glob("csrc/cuda/*.c*"))
+            if source.suffix in (".cu", ".cpp")
+        ]
 
     def compiled(job: list, objects: str) -> str:
         to = f"{objects}/{job[-1].parent.name}_{job[-1].name}.o"

@@ -76,12 +76,11 @@ step_kernel(StepArguments a) {
   Ring ring;
   ring.open(mine + S::kHeader, reinterpret_cast<uint64_t*>(mine), a.project.slots, S::kSlot, evict_normal());
   const int32_t* flags = a.counters + 1 + a.update.work.groups + a.update.num_segments;
-  for (;;) {
-    if (thread_index() == 0) shared[1] = counter_add(a.counters, 1);
-    sync_block();
-    const int64_t taken = shared[1];
-    sync_block();
-    if (taken >= a.count) break;
+  if (thread_index() == 0) shared[1] = counter_add(a.counters, 1);
+  sync_block();
+  for (int64_t taken = shared[1]; taken < a.count; taken = shared[1]) {
+    // The next task is taken before this one is done: a task still waits for smaller numbers only, so that the smallest unfinished one can always run.
+    const int next = thread_index() == 0 ? counter_add(a.counters, 1) : 0;
     const int task = a.tasks[taken];
     if (task >= 0) {
       for (int block = 0; block < a.project.row_blocks; ++block) project_item<kBits, S::kProjectGroups>(a.project, ring, base, stride, task, block);
@@ -94,6 +93,9 @@ step_kernel(StepArguments a) {
       fence();
       reconstruct_item<kBits, kGroups, kMany>(a.reconstruct, ring, mine, x_row, item);
     }
+    sync_block();
+    if (thread_index() == 0) shared[1] = next;
+    sync_block();
   }
 }
 
