@@ -20,8 +20,9 @@ bench: build
 gpu-check:
 	$(PYTHON) bench/gpu_check.py
 
-# Registers, spills and instructions per weight of the Triton kernels, from their machine code; needs no GPU.
+# Registers, spills and instructions per weight of the CUDA and the Triton kernels, from their machine code; needs no GPU.
 static-cost: build
+	$(BIN)/python bench/static_cost_cuda.py
 	$(BIN)/python bench/static_cost.py
 
 # The kernel tests once more, with a native module built for AddressSanitizer and UndefinedBehaviorSanitizer.
