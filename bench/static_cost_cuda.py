@@ -34,17 +34,18 @@ def tile_bytes(op: str, bits: int, rows: int) -> int:
 
 
 def measure(function: machine_code.Function) -> dict | None:
-    found = re.search(r"\d(pack|project|sum|update|reconstruct|scale|step)_kernel(ILi(\d)E)?(Li(\d)E)?(Lb(\d)E)?", function.name)
+    found = re.search(r"\d(pack|project|sum|update|reconstruct|scale|step)_kernel(ILi(\d)E)?(Li(\d+)E)?(Lb(\d)E)?", function.name)
     if not found:
         return None
-    op, bits, groups, many = found[1], int(found[3] or 0), int(found[5] or 0), found[7] == "1"
-    row = {"op": op, "bits": bits, "rows": 32 * groups, "many": many, "arch": function.arch, "registers": function.registers}
+    op, bits, units, many = found[1], int(found[3] or 0), int(found[5] or 0), found[7] == "1"
+    row = {"op": op, "bits": bits, "rows": 16 * units, "many": many, "arch": function.arch, "registers": function.registers}
     row |= {"stack": function.stack, "instructions": len(function.code)}
     if op in ("project", "reconstruct") and not many:
         path = machine_code.usual_path(function.code)
         names = machine_code.counts(path)
         thread_instructions = 32 * len(path)
-        row |= {"path": len(path), "per_weight": thread_instructions / (row["rows"] * 128), "products": names.get("IMMA", 0)}
+        products = sum({"16832": 512, "16816": 256}[op.split(".")[1]] for op in path if op.startswith("IMMA"))  # of one tile
+        row |= {"path": len(path), "per_weight": thread_instructions / (row["rows"] * 128), "products": products}
         row["share"] = thread_instructions / (tile_bytes(op, bits, row["rows"]) * PER_BYTE.get(function.arch, PER_BYTE["sm_90"]))
         row |= {"shared_access": names.get("LDS", 0) + names.get("STS", 0), "barriers": names.get("BAR", 0)}
         row["copies"] = sum("UBLKCP" in text or "LDGSTS" in text for _, text in function.code)
@@ -78,14 +79,14 @@ def markdown(rows: list[dict]) -> list[str]:
     lines += ["Read from the machine code in the native module; no GPU took part. Instructions of a whole tile on its usual path: float32"]
     lines += ["gradient, center and weight, aligned. *Share*: of the instructions that an H200 issues while it moves the tile's bytes; below 1,"]
     lines += ["memory is the limit. Budget: instructions per weight while the packed bytes alone are moved.", ""]
-    lines += ["| op | bits | budget | rows | instructions | per weight | share | sm_80: share, A100 | registers | products | stack |"]
-    lines += ["|" + "---|" * 11]
+    lines += ["| op | bits | budget | rows | instructions | per weight | share | sm_80: share, A100 | registers | stack |"]
+    lines += ["|" + "---|" * 10]
     by = {(r["arch"], r["op"], r["bits"], r["rows"], r["many"]): r for r in rows}
     for r in rows:
         if r["arch"] == "sm_90" and "path" in r:
             other = by.get(("sm_80", r["op"], r["bits"], r["rows"], False))
             cells = [r["op"], r["bits"], BUDGET[r["bits"]], r["rows"], r["path"], f"{r['per_weight']:.2f}", f"{r['share']:.2f}"]
-            cells += [f"{other['share']:.2f}" if other else "", r["registers"], r["products"], r["stack"]]
+            cells += [f"{other['share']:.2f}" if other else "", r["registers"], r["stack"]]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     archs = sorted({r["arch"] for r in rows})
     stack = max(r["stack"] for r in rows)

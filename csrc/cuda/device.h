@@ -52,6 +52,20 @@ TWA_DEVICE void multiply_add(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
   }
 }
 
+// The same with half as many products: a (16 x 16), b (16 x 8); the first two words of a and the first of b.
+template <bool kUnsigned>
+TWA_DEVICE void multiply_add_half(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+  if constexpr (kUnsigned) {
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+  }
+}
+
 // Division and root as IEEE says, whatever the compiler's flags.
 TWA_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 TWA_DEVICE float square_root(float a) { return __fsqrt_rn(a); }

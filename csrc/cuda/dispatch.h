@@ -1,4 +1,4 @@
-// From run-time sizes to kernels: bits, and how many groups of 32 rows a block takes.
+// From run-time sizes to kernels: bits, and how many rows a block takes.
 #pragma once
 
 #include <type_traits>
@@ -10,52 +10,63 @@ namespace twa {
 constexpr int kInvalidValue = 1;         // cudaErrorInvalidValue
 constexpr int kMisalignedAddress = 716;  // cudaErrorMisalignedAddress
 
-// Groups of 32 rows that a block can take: two slots of 96 rows are 24 KiB at 8 bits; at 1 bit a row is 16 bytes.
-constexpr int project_most_groups(int bits) { return bits == 8 ? 3 : bits == 1 ? 8 : 4; }
-constexpr int reconstruct_most_groups(int bits) { return bits == 1 ? 8 : 4; }
-constexpr int built_groups(int groups) { return groups <= 4 ? groups : 8; }
+// Kernels are built for blocks of 16, 32, 48, 64, 80, 96, 128 rows, in units of 16, and at 1 bit, where a row is 16 bytes, 256.
+constexpr int most_units(int bits) { return bits == 1 ? 16 : 8; }
+constexpr int built_units(int units) { return units <= 6 ? units : units <= 8 ? 8 : 16; }
+// project: two slots of 96 rows are 24 KiB at 8 bits; at 1 bit rows go in pairs, 32 to an operand.
+constexpr int project_most_units(int bits) { return bits == 8 ? 6 : most_units(bits); }
+constexpr int project_built_units(int bits, int units) { return built_units(bits == 1 ? (units + 1) / 2 * 2 : units); }
+constexpr bool is_built_for_project(int bits, int units) { return units <= project_most_units(bits) && units == project_built_units(bits, units); }
 // Rows are split evenly over as few blocks as hold them.
-inline int project_groups(int64_t n, int bits) {
-  const int64_t groups = (n + 31) / 32, most = project_most_groups(bits), blocks = (groups + most - 1) / most;
-  return built_groups(static_cast<int>((groups + blocks - 1) / blocks));
+inline int project_units(int64_t n, int bits) {
+  const int64_t units = (n + 15) / 16, most = project_most_units(bits), blocks = (units + most - 1) / most;
+  return project_built_units(bits, static_cast<int>((units + blocks - 1) / blocks));
 }
-inline int reconstruct_groups(int64_t n, int bits) {
-  const int most = reconstruct_most_groups(bits);
-  return n > 32 * most ? most : built_groups(static_cast<int>((n + 31) / 32));
+inline int reconstruct_units(int64_t n, int bits) {
+  const int most = most_units(bits);
+  return n > 16 * most ? most : built_units(static_cast<int>((n + 15) / 16));
 }
 
 inline bool is_valid(const BasisView& basis) {
   return valid_bits(basis.bits) && basis.n >= 1 && basis.n <= kMaxRows && reinterpret_cast<uintptr_t>(basis.codes) % 16 == 0;
 }
 
-// f(integral_constant bits, integral_constant groups).
+// f(integral_constant bits, integral_constant units).
 template <class F>
-int with_bits_and_groups(int bits, int groups, const F& f) {
-  const auto with_groups = [&](auto b) {
-    switch (groups) {
+int with_bits_and_units(int bits, int units, const F& f) {
+  const auto with_units = [&](auto b) {
+    using std::integral_constant;
+    switch (units) {
       case 1:
-        return f(b, std::integral_constant<int, 1>());
+        return f(b, integral_constant<int, 1>());
       case 2:
-        return f(b, std::integral_constant<int, 2>());
+        return f(b, integral_constant<int, 2>());
       case 3:
-        return f(b, std::integral_constant<int, 3>());
+        return f(b, integral_constant<int, 3>());
       case 4:
-        return f(b, std::integral_constant<int, 4>());
+        return f(b, integral_constant<int, 4>());
+      case 5:
+        return f(b, integral_constant<int, 5>());
+      case 6:
+        return f(b, integral_constant<int, 6>());
       default:
-        return f(b, std::integral_constant<int, decltype(b)::value == 1 ? 8 : 4>());
+        if constexpr (decltype(b)::value == 1) {
+          if (units == 16) return f(b, integral_constant<int, 16>());
+        }
+        return f(b, integral_constant<int, 8>());
     }
   };
   switch (bits) {
     case 8:
-      return with_groups(std::integral_constant<int, 8>());
+      return with_units(std::integral_constant<int, 8>());
     case 4:
-      return with_groups(std::integral_constant<int, 4>());
+      return with_units(std::integral_constant<int, 4>());
     case 3:
-      return with_groups(std::integral_constant<int, 3>());
+      return with_units(std::integral_constant<int, 3>());
     case 2:
-      return with_groups(std::integral_constant<int, 2>());
+      return with_units(std::integral_constant<int, 2>());
     default:
-      return with_groups(std::integral_constant<int, 1>());
+      return with_units(std::integral_constant<int, 1>());
   }
 }
 

@@ -6,15 +6,15 @@
 namespace twa {
 namespace {
 
-template <int kBits, int kGroups>
+template <int kBits, int kUnits>
 TWA_KERNEL(kThreads, kBits == 8 ? 2 : 4)
 project_kernel(ProjectArguments a) {
-  using P = Project<kBits, kGroups>;
+  using P = Project<kBits, kUnits>;
   const int stride = P::warp_bytes(a.slots);
   uint8_t* mine = shared_memory() + warp_index() * stride;
   Ring ring;
   ring.open(mine + P::kHeader, reinterpret_cast<uint64_t*>(mine), a.slots, P::kSlot, evict_first());
-  project_item<kBits, kGroups>(a, ring, shared_memory(), stride, block_index() / a.row_blocks, static_cast<int>(block_index() % a.row_blocks));
+  project_item<kBits, kUnits>(a, ring, shared_memory(), stride, block_index() / a.row_blocks, static_cast<int>(block_index() % a.row_blocks));
 }
 
 // Block = (group, 32 rows).
@@ -32,14 +32,14 @@ TWA_KERNEL(kThreads, 8) update_kernel(UpdateArguments a) {
 }  // namespace
 
 int launch_project(const ProjectArguments& arguments, int bits, int device, void* stream) {
-  return with_bits_and_groups(bits, project_groups(arguments.n, bits), [&](auto b, auto g) {
-    constexpr int kBits = decltype(b)::value, kGroups = decltype(g)::value;
-    if constexpr (kGroups <= project_most_groups(kBits)) {
-      using P = Project<kBits, kGroups>;
+  return with_bits_and_units(bits, project_units(arguments.n, bits), [&](auto b, auto g) {
+    constexpr int kBits = decltype(b)::value, kUnits = decltype(g)::value;
+    if constexpr (is_built_for_project(kBits, kUnits)) {
+      using P = Project<kBits, kUnits>;
       ProjectArguments a = arguments;
       a.slots = ring_slots(P::kSlot);
       a.row_blocks = static_cast<int>((a.n + P::kRows - 1) / P::kRows);
-      return launch(project_kernel<kBits, kGroups>, a.work.items * a.row_blocks, kThreads, kWarps * P::warp_bytes(a.slots), device, stream, a);
+      return launch(project_kernel<kBits, kUnits>, a.work.items * a.row_blocks, kThreads, kWarps * P::warp_bytes(a.slots), device, stream, a);
     }
     return kInvalidValue;
   });

@@ -1,7 +1,7 @@
 // project, one item: sums over its columns, for a block of rows.
 //
 // Operands   codes (num_tiles, n, 16 * bits) bytes, scales (num_tiles, n) e4m3, gradients of the tensors; partial (items, n) float32.
-// Work map   block = (item, block of 32 * kGroups rows); warp w takes tiles w, w + 4, ... of the item and all of the rows.
+// Work map   block = (item, block of 16 * kUnits rows); warp w takes tiles w, w + 4, ... of the item and all of the rows.
 // Product    levels (rows x columns) times the gradient (columns x limbs) on the matrix units: the tile's gradient in 24-bit fixed point is three
 //            8-bit limbs, exact int32 sums. At 1 bit the operand is the packed word masked, 0 or 2^field, which four limbs of q * 2^(7 - field)
 //            even out, and sum (2 b - 1) q = 2 sum b q - sum q: a quarter of an instruction decodes a weight. Two rows then lie side by side in
@@ -26,15 +26,15 @@ struct ProjectArguments {
   int row_blocks;
 };
 
-// kGroups: groups of 32 rows that a block takes.
-template <int kBits, int kGroups>
+// kUnits: 16 rows each, that a block takes.
+template <int kBits, int kUnits>
 struct Project {
-  static constexpr int kRows = 32 * kGroups, kBlocks = kRows / kProjectRows<kBits>;
+  static constexpr int kRows = 16 * kUnits, kBlocks = kRows / kProjectRows<kBits>;
   static constexpr int kSlot = kBits == 8 ? kRows * 128 + kRows / 8 * kProjectPad : kRows * row_bytes(kBits);
   static constexpr int kLimbs = kBits == 1 ? 4 : 3;
   // Limbs lie 36 words apart, so that lanes of two of them read other banks; then 16 words of zeros, for columns of the operand without a limb.
   static constexpr int kLimbStride = 36, kZeroAt = 3 * kLimbStride + 32, kLimbBytes = (kZeroAt + 16) * 4;
-  static constexpr int kScaleBytes = kRows * 4;
+  static constexpr int kScales = (kRows + 31) / 32, kScaleBytes = kScales * 128;   // of a lane; of all
   static constexpr int kLimbAt = kMaxStages * 8, kScaleAt = kLimbAt + kLimbBytes;  // in a warp's shared memory, after the barriers
   static constexpr int kHeader = kScaleAt + kScaleBytes;                           // before its ring
   TWA_HD static constexpr int warp_bytes(int slots) { return (kHeader + slots * kSlot + 127) / 128 * 128; }
@@ -83,9 +83,9 @@ TWA_DEVICE void write_limbs(const float* g, uint32_t* limbs, float& first, float
 }
 
 // base: the warps' shared memory, `stride` bytes each.
-template <int kBits, int kGroups>
+template <int kBits, int kUnits>
 TWA_DEVICE void project_item(const ProjectArguments& a, Ring& ring, uint8_t* base, int stride, int64_t at, int row_block) {
-  using P = Project<kBits, kGroups>;
+  using P = Project<kBits, kUnits>;
   const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4;
   const Item item = load_item(a.work, at);
   const Columns grad(a.grads, item);
@@ -113,20 +113,20 @@ TWA_DEVICE void project_item(const ProjectArguments& a, Ring& ring, uint8_t* bas
     if (tile < item.tiles) ring.template copy<kBits, kProjectPad>(codes + tile * tile_bytes, rows);
   }
   float gradient[4], acc[P::kBlocks][2] = {};
-  uint32_t s[kGroups];
+  uint32_t s[P::kScales];
   if (warp < item.tiles) {
     load_gradient<kBits>(grad, warp * kTileColumns, gradient);
-    load_scales<kGroups>(scales + warp * n, rows, s);
+    load_scales<P::kScales>(scales + warp * n, rows, s);
   }
   for (int tile = warp; tile < item.tiles; tile += kWarps) {
     int sum;
     float first, second;
     write_limbs<kBits, P::kLimbStride>(gradient, limbs, first, second, sum);
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j) scale[32 * j + lane] = e4m3_shifted(s[j]) * first * second;
+    for (int j = 0; j < P::kScales; ++j) scale[32 * j + lane] = e4m3_shifted(s[j]) * first * second;
     if (tile + kWarps < item.tiles) {  // the next tile's, while this one is computed
       load_gradient<kBits>(grad, (tile + kWarps) * kTileColumns, gradient);
-      load_scales<kGroups>(scales + (tile + kWarps) * n, rows, s);
+      load_scales<P::kScales>(scales + (tile + kWarps) * n, rows, s);
     }
     sync_warp();
     uint32_t b[kWords];

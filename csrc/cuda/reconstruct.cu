@@ -5,15 +5,15 @@
 namespace twa {
 namespace {
 
-template <int kBits, int kGroups, bool kMany>
+template <int kBits, int kUnits, bool kMany>
 TWA_KERNEL(kThreads, 4)
 reconstruct_kernel(ReconstructArguments a) {
-  using R = Reconstruct<kBits, kGroups>;
+  using R = Reconstruct<kBits, kUnits>;
   float* x_row = reinterpret_cast<float*>(shared_memory());
   uint8_t* mine = shared_memory() + R::x_count(a.n) * 4 + warp_index() * R::warp_bytes(a.slots);
   Ring ring;
   ring.open(mine + R::kHeader, reinterpret_cast<uint64_t*>(mine), a.slots, R::kSlot, evict_first());
-  reconstruct_item<kBits, kGroups, kMany>(a, ring, mine, x_row, a.work.items - 1 - block_index());  // last first: project ended there
+  reconstruct_item<kBits, kUnits, kMany>(a, ring, mine, x_row, a.work.items - 1 - block_index());  // last first: project ended there
 }
 
 struct ScaleArguments {
@@ -30,16 +30,16 @@ TWA_KERNEL(kThreads, 8) scale_kernel(ScaleArguments a) {
 }  // namespace
 
 int launch_reconstruct(const ReconstructArguments& arguments, int bits, int device, void* stream) {
-  return with_bits_and_groups(bits, reconstruct_groups(arguments.n, bits), [&](auto b, auto g) {
-    constexpr int kBits = decltype(b)::value, kGroups = decltype(g)::value;
-    using R = Reconstruct<kBits, kGroups>;
+  return with_bits_and_units(bits, reconstruct_units(arguments.n, bits), [&](auto b, auto g) {
+    constexpr int kBits = decltype(b)::value, kUnits = decltype(g)::value;
+    using R = Reconstruct<kBits, kUnits>;
     ReconstructArguments a = arguments;
     a.slots = ring_slots(R::kSlot);
     const int shared = R::x_count(a.n) * 4 + kWarps * R::warp_bytes(a.slots);
-    if constexpr (kGroups == reconstruct_most_groups(kBits)) {
-      if (a.n > 32 * kGroups) return launch(reconstruct_kernel<kBits, kGroups, true>, a.work.items, kThreads, shared, device, stream, a);
+    if constexpr (kUnits == most_units(kBits)) {
+      if (a.n > 16 * kUnits) return launch(reconstruct_kernel<kBits, kUnits, true>, a.work.items, kThreads, shared, device, stream, a);
     }
-    return launch(reconstruct_kernel<kBits, kGroups, false>, a.work.items, kThreads, shared, device, stream, a);
+    return launch(reconstruct_kernel<kBits, kUnits, false>, a.work.items, kThreads, shared, device, stream, a);
   });
 }
 

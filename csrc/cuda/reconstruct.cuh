@@ -27,9 +27,11 @@ struct ReconstructArguments {
   int slots;  // of a warp's ring
 };
 
-// kGroups: groups of 32 rows whose coefficients a lane holds, one row each.
-template <int kBits, int kGroups>
+// kUnits: 16 rows each; groups of 32 whose coefficients a lane holds, one row each. The last group may have 16 rows only.
+template <int kBits, int kUnits>
 struct Reconstruct {
+  static constexpr int kGroups = (kUnits + 1) / 2;
+  static constexpr bool kHalf = kUnits % 2 != 0 && kBits != 8;  // at 8 bits the first 16 rows are not what the first words contract
   static constexpr int kMost = kBits == 8 ? 1 : kBits == 4 || kBits == 3 ? 2 : kBits == 2 ? 4 : 8;
   static constexpr int kSlotGroups = kGroups < kMost ? kGroups : kMost;  // of 32 rows in a slot: at most 4 KiB
   static constexpr int kSlot = kSlotGroups * 32 * row_bytes(kBits) + (kBits == 8 ? 4 * kReconstructPad : 0);
@@ -42,7 +44,8 @@ struct Reconstruct {
 };
 
 // Adds 32 rows of a slot: sums[m] += levels of columns (reconstruct_column) times limbs b0, b1.
-template <int kBits>
+// kHalf: 16 rows, the first of b.
+template <int kBits, bool kHalf>
 TWA_DEVICE void add_rows(const uint8_t* rows, uint32_t b0, uint32_t b1, int (&sums)[8][4]) {
   const int g = lane_index() / 4, t = lane_index() % 4;
   // Words of this lane's eight rows; each lane has as many bytes of a row as make 8 multiplications.
@@ -50,7 +53,7 @@ TWA_DEVICE void add_rows(const uint8_t* rows, uint32_t b0, uint32_t b1, int (&su
 #pragma unroll
   for (int part = 0; part < (kBits == 8 ? 2 : 1); ++part) {  // at 8 bits half a tile at a time, so that its words fit into registers
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < (kHalf ? 4 : 8); ++j) {
       const uint8_t* row = rows + reconstruct_offset<kBits>(reconstruct_row<kBits>(t, j));
       if constexpr (kBits == 8 || kBits == 4) {
         const Word2 x = *reinterpret_cast<const Word2*>(row + 64 * part + 8 * g);
@@ -63,7 +66,7 @@ TWA_DEVICE void add_rows(const uint8_t* rows, uint32_t b0, uint32_t b1, int (&su
     if constexpr (kBits == 1) {
       uint32_t bytes[4];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < (kHalf ? 1 : 2); ++half) {
         transpose_bytes(w[0][half][0], w[0][half][1], w[0][half][2], w[0][half][3], bytes);
 #pragma unroll
         for (int p = 0; p < 4; ++p) w[0][half][p] = bytes[p];
@@ -73,6 +76,11 @@ TWA_DEVICE void add_rows(const uint8_t* rows, uint32_t b0, uint32_t b1, int (&su
       constexpr int kPart = decltype(constant)::value;
       uint32_t x[4], y[4];
       reconstruct_operand<kBits, kPart>(w[word][0], top[0], g, x);
+      if constexpr (kHalf) {
+        multiply_add_half<kBits == 1>(sums[m], x[0], x[1], b0);
+        multiply_add_half<kBits == 1>(sums[m + 1], x[2], x[3], b0);
+        return;
+      }
       reconstruct_operand<kBits, kPart>(w[word][1], top[1], g, y);
       multiply_add<kBits == 1>(sums[m], x[0], x[1], y[0], y[1], b0, b1);
       multiply_add<kBits == 1>(sums[m + 1], x[2], x[3], y[2], y[3], b0, b1);
@@ -119,10 +127,11 @@ TWA_DEVICE void add_sums(const Word4* columns, int low, int high, float unit, fl
   }
 }
 
-// kMany: more than kGroups * 32 rows. `mine`: this warp's shared memory; x_row: the segment's x_rows in shared memory.
-template <int kBits, int kGroups, bool kMany>
+// kMany: more than 16 * kUnits rows. `mine`: this warp's shared memory; x_row: the segment's x_rows in shared memory.
+template <int kBits, int kUnits, bool kMany>
 TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint8_t* mine, float* x_row, int64_t at) {
-  using R = Reconstruct<kBits, kGroups>;
+  using R = Reconstruct<kBits, kUnits>;
+  constexpr int kGroups = R::kGroups;
   const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4;
   const Item item = load_item(a.work, at);
   const Columns out(a.out, item), center(a.center, item);  // an absent center has no columns: zeros
@@ -205,7 +214,13 @@ TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint
 #pragma unroll
         for (int i = 0; i < R::kSlotGroups && i + j < kGroups; ++i) {
           const Word2 b = *reinterpret_cast<const Word2*>(my_limbs + (j + i) * limb_step);
-          add_rows<kBits>(slot + reconstruct_offset<kBits>(32 * i), b.w[0], b.w[1], sums);
+          if constexpr (R::kHalf && !kMany) {
+            if (i + j == kGroups - 1) {
+              add_rows<kBits, true>(slot + reconstruct_offset<kBits>(32 * i), b.w[0], b.w[1], sums);
+              continue;
+            }
+          }
+          add_rows<kBits, false>(slot + reconstruct_offset<kBits>(32 * i), b.w[0], b.w[1], sums);
         }
         sync_warp();
         copy_next();

@@ -26,11 +26,11 @@ struct StepArguments {
 
 constexpr int kStrandBytes = kThreads * 8, kTaskBytes = 128;
 
-template <int kBits, int kGroups, bool kMany>
+template <int kBits, int kUnits, bool kMany>
 struct Step {
-  static constexpr int kProjectGroups = kGroups < project_most_groups(kBits) ? kGroups : project_most_groups(kBits);
-  using P = Project<kBits, kProjectGroups>;
-  using R = Reconstruct<kBits, kGroups>;
+  static constexpr int kProjectUnits = kUnits < project_most_units(kBits) ? project_built_units(kBits, kUnits) : project_most_units(kBits);
+  using P = Project<kBits, kProjectUnits>;
+  using R = Reconstruct<kBits, kUnits>;
   static constexpr int kSlot = P::kSlot > R::kSlot ? P::kSlot : R::kSlot, kHeader = P::kHeader > R::kHeader ? P::kHeader : R::kHeader;
   TWA_HD static constexpr int warp_bytes(int slots) { return (kHeader + slots * kSlot + 127) / 128 * 128; }
   static int shared_bytes(int64_t n, int slots) { return kTaskBytes + kStrandBytes + R::x_count(n) * 4 + kWarps * warp_bytes(slots); }
@@ -63,10 +63,10 @@ TWA_DEVICE void finish_item(const StepArguments& a, int64_t item, int32_t* share
   if (thread_index() == 0) counter_add(flags + segment, 1);
 }
 
-template <int kBits, int kGroups, bool kMany>
+template <int kBits, int kUnits, bool kMany>
 TWA_KERNEL(kThreads, kBits == 8 ? 2 : 3)
 step_kernel(StepArguments a) {
-  using S = Step<kBits, kGroups, kMany>;
+  using S = Step<kBits, kUnits, kMany>;
   int32_t* shared = reinterpret_cast<int32_t*>(shared_memory());
   double* strands = reinterpret_cast<double*>(shared_memory() + kTaskBytes);
   float* x_row = reinterpret_cast<float*>(shared_memory() + kTaskBytes + kStrandBytes);
@@ -79,11 +79,12 @@ step_kernel(StepArguments a) {
   if (thread_index() == 0) shared[1] = counter_add(a.counters, 1);
   sync_block();
   for (int64_t taken = shared[1]; taken < a.count; taken = shared[1]) {
-    // The next task is taken before this one is done: a task still waits for smaller numbers only, so that the smallest unfinished one can always run.
+    // The next task is taken before this one is done: a task still waits for smaller numbers only, so that the smallest unfinished one can always
+    // run.
     const int next = thread_index() == 0 ? counter_add(a.counters, 1) : 0;
     const int task = a.tasks[taken];
     if (task >= 0) {
-      for (int block = 0; block < a.project.row_blocks; ++block) project_item<kBits, S::kProjectGroups>(a.project, ring, base, stride, task, block);
+      for (int block = 0; block < a.project.row_blocks; ++block) project_item<kBits, S::kProjectUnits>(a.project, ring, base, stride, task, block);
       finish_item(a, task, shared, strands);
     } else {
       const int item = -1 - task;
@@ -91,7 +92,7 @@ step_kernel(StepArguments a) {
         while (counter_read(flags + a.update.work.item_segment[item]) == 0) pause();
       sync_block();
       fence();
-      reconstruct_item<kBits, kGroups, kMany>(a.reconstruct, ring, mine, x_row, item);
+      reconstruct_item<kBits, kUnits, kMany>(a.reconstruct, ring, mine, x_row, item);
     }
     sync_block();
     if (thread_index() == 0) shared[1] = next;
@@ -102,15 +103,15 @@ step_kernel(StepArguments a) {
 // f(kernel, shared bytes, slots) of the kernel for n rows.
 template <class F>
 int with_kernel(int64_t n, int bits, const F& f) {
-  return with_bits_and_groups(bits, reconstruct_groups(n, bits), [&](auto b, auto g) {
-    constexpr int kBits = decltype(b)::value, kGroups = decltype(g)::value;
+  return with_bits_and_units(bits, reconstruct_units(n, bits), [&](auto b, auto g) {
+    constexpr int kBits = decltype(b)::value, kUnits = decltype(g)::value;
     const auto run = [&](auto many) {
-      using S = Step<kBits, kGroups, decltype(many)::value>;
+      using S = Step<kBits, kUnits, decltype(many)::value>;
       const int slots = ring_slots(S::kSlot);
-      return f(step_kernel<kBits, kGroups, decltype(many)::value>, S::shared_bytes(n, slots), slots, 32 * S::kProjectGroups);
+      return f(step_kernel<kBits, kUnits, decltype(many)::value>, S::shared_bytes(n, slots), slots, 16 * S::kProjectUnits);
     };
-    if constexpr (kGroups == reconstruct_most_groups(kBits)) {
-      if (n > 32 * kGroups) return run(std::true_type());
+    if constexpr (kUnits == most_units(kBits)) {
+      if (n > 16 * kUnits) return run(std::true_type());
     }
     return run(std::false_type());
   });

@@ -188,6 +188,33 @@ void multiply_add(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
   for (int i = 0; i < 4; ++i) d[i] = static_cast<int>(out[i]);
 }
 
+// mma.m16n8k16, 8-bit: a[i]: row = group for i < 4, else group + 8; column = member * 4 + (i & 3); b[i]: row = member * 4 + i, column = group.
+template <bool kUnsigned>
+void multiply_add_half(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+  uint32_t in[7] = {a0, a1, b0}, out[4];
+  for (int i = 0; i < 4; ++i) in[3 + i] = static_cast<uint32_t>(d[i]);
+  emulator::together(kUnsigned ? "mma.k16.u8" : "mma.k16.s8", in, out, [](auto& x, auto& y) {
+    int a[16][16], b[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int group = lane >> 2, member = lane % 4;
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t byte = x[lane][i / 4] >> (8 * (i & 3)) & 0xff;
+        a[i < 4 ? group : group + 8][member * 4 + (i & 3)] = kUnsigned ? static_cast<int>(byte) : static_cast<int8_t>(byte);
+      }
+      for (int i = 0; i < 4; ++i) b[member * 4 + i][group] = static_cast<int8_t>(x[lane][2] >> (8 * i) & 0xff);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        int64_t sum = static_cast<int32_t>(x[lane][3 + i]);
+        for (int k = 0; k < 16; ++k) sum += a[(lane >> 2) + (i < 2 ? 0 : 8)][k] * b[k][lane % 4 * 2 + (i & 1)];
+        if (sum > INT32_MAX || sum < INT32_MIN) emulator::fail("an int32 sum of the matrix units overflows");
+        y[lane][i] = static_cast<uint32_t>(sum);
+      }
+    }
+  });
+  for (int i = 0; i < 4; ++i) d[i] = static_cast<int>(out[i]);
+}
+
 inline float divide(float a, float b) { return a / b; }
 inline float square_root(float a) { return std::sqrt(a); }
 using std::fmaf;
