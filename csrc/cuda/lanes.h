@@ -76,20 +76,38 @@ TWA_HD int nearest_code_of(int k) {
   return count_thresholds<kBits>(k, std::make_integer_sequence<int, (1 << kBits) - 1>());
 }
 
-// Eight codes, a nibble each, to int8 levels: of the low four and of the high four. The nibbles are the selectors of a byte permutation.
+// Upper half of a word. Shifts, logic and permutations share a pipe that is the limit of these kernels; multiplications have another one.
+TWA_HD uint32_t upper_half(uint32_t w) {
+#if defined(__CUDA_ARCH__)
+  uint32_t low, high;
+  asm("{ .reg .b64 wide; mul.wide.u32 wide, %2, 65536; mov.b64 {%0, %1}, wide; }" : "=r"(low), "=r"(high) : "r"(w));
+  return high;
+#else
+  return w >> 16;
+#endif
+}
+
+// Eight codes below 8, a nibble each, to int8 levels: of the low four and of the high four. The nibbles are the selectors of a byte permutation.
 template <int kBits>
 TWA_HD void look_up(uint32_t codes, uint32_t& low, uint32_t& high) {
-  constexpr uint32_t t0 = level_word<kBits>(0), t1 = level_word<kBits>(4), t2 = level_word<kBits>(8), t3 = level_word<kBits>(12);
-  if constexpr (kBits == 4) {
-    const uint32_t index = codes & 0x77777777u, index2 = index >> 16;
-    const uint32_t pick = ((codes >> 1) & 0x44444444u) | 0x32103210u, pick2 = pick >> 16;  // the upper levels where bit 3 is set
-    low = byte_perm(byte_perm(t0, t1, index), byte_perm(t2, t3, index), pick);
-    high = byte_perm(byte_perm(t0, t1, index2), byte_perm(t2, t3, index2), pick2);
-  } else {
-    low = byte_perm(t0, t1, codes);
-    high = byte_perm(t0, t1, codes >> 16);
-  }
+  constexpr uint32_t t0 = level_word<kBits>(0), t1 = level_word<kBits>(4);
+  low = byte_perm(t0, t1, codes);
+  high = byte_perm(t0, t1, upper_half(codes));
 }
+
+// 4 bits: 16 levels do not fit into a permutation's eight bytes. Bit 3 of a selector gives a byte's sign instead of the byte, so two permutations
+// give two operands whose sum is level - 1: the lower levels less 1 where the code is below 8, else -1 (their sign); and the upper levels where it is
+// not, else 0 (theirs). Both are multiplied, and the sum of the other operand is added in the end.
+TWA_HD void look_up_halves(uint32_t codes, uint32_t (&lower)[2], uint32_t (&upper)[2]) {
+  constexpr uint32_t n0 = level_word<4>(0) - 0x01010101u, n1 = level_word<4>(4) - 0x01010101u;  // no byte is -128: nothing is borrowed
+  constexpr uint32_t p0 = level_word<4>(8), p1 = level_word<4>(12);
+  const uint32_t flipped = codes ^ 0x88888888u;
+  lower[0] = byte_perm(n0, n1, codes), lower[1] = byte_perm(n0, n1, upper_half(codes));
+  upper[0] = byte_perm(p0, p1, flipped), upper[1] = byte_perm(p0, p1, upper_half(flipped));
+}
+// What is to be added to the level that an operand's bytes stand for, times the sum of the other operand.
+template <int kBits>
+constexpr bool kShifted = kBits == 4;
 
 // 2 and 3 bits: the nibbles of w hold two fields each; code number `odd` of each nibble as a nibble. top, 3 bits: the nibbles' bits 0 and 2 are
 // the codes' third bits.
@@ -107,9 +125,11 @@ TWA_HD uint32_t top_bits(uint32_t w, int half) { return (w >> half) & 0x55555555
 // Rows of P in one operand of 16 rows. At 1 bit a row has 16 bytes, and two of them lie side by side.
 template <int kBits>
 constexpr int kProjectRows = kBits == 1 ? 32 : 16;
-// Multiplications that contract one tile.
+// Multiplications that contract one tile; at 4 bits twice, with the lower and the upper levels.
 template <int kBits>
 constexpr int kProjectSteps = kBits == 1 ? 8 : 4;
+template <int kBits>
+constexpr int kProjectPasses = kBits == 4 ? 2 : 1;
 // Bytes between groups of 8 rows at 8 bits, so that rows of one operand, 128 bytes apart, lie in different banks.
 constexpr int kProjectPad = 64;
 
@@ -126,7 +146,8 @@ TWA_HD constexpr int project_offset(int row) {
   return kBits == 8 ? row * 128 + row / 8 * kProjectPad : row * row_bytes(kBits);
 }
 
-// Operand words of one row of a tile for lane 4 g + t: a[2 s], a[2 s + 1] are the first and second word of multiplication s.
+// Operand words of one row of a tile for lane 4 g + t: a[2 s], a[2 s + 1] are the first and second word of multiplication s; at 4 bits a[8 + ..]
+// those of the second pass.
 template <int kBits>
 TWA_HD void project_operand(const uint8_t* row, int t, uint32_t* a) {
   if constexpr (kBits == 8) {
@@ -134,7 +155,11 @@ TWA_HD void project_operand(const uint8_t* row, int t, uint32_t* a) {
     for (int k = 0; k < 4; ++k) a[k] = x.w[k] ^ 0x80808080u, a[4 + k] = y.w[k] ^ 0x80808080u;
   } else if constexpr (kBits == 4) {
     const Word4 x = *reinterpret_cast<const Word4*>(row + 16 * t);
-    for (int k = 0; k < 4; ++k) look_up<4>(x.w[k], a[2 * k], a[2 * k + 1]);
+    for (int k = 0; k < 4; ++k) {
+      uint32_t lower[2], upper[2];
+      look_up_halves(x.w[k], lower, upper);
+      a[2 * k] = lower[0], a[2 * k + 1] = lower[1], a[8 + 2 * k] = upper[0], a[8 + 2 * k + 1] = upper[1];
+    }
   } else if constexpr (kBits == 1) {  // `row` is where the pair of rows begins; bits stay where they are: 0 or 2^field
     const Word2 x = *reinterpret_cast<const Word2*>(row + 8 * t);
     for (int f = 0; f < 8; ++f) a[2 * f] = x.w[0] & (0x01010101u << f), a[2 * f + 1] = x.w[1] & (0x01010101u << f);
@@ -213,7 +238,7 @@ TWA_HD void transpose_nibbles(uint32_t a, uint32_t b, uint32_t c, uint32_t d, ui
 }
 
 // A word of four rows of P (w[0..3]; top: of the 1-bit plane, top_bits() taken) to levels, four rows a word. kPart is which half of the tile at 8
-// bits, which nibble at 4, which field at 3, 2 and 1. out[p] belongs to byte p of the words.
+// bits, which nibble at 4, which field at 3, 2 and 1. out[p] belongs to byte p of the words; at 4 bits out[4 + p] is the second operand.
 template <int kBits, int kPart>
 TWA_HD void reconstruct_operand(const uint32_t* w, const uint32_t* top, int g, uint32_t* out) {
   if constexpr (kBits == 8) {
@@ -226,7 +251,15 @@ TWA_HD void reconstruct_operand(const uint32_t* w, const uint32_t* top, int g, u
     uint32_t n[2], third[2] = {0, 0};
     transpose_nibbles<(kBits == 4 ? kPart : kPart / 2) != 0>(w[0], w[1], w[2], w[3], n);
     if constexpr (kBits == 3) transpose_nibbles<kPart / 2 != 0>(top[0], top[1], top[2], top[3], third);
-    for (int k = 0; k < 2; ++k) look_up<kBits>(kBits == 4 ? n[k] : nibble_codes<kBits>(n[k], third[k], kPart % 2), out[2 * k], out[2 * k + 1]);
+    for (int k = 0; k < 2; ++k) {
+      if constexpr (kBits == 4) {
+        uint32_t lower[2], upper[2];
+        look_up_halves(n[k], lower, upper);
+        out[2 * k] = lower[0], out[2 * k + 1] = lower[1], out[4 + 2 * k] = upper[0], out[4 + 2 * k + 1] = upper[1];
+      } else {
+        look_up<kBits>(nibble_codes<kBits>(n[k], third[k], kPart % 2), out[2 * k], out[2 * k + 1]);
+      }
+    }
   }
 }
 

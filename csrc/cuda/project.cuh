@@ -50,7 +50,7 @@ TWA_DEVICE void load_gradient(const Columns& grad, int c, float* g) {
 }
 
 // Writes the limbs of the tile's gradient. first * second is 2^120 times the value of 1 in fixed point (it may pass float32's range), NaN if the
-// gradient is not finite. sum, 1 bit: what is to be subtracted from twice this lane's sums, those of limbs 0 and 1, or 2 and 3.
+// gradient is not finite. sum: of this lane's limbs, 0 and 1, or 2 and 3; 1 bit: to be subtracted from twice its sums, 4 bits: to be added to them.
 template <int kBits, int kStride>
 TWA_DEVICE void write_limbs(const float* g, uint32_t* limbs, float& first, float& second, int& sum) {
   const int lane = lane_index();
@@ -72,9 +72,10 @@ TWA_DEVICE void write_limbs(const float* g, uint32_t* limbs, float& first, float
 #pragma unroll
   for (int k = 0; k < (kBits == 1 ? 4 : 3); ++k) limbs[kStride * k + at] = w[k];
   sum = 0;
-  if constexpr (kBits == 1) {
-    const int low = warp_sum((dot4(w[0], 0x01010101u, 0) + 256 * dot4(w[1], 0x01010101u, 0)) << (lane / 4));
-    const int high = warp_sum((dot4(w[2], 0x01010101u, 0) + 256 * dot4(w[3], 0x01010101u, 0)) << (lane / 4));
+  if constexpr (kBits == 1 || kShifted<kBits>) {
+    const int up_to = kBits == 1 ? lane / 4 : 0;
+    const int low = warp_sum((dot4(w[0], 0x01010101u, 0) + 256 * dot4(w[1], 0x01010101u, 0)) << up_to);
+    const int high = warp_sum((dot4(w[2], 0x01010101u, 0) + 256 * (kBits == 1 ? dot4(w[3], 0x01010101u, 0) : 0)) << up_to);
     sum = lane % 2 ? high : low;
   }
   const int down = 120 + e - 23 - (kBits == 1 ? 7 : 0);
@@ -139,16 +140,16 @@ TWA_DEVICE void project_item(const ProjectArguments& a, Ring& ring, uint8_t* bas
 #pragma unroll
     for (int block = 0; block < P::kBlocks; ++block) {
       const int base = block * kProjectRows<kBits>, row = project_row<kBits>(g, t), row8 = project_row<kBits>(g + 8, t);
-      uint32_t x[kWords], y[kWords];
+      uint32_t x[kWords * kProjectPasses<kBits>], y[kWords * kProjectPasses<kBits>];
       project_operand<kBits>(slot + project_offset<kBits>(base + (kBits == 1 ? 2 * g : row)), t, x);
       project_operand<kBits>(slot + project_offset<kBits>(base + (kBits == 1 ? 2 * g + 16 : row8)), t, y);
       int d[4] = {0, 0, 0, 0};
 #pragma unroll
-      for (int k = 0; k < kProjectSteps<kBits>; ++k)
-        multiply_add<kBits == 1>(d, x[2 * k], y[2 * k], x[2 * k + 1], y[2 * k + 1], b[2 * k], b[2 * k + 1]);
+      for (int k = 0; k < kProjectSteps<kBits> * kProjectPasses<kBits>; ++k)
+        multiply_add<kBits == 1>(d, x[2 * k], y[2 * k], x[2 * k + 1], y[2 * k + 1], b[2 * k % kWords], b[2 * k % kWords + 1]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {  // two limbs, below 2^30
-        const int v = kBits == 1 ? 512 * d[2 * h + 1] + (2 * d[2 * h] - sum) : 256 * d[2 * h + 1] + d[2 * h];
+        const int v = kBits == 1 ? 512 * d[2 * h + 1] + (2 * d[2 * h] - sum) : 256 * d[2 * h + 1] + d[2 * h] + (kShifted<kBits> ? sum : 0);
         acc[block][h] = fmaf(static_cast<float>(v), scale[base + (h ? row8 : row)], acc[block][h]);
       }
     }

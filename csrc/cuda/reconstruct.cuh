@@ -74,16 +74,22 @@ TWA_DEVICE void add_rows(const uint8_t* rows, uint32_t b0, uint32_t b1, int (&su
     }
     const auto multiply = [&](auto constant, int word, int m) {
       constexpr int kPart = decltype(constant)::value;
-      uint32_t x[4], y[4];
+      uint32_t x[8], y[8];  // 4 bits: two operands
       reconstruct_operand<kBits, kPart>(w[word][0], top[0], g, x);
       if constexpr (kHalf) {
-        multiply_add_half<kBits == 1>(sums[m], x[0], x[1], b0);
-        multiply_add_half<kBits == 1>(sums[m + 1], x[2], x[3], b0);
+#pragma unroll
+        for (int k = 0; k < (kBits == 4 ? 8 : 4); k += 4) {
+          multiply_add_half<kBits == 1>(sums[m], x[k], x[k + 1], b0);
+          multiply_add_half<kBits == 1>(sums[m + 1], x[k + 2], x[k + 3], b0);
+        }
         return;
       }
       reconstruct_operand<kBits, kPart>(w[word][1], top[1], g, y);
-      multiply_add<kBits == 1>(sums[m], x[0], x[1], y[0], y[1], b0, b1);
-      multiply_add<kBits == 1>(sums[m + 1], x[2], x[3], y[2], y[3], b0, b1);
+#pragma unroll
+      for (int k = 0; k < (kBits == 4 ? 8 : 4); k += 4) {
+        multiply_add<kBits == 1>(sums[m], x[k], x[k + 1], y[k], y[k + 1], b0, b1);
+        multiply_add<kBits == 1>(sums[m + 1], x[k + 2], x[k + 3], y[k + 2], y[k + 3], b0, b1);
+      }
     };
     using std::integral_constant;
     if constexpr (kBits == 8) {
@@ -109,8 +115,8 @@ TWA_DEVICE void coefficients(const float* x_row, const uint8_t* scales, int row0
   }
 }
 
-// The tile's four columns of this lane, 4 lane .. 4 lane + 3: value += sum * unit * unit2. low, high: 1 bit, what to subtract from twice the lower
-// and the upper limb, for a level of 0 or 1.
+// The tile's four columns of this lane, 4 lane .. 4 lane + 3: value += sum * unit * unit2. low, high: sum of all
+// coefficients, in limbs of 16 bits; 1 bit: subtracted from twice the sums, whose levels are 0 or 1; 4 bits: added.
 template <int kBits>
 TWA_DEVICE void add_sums(const Word4* columns, int low, int high, float unit, float unit2, float* value) {
   const int lane = lane_index(), field = bit_field(4 * lane);
@@ -122,6 +128,7 @@ TWA_DEVICE void add_sums(const Word4* columns, int low, int high, float unit, fl
 #pragma unroll
     for (int i = 0; i < 3; ++i) v[i] = static_cast<int>(limbs.w[i]);
     if constexpr (kBits == 1) v[0] = 2 * v[0] - (low << field), v[1] = 2 * v[1], v[2] = 2 * v[2] - (high << field);  // exact: below 2^30
+    if constexpr (kShifted<kBits>) v[0] += low, v[2] += high;
     const float q = fmaf(65536.0f, static_cast<float>(v[2]), fmaf(256.0f, static_cast<float>(v[1]), static_cast<float>(v[0])));
     value[k] = fmaf(q * unit, unit2, value[k]);
   }
@@ -200,7 +207,7 @@ TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint
       for (int j = 0; j < kGroups; ++j) {
         const int q = round_to_int(y[j] * first * second);
         const uint32_t v = limbs3(q);
-        if constexpr (kBits == 1) q_sum += q;
+        if constexpr (kBits == 1 || kShifted<kBits>) q_sum += q;
         const int byte = j * 32 + reconstruct_byte<kBits>(lane);
         limbs[byte] = static_cast<uint8_t>(v);
         limbs[kGroups * 32 + byte] = static_cast<uint8_t>(v >> 8);
@@ -241,7 +248,7 @@ TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint
       }
     }
     int low = 0, high = 0;
-    if constexpr (kBits == 1) low = warp_sum(q_sum & 0xffff), high = warp_sum(q_sum >> 16);
+    if constexpr (kBits == 1 || kShifted<kBits>) low = warp_sum(q_sum & 0xffff), high = warp_sum(q_sum >> 16);
     sync_warp();
     float value[4];
 #pragma unroll
