@@ -185,17 +185,30 @@ void reconstruct_cuda(const Basis& basis, uintptr_t x, uintptr_t center, uintptr
              device);
 }
 
-// workspaces: partial, sums, x_rows, counters, tasks (0: separate launches).
+// workspaces: partial, sums, x_rows, counters, tasks (0: separate launches), steps_before (0: count), corrections.
 void step_cuda(const Basis& basis, uintptr_t grads, bool adamw, const std::vector<double>& options, int64_t count, uintptr_t x, uintptr_t first,
                uintptr_t second, uintptr_t center, uintptr_t out, const Work& work, const Addresses& workspaces, int64_t window, uintptr_t c,
                int device, uintptr_t stream) {
-  if (workspaces.size() != 5) throw py::value_error("step: five workspaces expected");
-  const int error =
-      twa::step_cuda(basis.view, pointer<const twa::DeviceTensor>(grads), update_of(adamw, options, count), pointer<float>(x), pointer<float>(first),
-                     pointer<float>(second), pointer<const twa::DeviceTensor>(center), pointer<const twa::DeviceTensor>(out), work.view,
-                     pointer<float>(workspaces[0]), pointer<double>(workspaces[1]), pointer<float>(workspaces[2]), pointer<int32_t>(workspaces[3]),
-                     pointer<const int32_t>(workspaces[4]), window, pointer<float>(c), device, pointer<void>(stream));
+  if (workspaces.size() != 7) throw py::value_error("step: seven workspaces expected");
+  const twa::StepWorkspace space{pointer<float>(workspaces[0]),       pointer<double>(workspaces[1]),        pointer<float>(workspaces[2]),
+                                 pointer<int32_t>(workspaces[3]),     pointer<const int32_t>(workspaces[4]), window,
+                                 pointer<const float>(workspaces[5]), pointer<float>(workspaces[6])};
+  const int error = twa::step_cuda(basis.view, pointer<const twa::DeviceTensor>(grads), update_of(adamw, options, count), pointer<float>(x),
+                                   pointer<float>(first), pointer<float>(second), pointer<const twa::DeviceTensor>(center),
+                                   pointer<const twa::DeviceTensor>(out), work.view, space, pointer<float>(c), device, pointer<void>(stream));
   check_cuda("step", error, device);
+}
+
+// entries: address and dtype number of each tensor.
+void table_cuda(const Numbers& entries, uintptr_t to, int device, uintptr_t stream) {
+  std::vector<twa::DeviceTensor> table;
+  for (size_t k = 0; k + 1 < entries.size(); k += 2) {
+    if (entries[k + 1] < 0 || entries[k + 1] > 2) throw py::value_error("dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+    table.push_back({pointer<void>(static_cast<uintptr_t>(entries[k])), static_cast<twa::Dtype>(entries[k + 1]), 0});
+  }
+  check_cuda("table",
+             twa::table_cuda(table.data(), static_cast<int64_t>(table.size()), pointer<twa::DeviceTensor>(to), device, pointer<void>(stream)),
+             device);
 }
 #endif
 
@@ -246,6 +259,7 @@ PYBIND11_MODULE(TWA_MODULE, m) {
                              })
       .def("tasks", [](const twa::HostWork& w, int64_t window) { return bytes_of(twa::make_tasks(w, window)); });
   m.def("pack_cuda", &pack_cuda);
+  m.def("table_cuda", &table_cuda);
   m.def("project_cuda", &project_cuda);
   m.def("reconstruct_cuda", &reconstruct_cuda);
   m.def("step_cuda", &step_cuda);

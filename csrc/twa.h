@@ -97,7 +97,8 @@ const char* cpu_isa();
 // CUDA ------------------------------------------------------------------------------------------------------------
 // All pointers are device pointers (the tables too), on device number `device`, and work is queued on `stream` (a cudaStream_t) of it. Nothing waits
 // and nothing is allocated: the caller brings the workspaces. Each function returns the CUDA error, 0 when everything was launched; if it is not 0,
-// no output has been written. Repeats give the same bits: no sum depends on which block ran first.
+// no output has been written (a step without tasks may have updated x, if its last kernel was the one that failed). Repeats give the same bits: no
+// sum depends on which block ran first.
 #if defined(TWA_WITH_CUDA)
 struct DeviceTensor {
   void* data;  // null means an absent tensor: a zero gradient, no center, an output that is left alone
@@ -128,6 +129,10 @@ struct HostWork {
 // numel and tile_segment (total tiles,) in host memory.
 HostWork make_work(const int64_t* numel, int64_t count, const int32_t* tile_segment, int64_t num_segments, int bits);
 
+// to[k] = entries[k], entries (count,) in host memory. A table by way of kernel arguments: nothing of the host is read later, not by a captured graph
+// either.
+int table_cuda(const DeviceTensor* entries, int64_t count, DeviceTensor* to, int device, void* stream);
+
 // As pack_cpu. sum_sq_tiles (num_tiles, n) receives squared norms per group; `bad` counts groups with a NaN or Inf.
 int pack_cuda(const void* const* rows, const void* const* center, const int64_t* numel, const int64_t* tile_begin, const Dtype* dtype, int64_t count,
               int64_t tiles, int64_t n, int bits, bool absmax, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq_tiles, int32_t* bad, int device,
@@ -143,11 +148,20 @@ int reconstruct_cuda(const BasisView& basis, const float* x, const DeviceTensor*
                      float* x_rows, int device, void* stream);
 
 // As step_cpu, in one kernel: segments are projected, updated and reconstructed in an order in which the second read of a segment's codes finds in
-// the second-level cache what fits there. Workspaces as above, and counters (step_counters(groups, L),). tasks (2 * items,) from make_tasks(), window
-// from step_window(); where tasks is null, project, update and reconstruct run one after the other, with the same results.
+// the second-level cache what fits there.
+struct StepWorkspace {
+  float* partial;             // (items, n)
+  double* sums;               // (groups, n)
+  float* x_rows;              // (L, padded_rows(n))
+  int32_t* counters;          // (step_counters(groups, L),)
+  const int32_t* tasks;       // (2 * items,) from make_tasks(); null: project, update and reconstruct run one after the other, with the same results
+  int64_t window;             // from step_window()
+  const float* steps_before;  // AdamW: number of steps before this one, in device memory, instead of Update::step: for captured graphs; or null
+  float* corrections;         // (2,), with steps_before
+};
 int step_cuda(const BasisView& basis, const DeviceTensor* grads, const Update& update, float* x, float* first, float* second,
-              const DeviceTensor* center, const DeviceTensor* out, const DeviceWork& work, float* partial, double* sums, float* x_rows,
-              int32_t* counters, const int32_t* tasks, int64_t window, float* c, int device, void* stream);
+              const DeviceTensor* center, const DeviceTensor* out, const DeviceWork& work, const StepWorkspace& space, float* c, int device,
+              void* stream);
 constexpr int64_t step_counters(int64_t groups, int64_t num_segments) { return 1 + groups + 2 * num_segments; }
 // Tasks of a step, in order: item i's projection is i, its reconstruction is -1 - i. A segment's reconstruction begins `window` tasks after its last
 // projection, last item first. Empty if a segment has no item: such a step runs without tasks.

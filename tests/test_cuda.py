@@ -173,33 +173,101 @@ def test_step_with_an_empty_segment():
 # Streams, graphs, devices ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", ["cuda", "cpp", "reference"])
+def test_steps_counted_on_the_device(backend):
+    """options["capturable"]: the same update, with the number of steps in a tensor that the host does not read."""
+    if ON_GPU and backend == "cpp":
+        pytest.skip("C++ runs on the CPU")
+    basis, grads = put(tk.pack(rows_of(5, SHAPES), 4, segments=SEGMENTS)), put(tensors(SHAPES, 7))
+    results = []
+    for capturable in (False, True):
+        x, state, out = torch.zeros(5, 3, device=DEVICE), {}, [torch.empty(s, device=DEVICE) for s in SHAPES]
+        options = {"lr": 0.1, "betas": (0.9, 0.99), "capturable": capturable}
+        for k in range(3):
+            tk.step(basis, grads, x, out, rule="adamw", options=options, state=state, backend=backend)
+            assert int(state["step"]) == k + 1 and (state["step"].device.type == DEVICE or not capturable)
+        results.append(x)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-8)
+
+
+def test_a_basis_made_in_inference_mode():
+    with torch.inference_mode():
+        basis, g = put(tk.pack([torch.randn(3, 300)], 4)), torch.randn(300, device=DEVICE)
+        assert torch.equal(tk.project(basis, g, "cuda"), tk.project(basis, g, "cuda"))
+
+
+def test_tables_of_many_tensors():
+    """More than the arguments of one kernel hold."""
+    many = [torch.empty(k % 3, dtype=(torch.float32, torch.bfloat16, torch.float16)[k % 3], device=DEVICE) for k in range(700)]
+    table = cuda.tensor_table(many, torch.device(DEVICE, 0) if ON_GPU else torch.device("cpu")).tolist()
+    assert table == [[t.data_ptr() if t.numel() else 0, native.DTYPES[t.dtype]] for t in many]
+
+
+def test_a_device_without_machine_code(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    cuda._no_code_for_device.cache_clear()
+
+    class Built:
+        with_cuda, cuda_architectures = True, "80 90"
+        cuda_device_count = staticmethod(lambda: 1)
+
+    monkeypatch.setattr(cuda, "module", Built)
+    expected = "compiled for sm_80, sm_90, the device is sm_75: build with TWA_CUDA_ARCHITECTURES=75"
+    assert cuda.why_unusable() == expected
+    for capability, built, usable in [((8, 6), "80 90", True), ((12, 0), "80 90", True), ((12, 0), "80-real 90-real", False), ((8, 0), "90", False)]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        Built.cuda_architectures = built
+        cuda._no_code_for_device.cache_clear()
+        assert (cuda.why_unusable() is None) == usable
+    cuda._no_code_for_device.cache_clear()
+
+
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU: streams and CUDA graphs")
-def test_other_stream_and_graph_replay():
-    basis, grads, center = put(tk.pack(rows_of(9, SHAPES), 4, segments=SEGMENTS)), put(tensors(SHAPES, 7)), put(tensors(SHAPES, 9))
-    x, out = torch.zeros(9, 3, device=DEVICE), [torch.empty(s, device=DEVICE) for s in SHAPES]
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+@pytest.mark.parametrize("own_stream", [True, False])
+def test_other_stream_and_graph_replay(rule, own_stream):
+    """On a stream of its own or the one that PyTorch captures on; gradients made inside the graph; other tables made before it is replayed."""
+    basis, center = put(tk.pack(rows_of(9, SHAPES), 4, segments=SEGMENTS)), put(tensors(SHAPES, 9))
+    fixed = put(tensors(SHAPES, 7))
+    options = {"lr": 0.1, "capturable": True} if rule == "adamw" else {"lr": 0.1, "momentum": 0.9}
 
-    def step():
-        return tk.step(basis, grads, x, out, center, rule="sgd", options={"lr": 0.1}, state={}, backend="cuda")
+    def run(x, out, state):
+        grads = [2.0 * g for g in fixed]
+        return tk.step(basis, grads, x, out, center, rule=rule, options=options, state=state, backend="cuda")
 
-    expected_x = x.clone()
-    expected = tk.step(
-        basis, grads, expected_x, [torch.empty_like(o) for o in out], center, rule="sgd", options={"lr": 0.1}, state={}, backend="cuda"
-    )
+    def fresh():
+        return torch.zeros(9, 3, device=DEVICE), [torch.empty(s, device=DEVICE) for s in SHAPES], {}
+
+    expected, theirs = fresh(), []
+    for _ in range(5):
+        c = run(*expected)
+        theirs.append(expected[0].clone())
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
+    ours = fresh()
     with torch.cuda.stream(stream):
-        for _ in range(2):  # tables are made in the first call
-            c = step()
+        run(*ours)
+        assert torch.equal(ours[0], theirs[0])
     torch.cuda.current_stream().wait_stream(stream)
-    assert torch.equal(c, expected)
-    x.zero_()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        c = step()
-    for k in range(3):
+    with torch.cuda.graph(graph, **({"stream": stream} if own_stream else {})):
+        captured = run(*ours)
+    for k in range(100):  # evicts every table of the cache
+        cuda.tensor_table([torch.empty(1 + k, device=DEVICE)], torch.device("cuda", torch.cuda.current_device()))
+    for k in range(1, 4):
         graph.replay()
-        assert torch.equal(c, expected)
-        torch.testing.assert_close(x, (k + 1) * expected_x)
+        assert torch.equal(captured, c)
+        torch.testing.assert_close(ours[0], theirs[k], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU: streams and CUDA graphs")
+def test_what_a_graph_would_repeat_is_refused():
+    basis, grads = put(tk.pack(rows_of(3, SHAPES), 4)), put(tensors(SHAPES, 7))
+    x, state, out = torch.zeros(3, len(SHAPES), device=DEVICE), {}, [torch.empty(s, device=DEVICE) for s in SHAPES]
+    tk.step(basis, grads, x, out, rule="adamw", options={"lr": 0.1}, state=state, backend="cuda")
+    with pytest.raises(RuntimeError, match="needs options\\['capturable'\\]=True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        tk.step(basis, grads, x, out, rule="adamw", options={"lr": 0.1}, state=state, backend="cuda")
 
 
 def launch_on(device, module):
@@ -213,7 +281,7 @@ def launch_on(device, module):
     grad, weights, sgd = tables[0].data_ptr(), tables[1].data_ptr(), [0.0, 0.1, 0.0, 0.0, 0.0, 0.0]
     arrays = [torch.zeros(2, dtype=torch.int64) for _ in range(9)]
     work = module.Work([a.data_ptr() for a in arrays], 1, 1)
-    space = [torch.zeros(64, dtype=torch.float64) for _ in range(5)]
+    space = [torch.zeros(64, dtype=torch.float64) for _ in range(7)]
     at = [s.data_ptr() for s in space]
     calls = {
         "project": lambda: module.project_cuda(basis, grad, work, at[0], at[1], c.data_ptr(), device, 0),

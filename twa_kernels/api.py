@@ -132,7 +132,8 @@ def step(
     x        (n, L) float32, contiguous, updated in place.
     rule     "sgd" (torch.optim.SGD, with momentum) or "adamw" (torch.optim.AdamW).
     options  lr, weight_decay, momentum, dampening, nesterov, betas, eps, maximize: a param_group of that optimizer, or a dict; what is
-             left out has torch's default. amsgrad, capturable and differentiable must be false.
+             left out has torch's default. amsgrad and differentiable must be false. capturable (adamw) counts steps on the device, so that
+             a CUDA graph can capture the call, after one that was not captured.
     state    that optimizer's state of x, updated in place: {} at first, then step (a number or a 0-d tensor) with exp_avg and
              exp_avg_sq, or momentum_buffer: torch's names, so that either may continue what the other began.
     returns  c (n, L) float32, the gradient of the coefficients, for clipping thresholds and logs.
@@ -151,7 +152,12 @@ def step(
     x = x.detach()
     moments = RULES[rule][1] if rule == "adamw" or given["momentum"] else ()
     # torch's SGD counts no steps: its first one is the one that finds no buffer.
-    previous = int(state.get("step", 0)) if rule == "adamw" else int(state.get("momentum_buffer") is not None)
+    steps = state.get("step", torch.zeros((), device=x.device if given.get("capturable") else "cpu"))
+    on_device = rule == "adamw" and (given.get("capturable") or (isinstance(steps, Tensor) and steps.device.type != "cpu"))
+    if on_device:  # not read here: that would wait for the device
+        count = 0
+    else:
+        count = 1 + (int(steps) if rule == "adamw" else int(state.get("momentum_buffer") is not None))
     held = [torch.zeros_like(x) if state.get(name) is None else state[name] for name in moments]
     targets = _list(out)
     with torch.no_grad():
@@ -159,20 +165,20 @@ def step(
             *basis.operands,
             _present(basis, grads),
             x,
-            held,
+            [*held, steps] if on_device else held,
             [] if center is None else _list(center),
             basis.numels,
             basis.bits,
             rule,
             numbers,
-            previous + 1,
+            count,
             targets,
             backend,
         )
     # Only now: a call that was refused leaves the state as it was.
     state.update(zip(moments, held, strict=True))
     if rule == "adamw":
-        state.setdefault("step", torch.zeros(()))
+        state["step"] = steps
         state["step"] += 1
     torch.autograd.graph.increment_version([x, *held, *targets])
     return c

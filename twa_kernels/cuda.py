@@ -26,7 +26,20 @@ def why_unusable() -> str | None:
         return "built without CUDA (no nvcc was found, or TWA_CUDA=off)"
     if module.cuda_device_count() == 0:
         return "no CUDA device on this machine"
-    return None
+    return _no_code_for_device()
+
+
+@functools.cache
+def _no_code_for_device() -> str | None:
+    """Machine code runs on devices of its major version and no lower minor one; code that has PTX (no "-real") on every later device."""
+    if not torch.cuda.is_available():
+        return None
+    device = int("{}{}".format(*torch.cuda.get_device_capability()))
+    for architecture in module.cuda_architectures.split():
+        number = int("".join(c for c in architecture if c.isdigit()))
+        if number <= device and (number // 10 == device // 10 or "-real" not in architecture):
+            return None
+    return f"compiled for sm_{module.cuda_architectures.replace(' ', ', sm_')}, the device is sm_{device}: build with TWA_CUDA_ARCHITECTURES={device}"
 
 
 def _place(device: torch.device) -> tuple[int, int]:
@@ -47,17 +60,29 @@ def _to_device(values: Sequence | Tensor, device: torch.device, dtype: torch.dty
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and host.numel() else host.to(device)
 
 
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def tensor_table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """(tensors, 2) int64 on the device: address and dtype number, 0 for an empty tensor. Training loops pass the same tensors again and again, so
-    most calls copy nothing."""
+    """(tensors, 2) int64 on the device: address and dtype number, 0 for an empty tensor. Written by a kernel whose arguments they are, so that
+    no memory of the host has to outlive the call. Training loops pass the same tensors again and again, so most calls write nothing; a CUDA
+    graph gets a table of its own, which every replay writes, since it knows only its address."""
     entries = tuple(v for t in tensors for v in (t.data_ptr() if t.numel() else 0, DTYPES[t.dtype]))
-    return _tensor_table(entries, device, _place(device)[1])
+    make = _write_table if _capturing(device) else _tensor_table
+    return make(entries, device, _place(device)[1])
 
 
 @functools.lru_cache(maxsize=64)
 def _tensor_table(entries: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """Per stream: the copy is not waited for, and only its own stream is sure to come after it."""
-    return _to_device(entries, device)
+    """Per stream: the kernel is not waited for, and only its own stream is sure to come after it."""
+    return _write_table(entries, device, stream)
+
+
+def _write_table(entries: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    table = torch.empty(len(entries) // 2, 2, dtype=torch.int64, device=device)
+    module.table_cuda(list(entries), table.data_ptr(), *_place(device))
+    return table
 
 
 @dataclass(frozen=True)
@@ -89,7 +114,7 @@ _work: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def work_items(tile_segment: Tensor, numels: Sequence[int], num_segments: int, bits: int) -> Work:
     """Built once per basis (reading tile_segment back waits for the device), then kept as long as tile_segment lives."""
     kept = _work.setdefault(tile_segment, {})
-    key = tuple(numels), num_segments, bits, tile_segment._version
+    key = tuple(numels), num_segments, bits, None if tile_segment.is_inference() else tile_segment._version
     if key not in kept:
         kept[key] = _build(tile_segment, numels, num_segments, bits)
     return kept[key]
@@ -183,6 +208,12 @@ def step(
     grads, center, targets = _contiguous(grads), _contiguous(center), _targets(out)
     work = work_items(tile_segment, numels, num_segments, bits)
     c = torch.empty_like(row_scale)
+    if _capturing(device) and count == 1 and state:  # replays would begin the momentum anew, or correct its bias as in the first step
+        raise RuntimeError("a CUDA graph cannot capture the first step of an optimizer with momentum: run one step before")
+    if _capturing(device) and count > 1 and rule == "adamw":
+        raise RuntimeError(
+            "a CUDA graph would repeat this step's bias correction: AdamW needs options['capturable']=True, which counts steps on the device"
+        )
     with _on(device):
         number, stream = _place(device)
         window = _window(n, bits, number)
@@ -196,18 +227,20 @@ def step(
             torch.empty(num_segments, _padded(n), device=device),
             torch.empty(module.step_counters(work.groups, num_segments), dtype=torch.int32, device=device),
         ]
+        corrections = torch.empty(2, device=device)
+        steps_before = state[-1].data_ptr() if count == 0 else 0
         module.step_cuda(
             _basis(codes, scales, row_scale, tile_segment, bits),
             tensor_table(grads, device).data_ptr(),
             rule == "adamw",
             list(options),
-            count,
+            max(count, 1),
             x.data_ptr(),
             *[s.data_ptr() for s in [*state, x, x][:2]],  # what the rule does not keep, the kernel does not touch
             tensor_table(center, device).data_ptr() if center else 0,
             tensor_table(targets, device).data_ptr(),
             work.native,
-            [w.data_ptr() for w in workspaces] + [0 if tasks is None else tasks.data_ptr()],
+            [w.data_ptr() for w in workspaces] + [0 if tasks is None else tasks.data_ptr(), steps_before, corrections.data_ptr()],
             window,
             c.data_ptr(),
             number,

@@ -283,7 +283,7 @@ RULES = {
 
 
 #: options of torch's optimizers that change the update in ways the fused step does not know
-UNSUPPORTED_OPTIONS = ("amsgrad", "capturable", "differentiable")
+UNSUPPORTED_OPTIONS = ("amsgrad", "differentiable")
 
 
 def _check_step(codes, scales, row_scale, tile_segment, grads, x, state, center, numels, bits, rule, options, count, out, backend) -> None:
@@ -293,9 +293,12 @@ def _check_step(codes, scales, row_scale, tile_segment, grads, x, state, center,
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {sorted(RULES)}, found {rule!r}")
     names, moments = RULES[rule]
-    if len(options) != len(names) or count < 1:
+    if len(options) != len(names) or count < 0 or (count == 0 and rule != "adamw"):
         raise ValueError(f"step: expected options {names} and a count of at least 1, found {len(options)} options and count {count}")
     needed = moments if rule == "adamw" or options[names.index("momentum")] else ()
+    if count == 0:  # the steps before this one are counted on the device, in a last tensor of the state
+        *state, steps = state or [x.new_empty(0)]
+        _check_tensor("step", steps, (), torch.float32, codes.device)
     if len(state) != len(needed):
         raise ValueError(f"state: expected {len(needed)} tensors {needed}, found {len(state)}")
     for name, t in zip(("x", *needed), (x, *state), strict=True):
@@ -308,6 +311,9 @@ def _step(codes, scales, row_scale, tile_segment, grads, x, state, center, numel
     _check_disjoint(out)
     _check_disjoint([x, *state], "x and state")
     kernel = dispatch.select("step", codes.device.type, backend)
+    if count == 0 and kernel is not dispatch.IMPLEMENTATIONS["step", "cuda"]:  # the others take a number, and wait for it
+        *state, steps = state
+        count = int(steps) + 1
     return kernel(codes, scales, row_scale, tile_segment, grads, x, state, center, numels, bits, rule, options, count, out)
 
 

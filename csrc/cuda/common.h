@@ -155,7 +155,7 @@ struct Ring {
   }
 };
 
-inline int ring_slots(int slot_bytes) {
+constexpr int ring_slots(int slot_bytes) {
   const int fit = kRingBytes / slot_bytes;
   return fit < 2 ? 2 : fit > kMaxStages ? kMaxStages : fit;
 }

@@ -95,6 +95,13 @@ TWA_DEVICE uint64_t evict_normal() {
   return policy;
 }
 
+// After reading a slot and before the warp synchronises to let the copy engine write it again: the two see memory by different ways.
+TWA_DEVICE void release_to_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 // Asynchronous copies into shared memory. A barrier completes a phase when the bytes announced to it have arrived.
 // bulk_copies: one instruction for kilobytes (cp.async.bulk); else 16 bytes a lane (cp.async).
 TWA_DEVICE constexpr bool bulk_copies() {

@@ -14,13 +14,24 @@ project_kernel(ProjectArguments a) {
   uint8_t* mine = shared_memory() + warp_index() * stride;
   Ring ring;
   ring.open(mine + P::kHeader, reinterpret_cast<uint64_t*>(mine), a.slots, P::kSlot, evict_first());
-  project_item<kBits, kUnits>(a, ring, shared_memory(), stride, block_index() / a.row_blocks, static_cast<int>(block_index() % a.row_blocks));
+  const uint32_t block = static_cast<uint32_t>(block_index()), row_blocks = static_cast<uint32_t>(a.row_blocks);
+  project_item<kBits, kUnits>(a, ring, shared_memory(), stride, block / row_blocks, static_cast<int>(block % row_blocks));
 }
 
 // Block = (group, 32 rows).
 TWA_KERNEL(kThreads, 8) sum_kernel(UpdateArguments a) {
   const int64_t chunks = padded_rows(a.n) / 32;
   sum_group(a, block_index() / chunks, block_index() % chunks, reinterpret_cast<double*>(shared_memory()));
+}
+
+constexpr int kTableEntries = 240;  // arguments of a kernel have 4 KiB
+struct TableArguments {
+  DeviceTensor* to;
+  int count;
+  DeviceTensor entries[kTableEntries];
+};
+TWA_KERNEL(kThreads, 8) table_kernel(TableArguments a) {
+  for (int k = thread_index(); k < a.count; k += kThreads) a.to[k] = a.entries[k];
 }
 
 // Thread = (segment, row).
@@ -36,6 +47,7 @@ int launch_project(const ProjectArguments& arguments, int bits, int device, void
     constexpr int kBits = decltype(b)::value, kUnits = decltype(g)::value;
     if constexpr (is_built_for_project(kBits, kUnits)) {
       using P = Project<kBits, kUnits>;
+      static_assert(kWarps * P::warp_bytes(ring_slots(P::kSlot)) <= kMostShared, "shared memory of the smaller devices");
       ProjectArguments a = arguments;
       a.slots = ring_slots(P::kSlot);
       a.row_blocks = static_cast<int>((a.n + P::kRows - 1) / P::kRows);
@@ -43,6 +55,16 @@ int launch_project(const ProjectArguments& arguments, int bits, int device, void
     }
     return kInvalidValue;
   });
+}
+
+int table_cuda(const DeviceTensor* entries, int64_t count, DeviceTensor* to, int device, void* stream) {
+  for (int64_t begin = 0; begin < count; begin += kTableEntries) {
+    TableArguments a{};
+    a.to = to + begin, a.count = static_cast<int>(count - begin < kTableEntries ? count - begin : kTableEntries);
+    for (int k = 0; k < a.count; ++k) a.entries[k] = entries[begin + k];
+    if (const int error = launch(table_kernel, 1, kThreads, 0, device, stream, a)) return error;
+  }
+  return 0;
 }
 
 int launch_update(const UpdateArguments& a, int device, void* stream) {

@@ -153,6 +153,7 @@ TWA_DEVICE void project_item(const ProjectArguments& a, Ring& ring, uint8_t* bas
         acc[block][h] = fmaf(static_cast<float>(v), scale[base + (h ? row8 : row)], acc[block][h]);
       }
     }
+    release_to_copies();
     sync_warp();  // the slot, the limbs and the scales have been read
     if (tile + kWarps * a.slots < item.tiles) ring.template copy<kBits, kProjectPad>(codes + (tile + kWarps * a.slots) * tile_bytes, rows);
   }

@@ -35,6 +35,7 @@ int launch_reconstruct(const ReconstructArguments& arguments, int bits, int devi
     using R = Reconstruct<kBits, kUnits>;
     ReconstructArguments a = arguments;
     a.slots = ring_slots(R::kSlot);
+    static_assert(R::x_count(kMaxRows) * 4 + kWarps * R::warp_bytes(ring_slots(R::kSlot)) <= kMostShared, "shared memory of the smaller devices");
     const int shared = R::x_count(a.n) * 4 + kWarps * R::warp_bytes(a.slots);
     if constexpr (kUnits == most_units(kBits)) {
       if (a.n > 16 * kUnits) return launch(reconstruct_kernel<kBits, kUnits, true>, a.work.items, kThreads, shared, device, stream, a);

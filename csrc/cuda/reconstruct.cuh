@@ -229,6 +229,7 @@ TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint
           }
           add_rows<kBits, false>(slot + reconstruct_offset<kBits>(32 * i), b.w[0], b.w[1], sums);
         }
+        release_to_copies();
         sync_warp();
         copy_next();
       }

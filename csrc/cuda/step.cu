@@ -33,17 +33,19 @@ struct Step {
   using R = Reconstruct<kBits, kUnits>;
   static constexpr int kSlot = P::kSlot > R::kSlot ? P::kSlot : R::kSlot, kHeader = P::kHeader > R::kHeader ? P::kHeader : R::kHeader;
   TWA_HD static constexpr int warp_bytes(int slots) { return (kHeader + slots * kSlot + 127) / 128 * 128; }
-  static int shared_bytes(int64_t n, int slots) { return kTaskBytes + kStrandBytes + R::x_count(n) * 4 + kWarps * warp_bytes(slots); }
+  static constexpr int shared_bytes(int64_t n, int slots) { return kTaskBytes + kStrandBytes + R::x_count(n) * 4 + kWarps * warp_bytes(slots); }
 };
 
 // True in every thread of the last of `of` blocks that come here.
 TWA_DEVICE bool is_last(int32_t* counter, int of, int32_t* shared) {
-  fence();
   sync_block();
-  if (thread_index() == 0) *shared = counter_add(counter, 1) == of - 1;
+  if (thread_index() == 0) {  // its fences order what the whole block wrote before and reads after
+    fence();
+    *shared = counter_add(counter, 1) == of - 1;
+    fence();
+  }
   sync_block();
   const bool last = *shared;
-  fence();
   sync_block();  // before *shared is written again
   return last;
 }
@@ -58,9 +60,11 @@ TWA_DEVICE void finish_item(const StepArguments& a, int64_t item, int32_t* share
   for (int64_t chunk = 0; chunk < padded_rows(u.n) / 32; ++chunk) sum_group(u, group, chunk, strands);
   if (!is_last(groups_done + segment, u.work.segment_groups[segment + 1] - u.work.segment_groups[segment], shared)) return;
   for (int64_t row = thread_index(); row < padded_rows(u.n); row += kThreads) update_row(u, segment, row);
-  fence();
   sync_block();
-  if (thread_index() == 0) counter_add(flags + segment, 1);
+  if (thread_index() == 0) {
+    fence();
+    counter_add(flags + segment, 1);
+  }
 }
 
 template <int kBits, int kUnits, bool kMany>
@@ -83,6 +87,7 @@ step_kernel(StepArguments a) {
     // run.
     const int next = thread_index() == 0 ? counter_add(a.counters, 1) : 0;
     const int task = a.tasks[taken];
+    ring.policy = task >= 0 ? evict_normal() : evict_first();  // what is reconstructed is not read again
     if (task >= 0) {
       for (int block = 0; block < a.project.row_blocks; ++block) project_item<kBits, S::kProjectUnits>(a.project, ring, base, stride, task, block);
       finish_item(a, task, shared, strands);
@@ -91,7 +96,6 @@ step_kernel(StepArguments a) {
       if (thread_index() == 0)
         while (counter_read(flags + a.update.work.item_segment[item]) == 0) pause();
       sync_block();
-      fence();
       reconstruct_item<kBits, kUnits, kMany>(a.reconstruct, ring, mine, x_row, item);
     }
     sync_block();
@@ -107,7 +111,8 @@ int with_kernel(int64_t n, int bits, const F& f) {
     constexpr int kBits = decltype(b)::value, kUnits = decltype(g)::value;
     const auto run = [&](auto many) {
       using S = Step<kBits, kUnits, decltype(many)::value>;
-      const int slots = ring_slots(S::kSlot);
+      constexpr int slots = ring_slots(S::kSlot);
+      static_assert(S::shared_bytes(kMaxRows, slots) <= kMostShared, "shared memory of the smaller devices");
       return f(step_kernel<kBits, kUnits, decltype(many)::value>, S::shared_bytes(n, slots), slots, 16 * S::kProjectUnits);
     };
     if constexpr (kUnits == most_units(kBits)) {
@@ -115,6 +120,17 @@ int with_kernel(int64_t n, int bits, const F& f) {
     }
     return run(std::false_type());
   });
+}
+
+struct CorrectionArguments {
+  const float* steps_before;
+  float* corrections;  // (2,): learning rate over the first moment's correction, root of the second moment's
+  double lr, beta1, beta2;
+};
+TWA_KERNEL(32, 1) correction_kernel(CorrectionArguments a) {
+  const double step = static_cast<double>(load_shared_by_all(a.steps_before)) + 1.0;
+  if (thread_index() == 0) a.corrections[0] = static_cast<float>(a.lr / (1.0 - pow(a.beta1, step)));
+  if (thread_index() == 1) a.corrections[1] = static_cast<float>(sqrt(1.0 - pow(a.beta2, step)));
 }
 
 UpdateArguments update_arguments(const Update& u) {
@@ -135,26 +151,32 @@ UpdateArguments update_arguments(const Update& u) {
 }  // namespace
 
 int step_cuda(const BasisView& basis, const DeviceTensor* grads, const Update& update, float* x, float* first, float* second,
-              const DeviceTensor* center, const DeviceTensor* out, const DeviceWork& work, float* partial, double* sums, float* x_rows,
-              int32_t* counters, const int32_t* tasks, int64_t window, float* c, int device, void* stream) {
+              const DeviceTensor* center, const DeviceTensor* out, const DeviceWork& work, const StepWorkspace& space, float* c, int device,
+              void* stream) {
   const bool adamw = update.rule == Update::Rule::adamw, momentum = !adamw && update.momentum != 0.0;
   if (!is_valid(basis) || update.step < 1 || (!first && (adamw || momentum)) || (!second && adamw)) return kInvalidValue;
   UpdateArguments u = update_arguments(update);
-  u.partial = partial, u.sums = sums, u.row_scale = basis.row_scale, u.c = c, u.x = x, u.x_rows = x_rows, u.work = work, u.n = basis.n;
+  u.partial = space.partial, u.sums = space.sums, u.row_scale = basis.row_scale, u.c = c, u.x = x, u.x_rows = space.x_rows, u.work = work,
+  u.n = basis.n;
   u.first = adamw || momentum ? first : nullptr, u.second = adamw ? second : nullptr, u.num_segments = basis.num_segments;
-  ProjectArguments p{basis.codes, basis.scales, grads, work, partial, basis.n, 0, 1};
-  const ReconstructArguments r{basis.codes, basis.scales, x_rows, center, out, work, basis.n, 0};
-  if (tasks == nullptr) {
+  ProjectArguments p{basis.codes, basis.scales, grads, work, space.partial, basis.n, 0, 1};
+  const ReconstructArguments r{basis.codes, basis.scales, space.x_rows, center, out, work, basis.n, 0};
+  if (adamw && space.steps_before) {
+    const CorrectionArguments correction{space.steps_before, space.corrections, update.lr, update.beta1, update.beta2};
+    if (const int error = launch(correction_kernel, 1, 32, 0, device, stream, correction)) return error;
+    u.corrections = space.corrections;
+  }
+  if (space.tasks == nullptr) {
     int error = launch_project(p, basis.bits, device, stream);
     if (error == 0) error = launch_update(u, device, stream);
     return error == 0 ? launch_reconstruct(r, basis.bits, device, stream) : error;
   }
   return with_kernel(basis.n, basis.bits, [&](auto kernel, int shared, int slots, int rows) {
-    StepArguments a{p, r, u, tasks, counters, 2 * work.items};
+    StepArguments a{p, r, u, space.tasks, space.counters, 2 * work.items};
     a.project.slots = a.reconstruct.slots = slots;
     a.project.row_blocks = static_cast<int>((basis.n + rows - 1) / rows);
-    const int error = clear(counters, step_counters(work.groups, basis.num_segments) * 4, device, stream);
-    return error != 0 ? error : launch(kernel, a.count < window ? a.count : window, kThreads, shared, device, stream, a);
+    const int error = clear(space.counters, step_counters(work.groups, basis.num_segments) * 4, device, stream);
+    return error != 0 ? error : launch(kernel, a.count < space.window ? a.count : space.window, kThreads, shared, device, stream, a);
   });
 }
 

@@ -259,6 +259,7 @@ inline void barrier_init(uint64_t* barrier, int arrivals) {
   b.arrivals = b.pending = arrivals;
 }
 inline void barrier_publish() {}
+inline void release_to_copies() {}
 inline emulator::Barrier& barrier_at(uint64_t* barrier) {
   const auto found = emulator::block().barriers.find(barrier);
   if (found == emulator::block().barriers.end()) emulator::fail("a barrier that was not initialised");

@@ -71,7 +71,7 @@ _work: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def work_items(tile_segment: Tensor, numels: Sequence[int], num_segments: int, size: int) -> Work:
     """Built once per basis and size (reading tile_segment back waits for the device), then kept as long as tile_segment lives."""
     kept = _work.setdefault(tile_segment, {})
-    key = tuple(numels), num_segments, size, tile_segment._version
+    key = tuple(numels), num_segments, size, None if tile_segment.is_inference() else tile_segment._version
     if key not in kept:
         kept[key] = _build(tile_segment, numels, num_segments, size)
     return kept[key]
