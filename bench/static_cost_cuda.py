@@ -4,8 +4,11 @@ Per kernel: registers, bytes of stack (spills), and of project and reconstruct t
 products, the gradient's or the coefficients' fixed point, scales, waiting, copies, center and store. Two measures:
 
     per weight   thread-instructions / (rows x 128), against the budget of the packed bytes alone: 7 / 3.7 / 2.8 / 1.8 / 0.9 on an H200
-    share        of the instructions that an H200 can issue (7.3 a byte at 4.1 TB/s) while it moves the tile's bytes: packed words, scales, float32
-                 gradient or center and weight. Below 1 a kernel can run at the speed of memory; how far below is its slack.
+    issue        share of the instructions that an H200 can issue (7.2 a byte at 4.1 TB/s) while it moves the tile's bytes: packed words, scales,
+                 float32 gradient or center and weight
+    pipe         share of what the pipe for integers, logic, shifts and permutations can do meanwhile: half as many (64 a cycle and multiprocessor,
+                 CUDA C++ programming guide, "Throughput of native arithmetic instructions")
+                 Below 1 in both a kernel can run at the speed of memory; how far below is its slack.
 
     python bench/static_cost_cuda.py           writes bench/results/cuda_static_cost.{md,json,png}
     python bench/static_cost_cuda.py --check   exit status 1 if a kernel has a stack frame or spends more than it may
@@ -25,6 +28,37 @@ BUDGET = {8: 7.0, 4: 3.7, 3: 2.8, 2: 1.8, 1: 0.9}  # instructions per weight, H2
 PER_BYTE = {"sm_90": 132 * 128 * 1.755e9 / 4.1e12, "sm_80": 108 * 128 * 1.41e9 / 1.75e12}  # H200, A100 80 GB at the rate of a copy
 #: rows from which a kernel must be within the budget per weight: what a tile costs once is spread over them
 ROWS = {("project", 1): 128, ("reconstruct", 1): 256}
+#: operations of the pipe that takes a warp's instruction every other cycle
+ALU = frozenset(
+    [
+        "PRMT",
+        "LOP3",
+        "SHF",
+        "IADD3",
+        "ISETP",
+        "VIADD",
+        "SEL",
+        "LEA",
+        "VIMNMX",
+        "VIMNMX3",
+        "IMNMX",
+        "VIADDMNMX",
+        "FSEL",
+        "FMNMX",
+        "FSETP",
+        "PLOP3",
+        "I2FP",
+        "IABS",
+        "POPC",
+        "FLO",
+        "SGXT",
+        "BMSK",
+        "R2P",
+        "P2R",
+        "MOV",
+        "SHL",
+    ]
+)
 OPS = ("pack", "project", "sum", "update", "reconstruct", "scale", "step")
 
 
@@ -46,6 +80,8 @@ def measure(function: machine_code.Function) -> dict | None:
         thread_instructions = 32 * len(path)
         products = sum({"16832": 512, "16816": 256}[op.split(".")[1]] for op in path if op.startswith("IMMA"))  # of one tile
         row |= {"path": len(path), "per_weight": thread_instructions / (row["rows"] * 128), "products": products}
+        row["alu"] = 64 * sum(name in ALU for name in (op.split(".")[0] for op in path))
+        row["alu"] /= tile_bytes(op, bits, row["rows"]) * PER_BYTE.get(function.arch, PER_BYTE["sm_90"])
         row["share"] = thread_instructions / (tile_bytes(op, bits, row["rows"]) * PER_BYTE.get(function.arch, PER_BYTE["sm_90"]))
         row |= {"shared_access": names.get("LDS", 0) + names.get("STS", 0), "barriers": names.get("BAR", 0)}
         row["copies"] = sum("UBLKCP" in text or "LDGSTS" in text for _, text in function.code)
@@ -68,6 +104,8 @@ def problems(row: dict) -> list[str]:
         found.append(f"{label}: no asynchronous copies")
     if row["arch"] == "sm_90" and "path" in row and row["rows"] >= 64 and row["share"] > 1:
         found.append(f"{label}: {100 * row['share']:.0f} % of the instructions that memory's speed leaves")
+    if row["arch"] == "sm_90" and "path" in row and row["rows"] >= 64 and row["alu"] > 1:
+        found.append(f"{label}: {100 * row['alu']:.0f} % of the integer and logic pipe that memory's speed leaves")
     enough = "path" in row and row["rows"] >= ROWS.get((row["op"], row["bits"]), 64)
     if row["arch"] == "sm_90" and enough and round(row["per_weight"], 1) > BUDGET[row["bits"]]:  # the budget has one digit
         found.append(f"{label}: {row['per_weight']:.2f} instructions per weight, budget {BUDGET[row['bits']]}")
@@ -77,16 +115,19 @@ def problems(row: dict) -> list[str]:
 def markdown(rows: list[dict]) -> list[str]:
     lines = ["# Static cost of the CUDA kernels", "", "![instructions per weight](cuda_static_cost.png)", ""]
     lines += ["Read from the machine code in the native module; no GPU took part. Instructions of a whole tile on its usual path: float32"]
-    lines += ["gradient, center and weight, aligned. *Share*: of the instructions that an H200 issues while it moves the tile's bytes; below 1,"]
-    lines += ["memory is the limit. Budget: instructions per weight while the packed bytes alone are moved.", ""]
-    lines += ["| op | bits | budget | rows | instructions | per weight | share | sm_80: share, A100 | registers | stack |"]
-    lines += ["|" + "---|" * 10]
+    lines += [
+        "gradient, center and weight, aligned. *Issue* and *pipe*: shares of the instructions, and of those of the integer and logic pipe, that"
+    ]
+    lines += ["an H200 can do while it moves the tile's bytes; below 1, memory is the limit. Budget: instructions per weight while the packed bytes"]
+    lines += ["alone are moved.", ""]
+    lines += ["| op | bits | budget | rows | instructions | per weight | issue | pipe | sm_80, A100: issue | pipe | registers | stack |"]
+    lines += ["|" + "---|" * 12]
     by = {(r["arch"], r["op"], r["bits"], r["rows"], r["many"]): r for r in rows}
     for r in rows:
         if r["arch"] == "sm_90" and "path" in r:
             other = by.get(("sm_80", r["op"], r["bits"], r["rows"], False))
             cells = [r["op"], r["bits"], BUDGET[r["bits"]], r["rows"], r["path"], f"{r['per_weight']:.2f}", f"{r['share']:.2f}"]
-            cells += [f"{other['share']:.2f}" if other else "", r["registers"], r["stack"]]
+            cells += [f"{r['alu']:.2f}", *([f"{other[key]:.2f}" for key in ("share", "alu")] if other else ["", ""]), r["registers"], r["stack"]]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     archs = sorted({r["arch"] for r in rows})
     stack = max(r["stack"] for r in rows)
@@ -110,8 +151,8 @@ def picture(path: Path, rows: list[dict]) -> None:
     for k, (op, n) in enumerate([("project", 64), ("project", 128), ("reconstruct", 64), ("reconstruct", 128)]):
         chosen = {r["bits"]: r for r in rows if (r["arch"], r["op"], r["rows"], r["many"]) == ("sm_90", op, n, False)}
         at = [i + 0.2 * k - 0.3 for i in range(len(bits))]
-        for axis, key in zip(axes, ("per_weight", "share"), strict=True):
-            values = [chosen[b][key] if b in chosen else 0.0 for b in bits]
+        for axis, key in zip(axes, ("per_weight", "most"), strict=True):
+            values = [(chosen[b][key] if key == "per_weight" else max(chosen[b]["share"], chosen[b]["alu"])) if b in chosen else 0.0 for b in bits]
             shade = {"color": f"C{k // 2}", "alpha": 0.55 if n == 64 else 1.0}
             bars = axis.bar(at, values, 0.18, label=f"{op}, {n} rows", **shade)
             axis.bar_label(bars, [f"{v:.1f}" if v and key == "per_weight" else f"{v:.2f}"[1:] if v else "" for v in values], fontsize=6.5)
@@ -119,7 +160,7 @@ def picture(path: Path, rows: list[dict]) -> None:
         axes[0].hlines(BUDGET[b], i - 0.42, i + 0.42, color="0.2", linewidth=1.5, label=None if i else "budget, packed bytes alone")
     axes[1].axhline(1.0, color="0.2", linewidth=1.5, label="speed of memory")
     axes[0].set_ylabel("thread-instructions per packed weight")
-    axes[1].set_ylabel("share of what an H200 can issue meanwhile")
+    axes[1].set_ylabel("share of issue slots or integer pipe")
     for axis in axes:
         axis.set_xticks(range(len(bits)), [f"{b} bit" + "s" * (b > 1) for b in bits])
         axis.spines[["top", "right"]].set_visible(False)

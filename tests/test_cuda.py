@@ -361,7 +361,7 @@ def test_static_cost_of_the_shipped_kernels(cost):
     for row in cost:
         if "path" in row:  # the matrix units contract every column of every row, and nothing more
             padded = row["rows"] + 16 * (row["op"] == "reconstruct" and row["bits"] == 8 and row["rows"] % 32 == 16)
-            assert row["products"] == padded * 128
+            assert row["products"] == padded * 128 * (2 if row["bits"] == 4 else 1)  # 4 bits: lower and upper levels
 
 
 @pytest.mark.parametrize(
@@ -371,13 +371,26 @@ def test_static_cost_of_the_shipped_kernels(cost):
         ({"barriers": 1}, "1 barriers of the block in the main loop"),
         ({"copies": 0}, "no asynchronous copies"),
         ({"share": 1.2}, "120 % of the instructions"),
+        ({"alu": 1.2}, "120 % of the integer and logic pipe"),
         ({"per_weight": 3.9}, "3.90 instructions per weight, budget 3.7"),
     ],
 )
 def test_a_problem_is_reported(change, message):
     import static_cost_cuda
 
-    row = {"op": "project", "bits": 4, "rows": 64, "many": False, "arch": "sm_90", "stack": 0, "path": 600, "barriers": 0, "copies": 3, "share": 0.6}
+    row = {
+        "op": "project",
+        "bits": 4,
+        "rows": 64,
+        "many": False,
+        "arch": "sm_90",
+        "stack": 0,
+        "path": 600,
+        "barriers": 0,
+        "copies": 3,
+        "share": 0.6,
+        "alu": 0.6,
+    }
     row["per_weight"] = 2.4
     assert static_cost_cuda.problems(row) == []
     (found,) = static_cost_cuda.problems(row | change)
