@@ -25,19 +25,19 @@ static-cost: build
 	$(BIN)/python bench/static_cost_cuda.py
 	$(BIN)/python bench/static_cost.py
 
-# The kernel tests once more, with a native module built for AddressSanitizer and UndefinedBehaviorSanitizer.
+# The kernel tests once more, with a native module and emulated CUDA kernels built for AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED := build/sanitize
 sanitize: build
 	mkdir -p $(SANITIZED)/twa_kernels
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B $(SANITIZED)/cmake -DTWA_CUDA=off -DTWA_SANITIZE=address,undefined -DPYBIND11_FINDPYTHON=ON \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
 	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/$(SANITIZED)/twa_kernels
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZED)/cmake
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZED)/cmake --target _C _emulated
 	cp -r twa_kernels/*.py twa_kernels/_triton $(SANITIZED)/twa_kernels/
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=halt_on_error=1 TWA_EMULATOR_BUILD=$(CURDIR)/$(SANITIZED)/cmake \
 	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
-	  $(addprefix $(CURDIR)/tests/test_,pack.py project.py reconstruct.py step.py gram.py)
+	  $(addprefix $(CURDIR)/tests/test_,pack.py project.py reconstruct.py step.py gram.py cuda.py)
 
 lint: build
 	$(BIN)/ruff check .

@@ -38,6 +38,7 @@ if "--rehearse" in sys.argv:
 import torch
 from common import RESULTS, hardware
 from gpu_peers import PEERS, Peer
+from static_cost_cuda import predicted
 from torch import Tensor
 
 import twa_kernels as tk
@@ -259,6 +260,8 @@ class Run:
         self.notes: list[str] = []
         self.left_out: list[str] = []
         self.end = time.monotonic() + args.seconds
+        static = RESULTS / "cuda_static_cost.json"
+        self.static_cost = json.loads(static.read_text()) if static.exists() else []
         self.copies = [copy_rate(self.timer, self.copy_bytes(), device)]
         self.say(f"copy: {self.copies[0] / 1e9:.0f} GB/s, {self.machine['gpu']}")
 
@@ -322,14 +325,18 @@ class Run:
                 expected = call(op, small.copy("cpu"), "reference")
                 for backend in backends(op, self.device):
                     measure = functools.partial(self.checked, op, backend, small, expected, case)
-                    self.record(op, backend, bits, n, case.basis.num_columns, measure)["ours"] = True
+                    row = self.record(op, backend, bits, n, case.basis.num_columns, measure)
+                    row["ours"] = True
                     del measure  # holds the case
 
     def checked(self, op: str, backend: str, small: Case, expected: list[Tensor], case: Case) -> dict:
         error = error_of(op, call(op, small.copy(self.device), backend), expected)
         if error >= TOLERANCE:
             return {"note": "WRONG: " + ("packed bytes differ" if math.isinf(error) and op == "pack" else f"relative error {error:.1e}")}
-        return {"error": error, "bytes": case.bytes_of(op)} | self.timer(lambda k: call(op, case, backend, k))
+        found = {"error": error, "bytes": case.bytes_of(op)}
+        if backend == "cuda" and "H200" in self.machine["gpu"]:
+            found["predicted"] = predicted(self.static_cost, op, case.basis.bits, case.basis.n)
+        return found | self.timer(lambda k: call(op, case, backend, k))
 
     def peers(self, n: int) -> None:
         for op in (op for op in ("project", "reconstruct") if op in self.args.ops):
@@ -363,7 +370,8 @@ class Run:
         lines += ["Bytes that an op must move, with tiles of 128 columns; peers: their own codes and scales, then the same 4 * D or 8 * D:", ""]
         lines += [*(f"    {op:12} {formula}" for op, formula in BYTES.items()), ""]
         lines += ["Our bases have 12 tensors in 10 segments, peers one tensor of D columns. Host us: time to launch one call; where it exceeds the"]
-        lines += ["median, it limits a loop of such calls. ps per n D: picoseconds per weight of a candidate.", ""]
+        lines += ["median, it limits a loop of such calls. ps per n D: picoseconds per weight of a candidate. Predicted: from the instructions of"]
+        lines += ["the CUDA kernels (bench/static_cost_cuda.py), before this run.", ""]
         order = sorted(self.rows, key=lambda r: (OPS.index(r["op"]), r["n"], not r.get("ours"), -r["bits"], r["kernel"]))
         lines += table([cells(row, self.copies) for row in order])
         unusable = [(b, dispatch.why_unusable(b)) for b, devices in dispatch.DEVICES.items() if self.device.type in devices]
@@ -380,16 +388,17 @@ class Run:
         (self.args.output / f"{self.name}.md").write_text(self.page())
 
 
-HEADER = ["op", "kernel", "bits", "n", "D", "GB", "median ms", "host us", "GB/s", "of copy", "ps per n D", "note"]
+HEADER = ["op", "kernel", "bits", "n", "D", "GB", "median ms", "host us", "GB/s", "of copy", "predicted", "ps per n D", "note"]
 
 
 def cells(row: dict, copies: list[float]) -> list[str]:
     """One row of the table."""
     start = [row["op"], row["kernel"], str(row["bits"]), str(row["n"]), f"{row['D']:.3g}"]
     if not row["ms"]:
-        return [*start, *[""] * 6, row["note"]]
+        return [*start, *[""] * 7, row["note"]]
     percent = 100 * row["GB/s"] * 1e9 / max(copies)
     numbers = [f"{row['bytes'] / 1e9:.2f}", f"{row['ms']:.3f}", f"{row['host_us']:.0f}", f"{row['GB/s']:.0f}", f"{percent:.0f} %"]
+    numbers.append(f"{row['predicted']:.0f} %" if row.get("predicted") else "")
     return [*start, *numbers, f"{row['ps per n D']:.3f}", row["note"]]
 
 

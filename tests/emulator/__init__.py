@@ -1,6 +1,6 @@
 """The CUDA kernels on a CPU: csrc/cuda compiled against emulator.h instead of device.h's instructions. For machines without a GPU.
 
-Built by `cmake --build build/cmake-* --target _emulated`, from the same build folder as the native module.
+Built by `cmake --build build/cmake-* --target _emulated`, in the build folder of the native module, or in TWA_EMULATOR_BUILD (`make sanitize`).
 """
 
 import importlib.util
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+BUILD = Path(os.environ.get("TWA_EMULATOR_BUILD", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"))
 
 
 def load():
