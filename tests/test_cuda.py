@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import emulator
 import pytest
 import torch
 from conftest import BITS, ON_GPU, rows_of, run_python, tensors
@@ -313,27 +314,25 @@ def test_wrong_device_number(op):
 # Without running: index maps, machine code, the C++ API ------------------------------------------------------------
 
 
-def build(target):
+def program(target, path):
     folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
     if not folder.exists():
         pytest.skip("the native module was not built by CMake in this tree")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(["cmake", "--build", folder, "--target", target], capture_output=True, text=True, env=os.environ | {"PATH": path})
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+    emulator.build(target, folder)
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    done = subprocess.run([folder / path], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def test_index_maps_and_decoders():
-    done = subprocess.run([build("test_lanes") / "emulator" / "test_lanes"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert int(done.stdout.split()[0]) > 400_000
+    assert int(program("test_lanes", "emulator/test_lanes").split()[0]) > 400_000
 
 
 def test_cpp_example():
-    done = subprocess.run([build("twa_example") / "twa_example"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    errors = [float(line.split()[-1]) for line in done.stdout.splitlines() if "differs" in line]
-    assert len(errors) >= 2 and max(errors) < 0.02, done.stdout  # 8 bits
+    shown = program("twa_example", "twa_example")
+    errors = [float(line.split()[-1]) for line in shown.splitlines() if "differs" in line]
+    assert len(errors) >= 2 and max(errors) < 0.02, shown  # 8 bits
 
 
 @pytest.fixture(scope="module")

@@ -73,9 +73,9 @@ TWA_DEVICE void write_limbs(const float* g, uint32_t* limbs, float& first, float
   for (int k = 0; k < (kBits == 1 ? 4 : 3); ++k) limbs[kStride * k + at] = w[k];
   sum = 0;
   if constexpr (kBits == 1 || kShifted<kBits>) {
-    const int up_to = kBits == 1 ? lane / 4 : 0;
-    const int low = warp_sum((dot4(w[0], 0x01010101u, 0) + 256 * dot4(w[1], 0x01010101u, 0)) << up_to);
-    const int high = warp_sum((dot4(w[2], 0x01010101u, 0) + 256 * (kBits == 1 ? dot4(w[3], 0x01010101u, 0) : 0)) << up_to);
+    const int factor = kBits == 1 ? 1 << lane / 4 : 1;
+    const int low = warp_sum((dot4(w[0], 0x01010101u, 0) + 256 * dot4(w[1], 0x01010101u, 0)) * factor);
+    const int high = warp_sum((dot4(w[2], 0x01010101u, 0) + 256 * (kBits == 1 ? dot4(w[3], 0x01010101u, 0) : 0)) * factor);
     sum = lane % 2 ? high : low;
   }
   const int down = 120 + e - 23 - (kBits == 1 ? 7 : 0);

@@ -127,7 +127,7 @@ TWA_DEVICE void add_sums(const Word4* columns, int low, int high, float unit, fl
     int v[3];
 #pragma unroll
     for (int i = 0; i < 3; ++i) v[i] = static_cast<int>(limbs.w[i]);
-    if constexpr (kBits == 1) v[0] = 2 * v[0] - (low << field), v[1] = 2 * v[1], v[2] = 2 * v[2] - (high << field);  // exact: below 2^30
+    if constexpr (kBits == 1) v[0] = 2 * v[0] - (low * (1 << field)), v[1] = 2 * v[1], v[2] = 2 * v[2] - (high * (1 << field));  // exact: below 2^30
     if constexpr (kShifted<kBits>) v[0] += low, v[2] += high;
     const float q = fmaf(65536.0f, static_cast<float>(v[2]), fmaf(256.0f, static_cast<float>(v[1]), static_cast<float>(v[0])));
     value[k] = fmaf(q * unit, unit2, value[k]);

@@ -13,12 +13,18 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 BUILD = Path(os.environ.get("TWA_EMULATOR_BUILD", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"))
 
 
+def build(target: str, folder: Path = BUILD) -> None:
+    """Builds a target of CMakeLists.txt with this Python's cmake, without the sanitizers that may be loaded into this process."""
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    done = subprocess.run(["cmake", "--build", folder, "--target", target], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{target} does not build in {folder}:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
+
+
 def load():
     """The module `_emulated`, built first if a source is newer."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(["cmake", "--build", BUILD, "--target", "_emulated"], capture_output=True, text=True, env=os.environ | {"PATH": path})
-    if done.returncode:
-        raise RuntimeError(f"the emulated CUDA kernels do not build:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
+    build("_emulated")
     (library,) = (BUILD / "emulator").glob("_emulated.*")
     specification = importlib.util.spec_from_file_location("_emulated", library)
     module = importlib.util.module_from_spec(specification)
