@@ -33,6 +33,9 @@ inline bool is_valid(const BasisView& basis) {
   return valid_bits(basis.bits) && basis.n >= 1 && basis.n <= kMaxRows && reinterpret_cast<uintptr_t>(basis.codes) % 16 == 0;
 }
 
+// Small enough for the second-level cache of an A100 or later, half of it: what project reads, reconstruct finds there. Larger bases pass once.
+inline bool fits_cache(const BasisView& basis) { return basis.num_tiles * basis.n * row_bytes(basis.bits) <= 20 << 20; }
+
 // f(integral_constant bits, integral_constant units).
 template <class F>
 int with_bits_and_units(int bits, int units, const F& f) {

@@ -13,7 +13,7 @@ project_kernel(ProjectArguments a) {
   const int stride = P::warp_bytes(a.slots);
   uint8_t* mine = shared_memory() + warp_index() * stride;
   Ring ring;
-  ring.open(mine + P::kHeader, reinterpret_cast<uint64_t*>(mine), a.slots, P::kSlot, evict_first());
+  ring.open(mine + P::kHeader, reinterpret_cast<uint64_t*>(mine), a.slots, P::kSlot, a.keep ? evict_normal() : evict_first());
   const uint32_t block = static_cast<uint32_t>(block_index()), row_blocks = static_cast<uint32_t>(a.row_blocks);
   project_item<kBits, kUnits>(a, ring, shared_memory(), stride, block / row_blocks, static_cast<int>(block % row_blocks));
 }
@@ -77,7 +77,7 @@ int launch_update(const UpdateArguments& a, int device, void* stream) {
 int project_cuda(const BasisView& basis, const DeviceTensor* grads, const DeviceWork& work, float* partial, double* sums, float* c, int device,
                  void* stream) {
   if (!is_valid(basis)) return kInvalidValue;
-  const int error = launch_project({basis.codes, basis.scales, grads, work, partial, basis.n, 0, 1}, basis.bits, device, stream);
+  const int error = launch_project({basis.codes, basis.scales, grads, work, partial, basis.n, 0, 1, fits_cache(basis)}, basis.bits, device, stream);
   if (error != 0) return error;
   UpdateArguments a{};
   a.partial = partial, a.sums = sums, a.row_scale = basis.row_scale, a.c = c, a.work = work, a.n = basis.n, a.num_segments = basis.num_segments;

@@ -24,6 +24,7 @@ struct ProjectArguments {
   int64_t n;
   int slots;  // of a warp's ring
   int row_blocks;
+  bool keep;  // packed bytes stay in the second-level cache as long as it has room
 };
 
 // kUnits: 16 rows each, that a block takes.

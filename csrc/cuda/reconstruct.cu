@@ -12,7 +12,7 @@ reconstruct_kernel(ReconstructArguments a) {
   float* x_row = reinterpret_cast<float*>(shared_memory());
   uint8_t* mine = shared_memory() + R::x_count(a.n) * 4 + warp_index() * R::warp_bytes(a.slots);
   Ring ring;
-  ring.open(mine + R::kHeader, reinterpret_cast<uint64_t*>(mine), a.slots, R::kSlot, evict_first());
+  ring.open(mine + R::kHeader, reinterpret_cast<uint64_t*>(mine), a.slots, R::kSlot, a.keep ? evict_normal() : evict_first());
   reconstruct_item<kBits, kUnits, kMany>(a, ring, mine, x_row, a.work.items - 1 - block_index());  // last first: project ended there
 }
 
@@ -51,7 +51,7 @@ int reconstruct_cuda(const BasisView& basis, const float* x, const DeviceTensor*
   const ScaleArguments scale{x, basis.row_scale, x_rows, basis.n, basis.num_segments};
   const int error = launch(scale_kernel, (threads + kThreads - 1) / kThreads, kThreads, 0, device, stream, scale);
   if (error != 0) return error;
-  return launch_reconstruct({basis.codes, basis.scales, x_rows, center, out, work, basis.n, 0}, basis.bits, device, stream);
+  return launch_reconstruct({basis.codes, basis.scales, x_rows, center, out, work, basis.n, 0, fits_cache(basis)}, basis.bits, device, stream);
 }
 
 }  // namespace twa

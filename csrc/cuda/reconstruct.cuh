@@ -25,6 +25,7 @@ struct ReconstructArguments {
   DeviceWork work;
   int64_t n;
   int slots;  // of a warp's ring
+  bool keep;  // as in project
 };
 
 // kUnits: 16 rows each; groups of 32 whose coefficients a lane holds, one row each. The last group may have 16 rows only.

@@ -159,8 +159,8 @@ int step_cuda(const BasisView& basis, const DeviceTensor* grads, const Update& u
   u.partial = space.partial, u.sums = space.sums, u.row_scale = basis.row_scale, u.c = c, u.x = x, u.x_rows = space.x_rows, u.work = work,
   u.n = basis.n;
   u.first = adamw || momentum ? first : nullptr, u.second = adamw ? second : nullptr, u.num_segments = basis.num_segments;
-  ProjectArguments p{basis.codes, basis.scales, grads, work, space.partial, basis.n, 0, 1};
-  const ReconstructArguments r{basis.codes, basis.scales, space.x_rows, center, out, work, basis.n, 0};
+  ProjectArguments p{basis.codes, basis.scales, grads, work, space.partial, basis.n, 0, 1, fits_cache(basis)};
+  const ReconstructArguments r{basis.codes, basis.scales, space.x_rows, center, out, work, basis.n, 0, fits_cache(basis)};
   if (adamw && space.steps_before) {
     const CorrectionArguments correction{space.steps_before, space.corrections, update.lr, update.beta1, update.beta2};
     if (const int error = launch(correction_kernel, 1, 32, 0, device, stream, correction)) return error;

@@ -78,7 +78,12 @@ def work_items(tile_segment: Tensor, numels: Sequence[int], num_segments: int, s
 
 
 def address_table(addresses: Sequence[int], device: torch.device) -> Tensor:
-    """(tensors,) int64 on the device. Training loops pass the same tensors again and again, so most calls copy nothing."""
+    """(tensors,) int64 on the device. Training loops pass the same tensors again and again, so most calls copy nothing. A CUDA graph knows only
+    the table's address, so it gets one of its own, made by kernels that have the addresses as arguments."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        table = torch.zeros(len(addresses), dtype=torch.int64, device=device)
+        torch._foreach_add_(list(table.unbind()), list(addresses))
+        return table
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _address_table(tuple(addresses), device, stream)
 
