@@ -129,8 +129,8 @@ struct HostWork {
 // numel and tile_segment (total tiles,) in host memory.
 HostWork make_work(const int64_t* numel, int64_t count, const int32_t* tile_segment, int64_t num_segments, int bits);
 
-// to[k] = entries[k], entries (count,) in host memory. A table by way of kernel arguments: nothing of the host is read later, not by a captured graph
-// either.
+// to[k] = entries[k], entries (count,) in host memory. A table by way of kernel arguments: nothing of the host is read later, nor by a captured
+// graph.
 int table_cuda(const DeviceTensor* entries, int64_t count, DeviceTensor* to, int device, void* stream);
 
 // As pack_cpu. sum_sq_tiles (num_tiles, n) receives squared norms per group; `bad` counts groups with a NaN or Inf.

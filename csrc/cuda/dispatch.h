@@ -13,8 +13,8 @@ constexpr int kMisalignedAddress = 716;  // cudaErrorMisalignedAddress
 // Kernels are built for blocks of 16, 32, 48, 64, 80, 96, 128 rows, in units of 16, and at 1 bit, where a row is 16 bytes, 256.
 constexpr int most_units(int bits) { return bits == 1 ? 16 : 8; }
 constexpr int built_units(int units) { return units <= 6 ? units : units <= 8 ? 8 : 16; }
-// project: two slots of 64 rows are 17 KiB at 8 bits, and a block must do with 99 KiB (sm_86, sm_89, sm_120); at 1 bit rows go in pairs, 32 to an
-// operand.
+// project: two slots of 64 rows are 17 KiB at 8 bits, and a block must do with 99 KiB (sm_86, sm_89, sm_120); at 1 bit rows go in pairs, 32 to
+// an operand.
 constexpr int project_most_units(int bits) { return bits == 8 ? 4 : most_units(bits); }
 constexpr int kMostShared = 99 << 10;
 constexpr int project_built_units(int bits, int units) { return built_units(bits == 1 ? (units + 1) / 2 * 2 : units); }

@@ -65,7 +65,7 @@ TWA_DEVICE void write_limbs(const float* g, uint32_t* limbs, float& first, float
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const int q = round_to_int(g[k] * up1 * up2);
-    v[k] = kBits == 1 ? limbs4(q * (128 >> (lane / 4))) : limbs3(q);
+    v[k] = kBits == 1 ? limbs4(static_cast<int>(static_cast<uint32_t>(q) << (7 - lane / 4))) : limbs3(q);
   }
   uint32_t w[4];
   transpose_bytes(v[0], v[1], v[2], v[3], w);

@@ -2,10 +2,9 @@
 //
 // Operands   codes, scales as in project; x_rows (L, padded_rows(n)) float32: coefficient times row_scale, zero past n; center and out by tensor.
 // Work map   block = item; warp w takes tiles w, w + 4, ... and all n rows, kGroups * 32 of them at a time.
-// Product    levels (columns x rows) times coefficients (rows x limbs) on the matrix units. The operand wants four rows in a word where packed words
-// have
-//            four bytes of one row: 4 x 4 bytes (or nibbles) are transposed in registers before they are decoded, at 1 bit 0.06 permutations a
-//            weight. Coefficients x row_scale scale are 24-bit fixed point with a unit per tile: three limbs, exact int32 sums over all rows.
+// Product    levels (columns x rows) times coefficients (rows x limbs) on the matrix units. The operand wants four rows in a word where packed
+//            words have four bytes of one row: 4 x 4 bytes (or nibbles) are transposed in registers before they are decoded, at 1 bit 0.06
+//            permutations a weight. Coefficients x row_scale scale are 24-bit fixed point with a unit per tile: three limbs, exact int32 sums over all rows.
 //            At 1 bit the operand is masked words, 0 or 2^field: sum (2 b - 1) q = 2 sum b q - sum q.
 // Shared     per warp: ring of packed rows, the coefficients' limbs, the tile's sums (2.5 KiB) on their way from the matrix layout to four columns a
 //            lane; per block x_rows of the segment.
@@ -208,7 +207,8 @@ TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint
       for (int j = 0; j < kGroups; ++j) {
         const int q = round_to_int(y[j] * first * second);
         const uint32_t v = limbs3(q);
-        if constexpr (kBits == 1 || kShifted<kBits>) q_sum += q;
+        if constexpr (kBits == 1 || kShifted<kBits>)
+          q_sum = static_cast<int>(static_cast<uint32_t>(q_sum) + static_cast<uint32_t>(q));  // may wrap where NaN follows anyway
         const int byte = j * 32 + reconstruct_byte<kBits>(lane);
         limbs[byte] = static_cast<uint8_t>(v);
         limbs[kGroups * 32 + byte] = static_cast<uint8_t>(v >> 8);

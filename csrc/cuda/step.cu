@@ -1,10 +1,9 @@
 // A training step on a GPU in one kernel: project, update and reconstruct by segment, so that the second read of a segment's codes finds in the
 // second-level cache what is still there.
 //
-// Work map   as many blocks as the device runs at once take tasks in order from one counter: an item's projection or its reconstruction. The last
-// projection
-//            of a group of items adds the group's partial sums, the last group of a segment updates the coefficients and raises the segment's
-//            flag; reconstructions wait for it. Nothing else waits: what is waited for was taken earlier by a block that is running.
+// Work map   as many blocks as the device runs at once take tasks in order from one counter: an item's projection or its reconstruction. The
+//            last projection of a group of items adds the group's partial sums, the last group of a segment updates the coefficients and raises
+//            the segment's flag; reconstructions wait for it. Nothing else waits: what is waited for was taken earlier by a block that is running.
 // Order      make_tasks(): segment after segment; a segment's reconstruction begins, last item first, when as many other tasks have been handed out
 //            since its last projection as blocks run at once, so that few blocks ever wait.
 #include "dispatch.h"
@@ -83,8 +82,7 @@ step_kernel(StepArguments a) {
   if (thread_index() == 0) shared[1] = counter_add(a.counters, 1);
   sync_block();
   for (int64_t taken = shared[1]; taken < a.count; taken = shared[1]) {
-    // The next task is taken before this one is done: a task still waits for smaller numbers only, so that the smallest unfinished one can always
-    // run.
+    // The next task is taken before this one is done: a task still waits for smaller numbers only, so the smallest unfinished one can run.
     const int next = thread_index() == 0 ? counter_add(a.counters, 1) : 0;
     const int task = a.tasks[taken];
     ring.policy = task >= 0 ? evict_normal() : evict_first();  // what is reconstructed is not read again

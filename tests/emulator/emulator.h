@@ -157,8 +157,8 @@ inline int round_to_int(float v) {  // as the instruction: saturated, NaN is 0
 
 // mma.m16n8k32 by the definition of its fragments in the PTX manual ("Matrix Fragments for mma.m16n8k32"): group = lane >> 2, member = lane % 4;
 // a[i]: row = group for 0 <= i < 4 and 8 <= i < 12, else group + 8; column = member * 4 + (i & 3), and 16 more for i >= 8;
-// b[i]: row = member * 4 + (i & 3), and 16 more for i >= 4; column = group;   c[i]: row = group for i < 2, else group + 8; column = member * 2 + (i &
-// 1).
+// b[i]: row = member * 4 + (i & 3), and 16 more for i >= 4; column = group;
+// c[i]: row = group for i < 2, else group + 8; column = member * 2 + (i & 1).
 template <bool kUnsigned>
 void multiply_add(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   uint32_t in[10] = {a0, a1, a2, a3, b0, b1}, out[4];
