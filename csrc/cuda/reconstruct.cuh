@@ -4,7 +4,8 @@
 // Work map   block = item; warp w takes tiles w, w + 4, ... and all n rows, kGroups * 32 of them at a time.
 // Product    levels (columns x rows) times coefficients (rows x limbs) on the matrix units. The operand wants four rows in a word where packed
 //            words have four bytes of one row: 4 x 4 bytes (or nibbles) are transposed in registers before they are decoded, at 1 bit 0.06
-//            permutations a weight. Coefficients x row_scale scale are 24-bit fixed point with a unit per tile: three limbs, exact int32 sums over all rows.
+//            permutations a weight. Coefficients x row_scale scale are 24-bit fixed point with a unit per tile: three limbs, exact int32 sums
+//            over all rows.
 //            At 1 bit the operand is masked words, 0 or 2^field: sum (2 b - 1) q = 2 sum b q - sum q.
 // Shared     per warp: ring of packed rows, the coefficients' limbs, the tile's sums (2.5 KiB) on their way from the matrix layout to four columns a
 //            lane; per block x_rows of the segment.
