@@ -23,8 +23,8 @@ import sys
 from pathlib import Path
 
 import machine_code
+from static_cost import BUDGET
 
-BUDGET = {8: 7.0, 4: 3.7, 3: 2.8, 2: 1.8, 1: 0.9}  # instructions per weight, H200 at full bandwidth
 PER_BYTE = {"sm_90": 132 * 128 * 1.755e9 / 4.1e12, "sm_80": 108 * 128 * 1.41e9 / 1.75e12}  # H200, A100 80 GB at the rate of a copy
 #: rows from which a kernel must be within the budget per weight: what a tile costs once is spread over them
 ROWS = {("project", 1): 128, ("reconstruct", 1): 256}

@@ -142,8 +142,7 @@ int pack_cuda(const void* const* rows, const void* const* center, const int64_t*
 int project_cuda(const BasisView& basis, const DeviceTensor* grads, const DeviceWork& work, float* partial, double* sums, float* c, int device,
                  void* stream);
 
-// As reconstruct_cpu; center may be null. Workspace: x_rows (L, padded_rows(n)).
-TWA_HD constexpr int64_t padded_rows(int64_t n) { return (n + 31) / 32 * 32; }
+// As reconstruct_cpu; center may be null. Workspace: x_rows (L, n).
 int reconstruct_cuda(const BasisView& basis, const float* x, const DeviceTensor* center, const DeviceTensor* out, const DeviceWork& work,
                      float* x_rows, int device, void* stream);
 
@@ -152,7 +151,7 @@ int reconstruct_cuda(const BasisView& basis, const float* x, const DeviceTensor*
 struct StepWorkspace {
   float* partial;             // (items, n)
   double* sums;               // (groups, n)
-  float* x_rows;              // (L, padded_rows(n))
+  float* x_rows;              // (L, n)
   int32_t* counters;          // (step_counters(groups, L),)
   const int32_t* tasks;       // (2 * items,) from make_tasks(); null: project, update and reconstruct run one after the other, with the same results
   int64_t window;             // from step_window()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from . import native
-from .native import DTYPES, _contiguous, _targets, _write_back, finish_pack
+from .native import DTYPES, _addresses, _contiguous, _targets, _write_back, capturing, finish_pack, kept, on_device
 from .reference import tile_offsets
 
 #: the native module; tests put in its place the same kernels compiled for a CPU (tests/emulator)
@@ -50,36 +48,21 @@ def _place(device: torch.device) -> tuple[int, int]:
     return index, torch.cuda.current_stream(device).cuda_stream
 
 
-def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _to_device(values: Sequence | Tensor, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Queued on the current stream, not waited for."""
-    host = torch.as_tensor(values, dtype=dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and host.numel() else host.to(device)
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def tensor_table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """(tensors, 2) int64 on the device: address and dtype number, 0 for an empty tensor. Written by a kernel whose arguments they are, so that
     no memory of the host has to outlive the call. Training loops pass the same tensors again and again, so most calls write nothing; a CUDA
     graph gets a table of its own, which every replay writes, since it knows only its address."""
     entries = tuple(v for t in tensors for v in (t.data_ptr() if t.numel() else 0, DTYPES[t.dtype]))
-    make = _write_table if _capturing(device) else _tensor_table
-    return make(entries, device, _place(device)[1])
+    return _write_table(entries, device) if capturing(device) else _tensor_table(entries, device, _place(device)[1])
 
 
 @functools.lru_cache(maxsize=64)
 def _tensor_table(entries: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     """Per stream: the kernel is not waited for, and only its own stream is sure to come after it."""
-    return _write_table(entries, device, stream)
+    return _write_table(entries, device)
 
 
-def _write_table(entries: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+def _write_table(entries: tuple[int, ...], device: torch.device) -> Tensor:
     table = torch.empty(len(entries) // 2, 2, dtype=torch.int64, device=device)
     module.table_cuda(list(entries), table.data_ptr(), *_place(device))
     return table
@@ -108,16 +91,10 @@ def _build(tile_segment: Tensor, numels: Sequence[int], num_segments: int, bits:
     return Work(arrays, host, module.Work([a.data_ptr() for a in arrays], items, groups), items, groups, {})
 
 
-_work: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def work_items(tile_segment: Tensor, numels: Sequence[int], num_segments: int, bits: int) -> Work:
-    """Built once per basis (reading tile_segment back waits for the device), then kept as long as tile_segment lives."""
-    kept = _work.setdefault(tile_segment, {})
-    key = tuple(numels), num_segments, bits, None if tile_segment.is_inference() else tile_segment._version
-    if key not in kept:
-        kept[key] = _build(tile_segment, numels, num_segments, bits)
-    return kept[key]
+    """Reading tile_segment back waits for the device: the first time only."""
+    key = ("cuda", tuple(numels), num_segments, bits)
+    return kept(tile_segment, key, lambda: _build(tile_segment, numels, num_segments, bits))
 
 
 def _basis(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, bits: int):
@@ -135,7 +112,7 @@ def project(
     c = torch.empty_like(row_scale)
     partial = torch.empty(work.items, n, device=device)
     sums = torch.empty(work.groups, n, dtype=torch.float64, device=device)
-    with _on(device):
+    with on_device(device):
         module.project_cuda(
             _basis(codes, scales, row_scale, tile_segment, bits),
             tensor_table(grads, device).data_ptr(),
@@ -146,10 +123,6 @@ def project(
             *_place(device),
         )
     return c
-
-
-def _padded(n: int) -> int:
-    return -(-n // 32) * 32
 
 
 def reconstruct(
@@ -168,8 +141,8 @@ def reconstruct(
         out = [codes.new_empty(numel, dtype=center[k].dtype if center else torch.float32) for k, numel in enumerate(numels)]
     targets, center, x = _targets(out), _contiguous(center), x.contiguous()
     work = work_items(tile_segment, numels, num_segments, bits)
-    x_rows = torch.empty(num_segments, _padded(n), device=device)
-    with _on(device):
+    x_rows = torch.empty(num_segments, n, device=device)
+    with on_device(device):
         module.reconstruct_cuda(
             _basis(codes, scales, row_scale, tile_segment, bits),
             x.data_ptr(),
@@ -208,13 +181,13 @@ def step(
     grads, center, targets = _contiguous(grads), _contiguous(center), _targets(out)
     work = work_items(tile_segment, numels, num_segments, bits)
     c = torch.empty_like(row_scale)
-    if _capturing(device) and count == 1 and state:  # replays would begin the momentum anew, or correct its bias as in the first step
+    if capturing(device) and count == 1 and state:  # replays would begin the momentum anew, or correct its bias as in the first step
         raise RuntimeError("a CUDA graph cannot capture the first step of an optimizer with momentum: run one step before")
-    if _capturing(device) and count > 1 and rule == "adamw":
+    if capturing(device) and count > 1 and rule == "adamw":
         raise RuntimeError(
             "a CUDA graph would repeat this step's bias correction: AdamW needs options['capturable']=True, which counts steps on the device"
         )
-    with _on(device):
+    with on_device(device):
         number, stream = _place(device)
         window = _window(n, bits, number)
         if window not in work.tasks:
@@ -224,7 +197,7 @@ def step(
         workspaces = [
             torch.empty(work.items, n, device=device),
             torch.empty(work.groups, n, dtype=torch.float64, device=device),
-            torch.empty(num_segments, _padded(n), device=device),
+            torch.empty(num_segments, n, device=device),
             torch.empty(module.step_counters(work.groups, num_segments), dtype=torch.int32, device=device),
         ]
         corrections = torch.empty(2, device=device)
@@ -266,17 +239,13 @@ def pack(
     rows, center = _contiguous(rows), _contiguous(center)
     device, n = codes.device, sum_sq.shape[0]
     offsets = tile_offsets(numels)
-    addresses = [t.data_ptr() for t in rows]
-    tables = [
-        _to_device(addresses, device),
-        _to_device([t.data_ptr() for t in center], device),
-        _to_device(list(numels), device),
-        _to_device(offsets, device),
-        _to_device([DTYPES[t.dtype] for t in [*rows, *center]], device, torch.int32),
-    ]
+    row_addresses, row_dtypes = _addresses(rows)
+    center_addresses, center_dtypes = _addresses(center)
+    tables = [torch.tensor(v, dtype=torch.int64, device=device) for v in (row_addresses, center_addresses, list(numels), offsets)]
+    tables.append(torch.tensor(row_dtypes + center_dtypes, dtype=torch.int32, device=device))
     squares = torch.empty(offsets[-1], n, dtype=torch.float64, device=device)
     bad = torch.zeros((), dtype=torch.int32, device=device)
-    with _on(device):
+    with on_device(device):
         at = [t.data_ptr() for t in tables]
         module.pack_cuda(
             at[0],

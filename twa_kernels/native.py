@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .reference import TILE, bytes_to_codes, squared_error, tile_offsets
 
@@ -52,6 +55,28 @@ def _write_back(out: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     for o, t in zip(out, targets, strict=True):
         if o is not t:
             o.copy_(t)
+
+
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def kept(tile_segment: Tensor, key: tuple, build: Callable[[], Any]) -> Any:
+    """build() once per basis and key, kept as long as tile_segment lives and is not written to."""
+    of_basis = _kept.setdefault(tile_segment, {})
+    key = (*key, None if tile_segment.is_inference() else tile_segment._version)
+    if key not in of_basis:
+        of_basis[key] = build()
+    return of_basis[key]
+
+
+def capturing(device: torch.device) -> bool:
+    """A CUDA graph records what is done on the current stream: it keeps addresses, not tensors."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def on_device(device: torch.device):
+    """Context in which `device` is the current one; CPU tensors (interpreted, emulated) need none."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _basis(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, bits: int, module=_C):

@@ -30,8 +30,6 @@ TWA_DEVICE void sync_warp() { __syncwarp(); }
 TWA_DEVICE uint32_t warp_max(uint32_t v) { return __reduce_max_sync(0xffffffffu, v); }
 TWA_DEVICE int warp_sum(int v) { return __reduce_add_sync(0xffffffffu, v); }
 TWA_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
-TWA_DEVICE int shuffle_xor(int v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
-TWA_DEVICE int shuffle(int v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
 
 TWA_DEVICE int dot4(uint32_t a, uint32_t b, int c) { return __dp4a(static_cast<int>(a), static_cast<int>(b), c); }
 TWA_DEVICE int round_to_int(float v) { return __float2int_rn(v); }
@@ -164,49 +162,45 @@ TWA_DEVICE int counter_read(const int* counter) {
 }
 TWA_DEVICE void pause() { __nanosleep(64); }
 
+// f() with `device` as the current device; the CUDA error of either. An error is not left for the next call to report.
+template <class F>
+cudaError_t on_device(int device, const F& f) {
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess && device != before) error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = f();
+  if (error != cudaSuccess) cudaGetLastError();
+  if (device != before) cudaSetDevice(before);
+  return error;
+}
 // Runs kernel(arguments) in `blocks` blocks; the CUDA error, 0 if the launch succeeded. No block, no launch.
 template <class Arguments>
 int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_bytes, int device, void* stream, const Arguments& arguments) {
-  int before = 0;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess && blocks > 0x7fffffff) error = cudaErrorInvalidConfiguration;
-  if (error == cudaSuccess && device != before) error = cudaSetDevice(device);
-  if (error == cudaSuccess && shared_bytes > 48 << 10)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error == cudaSuccess && blocks > 0) {
+  return static_cast<int>(on_device(device, [&] {
+    if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+    cudaError_t error = cudaSuccess;
+    if (shared_bytes > 48 << 10) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess || blocks == 0) return error;
     void* pointers[] = {const_cast<Arguments*>(&arguments)};
-    error = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), pointers,
-                             static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream));
-    if (error != cudaSuccess) cudaGetLastError();
-  } else if (error != cudaSuccess) {
-    cudaGetLastError();  // clears it: the next call must not report this one's error
-  }
-  if (device != before) cudaSetDevice(before);
-  return static_cast<int>(error);
+    return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), pointers,
+                            static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream));
+  }));
 }
 // Blocks of a kernel that the device runs at once, or minus the CUDA error.
 template <class Arguments>
 int resident_blocks(void (*kernel)(Arguments), int threads, int shared_bytes, int device) {
   int per = 0, count = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  int before = 0;
-  if (error == cudaSuccess) error = cudaGetDevice(&before);
-  if (error == cudaSuccess && device != before) error = cudaSetDevice(device);
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per, kernel, threads, static_cast<size_t>(shared_bytes));
-  if (error != cudaSuccess) cudaGetLastError();
-  if (device != before) cudaSetDevice(before);
+  const cudaError_t error = on_device(device, [&] {
+    cudaError_t e = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    if (e == cudaSuccess) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (e == cudaSuccess) e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per, kernel, threads, static_cast<size_t>(shared_bytes));
+    return e;
+  });
   return error == cudaSuccess ? per * count : -static_cast<int>(error);
 }
 // Sets device memory to zero, in the stream's order.
 inline int clear(void* p, int64_t bytes, int device, void* stream) {
-  int before = 0;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess && device != before) error = cudaSetDevice(device);
-  if (error == cudaSuccess) error = cudaMemsetAsync(p, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream));
-  if (error != cudaSuccess) cudaGetLastError();
-  if (device != before) cudaSetDevice(before);
-  return static_cast<int>(error);
+  return static_cast<int>(on_device(device, [&] { return cudaMemsetAsync(p, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)); }));
 }
 
 }  // namespace twa

@@ -7,8 +7,7 @@
 
 namespace twa {
 
-constexpr int kInvalidValue = 1;         // cudaErrorInvalidValue
-constexpr int kMisalignedAddress = 716;  // cudaErrorMisalignedAddress
+constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
 
 // Kernels are built for blocks of 16, 32, 48, 64, 80, 96, 128 rows, in units of 16, and at 1 bit, where a row is 16 bytes, 256.
 constexpr int most_units(int bits) { return bits == 1 ? 16 : 8; }
@@ -74,9 +73,6 @@ int with_bits_and_units(int bits, int units, const F& f) {
       return with_units(std::integral_constant<int, 1>());
   }
 }
-
-// Blocks of a launch are counted in 31 bits.
-constexpr int64_t kMostBlocks = 0x7fffffff;
 
 // The stages that step() shares with project and reconstruct.
 struct ProjectArguments;

@@ -267,6 +267,11 @@ TWA_HD void reconstruct_operand(const uint32_t* w, const uint32_t* top, int g, u
 
 // Bits of max|v| to e with 2^(23 - e) |v| <= 0x7f7f7f, the largest integer with three balanced 8-bit limbs.
 TWA_HD int fixed_exponent(uint32_t largest) { return static_cast<int>((largest + 65793u) >> 23) - 126; }  // carries where the mantissa is above that
+// 2^e as two factors, each a normal float32, where e alone may pass its range.
+struct TwoFactors {
+  float first, second;
+};
+TWA_HD TwoFactors pow2_factors(int e) { return {pow2f(e >> 1), pow2f(e - (e >> 1))}; }
 // q = sum of 256^k limb[k], limbs in [-128, 127], as the bytes of the result: three limbs of a 24-bit number, four of one below 2^31 - 2^24.
 TWA_HD constexpr uint32_t limbs3(int q) { return (static_cast<uint32_t>(q) + 0x808080u) ^ 0x808080u; }
 TWA_HD constexpr uint32_t limbs4(int q) { return (static_cast<uint32_t>(q) + 0x80808080u) ^ 0x80808080u; }

@@ -20,7 +20,7 @@ project_kernel(ProjectArguments a) {
 
 // Block = (group, 32 rows).
 TWA_KERNEL(kThreads, 8) sum_kernel(UpdateArguments a) {
-  const int64_t chunks = padded_rows(a.n) / 32;
+  const int64_t chunks = row_chunks(a.n);
   sum_group(a, block_index() / chunks, block_index() % chunks, reinterpret_cast<double*>(shared_memory()));
 }
 
@@ -37,7 +37,7 @@ TWA_KERNEL(kThreads, 8) table_kernel(TableArguments a) {
 // Thread = (segment, row).
 TWA_KERNEL(kThreads, 8) update_kernel(UpdateArguments a) {
   const int64_t at = block_index() * kThreads + thread_index();
-  if (at < a.num_segments * padded_rows(a.n)) update_row(a, at / padded_rows(a.n), at % padded_rows(a.n));
+  if (at < a.num_segments * a.n) update_row(a, at / a.n, at % a.n);
 }
 
 }  // namespace
@@ -68,10 +68,10 @@ int table_cuda(const DeviceTensor* entries, int64_t count, DeviceTensor* to, int
 }
 
 int launch_update(const UpdateArguments& a, int device, void* stream) {
-  const int64_t chunks = padded_rows(a.n) / 32;
+  const int64_t chunks = row_chunks(a.n);
   const int error = launch(sum_kernel, a.work.groups * chunks, kThreads, kThreads * 8, device, stream, a);
   if (error != 0) return error;
-  return launch(update_kernel, (a.num_segments * padded_rows(a.n) + kThreads - 1) / kThreads, kThreads, 0, device, stream, a);
+  return launch(update_kernel, (a.num_segments * a.n + kThreads - 1) / kThreads, kThreads, 0, device, stream, a);
 }
 
 int project_cuda(const BasisView& basis, const DeviceTensor* grads, const DeviceWork& work, float* partial, double* sums, float* c, int device,

@@ -50,21 +50,21 @@ TWA_DEVICE void load_gradient(const Columns& grad, int c, float* g) {
     grad.load_pairs(c, g);
 }
 
-// Writes the limbs of the tile's gradient. first * second is 2^120 times the value of 1 in fixed point (it may pass float32's range), NaN if the
-// gradient is not finite. sum: of this lane's limbs, 0 and 1, or 2 and 3; 1 bit: to be subtracted from twice its sums, 4 bits: to be added to them.
+// Writes the limbs of the tile's gradient. unit: 2^120 times the value of 1 in fixed point, NaN if the gradient is not
+// finite. sum: of this lane's limbs, 0 and 1, or 2 and 3; 1 bit: to be subtracted from twice its sums, 4 bits: to be added to them.
 template <int kBits, int kStride>
-TWA_DEVICE void write_limbs(const float* g, uint32_t* limbs, float& first, float& second, int& sum) {
+TWA_DEVICE void write_limbs(const float* g, uint32_t* limbs, TwoFactors& unit, int& sum) {
   const int lane = lane_index();
   uint32_t largest = 0;
 #pragma unroll
   for (int k = 0; k < 4; ++k) largest = max(largest, float_bits(g[k]) & 0x7fffffffu);
   largest = warp_max(largest);
-  const int e = fixed_exponent(largest), up = 23 - e;
-  const float up1 = pow2f(up >> 1), up2 = pow2f(up - (up >> 1));  // 2^up may pass float32's range, too
+  const int e = fixed_exponent(largest);
+  const TwoFactors up = pow2_factors(23 - e);
   uint32_t v[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const int q = round_to_int(g[k] * up1 * up2);
+    const int q = round_to_int(g[k] * up.first * up.second);
     v[k] = kBits == 1 ? limbs4(static_cast<int>(static_cast<uint32_t>(q) << (7 - lane / 4))) : limbs3(q);
   }
   uint32_t w[4];
@@ -79,9 +79,8 @@ TWA_DEVICE void write_limbs(const float* g, uint32_t* limbs, float& first, float
     const int high = warp_sum((dot4(w[2], 0x01010101u, 0) + 256 * (kBits == 1 ? dot4(w[3], 0x01010101u, 0) : 0)) * factor);
     sum = lane % 2 ? high : low;
   }
-  const int down = 120 + e - 23 - (kBits == 1 ? 7 : 0);
-  first = pow2f(down >> 1);
-  second = largest >= 0x7f800000u ? bits_float(0x7fc00000u) : pow2f(down - (down >> 1));
+  unit = pow2_factors(120 + e - 23 - (kBits == 1 ? 7 : 0));
+  if (largest >= 0x7f800000u) unit.second = bits_float(0x7fc00000u);
 }
 
 // base: the warps' shared memory, `stride` bytes each.
@@ -122,10 +121,10 @@ TWA_DEVICE void project_item(const ProjectArguments& a, Ring& ring, uint8_t* bas
   }
   for (int tile = warp; tile < item.tiles; tile += kWarps) {
     int sum;
-    float first, second;
-    write_limbs<kBits, P::kLimbStride>(gradient, limbs, first, second, sum);
+    TwoFactors unit;
+    write_limbs<kBits, P::kLimbStride>(gradient, limbs, unit, sum);
 #pragma unroll
-    for (int j = 0; j < P::kScales; ++j) scale[32 * j + lane] = e4m3_shifted(s[j]) * first * second;
+    for (int j = 0; j < P::kScales; ++j) scale[32 * j + lane] = e4m3_shifted(s[j]) * unit.first * unit.second;
     if (tile + kWarps < item.tiles) {  // the next tile's, while this one is computed
       load_gradient<kBits>(grad, (tile + kWarps) * kTileColumns, gradient);
       load_scales<P::kScales>(scales + (tile + kWarps) * n, rows, s);

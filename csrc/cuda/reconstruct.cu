@@ -19,12 +19,12 @@ reconstruct_kernel(ReconstructArguments a) {
 struct ScaleArguments {
   const float* x;          // (n, L)
   const float* row_scale;  // (n, L)
-  float* x_rows;           // (L, padded_rows(n))
+  float* x_rows;           // (L, n)
   int64_t n, num_segments;
 };
 TWA_KERNEL(kThreads, 8) scale_kernel(ScaleArguments a) {
-  const int64_t at = block_index() * kThreads + thread_index(), row = at % padded_rows(a.n), segment = at / padded_rows(a.n);
-  if (segment < a.num_segments) a.x_rows[at] = row < a.n ? a.x[row * a.num_segments + segment] * a.row_scale[row * a.num_segments + segment] : 0.0f;
+  const int64_t at = block_index() * kThreads + thread_index(), row = at % a.n, segment = at / a.n;
+  if (segment < a.num_segments) a.x_rows[at] = a.x[row * a.num_segments + segment] * a.row_scale[row * a.num_segments + segment];
 }
 
 }  // namespace
@@ -47,7 +47,7 @@ int launch_reconstruct(const ReconstructArguments& arguments, int bits, int devi
 int reconstruct_cuda(const BasisView& basis, const float* x, const DeviceTensor* center, const DeviceTensor* out, const DeviceWork& work,
                      float* x_rows, int device, void* stream) {
   if (!is_valid(basis)) return kInvalidValue;
-  const int64_t threads = basis.num_segments * padded_rows(basis.n);
+  const int64_t threads = basis.num_segments * basis.n;
   const ScaleArguments scale{x, basis.row_scale, x_rows, basis.n, basis.num_segments};
   const int error = launch(scale_kernel, (threads + kThreads - 1) / kThreads, kThreads, 0, device, stream, scale);
   if (error != 0) return error;

@@ -1,6 +1,6 @@
 // reconstruct, one item: out = center + sum over all rows, for the item's columns.
 //
-// Operands   codes, scales as in project; x_rows (L, padded_rows(n)) float32: coefficient times row_scale, zero past n; center and out by tensor.
+// Operands   codes, scales as in project; x_rows (L, n) float32: coefficient times row_scale; center and out by tensor.
 // Work map   block = item; warp w takes tiles w, w + 4, ... and all n rows, kGroups * 32 of them at a time.
 // Product    levels (columns x rows) times coefficients (rows x limbs) on the matrix units. The operand wants four rows in a word where packed
 //            words have four bytes of one row: 4 x 4 bytes (or nibbles) are transposed in registers before they are decoded, at 1 bit 0.06
@@ -19,7 +19,7 @@ namespace twa {
 struct ReconstructArguments {
   const uint8_t* codes;        // (num_tiles, n, 16 * bits)
   const uint8_t* scales;       // (num_tiles, n)
-  const float* x_rows;         // (L, padded_rows(n))
+  const float* x_rows;         // (L, n)
   const DeviceTensor* center;  // (tensors,) or null
   const DeviceTensor* out;     // (tensors,)
   DeviceWork work;
@@ -116,12 +116,12 @@ TWA_DEVICE void coefficients(const float* x_row, const uint8_t* scales, int row0
   }
 }
 
-// The tile's four columns of this lane, 4 lane .. 4 lane + 3: value += sum * unit * unit2. low, high: sum of all
+// The tile's four columns of this lane, 4 lane .. 4 lane + 3: value += sum * unit. low, high: sum of all
 // coefficients, in limbs of 16 bits; 1 bit: subtracted from twice the sums, whose levels are 0 or 1; 4 bits: added.
 template <int kBits>
-TWA_DEVICE void add_sums(const Word4* columns, int low, int high, float unit, float unit2, float* value) {
+TWA_DEVICE void add_sums(const Word4* columns, int low, int high, TwoFactors unit, float* value) {
   const int lane = lane_index(), field = bit_field(4 * lane);
-  if constexpr (kBits == 1) unit *= 127.0f * pow2f(-field);
+  if constexpr (kBits == 1) unit.first *= 127.0f * pow2f(-field);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const Word4 limbs = columns[5 * lane + k];
@@ -131,7 +131,7 @@ TWA_DEVICE void add_sums(const Word4* columns, int low, int high, float unit, fl
     if constexpr (kBits == 1) v[0] = 2 * v[0] - (low * (1 << field)), v[1] = 2 * v[1], v[2] = 2 * v[2] - (high * (1 << field));  // exact: below 2^30
     if constexpr (kShifted<kBits>) v[0] += low, v[2] += high;
     const float q = fmaf(65536.0f, static_cast<float>(v[2]), fmaf(256.0f, static_cast<float>(v[1]), static_cast<float>(v[0])));
-    value[k] = fmaf(q * unit, unit2, value[k]);
+    value[k] = fmaf(q * unit.first, unit.second, value[k]);
   }
 }
 
@@ -169,7 +169,7 @@ TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint
   };
   for (int k = 0; k < a.slots; ++k) copy_next();
 
-  const float* x = a.x_rows + item.segment * padded_rows(a.n);
+  const float* x = a.x_rows + item.segment * a.n;
   for (int i = thread_index(); i < R::x_count(n); i += kThreads) x_row[i] = i < n ? load_shared_by_all(x + i) : 0.0f;
   sync_block();
 
@@ -197,8 +197,8 @@ TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint
       }
     }
     largest = warp_max(largest);
-    const int e = fixed_exponent(largest), up = 23 - e;
-    const float first = pow2f(up >> 1), second = pow2f(up - (up >> 1));  // 2^up may pass float32's range
+    const int e = fixed_exponent(largest);
+    const TwoFactors up = pow2_factors(23 - e);
     if (tile + kWarps < item.tiles) load_scales<kGroups>(tile_scales + kWarps * n, n, s);
 
     int sums[8][4] = {}, q_sum = 0;
@@ -206,7 +206,7 @@ TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint
       if (kMany && row0 > 0) coefficients<kGroups>(x_row, tile_scales, row0, n, nullptr, y);
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
-        const int q = round_to_int(y[j] * first * second);
+        const int q = round_to_int(y[j] * up.first * up.second);
         const uint32_t v = limbs3(q);
         if constexpr (kBits == 1 || kShifted<kBits>)
           q_sum = static_cast<int>(static_cast<uint32_t>(q_sum) + static_cast<uint32_t>(q));  // may wrap where NaN follows anyway
@@ -256,8 +256,9 @@ TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint
     float value[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) value[k] = middle[k];
-    const int down = e - 23;  // 2^down may be below float32's normal numbers
-    add_sums<kBits>(columns, low, high, pow2f(down >> 1), largest >= 0x7f800000u ? bits_float(0x7fc00000u) : pow2f(down - (down >> 1)), value);
+    TwoFactors unit = pow2_factors(e - 23);
+    if (largest >= 0x7f800000u) unit.second = bits_float(0x7fc00000u);
+    add_sums<kBits>(columns, low, high, unit, value);
     if (tile + kWarps < item.tiles) center.load_four((tile + kWarps) * kTileColumns, middle);
     out.store_four(tile * kTileColumns, value);
     sync_warp();  // the sums have been read

@@ -56,9 +56,9 @@ TWA_DEVICE void finish_item(const StepArguments& a, int64_t item, int32_t* share
   int32_t* flags = groups_done + u.num_segments;
   const int group = u.work.item_group[item], segment = u.work.item_segment[item];
   if (!is_last(items_done + group, u.work.group_begin[group + 1] - u.work.group_begin[group], shared)) return;
-  for (int64_t chunk = 0; chunk < padded_rows(u.n) / 32; ++chunk) sum_group(u, group, chunk, strands);
+  for (int64_t chunk = 0; chunk < row_chunks(u.n); ++chunk) sum_group(u, group, chunk, strands);
   if (!is_last(groups_done + segment, u.work.segment_groups[segment + 1] - u.work.segment_groups[segment], shared)) return;
-  for (int64_t row = thread_index(); row < padded_rows(u.n); row += kThreads) update_row(u, segment, row);
+  for (int64_t row = thread_index(); row < u.n; row += kThreads) update_row(u, segment, row);
   sync_block();
   if (thread_index() == 0) {
     fence();

@@ -19,7 +19,7 @@ struct UpdateArguments {
   float* x;                // (n, L), updated; null: c only
   float* first;            // (n, L) or null
   float* second;           // (n, L) or null
-  float* x_rows;           // (L, padded_rows(n))
+  float* x_rows;           // (L, n)
   DeviceWork work;
   int64_t n, num_segments;
   bool adamw, maximize, nesterov, fresh;
@@ -31,6 +31,8 @@ struct UpdateArguments {
   const float* corrections;  // (2,) lr and root in device memory instead, or null
 };
 
+// Groups of 32 rows, one a lane.
+TWA_HD constexpr int64_t row_chunks(int64_t n) { return (n + 31) / 32; }
 // sums[group] for rows 32 * chunk + lane, by the whole block. strands: (kWarps, 32) in shared memory.
 TWA_DEVICE void sum_group(const UpdateArguments& a, int64_t group, int64_t chunk, double* strands) {
   const int64_t row = 32 * chunk + lane_index();
@@ -49,13 +51,8 @@ TWA_DEVICE void sum_group(const UpdateArguments& a, int64_t group, int64_t chunk
   sync_block();
 }
 
-// c, x, moments and x_rows of one row and segment; rows past the last get a zero in x_rows.
+// c, x, moments and x_rows of one row and segment.
 TWA_DEVICE void update_row(const UpdateArguments& a, int64_t segment, int64_t row) {
-  float* x_row = a.x_rows + segment * padded_rows(a.n) + row;
-  if (row >= a.n) {
-    if (a.x) *x_row = 0.0f;
-    return;
-  }
   // Sixteen strands, so that as many loads are on their way: the last block of a segment, or a segment that is the whole model, adds thousands.
   constexpr int kStrands = 16;
   double strand[kStrands] = {};
@@ -97,7 +94,7 @@ TWA_DEVICE void update_row(const UpdateArguments& a, int64_t segment, int64_t ro
     value = value - a.lr * g;
   }
   a.x[at] = value;
-  *x_row = value * scale;
+  a.x_rows[segment * a.n + row] = value * scale;
 }
 
 }  // namespace twa

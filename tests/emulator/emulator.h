@@ -143,8 +143,6 @@ inline int warp_sum(int v) {
   return static_cast<int>(out[0]);
 }
 inline float shuffle_xor(float v, int mask) { return emulator::exchange("shuffle_xor", v, mask, true); }
-inline int shuffle_xor(int v, int mask) { return emulator::exchange("shuffle_xor", v, mask, true); }
-inline int shuffle(int v, int lane) { return emulator::exchange("shuffle", v, lane, false); }
 
 inline int dot4(uint32_t a, uint32_t b, int c) {
   for (int k = 0; k < 4; ++k) c += static_cast<int8_t>(a >> (8 * k)) * static_cast<int8_t>(b >> (8 * k));

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ from dataclasses import dataclass
 import torch
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from ..native import capturing, kept, on_device
 from ..reference import tile_offsets
 from .config import architecture, configuration, isa
 
@@ -65,22 +64,16 @@ def _build(tile_segment: Tensor, numels: Sequence[int], num_segments: int, size:
     )
 
 
-_work: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def work_items(tile_segment: Tensor, numels: Sequence[int], num_segments: int, size: int) -> Work:
-    """Built once per basis and size (reading tile_segment back waits for the device), then kept as long as tile_segment lives."""
-    kept = _work.setdefault(tile_segment, {})
-    key = tuple(numels), num_segments, size, None if tile_segment.is_inference() else tile_segment._version
-    if key not in kept:
-        kept[key] = _build(tile_segment, numels, num_segments, size)
-    return kept[key]
+    """Reading tile_segment back waits for the device: the first time only."""
+    key = ("triton", tuple(numels), num_segments, size)
+    return kept(tile_segment, key, lambda: _build(tile_segment, numels, num_segments, size))
 
 
 def address_table(addresses: Sequence[int], device: torch.device) -> Tensor:
     """(tensors,) int64 on the device. Training loops pass the same tensors again and again, so most calls copy nothing. A CUDA graph knows only
     the table's address, so it gets one of its own, made by kernels that have the addresses as arguments."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         table = torch.zeros(len(addresses), dtype=torch.int64, device=device)
         torch._foreach_add_(list(table.unbind()), list(addresses))
         return table
@@ -117,4 +110,4 @@ class Launch:
         return {"num_warps": self.config["warps"], "enable_fp_fusion": fuse}
 
     def on_device(self):
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        return on_device(self.device)
