@@ -128,6 +128,20 @@ void step(const Basis& basis, const Addresses& grads, const Numbers& grad_dtypes
   check(status);
 }
 
+// Tables that repeat one size for several rows: numel has one entry per tensor of the model.
+void orthonormalize_pass(const Addresses& rows, const Numbers& row_dtypes, const Addresses& center, const Numbers& center_dtypes,
+                         const Numbers& numel, int64_t n, uintptr_t parent, uintptr_t transform, int64_t r, uintptr_t probes, int64_t first,
+                         bool fast, const Addresses& out, const Numbers& out_dtypes, uintptr_t gram, uintptr_t norms, int threads) {
+  const Table row_table(rows, numel, row_dtypes), center_table(center, numel, center_dtypes), out_table(out, numel, out_dtypes);
+  if (rows.size() != numel.size() * static_cast<size_t>(n)) throw py::value_error("orthonormalize: tables of unequal length");
+  py::gil_scoped_release release;
+  const twa::Status status = twa::orthonormalize_pass_cpu(row_table.view(), center_table.view(), n, pointer<const int32_t>(parent),
+                                                          pointer<const double>(transform), r, pointer<const double>(probes), first, fast,
+                                                          out_table.view(), pointer<double>(gram), pointer<double>(norms), threads);
+  py::gil_scoped_acquire acquire;
+  check(status);
+}
+
 #if defined(TWA_WITH_CUDA)
 void check_cuda(const char* op, int error, int device) {
   if (error != 0)
@@ -226,6 +240,7 @@ PYBIND11_MODULE(TWA_MODULE, m) {
   m.def("project", &project);
   m.def("reconstruct", &reconstruct);
   m.def("step", &step);
+  m.def("orthonormalize_pass", &orthonormalize_pass);
   m.def("cpu_isa", [] { return twa::cpu_isa(); });
   m.def(
       "read_bytes",

@@ -82,6 +82,20 @@ struct Update {
 Status step_cpu(const BasisView& basis, const TensorTable& grads, const Update& update, float* x, float* first, float* second,
                 const TensorTable& center, const TensorTable& out, float* c, int threads);
 
+// Block Gram-Schmidt, one read of the rows. V = rows minus their parents (row i minus row parent[i] < i, or minus the center where that is -1);
+// with a transform (r, n), lower triangular in the order of the rows, V = transform * V; with `out` V is rounded and stored.
+//   rows    count * n tensors (float32, bf16, f16), the n rows of tensor 0 first;   center   count tensors, or count == 0 for none
+//   out     count * r tensors, or count == 0; rows below `first` are not stored. May be the rows themselves: a block is read before it is written.
+//   probes  (6, r) float64 with `out`, else null
+//   gram    without `out`: (m, m) float64, m = r with a transform, else n: V V^T for rows i >= first and k <= i, 0 elsewhere;
+//           with `out`: (r, 6) float64, V V^T probes^T of the rounded V
+//   norms   (n,) float64: squared norms of the rows as they are
+//   fast    float32 differences, transform and products, these summed in float64 after at most 64 columns a lane; else float64 (products with probes:
+//           float32)
+Status orthonormalize_pass_cpu(const TensorTable& rows, const TensorTable& center, int64_t n, const int32_t* parent, const double* transform,
+                               int64_t r, const double* probes, int64_t first, bool fast, const TensorTable& out, double* gram, double* norms,
+                               int threads);
+
 // Memory bandwidth with the same threads: sum of the 64-bit words (bytes moved = bytes; `ahead`: with the kernels' software prefetch,
 // on AVX-512), and a copy (2 * bytes).
 uint64_t read_bytes(const void* data, int64_t bytes, int threads, bool ahead);

@@ -7,9 +7,26 @@ theta = twa_kernels.reconstruct(basis, x, center)         # one tensor per param
 
 from . import native, reference
 from .api import pack, project, reconstruct, step, unpack
+from .columns import StreamError
 from .ops import NotFiniteError
+from .orthonormalize import Orthonormal, orthonormalize
 from .packed import PackedBasis, Packer
 from .reference import relative_error
 
-__all__ = ["NotFiniteError", "PackedBasis", "Packer", "native", "pack", "project", "reconstruct", "reference", "relative_error", "step", "unpack"]
+__all__ = [
+    "NotFiniteError",
+    "Orthonormal",
+    "PackedBasis",
+    "Packer",
+    "StreamError",
+    "native",
+    "orthonormalize",
+    "pack",
+    "project",
+    "reconstruct",
+    "reference",
+    "relative_error",
+    "step",
+    "unpack",
+]
 __version__ = "0.1.0"

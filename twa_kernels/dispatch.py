@@ -12,7 +12,7 @@ import torch
 
 from . import cuda, native, reference
 
-OPS = ("pack", "unpack", "project", "reconstruct", "step", "gram")
+OPS = ("pack", "unpack", "project", "reconstruct", "step", "gram", "orthonormalize_pass")
 ENVIRONMENT = "TWA_KERNELS_BACKEND"
 
 

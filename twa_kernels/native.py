@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .reference import TILE, bytes_to_codes, squared_error, tile_offsets
+from .reference import PROBES, TILE, bytes_to_codes, squared_error, tile_offsets
 
 try:
     from . import _C
@@ -259,3 +259,38 @@ def gram(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor,
                 total[l] += p @ p.T
                 first += tiles
     return total
+
+
+def orthonormalize_pass(
+    rows: Sequence[Tensor],
+    center: Sequence[Tensor],
+    numels: Sequence[int],
+    parent: Tensor,
+    transform: Tensor | None,
+    probes: Tensor | None,
+    first: int,
+    fast: bool,
+    out: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    rows, center = _contiguous(rows), _contiguous(center)
+    n, r = len(parent), 0 if transform is None else len(transform)
+    m = n if transform is None else r
+    gram = torch.empty(m, PROBES if out else m, dtype=torch.float64)
+    norms = torch.empty(n, dtype=torch.float64)
+    _C.orthonormalize_pass(
+        *_addresses(rows),
+        *_addresses(center),
+        list(numels),
+        n,
+        parent.data_ptr(),
+        0 if transform is None else transform.data_ptr(),
+        r,
+        0 if probes is None else probes.data_ptr(),
+        first,
+        fast,
+        *_addresses(out),
+        gram.data_ptr(),
+        norms.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return gram, norms

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .reference import BITS, MAX_ROWS, QUANTISERS, tile_offsets
+from .reference import BITS, MAX_ROWS, PROBES, QUANTISERS, tile_offsets
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BASIS = "Tensor codes, Tensor scales, Tensor row_scale, Tensor tile_segment"
@@ -32,6 +32,10 @@ _library.define(f"reconstruct_out({BASIS}, Tensor x, Tensor[] center, int[] nume
 _library.define(
     f"step({BASIS}, Tensor[] grads, Tensor(a!) x, Tensor(b!)[] state, Tensor[] center, int[] numels, int bits, str rule, float[] options, "
     "int count, Tensor(c!)[] out, str backend) -> Tensor"
+)
+_library.define(
+    "orthonormalize_pass(Tensor[] rows, Tensor[] center, int[] numels, Tensor parent, Tensor? transform, Tensor? probes, int first, bool fast, "
+    "Tensor(a!)[] out, str backend) -> (Tensor, Tensor)"
 )
 
 
@@ -321,3 +325,45 @@ def _step(codes, scales, row_scale, tile_segment, grads, x, state, center, numel
 def _step_fake(codes, scales, row_scale, tile_segment, grads, x, state, center, numels, bits, rule, options, count, out, backend):
     _check_step(codes, scales, row_scale, tile_segment, grads, x, state, center, numels, bits, rule, options, count, out, backend)
     return row_scale.new_empty(row_scale.shape)
+
+
+# orthonormalize --------------------------------------------------------------------------------------------------
+
+
+def _check_orthonormalize_pass(rows, center, numels, parent, transform, probes, first, fast, out, backend) -> None:
+    device, n = parent.device, parent.shape[0]
+    if not 1 <= n <= MAX_ROWS:
+        raise ValueError(f"n: expected 1 to {MAX_ROWS} rows, found {n}")
+    _check_tensor("parent", parent, (n,), torch.int32, device)
+    _check_list("rows", rows, [numel for numel in numels for _ in range(n)], device, backend)
+    if center:
+        _check_list("center", center, numels, device, backend)
+    r = n
+    if transform is not None:
+        r = transform.shape[0]
+        _check_tensor("transform", transform, (r, n), torch.float64, device)
+    if (probes is None) != (not out) or (out and transform is None):
+        raise ValueError("orthonormalize: expected out, transform and probes together")
+    if out:
+        _check_tensor("probes", probes, (PROBES, r), torch.float64, device)
+        _check_list("out", out, [numel for numel in numels for _ in range(r)], device, backend)
+        for k, o in enumerate(out):
+            if not o.is_contiguous():
+                raise ValueError(f"out[{k}]: expected a contiguous tensor, found strides {o.stride()}")
+    if not 0 <= first <= r:
+        raise ValueError(f"first: expected 0 to {r}, found {first}")
+
+
+@_impl("orthonormalize_pass")
+def _orthonormalize_pass(rows, center, numels, parent, transform, probes, first, fast, out, backend):
+    _check_orthonormalize_pass(rows, center, numels, parent, transform, probes, first, fast, out, backend)
+    kernel = dispatch.select("orthonormalize_pass", parent.device.type, backend)
+    return kernel(rows, center, numels, parent, transform, probes, first, fast, out)
+
+
+@torch.library.register_fake("twa_kernels::orthonormalize_pass", lib=_library)
+def _orthonormalize_pass_fake(rows, center, numels, parent, transform, probes, first, fast, out, backend):
+    _check_orthonormalize_pass(rows, center, numels, parent, transform, probes, first, fast, out, backend)
+    n = parent.shape[0]
+    m = n if transform is None else transform.shape[0]
+    return parent.new_empty((m, PROBES if out else m), dtype=torch.float64), parent.new_empty(n, dtype=torch.float64)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .native import empty_for_streaming
 from .ops import NotFiniteError, check_bits, check_quantiser
-from .reference import MAX_ROWS, tile_offsets
+from .reference import MAX_ROWS, TILE, num_tiles, tile_offsets
 
 NORMALIZE = ("row", "segment", "none")
 
@@ -190,12 +190,31 @@ class Packer:
                 raise ValueError(f"tensor {k}, {name}: expected shape {tuple(self.shapes[k])}, found {tuple(t.shape)}")
         if len(rows) != self.n:
             raise ValueError(f"tensor {k}: expected {self.n} rows, found {len(rows)}")
-        at = slice(self._offsets[k], self._offsets[k + 1])
+        self._pack(k, rows, center, 0)
+        self._next += 1
+
+    def add_columns(self, rows: Tensor, begin: int) -> None:
+        """Packs columns [begin, begin + rows.shape[1]) of the next tensor, begin a multiple of 128: rows (n, columns). A tensor's columns may come
+        in any parts that end on multiples of 128 or the tensor's end; then `end_tensor`."""
+        numel, count = self.shapes[self._next].numel(), rows.shape[1]
+        if begin % TILE or (count % TILE and begin + count != numel) or begin + count > numel or len(rows) != self.n:
+            raise ValueError(
+                f"tensor {self._next}: expected {self.n} rows and whole tiles of its {numel} columns, found shape {tuple(rows.shape)} at {begin}"
+            )
+        self._pack(self._next, list(rows.unbind(0)), None, begin)
+
+    def end_tensor(self) -> None:
+        """The tensor that `add_columns` was filling is complete."""
+        self._next += 1
+
+    def _pack(self, k: int, rows: list[Tensor], center: Tensor | None, begin: int) -> None:
+        first = self._offsets[k] + begin // TILE
+        at = slice(first, first + num_tiles(rows[0].numel()))
         try:
             torch.ops.twa_kernels.pack(
                 rows,
                 [] if center is None else [center],
-                [self.shapes[k].numel()],
+                [rows[0].numel()],
                 self.tile_segment[at],
                 self.bits,
                 self.quantiser,
@@ -207,8 +226,7 @@ class Packer:
                 self.backend,
             )
         except NotFiniteError as error:
-            raise NotFiniteError(error.row, k, error.column) from None
-        self._next += 1
+            raise NotFiniteError(error.row, k, begin + error.column) from None
 
     def finish(self, normalize: str = "row") -> PackedBasis:
         """normalize: "row": every row gets the same norm, the lower quartile of the rows' norms, so that a coefficient of 1 moves the

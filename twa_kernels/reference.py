@@ -294,6 +294,48 @@ def gram(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor,
     return g.index_add(0, tile_segment.long(), p @ p.mT)
 
 
+PROBES = 6  # Gaussian vectors of the certificate
+
+
+def orthonormalize_pass(
+    rows: Sequence[Tensor],
+    center: Sequence[Tensor],
+    numels: Sequence[int],
+    parent: Tensor,
+    transform: Tensor | None,
+    probes: Tensor | None,
+    first: int,
+    fast: bool,
+    out: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """V = rows minus parents (or minus the center); V = transform @ V; rounded into `out`. Returns V V^T, its rows from `first` on and lower
+    triangle, or with `out` V V^T probes^T; and the rows' squared norms. Float64 throughout, `fast` or not."""
+    n, parents = len(parent), parent.tolist()
+    gram, norms = 0.0, torch.zeros(n, dtype=torch.float64, device=parent.device)
+    for k in range(len(numels)):
+        w = torch.stack([r.reshape(-1).double() for r in rows[k * n : (k + 1) * n]])  # (n, numel)
+        c = center[k].reshape(-1).double() if center else torch.zeros_like(w[0])
+        norms += w.square().sum(1)
+        v = torch.stack([w[i] - (w[p] if p >= 0 else c) for i, p in enumerate(parents)])
+        if transform is not None:
+            v = transform @ v
+        if out:
+            r = len(transform)
+            targets = out[k * r : (k + 1) * r]
+            v = v.float().to(targets[0].dtype) if r else v
+            for o, q in list(zip(targets, v, strict=True))[first:]:
+                o.copy_(q.view_as(o))
+            v = v.double()
+            gram = gram + v @ (v.T @ probes.T)
+        else:
+            gram = gram + (v @ v.T).tril()
+    if not isinstance(gram, Tensor):
+        gram = norms.new_zeros((len(transform), PROBES) if out else (n, n))
+    if not out:
+        gram[:first] = 0
+    return gram, norms
+
+
 def relative_error(v: Tensor, bits: int, quantiser: str = "gaussian") -> float:
     """||v - dequantised v|| / ||v|| of a 1-D tensor packed alone, before row_scale: the quantiser's error on this data."""
     groups = _pad_columns(v.float().reshape(1, -1))[0]

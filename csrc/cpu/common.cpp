@@ -26,7 +26,7 @@ Isa best_isa() {
 #ifdef TWA_X86
   __builtin_cpu_init();
   if (has_avx512()) return Isa::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return Isa::avx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma")) return Isa::avx2;
 #endif
   return Isa::portable;
 }

@@ -11,8 +11,8 @@
 #define TWA_X86 1
 #include <immintrin.h>
 // Kernels of the higher tiers carry their target in the function, so one object file serves every machine.
-#define TWA_AVX2 __attribute__((target("avx2,f16c")))
-#define TWA_AVX512 __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi")))  // Ice Lake, Zen 4
+#define TWA_AVX2 __attribute__((target("avx2,f16c,fma")))
+#define TWA_AVX512 __attribute__((target("avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi")))  // Ice Lake, Zen 4
 #endif
 // Bodies written once in plain C++ and compiled for each tier by being inlined into a function with that target.
 #define TWA_INLINE inline __attribute__((always_inline))

@@ -1,0 +1,311 @@
+"""Where `orthonormalize` reads W from and writes Q to: tensors in memory, streams of blocks of columns, packed codes."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .gram_schmidt import Factor, probes
+from .native import empty_for_streaming
+from .ops import FLOATS
+from .packed import PackedBasis, Packer
+from .reference import MAX_ROWS
+
+if TYPE_CHECKING:
+    from .orthonormalize import Orthonormal
+
+SAMPLE = 4096  # columns that parents are chosen by
+PACK_COLUMNS = 1 << 15  # of Q in float32 at a time on the way to packed codes
+
+Block = Tensor | Sequence[Tensor]
+
+
+class StreamError(ValueError):
+    """A stream of column blocks does not give the same blocks each time, or blocks that do not fit each other."""
+
+
+@dataclass
+class Tensors:
+    """Some tensors of the model: rows[k * n + i] is row i of tensor k."""
+
+    rows: list[Tensor]
+    center: list[Tensor]
+    shapes: list[torch.Size]
+    n: int
+
+    @property
+    def numels(self) -> list[int]:
+        return [s.numel() for s in self.shapes]
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows[0].device
+
+    def only(self, k: int) -> Tensors:
+        return Tensors(self.rows[k * self.n : (k + 1) * self.n], self.center[k : k + 1], self.shapes[k : k + 1], self.n)
+
+    def part(self, k: int, columns: slice) -> Tensors:
+        """Some columns of tensor k, as views where rows are contiguous."""
+        rows = [r.reshape(-1)[columns] for r in self.rows[k * self.n : (k + 1) * self.n]]
+        return Tensors(rows, [c.reshape(-1)[columns] for c in self.center[k : k + 1]], [rows[0].shape], self.n)
+
+
+class Source:
+    """W as an iterable of Tensors that can be read again: one of all tensors if they are in memory, else one per block of the stream."""
+
+    def __init__(self, W, center, empty: bool = False) -> None:
+        self.single = isinstance(W, Tensor)
+        self.streamed = not isinstance(W, Tensor | list | tuple)
+        self._W, self._center = W, center
+        self._shapes: list[torch.Size] | None = None  # of a stream's blocks, after the first read
+        self.n = 0
+        self.device = torch.device("cpu")
+        if self.streamed:
+            if isinstance(W, Iterator) or isinstance(center, Iterator):
+                raise TypeError(
+                    "W: expected a stream that can be read again (an object with __iter__, or a function), found an iterator, which is read once"
+                )
+            if not callable(W) and not isinstance(W, Iterable):
+                raise TypeError(f"W: expected a tensor, a list of tensors or a stream of them, found {type(W).__name__}")
+            return
+        blocks = [W] if self.single else list(W)
+        centers = [None] * len(blocks) if center is None else [center] if isinstance(center, Tensor) else list(center)
+        if not blocks:
+            raise ValueError("W: expected at least one tensor, found none")
+        if len(centers) != len(blocks):
+            raise ValueError(f"center: expected {len(blocks)} tensors, found {len(centers)}")
+        parts = [_block(b, c, k, None) for k, (b, c) in enumerate(zip(blocks, centers, strict=True))]
+        self.n = parts[0].n
+        for k, p in enumerate(parts):
+            if p.n != self.n:
+                raise ValueError(f"W[{k}]: expected {self.n} rows as in W[0], found {p.n}")
+        self._whole = Tensors([r for p in parts for r in p.rows], [c for p in parts for c in p.center], [p.shapes[0] for p in parts], self.n)
+        self._shapes, self.device = self._whole.shapes, self._whole.device
+        if not empty:
+            self._check()
+
+    def _check(self) -> None:
+        if not sum(s.numel() for s in self._shapes):
+            raise ValueError(f"W: expected at least one column, found blocks of shapes {[tuple(s) for s in self._shapes[:4]]}")
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """Of all blocks; known after the first read."""
+        return self._shapes
+
+    def __iter__(self) -> Iterator[Tensors]:
+        if not self.streamed:
+            yield self._whole
+            return
+        blocks = iter(self._W() if callable(self._W) else self._W)
+        centers = None if self._center is None else iter(self._center() if callable(self._center) else self._center)
+        shapes = []
+        for k, rows in enumerate(blocks):
+            c = None if centers is None else next(centers, None)
+            if centers is not None and c is None:
+                raise StreamError(f"center: expected one tensor per block of W, found {k}")
+            block = _block(rows, c, k, self.n or None)
+            self.n, self.device = block.n, block.device
+            shapes += block.shapes
+            if self._shapes is not None and (k >= len(self._shapes) or block.shapes[0] != self._shapes[k]):
+                expected = tuple(self._shapes[k]) if k < len(self._shapes) else "no more blocks"
+                raise StreamError(f"block {k}: expected {expected} as in the first read, found shape {tuple(block.shapes[0])}: the stream changed")
+            yield block
+        if self._shapes is not None and len(shapes) != len(self._shapes):
+            raise StreamError(f"expected {len(self._shapes)} blocks as in the first read, found {len(shapes)}: the stream changed")
+        if self._shapes is None:
+            if not shapes:
+                raise ValueError("W: expected at least one block of columns, found none")
+            self._shapes = shapes
+            self._check()
+
+    def sample(self) -> list[Tensor]:
+        """(n, columns) float64 of W and, if there is one, (1, columns) of the center: runs of columns spread over the tensors in memory, or the
+        first blocks of a stream."""
+        taken, left = [], SAMPLE
+        for tensors in self:
+            total = max(sum(tensors.numels), 1)
+            for k, numel in enumerate(tensors.numels):
+                share = numel if self.streamed else -(-SAMPLE * numel // total)
+                share = min(numel, share, left if self.streamed else share)
+                if share:
+                    runs = max(1, min(16, share // 64))
+                    apart, width = numel // runs, share // runs
+                    group = [*tensors.rows[k * tensors.n : (k + 1) * tensors.n], *tensors.center[k : k + 1]]
+                    flat = [r.reshape(-1)[: runs * apart].view(runs, apart)[:, :width].reshape(-1) for r in group]
+                    taken.append(torch.stack([f.double() for f in flat]))
+                    left -= runs * width
+            if self.streamed and left <= 0:
+                break
+        x = torch.cat(taken, 1)
+        return [x[: self.n], x[self.n :]] if self._center is not None else [x]
+
+
+def _block(rows: Block, center: Tensor | None, k: int, n: int | None) -> Tensors:
+    """Checks one block: n tensors of one shape, floating, on one device."""
+    if isinstance(rows, Tensor):
+        if rows.dim() == 0:
+            raise ValueError(f"W[{k}]: expected n rows, found a 0-d tensor")
+        rows = rows.detach().unbind(0)
+    rows = [r.detach() for r in rows]
+    if not rows:
+        raise ValueError(f"W[{k}]: expected at least one row, found none")
+    if len(rows) > MAX_ROWS:
+        raise ValueError(f"W[{k}]: expected at most {MAX_ROWS} rows, found {len(rows)}")
+    if n is not None and len(rows) != n:
+        raise StreamError(f"block {k}: expected {n} rows as in the blocks before, found {len(rows)}")
+    for i, r in enumerate([*rows] + ([center] if center is not None else [])):
+        name = f"W[{k}], row {i}" if i < len(rows) else f"center[{k}]"
+        if r.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected one of {FLOATS}, found {r.dtype}")
+        if r.shape != rows[0].shape:
+            raise ValueError(f"{name}: expected shape {tuple(rows[0].shape)} as row 0, found {tuple(r.shape)}")
+        if r.device != rows[0].device:
+            raise ValueError(f"{name}: expected device {rows[0].device} as row 0, found {r.device}")
+    return Tensors(rows, [] if center is None else [center.detach()], [rows[0].shape], len(rows))
+
+
+def write(tensors: Tensors, f: Factor, out: list[Tensor], first: int, backend: str) -> tuple[Tensor, Tensor]:
+    """Q's columns for these columns of W into the first rows of `out`, one tensor per tensor, from row `first` on."""
+    device = tensors.device
+    flat = [row for o in out for row in o[: f.rank].unbind(0)]
+    A, fast = (f.A, False) if f.short is None else (f.short, True)
+    operands = (f.parent.to(device), A.to(device), probes(f.rank).to(device), first, fast, flat, backend)
+    return torch.ops.twa_kernels.orthonormalize_pass(tensors.rows, tensors.center, tensors.numels, *operands)
+
+
+def new_rows(r: int, tensors: Tensors, dtype: torch.dtype) -> list[Tensor]:
+    return [empty_for_streaming((r, *shape), tensors.device, dtype) for shape in tensors.shapes]
+
+
+class Target:
+    """Where Q goes. `pieces` gives, for tensors of W, parts of them with tensors that take Q's columns, and what to call when they are filled."""
+
+    in_place = False
+    first = 0  # row of Q from which on it is written
+
+    def __init__(self, source: Source, dtype: torch.dtype, out, bits: int, segments, extend: Orthonormal | None) -> None:
+        self.source, self.dtype, self.extend = source, dtype, extend
+
+    def begin(self, rank: int) -> None:
+        self.rank = rank
+
+    def pieces(self, number: int, tensors: Tensors) -> Iterator[tuple[Tensors, list[Tensor], Callable[[], None]]]:
+        raise NotImplementedError
+
+    def finish(self):
+        raise NotImplementedError
+
+
+class Dense(Target):
+    """Tensors, given or new; or one block at a time for a function."""
+
+    def __init__(self, source, dtype, out, bits, segments, extend) -> None:
+        super().__init__(source, dtype, out, bits, segments, extend)
+        self.sink = out if callable(out) else None
+        self.tensors: list[Tensor] = []
+        earlier = None
+        if extend is not None and self.sink is None:
+            earlier = [extend.Q] if isinstance(extend.Q, Tensor) else extend.Q if isinstance(extend.Q, list) else None
+        if out is not None and self.sink is None:
+            self.tensors = [out] if isinstance(out, Tensor) else list(out)
+            self._check(source)
+            self.first = extend.rank if extend is not None else 0
+        elif earlier is not None:
+            self.first = extend.rank
+        self.earlier = earlier
+
+    def _check(self, source: Source) -> None:
+        if len(self.tensors) != len(source.shapes):
+            raise ValueError(f"out: expected {len(source.shapes)} tensors, one per block of W, found {len(self.tensors)}")
+        self.dtype = self.tensors[0].dtype
+        for k, (t, shape) in enumerate(zip(self.tensors, source.shapes, strict=True)):
+            if t.dim() != len(shape) + 1 or t.shape[1:] != shape:
+                raise ValueError(f"out[{k}]: expected shape (at least r, {', '.join(map(str, shape))}), found {tuple(t.shape)}")
+            if t.dtype != self.dtype or t.dtype not in FLOATS:
+                raise TypeError(f"out[{k}]: expected one dtype of {FLOATS} for all, found {t.dtype}")
+            if t.requires_grad and t.is_leaf:
+                raise ValueError(f"out[{k}]: expected a tensor that does not require grad; pass {'`t.detach()`'}")
+        if source.streamed:
+            return
+        whole = next(iter(source))
+        starts = {r.data_ptr(): r.dtype for r in whole.rows if r.is_contiguous() and r.numel()}
+        spans = sorted((t.data_ptr(), t.data_ptr() + _extent(t)) for t in [*whole.rows, *whole.center] if t.numel())
+        for k, t in enumerate(self.tensors):
+            for j, row in enumerate(t.unbind(0)):
+                begin, end = row.data_ptr(), row.data_ptr() + _extent(row)
+                at = bisect.bisect_right(spans, (begin, 1 << 63)) - 1
+                near = [s for s in spans[max(at, 0) : at + 2] if s[0] < end and begin < s[1]]
+                if near and starts.get(begin) != row.dtype:
+                    raise ValueError(f"out[{k}][{j}] shares memory with W or the center: expected none, or exactly a row of W in the same dtype")
+                self.in_place |= bool(near)
+
+    def begin(self, rank: int) -> None:
+        if self.tensors and rank > min(len(t) for t in self.tensors):
+            raise ValueError(f"out: expected room for {rank} rows of Q, found {min(len(t) for t in self.tensors)}")
+        super().begin(rank)
+
+    def pieces(self, number, tensors):
+        if self.sink is not None:
+            for k in range(len(tensors.shapes)):
+                rows = new_rows(self.rank, tensors.only(k), self.dtype)
+                yield tensors.only(k), rows, lambda rows=rows, k=k: self.sink(number + k, rows[0])
+            return
+        count = len(tensors.shapes)
+        if len(self.tensors) < number + count:
+            self.tensors += new_rows(self.rank, tensors, self.dtype)
+            if self.earlier is not None:
+                for new, old in zip(self.tensors[number:], self.earlier[number : number + count], strict=True):
+                    new[: self.first] = old
+        yield tensors, self.tensors[number : number + count], lambda: None
+
+    def finish(self):
+        if self.sink is not None:
+            return None
+        if not self.tensors:  # rank 0
+            self.tensors = [torch.empty(0, *shape, dtype=self.dtype) for shape in self.source.shapes]
+        rows = [t[: self.rank] for t in self.tensors]
+        return rows[0] if self.source.single else rows
+
+
+class Packed(Target):
+    """Codes: some columns of Q in float32 at a time, packed while they are in the cache."""
+
+    dtype = torch.float32
+
+    def __init__(self, source, dtype, out, bits, segments, extend) -> None:
+        super().__init__(source, torch.float32, out, bits, segments, extend)
+        self.bits, self.segments = bits, segments
+        self.device = source.device
+        self.packer: Packer | None = None
+
+    def begin(self, rank: int) -> None:
+        if rank == 0:
+            raise ValueError("W: expected at least one row that is not zero, found none: there is nothing to pack")
+        super().begin(rank)
+        self.packer = Packer(rank, self.source.shapes, self.bits, self.segments, self.device)
+        self.scratch = torch.empty(rank * PACK_COLUMNS, device=self.device)
+
+    def pieces(self, number, tensors):
+        for k, numel in enumerate(tensors.numels):
+            for begin in range(0, numel, PACK_COLUMNS):
+                part = tensors.part(k, slice(begin, min(begin + PACK_COLUMNS, numel)))
+                rows = self.scratch[: self.rank * part.numels[0]].view(self.rank, -1)
+                yield part, [rows], lambda rows=rows, begin=begin: self.packer.add_columns(rows, begin)
+            self.packer.end_tensor()
+
+    def finish(self) -> PackedBasis:
+        return self.packer.finish("none")
+
+
+TARGETS = {"explicit": Dense, "packed": Packed}
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    return t.element_size() * (1 + sum((s - 1) * d for s, d in zip(t.shape, t.stride(), strict=True))) if t.numel() else 0

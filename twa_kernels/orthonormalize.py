@@ -1,0 +1,390 @@
+"""Block Gram-Schmidt: an orthonormal basis of the rows of W in two reads, that names dependent rows instead of failing.
+
+    W - center = R Q      Q (r, D) with orthonormal rows, R (n, r) lower triangular in the order of the rows
+
+1. Neighbouring checkpoints are nearly collinear, their differences are not: row i becomes w_i - w_parent(i), the nearest earlier row in a sample of
+   columns. Differences are unit lower triangular, so they change neither the spans nor Q.
+2. One read: Gram matrix of the differences, and the rows' norms.
+3. Row-order Cholesky in float64, where a row is dropped if its distance to the span of the rows kept before is at most `tolerance` of its norm.
+   A distance that rounding errors may have made is not believed: the row is kept for now, and
+4. one more read forms the Gram matrix of what the factor makes of the rows, in float64 (also where the condition asks for it).
+5. One read: Q = transform * differences, written, and certified by Q Q^T z of the rounded Q for six Gaussian vectors z.
+
+Sources: CholeskyQR2 (Fukaya et al. 2014), here on differences and with a rank rule; Li et al. 2023 for the job.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .columns import TARGETS, Block, Source, StreamError, Target, new_rows, write
+from .gram_schmidt import Factor, choose_parents, norm2, pack_lower, probes, rounded_inverse, row_cholesky, schatten4, unpack_lower
+from .ops import FLOATS, NotFiniteError
+from .packed import PackedBasis
+
+TOLERANCE = 4 * 2.0**-24
+#: loss of orthogonality that each accuracy promises; what is predicted or measured above it is computed again
+LIMITS = {"high": 1e-7, "fast": 3e-7}
+#: a prediction above this asks for one more read in float64 (high); fast takes its limit
+PREDICTED = {"high": 1e-9, "fast": 2e-7}
+MOST_REFINEMENTS = 3
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a basis was made.
+
+    accuracy     "high" or "fast"
+    reads        times that all of W was read (a sample of columns for the parents not counted)
+    refined      of these, reads that only looked again
+    certificate  estimate of the loss of orthogonality of the stored (rounded) Q, the Schatten 4-norm of Q Q^T - I (at least its 2-norm), by six
+                 Gaussian vectors; None without explicit Q
+    distances    (n,) distance of each row to the span of the rows kept before it, relative to its norm
+    parents      (n,) row that was subtracted, -1: the center
+    condition_before, condition_after   condition numbers of the kept rows and of their differences, each scaled to unit rows
+    """
+
+    accuracy: str
+    reads: int
+    refined: int
+    certificate: float | None
+    distances: tuple[float, ...]
+    parents: tuple[int, ...]
+    _before: Tensor = field(repr=False)
+    _after: Tensor = field(repr=False)
+
+    @property
+    def condition_before(self) -> float:
+        return _condition(self._before)
+
+    @property
+    def condition_after(self) -> float:
+        return _condition(self._after)
+
+
+@dataclass(frozen=True)
+class Orthonormal:
+    """An orthonormal basis of the rows of W (minus a center).
+
+    Q          (r, *shape), one tensor per tensor of W if W was a list; a PackedBasis (form="packed"); None (form="implicit", or given to a function)
+    R          (n, r) float64: W - center = R Q, up to rounding and the tolerance of dropped rows
+    transform  (r, n) float64: Q = transform @ (W - center). So project with Q is `transform @ (P @ g)` and coefficients y of Q are
+               `transform.T @ y` of the rows
+    kept       rows that Q's rows stand for, in order;  dropped: the others, (row, relative distance to the span of those before)
+    report     reads, distances, conditions, certificate
+    """
+
+    Q: Tensor | list[Tensor] | PackedBasis | None
+    R: Tensor
+    transform: Tensor
+    kept: tuple[int, ...]
+    dropped: tuple[tuple[int, float], ...]
+    report: Report
+    _factor: Factor = field(repr=False)
+
+    @property
+    def rank(self) -> int:
+        return len(self.kept)
+
+    @torch.no_grad()
+    def apply(
+        self, W: Block | Sequence[Block], center: Tensor | Sequence[Tensor] | None = None, dtype: torch.dtype = torch.float32, backend: str = ""
+    ):
+        """Q's columns for these columns of W (and of the center, if there was one): (r, *shape), or a list of them if W is one.
+
+        The counterpart of form="implicit": rows as in `orthonormalize`, any part of the columns at a time.
+        """
+        source = Source(W, center, empty=True)
+        n = self.transform.shape[1]
+        out = []
+        for block in source:
+            if block.n != n:
+                raise ValueError(f"W: expected {n} rows, found {block.n}")
+            rows = new_rows(self.rank, block, dtype)
+            if self.rank:
+                write(block, self._factor, rows, 0, backend)
+            out += rows
+        return out[0] if source.single else out
+
+
+def orthonormalize(
+    W: Block | Sequence[Block] | Iterable[Block] | Callable[[], Iterable[Block]],
+    *,
+    center: Tensor | Sequence[Tensor] | Iterable[Tensor] | None = None,
+    accuracy: str = "high",
+    form: str = "explicit",
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | Sequence[Tensor] | Callable[[int, Tensor], None] | None = None,
+    bits: int = 4,
+    segments: Sequence[int] | Tensor | None = None,
+    tolerance: float = TOLERANCE,
+    extend: Orthonormal | None = None,
+    reduce: Callable[[Tensor], None] | None = None,
+    backend: str = "",
+) -> Orthonormal:
+    """Gram-Schmidt on the rows of W, in order: W - center = R Q.
+
+    W          (n, *shape) tensor; or a list with (n, *shape_k), or n tensors of shape_k, per tensor of a model; or a stream of such blocks of
+               columns that can be read more than once (an object with __iter__, or a function that returns an iterator), each alone in memory.
+               float32, bfloat16, float16; 1 <= n <= 4096.
+    center     subtracted from every row: one tensor of shape_k per block, or None
+    accuracy   "high": float64 products, loss of orthogonality at most 1e-7. "fast": float32 products over at most 64 columns, summed in
+               float64, at most 3e-7; what does not reach that is computed again in float64.
+    form       "explicit": Q in `dtype`, new or in `out`. "implicit": no Q; `Orthonormal.apply` and `.transform` stand for it, one read less.
+               "packed": Q as a PackedBasis of `bits` bits (`segments` as in `pack`), never dense in memory.
+    out        tensors to write Q to (row j of rank r to out[k][j]; the rest is left alone); may be W itself, which then is Q. Or a function that is
+               called with (block number, Q of the block (r, *shape)), for results that do not fit into memory; again from 0 if Q is computed again.
+    tolerance  a row is dropped if its distance to the span of the rows kept before it is at most this share of its norm (norm of the row
+               as given, before the center is subtracted, since that is what its rounding errors are relative to)
+    extend     an earlier result for the first rows of W: its rows of Q and R stay as they are, bit by bit, and only rows after them are factorised;
+               `out` then keeps the earlier rows of Q if it holds them, and is left alone there
+    reduce     called with float64 vectors of at most n (n + 1) / 2 + n + 1 numbers to sum over ranks that hold different columns, in place
+    backend    overrides the table in dispatch.py
+
+    Raises NotFiniteError for NaN or Inf, with the row; ValueError or TypeError for sizes, dtypes and streams that do not fit (StreamError for
+    blocks that change between reads). Duplicates, zero rows and n > D are no errors: dependent rows are in `dropped`.
+
+    Error of Q against Gram-Schmidt in exact arithmetic: rounding to `dtype`, plus 2^-52 times the square of the condition number of the
+    differences, at most 1e-9 (one read more makes it 2^-52 times the condition number).
+    Plain PyTorch: `q, r = torch.linalg.qr(W.T); Q, R = q.T, r.T`.
+    """
+    if accuracy not in LIMITS:
+        raise ValueError(f"accuracy: expected one of {sorted(LIMITS)}, found {accuracy!r}")
+    if form not in ("explicit", "implicit", "packed"):
+        raise ValueError(f"form: expected 'explicit', 'implicit' or 'packed', found {form!r}")
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype: expected one of {FLOATS}, found {dtype}")
+    if out is not None and form != "explicit":
+        raise ValueError(f"out: only form='explicit' writes Q, found form={form!r}")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance: expected a number from 0 to 1, found {tolerance}")
+    with torch.no_grad():
+        job = Job(Source(W, center), accuracy, tolerance, extend, reduce, backend)
+        factor = job.factorise()
+        if form == "implicit":
+            return job.result(None, factor, None)
+        target = TARGETS[form](job.source, dtype, out, bits, segments, extend)
+        while True:
+            certificate = job.write(factor, target)
+            limit = max(LIMITS[accuracy], 4 * UNIT[target.dtype] * factor.rank / job.columns**0.5)
+            if certificate <= limit or job.refined == MOST_REFINEMENTS:
+                break
+            if target.in_place:  # W is gone: Q itself is what is left to work on
+                return _once_more(job.result(target.finish(), factor, certificate), target.tensors, reduce, backend)
+            factor = job.refine(factor)
+        if not certificate <= limit:
+            warnings.warn(f"orthonormalize: the certificate of Q is {certificate:.1e}, above {limit:.1e}: W is too badly conditioned", stacklevel=2)
+        return job.result(target.finish(), factor, certificate)
+
+
+def _once_more(o: Orthonormal, tensors: list[Tensor], reduce, backend: str) -> Orthonormal:
+    """A better Q in place of Q: W = R Q = (R R') Q'."""
+    f, rows = o._factor, [t[: o.rank] for t in tensors]
+    better = orthonormalize(rows, out=rows, tolerance=0.0, reduce=reduce, backend=backend)
+    report = replace(
+        o.report, reads=o.report.reads + better.report.reads, refined=o.report.refined + better.report.reads, certificate=better.report.certificate
+    )
+    factor = replace(f, A=better.transform @ f.A, L=f.L @ better.R)
+    return Orthonormal(o.Q, o.R @ better.R, better.transform @ o.transform, o.kept, o.dropped, report, factor)
+
+
+# The job --------------------------------------------------------------------------------------------------------------
+
+
+class Job:
+    """Reads of one W, and what they have shown so far."""
+
+    def __init__(self, source: Source, accuracy: str, tolerance: float, extend: Orthonormal | None, reduce, backend: str) -> None:
+        self.source, self.accuracy, self.tolerance, self.reduce, self.backend = source, accuracy, tolerance, reduce or (lambda v: None), backend
+        self.distributed = reduce is not None
+        self.fast = accuracy == "fast"
+        self.before = extend._factor if extend is not None else None
+        self.first = len(self.before.parent) if self.before else 0
+        self.reads = self.refined = 0
+        self.norms: Tensor | None = None  # squared, of the first read
+        self.short = False  # whether that read was in float32
+        self.columns = 0  # of all ranks
+
+    # Reads ---------------------------------------------------------------------------------------------------------
+
+    def _gram(self, parent: Tensor, A: Tensor | None, first: int, fast: bool) -> Tensor:
+        """One read: Gram matrix of the differences, or of A times them, rows from `first` on."""
+        total = None
+        for t in self.source:
+            operands = (parent.to(t.device), None if A is None else A.to(t.device), None, first, fast, [], self.backend)
+            got = torch.ops.twa_kernels.orthonormalize_pass(t.rows, t.center, t.numels, *operands)
+            total = got if total is None else (total[0] + got[0], total[1] + got[1])
+        gram, norms = total
+        # As few numbers as there are: the lower triangle, the norms, and how many columns there are.
+        columns = norms.new_tensor([sum(s.numel() for s in self.source.shapes)])
+        vector = torch.cat([pack_lower(gram), norms, columns])
+        self.reduce(vector)
+        vector = vector.cpu()
+        gram, norms = unpack_lower(vector[: -len(norms) - 1], len(gram)), vector[-len(norms) - 1 : -1]
+        self.columns = int(vector[-1])
+        self.reads += 1
+        if fast and not (norms.isfinite().all() and gram.isfinite().all()):
+            return gram  # a square overflows float32: factorise() looks again
+        self._check_norms(norms, fast)
+        if not gram.isfinite().all():
+            raise ValueError("center: NaN or Inf" if self.source._center is not None else "W: inner products of its rows overflow float64")
+        return gram
+
+    def _check_norms(self, norms: Tensor, fast: bool) -> None:
+        if bad := (~norms.isfinite()).nonzero().flatten().tolist():
+            raise _not_finite(bad, self.source, self.distributed)
+        if self.norms is None:
+            self.norms, self.short = norms, fast
+            return
+        apart = (norms - self.norms).abs() > (1e-6 if fast or self.short else 1e-12) * self.norms
+        if apart.any():
+            i = int(apart.nonzero()[0])
+            raise StreamError(
+                f"W changed between two reads: row {i} had squared norm {float(self.norms[i]):.17g}, now {float(norms[i]):.17g}; "
+                "a stream must give the same blocks each time"
+            )
+
+    # Factors -------------------------------------------------------------------------------------------------------
+
+    def factorise(self) -> Factor:
+        """Parents, Gram matrix, row-order Cholesky; more reads while the outcome asks for them."""
+        sample = self.source.sample()
+        n = self.source.n
+        if self.before and n < self.first:
+            raise ValueError(f"extend: expected at least the {self.first} rows of the earlier result, found {n}")
+        old = self.before.parent.tolist() if self.before else []
+        parent = torch.tensor(old + choose_parents(*sample, *([None] * (2 - len(sample))), self.first, self.reduce), dtype=torch.int32)
+        gram = self._gram(parent, None, self.first, self.fast)
+        if self.fast and not self._usable(gram):
+            self.fast, self.norms = False, None
+            gram = self._gram(parent, None, self.first, False)
+        if self.before:
+            apart = (self.norms[: self.first].sqrt() - self.before.norms).abs() > 1e-6 * self.before.norms
+            if apart.any():
+                raise ValueError(f"extend: row {int(apart.nonzero()[0])} of W is not the one of the earlier result: their norms differ")
+        factor = self._factor(parent, gram)
+        # What float32 sums cannot tell, float64 sums of the same kind may; where they will not either, only a second look at the result does.
+        if self.fast and (factor.doubt or PREDICTED["fast"] < factor.loss < PREDICTED["high"] * self._noise(True) / self._noise(False)):
+            self.fast = False
+            factor = self._factor(parent, self._gram(parent, None, self.first, False))
+        while factor.doubt or factor.loss > PREDICTED["fast" if self.fast and not self.refined else "high"]:
+            if self.refined == MOST_REFINEMENTS:
+                break
+            factor = self.refine(factor)
+        return factor
+
+    def _usable(self, gram: Tensor) -> bool:
+        """Whether no square of a float32 difference can have overflowed, or vanished."""
+        square = gram.diagonal()[self.first :]
+        return bool(square.isfinite().all()) and self.norms is not None and bool((square > 1e-25 * self.columns).all())
+
+    def _noise(self, fast: bool) -> float:
+        """Error of an entry of a Gram matrix, relative to the rows' lengths, by rounding: root mean square. Float64 sums; or float32 sums over 32
+        columns, whose errors average out."""
+        return 2.0**-24 / max(self.columns / 32, 1.0) ** 0.5 if fast else 2.0**-53
+
+    def _factor(self, parent: Tensor, gram: Tensor) -> Factor:
+        n, first = len(parent), self.first
+        norms = self.norms.sqrt()
+        before = self.before.A if self.before else gram.new_zeros(0, 0)
+        before_length = self.before.L.norm(dim=1) if self.before else gram.new_zeros(0)
+        noise = self._noise(self.fast)
+        A, L, kept, distances, length, doubt = row_cholesky(gram, first, before, before_length, self.tolerance * norms[first:], noise)
+        spread = norm2(A[len(before) :] * torch.cat([before_length, length]))
+        loss = 2 * noise * max(len(A), 1) ** 0.5 * spread**2
+        short = None
+        if self.fast and not first and not doubt:
+            short = rounded_inverse(L[kept], n, kept)
+            if norm2(short @ gram @ short.T - torch.eye(len(kept), dtype=gram.dtype)) > PREDICTED["fast"]:
+                short = None
+        return self._joined(Factor(parent, A, L, tuple(first + i for i in kept), distances, norms, short, loss, doubt), n)
+
+    def _joined(self, f: Factor, n: int) -> Factor:
+        """With the earlier rows of an extended result in front."""
+        if not self.before:
+            return f
+        L = torch.cat([torch.nn.functional.pad(self.before.L, (0, f.L.shape[1] - self.before.L.shape[1])), f.L])
+        distances = torch.cat([self.before.distances, f.distances])
+        return Factor(f.parent, f.A, L, self.before.kept + f.kept, distances, f.norms, f.short, f.loss, f.doubt)
+
+    def refine(self, f: Factor) -> Factor:
+        """One more read: the Gram matrix of A * differences, formed column by column in float64, factorised once more."""
+        r0 = self.before.rank if self.before else 0
+        gram = self._gram(f.parent, f.A, r0, False)
+        self.refined += 1
+        rows = list(f.kept[r0:])
+        # Distance of provisional row j to the span before it: 1 / (its coefficient of the difference it stands for).
+        unit = torch.stack([1 / f.A[r0 + j, i] for j, i in enumerate(rows)]) if rows else gram.new_zeros(0)
+        eye = torch.eye(r0, dtype=gram.dtype)
+        noise = self._noise(False)
+        shortest = self.tolerance * f.norms[rows] / unit
+        A, L, kept, distances, length, doubt = row_cholesky(gram, r0, eye, gram.new_ones(r0), shortest, noise)
+        spread = norm2(A[r0:] * torch.cat([gram.new_ones(r0), length]))
+        distances_all = f.distances.clone()
+        distances_all[rows] = distances * unit
+        on_old = torch.cat([torch.nn.functional.pad(eye, (0, L.shape[1] - r0)), L])  # provisional rows in terms of the new Q
+        new_L = f.L @ on_old
+        if self.before:
+            new_L[: self.first] = f.L[: self.first, : new_L.shape[1]] if new_L.shape[1] <= f.L.shape[1] else new_L[: self.first]
+        kept_rows = f.kept[:r0] + tuple(rows[j] for j in kept)
+        loss = 2 * noise * max(len(A), 1) ** 0.5 * spread**2
+        made = A @ f.A
+        if self.before:
+            made[:r0] = f.A[:r0]
+        return Factor(f.parent, made, new_L, kept_rows, distances_all, f.norms, None, loss, doubt)
+
+    # Q -------------------------------------------------------------------------------------------------------------
+
+    def write(self, f: Factor, target: Target) -> float:
+        """One read: Q to the target; the certificate."""
+        target.begin(f.rank)
+        if not f.rank:
+            return 0.0
+        y, norms = 0.0, 0.0
+        for number, t in enumerate(self.source):
+            for piece, out, done in target.pieces(number, t):
+                got = write(piece, f, out, target.first, self.backend)
+                done()
+                y, norms = y + got[0], norms + got[1]
+        vector = torch.cat([y.flatten(), norms])
+        self.reduce(vector)
+        self.reads += 1
+        self._check_norms(vector[y.numel() :].cpu(), f.short is not None)
+        return schatten4(vector[: y.numel()].view_as(y).cpu() - probes(f.rank).T)
+
+    def result(self, Q, f: Factor, certificate: float | None) -> Orthonormal:
+        R, transform = f.undo_differences()
+        relative = torch.where(f.norms > 0, f.distances / f.norms, 0.0).tolist()
+        kept = set(f.kept)
+        dropped = tuple((i, relative[i]) for i in range(len(f.norms)) if i not in kept)
+        rows = list(f.kept)
+        report = Report(self.accuracy, self.reads, self.refined, certificate, tuple(relative), tuple(f.parent.tolist()), R[rows], f.L[rows])
+        return Orthonormal(Q, R, transform, f.kept, dropped, report, f)
+
+
+def _condition(rows: Tensor) -> float:
+    """Condition number of rows scaled to unit length."""
+    if not rows.numel():
+        return 1.0
+    values = torch.linalg.svdvals(rows / rows.norm(dim=1, keepdim=True))
+    return float(values[0] / values[-1]) if values[-1] > 0 else float("inf")
+
+
+def _not_finite(rows: list[int], source: Source, distributed: bool) -> ValueError:
+    """The error that says where the first NaN or Inf is."""
+    for k, tensors in enumerate(source):
+        for at, r in enumerate(tensors.rows):
+            if at % tensors.n in rows and not torch.isfinite(r).all():
+                column = int((~torch.isfinite(r.reshape(-1))).nonzero()[0])
+                error = NotFiniteError(at % tensors.n, k if source.streamed else at // tensors.n, column)
+                error.args = (f"{error.args[0]} (rows with NaN or Inf: {rows}); expected finite numbers",)
+                return error
+    if distributed:
+        return ValueError(f"NaN or Inf in rows {rows}, in columns of another rank; expected finite numbers")
+    return StreamError(f"W changed between two reads: rows {rows} held NaN or Inf in one of them, not in the other")
