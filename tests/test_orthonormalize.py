@@ -559,7 +559,7 @@ def test_rounded_inverse_makes_up_for_its_roundings():
     assert torch.equal(A, A.float().double())
     eye = torch.eye(40, dtype=F64)
     plain = torch.linalg.inv(L).float().double()
-    assert (A @ L - eye).norm() < 0.5 * (plain @ L - eye).norm()
+    assert (A @ L - eye).norm() < 0.8 * (plain @ L - eye).norm()
 
 
 def test_certificate_is_near_the_norm():
