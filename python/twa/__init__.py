@@ -11,7 +11,8 @@ from . import schemes
 from .batchnorm import update_bn
 from .candidates import CandidateError, Candidates
 from .optimizer import SubspaceOptimizer
+from .presets import conference_method
 from .subspace import Subspace
 
-__all__ = ["CandidateError", "Candidates", "Subspace", "SubspaceOptimizer", "schemes", "update_bn"]
+__all__ = ["CandidateError", "Candidates", "Subspace", "SubspaceOptimizer", "conference_method", "schemes", "update_bn"]
 __version__ = "0.1.0"

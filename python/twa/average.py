@@ -17,7 +17,7 @@ from .batchnorm import tracked_batchnorms, update_bn
 from .candidates import Candidates
 from .measure import PeakMemory, mean_over
 from .optimizer import SubspaceOptimizer
-from .subspace import Subspace, export_state, layout_of, load_merge, round_to_files
+from .subspace import BASES, Subspace, export_state, layout_of, load_merge, round_to_files
 from .tasks import Task
 
 EMA_DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)
@@ -33,25 +33,29 @@ class TwaMethod:
     kind: str
     granularity: str
     bits: int
+    basis: str = "deltas"
 
     @property
     def name(self) -> str:
-        return f"TWA-{self.kind} per {self.granularity}, {'float32' if self.bits == 32 else f'{self.bits} bits'}"
+        basis = ", orthonormal" if self.basis == "orthonormal" else ""
+        return f"TWA-{self.kind} per {self.granularity}, {'float32' if self.bits == 32 else f'{self.bits} bits'}{basis}"
 
     @classmethod
     def parse(cls, text: str) -> TwaMethod:
-        """ "t:tensor:4" """
+        """ "t:tensor:4", "t:tensor:4:orthonormal" """
         parts = text.split(":")
         if (
-            len(parts) != 3
+            len(parts) not in (3, 4)
+            or parts[3:] not in ([], *([b] for b in BASES))
             or parts[0] not in ("t", "v")
             or parts[1] not in ("model", "block", "tensor")
             or parts[2] not in ("32", "8", "4", "3", "2", "1")
         ):
             raise ValueError(
-                f"method {text!r}: expected KIND:GRANULARITY:BITS such as t:tensor:4 (t or v; model, block or tensor; 32, 8, 4, 3, 2 or 1)"
+                f"method {text!r}: expected KIND:GRANULARITY:BITS[:BASIS] such as t:tensor:4 (t or v; model, block or tensor; 32, 8, 4, 3, 2 or 1; "
+                "deltas or orthonormal)"
             )
-        return cls(parts[0], parts[1], int(parts[2]))
+        return cls(parts[0], parts[1], int(parts[2]), *parts[3:])
 
 
 DEFAULT_METHODS = (TwaMethod("t", "tensor", 4), TwaMethod("v", "model", 4))
@@ -187,7 +191,9 @@ class Average:
         s = self.settings
         start_from = min((r for r in self.results if r.coefficients is None), key=lambda r: r.val_loss)
         center, center_name = start_from.beta, " ".join(filter(None, (start_from.method, start_from.note)))
-        subspace = Subspace.from_candidates(self.model, self.candidates, bits=method.bits, granularity=method.granularity, center=center)
+        subspace = Subspace.from_candidates(
+            self.model, self.candidates, bits=method.bits, granularity=method.granularity, center=center, basis=method.basis
+        )
         optimizer = SubspaceOptimizer(subspace, torch.optim.AdamW, lr=s.lr, weight_decay=s.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_then_linear(step, s.steps))
         data = self.task.train if method.kind == "t" else self.task.heldout

@@ -90,9 +90,9 @@ def parser() -> argparse.ArgumentParser:
     a.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="directory for the result")
     a.add_argument(
         "--twa",
-        metavar="KIND:GRANULARITY:BITS",
+        metavar="KIND:GRANULARITY:BITS[:BASIS]",
         action="append",
-        help="a trained average to try, such as t:tensor:4; may be repeated (default: t:tensor:4 and v:model:4)",
+        help="a trained average to try, such as t:tensor:4 or t:tensor:4:orthonormal; may be repeated (default: t:tensor:4 and v:model:4)",
     )
     a.add_argument("--steps", type=positive(int), default=Settings.steps, help="gradient steps of each trained average (default: %(default)s)")
     a.add_argument("--lr", type=positive(float), default=Settings.lr, help="learning rate of the coefficients (default: %(default)s)")

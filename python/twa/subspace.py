@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,13 +15,15 @@ import twa_kernels as tk
 from twa_kernels.ops import FLOATS
 from twa_kernels.reference import tile_offsets
 
-from . import schemes
+from . import orthonormal, schemes
 from .candidates import CandidateError, Candidates, TensorInfo, average_into, check_info
 from .dense import DenseBasis, DensePacker
 from .files import write_json, write_safetensors
+from .orthonormal import Coordinates
 
 RIDGE = 1e-4
 BITS = (32, 8, 4, 3, 2, 1)
+BASES = ("deltas", "orthonormal")
 Granularity = str | Mapping[str, object] | Callable[[str], object]
 
 
@@ -111,9 +114,10 @@ def segment_labels(names: list[str], granularity: Granularity) -> list[object]:
 class Subspace:
     """The span of the candidates around a center, attached to a model.
 
-    theta = center + sum_i x[i, l] * P[i, :]   with P[i] = (w_i - center) / divisor[i, l], packed at `bits` bits
+    theta = center + sum_i x[i, l] * P[i, :]   with P[i] = (w_i - center) / divisor[i, l], or an orthonormal basis of those, packed at `bits` bits
 
-    coefficients   x (n, L) float32 nn.Parameter, all zero at first: the model is at the center
+    coefficients   x (n, L) float32 nn.Parameter (orthonormal: (rank, L)), all zero at first: the model is at the center
+    coordinates    of an orthonormal basis: how its rows and the candidates make each other, and which candidates were dependent; else None
     labels         names of the L segments
     """
 
@@ -128,9 +132,10 @@ class Subspace:
         labels: list[str],
         precondition: bool = False,
         normalize: str = "row",
+        coordinates: Coordinates | None = None,
     ) -> None:
         self.model, self.candidates, self.layout = model, candidates, layout
-        self.normalize = normalize
+        self.normalize, self.coordinates = normalize, coordinates
         self.basis, self.center, self.center_weights, self.labels = basis, center, center_weights, labels
         named = dict(model.named_parameters())
         self.parameters = [named[name] for name in layout.trained]
@@ -149,6 +154,7 @@ class Subspace:
         granularity: Granularity = "tensor",
         center: str | int | Tensor = "mean",
         normalize: str = "row",
+        basis: str = "deltas",
         precondition: bool = False,
         progress: Callable[[str, int], None] | None = None,
     ) -> Subspace:
@@ -156,10 +162,14 @@ class Subspace:
 
         bits         8, 4, 3, 2, 1 (packed), or 32 (dense float32, n * D * 4 bytes)
         granularity  segments with their own coefficients: "model", "block", "tensor", a mapping from parameter name, or a function
-        center       "mean", "last", a candidate's index, or merge weights (n,) that sum to 1
+        center       "mean", "last", a candidate's index, merge weights (n,) that sum to 1, or "zero": the span of the candidates themselves
+                     (the model then starts at zero: call set_merge_weights before training; see `conference_method`)
         normalize    "row" (each candidate's delta has the same norm), "segment" (each segment of it), "none"
+        basis        "deltas": the candidates' distances from the center, as they are. "orthonormal": in each segment an orthonormal basis of their
+                     span, made by block Gram-Schmidt (two more reads of the files); rows have the root mean square norm of the deltas'
+                     (norm 1 for normalize="none"), candidates that depend on earlier ones (duplicates, combinations) add no row
         precondition coefficients of the basis orthonormalised within each segment: x = A y with A from the Cholesky factor of the Gram
-                     matrix; the parameter that is trained is then y
+                     matrix; the parameter that is trained is then y (basis="deltas" only)
         progress     called with (tensor name, bytes read)
 
         Frozen parameters and float buffers get the center's weights over the candidates and are not trained; integer and bool
@@ -168,6 +178,10 @@ class Subspace:
         """
         if bits not in BITS:
             raise ValueError(f"bits: expected one of {BITS}, found {bits!r}")
+        if basis not in BASES:
+            raise ValueError(f"basis: expected one of {BASES}, found {basis!r}")
+        if precondition and basis == "orthonormal":
+            raise ValueError("precondition: an orthonormal basis needs none; expected basis='deltas'")
         layout = layout_of(model, candidates)
         weights = _center_weights(center, len(candidates))
         names = list(layout.trained)
@@ -175,25 +189,39 @@ class Subspace:
         order = {label: l for l, label in enumerate(dict.fromkeys(labels))}
         segments = [order[label] for label in labels]
         shapes = [torch.Size(candidates.info[layout.trained[name]].shape) for name in names]
-        packer = DensePacker(len(candidates), shapes, segments) if bits == 32 else tk.Packer(len(candidates), shapes, bits, segments)
-        centers = []
-        for name in names:
-            rows = _float_rows(candidates, layout.trained[name])
-            mean = average_into(torch.empty(rows[0].shape), rows, weights)
-            try:
-                packer.add(rows, mean)
-            except tk.NotFiniteError as error:
-                raise not_finite(candidates, name, rows) from error
-            centers.append(mean)
-            if progress:
-                progress(name, sum(r.numel() * r.element_size() for r in rows))
-        parameters = dict(model.named_parameters())
-        device = parameters[names[0]].device
-        basis = packer.finish(normalize).to(device)
+        rows_of = [functools.partial(_float_rows, candidates, layout.trained[name]) for name in names]
+        coordinates, centers = None, []
+        packer = None
+        if basis == "deltas":
+            packer = DensePacker(len(candidates), shapes, segments) if bits == 32 else tk.Packer(len(candidates), shapes, bits, segments)
+        try:
+            for name, read in zip(names, rows_of, strict=True):
+                rows = read()
+                centers.append(average_into(torch.empty(rows[0].shape), rows, weights))
+                if packer:
+                    packer.add(rows, centers[-1])
+                if progress:
+                    progress(name, sum(r.numel() * r.element_size() for r in rows))
+            if packer:
+                made = packer.finish(normalize)
+            else:
+                made, coordinates = orthonormal.build(lambda k: (rows_of[k](), centers[k]), shapes, segments, len(order), bits, normalize)
+        except tk.NotFiniteError as error:
+            raise not_finite(candidates, names[error.tensor], rows_of[error.tensor]()) from error
+        device = dict(model.named_parameters())[names[0]].device
         subspace = cls(
-            model, candidates, layout, basis, [c.to(device) for c in centers], weights, [str(label) for label in order], precondition, normalize
+            model,
+            candidates,
+            layout,
+            made.to(device),
+            [c.to(device) for c in centers],
+            weights,
+            [str(label) for label in order],
+            precondition,
+            normalize,
+            coordinates,
         )
-        load_untrained(model, candidates, layout, weights)
+        load_untrained(model, candidates, layout, weights if weights.any() else schemes.uniform(len(candidates)))
         subspace.write_weights()
         return subspace
 
@@ -269,9 +297,12 @@ class Subspace:
 
     @torch.no_grad()
     def merge_weights(self) -> Tensor:
-        """beta (n, L) float64: theta = sum_i beta[i, l] w_i, sum_i beta[i, l] = 1 (exact without quantisation)."""
-        divisor = self.basis.divisor.cpu()
-        share = torch.where(divisor > 0, self.x().cpu().double() / torch.where(divisor > 0, divisor, 1.0), 0.0)
+        """beta (n, L) float64: theta = sum_i beta[i, l] w_i (exact without quantisation); sum_i beta[i, l] = 1 unless the center is zero."""
+        if self.coordinates is not None:
+            share = self.coordinates.shares(self.x())
+        else:
+            divisor = self.basis.divisor.cpu()
+            share = torch.where(divisor > 0, self.x().cpu().double() / torch.where(divisor > 0, divisor, 1.0), 0.0)
         return share + self.center_weights[:, None] * (1.0 - share.sum(0, keepdim=True))
 
     @torch.no_grad()
@@ -279,11 +310,10 @@ class Subspace:
         """Coefficients for merge weights (n,) or (n, L) that sum to 1, and the model there."""
         beta = beta.double().cpu()
         beta = beta[:, None].expand(-1, self.basis.num_segments) if beta.dim() == 1 else beta
-        if beta.shape != self.coefficients.shape or not torch.allclose(beta.sum(0), torch.ones(1, dtype=torch.float64), atol=1e-6):
-            raise ValueError(
-                f"merge weights: expected shape (n,) or {tuple(self.coefficients.shape)} with columns that sum to 1, found {tuple(beta.shape)}"
-            )
-        x = beta * self.basis.divisor.cpu()
+        expected = (len(self.candidates), self.basis.num_segments)
+        if beta.shape != expected or not torch.allclose(beta.sum(0), torch.ones(1, dtype=torch.float64), atol=1e-6):
+            raise ValueError(f"merge weights: expected shape (n,) or {expected} with columns that sum to 1, found {tuple(beta.shape)}")
+        x = beta * self.basis.divisor.cpu() if self.coordinates is None else self.coordinates.coefficients(beta)
         if self.preconditioner is not None:
             x = torch.linalg.solve(self.preconditioner.double().cpu(), x.T[..., None])[..., 0].T
         self.coefficients.copy_(x)
@@ -298,6 +328,7 @@ class Subspace:
             "center_weights": self.center_weights.tolist(),
             "normalize": self.normalize,
             "precondition": self.preconditioner is not None,
+            "basis": "deltas" if self.coordinates is None else "orthonormal",
         }
 
     # Export -------------------------------------------------------------------------------------------------------
@@ -317,6 +348,7 @@ class Subspace:
             "segments": self.labels,
             "segment_of": dict(zip(self.layout.trained, self._segment_labels(), strict=True)),
             "bits": self.basis.bits,
+            "basis": "deltas" if self.coordinates is None else "orthonormal",
             "center_weights": self.center_weights.tolist(),
             "x": self.x().cpu().tolist(),
             "beta": self.merge_weights().tolist(),
@@ -351,13 +383,15 @@ def _project(basis: tk.PackedBasis | DenseBasis, grads: list[Tensor | None]) -> 
 def _center_weights(center: str | int | Tensor, n: int) -> Tensor:
     if center == "mean" if isinstance(center, str) else False:
         return schemes.uniform(n)
+    if isinstance(center, str) and center == "zero":
+        return torch.zeros(n, dtype=torch.float64)
     if isinstance(center, str) and center == "last":
         return schemes.candidate(n, -1)
     if isinstance(center, int):
         return schemes.candidate(n, center)
     if isinstance(center, Tensor) and center.shape == (n,) and abs(float(center.double().sum()) - 1.0) < 1e-6:
         return center.double().cpu()
-    raise ValueError(f"center: expected 'mean', 'last', an index below {n} or {n} merge weights that sum to 1, found {center!r}")
+    raise ValueError(f"center: expected 'mean', 'last', 'zero', an index below {n} or {n} merge weights that sum to 1, found {center!r}")
 
 
 def _float_rows(candidates: Candidates, key: str) -> list[Tensor]:
