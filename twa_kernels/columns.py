@@ -98,6 +98,11 @@ class Source:
         """Of all blocks; known after the first read."""
         return self._shapes
 
+    @property
+    def columns(self) -> int:
+        """Of all blocks in memory; of a stream, whose length nobody knows before it is read, very many."""
+        return 1 << 40 if self.streamed else sum(s.numel() for s in self._shapes)
+
     def __iter__(self) -> Iterator[Tensors]:
         if not self.streamed:
             yield self._whole

@@ -43,18 +43,21 @@ class Factor:
         return torch.linalg.solve_triangular(U, self.L, upper=False, unitriangular=True), self.A @ U
 
 
-def choose_parents(W: Tensor, center: Tensor | None, first: int = 0, reduce: Callable[[Tensor], None] = lambda v: None) -> list[int]:
-    """For rows of W (n, columns) from `first` on: the nearest earlier row, the latest of equally near ones; -1 if the center (zero) is nearer."""
+def choose_parents(
+    W: Tensor, center: Tensor | None, first: int = 0, columns: int = 0, reduce: Callable[[Tensor], None] = lambda v: None
+) -> tuple[list[int], int]:
+    """For rows of W (n, some columns) from `first` on: the nearest earlier row, the latest of equally near ones; -1 if the center (zero) is nearer.
+    And the sum of `columns` over ranks."""
     x = W if center is None else W - center
-    gram = x @ x.T
-    vector = torch.cat([pack_lower(gram), gram.diagonal()])
+    vector = torch.cat([pack_lower(x @ x.T), x.new_tensor([columns])])
     reduce(vector)
-    gram = unpack_lower(vector[: -len(x)], len(x)).cpu()
+    gram = unpack_lower(vector[:-1].cpu(), len(x))
     square = gram.diagonal()
     apart = (square[:, None] + square[None, :] - 2 * gram).clamp(min=0)  # (n, n) squared distances
     apart = apart.nan_to_num(nan=torch.inf).masked_fill(torch.ones_like(apart, dtype=torch.bool).triu(), torch.inf)
     distance, back = apart.flip(1).min(1)  # the first of the flipped ones is the latest
-    return torch.where((distance <= square) & distance.isfinite(), len(x) - 1 - back, -1)[first:].tolist()
+    parents = torch.where((distance <= square) & distance.isfinite(), len(x) - 1 - back, -1)
+    return parents[first:].tolist(), int(vector[-1])
 
 
 def rounded_inverse(L: Tensor, n: int, columns: list[int]) -> Tensor:

@@ -33,6 +33,7 @@ LIMITS = {"high": 1e-7, "fast": 3e-7}
 #: a prediction above this asks for one more read in float64 (high); fast takes its limit
 PREDICTED = {"high": 1e-9, "fast": 2e-7}
 MOST_REFINEMENTS = 3
+FEWEST_FAST = 1 << 19  # columns from which on "fast" sums Gram matrices in float32
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
@@ -259,7 +260,10 @@ class Job:
         if self.before and n < self.first:
             raise ValueError(f"extend: expected at least the {self.first} rows of the earlier result, found {n}")
         old = self.before.parent.tolist() if self.before else []
-        parent = torch.tensor(old + choose_parents(*sample, *([None] * (2 - len(sample))), self.first, self.reduce), dtype=torch.int32)
+        new, columns = choose_parents(*sample, *([None] * (2 - len(sample))), self.first, self.source.columns, self.reduce)
+        parent = torch.tensor(old + new, dtype=torch.int32)
+        if columns < FEWEST_FAST:  # float32 sums over few columns are less exact, and not much faster
+            self.fast = False
         gram = self._gram(parent, None, self.first, self.fast)
         if self.fast and not self._usable(gram):
             self.fast, self.norms = False, None
@@ -273,16 +277,16 @@ class Job:
         if self.fast and (factor.doubt or PREDICTED["fast"] < factor.loss < PREDICTED["high"] * self._noise(True) / self._noise(False)):
             self.fast = False
             factor = self._factor(parent, self._gram(parent, None, self.first, False))
-        while factor.doubt or factor.loss > PREDICTED["fast" if self.fast and not self.refined else "high"]:
+        while factor.doubt or factor.loss > (PREDICTED["fast"] if self.accuracy == "fast" and not self.refined else PREDICTED["high"]):
             if self.refined == MOST_REFINEMENTS:
                 break
             factor = self.refine(factor)
         return factor
 
     def _usable(self, gram: Tensor) -> bool:
-        """Whether no square of a float32 difference can have overflowed, or vanished."""
-        square = gram.diagonal()[self.first :]
-        return bool(square.isfinite().all()) and self.norms is not None and bool((square > 1e-25 * self.columns).all())
+        """Whether no square of a row or a difference can have overflowed float32, or vanished in it."""
+        squares = torch.cat([gram.diagonal()[self.first :], self.norms if self.norms is not None else gram.new_full((1,), torch.inf)])
+        return bool(((squares > 1e-25 * self.columns) & (squares < 1e25 * self.columns)).all())
 
     def _noise(self, fast: bool) -> float:
         """Error of an entry of a Gram matrix, relative to the rows' lengths, by rounding: root mean square. Float64 sums; or float32 sums over 32
@@ -299,7 +303,7 @@ class Job:
         spread = norm2(A[len(before) :] * torch.cat([before_length, length]))
         loss = 2 * noise * max(len(A), 1) ** 0.5 * spread**2
         short = None
-        if self.fast and not first and not doubt:
+        if self.accuracy == "fast" and not first and not doubt and self._usable(gram):
             short = rounded_inverse(L[kept], n, kept)
             if norm2(short @ gram @ short.T - torch.eye(len(kept), dtype=gram.dtype)) > PREDICTED["fast"]:
                 short = None

@@ -12,7 +12,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -276,9 +276,9 @@ class Candidates(Sequence[Candidate]):
         """Keys, shapes and dtypes of the first candidate."""
         return self[0].info
 
-    def tensors(self, key: str) -> list[Tensor]:
-        """This tensor of every candidate."""
-        read = sum(c.info[key].nbytes for c in self)
+    def tensors(self, key: str, share: float = 1.0) -> list[Tensor]:
+        """This tensor of every candidate; `share` of it is going to be read."""
+        read = int(share * sum(c.info[key].nbytes for c in self))
         self._touched += read
         if self._touched > RELEASE_BYTES:
             for c in self:
@@ -286,11 +286,37 @@ class Candidates(Sequence[Candidate]):
             self._touched = read
         return [c.tensor(key) for c in self]
 
+    def blocks(self, keys: Iterable[str] | None = None, columns: int = 1 << 18) -> Blocks:
+        """The candidates' float tensors (or those named) as a stream of blocks of columns: n flat tensors of at most `columns` elements each.
+        It can be read again and again, as `twa_kernels.orthonormalize` wants; memory does not grow with the files."""
+        names = [key for key, info in self.info.items() if info.dtype.is_floating_point] if keys is None else list(keys)
+        if unknown := [name for name in names if name not in self.info]:
+            raise CandidateError(f"{self[0].path}: expected a tensor {unknown[0]!r}, found none of that name")
+        if columns < 1:
+            raise ValueError(f"columns: expected at least 1, found {columns}")
+        return Blocks(self, names, columns)
+
     def average(self, key: str, weights: Tensor) -> Tensor:
         """sum_i weights[i] * w_i for one tensor, summed in float64 over column chunks, returned as float32 (float64 for float64)."""
         info = self.info[key]
         out = torch.empty(info.shape, dtype=torch.promote_types(info.dtype, torch.float32))
         return average_into(out, self.tensors(key), weights)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of columns of all candidates; see `Candidates.blocks`. float64 is read as float32."""
+
+    candidates: Candidates
+    keys: list[str]
+    columns: int
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        for key in self.keys:
+            total = torch.Size(self.candidates.info[key].shape).numel()
+            for begin in range(0, total, self.columns):
+                rows = [row.reshape(-1)[begin : begin + self.columns] for row in self.candidates.tensors(key, share=min(1.0, self.columns / total))]
+                yield [row.float() if row.dtype == torch.float64 else row for row in rows]
 
 
 CHUNK = 1 << 20  # columns of a float64 accumulator: 8 MB
