@@ -62,6 +62,19 @@ def test_opcheck(op, bits):
     torch.library.opcheck(getattr(torch.ops.twa_kernels, op).default, arguments)
 
 
+@pytest.mark.parametrize("form", ["gram", "again", "write"])
+def test_opcheck_of_orthonormalize(form):
+    torch.manual_seed(0)
+    n, r, numels = 3, 2, [130, 15]
+    rows = [torch.randn(m) for m in numels for _ in range(n)]
+    transform = None if form == "gram" else torch.randn(r, n, dtype=torch.float64).tril()
+    write = form == "write"
+    probes, out = (torch.randn(6, r, dtype=torch.float64), [torch.empty(m) for m in numels for _ in range(r)]) if write else (None, [])
+    parent = torch.tensor([-1, 0, 0], dtype=torch.int32)
+    arguments = (rows, [torch.randn(m) for m in numels], numels, parent, transform, probes, 0, False, out, "")
+    torch.library.opcheck(torch.ops.twa_kernels.orthonormalize_pass.default, arguments)
+
+
 @pytest.mark.parametrize("op", ["unpack", "project", "reconstruct", "gram"])
 def test_opcheck_on_gpu_backends(op, gpu):
     gpu.needs(op)

@@ -333,15 +333,10 @@ class Job:
         distances_all = f.distances.clone()
         distances_all[rows] = distances * unit
         on_old = torch.cat([torch.nn.functional.pad(eye, (0, L.shape[1] - r0)), L])  # provisional rows in terms of the new Q
-        new_L = f.L @ on_old
-        if self.before:
-            new_L[: self.first] = f.L[: self.first, : new_L.shape[1]] if new_L.shape[1] <= f.L.shape[1] else new_L[: self.first]
+        new_L = f.L @ on_old  # earlier rows of an extended result: times one and plus zeros, so bit by bit what they were
         kept_rows = f.kept[:r0] + tuple(rows[j] for j in kept)
         loss = 2 * noise * max(len(A), 1) ** 0.5 * spread**2
-        made = A @ f.A
-        if self.before:
-            made[:r0] = f.A[:r0]
-        return Factor(f.parent, made, new_L, kept_rows, distances_all, f.norms, None, loss, doubt)
+        return Factor(f.parent, A @ f.A, new_L, kept_rows, distances_all, f.norms, None, loss, doubt)
 
     # Q -------------------------------------------------------------------------------------------------------------
 
