@@ -217,6 +217,8 @@ def sanitized_run(seconds: float) -> None:
     import torch
     from roofline import OPS, backends, call, make_case
 
+    import twa_kernels as tk
+
     end, device = time.monotonic() + seconds, torch.device("cuda", 0)
     cases = [(bits, op, backend) for bits in (4, 8, 3, 2, 1) for op in OPS for backend in backends(op, device)]
     calls = 0
@@ -225,6 +227,16 @@ def sanitized_run(seconds: float) -> None:
             break
         print(f"{op}, {bits} bits, {backend}", flush=True)
         call(op, make_case(18, 40, bits, "cpu", dense=op == "pack").copy(device), backend)
+        torch.cuda.synchronize()
+        calls += 1
+    rows = torch.randn(70, 5000, device=device)
+    for n, backend in ((18, "cuda"), (70, "cuda"), (18, "triton"), (70, "triton")):
+        cases.append((backend, n))
+        if time.monotonic() > end or backend not in backends("orthonormalize_pass", device):
+            continue
+        print(f"orthonormalize, {n} rows, {backend}", flush=True)
+        for accuracy in ("fast", "high"):
+            tk.orthonormalize(rows[:n], accuracy=accuracy, backend=backend)
         torch.cuda.synchronize()
         calls += 1
     print(f"{calls} of {len(cases)} calls")
@@ -249,11 +261,22 @@ def roofline(found: dict, limit: float) -> str:
     return f"table above and in {', '.join(str(page.relative_to(ROOT)) for page in pages)}"
 
 
+def gram_schmidt(found: dict, limit: float) -> str:
+    if limit < 30:
+        raise NotRun("no time was left")
+    code, text = run("orthonormalize", [sys.executable, ROOT / "bench" / "orthonormalize.py", "--gpu"], limit)
+    print(text)
+    if code:
+        raise Failed(f"exit status {code}: {last_line(text)}")
+    return "table above and in bench/results/"
+
+
 STEPS = (
     ("build", build, 120),
     ("tests", gpu_tests, 150),
     ("memcheck", sanitizer("memcheck"), 90),
     ("racecheck", sanitizer("racecheck"), 60),
+    ("orthonorm", gram_schmidt, 60),
     ("roofline", roofline, 200),
 )
 

@@ -266,6 +266,56 @@ def dependent_table(n: int, columns: int) -> list[str]:
     return lines
 
 
+def gpu_tables(n: int, sizes: list[int]) -> list[str]:
+    """Every usable GPU backend beside torch.linalg.qr (cuSOLVER) and the floor at the speed of a device-to-device copy."""
+    lines = []
+    for columns in sizes:
+        W = torch.randn(columns, device="cuda").mul_(0.05).repeat(n, 1) if 8 * n * columns < torch.cuda.mem_get_info()[0] else None
+        if W is None:
+            lines += [f"{n} x {columns:.0e}: not run, the device has no memory for W and Q", ""]
+            continue
+        for i in range(1, n):  # a walk
+            W[i] = W[i - 1] + 5e-5 * torch.randn(columns, device="cuda")
+        Q = torch.empty_like(W)
+
+        def milliseconds(run, repeats: int = 5) -> float:
+            run()
+            times = []
+            for _ in range(repeats):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record(), run(), end.record()
+                torch.cuda.synchronize()
+                times.append(start.elapsed_time(end))
+            return sorted(times)[len(times) // 2]
+
+        copy = milliseconds(lambda W=W, Q=Q: Q.copy_(W))
+        lines += [f"{n} x {columns:.0e}; floor (2 reads, 1 write at copy speed, {8 * n * columns / copy / 1e9:.2f} TB/s): {1.5 * copy:.2f} ms", ""]
+        lines += ["| method | ms | of the floor | loss of orthogonality |", "|---|--:|--:|--:|"]
+        runs = {
+            f"{backend}, {mode}": (lambda b=backend, m=mode, W=W, Q=Q: tk.orthonormalize(W, out=Q, accuracy=m, backend=b).Q)
+            for backend in ("cuda", "triton")
+            if tk.dispatch.why_unusable(backend) is None and ("orthonormalize_pass", backend) in tk.dispatch.IMPLEMENTATIONS
+            for mode in ("fast", "high")
+        }
+        runs["torch.linalg.qr"] = lambda W=W, Q=Q: householder(W, Q)
+        for name, run in runs.items():
+            try:
+                ms = milliseconds(run, 1 if name.startswith("torch") else 5)
+                lines.append(f"| {name} | {ms:.2f} | {150 * copy / ms:.0f} % | {number(loss_on_device(run()))} |")
+            except RuntimeError as error:  # cuSOLVER's sizes end before ours, and so may the memory
+                lines.append(f"| {name} | {type(error).__name__}: {str(error).splitlines()[0][:60]} | | |")
+            print(lines[-1], flush=True)
+        lines.append("")
+        del W, Q, runs
+        torch.cuda.empty_cache()
+    return lines
+
+
+def loss_on_device(Q: Tensor) -> float:
+    gram = sum(b.double() @ b.double().T for b in Q.split(1 << 20, 1))
+    return float(torch.linalg.matrix_norm(gram - torch.eye(len(Q), dtype=F64, device=Q.device), 2))
+
+
 def picture(seconds: dict[str, float], losses: dict[str, list[float]], cases: list[str]) -> None:
     import matplotlib
 
@@ -295,7 +345,13 @@ def main() -> None:
     p.add_argument("--columns", type=float, default=1e6)
     p.add_argument("--save", action="store_true", help="write bench/results/orthonormalize.md and .png")
     p.add_argument("--quick", action="store_true", help="one case of each table")
+    p.add_argument("--gpu", action="store_true", help="on a GPU: each backend, torch.linalg.qr, the floor")
     a = p.parse_args()
+    if a.gpu:
+        name = torch.cuda.get_device_name()
+        page = "orthonormalize_" + "_".join(name.lower().split())
+        publish(page, [f"# Orthonormal bases on {name}", "", *gpu_tables(a.rows, [10**6, 10**7, 10**8])], save=True)
+        return
     n, columns = a.rows, int(a.columns)
     if a.quick:
         cases = {"condition 1e5": conditioned(n, columns, 1e5)}
