@@ -190,6 +190,8 @@ def time_table(W: Tensor) -> tuple[list[str], dict[str, float]]:
             seconds[name] = math.nan
         print(f"{name} {seconds[name] * 1e3:.1f} ms", flush=True)
     floor = 12 * n * columns / bandwidth()["copy"] / 1e9
+    rates = {d: multiply_adds(d) for d in (torch.float32, F64)}
+    arithmetic = {d: n * n * columns / rate for d, rate in rates.items()}
     lines = ["| method | ms | torch.linalg.qr / it | published loop / it | floor / it |", "|---|--:|--:|--:|--:|"]
     for name, s in seconds.items():
         ratios = " | ".join(f"{seconds[base] / s:.1f}" for base in ("torch.linalg.qr", "published loop"))
@@ -371,8 +373,8 @@ def main() -> None:
             "",
             *scaling_table([(16, 200_000), (16, 1_000_000), (64, 200_000), (64, 1_000_000), (512, 100_000), (64, 20_000_000)]),
         ]
-        lines += ["", f"## Kinds of trajectories (random walk with momentum, {n} x {columns // 5})", "", *kinds_table(n, columns // 5)]
-        lines += ["", "## Dependent rows", "", *dependent_table(n, columns // 10)]
+        lines += ["", f"## Kinds of trajectories (random walk with momentum, {n} x {columns:.0e})", "", *kinds_table(n, columns)]
+        lines += ["", "## Dependent rows", "", *dependent_table(n, columns)]
         losses = {}
         for row in table[2:]:
             name, *cells = [c.strip() for c in row.strip("|").split("|")]
