@@ -29,6 +29,11 @@ DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
     "gram": {bits: {"rows": 64, "item": 1024, "warps": 4} for bits in BITS},
     # second stage of project and the update of a step: items and rows that a program adds at a time
     "sum": {bits: {"items": 128, "rows": 16, "warps": 4} for bits in BITS},
+    # rows of W that a program holds at most, columns of a block; items: work items at most. many: rows of a block where there are more; made, of:
+    # rows that transform_kernel makes at a time, and of how many at a time, in `wide` columns.
+    "orthonormalize": {
+        bits: {"rows": 64, "columns": 16, "warps": 8, "stages": 3, "items": 1024, "many": 32, "made": 64, "of": 16, "wide": 64} for bits in BITS
+    },
 }
 
 #: (op, bits, architecture) -> what differs from DEFAULTS there

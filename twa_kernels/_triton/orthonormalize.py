@@ -42,7 +42,7 @@ def _block(address, column, end, DTYPE: tl.constexpr):
 @triton.jit
 def _squares(v):
     wide = v.to(tl.float64)
-    return tl.sum(wide * wide, 1)
+    return wide * wide
 
 
 @triton.jit
@@ -69,6 +69,7 @@ def products_kernel(
     ROWS: tl.constexpr,
     OTHERS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     REAL: tl.constexpr = tl.float32 if FLOAT32 else tl.float64
     item = tl.program_id(0)
@@ -78,8 +79,8 @@ def products_kernel(
         row = i * ROWS + tl.arange(0, ROWS)
         other = k * OTHERS + tl.arange(0, OTHERS)
         total = tl.zeros((ROWS, OTHERS), tl.float64)
-        of_rows = tl.zeros((ROWS,), tl.float64)
-        of_differences = tl.zeros((ROWS,), tl.float64)
+        of_rows = tl.zeros((ROWS, COLUMNS), tl.float64)  # summed over columns at the end
+        of_differences = tl.zeros((ROWS, COLUMNS), tl.float64)
         for piece in tl.range(tl.load(item_piece + item), tl.load(item_piece + item + 1)):
             tensor = tl.load(piece_tensor + piece)
             end = tl.load(piece_end + piece)
@@ -89,7 +90,7 @@ def products_kernel(
             else:
                 own_i = tl.load(rows + tensor * n + row, mask=row < n, other=0)
                 own_k = tl.load((rows if SAME else others) + tensor * m + other, mask=other < m, other=0)
-            for first in tl.range(tl.load(piece_column + piece), end, COLUMNS):
+            for first in tl.range(tl.load(piece_column + piece), end, COLUMNS, num_stages=STAGES):
                 column = first + tl.arange(0, COLUMNS)
                 w = _block(own_i, column, end, DTYPE)
                 a = w.to(REAL)
@@ -115,8 +116,8 @@ def products_kernel(
         if DIFFERENCES:
             if ONE or i == k:
                 to = squares + item.to(tl.int64) * 2 * n + row
-                tl.store(to, of_rows, mask=row < n)
-                tl.store(to + n, of_differences, mask=row < n)
+                tl.store(to, tl.sum(of_rows, 1), mask=row < n)
+                tl.store(to + n, tl.sum(of_differences, 1), mask=row < n)
 
 
 @triton.jit
@@ -139,29 +140,31 @@ def transformed_kernel(
     DTYPE: tl.constexpr,
     OUT: tl.constexpr,
     STORE: tl.constexpr,
+    IN_PLACE: tl.constexpr,  # `out` is the rows
     HAS_CENTER: tl.constexpr,
     FLOAT32: tl.constexpr,
     ROWS: tl.constexpr,  # at least n
     PROBES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     REAL: tl.constexpr = tl.float32 if FLOAT32 else tl.float64
-    WIDTH: tl.constexpr = 16 if STORE else ROWS
+    WIDTH: tl.constexpr = 8 if STORE else ROWS
     item = tl.program_id(0)
     row = tl.arange(0, ROWS)
     t = tl.load(transform + row[:, None] * n + row[None, :], mask=(row < r)[:, None] & (row < n)[None, :], other=0).to(REAL)
     if STORE:
         probe = tl.arange(0, WIDTH)
-        z = tl.load(probes + probe[:, None] * r + row[None, :], mask=(probe < PROBES)[:, None] & (row < r)[None, :], other=0).to(tl.float32)
+        z = tl.load(probes + probe[:, None] * r + row[None, :], mask=(probe < PROBES)[:, None] & (row < r)[None, :], other=0).to(REAL)
     total = tl.zeros((ROWS, WIDTH), tl.float64)
-    of_rows = tl.zeros((ROWS,), tl.float64)
+    of_rows = tl.zeros((ROWS, COLUMNS), tl.float64)
     for piece in tl.range(tl.load(item_piece + item), tl.load(item_piece + item + 1)):
         tensor = tl.load(piece_tensor + piece)
         end = tl.load(piece_end + piece)
         own, before = _addresses(rows, parent, center, tensor, row, n, HAS_CENTER)
         if STORE:
             to = tl.load(out + tensor * r + row, mask=(row >= skip) & (row < r), other=0)
-        for first in tl.range(tl.load(piece_column + piece), end, COLUMNS):
+        for first in tl.range(tl.load(piece_column + piece), end, COLUMNS, num_stages=STAGES):
             column = first + tl.arange(0, COLUMNS)
             w = _block(own, column, end, DTYPE)
             of_rows += _squares(w)
@@ -169,19 +172,23 @@ def transformed_kernel(
             q = tl.dot(t, v, input_precision="ieee", out_dtype=REAL)
             if STORE:
                 rounded = q.to(tl.float32).to(OUT)
-                tl.debug_barrier()  # `out` may be the rows: every thread has read its own
+                if IN_PLACE:
+                    tl.debug_barrier()  # every thread has read its columns of the rows; and no block is read ahead
                 mask = (to != 0)[:, None] & (column < end)[None, :]
                 tl.store(to.to(tl.pointer_type(OUT))[:, None] + column[None, :], rounded, mask=mask)
-                x = rounded.to(tl.float32)
-                u = tl.dot(z, x, input_precision="ieee")
-                total += tl.dot(x, tl.trans(u), input_precision="ieee").to(tl.float64)
+                x = rounded.to(tl.float32).to(REAL)
+                u = tl.dot(z, x, input_precision="ieee", out_dtype=REAL)
+                if FLOAT32:
+                    total += tl.dot(x, tl.trans(u), input_precision="ieee").to(tl.float64)
+                else:
+                    total = tl.dot(x, tl.trans(u), total, out_dtype=tl.float64)
             else:
                 total = tl.dot(q, tl.trans(q), total, out_dtype=tl.float64)
     width = PROBES if STORE else r
     place = tl.arange(0, WIDTH)
     at = (item.to(tl.int64) * r + row[:, None]) * width + place[None, :]
     tl.store(partial + at, total, mask=(row < r)[:, None] & (place < width)[None, :])
-    tl.store(squares + item.to(tl.int64) * n + row, of_rows, mask=row < n)
+    tl.store(squares + item.to(tl.int64) * n + row, tl.sum(of_rows, 1), mask=row < n)
 
 
 @triton.jit(do_not_specialize=["tensor", "begin", "end"])
