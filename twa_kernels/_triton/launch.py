@@ -125,9 +125,8 @@ def column_items(numels: tuple[int, ...], block: int, least: int, most: int, dev
     if tensor:
         piece.append(len(tensor))
     # Waits for the copies, the first time only: any stream may use them afterwards.
-    return Columns(
-        *(torch.tensor(v, dtype=torch.int64, device=device) for v in (tensor, column, ends)), torch.tensor(piece, dtype=torch.int32, device=device)
-    )
+    lists = [torch.tensor(v, dtype=torch.int64, device=device) for v in (tensor, column, ends)]
+    return Columns(*lists, torch.tensor(piece, dtype=torch.int32, device=device))
 
 
 def by_dtype(tensors: Sequence[Tensor], keys: Sequence) -> dict:

@@ -359,7 +359,7 @@ def _products(w: _Rows, fast: bool, others: Sequence[Tensor] | None = None) -> t
     launch = Launch("orthonormalize", 4, w.device)
     n, m = w.n, len(others or w.rows) // len(w.numels)
     columns, rows = launch.config["columns"], _block_rows(launch, n)
-    width = rows if others is None else 8
+    width = rows if others is None else launch.config["probes"]
     work = w.items(launch, 8 * (n * m + 2 * n))
     partial = torch.empty(work.count, n, m, dtype=torch.float64, device=w.device)
     squares = torch.empty(work.count, 2, n, dtype=torch.float64, device=w.device)
@@ -438,6 +438,7 @@ def _transformed(w: _Rows, transform: Tensor, probes: Tensor | None, first: int,
             FLOAT32=fast,
             ROWS=rows,
             PROBES=PROBES,
+            PADDED=launch.config["probes"],
             COLUMNS=launch.config["columns"],
             STAGES=launch.config["stages"],
             **_options(launch, rows),

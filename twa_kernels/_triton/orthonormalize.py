@@ -145,11 +145,12 @@ def transformed_kernel(
     FLOAT32: tl.constexpr,
     ROWS: tl.constexpr,  # at least n
     PROBES: tl.constexpr,
+    PADDED: tl.constexpr,  # PROBES, as matrix units want them
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     REAL: tl.constexpr = tl.float32 if FLOAT32 else tl.float64
-    WIDTH: tl.constexpr = 8 if STORE else ROWS
+    WIDTH: tl.constexpr = PADDED if STORE else ROWS
     item = tl.program_id(0)
     row = tl.arange(0, ROWS)
     t = tl.load(transform + row[:, None] * n + row[None, :], mask=(row < r)[:, None] & (row < n)[None, :], other=0).to(REAL)
@@ -250,10 +251,10 @@ def norms_kernel(
 ):
     item = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros((ROWS,), tl.float64)
+    total = tl.zeros((ROWS, COLUMNS), tl.float64)
     for piece in tl.range(tl.load(item_piece + item), tl.load(item_piece + item + 1)):
         end = tl.load(piece_end + piece)
         own = tl.load(rows + tl.load(piece_tensor + piece) * n + row, mask=row < n, other=0)
         for first in tl.range(tl.load(piece_column + piece), end, COLUMNS):
             total += _squares(_block(own, first + tl.arange(0, COLUMNS), end, DTYPE))
-    tl.store(squares + item.to(tl.int64) * n + row, total, mask=row < n)
+    tl.store(squares + item.to(tl.int64) * n + row, tl.sum(total, 1), mask=row < n)
