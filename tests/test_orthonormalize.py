@@ -196,6 +196,20 @@ def test_squares_on_gpus_are_not_biased(gpu):
     assert torch.allclose(norms.cpu(), W.double().square().sum(1), rtol=1e-12)
 
 
+@pytest.mark.parametrize("accuracy", ["high", "fast"])
+@pytest.mark.parametrize("n", [12, 66])
+def test_basis_on_gpus(gpu, n, accuracy):
+    gpu.needs("orthonormalize_pass")
+    W = trajectory(n, 3001)
+    W[4] = W[2]
+    V = gpu.put(W.clone())
+    o = tk.orthonormalize(V, out=V, accuracy=accuracy, backend=gpu.backend)
+    expected = tk.orthonormalize(W, accuracy=accuracy)
+    assert o.kept == expected.kept and [i for i, _ in o.dropped] == [4] and o.Q.data_ptr() == V.data_ptr()
+    assert loss(o.Q.cpu()) <= (1e-7 if accuracy == "high" else 3e-7)
+    assert (o.Q.cpu() - expected.Q).norm(dim=1).max() <= (1e-7 if accuracy == "high" else 2e-6)
+
+
 def test_rows_below_first_are_left_alone():
     rows, center, parent, transform = operands(6, 5)
     _, _, out = run("cpp", rows, center, parent, transform, "write", False, first=2)

@@ -6,12 +6,15 @@
 
 Work map   n <= 64: a program is a work item, a range of columns of all tensors joined; it holds all rows of a block of COLUMNS columns at a time, so
            that rows are read once, and all of them before any of the block is written: `out` may be the rows. More rows: products_kernel takes
-           pairs of blocks of ROWS rows (work item, i, k <= i); a transform goes through a workspace of r x some columns (transform_kernel), whose
-           products are then formed like those of rows, and which is copied to `out` at the end.
-Sums       float64 throughout, or (FLOAT32) differences, transform and products in float32 over a block of columns, then added in float64. Squares
-           are always sums in float64: float32 differences of float32 weights are multiples of a coarse unit, the roundings of their squares do not
-           cancel, and float32 sums of them are off by 2e-8. A Gram matrix per item, in global memory; items are added in their order.
-Bytes      n * D * input read (once more from the second-level cache, as parents); r * D * output written. n > 64: n / 64 times as often.
+           pairs of blocks of ROWS rows (work item, i, k <= i); a transform goes through a workspace, some columns of one tensor at a time
+           (transform_kernel, a program MADE rows x COLUMNS columns), whose products are then formed like those of rows, and which is copied to
+           `out` last.
+Sums       float64 throughout, on the matrix units where they have it; or (FLOAT32) differences, transform and products in float32 over a block of
+           columns, added in float64 after it. Squares are always sums in float64: float32 differences of float32 weights are multiples of a coarse
+           unit, the roundings of their squares do not cancel, and float32 sums of them are off by 2e-8. Each item has its partial sums in global
+           memory; how many items there are does not depend on the device, and they are added afterwards: no atomics.
+Bytes      n <= 64: n * D * input read (again from the caches, as parents); r * D * output written. More rows: about n / 32 times that through the
+           second-level cache, and norms_kernel reads the rows once more where there is a transform.
 """
 
 from __future__ import annotations
