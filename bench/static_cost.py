@@ -105,7 +105,7 @@ def measure(variant, arch: str) -> dict:
         wide = sum(bool(re.match(r"LDG\S*\.128|LDGSTS\S*\.128|(global|buffer)_load_dwordx4", i)) for i in loop)
         row["wide"] = wide * 16 * threads / (weights * variant.bits / 8)
     names = [re.split(r"[.\s]", i)[0] for i in loop]
-    row["matrix"] = sum(name in ("IMMA", "IGMMA") or name.startswith(("v_mfma", "v_dot4")) for name in names)
+    row["matrix"] = sum(name in ("IMMA", "IGMMA", "DMMA") or name.startswith(("v_mfma", "v_dot4")) for name in names)
     row["shared_access"] = sum(name in ("LDS", "STS", "LDSM", "STSM") or name.startswith("ds_") for name in names)
     row["barriers"] = sum(name in ("BAR", "s_barrier") for name in names)
     return row

@@ -170,7 +170,7 @@ def test_gpus_prefer_the_cuda_module(monkeypatch):
     monkeypatch.setattr(dispatch, "why_unusable", lambda backend: None)
     assert {op: dispatch.default_backend(op, "cuda") for op in dispatch.OPS} == {
         **dict.fromkeys(("pack", "project", "reconstruct", "step"), "cuda"),
-        **dict.fromkeys(("unpack", "gram"), "triton"),
+        **dict.fromkeys(("unpack", "gram", "orthonormalize_pass"), "triton"),
     }
     monkeypatch.setattr(dispatch, "why_unusable", lambda backend: "absent" if backend == "cuda" else None)
     assert {dispatch.default_backend(op, "cuda") for op in dispatch.OPS} == {"triton"}

@@ -137,6 +137,79 @@ def test_pass_on_gpus_every_dtype(gpu, dtype):
         assert torch.equal(e, f)
 
 
+@pytest.mark.parametrize("form", ["gram", "again", "write"])
+@pytest.mark.parametrize("n, r, first", [(2, 1, 0), (64, 60, 7), (65, 1, 0), (70, 66, 9), (130, 130, 0), (130, 70, 70)])
+@pytest.mark.parametrize("fast", [False, True])
+def test_pass_on_gpus_sizes(gpu, n, r, first, form, fast):
+    """Row counts around the blocks of rows; tensors of one column, at odd addresses, of several dtypes; in place."""
+    gpu.needs("orthonormalize_pass")
+    numels, dtypes = (1, 0, 130), (torch.bfloat16, torch.float32, torch.float32)
+    g = torch.Generator().manual_seed(n)
+    parent = torch.tensor([-1] + [int(torch.randint(-1, i, (), generator=g)) for i in range(1, n)], dtype=torch.int32)
+    transform = torch.randn(r, n, generator=g, dtype=F64).tril(n - r)
+    memory = [torch.randn(n * m + 1, generator=g).to(dtype) for m, dtype in zip(numels, dtypes, strict=True)]
+    probe = probes(r) if form == "write" else None
+
+    def go(backend, put):
+        held = [put(t.clone()) for t in memory]
+        rows = [t[1 + i * m :][:m] for t, m in zip(held, numels, strict=True) for i in range(n)]
+        out = [row for k in range(3) for row in rows[k * n : k * n + r]] if form == "write" else []
+        given = (put(parent), None if form == "gram" else put(transform), None if probe is None else put(probe))
+        gram, norms = torch.ops.twa_kernels.orthonormalize_pass(rows, [], list(numels), *given, first, fast, out, backend)
+        return gram.cpu(), norms.cpu(), [t.cpu() for t in held]
+
+    expected, found = go("reference", lambda t: t), go(gpu.backend, gpu.put)
+    compare(expected, found, fast, form)
+    if form != "write":
+        assert all(torch.equal(f, m) for f, m in zip(found[2], memory, strict=True))
+
+
+def test_pass_on_gpus_mixed_dtypes(gpu):
+    """Rows of one tensor, the center, and the tensors of a model: each in its own dtype."""
+    gpu.needs("orthonormalize_pass")
+    rows, center, parent, transform = operands(5, 4)
+    rows = [row.to(FLOATS[(k // 5 + k % 5 // 3) % 3]) for k, row in enumerate(rows)]
+    center = [c.to(FLOATS[k % 2]) for k, c in enumerate(center)]
+    for form in ("gram", "write"):
+        expected = run("reference", rows, center, parent, transform, form, False)
+        found = run(gpu.backend, *(gpu.put(v) for v in (rows, center, parent, transform)), form, False)
+        compare(expected, found, False, form)
+
+
+def test_pass_on_gpus_gives_the_same_bits_again(gpu):
+    gpu.needs("orthonormalize_pass")
+    given = [gpu.put(v) for v in operands(5, 3)]
+    for form in ("gram", "write"):
+        a, b = (run(gpu.backend, *given, form, True) for _ in range(2))
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and all(torch.equal(x, y) for x, y in zip(a[2], b[2], strict=True))
+
+
+def test_squares_on_gpus_are_not_biased(gpu):
+    gpu.needs("orthonormalize_pass")
+    W = trajectory(4, 20_000, step=1e-3)
+    parent = torch.tensor([-1, 0, 1, 2], dtype=torch.int32)
+    given = (list(gpu.put(W)), [], [W.shape[1]], gpu.put(parent))
+    short, norms = torch.ops.twa_kernels.orthonormalize_pass(*given, None, None, 0, True, [], gpu.backend)
+    d = W.clone()
+    d[1:] -= W[:-1]
+    assert torch.allclose(short.diagonal().cpu(), d.double().square().sum(1), rtol=1e-12)
+    assert torch.allclose(norms.cpu(), W.double().square().sum(1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("accuracy", ["high", "fast"])
+@pytest.mark.parametrize("n", [12, 66])
+def test_basis_on_gpus(gpu, n, accuracy):
+    gpu.needs("orthonormalize_pass")
+    W = trajectory(n, 3001)
+    W[4] = W[2]
+    V = gpu.put(W.clone())
+    o = tk.orthonormalize(V, out=V, accuracy=accuracy, backend=gpu.backend)
+    expected = tk.orthonormalize(W, accuracy=accuracy)
+    assert o.kept == expected.kept and [i for i, _ in o.dropped] == [4] and o.Q.data_ptr() == V.data_ptr()
+    assert loss(o.Q.cpu()) <= (1e-7 if accuracy == "high" else 3e-7)
+    assert (o.Q.cpu() - expected.Q).norm(dim=1).max() <= (1e-7 if accuracy == "high" else 2e-6)
+
+
 def test_rows_below_first_are_left_alone():
     rows, center, parent, transform = operands(6, 5)
     _, _, out = run("cpp", rows, center, parent, transform, "write", False, first=2)

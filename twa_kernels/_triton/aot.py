@@ -10,9 +10,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..reference import BITS
+from ..reference import BITS, PROBES
 from .config import ARCHITECTURES, configuration, isa, least_rows
 from .gram import gram_kernel
+from .orthonormalize import norms_kernel, products_kernel, transform_kernel, transformed_kernel
 from .pack import pack_kernel
 from .project import project_kernel, sum_kernel
 from .reconstruct import reconstruct_kernel
@@ -33,7 +34,9 @@ TYPES = {
 } | dict.fromkeys(("rows", "center", "grads", "out", "numel", "tile_begin", "item_tile"), "*i64")
 TYPES |= dict.fromkeys(("partial", "c", "x", "x_rows", "first", "second"), "*fp32")
 TYPES |= dict.fromkeys(("n", "padded", "num_segments"), "i32") | dict.fromkeys(("lr", "decay", "w1", "w2", "beta2", "root", "eps"), "fp32")
-FLOATS = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+TYPES |= dict.fromkeys(("others", "piece_tensor", "piece_column", "piece_end"), "*i64") | dict.fromkeys(("parent", "item_piece", "extent"), "*i32")
+TYPES |= dict.fromkeys(("transform", "probes"), "*fp64") | dict.fromkeys(("m", "r", "skip", "tensor", "begin", "end"), "i32")
+FLOATS = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,65 @@ def _variants(arch: str) -> Iterator[Variant]:
     for adamw, momentum, fresh in ((True, False, False), (False, True, False), (False, False, True)):
         constants = {"ADAMW": adamw, "MAXIMIZE": False, "MOMENTUM": momentum, "NESTEROV": momentum, "FRESH": fresh} | size
         yield variant("step", 4, "adamw" if adamw else f"sgd{', momentum' if momentum else ''}", update_kernel, config, False, **constants)
+    yield from _orthonormalize(arch)
+
+
+def _orthonormalize(arch: str) -> Iterator[Variant]:
+    """The passes of block Gram-Schmidt, which know no bits. float32, float64: of the sums within a block."""
+    config = configuration("orthonormalize", 4, arch)
+    columns = {"COLUMNS": config["columns"], "STAGES": config["stages"]}
+
+    def variant(name: str, fn, rows: int, types: dict | None = None, **constants) -> Variant:
+        warps = max(1, config["warps"] * rows // config["rows"])
+        types = {"partial": "*fp64"} | (types or {})
+        return Variant("orthonormalize", 4, name, fn, tuple(constants.items()), warps, True, tuple(types.items()))
+
+    def products(rows: int, dtype: str, fast: bool, what: str, one: bool = True, center: bool = True, **numbers) -> Variant:
+        """what: "differences", "made" (of rows in a workspace), "certificate" """
+        same = what != "certificate"
+        other = dtype if same or fast else "fp64"
+        constants = {"DTYPE": FLOATS[dtype], "OTHER": FLOATS[other], "SAME": same, "DIFFERENCES": what == "differences", "HAS_CENTER": center}
+        constants |= {"FLOAT32": fast, "ONE": one, "ROWS": rows, "OTHERS": rows if same else config["probes"]} | columns | numbers
+        name = f"products of {what}, {rows} rows{'' if one else ' of many'}, {dtype}{'' if center else ', no center'}, {_sums(fast)}"
+        return variant(name + _of(numbers), products_kernel, rows, **constants)
+
+    def transformed(rows: int, dtype: str, fast: bool, out: str, in_place: bool = False, **numbers) -> Variant:
+        constants = {"DTYPE": FLOATS[dtype], "OUT": FLOATS[out or "fp32"], "STORE": bool(out), "IN_PLACE": in_place, "HAS_CENTER": True}
+        constants |= {"FLOAT32": fast, "ROWS": rows, "PROBES": PROBES, "PADDED": config["probes"]} | columns | numbers
+        name = f"transformed, {rows} rows, {dtype} to {out or 'products'}{' in place' if in_place else ''}, {_sums(fast)}"
+        return variant(name + _of(numbers), transformed_kernel, rows, **constants)
+
+    rows, many = config["rows"], config["many"]
+    for fast in (False, True):
+        for size in (16, 32, rows):
+            yield products(size, "fp32", fast, "differences")
+            yield transformed(size, "fp32", fast, "fp32")
+        yield products(rows, "bf16", fast, "differences", center=False)
+        yield products(many, "fp32", fast, "differences", one=False)
+        yield products(many, "fp32", fast, "certificate", one=False, center=False)
+        yield transformed(rows, "fp32", fast, "fp32", in_place=True)
+        yield transformed(rows, "bf16", fast, "bf16")
+        yield products(16, "fp32", fast, "differences", n=1, m=1)
+        yield transformed(16, "fp32", fast, "fp32", n=1, r=1)
+        for dtype, out, differences in (("fp32", "fp32", True), ("fp32", "fp32" if fast else "fp64", False)):
+            constants = {"DTYPE": FLOATS[dtype], "OUT": FLOATS[out], "DIFFERENCES": differences, "HAS_CENTER": differences, "FLOAT32": fast}
+            constants |= {"MADE": config["made"], "ROWS": config["of"], "COLUMNS": config["wide"]}
+            name = f"transform of {'differences' if differences else 'made'}, {dtype} to {out}, {_sums(fast)}"
+            yield variant(name, transform_kernel, rows, {"to": f"*{out}"}, **constants)
+    yield products(rows, "fp16", False, "differences")
+    yield products(many, "fp64", False, "made", one=False, center=False)
+    for size in (16, 32, rows):
+        yield transformed(size, "fp32", False, "")
+    yield transformed(rows, "fp16", False, "fp16")
+    yield variant(f"norms, {rows} rows", norms_kernel, rows, DTYPE=tl.float32, ROWS=rows, COLUMNS=config["wide"])
+
+
+def _sums(fast: bool) -> str:
+    return "float32" if fast else "float64"
+
+
+def _of(numbers: dict[str, int]) -> str:
+    return "".join(f", {name} = {value}" for name, value in numbers.items())
 
 
 def compile_variant(variant: Variant, arch: str):

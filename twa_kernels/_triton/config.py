@@ -29,6 +29,12 @@ DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
     "gram": {bits: {"rows": 64, "item": 1024, "warps": 4} for bits in BITS},
     # second stage of project and the update of a step: items and rows that a program adds at a time
     "sum": {bits: {"items": 128, "rows": 16, "warps": 4} for bits in BITS},
+    # rows of W that a program holds at most, columns of a block, work items at most, probes with padding; many: rows of a block where W has more;
+    # made, of: transform_kernel makes so many rows at a time, of so many, in blocks of `wide` columns
+    "orthonormalize": {
+        bits: {"rows": 64, "columns": 16, "warps": 8, "stages": 3, "items": 1024, "probes": 8, "many": 32, "made": 64, "of": 16, "wide": 64}
+        for bits in BITS
+    },
 }
 
 #: (op, bits, architecture) -> what differs from DEFAULTS there
@@ -36,6 +42,7 @@ OVERRIDES: dict[tuple[str, int, str], dict[str, int]] = {
     ("project", 8, "gfx942"): {"rows": 32},  # 64 KB of shared memory
     ("project", 2, "gfx942"): {"rows": 64},
     **{("gram", bits, "gfx942"): {"rows": 32} for bits in BITS},
+    **{("orthonormalize", bits, "gfx942"): {"probes": 16} for bits in BITS},  # its matrix units have no narrower tiles
 }
 
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942")

@@ -14,7 +14,7 @@ from ..native import capturing, kept, on_device
 from ..reference import tile_offsets
 from .config import architecture, configuration, isa
 
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,47 @@ def _address_table(addresses: tuple[int, ...], device: torch.device, stream: int
     """Per stream: the copy is not waited for, and only its own stream is sure to come after it."""
     table = torch.tensor(addresses, dtype=torch.int64)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Work items that are ranges of the columns of all tensors joined: items of as many pieces as there are tensors in the range."""
+
+    tensor: Tensor  # (pieces,) int64
+    column: Tensor  # (pieces,) int64: first column in the tensor, a multiple of a block
+    end: Tensor  # (pieces,) int64
+    piece: Tensor  # (items + 1,) int32: first piece of each item
+
+    @property
+    def count(self) -> int:
+        return len(self.piece) - 1
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        return self.tensor, self.column, self.end, self.piece
+
+
+@functools.lru_cache(maxsize=64)
+def column_items(numels: tuple[int, ...], block: int, least: int, most: int, device: torch.device) -> Columns:
+    """At most about `most` items, the same on every device, of at least about `least` columns, cut at multiples of `block` in a tensor."""
+    per_item = max(least, -(-sum(numels) // most))
+    tensor, column, ends, piece, room = [], [], [], [0], per_item
+    for t, numel in enumerate(numels):
+        at = 0
+        while at < numel:
+            if room <= 0:
+                piece.append(len(tensor))
+                room = per_item
+            take = min(-(-room // block) * block, numel - at)
+            tensor.append(t)
+            column.append(at)
+            ends.append(at + take)
+            at, room = at + take, room - take
+    if tensor:
+        piece.append(len(tensor))
+    # Waits for the copies, the first time only: any stream may use them afterwards.
+    lists = [torch.tensor(v, dtype=torch.int64, device=device) for v in (tensor, column, ends)]
+    return Columns(*lists, torch.tensor(piece, dtype=torch.int32, device=device))
 
 
 def by_dtype(tensors: Sequence[Tensor], keys: Sequence) -> dict:
