@@ -199,8 +199,17 @@ def time_table(W: Tensor) -> tuple[list[str], dict[str, float]]:
     lines += [
         "",
         f"Floor: 2 reads and 1 write of n D float32 at the measured copy bandwidth of {bandwidth()['copy']:.1f} GB/s: {floor * 1e3:.1f} ms.",
+        "Arithmetic: n^2 D multiply-adds (half for the Gram matrix, half for the triangular factor) at the rate of PyTorch's matrix products in the same "
+        f"run, {rates[torch.float32] / 1e9:.0f} and {rates[F64] / 1e9:.0f} billion a second in float32 and float64: "
+        f"{arithmetic[torch.float32] * 1e3:.1f} and {arithmetic[F64] * 1e3:.1f} ms.",
     ]
     return lines, seconds
+
+
+def multiply_adds(dtype: torch.dtype) -> float:
+    """A second, in a product of two matrices that fit into the cache."""
+    a, b = torch.randn(2, 1024, 1024).to(dtype)
+    return 1024**3 / median_seconds(lambda: a @ b)
 
 
 def scaling_table(sizes: list[tuple[int, int]]) -> list[str]:
