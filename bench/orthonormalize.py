@@ -199,8 +199,8 @@ def time_table(W: Tensor) -> tuple[list[str], dict[str, float]]:
     lines += [
         "",
         f"Floor: 2 reads and 1 write of n D float32 at the measured copy bandwidth of {bandwidth()['copy']:.1f} GB/s: {floor * 1e3:.1f} ms.",
-        "Arithmetic: n^2 D multiply-adds (half for the Gram matrix, half for the triangular factor) at the rate of PyTorch's matrix products in the same "
-        f"run, {rates[torch.float32] / 1e9:.0f} and {rates[F64] / 1e9:.0f} billion a second in float32 and float64: "
+        "Arithmetic: n^2 D multiply-adds (half for the Gram matrix, half for the triangular factor) at the rate of PyTorch's matrix products in "
+        f"this run, {rates[torch.float32] / 1e9:.0f} and {rates[F64] / 1e9:.0f} billion a second in float32 and float64: "
         f"{arithmetic[torch.float32] * 1e3:.1f} and {arithmetic[F64] * 1e3:.1f} ms.",
     ]
     return lines, seconds
