@@ -36,10 +36,10 @@ constexpr int kSlices = 32;            // n > 64: parts of a panel's columns, ea
 constexpr int64_t kPartialBytes = 64 << 20, kPanelBytes = 64 << 20;  // workspaces for n > 64: as much as the second-level cache, about
 constexpr int kTotalThreads = 256, kTotalWays = 8;                   // second kernel: 32 sums a block, 8 threads each
 
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+TWA_HD constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+TWA_HD constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 // Numbers in the tiles of the lower triangle of (8 blocks, 8 blocks). Tile (i, k), k <= i, is number i (i + 1) / 2 + k, row-major.
-TWA_DEVICE constexpr int64_t triangle(int64_t blocks) { return blocks * (blocks + 1) / 2 * 64; }
+TWA_HD constexpr int64_t triangle(int64_t blocks) { return blocks * (blocks + 1) / 2 * 64; }
 
 struct Arguments {
   const DeviceTensor* rows;    // (count * n)
@@ -103,72 +103,92 @@ TWA_DEVICE double widened(uint32_t bits) { return static_cast<double>(bits_float
 
 // A slot's row i begins at row_code(i) bytes, its 16-byte piece k at row_code(i) ^ 16 k: pieces that a quarter of a warp reads at once, four of rows
 // i and i + 1 or two of rows i .. i + 3, are in different banks.
-TWA_DEVICE constexpr uint32_t row_code(uint32_t i) { return i * kRowBytes + (4 * (i & 1) + (i & 2)) * 16; }
+TWA_HD constexpr uint32_t row_code(uint32_t i) { return i * kRowBytes + (4 * (i & 1) + (i & 2)) * 16; }
+
+// What a warp knows about a tensor, in shared memory: registers are for sums.
+struct Tensors {
+  Cursor at;
+  int aligned;  // all of them float32 at multiples of 16 bytes
+  int halves;   // all of them 16 bits, at multiples of 8 bytes
+  int mixed;    // not all of them float32
+
+  TWA_DEVICE void open() {
+    if (lane_index() == 0) at = Cursor{};
+  }
+  // When chunk is in another tensor than before: table[i] = tensor(number of the tensor of the model, i), i < count.
+  template <class Tensor>
+  TWA_DEVICE void seek(const Arguments& a, int64_t chunk, DeviceTensor* table, int count, const Tensor& tensor) {
+    if (chunk < at.end) return;
+    Cursor next;
+    next.seek(a, chunk);
+    uint32_t odd = 0, odd_half = 0, other = 0;
+    sync_warp();  // everybody has read what was there
+    for (int i = lane_index(); i < count; i += 32) {
+      const DeviceTensor t = tensor(next.tensor, i);
+      table[i] = t;
+      odd |= t.dtype != Dtype::f32 || reinterpret_cast<uintptr_t>(t.data) % 16 != 0;
+      odd_half |= t.dtype == Dtype::f32 || reinterpret_cast<uintptr_t>(t.data) % 8 != 0;
+      other |= t.dtype != Dtype::f32;
+    }
+    odd = warp_max(odd), odd_half = warp_max(odd_half), other = warp_max(other);
+    if (lane_index() == 0) at = next, aligned = odd == 0, halves = odd_half == 0, mixed = other != 0;
+    sync_warp();
+  }
+};
 
 // Shared memory of a block, in bytes from its begin.
 template <int kPairs>
 struct Layout {
   static constexpr int kRows = 16 * kPairs, kTiles = 2 * kPairs;  // rows of a slot without the center; tiles of 8 rows
   static constexpr int kSlotBytes = (kRows + 1) * kRowBytes;
-  static constexpr int kParents = kWarps * kSlots * kSlotBytes;          // (kRows,) row_code of the parent
-  static constexpr int kBarriers = kParents + 4 * kRows;                 // (warps, slots)
-  static constexpr int kTables = kBarriers + 8 * kWarps * kSlots;        // (warps, kRows + 1) tensors of rows, then center
+  static constexpr int kBarriers = kWarps * kSlots * kSlotBytes;         // (warps, slots)
+  static constexpr int kSource = kBarriers + 8 * kWarps * kSlots;        // (warps,) Tensors: rows and center
+  static constexpr int kTarget = kSource + sizeof(Tensors) * kWarps;     // (warps,) Tensors: out
+  static constexpr int kParents = kTarget + sizeof(Tensors) * kWarps;    // (kRows,) row_code of the parent
+  static constexpr int kMasks = kParents + 4 * kRows;                    // (8,) of tiles of the transform that are not zero: bit = tile of its rows
+  static constexpr int kTables = kMasks + 4 * 8;                         // (warps, kRows + 1) tensors of rows, then center
   static constexpr int kOutputs = kTables + 16 * kWarps * (kRows + 1);   // (warps, kRows)
   static constexpr int kProbeOperands = kOutputs + 16 * kWarps * kRows;  // (4 rows, lane) float64
-  static constexpr int bytes(Form form) { return form == kWrite ? kProbeOperands + 8 * 32 * 4 * kPairs : kOutputs; }
+  static constexpr int kProbed = kProbeOperands + 8 * 32 * 4 * kPairs;   // (warps, kTiles, lane, 2) float64: a warp's sums, between chunks
+  static constexpr int bytes(Form form) { return form == kWrite ? kProbed + 8 * 64 * kTiles * kWarps : kOutputs; }
 };
-static_assert(sizeof(DeviceTensor) == 16, "tables of tensors are copied 16 bytes at a time");
+static_assert(sizeof(DeviceTensor) == 16 && Layout<1>::kTables % 16 == 0 && Layout<4>::kTables % 16 == 0, "operands are read 16 bytes at a time");
 static_assert(Layout<4>::bytes(kWrite) <= 99 << 10, "two blocks share a multiprocessor; one fits on sm_86 and later");
 
-// A warp's slots and the tensors that it fills them from.
+// A warp's slots, and how they are filled.
 template <int kPairs>
 struct Stream {
   using L = Layout<kPairs>;
-  uint8_t* slots;
-  uint64_t* full;       // barriers
-  DeviceTensor* table;  // rows of the tensor, then center
-  Cursor at;
-  bool aligned = false;  // all of it float32 at multiples of 16 bytes
-  bool halves = false;   // all of it 16 bits, at multiples of 8 bytes
-  uint64_t policy;
+  TWA_DEVICE uint8_t* slot(int k) const { return shared_memory() + (warp_index() * kSlots + k) * L::kSlotBytes; }
+  TWA_DEVICE uint64_t* barrier(int k) const { return reinterpret_cast<uint64_t*>(shared_memory() + L::kBarriers) + warp_index() * kSlots + k; }
 
-  TWA_DEVICE void open(const Arguments& a) {
-    const int warp = warp_index(), lane = lane_index();
-    slots = shared_memory() + warp * kSlots * L::kSlotBytes;
-    full = reinterpret_cast<uint64_t*>(shared_memory() + L::kBarriers) + warp * kSlots;
-    table = reinterpret_cast<DeviceTensor*>(shared_memory() + L::kTables) + warp * (L::kRows + 1);
-    policy = evict_normal();
-    if (lane < kSlots) barrier_init(&full[lane], 32);
+  TWA_DEVICE void open(const Arguments& a) const {
+    const int lane = lane_index();
+    if (lane < kSlots) barrier_init(barrier(lane), 32);
     barrier_publish();
     // What no copy fills stays zero: rows past the last, and the center where there is none.
-    for (int slot = 0; slot < kSlots; ++slot)
+    for (int k = 0; k < kSlots; ++k)
       for (int i = static_cast<int>(a.n); i < L::kRows + (a.center ? 0 : 1); ++i)
-        *reinterpret_cast<uint32_t*>(slots + slot * L::kSlotBytes + i * kRowBytes + 4 * lane) = 0;
+        *reinterpret_cast<uint32_t*>(slot(k) + i * kRowBytes + 4 * lane) = 0;
+    reinterpret_cast<Tensors*>(shared_memory() + L::kSource)[warp_index()].open();
+    reinterpret_cast<Tensors*>(shared_memory() + L::kTarget)[warp_index()].open();
     sync_warp();
   }
-  TWA_DEVICE void enter_tensor(const Arguments& a) {
-    const int tensors = static_cast<int>(a.n) + (a.center ? 1 : 0);
-    uint32_t odd = 0, odd_half = 0;
-    sync_warp();  // everybody has read the old table
-    for (int i = lane_index(); i < tensors; i += 32) {
-      const DeviceTensor t = i < a.n ? a.rows[at.tensor * a.n + i] : a.center[at.tensor];
-      table[i] = t;
-      odd |= t.dtype != Dtype::f32 || reinterpret_cast<uintptr_t>(t.data) % 16 != 0;
-      odd_half |= t.dtype == Dtype::f32 || reinterpret_cast<uintptr_t>(t.data) % 8 != 0;
-    }
-    aligned = warp_max(odd) == 0, halves = warp_max(odd_half) == 0;  // synchronises
-  }
   // Begins to fill a slot. All lanes have finished with it.
-  TWA_DEVICE void fill(const Arguments& a, int slot, int64_t chunk) {
-    if (at.seek(a, chunk)) enter_tensor(a);
-    const int64_t column = at.column(chunk);
-    const int columns = at.columns(chunk), lane = lane_index(), tensors = static_cast<int>(a.n) + (a.center ? 1 : 0);
-    uint8_t* to = slots + slot * L::kSlotBytes;
+  TWA_DEVICE void fill(const Arguments& a, int k, int64_t chunk) const {
+    Tensors& source = reinterpret_cast<Tensors*>(shared_memory() + L::kSource)[warp_index()];
+    DeviceTensor* const table = reinterpret_cast<DeviceTensor*>(shared_memory() + L::kTables) + warp_index() * (L::kRows + 1);
+    const int tensors = static_cast<int>(a.n) + (a.center ? 1 : 0), lane = lane_index();
+    source.seek(a, chunk, table, tensors, [&](int64_t tensor, int i) { return i < a.n ? a.rows[tensor * a.n + i] : a.center[tensor]; });
+    const int64_t column = source.at.column(chunk);
+    const int columns = source.at.columns(chunk);
+    const uint64_t policy = evict_normal();
+    uint8_t* const to = slot(k);
     const auto row_of = [&](int i) { return row_code(static_cast<uint32_t>(i < a.n ? i : L::kRows)); };
-    if (aligned && columns == kChunk) {
+    if (source.aligned && columns == kChunk) {
       for (int i = lane / 8; i < tensors; i += 4)
         copy_16(to + (row_of(i) ^ (16 * (lane % 8))), static_cast<const float*>(table[i].data) + column + 4 * (lane % 8), policy);
-    } else if (halves && columns == kChunk) {
+    } else if (source.halves && columns == kChunk) {
       constexpr int kAtOnce = 4;  // loads before their first use
       for (int i0 = lane / 8; i0 < tensors; i0 += 4 * kAtOnce) {
         uint2 w[kAtOnce];
@@ -194,13 +214,13 @@ struct Stream {
           *reinterpret_cast<uint32_t*>(p) = lane < columns ? float_bits(load_element(t, column + lane)) : 0u;
       }
     }
-    barrier_arrive_after_copies(&full[slot]);
+    barrier_arrive_after_copies(barrier(k));
   }
   // The slot, when it is full; its parity is that of the number of times that it was used before.
-  TWA_DEVICE uint8_t* wait(int slot, uint32_t parity) {
-    barrier_wait(&full[slot], parity);
+  TWA_DEVICE uint8_t* wait(int k, uint32_t parity) const {
+    barrier_wait(barrier(k), parity);
     sync_warp();  // what other lanes stored themselves
-    return slots + slot * L::kSlotBytes;
+    return slot(k);
   }
 };
 
@@ -221,7 +241,7 @@ TWA_DEVICE void add_products(double (&sums)[kPairs * (2 * kPairs + 1)][2], const
 // what lane (g, t) has of row 4 k + t: column index g of every block, and of the parent. squares[h] += squares of row
 // 16 h + 8 (g / 2 % 2) + 4 (g % 2) + t: half of it, the lanes of g / 4 have each their own.
 template <int kPairs, int kBlocks, class Load>
-TWA_DEVICE void transform_rows(const double* fragments, uint64_t mask, const Load& load, double (&made)[2 * kPairs][kBlocks][2],
+TWA_DEVICE void transform_rows(const double* fragments, const uint32_t* masks, const Load& load, double (&made)[2 * kPairs][kBlocks][2],
                                double (&squares)[kPairs]) {
   constexpr int kTiles = 2 * kPairs;
   const int lane = lane_index(), g = lane / 4;
@@ -250,6 +270,7 @@ TWA_DEVICE void transform_rows(const double* fragments, uint64_t mask, const Loa
       even = one;
     else
       squares[q / 2] += (g & 2 ? one : even) + shuffle_xor(g & 2 ? even : one, 8);
+    const uint32_t mask = masks[q];
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
       const double* const at = fragments + ((2 * p * kTiles + q) * 32 + lane) * 2;
@@ -258,11 +279,11 @@ TWA_DEVICE void transform_rows(const double* fragments, uint64_t mask, const Loa
         memcpy(a, &w, sizeof(a));
       };
       double upper[2], lower[2];
-      if (mask >> (8 * (2 * p) + q) & 1) {
+      if (mask >> (2 * p) & 1) {
         operand(at, upper), operand(at + kTiles * 64, lower);
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) multiply_add_f64(made[2 * p][b], made[2 * p + 1][b], upper, lower, v[b]);
-      } else if (mask >> (8 * (2 * p + 1) + q) & 1) {  // half of the tiles on the diagonal
+      } else if (mask >> (2 * p + 1) & 1) {  // half of the tiles on the diagonal
         operand(at + kTiles * 64, lower);
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b)
@@ -300,7 +321,7 @@ orthonormalize_kernel(Arguments a) {
   uint8_t* const shared = shared_memory();
   uint32_t* const parents = reinterpret_cast<uint32_t*>(shared + L::kParents);
   double* const probe_operands = reinterpret_cast<double*>(shared + L::kProbeOperands);
-  DeviceTensor* const outputs = reinterpret_cast<DeviceTensor*>(shared + L::kOutputs) + warp * L::kRows;
+  uint32_t* const masks = reinterpret_cast<uint32_t*>(shared + L::kMasks);
   for (int i = thread_index(); i < L::kRows; i += kThreads) {
     const int parent = i >= a.n ? i : a.parent[i] >= 0 ? a.parent[i] : L::kRows;  // rows past the last: their own, so that they stay zero
     parents[i] = row_code(static_cast<uint32_t>(parent));
@@ -310,31 +331,35 @@ orthonormalize_kernel(Arguments a) {
       const int probe = k % 32 / 4, row = k / 32 * 4 + k % 4;
       probe_operands[k] = probe < kProbes && row < a.r ? a.probes[probe * a.r + row] : 0.0;
     }
-  uint64_t mask = 0;
   if constexpr (kForm != kGram)
-    for (int k = 0; k < kTiles * kTiles; ++k)
-      mask |= static_cast<uint64_t>(a.fragments[kTiles * kTiles * 64 + k] != 0.0) << (k / kTiles * 8 + k % kTiles);
-  Stream<kPairs> stream;
+    for (int q = thread_index(); q < kTiles; q += kThreads) {
+      uint32_t mask = 0;
+      for (int j = 0; j < kTiles; ++j) mask |= static_cast<uint32_t>(a.fragments[kTiles * kTiles * 64 + j * kTiles + q] != 0.0) << j;
+      masks[q] = mask;
+    }
+  if constexpr (kForm == kWrite)
+    for (int j = 0; j < kTiles; ++j)
+      for (int e = 0; e < 2; ++e) reinterpret_cast<double*>(shared + L::kProbed)[(warp * kTiles + j) * 64 + 2 * lane + e] = 0.0;
+  const Stream<kPairs> stream;
   stream.open(a);
   sync_block();
 
   double sums[kSums][2] = {}, squares[kSquares] = {};
   const uint32_t row_g = row_code(static_cast<uint32_t>(g)), row_t = row_code(static_cast<uint32_t>(t));
-  uint32_t parent_g[kTiles];  // kGram: of row g of each tile
+  uint32_t parent_g[kPairs];  // kGram: of row g of tiles 2 p and 2 p + 1, 16 bits each
   if constexpr (kForm == kGram)
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) parent_g[i] = parents[8 * i + g];
-  Cursor at;
-  bool plain = false, round = false;  // out: float32 at multiples of 16 bytes; not all float32
+    for (int p = 0; p < kPairs; ++p) parent_g[p] = parents[16 * p + g] | parents[16 * p + 8 + g] << 16;
+  static_assert(L::kSlotBytes <= 1 << 16, "row codes have 16 bits");
 
-  const int64_t end = (block_index() + 1) * a.per_block < a.chunks ? (block_index() + 1) * a.per_block : a.chunks;
-  int64_t chunk = block_index() * a.per_block + warp;
-  for (int slot = 0; slot < kSlots; ++slot)
-    if (chunk + slot * kWarps < end) stream.fill(a, slot, chunk + slot * kWarps);
+  const int64_t begin = block_index() * a.per_block;
+  const int count = static_cast<int>(begin + a.per_block < a.chunks ? a.per_block : a.chunks - begin);
+  for (int k = 0; k < kSlots; ++k)
+    if (warp + k * kWarps < count) stream.fill(a, k, begin + warp + k * kWarps);
   uint32_t parity = 0;
   int slot_index = 0;
 #pragma unroll 1
-  for (; chunk < end; chunk += kWarps) {
+  for (int k = warp; k < count; k += kWarps) {
     uint8_t* const slot = stream.wait(slot_index, parity);
     if constexpr (kForm == kGram) {
 #pragma unroll 1
@@ -344,7 +369,7 @@ orthonormalize_kernel(Arguments a) {
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
           const uint2 w = *reinterpret_cast<const uint2*>(slot + i * 8 * kRowBytes + (row_g ^ piece) + half);
-          const uint2 p = *reinterpret_cast<const uint2*>(slot + (parent_g[i] ^ piece) + half);
+          const uint2 p = *reinterpret_cast<const uint2*>(slot + ((parent_g[i / 2] >> i % 2 * 16 & 0xffff) ^ piece) + half);
           const double x = widened(w.x), y = widened(w.y);
           v[i][0] = x - widened(p.x), v[i][1] = y - widened(p.y);
           squares[i] = fma(y, y, fma(x, x, squares[i]));
@@ -357,7 +382,7 @@ orthonormalize_kernel(Arguments a) {
         const uint32_t piece = 16 * (2 * h + g / 4), word = g % 4 * 4;
         double made[kTiles][1][2], v[kTiles][2];
         transform_rows<kPairs, 1>(
-            a.fragments, mask,
+            a.fragments, masks,
             [&](int k, uint32_t (&own)[1], uint32_t (&parent)[1]) {
               own[0] = *reinterpret_cast<const uint32_t*>(slot + k * 4 * kRowBytes + (row_t ^ piece) + word);
               parent[0] = *reinterpret_cast<const uint32_t*>(slot + (parents[4 * k + t] ^ piece) + word);
@@ -368,23 +393,14 @@ orthonormalize_kernel(Arguments a) {
         add_products<kPairs>(sums, v);
       }
     } else {
-      if (at.seek(a, chunk)) {
-        uint32_t odd = 0, mixed = 0;
-        sync_warp();  // everybody has read the old table
-        for (int i = lane; i < a.r; i += 32) {
-          const DeviceTensor o = a.out[at.tensor * a.r + i];
-          outputs[i] = o;
-          odd |= o.dtype != Dtype::f32 || reinterpret_cast<uintptr_t>(o.data) % 16 != 0;
-          mixed |= o.dtype != Dtype::f32;
-        }
-        plain = warp_max(odd) == 0, round = warp_max(mixed) != 0;  // synchronises
-      }
-      const int64_t column = at.column(chunk);
-      const int columns = at.columns(chunk);
+      const int64_t chunk = block_index() * a.per_block + k;
+      Tensors& target = reinterpret_cast<Tensors*>(shared + L::kTarget)[warp];
+      DeviceTensor* const outputs = reinterpret_cast<DeviceTensor*>(shared + L::kOutputs) + warp * L::kRows;
+      target.seek(a, chunk, outputs, static_cast<int>(a.r), [&](int64_t tensor, int i) { return a.out[tensor * a.r + i]; });
       {
         double made[kTiles][4][2];
         transform_rows<kPairs, 4>(
-            a.fragments, mask,
+            a.fragments, masks,
             [&](int k, uint32_t (&own)[4], uint32_t (&parent)[4]) {  // lane: columns 4 g .. 4 g + 3 of V, then 8 t .. 8 t + 7 of what is made
               const uint4 w = *reinterpret_cast<const uint4*>(slot + k * 4 * kRowBytes + (row_t ^ (16 * g)));
               const uint4 p = *reinterpret_cast<const uint4*>(slot + (parents[4 * k + t] ^ (16 * g)));
@@ -396,7 +412,7 @@ orthonormalize_kernel(Arguments a) {
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
           if (8 * j + g >= a.n) continue;
-          const Dtype dtype = round && 8 * j + g < a.r ? outputs[8 * j + g].dtype : Dtype::f32;
+          const Dtype dtype = target.mixed && 8 * j + g < a.r ? outputs[8 * j + g].dtype : Dtype::f32;
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             uint32_t w[4];
@@ -407,7 +423,9 @@ orthonormalize_kernel(Arguments a) {
         }
         sync_warp();
       }
-      if (plain && columns == kChunk) {
+      const int64_t column = target.at.column(chunk);
+      const int columns = target.at.columns(chunk);
+      if (target.aligned && columns == kChunk) {
         for (int i = lane / 8; i < a.r; i += 4)
           if (i >= a.first)
             store_16(static_cast<float*>(outputs[i].data) + column + 4 * (lane % 8),
@@ -429,6 +447,8 @@ orthonormalize_kernel(Arguments a) {
       // V * (probes * V)^T: the result above is the operand's other side as it stands.
 #pragma unroll
       for (int p = 0; p < kPairs; ++p) {
+        double* const kept = reinterpret_cast<double*>(shared + L::kProbed) + (warp * kTiles + 2 * p) * 64 + 2 * lane;
+        double part[2][2] = {{kept[0], kept[1]}, {kept[64], kept[65]}};
         uint4 upper[2], lower[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -437,14 +457,15 @@ orthonormalize_kernel(Arguments a) {
         }
         const auto add = [&](int b, uint32_t u0, uint32_t u1, uint32_t l0, uint32_t l1) {
           const double a_upper[2] = {widened(u0), widened(u1)}, a_lower[2] = {widened(l0), widened(l1)};
-          multiply_add_f64(sums[2 * p], sums[2 * p + 1], a_upper, a_lower, probed[b]);
+          multiply_add_f64(part[0], part[1], a_upper, a_lower, probed[b]);
         };
         add(0, upper[0].x, upper[1].x, lower[0].x, lower[1].x), add(1, upper[0].y, upper[1].y, lower[0].y, lower[1].y);
         add(2, upper[0].z, upper[1].z, lower[0].z, lower[1].z), add(3, upper[0].w, upper[1].w, lower[0].w, lower[1].w);
+        kept[0] = part[0][0], kept[1] = part[0][1], kept[64] = part[1][0], kept[65] = part[1][1];
       }
     }
     sync_warp();  // everybody has read the slot
-    if (chunk + kSlots * kWarps < end) stream.fill(a, slot_index, chunk + kSlots * kWarps);
+    if (k + kSlots * kWarps < count) stream.fill(a, slot_index, block_index() * a.per_block + k + kSlots * kWarps);
     if (++slot_index == kSlots) slot_index = 0, parity ^= 1;
   }
 
@@ -458,6 +479,11 @@ orthonormalize_kernel(Arguments a) {
     else
       squares[i] += shuffle_xor(squares[i], 16);
   }
+  if constexpr (kForm == kWrite)
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) sums[j][e] = reinterpret_cast<const double*>(shared + L::kProbed)[(warp * kTiles + j) * 64 + 2 * lane + e];
   for (int w = 0; w < kWarps; ++w) {
     sync_block();
     if (warp != w) continue;
@@ -568,7 +594,7 @@ orthonormalize_transform_kernel(Arguments a) {
 }
 
 // sums += U U^T (of V where there is no transform). Warp = 32 x 32 of the products, one slice.
-TWA_KERNEL(kThreads, 4)
+TWA_KERNEL(kThreads, 2)
 orthonormalize_products_kernel(Arguments a) {
   const int64_t m = a.transform ? a.r : a.n, blocks = divide_up(m, kBlock), pairs = blocks * (blocks + 1) / 2;
   const int64_t task = block_index() * kWarps + warp_index(), z = task / pairs;
