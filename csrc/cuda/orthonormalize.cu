@@ -141,16 +141,17 @@ template <int kPairs>
 struct Layout {
   static constexpr int kRows = 16 * kPairs, kTiles = 2 * kPairs;  // rows of a slot without the center; tiles of 8 rows
   static constexpr int kSlotBytes = (kRows + 1) * kRowBytes;
-  static constexpr int kBarriers = kWarps * kSlots * kSlotBytes;         // (warps, slots)
-  static constexpr int kSource = kBarriers + 8 * kWarps * kSlots;        // (warps,) Tensors: rows and center
-  static constexpr int kTarget = kSource + sizeof(Tensors) * kWarps;     // (warps,) Tensors: out
-  static constexpr int kParents = kTarget + sizeof(Tensors) * kWarps;    // (kRows,) row_code of the parent
-  static constexpr int kMasks = kParents + 4 * kRows;                    // (8,) of tiles of the transform that are not zero: bit = tile of its rows
-  static constexpr int kTables = kMasks + 4 * 8;                         // (warps, kRows + 1) tensors of rows, then center
-  static constexpr int kOutputs = kTables + 16 * kWarps * (kRows + 1);   // (warps, kRows)
-  static constexpr int kProbeOperands = kOutputs + 16 * kWarps * kRows;  // (4 rows, lane) float64
-  static constexpr int kProbed = kProbeOperands + 8 * 32 * 4 * kPairs;   // (warps, kTiles, lane, 2) float64: a warp's sums, between chunks
-  static constexpr int bytes(Form form) { return form == kWrite ? kProbed + 8 * 64 * kTiles * kWarps : kOutputs; }
+  static constexpr int kBarriers = kWarps * kSlots * kSlotBytes;        // (warps, slots)
+  static constexpr int kSource = kBarriers + 8 * kWarps * kSlots;       // (warps,) Tensors: rows and center
+  static constexpr int kTarget = kSource + sizeof(Tensors) * kWarps;    // (warps,) Tensors: out
+  static constexpr int kParents = kTarget + sizeof(Tensors) * kWarps;   // (kRows,) row_code of the parent
+  static constexpr int kMasks = kParents + 4 * kRows;                   // (8,) of tiles of the transform that are not zero: bit = tile of its rows
+  static constexpr int kTables = kMasks + 4 * 8;                        // (warps, kRows + 1) tensors of rows, then center
+  static constexpr int kOutputs = kTables + 16 * kWarps * (kRows + 1);  // (warps, kRows)
+  static constexpr int kSquares = kOutputs + 16 * kWarps * kRows;       // (warps, kPairs, lane) float64: a warp's sums, between chunks
+  static constexpr int kProbeOperands = kSquares + 8 * 32 * kWarps * kPairs;  // (4 rows, lane) float64
+  static constexpr int kProbed = kProbeOperands + 8 * 32 * 4 * kPairs;        // (warps, kTiles, lane, 2) float64: likewise
+  static constexpr int bytes(Form form) { return form == kWrite ? kProbed + 8 * 64 * kTiles * kWarps : form == kAgain ? kProbeOperands : kOutputs; }
 };
 static_assert(sizeof(DeviceTensor) == 16 && Layout<1>::kTables % 16 == 0 && Layout<4>::kTables % 16 == 0, "operands are read 16 bytes at a time");
 static_assert(Layout<4>::bytes(kWrite) <= 99 << 10, "two blocks share a multiprocessor; one fits on sm_86 and later");
@@ -161,6 +162,8 @@ struct Stream {
   using L = Layout<kPairs>;
   TWA_DEVICE uint8_t* slot(int k) const { return shared_memory() + (warp_index() * kSlots + k) * L::kSlotBytes; }
   TWA_DEVICE uint64_t* barrier(int k) const { return reinterpret_cast<uint64_t*>(shared_memory() + L::kBarriers) + warp_index() * kSlots + k; }
+
+  TWA_DEVICE double* squares() const { return reinterpret_cast<double*>(shared_memory() + L::kSquares) + warp_index() * 32 * kPairs + lane_index(); }
 
   TWA_DEVICE void open(const Arguments& a) const {
     const int lane = lane_index();
@@ -238,11 +241,11 @@ TWA_DEVICE void add_products(double (&sums)[kPairs * (2 * kPairs + 1)][2], const
 }
 
 // made = transform * V for kBlocks * 8 columns: made[j][b][e] is row g of tile j, column index 2 t + e of block b, where load(k, own, parents) gives
-// what lane (g, t) has of row 4 k + t: column index g of every block, and of the parent. squares[h] += squares of row
+// what lane (g, t) has of row 4 k + t: column index g of every block, and of the parent. squares[32 h] += squares of row
 // 16 h + 8 (g / 2 % 2) + 4 (g % 2) + t: half of it, the lanes of g / 4 have each their own.
 template <int kPairs, int kBlocks, class Load>
 TWA_DEVICE void transform_rows(const double* fragments, const uint32_t* masks, const Load& load, double (&made)[2 * kPairs][kBlocks][2],
-                               double (&squares)[kPairs]) {
+                               double* squares) {
   constexpr int kTiles = 2 * kPairs;
   const int lane = lane_index(), g = lane / 4;
 #pragma unroll
@@ -269,7 +272,7 @@ TWA_DEVICE void transform_rows(const double* fragments, const uint32_t* masks, c
     if (q % 2 == 0)
       even = one;
     else
-      squares[q / 2] += (g & 2 ? one : even) + shuffle_xor(g & 2 ? even : one, 8);
+      squares[q / 2 * 32] += (g & 2 ? one : even) + shuffle_xor(g & 2 ? even : one, 8);
     const uint32_t mask = masks[q];
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
@@ -316,7 +319,7 @@ template <int kForm, int kPairs>
 TWA_KERNEL(kThreads, 2)
 orthonormalize_kernel(Arguments a) {
   using L = Layout<kPairs>;
-  constexpr int kTiles = L::kTiles, kSums = kForm == kWrite ? kTiles : kPairs * (kTiles + 1), kSquares = kForm == kGram ? kTiles : kPairs;
+  constexpr int kTiles = L::kTiles, kSums = kForm == kWrite ? kTiles : kPairs * (kTiles + 1);
   const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
   uint8_t* const shared = shared_memory();
   uint32_t* const parents = reinterpret_cast<uint32_t*>(shared + L::kParents);
@@ -341,10 +344,12 @@ orthonormalize_kernel(Arguments a) {
     for (int j = 0; j < kTiles; ++j)
       for (int e = 0; e < 2; ++e) reinterpret_cast<double*>(shared + L::kProbed)[(warp * kTiles + j) * 64 + 2 * lane + e] = 0.0;
   const Stream<kPairs> stream;
+  if constexpr (kForm != kGram)
+    for (int i = 0; i < kPairs; ++i) stream.squares()[32 * i] = 0.0;
   stream.open(a);
   sync_block();
 
-  double sums[kSums][2] = {}, squares[kSquares] = {};
+  double sums[kSums][2] = {}, squares[kPairs] = {};
   const uint32_t row_g = row_code(static_cast<uint32_t>(g)), row_t = row_code(static_cast<uint32_t>(t));
   uint32_t parent_g[kPairs];  // kGram: of row g of tiles 2 p and 2 p + 1, 16 bits each
   if constexpr (kForm == kGram)
@@ -365,14 +370,18 @@ orthonormalize_kernel(Arguments a) {
 #pragma unroll 1
       for (int h = 0; h < kChunk / 8; ++h) {  // lane: columns 8 h + 2 t, + 1
         const uint32_t piece = 16 * (2 * h + t / 2), half = t % 2 * 8;
-        double v[kTiles][2];
+        double v[kTiles][2], even = 0.0;
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
           const uint2 w = *reinterpret_cast<const uint2*>(slot + i * 8 * kRowBytes + (row_g ^ piece) + half);
           const uint2 p = *reinterpret_cast<const uint2*>(slot + ((parent_g[i / 2] >> i % 2 * 16 & 0xffff) ^ piece) + half);
           const double x = widened(w.x), y = widened(w.y);
           v[i][0] = x - widened(p.x), v[i][1] = y - widened(p.y);
-          squares[i] = fma(y, y, fma(x, x, squares[i]));
+          const double square = fma(y, y, x * x);
+          if (i % 2 == 0)
+            even = square;
+          else  // of two sums each lane goes on with one
+            squares[i / 2] += (t & 1 ? square : even) + shuffle_xor(t & 1 ? even : square, 1);
         }
         add_products<kPairs>(sums, v);
       }
@@ -387,7 +396,7 @@ orthonormalize_kernel(Arguments a) {
               own[0] = *reinterpret_cast<const uint32_t*>(slot + k * 4 * kRowBytes + (row_t ^ piece) + word);
               parent[0] = *reinterpret_cast<const uint32_t*>(slot + (parents[4 * k + t] ^ piece) + word);
             },
-            made, squares);
+            made, stream.squares());
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) v[i][0] = made[i][0][0], v[i][1] = made[i][0][1];
         add_products<kPairs>(sums, v);
@@ -407,7 +416,7 @@ orthonormalize_kernel(Arguments a) {
               own[0] = w.x, own[1] = w.y, own[2] = w.z, own[3] = w.w;
               parent[0] = p.x, parent[1] = p.y, parent[2] = p.z, parent[3] = p.w;
             },
-            made, squares);
+            made, stream.squares());
         sync_warp();  // everybody has read W
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
@@ -473,11 +482,9 @@ orthonormalize_kernel(Arguments a) {
   double* const total = reinterpret_cast<double*>(shared);
   double* const total_squares = total + 64 * kSums;
 #pragma unroll
-  for (int i = 0; i < kSquares; ++i) {
-    if constexpr (kForm == kGram)
-      squares[i] += shuffle_xor(squares[i], 1), squares[i] += shuffle_xor(squares[i], 2);
-    else
-      squares[i] += shuffle_xor(squares[i], 16);
+  for (int i = 0; i < kPairs; ++i) {
+    if constexpr (kForm != kGram) squares[i] = stream.squares()[32 * i];
+    squares[i] += shuffle_xor(squares[i], kForm == kGram ? 2 : 16);
   }
   if constexpr (kForm == kWrite)
 #pragma unroll
@@ -492,9 +499,9 @@ orthonormalize_kernel(Arguments a) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) total[64 * k + 2 * lane + e] = (w == 0 ? 0.0 : total[64 * k + 2 * lane + e]) + sums[k][e];
 #pragma unroll
-    for (int i = 0; i < kSquares; ++i) {
-      const int row = kForm == kGram ? 8 * i + g : 16 * i + 8 * (g / 2 % 2) + 4 * (g % 2) + t;
-      if (kForm == kGram ? t == 0 : g < 4) total_squares[row] = (w == 0 ? 0.0 : total_squares[row]) + squares[i];
+    for (int i = 0; i < kPairs; ++i) {
+      const int row = 16 * i + (kForm == kGram ? t % 2 * 8 + g : 8 * (g / 2 % 2) + 4 * (g % 2) + t);
+      if (kForm == kGram ? t < 2 : g < 4) total_squares[row] = (w == 0 ? 0.0 : total_squares[row]) + squares[i];
     }
   }
   sync_block();
