@@ -182,9 +182,9 @@ std::vector<int32_t> make_tasks(const HostWork& work, int64_t window);
 // Blocks of the step kernel that a device runs at once, which is the window that make_tasks() wants; or minus the CUDA error.
 int step_window(int64_t n, int bits, int device);
 
-// As orthonormalize_pass_cpu, in float64 throughout: there is no `fast`. center and out may be null; r counts only with a transform. Columns of each
-// tensor come in chunks of kOrthonormalizeChunk; tensor k begins with chunk chunk_begin[k], and there are `chunks` in all.
-// Workspaces: partials (parts, stride) and space (space,) float64, as orthonormalize_plan() says, which depends on its arguments alone.
+// As orthonormalize_pass_cpu without `fast`: float64, products with probes float32 (n > 64: float64). center and out may be null; r counts only with
+// a transform. Columns of each tensor come in chunks of kOrthonormalizeChunk; tensor k begins with chunk chunk_begin[k], and there are `chunks` in
+// all. Workspaces: partials (parts, stride) and space (space,) float64, as orthonormalize_plan() says, which depends on its arguments alone.
 constexpr int kOrthonormalizeChunk = 32;
 struct OrthonormalizePlan {
   int64_t parts, stride;  // partial sums

@@ -286,7 +286,7 @@ def orthonormalize_pass(
     fast: bool,
     out: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Float64 throughout, `fast` or not."""
+    """Float64, `fast` or not; products with probes as on the CPU."""
     rows, center = _contiguous(rows), _contiguous(center)
     device, n, r = parent.device, len(parent), 0 if transform is None else len(transform)
     m = n if transform is None else r

@@ -16,9 +16,13 @@
 //            an operand from both sides; in transform * V row t and four neighbouring columns, whose results are eight neighbouring columns of row g.
 // Shared     2 slots a warp: 65 rows (the last: center) of 32 float32 columns, filled by asynchronous copies one chunk ahead. 16-byte pieces of a row
 //            are exchanged by its number (row_code), so that no access below has bank conflicts. `write` puts V in the slot where W was.
-// Sums       float64 in a fixed order, on the float64 matrix units; `fast` makes no difference here. These run at the speed of float32 on sm_80 and
-//            sm_90; on chips whose float64 is slow (sm_86, sm_89, sm_120) everything is right, and slow.
-// Bytes      n * D * input read; r * D * output written. Per 8 x 8 tile and 4 columns one m8n8k4: 36 for gram at n = 64, 36 + 16 for write.
+// Sums       float64 in a fixed order, differences, transform and V V^T on the float64 matrix units; `fast` makes no difference here. These units run
+// at
+//            the speed of float32 on sm_80 and sm_90; on chips whose float64 is slow (sm_86, sm_89, sm_120) everything is right, and slow. Products
+//            with probes: float32 over the columns of a chunk, then float64, as on the CPU (n > 64: float64).
+// Bytes      n * D * input read; r * D * output written. At n = 64, for 4 columns of all rows: 36 products of 8 x 4 by 4 x 8 (m8n8k4, in pairs of
+// pairs
+//            from sm_90 on) for gram; 36 for write and 96 float32 multiply-adds a lane; 64 differences, two conversions each.
 #include "common.h"
 
 namespace twa {
@@ -31,7 +35,7 @@ constexpr int kRowBytes = 4 * kChunk;
 constexpr int kSlots = 2;              // of a warp: one is worked on while the other is filled; 8 warps then have 64 KiB on their way
 constexpr int kSmallRows = 64;         // whose triangle fits in the registers of a warp: 36 tiles, 144 registers
 constexpr int64_t kMostBlocks = 1056;  // four times what 132 multiprocessors run at once, so that other numbers of them have little left over
-constexpr int kProbes = 6;             // columns of a tile's 8 that are used
+constexpr int kProbes = 6;             // of the certificate: fixed by the op
 constexpr int kSlices = 32;            // n > 64: parts of a panel's columns, each with its own sums
 constexpr int64_t kPartialBytes = 64 << 20, kPanelBytes = 64 << 20;  // workspaces for n > 64: as much as the second-level cache, about
 constexpr int kTotalThreads = 256, kTotalWays = 8;                   // second kernel: 32 sums a block, 8 threads each
@@ -101,9 +105,9 @@ TWA_DEVICE void store_element(const DeviceTensor& t, int64_t column, float v) {
 }
 TWA_DEVICE double widened(uint32_t bits) { return static_cast<double>(bits_float(bits)); }
 
-// A slot's row i begins at row_code(i) bytes, its 16-byte piece k at row_code(i) ^ 16 k: pieces that a quarter of a warp reads at once, four of rows
-// i and i + 1 or two of rows i .. i + 3, are in different banks.
-TWA_HD constexpr uint32_t row_code(uint32_t i) { return i * kRowBytes + (4 * (i & 1) + (i & 2)) * 16; }
+// A slot's row i begins at row_code(i) bytes, its 16-byte piece k at row_code(i) ^ 16 k: what a quarter of a warp reads or writes at once is in
+// different banks, be it four pieces of rows i and i + 1, two pieces of rows i .. i + 3 or one of rows i .. i + 7 (i even, or a multiple of 4 or 8).
+TWA_HD constexpr uint32_t row_code(uint32_t i) { return i * kRowBytes + (4 * (i & 1) + (i & 2) + ((i ^ i >> 2) & 1)) * 16; }
 
 // What a warp knows about a tensor, in shared memory: registers are for sums.
 struct Tensors {
@@ -149,9 +153,13 @@ struct Layout {
   static constexpr int kTables = kMasks + 4 * 8;                        // (warps, kRows + 1) tensors of rows, then center
   static constexpr int kOutputs = kTables + 16 * kWarps * (kRows + 1);  // (warps, kRows)
   static constexpr int kSquares = kOutputs + 16 * kWarps * kRows;       // (warps, kPairs, lane) float64: a warp's sums, between chunks
-  static constexpr int kProbeOperands = kSquares + 8 * 32 * kWarps * kPairs;  // (4 rows, lane) float64
-  static constexpr int kProbed = kProbeOperands + 8 * 32 * 4 * kPairs;        // (warps, kTiles, lane, 2) float64: likewise
-  static constexpr int bytes(Form form) { return form == kWrite ? kProbed + 8 * 64 * kTiles * kWarps : form == kAgain ? kProbeOperands : kOutputs; }
+  static constexpr int kProbeOperands = kSquares + 8 * 32 * kWarps * kPairs;  // (kRows, 8) float32: the probes' columns
+  static constexpr int kLaneRows = (kRows + 31) / 32;                         // of a lane in products with the probes
+  static constexpr int kProbed = kProbeOperands + 32 * kRows;        // (warps, 32 columns, 6) float32: probes * V, four of them and two apart
+  static constexpr int kSums = kProbed + kWarps * 32 * 4 * kProbes;  // (warps, kLaneRows, 6, lane) float64: a warp's sums, between chunks
+  static constexpr int bytes(Form form) {
+    return form == kWrite ? kSums + 8 * 32 * kProbes * kLaneRows * kWarps : form == kAgain ? kProbeOperands : kOutputs;
+  }
 };
 static_assert(sizeof(DeviceTensor) == 16 && Layout<1>::kTables % 16 == 0 && Layout<4>::kTables % 16 == 0, "operands are read 16 bytes at a time");
 static_assert(Layout<4>::bytes(kWrite) <= 99 << 10, "two blocks share a multiprocessor; one fits on sm_86 and later");
@@ -315,6 +323,12 @@ orthonormalize_operands_kernel(Arguments a) {
   if (lane == 0) a.fragments[tiles * tiles * 64 + tile] = any ? 1.0 : 0.0;
 }
 
+TWA_DEVICE void load_probes(const float* four, const float* two, float (&v)[kProbes]) {
+  const uint4 a = *reinterpret_cast<const uint4*>(four);
+  const uint2 b = *reinterpret_cast<const uint2*>(two);
+  v[0] = bits_float(a.x), v[1] = bits_float(a.y), v[2] = bits_float(a.z), v[3] = bits_float(a.w), v[4] = bits_float(b.x), v[5] = bits_float(b.y);
+}
+
 template <int kForm, int kPairs>
 TWA_KERNEL(kThreads, 2)
 orthonormalize_kernel(Arguments a) {
@@ -323,17 +337,16 @@ orthonormalize_kernel(Arguments a) {
   const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
   uint8_t* const shared = shared_memory();
   uint32_t* const parents = reinterpret_cast<uint32_t*>(shared + L::kParents);
-  double* const probe_operands = reinterpret_cast<double*>(shared + L::kProbeOperands);
+  float* const probe_operands = reinterpret_cast<float*>(shared + L::kProbeOperands);
+  double* const kept = reinterpret_cast<double*>(shared + L::kSums) + warp * L::kLaneRows * kProbes * 32 + lane;
   uint32_t* const masks = reinterpret_cast<uint32_t*>(shared + L::kMasks);
   for (int i = thread_index(); i < L::kRows; i += kThreads) {
     const int parent = i >= a.n ? i : a.parent[i] >= 0 ? a.parent[i] : L::kRows;  // rows past the last: their own, so that they stay zero
     parents[i] = row_code(static_cast<uint32_t>(parent));
   }
   if constexpr (kForm == kWrite)
-    for (int k = thread_index(); k < 32 * 4 * kPairs; k += kThreads) {
-      const int probe = k % 32 / 4, row = k / 32 * 4 + k % 4;
-      probe_operands[k] = probe < kProbes && row < a.r ? a.probes[probe * a.r + row] : 0.0;
-    }
+    for (int k = thread_index(); k < 8 * L::kRows; k += kThreads)
+      probe_operands[k] = k % 8 < kProbes && k / 8 < a.r ? static_cast<float>(a.probes[k % 8 * a.r + k / 8]) : 0.0f;
   if constexpr (kForm != kGram)
     for (int q = thread_index(); q < kTiles; q += kThreads) {
       uint32_t mask = 0;
@@ -341,8 +354,7 @@ orthonormalize_kernel(Arguments a) {
       masks[q] = mask;
     }
   if constexpr (kForm == kWrite)
-    for (int j = 0; j < kTiles; ++j)
-      for (int e = 0; e < 2; ++e) reinterpret_cast<double*>(shared + L::kProbed)[(warp * kTiles + j) * 64 + 2 * lane + e] = 0.0;
+    for (int k = 0; k < L::kLaneRows * kProbes; ++k) kept[32 * k] = 0.0;
   const Stream<kPairs> stream;
   if constexpr (kForm != kGram)
     for (int i = 0; i < kPairs; ++i) stream.squares()[32 * i] = 0.0;
@@ -393,7 +405,7 @@ orthonormalize_kernel(Arguments a) {
         transform_rows<kPairs, 1>(
             a.fragments, masks,
             [&](int k, uint32_t (&own)[1], uint32_t (&parent)[1]) {
-              own[0] = *reinterpret_cast<const uint32_t*>(slot + k * 4 * kRowBytes + (row_t ^ piece) + word);
+              own[0] = *reinterpret_cast<const uint32_t*>(slot + k * 4 * kRowBytes + (row_t ^ piece ^ (16 * (k & 1))) + word);
               parent[0] = *reinterpret_cast<const uint32_t*>(slot + (parents[4 * k + t] ^ piece) + word);
             },
             made, stream.squares());
@@ -411,67 +423,95 @@ orthonormalize_kernel(Arguments a) {
         transform_rows<kPairs, 4>(
             a.fragments, masks,
             [&](int k, uint32_t (&own)[4], uint32_t (&parent)[4]) {  // lane: columns 4 g .. 4 g + 3 of V, then 8 t .. 8 t + 7 of what is made
-              const uint4 w = *reinterpret_cast<const uint4*>(slot + k * 4 * kRowBytes + (row_t ^ (16 * g)));
+              const uint4 w = *reinterpret_cast<const uint4*>(slot + k * 4 * kRowBytes + (row_t ^ (16 * (g ^ (k & 1)))));
               const uint4 p = *reinterpret_cast<const uint4*>(slot + (parents[4 * k + t] ^ (16 * g)));
               own[0] = w.x, own[1] = w.y, own[2] = w.z, own[3] = w.w;
               parent[0] = p.x, parent[1] = p.y, parent[2] = p.z, parent[3] = p.w;
             },
             made, stream.squares());
         sync_warp();  // everybody has read W
+        const auto keep = [&](const auto& dtype_of) {
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          if (8 * j + g >= a.n) continue;
-          const Dtype dtype = target.mixed && 8 * j + g < a.r ? outputs[8 * j + g].dtype : Dtype::f32;
+          for (int j = 0; j < kTiles; ++j) {
+            if (8 * j + g >= a.n) continue;
+            const Dtype dtype = dtype_of(8 * j + g);
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            uint32_t w[4];
+            for (int e = 0; e < 2; ++e) {
+              uint32_t w[4];
 #pragma unroll
-            for (int b = 0; b < 4; ++b) w[b] = float_bits(rounded(dtype, static_cast<float>(made[j][b][e])));
-            *reinterpret_cast<uint4*>(slot + j * 8 * kRowBytes + (row_g ^ (16 * (2 * t + e)))) = uint4{w[0], w[1], w[2], w[3]};
+              for (int b = 0; b < 4; ++b) w[b] = float_bits(rounded(dtype, static_cast<float>(made[j][b][e])));
+              *reinterpret_cast<uint4*>(slot + j * 8 * kRowBytes + (row_g ^ (16 * (2 * t + e)))) = uint4{w[0], w[1], w[2], w[3]};
+            }
           }
-        }
+        };
+        if (target.mixed)
+          keep([&](int row) { return row < a.r ? outputs[row].dtype : Dtype::f32; });
+        else
+          keep([](int) { return Dtype::f32; });
         sync_warp();
       }
       const int64_t column = target.at.column(chunk);
       const int columns = target.at.columns(chunk);
-      if (target.aligned && columns == kChunk) {
-        for (int i = lane / 8; i < a.r; i += 4)
-          if (i >= a.first)
-            store_16(static_cast<float*>(outputs[i].data) + column + 4 * (lane % 8),
-                     *reinterpret_cast<const uint4*>(slot + (row_code(static_cast<uint32_t>(i)) ^ (16 * (lane % 8)))));
-      } else if (lane < columns) {
+      const bool whole = target.aligned && columns == kChunk;
+      // Lane: rows 4 i + lane / 8, columns 4 (lane % 8) .. + 3. They are stored, and multiplied by the probes: float32 sums over a chunk, as on the
+      // CPU.
+      float product[4][kProbes] = {};
+#pragma unroll 4
+      for (int i = 0; i < L::kRows / 4; ++i) {
+        const int row = 4 * i + lane / 8;
+        const uint4 w = *reinterpret_cast<const uint4*>(slot + (row_code(static_cast<uint32_t>(row)) ^ (16 * (lane % 8))));
+        if (whole && row >= a.first && row < a.r) store_16(static_cast<float*>(outputs[row].data) + column + 4 * (lane % 8), w);
+        float probe[kProbes];
+        load_probes(probe_operands + 8 * row, probe_operands + 8 * row + 4, probe);
+#pragma unroll
+        for (int p = 0; p < kProbes; ++p) {
+          product[0][p] = fmaf(probe[p], bits_float(w.x), product[0][p]), product[1][p] = fmaf(probe[p], bits_float(w.y), product[1][p]);
+          product[2][p] = fmaf(probe[p], bits_float(w.z), product[2][p]), product[3][p] = fmaf(probe[p], bits_float(w.w), product[3][p]);
+        }
+      }
+      if (!whole && lane < columns)
         for (int i = static_cast<int>(a.first); i < a.r; ++i)
           store_element(outputs[i], column + lane,
                         *reinterpret_cast<const float*>(slot + (row_code(static_cast<uint32_t>(i)) ^ (16 * (lane / 4))) + 4 * (lane % 4)));
-      }
-      // probes * V: row g of the probes, column index 2 t + e of block b, as V was made.
-      double probed[4][2] = {};
-#pragma unroll 4
-      for (int k = 0; k < 2 * kTiles; ++k) {
-        const uint4 w = *reinterpret_cast<const uint4*>(slot + k * 4 * kRowBytes + (row_t ^ (16 * g)));
-        const double probe = probe_operands[32 * k + lane];
-        multiply_add_f64(probed[0], probe, widened(w.x)), multiply_add_f64(probed[1], probe, widened(w.y));
-        multiply_add_f64(probed[2], probe, widened(w.z)), multiply_add_f64(probed[3], probe, widened(w.w));
-      }
-      // V * (probes * V)^T: the result above is the operand's other side as it stands.
+      // Over the four classes of rows; each lane goes on with one of its columns, 4 (lane % 8) + lane / 16 * 2 + lane / 8 % 2.
+      float* const probed = reinterpret_cast<float*>(shared + L::kProbed) + warp * 32 * kProbes;
+      const bool second = lane & 16, odd = lane & 8;
+      float one[kProbes];
 #pragma unroll
-      for (int p = 0; p < kPairs; ++p) {
-        double* const kept = reinterpret_cast<double*>(shared + L::kProbed) + (warp * kTiles + 2 * p) * 64 + 2 * lane;
-        double part[2][2] = {{kept[0], kept[1]}, {kept[64], kept[65]}};
-        uint4 upper[2], lower[2];
+      for (int p = 0; p < kProbes; ++p) {
+        const float even_half = (second ? product[2][p] : product[0][p]) + shuffle_xor(second ? product[0][p] : product[2][p], 16);
+        const float odd_half = (second ? product[3][p] : product[1][p]) + shuffle_xor(second ? product[1][p] : product[3][p], 16);
+        one[p] = (odd ? odd_half : even_half) + shuffle_xor(odd ? even_half : odd_half, 8);
+      }
+      *reinterpret_cast<uint4*>(probed + 4 * lane) = uint4{float_bits(one[0]), float_bits(one[1]), float_bits(one[2]), float_bits(one[3])};
+      *reinterpret_cast<uint2*>(probed + 128 + 2 * lane) = uint2{float_bits(one[4]), float_bits(one[5])};
+      sync_warp();
+      // V * (probes * V)^T. Lane: rows lane and lane + 32.
+      float sum[L::kLaneRows][kProbes] = {};
+#pragma unroll 2
+      for (int piece = 0; piece < kChunk / 4; ++piece) {
+        float v[L::kLaneRows][4];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const uint8_t* const from = slot + p * 16 * kRowBytes + (row_g ^ (16 * (2 * t + e)));
-          upper[e] = *reinterpret_cast<const uint4*>(from), lower[e] = *reinterpret_cast<const uint4*>(from + 8 * kRowBytes);
+        for (int z = 0; z < L::kLaneRows; ++z) {
+          const int row = lane + 32 * z < L::kRows ? lane + 32 * z : L::kRows - 1;
+          const uint4 w = *reinterpret_cast<const uint4*>(slot + (row_code(static_cast<uint32_t>(row)) ^ (16 * piece)));
+          v[z][0] = bits_float(w.x), v[z][1] = bits_float(w.y), v[z][2] = bits_float(w.z), v[z][3] = bits_float(w.w);
         }
-        const auto add = [&](int b, uint32_t u0, uint32_t u1, uint32_t l0, uint32_t l1) {
-          const double a_upper[2] = {widened(u0), widened(u1)}, a_lower[2] = {widened(l0), widened(l1)};
-          multiply_add_f64(part[0], part[1], a_upper, a_lower, probed[b]);
-        };
-        add(0, upper[0].x, upper[1].x, lower[0].x, lower[1].x), add(1, upper[0].y, upper[1].y, lower[0].y, lower[1].y);
-        add(2, upper[0].z, upper[1].z, lower[0].z, lower[1].z), add(3, upper[0].w, upper[1].w, lower[0].w, lower[1].w);
-        kept[0] = part[0][0], kept[1] = part[0][1], kept[64] = part[1][0], kept[65] = part[1][1];
+#pragma unroll
+        for (int b = 0; b < 4; ++b) {
+          const int from = b / 2 * 16 + b % 2 * 8 + piece;  // lane that has column 4 piece + b
+          float probe[kProbes];
+          load_probes(probed + 4 * from, probed + 128 + 2 * from, probe);
+#pragma unroll
+          for (int z = 0; z < L::kLaneRows; ++z)
+#pragma unroll
+            for (int p = 0; p < kProbes; ++p) sum[z][p] = fmaf(v[z][b], probe[p], sum[z][p]);
+        }
       }
+#pragma unroll
+      for (int z = 0; z < L::kLaneRows; ++z)
+#pragma unroll
+        for (int p = 0; p < kProbes; ++p) kept[32 * (z * kProbes + p)] += static_cast<double>(sum[z][p]);
     }
     sync_warp();  // everybody has read the slot
     if (k + kSlots * kWarps < count) stream.fill(a, slot_index, block_index() * a.per_block + k + kSlots * kWarps);
@@ -486,22 +526,21 @@ orthonormalize_kernel(Arguments a) {
     if constexpr (kForm != kGram) squares[i] = stream.squares()[32 * i];
     squares[i] += shuffle_xor(squares[i], kForm == kGram ? 2 : 16);
   }
-  if constexpr (kForm == kWrite)
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) sums[j][e] = reinterpret_cast<const double*>(shared + L::kProbed)[(warp * kTiles + j) * 64 + 2 * lane + e];
   for (int w = 0; w < kWarps; ++w) {
     sync_block();
     if (warp != w) continue;
+    const auto add = [w](double& to, double v) { to = (w == 0 ? 0.0 : to) + v; };
+    if constexpr (kForm == kWrite) {
+      for (int z = 0; z < L::kLaneRows; ++z)
+        for (int p = 0; p < 8 && lane + 32 * z < L::kRows; ++p) add(total[8 * (lane + 32 * z) + p], p < kProbes ? kept[32 * (z * kProbes + p)] : 0.0);
+    } else {
 #pragma unroll
-    for (int k = 0; k < kSums; ++k)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) total[64 * k + 2 * lane + e] = (w == 0 ? 0.0 : total[64 * k + 2 * lane + e]) + sums[k][e];
+      for (int k = 0; k < kSums; ++k) add(total[64 * k + 2 * lane], sums[k][0]), add(total[64 * k + 2 * lane + 1], sums[k][1]);
+    }
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       const int row = 16 * i + (kForm == kGram ? t % 2 * 8 + g : 8 * (g / 2 % 2) + 4 * (g % 2) + t);
-      if (kForm == kGram ? t < 2 : g < 4) total_squares[row] = (w == 0 ? 0.0 : total_squares[row]) + squares[i];
+      if (kForm == kGram ? t < 2 : g < 4) add(total_squares[row], squares[i]);
     }
   }
   sync_block();
