@@ -1,4 +1,4 @@
-"""orthonormalize_pass in CUDA C++ beyond what every GPU backend is tested for: sizes around its tiles, blocks and panels, addresses, dtypes, order."""
+"""orthonormalize_pass in CUDA C++ beyond what every GPU backend is tested for: sizes around its tiles and panels, addresses, dtypes, order."""
 
 import pytest
 import torch

@@ -11,18 +11,15 @@
 //            lower triangle of V V^T (8 x 8 tiles of the matrix units) in registers. So every number is read, converted and subtracted once, and no
 //            warp waits for another until the end, when the warps' sums are added in order; a second kernel adds the blocks', in order.
 //            n > 64: panels of columns, a launch for each step: differences to global memory, transform, products of 32 x 32 rows a warp.
-// Fragments  The order of a contracted index is free, so lane 4 g + t takes what lies together: in V V^T row g of a tile and two neighbouring
-// columns,
-//            an operand from both sides; in transform * V row t and four neighbouring columns, whose results are eight neighbouring columns of row g.
+// Fragments  The order of a contracted index is free, so lane 4 g + t takes what lies together: in V V^T row g of a tile and two neighbours of its
+//            columns, an operand for both sides; in transform * V row t and four neighbours, whose results are eight neighbours in row g.
 // Shared     2 slots a warp: 65 rows (the last: center) of 32 float32 columns, filled by asynchronous copies one chunk ahead. 16-byte pieces of a row
-//            are exchanged by its number (row_code), so that no access below has bank conflicts. `write` puts V in the slot where W was.
-// Sums       float64 in a fixed order, differences, transform and V V^T on the float64 matrix units; `fast` makes no difference here. These units run
-// at
-//            the speed of float32 on sm_80 and sm_90; on chips whose float64 is slow (sm_86, sm_89, sm_120) everything is right, and slow. Products
-//            with probes: float32 over the columns of a chunk, then float64, as on the CPU (n > 64: float64).
-// Bytes      n * D * input read; r * D * output written. At n = 64, for 4 columns of all rows: 36 products of 8 x 4 by 4 x 8 (m8n8k4, in pairs of
-// pairs
-//            from sm_90 on) for gram; 36 for write and 96 float32 multiply-adds a lane; 64 differences, two conversions each.
+//            are exchanged by its number (row_code), so that no access below has bank conflicts but by parents. `write` puts V where W was.
+// Sums       float64 in a fixed order; differences too; transform and V V^T on the float64 matrix units; `fast` makes no difference here. The units
+//            run at the speed of float32 on sm_80 and sm_90; on chips whose float64 is slow (sm_86, sm_89, sm_120) all is right, and slow.
+//            Products with probes: float32 over the columns of a chunk, then float64, as on the CPU (n > 64: float64).
+// Bytes      n * D * input read; r * D * output written. At n = 64, for 4 columns of all rows: 36 products of 8 x 4 by 4 x 8 (m8n8k4, four of them
+//            one m16n8k8 from sm_90 on) for each of V V^T and the transform; 64 differences, of which each takes two conversions.
 #include "common.h"
 
 namespace twa {
@@ -61,7 +58,7 @@ struct Arguments {
   double* fragments;  // n <= 64: the transform as operands, (row tile, tile of 8 rows of V, lane, 2), then a mask
   // n > 64: a panel of columns
   int64_t from, panel;  // first chunk, chunks
-  double *v, *u, *s;    // (rows of n, or r, to a multiple of 64, columns of the panel); (8, columns)
+  double *v, *u, *s;    // (rows of n, or r, to a multiple of 32, columns of the panel); (6, columns)
   int64_t slices;
 };
 
