@@ -213,6 +213,18 @@ void step_cuda(const Basis& basis, uintptr_t grads, bool adamw, const std::vecto
   check_cuda("step", error, device);
 }
 
+// center and out may be 0; workspaces: partials, space.
+void orthonormalize_pass_cuda(uintptr_t rows, uintptr_t center, uintptr_t out, uintptr_t numel, uintptr_t chunk_begin, int64_t count, int64_t chunks,
+                              int64_t n, uintptr_t parent, uintptr_t transform, int64_t r, uintptr_t probes, int64_t first, uintptr_t partials,
+                              uintptr_t space, uintptr_t gram, uintptr_t norms, int device, uintptr_t stream) {
+  const int error = twa::orthonormalize_pass_cuda(
+      pointer<const twa::DeviceTensor>(rows), pointer<const twa::DeviceTensor>(center), pointer<const twa::DeviceTensor>(out),
+      pointer<const int64_t>(numel), pointer<const int64_t>(chunk_begin), count, chunks, n, pointer<const int32_t>(parent),
+      pointer<const double>(transform), r, pointer<const double>(probes), first, pointer<double>(partials), pointer<double>(space),
+      pointer<double>(gram), pointer<double>(norms), device, pointer<void>(stream));
+  check_cuda("orthonormalize_pass", error, device);
+}
+
 // entries: address and dtype number of each tensor.
 void table_cuda(const Numbers& entries, uintptr_t to, int device, uintptr_t stream) {
   std::vector<twa::DeviceTensor> table;
@@ -278,6 +290,13 @@ PYBIND11_MODULE(TWA_MODULE, m) {
   m.def("project_cuda", &project_cuda);
   m.def("reconstruct_cuda", &reconstruct_cuda);
   m.def("step_cuda", &step_cuda);
+  m.def("orthonormalize_pass_cuda", &orthonormalize_pass_cuda);
+  m.attr("orthonormalize_chunk") = twa::kOrthonormalizeChunk;
+  // Rows and columns of the partial sums, and numbers of the other workspace.
+  m.def("orthonormalize_plan", [](int64_t n, int64_t r, int64_t chunks, bool transform, bool write) {
+    const twa::OrthonormalizePlan plan = twa::orthonormalize_plan(n, r, chunks, transform, write);
+    return py::make_tuple(plan.parts, plan.stride, plan.space);
+  });
   m.def("step_counters", [](int64_t groups, int64_t segments) { return twa::step_counters(groups, segments); });
   m.def("step_window", [](int64_t n, int bits, int device) {
     const int window = twa::step_window(n, bits, device);

@@ -182,6 +182,21 @@ std::vector<int32_t> make_tasks(const HostWork& work, int64_t window);
 // Blocks of the step kernel that a device runs at once, which is the window that make_tasks() wants; or minus the CUDA error.
 int step_window(int64_t n, int bits, int device);
 
+// As orthonormalize_pass_cpu without `fast`: float64, products with probes float32 (n > 64: float64). center and out may be null; r counts only with
+// a transform. Columns of each tensor come in chunks of kOrthonormalizeChunk; tensor k begins with chunk chunk_begin[k], and there are `chunks` in
+// all. Workspaces: partials (parts, stride) and space (space,) float64, as orthonormalize_plan() says, which depends on its arguments alone.
+constexpr int kOrthonormalizeChunk = 32;
+struct OrthonormalizePlan {
+  int64_t parts, stride;  // partial sums
+  int64_t space;
+  int64_t per_block;  // chunks of a block; of a panel, for more than 64 rows
+};
+OrthonormalizePlan orthonormalize_plan(int64_t n, int64_t r, int64_t chunks, bool transform, bool write);
+int orthonormalize_pass_cuda(const DeviceTensor* rows, const DeviceTensor* center, const DeviceTensor* out, const int64_t* numel,
+                             const int64_t* chunk_begin, int64_t count, int64_t chunks, int64_t n, const int32_t* parent, const double* transform,
+                             int64_t r, const double* probes, int64_t first, double* partials, double* space, double* gram, double* norms, int device,
+                             void* stream);
+
 const char* cuda_error_name(int error);
 const char* cuda_error_string(int error);
 int cuda_device_count();

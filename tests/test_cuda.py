@@ -272,7 +272,7 @@ def test_what_a_graph_would_repeat_is_refused():
 
 
 def launch_on(device, module):
-    """project, reconstruct, step and pack on tensors whose outputs are filled with 7; the error and the outputs."""
+    """project, reconstruct, step, pack and orthonormalize_pass on tensors whose outputs are filled with 7; the error and the outputs."""
     n, tiles = 3, 2
     codes, scales = torch.zeros(tiles, n, 64, dtype=torch.uint8), torch.full((tiles, n), 0x38, dtype=torch.uint8)
     row_scale, segment, c, x = torch.ones(n, 1), torch.zeros(tiles, dtype=torch.int32), torch.full((n, 1), 7.0), torch.zeros(n, 1)
@@ -289,11 +289,14 @@ def launch_on(device, module):
         "reconstruct": lambda: module.reconstruct_cuda(basis, x.data_ptr(), 0, weights, work, at[0], device, 0),
         "step": lambda: module.step_cuda(basis, grad, False, sgd, 1, x.data_ptr(), 0, 0, 0, weights, work, at, 4, c.data_ptr(), device, 0),
         "pack": lambda: module.pack_cuda(at[0], 0, at[1], at[2], at[3], 1, tiles, n, 4, False, codes.data_ptr(), at[4], at[4], at[4], device, 0),
+        "orthonormalize_pass": lambda: module.orthonormalize_pass_cuda(
+            grad, 0, weights, at[1], at[2], 1, 8, 1, at[3], at[4], 1, at[5], 0, at[0], at[6], c.data_ptr(), c.data_ptr(), device, 0
+        ),
     }
     return calls, (out, c, codes), (tables, arrays, space, g)  # the last are pointed to
 
 
-@pytest.mark.parametrize("op", ["project", "reconstruct", "step", "pack"])
+@pytest.mark.parametrize("op", ["project", "reconstruct", "step", "pack", "orthonormalize_pass"])
 def test_launch_without_a_device_or_on_a_wrong_one(op):
     module, device = (native._C, 0) if not ON_GPU and native._C.with_cuda else (cuda.module, 99)
     calls, (out, c, codes), _ = launch_on(device, module)
@@ -303,7 +306,7 @@ def test_launch_without_a_device_or_on_a_wrong_one(op):
     assert (out == 7).all() and (c == 7).all() and (codes == 0).all()
 
 
-@pytest.mark.parametrize("op", ["project", "reconstruct", "step", "pack"])
+@pytest.mark.parametrize("op", ["project", "reconstruct", "step", "pack", "orthonormalize_pass"])
 def test_wrong_device_number(op):
     calls, (out, c, codes), _ = launch_on(99, cuda.module)
     with pytest.raises(RuntimeError, match=f"{op}: CUDA error cudaErrorInvalidDevice on device 99"):

@@ -169,8 +169,8 @@ def test_triton_without_its_package_or_a_gpu_says_so(monkeypatch):
 def test_gpus_prefer_the_cuda_module(monkeypatch):
     monkeypatch.setattr(dispatch, "why_unusable", lambda backend: None)
     assert {op: dispatch.default_backend(op, "cuda") for op in dispatch.OPS} == {
-        **dict.fromkeys(("pack", "project", "reconstruct", "step"), "cuda"),
-        **dict.fromkeys(("unpack", "gram", "orthonormalize_pass"), "triton"),
+        **dict.fromkeys(("pack", "project", "reconstruct", "step", "orthonormalize_pass"), "cuda"),
+        **dict.fromkeys(("unpack", "gram"), "triton"),
     }
     monkeypatch.setattr(dispatch, "why_unusable", lambda backend: "absent" if backend == "cuda" else None)
     assert {dispatch.default_backend(op, "cuda") for op in dispatch.OPS} == {"triton"}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import native
 from .native import DTYPES, _addresses, _contiguous, _targets, _write_back, capturing, finish_pack, kept, on_device
-from .reference import tile_offsets
+from .reference import PROBES, tile_offsets
 
 #: the native module; tests put in its place the same kernels compiled for a CPU (tests/emulator)
 module = native._C
@@ -264,3 +264,56 @@ def pack(
         )
     squares.masked_fill_(bad.bool(), torch.nan)  # some group was not finite: finish_pack finds out which
     return finish_pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, errors, squares)
+
+
+@functools.lru_cache(maxsize=64)
+def _chunks(numels: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
+    """(2, tensors) int64 on the device: sizes, and the first chunk of each tensor; and the number of chunks. Read on every stream, so it waits."""
+    begin = [0]
+    for numel in numels:
+        begin.append(begin[-1] - -numel // module.orthonormalize_chunk)
+    return torch.tensor([numels, begin[:-1]], dtype=torch.int64, device=device), begin[-1]
+
+
+def orthonormalize_pass(
+    rows: Sequence[Tensor],
+    center: Sequence[Tensor],
+    numels: Sequence[int],
+    parent: Tensor,
+    transform: Tensor | None,
+    probes: Tensor | None,
+    first: int,
+    fast: bool,
+    out: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Float64, `fast` or not; products with probes as on the CPU."""
+    rows, center = _contiguous(rows), _contiguous(center)
+    device, n, r = parent.device, len(parent), 0 if transform is None else len(transform)
+    m = n if transform is None else r
+    gram = torch.empty(m, PROBES if out else m, dtype=torch.float64, device=device)
+    norms = torch.empty(n, dtype=torch.float64, device=device)
+    with on_device(device):
+        sizes, chunks = _chunks(tuple(numels), device)
+        parts, stride, space = module.orthonormalize_plan(n, r, chunks, transform is not None, bool(out))
+        partials = torch.empty(parts, stride, dtype=torch.float64, device=device)
+        workspace = torch.empty(space, dtype=torch.float64, device=device)
+        tables = [tensor_table(t, device) if t else None for t in (rows, center, out)]
+        module.orthonormalize_pass_cuda(
+            *[0 if t is None else t.data_ptr() for t in tables],
+            sizes[0].data_ptr(),
+            sizes[1].data_ptr(),
+            len(numels),
+            chunks,
+            n,
+            parent.data_ptr(),
+            0 if transform is None else transform.data_ptr(),
+            r,
+            0 if probes is None else probes.data_ptr(),
+            first,
+            partials.data_ptr(),
+            workspace.data_ptr(),
+            gram.data_ptr(),
+            norms.data_ptr(),
+            *_place(device),
+        )
+    return gram, norms

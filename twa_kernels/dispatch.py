@@ -30,7 +30,7 @@ IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
     **{(op, "reference"): getattr(reference, op) for op in OPS},
     **{(op, "cpp"): getattr(native, op) for op in OPS},
     **{(op, "triton"): _triton(op) for op in OPS},
-    **{(op, "cuda"): getattr(cuda, op) for op in ("pack", "project", "reconstruct", "step")},
+    **{(op, "cuda"): getattr(cuda, op) for op in ("pack", "project", "reconstruct", "step", "orthonormalize_pass")},
 }
 
 #: backend -> device types it runs on ("cuda" is PyTorch's name for AMD GPUs too)

@@ -30,6 +30,7 @@ TWA_DEVICE void sync_warp() { __syncwarp(); }
 TWA_DEVICE uint32_t warp_max(uint32_t v) { return __reduce_max_sync(0xffffffffu, v); }
 TWA_DEVICE int warp_sum(int v) { return __reduce_add_sync(0xffffffffu, v); }
 TWA_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+TWA_DEVICE double shuffle_xor(double v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 
 TWA_DEVICE int dot4(uint32_t a, uint32_t b, int c) { return __dp4a(static_cast<int>(a), static_cast<int>(b), c); }
 TWA_DEVICE int round_to_int(float v) { return __float2int_rn(v); }
@@ -62,6 +63,23 @@ TWA_DEVICE void multiply_add_half(int (&d)[4], uint32_t a0, uint32_t a1, uint32_
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a0), "r"(a1), "r"(b0));
   }
+}
+
+// d += a (8 x 4) * b (4 x 8) in float64. Lane 4 g + t holds a: row g, column t;   b: row t, column g;   d: row g, columns 2 t, 2 t + 1.
+TWA_DEVICE void multiply_add_f64(double (&d)[2], double a, double b) {
+  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+d"(d[0]), "+d"(d[1]) : "d"(a), "d"(b));
+}
+// The same for two blocks of 8 rows of a, and 8 columns of it: what element e of an operand holds belongs together, e = 0 and 1. One instruction from
+// sm_90 on, which feeds the matrix units with fewer reads of registers.
+TWA_DEVICE void multiply_add_f64(double (&upper)[2], double (&lower)[2], const double (&a_upper)[2], const double (&a_lower)[2],
+                                 const double (&b)[2]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+d"(upper[0]), "+d"(upper[1]), "+d"(lower[0]), "+d"(lower[1])
+      : "d"(a_upper[0]), "d"(a_lower[0]), "d"(a_upper[1]), "d"(a_lower[1]), "d"(b[0]), "d"(b[1]));
+#else
+  for (int e = 0; e < 2; ++e) multiply_add_f64(upper, a_upper[e], b[e]), multiply_add_f64(lower, a_lower[e], b[e]);
+#endif
 }
 
 // Division and root as IEEE says, whatever the compiler's flags.
@@ -146,6 +164,9 @@ TWA_DEVICE void copy_bulk(void* to, const void* from, int bytes, uint64_t* barri
 }
 TWA_DEVICE void copy_16(void* to, const void* from, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "l"(policy) : "memory");
+}
+TWA_DEVICE void copy_4(void* to, const void* from, uint64_t policy) {
+  asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "l"(policy) : "memory");
 }
 // Arrives at the barrier when this lane's copies so far have come.
 TWA_DEVICE void barrier_arrive_after_copies(uint64_t* barrier) {

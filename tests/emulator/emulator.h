@@ -34,7 +34,7 @@ struct Barrier {
   std::vector<Copy> copies;
 };
 struct Warp {
-  uint32_t in[32][12], out[32][4];
+  uint32_t in[32][20], out[32][8];
   int arrived = 0;
   const char* function = nullptr;
   uint64_t generation = 0;
@@ -63,7 +63,7 @@ void complete(Barrier& barrier);
 // All 32 lanes bring kIn words; compute(in, out) makes each lane's kOut words.
 template <int kIn, int kOut, class F>
 void together(const char* function, const uint32_t (&in)[kIn], uint32_t (&out)[kOut], const F& compute) {
-  static_assert(kIn <= 12 && kOut <= 4);
+  static_assert(kIn <= 20 && kOut <= 8);
   Warp& w = block().warps[thread() / 32];
   const int lane = thread() % 32;
   if (w.arrived == 0) w.function = function;
@@ -143,6 +143,13 @@ inline int warp_sum(int v) {
   return static_cast<int>(out[0]);
 }
 inline float shuffle_xor(float v, int mask) { return emulator::exchange("shuffle_xor", v, mask, true); }
+inline double shuffle_xor(double v, int mask) {
+  uint32_t words[2];
+  std::memcpy(words, &v, 8);
+  for (uint32_t& w : words) w = emulator::exchange("shuffle_xor", w, mask, true);
+  std::memcpy(&v, words, 8);
+  return v;
+}
 
 inline int dot4(uint32_t a, uint32_t b, int c) {
   for (int k = 0; k < 4; ++k) c += static_cast<int8_t>(a >> (8 * k)) * static_cast<int8_t>(b >> (8 * k));
@@ -213,8 +220,59 @@ void multiply_add_half(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
   for (int i = 0; i < 4; ++i) d[i] = static_cast<int>(out[i]);
 }
 
+// mma.m8n8k4, float64: a: row = group, column = member; b: row = member, column = group; c[i]: row = group, column = member * 2 + i.
+inline void multiply_add_f64(double (&d)[2], double a, double b) {
+  const double operands[4] = {a, b, d[0], d[1]};
+  uint32_t in[8], out[4];
+  std::memcpy(in, operands, sizeof(in));
+  emulator::together("mma.f64", in, out, [](auto& x, auto& y) {
+    double a[8][4], b[4][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      std::memcpy(&a[lane >> 2][lane % 4], x[lane], 8);
+      std::memcpy(&b[lane % 4][lane >> 2], x[lane] + 2, 8);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      double sum[2];
+      std::memcpy(sum, x[lane] + 4, 16);
+      for (int i = 0; i < 2; ++i)
+        for (int k = 0; k < 4; ++k) sum[i] += a[lane >> 2][k] * b[k][lane % 4 * 2 + i];
+      std::memcpy(y[lane], sum, 16);
+    }
+  });
+  std::memcpy(d, out, sizeof(out));
+}
+// mma.m16n8k8, float64: a[i]: row = group for even i, else group + 8; column = member for i < 2, else member + 4; b[i]: row = member + 4 i,
+// column = group; c[i]: row = group for i < 2, else group + 8; column = member * 2 + (i & 1). As before sm_90 with TWA_EMULATOR_BULK=0.
+inline void multiply_add_f64(double (&upper)[2], double (&lower)[2], const double (&a_upper)[2], const double (&a_lower)[2], const double (&b)[2]) {
+  if (!emulator::bulk_copies()) {
+    for (int e = 0; e < 2; ++e) multiply_add_f64(upper, a_upper[e], b[e]), multiply_add_f64(lower, a_lower[e], b[e]);
+    return;
+  }
+  const double operands[10] = {a_upper[0], a_lower[0], a_upper[1], a_lower[1], b[0], b[1], upper[0], upper[1], lower[0], lower[1]};
+  uint32_t in[20], out[8];
+  std::memcpy(in, operands, sizeof(in));
+  emulator::together("mma.f64.m16n8k8", in, out, [](auto& x, auto& y) {
+    double a[16][8], b[8][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int group = lane >> 2, member = lane % 4;
+      for (int i = 0; i < 4; ++i) std::memcpy(&a[group + i % 2 * 8][member + i / 2 * 4], x[lane] + 2 * i, 8);
+      for (int i = 0; i < 2; ++i) std::memcpy(&b[member + 4 * i][group], x[lane] + 8 + 2 * i, 8);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      double sum[4];
+      std::memcpy(sum, x[lane] + 12, 32);
+      for (int i = 0; i < 4; ++i)
+        for (int k = 0; k < 8; ++k) sum[i] += a[(lane >> 2) + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
+      std::memcpy(y[lane], sum, 32);
+    }
+  });
+  std::memcpy(upper, out, 16);
+  std::memcpy(lower, out + 4, 16);
+}
+
 inline float divide(float a, float b) { return a / b; }
 inline float square_root(float a) { return std::sqrt(a); }
+using std::fma;
 using std::fmaf;
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -276,11 +334,11 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
     if (b.phase % 2 == parity) emulator::wait(nullptr, 0);
   }
 }
-inline void start_copy(emulator::Copy copy, std::vector<emulator::Copy>& copies) {
+inline void start_copy(emulator::Copy copy, std::vector<emulator::Copy>& copies, int unit = 16) {
   const emulator::Block& b = emulator::block();
   const uint8_t* to = static_cast<const uint8_t*>(copy.to);
-  if (reinterpret_cast<uintptr_t>(copy.from) % 16 || (to - b.shared) % 16 || copy.bytes % 16 || copy.bytes <= 0)
-    emulator::fail("an asynchronous copy is not of multiples of 16 bytes");
+  if (reinterpret_cast<uintptr_t>(copy.from) % unit || (to - b.shared) % unit || copy.bytes % unit || copy.bytes <= 0)
+    emulator::fail("an asynchronous copy is not of multiples of " + std::to_string(unit) + " bytes");
   if (to < b.shared || to + copy.bytes > b.shared + b.shared_bytes) emulator::fail("an asynchronous copy past the end of shared memory");
   std::memset(copy.to, 0xff, copy.bytes);
   copies.push_back(copy);
@@ -294,6 +352,10 @@ inline void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier, 
 inline void copy_16(void* to, const void* from, uint64_t policy) {
   if (policy == 0) emulator::fail("a copy without a cache policy");
   start_copy({to, from, 16}, emulator::block().lane_copies[emulator::thread()]);
+}
+inline void copy_4(void* to, const void* from, uint64_t policy) {
+  if (policy == 0) emulator::fail("a copy without a cache policy");
+  start_copy({to, from, 4}, emulator::block().lane_copies[emulator::thread()], 4);
 }
 inline void barrier_arrive_after_copies(uint64_t* barrier) {
   emulator::Barrier& b = barrier_at(barrier);
