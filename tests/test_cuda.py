@@ -49,6 +49,7 @@ def copies(request, monkeypatch):
 def test_any_number_of_rows(bits, n, copies, monkeypatch):
     """Each kernel that is built (groups of 32 rows, several blocks of rows), and rows that fill no group; threads in another order each time."""
     monkeypatch.setenv("TWA_EMULATOR_SEED", str(n))
+    torch.manual_seed(n)
     basis = tk.pack(rows_of(n, SHAPES), bits, segments=SEGMENTS)
     grads, center, x = tensors(SHAPES, 7), tensors(SHAPES, 9), torch.randn(n, 3)
     c = tk.project(put(basis), put(grads), "cuda").cpu()
@@ -57,7 +58,9 @@ def test_any_number_of_rows(bits, n, copies, monkeypatch):
     weights = tk.reconstruct(put(basis), put(x), put(center), backend="cuda")
     for w, middle, row, l in zip(weights, center, tk.unpack(basis), SEGMENTS, strict=True):
         exact = middle.double() + torch.tensordot(x[:, l].double(), row.double(), 1)
-        assert ((w.cpu() - exact).abs() <= 1e-6 * exact.abs().max()).all()
+        # Fixed point is relative to the coefficients, not to a sum of 300 terms that happens to be small.
+        size = torch.tensordot(x[:, l].double().abs(), row.double().abs(), 1)
+        assert ((w.cpu() - exact).abs() <= 1e-6 * exact.abs().max() + 2.0**-24 * size).all()
 
 
 def test_4096_rows():
