@@ -75,11 +75,11 @@ def test_more_rows_than_one_warp_holds(n, r, form, monkeypatch):
 
 def test_several_panels_of_columns(form="write"):
     """More columns than the workspace holds at once."""
-    n, r, numels = 2050, 3, [3000, 1200]
+    n, r, numels = 1025, 3, [6000, 2000]
     plan, chunks = cuda.module.orthonormalize_plan, sum(-(-m // 32) for m in numels)
     assert plan(n, r, chunks, True, form == "write")[2] == plan(n, r, 10 * chunks, True, form == "write")[2]
     given = problem(n, r, numels)
-    given[3][:, 20:2030] = 0.0  # tiles without a number take no time
+    given[3][:, 20:1010] = 0.0  # tiles without a number take no time
     agree(given, numels, form)
 
 
@@ -135,7 +135,7 @@ def test_the_same_bits_in_any_order(n, monkeypatch):
     given = problem(n, n, numels)
     for form in FORMS:
         results = []
-        for seed in (1, 2, 3):
+        for seed in (1, 2, 3) if n == 20 else (1, 2):
             monkeypatch.setenv("TWA_EMULATOR_SEED", str(seed))
             results.append(run("cuda", given, numels, form))
         for found in results[1:]:
