@@ -380,7 +380,7 @@ def main() -> None:
             "",
             "## Sizes",
             "",
-            *scaling_table([(16, 200_000), (16, 1_000_000), (64, 200_000), (64, 1_000_000), (512, 100_000), (64, 20_000_000)]),
+            *scaling_table([(16, 200_000), (16, 1_000_000), (64, 200_000), (64, 1_000_000), (512, 200_000), (64, 20_000_000)]),
         ]
         lines += ["", f"## Kinds of trajectories (random walk with momentum, {n} x {columns:.0e})", "", *kinds_table(n, columns)]
         lines += ["", "## Dependent rows", "", *dependent_table(n, columns)]

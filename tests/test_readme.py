@@ -57,7 +57,7 @@ def test_kernel_examples():
         "candidates": [net() for _ in range(3)],
     }
     kernels = [e for e in examples("README.md") if "tk." in e]
-    assert len(kernels) == 3
+    assert len(kernels) == 4
     exec(kernels[0], names)
     assert names["c"].shape == (3, 2) and [t.shape for t in names["theta"]] == [torch.Size(s) for s in shapes]
     exec(kernels[1], names)
@@ -66,6 +66,9 @@ def test_kernel_examples():
     loss(names["model"], names["batch"]).backward()
     exec(kernels[2], names)
     assert not torch.equal(names["model"][0].weight, before) and int(names["state"]["step"]) == 1
+    names["W"] = torch.randn(3, 50)[[0, 1, 1, 2]]
+    exec(kernels[3], names)
+    assert names["o"].rank == 3 and [row for row, _ in names["o"].dropped] == [2]
 
 
 def test_task_example(tmp_path):

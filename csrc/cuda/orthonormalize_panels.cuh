@@ -1,0 +1,174 @@
+// orthonormalize_pass for more than 64 rows: panels of columns by way of global memory, a kernel for each step (see orthonormalize.cu).
+#pragma once
+
+#include "orthonormalize.cuh"
+
+namespace twa {
+namespace {
+
+// n > 64 --------------------------------------------------------------------------------------------------------------
+// Each launch leaves its results to the next one; a warp alone adds to its sums, launch by launch.
+
+constexpr int kBlock = 32;  // rows: 4 x 4 tiles of products are 64 registers
+
+struct Slice {
+  int64_t begin, end;  // chunks of the panel
+};
+TWA_DEVICE Slice slice_of(const Arguments& a, int64_t z) {
+  const int64_t per = divide_up(a.panel, a.slices), begin = z * per < a.panel ? z * per : a.panel;
+  return {begin, begin + per < a.panel ? begin + per : a.panel};
+}
+
+// V = rows minus parents, and squares of rows. Warp = one row, one slice; lane = column.
+TWA_KERNEL(kThreads, 4)
+orthonormalize_differences_kernel(Arguments a) {
+  const int64_t height = round_up(a.n, kBlock), i = block_index() % (height / kWarps) * kWarps + warp_index(), z = block_index() / (height / kWarps);
+  const int lane = lane_index();
+  const int64_t parent = i < a.n ? a.parent[i] : -1;
+  const Slice slice = slice_of(a, z);
+  Cursor at;
+  double square = 0.0;
+  for (int64_t c = slice.begin; c < slice.end; ++c) {
+    at.seek(a, a.from + c);
+    double w = 0.0, p = 0.0;
+    if (i < a.n && lane < at.columns(a.from + c)) {
+      const int64_t column = at.column(a.from + c) + lane;
+      w = static_cast<double>(load_element(a.rows[at.tensor * a.n + i], column));
+      if (parent >= 0)
+        p = static_cast<double>(load_element(a.rows[at.tensor * a.n + parent], column));
+      else if (a.center)
+        p = static_cast<double>(load_element(a.center[at.tensor], column));
+    }
+    square = fma(w, w, square);
+    a.v[(i * a.panel + c) * kChunk + lane] = w - p;
+  }
+  for (int h = 16; h > 0; h /= 2) square += shuffle_xor(square, h);
+  if (lane == 0 && i < a.n) a.partials[z * a.stride + a.stride - round_up(a.n, 16) + i] += square;
+}
+
+// U = transform * V; with `out` rounded and stored. Warp = 32 rows of U, one chunk.
+TWA_KERNEL(kThreads, 4)
+orthonormalize_transform_kernel(Arguments a) {
+  const int64_t height = divide_up(a.r, kBlock), task = block_index() * kWarps + warp_index(), c = task / height, j0 = task % height * kBlock;
+  const int lane = lane_index(), g = lane / 4, t = lane % 4;
+  if (c >= a.panel) return;
+  const int64_t stride = a.panel * kChunk;
+  double made[4][4][2] = {};
+  for (int64_t k0 = 0; k0 < a.n; k0 += 8) {
+    double x[4][2], v[4][2];
+    uint32_t any = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const int64_t row = j0 + 8 * j + g, k = k0 + 4 * u + t;
+        x[j][u] = row < a.r && k < a.n ? a.transform[row * a.n + k] : 0.0;
+        any |= x[j][u] != 0.0;
+      }
+    if (warp_max(any) == 0) continue;
+#pragma unroll
+    for (int u = 0; u < 2; ++u)
+#pragma unroll
+      for (int b = 0; b < 4; ++b) v[b][u] = a.v[(k0 + 4 * u + t) * stride + c * kChunk + 4 * g + b];
+#pragma unroll
+    for (int j = 0; j < 4; j += 2)
+#pragma unroll
+      for (int b = 0; b < 4; ++b) multiply_add_f64(made[j][b], made[j + 1][b], x[j], x[j + 1], v[b]);
+  }
+  Cursor at;
+  at.seek(a, a.from + c);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int64_t row = j0 + 8 * j + g;
+    const DeviceTensor out = a.out && row < a.r ? a.out[at.tensor * a.r + row] : DeviceTensor{nullptr, Dtype::f32, 0};
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        const int column = 4 * (2 * t + e) + b;
+        double v = made[j][b][e];
+        if (a.out) {
+          const float stored = rounded(out.dtype, static_cast<float>(v));
+          if (row >= a.first && row < a.r && column < at.columns(a.from + c)) store_element(out, at.column(a.from + c) + column, stored);
+          v = static_cast<double>(stored);
+        }
+        a.u[row * stride + c * kChunk + column] = v;
+      }
+  }
+}
+
+// sums += U U^T (of V where there is no transform). Warp = 32 x 32 of the products, one slice.
+TWA_KERNEL(kThreads, 2)
+orthonormalize_products_kernel(Arguments a) {
+  const int64_t m = a.transform ? a.r : a.n, blocks = divide_up(m, kBlock), pairs = blocks * (blocks + 1) / 2;
+  const int64_t task = block_index() * kWarps + warp_index(), z = task / pairs;
+  const int lane = lane_index(), g = lane / 4, t = lane % 4;
+  if (z >= a.slices) return;
+  int64_t i0 = 0, k0 = task % pairs;
+  while (k0 > i0) k0 -= ++i0;
+  const double* const u = a.transform ? a.u : a.v;
+  const int64_t stride = a.panel * kChunk;
+  const Slice slice = slice_of(a, z);
+  double sums[4][4][2] = {};
+  for (int64_t c = slice.begin * kChunk + 2 * t; c < slice.end * kChunk; c += 8) {
+    double x[4][2], y[4][2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        x[i][e] = u[(i0 * kBlock + 8 * i + g) * stride + c + e];
+        y[i][e] = u[(k0 * kBlock + 8 * i + g) * stride + c + e];
+      }
+#pragma unroll
+    for (int i = 0; i < 4; i += 2)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) multiply_add_f64(sums[i][k], sums[i + 1][k], x[i], x[i + 1], y[k]);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int64_t row = 4 * i0 + i, column = 4 * k0 + k;  // of tiles
+      if (column > row || 8 * row >= m) continue;
+      double* const tile = a.partials + z * a.stride + (row * (row + 1) / 2 + column) * 64;
+      tile[2 * lane] += sums[i][k][0], tile[2 * lane + 1] += sums[i][k][1];
+    }
+}
+
+// probes * U. Warp = one chunk; lane = column.
+TWA_KERNEL(kThreads, 4)
+orthonormalize_probe_kernel(Arguments a) {
+  const int64_t c = block_index() * kWarps + warp_index(), column = c * kChunk + lane_index(), stride = a.panel * kChunk;
+  if (c >= a.panel) return;
+  double sum[kProbes] = {};
+  for (int64_t j = 0; j < a.r; ++j) {
+    const double v = a.u[j * stride + column];
+#pragma unroll
+    for (int p = 0; p < kProbes; ++p) sum[p] = fma(a.probes[p * a.r + j], v, sum[p]);
+  }
+#pragma unroll
+  for (int p = 0; p < kProbes; ++p) a.s[p * stride + column] = sum[p];
+}
+
+// sums += U (probes * U)^T. Warp = one row, one slice.
+TWA_KERNEL(kThreads, 4)
+orthonormalize_probed_kernel(Arguments a) {
+  const int64_t task = block_index() * kWarps + warp_index(), j = task % a.r, z = task / a.r, stride = a.panel * kChunk;
+  const int lane = lane_index();
+  if (z >= a.slices) return;
+  const Slice slice = slice_of(a, z);
+  double sum[kProbes] = {};
+  for (int64_t c = slice.begin; c < slice.end; ++c) {
+    const double v = a.u[j * stride + c * kChunk + lane];
+#pragma unroll
+    for (int p = 0; p < kProbes; ++p) sum[p] = fma(v, a.s[p * stride + c * kChunk + lane], sum[p]);
+  }
+#pragma unroll
+  for (int p = 0; p < kProbes; ++p) {
+    for (int h = 16; h > 0; h /= 2) sum[p] += shuffle_xor(sum[p], h);
+    if (lane == 0) a.partials[z * a.stride + j / 8 * 64 + j % 8 * 8 + p] += sum[p];
+  }
+}
+
+}  // namespace
+}  // namespace twa
