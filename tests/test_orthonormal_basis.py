@@ -151,6 +151,31 @@ def test_constant_tensors_and_equal_candidates(tmp_path):
     assert subspace.coefficients.shape[0] == 1 and torch.equal(flat(subspace.model), flat(make()))
 
 
+def test_a_parameter_without_elements(tmp_path):
+    def model():
+        torch.manual_seed(0)
+        m = nn.Linear(4, 3)
+        m.nothing = nn.Parameter(torch.zeros(0))
+        return m
+
+    for k in range(3):
+        generator = torch.Generator().manual_seed(k)
+        state = {key: v + k * torch.randn(v.shape, generator=generator) for key, v in model().state_dict().items()}
+        save_file(state, tmp_path / f"c{k}.safetensors")
+    for bits in BITS:
+        subspace = twa.Subspace.from_candidates(model(), twa.Candidates(tmp_path / "c*.safetensors"), bits=bits, basis="orthonormal")
+        subspace.set_merge_weights(torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64))
+        assert torch.isfinite(subspace.merge_weights()).all()
+
+
+def test_states_from_before_there_were_two_bases(tmp_path):
+    candidates = heap(tmp_path)
+    optimizer = twa.SubspaceOptimizer(twa.Subspace.from_candidates(make(), candidates), torch.optim.SGD, lr=0.1)
+    state = optimizer.state_dict()
+    del state["subspace"]["basis"]
+    optimizer.load_state_dict(state)
+
+
 def test_low_memory_and_fused_steps_agree(tmp_path):
     candidates = heap(tmp_path)
     weights = []

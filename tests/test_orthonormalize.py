@@ -618,7 +618,7 @@ def test_appending_to_an_implicit_or_packed_basis():
     assert tk.orthonormalize(W, extend=first, form="packed").Q.n == 12
     out = torch.full((12, 3000), 3.0)
     tk.orthonormalize(W, extend=first, out=out)
-    assert bool((out[:7] == 3).all()) and torch.equal(out[7:], explicit.Q[7:])
+    assert torch.equal(out, explicit.Q)
 
 
 # Small matrices ---------------------------------------------------------------------------------------------------------
@@ -653,7 +653,9 @@ def test_certificate_is_near_the_norm():
 def test_row_cholesky_without_noise_keeps_independent_rows():
     W = torch.randn(6, 50, dtype=F64, generator=torch.Generator().manual_seed(0))
     W[4] = W[0] + W[1]
-    A, L, kept, distances, length, doubt = row_cholesky(W @ W.T, 0, W.new_zeros(0, 0), W.new_zeros(0), 1e-7 * W.norm(dim=1), 1e-16)
+    A, L, kept, distances, length, doubt, _ = row_cholesky(
+        W @ W.T, 0, W.new_zeros(0, 0), W.new_zeros(0), 1e-7 * W.norm(dim=1), 1e-16, torch.full((6,), -1)
+    )
     assert kept == [0, 1, 2, 3, 5] and not doubt and torch.allclose(length, W.norm(dim=1)) and float(distances[4]) < 1e-6
     Q = A @ W
     assert torch.allclose(Q @ Q.T, torch.eye(5, dtype=F64)) and torch.allclose(L @ Q, W)
@@ -711,3 +713,124 @@ def test_a_hopeless_certificate_warns(monkeypatch):
         warnings.simplefilter("error")
         monkeypatch.undo()
         tk.orthonormalize(torch.randn(3, 100))
+
+
+# What a reading by another pair of eyes found -------------------------------------------------------------------------
+
+
+def residuals(o, W):
+    """Of each row, in units of its norm."""
+    W = W.double()
+    return (o.R @ o.Q.double() - W).norm(dim=1) / W.norm(dim=1).clamp(min=1e-300)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_a_second_look_drops_is_not_lost_to_later_rows(seed):
+    """Row 1 is nearly row 0, row 2 nearly a combination of both that a first look cannot judge, row 3 lies along what row 2 has outside."""
+    tolerance = 4 * 2.0**-24
+    g = torch.Generator().manual_seed(seed)
+
+    def draw():
+        return torch.randn(1000, generator=g, dtype=F64)
+
+    w0, e = draw(), draw()
+    e /= e.norm()
+    w1 = (0.7 * w0 + 4 * tolerance * draw()).float().double()
+    v = w0.float().double() * 0.5 - 0.8 * w1
+    W = torch.stack([w0, w1, v + 0.85 * tolerance * v.norm() * e, draw() + 30 * e]).float()
+    o = tk.orthonormalize(W)
+    assert loss(o.Q) < 1e-7 and residuals(o, W).max() <= 2 * tolerance, (o.kept, residuals(o, W))
+
+
+def test_steps_too_small_to_keep_add_up():
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randn(20_000, generator=g)]
+    for _ in range(60):
+        rows.append(rows[-1] + 0.7e-3 * torch.randn(20_000, generator=g))
+    W = torch.stack(rows)
+    o = tk.orthonormalize(W, tolerance=1e-3)
+    assert 1 < o.rank < 61 and residuals(o, W).max() <= 1.01e-3
+    assert all(distance <= 1e-3 for _, distance in o.dropped)
+    later = tk.orthonormalize(W, tolerance=1e-3, extend=tk.orthonormalize(W[:20], tolerance=1e-3))
+    assert residuals(later, W).max() <= 1.01e-3
+
+
+@pytest.mark.parametrize("dtype, columns", [(torch.bfloat16, 1003), (torch.float16, 100_003), (torch.float32, 1000)])
+def test_rows_of_equal_numbers_round_alike(dtype, columns):
+    """All roundings of Q have one sign: no look at W can mend that, and none is wasted on it."""
+    W = torch.ones(1, columns, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tk.orthonormalize(W, dtype=dtype).report.reads == 2
+        o = tk.orthonormalize(W, out=W)
+    assert o.Q.data_ptr() == W.data_ptr() and loss(o.Q) < 2 * torch.finfo(dtype).eps
+
+
+def test_extending_into_given_tensors():
+    W = trajectory(6, 500)
+    dense, implicit = tk.orthonormalize(W[:3]), tk.orthonormalize(W[:3], form="implicit")
+    for earlier in (dense, implicit):
+        o = tk.orthonormalize(W, extend=earlier, out=torch.full((6, 500), 7.0))
+        assert loss(o.Q) < 1e-6 and torch.equal(o.Q[:3], dense.Q)
+    with pytest.raises(ValueError, match="not written in place"):
+        tk.orthonormalize(W, extend=dense, out=W)
+    with pytest.raises(ValueError, match="blocks of shapes"):
+        tk.orthonormalize([W[:, :200], W[:, 200:]], extend=dense)
+
+
+def test_extending_other_rows_or_another_center():
+    W, c = trajectory(6, 500), trajectory(7, 500)[6]
+    with_center = tk.orthonormalize(W[:3], center=c, form="implicit")
+    with pytest.raises(ValueError, match="a center"):
+        tk.orthonormalize(W, extend=with_center)
+    with pytest.raises(ValueError, match="center: expected the one"):
+        with_center.apply(W[:3])
+    with pytest.raises(ValueError, match="not those of the earlier"):
+        tk.orthonormalize(W, extend=with_center, center=c + 0.1 * W[0])
+    unit = torch.nn.functional.normalize(torch.randn(4, 500, generator=torch.Generator().manual_seed(0)), dim=1)
+    with pytest.raises(ValueError, match="not those of the earlier"):
+        tk.orthonormalize(unit[[1, 2, 0, 3]], extend=tk.orthonormalize(unit[:3]))
+
+
+def test_out_that_shares_memory():
+    A, B = trajectory(4, 300), trajectory(4, 300, 1)
+    for out, message in (([B, A], "shares memory"), ([torch.empty(1, 300).expand(4, 300), torch.empty(4, 300)], "share memory: expected separate")):
+        with pytest.raises(ValueError, match=message):
+            tk.orthonormalize([A, B], out=out)
+    with pytest.raises(TypeError, match="expected one tensor"):
+        tk.orthonormalize([list(A)], out=[list(A)])
+    X = A.clone()
+    with pytest.raises(ValueError, match="block of the stream"):
+        tk.orthonormalize(Stream([X]), out=[X])
+    assert torch.equal(X, A)
+
+
+def test_a_rank_without_columns_takes_part():
+    W = trajectory(5, 400)
+    sums = []
+    tk.orthonormalize(W, reduce=lambda v: sums.append(v.clone()))
+    # The same calls on a rank that holds nothing, which receives the sums.
+    received = iter(sums)
+    o = tk.orthonormalize(torch.empty(5, 0), reduce=lambda v: v.copy_(next(received)))
+    assert o.rank == 5 and o.Q.shape == (5, 0) and torch.allclose(o.R, tk.orthonormalize(W).R)
+    assert max(map(len, sums)) <= max(5 * 6 // 2 + 6, 7 * 5)
+
+
+def test_surplus_centers_and_partial_tensors():
+    W = trajectory(3, 100)
+    with pytest.raises(tk.StreamError, match="more than 1"):
+        tk.orthonormalize(Stream([W]), center=Stream([W[0], W[0]]))
+    packer = tk.Packer(2, [(300,), (300,)], 4)
+    with pytest.raises(ValueError, match="all 300 columns, found 0"):
+        packer.end_tensor()
+    packer.add_columns(torch.randn(2, 128), 0)
+    with pytest.raises(ValueError, match="columns from 128 on"):
+        packer.add_columns(torch.randn(2, 128), 0)
+    with pytest.raises(ValueError, match="the rest of its columns"):
+        packer.add(torch.randn(2, 300))
+    packer.add_columns(torch.randn(2, 172), 128)
+    packer.end_tensor()
+    packer.add(torch.randn(2, 300))
+    with pytest.raises(ValueError, match="all 2 tensors"):
+        packer.add_columns(torch.randn(2, 128), 0)
+    assert packer.finish("none").num_columns == 600

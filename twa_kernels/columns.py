@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -61,7 +62,8 @@ class Source:
     def __init__(self, W, center, empty: bool = False) -> None:
         self.single = isinstance(W, Tensor)
         self.streamed = not isinstance(W, Tensor | list | tuple)
-        self._W, self._center = W, center
+        self._W, self._center, self._empty = W, center, empty
+        self.has_center = center is not None
         self._shapes: list[torch.Size] | None = None  # of a stream's blocks, after the first read
         self.n = 0
         self.device = torch.device("cpu")
@@ -86,11 +88,10 @@ class Source:
                 raise ValueError(f"W[{k}]: expected {self.n} rows as in W[0], found {p.n}")
         self._whole = Tensors([r for p in parts for r in p.rows], [c for p in parts for c in p.center], [p.shapes[0] for p in parts], self.n)
         self._shapes, self.device = self._whole.shapes, self._whole.device
-        if not empty:
-            self._check()
+        self._check()
 
     def _check(self) -> None:
-        if not sum(s.numel() for s in self._shapes):
+        if not self._empty and not sum(s.numel() for s in self._shapes):
             raise ValueError(f"W: expected at least one column, found blocks of shapes {[tuple(s) for s in self._shapes[:4]]}")
 
     @property
@@ -121,6 +122,8 @@ class Source:
                 expected = tuple(self._shapes[k]) if k < len(self._shapes) else "no more blocks"
                 raise StreamError(f"block {k}: expected {expected} as in the first read, found shape {tuple(block.shapes[0])}: the stream changed")
             yield block
+        if centers is not None and next(centers, None) is not None:
+            raise StreamError(f"center: expected one tensor per block of W, found more than {len(shapes)}")
         if self._shapes is not None and len(shapes) != len(self._shapes):
             raise StreamError(f"expected {len(self._shapes)} blocks as in the first read, found {len(shapes)}: the stream changed")
         if self._shapes is None:
@@ -147,8 +150,8 @@ class Source:
                     left -= runs * width
             if self.streamed and left <= 0:
                 break
-        x = torch.cat(taken, 1)
-        return [x[: self.n], x[self.n :]] if self._center is not None else [x]
+        x = torch.cat(taken, 1) if taken else torch.zeros(self.n + self.has_center, 0, dtype=torch.float64)
+        return [x[: self.n], x[self.n :]] if self.has_center else [x]
 
 
 def _block(rows: Block, center: Tensor | None, k: int, n: int | None) -> Tensors:
@@ -179,8 +182,7 @@ def write(tensors: Tensors, f: Factor, out: list[Tensor], first: int, backend: s
     """Q's columns for these columns of W into the first rows of `out`, one tensor per tensor, from row `first` on."""
     device = tensors.device
     flat = [row for o in out for row in o[: f.rank].unbind(0)]
-    A, fast = (f.A, False) if f.short is None else (f.short, True)
-    operands = (f.parent.to(device), A.to(device), probes(f.rank).to(device), first, fast, flat, backend)
+    operands = (f.parent.to(device), f.A.to(device), probes(f.rank).to(device), first, f.fast, flat, backend)
     return torch.ops.twa_kernels.orthonormalize_pass(tensors.rows, tensors.center, tensors.numels, *operands)
 
 
@@ -214,41 +216,60 @@ class Dense(Target):
         super().__init__(source, dtype, out, bits, segments, extend)
         self.sink = out if callable(out) else None
         self.tensors: list[Tensor] = []
-        earlier = None
-        if extend is not None and self.sink is None:
-            earlier = [extend.Q] if isinstance(extend.Q, Tensor) else extend.Q if isinstance(extend.Q, list) else None
+        self.earlier: list[Tensor] | None = None  # rows of Q that an extended result holds
+        if extend is not None and self.sink is None and extend.Q is not None and not isinstance(extend.Q, PackedBasis):
+            self.earlier = [extend.Q] if isinstance(extend.Q, Tensor) else extend.Q
+            shapes, dtypes = [q.shape[1:] for q in self.earlier], {q.dtype for q in self.earlier}
+            if list(shapes) != list(source.shapes):
+                raise ValueError(f"extend: expected blocks of shapes {shapes[:4]} as in the earlier result, found {source.shapes[:4]}")
+            self.first = extend.rank
+            if out is None:
+                self.dtype = dtypes.pop()
         if out is not None and self.sink is None:
             self.tensors = [out] if isinstance(out, Tensor) else list(out)
             self._check(source)
-            self.first = extend.rank if extend is not None else 0
-        elif earlier is not None:
-            self.first = extend.rank
-        self.earlier = earlier
+            if self.in_place and extend is not None:
+                raise ValueError("out: an extended basis is not written in place of W, whose first rows are still needed; expected other tensors")
 
     def _check(self, source: Source) -> None:
         if len(self.tensors) != len(source.shapes):
             raise ValueError(f"out: expected {len(source.shapes)} tensors, one per block of W, found {len(self.tensors)}")
-        self.dtype = self.tensors[0].dtype
         for k, (t, shape) in enumerate(zip(self.tensors, source.shapes, strict=True)):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"out[{k}]: expected one tensor (r, *shape) per tensor of W, found {type(t).__name__}")
             if t.dim() != len(shape) + 1 or t.shape[1:] != shape:
                 raise ValueError(f"out[{k}]: expected shape (at least r, {', '.join(map(str, shape))}), found {tuple(t.shape)}")
-            if t.dtype != self.dtype or t.dtype not in FLOATS:
+            if t.dtype != self.tensors[0].dtype or t.dtype not in FLOATS:
                 raise TypeError(f"out[{k}]: expected one dtype of {FLOATS} for all, found {t.dtype}")
             if t.requires_grad and t.is_leaf:
-                raise ValueError(f"out[{k}]: expected a tensor that does not require grad; pass {'`t.detach()`'}")
-        if source.streamed:
-            return
-        whole = next(iter(source))
-        starts = {r.data_ptr(): r.dtype for r in whole.rows if r.is_contiguous() and r.numel()}
-        spans = sorted((t.data_ptr(), t.data_ptr() + _extent(t)) for t in [*whole.rows, *whole.center] if t.numel())
-        for k, t in enumerate(self.tensors):
-            for j, row in enumerate(t.unbind(0)):
-                begin, end = row.data_ptr(), row.data_ptr() + _extent(row)
-                at = bisect.bisect_right(spans, (begin, 1 << 63)) - 1
-                near = [s for s in spans[max(at, 0) : at + 2] if s[0] < end and begin < s[1]]
-                if near and starts.get(begin) != row.dtype:
-                    raise ValueError(f"out[{k}][{j}] shares memory with W or the center: expected none, or exactly a row of W in the same dtype")
-                self.in_place |= bool(near)
+                raise ValueError(f"out[{k}]: expected a tensor that does not require grad; pass `t.detach()`")
+        self.dtype = self.tensors[0].dtype
+        rows = [(_span(row), f"out[{k}][{j}]") for k, t in enumerate(self.tensors) for j, row in enumerate(t.unbind(0)) if row.numel()]
+        rows.sort()
+        for (one, name), (two, other) in itertools.pairwise(rows):
+            if two[0] < one[1]:
+                raise ValueError(f"{name} and {other} share memory: expected separate rows")
+        if not source.streamed:
+            for k, t in enumerate(self.tensors):
+                self.in_place |= self._is_in_place(t, next(iter(source)), k)
+
+    @staticmethod
+    def _is_in_place(out: Tensor, tensors: Tensors, k: int) -> bool:
+        """Whether rows of `out` are rows of tensor k of W. Raises ValueError if they share memory in any other way."""
+        own = {r.data_ptr(): r.dtype for r in tensors.rows[k * tensors.n : (k + 1) * tensors.n] if r.is_contiguous()}
+        spans = sorted(_span(t) for t in [*tensors.rows, *tensors.center] if t.numel())
+        furthest = list(itertools.accumulate((end for _, end in spans), max))  # of the ends up to each span
+        found = False
+        for j, row in enumerate(out.unbind(0) if out.numel() else ()):
+            begin, end = _span(row)
+            at = bisect.bisect_left(spans, (end, 0)) - 1  # the last span that begins before the row's end
+            if at >= 0 and furthest[at] > begin:
+                if own.get(begin) != row.dtype or not row.is_contiguous():
+                    raise ValueError(
+                        f"out[{k}][{j}] shares memory with W or the center: expected none, or exactly a row of the same tensor of W in the same dtype"
+                    )
+                found = True
+        return found
 
     def begin(self, rank: int) -> None:
         if self.tensors and rank > min(len(t) for t in self.tensors):
@@ -264,10 +285,13 @@ class Dense(Target):
         count = len(tensors.shapes)
         if len(self.tensors) < number + count:
             self.tensors += new_rows(self.rank, tensors, self.dtype)
-            if self.earlier is not None:
-                for new, old in zip(self.tensors[number:], self.earlier[number : number + count], strict=True):
-                    new[: self.first] = old
-        yield tensors, self.tensors[number : number + count], lambda: None
+        here = self.tensors[number : number + count]
+        if self.source.streamed and self._is_in_place(here[0], tensors, 0):
+            raise ValueError(f"out[{number}] is a block of the stream: expected other tensors; to work in place, pass W as a list of tensors")
+        if self.earlier is not None:
+            for new, old in zip(here, self.earlier[number : number + count], strict=True):
+                new[: self.first] = old
+        yield tensors, here, lambda: None
 
     def finish(self):
         if self.sink is not None:
@@ -298,8 +322,9 @@ class Packed(Target):
 
     def pieces(self, number, tensors):
         for k, numel in enumerate(tensors.numels):
+            flat = tensors.part(k, slice(None))  # once: rows that are not contiguous are copied
             for begin in range(0, numel, PACK_COLUMNS):
-                part = tensors.part(k, slice(begin, min(begin + PACK_COLUMNS, numel)))
+                part = flat.part(0, slice(begin, min(begin + PACK_COLUMNS, numel)))
                 rows = self.scratch[: self.rank * part.numels[0]].view(self.rank, -1)
                 yield part, [rows], lambda rows=rows, begin=begin: self.packer.add_columns(rows, begin)
             self.packer.end_tensor()
@@ -311,6 +336,6 @@ class Packed(Target):
 TARGETS = {"explicit": Dense, "packed": Packed}
 
 
-def _extent(t: Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
-    return t.element_size() * (1 + sum((s - 1) * d for s, d in zip(t.shape, t.stride(), strict=True))) if t.numel() else 0
+def _span(t: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and behind the last."""
+    return t.data_ptr(), t.data_ptr() + t.element_size() * (1 + sum((s - 1) * d for s, d in zip(t.shape, t.stride(), strict=True)))

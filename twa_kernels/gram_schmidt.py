@@ -3,7 +3,7 @@ All float64, on the CPU; n is the number of rows of W, r the rank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,27 +27,38 @@ class Factor:
     kept: tuple[int, ...]
     distances: Tensor  # (n,) to the span before, absolute
     norms: Tensor  # (n,) of the rows
-    short: Tensor | None  # A in float32 numbers, if that is enough
+    fast: bool  # A consists of float32 numbers, and float32 is enough to apply it
     loss: float  # predicted loss of orthogonality
     doubt: bool  # a distance may be an artefact of rounding errors
+    center: bool  # whether the rows' distances from a center were factorised
 
     @property
     def rank(self) -> int:
         return len(self.kept)
 
-    def undo_differences(self) -> tuple[Tensor, Tensor]:
-        """R = U^-1 L and transform = A U, where U subtracts parents."""
+    @property
+    def U(self) -> Tensor:
+        """(n, n) unit lower triangular: differences = U (W - center)."""
         n = len(self.parent)
         U, child = torch.eye(n, dtype=torch.float64), (self.parent >= 0).nonzero().flatten()
         U[child, self.parent[child].long()] = -1.0
-        return torch.linalg.solve_triangular(U, self.L, upper=False, unitriangular=True), self.A @ U
+        return U
+
+    def undo_differences(self) -> tuple[Tensor, Tensor]:
+        """R = U^-1 L and transform = A U."""
+        return torch.linalg.solve_triangular(self.U, self.L, upper=False, unitriangular=True), self.A @ self.U
 
 
 def choose_parents(
-    W: Tensor, center: Tensor | None, first: int = 0, columns: int = 0, reduce: Callable[[Tensor], None] = lambda v: None
+    W: Tensor,
+    center: Tensor | None,
+    first: int = 0,
+    columns: int = 0,
+    reduce: Callable[[Tensor], None] = lambda v: None,
+    dropped: Sequence[int] = (),
 ) -> tuple[list[int], int]:
-    """For rows of W (n, some columns) from `first` on: the nearest earlier row, the latest of equally near ones; -1 if the center (zero) is nearer.
-    And the sum of `columns` over ranks."""
+    """For rows of W (n, some columns) from `first` on: the nearest earlier row that is not among `dropped`, the latest of equally near ones; -1 if
+    the center (zero) is nearer. And the sum of `columns` over ranks."""
     x = W if center is None else W - center
     vector = torch.cat([pack_lower(x @ x.T), x.new_tensor([columns])])
     reduce(vector)
@@ -55,6 +66,7 @@ def choose_parents(
     square = gram.diagonal()
     apart = (square[:, None] + square[None, :] - 2 * gram).clamp(min=0)  # (n, n) squared distances
     apart = apart.nan_to_num(nan=torch.inf).masked_fill(torch.ones_like(apart, dtype=torch.bool).triu(), torch.inf)
+    apart[:, list(dropped)] = torch.inf
     distance, back = apart.flip(1).min(1)  # the first of the flipped ones is the latest
     parents = torch.where((distance <= square) & distance.isfinite(), len(x) - 1 - back, -1)
     return parents[first:].tolist(), int(vector[-1])
@@ -73,7 +85,7 @@ def rounded_inverse(L: Tensor, n: int, columns: list[int]) -> Tensor:
 
 def schatten4(y: Tensor) -> float:
     """Estimate of the Schatten 4-norm of E, which is at least its largest singular value, from y = E z (r, 6) for Gaussian z:
-    (y_i . y_j)^2 has the expectation tr(E^4)."""
+    (y_i . y_j)^2 has the expectation tr(E^4). Where E has rank one the estimate is below half of the norm once in twenty times."""
     products = (y.T @ y).triu(1)
     return float(products.square().sum() / (PROBES * (PROBES - 1) / 2)) ** 0.25
 
@@ -102,25 +114,31 @@ def norm2(a: Tensor) -> float:
 
 
 def row_cholesky(
-    gram: Tensor, first: int, before: Tensor, scale_before: Tensor, shortest: Tensor, noise: float
-) -> tuple[Tensor, Tensor, list[int], Tensor, Tensor, bool]:
-    """Row-order Cholesky factorisation of rows first .. n - 1 of a Gram matrix, that leaves out dependent rows.
+    gram: Tensor, first: int, before: Tensor, scale_before: Tensor, shortest: Tensor, noise: float, parent: Tensor, keep_all: bool = False
+) -> tuple[Tensor, Tensor, list[int], Tensor, Tensor, bool, Tensor]:
+    """Row-order Cholesky factorisation of rows first .. n - 1 of a Gram matrix of differences, that leaves out dependent rows.
 
     gram          (n, n), rows from `first` on
     before        (r0, first): A of the earlier rows;  scale_before (first,): their lengths
     shortest      (n - first,): a row this near to the span of those before it is dropped
     noise         root mean square error of an entry of the Gram matrix, relative to both rows' lengths
+    parent        (n,): what was subtracted from each row. Differences from a row that is dropped become differences from that row's own parent:
+                  else what the dropped row has outside of the span would be lost to all rows after it
+    keep_all      leave out zeros only, and call the rest in doubt
     returns A (r, n) with orthonormal A * rows, L (n - first, r) with rows = L * Q, kept rows, their distances, lengths of all new rows,
-            and whether some distance may be an artefact of `noise`.
+            whether some distance may be an artefact of `noise`, and the parents
     """
     n = gram.shape[0]
     new = n - first
-    length = gram.diagonal()[first:].clamp(min=0).sqrt()
-    inverse = torch.where(length > 0, 1 / length, 0.0)
-    g = gram[first:, first:] * inverse[:, None] * inverse
-    lo = (gram[first:, :first] @ before.T) * inverse[:, None]  # (new, r0): coefficients on the earlier Q
-    schur = g - lo @ lo.T
-    scales = torch.cat([scale_before, length])
+    shortest = shortest.clone()
+
+    def scaled(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        length = gram.diagonal()[first:].clamp(min=0).sqrt()
+        inverse = torch.where(length > 0, 1 / length, 0.0)
+        lo = (gram[first:, :first] @ before.T) * inverse[:, None]  # (new, r0): coefficients on the earlier Q
+        return length, inverse, lo, gram[first:, first:] * inverse[:, None] * inverse - lo @ lo.T
+
+    length, inverse, lo, schur = scaled(gram)
 
     def rows_of_A(T: Tensor, kept: list[int]) -> Tensor:
         """T (m, k): rows of the inverse of the kept rows' factor, in units of length -> (m, n)"""
@@ -132,17 +150,18 @@ def row_cholesky(
 
     def error_of(a: Tensor) -> Tensor:
         """Bound of the error of a squared distance, over that distance: of eight times the usual error of an entry."""
-        return 8 * noise * (a.abs() @ scales).square()
+        return 8 * noise * (a.abs() @ torch.cat([scale_before, length])).square()
 
     factor, info = torch.linalg.cholesky_ex(schur)
-    if info == 0:  # the usual case: every row is independent beyond doubt
+    if info == 0 and not keep_all:  # the usual case: every row is independent beyond doubt
         T = torch.linalg.solve_triangular(factor, torch.eye(new, dtype=gram.dtype), upper=False)
         A = rows_of_A(T, list(range(new)))
         distances = factor.diagonal() * length
         if bool((distances > shortest * 1.0001).all()) and bool((16 * error_of(A) < 1).all()):
             L = torch.cat([lo, factor], 1) * length[:, None]
-            return torch.cat([torch.nn.functional.pad(before, (0, new)), A]), L, list(range(new)), distances, length, False
+            return torch.cat([torch.nn.functional.pad(before, (0, new)), A]), L, list(range(new)), distances, length, False, parent
 
+    gram, parent = gram.clone(), parent.clone()
     kept: list[int] = []
     doubt = False
     T = gram.new_zeros(new, new)  # of the kept rows, grown in place
@@ -153,25 +172,58 @@ def row_cholesky(
         t = T[:k, :k]
         l = t @ schur[i, kept]
         L[i, :k] = l
-        if length[i] == 0:
-            continue
         pivot = float(schur[i, i] - l @ l)
-        row = torch.cat([-(l @ t), gram.new_ones(1)])  # of the inverse, times the pivot's root
-        members = [*kept, i]
-        a = rows_of_A(row[None], members) * length[i]  # for a pivot of 1
-        error = float(error_of(a / length[i]))
-        square = float(shortest[i] / length[i]) ** 2
-        distances[i] = max(pivot, 0.0) ** 0.5 * length[i]
-        if pivot + error <= square:
+        dropped = bool(length[i] == 0)
+        if not dropped:
+            row = torch.cat([-(l @ t), gram.new_ones(1)])  # of the inverse, times the pivot's root
+            error = float(error_of(rows_of_A(row[None], [*kept, i])))
+            square = float(shortest[i] / length[i]) ** 2
+            distances[i] = max(pivot, 0.0) ** 0.5 * length[i]
+            uncertain = keep_all or (pivot + error > square and pivot < 16 * error)
+            dropped = not uncertain and pivot <= square
+        if dropped:
+            children = (parent == first + i).nonzero().flatten()
+            for c in children.tolist():
+                gram[c, :] += gram[first + i, :]
+                gram[:, c] += gram[:, first + i]
+                parent[c] = parent[first + i]
+            if len(children):
+                length, inverse, lo, schur = scaled(gram)
             continue
-        if pivot < 16 * error:
+        if uncertain:
             doubt = True
-            pivot = max(pivot, error)
-        elif pivot <= square:
-            continue
+            pivot = max(pivot, error, 1e-30)
         T[k, : k + 1] = row / pivot**0.5
         L[i, k] = pivot**0.5
         kept.append(i)
     k = len(kept)
     A = torch.cat([torch.nn.functional.pad(before, (0, new)), rows_of_A(T[:k, :k], kept)])
-    return A, torch.cat([lo, L[:, :k]], 1) * length[:, None], kept, distances, length, doubt
+    return A, torch.cat([lo, L[:, :k]], 1) * length[:, None], kept, distances, length, doubt, parent
+
+
+def row_gram_schmidt(rows: Tensor, first: int, r0: int, shortest: Tensor) -> tuple[Tensor, Tensor, list[int], Tensor]:
+    """Gram-Schmidt, twice a row, of short rows (n, k) in the coordinates of an orthonormal frame; rows before `first` span its first r0 vectors.
+
+    shortest  (n,): a row this near to the span of the rows kept before it is dropped
+    returns B (r, k) with orthonormal rows, R (n, r) with rows = R B up to what is dropped, kept rows from `first` on, distances (n - first,)
+    """
+    n, size = rows.shape
+    B = rows.new_zeros(r0 + n - first, size)
+    B[:r0, :r0] = torch.eye(r0, dtype=rows.dtype)
+    R = rows.new_zeros(n, r0 + n - first)
+    R[:first, :r0] = rows[:first, :r0]
+    kept, distances = [], rows.new_zeros(n - first)
+    for i in range(first, n):
+        r = r0 + len(kept)
+        v = rows[i].clone()
+        for _ in range(2):
+            c = B[:r] @ v
+            v -= c @ B[:r]
+            R[i, :r] += c
+        distances[i - first] = v.norm()
+        if float(v.norm()) > float(shortest[i]):
+            B[r] = v / v.norm()
+            R[i, r] = v.norm()
+            kept.append(i)
+    r = r0 + len(kept)
+    return B[:r], R[:, :r], kept, distances

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .columns import TARGETS, Block, Source, StreamError, Target, new_rows, write
-from .gram_schmidt import Factor, choose_parents, norm2, pack_lower, probes, rounded_inverse, row_cholesky, schatten4, unpack_lower
+from .gram_schmidt import Factor, choose_parents, norm2, pack_lower, probes, rounded_inverse, row_cholesky, row_gram_schmidt, schatten4, unpack_lower
 from .ops import FLOATS, NotFiniteError
 from .packed import PackedBasis
 
@@ -44,8 +44,8 @@ class Report:
     accuracy     "high" or "fast"
     reads        times that all of W was read (a sample of columns for the parents not counted)
     refined      of these, reads that only looked again
-    certificate  estimate of the loss of orthogonality of the stored (rounded) Q, the Schatten 4-norm of Q Q^T - I (at least its 2-norm), by six
-                 Gaussian vectors; None without explicit Q
+    certificate  estimate, by six Gaussian vectors, of the loss of orthogonality of the rounded Q: the Schatten 4-norm of Q Q^T - I, which is at
+                 least its 2-norm (packed: of Q in float32, before it is packed); None without explicit Q
     distances    (n,) distance of each row to the span of the rows kept before it, relative to its norm
     parents      (n,) row that was subtracted, -1: the center
     condition_before, condition_after   condition numbers of the kept rows and of their differences, each scaled to unit rows
@@ -102,6 +102,8 @@ class Orthonormal:
         The counterpart of form="implicit": rows as in `orthonormalize`, any part of the columns at a time.
         """
         source = Source(W, center, empty=True)
+        if (center is not None) != self._factor.center:
+            raise ValueError(f"center: expected {'the one' if self._factor.center else 'none,'} that the basis was made with")
         n = self.transform.shape[1]
         out = []
         for block in source:
@@ -135,21 +137,26 @@ def orthonormalize(
                columns that can be read more than once (an object with __iter__, or a function that returns an iterator), each alone in memory.
                float32, bfloat16, float16; 1 <= n <= 4096.
     center     subtracted from every row: one tensor of shape_k per block, or None
-    accuracy   "high": float64 products, loss of orthogonality at most 1e-7. "fast": float32 products over at most 64 columns, summed in
-               float64, at most 3e-7; what does not reach that is computed again in float64.
+    accuracy   "high": float64 products, loss of orthogonality at most 1e-7, plus the rounding of Q to `dtype`. "fast": float32 products over few
+               columns, summed in float64, at most 3e-7; what does not reach that is computed again in float64.
     form       "explicit": Q in `dtype`, new or in `out`. "implicit": no Q; `Orthonormal.apply` and `.transform` stand for it, one read less.
                "packed": Q as a PackedBasis of `bits` bits (`segments` as in `pack`), never dense in memory.
     out        tensors to write Q to (row j of rank r to out[k][j]; the rest is left alone); may be W itself, which then is Q. Or a function that is
                called with (block number, Q of the block (r, *shape)), for results that do not fit into memory; again from 0 if Q is computed again.
     tolerance  a row is dropped if its distance to the span of the rows kept before it is at most this share of its norm (norm of the row
                as given, before the center is subtracted, since that is what its rounding errors are relative to)
-    extend     an earlier result for the first rows of W: its rows of Q and R stay as they are, bit by bit, and only rows after them are factorised;
-               `out` then keeps the earlier rows of Q if it holds them, and is left alone there
-    reduce     called with float64 vectors of at most n (n + 1) / 2 + n + 1 numbers to sum over ranks that hold different columns, in place
+    extend     an earlier result for the first rows of W (and the same center): its rows of R, and of a Q that it holds, stay as they are, bit by bit,
+               and only rows after them are factorised. Not in place
+    reduce     called with float64 vectors of at most max(n (n + 1) / 2 + n + 1, 7 n) numbers to sum in place over ranks, which hold different
+               columns (perhaps none), pass the same options, and all write in place or none. An error in the arguments of one rank alone
+               leaves the others waiting in `reduce`
     backend    overrides the table in dispatch.py
 
     Raises NotFiniteError for NaN or Inf, with the row; ValueError or TypeError for sizes, dtypes and streams that do not fit (StreamError for
     blocks that change between reads). Duplicates, zero rows and n > D are no errors: dependent rows are in `dropped`.
+
+    W - center = R Q holds row by row up to `tolerance` of the row's norm, also where steps too small to keep add up; up to about a hundred times
+    that where W had to be looked at again and holds rows within a hundred times `tolerance` of combinations of others.
 
     Error of Q against Gram-Schmidt in exact arithmetic: rounding to `dtype`, plus 2^-52 times the square of the condition number of the
     differences, at most 1e-9 (one read more makes it 2^-52 times the condition number).
@@ -166,33 +173,37 @@ def orthonormalize(
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance: expected a number from 0 to 1, found {tolerance}")
     with torch.no_grad():
-        job = Job(Source(W, center), accuracy, tolerance, extend, reduce, backend)
+        job = Job(Source(W, center, empty=reduce is not None), accuracy, tolerance, extend, reduce, backend)
         factor = job.factorise()
         if form == "implicit":
             return job.result(None, factor, None)
         target = TARGETS[form](job.source, dtype, out, bits, segments, extend)
-        while True:
-            certificate = job.write(factor, target)
-            limit = max(LIMITS[accuracy], 4 * UNIT[target.dtype] * factor.rank / job.columns**0.5)
-            if certificate <= limit or job.refined == MOST_REFINEMENTS:
-                break
+        certificate = job.write(factor, target)
+        while not job.good_enough(certificate, factor, target) and job.refined < MOST_REFINEMENTS:
             if target.in_place:  # W is gone: Q itself is what is left to work on
                 return _once_more(job.result(target.finish(), factor, certificate), target.tensors, reduce, backend)
-            factor = job.refine(factor)
-        if not certificate <= limit:
-            warnings.warn(f"orthonormalize: the certificate of Q is {certificate:.1e}, above {limit:.1e}: W is too badly conditioned", stacklevel=2)
+            factor, before = job.refine(job.all_rows), certificate
+            certificate = job.write(factor, target)
+            if certificate > 0.5 * before:  # the rounding of Q itself: no factor is better
+                break
+        if not certificate <= max(job.limit(factor, target), job.rounding(factor, target)):
+            warnings.warn(f"orthonormalize: the certificate of Q is {certificate:.1e}, which W's conditioning leaves", stacklevel=2)
         return job.result(target.finish(), factor, certificate)
 
 
 def _once_more(o: Orthonormal, tensors: list[Tensor], reduce, backend: str) -> Orthonormal:
-    """A better Q in place of Q: W = R Q = (R R') Q'."""
+    """A better Q in place of Q: W = R Q = (R R') Q'. Once: Q has no conditioning left that could call for more."""
     f, rows = o._factor, [t[: o.rank] for t in tensors]
-    better = orthonormalize(rows, out=rows, tolerance=0.0, reduce=reduce, backend=backend)
-    report = replace(
-        o.report, reads=o.report.reads + better.report.reads, refined=o.report.refined + better.report.reads, certificate=better.report.certificate
-    )
-    factor = replace(f, A=better.transform @ f.A, L=f.L @ better.R)
-    return Orthonormal(o.Q, o.R @ better.R, better.transform @ o.transform, o.kept, o.dropped, report, factor)
+    job = Job(Source(rows, None, empty=reduce is not None), "high", 0.0, None, reduce, backend)
+    on_q = job.factorise()
+    if on_q.rank != o.rank:
+        raise RuntimeError(f"orthonormalize: Q of rank {o.rank}, written in place of W, has rank {on_q.rank}: W was too badly conditioned")
+    target = TARGETS["explicit"](job.source, tensors[0].dtype, rows, 0, None, None)
+    certificate = job.write(on_q, target)
+    R, transform = on_q.undo_differences()
+    report = replace(o.report, reads=o.report.reads + job.reads, refined=o.report.refined + 1, certificate=certificate)
+    factor = replace(f, A=transform @ f.A, L=f.L @ R, fast=False)
+    return Orthonormal(o.Q, o.R @ R, transform @ o.transform, o.kept, o.dropped, report, factor)
 
 
 # The job --------------------------------------------------------------------------------------------------------------
@@ -205,12 +216,13 @@ class Job:
         self.source, self.accuracy, self.tolerance, self.reduce, self.backend = source, accuracy, tolerance, reduce or (lambda v: None), backend
         self.distributed = reduce is not None
         self.fast = accuracy == "fast"
-        self.before = extend._factor if extend is not None else None
+        self.extend, self.before = extend, extend._factor if extend is not None else None
         self.first = len(self.before.parent) if self.before else 0
         self.reads = self.refined = 0
         self.norms: Tensor | None = None  # squared, of the first read
         self.short = False  # whether that read was in float32
         self.columns = 0  # of all ranks
+        self.all_rows: Factor | None = None  # the last factor before anything was dropped from it: what another look starts from
 
     # Reads ---------------------------------------------------------------------------------------------------------
 
@@ -229,12 +241,14 @@ class Job:
         vector = vector.cpu()
         gram, norms = unpack_lower(vector[: -len(norms) - 1], len(gram)), vector[-len(norms) - 1 : -1]
         self.columns = int(vector[-1])
+        if not self.columns:
+            raise ValueError("W: expected at least one column, found none on any rank")
         self.reads += 1
         if fast and not (norms.isfinite().all() and gram.isfinite().all()):
             return gram  # a square overflows float32: factorise() looks again
         self._check_norms(norms, fast)
         if not gram.isfinite().all():
-            raise ValueError("center: NaN or Inf" if self.source._center is not None else "W: inner products of its rows overflow float64")
+            raise ValueError("center: NaN or Inf" if self.source.has_center else "W: inner products of its rows overflow float64")
         return gram
 
     def _check_norms(self, norms: Tensor, fast: bool) -> None:
@@ -257,31 +271,57 @@ class Job:
         """Parents, Gram matrix, row-order Cholesky; more reads while the outcome asks for them."""
         sample = self.source.sample()
         n = self.source.n
-        if self.before and n < self.first:
-            raise ValueError(f"extend: expected at least the {self.first} rows of the earlier result, found {n}")
-        old = self.before.parent.tolist() if self.before else []
-        new, columns = choose_parents(*sample, *([None] * (2 - len(sample))), self.first, self.source.columns, self.reduce)
+        old, dropped = [], []
+        if self.before:
+            if n < self.first:
+                raise ValueError(f"extend: expected at least the {self.first} rows of the earlier result, found {n}")
+            if self.source.has_center != self.before.center:
+                raise ValueError(f"extend: expected {'a' if self.before.center else 'no'} center, as the earlier result had")
+            old = self.before.parent.tolist()
+            dropped = sorted(set(range(self.first)) - set(self.before.kept))
+        sampled_center = sample[1] if self.source.has_center else None
+        new, columns = choose_parents(sample[0], sampled_center, self.first, self.source.columns, self.reduce, dropped)
         parent = torch.tensor(old + new, dtype=torch.int32)
         if columns < FEWEST_FAST:  # float32 sums over few columns are less exact, and not much faster
             self.fast = False
-        gram = self._gram(parent, None, self.first, self.fast)
+        gram = self._gram(parent, None, 0, self.fast)
         if self.fast and not self._usable(gram):
             self.fast, self.norms = False, None
-            gram = self._gram(parent, None, self.first, False)
+            gram = self._gram(parent, None, 0, False)
         if self.before:
-            apart = (self.norms[: self.first].sqrt() - self.before.norms).abs() > 1e-6 * self.before.norms
-            if apart.any():
-                raise ValueError(f"extend: row {int(apart.nonzero()[0])} of W is not the one of the earlier result: their norms differ")
+            self._check_earlier(gram)
         factor = self._factor(parent, gram)
         # What float32 sums cannot tell, float64 sums of the same kind may; where they will not either, only a second look at the result does.
         if self.fast and (factor.doubt or PREDICTED["fast"] < factor.loss < PREDICTED["high"] * self._noise(True) / self._noise(False)):
             self.fast = False
-            factor = self._factor(parent, self._gram(parent, None, self.first, False))
-        while factor.doubt or factor.loss > (PREDICTED["fast"] if self.accuracy == "fast" and not self.refined else PREDICTED["high"]):
+            gram = self._gram(parent, None, 0, False)
+            factor = self._factor(parent, gram)
+
+        def look_again(f: Factor) -> bool:
+            return f.doubt or f.loss > (PREDICTED["fast"] if self.accuracy == "fast" and not self.refined else PREDICTED["high"])
+
+        if look_again(factor):  # which will decide about all rows: what is dropped now has no exact place among vectors that are not orthonormal yet
+            factor = self._factor(parent, gram, keep_all=True)
+        self.all_rows = factor
+        while look_again(factor):
             if self.refined == MOST_REFINEMENTS:
+                if factor.doubt:
+                    warnings.warn("orthonormalize: whether some row of W depends on others remains in doubt after three looks", stacklevel=4)
                 break
             factor = self.refine(factor)
         return factor
+
+    def _check_earlier(self, gram: Tensor) -> None:
+        """The first rows of W are those of the result that is extended: same norms, and their Q is orthonormal."""
+        f, first = self.before, self.first
+        apart = (self.norms[:first].sqrt() - f.norms).abs() > 1e-6 * f.norms
+        if apart.any():
+            raise ValueError(f"extend: row {int(apart.nonzero()[0])} of W is not the one of the earlier result: their norms differ")
+        if f.rank:
+            error = float((f.A @ gram[:first, :first] @ f.A.T - torch.eye(f.rank, dtype=gram.dtype)).abs().max())
+            lengths = gram.diagonal()[:first].clamp(min=0).sqrt()
+            if not error <= 1e-3 + 100 * self._noise(self.fast) * norm2(f.A * lengths) ** 2:
+                raise ValueError(f"extend: the first {first} rows of W (or their center) are not those of the earlier result")
 
     def _usable(self, gram: Tensor) -> bool:
         """Whether no square of a row or a difference can have overflowed float32, or vanished in it."""
@@ -293,50 +333,69 @@ class Job:
         columns, whose errors average out."""
         return 2.0**-24 / max(self.columns / 32, 1.0) ** 0.5 if fast else 2.0**-53
 
-    def _factor(self, parent: Tensor, gram: Tensor) -> Factor:
+    def _factor(self, parent: Tensor, gram: Tensor, keep_all: bool = False) -> Factor:
         n, first = len(parent), self.first
         norms = self.norms.sqrt()
         before = self.before.A if self.before else gram.new_zeros(0, 0)
         before_length = self.before.L.norm(dim=1) if self.before else gram.new_zeros(0)
         noise = self._noise(self.fast)
-        A, L, kept, distances, length, doubt = row_cholesky(gram, first, before, before_length, self.tolerance * norms[first:], noise)
+        shortest = self.tolerance * norms[first:]
+        A, L, kept, distances, length, doubt, parent = row_cholesky(gram, first, before, before_length, shortest, noise, parent, keep_all)
         spread = norm2(A[len(before) :] * torch.cat([before_length, length]))
         loss = 2 * noise * max(len(A), 1) ** 0.5 * spread**2
-        short = None
+        fast = False
         if self.accuracy == "fast" and not first and not doubt and self._usable(gram):
             short = rounded_inverse(L[kept], n, kept)
-            if norm2(short @ gram @ short.T - torch.eye(len(kept), dtype=gram.dtype)) > PREDICTED["fast"]:
-                short = None
-        return self._joined(Factor(parent, A, L, tuple(first + i for i in kept), distances, norms, short, loss, doubt), n)
-
-    def _joined(self, f: Factor, n: int) -> Factor:
-        """With the earlier rows of an extended result in front."""
-        if not self.before:
-            return f
-        L = torch.cat([torch.nn.functional.pad(self.before.L, (0, f.L.shape[1] - self.before.L.shape[1])), f.L])
-        distances = torch.cat([self.before.distances, f.distances])
-        return Factor(f.parent, f.A, L, self.before.kept + f.kept, distances, f.norms, f.short, f.loss, f.doubt)
+            fast = norm2(short @ L @ L.T @ short.T - torch.eye(len(kept), dtype=gram.dtype)) <= PREDICTED["fast"]
+            A = short if fast else A
+        rows = tuple(first + i for i in kept)
+        if self.before:  # with the earlier rows in front
+            L = torch.cat([torch.nn.functional.pad(self.before.L, (0, L.shape[1] - self.before.L.shape[1])), L])
+            distances = torch.cat([self.before.distances, distances])
+            rows = self.before.kept + rows
+        return Factor(parent, A, L, rows, distances, norms, fast, loss, doubt, self.source.has_center)
 
     def refine(self, f: Factor) -> Factor:
-        """One more read: the Gram matrix of A * differences, formed column by column in float64, factorised once more."""
+        """One more read: the Gram matrix of A * differences, formed column by column in float64. It makes an orthonormal frame, in which every row
+        of W is a short vector; Gram-Schmidt on these, rank rule and all, decides anew about all rows."""
         r0 = self.before.rank if self.before else 0
         gram = self._gram(f.parent, f.A, r0, False)
         self.refined += 1
-        rows = list(f.kept[r0:])
-        # Distance of provisional row j to the span before it: 1 / (its coefficient of the difference it stands for).
-        unit = torch.stack([1 / f.A[r0 + j, i] for j, i in enumerate(rows)]) if rows else gram.new_zeros(0)
-        eye = torch.eye(r0, dtype=gram.dtype)
         noise = self._noise(False)
-        shortest = self.tolerance * f.norms[rows] / unit
-        A, L, kept, distances, length, doubt = row_cholesky(gram, r0, eye, gram.new_ones(r0), shortest, noise)
-        spread = norm2(A[r0:] * torch.cat([gram.new_ones(r0), length]))
-        distances_all = f.distances.clone()
-        distances_all[rows] = distances * unit
-        on_old = torch.cat([torch.nn.functional.pad(eye, (0, L.shape[1] - r0)), L])  # provisional rows in terms of the new Q
-        new_L = f.L @ on_old  # earlier rows of an extended result: times one and plus zeros, so bit by bit what they were
-        kept_rows = f.kept[:r0] + tuple(rows[j] for j in kept)
-        loss = 2 * noise * max(len(A), 1) ** 0.5 * spread**2
-        return Factor(f.parent, A @ f.A, new_L, kept_rows, distances_all, f.norms, None, loss, doubt)
+        eye = torch.eye(r0, dtype=gram.dtype)
+        length = gram.diagonal()[r0:].clamp(min=0).sqrt()
+        lone = torch.full((len(gram),), -1, dtype=torch.int32)
+        to_frame, L, of_frame, _, _, doubt, _ = row_cholesky(gram, r0, eye, gram.new_ones(r0), 1e-10 * length, noise, lone)
+        provisional = torch.cat([torch.nn.functional.pad(eye, (0, L.shape[1] - r0)), L])  # rows of A * differences in the frame
+        spread = norm2(to_frame[r0:] * torch.cat([gram.new_ones(r0), length]))
+        loss = 2 * noise * max(len(to_frame), 1) ** 0.5 * spread**2
+        A, L = to_frame @ f.A, f.L @ provisional
+        A[:r0] = f.A[:r0]
+        frame = f.kept[:r0] + tuple(f.kept[r0 + j] for j in of_frame)
+        self.all_rows = Factor(f.parent, A, L, frame, f.distances, f.norms, False, loss, doubt, f.center)
+        if doubt or loss > PREDICTED["high"]:  # not orthonormal yet: all rows stay, and the next look decides
+            return self.all_rows
+        rows = torch.linalg.solve_triangular(f.U, L, upper=False, unitriangular=True)
+        B, R, kept, distances = row_gram_schmidt(rows, self.first, r0, self.tolerance * f.norms)
+        all_distances = f.distances.clone()
+        all_distances[self.first :] = distances
+        A, L = B @ A, f.U @ R
+        A[:r0] = f.A[:r0]
+        return Factor(f.parent, A, L, f.kept[:r0] + tuple(kept), all_distances, f.norms, False, loss, False, f.center)
+
+    # When Q is good enough -----------------------------------------------------------------------------------------
+
+    def limit(self, f: Factor, target: Target) -> float:
+        """Of the certificate: what was promised, or what rounding Q to its dtype does to rows of many different numbers."""
+        return max(LIMITS[self.accuracy], 4 * UNIT[target.dtype] * f.rank / self.columns**0.5)
+
+    def rounding(self, f: Factor, target: Target) -> float:
+        """What rounding can do to rows of few different numbers, all of whose errors may have one sign."""
+        return 8 * UNIT[target.dtype] * f.rank**0.5
+
+    def good_enough(self, certificate: float, f: Factor, target: Target) -> bool:
+        exact = f.loss <= PREDICTED["high"] and not f.fast and not self.refined  # W is well conditioned: what is left is rounding
+        return certificate <= self.limit(f, target) or (exact and certificate <= self.rounding(f, target))
 
     # Q -------------------------------------------------------------------------------------------------------------
 
@@ -354,12 +413,16 @@ class Job:
         vector = torch.cat([y.flatten(), norms])
         self.reduce(vector)
         self.reads += 1
-        self._check_norms(vector[y.numel() :].cpu(), f.short is not None)
+        self._check_norms(vector[y.numel() :].cpu(), f.fast)
         return schatten4(vector[: y.numel()].view_as(y).cpu() - probes(f.rank).T)
 
     def result(self, Q, f: Factor, certificate: float | None) -> Orthonormal:
         R, transform = f.undo_differences()
-        relative = torch.where(f.norms > 0, f.distances / f.norms, 0.0).tolist()
+        if self.extend is not None:  # bit by bit
+            r0 = self.extend.rank
+            R[: self.first], transform[:r0] = 0.0, 0.0
+            R[: self.first, :r0], transform[:r0, : self.first] = self.extend.R, self.extend.transform
+        relative = torch.where(f.norms > 0, f.distances / f.norms, torch.where(f.distances > 0, torch.inf, 0.0)).tolist()
         kept = set(f.kept)
         dropped = tuple((i, relative[i]) for i in range(len(f.norms)) if i not in kept)
         rows = list(f.kept)

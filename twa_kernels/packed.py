@@ -168,6 +168,7 @@ class Packer:
         numels = [s.numel() for s in self.shapes]
         self._offsets = tile_offsets(numels)
         self._next = 0
+        self._filled = 0  # columns of the next tensor that add_columns has packed
         self.tile_segment = segments_to_tiles(segments, numels).to(device)
         given = torch.as_tensor(segments) if segments is not None and len(segments) else None
         self.num_segments = int(given.max()) + 1 if given is not None else len(numels)
@@ -183,6 +184,8 @@ class Packer:
         if self._next == len(self.shapes):
             raise ValueError(f"Packer: all {len(self.shapes)} tensors were added already")
         k = self._next
+        if self._filled:
+            raise ValueError(f"tensor {k}: expected the rest of its columns, {self._filled} were added already")
         rows = list(rows.unbind(0)) if isinstance(rows, Tensor) else list(rows)
         for i, t in enumerate([*rows] + ([center] if center is not None else [])):
             if t.shape != self.shapes[k]:
@@ -194,18 +197,27 @@ class Packer:
         self._next += 1
 
     def add_columns(self, rows: Tensor, begin: int) -> None:
-        """Packs columns [begin, begin + rows.shape[1]) of the next tensor, begin a multiple of 128: rows (n, columns). A tensor's columns may come
-        in any parts that end on multiples of 128 or the tensor's end; then `end_tensor`."""
+        """Packs columns [begin, begin + rows.shape[1]) of the next tensor, begin a multiple of 128: rows (n, columns). A tensor's columns
+        come in order, in parts that end on multiples of 128 or the tensor's end; then `end_tensor`."""
+        if self._next == len(self.shapes):
+            raise ValueError(f"Packer: all {len(self.shapes)} tensors were added already")
         numel, count = self.shapes[self._next].numel(), rows.shape[1]
+        if begin != self._filled:
+            raise ValueError(f"tensor {self._next}: expected columns from {self._filled} on, found {begin}")
         if begin % TILE or (count % TILE and begin + count != numel) or begin + count > numel or len(rows) != self.n:
             raise ValueError(
                 f"tensor {self._next}: expected {self.n} rows and whole tiles of its {numel} columns, found shape {tuple(rows.shape)} at {begin}"
             )
         self._pack(self._next, list(rows.unbind(0)), None, begin)
+        self._filled += count
 
     def end_tensor(self) -> None:
         """The tensor that `add_columns` was filling is complete."""
-        self._next += 1
+        if self._next == len(self.shapes):
+            raise ValueError(f"Packer: all {len(self.shapes)} tensors were added already")
+        if self._filled != self.shapes[self._next].numel():
+            raise ValueError(f"tensor {self._next}: expected all {self.shapes[self._next].numel()} columns, found {self._filled}")
+        self._next, self._filled = self._next + 1, 0
 
     def _pack(self, k: int, rows: list[Tensor], center: Tensor | None, begin: int) -> None:
         first = self._offsets[k] + begin // TILE

@@ -315,7 +315,8 @@ class Blocks:
         for key in self.keys:
             total = torch.Size(self.candidates.info[key].shape).numel()
             for begin in range(0, total, self.columns):
-                rows = [row.reshape(-1)[begin : begin + self.columns] for row in self.candidates.tensors(key, share=min(1.0, self.columns / total))]
+                at = slice(begin, begin + self.columns)
+                rows = [row.reshape(-1)[at] for row in self.candidates.tensors(key, share=min(1.0, self.columns / total))]
                 yield [row.float() if row.dtype == torch.float64 else row for row in rows]
 
 

@@ -48,10 +48,12 @@ def build(
 ) -> tuple[tk.PackedBasis | DenseBasis, Coordinates]:
     """Reads every tensor three times (sample and Gram matrix, then Q), one at a time. Packed bits: Q is never dense in memory."""
     members = [[k for k, l in enumerate(segments) if l == segment] for segment in range(num_segments)]
-    found = [_of_segment(read, tensors) for tensors in members]
-    n, r = len(found[0].R), max(1, max(o.rank for o in found))
+    found = [_of_segment(read, tensors, [s.numel() for s in shapes]) for tensors in members]
+    n, r = len(read(0)[0]), max(1, max(o.rank if o else 0 for o in found))
     transform, R = torch.zeros(num_segments, r, n, dtype=torch.float64), torch.zeros(num_segments, n, r, dtype=torch.float64)
     for l, o in enumerate(found):
+        if o is None:
+            continue
         transform[l, : o.rank], R[l, :, : o.rank] = o.transform, o.R
     # Rows as long as those of the basis of deltas are on average (root mean square), so that the same learning rates fit.
     sum_sq = R.square().sum(2).T  # (n, L): squared lengths of the deltas
@@ -60,35 +62,39 @@ def build(
     else:
         divisor = row_divisor(sum_sq, normalize)
         scale = torch.where(divisor > 0, sum_sq / divisor.clamp(min=1e-300).square(), 0.0).mean(0).sqrt()
-    coordinates = Coordinates(transform, R, scale, tuple(o.dropped for o in found))
+    coordinates = Coordinates(transform, R, scale, tuple(o.dropped if o else () for o in found))
     if bits == 32:
         rows = []
         for k, l in enumerate(segments):
             w, center = read(k)
             q = torch.zeros(r, shapes[k].numel())
-            q[: found[l].rank] = found[l].apply([w], center=[center])[0].view(found[l].rank, shapes[k].numel()) * float(scale[l])
+            if shapes[k].numel():
+                q[: found[l].rank] = found[l].apply([w], center=[center])[0].view(found[l].rank, shapes[k].numel()) * float(scale[l])
             rows.append(q)
         divisor = torch.ones(r, num_segments, dtype=torch.float64)
         return DenseBasis(rows, segments, divisor, tuple(shapes)), coordinates
     packer = tk.Packer(r, shapes, bits, segments)
     for k, l in enumerate(segments):
         w, center = read(k)
+        w, center = [row.reshape(-1) for row in w], center.reshape(-1)
         for begin in range(0, shapes[k].numel(), PACK_COLUMNS):
             at = slice(begin, begin + PACK_COLUMNS)
-            q = found[l].apply([[row.reshape(-1)[at] for row in w]], center=[center.reshape(-1)[at]])[0]
+            q = found[l].apply([[row[at] for row in w]], center=[center[at]])[0]
             packer.add_columns(torch.nn.functional.pad(q, (0, 0, 0, r - len(q))), begin)
         packer.end_tensor()
     basis = packer.finish("none")
     return replace(basis, row_scale=(basis.row_scale.double() * scale).float()), coordinates
 
 
-def _of_segment(read: Read, tensors: list[int]) -> tk.Orthonormal:
+def _of_segment(read: Read, tensors: list[int], numels: list[int]) -> tk.Orthonormal | None:
     """The implicit basis of one segment, streamed tensor by tensor."""
 
     def part(which: int) -> Callable[[], Iterator]:
         return lambda: (read(k)[which] for k in tensors)
 
     try:
+        if not any(numels[k] for k in tensors):  # parameters without elements
+            return None
         return tk.orthonormalize(part(0), center=part(1), form="implicit")
     except tk.NotFiniteError as error:
         raise tk.NotFiniteError(error.row, tensors[error.tensor], error.column) from error

@@ -47,5 +47,5 @@ def conference_method(
         subspace.set_merge_weights(weights)
         load_untrained(model, candidates, subspace.layout, weights)
     optimizer = SubspaceOptimizer(subspace, torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [steps // 2, int(steps * 0.75)], gamma=0.1)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, steps // 2), max(1, int(steps * 0.75))], gamma=0.1)
     return subspace, optimizer, schedule
