@@ -114,7 +114,15 @@ def norm2(a: Tensor) -> float:
 
 
 def row_cholesky(
-    gram: Tensor, first: int, before: Tensor, scale_before: Tensor, shortest: Tensor, noise: float, parent: Tensor, keep_all: bool = False
+    gram: Tensor,
+    first: int,
+    before: Tensor,
+    scale_before: Tensor,
+    shortest: Tensor,
+    noise: float,
+    parent: Tensor,
+    keep_all: bool = False,
+    negligible: float = 0.0,
 ) -> tuple[Tensor, Tensor, list[int], Tensor, Tensor, bool, Tensor]:
     """Row-order Cholesky factorisation of rows first .. n - 1 of a Gram matrix of differences, that leaves out dependent rows.
 
@@ -125,6 +133,7 @@ def row_cholesky(
     parent        (n,): what was subtracted from each row. Differences from a row that is dropped become differences from that row's own parent:
                   else what the dropped row has outside of the span would be lost to all rows after it
     keep_all      leave out zeros only, and call the rest in doubt
+    negligible    a squared distance, relative to the row's length, that is in doubt but at most this is taken for zero
     returns A (r, n) with orthonormal A * rows, L (n - first, r) with rows = L * Q, kept rows, their distances, lengths of all new rows,
             whether some distance may be an artefact of `noise`, and the parents
     """
@@ -180,6 +189,9 @@ def row_cholesky(
             square = float(shortest[i] / length[i]) ** 2
             distances[i] = max(pivot, 0.0) ** 0.5 * length[i]
             uncertain = keep_all or (pivot + error > square and pivot < 16 * error)
+            if not keep_all and 16 * error <= negligible:
+                uncertain = False
+                square = max(square, 16 * error)
             dropped = not uncertain and pivot <= square
         if dropped:
             children = (parent == first + i).nonzero().flatten()

@@ -364,8 +364,10 @@ class Job:
         noise = self._noise(False)
         eye = torch.eye(r0, dtype=gram.dtype)
         length = gram.diagonal()[r0:].clamp(min=0).sqrt()
+        # Rows whose second look still finds nothing but noise have nothing; at the last look, whatever is in doubt is taken for that.
+        negligible = 1e-13 if self.refined < MOST_REFINEMENTS else torch.inf
         lone = torch.full((len(gram),), -1, dtype=torch.int32)
-        to_frame, L, of_frame, _, _, doubt, _ = row_cholesky(gram, r0, eye, gram.new_ones(r0), 1e-10 * length, noise, lone)
+        to_frame, L, of_frame, _, _, doubt, _ = row_cholesky(gram, r0, eye, gram.new_ones(r0), 1e-9 * length, noise, lone, negligible=negligible)
         provisional = torch.cat([torch.nn.functional.pad(eye, (0, L.shape[1] - r0)), L])  # rows of A * differences in the frame
         spread = norm2(to_frame[r0:] * torch.cat([gram.new_ones(r0), length]))
         loss = 2 * noise * max(len(to_frame), 1) ** 0.5 * spread**2
