@@ -135,7 +135,7 @@ def gram64(Q: Tensor) -> Tensor:
 
 
 def loss(Q: Tensor) -> float:
-    return float(torch.linalg.matrix_norm(gram64(Q) - torch.eye(len(Q), dtype=F64), 2))
+    return float(torch.linalg.matrix_norm(gram64(Q) - torch.eye(len(Q), dtype=F64, device=Q.device), 2))
 
 
 def exact(W: Tensor) -> Tensor:
@@ -179,6 +179,11 @@ def accuracy_table(cases: dict[str, Tensor], methods: dict) -> list[str]:
     return lines
 
 
+def floor_seconds(n: int, columns: int) -> float:
+    """2 reads and 1 write of n * columns float32 at the speed of a copy."""
+    return 12 * n * columns / bandwidth()["copy"] / 1e9
+
+
 def time_table(W: Tensor) -> tuple[list[str], dict[str, float]]:
     n, columns = W.shape
     Q = torch.empty_like(W).zero_()
@@ -189,7 +194,7 @@ def time_table(W: Tensor) -> tuple[list[str], dict[str, float]]:
         except torch.linalg.LinAlgError:
             seconds[name] = math.nan
         print(f"{name} {seconds[name] * 1e3:.1f} ms", flush=True)
-    floor = 12 * n * columns / bandwidth()["copy"] / 1e9
+    floor = floor_seconds(n, columns)
     rates = {d: multiply_adds(d) for d in (torch.float32, F64)}
     arithmetic = {d: n * n * columns / rate for d, rate in rates.items()}
     lines = ["| method | ms | torch.linalg.qr / it | published loop / it | floor / it |", "|---|--:|--:|--:|--:|"]
@@ -222,7 +227,7 @@ def scaling_table(sizes: list[tuple[int, int]]) -> list[str]:
         Q = torch.empty_like(W).zero_()
         f, h = (median_seconds(lambda m=m, W=W, Q=Q: m(W, Q), 3) for m in (fast, high))
         q = median_seconds(lambda W=W, Q=Q: householder(W, Q), 1, 0.1) if n * columns <= 6.5e7 else math.nan
-        floor = 12 * n * columns / bandwidth()["copy"] / 1e9
+        floor = floor_seconds(n, columns)
         lines.append(
             f"| {n} x {columns:.0e} | {f * 1e3:.1f} | {h * 1e3:.1f} | {100 * floor / f:.0f} % | {100 * floor / h:.0f} % | {q * 1e3:.0f} | "
             f"{q / f:.1f} | {q / h:.1f} |"
@@ -312,7 +317,7 @@ def gpu_tables(n: int, sizes: list[int]) -> list[str]:
         for name, run in runs.items():
             try:
                 ms = milliseconds(run, 1 if name.startswith("torch") else 5)
-                lines.append(f"| {name} | {ms:.2f} | {150 * copy / ms:.0f} % | {number(loss_on_device(run()))} |")
+                lines.append(f"| {name} | {ms:.2f} | {150 * copy / ms:.0f} % | {number(loss(run()))} |")
             except RuntimeError as error:  # cuSOLVER's sizes end before ours, and so may the memory
                 lines.append(f"| {name} | {type(error).__name__}: {str(error).splitlines()[0][:60]} | | |")
             print(lines[-1], flush=True)
@@ -320,11 +325,6 @@ def gpu_tables(n: int, sizes: list[int]) -> list[str]:
         del W, Q, runs
         torch.cuda.empty_cache()
     return lines
-
-
-def loss_on_device(Q: Tensor) -> float:
-    gram = sum(b.double() @ b.double().T for b in Q.split(1 << 20, 1))
-    return float(torch.linalg.matrix_norm(gram - torch.eye(len(Q), dtype=F64, device=Q.device), 2))
 
 
 def picture(seconds: dict[str, float], losses: dict[str, list[float]], cases: list[str]) -> None:

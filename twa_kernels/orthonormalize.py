@@ -341,8 +341,7 @@ class Job:
         noise = self._noise(self.fast)
         shortest = self.tolerance * norms[first:]
         A, L, kept, distances, length, doubt, parent = row_cholesky(gram, first, before, before_length, shortest, noise, parent, keep_all)
-        spread = norm2(A[len(before) :] * torch.cat([before_length, length]))
-        loss = 2 * noise * max(len(A), 1) ** 0.5 * spread**2
+        loss = _predicted_loss(A, len(before), torch.cat([before_length, length]), noise)
         fast = False
         if self.accuracy == "fast" and not first and not doubt and self._usable(gram):
             short = rounded_inverse(L[kept], n, kept)
@@ -371,8 +370,7 @@ class Job:
         lone = torch.full((len(gram),), -1, dtype=torch.int32)
         to_frame, L, of_frame, _, _, doubt, _ = row_cholesky(gram, r0, eye, gram.new_ones(r0), 1e-9 * length, noise, lone, negligible=negligible)
         provisional = torch.cat([torch.nn.functional.pad(eye, (0, L.shape[1] - r0)), L])  # rows of A * differences in the frame
-        spread = norm2(to_frame[r0:] * torch.cat([gram.new_ones(r0), length]))
-        loss = 2 * noise * max(len(to_frame), 1) ** 0.5 * spread**2
+        loss = _predicted_loss(to_frame, r0, torch.cat([gram.new_ones(r0), length]), noise)
         A, L = to_frame @ f.A, f.L @ provisional
         A[:r0] = f.A[:r0]
         frame = f.kept[:r0] + tuple(f.kept[r0 + j] for j in of_frame)
@@ -432,6 +430,11 @@ class Job:
         rows = list(f.kept)
         report = Report(self.accuracy, self.reads, self.refined, certificate, tuple(relative), tuple(f.parent.tolist()), R[rows], f.L[rows])
         return Orthonormal(Q, R, transform, f.kept, dropped, report, f)
+
+
+def _predicted_loss(A: Tensor, first: int, lengths: Tensor, noise: float) -> float:
+    """Of orthogonality in A * rows, rows of A from `first` on, when entries of the Gram matrix of rows of these lengths are off by `noise`."""
+    return 2 * noise * max(len(A), 1) ** 0.5 * norm2(A[first:] * lengths) ** 2
 
 
 def _condition(rows: Tensor) -> float:
