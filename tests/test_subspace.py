@@ -8,7 +8,7 @@ import twa
 from safetensors.torch import load_file, save_file
 from torch import nn
 from twa.candidates import CandidateError
-from twa.subspace import segment_labels
+from twa.layout import segment_labels
 
 
 class Zoo(nn.Module):

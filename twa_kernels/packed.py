@@ -219,6 +219,20 @@ class Packer:
             raise ValueError(f"tensor {self._next}: expected all {self.shapes[self._next].numel()} columns, found {self._filled}")
         self._next, self._filled = self._next + 1, 0
 
+    def skip(self) -> None:
+        """Leaves the next tensor to another process, which packs it; `storage` then says what to receive before `finish`."""
+        if self._next == len(self.shapes) or self._filled:
+            raise ValueError(
+                f"Packer: expected a tensor that is yet to be packed, found {self._next} of {len(self.shapes)} and {self._filled} columns"
+            )
+        self._next += 1
+
+    def storage(self, k: int) -> list[Tensor]:
+        """What `add` writes for tensor k, as uint8 views to send or receive. Beside it `sum_sq` is to be summed over processes, `max_scale` to be
+        maximised: together they are what one process would have made."""
+        at = slice(self._offsets[k], self._offsets[k + 1])
+        return [self.codes[at], self.scales[at].view(torch.uint8)]
+
     def _pack(self, k: int, rows: list[Tensor], center: Tensor | None, begin: int) -> None:
         first = self._offsets[k] + begin // TILE
         at = slice(first, first + num_tiles(rows[0].numel()))
@@ -240,14 +254,18 @@ class Packer:
         except NotFiniteError as error:
             raise NotFiniteError(error.row, k, begin + error.column) from None
 
-    def finish(self, normalize: str = "row") -> PackedBasis:
+    def finish(self, normalize: str = "row", divisor: Tensor | None = None) -> PackedBasis:
         """normalize: "row": every row gets the same norm, the lower quartile of the rows' norms, so that a coefficient of 1 moves the
-        weights as far as a near candidate is from the center; "segment": the same within each segment; "none": rows as they are."""
+        weights as far as a near candidate is from the center; "segment": the same within each segment; "none": rows as they are.
+        divisor: (n, L) float64 to use instead, for a process that holds some rows of many: those rows of `row_divisor(sum_sq of all, normalize)`."""
         if normalize not in NORMALIZE:
             raise ValueError(f"normalize: expected one of {NORMALIZE}, found {normalize!r}")
         if self._next != len(self.shapes):
             raise ValueError(f"Packer: {self._next} of {len(self.shapes)} tensors were added")
-        divisor = row_divisor(self.sum_sq, normalize)
+        if divisor is None:
+            divisor = row_divisor(self.sum_sq, normalize)
+        elif divisor.shape != self.sum_sq.shape:
+            raise ValueError(f"divisor: expected shape {tuple(self.sum_sq.shape)}, found {tuple(divisor.shape)}")
         # A power of two per (row, segment) brings the largest scale into [128, 256), inside e4m3's range.
         exponent = torch.frexp(self.max_scale).exponent - 8
         unit = torch.where(self.max_scale > 0, torch.exp2(exponent.double()), torch.zeros_like(divisor))  # (n, L)

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from . import schemes
-from .batchnorm import tracked_batchnorms, update_bn
+from .batchnorm import tracked_batchnorms, update_bn_of
 from .candidates import Candidates
+from .data import Stream, mix, seed_all, shared_out
+from .layout import layout_of
 from .measure import PeakMemory, mean_over
 from .optimizer import SubspaceOptimizer
-from .subspace import BASES, Subspace, export_state, layout_of, load_merge, round_to_files
+from .placement import Placement, choose, resolve, shard_model
+from .state import Store
+from .subspace import BASES, Subspace
 from .tasks import Task
+from .weights import export, kept, load_merge, put_back, round_to_files
+from .world import World, facts, versions
 
 EMA_DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)
 LAWA_LENGTHS = (2, 4, 6, 8, 12, 16, 24, 32)
 BASELINES = ("last", "best single", "uniform", "EMA", "LAWA", "greedy soup")
+SAVE_SECONDS = 10.0  # between saved states while baselines are evaluated
 VALIDATIONS = 4  # looks at the validation data during a TWA run; the best coefficients are kept
 
 
@@ -63,11 +73,23 @@ DEFAULT_METHODS = (TwaMethod("t", "tensor", 4), TwaMethod("v", "model", 4))
 
 @dataclass(frozen=True)
 class Settings:
+    """batches_per_step: over all ranks; 0: one per rank. placement: see Subspace.from_candidates; "columns" shards the task's model."""
+
     methods: tuple[TwaMethod, ...] = DEFAULT_METHODS
     steps: int = 100
     lr: float = 0.02
     weight_decay: float = 0.0
     bn_batches: int = 100
+    batches_per_step: int = 0
+    seed: int = 0
+    placement: str = "auto"
+    low_memory: bool = False
+    save_every: int = 10
+
+    def facts(self) -> dict[str, str]:
+        """What a run may not change when it is continued: not the placement, nor the number of ranks."""
+        free = {"placement", "low_memory", "save_every"}
+        return {f.name.replace("_", " "): str(getattr(self, f.name)) for f in fields(self) if f.name not in free}
 
 
 @dataclass
@@ -92,9 +114,16 @@ class Result:
 
 @dataclass
 class Outcome:
+    """All results; the model is at the winner's weights until it is used for something else."""
+
     results: list[Result]
     winner: Result
-    state: dict[str, Tensor]  # of the winner, as exported
+    placement: Placement
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The winner's weights as they are exported."""
+        return dict(export(self.placement))
 
 
 class Average:
@@ -102,28 +131,99 @@ class Average:
 
     TWA starts at the best fixed average (its center), looks at the validation data from there on, and keeps the best coefficients:
     so it is never worse there than that average (where BatchNorm is re-estimated, up to what that changes).
+
+    On several ranks (torch.distributed), all make one and call `run`. store: where the state is saved, to be continued by another object.
     """
 
-    def __init__(self, task: Task, candidates: Candidates, settings: Settings, progress: bool = True) -> None:
-        self.task, self.candidates, self.settings = task, candidates, settings
-        self.progress = progress
+    def __init__(
+        self,
+        task: Task,
+        candidates: Candidates,
+        settings: Settings,
+        progress: bool = True,
+        *,
+        group: dist.ProcessGroup | None = None,
+        store: Store | None = None,
+    ) -> None:
+        self.task, self.candidates, self.store = task, candidates, store
+        self.world = World.find(group) if settings.placement != "single" else World()
+        self.settings = replace(settings, batches_per_step=settings.batches_per_step or self.world.size)
+        self.progress = progress and self.world.is_writer
         if len(candidates) > 1 and any(m.kind == "v" for m in settings.methods):
             task.split_validation()
-        self.model = task.model()
-        self.layout = layout_of(self.model, candidates)
+        with self.world.together("making the model"):
+            self.model = task.model()
+            self.facts = facts(self.model, candidates) | {"task": task.fingerprint} | self.settings.facts()
+        if self.world.size > 1:
+            self.world.check_equal(self.facts | versions())
+        with self.world.together("placing the model"):
+            self.placement = self._place(group)
         self.results: list[Result] = []
-        self._best: tuple[float, Result, dict[str, Tensor]] | None = None
+        self._best: tuple[float, Result, dict[str, Tensor] | None] | None = None  # weights of this rank; None: those of its merge weights
         self._losses: dict[bytes, float] = {}
 
+    def _place(self, group: dist.ProcessGroup | None) -> Placement:
+        name = self.settings.placement
+        layout = layout_of(self.model, self.candidates)
+        bits = max((m.bits for m in self.settings.methods), default=4)
+        if name == "auto" and self.world.size > 1:
+            name = choose(self.world, layout, self.model, self.candidates, bits)
+            name = "columns" if name == "rows" else name  # the model can be sharded here
+        if name == "columns" and not any(isinstance(p, DTensor) for p in self.model.parameters()):
+            if self.world.group is None:
+                raise ValueError("placement 'columns': torch.distributed is not initialised; start with torchrun")
+            shard_model(self.model, self.world.group)
+        return resolve(name, self.model, self.candidates, layout, bits, group)
+
     def run(self) -> Outcome:
-        """Every method in turn. Raises ValueError if none has a finite validation loss."""
+        """Every method in turn. Raises ValueError if none has a finite validation loss, or a saved state is of another run."""
+        method, under_way = self._resume()
         self._baselines()
-        for method in self.settings.methods if len(self.candidates) > 1 else ():
-            self.results.append(self._twa(method))
+        for k, m in enumerate(self.settings.methods if len(self.candidates) > 1 else ()):
+            if k >= method:
+                self.results.append(self._twa(k, m, under_way if k == method else None))
+                self._save(k + 1)
         if self._best is None:
             raise ValueError(f"task {self.task.name}: the validation loss of every method is NaN or Inf: do model, loss and data fit the candidates?")
-        _, winner, state = self._best
-        return Outcome(self.results, winner, state)
+        _, winner, parts = self._best
+        if parts is None:
+            self._load(winner.beta)
+        else:
+            put_back(self.placement, parts)
+        return Outcome(self.results, winner, self.placement)
+
+    # Saved state ----------------------------------------------------------------------------------------------------
+
+    def _resume(self) -> tuple[int, dict | None]:
+        """What an earlier run has done: the method that it was at, and how far that was."""
+        if self.store is None:
+            return 0, None
+        saved = self.store.load(self.world, self.facts)
+        if saved is None:
+            return 0, None
+        self.results = [Result(**r) for r in saved["results"]]
+        self._losses = {beta.numpy().tobytes(): loss for beta, loss in saved["losses"]}
+        if saved["best"] is not None:
+            best = self.results[saved["best"]]
+            parts = None if best.coefficients is None else self.store.load_best(self.placement)
+            self._best = (best.val_loss, best, parts)
+        return saved["method"], saved["under_way"]
+
+    def _save(self, method: int, under_way: dict | None = None) -> None:
+        if self.store is None or not self.world.is_writer:
+            return
+        best = None if self._best is None else next(k for k, r in enumerate(self.results) if r is self._best[1])
+        losses = [(torch.frombuffer(bytearray(beta), dtype=torch.float64), loss) for beta, loss in self._losses.items()]
+        self.store.save(
+            {
+                "run": self.facts,
+                "results": [dict(vars(r)) for r in self.results],
+                "losses": losses,
+                "best": best,
+                "method": method,
+                "under_way": under_way,
+            }
+        )
 
     # Classical averages -------------------------------------------------------------------------------------------
 
@@ -131,17 +231,27 @@ class Average:
         n = len(self.candidates)
         lengths = [k for k in LAWA_LENGTHS if k < n] or [1]
         total = 2 if n == 1 else 3 * n + 1 + len(lengths) + len(EMA_DECAYS)  # greedy soup looks at each candidate twice
+        done = {r.method for r in self.results}
+        if done.issuperset(BASELINES if n > 1 else BASELINES[:2]):
+            return
         bar = progress_bar(f"baselines ({n} candidates)", total, self.progress)
+        saved = time.perf_counter()
 
         def evaluate(beta: Tensor) -> float:
+            nonlocal saved
             key = beta.numpy().tobytes()
             if key not in self._losses:
                 self._load(beta)
                 self._losses[key] = self._validation_loss()
+                if time.perf_counter() - saved > SAVE_SECONDS:
+                    self._save(0)
+                    saved = time.perf_counter()
             bar.update(1)
             return self._losses[key]
 
         def timed(name: str, choose: Callable[[], tuple[Tensor, str]]) -> None:
+            if name in done:
+                return
             start, memory = time.perf_counter(), PeakMemory()
             beta, note = choose()
             self._load(beta)
@@ -150,9 +260,10 @@ class Average:
             changed = members > 1 and tracked_batchnorms(self.model)
             loss = self._validation_loss() if changed else self._losses[beta.numpy().tobytes()]
             seconds = time.perf_counter() - start
-            result = Result(name, members, 0, seconds, memory.bytes(), loss, note=note, beta=beta)
-            self._finish(result)
+            result = Result(name, members, 0, seconds, self._peak(memory), loss, note=note, beta=beta)
             self.results.append(result)
+            self._finish(result)
+            self._save(0)
 
         def pick(options: Iterable[tuple[Tensor, str]]) -> tuple[Tensor, str]:
             return min(options, key=lambda option: evaluate(option[0]))
@@ -170,38 +281,73 @@ class Average:
 
     def _load(self, beta: Tensor) -> None:
         """The model at exact merge weights; BatchNorm re-estimated unless it is one candidate's own."""
-        load_merge(self.model, self.candidates, self.layout, beta)
+        load_merge(self.placement, beta)
         self._settle(own_statistics=int((beta != 0).sum()) == 1)
 
     def _settle(self, own_statistics: bool = False) -> None:
         """Makes the model what would be exported: BatchNorm re-estimated (unless its statistics are its own), the files' dtypes."""
-        round_to_files(self.model, self.candidates, self.layout)
-        if not own_statistics and update_bn(self.task.train, self.model, forward=self.task.loss, max_batches=self.settings.bn_batches):
-            round_to_files(self.model, self.candidates, self.layout)
+        round_to_files(self.placement)
+        if own_statistics or not tracked_batchnorms(self.model):
+            return
+        update_bn_of(shared_out(self.task.train, self.world, self.settings.bn_batches), self.model, self.task.loss, self.world)
+        round_to_files(self.placement)
 
     def _validation_loss(self) -> float:
         """Inf for NaN and -Inf, so that they lose every comparison."""
-        loss = mean_over(self.model, self.task.loss, self.task.val)
+        loss = mean_over(self.model, self.task.loss, self.task.val, self.world)
         return loss if math.isfinite(loss) else math.inf
+
+    def _peak(self, memory: PeakMemory) -> int:
+        """Of the rank that took most."""
+        return int(self.world.max_(torch.tensor([memory.bytes()]))[0])
 
     # TWA ----------------------------------------------------------------------------------------------------------
 
-    def _twa(self, method: TwaMethod) -> Result:
-        start, memory = time.perf_counter(), PeakMemory()
+    def _twa(self, index: int, method: TwaMethod, saved: dict | None) -> Result:
+        begun, memory = time.perf_counter(), PeakMemory()
         s = self.settings
         start_from = min((r for r in self.results if r.coefficients is None), key=lambda r: r.val_loss)
         center, center_name = start_from.beta, " ".join(filter(None, (start_from.method, start_from.note)))
         subspace = Subspace.from_candidates(
-            self.model, self.candidates, bits=method.bits, granularity=method.granularity, center=center, basis=method.basis
+            self.model,
+            self.candidates,
+            bits=method.bits,
+            granularity=method.granularity,
+            center=center,
+            basis=method.basis,
+            placement=self.placement,
         )
-        optimizer = SubspaceOptimizer(subspace, torch.optim.AdamW, lr=s.lr, weight_decay=s.weight_decay)
+        optimizer = SubspaceOptimizer(subspace, torch.optim.AdamW, lr=s.lr, weight_decay=s.weight_decay, low_memory=s.low_memory)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_then_linear(step, s.steps))
-        data = self.task.train if method.kind == "t" else self.task.heldout
+        stream = Stream(self.task.train if method.kind == "t" else self.task.heldout, self.world, s.batches_per_step, s.seed)
         curve, val_curve, note = [], [], f"from {center_name}"
         best_loss, best_x = math.inf, subspace.coefficients.detach().clone()
+        before = 0.0  # seconds, in an earlier process
+        if saved is not None:
+            curve, val_curve, best_loss, before = saved["curve"], saved["val_curve"], saved["best_loss"], saved["seconds"]
+            best_x.copy_(saved["best_x"])
+            optimizer.load_state_dict(saved["optimizer"])
+            schedule.load_state_dict(saved["schedule"])
+            load_buffers(self.model, saved["buffers"])
+            stream.seek(saved["position"])
         looks = {round(s.steps * k / VALIDATIONS) for k in range(VALIDATIONS + 1)}
         bar = progress_bar(method.name, s.steps, self.progress)
-        for step, batch in zip(range(s.steps + 1), forever(data), strict=False):
+        bar.update(len(curve))
+        for step in range(len(curve), s.steps + 1):
+            if step % s.save_every == 0 and step and (saved is None or step > saved["position"]["step"]) and self.store is not None:
+                subspace.placement.world.check()
+                under_way = {
+                    "curve": curve,
+                    "val_curve": val_curve,
+                    "best_loss": best_loss,
+                    "best_x": best_x,
+                    "seconds": before + time.perf_counter() - begun,
+                    "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "buffers": dict(self.model.named_buffers()),
+                    "position": stream.position(),
+                }
+                self._save(index, under_way)
             if step in looks:
                 self._settle()
                 val = self._validation_loss()
@@ -211,50 +357,74 @@ class Average:
                     best_loss, best_x = val, subspace.coefficients.detach().clone()
             if step == s.steps:
                 break
-            self.model.train()
-            loss = self.task.loss(self.model, batch)
-            if not torch.isfinite(loss):
-                note += f"; stopped: loss {loss.item()} at step {step}; best coefficients so far kept"
-                print(f"twa: {method.name}: {note}", file=sys.stderr)
+            loss = self._gradients(stream, optimizer)
+            if not math.isfinite(loss):
+                note += f"; stopped: loss {loss} at step {step}; best coefficients so far kept"
+                if self.world.is_writer:
+                    print(f"twa: {method.name}: {note}", file=sys.stderr)
                 break
-            optimizer.zero_grad()
-            loss.backward()
             optimizer.step()
             schedule.step()
-            curve.append(loss.item())
-            bar.set_postfix(loss=f"{curve[-1]:.4f}", val=f"{val_curve[-1][1]:.4f}", refresh=False)
+            curve.append(loss)
+            bar.set_postfix(loss=f"{loss:.4f}", val=f"{val_curve[-1][1]:.4f}", refresh=False)
             bar.update(1)
         bar.close()
         with torch.no_grad():
             subspace.coefficients.copy_(best_x)
+        subspace.placement.world.check()
         subspace.write_weights()
         self._settle()
         val = self._validation_loss()
-        seconds = time.perf_counter() - start
-        result = Result(method.name, len(self.candidates), len(curve), seconds, memory.bytes(), val, note=note, curve=curve, val_curve=val_curve)
+        seconds = before + time.perf_counter() - begun
+        result = Result(method.name, len(self.candidates), len(curve), seconds, self._peak(memory), val, note=note, curve=curve, val_curve=val_curve)
         result.beta, result.coefficients = subspace.merge_weights(), subspace.coefficients_json()
+        optimizer.close()
         optimizer.zero_grad()
         self._finish(result)
         return result
 
+    def _gradients(self, stream: Stream, optimizer: SubspaceOptimizer) -> float:
+        """One step's gradients, from this rank's batches; the step's loss, of all ranks."""
+        self.model.train()
+        optimizer.zero_grad()
+        total = torch.zeros(1, dtype=torch.float64)
+        batches = stream.next_step()
+        for k, (g, batch, weight) in enumerate(batches):
+            seed_all(mix(self.settings.seed, g))  # the same Dropout on any number of ranks
+            loss = self.task.loss(self.model, batch)
+            with optimizer.no_sync() if k + 1 < len(batches) else contextlib.nullcontext():
+                (loss if weight == 1.0 else loss * weight).backward()
+            if weight:
+                total += loss.item() * weight / self.world.size
+        return float(self.world.sum_(total))
+
     # ---------------------------------------------------------------------------------------------------------------
 
     def _finish(self, result: Result) -> None:
-        """Test figures of the model as it is, and its state if it is the best so far."""
-        measure_test(result, self.model, self.task)
+        """Test figures of the model as it is, and its weights if it is the best so far."""
+        measure_test(result, self.model, self.task, self.world)
         if result.val_loss < (self._best[0] if self._best else math.inf):
-            self._best = (result.val_loss, result, export_state(self.model, self.candidates))
+            trained = result.coefficients is not None
+            self._best = (result.val_loss, result, kept(self.placement) if trained else None)
+            if trained and self.store is not None:
+                self.store.save_best(self.placement)
+
+
+def load_buffers(model: nn.Module, saved: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, b in model.named_buffers():
+            b.copy_(saved[name])
 
 
 def progress_bar(text: str, total: int, shown: bool) -> tqdm:
     return tqdm(total=total, desc=f"{text:32.32s}", disable=not shown, mininterval=0.5, file=sys.stderr)
 
 
-def measure_test(result: Result, model: nn.Module, task: Task) -> None:
+def measure_test(result: Result, model: nn.Module, task: Task, world: World | None = None) -> None:
     if task.test is not None:
-        result.test_loss = mean_over(model, task.loss, task.test)
+        result.test_loss = mean_over(model, task.loss, task.test, world)
         if task.metric is not None:
-            result.test_metric = mean_over(model, task.metric, task.test)
+            result.test_metric = mean_over(model, task.metric, task.test, world)
 
 
 def warmup_then_linear(step: int, steps: int) -> float:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .world import World
 
 
 def batch_size(batch: object) -> int:
@@ -47,19 +51,31 @@ def _restore(norms: list[_BatchNorm], saved: list[tuple[Tensor, Tensor, Tensor]]
         m.num_batches_tracked.copy_(tracked)
 
 
-@torch.no_grad()
-def update_bn(loader: Iterable, model: nn.Module, forward: Callable[[nn.Module, object], object] = run_model, max_batches: int | None = None) -> int:
+def update_bn(
+    loader: Iterable,
+    model: nn.Module,
+    forward: Callable[[nn.Module, object], object] = run_model,
+    max_batches: int | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> int:
     """Sets every BatchNorm's running mean and variance to their averages over the batches, each weighted by its size.
 
     loader       tensors, tuples or lists (model input first), or dicts (passed by keyword)
     forward      how to run the model on a batch, if that guess is wrong
     max_batches  stop after so many
+    group        process group whose ranks each bring their own batches: all get the statistics of all of them
 
     Returns the number of batches used: 0, without reading any, if the model has no BatchNorm with running statistics. A batch that
     leaves a BatchNorm one value per channel, such as a last batch of one sample, has no variance and is left out. Training
     mode and momenta are restored; Dropout is off meanwhile. Raises ValueError if no batch could be used; after any error the statistics are
     as they were.
     """
+    return update_bn_of(((batch, True) for batch in itertools.islice(loader, max_batches)), model, forward, World(group))
+
+
+@torch.no_grad()
+def update_bn_of(batches: Iterable[tuple[object, bool]], model: nn.Module, forward: Callable[[nn.Module, object], object], world: World) -> int:
+    """update_bn on batches that say whether they count; those that do not only keep a sharded model's ranks in step."""
     norms = tracked_batchnorms(model)
     if not norms:
         return 0
@@ -75,12 +91,10 @@ def update_bn(loader: Iterable, model: nn.Module, forward: Callable[[nn.Module, 
         for m in norms:
             m.train()
             m.reset_running_stats()
-        samples = batches = 0
-        for batch in loader:
-            if batches == max_batches:
-                break
+        samples = used = 0
+        for batch, counts in batches:
             size = batch_size(batch)
-            saved = _statistics(norms) if size == 1 else []
+            saved = _statistics(norms) if size == 1 or not counts else []
             for m in norms:
                 m.momentum = size / (samples + size)  # running = (1 - momentum) * running + momentum * batch
             try:
@@ -88,14 +102,17 @@ def update_bn(loader: Iterable, model: nn.Module, forward: Callable[[nn.Module, 
             except ValueError as error:
                 if size > 1 or "more than 1 value per channel" not in str(error):
                     raise
+                counts = False
+            if not counts:
                 _restore(norms, saved)
                 continue
             samples += size
-            batches += 1
-        if not batches:
+            used += 1
+        used = _combine(norms, samples, used, world)
+        if not used:
             raise ValueError("update_bn: expected at least one batch with more than one value per channel, found none: is the loader used up?")
         done = True
-        return batches
+        return used
     finally:
         if not done:
             _restore(norms, before)
@@ -103,3 +120,16 @@ def update_bn(loader: Iterable, model: nn.Module, forward: Callable[[nn.Module, 
             m.momentum = momentum
         for m, training in modes.items():
             m.training = training
+
+
+def _combine(norms: list[_BatchNorm], samples: int, used: int, world: World) -> int:
+    """Averages the statistics over ranks, by samples, in float64; returns how many batches all ranks have used."""
+    if world.size == 1:
+        return used
+    counts = world.sum_(torch.tensor([samples, used], dtype=torch.float64)).tolist()
+    for m in norms:
+        for running in (m.running_mean, m.running_var):
+            total = world.sum_(running.double() * samples)
+            running.copy_(total / max(1.0, counts[0]))
+        world.sum_(m.num_batches_tracked)
+    return int(counts[1])

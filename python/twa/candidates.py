@@ -7,7 +7,9 @@ every `RELEASE_BYTES` read, so resident memory does not grow with the number or 
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -20,26 +22,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .files import SAFETENSORS_DTYPES
+
 RELEASE_BYTES = 32 << 20
+SAMPLES, SAMPLE_BYTES = 16, 4096  # of a file, for its fingerprint
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 #: keys under which training scripts put the weights of a larger checkpoint
 NESTED_KEYS = ("state_dict", "model_state_dict", "model")
 #: prefixes that wrappers (DataParallel, torch.compile) put before every key
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
+#: one slice per dimension of a tensor
+Part = tuple[slice, ...]
 
 
 class CandidateError(ValueError):
@@ -94,9 +88,9 @@ class _SafetensorsFile(_File):
         handle, info = self._handle(), {}
         for key in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
             piece = handle.get_slice(key)
-            dtype = _SAFETENSORS_DTYPES.get(piece.get_dtype())
+            dtype = SAFETENSORS_DTYPES.get(piece.get_dtype())
             if dtype is None:
-                raise CandidateError(f"{self.path}: tensor {key!r} has dtype {piece.get_dtype()}, expected one of {sorted(_SAFETENSORS_DTYPES)}")
+                raise CandidateError(f"{self.path}: tensor {key!r} has dtype {piece.get_dtype()}, expected one of {sorted(SAFETENSORS_DTYPES)}")
             info[key] = TensorInfo(tuple(piece.get_shape()), dtype)
         return info
 
@@ -192,6 +186,18 @@ class Candidate:
         file, inner = self._where[key]
         return file.read(inner)
 
+    def fingerprint(self) -> str:
+        """Digest of the files' sizes and of `SAMPLES` blocks spread over each."""
+        digest = hashlib.sha256()
+        for file in dict.fromkeys(f for f, _ in self._where.values()):
+            with open(file.path, "rb") as f:
+                size = os.fstat(f.fileno()).st_size
+                digest.update(size.to_bytes(8, "little"))
+                for k in range(SAMPLES):
+                    f.seek(max(0, size - SAMPLE_BYTES) * k // (SAMPLES - 1))
+                    digest.update(f.read(SAMPLE_BYTES))
+        return digest.hexdigest()[:16]
+
     def release(self) -> None:
         """Drops the mappings of the candidate's files; tensors still held keep theirs alive."""
         for file in {id(f): f for f, _ in self._where.values()}.values():
@@ -258,6 +264,8 @@ class Candidates(Sequence[Candidate]):
         for candidate in self._candidates[1:]:
             check_same(self._candidates[0], candidate)
         self._touched = 0  # bytes read since the mappings were last dropped
+        self.bytes_read = 0  # of all tensors handed out
+        self._fingerprints: dict[str, str] | None = None
 
     def __len__(self) -> int:
         return len(self._candidates)
@@ -276,15 +284,27 @@ class Candidates(Sequence[Candidate]):
         """Keys, shapes and dtypes of the first candidate."""
         return self[0].info
 
-    def tensors(self, key: str, share: float = 1.0) -> list[Tensor]:
-        """This tensor of every candidate; `share` of it is going to be read."""
-        read = int(share * sum(c.info[key].nbytes for c in self))
+    def tensors(self, key: str, share: float = 1.0, rows: slice = slice(None), part: Part | None = None) -> list[Tensor]:
+        """This tensor of every candidate (or of those in `rows`), mapped from its file; `share` of it is going to be read. part: only these slices of
+        it, one per dimension; the bytes around them are not touched."""
+        chosen = self._candidates[rows]
+        info = self.info[key]
+        if part is not None:
+            share = math.prod(len(range(*s.indices(size))) for s, size in zip(part, info.shape, strict=True)) / max(1, math.prod(info.shape))
+        read = int(share * sum(c.info[key].nbytes for c in chosen))
+        self.bytes_read += read
         self._touched += read
         if self._touched > RELEASE_BYTES:
             for c in self:
                 c.release()
             self._touched = read
-        return [c.tensor(key) for c in self]
+        return [c.tensor(key) if part is None else c.tensor(key)[part] for c in chosen]
+
+    def fingerprints(self) -> dict[str, str]:
+        """For each candidate, a digest of its files' sizes and samples of their content: equal for copies, different for other files."""
+        if self._fingerprints is None:
+            self._fingerprints = {f"candidate {c.name}": c.fingerprint() for c in self}
+        return self._fingerprints
 
     def blocks(self, keys: Iterable[str] | None = None, columns: int = 1 << 18) -> Blocks:
         """The candidates' float tensors (or those named) as a stream of blocks of columns: n flat tensors of at most `columns` elements each.
@@ -296,11 +316,11 @@ class Candidates(Sequence[Candidate]):
             raise ValueError(f"columns: expected at least 1, found {columns}")
         return Blocks(self, names, columns)
 
-    def average(self, key: str, weights: Tensor) -> Tensor:
-        """sum_i weights[i] * w_i for one tensor, summed in float64 over column chunks, returned as float32 (float64 for float64)."""
-        info = self.info[key]
-        out = torch.empty(info.shape, dtype=torch.promote_types(info.dtype, torch.float32))
-        return average_into(out, self.tensors(key), weights)
+    def average(self, key: str, weights: Tensor, part: Part | None = None) -> Tensor:
+        """sum_i weights[i] * w_i for one tensor (or these slices of it), summed in float64 over column chunks, returned as float32 (float64 for
+        float64)."""
+        rows = self.tensors(key, part=part)
+        return average_into(torch.empty(rows[0].shape, dtype=torch.promote_types(self.info[key].dtype, torch.float32)), rows, weights)
 
 
 @dataclass(frozen=True)

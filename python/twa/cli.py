@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import tempfile
@@ -10,22 +11,28 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from . import __version__, demo, report
 from .average import DEFAULT_METHODS, Average, Outcome, Settings, TwaMethod
 from .candidates import CandidateError, Candidates
-from .tasks import BUILT_IN, Task, TaskError, load_task
+from .placement import PLACEMENTS
+from .state import Store
+from .tasks import BUILT_IN, Task, load_task
+from .world import DistributedError, World, initialise
 
 
 class OutputError(ValueError):
     """The output directory cannot be used."""
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
-    """Raises OutputError unless `folder` can be made and written, and is empty or may be overwritten."""
+def check_output(folder: Path, overwrite: bool, resume: bool = False) -> None:
+    """Raises OutputError unless `folder` can be made and written, and is empty, may be overwritten, or holds a state to continue."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: expected a directory for the output, found a file")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite and not (resume and (folder / "state.pt").exists()):
+        if (folder / "state.pt").exists():
+            raise OutputError(f"{folder}: holds the state of an unfinished run; pass --resume to continue it, or --overwrite to start anew")
         raise OutputError(f"{folder}: the output directory is not empty; pass --overwrite to replace what is in it, or choose another")
     existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
     try:
@@ -35,29 +42,77 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise OutputError(f"{folder}: the output directory cannot be written ({error.strerror})") from error
 
 
-def finish(folder: Path, outcome: Outcome, task: Task, candidates: Candidates) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    report.write_outputs(folder, outcome, task, [str(c.path) for c in candidates], shlex.join(["twa", *sys.argv[1:]]))
+def finish(folder: Path, outcome: Outcome, task: Task, candidates: Candidates, sharded: bool = False) -> None:
+    """Files and table; on several ranks all call it, the first writes."""
+    world = outcome.placement.world
+    with world.together(f"writing {folder}"):
+        if world.is_writer:
+            folder.mkdir(parents=True, exist_ok=True)
+        command = shlex.join(["twa", *sys.argv[1:]])
+        try:
+            report.write_outputs(folder, outcome, task, [str(c.path) for c in candidates], command, sharded)
+        except OSError as error:
+            raise OutputError(f"{folder}: the result could not be written ({error.strerror}): {error.filename or ''}") from error
+    if not world.is_writer:
+        return
     print()
     print(report.markdown_table(*report.table_rows(outcome.results, task)))
     print()
     winner = outcome.winner
     print(f"winner on the validation data: {winner.method}, validation loss {winner.val_loss:.6f}", end="")
     print(f", test loss {winner.test_loss:.6f}" if winner.test_loss is not None else "")
-    print(f"written to {folder}/: averaged.safetensors, coefficients.json, report.md, report.png, results.json")
+    extra = ", averaged_dcp/" if sharded else ""
+    print(f"written to {folder}/: averaged.safetensors{extra}, coefficients.json, report.md, report.png, results.json")
 
 
 def run_average(args: argparse.Namespace) -> None:
-    methods = tuple(TwaMethod.parse(m) for m in args.twa) if args.twa else DEFAULT_METHODS
-    candidates = Candidates(args.candidates)
-    check_output(args.output, args.overwrite)
-    torch.manual_seed(args.seed)
-    task = load_task(args.task, args.seed)
-    settings = Settings(methods, args.steps, args.lr, args.weight_decay)
-    job = Average(task, candidates, settings)
-    if len(candidates) == 1:
+    """Averages checkpoints: the fixed averages in use today, then trained ones; writes the best on the validation data."""
+    world = ranks(args.device, args.timeout)
+    # What is wrong on one rank stops all of them.
+    with world.together("reading task and candidates"):
+        methods = tuple(TwaMethod.parse(m) for m in args.twa) if args.twa else DEFAULT_METHODS
+        candidates = Candidates(args.candidates)
+        if world.is_writer:
+            check_output(args.output, args.overwrite, args.resume)
+        torch.manual_seed(args.seed)
+        task = load_task(args.task, args.seed)
+        if args.device != "task":
+            task = task.on(torch.device(args.device if args.device == "cpu" else f"cuda:{torch.cuda.current_device()}"))
+        settings = Settings(
+            methods,
+            args.steps,
+            args.lr,
+            args.weight_decay,
+            batches_per_step=args.batches_per_step,
+            seed=args.seed,
+            placement=args.placement,
+            low_memory=args.low_memory,
+            save_every=args.save_every,
+        )
+    store = Store(args.output, args.resume)
+    job = Average(task, candidates, settings, store=store)
+    if len(candidates) == 1 and world.is_writer:
         print(f"twa: one candidate, {candidates[0].path}: there is nothing to learn; it is evaluated and written as it is", file=sys.stderr)
-    finish(args.output, job.run(), task, candidates)
+    args.store = store
+    try:
+        outcome = job.run()
+    except CandidateError:
+        store.remove(unless_resumed=True)  # other files will make another run
+        raise
+    finish(args.output, outcome, task, candidates, args.sharded)
+    if world.is_writer:
+        store.remove()
+
+
+def ranks(device: str, timeout: float) -> World:
+    """The ranks that torchrun has started, or this process alone."""
+    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+        return World()
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: no CUDA device is available")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return initialise(device, timeout)
 
 
 def run_demo(args: argparse.Namespace) -> None:
@@ -77,6 +132,12 @@ def positive(kind: type) -> object:
         return value
 
     return parse
+
+
+def whole(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, found {text}")
+    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -103,6 +164,21 @@ def parser() -> argparse.ArgumentParser:
         help="pulls coefficients to zero, the best fixed average (default: %(default)s)",
     )
     a.add_argument("--seed", type=int, default=0, help="order of the data (default: %(default)s)")
+    a.add_argument(
+        "--batches-per-step",
+        type=whole,
+        default=0,
+        help="batches of the task's data that make one step, over all ranks (gradient accumulation; default: one per rank)",
+    )
+    a.add_argument("--device", choices=("task", "cpu", "cuda"), default="task", help="where the model runs (default: where the task puts it)")
+    a.add_argument("--low-memory", action="store_true", help="project and free each gradient inside backward")
+    a.add_argument(
+        "--placement", choices=PLACEMENTS, default="auto", help="under torchrun, who holds what: see docs/distributed.md (default: %(default)s)"
+    )
+    a.add_argument("--sharded", action="store_true", help="also write the result as a torch.distributed.checkpoint directory")
+    a.add_argument("--save-every", type=positive(int), default=Settings.save_every, help="steps between saved states (default: %(default)s)")
+    a.add_argument("--resume", action="store_true", help="continue from the state in the output directory, if there is one")
+    a.add_argument("--timeout", type=positive(float), default=600.0, help="seconds after which a silent rank counts as lost (default: %(default)s)")
     a.add_argument("--overwrite", action="store_true", help="replace results in an output directory that is not empty")
     a.set_defaults(run=run_average)
 
@@ -118,13 +194,31 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         args.run(args)
-    except (CandidateError, TaskError, OutputError, ValueError) as error:
+    except ValueError as error:
         print(f"twa: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("twa: stopped; no result was written", file=sys.stderr)
+        print(f"twa: stopped; {_how_to_go_on(args) or 'no result was written'}", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if not isinstance(error, DistributedError):
+            world = World.find()
+            if not world.is_loss(error):
+                raise
+            error = world.lost(error)
+        print(f"twa: error: {error}", file=sys.stderr)
+        if after := _how_to_go_on(args):
+            print(f"twa: {after}", file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
+
+
+def _how_to_go_on(args: argparse.Namespace) -> str:
+    store = getattr(args, "store", None)
+    return f"continue with the same command and --resume ({store.path})" if store is not None and store.path.exists() else ""
 
 
 if __name__ == "__main__":

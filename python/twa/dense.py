@@ -63,10 +63,11 @@ class DenseBasis:
         columns = slice(self.segment[k], self.segment[k] + 1)
         return DenseBasis([self.rows[k]], [0], self.divisor[:, columns], (self.shapes[k],)), columns
 
-    def reconstruct(self, x: Tensor, center: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    def reconstruct(self, x: Tensor, center: Sequence[Tensor] | None, out: Sequence[Tensor]) -> None:
         """out = center + x^T P, per segment, in place."""
-        for p, l, c, o in zip(self.rows, self.segment, center, out, strict=True):
-            o.copy_((c.reshape(-1) + x[:, l] @ p).view_as(o))
+        for k, (p, l, o) in enumerate(zip(self.rows, self.segment, out, strict=True)):
+            delta = x[:, l] @ p
+            o.copy_((delta if center is None else center[k].reshape(-1) + delta).view_as(o))
 
 
 class DensePacker:
@@ -76,6 +77,7 @@ class DensePacker:
         self.shapes, self.segments = tuple(shapes), list(segments)
         self.rows: list[Tensor] = []
         self.sum_sq = torch.zeros(n, max(self.segments, default=-1) + 1, dtype=torch.float64)
+        self.max_scale = torch.zeros(0)  # nothing to agree on, unlike twa_kernels.Packer
 
     def add(self, rows: Sequence[Tensor], center: Tensor) -> None:
         l = self.segments[len(self.rows)]
@@ -86,8 +88,27 @@ class DensePacker:
         self.sum_sq[:, l] += p.double().square().sum(1)
         self.rows.append(p)
 
-    def finish(self, normalize: str) -> DenseBasis:
-        divisor = row_divisor(self.sum_sq, normalize)
+    def add_columns(self, rows: Tensor, begin: int) -> None:
+        """Columns [begin, begin + rows.shape[1]) of the next tensor, uncentered: rows (n, columns); then `end_tensor`."""
+        if begin == 0:
+            self.parts = []
+        self.parts.append(rows)
+
+    def end_tensor(self) -> None:
+        numel = self.shapes[len(self.rows)].numel()
+        p = torch.cat(self.parts, 1) if numel else torch.zeros(len(self.sum_sq), 0)
+        self.sum_sq[:, self.segments[len(self.rows)]] += p.double().square().sum(1)
+        self.rows.append(p)
+
+    def skip(self) -> None:
+        """Leaves the next tensor to another process; `storage` then says what to receive before `finish`."""
+        self.rows.append(torch.empty(len(self.sum_sq), self.shapes[len(self.rows)].numel()))
+
+    def storage(self, k: int) -> list[Tensor]:
+        return [self.rows[k]]
+
+    def finish(self, normalize: str, divisor: Tensor | None = None) -> DenseBasis:
+        divisor = row_divisor(self.sum_sq, normalize) if divisor is None else divisor
         inverse = torch.where(divisor > 0, 1.0 / divisor, 0.0).float()
         for p, l in zip(self.rows, self.segments, strict=True):
             p *= inverse[:, l, None]

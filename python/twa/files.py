@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
@@ -22,8 +40,55 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_stream(path: Path | None, info: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """A safetensors file from tensors that come one at a time, in the order of `info`, as contiguous CPU tensors. The tensors are read to the end
+    even if writing fails, since other ranks may take part in making them. path None: only that."""
+    stream = iter(tensors)
+    try:
+        if path is not None:
+            _replace(path, lambda p: _write_stream(p, info, stream))
+    finally:
+        for _ in stream:
+            pass
+
+
+def _write_stream(path: Path, info: Mapping[str, tuple[torch.dtype, Sequence[int]]], stream: Iterator[tuple[str, Tensor]]) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, (dtype, shape) in sorted(info.items(), key=lambda item: -item[1][0].itemsize):  # so that all are aligned
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        header[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for key, t in stream:
+            f.seek(8 + len(text) + header[key]["data_offsets"][0])
+            f.write(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+        f.truncate(8 + len(text) + end)
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Puts a complete directory in the place of an older one, which is moved aside first and removed last."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with open(file, "rb+") as f:
+                os.fsync(f.fileno())
+    aside = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, aside)
+    os.rename(temporary, folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     _replace(path, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
+
+
+def write_torch(path: Path, value: object) -> None:
+    """For torch.load(weights_only=True): tensors and plain Python values."""
+    _replace(path, lambda p: torch.save(value, p))
 
 
 def write_json(path: Path, value: object) -> None:

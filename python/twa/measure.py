@@ -9,19 +9,24 @@ import torch
 from torch import nn
 
 from .batchnorm import batch_size
+from .data import shared_out
+from .world import World
 
 
 @torch.no_grad()
-def mean_over(model: nn.Module, function: Callable[[nn.Module, object], object], data: Iterable) -> float:
-    """Mean of function(model, batch) over the data in evaluation mode, each batch weighted by its size."""
+def mean_over(model: nn.Module, function: Callable[[nn.Module, object], object], data: Iterable, world: World | None = None) -> float:
+    """Mean of function(model, batch) over the data in evaluation mode, each batch weighted by its size; ranks share the batches."""
+    world = world or World()
     training = model.training
     model.eval()
-    total = samples = 0.0
-    for batch in data:
-        size = batch_size(batch)
-        total += float(function(model, batch)) * size
-        samples += size
+    total = torch.zeros(2, dtype=torch.float64)  # sum, samples
+    for batch, counts in shared_out(data, world):
+        value = float(function(model, batch))
+        if counts:
+            size = batch_size(batch)
+            total += torch.tensor([value * size, size], dtype=torch.float64)
     model.train(training)
+    total, samples = world.sum_(total).tolist()
     if not samples:
         raise ValueError("expected at least one batch to evaluate on, found none")
     return total / samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from twa_kernels.ops import UNSUPPORTED_OPTIONS
 
+from .low_memory import GradientHooks
 from .subspace import Subspace
 
 #: optimizers whose step is fused with the projection and the reconstruction: all of it in one call, segment by segment
@@ -18,7 +20,8 @@ FUSED = {torch.optim.SGD: "sgd", torch.optim.AdamW: "adamw"}
 
 
 class SubspaceOptimizer(torch.optim.Optimizer):
-    """Trains the coefficients x (n, L) of a subspace with any torch optimizer.
+    """Trains the coefficients x (n, L) of a subspace with any torch optimizer; on several ranks, each calls it with gradients of its own data, and
+    the coefficients follow their average.
 
         optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.02)
         for batch in loader:
@@ -52,24 +55,25 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self.inner = optimizer([subspace.coefficients], **options)
         super().__init__([subspace.coefficients], self.inner.defaults)
         self._ready = True
+        if low_memory and subspace.placement.name == "rows":
+            raise ValueError("low_memory: not with placement='rows', which sums whole gradients; use 'replicate' or 'columns'")
         if low_memory:
             self._hook()
 
     def _hook(self) -> None:
         """Projects gradients inside backward for as long as this optimizer lives."""
-        subspace = weakref.ref(self.subspace)
-
-        def absorb(k: int) -> None:
-            if (alive := subspace()) is not None:
-                alive.absorb_gradient(k)
-
-        handles = [p.register_post_accumulate_grad_hook(lambda _, k=k: absorb(k)) for k, p in enumerate(self.subspace.parameters)]
-        self._unhook = weakref.finalize(self, lambda: [handle.remove() for handle in handles])
+        self._hooks = GradientHooks(self.subspace)
+        self._unhook = weakref.finalize(self, self._hooks.remove)
 
     def close(self) -> None:
         """Ends low_memory: the model keeps its gradients again. Happens by itself when the optimizer is gone."""
         if self.low_memory:
             self._unhook()
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """On several ranks with low_memory: backward calls in this context add to this rank's part only; the next one outside sums it with the other
+        ranks'. Saves messages in gradient accumulation. Without low_memory nothing is sent before step() anyway."""
+        return self._hooks.no_sync() if self.low_memory else contextlib.nullcontext()
 
     # One source of truth: schedulers read and change these, the inner optimizer owns them.
     @property
@@ -142,7 +146,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler puts a `step` bound to this object into it; hooks belong to this model's parameters.
-        return {key: value for key, value in self.__dict__.items() if key not in ("step", "_opt_called", "_unhook")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("step", "_opt_called", "_hooks", "_unhook")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         inner = {key: state[key] for key in ("state", "param_groups") if key in state}
@@ -153,6 +157,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             self._hook()
 
     def state_dict(self) -> dict[str, Any]:
+        self.subspace.placement.world.check()
         return super().state_dict() | {"coefficients": self.subspace.coefficients.detach().clone(), "subspace": self.subspace.identity()}
 
     @torch.no_grad()

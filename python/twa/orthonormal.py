@@ -12,10 +12,9 @@ import twa_kernels as tk
 from twa_kernels.columns import PACK_COLUMNS
 from twa_kernels.packed import row_divisor
 
-from .dense import DenseBasis
-
-#: rows (n tensors) and center of one tensor of the model
-Read = Callable[[int], tuple[list[Tensor], Tensor]]
+from .dense import DenseBasis, DensePacker
+from .placement import Placement
+from .weights import not_finite
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,19 @@ class Coordinates:
         return torch.einsum("lir,il->rl", self.R, shares.double().cpu()) * inverse
 
 
-def build(
-    read: Read, shapes: list[torch.Size], segments: list[int], num_segments: int, bits: int, normalize: str
-) -> tuple[tk.PackedBasis | DenseBasis, Coordinates]:
-    """Reads every tensor three times (sample and Gram matrix, then Q), one at a time. Packed bits: Q is never dense in memory."""
+def build(place: Placement, centers: list[Tensor], segments: list[int], bits: int, normalize: str) -> tuple[tk.PackedBasis | DenseBasis, Coordinates]:
+    """Reads every tensor twice more than its center took (Gram matrix with a sample before it, then Q), one at a time. Packed bits: Q is never
+    dense in memory. Each rank feeds its own columns to Gram-Schmidt, so that all get the same factors, and keeps its part of Q."""
+    n, num_segments = len(place.candidates), max(segments) + 1
+    everything = slice(0, n)
+
+    def read(k: int) -> tuple[list[Tensor], Tensor]:
+        return place.read(k, everything), centers[k]
+
+    numels = [t.numel() for t in place.tensors]
     members = [[k for k, l in enumerate(segments) if l == segment] for segment in range(num_segments)]
-    found = [_of_segment(read, tensors, [s.numel() for s in shapes]) for tensors in members]
-    n, r = len(read(0)[0]), max(1, max(o.rank if o else 0 for o in found))
+    found = [_of_segment(place, read, tensors, sum(numels[k] for k in tensors)) for tensors in members]
+    r = max(1, max(o.rank if o else 0 for o in found))
     transform, R = torch.zeros(num_segments, r, n, dtype=torch.float64), torch.zeros(num_segments, n, r, dtype=torch.float64)
     for l, o in enumerate(found):
         if o is None:
@@ -63,38 +68,46 @@ def build(
         divisor = row_divisor(sum_sq, normalize)
         scale = torch.where(divisor > 0, sum_sq / divisor.clamp(min=1e-300).square(), 0.0).mean(0).sqrt()
     coordinates = Coordinates(transform, R, scale, tuple(o.dropped if o else () for o in found))
+    mine = place.rows_of(r)  # rows of Q that this rank keeps
+    if mine.start == mine.stop:
+        raise ValueError(f"placement {place.name!r}: the orthonormal basis has {r} rows, fewer than there are ranks; use 'replicate' or 'columns'")
+    shapes = [h.shape for h in place.held]
     if bits == 32:
-        rows = []
-        for k, l in enumerate(segments):
-            w, center = read(k)
-            q = torch.zeros(r, shapes[k].numel())
-            if shapes[k].numel():
-                q[: found[l].rank] = found[l].apply([w], center=[center])[0].view(found[l].rank, shapes[k].numel()) * float(scale[l])
-            rows.append(q)
-        divisor = torch.ones(r, num_segments, dtype=torch.float64)
-        return DenseBasis(rows, segments, divisor, tuple(shapes)), coordinates
-    packer = tk.Packer(r, shapes, bits, segments)
+        packer = DensePacker(mine.stop - mine.start, shapes, segments)
+    else:
+        packer = tk.Packer(mine.stop - mine.start, shapes, bits, segments)
     for k, l in enumerate(segments):
+        if not place.packs(k):
+            packer.skip()
+            continue
         w, center = read(k)
-        w, center = [row.reshape(-1) for row in w], center.reshape(-1)
-        for begin in range(0, shapes[k].numel(), PACK_COLUMNS):
+        w, center, numel = [row.reshape(-1) for row in w], center.reshape(-1), shapes[k].numel()
+        for begin in range(0, numel, PACK_COLUMNS):
             at = slice(begin, begin + PACK_COLUMNS)
             q = found[l].apply([[row[at] for row in w]], center=[center[at]])[0]
-            packer.add_columns(torch.nn.functional.pad(q, (0, 0, 0, r - len(q))), begin)
+            q = torch.nn.functional.pad(q, (0, 0, 0, r - len(q)))[mine]
+            packer.add_columns(q if bits != 32 else q * float(scale[l]), begin)
         packer.end_tensor()
-    basis = packer.finish("none")
+    place.exchange(packer, centers)
+    basis = packer.finish("none", torch.ones_like(packer.sum_sq))
+    if bits == 32:
+        return basis, coordinates
     return replace(basis, row_scale=(basis.row_scale.double() * scale).float()), coordinates
 
 
-def _of_segment(read: Read, tensors: list[int], numels: list[int]) -> tk.Orthonormal | None:
+def _of_segment(place: Placement, read: Callable, tensors: list[int], columns: int) -> tk.Orthonormal | None:
     """The implicit basis of one segment, streamed tensor by tensor."""
+    if not columns:  # parameters without elements
+        return None
+    fed = [k for k in tensors if place.feeds(k)]
 
     def part(which: int) -> Callable[[], Iterator]:
-        return lambda: (read(k)[which] for k in tensors)
+        nothing = [torch.zeros(0)] * len(place.candidates), torch.zeros(0)  # a rank without columns of this segment takes part all the same
+        return lambda: (read(k)[which] for k in fed) if fed else iter([nothing[which]])
 
+    reduce = place.world.sum_ if place.world.group is not None else None
     try:
-        if not any(numels[k] for k in tensors):  # parameters without elements
-            return None
-        return tk.orthonormalize(part(0), center=part(1), form="implicit")
+        return tk.orthonormalize(part(0), center=part(1), form="implicit", reduce=reduce)
     except tk.NotFiniteError as error:
-        raise tk.NotFiniteError(error.row, tensors[error.tensor], error.column) from error
+        rows = read(fed[error.tensor])[0]
+        raise not_finite(place.candidates, list(place.layout.trained)[fed[error.tensor]], rows) from error

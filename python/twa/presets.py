@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from . import schemes
 from .candidates import Candidates
+from .layout import Granularity
 from .optimizer import SubspaceOptimizer
-from .subspace import Granularity, Subspace, load_untrained
+from .subspace import Subspace
+from .weights import load_untrained
 
 
 def conference_method(
@@ -45,7 +47,7 @@ def conference_method(
     subspace = Subspace.from_candidates(model, candidates, bits=bits, granularity=granularity, center=center, basis="orthonormal", normalize="none")
     if bits == 32:
         subspace.set_merge_weights(weights)
-        load_untrained(model, candidates, subspace.layout, weights)
+        load_untrained(subspace.placement, weights)
     optimizer = SubspaceOptimizer(subspace, torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, steps // 2), max(1, int(steps * 0.75))], gamma=0.1)
     return subspace, optimizer, schedule

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .average import Outcome, Result
-from .files import write_bytes, write_json, write_safetensors, write_text
+from .files import write_bytes, write_json, write_text
 from .tasks import Task
+from .weights import write_dcp, write_export
 
 
 def table_rows(results: list[Result], task: Task) -> tuple[list[str], list[list[str]]]:
@@ -179,10 +180,15 @@ def coefficients(outcome: Outcome, names: list[str]) -> dict:
     }
 
 
-def write_outputs(folder: Path, outcome: Outcome, task: Task, names: list[str], command: str) -> None:
-    """averaged.safetensors, coefficients.json, report.md, report.png and results.json; each appears whole."""
+def write_outputs(folder: Path, outcome: Outcome, task: Task, names: list[str], command: str, sharded: bool = False) -> None:
+    """averaged.safetensors (sharded: and averaged_dcp/), coefficients.json, report.md, report.png and results.json; each appears whole. All ranks
+    call it."""
     # The result first: no fault in a picture may cost a model.
-    write_safetensors(folder / "averaged.safetensors", outcome.state)
+    write_export(folder / "averaged.safetensors", outcome.placement)
+    if sharded:
+        write_dcp(folder / "averaged_dcp", outcome.placement)
+    if not outcome.placement.world.is_writer:
+        return
     write_json(folder / "coefficients.json", coefficients(outcome, names))
     header, rows = table_rows(outcome.results, task)
     write_json(folder / "results.json", [dict(zip(header, row, strict=True)) for row in rows])

@@ -2,113 +2,30 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import twa_kernels as tk
 from twa_kernels.ops import FLOATS
-from twa_kernels.reference import tile_offsets
 
-from . import orthonormal, schemes
-from .candidates import CandidateError, Candidates, TensorInfo, average_into, check_info
-from .dense import DenseBasis, DensePacker
-from .files import write_json, write_safetensors
+from . import schemes
+from .build import build
+from .candidates import Candidates
+from .dense import DenseBasis
+from .files import write_json
+from .layout import Granularity, layout_of, segment_labels
 from .orthonormal import Coordinates
+from .placement import Basis, Placement, resolve
+from .weights import load_untrained, write_dcp, write_export
+from .world import digest, facts, versions
 
 RIDGE = 1e-4
 BITS = (32, 8, 4, 3, 2, 1)
 BASES = ("deltas", "orthonormal")
-Granularity = str | Mapping[str, object] | Callable[[str], object]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What becomes of each tensor of the model.
-
-    trained   parameters in the subspace: name -> key in the candidate files
-    fixed     float tensors that are averaged but not trained: frozen parameters and float buffers
-    copied    integer and bool buffers: taken from the last candidate (or the one that has all the weight)
-    aliases   other names of tied parameters: name -> the name that stands for them
-    """
-
-    trained: dict[str, str]
-    fixed: dict[str, str]
-    copied: dict[str, str]
-    aliases: dict[str, str]
-
-
-def layout_of(model: nn.Module, candidates: Candidates) -> Layout:
-    """Matches the model's state_dict with the candidates' keys; CandidateError where they do not fit."""
-    canonical: dict[int, str] = {}
-    aliases: dict[str, str] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        first = canonical.setdefault(id(p), name)
-        if first != name:
-            aliases[name] = first
-    parameters = dict(model.named_parameters())
-    state = model.state_dict(keep_vars=True)
-    expected = {name: t for name, t in state.items() if isinstance(t, Tensor)}
-    first, info = candidates[0], candidates.info
-
-    if unexpected := sorted(info.keys() - expected.keys()):
-        raise CandidateError(f"{first.path}: tensor {unexpected[0]!r} is unexpected ({len(unexpected)} in all): the model does not have it")
-    groups: dict[str, list[str]] = {}  # canonical name -> keys present in the files
-    for name in expected:
-        groups.setdefault(aliases.get(name, name), [])
-        if name in info:
-            groups[aliases.get(name, name)].append(name)
-    if missing := sorted(name for name, keys in groups.items() if not keys):
-        raise CandidateError(f"{first.path}: tensor {missing[0]!r} of the model is missing ({len(missing)} in all)")
-
-    layout = Layout({}, {}, {}, {a: n for a, n in aliases.items() if a in expected})
-    for name, keys in groups.items():
-        tensor, key = expected[name], keys[0]
-        for k in keys:
-            check_info(first.path, k, TensorInfo(tuple(tensor.shape), tensor.dtype), info[k], "in the model")
-        for other in keys[1:]:
-            for c in candidates:
-                if not torch.equal(c.tensor(key), c.tensor(other)):
-                    raise CandidateError(f"{c.path}: {key!r} and {other!r} are one tied weight in the model but differ in the file")
-        if not tensor.is_floating_point():
-            layout.copied[name] = key
-        elif name in parameters and parameters[name].requires_grad:
-            layout.trained[name] = key
-        else:
-            layout.fixed[name] = key
-    if not layout.trained:
-        raise ValueError("the model has no trainable floating-point parameter: nothing to average")
-    return layout
-
-
-def _block_of(name: str) -> str:
-    """ "layers.3.attn.weight" -> "layers.3"; without a number the module: "embed.weight" -> "embed"."""
-    parts = name.split(".")
-    end = next((k for k, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
-    return ".".join(parts[: end + 1]) or name
-
-
-def segment_labels(names: list[str], granularity: Granularity) -> list[object]:
-    """Label of each parameter's segment: "model", "block" (the name up to its first number, else its module), "tensor", a mapping
-    from parameter name to label, or a function."""
-    if granularity == "model":
-        return ["model"] * len(names)
-    if granularity == "tensor":
-        return list(names)
-    if granularity == "block":
-        return [_block_of(name) for name in names]
-    if isinstance(granularity, Mapping):
-        if missing := [name for name in names if name not in granularity]:
-            raise ValueError(f"granularity: the mapping has no segment for parameter {missing[0]!r} ({len(missing)} in all)")
-        return [granularity[name] for name in names]
-    if callable(granularity):
-        return [granularity(name) for name in names]
-    raise ValueError(f"granularity: expected 'model', 'block', 'tensor', a mapping or a function, found {granularity!r}")
 
 
 class Subspace:
@@ -116,33 +33,34 @@ class Subspace:
 
     theta = center + sum_i x[i, l] * P[i, :]   with P[i] = (w_i - center) / divisor[i, l], or an orthonormal basis of those, packed at `bits` bits
 
-    coefficients   x (n, L) float32 nn.Parameter (orthonormal: (rank, L)), all zero at first: the model is at the center
+    coefficients   x (n, L) float32 nn.Parameter (orthonormal: (rank, L)), all zero at first: the model is at the center. Every rank has all
+                   of them, the same bits
     coordinates    of an orthonormal basis: how its rows and the candidates make each other, and which candidates were dependent; else None
     labels         names of the L segments
+    placement      what this rank holds: see `twa.placement`
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        candidates: Candidates,
-        layout: Layout,
-        basis: tk.PackedBasis | DenseBasis,
-        center: list[Tensor],
+        placement: Placement,
+        basis: Basis,
+        center: list[Tensor] | None,
         center_weights: Tensor,
         labels: list[str],
+        segments: list[int],
+        divisor: Tensor,
         precondition: bool = False,
         normalize: str = "row",
         coordinates: Coordinates | None = None,
     ) -> None:
-        self.model, self.candidates, self.layout = model, candidates, layout
-        self.normalize, self.coordinates = normalize, coordinates
-        self.basis, self.center, self.center_weights, self.labels = basis, center, center_weights, labels
-        named = dict(model.named_parameters())
-        self.parameters = [named[name] for name in layout.trained]
-        self._selected: dict[int, tuple[tk.PackedBasis | DenseBasis, slice]] = {}
+        self.placement, self.model, self.candidates, self.layout = placement, placement.model, placement.candidates, placement.layout
+        self.normalize, self.coordinates, self.divisor = normalize, coordinates, divisor
+        self.basis, self.center, self.center_weights, self.labels, self.segments = basis, center, center_weights, labels, segments
+        self.parameters = placement.tensors
+        self._selected: dict[int, tuple[Basis, slice]] = {}
         dtype = basis.dtype if isinstance(basis, DenseBasis) else torch.float32
-        self.coefficients = nn.Parameter(torch.zeros(basis.n, basis.num_segments, device=basis.device, dtype=dtype))
-        self.preconditioner = _preconditioner(basis.gram()).to(dtype) if precondition else None  # (L, n, n)
+        self.coefficients = nn.Parameter(torch.zeros(divisor.shape, device=basis.device, dtype=dtype))
+        self.preconditioner = _preconditioner(placement.gram(basis)).to(dtype) if precondition else None  # (L, n, n)
 
     @classmethod
     def from_candidates(
@@ -156,6 +74,8 @@ class Subspace:
         normalize: str = "row",
         basis: str = "deltas",
         precondition: bool = False,
+        placement: str | Placement = "auto",
+        group: dist.ProcessGroup | None = None,
         progress: Callable[[str, int], None] | None = None,
     ) -> Subspace:
         """Streams the candidates tensor by tensor into a basis and moves the model to the center.
@@ -170,11 +90,18 @@ class Subspace:
                      (norm 1 for normalize="none"), candidates that depend on earlier ones (duplicates, combinations) add no row
         precondition coefficients of the basis orthonormalised within each segment: x = A y with A from the Cholesky factor of the Gram
                      matrix; the parameter that is trained is then y (basis="deltas" only)
+        placement    how the ranks of a torch.distributed job share the work: "replicate" (every rank holds all of P, n * L numbers are summed per
+                     step), "columns" (a model sharded by fully_shard or as DTensors: each rank holds P for its shards), "rows" (each rank holds some
+                     rows of P; sums of whole gradients and weights), "single" (no communication); "auto": columns for a sharded model, else
+                     replicate if it fits into memory, else rows; single where torch.distributed is not initialised. With a placement other
+                     than "single", every rank makes the same calls, with its own data. Gradients are averaged over ranks
+        group        the process group; default: the mesh of a sharded model, else all ranks
         progress     called with (tensor name, bytes read)
 
         Frozen parameters and float buffers get the center's weights over the candidates and are not trained; integer and bool
         buffers are the last candidate's; a tied weight counts once; tensors equal in all candidates stay as they are.
-        Raises CandidateError if files and model do not fit or a candidate holds NaN or Inf.
+        Raises CandidateError if files and model do not fit or a candidate holds NaN or Inf, DistributedError if the ranks were given different
+        candidates, models, options or versions.
         """
         if bits not in BITS:
             raise ValueError(f"bits: expected one of {BITS}, found {bits!r}")
@@ -183,46 +110,36 @@ class Subspace:
         if precondition and basis == "orthonormal":
             raise ValueError("precondition: an orthonormal basis needs none; expected basis='deltas'")
         layout = layout_of(model, candidates)
+        place = placement if isinstance(placement, Placement) else resolve(placement, model, candidates, layout, bits, group)
         weights = _center_weights(center, len(candidates))
         names = list(layout.trained)
         labels = segment_labels(names, granularity)
         order = {label: l for l, label in enumerate(dict.fromkeys(labels))}
         segments = [order[label] for label in labels]
-        shapes = [torch.Size(candidates.info[layout.trained[name]].shape) for name in names]
-        rows_of = [functools.partial(_float_rows, candidates, layout.trained[name]) for name in names]
-        coordinates, centers = None, []
-        packer = None
-        if basis == "deltas":
-            packer = DensePacker(len(candidates), shapes, segments) if bits == 32 else tk.Packer(len(candidates), shapes, bits, segments)
-        try:
-            for name, read in zip(names, rows_of, strict=True):
-                rows = read()
-                centers.append(average_into(torch.empty(rows[0].shape), rows, weights))
-                if packer:
-                    packer.add(rows, centers[-1])
-                if progress:
-                    progress(name, sum(r.numel() * r.element_size() for r in rows))
-            if packer:
-                made = packer.finish(normalize)
-            else:
-                made, coordinates = orthonormal.build(lambda k: (rows_of[k](), centers[k]), shapes, segments, len(order), bits, normalize)
-        except tk.NotFiniteError as error:
-            raise not_finite(candidates, names[error.tensor], rows_of[error.tensor]()) from error
-        device = dict(model.named_parameters())[names[0]].device
-        subspace = cls(
-            model,
-            candidates,
-            layout,
-            made.to(device),
-            [c.to(device) for c in centers],
-            weights,
-            [str(label) for label in order],
-            precondition,
-            normalize,
-            coordinates,
-        )
-        load_untrained(model, candidates, layout, weights if weights.any() else schemes.uniform(len(candidates)))
-        subspace.write_weights()
+        options = {"bits": bits, "basis": basis, "normalize": normalize, "precondition": precondition, "placement": place.name}
+        if place.world.size > 1:
+            place.world.check_equal(
+                {k: str(v) for k, v in options.items()}
+                | {"center": digest(weights.tolist()), "granularity": digest(labels)}
+                | facts(model, candidates)
+                | versions()
+            )
+        with place.world.together("packing the candidates"):
+            made, divisor, centers, coordinates = build(place, segments, bits, basis, normalize, weights, progress)
+            subspace = cls(
+                place,
+                made.to(place.device),
+                None if centers is None else [c.to(place.device) for c in centers],
+                weights,
+                [str(label) for label in order],
+                segments,
+                divisor,
+                precondition,
+                normalize,
+                coordinates,
+            )
+            load_untrained(place, weights)
+            subspace.write_weights()
         return subspace
 
     # Weights in and out -------------------------------------------------------------------------------------------
@@ -230,26 +147,19 @@ class Subspace:
     @torch.no_grad()
     def write_weights(self) -> None:
         """model parameters = center + sum_i x[i, l] * P[i, :], in their own dtypes."""
-        out = [p.detach() for p in self.parameters]
-        if isinstance(self.basis, DenseBasis):
-            self.basis.reconstruct(self.x(), self.center, out)
-            return
-        # float64 parameters, which the kernels do not write, go through float32.
-        targets = [torch.empty_like(o, dtype=torch.float32) if o.dtype == torch.float64 else o for o in out]
-        tk.reconstruct(self.basis, self.x(), self.center, out=targets)
-        for o, t in zip(out, targets, strict=True):
-            if o is not t:
-                o.copy_(t)
+        self.placement.write(self.basis, self.x(), self.center)
 
     @torch.no_grad()
     def project_gradients(self) -> Tensor:
-        """c (n, L): the gradient of the coefficients, from the parameters' .grad (None counts as zero)."""
-        return self._pull_back(_project(self.basis, self._gradients()), slice(None))
+        """c (n, L): the gradient of the coefficients, from the parameters' .grad (None counts as zero), averaged over ranks."""
+        return self._pull_back(self.placement.project(self.basis, self._gradients(), self.x()), slice(None))
 
     def can_fuse(self) -> bool:
-        """Whether step() covers this subspace: packed, on a device that has its kernel, coefficients of the basis itself, dtypes that the kernels
-        write."""
-        if isinstance(self.basis, DenseBasis) or self.preconditioner is not None or not tk.dispatch.default_backend("step", self.basis.device.type):
+        """Whether step() covers this subspace: one process, packed, on a device that has its kernel, coefficients of the basis itself, dtypes
+        that the kernels write."""
+        if self.placement.name != "single" or isinstance(self.basis, DenseBasis) or self.preconditioner is not None:
+            return False
+        if not tk.dispatch.default_backend("step", self.basis.device.type):
             return False
         grads = [p.grad for p in self.parameters if p.grad is not None]
         return all(p.dtype in FLOATS for p in self.parameters) and all(g.layout == torch.strided and g.dtype in FLOATS for g in grads)
@@ -261,26 +171,21 @@ class Subspace:
         self.coefficients.grad = tk.step(self.basis, grads, self.coefficients, self.parameters, self.center, rule=rule, options=options, state=state)
 
     def _gradients(self) -> list[Tensor | None]:
-        grads = [p.grad for p in self.parameters]
-        if all(g is None for g in grads):
+        if all(p.grad is None for p in self.parameters):
             raise RuntimeError("no parameter of the model has a gradient: call loss.backward() before optimizer.step()")
-        return grads
+        return self.placement.gradients()
 
     @torch.no_grad()
-    def absorb_gradient(self, k: int) -> None:
-        """Adds the projection of parameter k's .grad to coefficients.grad and frees it."""
+    def take_gradient(self, k: int) -> tuple[Tensor, slice]:
+        """This rank's addend of the coefficients' gradient from parameter k's .grad, which is freed: (n, columns), and which columns."""
         if self.parameters[k].grad is None:
             raise RuntimeError("a gradient was taken before it could be projected: does another low_memory optimizer hold this model? close() it")
-        basis, columns = self._tensor_basis(k)
-        if self.coefficients.grad is None:
-            self.coefficients.grad = torch.zeros_like(self.coefficients)
-        self.coefficients.grad[:, columns] += self._pull_back(_project(basis, [self.parameters[k].grad]), columns)
-        self.parameters[k].grad = None
-
-    def _tensor_basis(self, k: int) -> tuple[tk.PackedBasis | DenseBasis, slice]:
         if k not in self._selected:
             self._selected[k] = self.basis.select(k)
-        return self._selected[k]
+        basis, columns = self._selected[k]
+        c = self._pull_back(self.placement.project_local(basis, [self.placement.gradient(self.parameters[k])], k), columns)
+        self.parameters[k].grad = None
+        return c, columns
 
     @torch.no_grad()
     def x(self) -> Tensor:
@@ -301,19 +206,18 @@ class Subspace:
         if self.coordinates is not None:
             share = self.coordinates.shares(self.x())
         else:
-            divisor = self.basis.divisor.cpu()
-            share = torch.where(divisor > 0, self.x().cpu().double() / torch.where(divisor > 0, divisor, 1.0), 0.0)
+            share = torch.where(self.divisor > 0, self.x().cpu().double() / torch.where(self.divisor > 0, self.divisor, 1.0), 0.0)
         return share + self.center_weights[:, None] * (1.0 - share.sum(0, keepdim=True))
 
     @torch.no_grad()
     def set_merge_weights(self, beta: Tensor) -> None:
         """Coefficients for merge weights (n,) or (n, L) that sum to 1, and the model there."""
         beta = beta.double().cpu()
-        beta = beta[:, None].expand(-1, self.basis.num_segments) if beta.dim() == 1 else beta
-        expected = (len(self.candidates), self.basis.num_segments)
+        beta = beta[:, None].expand(-1, len(self.labels)) if beta.dim() == 1 else beta
+        expected = (len(self.candidates), len(self.labels))
         if beta.shape != expected or not torch.allclose(beta.sum(0), torch.ones(1, dtype=torch.float64), atol=1e-6):
             raise ValueError(f"merge weights: expected shape (n,) or {expected} with columns that sum to 1, found {tuple(beta.shape)}")
-        x = beta * self.basis.divisor.cpu() if self.coordinates is None else self.coordinates.coefficients(beta)
+        x = beta * self.divisor if self.coordinates is None else self.coordinates.coefficients(beta)
         if self.preconditioner is not None:
             x = torch.linalg.solve(self.preconditioner.double().cpu(), x.T[..., None])[..., 0].T
         self.coefficients.copy_(x)
@@ -323,7 +227,7 @@ class Subspace:
         """What coefficients belong to: those of one subspace mean nothing in another."""
         return {
             "candidates": [c.name for c in self.candidates],
-            "segment_of": dict(zip(self.layout.trained, self._segment_labels(), strict=True)),
+            "segment_of": self._segment_of(),
             "bits": self.basis.bits,
             "center_weights": self.center_weights.tolist(),
             "normalize": self.normalize,
@@ -333,20 +237,27 @@ class Subspace:
 
     # Export -------------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *, sharded: bool = False) -> None:
         """Writes averaged.safetensors (the model as it is now, every key and dtype of the candidate files) and coefficients.json
-        (x and merge weights beta)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / "averaged.safetensors", export_state(self.model, self.candidates))
-        write_json(folder / "coefficients.json", self.coefficients_json())
+        (x and merge weights beta). sharded: also averaged_dcp/, a torch.distributed.checkpoint to which each rank writes what it holds. On several
+        ranks all call it; the first writes, and none returns before the files are there."""
+        folder, world = Path(folder), self.placement.world
+        world.check()
+        with world.together(f"writing {folder}"):
+            if world.is_writer:
+                folder.mkdir(parents=True, exist_ok=True)
+            write_export(folder / "averaged.safetensors", self.placement)
+            if sharded:
+                write_dcp(folder / "averaged_dcp", self.placement)
+            if world.is_writer:
+                write_json(folder / "coefficients.json", self.coefficients_json())
 
     def coefficients_json(self) -> dict:
         return {
             "format": "twa-coefficients-1",
             "candidates": [str(c.path) for c in self.candidates],
             "segments": self.labels,
-            "segment_of": dict(zip(self.layout.trained, self._segment_labels(), strict=True)),
+            "segment_of": self._segment_of(),
             "bits": self.basis.bits,
             "basis": "deltas" if self.coordinates is None else "orthonormal",
             "center_weights": self.center_weights.tolist(),
@@ -354,11 +265,8 @@ class Subspace:
             "beta": self.merge_weights().tolist(),
         }
 
-    def _segment_labels(self) -> list[str]:
-        if isinstance(self.basis, DenseBasis):
-            return [self.labels[l] for l in self.basis.segment]
-        spans = itertools.pairwise(tile_offsets(self.basis.numels))
-        return [self.labels[int(self.basis.tile_segment[first])] if first < end else "" for first, end in spans]
+    def _segment_of(self) -> dict[str, str]:
+        return {name: self.labels[l] for name, l in zip(self.layout.trained, self.segments, strict=True)}
 
 
 def _preconditioner(gram: Tensor) -> Tensor:
@@ -370,14 +278,6 @@ def _preconditioner(gram: Tensor) -> Tensor:
     factor = torch.linalg.cholesky(gram + eye * torch.where(mean > 0, RIDGE * mean, 1.0))
     inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).mT
     return torch.where(mean > 0, mean.sqrt() * inverse, eye)  # a segment that is equal in all candidates has no basis to turn
-
-
-def _project(basis: tk.PackedBasis | DenseBasis, grads: list[Tensor | None]) -> Tensor:
-    """c (n, L); sparse gradients are made dense, float64 ones float32 (what the kernels read)."""
-    grads = [g if g is None or g.layout == torch.strided else g.to_dense() for g in grads]
-    if isinstance(basis, DenseBasis):
-        return basis.project(grads)
-    return tk.project(basis, [g.float() if g is not None and g.dtype == torch.float64 else g for g in grads])
 
 
 def _center_weights(center: str | int | Tensor, n: int) -> Tensor:
@@ -392,67 +292,3 @@ def _center_weights(center: str | int | Tensor, n: int) -> Tensor:
     if isinstance(center, Tensor) and center.shape == (n,) and abs(float(center.double().sum()) - 1.0) < 1e-6:
         return center.double().cpu()
     raise ValueError(f"center: expected 'mean', 'last', 'zero', an index below {n} or {n} merge weights that sum to 1, found {center!r}")
-
-
-def _float_rows(candidates: Candidates, key: str) -> list[Tensor]:
-    """The n rows of a tensor in a dtype that the kernels read; only float64 and float8 are converted."""
-    return [r if r.dtype in FLOATS else r.float() for r in candidates.tensors(key)]
-
-
-def not_finite(candidates: Candidates, name: str, rows: list[Tensor]) -> CandidateError:
-    """The error that says which file holds the NaN or Inf of this tensor."""
-    for candidate, row in zip(candidates, rows, strict=True):
-        bad = ~torch.isfinite(row)
-        if bad.any():
-            where = torch.nonzero(bad)[0].tolist()
-            return CandidateError(
-                f"{candidate.path}: tensor {name!r} has {int(bad.sum())} NaN or Inf of {row.numel()} values (the first at {where}): "
-                "expected finite weights"
-            )
-    return CandidateError(f"tensor {name!r}: the candidates' mean or their distance from it overflows float32")
-
-
-@torch.no_grad()
-def load_untrained(model: nn.Module, candidates: Candidates, layout: Layout, weights: Tensor) -> None:
-    """Frozen parameters and float buffers: the candidates' weighted mean; integer and bool buffers: the last candidate's, or those of
-    the one that has all the weight."""
-    state = model.state_dict(keep_vars=True)
-    for name, key in layout.fixed.items():
-        rows = candidates.tensors(key)
-        if all(torch.equal(rows[0], r) for r in rows[1:]):
-            value = rows[0]
-        else:
-            value = candidates.average(key, weights)
-        if not torch.isfinite(value).all():
-            raise not_finite(candidates, key, rows)
-        state[name].data.copy_(value)
-    single = torch.nonzero(weights == 1.0).flatten().tolist()
-    source = candidates[single[0] if single else -1]
-    for name, key in layout.copied.items():
-        state[name].data.copy_(source.tensor(key))
-
-
-@torch.no_grad()
-def load_merge(model: nn.Module, candidates: Candidates, layout: Layout, beta: Tensor) -> None:
-    """model = sum_i beta[i] w_i, exactly (no basis, no quantisation), streamed tensor by tensor."""
-    parameters = dict(model.named_parameters())
-    for name, key in layout.trained.items():
-        parameters[name].data.copy_(candidates.average(key, beta))
-    load_untrained(model, candidates, layout, beta)
-
-
-@torch.no_grad()
-def export_state(model: nn.Module, candidates: Candidates) -> dict[str, Tensor]:
-    """The model's tensors under every key of the candidate files, in the files' dtypes."""
-    state = model.state_dict()
-    return {key: state[key].detach().to("cpu", info.dtype, copy=True).contiguous() for key, info in candidates.info.items()}
-
-
-@torch.no_grad()
-def round_to_files(model: nn.Module, candidates: Candidates, layout: Layout) -> None:
-    """Rounds the model's weights to the dtypes of the candidate files, so that what is measured is what is exported."""
-    state = model.state_dict(keep_vars=True)
-    for name, key in (layout.trained | layout.fixed).items():
-        dtype = candidates.info[key].dtype
-        if dtype != state[name].dtype:
-            state[name].data.copy_(state[name].data.to(dtype))

@@ -19,17 +19,20 @@ Data functions may take a `seed` argument, which then orders the batches.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+
+from ..data import EveryOther, Moved
 
 BUILT_IN = ("chars", "digits")
 REQUIRED = ("model", "train_data", "val_data", "loss")
@@ -50,16 +53,6 @@ def _same(a: object, b: object) -> bool:
     return True
 
 
-class EveryOther:
-    """Batches start, start + 2, ... of re-iterable data."""
-
-    def __init__(self, batches: Iterable, start: int) -> None:
-        self.batches, self.start = batches, start
-
-    def __iter__(self):
-        return (batch for k, batch in enumerate(self.batches) if k % 2 == self.start)
-
-
 @dataclass
 class Task:
     """A loaded task; see the module's text. Without `heldout`, `split_validation` makes it from `val`."""
@@ -73,6 +66,13 @@ class Task:
     test: Iterable | None
     metric: Callable[[nn.Module, object], float] | None
     metric_name: str
+    fingerprint: str = ""  # of the file that defines it
+
+    def on(self, device: torch.device) -> Task:
+        """The same with model and batches on a device."""
+        data = {name: getattr(self, name) for name in ("train", "val", "heldout", "test")}
+        moved = {name: None if batches is None else Moved(batches, device) for name, batches in data.items()}
+        return replace(self, model=lambda: self.model().to(device), **moved)
 
     def split_validation(self) -> None:
         """Gives every other batch of the validation data to TWA-v, if the task has no held-out data of its own."""
@@ -118,6 +118,7 @@ def load_task(name: str, seed: int = 0) -> Task:
         test=data("test_data"),
         metric=getattr(module, "metric", None),
         metric_name=getattr(module, "METRIC", "metric"),
+        fingerprint=f"{Path(name).name} {hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()[:16]}",
     )
 
 

@@ -1,0 +1,56 @@
+"""The basis of a subspace, or this rank's part of it, from the candidates in one stream of tensors (an orthonormal one in three)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import twa_kernels as tk
+from twa_kernels.packed import row_divisor
+
+from . import orthonormal
+from .dense import DensePacker
+from .orthonormal import Coordinates
+from .placement import Basis, Placement
+from .weights import not_finite
+
+
+def build(
+    place: Placement, segments: list[int], bits: int, kind: str, normalize: str, weights: Tensor, progress: Callable[[str, int], None] | None
+) -> tuple[Basis, Tensor, list[Tensor] | None, Coordinates | None]:
+    """Basis of this rank's rows and columns; divisors of all rows (n, L); center of this rank's columns, float32 (None on a rank that adds none);
+    coordinates of an orthonormal basis. Ranks call it together."""
+    shapes = [h.shape for h in place.held]
+    # An orthonormal basis is packed once its rank is known.
+    packer = new_packer(len(place.candidates[place.rows]), shapes, bits, segments) if kind == "deltas" else None
+    centers = []
+    for k, name in enumerate(place.layout.trained):
+        if not place.packs(k):
+            centers.append(torch.empty(shapes[k]))
+            if packer:
+                packer.skip()
+            continue
+        rows = place.read(k)
+        try:
+            centers.append(place.center(k, rows, weights))
+            if packer:
+                before = None if place.held[k].counts else packer.sum_sq.clone()
+                packer.add(rows, centers[k])
+                if before is not None:  # another rank holds these columns, too, and counts them
+                    packer.sum_sq.copy_(before)
+        except tk.NotFiniteError as error:
+            raise not_finite(place.candidates[place.rows], name, rows) from error
+        if progress:
+            progress(name, sum(r.numel() * r.element_size() for r in rows))
+    if packer:
+        place.exchange(packer, centers)
+        divisor = row_divisor(place.sum_sq(packer), normalize)
+        return packer.finish(normalize, divisor[place.rows]), divisor, place.own_center(centers), None
+    made, coordinates = orthonormal.build(place, centers, segments, bits, normalize)
+    return made, torch.ones(coordinates.transform.shape[1::-1], dtype=torch.float64), place.own_center(centers), coordinates
+
+
+def new_packer(n: int, shapes: list[torch.Size], bits: int, segments: list[int]) -> tk.Packer | DensePacker:
+    return DensePacker(n, shapes, segments) if bits == 32 else tk.Packer(n, shapes, bits, segments)

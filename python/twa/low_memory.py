@@ -1,0 +1,121 @@
+"""`low_memory`: each gradient is projected and freed as soon as backward has it; on several ranks the sums start while backward goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+from .subspace import Subspace
+
+BUCKETS = 4  # messages that the coefficients' gradient is cut into, each sent when its columns are complete
+
+
+class GradientHooks:
+    """Hooks on the model's parameters that turn gradients into coefficients.grad, for as long as they are not removed.
+
+    One process: each hook adds its projection. Several ranks: hooks add to this rank's addend; the columns of segments whose parameters are all
+    done are sent as soon as backward has passed them, in an order that is the same on all ranks; at the end of backward the rest is sent, and the
+    sums are added to coefficients.grad, which then is what it would be in one process. In `no_sync()` addends are kept for a later backward.
+    """
+
+    def __init__(self, subspace: Subspace) -> None:
+        self._subspace = weakref.ref(subspace)
+        self._sync = True
+        self._shared = subspace.placement.world.group is not None
+        if self._shared:
+            coefficients = subspace.coefficients.detach()
+            self._mine = torch.zeros_like(coefficients)  # this rank's addend since the last sum
+            self._buckets = _buckets(subspace.segments, coefficients.shape[1])
+            self._members = [{k for k, l in enumerate(subspace.segments) if l in columns} for columns in map(set, self._buckets)]
+            self._columns = [torch.tensor(columns, device=coefficients.device) for columns in self._buckets]
+            self._reset()
+        me = weakref.ref(self)
+
+        def absorb(k: int) -> None:
+            if (alive := me()) is not None:
+                alive._absorb(k)
+
+        self._handles = [p.register_post_accumulate_grad_hook(lambda _, k=k: absorb(k)) for k, p in enumerate(subspace.parameters)]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        self._sync, before = False, self._sync
+        try:
+            yield
+        finally:
+            self._sync = before
+
+    @torch.no_grad()
+    def _absorb(self, k: int) -> None:
+        subspace = self._subspace()
+        if subspace is None:
+            return
+        c, columns = subspace.take_gradient(k)
+        if not self._shared:
+            _accumulate(subspace.coefficients)[:, columns] += c
+            return
+        if self._sync and not self._under_way:
+            self._under_way = True
+            Variable._execution_engine.queue_callback(self._end)
+        if k in self._done and self._sync:
+            self._reset()
+            raise RuntimeError(
+                "low_memory: a parameter got its gradient twice in one backward (reentrant activation checkpointing?); use "
+                "checkpoint(..., use_reentrant=False), or low_memory=False"
+            )
+        self._mine[:, columns] += c
+        if self._sync:
+            self._done.add(k)
+            while self._next < len(self._buckets) - 1 and self._members[self._next] <= self._done:
+                self._send()
+
+    def _send(self) -> None:
+        """Begins the sum of the next bucket; the last one carries the stamp of the coefficients."""
+        subspace, columns = self._subspace(), self._columns[self._next]
+        last = self._next == len(self._buckets) - 1
+        part = self._mine[:, columns]
+        self._sums.append(subspace.placement.start_sum([part], subspace.coefficients if last else None))
+        self._next += 1
+
+    @torch.no_grad()
+    def _end(self) -> None:
+        """Backward is over: what is not sent yet, and all sums into coefficients.grad."""
+        subspace = self._subspace()
+        try:
+            while self._next < len(self._buckets):
+                self._send()
+            total = _accumulate(subspace.coefficients)
+            for columns, finish in zip(self._columns, self._sums, strict=True):
+                total[:, columns] += finish()[0]
+            self._mine.zero_()
+        finally:
+            self._reset()
+
+    def _reset(self) -> None:
+        self._next, self._under_way = 0, False
+        self._done: set[int] = set()
+        self._sums: list[Callable[[], list[Tensor]]] = []
+
+
+def _accumulate(coefficients: Tensor) -> Tensor:
+    """coefficients.grad, made if it is not there."""
+    if coefficients.grad is None:
+        coefficients.grad = torch.zeros_like(coefficients)
+    return coefficients.grad
+
+
+def _buckets(segments: list[int], num_segments: int) -> list[list[int]]:
+    """Columns of the coefficients in the order in which backward completes them (a segment with its first parameter), in at most BUCKETS parts."""
+    first = {l: k for k, l in reversed(list(enumerate(segments)))}
+    order = sorted(range(num_segments), key=lambda l: -first[l])
+    count = min(BUCKETS, num_segments)
+    return [order[num_segments * b // count : num_segments * (b + 1) // count] for b in range(count)]

@@ -1,0 +1,142 @@
+"""A model's weights, whichever part of it this rank holds: merged exactly from candidates, rounded as files store them, kept, exported."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from . import schemes
+from .candidates import Candidate, CandidateError, Candidates, average_into
+from .files import replace_folder, write_stream
+from .placement import Placement, local, reshard
+
+
+def not_finite(candidates: Sequence[Candidate], name: str, rows: list[Tensor]) -> CandidateError:
+    """The error that says which file holds the NaN or Inf of this tensor."""
+    for candidate, row in zip(candidates, rows, strict=True):
+        bad = ~torch.isfinite(row)
+        if bad.any():
+            where = torch.nonzero(bad)[0].tolist()
+            return CandidateError(
+                f"{candidate.path}: tensor {name!r} has {int(bad.sum())} NaN or Inf of {row.numel()} values (the first at {where}): "
+                "expected finite weights"
+            )
+    return CandidateError(f"tensor {name!r}: the candidates' mean or their distance from it overflows float32")
+
+
+@torch.no_grad()
+def load_untrained(placement: Placement, weights: Tensor) -> None:
+    """Frozen parameters and float buffers: the candidates' weighted mean (zero weights, those of a center at zero: their mean); integer and bool
+    buffers: the last candidate's, or those of the one that has all the weight."""
+    candidates, state = placement.candidates, placement.model.state_dict(keep_vars=True)
+    weights = weights if weights.any() else schemes.uniform(len(candidates))
+    for name, key in placement.layout.fixed.items():
+        rows = candidates.tensors(key, part=placement.part_of(name, state[name]))
+        if all(torch.equal(rows[0], r) for r in rows[1:]):
+            value = rows[0]
+        else:
+            value = average_into(torch.empty(rows[0].shape, dtype=torch.promote_types(rows[0].dtype, torch.float32)), rows, weights)
+        if not torch.isfinite(value).all():
+            raise not_finite(candidates, key, rows)
+        local(state[name]).copy_(value)
+    single = torch.nonzero(weights == 1.0).flatten().tolist()
+    source = candidates[single[0] if single else -1]
+    for name, key in placement.layout.copied.items():
+        local(state[name]).copy_(source.tensor(key))
+
+
+@torch.no_grad()
+def load_merge(placement: Placement, beta: Tensor) -> None:
+    """model = sum_i beta[i] w_i, exactly (no basis, no quantisation), streamed tensor by tensor."""
+    with placement.world.together("averaging the candidates"):
+        reshard(placement.model)
+        for k, t in enumerate(placement.tensors):
+            local(t).copy_(placement.average(k, beta))
+        load_untrained(placement, beta)
+
+
+@torch.no_grad()
+def round_to_files(placement: Placement) -> None:
+    """Rounds the model's weights to the dtypes of the candidate files, so that what is measured is what is exported."""
+    reshard(placement.model)
+    state = placement.model.state_dict(keep_vars=True)
+    for name, key in (placement.layout.trained | placement.layout.fixed).items():
+        dtype = placement.candidates.info[key].dtype
+        if dtype != state[name].dtype:
+            mine = local(state[name])
+            mine.copy_(mine.to(dtype))
+
+
+# In and out, under the keys and in the dtypes of the candidate files --------------------------------------------------
+
+
+@torch.no_grad()
+def kept(placement: Placement) -> dict[str, Tensor]:
+    """A copy in CPU memory of this rank's part of every tensor."""
+    reshard(placement.model)
+    state = placement.model.state_dict(keep_vars=True)
+    return {key: local(state[key]).to("cpu", info.dtype, copy=True) for key, info in placement.candidates.info.items()}
+
+
+@torch.no_grad()
+def put_back(placement: Placement, parts: dict[str, Tensor]) -> None:
+    """The model as `kept` or `parts_of` gave it."""
+    reshard(placement.model)
+    state = placement.model.state_dict(keep_vars=True)
+    for key, part in parts.items():
+        local(state[key]).copy_(part)
+
+
+@torch.no_grad()
+def parts_of(placement: Placement, exported: Candidates | None) -> dict[str, Tensor]:
+    """This rank's part of every tensor of an exported model, which the first rank reads and sends; None on the others."""
+    state, parts = placement.model.state_dict(keep_vars=True), {}
+    for key, info in placement.candidates.info.items():
+        whole = exported[0].tensor(key).clone() if exported is not None else torch.empty(info.shape, dtype=info.dtype)
+        sent = placement.world.broadcast_(whole.reshape(-1).view(torch.uint8), 0).view(info.dtype).view(info.shape)
+        part = placement.part_of(key, state[key])
+        parts[key] = sent if part is None else sent[part].clone()
+    return parts
+
+
+@torch.no_grad()
+def export(placement: Placement) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor whole, one at a time, on every rank: all ranks must read it to its end."""
+    reshard(placement.model)
+    state = placement.model.state_dict(keep_vars=True)
+    for key, info in placement.candidates.info.items():
+        t = state[key]
+        yield key, (t.full_tensor() if isinstance(t, DTensor) else t.detach()).to("cpu", info.dtype, copy=True).contiguous()
+
+
+@torch.no_grad()
+def sharded(placement: Placement) -> dict[str, Tensor]:
+    """Every tensor as it lies on the ranks, for torch.distributed.checkpoint."""
+    reshard(placement.model)
+    state = placement.model.state_dict(keep_vars=True)
+    return {key: state[key].detach().to(info.dtype) for key, info in placement.candidates.info.items()}
+
+
+def write_export(path: Path, placement: Placement) -> None:
+    """A safetensors file of the whole model, written by the first rank, one tensor in memory at a time; all ranks call it."""
+    info = {key: (i.dtype, i.shape) for key, i in placement.candidates.info.items()}
+    write_stream(path if placement.world.is_writer else None, info, export(placement))
+
+
+def write_dcp(folder: Path, placement: Placement) -> None:
+    """A torch.distributed.checkpoint directory; every rank writes its own shards. It replaces an older one when it is complete."""
+    import torch.distributed.checkpoint as dcp
+
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    world = placement.world
+    if world.is_writer:
+        shutil.rmtree(temporary, ignore_errors=True)
+    world.gather(None)  # not before the old one is gone
+    dcp.save(sharded(placement), checkpoint_id=str(temporary), process_group=world.group, no_dist=world.group is None)
+    if world.is_writer:
+        replace_folder(temporary, folder)
