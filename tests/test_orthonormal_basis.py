@@ -116,7 +116,7 @@ def test_merge_weights_go_there_and_back(tmp_path, bits, granularity):
     found = subspace.merge_weights()
     assert torch.allclose(found.sum(0), torch.ones(1, dtype=torch.float64))
     again = make()
-    twa.weights.load_merge(twa.placement.resolve("single", again, candidates, subspace.layout, 4), found[:, 0])
+    twa.weights.load_merge(twa.placement.Placement(twa.world.World(), again, candidates, subspace.layout), found[:, 0])
     if granularity == "model":
         # float32 coefficients
         assert (flat(again) - exact).norm() <= 1e-5 * exact.norm()

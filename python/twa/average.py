@@ -22,7 +22,8 @@ from .data import Stream, mix, seed_all, shared_out
 from .layout import layout_of
 from .measure import PeakMemory, mean_over
 from .optimizer import SubspaceOptimizer
-from .placement import Placement, choose, resolve, shard_model
+from .placement import Placement
+from .resolve import choose, resolve, shard_model
 from .state import Store
 from .subspace import BASES, Subspace
 from .tasks import Task
@@ -146,7 +147,7 @@ class Average:
         store: Store | None = None,
     ) -> None:
         self.task, self.candidates, self.store = task, candidates, store
-        self.world = World.find(group) if settings.placement != "single" else World()
+        self.world = World() if settings.placement == "single" else World.find(group)
         self.settings = replace(settings, batches_per_step=settings.batches_per_step or self.world.size)
         self.progress = progress and self.world.is_writer
         if len(candidates) > 1 and any(m.kind == "v" for m in settings.methods):
@@ -157,12 +158,12 @@ class Average:
         if self.world.size > 1:
             self.world.check_equal(self.facts | versions())
         with self.world.together("placing the model"):
-            self.placement = self._place(group)
+            self.placement = self._place()
         self.results: list[Result] = []
         self._best: tuple[float, Result, dict[str, Tensor] | None] | None = None  # weights of this rank; None: those of its merge weights
         self._losses: dict[bytes, float] = {}
 
-    def _place(self, group: dist.ProcessGroup | None) -> Placement:
+    def _place(self) -> Placement:
         name = self.settings.placement
         layout = layout_of(self.model, self.candidates)
         bits = max((m.bits for m in self.settings.methods), default=4)
@@ -173,7 +174,7 @@ class Average:
             if self.world.group is None:
                 raise ValueError("placement 'columns': torch.distributed is not initialised; start with torchrun")
             shard_model(self.model, self.world.group)
-        return resolve(name, self.model, self.candidates, layout, bits, group)
+        return resolve(name, self.model, self.candidates, layout, bits, self.world)
 
     def run(self) -> Outcome:
         """Every method in turn. Raises ValueError if none has a finite validation loss, or a saved state is of another run."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from . import __version__, demo, report
 from .average import DEFAULT_METHODS, Average, Outcome, Settings, TwaMethod
 from .candidates import CandidateError, Candidates
-from .placement import PLACEMENTS
+from .resolve import PLACEMENTS
 from .state import Store
 from .tasks import BUILT_IN, Task, load_task
 from .world import DistributedError, World, initialise

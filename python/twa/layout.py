@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .candidates import CandidateError, Candidates, TensorInfo, check_info
 
@@ -31,6 +32,8 @@ class Layout:
 
 def layout_of(model: nn.Module, candidates: Candidates) -> Layout:
     """Matches the model's state_dict with the candidates' keys; CandidateError where they do not fit."""
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError("model: expected the model itself, found DistributedDataParallel around it; pass model.module")
     canonical: dict[int, str] = {}
     aliases: dict[str, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):

@@ -12,30 +12,22 @@ summed: that is `replicate`. docs/distributed.md has the picture.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
-from torch.nn.parallel import DistributedDataParallel
 
 import twa_kernels as tk
 from twa_kernels.ops import FLOATS
 
-from . import plan
 from .candidates import Candidates, Part, average_into
 from .dense import DenseBasis
 from .layout import Layout
-from .world import DistributedError, World
-
-PLACEMENTS = ("auto", "single", "replicate", "rows", "columns")
-#: part of a rank's free memory that `auto` is ready to fill with the basis and the center
-MEMORY_SHARE = 0.8
+from .world import World
 
 Basis = tk.PackedBasis | DenseBasis
 
@@ -236,7 +228,7 @@ class Replicated(Placement):
 
 
 class Columns(Placement):
-    """Every rank holds P for its own shards of the model's DTensor parameters. A parameter that is no DTensor is on every rank; its gradient is
+    """Every rank holds P for its own shards of the model's DTensor parameters. A parameter that is no DTensor is on every rank, and its gradient is
     averaged over them."""
 
     name = "columns"
@@ -250,8 +242,12 @@ class Columns(Placement):
         if len(chunks) != 1 or chunks[0].sizes != shape:
             raise ValueError(f"placement 'columns': tensor {name!r}: expected shards of one block each, found placements {t.placements}")
         part = tuple(slice(o, o + s) for o, s in zip(chunks[0].offsets, chunks[0].sizes, strict=True))
-        first = all(c == 0 for c, p in zip(t.device_mesh.get_coordinate(), t.placements, strict=True) if isinstance(p, Replicate))
-        return Held(shape, part, 1.0 if first else 0.0, first)
+        # Copies: along dimensions of the mesh that replicate, of which the first one's gradient counts; and on ranks outside the tensor's own mesh (a
+        # parameter that FSDP shards between tensor-parallel ranks), over which gradients are averaged.
+        mesh = t.device_mesh
+        first = all(c == 0 for c, p in zip(mesh.get_coordinate(), t.placements, strict=True) if isinstance(p, Replicate))
+        with_rank_0 = dist.get_global_rank(self.world.group, 0) in mesh.mesh.flatten().tolist()
+        return Held(shape, part, mesh.size() / self.world.size if first else 0.0, first and with_rank_0)
 
     def exchange(self, packer: tk.Packer, centers: list[Tensor]) -> None:
         self.world.max_(packer.max_scale)
@@ -334,92 +330,3 @@ class Rows(Placement):
 
     def gram(self, basis: Basis) -> Tensor:
         raise ValueError("precondition: not with placement='rows', where no rank has two rows to multiply; use 'replicate' or 'columns'")
-
-
-_CLASSES: dict[str, type[Placement]] = {"single": Placement, "replicate": Replicated, "rows": Rows, "columns": Columns}
-
-
-def resolve(placement: str, model: nn.Module, candidates: Candidates, layout: Layout, bits: int, group: dist.ProcessGroup | None = None) -> Placement:
-    """The placement of that name on the ranks of `group` (default: all of them, if torch.distributed is initialised). "auto": columns for a sharded
-    model; else replicate if that fits into every rank's memory, else rows; single without torch.distributed or on one rank."""
-    if placement not in PLACEMENTS:
-        raise ValueError(f"placement: expected one of {PLACEMENTS}, found {placement!r}")
-    if isinstance(model, DistributedDataParallel):
-        raise ValueError(
-            "model: expected the model itself, found DistributedDataParallel around it; pass model.module (the subspace sums what it needs)"
-        )
-    reshard(model)
-    sharded = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
-    if sharded:
-        meshes = {p.device_mesh for p in sharded.values()}
-        if len(meshes) > 1:
-            raise ValueError(f"placement 'columns': expected all sharded parameters on one device mesh, found {len(meshes)}")
-        mesh = meshes.pop()
-        group = mesh.get_group() if group is None and mesh.ndim == 1 else group
-        if placement not in ("auto", "columns"):
-            raise ValueError(f"placement {placement!r}: the model's parameters are sharded (DTensor); expected 'columns' or 'auto'")
-        world = World.find(group)
-        if world.size != mesh.size():
-            raise ValueError(f"placement 'columns': expected a process group of the mesh's {mesh.size()} ranks, found one of {world.size}")
-        return Columns(world, model, candidates, layout)
-    world = World(None) if placement == "single" else World.find(group)
-    if placement == "columns":
-        raise ValueError(
-            "placement 'columns': expected a model whose parameters are sharded: call torch.distributed.fsdp.fully_shard(model) before, or choose "
-            "'replicate' or 'rows'"
-        )
-    if world.group is None and placement in ("replicate", "rows"):
-        raise ValueError(f"placement {placement!r}: torch.distributed is not initialised; start with torchrun and call init_process_group first")
-    device = next(model.parameters()).device
-    if world.backend == "nccl" and device.type != "cuda":
-        raise ValueError(f"placement {placement!r}: NCCL needs the model on a CUDA device, found {device}; move the model or use gloo")
-    if placement == "auto":
-        placement = choose(world, layout, model, candidates, bits)
-    return _CLASSES[placement](world if placement != "single" else World(None), model, candidates, layout)
-
-
-def choose(world: World, layout: Layout, model: nn.Module, candidates: Candidates, bits: int) -> str:
-    """What "auto" is for a model that is not sharded."""
-    if world.size == 1:
-        return "single"
-    named = dict(model.named_parameters())
-    numel = sum(named[name].numel() for name in layout.trained)
-    job = plan.Job(params=numel, candidates=len(candidates), bits=bits, segments=1, ranks=world.size)
-    fits = plan.basis_bytes(job, "replicate") + plan.center_bytes(job, "replicate") <= MEMORY_SHARE * free_memory(
-        named[next(iter(layout.trained))].device
-    )
-    lacking = world.max_(torch.tensor([0 if fits else 1]))
-    if not int(lacking):
-        return "replicate"
-    if world.size > len(candidates):
-        raise DistributedError(
-            f"placement 'auto': the basis of {len(candidates)} candidates at {bits} bits does not fit into every rank's memory, and 'rows' takes at "
-            f"most {len(candidates)} ranks; shard the model with fully_shard, or use fewer bits"
-        )
-    return "rows"
-
-
-def shard_model(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """fully_shard on the members of every ModuleList (a transformer's blocks) and on the whole."""
-    device = next(model.parameters()).device.type
-    if not isinstance(group, dist.ProcessGroup) or device == "meta":
-        raise ValueError(f"placement 'columns': expected a model in memory and a process group, found a model on {device}")
-    mesh = DeviceMesh.from_group(group, device)
-    for module in list(model.modules()):
-        if isinstance(module, nn.ModuleList):
-            for block in module:
-                fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this rank may still take: of its GPU, or its share of the machine's memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    try:
-        with open("/proc/meminfo") as f:
-            available = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return available // max(1, ranks_here)

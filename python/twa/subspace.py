@@ -19,7 +19,8 @@ from .dense import DenseBasis
 from .files import write_json
 from .layout import Granularity, layout_of, segment_labels
 from .orthonormal import Coordinates
-from .placement import Basis, Placement, resolve
+from .placement import Basis, Placement
+from .resolve import find_world, resolve
 from .weights import load_untrained, write_dcp, write_export
 from .world import digest, facts, versions
 
@@ -109,22 +110,20 @@ class Subspace:
             raise ValueError(f"basis: expected one of {BASES}, found {basis!r}")
         if precondition and basis == "orthonormal":
             raise ValueError("precondition: an orthonormal basis needs none; expected basis='deltas'")
-        layout = layout_of(model, candidates)
-        place = placement if isinstance(placement, Placement) else resolve(placement, model, candidates, layout, bits, group)
-        weights = _center_weights(center, len(candidates))
-        names = list(layout.trained)
-        labels = segment_labels(names, granularity)
-        order = {label: l for l, label in enumerate(dict.fromkeys(labels))}
-        segments = [order[label] for label in labels]
-        options = {"bits": bits, "basis": basis, "normalize": normalize, "precondition": precondition, "placement": place.name}
-        if place.world.size > 1:
-            place.world.check_equal(
-                {k: str(v) for k, v in options.items()}
-                | {"center": digest(weights.tolist()), "granularity": digest(labels)}
-                | facts(model, candidates)
-                | versions()
-            )
-        with place.world.together("packing the candidates"):
+        given = isinstance(placement, Placement)
+        world = placement.world if given else find_world(placement, model, group)
+        with world.together("matching model and candidates"):
+            layout = layout_of(model, candidates)
+            weights = _center_weights(center, len(candidates))
+            labels = segment_labels(list(layout.trained), granularity)
+            order = {label: l for l, label in enumerate(dict.fromkeys(labels))}
+            segments = [order[label] for label in labels]
+            if world.size > 1:
+                options = {"bits": bits, "basis": basis, "normalize": normalize, "precondition": precondition}
+                options |= {"placement": placement.name if given else placement, "center": digest(weights.tolist()), "granularity": digest(labels)}
+                world.check_equal(versions() | facts(model, candidates) | {k: str(v) for k, v in options.items()})
+            place = placement if given else resolve(placement, model, candidates, layout, bits, world)
+        with world.together("packing the candidates"):
             made, divisor, centers, coordinates = build(place, segments, bits, basis, normalize, weights, progress)
             subspace = cls(
                 place,

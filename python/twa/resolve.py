@@ -1,0 +1,114 @@
+"""Which placement a job gets, and on which ranks."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from . import plan
+from .candidates import Candidates
+from .layout import Layout
+from .placement import Columns, Placement, Replicated, Rows, reshard
+from .world import DistributedError, World
+
+PLACEMENTS = ("auto", "single", "replicate", "rows", "columns")
+#: part of a rank's free memory that `auto` is ready to fill with the basis and the center
+MEMORY_SHARE = 0.8
+
+_CLASSES: dict[str, type[Placement]] = {"single": Placement, "replicate": Replicated, "rows": Rows, "columns": Columns}
+
+
+def find_world(placement: str, model: nn.Module, group: dist.ProcessGroup | None = None) -> World:
+    """The ranks that share the job: `group`, else the mesh of a sharded model, else all ranks, else (torch.distributed not initialised) this process."""
+    if placement not in PLACEMENTS:
+        raise ValueError(f"placement: expected one of {PLACEMENTS}, found {placement!r}")
+    if placement == "single":
+        return World()
+    reshard(model)
+    meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
+    if group is None and len(meshes) == 1 and (mesh := next(iter(meshes))).ndim == 1:
+        group = mesh.get_group()
+    return World.find(group)
+
+
+def resolve(placement: str, model: nn.Module, candidates: Candidates, layout: Layout, bits: int, world: World) -> Placement:
+    """The placement of that name. "auto": columns for a sharded model; else replicate if that fits into every rank's memory, else rows; single on one
+    rank. Ranks call it together."""
+    meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
+    if meshes:
+        if placement not in ("auto", "columns"):
+            raise ValueError(f"placement {placement!r}: the model's parameters are sharded (DTensor); expected 'columns' or 'auto'")
+        members = set(dist.get_process_group_ranks(world.group))
+        for mesh in meshes:
+            if not members.issuperset(mesh.mesh.flatten().tolist()) or len(members) % mesh.size():
+                raise ValueError(
+                    f"placement 'columns': expected a process group that holds the model's device meshes, found one of ranks {sorted(members)} and a "
+                    f"mesh of ranks {sorted(mesh.mesh.flatten().tolist())}"
+                )
+        return Columns(world, model, candidates, layout)
+    if placement == "columns":
+        raise ValueError(
+            "placement 'columns': expected a model whose parameters are sharded: call torch.distributed.fsdp.fully_shard(model) before, or choose "
+            "'replicate' or 'rows'"
+        )
+    if world.group is None and placement in ("replicate", "rows"):
+        raise ValueError(f"placement {placement!r}: torch.distributed is not initialised; start with torchrun and call init_process_group first")
+    device = next(model.parameters()).device
+    if world.backend == "nccl" and device.type != "cuda":
+        raise ValueError(f"placement {placement!r}: NCCL needs the model on a CUDA device, found {device}; move the model or use gloo")
+    if placement == "auto":
+        placement = choose(world, layout, model, candidates, bits)
+    return _CLASSES[placement](world if placement != "single" else World(), model, candidates, layout)
+
+
+def choose(world: World, layout: Layout, model: nn.Module, candidates: Candidates, bits: int) -> str:
+    """What "auto" is for a model that is not sharded."""
+    if world.size == 1:
+        return "single"
+    named = dict(model.named_parameters())
+    numel = sum(named[name].numel() for name in layout.trained)
+    job = plan.Job(params=numel, candidates=len(candidates), bits=bits, segments=1, ranks=world.size)
+    fits = plan.basis_bytes(job, "replicate") + plan.center_bytes(job, "replicate") <= MEMORY_SHARE * free_memory(
+        named[next(iter(layout.trained))].device
+    )
+    lacking = world.max_(torch.tensor([0 if fits else 1]))
+    if not int(lacking):
+        return "replicate"
+    if world.size > len(candidates):
+        raise DistributedError(
+            f"placement 'auto': the basis of {len(candidates)} candidates at {bits} bits does not fit into every rank's memory, and 'rows' takes at "
+            f"most {len(candidates)} ranks; shard the model with fully_shard, or use fewer bits"
+        )
+    return "rows"
+
+
+def shard_model(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """fully_shard on the members of every ModuleList (a transformer's blocks) and on the whole."""
+    device = next(model.parameters()).device.type
+    if not isinstance(group, dist.ProcessGroup) or device == "meta":
+        raise ValueError(f"placement 'columns': expected a model in memory and a process group, found a model on {device}")
+    mesh = DeviceMesh.from_group(group, device)
+    for module in list(model.modules()):
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this rank may still take: of its GPU, or its share of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    try:
+        with open("/proc/meminfo") as f:
+            available = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return available // max(1, ranks_here)
