@@ -477,16 +477,20 @@ def test_drift_is_noticed(ranks, heap):
 
 
 def choose_by_memory(group, heap):
-    candidates, model = twa.Candidates(f"{heap[0]}/c*.safetensors"), Net(*heap[1])
-    chosen = [twa.Subspace.from_candidates(model, candidates, group=group).placement.name]
-    resolve.free_memory = lambda device: 1000 if dist.get_rank(group) else 1 << 40
-    chosen.append(twa.Subspace.from_candidates(model, candidates, group=group).placement.name)
-    chosen.append(twa.Subspace.from_candidates(new_model("columns", group, heap[1]), candidates, group=group).placement.name)
+    candidates, chosen = twa.Candidates(f"{heap[0]}/c*.safetensors"), []
+    for free in (1 << 40, 11000, 1000):  # replicate needs 10112 bytes beside the weights, rows 7584
+        resolve.free_memory = lambda device, free=free: free if dist.get_rank(group) else 1 << 40
+        try:
+            chosen.append(twa.Subspace.from_candidates(Net(*heap[1]), candidates, bits=32, group=group).placement.name)
+        except ValueError as error:
+            chosen.append(str(error))
+    chosen.append(twa.Subspace.from_candidates(new_model("columns", group, heap[1]), candidates, bits=32, group=group).placement.name)
     return chosen
 
 
 def test_auto_goes_by_the_smallest_memory(ranks, heap):
-    assert ranks.run(2, choose_by_memory, heap) == [["replicate", "rows", "columns"]] * 2
+    for replicate, rows, neither, sharded in ranks.run(2, choose_by_memory, heap):
+        assert (replicate, rows, sharded) == ("replicate", "rows", "columns") and "fit into no rank's memory" in neither
     ranks.stop()  # free_memory was replaced there
     assert twa.Subspace.from_candidates(Net(*heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors")).placement.name == "single"
 

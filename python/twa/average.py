@@ -168,7 +168,10 @@ class Average:
         layout = layout_of(self.model, self.candidates)
         bits = max((m.bits for m in self.settings.methods), default=4)
         if name == "auto" and self.world.size > 1:
-            name = choose(self.world, layout, self.model, self.candidates, bits)
+            try:
+                name = choose(self.world, self.model, self.candidates, bits)
+            except ValueError:
+                name = "columns"
             name = "columns" if name == "rows" else name  # the model can be sharded here
         if name == "columns" and not any(isinstance(p, DTensor) for p in self.model.parameters()):
             if self.world.group is None:

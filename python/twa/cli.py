@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import __version__, demo, report
+from . import __version__, demo, plan, report
 from .average import DEFAULT_METHODS, Average, Outcome, Settings, TwaMethod
 from .candidates import CandidateError, Candidates
 from .resolve import PLACEMENTS
@@ -181,6 +181,10 @@ def parser() -> argparse.ArgumentParser:
     a.add_argument("--timeout", type=positive(float), default=600.0, help="seconds after which a silent rank counts as lost (default: %(default)s)")
     a.add_argument("--overwrite", action="store_true", help="replace results in an output directory that is not empty")
     a.set_defaults(run=run_average)
+
+    n = commands.add_parser("plan", help="memory, bytes and time per step of each placement", description=plan.run_plan.__doc__)
+    plan.add_arguments(n)
+    n.set_defaults(run=plan.run_plan)
 
     d = commands.add_parser("demo", help="train a small model and average its checkpoints")
     d.add_argument("-o", "--output", metavar="OUT", type=Path, default=Path("twa-demo"), help="directory for the result (default: %(default)s)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -88,7 +89,9 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def write_torch(path: Path, value: object) -> None:
     """For torch.load(weights_only=True): tensors and plain Python values."""
-    _replace(path, lambda p: torch.save(value, p))
+    buffer = io.BytesIO()  # a file that cannot be written is then an OSError
+    torch.save(value, buffer)
+    write_bytes(path, buffer.getvalue())
 
 
 def write_json(path: Path, value: object) -> None:

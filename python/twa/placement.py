@@ -305,15 +305,17 @@ class Rows(Placement):
         return self.world.sum_(total)
 
     def _flat(self) -> tuple[Tensor, list[Tensor]]:
-        """A float32 vector for all of the model, and its parts in the shapes of the tensors."""
-        flat = torch.zeros(sum(t.numel() for t in self.tensors), device=self.device)
+        """A float32 vector for all of the model, yet to be filled, and its parts in the shapes of the tensors."""
+        flat = torch.empty(sum(t.numel() for t in self.tensors), device=self.device)
         parts = flat.split([t.numel() for t in self.tensors])
         return flat, [part.view(t.shape) for part, t in zip(parts, self.tensors, strict=True)]
 
     def project(self, basis: Basis, grads: Sequence[Tensor | None], x: Tensor) -> Tensor:
         flat, parts = self._flat()
         for part, g in zip(parts, grads, strict=True):
-            if g is not None:
+            if g is None:
+                part.zero_()
+            else:
                 part.copy_(g if g.layout == torch.strided else g.to_dense())
         self.world.sum_(flat)
         c = torch.zeros_like(x)

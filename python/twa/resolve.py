@@ -15,17 +15,15 @@ from . import plan
 from .candidates import Candidates
 from .layout import Layout
 from .placement import Columns, Placement, Replicated, Rows, reshard
-from .world import DistributedError, World
+from .world import World
 
 PLACEMENTS = ("auto", "single", "replicate", "rows", "columns")
-#: part of a rank's free memory that `auto` is ready to fill with the basis and the center
-MEMORY_SHARE = 0.8
 
 _CLASSES: dict[str, type[Placement]] = {"single": Placement, "replicate": Replicated, "rows": Rows, "columns": Columns}
 
 
 def find_world(placement: str, model: nn.Module, group: dist.ProcessGroup | None = None) -> World:
-    """The ranks that share the job: `group`, else the mesh of a sharded model, else all ranks, else (torch.distributed not initialised) this process."""
+    """The ranks that share the job: `group`, else a sharded model's mesh, else all ranks; this process alone without torch.distributed."""
     if placement not in PLACEMENTS:
         raise ValueError(f"placement: expected one of {PLACEMENTS}, found {placement!r}")
     if placement == "single":
@@ -63,29 +61,26 @@ def resolve(placement: str, model: nn.Module, candidates: Candidates, layout: La
     if world.backend == "nccl" and device.type != "cuda":
         raise ValueError(f"placement {placement!r}: NCCL needs the model on a CUDA device, found {device}; move the model or use gloo")
     if placement == "auto":
-        placement = choose(world, layout, model, candidates, bits)
+        placement = choose(world, model, candidates, bits)
     return _CLASSES[placement](world if placement != "single" else World(), model, candidates, layout)
 
 
-def choose(world: World, layout: Layout, model: nn.Module, candidates: Candidates, bits: int) -> str:
+def choose(world: World, model: nn.Module, candidates: Candidates, bits: int) -> str:
     """What "auto" is for a model that is not sharded."""
     if world.size == 1:
         return "single"
-    named = dict(model.named_parameters())
-    numel = sum(named[name].numel() for name in layout.trained)
-    job = plan.Job(params=numel, candidates=len(candidates), bits=bits, segments=1, ranks=world.size)
-    fits = plan.basis_bytes(job, "replicate") + plan.center_bytes(job, "replicate") <= MEMORY_SHARE * free_memory(
-        named[next(iter(layout.trained))].device
-    )
-    lacking = world.max_(torch.tensor([0 if fits else 1]))
-    if not int(lacking):
-        return "replicate"
-    if world.size > len(candidates):
-        raise DistributedError(
-            f"placement 'auto': the basis of {len(candidates)} candidates at {bits} bits does not fit into every rank's memory, and 'rows' takes at "
-            f"most {len(candidates)} ranks; shard the model with fully_shard, or use fewer bits"
+    trained = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
+    weights = {"params": sum(p.numel() for p in trained), "weight_bytes": trained[0].element_size()}
+    job = plan.Job(candidates=len(candidates), bits=bits, segments=1, ranks=world.size, **weights)
+    choices = ("replicate", "rows", None)
+    mine = choices.index(plan.automatic(job, free_memory(trained[0].device)))
+    chosen = choices[int(world.max_(torch.tensor([mine])))]  # by the rank that has least
+    if chosen is None:
+        raise ValueError(
+            f"placement 'auto': {len(candidates)} candidates at {bits} bits fit into no rank's memory beside the model, whole or as rows; shard the "
+            "model with fully_shard, use fewer bits, or name a placement (`twa plan` prints what each needs)"
         )
-    return "rows"
+    return chosen
 
 
 def shard_model(model: nn.Module, group: dist.ProcessGroup) -> None:

@@ -72,7 +72,7 @@ class Store:
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-            raise StateError(f"{self.path}: not a saved state ({str(error).splitlines()[0]})") from error
+            raise StateError(f"{self.path}: not a saved state ({type(error).__name__})") from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise StateError(f"{self.path}: expected a state of format {FORMAT!r}, found {type(state).__name__}")
         return state
