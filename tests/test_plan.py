@@ -356,8 +356,8 @@ def test_choice_is_explained(capsys):
     def choice(*options):
         return run(capsys, "--params", 7e9, "--candidates", 64, *options)[0][-2]
 
-    # beside the weights: 7e9 * (64 * 0.5078125 + 4 + 2) = 269.5 GB, with rows 7e9 * (8 * 0.5078125 + 4 + 2 + 4) = 98.4 GB; `auto` fills 0.8 of what 14
-    # GB of weights leave
+    # beside the weights: 7e9 * (64 * 0.5078125 + 4 + 2) = 269.5 GB, with rows 7e9 * (8 * 0.5078125 + 4 + 2 + 4) = 98.4 GB; `auto` fills
+    # 0.8 of what 14 GB of weights leave
     assert choice("--device-memory", 351).startswith("Choice: replicate") and choice("--device-memory", 351).endswith("else replicate.")
     assert choice("--device-memory", 350).startswith("Choice: replicate") and choice("--device-memory", 350).endswith("else rows.")
     assert choice("--device-memory", 138).endswith("else rows.") and choice("--device-memory", 136).endswith("else an error.")

@@ -162,6 +162,8 @@ def test_alone_interrupted_and_continued(job, tmp_path, capsys, monkeypatch):
     assert cli.main(arguments(job, out, "--resume")) == 130
     assert cli.main(arguments(job, out, "--resume", "--steps", "41")) == 2
     assert "the state of another run: steps: expected 41, found 40" in capsys.readouterr().err
+    (out / ".state.pt.123.tmp").write_bytes(b"half")  # of a process that was killed while it wrote
+    (out / ".averaged_dcp.tmp").mkdir()
     assert cli.main(arguments(job, out, "--resume")) == 0
     assert result(out) == result(tmp_path / "whole")
     assert {p.name for p in out.iterdir()} == FILES

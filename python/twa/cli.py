@@ -16,6 +16,7 @@ import torch.distributed as dist
 from . import __version__, demo, plan, report
 from .average import DEFAULT_METHODS, Average, Outcome, Settings, TwaMethod
 from .candidates import CandidateError, Candidates
+from .files import clear_unfinished
 from .resolve import PLACEMENTS
 from .state import Store
 from .tasks import BUILT_IN, Task, load_task
@@ -30,8 +31,8 @@ def check_output(folder: Path, overwrite: bool, resume: bool = False) -> None:
     """Raises OutputError unless `folder` can be made and written, and is empty, may be overwritten, or holds a state to continue."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: expected a directory for the output, found a file")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite and not (resume and (folder / "state.pt").exists()):
-        if (folder / "state.pt").exists():
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite and not (resume and (folder / Store.NAME).exists()):
+        if (folder / Store.NAME).exists():
             raise OutputError(f"{folder}: holds the state of an unfinished run; pass --resume to continue it, or --overwrite to start anew")
         raise OutputError(f"{folder}: the output directory is not empty; pass --overwrite to replace what is in it, or choose another")
     existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
@@ -74,6 +75,7 @@ def run_average(args: argparse.Namespace) -> None:
         candidates = Candidates(args.candidates)
         if world.is_writer:
             check_output(args.output, args.overwrite, args.resume)
+            clear_unfinished(args.output, [*report.FILES, Store.NAME, Store.BEST])
         torch.manual_seed(args.seed)
         task = load_task(args.task, args.seed)
         if args.device != "task":
@@ -90,6 +92,8 @@ def run_average(args: argparse.Namespace) -> None:
             save_every=args.save_every,
         )
     store = Store(args.output, args.resume)
+    if world.is_writer and not args.resume:
+        store.remove()
     job = Average(task, candidates, settings, store=store)
     if len(candidates) == 1 and world.is_writer:
         print(f"twa: one candidate, {candidates[0].path}: there is nothing to learn; it is evaluated and written as it is", file=sys.stderr)

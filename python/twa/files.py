@@ -69,6 +69,16 @@ def _write_stream(path: Path, info: Mapping[str, tuple[torch.dtype, Sequence[int
         f.truncate(8 + len(text) + end)
 
 
+def clear_unfinished(folder: Path, names: Iterable[str]) -> None:
+    """Removes what a killed process was writing under these names in `folder`, and puts back a directory that it was replacing."""
+    for name in names:
+        for path in [*folder.glob(f".{name}.*.tmp"), folder / f".{name}.tmp"]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        aside, target = folder / f".{name}.old", folder / name
+        if aside.exists():
+            shutil.rmtree(aside) if target.exists() else os.rename(aside, target)
+
+
 def replace_folder(temporary: Path, folder: Path) -> None:
     """Puts a complete directory in the place of an older one, which is moved aside first and removed last."""
     for file in temporary.rglob("*"):

@@ -15,6 +15,8 @@ from .files import write_bytes, write_json, write_text
 from .tasks import Task
 from .weights import write_dcp, write_export
 
+FILES = ("averaged.safetensors", "averaged_dcp", "coefficients.json", "report.md", "report.png", "results.json")
+
 
 def table_rows(results: list[Result], task: Task) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the result table."""

@@ -27,8 +27,10 @@ class Store:
     """state.pt (results, coefficients, optimizer, position in the data) and state-best.safetensors (weights of the best trained average so far) in a
     directory; see `docs/distributed.md`. The first rank reads and writes; files appear whole."""
 
+    NAME, BEST = "state.pt", "state-best.safetensors"
+
     def __init__(self, folder: Path, resume: bool) -> None:
-        self.path, self.best, self.resume = folder / "state.pt", folder / "state-best.safetensors", resume
+        self.path, self.best, self.resume = folder / self.NAME, folder / self.BEST, resume
         self.resumed = False
         self.saved: str = ""  # what the last saved state holds, for messages
 

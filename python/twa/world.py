@@ -172,8 +172,9 @@ class World:
             with self._explained():
                 work.wait()
             if x is not None:  # equal stamps s: K * sum s^2 = (sum s)^2
-                off = self.size * flat[-1] - flat[-2].square()
-                self._drift = off.abs() if self._drift is None else self._drift + off.abs()
+                if self._drift is None:  # one tensor for good, so that a CUDA graph adds to it
+                    self._drift = torch.zeros((), device=flat.device, dtype=flat.dtype)
+                self._drift += (self.size * flat[-1] - flat[-2].square()).abs()
             sizes = [p.numel() for p in parts]
             return [f.view_as(p) for f, p in zip(flat[: sum(sizes)].split(sizes), parts, strict=True)]
 
@@ -185,7 +186,6 @@ class World:
             raise DistributedError(
                 f"rank {self.rank}: the ranks' coefficients have drifted apart: was another optimizer, schedule or state loaded on one of them?"
             )
-        self._drift = None
 
 
 def _stamp(x: Tensor, like: Tensor) -> Tensor:
