@@ -1,6 +1,7 @@
 """Several ranks (gloo): every placement trains the coefficients that one process trains; what they send; what they refuse."""
 
 import copy
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -388,6 +389,10 @@ def refused(group, heap, what):
     candidates, model, options = twa.Candidates(f"{heap[0]}/c*.safetensors"), Net(*heap[1]), {"placement": "replicate"}
     if what == "files" and rank == 1:
         candidates = twa.Candidates(f"{heap[0]}/other/c*.safetensors")
+    elif what == "order" and rank == 1:
+        candidates = twa.Candidates([heap[0] / f"c{k}.safetensors" for k in (0, 3, 2, 1, 4, 5)])
+    elif what == "bad bits" and rank == 1:
+        options["bits"] = 7
     elif what == "model" and rank == 1:
         model.blocks[0][0].bias.requires_grad = False
     elif what == "options" and rank == 1:
@@ -421,9 +426,11 @@ def refused(group, heap, what):
 
 VERSION = twa.__version__
 REFUSALS = {
-    "files": "do not have the same candidate c4: rank 0 has [0-9a-f]+, rank 1 has [0-9a-f]+",
+    "files": r"do not have the same candidate 4: rank 0 has c4 \([0-9a-f]+\), rank 1 has c4 \([0-9a-f]+\)",
+    "order": r"do not have the same candidate 1: rank 0 has c1 \([0-9a-f]+\), rank 1 has c3 \([0-9a-f]+\)",
     "model": "do not have the same model",
     "options": "do not have the same bits: rank 0 has 4, rank 1 has 2",
+    "bad bits": "bits: expected one of .*, found 7",
     "version": f"do not have the same version of twa: rank 0 has {VERSION}, rank 1 has 0.0.0",
     "nan": "c2.safetensors: tensor 'blocks.1.0.weight' has 1 NaN",
     "nan rows": "c2.safetensors: tensor 'blocks.1.0.weight' has 1 NaN",
@@ -460,6 +467,8 @@ def drift(group, heap):
         loss_of(subspace.model, rank, 2).backward()
         optimizer.step()
         optimizer.zero_grad()
+        if step == 4:
+            good = optimizer.state_dict()
         if step == 5 and rank == 1:
             with torch.no_grad():
                 subspace.coefficients[0, 0] += 1e-6
@@ -468,6 +477,10 @@ def drift(group, heap):
                 optimizer.state_dict()
             except DistributedError as error:
                 caught.append((step, str(error)))
+    optimizer.load_state_dict(good)  # equal again
+    loss_of(subspace.model, rank, 2).backward()
+    optimizer.step()
+    optimizer.state_dict()
     return caught
 
 
@@ -509,3 +522,158 @@ def test_update_bn_over_ranks(ranks):
         assert used == expected[0] == 4
         torch.testing.assert_close(mean, expected[1])
         torch.testing.assert_close(var, expected[2])
+
+
+# Uncommon uses -----------------------------------------------------------------------------------------------------------------------
+
+
+def discard(group, heap):
+    """Coefficients' gradients after backward calls whose results were thrown away: a micro-batch, and one that failed."""
+    rank = dist.get_rank(group)
+    subspace = twa.Subspace.from_candidates(Net(*heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors"), placement="replicate", group=group)
+    optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.1, low_memory=True)
+    found = []
+    loss_of(subspace.model, rank, 2).backward()
+    found.append(subspace.coefficients.grad.clone())
+    optimizer.zero_grad()
+    with optimizer.no_sync():
+        (100 * loss_of(subspace.model, rank, 2)).backward()
+    optimizer.zero_grad()
+    loss_of(subspace.model, rank, 2).backward()
+    found.append(subspace.coefficients.grad.clone())
+    optimizer.zero_grad()
+
+    def fail(grad):
+        raise ValueError("a bad batch")
+
+    for clean in (True, False):
+        handle = subspace.model.embed.weight.register_hook(fail)  # the last gradient that backward makes
+        with pytest.raises(ValueError, match="a bad batch"):
+            loss_of(subspace.model, rank, 2).backward()
+        handle.remove()
+        if clean:
+            optimizer.zero_grad()
+        else:
+            with pytest.raises(RuntimeError, match="After an error in backward, call optimizer"):
+                loss_of(subspace.model, rank, 2).backward()
+            subspace.model.zero_grad()
+        loss_of(subspace.model, rank, 2).backward()
+        found.append(subspace.coefficients.grad.clone())
+        optimizer.zero_grad()
+    return found
+
+
+def test_discarded_gradients_do_not_come_back(ranks, heap):
+    for first, *others in ranks.run(2, discard, heap):
+        assert all(torch.equal(g, first) for g in others)
+
+
+def line_search(group, heap):
+    model = Net(*heap[1])
+    subspace = twa.Subspace.from_candidates(model, twa.Candidates(f"{heap[0]}/c*.safetensors"), placement="replicate", group=group, bits=32)
+    optimizer = twa.SubspaceOptimizer(subspace, torch.optim.LBFGS, max_iter=15, line_search_fn="strong_wolfe")
+    rank, calls = dist.get_rank(group), 0
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        optimizer.zero_grad()
+        loss = loss_of(model, rank, 2) * (1 + rank)  # ranks whose own losses differ much
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    optimizer.state_dict()
+    return calls, subspace.coefficients.detach().clone()
+
+
+def test_a_line_search_goes_by_the_mean_loss(ranks, heap):
+    (calls, x), (theirs, y) = ranks.run(2, line_search, heap)
+    assert calls == theirs > 5 and torch.equal(x, y) and x.abs().max() > 0.1
+
+
+def copies(group, heap):
+    subspace = twa.Subspace.from_candidates(Net(*heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors"), placement="replicate", group=group)
+    optimizer = copy.deepcopy(twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.1, low_memory=True))
+    loss_of(optimizer.subspace.model, dist.get_rank(group), 2).backward()
+    optimizer.step()
+    with pytest.raises(TypeError, match="of several ranks cannot be pickled"):
+        pickle.dumps(optimizer)
+    return optimizer.subspace.coefficients.detach().clone(), subspace.coefficients.detach().clone()
+
+
+def test_copies(ranks, heap):
+    (x, untouched), (y, _) = ranks.run(2, copies, heap)
+    assert torch.equal(x, y) and x.abs().max() > 0 and untouched.abs().max() == 0
+
+
+def foreign_parameter(group, heap, low_memory):
+    """A parameter that FSDP leaves alone, with a gradient on one rank only."""
+    torch.manual_seed(3)
+    model, rank = Net(*heap[1]), dist.get_rank(group)
+    mesh = DeviceMesh.from_group(group, "cpu")
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params={model.unused})
+    subspace = twa.Subspace.from_candidates(model, twa.Candidates(f"{heap[0]}/c*.safetensors"), bits=32, group=group)
+    optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.1, low_memory=low_memory)
+    for _ in range(4):
+        loss = loss_of(model, rank, 2)
+        (loss + model.unused.square().sum() if rank else loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.state_dict()
+    return subspace.coefficients.detach().clone()
+
+
+def test_parameters_that_are_not_sharded(ranks, heap):
+    (x, y), (u, v) = (ranks.run(2, foreign_parameter, heap, low_memory) for low_memory in (False, True))
+    assert torch.equal(x, y) and torch.equal(u, v)
+    torch.testing.assert_close(x, u)
+
+
+def tensor_parallel_alone(group, heap):
+    """Only tensor parallelism on a mesh of two dimensions: the other one is data parallel, and takes part."""
+    model, full = Net(*heap[1]), DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("data", "tensor"))
+    for block in model.blocks:
+        parallelize_module(block, full["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    subspace = twa.Subspace.from_candidates(model, twa.Candidates(f"{heap[0]}/c*.safetensors"), bits=32)
+    optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.05, momentum=0.9)
+    for _ in range(10):
+        loss_of(model, dist.get_rank() // 2, 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return subspace.placement.world.size, subspace.coefficients.detach().clone(), whole(model)
+
+
+def test_tensor_parallelism_beside_data_parallelism(ranks, tmp_path):
+    heap = write_heap(tmp_path, (6, 8, 11))
+    model = Net(*heap[1])
+    subspace = twa.Subspace.from_candidates(model, twa.Candidates(f"{heap[0]}/c*.safetensors"), bits=32)
+    optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.05, momentum=0.9)
+    for _ in range(10):
+        loss_of(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for size, coefficients, weights in ranks.run(4, tensor_parallel_alone, heap):
+        assert size == 4
+        torch.testing.assert_close(coefficients, subspace.coefficients.detach(), rtol=0, atol=1e-5)
+        for name, w in model.state_dict().items():
+            torch.testing.assert_close(weights[name], w, rtol=1e-5, atol=1e-5)
+
+
+def save_under_a_file(group, heap, placement, path):
+    subspace = twa.Subspace.from_candidates(
+        new_model(placement, group, heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors"), placement=placement, group=group
+    )
+    try:
+        subspace.save(path / "out")
+    except (OSError, DistributedError) as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_an_output_that_cannot_be_made(ranks, heap, tmp_path, placement):
+    (tmp_path / "file").write_text("no directory")
+    for error in ranks.run(2, save_under_a_file, heap, placement, tmp_path / "file"):
+        assert "Not a directory" in error

@@ -13,6 +13,7 @@ from .candidates import CandidateError, Candidates
 from .optimizer import SubspaceOptimizer
 from .presets import conference_method
 from .subspace import Subspace
+from .world import DistributedError
 
-__all__ = ["CandidateError", "Candidates", "Subspace", "SubspaceOptimizer", "conference_method", "schemes", "update_bn"]
+__all__ = ["CandidateError", "Candidates", "DistributedError", "Subspace", "SubspaceOptimizer", "conference_method", "schemes", "update_bn"]
 __version__ = "0.1.0"

@@ -339,7 +339,8 @@ class Average:
         bar.update(len(curve))
         for step in range(len(curve), s.steps + 1):
             if step % s.save_every == 0 and step and (saved is None or step > saved["position"]["step"]) and self.store is not None:
-                subspace.placement.world.check()
+                self.world.check()
+                share_buffers(self.model, self.world)
                 under_way = {
                     "curve": curve,
                     "val_curve": val_curve,
@@ -375,7 +376,7 @@ class Average:
         bar.close()
         with torch.no_grad():
             subspace.coefficients.copy_(best_x)
-        subspace.placement.world.check()
+        self.world.check()
         subspace.write_weights()
         self._settle()
         val = self._validation_loss()
@@ -412,6 +413,13 @@ class Average:
             self._best = (result.val_loss, result, kept(self.placement) if trained else None)
             if trained and self.store is not None:
                 self.store.save_best(self.placement)
+
+
+def share_buffers(model: nn.Module, world: World) -> None:
+    """The first rank's, on every rank: what the saved state holds."""
+    with torch.no_grad():
+        for b in model.buffers():
+            b.copy_(world.broadcast_(b.reshape(-1).view(torch.uint8), 0).view(b.dtype).view(b.shape))
 
 
 def load_buffers(model: nn.Module, saved: dict[str, Tensor]) -> None:

@@ -70,7 +70,9 @@ def update_bn(
     mode and momenta are restored; Dropout is off meanwhile. Raises ValueError if no batch could be used; after any error the statistics are
     as they were.
     """
-    return update_bn_of(((batch, True) for batch in itertools.islice(loader, max_batches)), model, forward, World(group))
+    world = World(group)
+    with world.together("re-estimating BatchNorm"):
+        return update_bn_of(((batch, True) for batch in itertools.islice(loader, max_batches)), model, forward, world)
 
 
 @torch.no_grad()

@@ -301,9 +301,9 @@ class Candidates(Sequence[Candidate]):
         return [c.tensor(key) if part is None else c.tensor(key)[part] for c in chosen]
 
     def fingerprints(self) -> dict[str, str]:
-        """For each candidate, a digest of its files' sizes and samples of their content: equal for copies, different for other files."""
+        """For each place in the order, the candidate's name and a digest of its files' sizes and samples of their content."""
         if self._fingerprints is None:
-            self._fingerprints = {f"candidate {c.name}": c.fingerprint() for c in self}
+            self._fingerprints = {f"candidate {k}": f"{c.name} ({c.fingerprint()})" for k, c in enumerate(self)}
         return self._fingerprints
 
     def blocks(self, keys: Iterable[str] | None = None, columns: int = 1 << 18) -> Blocks:

@@ -18,9 +18,10 @@ BUCKETS = 4  # messages that the coefficients' gradient is cut into, each sent w
 class GradientHooks:
     """Hooks on the model's parameters that turn gradients into coefficients.grad, for as long as they are not removed.
 
-    One process: each hook adds its projection. Several ranks: hooks add to this rank's addend; the columns of segments whose parameters are all
-    done are sent as soon as backward has passed them, in an order that is the same on all ranks; at the end of backward the rest is sent, and the
-    sums are added to coefficients.grad, which then is what it would be in one process. In `no_sync()` addends are kept for a later backward.
+    One process: each hook adds its projection. Several ranks: hooks add to this rank's addend. With `replicate` the columns of segments whose
+    parameters are all done are sent as soon as backward has passed them, in an order that is the same on all ranks; at the end of backward the rest
+    is sent (with `columns` all of it, behind FSDP's own messages), and the sums are added to coefficients.grad, which then is what it would be in one
+    process. In `no_sync()` addends are kept for a later backward; `clear()` drops them.
     """
 
     def __init__(self, subspace: Subspace) -> None:
@@ -30,7 +31,8 @@ class GradientHooks:
         if self._shared:
             coefficients = subspace.coefficients.detach()
             self._mine = torch.zeros_like(coefficients)  # this rank's addend since the last sum
-            self._buckets = _buckets(subspace.segments, coefficients.shape[1])
+            count = BUCKETS if subspace.placement.name == "replicate" else 1
+            self._buckets = _buckets(subspace.segments, coefficients.shape[1], count)
             self._members = [{k for k, l in enumerate(subspace.segments) if l in columns} for columns in map(set, self._buckets)]
             self._columns = [torch.tensor(columns, device=coefficients.device) for columns in self._buckets]
             self._reset()
@@ -63,16 +65,30 @@ class GradientHooks:
         if not self._shared:
             _accumulate(subspace.coefficients)[:, columns] += c
             return
-        if self._sync and not self._under_way:
-            self._under_way = True
-            Variable._execution_engine.queue_callback(self._end)
+        task = torch._C._current_graph_task_id()
+        if self._under_way not in (None, task):
+            self.clear()
+            raise RuntimeError(
+                "low_memory: a backward began before another had ended. After an error in backward, call optimizer.zero_grad(); activation "
+                "checkpointing must be checkpoint(..., use_reentrant=False); else low_memory=False"
+            )
+        if self._sync and self._under_way is None:
+            self._under_way = task
+            # Behind what others queue in this backward, such as FSDP's last reduce-scatters: their order must be the same on all ranks.
+            Variable._execution_engine.queue_callback(lambda: Variable._execution_engine.queue_callback(self._end))
         if k in self._done and self._sync:
-            self._reset()
+            self.clear()
             raise RuntimeError(
                 "low_memory: a parameter got its gradient twice in one backward (reentrant activation checkpointing?); use "
                 "checkpoint(..., use_reentrant=False), or low_memory=False"
             )
+        # FSDP calls hooks on a stream of its own.
+        stream = torch.cuda.current_stream(c.device) if c.is_cuda else None
+        if stream and self._added:
+            stream.wait_event(self._added)
         self._mine[:, columns] += c
+        if stream:
+            self._added = stream.record_event()
         if self._sync:
             self._done.add(k)
             while self._next < len(self._buckets) - 1 and self._members[self._next] <= self._done:
@@ -81,6 +97,8 @@ class GradientHooks:
     def _send(self) -> None:
         """Begins the sum of the next bucket; the last one carries the stamp of the coefficients."""
         subspace, columns = self._subspace(), self._columns[self._next]
+        if self._added:
+            torch.cuda.current_stream(self._mine.device).wait_event(self._added)
         last = self._next == len(self._buckets) - 1
         part = self._mine[:, columns]
         self._sums.append(subspace.placement.start_sum([part], subspace.coefficients if last else None))
@@ -100,8 +118,19 @@ class GradientHooks:
         finally:
             self._reset()
 
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Drops addends that no sum has taken, as zero_grad drops gradients."""
+        if self._shared:
+            for finish in self._sums:  # of a backward that ended in an error
+                finish()
+            self._mine.zero_()
+            self._reset()
+
     def _reset(self) -> None:
-        self._next, self._under_way = 0, False
+        self._next = 0
+        self._under_way: int | None = None  # the backward whose end will send the rest
+        self._added: torch.cuda.Event | None = None  # behind the last addition
         self._done: set[int] = set()
         self._sums: list[Callable[[], list[Tensor]]] = []
 
@@ -113,9 +142,9 @@ def _accumulate(coefficients: Tensor) -> Tensor:
     return coefficients.grad
 
 
-def _buckets(segments: list[int], num_segments: int) -> list[list[int]]:
-    """Columns of the coefficients in the order in which backward completes them (a segment with its first parameter), in at most BUCKETS parts."""
+def _buckets(segments: list[int], num_segments: int, most: int) -> list[list[int]]:
+    """Columns of the coefficients in the order in which backward completes them (a segment with its first parameter), in at most so many parts."""
     first = {l: k for k, l in reversed(list(enumerate(segments)))}
     order = sorted(range(num_segments), key=lambda l: -first[l])
-    count = min(BUCKETS, num_segments)
+    count = min(most, num_segments)
     return [order[num_segments * b // count : num_segments * (b + 1) // count] for b in range(count)]

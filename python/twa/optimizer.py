@@ -132,7 +132,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = closure()
         self._project()
-        return loss
+        world = self.subspace.placement.world
+        if world.size == 1:
+            return loss
+        # Line searches and stopping rules look at the loss: that of all ranks, so that all do the same.
+        return (world.sum_(torch.as_tensor(loss).detach().clone().reshape(1)) / world.size).reshape(())
 
     def _project(self) -> None:
         if not self.low_memory:
@@ -141,6 +145,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             raise RuntimeError("no gradient has reached the coefficients: call loss.backward() before optimizer.step()")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        if self.low_memory:
+            self._hooks.clear()
         self.subspace.model.zero_grad(set_to_none=set_to_none)
         self.inner.zero_grad(set_to_none=set_to_none)
 
@@ -166,6 +172,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for key, ours in self.subspace.identity().items():
             if (theirs := state["subspace"].get(key, "deltas" if key == "basis" else None)) != ours:
                 raise ValueError(f"optimizer state of another subspace: {key}: expected {ours}, found {theirs}")
+        self.subspace.placement.world.forget()
         super().load_state_dict({key: value for key, value in state.items() if key not in ("coefficients", "subspace")})
         self.subspace.coefficients.copy_(state["coefficients"])
         self.subspace.write_weights()

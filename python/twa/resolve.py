@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from . import plan
 from .candidates import Candidates
 from .layout import Layout
-from .placement import Columns, Placement, Replicated, Rows, reshard
+from .placement import Columns, Placement, Replicated, Rows, local, reshard
 from .world import World
 
 PLACEMENTS = ("auto", "single", "replicate", "rows", "columns")
@@ -23,21 +23,37 @@ _CLASSES: dict[str, type[Placement]] = {"single": Placement, "replicate": Replic
 
 
 def find_world(placement: str, model: nn.Module, group: dist.ProcessGroup | None = None) -> World:
-    """The ranks that share the job: `group`, else a sharded model's mesh, else all ranks; this process alone without torch.distributed."""
-    if placement not in PLACEMENTS:
-        raise ValueError(f"placement: expected one of {PLACEMENTS}, found {placement!r}")
+    """The ranks that share the job: `group`, else a sharded model's mesh of one dimension, else all ranks; this process alone without
+    torch.distributed. A mesh that is a part of a larger one, such as the tensor-parallel dimension, is not all there is to a model's ranks."""
     if placement == "single":
         return World()
     reshard(model)
     meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
-    if group is None and len(meshes) == 1 and (mesh := next(iter(meshes))).ndim == 1:
+    if group is None and len(meshes) == 1 and (mesh := next(iter(meshes))).ndim == 1 and _root(mesh).size() == mesh.size():
         group = mesh.get_group()
     return World.find(group)
+
+
+def _root(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that this one was sliced from, or itself."""
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    from torch.distributed.device_mesh import _mesh_resources  # PyTorch before 2.10
+
+    return _mesh_resources.get_root_mesh(mesh)
 
 
 def resolve(placement: str, model: nn.Module, candidates: Candidates, layout: Layout, bits: int, world: World) -> Placement:
     """The placement of that name. "auto": columns for a sharded model; else replicate if that fits into every rank's memory, else rows; single on one
     rank. Ranks call it together."""
+    if placement not in PLACEMENTS:
+        raise ValueError(f"placement: expected one of {PLACEMENTS}, found {placement!r}")
+    device = local(next(model.parameters())).device
+    if world.backend == "nccl" and device.type != "cuda":
+        raise ValueError(
+            f"placement {placement!r}: NCCL needs the model on a CUDA device, found {device}; move the model, or use gloo (for offloaded shards "
+            "'cpu:gloo,cuda:nccl')"
+        )
     meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
     if meshes:
         if placement not in ("auto", "columns"):
@@ -57,9 +73,6 @@ def resolve(placement: str, model: nn.Module, candidates: Candidates, layout: La
         )
     if world.group is None and placement in ("replicate", "rows"):
         raise ValueError(f"placement {placement!r}: torch.distributed is not initialised; start with torchrun and call init_process_group first")
-    device = next(model.parameters()).device
-    if world.backend == "nccl" and device.type != "cuda":
-        raise ValueError(f"placement {placement!r}: NCCL needs the model on a CUDA device, found {device}; move the model or use gloo")
     if placement == "auto":
         placement = choose(world, model, candidates, bits)
     return _CLASSES[placement](world if placement != "single" else World(), model, candidates, layout)

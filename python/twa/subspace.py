@@ -104,15 +104,15 @@ class Subspace:
         Raises CandidateError if files and model do not fit or a candidate holds NaN or Inf, DistributedError if the ranks were given different
         candidates, models, options or versions.
         """
-        if bits not in BITS:
-            raise ValueError(f"bits: expected one of {BITS}, found {bits!r}")
-        if basis not in BASES:
-            raise ValueError(f"basis: expected one of {BASES}, found {basis!r}")
-        if precondition and basis == "orthonormal":
-            raise ValueError("precondition: an orthonormal basis needs none; expected basis='deltas'")
         given = isinstance(placement, Placement)
         world = placement.world if given else find_world(placement, model, group)
         with world.together("matching model and candidates"):
+            if bits not in BITS:
+                raise ValueError(f"bits: expected one of {BITS}, found {bits!r}")
+            if basis not in BASES:
+                raise ValueError(f"basis: expected one of {BASES}, found {basis!r}")
+            if precondition and basis == "orthonormal":
+                raise ValueError("precondition: an orthonormal basis needs none; expected basis='deltas'")
             layout = layout_of(model, candidates)
             weights = _center_weights(center, len(candidates))
             labels = segment_labels(list(layout.trained), granularity)
@@ -220,6 +220,7 @@ class Subspace:
         if self.preconditioner is not None:
             x = torch.linalg.solve(self.preconditioner.double().cpu(), x.T[..., None])[..., 0].T
         self.coefficients.copy_(x)
+        self.placement.world.forget()
         self.write_weights()
 
     def identity(self) -> dict[str, object]:
@@ -245,6 +246,7 @@ class Subspace:
         with world.together(f"writing {folder}"):
             if world.is_writer:
                 folder.mkdir(parents=True, exist_ok=True)
+            world.meet()
             write_export(folder / "averaged.safetensors", self.placement)
             if sharded:
                 write_dcp(folder / "averaged_dcp", self.placement)

@@ -45,9 +45,9 @@ def load_untrained(placement: Placement, weights: Tensor) -> None:
             raise not_finite(candidates, key, rows)
         local(state[name]).copy_(value)
     single = torch.nonzero(weights == 1.0).flatten().tolist()
-    source = candidates[single[0] if single else -1]
+    at = single[0] if single else len(candidates) - 1
     for name, key in placement.layout.copied.items():
-        local(state[name]).copy_(source.tensor(key))
+        local(state[name]).copy_(candidates.tensors(key, rows=slice(at, at + 1), part=placement.part_of(name, state[name]))[0])
 
 
 @torch.no_grad()
@@ -108,6 +108,7 @@ def parts_of(placement: Placement, exported: Candidates | None) -> dict[str, Ten
 def export(placement: Placement) -> Iterator[tuple[str, Tensor]]:
     """Every tensor whole, one at a time, on every rank: all ranks must read it to its end."""
     reshard(placement.model)
+    placement.world.meet()
     state = placement.model.state_dict(keep_vars=True)
     for key, info in placement.candidates.info.items():
         t = state[key]

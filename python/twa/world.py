@@ -40,6 +40,14 @@ class World:
         self._doing = ""  # what `together` guards
         self._drift: Tensor | None = None
 
+    def __deepcopy__(self, memo: dict) -> World:
+        return self  # the same ranks
+
+    def __getstate__(self) -> dict:
+        if self.group is not None:
+            raise TypeError("a subspace or optimizer of several ranks cannot be pickled: save optimizer.state_dict() and subspace.coefficients")
+        return self.__dict__
+
     @classmethod
     def find(cls, group: dist.ProcessGroup | None = None) -> World:
         """The given group, else the default group if torch.distributed is initialised, else one process alone."""
@@ -69,7 +77,7 @@ class World:
         """One small Python object of every rank, in the order of ranks."""
         if self.group is None:
             return [value]
-        self._guard()
+        self.meet()
         values: list = [None] * self.size
         with self._explained():
             dist.all_gather_object(values, value, group=self.group)
@@ -79,7 +87,7 @@ class World:
         """The first rank's value, on every rank."""
         if self.group is None:
             return value
-        self._guard()
+        self.meet()
         values = [value]
         with self._explained():
             dist.broadcast_object_list(values, group=self.group, group_src=0)
@@ -88,7 +96,7 @@ class World:
     def _collective(self, t: Tensor, run: Callable[[Tensor], object]) -> Tensor:
         if self.group is None or not t.numel():
             return t
-        self._guard()
+        self.meet()
         cuda_only = "nccl" in self.backend and "gloo" not in self.backend
         moved = (t if t.is_cuda or not cuda_only else t.cuda()).contiguous()
         with self._explained():
@@ -133,7 +141,8 @@ class World:
         finally:
             self._doing = ""
 
-    def _guard(self) -> None:
+    def meet(self) -> None:
+        """In `together`: raises here if another rank has failed, before collectives that are not guarded."""
         if self._doing:
             self._agree(None)
 
@@ -162,9 +171,9 @@ class World:
     def start_sum(self, parts: list[Tensor], x: Tensor | None = None) -> Callable[[], list[Tensor]]:
         """Begins the sum of some tensors over ranks as one message; call the result to wait for it. With x, two more numbers travel: a stamp of x's
         bits and its square, from which `check` later sees whether all ranks had the same x."""
-        flat = torch.cat([p.reshape(-1) for p in parts] + ([_stamp(x, parts[0])] if x is not None else []))
         if self.group is None:
             return lambda: parts
+        flat = torch.cat([p.reshape(-1) for p in parts] + ([_stamp(x, parts[0])] if x is not None else []))
         with self._explained():
             work = dist.all_reduce(flat, group=self.group, async_op=True)
 
@@ -182,10 +191,17 @@ class World:
 
     def check(self) -> None:
         """DistributedError if the ranks' coefficients were not the same bits at a step since the last check. Reads one number from the device."""
-        if self._drift is not None and float(self._drift) != 0:
+        drift = 0.0 if self._drift is None else float(self._drift)
+        self.forget()
+        if drift != 0:
             raise DistributedError(
                 f"rank {self.rank}: the ranks' coefficients have drifted apart: was another optimizer, schedule or state loaded on one of them?"
             )
+
+    def forget(self) -> None:
+        """The coefficients are made equal: what was noticed before does not count."""
+        if self._drift is not None:
+            self._drift.zero_()
 
 
 def _stamp(x: Tensor, like: Tensor) -> Tensor:
