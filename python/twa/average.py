@@ -148,13 +148,17 @@ class Average:
     ) -> None:
         self.task, self.candidates, self.store = task, candidates, store
         self.world = World() if settings.placement == "single" else World.find(group)
-        self.settings = replace(settings, batches_per_step=settings.batches_per_step or self.world.size)
+        self._saved = store.read(self.world) if store is not None else None
+        before = self._saved["run"].get("batches per step", 0) if self._saved else 0
+        self.settings = replace(settings, batches_per_step=settings.batches_per_step or int(before) or self.world.size)
         self.progress = progress and self.world.is_writer
         if len(candidates) > 1 and any(m.kind == "v" for m in settings.methods):
             task.split_validation()
         with self.world.together("making the model"):
             self.model = task.model()
-            self.facts = facts(self.model, candidates) | {"task": task.fingerprint} | self.settings.facts()
+            self.facts = facts(self.model, candidates) | {"task": task.fingerprint} | task.first_batches() | self.settings.facts()
+            if self._saved:
+                store.accept(self._saved, self.facts)
         if self.world.size > 1:
             self.world.check_equal(self.facts | versions())
         with self.world.together("placing the model"):
@@ -200,16 +204,14 @@ class Average:
 
     def _resume(self) -> tuple[int, dict | None]:
         """What an earlier run has done: the method that it was at, and how far that was."""
-        if self.store is None:
-            return 0, None
-        saved = self.store.load(self.world, self.facts)
+        saved, self._saved = self._saved, None
         if saved is None:
             return 0, None
         self.results = [Result(**r) for r in saved["results"]]
         self._losses = {beta.numpy().tobytes(): loss for beta, loss in saved["losses"]}
         if saved["best"] is not None:
             best = self.results[saved["best"]]
-            parts = None if best.coefficients is None else self.store.load_best(self.placement)
+            parts = None if best.coefficients is None else self.store.load_best(self.placement, saved["best_digest"])
             self._best = (best.val_loss, best, parts)
         return saved["method"], saved["under_way"]
 
@@ -238,7 +240,10 @@ class Average:
         done = {r.method for r in self.results}
         if done.issuperset(BASELINES if n > 1 else BASELINES[:2]):
             return
-        bar = progress_bar(f"baselines ({n} candidates)", total, self.progress)
+        with progress_bar(f"baselines ({n} candidates)", total, self.progress) as bar:
+            self._evaluate_baselines(n, lengths, done, bar)
+
+    def _evaluate_baselines(self, n: int, lengths: list[int], done: set[str], bar: tqdm) -> None:
         saved = time.perf_counter()
 
         def evaluate(beta: Tensor) -> float:
@@ -281,7 +286,6 @@ class Average:
             timed("EMA", lambda: pick([(schemes.ema(n, d), f"decay {d}") for d in EMA_DECAYS]))
             timed("LAWA", lambda: pick([(schemes.lawa(n, k), f"last {k}") for k in lengths]))
             timed("greedy soup", lambda: (schemes.greedy_soup([evaluate(b) for b in singles], evaluate), ""))
-        bar.close()
 
     def _load(self, beta: Tensor) -> None:
         """The model at exact merge weights; BatchNorm re-estimated unless it is one candidate's own."""
@@ -335,45 +339,44 @@ class Average:
             load_buffers(self.model, saved["buffers"])
             stream.seek(saved["position"])
         looks = {round(s.steps * k / VALIDATIONS) for k in range(VALIDATIONS + 1)}
-        bar = progress_bar(method.name, s.steps, self.progress)
-        bar.update(len(curve))
-        for step in range(len(curve), s.steps + 1):
-            if step % s.save_every == 0 and step and (saved is None or step > saved["position"]["step"]) and self.store is not None:
-                self.world.check()
-                share_buffers(self.model, self.world)
-                under_way = {
-                    "curve": curve,
-                    "val_curve": val_curve,
-                    "best_loss": best_loss,
-                    "best_x": best_x,
-                    "seconds": before + time.perf_counter() - begun,
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                    "buffers": dict(self.model.named_buffers()),
-                    "position": stream.position(),
-                }
-                self._save(index, under_way)
-            if step in looks:
-                self._settle()
-                val = self._validation_loss()
-                subspace.write_weights()  # unrounded again
-                val_curve.append((step, val))
-                if val < best_loss:
-                    best_loss, best_x = val, subspace.coefficients.detach().clone()
-            if step == s.steps:
-                break
-            loss = self._gradients(stream, optimizer)
-            if not math.isfinite(loss):
-                note += f"; stopped: loss {loss} at step {step}; best coefficients so far kept"
-                if self.world.is_writer:
-                    print(f"twa: {method.name}: {note}", file=sys.stderr)
-                break
-            optimizer.step()
-            schedule.step()
-            curve.append(loss)
-            bar.set_postfix(loss=f"{loss:.4f}", val=f"{val_curve[-1][1]:.4f}", refresh=False)
-            bar.update(1)
-        bar.close()
+        with progress_bar(method.name, s.steps, self.progress) as bar:
+            bar.update(len(curve))
+            for step in range(len(curve), s.steps + 1):
+                if step % s.save_every == 0 and step and (saved is None or step > saved["position"]["step"]) and self.store is not None:
+                    self.world.check()
+                    share_buffers(self.model, self.world)
+                    under_way = {
+                        "curve": curve,
+                        "val_curve": val_curve,
+                        "best_loss": best_loss,
+                        "best_x": best_x,
+                        "seconds": before + time.perf_counter() - begun,
+                        "optimizer": optimizer.state_dict(),
+                        "schedule": schedule.state_dict(),
+                        "buffers": dict(self.model.named_buffers()),
+                        "position": stream.position(),
+                    }
+                    self._save(index, under_way)
+                if step in looks:
+                    self._settle()
+                    val = self._validation_loss()
+                    subspace.write_weights()  # unrounded again
+                    val_curve.append((step, val))
+                    if val < best_loss:
+                        best_loss, best_x = val, subspace.coefficients.detach().clone()
+                if step == s.steps:
+                    break
+                loss = self._gradients(stream, optimizer)
+                if not math.isfinite(loss):
+                    note += f"; stopped: loss {loss} at step {step}; best coefficients so far kept"
+                    if self.world.is_writer:
+                        bar.write(f"twa: {method.name}: {note}", file=sys.stderr)
+                    break
+                optimizer.step()
+                schedule.step()
+                curve.append(loss)
+                bar.set_postfix(loss=f"{loss:.4f}", val=f"{val_curve[-1][1]:.4f}", refresh=False)
+                bar.update(1)
         with torch.no_grad():
             subspace.coefficients.copy_(best_x)
         self.world.check()
@@ -412,7 +415,7 @@ class Average:
             trained = result.coefficients is not None
             self._best = (result.val_loss, result, kept(self.placement) if trained else None)
             if trained and self.store is not None:
-                self.store.save_best(self.placement)
+                self.store.save_best(self.placement, len(self.results))
 
 
 def share_buffers(model: nn.Module, world: World) -> None:

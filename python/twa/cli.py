@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,10 +19,11 @@ import torch.distributed as dist
 from . import __version__, demo, plan, report
 from .average import DEFAULT_METHODS, Average, Outcome, Settings, TwaMethod
 from .candidates import CandidateError, Candidates
+from .data import seed_all
 from .files import clear_unfinished
 from .resolve import PLACEMENTS
 from .state import Store
-from .tasks import BUILT_IN, Task, load_task
+from .tasks import BUILT_IN, Task, TaskError, load_task
 from .world import DistributedError, World, initialise
 
 
@@ -47,10 +51,11 @@ def finish(folder: Path, outcome: Outcome, task: Task, candidates: Candidates, s
     """Files and table; on several ranks all call it, the first writes."""
     world = outcome.placement.world
     with world.together(f"writing {folder}"):
-        if world.is_writer:
-            folder.mkdir(parents=True, exist_ok=True)
         command = shlex.join(["twa", *sys.argv[1:]])
         try:
+            if world.is_writer:
+                folder.mkdir(parents=True, exist_ok=True)
+            world.meet()
             report.write_outputs(folder, outcome, task, [str(c.path) for c in candidates], command, sharded)
         except OSError as error:
             raise OutputError(f"{folder}: the result could not be written ({error.strerror}): {error.filename or ''}") from error
@@ -70,13 +75,22 @@ def run_average(args: argparse.Namespace) -> None:
     """Averages checkpoints: the fixed averages in use today, then trained ones; writes the best on the validation data."""
     world = ranks(args.device, args.timeout)
     # What is wrong on one rank stops all of them.
+    if not world.is_writer:
+        warnings.simplefilter("ignore")  # the first rank says them
+    finished = False
     with world.together("reading task and candidates"):
         methods = tuple(TwaMethod.parse(m) for m in args.twa) if args.twa else DEFAULT_METHODS
         candidates = Candidates(args.candidates)
         if world.is_writer:
-            check_output(args.output, args.overwrite, args.resume)
+            finished = is_finished(args.output) and args.resume
+            if not finished:
+                check_output(args.output, args.overwrite, args.resume)
             clear_unfinished(args.output, [*report.FILES, Store.NAME, Store.BEST])
-        torch.manual_seed(args.seed)
+        if world.share(finished):
+            if world.is_writer:
+                print(f"{args.output}/ holds a finished result: there is nothing to resume (--overwrite runs it again)")
+            return
+        seed_all(args.seed)
         task = load_task(args.task, args.seed)
         if args.device != "task":
             task = task.on(torch.device(args.device if args.device == "cpu" else f"cuda:{torch.cuda.current_device()}"))
@@ -106,15 +120,20 @@ def run_average(args: argparse.Namespace) -> None:
     finish(args.output, outcome, task, candidates, args.sharded)
     if world.is_writer:
         store.remove()
+    world.gather(None)  # nobody leaves before the others are done
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "averaged.safetensors").exists() and (folder / "results.json").exists() and not (folder / Store.NAME).exists()
 
 
 def ranks(device: str, timeout: float) -> World:
     """The ranks that torchrun has started, or this process alone."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device is available")
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         return World()
     if device == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("--device cuda: no CUDA device is available")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return initialise(device, timeout)
 
@@ -131,11 +150,17 @@ def run_demo(args: argparse.Namespace) -> None:
 def positive(kind: type) -> object:
     def parse(text: str):
         value = kind(text)
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
         return value
 
     return parse
+
+
+def not_negative(text: str) -> float:
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, found {text}")
+    return float(text)
 
 
 def whole(text: str) -> int:
@@ -163,7 +188,7 @@ def parser() -> argparse.ArgumentParser:
     a.add_argument("--lr", type=positive(float), default=Settings.lr, help="learning rate of the coefficients (default: %(default)s)")
     a.add_argument(
         "--weight-decay",
-        type=float,
+        type=not_negative,
         default=Settings.weight_decay,
         help="pulls coefficients to zero, the best fixed average (default: %(default)s)",
     )
@@ -181,9 +206,10 @@ def parser() -> argparse.ArgumentParser:
     )
     a.add_argument("--sharded", action="store_true", help="also write the result as a torch.distributed.checkpoint directory")
     a.add_argument("--save-every", type=positive(int), default=Settings.save_every, help="steps between saved states (default: %(default)s)")
-    a.add_argument("--resume", action="store_true", help="continue from the state in the output directory, if there is one")
     a.add_argument("--timeout", type=positive(float), default=600.0, help="seconds after which a silent rank counts as lost (default: %(default)s)")
-    a.add_argument("--overwrite", action="store_true", help="replace results in an output directory that is not empty")
+    existing = a.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace results in an output directory that is not empty")
+    existing.add_argument("--resume", action="store_true", help="continue from the state in the output directory, if there is one")
     a.set_defaults(run=run_average)
 
     n = commands.add_parser("plan", help="memory, bytes and time per step of each placement", description=plan.run_plan.__doc__)
@@ -203,10 +229,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except ValueError as error:
-        print(f"twa: error: {error}", file=sys.stderr)
+        if isinstance(error, TaskError) and error.__cause__ is not None:  # in the user's own code
+            traceback.print_exception(error.__cause__)
+        if not getattr(error, "said_by_first", False):
+            print(f"twa: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"twa: stopped; {_how_to_go_on(args) or 'no result was written'}", file=sys.stderr)
+        if World.find().is_writer:
+            print(f"twa: stopped; {_how_to_go_on(args) or 'no result was written'}", file=sys.stderr)
         return 130
     except RuntimeError as error:
         if not isinstance(error, DistributedError):
@@ -214,6 +244,8 @@ def main(argv: list[str] | None = None) -> int:
             if not world.is_loss(error):
                 raise
             error = world.lost(error)
+        if error.said_by_first:
+            return 1
         print(f"twa: error: {error}", file=sys.stderr)
         if after := _how_to_go_on(args):
             print(f"twa: {after}", file=sys.stderr)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import ModuleType
 
 import numpy
 import torch
@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .world import World
 
-SEARCH_DEPTH = 4  # attributes of attributes in which a data source's generators are looked for
+#: where a data source's generators are looked for: attributes of attributes, lists and dicts of so many items, objects in all
+SEARCH_DEPTH, SEARCH_ITEMS, SEARCH_OBJECTS = 5, 100, 10_000
 
 
 def mix(*numbers: int) -> int:
@@ -62,8 +63,92 @@ def to_device(batch: object, device: torch.device) -> object:
     return type(batch)(to_device(v, device) for v in batch) if isinstance(batch, list | tuple) else batch
 
 
+Source = torch.Generator | random.Random | numpy.random.Generator | numpy.random.RandomState
+
+
+def _generators(source: object) -> list[Source]:
+    """Random number generators among the attributes of a data source, its sampler, its dataset, ..., and in short lists and dicts there."""
+    found: list[Source] = []
+    seen: dict[int, object] = {}
+
+    def visit(value: object, depth: int) -> None:
+        if id(value) in seen or len(seen) > SEARCH_OBJECTS or isinstance(value, Tensor | nn.Module | type | ModuleType | str | numpy.ndarray):
+            return
+        seen[id(value)] = value
+        if isinstance(value, Source):
+            found.append(value)
+        elif isinstance(value, list | tuple | dict):
+            if len(value) <= SEARCH_ITEMS:
+                for item in value.values() if isinstance(value, dict) else value:
+                    visit(item, depth)
+        elif depth and isinstance(getattr(value, "__dict__", None), dict):
+            for item in list(value.__dict__.values()):
+                visit(item, depth - 1)
+
+    visit(source, SEARCH_DEPTH)
+    return found
+
+
+def _state(g: Source) -> object:
+    if isinstance(g, numpy.random.Generator):
+        return g.bit_generator.state
+    return g.getstate() if isinstance(g, random.Random) else g.get_state()
+
+
+def _set_state(g: Source, state: object) -> None:
+    if isinstance(g, numpy.random.Generator):
+        g.bit_generator.state = state
+    elif isinstance(g, random.Random):
+        g.setstate(state)
+    else:
+        g.set_state(state)
+
+
+def _own_seed(g: Source) -> int:
+    """What it was seeded with, where that is known."""
+    return g.initial_seed() if isinstance(g, torch.Generator) else 0
+
+
+def _seed(g: Source, seed: int) -> None:
+    if isinstance(g, torch.Generator):
+        g.manual_seed(seed)
+    elif isinstance(g, numpy.random.RandomState):
+        g.seed(seed & 0xFFFFFFFF)
+    elif isinstance(g, numpy.random.Generator):
+        g.bit_generator.state = type(g.bit_generator)(seed).state
+    else:
+        g.seed(seed)
+
+
+class _OwnRandom:
+    """Global and found generators, with states that are swapped in for as long as they are used here."""
+
+    def __init__(self, generators: list[Source]) -> None:
+        self.generators = generators
+        self._mine: tuple | None = None
+
+    def _states(self) -> tuple:
+        return random.getstate(), numpy.random.get_state(), torch.get_rng_state(), [_state(g) for g in self.generators]
+
+    def _put(self, states: tuple) -> None:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        for g, state in zip(self.generators, states[3], strict=True):
+            _set_state(g, state)
+
+    def __enter__(self) -> None:
+        self._outside = self._states()
+        if self._mine is not None:
+            self._put(self._mine)
+
+    def __exit__(self, *error) -> None:
+        self._mine = self._states()
+        self._put(self._outside)
+
+
 class _ChosenIndices:
-    """The index lists of some of a batch sampler's batches."""
+    """(position, index list) of some of a batch sampler's batches."""
 
     def __init__(self, batches: Iterable, keep: Callable[[int], bool], limit: float) -> None:
         self.batches, self.keep, self.limit = batches, keep, limit
@@ -71,20 +156,49 @@ class _ChosenIndices:
         self.positions: deque[int] = deque()
 
     def __iter__(self) -> Iterator:
-        for indices in self.batches:
-            if self.total >= self.limit:
+        # Loading a batch reseeds the global generators; a sampler that draws from them as it goes must not notice, as it draws for every batch.
+        own = _OwnRandom(_generators(self.batches))
+        with own:
+            iterator = iter(self.batches)
+        while self.total < self.limit:
+            with own:
+                indices = next(iterator, None)
+            if indices is None:
                 return
             k, self.total = self.total, self.total + 1
             if self.keep(k):
                 self.positions.append(k)
-                yield indices
+                yield [k, *indices]
+
+
+class _SeededDataset:
+    """A dataset whose batches, [position, *indices], draw the same random numbers in whatever process and beside whatever others they are loaded."""
+
+    def __init__(self, dataset: object, collate: object, seed: int) -> None:
+        self.dataset, self.collate, self.seed = dataset, collate, seed
+        self._found: list[tuple[Source, int]] | None = None  # with their seeds, in the process that loads
+
+    def __getattr__(self, name: str) -> object:  # for a worker_init_fn that looks at its dataset
+        if name.startswith("__") or "dataset" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __getitems__(self, batch: list) -> list:
+        k, *indices = batch
+        seed_all(mix(self.seed, k))
+        if self._found is None:
+            self._found = [(g, _own_seed(g)) for g in _generators([self.dataset, self.collate])]
+        for g, own in self._found:
+            _seed(g, mix(own, self.seed, k))
+        fetch = getattr(self.dataset, "__getitems__", None)
+        return fetch(indices) if fetch else [self.dataset[i] for i in indices]
 
 
 class _Chosen:
     """(position, batch) of those of the first `limit` batches of one pass that `keep` asks for; `total` is how many there were, once it is over. A
     DataLoader over a dataset with indices loads no others."""
 
-    def __init__(self, source: Iterable, keep: Callable[[int], bool], limit: float) -> None:
+    def __init__(self, source: Iterable, keep: Callable[[int], bool], limit: float, seed: int) -> None:
         self.total, self._move, self._limit = 0, None, limit
         if isinstance(source, Moved):
             self._move, source = source.device, source.batches
@@ -92,7 +206,7 @@ class _Chosen:
         if type(source) is DataLoader and source.batch_sampler is not None and not isinstance(source.dataset, IterableDataset):
             self._indices = _ChosenIndices(source.batch_sampler, keep, limit)
             source = DataLoader(
-                source.dataset,
+                _SeededDataset(source.dataset, source.collate_fn, seed),
                 batch_sampler=self._indices,
                 num_workers=source.num_workers,
                 collate_fn=source.collate_fn,
@@ -127,17 +241,6 @@ class _Chosen:
         return batch if self._move is None else to_device(batch, self._move)
 
 
-def _generators(source: object, depth: int = SEARCH_DEPTH) -> list[torch.Generator]:
-    """torch.Generator objects among the attributes of a data source, its sampler, its dataset, ..."""
-    found: dict[int, torch.Generator] = {}
-    for value in getattr(source, "__dict__", {}).values():
-        if isinstance(value, torch.Generator):
-            found[id(value)] = value
-        elif depth and hasattr(value, "__dict__") and not isinstance(value, Tensor | nn.Module | type) and not callable(value):
-            found |= {id(g): g for g in _generators(value, depth - 1)}
-    return list(found.values())
-
-
 def _set_epoch(source: object, number: int, depth: int = 2) -> None:
     for value in (source, *getattr(source, "__dict__", {}).values()):
         if callable(getattr(value, "set_epoch", None)):
@@ -151,41 +254,19 @@ class Pass:
     source's seeds, `seed` and `number`; to everyone else it looks as if none had been drawn. So a pass can be repeated, and passes may interleave."""
 
     def __init__(self, source: Iterable, number: int, seed: int, keep: Callable[[int], bool], limit: float = math.inf) -> None:
-        self._sources = _generators(source)
-        self._states: tuple | None = None
-        with self._own_random():
-            for g in self._sources:
-                g.manual_seed(mix(g.initial_seed(), seed, number))
+        self._random = _OwnRandom(_generators(source))
+        with self._random:
+            for g in self._random.generators:
+                _seed(g, mix(_own_seed(g), seed, number))
             seed_all(mix(seed, number))
             _set_epoch(source, number)
-            self._chosen = _Chosen(source, keep, limit)
-
-    def _random_states(self) -> tuple:
-        return random.getstate(), numpy.random.get_state(), torch.get_rng_state(), [g.get_state() for g in self._sources]
-
-    def _set_random_states(self, states: tuple) -> None:
-        random.setstate(states[0])
-        numpy.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        for g, state in zip(self._sources, states[3], strict=True):
-            g.set_state(state)
-
-    @contextlib.contextmanager
-    def _own_random(self) -> Iterator[None]:
-        outside = self._random_states()
-        if self._states is not None:
-            self._set_random_states(self._states)
-        try:
-            yield
-        finally:
-            self._states = self._random_states()
-            self._set_random_states(outside)
+            self._chosen = _Chosen(source, keep, limit, mix(seed, number))
 
     def __iter__(self) -> Pass:
         return self
 
     def __next__(self) -> tuple[int, object]:
-        with self._own_random():
+        with self._random:
             return next(self._chosen)
 
     @property
@@ -193,14 +274,21 @@ class Pass:
         return self._chosen.total
 
 
+def first_batch(source: Iterable) -> object:
+    """Of pass 0."""
+    for _, batch in Pass(source, 0, 0, lambda k: k == 0, 1):
+        return batch
+    raise ValueError("expected at least one batch of data, found none")
+
+
 class Stream:
     """Pass after pass over a source, `per_step` batches a step, shared out over the ranks of a world. Counted over all passes, batch g belongs to
-    step g // per_step and to rank (g % per_step) % size: so a step sees the same batches on any number of ranks."""
+    step g // per_step and to rank (g % per_step) % size: so a step sees the same batches on any number of ranks. Ranks beyond per_step repeat what
+    others do, with weight 0."""
 
     def __init__(self, source: Iterable, world: World, per_step: int, seed: int) -> None:
-        if per_step < world.size:
-            raise ValueError(f"batches per step: expected at least one for each of the {world.size} ranks, found {per_step}")
         self.source, self.world, self.per_step, self.seed = source, world, per_step, seed
+        self.place = world.rank % per_step if world.rank >= per_step else world.rank
         self.step = 0
         self._first: object = None  # the first batch of the last step, on the first rank
         self._open(0, 0)
@@ -208,10 +296,8 @@ class Stream:
     def _open(self, number: int, offset: int) -> None:
         """Pass `number`, whose first batch is the stream's batch `offset`."""
         self._number, self._offset = number, offset
-        self._pass = Pass(self.source, number, self.seed, lambda k: self._owner(offset + k) == self.world.rank)
-
-    def _owner(self, g: int) -> int:
-        return g % self.per_step % self.world.size
+        place, per_step, size = self.place, self.per_step, self.world.size  # not self: a cycle would keep a DataLoader's workers alive
+        self._pass = Pass(self.source, number, self.seed, lambda k: (offset + k) % per_step % size == place)
 
     def _next(self) -> tuple[int, object]:
         """The next batch of this rank, with its number in the stream."""
@@ -230,9 +316,9 @@ class Stream:
         """(number, batch, weight) for this rank, as many on every rank: the gradient of the step is the mean over ranks of the sum of weight times
         gradient. A rank with one batch less repeats its last with weight 0."""
         batches = []
-        for _ in range(self.world.rank, self.per_step, self.world.size):
-            g, batch = self._next()
-            batches.append((g, batch, self.world.size / self.per_step))
+        weight = self.world.size / self.per_step if self.place == self.world.rank else 0.0
+        for _ in range(self.place, self.per_step, self.world.size):
+            batches.append((*self._next(), weight))
         self._first = batches[0][1]
         if len(batches) < -(-self.per_step // self.world.size):
             batches.append((*batches[-1][:2], 0.0))
@@ -247,7 +333,7 @@ class Stream:
         """To where another stream was, on any number of ranks; reads the pass up to there again. ValueError if the data are not the same any more."""
         self._open(int(position["pass"]), int(position["offset"]))
         start = int(position["step"]) * self.per_step
-        mine = sum(self._owner(g) == self.world.rank for g in range(self._offset, start))
+        mine = sum(g % self.per_step % self.world.size == self.place for g in range(self._offset, start))
         for _ in range(mine):
             g, batch = self._next()
             if g == start - self.per_step and self.world.rank == 0 and position["digest"] not in (None, batch_digest(batch)):
@@ -289,5 +375,5 @@ def shared_out(source: Iterable, world: World, limit: float = math.inf) -> Itera
         yield batch, True
     if count < -(-mine.total // world.size):
         if not count:
-            _, batch = next(Pass(source, 0, 0, lambda k: k == 0, 1))
+            batch = first_batch(source)
         yield batch, False

@@ -24,49 +24,57 @@ class StateError(ValueError):
 
 
 class Store:
-    """state.pt (results, coefficients, optimizer, position in the data) and state-best.safetensors (weights of the best trained average so far) in a
-    directory; see `docs/distributed.md`. The first rank reads and writes; files appear whole."""
+    """state.pt (results, coefficients, optimizer, position in the data) and state-best-K.safetensors (weights of the best trained average so far, by
+    method K) in a directory; see `docs/distributed.md`. The first rank reads and writes; files appear whole."""
 
-    NAME, BEST = "state.pt", "state-best.safetensors"
+    NAME, BEST = "state.pt", "state-best-*.safetensors"
 
     def __init__(self, folder: Path, resume: bool) -> None:
-        self.path, self.best, self.resume = folder / self.NAME, folder / self.BEST, resume
+        self.folder, self.path, self.resume = folder, folder / self.NAME, resume
         self.resumed = False
-        self.saved: str = ""  # what the last saved state holds, for messages
+        self.best = ""  # file that holds the best weights
+        self.best_lost = False  # it could not be written: no state may name it
+        self.saved = ""  # what the last saved state holds, for messages
 
     def save(self, state: dict) -> None:
         """A state that cannot be written costs a warning, not the run: the one before it stays."""
+        if self.best_lost:
+            return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_torch(self.path, {"format": FORMAT} | state)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            digest = Candidates(self.folder / self.best)[0].fingerprint() if self.best else ""
+            write_torch(self.path, {"format": FORMAT, "best_file": self.best, "best_digest": digest} | state)
+        except (OSError, CandidateError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            print(f"twa: warning: {self.path}: the state could not be saved ({reason}); {self.saved or 'none is there'}", file=sys.stderr)
+            return
+        at = state["under_way"]
+        self.saved = f"the one of {'step ' + str(at['position']['step']) + ' of ' if at else ''}method {state['method'] + 1} is intact"
+        for other in self.folder.glob(self.BEST):
+            if other.name != self.best:
+                other.unlink()
+
+    def save_best(self, placement: Placement, method: int) -> None:
+        """The model's weights, before the state that names them. All ranks call it."""
+        name = self.BEST.replace("*", str(method))
+        try:
+            write_export(self.folder / name, placement)
         except OSError as error:
-            print(f"twa: warning: {self.path}: the state could not be saved ({error.strerror}); {self.saved or 'none is there'}", file=sys.stderr)
+            self.best_lost = True
+            print(
+                f"twa: warning: {self.folder / name}: the best weights so far could not be saved ({error.strerror}), and so no state from here on; "
+                f"{self.saved or 'none is there'}",
+                file=sys.stderr,
+            )
         else:
-            at = state["under_way"]
-            self.saved = f"the one of {'step ' + str(at['position']['step']) + ' of ' if at else ''}method {state['method'] + 1} is intact"
+            self.best, self.best_lost = name, False
 
-    def save_best(self, placement: Placement) -> None:
-        """All ranks call it."""
-        try:
-            write_export(self.best, placement)
-        except OSError as error:
-            print(f"twa: warning: {self.best}: the best weights so far could not be saved ({error.strerror})", file=sys.stderr)
-
-    def load(self, world: World, facts: Mapping[str, str]) -> dict | None:
-        """The saved state on every rank; None if there is none or it is not asked for. StateError if it is of another run."""
+    def read(self, world: World) -> dict | None:
+        """The saved state, on every rank; None if there is none or it is not asked for."""
         if not self.resume:
             return None
         with world.together("reading the saved state"):
-            state = world.share(self._read() if world.is_writer else None)
-            if state is None:
-                return None
-            for name in {**facts, **state["run"]}:
-                ours, theirs = facts.get(name, "nothing"), state["run"].get(name, "nothing")
-                if ours != theirs:
-                    hint = f"; pass --batches-per-step {theirs}" if name == "batches per step" else ""
-                    raise StateError(f"{self.path}: the state of another run: {name}: expected {ours}, found {theirs}{hint}")
-        self.resumed = True
-        return state
+            return world.share(self._read() if world.is_writer else None)
 
     def _read(self) -> dict | None:
         if not self.path.exists():
@@ -79,19 +87,29 @@ class Store:
             raise StateError(f"{self.path}: expected a state of format {FORMAT!r}, found {type(state).__name__}")
         return state
 
-    def load_best(self, placement: Placement) -> dict[str, Tensor]:
+    def accept(self, state: dict, facts: Mapping[str, str]) -> None:
+        """StateError if the state is of another run than the one with these facts."""
+        for name in {**facts, **state["run"]}:
+            ours, theirs = facts.get(name, "nothing"), state["run"].get(name, "nothing")
+            if ours != theirs:
+                raise StateError(f"{self.path}: the state of another run: {name}: expected {ours}, found {theirs}")
+        self.resumed, self.best = True, state["best_file"]
+
+    def load_best(self, placement: Placement, digest: str) -> dict[str, Tensor]:
         """This rank's part of the best weights so far. Ranks that do not see the first one's disk get them from it."""
         with placement.world.together("reading the best weights so far"):
             exported = None
             if placement.world.is_writer:
                 try:
-                    exported = Candidates(self.best)
+                    exported = Candidates(self.folder / self.best)
                 except CandidateError as error:
                     raise StateError(f"the best weights so far cannot be read: {error}; start again with --overwrite") from error
+                if exported[0].fingerprint() != digest:
+                    raise StateError(f"{self.folder / self.best}: not the weights that {self.path} belongs to; start again with --overwrite")
             return parts_of(placement, exported)
 
     def remove(self, unless_resumed: bool = False) -> None:
         """The run is finished, or cannot be continued. unless_resumed: not if another run has begun it."""
         if not (unless_resumed and self.resumed):
-            self.path.unlink(missing_ok=True)
-            self.best.unlink(missing_ok=True)
+            for path in [self.path, *self.folder.glob(self.BEST)]:
+                path.unlink(missing_ok=True)

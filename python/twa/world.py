@@ -23,6 +23,8 @@ _STAMPS = 64
 class DistributedError(RuntimeError):
     """The ranks cannot go on together: one failed, died, hangs, or has something else than the others."""
 
+    said_by_first = False  # whether the first rank says the same
+
 
 class World:
     """Collectives that change nothing in a world of one. Every rank must call them in the same order.
@@ -153,9 +155,13 @@ class World:
             dist.all_reduce(failed, dist.ReduceOp.MAX, group=self.group)
             if int(failed):
                 dist.all_gather_object(messages, str(error) if error else None, group=self.group)
-        if int(failed) and error is None:
+        if error is not None:
+            error.said_by_first = self.rank > 0 and messages[0] == str(error)
+        elif int(failed):
             rank = next(r for r, message in enumerate(messages) if message is not None)
-            raise DistributedError(f"rank {rank} failed while {self._doing}: {messages[rank]}")
+            quote = DistributedError(f"rank {rank} failed while {self._doing}: {messages[rank]}")
+            quote.said_by_first = self.rank > 0
+            raise quote
 
     def check_equal(self, mine: Mapping[str, str]) -> None:
         """DistributedError, on every rank, if one of these facts is not the same on all ranks."""
@@ -164,7 +170,9 @@ class World:
             for fact in [*everyone[0], *(f for f in theirs if f not in everyone[0])]:
                 expected, found = (facts.get(fact, "nothing") for facts in (everyone[0], theirs))
                 if expected != found:
-                    raise DistributedError(f"the ranks do not have the same {fact}: rank 0 has {expected}, rank {rank} has {found}")
+                    error = DistributedError(f"the ranks do not have the same {fact}: rank 0 has {expected}, rank {rank} has {found}")
+                    error.said_by_first = self.rank > 0
+                    raise error
 
     # The one message of a training step ----------------------------------------------------------------------------
 

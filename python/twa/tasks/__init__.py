@@ -19,6 +19,7 @@ Data functions may take a `seed` argument, which then orders the batches.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -32,7 +33,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ..data import EveryOther, Moved
+from ..data import EveryOther, Moved, batch_digest, first_batch
 
 BUILT_IN = ("chars", "digits")
 REQUIRED = ("model", "train_data", "val_data", "loss")
@@ -67,6 +68,11 @@ class Task:
     metric: Callable[[nn.Module, object], float] | None
     metric_name: str
     fingerprint: str = ""  # of the file that defines it
+
+    def first_batches(self) -> dict[str, str]:
+        """Digests of the first batch of each kind of data: what must be the same on all ranks, and when a run is continued."""
+        data = {"training": self.train, "validation": self.val, "held-out": self.heldout, "test": self.test}
+        return {f"first batch of the {name} data": str(batch_digest(first_batch(b))) for name, b in data.items() if b is not None}
 
     def on(self, device: torch.device) -> Task:
         """The same with model and batches on a device."""
@@ -106,17 +112,21 @@ def load_task(name: str, seed: int = 0) -> Task:
         batches = make(seed=seed) if "seed" in inspect.signature(make).parameters else make()
         if iter(batches) is batches:
             raise TaskError(f"task {name}: {function}() returned an iterator, which can be read only once; return a DataLoader or a list of batches")
+        if (sampler := getattr(batches, "sampler", None)) is not None and getattr(sampler, "num_replicas", 1) > 1:
+            raise TaskError(
+                f"task {name}: {function}() shares its data out over ranks (DistributedSampler); twa does that itself: return all of them"
+            )
         return batches
 
     return Task(
         name=name,
         model=module.model,
-        loss=module.loss,
+        loss=_named(module.loss, f"task {name}: loss()"),
         train=data("train_data"),
         val=data("val_data"),
         heldout=data("heldout_data"),
         test=data("test_data"),
-        metric=getattr(module, "metric", None),
+        metric=_named(module.metric, f"task {name}: metric()") if hasattr(module, "metric") else None,
         metric_name=getattr(module, "METRIC", "metric"),
         fingerprint=f"{Path(name).name} {hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()[:16]}",
     )
@@ -131,5 +141,22 @@ def _run_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and worker processes look it up
     sys.path.insert(0, str(path.parent.resolve()))  # modules beside the file, as when it is run as a script
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        hint = f"; for a file beside it: import its name, {path.parent} is on the path" if isinstance(error, ImportError) else ""
+        raise TaskError(f"task {str(path)!r}: {type(error).__name__}: {error}{hint}") from error
     return module
+
+
+def _named(function: Callable, name: str) -> Callable:
+    """The task's function; a ValueError says whose it is, and keeps its traceback."""
+
+    @functools.wraps(function)
+    def run(model: nn.Module, batch: object):
+        try:
+            return function(model, batch)
+        except ValueError as error:
+            raise TaskError(f"{name}: {error}") from error
+
+    return run
