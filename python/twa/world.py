@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .candidates import Candidates
 
 #: what the backends write when the other end is gone or silent
-_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed out|timeout|broken pipe|recv|store", re.IGNORECASE)
+_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out|broken pipe|tcpstore", re.IGNORECASE)
 #: stamps are small whole numbers: sums over ranks of their squares stay exact in float32 for 4000 ranks
 _STAMPS = 64
 
