@@ -88,16 +88,13 @@ def worker(kind: str, placement: str, folder: str) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank % os.cpu_count()]})
     torch.set_num_threads(1)
-    single = placement == "single"
-    if not single:
-        dist.init_process_group("gloo")
+    dist.init_process_group("gloo")
     torch.manual_seed(0)
     clock = Clock() if kind == "speed" else None
     make = Large if kind == "memory" else chars.model
-    if not single:  # the libraries' own memory is not what is measured
-        warm = nn.Linear(2, 2)
-        torch.distributed.fsdp.fully_shard(warm)
-        warm(torch.ones(1, 2)).sum().backward()
+    warm = nn.Linear(2, 2)  # the libraries' own memory is not what is measured
+    torch.distributed.fsdp.fully_shard(warm)
+    warm(torch.ones(1, 2)).sum().backward()
     before = status("VmRSS")
     if kind == "memory" and placement == "columns":  # never whole on any rank
         with torch.device("meta"):
@@ -135,10 +132,7 @@ def worker(kind: str, placement: str, folder: str) -> None:
         peak = status("VmHWM") - before
         basis, center = subspace.basis.nbytes, sum(c.numel() * 4 for c in subspace.center or [])
         everyone = [None] * size
-        if single:
-            everyone = [(peak, basis, center)]
-        else:
-            dist.all_gather_object(everyone, (peak, basis, center))
+        dist.all_gather_object(everyone, (peak, basis, center))
         figures |= {"peak": max(p for p, _, _ in everyone), "basis": max(b for _, b, _ in everyone), "center": max(c for _, _, c in everyone)}
     elif kind == "bytes":
         step()
@@ -158,8 +152,7 @@ def worker(kind: str, placement: str, folder: str) -> None:
             step()
         times, shares = [], []
         for _ in range(4):  # the middle one of four
-            if not single:
-                dist.barrier()
+            dist.barrier()
             clock.seconds, start = 0.0, time.perf_counter()
             for _ in range(STEPS // 4):
                 step()
@@ -170,9 +163,8 @@ def worker(kind: str, placement: str, folder: str) -> None:
         figures |= {"step": times[k], "share": shares[k]}
     if rank == 0:
         print(json.dumps(figures))
-    if not single:
-        dist.barrier()
-        dist.destroy_process_group()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 # From outside ----------------------------------------------------------------------------------------------------------------------
