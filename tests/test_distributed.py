@@ -262,7 +262,7 @@ def test_a_rank_reads_its_own_bytes_only(ranks, aligned_heap):
 
 
 def hybrid(heap, kind):
-    """Meshes of two dimensions: HSDP (copies of shards) and tensor parallelism under FSDP, against one process."""
+    """Meshes of two dimensions: HSDP (copies of shards), tensor parallelism under FSDP, and beside plain data parallelism."""
     torch.manual_seed(3)
     model = Net(*heap[1])
     full = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("outer", "inner"))
@@ -291,10 +291,11 @@ def train_hybrid(group, heap, kind):
         loss_of(model, data, parts).backward()
         optimizer.step()
         optimizer.zero_grad()
+    assert subspace.placement.world.size == 4
     return subspace.coefficients.detach().clone(), whole(model)
 
 
-@pytest.mark.parametrize("kind", ["hsdp", "tensor and fsdp"])
+@pytest.mark.parametrize("kind", ["hsdp", "tensor and fsdp", "tensor and data parallel"])
 def test_two_dimensional_meshes(ranks, tmp_path, kind):
     heap = write_heap(tmp_path, (6, 8, 11))
     model = Net(*heap[1])
@@ -652,36 +653,6 @@ def test_parameters_that_are_not_sharded(ranks, heap):
     (x, y), (u, v) = (ranks.run(2, foreign_parameter, heap, low_memory) for low_memory in (False, True))
     assert torch.equal(x, y) and torch.equal(u, v)
     torch.testing.assert_close(x, u)
-
-
-def tensor_parallel_alone(group, heap):
-    """Only tensor parallelism on a mesh of two dimensions: the other one is data parallel, and takes part."""
-    model, full = Net(*heap[1]), DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("data", "tensor"))
-    for block in model.blocks:
-        parallelize_module(block, full["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    subspace = twa.Subspace.from_candidates(model, twa.Candidates(f"{heap[0]}/c*.safetensors"), bits=32)
-    optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.05, momentum=0.9)
-    for _ in range(10):
-        loss_of(model, dist.get_rank() // 2, 2).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return subspace.placement.world.size, subspace.coefficients.detach().clone(), whole(model)
-
-
-def test_tensor_parallelism_beside_data_parallelism(ranks, tmp_path):
-    heap = write_heap(tmp_path, (6, 8, 11))
-    model = Net(*heap[1])
-    subspace = twa.Subspace.from_candidates(model, twa.Candidates(f"{heap[0]}/c*.safetensors"), bits=32)
-    optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.05, momentum=0.9)
-    for _ in range(10):
-        loss_of(model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    for size, coefficients, weights in ranks.run(4, tensor_parallel_alone, heap):
-        assert size == 4
-        torch.testing.assert_close(coefficients, subspace.coefficients.detach(), rtol=0, atol=1e-5)
-        for name, w in model.state_dict().items():
-            torch.testing.assert_close(weights[name], w, rtol=1e-5, atol=1e-5)
 
 
 def save_under_a_file(group, heap, placement, path):
