@@ -670,3 +670,25 @@ def test_an_output_that_cannot_be_made(ranks, heap, tmp_path, placement):
     (tmp_path / "file").write_text("no directory")
     for error in ranks.run(2, save_under_a_file, heap, placement, tmp_path / "file"):
         assert "Not a directory" in error
+
+
+def order_of_messages(group, heap, placement):
+    """What happens in one backward with low_memory: "gradient" for each that is projected, "send" for each message."""
+    model = new_model(placement, group, heap[1])
+    subspace = twa.Subspace.from_candidates(model, twa.Candidates(f"{heap[0]}/c*.safetensors"), placement=placement, group=group)
+    optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.1, low_memory=True)
+    events = []
+    take, send = subspace.take_gradient, subspace.placement.start_sum
+    subspace.take_gradient = lambda k: (events.append("gradient"), take(k))[1]
+    subspace.placement.start_sum = lambda parts, x: (events.append("send"), send(parts, x))[1]
+    loss_of(model, dist.get_rank(group), 2).backward()
+    optimizer.step()
+    return events
+
+
+def test_sums_start_while_backward_goes_on(ranks, heap):
+    for events in ranks.run(2, order_of_messages, heap, "replicate"):
+        last = len(events) - 1 - events[::-1].index("gradient")
+        assert events.count("send") == 4 and 1 <= events[:last].count("send") <= 3
+    for events in ranks.run(2, order_of_messages, heap, "columns"):
+        assert events.count("send") == 1 and events[-1] == "send"
