@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from traffic import Traffic
 
 PLACEMENTS = ("replicate", "rows", "columns")
-SIZES = (1, 2, 4)
 
 
 @pytest.fixture(scope="module")
@@ -150,15 +149,15 @@ def assert_same_run(results, single, tolerance=1e-6, beta_tolerance=3e-5):
 RULES = {"SGD": 1e-6, "AdamW": 5e-6}
 
 
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size, rule", [(1, "SGD"), (2, "SGD"), (4, "SGD"), (2, "AdamW")])
 def test_equal_to_one_process(ranks, heap, aligned_heap, size, placement, rule):
     heap = aligned_heap if placement == "columns" else heap
     results = ranks.run(size, train, heap, placement, 50, rule)
     assert_same_run(results, train(None, heap, "single", 50, rule), RULES[rule])
-    again = results if rule == "SGD" else ranks.run(size, train, heap, placement, 50, rule)
-    assert torch.equal(again[0][0], results[0][0]) and all(torch.equal(w, results[0][1][k]) for k, w in again[0][1].items())
+    if rule == "SGD":
+        again = ranks.run(size, train, heap, placement, 50, rule)
+        assert torch.equal(again[0][0], results[0][0]) and all(torch.equal(w, results[0][1][k]) for k, w in again[0][1].items())
 
 
 OPTIONS = [
