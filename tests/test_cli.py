@@ -11,8 +11,9 @@ import twa
 from conftest import run_python
 from safetensors.torch import load_file, save_file
 from twa import cli, report
-from twa.average import Average, Settings, TwaMethod, warmup_then_linear
+from twa.average import Average, warmup_then_linear
 from twa.measure import mean_over
+from twa.methods import Settings, TwaMethod
 from twa.tasks import TaskError, digits, load_task
 
 FILES = {"averaged.safetensors", "coefficients.json", "report.md", "report.png", "results.json"}

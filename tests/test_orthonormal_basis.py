@@ -3,7 +3,7 @@
 import pytest
 import torch
 import twa
-import twa.average
+import twa.methods
 from safetensors.torch import save_file
 from torch import nn
 
@@ -245,8 +245,8 @@ def test_conference_method_at_low_bits_starts_where_it_should(tmp_path):
 
 
 def test_twa_average_takes_the_basis():
-    method = twa.average.TwaMethod.parse("t:tensor:4:orthonormal")
+    method = twa.methods.TwaMethod.parse("t:tensor:4:orthonormal")
     assert method.basis == "orthonormal" and method.name.endswith("orthonormal")
-    assert twa.average.TwaMethod.parse("v:model:32").basis == "deltas"
+    assert twa.methods.TwaMethod.parse("v:model:32").basis == "deltas"
     with pytest.raises(ValueError, match="deltas or orthonormal"):
-        twa.average.TwaMethod.parse("t:tensor:4:pca")
+        twa.methods.TwaMethod.parse("t:tensor:4:pca")

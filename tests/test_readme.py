@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from twa.average import Average, Settings, TwaMethod
+from twa.average import Average
 from twa.candidates import Candidates
+from twa.methods import Settings, TwaMethod
 from twa.tasks import load_task
 
 import twa_kernels as tk

@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 
 from . import __version__, demo, plan, report
-from .average import DEFAULT_METHODS, Average, Outcome, Settings, TwaMethod
+from .average import Average
 from .candidates import CandidateError, Candidates
 from .data import seed_all
 from .files import clear_unfinished
+from .methods import DEFAULT_METHODS, Outcome, Settings, TwaMethod
 from .resolve import PLACEMENTS
 from .state import Store
 from .tasks import BUILT_IN, Task, TaskError, load_task
@@ -116,7 +117,8 @@ def run_average(args: argparse.Namespace) -> None:
     try:
         outcome = job.run()
     except CandidateError:
-        store.remove(unless_resumed=True)  # other files will make another run
+        if world.is_writer:
+            store.remove(unless_resumed=True)  # other files will make another run
         raise
     finish(args.output, outcome, task, candidates, args.sharded)
     if world.is_writer:

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .average import Average, Outcome, Result, Settings, TwaMethod, forever, measure_test, progress_bar
+from .average import Average, forever, measure_test, progress_bar
 from .candidates import Candidates
 from .files import write_safetensors
 from .measure import PeakMemory, mean_over
+from .methods import Outcome, Result, Settings, TwaMethod
 from .tasks import Task, load_task
 
 STEPS, EVERY = 1200, 25  # 48 checkpoints

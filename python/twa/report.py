@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .average import Outcome, Result
 from .files import write_bytes, write_json, write_text
+from .methods import Outcome, Result
 from .tasks import Task
 from .weights import write_dcp, write_export
 

@@ -1,0 +1,101 @@
+"""What `twa average` is asked to do, and what comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from torch import Tensor
+
+from .placement import Placement
+from .subspace import BASES
+from .weights import export
+
+
+@dataclass(frozen=True)
+class TwaMethod:
+    """kind "t": trained on training data; "v": on held-out data."""
+
+    kind: str
+    granularity: str
+    bits: int
+    basis: str = "deltas"
+
+    @property
+    def name(self) -> str:
+        basis = ", orthonormal" if self.basis == "orthonormal" else ""
+        return f"TWA-{self.kind} per {self.granularity}, {'float32' if self.bits == 32 else f'{self.bits} bits'}{basis}"
+
+    @classmethod
+    def parse(cls, text: str) -> TwaMethod:
+        """ "t:tensor:4", "t:tensor:4:orthonormal" """
+        parts = text.split(":")
+        if (
+            len(parts) not in (3, 4)
+            or parts[3:] not in ([], *([b] for b in BASES))
+            or parts[0] not in ("t", "v")
+            or parts[1] not in ("model", "block", "tensor")
+            or parts[2] not in ("32", "8", "4", "3", "2", "1")
+        ):
+            raise ValueError(
+                f"method {text!r}: expected KIND:GRANULARITY:BITS[:BASIS] such as t:tensor:4 (t or v; model, block or tensor; 32, 8, 4, 3, 2 or 1; "
+                "deltas or orthonormal)"
+            )
+        return cls(parts[0], parts[1], int(parts[2]), *parts[3:])
+
+
+DEFAULT_METHODS = (TwaMethod("t", "tensor", 4), TwaMethod("v", "model", 4))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """batches_per_step: over all ranks; 0: one per rank. placement: see Subspace.from_candidates; "columns" shards the task's model."""
+
+    methods: tuple[TwaMethod, ...] = DEFAULT_METHODS
+    steps: int = 100
+    lr: float = 0.02
+    weight_decay: float = 0.0
+    bn_batches: int = 100
+    batches_per_step: int = 0
+    seed: int = 0
+    placement: str = "auto"
+    low_memory: bool = False
+    save_every: int = 10
+
+    def facts(self) -> dict[str, str]:
+        """What a run may not change when it is continued: not the placement, nor the number of ranks."""
+        free = {"placement", "low_memory", "save_every"}
+        return {f.name.replace("_", " "): str(getattr(self, f.name)) for f in fields(self) if f.name not in free}
+
+
+@dataclass
+class Result:
+    """One row of the table. Losses are means per batch sample; memory is the process's peak in bytes while the method ran."""
+
+    method: str
+    candidates: int
+    steps: int
+    seconds: float
+    memory: int
+    val_loss: float
+    test_loss: float | None = None
+    test_metric: float | None = None
+    note: str = ""
+    curve: list[float] = field(default_factory=list)  # training loss per step
+    val_curve: list[tuple[int, float]] = field(default_factory=list)
+    beta: Tensor | None = None  # (n,) or (n, L) merge weights
+    coefficients: dict | None = None
+    is_average: bool = True  # False: a comparison that is no weighted average (annealing)
+
+
+@dataclass
+class Outcome:
+    """All results; the model is at the winner's weights until it is used for something else."""
+
+    results: list[Result]
+    winner: Result
+    placement: Placement
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The winner's weights as they are exported."""
+        return dict(export(self.placement))
