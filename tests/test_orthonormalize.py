@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from conftest import has_isa, rows_of, run_python, tensors
 import twa_kernels as tk
 from twa_kernels.gram_schmidt import choose_parents, probes, rounded_inverse, row_cholesky, schatten4
 from twa_kernels.ops import FLOATS
+
+TESTS = str(Path(__file__).parent)
 
 F64 = torch.float64
 SHAPES = [(1,), (127,), (0,), (9, 126), (2049,), (), (33, 100)]
@@ -255,7 +258,7 @@ def test_every_instruction_set(isa):
         t.check(o, W, 3e-7)
         assert (o.Q.double() - t.exact(W)).norm(dim=1).max() < bound
     """
-    run_python("import sys; sys.path.insert(0, 'tests')\n" + textwrap.dedent(code).replace("{isa}", isa), TWA_KERNELS_ISA=isa)
+    run_python(f"import sys; sys.path.insert(0, {TESTS!r})\n" + textwrap.dedent(code).replace("{isa}", isa), TWA_KERNELS_ISA=isa)
 
 
 # The basis ------------------------------------------------------------------------------------------------------------
@@ -669,7 +672,7 @@ def test_row_cholesky_without_noise_keeps_independent_rows():
 
 RANKS = """
     import sys, torch, torch.distributed as dist
-    sys.path.insert(0, "tests")
+    sys.path.insert(0, "{tests}")
     import twa_kernels as tk
     from test_orthonormalize import trajectory
     dist.init_process_group("gloo", init_method="file://{file}", rank=int(sys.argv[1]), world_size=2)
@@ -700,7 +703,7 @@ RANKS = """
 
 
 def test_ranks_that_hold_different_columns(tmp_path):
-    code = textwrap.dedent(RANKS).replace("{file}", str(tmp_path / "store"))
+    code = textwrap.dedent(RANKS).replace("{file}", str(tmp_path / "store")).replace("{tests}", TESTS)
     ranks = [subprocess.Popen([sys.executable, "-c", code, str(r)], stderr=subprocess.PIPE, text=True) for r in range(2)]
     for rank in ranks:
         _, errors = rank.communicate(timeout=120)
