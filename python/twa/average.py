@@ -122,7 +122,7 @@ class Average:
         self._losses = {beta.numpy().tobytes(): loss for beta, loss in saved["losses"]}
         if saved["best"] is not None:
             best = self.results[saved["best"]]
-            parts = None if best.coefficients is None else self.store.load_best(self.placement, saved["best_digest"])
+            parts = None if best.coefficients is None else self.store.load_best(self.placement)
             self._best = (best.val_loss, best, parts)
         return saved["method"], saved["under_way"]
 

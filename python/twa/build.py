@@ -11,7 +11,7 @@ import twa_kernels as tk
 from twa_kernels.packed import row_divisor
 
 from . import orthonormal
-from .dense import DensePacker
+from .dense import new_packer
 from .orthonormal import Coordinates
 from .placement import Basis, Placement
 from .weights import not_finite
@@ -50,7 +50,3 @@ def build(
         return packer.finish(normalize, divisor[place.rows]), divisor, place.own_center(centers), None
     made, coordinates = orthonormal.build(place, centers, segments, bits, normalize)
     return made, torch.ones(coordinates.transform.shape[1::-1], dtype=torch.float64), place.own_center(centers), coordinates
-
-
-def new_packer(n: int, shapes: list[torch.Size], bits: int, segments: list[int]) -> tk.Packer | DensePacker:
-    return DensePacker(n, shapes, segments) if bits == 32 else tk.Packer(n, shapes, bits, segments)

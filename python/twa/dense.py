@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twa_kernels import NotFiniteError
+from twa_kernels import NotFiniteError, Packer
 from twa_kernels.packed import row_divisor
 
 
@@ -113,3 +113,8 @@ class DensePacker:
         for p, l in zip(self.rows, self.segments, strict=True):
             p *= inverse[:, l, None]
         return DenseBasis(self.rows, self.segments, divisor, self.shapes)
+
+
+def new_packer(n: int, shapes: Sequence[torch.Size], bits: int, segments: Sequence[int]) -> Packer | DensePacker:
+    """For a packed basis, or for bits=32 a dense one."""
+    return DensePacker(n, shapes, segments) if bits == 32 else Packer(n, shapes, bits, segments)

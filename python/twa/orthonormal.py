@@ -12,7 +12,7 @@ import twa_kernels as tk
 from twa_kernels.columns import PACK_COLUMNS
 from twa_kernels.packed import row_divisor
 
-from .dense import DenseBasis, DensePacker
+from .dense import DenseBasis, new_packer
 from .placement import Placement
 from .weights import not_finite
 
@@ -72,10 +72,7 @@ def build(place: Placement, centers: list[Tensor], segments: list[int], bits: in
     if mine.start == mine.stop:
         raise ValueError(f"placement {place.name!r}: the orthonormal basis has {r} rows, fewer than there are ranks; use 'replicate' or 'columns'")
     shapes = [h.shape for h in place.held]
-    if bits == 32:
-        packer = DensePacker(mine.stop - mine.start, shapes, segments)
-    else:
-        packer = tk.Packer(mine.stop - mine.start, shapes, bits, segments)
+    packer = new_packer(mine.stop - mine.start, shapes, bits, segments)
     for k, l in enumerate(segments):
         if not place.packs(k):
             packer.skip()

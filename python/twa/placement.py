@@ -144,10 +144,11 @@ class Placement:
 
     def exchange(self, packer: tk.Packer, centers: list[Tensor]) -> None:
         """After packing: what other ranks have packed, and scales that are the same on all."""
+        self.world.max_(packer.max_scale)
 
     def sum_sq(self, packer: tk.Packer) -> Tensor:
         """(n, L): squared norms of all rows over all columns."""
-        return packer.sum_sq
+        return self.world.sum_(packer.sum_sq)
 
     # A training step -----------------------------------------------------------------------------------------------
 
@@ -221,10 +222,7 @@ class Replicated(Placement):
         for k, owner in enumerate(self.owner):
             for t in [*packer.storage(k), centers[k]]:
                 self.world.broadcast_(t, owner)
-        self.world.max_(packer.max_scale)
-
-    def sum_sq(self, packer: tk.Packer) -> Tensor:
-        return self.world.sum_(packer.sum_sq)
+        super().exchange(packer, centers)
 
 
 class Columns(Placement):
@@ -248,12 +246,6 @@ class Columns(Placement):
         first = all(c == 0 for c, p in zip(mesh.get_coordinate(), t.placements, strict=True) if isinstance(p, Replicate))
         with_rank_0 = dist.get_global_rank(self.world.group, 0) in mesh.mesh.flatten().tolist()
         return Held(shape, part, mesh.size() / self.world.size if first else 0.0, first and with_rank_0)
-
-    def exchange(self, packer: tk.Packer, centers: list[Tensor]) -> None:
-        self.world.max_(packer.max_scale)
-
-    def sum_sq(self, packer: tk.Packer) -> Tensor:
-        return self.world.sum_(packer.sum_sq)
 
     def gram(self, basis: Basis) -> Tensor:
         total = torch.zeros(basis.num_segments, basis.n, basis.n, dtype=torch.float64, device=basis.device)
@@ -298,6 +290,9 @@ class Rows(Placement):
         mine = self.candidates.tensors(self.keys[k], rows=self.rows)
         total = self.world.sum_(average_into(torch.empty(mine[0].shape, dtype=torch.float64), mine, weights[self.rows]))
         return total.to(torch.promote_types(self.candidates.info[self.keys[k]].dtype, torch.float32))
+
+    def exchange(self, packer: tk.Packer, centers: list[Tensor]) -> None:
+        pass  # rows and their scales are this rank's alone, centers are summed already
 
     def sum_sq(self, packer: tk.Packer) -> Tensor:
         total = torch.zeros(len(self.candidates), packer.sum_sq.shape[1], dtype=torch.float64)

@@ -17,7 +17,7 @@ from .layout import Layout
 from .placement import Columns, Placement, Replicated, Rows, local, reshard
 from .world import World
 
-PLACEMENTS = ("auto", "single", "replicate", "rows", "columns")
+PLACEMENTS = ("auto", "single", *plan.PLACEMENTS)
 
 _CLASSES: dict[str, type[Placement]] = {"single": Placement, "replicate": Replicated, "rows": Rows, "columns": Columns}
 

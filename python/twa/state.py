@@ -32,7 +32,7 @@ class Store:
     def __init__(self, folder: Path, resume: bool) -> None:
         self.folder, self.path, self.resume = folder, folder / self.NAME, resume
         self.resumed = False
-        self.best = ""  # file that holds the best weights
+        self.best = self.best_digest = ""  # file that holds the best weights, and its fingerprint
         self.best_lost = False  # it could not be written: no state may name it
         self.saved = ""  # what the last saved state holds, for messages
 
@@ -42,11 +42,9 @@ class Store:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            digest = Candidates(self.folder / self.best)[0].fingerprint() if self.best else ""
-            write_torch(self.path, {"format": FORMAT, "best_file": self.best, "best_digest": digest} | state)
-        except (OSError, CandidateError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            print(f"twa: warning: {self.path}: the state could not be saved ({reason}); {self.saved or 'none is there'}", file=sys.stderr)
+            write_torch(self.path, {"format": FORMAT, "best_file": self.best, "best_digest": self.best_digest} | state)
+        except OSError as error:
+            print(f"twa: warning: {self.path}: the state could not be saved ({error.strerror}); {self.saved or 'none is there'}", file=sys.stderr)
             return
         at = state["under_way"]
         self.saved = f"the one of {'step ' + str(at['position']['step']) + ' of ' if at else ''}method {state['method'] + 1} is intact"
@@ -68,6 +66,8 @@ class Store:
             )
         else:
             self.best, self.best_lost = name, False
+            if placement.world.is_writer:
+                self.best_digest = Candidates(self.folder / name)[0].fingerprint()
 
     def read(self, world: World) -> dict | None:
         """The saved state, on every rank; None if there is none or it is not asked for."""
@@ -93,9 +93,9 @@ class Store:
             ours, theirs = facts.get(name, "nothing"), state["run"].get(name, "nothing")
             if ours != theirs:
                 raise StateError(f"{self.path}: the state of another run: {name}: expected {ours}, found {theirs}")
-        self.resumed, self.best = True, state["best_file"]
+        self.resumed, self.best, self.best_digest = True, state["best_file"], state["best_digest"]
 
-    def load_best(self, placement: Placement, digest: str) -> dict[str, Tensor]:
+    def load_best(self, placement: Placement) -> dict[str, Tensor]:
         """This rank's part of the best weights so far. Ranks that do not see the first one's disk get them from it."""
         with placement.world.together("reading the best weights so far"):
             exported = None
@@ -104,7 +104,7 @@ class Store:
                     exported = Candidates(self.folder / self.best)
                 except CandidateError as error:
                     raise StateError(f"the best weights so far cannot be read: {error}; start again with --overwrite") from error
-                if exported[0].fingerprint() != digest:
+                if exported[0].fingerprint() != self.best_digest:
                     raise StateError(f"{self.folder / self.best}: not the weights that {self.path} belongs to; start again with --overwrite")
             return parts_of(placement, exported)
 

@@ -29,6 +29,12 @@ def not_finite(candidates: Sequence[Candidate], name: str, rows: list[Tensor]) -
     return CandidateError(f"tensor {name!r}: the candidates' mean or their distance from it overflows float32")
 
 
+def _state(placement: Placement) -> dict[str, Tensor]:
+    """The model's own tensors, to read or to write."""
+    reshard(placement.model)
+    return placement.model.state_dict(keep_vars=True)
+
+
 @torch.no_grad()
 def load_untrained(placement: Placement, weights: Tensor) -> None:
     """Frozen parameters and float buffers: the candidates' weighted mean (zero weights, those of a center at zero: their mean); integer and bool
@@ -63,8 +69,7 @@ def load_merge(placement: Placement, beta: Tensor) -> None:
 @torch.no_grad()
 def round_to_files(placement: Placement) -> None:
     """Rounds the model's weights to the dtypes of the candidate files, so that what is measured is what is exported."""
-    reshard(placement.model)
-    state = placement.model.state_dict(keep_vars=True)
+    state = _state(placement)
     for name, key in (placement.layout.trained | placement.layout.fixed).items():
         dtype = placement.candidates.info[key].dtype
         if dtype != state[name].dtype:
@@ -78,16 +83,14 @@ def round_to_files(placement: Placement) -> None:
 @torch.no_grad()
 def kept(placement: Placement) -> dict[str, Tensor]:
     """A copy in CPU memory of this rank's part of every tensor."""
-    reshard(placement.model)
-    state = placement.model.state_dict(keep_vars=True)
+    state = _state(placement)
     return {key: local(state[key]).to("cpu", info.dtype, copy=True) for key, info in placement.candidates.info.items()}
 
 
 @torch.no_grad()
 def put_back(placement: Placement, parts: dict[str, Tensor]) -> None:
     """The model as `kept` or `parts_of` gave it."""
-    reshard(placement.model)
-    state = placement.model.state_dict(keep_vars=True)
+    state = _state(placement)
     for key, part in parts.items():
         local(state[key]).copy_(part)
 
@@ -107,9 +110,8 @@ def parts_of(placement: Placement, exported: Candidates | None) -> dict[str, Ten
 @torch.no_grad()
 def export(placement: Placement) -> Iterator[tuple[str, Tensor]]:
     """Every tensor whole, one at a time, on every rank: all ranks must read it to its end."""
-    reshard(placement.model)
     placement.world.meet()
-    state = placement.model.state_dict(keep_vars=True)
+    state = _state(placement)
     for key, info in placement.candidates.info.items():
         t = state[key]
         yield key, (t.full_tensor() if isinstance(t, DTensor) else t.detach()).to("cpu", info.dtype, copy=True).contiguous()
@@ -118,8 +120,7 @@ def export(placement: Placement) -> Iterator[tuple[str, Tensor]]:
 @torch.no_grad()
 def sharded(placement: Placement) -> dict[str, Tensor]:
     """Every tensor as it lies on the ranks, for torch.distributed.checkpoint."""
-    reshard(placement.model)
-    state = placement.model.state_dict(keep_vars=True)
+    state = _state(placement)
     return {key: state[key].detach().to(info.dtype) for key, info in placement.candidates.info.items()}
 
 
