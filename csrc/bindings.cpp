@@ -71,6 +71,15 @@ py::object pack(const Addresses& rows, const Numbers& row_dtypes, const Addresse
   return py::none();
 }
 
+void average(const Addresses& rows, const Numbers& dtypes, int64_t columns, const std::vector<double>& weights, uintptr_t out, int threads) {
+  const Table table(rows, Numbers(rows.size(), columns), dtypes);
+  if (weights.size() != rows.size()) throw py::value_error("average: as many weights as rows expected");
+  py::gil_scoped_release release;
+  const twa::Status status = twa::average_cpu(table.view(), weights.data(), pointer<float>(out), threads);
+  py::gil_scoped_acquire acquire;
+  check(status);
+}
+
 void unpack(const Basis& basis, const Addresses& out, const Numbers& numel, int threads) {
   const Table table(out, numel, Numbers(out.size(), 0));
   py::gil_scoped_release release;
@@ -248,6 +257,7 @@ PYBIND11_MODULE(TWA_MODULE, m) {
   m.doc() = "Native kernels of twa_kernels. Use the functions of the package, not these: addresses are not checked here.";
   py::class_<Basis>(m, "Basis").def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int>());
   m.def("pack", &pack);
+  m.def("average", &average);
   m.def("unpack", &unpack);
   m.def("project", &project);
   m.def("reconstruct", &reconstruct);

@@ -44,6 +44,10 @@ struct Where {
   int64_t column;
 };
 
+// out[j] = sum_i weights[i] * rows[i][j];   rows n tables of equal length, weights (n,), out float32. Summed in float64, in order, rounded once.
+// Rows of weight 0 are not read.
+Status average_cpu(const TensorTable& rows, const double* weights, float* out, int threads);
+
 // Packs v = rows - center of tensors that start at tile `first_tile` of the basis.
 //   rows      count * n pointers, the n rows of tensor 0 first
 //   center    count tables, or data == nullptr for no center

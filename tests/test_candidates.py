@@ -8,7 +8,6 @@ import pytest
 import torch
 import twa
 from safetensors.torch import save_file
-from twa import candidates as module
 from twa.candidates import CandidateError, Candidates, numeric_order
 
 
@@ -103,17 +102,15 @@ def test_average_is_float64_inside(tmp_path):
     torch.testing.assert_close(mean, torch.full((3,), 1 / 3), rtol=1e-6, atol=0)
 
 
-def test_mappings_are_dropped(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "RELEASE_BYTES", 300)
+def test_memory_is_given_back(tmp_path, monkeypatch):
     for c in range(2):
         save(tmp_path / f"c{c}.safetensors", {f"t{k}": torch.full((20,), float(10 * c + k)) for k in range(5)})
-    candidates = Candidates(tmp_path / "c*.safetensors")
-    opened = []
-    original = module.safe_open
-    monkeypatch.setattr(module, "safe_open", lambda *a, **k: opened.append(1) or original(*a, **k))
-    tensors = [candidates.tensors(f"t{k}") for k in range(5)]  # 160 bytes each: dropped after each one
-    assert len(opened) == 10
-    assert [[int(t[0]) for t in pair] for pair in tensors] == [[k, 10 + k] for k in range(5)]  # still alive
+    candidates = Candidates(tmp_path / "c*.safetensors", block_bytes=40)
+    dropped = []
+    monkeypatch.setattr(twa.mapped.MappedFile, "drop", lambda self: dropped.append(self.path.name))
+    tensors = [candidates.tensors(f"t{k}") for k in range(5)]  # 160 bytes each: given back after each one
+    assert len(dropped) == 10
+    assert [[int(t[0]) for t in pair] for pair in tensors] == [[k, 10 + k] for k in range(5)]
 
 
 class Evil:

@@ -6,7 +6,7 @@ theta = twa_kernels.reconstruct(basis, x, center)         # one tensor per param
 """
 
 from . import native, reference
-from .api import pack, project, reconstruct, step, unpack
+from .api import average, pack, project, reconstruct, step, unpack
 from .columns import StreamError
 from .ops import NotFiniteError
 from .orthonormalize import Orthonormal, orthonormalize
@@ -19,6 +19,7 @@ __all__ = [
     "PackedBasis",
     "Packer",
     "StreamError",
+    "average",
     "native",
     "orthonormalize",
     "pack",

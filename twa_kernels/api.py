@@ -59,6 +59,26 @@ def pack(
     return packer.finish(normalize)
 
 
+def average(rows: Sequence[Tensor], weights: Tensor | Sequence[float], out: Tensor | None = None, backend: str = "") -> Tensor:
+    """out = sum_i weights[i] * rows[i]: a weighted average of one tensor's versions, in one read of each.
+
+    rows     n tensors of one shape, float32, bfloat16 or float16, mixed as they come, on the CPU; read in place if they are contiguous.
+    weights  n numbers; rows of weight 0 are not read, so that what they hold (NaN, too) does not matter.
+    out      contiguous float32 tensor of as many elements to write into; default: a new one of the rows' shape.
+
+    Summed in float64 in the order of the rows and rounded once to float32; the same bits for any number of threads and any instruction set.
+    Raises ValueError or TypeError on wrong sizes and dtypes. Plain PyTorch: `sum(w * r.double() for w, r in zip(weights, rows)).float()`.
+    """
+    rows = list(rows)
+    weights = [float(w) for w in (weights.tolist() if isinstance(weights, Tensor) else weights)]
+    if out is None:
+        if not rows:
+            raise ValueError("rows: expected at least one tensor, found none")
+        out = torch.empty(rows[0].shape, device=rows[0].device)
+    torch.ops.twa_kernels.average(rows, weights, out, backend)
+    return out
+
+
 def unpack(basis: PackedBasis, backend: str = "") -> list[Tensor]:
     """Dequantised rows: one (n, *shape_k) float32 tensor per tensor of the model. Needs n * D * 4 bytes."""
     flat = torch.ops.twa_kernels.unpack(*basis.operands, basis.numels, basis.bits, backend)

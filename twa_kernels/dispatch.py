@@ -30,6 +30,7 @@ IMPLEMENTATIONS: dict[tuple[str, str], Callable] = {
     **{(op, "reference"): getattr(reference, op) for op in OPS},
     **{(op, "cpp"): getattr(native, op) for op in OPS},
     **{(op, "triton"): _triton(op) for op in OPS},
+    **{("average", backend): module.average for backend, module in (("reference", reference), ("cpp", native))},  # candidates are read on the CPU
     **{(op, "cuda"): getattr(cuda, op) for op in ("pack", "project", "reconstruct", "step", "orthonormalize_pass")},
 }
 

@@ -92,6 +92,11 @@ def _basis(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tenso
     )
 
 
+def average(rows: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
+    rows = _contiguous(rows)
+    _C.average(*_addresses(rows), out.numel(), list(weights), out.data_ptr(), torch.get_num_threads())
+
+
 def pack(
     rows: Sequence[Tensor],
     center: Sequence[Tensor],

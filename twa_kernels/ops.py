@@ -24,6 +24,7 @@ _library.define(
     "pack(Tensor[] rows, Tensor[] center, int[] numels, Tensor tile_segment, int bits, str quantiser, Tensor(a!) codes, "
     "Tensor(b!) scales, Tensor(c!) sum_sq, Tensor(d!) max_scale, Tensor(e!)? errors, str backend) -> ()"
 )
+_library.define("average(Tensor[] rows, float[] weights, Tensor(a!) out, str backend) -> ()")
 _library.define(f"unpack({BASIS}, int[] numels, int bits, str backend) -> Tensor[]")
 _library.define(f"gram({BASIS}, int[] numels, int bits, str backend) -> Tensor")
 _library.define(f"project({BASIS}, Tensor[] grads, int[] numels, int bits, str backend) -> Tensor")
@@ -156,6 +157,27 @@ def _pack(rows, center, numels, tile_segment, bits, quantiser, codes, scales, su
 @torch.library.register_fake("twa_kernels::pack", lib=_library)
 def _pack_fake(rows, center, numels, tile_segment, bits, quantiser, codes, scales, sum_sq, max_scale, errors, backend) -> None:
     _check_pack(rows, center, numels, tile_segment, bits, quantiser, codes, scales, sum_sq, max_scale, errors, backend)
+
+
+# average ---------------------------------------------------------------------------------------------------------
+
+
+def _check_average(rows, weights, out, backend) -> None:
+    if not rows or len(weights) != len(rows):
+        raise ValueError(f"weights: expected one number per row, at least one, found {len(weights)} for {len(rows)} rows")
+    _check_tensor("out", out, out.shape, torch.float32, rows[0].device)
+    _check_list("rows", rows, [out.numel()] * len(rows), rows[0].device, backend)
+
+
+@_impl("average")
+def _average(rows, weights, out, backend) -> None:
+    _check_average(rows, weights, out, backend)
+    dispatch.select("average", out.device.type, backend)(rows, weights, out)
+
+
+@torch.library.register_fake("twa_kernels::average", lib=_library)
+def _average_fake(rows, weights, out, backend) -> None:
+    _check_average(rows, weights, out, backend)
 
 
 # unpack ----------------------------------------------------------------------------------------------------------

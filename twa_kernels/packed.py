@@ -196,19 +196,21 @@ class Packer:
         self._pack(k, rows, center, 0)
         self._next += 1
 
-    def add_columns(self, rows: Tensor, begin: int) -> None:
-        """Packs columns [begin, begin + rows.shape[1]) of the next tensor, begin a multiple of 128: rows (n, columns). A tensor's columns
-        come in order, in parts that end on multiples of 128 or the tensor's end; then `end_tensor`."""
+    def add_columns(self, rows: Sequence[Tensor] | Tensor, begin: int, center: Tensor | None = None) -> None:
+        """Packs columns [begin, begin + count) of the next tensor, begin a multiple of 128: rows (n, count), or n tensors of count elements, minus
+        center (count,). A tensor's columns come in order, in parts that end on multiples of 128 or the tensor's end; then `end_tensor`. Parts
+        that end on multiples of 8192 give the bits of the whole (else squared norms may differ in their last one)."""
         if self._next == len(self.shapes):
             raise ValueError(f"Packer: all {len(self.shapes)} tensors were added already")
-        numel, count = self.shapes[self._next].numel(), rows.shape[1]
+        rows = list(rows.unbind(0)) if isinstance(rows, Tensor) else list(rows)
+        numel, count = self.shapes[self._next].numel(), rows[0].numel() if rows else 0
         if begin != self._filled:
             raise ValueError(f"tensor {self._next}: expected columns from {self._filled} on, found {begin}")
         if begin % TILE or (count % TILE and begin + count != numel) or begin + count > numel or len(rows) != self.n:
             raise ValueError(
-                f"tensor {self._next}: expected {self.n} rows and whole tiles of its {numel} columns, found shape {tuple(rows.shape)} at {begin}"
+                f"tensor {self._next}: expected {self.n} rows and whole tiles of its {numel} columns, found {len(rows)} of {count} at {begin}"
             )
-        self._pack(self._next, list(rows.unbind(0)), None, begin)
+        self._pack(self._next, rows, center, begin)
         self._filled += count
 
     def end_tensor(self) -> None:

@@ -201,6 +201,15 @@ def _split(columns: Tensor, numels: Sequence[int]) -> list[Tensor]:
     return [columns[..., a:b, :].flatten(-2)[..., :numel] for a, b, numel in zip(offsets, offsets[1:], numels, strict=False)]
 
 
+def average(rows: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
+    """out = sum_i weights[i] * rows[i], summed in float64 in order; rows of weight 0 do not count."""
+    total = torch.zeros(out.shape, dtype=torch.float64, device=out.device)
+    for w, row in zip(weights, rows, strict=True):
+        if w != 0.0:
+            total += w * row.double().reshape(out.shape)
+    out.copy_(total)
+
+
 def unpack(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, numels: Sequence[int], bits: int) -> list[Tensor]:
     dense = dequantise(codes, scales, row_scale, tile_segment, bits).transpose(0, 1)  # (n, num_tiles, 128)
     return [t.float().contiguous() for t in _split(dense, numels)]

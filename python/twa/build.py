@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -17,33 +18,37 @@ from .placement import Basis, Placement
 from .weights import not_finite
 
 
+@torch.no_grad()  # a .pt file may hold parameters, which ask for gradients
 def build(
     place: Placement, segments: list[int], bits: int, kind: str, normalize: str, weights: Tensor, progress: Callable[[str, int], None] | None
 ) -> tuple[Basis, Tensor, list[Tensor] | None, Coordinates | None]:
     """Basis of this rank's rows and columns; divisors of all rows (n, L); center of this rank's columns, float32 (None on a rank that adds none);
     coordinates of an orthonormal basis. Ranks call it together."""
     shapes = [h.shape for h in place.held]
+    centers = [torch.empty(shape) for shape in shapes]
     # An orthonormal basis is packed once its rank is known.
     packer = new_packer(len(place.candidates[place.rows]), shapes, bits, segments) if kind == "deltas" else None
-    centers = []
+    tensors = itertools.groupby(place.stream([k for k in range(len(shapes)) if place.packs(k)]), key=lambda kb: kb[0])
     for k, name in enumerate(place.layout.trained):
         if not place.packs(k):
-            centers.append(torch.empty(shapes[k]))
             if packer:
                 packer.skip()
             continue
-        rows = place.read(k)
-        try:
-            centers.append(place.center(k, rows, weights))
-            if packer:
-                before = None if place.held[k].counts else packer.sum_sq.clone()
-                packer.add(rows, centers[k])
-                if before is not None:  # another rank holds these columns, too, and counts them
-                    packer.sum_sq.copy_(before)
-        except tk.NotFiniteError as error:
-            raise not_finite(place.candidates[place.rows], name, rows) from error
-        if progress:
-            progress(name, sum(r.numel() * r.element_size() for r in rows))
+        before = packer.sum_sq.clone() if packer and not place.held[k].counts else None
+        for _, block in next(tensors)[1]:
+            center = centers[k].view(-1)[block.begin : block.end]
+            try:
+                center.copy_(place.center(k, block.rows, weights))
+                if packer:
+                    packer.add_columns(block.rows, block.begin, center)
+            except tk.NotFiniteError as error:
+                raise not_finite(place.candidates[place.rows], name, place.read(k)) from error
+            if progress:
+                progress(name, sum(r.numel() * r.element_size() for r in block.rows))
+        if packer:
+            packer.end_tensor()
+            if before is not None:  # another rank holds these columns, too, and counts them
+                packer.sum_sq.copy_(before)
     if packer:
         place.exchange(packer, centers)
         divisor = row_divisor(place.sum_sq(packer), normalize)

@@ -76,29 +76,31 @@ class DensePacker:
     def __init__(self, n: int, shapes: Sequence[torch.Size], segments: Sequence[int]) -> None:
         self.shapes, self.segments = tuple(shapes), list(segments)
         self.rows: list[Tensor] = []
+        self.filling: Tensor | None = None  # the next tensor, (n, numel)
         self.sum_sq = torch.zeros(n, max(self.segments, default=-1) + 1, dtype=torch.float64)
         self.max_scale = torch.zeros(0)  # nothing to agree on, unlike twa_kernels.Packer
 
-    def add(self, rows: Sequence[Tensor], center: Tensor) -> None:
-        l = self.segments[len(self.rows)]
-        p = torch.stack([r.reshape(-1).float() - center.reshape(-1) for r in rows])  # (n, numel)
+    def add_columns(self, rows: Tensor | Sequence[Tensor], begin: int, center: Tensor | None = None) -> None:
+        """Columns from `begin` on of the next tensor, minus center: n rows of as many elements; then `end_tensor`."""
+        k, count = len(self.rows), rows[0].numel()
+        if self.filling is None:
+            self.filling = torch.empty(len(self.sum_sq), self.shapes[k].numel())
+        p = self.filling[:, begin : begin + count]
+        for to, row in zip(p, rows, strict=True):
+            to.copy_(row.reshape(-1))
+        if center is not None:
+            p -= center.reshape(-1)
         if not torch.isfinite(p).all():
             row, column = torch.nonzero(~torch.isfinite(p))[0].tolist()
-            raise NotFiniteError(row, len(self.rows), column)
-        self.sum_sq[:, l] += p.double().square().sum(1)
-        self.rows.append(p)
-
-    def add_columns(self, rows: Tensor, begin: int) -> None:
-        """Columns [begin, begin + rows.shape[1]) of the next tensor, uncentered: rows (n, columns); then `end_tensor`."""
-        if begin == 0:
-            self.parts = []
-        self.parts.append(rows)
+            raise NotFiniteError(row, k, begin + column)
+        self.sum_sq[:, self.segments[k]] += p.double().square().sum(1)
 
     def end_tensor(self) -> None:
-        numel = self.shapes[len(self.rows)].numel()
-        p = torch.cat(self.parts, 1) if numel else torch.zeros(len(self.sum_sq), 0)
-        self.sum_sq[:, self.segments[len(self.rows)]] += p.double().square().sum(1)
-        self.rows.append(p)
+        """The tensor that `add_columns` was filling is complete."""
+        if self.filling is None:
+            self.filling = torch.empty(len(self.sum_sq), 0)
+        self.rows.append(self.filling)
+        self.filling = None
 
     def skip(self) -> None:
         """Leaves the next tensor to another process; `storage` then says what to receive before `finish`."""

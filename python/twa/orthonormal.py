@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,13 +48,11 @@ def build(place: Placement, centers: list[Tensor], segments: list[int], bits: in
     dense in memory. Each rank feeds its own columns to Gram-Schmidt, so that all get the same factors, and keeps its part of Q."""
     n, num_segments = len(place.candidates), max(segments) + 1
     everything = slice(0, n)
-
-    def read(k: int) -> tuple[list[Tensor], Tensor]:
-        return place.read(k, everything), centers[k]
+    flat = [c.view(-1) for c in centers]
 
     numels = [t.numel() for t in place.tensors]
     members = [[k for k, l in enumerate(segments) if l == segment] for segment in range(num_segments)]
-    found = [_of_segment(place, read, tensors, sum(numels[k] for k in tensors)) for tensors in members]
+    found = [_of_segment(place, flat, tensors, sum(numels[k] for k in tensors)) for tensors in members]
     r = max(1, max(o.rank if o else 0 for o in found))
     transform, R = torch.zeros(num_segments, r, n, dtype=torch.float64), torch.zeros(num_segments, n, r, dtype=torch.float64)
     for l, o in enumerate(found):
@@ -73,17 +72,17 @@ def build(place: Placement, centers: list[Tensor], segments: list[int], bits: in
         raise ValueError(f"placement {place.name!r}: the orthonormal basis has {r} rows, fewer than there are ranks; use 'replicate' or 'columns'")
     shapes = [h.shape for h in place.held]
     packer = new_packer(mine.stop - mine.start, shapes, bits, segments)
+    tensors = itertools.groupby(place.stream([k for k in range(len(shapes)) if place.packs(k)], everything), key=lambda kb: kb[0])
     for k, l in enumerate(segments):
         if not place.packs(k):
             packer.skip()
             continue
-        w, center = read(k)
-        w, center, numel = [row.reshape(-1) for row in w], center.reshape(-1), shapes[k].numel()
-        for begin in range(0, numel, PACK_COLUMNS):
-            at = slice(begin, begin + PACK_COLUMNS)
-            q = found[l].apply([[row[at] for row in w]], center=[center[at]])[0]
-            q = torch.nn.functional.pad(q, (0, 0, 0, r - len(q)))[mine]
-            packer.add_columns(q if bits != 32 else q * float(scale[l]), begin)
+        for _, block in next(tensors)[1]:
+            for first in range(0, block.end - block.begin, PACK_COLUMNS):
+                at = slice(first, min(first + PACK_COLUMNS, block.end - block.begin))
+                q = found[l].apply([[row[at] for row in block.rows]], center=[flat[k][block.begin + at.start : block.begin + at.stop]])[0]
+                q = torch.nn.functional.pad(q, (0, 0, 0, r - len(q)))[mine]
+                packer.add_columns(q if bits != 32 else q * float(scale[l]), block.begin + first)
         packer.end_tensor()
     place.exchange(packer, centers)
     basis = packer.finish("none", torch.ones_like(packer.sum_sq))
@@ -92,19 +91,32 @@ def build(place: Placement, centers: list[Tensor], segments: list[int], bits: in
     return replace(basis, row_scale=(basis.row_scale.double() * scale).float()), coordinates
 
 
-def _of_segment(place: Placement, read: Callable, tensors: list[int], columns: int) -> tk.Orthonormal | None:
-    """The implicit basis of one segment, streamed tensor by tensor."""
+def _of_segment(place: Placement, flat: list[Tensor], tensors: list[int], columns: int) -> tk.Orthonormal | None:
+    """The implicit basis of one segment, streamed in blocks of columns. flat: the center of each tensor."""
     if not columns:  # parameters without elements
         return None
     fed = [k for k in tensors if place.feeds(k)]
+    everything = slice(0, len(place.candidates))
+    read: list[tuple[int, int]] = []  # of the pass under way: tensor and first column of each block, for messages
 
-    def part(which: int) -> Callable[[], Iterator]:
-        nothing = [torch.zeros(0)] * len(place.candidates), torch.zeros(0)  # a rank without columns of this segment takes part all the same
-        return lambda: (read(k)[which] for k in fed) if fed else iter([nothing[which]])
+    def rows() -> Iterator[list[Tensor]]:
+        read.clear()
+        for k, block in place.stream(fed, everything):
+            read.append((k, block.begin))
+            yield block.rows
+        if not fed:  # a rank without columns of this segment takes part all the same
+            yield [torch.zeros(0)] * len(place.candidates)
+
+    def center() -> Iterator[Tensor]:
+        for k in fed:
+            for begin in range(0, max(1, flat[k].numel()), place.block_columns):
+                yield flat[k][begin : begin + place.block_columns]
+        if not fed:
+            yield torch.zeros(0)
 
     reduce = place.world.sum_ if place.world.group is not None else None
     try:
-        return tk.orthonormalize(part(0), center=part(1), form="implicit", reduce=reduce)
+        return tk.orthonormalize(rows, center=center, form="implicit", reduce=reduce)
     except tk.NotFiniteError as error:
-        rows = read(fed[error.tensor])[0]
-        raise not_finite(place.candidates, list(place.layout.trained)[fed[error.tensor]], rows) from error
+        k = read[error.tensor][0]
+        raise not_finite(place.candidates, list(place.layout.trained)[k], place.read(k, everything)) from error

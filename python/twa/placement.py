@@ -12,8 +12,8 @@ summed: that is `replicate`. docs/distributed.md has the picture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate
 import twa_kernels as tk
 from twa_kernels.ops import FLOATS
 
-from .candidates import Candidates, Part, average_into
+from .candidates import UNIT, Block, Candidates, Part, average_into
 from .dense import DenseBasis
 from .layout import Layout
 from .world import World
@@ -134,8 +134,22 @@ class Placement:
         rows = self.candidates.tensors(self.keys[k], rows=self.rows if rows is None else rows, part=self.held[k].part)
         return [r if r.dtype in FLOATS else r.float() for r in rows]
 
+    def stream(self, wanted: Sequence[int], rows: slice | None = None, begin: tuple[int, int] = (0, 0)) -> Iterator[tuple[int, Block]]:
+        """(k, block) for the blocks of columns of tensors `wanted`, as `read` gives them; cut in the same places on every rank that holds the tensor.
+        begin: (place in wanted, column) of the first block."""
+        asked = [(self.keys[k], self.held[k].part) for k in wanted]
+        for block in self.candidates.stream(asked, self.rows if rows is None else rows, self.block_columns, begin):
+            yield wanted[block.index], replace(block, rows=[r if r.dtype in FLOATS else r.float() for r in block.rows])
+
+    @property
+    def block_columns(self) -> int:
+        """Columns of a block: the same on every rank, though one may read a row more."""
+        n = len(self.candidates)
+        most = max(self.candidates.info[key].dtype.itemsize for key in self.keys)
+        return max(1, self.candidates.block_bytes // (UNIT * most * (n if self.rows == slice(0, n) else -(-n // self.world.size)))) * UNIT
+
     def center(self, k: int, rows: Sequence[Tensor], weights: Tensor) -> Tensor:
-        """sum_i weights[i] * w_i of this rank's part of tensor k, float32."""
+        """sum_i weights[i] * w_i of this rank's part of tensor k, or of some of its columns, float32."""
         return average_into(torch.empty(rows[0].shape), rows, weights)
 
     def average(self, k: int, weights: Tensor) -> Tensor:
@@ -287,9 +301,11 @@ class Rows(Placement):
         return self.world.sum_(partial).float()
 
     def average(self, k: int, weights: Tensor) -> Tensor:
-        mine = self.candidates.tensors(self.keys[k], rows=self.rows)
-        total = self.world.sum_(average_into(torch.empty(mine[0].shape, dtype=torch.float64), mine, weights[self.rows]))
-        return total.to(torch.promote_types(self.candidates.info[self.keys[k]].dtype, torch.float32))
+        out = torch.empty(self.held[k].shape, dtype=torch.promote_types(self.candidates.info[self.keys[k]].dtype, torch.float32))
+        for block in self.candidates.stream([(self.keys[k], None)], self.rows, self.block_columns):
+            partial = average_into(torch.empty(block.end - block.begin, dtype=torch.float64), block.rows, weights[self.rows])
+            out.view(-1)[block.begin : block.end] = self.world.sum_(partial)
+        return out
 
     def exchange(self, packer: tk.Packer, centers: list[Tensor]) -> None:
         pass  # rows and their scales are this rank's alone, centers are summed already

@@ -1,0 +1,255 @@
+"""Files mapped into memory, read only, and where in them tensors lie: what every checkpoint format comes down to."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import mmap
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
+
+# Tensors over a mapping that may not be written: nothing here writes them.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+#: one slice per dimension of a tensor
+Part = tuple[slice, ...]
+MAX_ELEMENTS = 1 << 60  # of a tensor, before its size is multiplied out in fixed-width integers
+
+
+class CandidateError(ValueError):
+    """Something is wrong with the candidates; the message names file, tensor, what was expected and what was found."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+
+class MappedFile:
+    """A file whose bytes are read when they are touched. It is mapped at the first use; `drop` gives the memory of what was touched back."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._map, self.temporary = path, None, False
+        status = os.stat(path)
+        self.size, self._stamp = status.st_size, (status.st_ino, status.st_mtime_ns)
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_map": None}  # a copy maps the file again
+
+    @property
+    def map(self) -> mmap.mmap:
+        if self._map is None:
+            try:
+                self._map = _map(self.path)
+            except (OSError, ValueError) as error:
+                raise CandidateError(f"{self.path}: cannot be mapped ({error})") from error
+            status = os.stat(self.path)
+            if (status.st_size, status.st_ino, status.st_mtime_ns) != (self.size, *self._stamp):
+                raise CandidateError(f"{self.path}: changed since its header was read; is it still being written?")
+        return self._map
+
+    def check(self) -> None:
+        """Raises CandidateError if the file is not what it was when its header was read: touching bytes that are gone would end the process. A file
+        that was removed or replaced by another is still there for the mapping."""
+        try:
+            status = os.stat(self.path)
+            rewritten = status.st_ino == self._stamp[0] and status.st_mtime_ns != self._stamp[1]
+        except OSError:
+            rewritten = False
+        if rewritten or self.map.size() != self.size:
+            raise CandidateError(f"{self.path}: changed while it was being read: expected {self.size} bytes as at first; is it still being written?")
+
+    def tensor(self, dtype: torch.dtype, offset: int, count: int) -> Tensor:
+        """`count` elements from byte `offset` on, (count,); the file's own memory if they are aligned, else a copy."""
+        if count == 0:
+            return torch.empty(0, dtype=dtype)
+        if offset % dtype.itemsize:
+            return torch.frombuffer(self.map, dtype=torch.uint8, offset=offset, count=count * dtype.itemsize).clone().view(dtype)
+        return torch.frombuffer(self.map, dtype=dtype, offset=offset, count=count)
+
+    def drop(self) -> None:
+        """Gives the memory of all touched pages back; tensors over them stay valid and are read again when they are touched."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    def prefetch(self, offset: int, count: int) -> None:
+        """Asks the system to read these bytes soon. Other threads go on meanwhile, which they would not with a call on the mapping."""
+        if hasattr(os, "posix_fadvise") and not self.temporary:
+            with contextlib.suppress(OSError):
+                file = os.open(self.path, os.O_RDONLY)
+                try:
+                    os.posix_fadvise(file, offset, count, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(file)
+
+
+def _map(path: Path) -> mmap.mmap:
+    try:
+        file = open(path, "rb")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        if error.errno != errno.EMFILE or not _raise_file_limit():
+            raise
+        file = open(path, "rb")  # noqa: SIM115
+    with file:
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # what a caller may write stays in this process
+        except OSError as error:
+            if error.errno == errno.EMFILE and _raise_file_limit():
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            if error.errno != errno.ENOMEM:
+                raise
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # a file larger than memory
+
+
+def _raise_file_limit() -> bool:
+    """Lets this process open as many files as the system allows it; False if it does already."""
+    if resource is None:
+        return False
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return True
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: `count` elements from byte `offset` on, of which `strides` makes the shape (None: contiguous)."""
+
+    file: MappedFile
+    info: TensorInfo
+    offset: int
+    strides: tuple[int, ...] | None = None
+
+    def read(self, part: Part | None = None) -> Tensor:
+        shape = self.info.shape
+        count = math.prod(shape) if self.strides is None else span(shape, self.strides)
+        flat = self.file.tensor(self.info.dtype, self.offset, count)
+        whole = flat.view(shape) if self.strides is None else flat.as_strided(shape, self.strides)
+        return whole if part is None else whole[part]
+
+    def prefetch(self, part: Part | None) -> None:
+        """Of a contiguous tensor: the rows of its first dimension that `part` names."""
+        if self.strides is not None or not self.info.nbytes:
+            return
+        begin, end, _ = part[0].indices(self.info.shape[0]) if part else (0, 1, 1)
+        row = self.info.nbytes // (self.info.shape[0] if part else 1)
+        if end > begin:
+            self.file.prefetch(self.offset + begin * row, (end - begin) * row)
+
+    @property
+    def files(self) -> tuple[MappedFile, ...]:
+        return (self.file,)
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A tensor that its file does not hold as plain bytes."""
+
+    tensor: Tensor
+
+    @property
+    def info(self) -> TensorInfo:
+        return TensorInfo(tuple(self.tensor.shape), self.tensor.dtype)
+
+    def read(self, part: Part | None = None) -> Tensor:
+        return self.tensor if part is None else self.tensor[part]
+
+    def prefetch(self, part: Part | None) -> None:
+        pass
+
+    files: tuple[MappedFile, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor in blocks, each with its place in the whole: what ranks have written of their shards. The blocks cover it, without overlap."""
+
+    info: TensorInfo
+    blocks: tuple[tuple[tuple[int, ...], Stored], ...]  # (offsets, block)
+
+    def _within(self, part: Part | None) -> list[tuple[Part, Part, Stored]]:
+        """(slices of the result, slices of the block, block) for each block that `part` needs."""
+        wanted = [s.indices(size)[:2] for s, size in zip(part or (slice(None),) * len(self.info.shape), self.info.shape, strict=True)]
+        found = []
+        for offsets, block in self.blocks:
+            common = [(max(a, o), min(b, o + size)) for (a, b), o, size in zip(wanted, offsets, block.info.shape, strict=True)]
+            if all(a < b for a, b in common):
+                to = tuple(slice(a - w, b - w) for (a, b), (w, _) in zip(common, wanted, strict=True))
+                found.append((to, tuple(slice(a - o, b - o) for (a, b), o in zip(common, offsets, strict=True)), block))
+        return found
+
+    def read(self, part: Part | None = None) -> Tensor:
+        """A view of the file if one block has it all, else a copy."""
+        shape = self.info.shape if part is None else [len(range(*s.indices(size))) for s, size in zip(part, self.info.shape, strict=True)]
+        needed = self._within(part)
+        if len(needed) == 1:
+            return needed[0][2].read(needed[0][1])
+        out = torch.empty(shape, dtype=self.info.dtype)
+        for to, of_block, block in needed:
+            out[to] = block.read(of_block)
+        return out
+
+    def prefetch(self, part: Part | None) -> None:
+        for _, of_block, block in self._within(part):
+            block.prefetch(of_block or None)
+
+    @property
+    def files(self) -> tuple[MappedFile, ...]:
+        return tuple(block.file for _, block in self.blocks)
+
+
+Source = Stored | InMemory | Pieces
+
+
+def span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements of storage from a strided tensor's first to its last."""
+    return 0 if 0 in shape else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def covered(shape: Sequence[int], blocks: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
+    """Whether blocks (offsets, sizes) lie within `shape`, do not overlap and leave nothing out."""
+    for offsets, sizes in blocks:
+        if len(offsets) != len(shape) or len(sizes) != len(shape):
+            return False
+        if any(o < 0 or s < 0 or o + s > size for o, s, size in zip(offsets, sizes, shape, strict=True)):
+            return False
+    blocks = [b for b in blocks if math.prod(b[1])] if math.prod(shape) else []
+    if sum(math.prod(sizes) for _, sizes in blocks) != math.prod(shape):
+        return False
+    # Sorted along the dimension that is cut most, so that only neighbours are compared.
+    axis = max(range(len(shape)), key=lambda d: len({o[d] for o, _ in blocks}), default=None)
+    if axis is None:
+        return len(blocks) <= 1
+    blocks.sort(key=lambda b: b[0][axis])
+    for k, (o, s) in enumerate(blocks):
+        for o2, s2 in blocks[k + 1 :]:
+            if o2[axis] >= o[axis] + s[axis]:
+                break
+            if all(max(a, b) < min(a + c, b + d) for a, b, c, d in zip(o, o2, s, s2, strict=True)):
+                return False
+    return True
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
