@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from twa import placement as placements
 from twa import resolve
+from twa.pack import PackToFile
 from twa.world import DistributedError, World
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
@@ -376,8 +377,55 @@ def test_export_whole_and_sharded(ranks, heap, placement, tmp_path):
     assert exported.keys() == twa.Candidates(f"{heap[0]}/c0.safetensors").info.keys()
     for name, t in exported.items():
         assert torch.equal(t, results[0][name]) and torch.equal(t, loaded[name]), name
+    read = twa.Candidates(tmp_path / "out" / "averaged_dcp")[0]
+    assert read.info == twa.Candidates(tmp_path / "out" / "averaged.safetensors")[0].info
+    for name, t in exported.items():
+        assert torch.equal(read.tensor(name), t), name
+        for begin, end in ((0, t.numel()), (t.numel() // 3, t.numel() // 2)):
+            assert torch.equal(read.columns(name, begin, end), t.reshape(-1)[begin:end])
     if placement == "columns":  # every rank wrote its own part
         assert len(list((tmp_path / "out" / "averaged_dcp").glob("*.distcp"))) == 2
+
+
+def load_packed(group, heap, placement, path):
+    """This rank's part of the basis and the weights that it makes: loaded, and packed here."""
+    candidates = twa.Candidates(f"{heap[0]}/c*.safetensors")
+    found = []
+    for make in (lambda m, **o: twa.Subspace.load(path, m, **o), lambda m, **o: twa.Subspace.from_candidates(m, candidates, **o)):
+        model = new_model(placement, group, heap[1])
+        s = make(model, placement=placement, group=group)
+        with torch.no_grad():
+            s.coefficients.copy_(torch.randn(s.coefficients.shape, generator=torch.Generator().manual_seed(0)))
+        s.write_weights()
+        parts = (s.basis.codes, s.basis.scales.view(torch.uint8), s.basis.row_scale, s.basis.tile_segment, s.divisor)
+        found.append((list(parts), whole(model)))
+    return found
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_packed_basis_on_disk(ranks, aligned_heap, heap, placement, tmp_path):
+    """Each rank takes its part of the file: what it would have packed."""
+    of = aligned_heap if placement == "columns" else heap
+    path = tmp_path / "basis.safetensors"
+    PackToFile(path, Net(*of[1]), twa.Candidates(f"{of[0]}/c*.safetensors")).run()
+    for (loaded, weights), (packed, expected) in ranks.run(2, load_packed, of, placement, path):
+        if placement == "rows":  # its center is summed over ranks, in another order than in one process
+            assert [t.shape for t in loaded] == [t.shape for t in packed]
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(loaded, packed, strict=True))
+        for key in expected:
+            torch.testing.assert_close(weights[key], expected[key], rtol=0, atol=1e-5 if placement == "rows" else 0)
+
+
+def refused_shards(group, heap, path):
+    with pytest.raises((ValueError, DistributedError), match="no run of whole groups of 128 weights") as error:
+        twa.Subspace.load(path, new_model("columns", group, heap[1]), group=group)
+    return str(error.value)
+
+
+def test_a_packed_basis_whose_groups_are_cut_by_shards(ranks, heap, tmp_path):
+    PackToFile(tmp_path / "basis.safetensors", Net(*heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors")).run()
+    assert "Subspace.from_candidates" in ranks.run(2, refused_shards, heap, tmp_path / "basis.safetensors")[0]
 
 
 # Refusals ----------------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -158,7 +158,10 @@ class Packer:
         backend: str = "",
         quantiser: str = "gaussian",
         report: bool = False,
+        sink: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> None:
+        """sink: called with (first tile, codes (tiles, n, 16 * bits), scales (tiles, n) bfloat16) of each part as it is packed, instead of keeping
+        them: memory is then one part. `Scaling` finishes such scales."""
         check_bits(bits)
         check_quantiser(quantiser)
         if not 1 <= n <= MAX_ROWS:
@@ -173,8 +176,10 @@ class Packer:
         given = torch.as_tensor(segments) if segments is not None and len(segments) else None
         self.num_segments = int(given.max()) + 1 if given is not None else len(numels)
         tiles = self._offsets[-1]
-        self.codes = empty_for_streaming((tiles, n, 16 * bits), device)
-        self.scales = torch.zeros(tiles, n, dtype=torch.bfloat16, device=device)
+        self.sink = sink
+        kept = tiles if sink is None else 0
+        self.codes = empty_for_streaming((kept, n, 16 * bits), device)
+        self.scales = torch.zeros(kept, n, dtype=torch.bfloat16, device=device)
         self.sum_sq = torch.zeros(n, self.num_segments, dtype=torch.float64, device=device)
         self.max_scale = torch.zeros(n, self.num_segments, dtype=torch.float32, device=device)
         self.errors = torch.zeros(len(numels), 2, dtype=torch.float64, device=device) if report else None
@@ -235,9 +240,30 @@ class Packer:
         at = slice(self._offsets[k], self._offsets[k + 1])
         return [self.codes[at], self.scales[at].view(torch.uint8)]
 
+    def resume(self, tensor: int, column: int, sum_sq: Tensor, max_scale: Tensor) -> None:
+        """Goes on where another packer with the same arguments and a sink was: before this column of this tensor, with its sums so far."""
+        if (
+            not 0 <= tensor <= len(self.shapes)
+            or column % TILE
+            or not 0 <= column <= (self.shapes[tensor].numel() if tensor < len(self.shapes) else 0)
+        ):
+            raise ValueError(f"Packer: expected a tensor of {len(self.shapes)} and whole tiles of it, found {tensor} and column {column}")
+        for name, t in (("sum_sq", sum_sq), ("max_scale", max_scale)):
+            mine = getattr(self, name)
+            if t.shape != mine.shape or not (t >= 0).all() or not torch.isfinite(t).all():
+                raise ValueError(f"Packer: {name}: expected {tuple(mine.shape)} finite numbers of at least 0, found shape {tuple(t.shape)}")
+            mine.copy_(t)
+        self._next, self._filled = tensor, column
+
     def _pack(self, k: int, rows: list[Tensor], center: Tensor | None, begin: int) -> None:
-        first = self._offsets[k] + begin // TILE
-        at = slice(first, first + num_tiles(rows[0].numel()))
+        first, tiles = self._offsets[k] + begin // TILE, num_tiles(rows[0].numel())
+        at = slice(first, first + tiles)
+        if self.sink is None:
+            codes, scales = self.codes[at], self.scales[at]
+        else:
+            device = self.tile_segment.device
+            codes = torch.empty(tiles, self.n, 16 * self.bits, dtype=torch.uint8, device=device)
+            scales = torch.zeros(tiles, self.n, dtype=torch.bfloat16, device=device)
         try:
             torch.ops.twa_kernels.pack(
                 rows,
@@ -246,8 +272,8 @@ class Packer:
                 self.tile_segment[at],
                 self.bits,
                 self.quantiser,
-                self.codes[at],
-                self.scales[at],
+                codes,
+                scales,
                 self.sum_sq,
                 self.max_scale,
                 None if self.errors is None else self.errors[k : k + 1],
@@ -255,37 +281,69 @@ class Packer:
             )
         except NotFiniteError as error:
             raise NotFiniteError(error.row, k, begin + error.column) from None
+        if self.sink is not None:
+            self.sink(first, codes, scales)
 
     def finish(self, normalize: str = "row", divisor: Tensor | None = None) -> PackedBasis:
         """normalize: "row": every row gets the same norm, the lower quartile of the rows' norms, so that a coefficient of 1 moves the
         weights as far as a near candidate is from the center; "segment": the same within each segment; "none": rows as they are.
         divisor: (n, L) float64 to use instead, for a process that holds some rows of many: those rows of `row_divisor(sum_sq of all, normalize)`."""
-        if normalize not in NORMALIZE:
-            raise ValueError(f"normalize: expected one of {NORMALIZE}, found {normalize!r}")
         if self._next != len(self.shapes):
             raise ValueError(f"Packer: {self._next} of {len(self.shapes)} tensors were added")
-        if divisor is None:
-            divisor = row_divisor(self.sum_sq, normalize)
-        elif divisor.shape != self.sum_sq.shape:
-            raise ValueError(f"divisor: expected shape {tuple(self.sum_sq.shape)}, found {tuple(divisor.shape)}")
-        # A power of two per (row, segment) brings the largest scale into [128, 256), inside e4m3's range.
-        exponent = torch.frexp(self.max_scale).exponent - 8
-        unit = torch.where(self.max_scale > 0, torch.exp2(exponent.double()), torch.zeros_like(divisor))  # (n, L)
+        if self.sink is not None:
+            raise ValueError("Packer: its sink has the codes; finish the scales with Scaling")
+        scaling = Scaling.of(self.sum_sq, self.max_scale, normalize, divisor)
         scales = torch.empty(self.scales.shape, dtype=torch.uint8, device=self.scales.device)
-        by_segment = exponent.to(torch.int16).T.contiguous()  # (L, n)
+        lost = 0
         for first in range(0, len(scales), 1 << 14):
             at = slice(first, first + (1 << 14))
-            scales[at] = _e4m3(self.scales[at], by_segment[self.tile_segment[at].long()])
-        lost = int(((self.scales > 0) & (scales == 0)).sum())
+            scales[at], zeros = scaling.apply(self.scales[at], self.tile_segment[at])
+            lost += zeros
         if lost:
-            warnings.warn(
-                f"{lost} of {scales.numel()} groups are zero in the packed basis: their rows differ from the center by less than 2^-17 of what "
-                "the same row does elsewhere in the segment; finer segments keep them",
-                stacklevel=2,
-            )
-        row_scale = torch.where(divisor > 0, unit / divisor, 0.0).float()
+            warnings.warn(lost_groups(lost, scales.numel()), stacklevel=2)
         error = None if self.errors is None else tuple(torch.where(self.errors[:, 1] > 0, self.errors[:, 0] / self.errors[:, 1], 0.0).sqrt().tolist())
-        return PackedBasis(self.codes, scales.view(torch.float8_e4m3fn), row_scale, self.tile_segment, divisor, self.shapes, self.bits, error)
+        return PackedBasis(
+            self.codes, scales.view(torch.float8_e4m3fn), scaling.row_scale, self.tile_segment, scaling.divisor, self.shapes, self.bits, error
+        )
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How scales of 4 significant bits (bfloat16) become e4m3 and a factor per row and segment, known once all of a segment is packed.
+
+    exponent   (L, n) int16: of the power of two that brings a segment's largest scale into [128, 256), inside e4m3's range
+    row_scale  (n, L) float32;  divisor (n, L) float64: as in PackedBasis
+    """
+
+    exponent: Tensor
+    row_scale: Tensor
+    divisor: Tensor
+
+    @classmethod
+    def of(cls, sum_sq: Tensor, max_scale: Tensor, normalize: str, divisor: Tensor | None = None) -> Scaling:
+        """From a packer's sums; normalize and divisor as in `Packer.finish`."""
+        if normalize not in NORMALIZE:
+            raise ValueError(f"normalize: expected one of {NORMALIZE}, found {normalize!r}")
+        if divisor is None:
+            divisor = row_divisor(sum_sq, normalize)
+        elif divisor.shape != sum_sq.shape:
+            raise ValueError(f"divisor: expected shape {tuple(sum_sq.shape)}, found {tuple(divisor.shape)}")
+        exponent = torch.frexp(max_scale).exponent - 8
+        unit = torch.where(max_scale > 0, torch.exp2(exponent.double()), torch.zeros_like(divisor))  # (n, L)
+        return cls(exponent.to(torch.int16).T.contiguous(), torch.where(divisor > 0, unit / divisor, 0.0).float(), divisor)
+
+    def apply(self, scales: Tensor, tile_segment: Tensor) -> tuple[Tensor, int]:
+        """(tiles, n) bfloat16 of these tiles -> the bits of e4m3, uint8, and how many became zero."""
+        codes = _e4m3(scales, self.exponent[tile_segment.long()])
+        return codes, int(((scales > 0) & (codes == 0)).sum())
+
+
+def lost_groups(lost: int, total: int) -> str:
+    """The warning about groups whose scale is too small for e4m3."""
+    return (
+        f"{lost} of {total} groups are zero in the packed basis: their rows differ from the center by less than 2^-17 of what "
+        "the same row does elsewhere in the segment; finer segments keep them"
+    )
 
 
 def _e4m3(scales: Tensor, exponent: Tensor) -> Tensor:

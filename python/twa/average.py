@@ -25,10 +25,11 @@ from .methods import Outcome, Result, Settings, TwaMethod
 from .optimizer import SubspaceOptimizer
 from .placement import Placement
 from .resolve import choose, resolve, shard_model
+from .spectral_norm import refresh_spectral_norms
 from .state import Store
 from .subspace import Subspace
 from .tasks import Task
-from .weights import kept, load_merge, put_back, round_to_files
+from .weights import kept, load_merge, load_untrained, put_back, round_to_files
 from .world import World, facts, versions
 
 EMA_DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)
@@ -181,6 +182,7 @@ class Average:
             loss = self._validation_loss() if changed else self._losses[beta.numpy().tobytes()]
             seconds = time.perf_counter() - start
             result = Result(name, members, 0, seconds, self._peak(memory), loss, note=note, beta=beta)
+            result.averaged_bn_loss = self._averaged_bn_loss(beta) if changed else None
             self.results.append(result)
             self._finish(result)
             self._save(0)
@@ -205,6 +207,7 @@ class Average:
 
     def _settle(self, own_statistics: bool = False) -> None:
         """Makes the model what would be exported: BatchNorm re-estimated (unless its statistics are its own), the files' dtypes."""
+        refresh_spectral_norms(self.model)
         round_to_files(self.placement)
         if own_statistics or not tracked_batchnorms(self.model):
             return
@@ -215,6 +218,19 @@ class Average:
         """Inf for NaN and -Inf, so that they lose every comparison."""
         loss = mean_over(self.model, self.task.loss, self.task.val, self.world)
         return loss if math.isfinite(loss) else math.inf
+
+    def _averaged_bn_loss(self, weights: Tensor) -> float | None:
+        """Validation loss with BatchNorm statistics averaged by these weights, as other buffers are, in place of the re-estimated ones, which are put
+        back; None for a model without BatchNorm."""
+        if not tracked_batchnorms(self.model):
+            return None
+        saved = {name: b.clone() for name, b in self.model.named_buffers()}
+        load_untrained(self.placement, weights)
+        refresh_spectral_norms(self.model)
+        round_to_files(self.placement)
+        loss = self._validation_loss()
+        load_buffers(self.model, saved)
+        return loss
 
     def _peak(self, memory: PeakMemory) -> int:
         """Of the rank that took most."""
@@ -297,6 +313,7 @@ class Average:
         seconds = before + time.perf_counter() - begun
         result = Result(method.name, len(self.candidates), len(curve), seconds, self._peak(memory), val, note=note, curve=curve, val_curve=val_curve)
         result.beta, result.coefficients = subspace.merge_weights(), subspace.coefficients_json()
+        result.averaged_bn_loss = self._averaged_bn_loss(center)
         optimizer.close()
         optimizer.zero_grad()
         self._finish(result)

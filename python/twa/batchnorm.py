@@ -58,7 +58,7 @@ def update_bn(
     max_batches: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> int:
-    """Sets every BatchNorm's running mean and variance to their averages over the batches, each weighted by its size.
+    """Sets every BatchNorm's running mean and variance to their averages over all its calls, each weighted by the size of the batch.
 
     loader       tensors, tuples or lists (model input first), or dicts (passed by keyword)
     forward      how to run the model on a batch, if that guess is wrong
@@ -66,9 +66,9 @@ def update_bn(
     group        process group whose ranks each bring their own batches: all get the statistics of all of them
 
     Returns the number of batches used: 0, without reading any, if the model has no BatchNorm with running statistics. A batch that
-    leaves a BatchNorm one value per channel, such as a last batch of one sample, has no variance and is left out. Training
-    mode and momenta are restored; Dropout is off meanwhile. Raises ValueError if no batch could be used; after any error the statistics are
-    as they were.
+    leaves a BatchNorm one value per channel, such as a last batch of one sample, has no variance and is left out. A BatchNorm that no
+    forward pass calls keeps its statistics. Training mode and momenta are restored; Dropout is off meanwhile. Raises ValueError if no batch
+    could be used; after any error the statistics are as they were.
     """
     world = World(group)
     with world.together("re-estimating BatchNorm"):
@@ -84,7 +84,9 @@ def update_bn_of(batches: Iterable[tuple[object, bool]], model: nn.Module, forwa
     modes = {m: m.training for m in model.modules()}
     momenta = {m: m.momentum for m in norms}
     before = _statistics(norms)
-    done = False
+    sums = [(torch.zeros_like(mean, dtype=torch.float64), torch.zeros_like(variance, dtype=torch.float64)) for mean, variance, _ in before]
+    counted = torch.zeros(len(norms), 2, dtype=torch.float64)  # of each: samples (once a call), calls
+    used, done = 0, False
     try:
         model.train()
         for m in model.modules():
@@ -92,27 +94,35 @@ def update_bn_of(batches: Iterable[tuple[object, bool]], model: nn.Module, forwa
                 m.eval()
         for m in norms:
             m.train()
-            m.reset_running_stats()
-        samples = used = 0
+            m.momentum = None  # running = mean over the calls since reset_running_stats: a shared module has several in a pass
         for batch, counts in batches:
             size = batch_size(batch)
-            saved = _statistics(norms) if size == 1 or not counts else []
             for m in norms:
-                m.momentum = size / (samples + size)  # running = (1 - momentum) * running + momentum * batch
+                m.reset_running_stats()
             try:
                 forward(model, batch)
             except ValueError as error:
                 if size > 1 or "more than 1 value per channel" not in str(error):
                     raise
-                counts = False
-            if not counts:
-                _restore(norms, saved)
                 continue
-            samples += size
+            if not counts:
+                continue
             used += 1
-        used = _combine(norms, samples, used, world)
+            calls = [int(m.num_batches_tracked) for m in norms]
+            counted += torch.tensor([[size * c, c] for c in calls])
+            for m, c, (mean, variance) in zip(norms, calls, sums, strict=True):
+                mean.add_(m.running_mean, alpha=size * c)
+                variance.add_(m.running_var, alpha=size * c)
+        used = int(world.sum_(torch.tensor([used])))
         if not used:
             raise ValueError("update_bn: expected at least one batch with more than one value per channel, found none: is the loader used up?")
+        _restore(norms, before)
+        for m, (samples, calls), (mean, variance) in zip(norms, world.sum_(counted).tolist(), sums, strict=True):
+            world.sum_(mean), world.sum_(variance)
+            if calls:
+                m.running_mean.copy_(mean / samples)
+                m.running_var.copy_(variance / samples)
+                m.num_batches_tracked.fill_(int(calls))
         done = True
         return used
     finally:
@@ -122,16 +132,3 @@ def update_bn_of(batches: Iterable[tuple[object, bool]], model: nn.Module, forwa
             m.momentum = momentum
         for m, training in modes.items():
             m.training = training
-
-
-def _combine(norms: list[_BatchNorm], samples: int, used: int, world: World) -> int:
-    """Averages the statistics over ranks, by samples, in float64; returns how many batches all ranks have used."""
-    if world.size == 1:
-        return used
-    counts = world.sum_(torch.tensor([samples, used], dtype=torch.float64)).tolist()
-    for m in norms:
-        for running in (m.running_mean, m.running_var):
-            total = world.sum_(running.double() * samples)
-            running.copy_(total / max(1.0, counts[0]))
-        world.sum_(m.num_batches_tracked)
-    return int(counts[1])

@@ -29,7 +29,7 @@ def build(
     # An orthonormal basis is packed once its rank is known.
     packer = new_packer(len(place.candidates[place.rows]), shapes, bits, segments) if kind == "deltas" else None
     tensors = itertools.groupby(place.stream([k for k in range(len(shapes)) if place.packs(k)]), key=lambda kb: kb[0])
-    for k, name in enumerate(place.layout.trained):
+    for k, key in enumerate(place.keys):
         if not place.packs(k):
             if packer:
                 packer.skip()
@@ -42,9 +42,9 @@ def build(
                 if packer:
                     packer.add_columns(block.rows, block.begin, center)
             except tk.NotFiniteError as error:
-                raise not_finite(place.candidates[place.rows], name, place.read(k)) from error
+                raise not_finite(place.candidates[place.rows], key, place.read(k)) from error
             if progress:
-                progress(name, sum(r.numel() * r.element_size() for r in block.rows))
+                progress(key, sum(r.numel() * r.element_size() for r in block.rows))
         if packer:
             packer.end_tensor()
             if before is not None:  # another rank holds these columns, too, and counts them

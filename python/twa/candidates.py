@@ -164,6 +164,8 @@ class Candidates(Sequence[Candidate]):
     Raises CandidateError if there are none, one cannot be read, or their keys, shapes or kinds of dtype differ.
     """
 
+    at_hand = True  # unlike those of a basis that is loaded alone
+
     def __init__(self, paths: str | os.PathLike | Iterable[str | os.PathLike], *, entry: str | None = None, block_bytes: int = BLOCK_BYTES) -> None:
         found = find_checkpoints([paths] if isinstance(paths, str | os.PathLike) else paths)
         self._candidates = [Candidate(path, entry) for path in found]

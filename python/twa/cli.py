@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import __version__, demo, plan, report
+from . import __version__, demo, hugging_face, inspect, pack, plan, report
 from .average import Average
 from .candidates import CandidateError, Candidates
 from .data import seed_all
@@ -58,7 +58,7 @@ def finish(folder: Path, outcome: Outcome, task: Task, candidates: Candidates, s
             if world.is_writer:
                 folder.mkdir(parents=True, exist_ok=True)
             world.meet()
-            report.write_outputs(folder, outcome, task, [str(c.path) for c in candidates], command, sharded)
+            written = report.write_outputs(folder, outcome, task, [str(c.path) for c in candidates], command, sharded)
         except OSError as error:
             raise OutputError(f"{folder}: the result could not be written ({error.strerror}): {error.filename or ''}") from error
     if not world.is_writer:
@@ -69,8 +69,9 @@ def finish(folder: Path, outcome: Outcome, task: Task, candidates: Candidates, s
     winner = outcome.winner
     print(f"winner on the validation data: {winner.method}, validation loss {winner.val_loss:.6f}", end="")
     print(f", test loss {winner.test_loss:.6f}" if winner.test_loss is not None else "")
-    extra = ", averaged_dcp/" if sharded else ""
-    print(f"written to {folder}/: averaged.safetensors{extra}, coefficients.json, report.md, report.png, results.json")
+    print(f"written to {folder}/: {', '.join(written)}")
+    if f"{hugging_face.FOLDER}/" in written:
+        print(f"from_pretrained loads {folder / hugging_face.FOLDER}/")
 
 
 def run_average(args: argparse.Namespace) -> None:
@@ -219,6 +220,14 @@ def parser() -> argparse.ArgumentParser:
     plan.add_arguments(n)
     n.set_defaults(run=plan.run_plan)
 
+    k = commands.add_parser("pack", help="pack checkpoints into a file that later runs map", description=pack.run_pack.__doc__)
+    pack.add_arguments(k)
+    k.set_defaults(run=pack.run_pack)
+
+    i = commands.add_parser("inspect", help="what is wrong with a heap of checkpoints", description=inspect.run_inspect.__doc__)
+    inspect.add_arguments(i)
+    i.set_defaults(run=inspect.run_inspect)
+
     d = commands.add_parser("demo", help="train a small model and average its checkpoints")
     d.add_argument("-o", "--output", metavar="OUT", type=Path, default=Path("twa-demo"), help="directory for the result (default: %(default)s)")
     d.add_argument("--seed", type=int, default=0, help="of the model and its data (default: %(default)s)")
@@ -266,6 +275,8 @@ def _main(argv: list[str] | None) -> int:
 
 
 def _how_to_go_on(args: argparse.Namespace) -> str:
+    if (how := getattr(args, "how_to_go_on", None)) is not None:
+        return how()
     store = getattr(args, "store", None)
     return f"continue with the same command and --resume ({store.path})" if store is not None and store.path.exists() else ""
 

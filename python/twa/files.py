@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -30,6 +31,16 @@ SAFETENSORS_DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a directory last; where directories cannot be synced, nothing."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -37,6 +48,7 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -90,6 +102,7 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     if folder.exists():
         os.rename(folder, aside)
     os.rename(temporary, folder)
+    sync_folder(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 

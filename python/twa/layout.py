@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .candidates import CandidateError, Candidates, TensorInfo, check_info
+from .candidates import WRAPPER_PREFIXES, CandidateError, Candidates, TensorInfo, check_info
+from .hugging_face import adapter_names
 
 Granularity = str | Mapping[str, object] | Callable[[str], object]
 
@@ -21,17 +22,22 @@ class Layout:
     trained   parameters in the subspace: name -> key in the candidate files
     fixed     float tensors that are averaged but not trained: frozen parameters and float buffers
     copied    integer and bool buffers: taken from the last candidate (or the one that has all the weight)
-    aliases   other names of tied parameters: name -> the name that stands for them
+    aliases   other names of tied parameters and shared float buffers: name -> the name that stands for them
+    names     every key in the candidate files -> name in the model's state_dict: the same, but for wrapped models and PEFT adapters
+
+    With adapters, the base model's own tensors are in none of these: they stay as they are.
     """
 
     trained: dict[str, str]
     fixed: dict[str, str]
     copied: dict[str, str]
     aliases: dict[str, str]
+    names: dict[str, str]
 
 
 def layout_of(model: nn.Module, candidates: Candidates) -> Layout:
-    """Matches the model's state_dict with the candidates' keys; CandidateError where they do not fit."""
+    """Matches the model's state_dict with the candidates' keys; CandidateError where they do not fit. ValueError for a model that cannot be
+    averaged, or that is no PeftModel while the candidates are PEFT adapters."""
     if isinstance(model, DistributedDataParallel):
         raise ValueError("model: expected the model itself, found DistributedDataParallel around it; pass model.module")
     canonical: dict[int, str] = {}
@@ -43,19 +49,29 @@ def layout_of(model: nn.Module, candidates: Candidates) -> Layout:
     parameters = dict(model.named_parameters())
     state = model.state_dict(keep_vars=True)
     expected = {name: t for name, t in state.items() if isinstance(t, Tensor)}
+    for name, b in model.named_buffers(remove_duplicate=False):
+        if name in expected and (first := canonical.setdefault(id(b), name)) != name:
+            aliases[name] = first
     first, info = candidates[0], candidates.info
+    adapter = adapter_names(model, state, candidates)
+    names = _unwrapped(expected, info) if adapter is None else adapter
 
-    if unexpected := sorted(info.keys() - expected.keys()):
+    if unexpected := sorted(info.keys() - names.keys()):
         raise CandidateError(f"{first.path}: tensor {unexpected[0]!r} is unexpected ({len(unexpected)} in all): the model does not have it")
     groups: dict[str, list[str]] = {}  # canonical name -> keys present in the files
-    for name in expected:
+    for key, name in names.items():
         groups.setdefault(aliases.get(name, name), [])
-        if name in info:
-            groups[aliases.get(name, name)].append(name)
+        if key in info:
+            groups[aliases.get(name, name)].append(key)
+    if adapter is not None:  # the base model is not in the files, so it must be frozen
+        for name, p in parameters.items():
+            if p.requires_grad:
+                groups.setdefault(name, [])
     if missing := sorted(name for name, keys in groups.items() if not keys):
         raise CandidateError(f"{first.path}: tensor {missing[0]!r} of the model is missing ({len(missing)} in all)")
 
-    layout = Layout({}, {}, {}, {a: n for a, n in aliases.items() if a in expected})
+    floats = {a: n for a, n in aliases.items() if a in expected and expected[a].is_floating_point()}
+    layout = Layout({}, {}, {}, floats, {key: names[key] for key in info})
     for name, keys in groups.items():
         tensor, key = expected[name], keys[0]
         for k in keys:
@@ -71,8 +87,36 @@ def layout_of(model: nn.Module, candidates: Candidates) -> Layout:
         else:
             layout.fixed[name] = key
     if not layout.trained:
-        raise ValueError("the model has no trainable floating-point parameter: nothing to average")
+        hint = "" if adapter is None else " (peft: PeftModel.from_pretrained(..., is_trainable=True))"
+        raise ValueError(f"the model has no trainable floating-point parameter: nothing to average{hint}")
+    _check_memory(layout, expected)
     return layout
+
+
+def _unwrapped(expected: Iterable[str], keys: Container[str]) -> dict[str, str]:
+    """Key -> name of each tensor of the model: its name, without the prefixes of wrappers around the model that the keys do not have."""
+    names = {name: name for name in expected}
+    while prefix := next((p for p in WRAPPER_PREFIXES if names and all(key.startswith(p) and key not in keys for key in names)), None):
+        names = {key.removeprefix(prefix): name for key, name in names.items()}
+    return names
+
+
+def _check_memory(layout: Layout, state: Mapping[str, Tensor]) -> None:
+    """ValueError if a trained parameter shares memory with another tensor: what is written to one would change the other."""
+    spans = []
+    for name in [*layout.trained, *layout.fixed, *layout.copied]:
+        t = state[name]
+        if type(t) in (Tensor, nn.Parameter) and t.numel() and t.device.type != "meta":
+            length = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+            spans.append((str(t.device), t.data_ptr(), t.data_ptr() + length * t.element_size(), name))
+    last = ("", 0, 0, "")
+    for span in sorted(spans):
+        if span[0] == last[0] and span[1] < last[2] and (span[3] in layout.trained or last[3] in layout.trained):
+            raise ValueError(
+                f"model: {last[3]!r} and {span[3]!r} share memory but are two tensors: expected one Parameter under both names (a tied weight), "
+                "or a clone"
+            )
+        last = max(last, span, key=lambda s: (s[0], s[2]))
 
 
 def _block_of(name: str) -> str:

@@ -85,6 +85,7 @@ class Result:
     beta: Tensor | None = None  # (n,) or (n, L) merge weights
     coefficients: dict | None = None
     is_average: bool = True  # False: a comparison that is no weighted average (annealing)
+    averaged_bn_loss: float | None = None  # validation loss with BatchNorm statistics averaged, not re-estimated; None where that is no question
 
 
 @dataclass

@@ -119,4 +119,4 @@ def _of_segment(place: Placement, flat: list[Tensor], tensors: list[int], column
         return tk.orthonormalize(rows, center=center, form="implicit", reduce=reduce)
     except tk.NotFiniteError as error:
         k = read[error.tensor][0]
-        raise not_finite(place.candidates, list(place.layout.trained)[k], place.read(k, everything)) from error
+        raise not_finite(place.candidates, place.keys[k], place.read(k, everything)) from error

@@ -10,17 +10,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import hugging_face
 from .files import write_bytes, write_json, write_text
 from .methods import Outcome, Result
 from .tasks import Task
 from .weights import write_dcp, write_export
 
-FILES = ("averaged.safetensors", "averaged_dcp", "coefficients.json", "report.md", "report.png", "results.json")
+AVERAGED_BN = "val loss, BatchNorm averaged"
+FILES = ("averaged.safetensors", "averaged_dcp", "coefficients.json", "report.md", "report.png", "results.json", *hugging_face.OUTPUTS)
 
 
 def table_rows(results: list[Result], task: Task) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the result table."""
     header = ["method", "candidates", "extra steps", "seconds", "peak MB", "val loss"]
+    both = any(r.averaged_bn_loss is not None for r in results)
+    if both:
+        header.append(AVERAGED_BN)
     if task.test is not None:
         header.append("test loss")
         if task.metric is not None:
@@ -29,6 +34,8 @@ def table_rows(results: list[Result], task: Task) -> tuple[list[str], list[list[
     rows = []
     for r in results:
         row = [r.method, str(r.candidates), str(r.steps), f"{r.seconds:.1f}", f"{r.memory / 1e6:.0f}", f"{r.val_loss:.4f}"]
+        if both:
+            row.append("" if r.averaged_bn_loss is None else f"{r.averaged_bn_loss:.4f}")
         if r.test_loss is not None:
             row.append(f"{r.test_loss:.4f}")
         if r.test_metric is not None:
@@ -59,6 +66,11 @@ def processor_name() -> str:
 def markdown(outcome: Outcome, task: Task, command: str) -> str:
     winner = outcome.winner
     note = f" ({winner.note})" if winner.note else ""
+    both = [
+        f"- {AVERAGED_BN}: the same weights with the candidates' BatchNorm statistics averaged (a trained average: those of the average "
+        "it starts from). Everything else is measured, and exported, with statistics re-estimated on training data."
+    ]
+    both = both if any(r.averaged_bn_loss is not None for r in outcome.results) else []
     lines = [
         f"# Average for task {Path(task.name).stem}",
         "",
@@ -73,6 +85,7 @@ def markdown(outcome: Outcome, task: Task, command: str) -> str:
         "- extra steps: gradient steps beyond the candidates' own training. seconds: wall time to build and choose, without the test. "
         "A trained average starts from the best fixed one, named in its note, whose seconds come on top. "
         "peak MB: highest resident memory of the whole process while the method ran.",
+        *both,
         "",
         "![loss curves, methods and merge weights](report.png)",
         "",
@@ -182,17 +195,21 @@ def coefficients(outcome: Outcome, names: list[str]) -> dict:
     }
 
 
-def write_outputs(folder: Path, outcome: Outcome, task: Task, names: list[str], command: str, sharded: bool = False) -> None:
-    """averaged.safetensors (sharded: and averaged_dcp/), coefficients.json, report.md, report.png and results.json; each appears whole. All ranks
-    call it."""
+def write_outputs(folder: Path, outcome: Outcome, task: Task, names: list[str], command: str, sharded: bool = False) -> list[str]:
+    """averaged.safetensors (sharded: and averaged_dcp/), coefficients.json, report.md, report.png and results.json, and what suits Hugging Face
+    candidates; each appears whole. Returns what the caller has written, for messages. All ranks call it; the first writes."""
     # The result first: no fault in a picture may cost a model.
     write_export(folder / "averaged.safetensors", outcome.placement)
     if sharded:
         write_dcp(folder / "averaged_dcp", outcome.placement)
     if not outcome.placement.world.is_writer:
-        return
-    write_json(folder / "coefficients.json", coefficients(outcome, names))
+        return []
+    chosen = coefficients(outcome, names)
+    write_json(folder / "coefficients.json", chosen)
+    beside = hugging_face.write_beside(folder, outcome.placement, chosen)
     header, rows = table_rows(outcome.results, task)
     write_json(folder / "results.json", [dict(zip(header, row, strict=True)) for row in rows])
     write_text(folder / "report.md", markdown(outcome, task, command))
     write_bytes(folder / "report.png", picture(outcome, task))
+    first = ["averaged.safetensors", *(["averaged_dcp/"] if sharded else []), *beside]
+    return [*first, "coefficients.json", "report.md", "report.png", "results.json"]

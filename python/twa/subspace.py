@@ -13,15 +13,19 @@ import twa_kernels as tk
 from twa_kernels.ops import FLOATS
 
 from . import schemes
+from .basis_file import NAME, Sources, facts_of, read_basis
 from .build import build
 from .candidates import Candidates
 from .dense import DenseBasis
 from .files import write_json
-from .layout import Granularity, layout_of, segment_labels
+from .hugging_face import write_beside
+from .layout import Granularity, Layout, layout_of, segment_labels
 from .orthonormal import Coordinates
 from .placement import Basis, Placement
 from .resolve import find_world, resolve
-from .weights import load_untrained, write_dcp, write_export
+from .spectral_norm import refresh_spectral_norms
+from .stored_basis import check_model, check_savable, find_basis, load_state, part_of, save_basis
+from .weights import check_range, load_untrained, write_dcp, write_export
 from .world import digest, facts, versions
 
 RIDGE = 1e-4
@@ -114,13 +118,14 @@ class Subspace:
             if precondition and basis == "orthonormal":
                 raise ValueError("precondition: an orthonormal basis needs none; expected basis='deltas'")
             layout = layout_of(model, candidates)
-            weights = _center_weights(center, len(candidates))
-            labels = segment_labels(list(layout.trained), granularity)
-            order = {label: l for l, label in enumerate(dict.fromkeys(labels))}
-            segments = [order[label] for label in labels]
+            weights, labels, segments = choices(layout, candidates, granularity, center)
             if world.size > 1:
                 options = {"bits": bits, "basis": basis, "normalize": normalize, "precondition": precondition}
-                options |= {"placement": placement.name if given else placement, "center": digest(weights.tolist()), "granularity": digest(labels)}
+                options |= {
+                    "placement": placement.name if given else placement,
+                    "center": digest(weights.tolist()),
+                    "granularity": digest((labels, segments)),
+                }
                 world.check_equal(versions() | facts(model, candidates) | {k: str(v) for k, v in options.items()})
             place = placement if given else resolve(placement, model, candidates, layout, bits, world)
         with world.together("packing the candidates"):
@@ -130,7 +135,7 @@ class Subspace:
                 made.to(place.device),
                 None if centers is None else [c.to(place.device) for c in centers],
                 weights,
-                [str(label) for label in order],
+                labels,
                 segments,
                 divisor,
                 precondition,
@@ -139,6 +144,60 @@ class Subspace:
             )
             load_untrained(place, weights)
             subspace.write_weights()
+            check_range(place)
+            refresh_spectral_norms(model)
+        return subspace
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: nn.Module,
+        candidates: Candidates | None = None,
+        *,
+        precondition: bool = False,
+        placement: str = "auto",
+        group: dist.ProcessGroup | None = None,
+    ) -> Subspace:
+        """The subspace of a packed basis on disk, as `twa pack` or `save(basis=True)` has written it (path: the file, or its directory), and the
+        model at its coefficients. Codes are mapped, not read: it takes no time, and processes of one machine share the memory.
+
+        candidates   those that it was packed from, which is checked by their fingerprints. Without them all works but exact averages (`load_merge`).
+        precondition, placement, group   as in from_candidates; with "columns", shards must begin at multiples of 128 weights.
+
+        Raises BasisError if the file is damaged, is no packed basis, or does not fit model or candidates. Ranks call it together."""
+        path, world = find_basis(path), find_world(placement, model, group)
+        with world.together(f"loading {path}"):
+            loaded = read_basis(path)
+            contents = loaded.contents
+            check_model(model, contents, path)
+            if candidates is not None:
+                facts_of(contents, candidates.fingerprints())
+            if precondition and contents.basis == "orthonormal":
+                raise ValueError("precondition: an orthonormal basis needs none")
+            sources = Sources(loaded) if candidates is None else candidates
+            place = resolve(placement, model, sources, contents.layout, contents.bits, world)
+            if world.size > 1:
+                world.check_equal(versions() | {"basis": digest(contents), "precondition": str(precondition)})
+            basis, center = part_of(loaded, place)
+            device = place.device
+            subspace = cls(
+                place,
+                basis.to(device),
+                None if center is None else [c.to(device) for c in center],
+                loaded.read("center_weights").clone(),
+                list(contents.labels),
+                list(contents.segments),
+                loaded.read("divisor").clone() if contents.basis == "deltas" else torch.ones(loaded.contents.rows, len(contents.labels)).double(),
+                precondition,
+                contents.normalize,
+                loaded.coordinates,
+            )
+            load_state(loaded, place)
+            subspace._set_x(loaded.read("coefficients").clone())
+            subspace.write_weights()
+            check_range(place)
+            refresh_spectral_norms(model)
         return subspace
 
     # Weights in and out -------------------------------------------------------------------------------------------
@@ -216,12 +275,17 @@ class Subspace:
         expected = (len(self.candidates), len(self.labels))
         if beta.shape != expected or not torch.allclose(beta.sum(0), torch.ones(1, dtype=torch.float64), atol=1e-6):
             raise ValueError(f"merge weights: expected shape (n,) or {expected} with columns that sum to 1, found {tuple(beta.shape)}")
-        x = beta * self.divisor if self.coordinates is None else self.coordinates.coefficients(beta)
+        self._set_x(beta * self.divisor if self.coordinates is None else self.coordinates.coefficients(beta))
+        self.write_weights()
+        refresh_spectral_norms(self.model)
+
+    @torch.no_grad()
+    def _set_x(self, x: Tensor) -> None:
+        """The trained coefficients that make those of the basis x (n, L)."""
         if self.preconditioner is not None:
-            x = torch.linalg.solve(self.preconditioner.double().cpu(), x.T[..., None])[..., 0].T
+            x = torch.linalg.solve(self.preconditioner.double().cpu(), x.double().T[..., None])[..., 0].T
         self.coefficients.copy_(x)
         self.placement.world.forget()
-        self.write_weights()
 
     def identity(self) -> dict[str, object]:
         """What coefficients belong to: those of one subspace mean nothing in another."""
@@ -237,11 +301,15 @@ class Subspace:
 
     # Export -------------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path, *, sharded: bool = False) -> None:
+    def save(self, folder: str | Path, *, sharded: bool = False, basis: bool = False) -> None:
         """Writes averaged.safetensors (the model as it is now, every key and dtype of the candidate files) and coefficients.json
-        (x and merge weights beta). sharded: also averaged_dcp/, a torch.distributed.checkpoint to which each rank writes what it holds. On several
-        ranks all call it; the first writes, and none returns before the files are there."""
+        (x and merge weights beta). Candidates that are directories as save_pretrained writes them also give averaged/, which from_pretrained loads
+        (PEFT adapters: PeftModel.from_pretrained), in the place of an older one, and mergekit.yaml (not for adapters). sharded: also averaged_dcp/, a
+        torch.distributed.checkpoint to which each rank writes what it holds. basis: also basis.safetensors, the packed basis with center and
+        coefficients, for `load`. On several ranks all call it; the first writes, and none returns before the files are there."""
         folder, world = Path(folder), self.placement.world
+        if basis:
+            check_savable(self)
         world.check()
         with world.together(f"writing {folder}"):
             if world.is_writer:
@@ -251,7 +319,11 @@ class Subspace:
             if sharded:
                 write_dcp(folder / "averaged_dcp", self.placement)
             if world.is_writer:
-                write_json(folder / "coefficients.json", self.coefficients_json())
+                coefficients = self.coefficients_json()
+                write_json(folder / "coefficients.json", coefficients)
+                write_beside(folder, self.placement, coefficients)
+                if basis:
+                    save_basis(folder / NAME, self)
 
     def coefficients_json(self) -> dict:
         return {
@@ -279,6 +351,13 @@ def _preconditioner(gram: Tensor) -> Tensor:
     factor = torch.linalg.cholesky(gram + eye * torch.where(mean > 0, RIDGE * mean, 1.0))
     inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).mT
     return torch.where(mean > 0, mean.sqrt() * inverse, eye)  # a segment that is equal in all candidates has no basis to turn
+
+
+def choices(layout: Layout, candidates: Candidates, granularity: Granularity, center: str | int | Tensor) -> tuple[Tensor, list[str], list[int]]:
+    """The center's weights over the candidates (n,), the names of the segments (L,) and the segment of each trained tensor."""
+    of_tensor = segment_labels(list(layout.trained), granularity)
+    order = {label: l for l, label in enumerate(dict.fromkeys(of_tensor))}
+    return _center_weights(center, len(candidates)), [str(label) for label in order], [order[label] for label in of_tensor]
 
 
 def _center_weights(center: str | int | Tensor, n: int) -> Tensor:

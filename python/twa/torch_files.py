@@ -155,7 +155,7 @@ def stored(t: Tensor, file: MappedFile, begin: int, places: Mapping[int, int], w
     needed = (t.storage_offset() + span(shape, strides)) * t.dtype.itemsize
     if size is None:
         raise CandidateError(
-            f"{where}: its records are not where torch.save puts them; was it packed again by another program? load and save it again"
+            f"{where}: its records are not where torch.save puts them; was it packed again by another program? Load and save it again"
         )
     if needed > size:
         raise CandidateError(f"{where}: not a complete torch checkpoint: a tensor {info} needs {needed} bytes of its record, found {size}")

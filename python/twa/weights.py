@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from . import schemes
 from .candidates import Candidate, CandidateError, Candidates, average_into
 from .files import replace_folder, write_stream
 from .placement import Placement, local, reshard
+from .spectral_norm import refresh_spectral_norms
 
 
 def not_finite(candidates: Sequence[Candidate], name: str, rows: list[Tensor]) -> CandidateError:
@@ -35,6 +37,17 @@ def _state(placement: Placement) -> dict[str, Tensor]:
     return placement.model.state_dict(keep_vars=True)
 
 
+def check_range(placement: Placement) -> None:
+    """ValueError if finite weights have become Inf in the dtype of the model's parameter."""
+    for name, t in zip(placement.layout.trained, placement.tensors, strict=True):
+        _check_range(name, local(t), local(t).numel())
+
+
+def _check_range(name: str, written: Tensor, finite: int) -> None:
+    if (lost := finite - int(torch.isfinite(written).sum())) > 0:
+        raise ValueError(f"model: tensor {name!r}: {lost} of {written.numel()} values of the candidates' average overflow {written.dtype}")
+
+
 @torch.no_grad()
 def load_untrained(placement: Placement, weights: Tensor) -> None:
     """Frozen parameters and float buffers: the candidates' weighted mean (zero weights, those of a center at zero: their mean); integer and bool
@@ -43,13 +56,16 @@ def load_untrained(placement: Placement, weights: Tensor) -> None:
     weights = weights if weights.any() else schemes.uniform(len(candidates))
     for name, key in placement.layout.fixed.items():
         rows = candidates.tensors(key, part=placement.part_of(name, state[name]))
-        if all(torch.equal(rows[0], r) for r in rows[1:]):
-            value = rows[0]
+        if all(torch.equal(rows[0], r) for r in rows[1:]):  # a mask of -Inf stays, too
+            value, bad = rows[0], torch.isnan(rows[0])
         else:
             value = average_into(torch.empty(rows[0].shape, dtype=torch.promote_types(rows[0].dtype, torch.float32)), rows, weights)
-        if not torch.isfinite(value).all():
+            bad = ~torch.isfinite(value)
+        if bad.any():
             raise not_finite(candidates, key, rows)
-        local(state[name]).copy_(value)
+        mine = local(state[name])
+        mine.copy_(value)
+        _check_range(name, mine, int(torch.isfinite(value).sum()))
     single = torch.nonzero(weights == 1.0).flatten().tolist()
     at = single[0] if single else len(candidates) - 1
     for name, key in placement.layout.copied.items():
@@ -64,6 +80,7 @@ def load_merge(placement: Placement, beta: Tensor) -> None:
         for k, t in enumerate(placement.tensors):
             local(t).copy_(placement.average(k, beta))
         load_untrained(placement, beta)
+        refresh_spectral_norms(placement.model)
 
 
 @torch.no_grad()
@@ -83,16 +100,16 @@ def round_to_files(placement: Placement) -> None:
 @torch.no_grad()
 def kept(placement: Placement) -> dict[str, Tensor]:
     """A copy in CPU memory of this rank's part of every tensor."""
-    state = _state(placement)
-    return {key: local(state[key]).to("cpu", info.dtype, copy=True) for key, info in placement.candidates.info.items()}
+    state, names = _state(placement), placement.layout.names
+    return {key: local(state[names[key]]).to("cpu", info.dtype, copy=True) for key, info in placement.candidates.info.items()}
 
 
 @torch.no_grad()
 def put_back(placement: Placement, parts: dict[str, Tensor]) -> None:
     """The model as `kept` or `parts_of` gave it."""
-    state = _state(placement)
+    state, names = _state(placement), placement.layout.names
     for key, part in parts.items():
-        local(state[key]).copy_(part)
+        local(state[names[key]]).copy_(part)
 
 
 @torch.no_grad()
@@ -102,7 +119,8 @@ def parts_of(placement: Placement, exported: Candidates | None) -> dict[str, Ten
     for key, info in placement.candidates.info.items():
         whole = exported[0].tensor(key).clone() if exported is not None else torch.empty(info.shape, dtype=info.dtype)
         sent = placement.world.broadcast_(whole.reshape(-1).view(torch.uint8), 0).view(info.dtype).view(info.shape)
-        part = placement.part_of(key, state[key])
+        name = placement.layout.names[key]
+        part = placement.part_of(name, state[name])
         parts[key] = sent if part is None else sent[part].clone()
     return parts
 
@@ -111,17 +129,22 @@ def parts_of(placement: Placement, exported: Candidates | None) -> dict[str, Ten
 def export(placement: Placement) -> Iterator[tuple[str, Tensor]]:
     """Every tensor whole, one at a time, on every rank: all ranks must read it to its end."""
     placement.world.meet()
-    state = _state(placement)
+    state, names = _state(placement), placement.layout.names
     for key, info in placement.candidates.info.items():
-        t = state[key]
-        yield key, (t.full_tensor() if isinstance(t, DTensor) else t.detach()).to("cpu", info.dtype, copy=True).contiguous()
+        t = state[names[key]]
+        whole = t.full_tensor() if isinstance(t, DTensor) else t.detach()
+        written = whole.to("cpu", info.dtype, copy=True).contiguous()
+        narrower = info.dtype.is_floating_point and torch.finfo(info.dtype).max < torch.finfo(t.dtype).max
+        if narrower and (lost := int(torch.isfinite(whole).sum()) - int(torch.isfinite(written).sum())):
+            warnings.warn(f"tensor {key!r}: {lost} of {written.numel()} values overflow {info.dtype}, the candidates' dtype", stacklevel=2)
+        yield key, written
 
 
 @torch.no_grad()
 def sharded(placement: Placement) -> dict[str, Tensor]:
     """Every tensor as it lies on the ranks, for torch.distributed.checkpoint."""
-    state = _state(placement)
-    return {key: state[key].detach().to(info.dtype) for key, info in placement.candidates.info.items()}
+    state, names = _state(placement), placement.layout.names
+    return {key: state[names[key]].detach().to(info.dtype) for key, info in placement.candidates.info.items()}
 
 
 def write_export(path: Path, placement: Placement) -> None:

@@ -1,0 +1,56 @@
+"""Amounts of memory: as text, of this process, and as a limit on what is read at once."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+
+from .candidates import UNIT, Candidates
+
+
+def parse_bytes(text: str) -> int:
+    """ "2GB", "500 MB", "1.5G", "100000" """
+    units = {
+        "": 1,
+        "B": 1,
+        "K": 1e3,
+        "KB": 1e3,
+        "M": 1e6,
+        "MB": 1e6,
+        "G": 1e9,
+        "GB": 1e9,
+        "T": 1e12,
+        "TB": 1e12,
+        "KIB": 2**10,
+        "MIB": 2**20,
+        "GIB": 2**30,
+    }
+    number = text.strip().rstrip("BKMGTIbkmgti ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        value = float(number) * units[unit]
+    except (ValueError, KeyError):
+        value = -1.0
+    if not 0 < value < 2**60:
+        raise argparse.ArgumentTypeError(f"expected an amount of memory such as 2GB or 500MB, found {text!r}")
+    return int(value)
+
+
+def limit_memory(candidates: Candidates, limit: int, fixed: int = 0) -> None:
+    """Sets how much is read at once so that the process stays below `limit` bytes, of which `fixed` are needed besides what it holds now."""
+    held = resident()
+    spare = limit - held - fixed - (64 << 20)  # Python objects, message buffers
+    least = UNIT * sum(max(i.dtype.itemsize for i in c.info.values()) for c in candidates)
+    if spare < 5 * least:
+        raise ValueError(
+            f"--max-memory: {limit / 1e9:.2f} GB are not enough: {held / 1e9:.2f} GB are in use, {fixed / 1e9:.2f} GB will be needed, and reading "
+            f"{len(candidates)} candidates takes at least {(5 * least + (64 << 20)) / 1e9:.2f} GB"
+        )
+    candidates.block_bytes = min(candidates.block_bytes, max(least, spare // 5))
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now."""
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmRSS"))
+    return 0
