@@ -22,6 +22,8 @@ from .average import Average
 from .candidates import CandidateError, Candidates
 from .data import seed_all
 from .files import clear_unfinished
+from .heap import heap_findings
+from .memory import limit_memory, parse_bytes, training_bytes
 from .methods import DEFAULT_METHODS, Outcome, Settings, TwaMethod
 from .resolve import PLACEMENTS
 from .state import Store
@@ -83,7 +85,7 @@ def run_average(args: argparse.Namespace) -> None:
     finished = False
     with world.together("reading task and candidates"):
         methods = tuple(TwaMethod.parse(m) for m in args.twa) if args.twa else DEFAULT_METHODS
-        candidates = Candidates(args.candidates)
+        candidates = Candidates(args.candidates, entry=args.entry)
         if world.is_writer:
             finished = is_finished(args.output) and args.resume
             if not finished:
@@ -93,6 +95,8 @@ def run_average(args: argparse.Namespace) -> None:
             if world.is_writer:
                 print(f"{args.output}/ holds a finished result: there is nothing to resume (--overwrite runs it again)")
             return
+        if world.is_writer:
+            check_heap(candidates, args.force)
         seed_all(args.seed)
         task = load_task(args.task, args.seed)
         if args.device != "task":
@@ -112,6 +116,9 @@ def run_average(args: argparse.Namespace) -> None:
     if world.is_writer and not args.resume:
         store.remove()
     job = Average(task, candidates, settings, store=store)
+    if args.max_memory:
+        with world.together("dividing the memory"):
+            limit_memory(candidates, args.max_memory, training_bytes(job.placement, max((m.bits for m in methods), default=0)))
     if len(candidates) == 1 and world.is_writer:
         print(f"twa: one candidate, {candidates[0].path}: there is nothing to learn; it is evaluated and written as it is", file=sys.stderr)
     args.store = store
@@ -125,6 +132,17 @@ def run_average(args: argparse.Namespace) -> None:
     if world.is_writer:
         store.remove()
     world.gather(None)  # nobody leaves before the others are done
+
+
+def check_heap(candidates: Candidates, force: bool) -> None:
+    """A look at samples of the weights: warnings are printed, and a heap whose average is surely nonsense is refused."""
+    findings = heap_findings(candidates)
+    for finding in findings:
+        if force or finding.severity != "error":
+            print(f"twa: {finding}", file=sys.stderr)
+    if not force and (errors := [f for f in findings if f.severity == "error"]):
+        more = f" ({len(errors) - 1} more: see `twa inspect`)" if len(errors) > 1 else ""
+        raise CandidateError(f"{str(errors[0]).removeprefix('error: ')}{more} To average them nevertheless, pass --force.")
 
 
 def is_finished(folder: Path) -> bool:
@@ -208,6 +226,9 @@ def parser() -> argparse.ArgumentParser:
     a.add_argument(
         "--placement", choices=PLACEMENTS, default="auto", help="under torchrun, who holds what: see docs/distributed.md (default: %(default)s)"
     )
+    a.add_argument("--entry", help="key under which torch and DCP checkpoints hold the weights, such as state_dict_ema")
+    a.add_argument("--max-memory", metavar="SIZE", type=parse_bytes, help="most that the process may hold besides activations, such as 8GB")
+    a.add_argument("--force", action="store_true", help="average candidates that a look at samples finds unrelated, or not finite, nevertheless")
     a.add_argument("--sharded", action="store_true", help="also write the result as a torch.distributed.checkpoint directory")
     a.add_argument("--save-every", type=positive(int), default=Settings.save_every, help="steps between saved states (default: %(default)s)")
     a.add_argument("--timeout", type=positive(float), default=600.0, help="seconds after which a silent rank counts as lost (default: %(default)s)")

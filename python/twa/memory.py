@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 
+from . import plan
 from .candidates import UNIT, Candidates
+from .placement import Placement
 
 
 def parse_bytes(text: str) -> int:
@@ -47,6 +49,14 @@ def limit_memory(candidates: Candidates, limit: int, fixed: int = 0) -> None:
             f"{len(candidates)} candidates takes at least {(5 * least + (64 << 20)) / 1e9:.2f} GB"
         )
     candidates.block_bytes = min(candidates.block_bytes, max(least, spare // 5))
+
+
+def training_bytes(placement: Placement, bits: int) -> int:
+    """What training will hold on this rank beside what it holds now: basis, center, gradients, and the best weights so far; without activations."""
+    held = sum(h.shape.numel() for h in placement.held)
+    params, itemsize = sum(t.numel() for t in placement.tensors), placement.tensors[0].element_size()
+    job = plan.Job(params, len(placement.candidates), bits, segments=1, ranks=placement.world.size, weight_bytes=itemsize)
+    return int(plan.memory(job, "replicate" if placement.name == "single" else placement.name)["total"]) - held * itemsize + held * 4
 
 
 def resident() -> int:
