@@ -54,17 +54,19 @@ struct Basis {
 
 py::object pack(const Addresses& rows, const Numbers& row_dtypes, const Addresses& center, const Numbers& center_dtypes, const Numbers& numel,
                 uintptr_t tile_segment, int64_t n, int64_t segments, int bits, bool absmax, uintptr_t codes, uintptr_t scales, uintptr_t sum_sq,
-                uintptr_t max_scale, uintptr_t errors, int threads) {
+                uintptr_t max_scale, uintptr_t errors, const std::vector<double>& weights, int threads) {
   const Table row_table(rows, numel, row_dtypes), center_table(center, numel, center_dtypes);
   if (rows.size() != numel.size() * n || (!center.empty() && center.size() != numel.size())) throw py::value_error("pack: tables of unequal length");
+  if (!weights.empty() && weights.size() != static_cast<size_t>(n)) throw py::value_error("pack: as many weights as rows expected");
   const twa::TensorTable c{center.empty() ? nullptr : center_table.data.data(), numel.data(), center_table.dtype.data(),
                            static_cast<int64_t>(numel.size())};
   twa::Where where{};
   twa::Status status;
   {
     py::gil_scoped_release release;
-    status = twa::pack_cpu(row_table.view(), c, pointer<const int32_t>(tile_segment), n, segments, bits, absmax, pointer<uint8_t>(codes),
-                           pointer<uint16_t>(scales), pointer<double>(sum_sq), pointer<float>(max_scale), pointer<double>(errors), &where, threads);
+    status = twa::pack_cpu(row_table.view(), c, weights.empty() ? nullptr : weights.data(), pointer<const int32_t>(tile_segment), n, segments, bits,
+                           absmax, pointer<uint8_t>(codes), pointer<uint16_t>(scales), pointer<double>(sum_sq), pointer<float>(max_scale),
+                           pointer<double>(errors), &where, threads);
   }
   if (status == twa::Status::not_finite) return py::make_tuple(where.row, where.tensor, where.column);
   check(status);

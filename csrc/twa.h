@@ -51,12 +51,14 @@ Status average_cpu(const TensorTable& rows, const double* weights, float* out, i
 // Packs v = rows - center of tensors that start at tile `first_tile` of the basis.
 //   rows      count * n pointers, the n rows of tensor 0 first
 //   center    count tables, or data == nullptr for no center
+//   weights   null, or (n,) float64: center, float32, is then written first, as average_cpu does, in the same read of the rows
 //   codes     (num_tiles, n, row_bytes) and scales_bf16 (num_tiles, n) of these tensors: scales with 4 significant bits, as bf16
 //   absmax    scale from the largest number of a group (always so at 8 bits), else the least-squares scale for Gaussian levels
 //   sum_sq    (n, L) float64, added to: squared norms;  max_scale (n, L) float32, maximised
 //   errors    (count, 2) float64 or null, added to: squared quantisation error and squared norm of each tensor, all rows
-Status pack_cpu(const TensorTable& rows, const TensorTable& center, const int32_t* tile_segment, int64_t n, int64_t num_segments, int bits,
-                bool absmax, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq, float* max_scale, double* errors, Where* where, int threads);
+Status pack_cpu(const TensorTable& rows, const TensorTable& center, const double* weights, const int32_t* tile_segment, int64_t n,
+                int64_t num_segments, int bits, bool absmax, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq, float* max_scale, double* errors,
+                Where* where, int threads);
 
 // out[k] (n, numel[k]) float32 = dequantised rows.
 Status unpack_cpu(const BasisView& basis, const TensorTable& out, int threads);

@@ -310,3 +310,35 @@ def test_gpu_unpack(bits, basis_of, gpu):
     basis = basis_of(5, bits)
     ours = tk.unpack(gpu.put(basis), gpu.backend)
     assert all(torch.equal(o.cpu(), t) for o, t in zip(ours, tk.unpack(basis), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("numel", [1, 127, 129, 1024, 1025, 8192 + 77, 30_000])
+def test_the_center_in_the_same_read(dtype, numel):
+    """Packing with weights is averaging, then packing: the same bits of center and basis, for rows whose weight is 0, too."""
+    generator = torch.Generator().manual_seed(numel)
+    rows = [torch.randn(numel, generator=generator).to(dtype) for _ in range(5)]
+    weights = [0.25, 0.0, -0.5, 1.0, 0.25]
+    made = []
+    for fused in (True, False):
+        packer, center = tk.Packer(5, [(numel,)]), torch.full((numel,), torch.nan)
+        if not fused:
+            tk.average(rows, weights, center)
+        for begin in range(0, numel, 8192):
+            at = slice(begin, begin + 8192)
+            packer.add_columns([r[at] for r in rows], begin, center[at], weights if fused else None)
+        packer.end_tensor()
+        made.append((packer.finish(), center))
+    (a, center), (b, expected) = made
+    assert torch.equal(center, expected) and torch.equal(a.codes, b.codes) and torch.equal(a.scales.view(torch.uint8), b.scales.view(torch.uint8))
+    assert torch.equal(a.row_scale, b.row_scale) and torch.equal(a.divisor, b.divisor)
+
+
+def test_the_center_in_the_same_read_refuses():
+    packer, rows = tk.Packer(2, [(200,)]), [torch.zeros(200)] * 2
+    with pytest.raises(ValueError, match="found 3 for 2 rows"):
+        packer.add_columns(rows, 0, torch.zeros(200), [1.0, 1.0, 1.0])
+    with pytest.raises(TypeError, match="out: expected torch.float32"):
+        packer.add_columns(rows, 0, torch.zeros(200, dtype=torch.bfloat16), [1.0, 1.0])
+    with pytest.raises(tk.NotFiniteError):
+        packer.add_columns([torch.full((200,), torch.nan), rows[0]], 0, torch.zeros(200), [1.0, 1.0])

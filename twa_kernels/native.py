@@ -109,7 +109,9 @@ def pack(
     sum_sq: Tensor,
     max_scale: Tensor,
     errors: Tensor | None,
+    weights: Sequence[float] = (),
 ) -> tuple[int, int, int] | None:
+    """weights: center is then the rows' weighted average, which is written, in the same read of the rows."""
     rows, center = _contiguous(rows), _contiguous(center)
     n, segments = sum_sq.shape
     return _C.pack(
@@ -126,6 +128,7 @@ def pack(
         sum_sq.data_ptr(),
         max_scale.data_ptr(),
         0 if errors is None else errors.data_ptr(),
+        list(weights),
         torch.get_num_threads(),
     )
 

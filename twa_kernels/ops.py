@@ -119,7 +119,7 @@ def _impl(name: str):
 # pack ------------------------------------------------------------------------------------------------------------
 
 
-def _check_pack(rows, center, numels, tile_segment, bits, quantiser, codes, scales, sum_sq, max_scale, errors, backend) -> None:
+def check_pack(rows, center, numels, tile_segment, bits, quantiser, codes, scales, sum_sq, max_scale, errors, backend) -> None:
     check_bits(bits)
     check_quantiser(quantiser)
     n, device, tiles = sum_sq.shape[0], codes.device, tile_offsets(numels)[-1]
@@ -147,7 +147,7 @@ class NotFiniteError(ValueError):
 
 @_impl("pack")
 def _pack(rows, center, numels, tile_segment, bits, quantiser, codes, scales, sum_sq, max_scale, errors, backend) -> None:
-    _check_pack(rows, center, numels, tile_segment, bits, quantiser, codes, scales, sum_sq, max_scale, errors, backend)
+    check_pack(rows, center, numels, tile_segment, bits, quantiser, codes, scales, sum_sq, max_scale, errors, backend)
     kernel = dispatch.select("pack", codes.device.type, backend)
     bad = kernel(rows, center, numels, tile_segment, bits, quantiser, codes, scales, sum_sq, max_scale, errors)
     if bad is not None:
@@ -156,13 +156,13 @@ def _pack(rows, center, numels, tile_segment, bits, quantiser, codes, scales, su
 
 @torch.library.register_fake("twa_kernels::pack", lib=_library)
 def _pack_fake(rows, center, numels, tile_segment, bits, quantiser, codes, scales, sum_sq, max_scale, errors, backend) -> None:
-    _check_pack(rows, center, numels, tile_segment, bits, quantiser, codes, scales, sum_sq, max_scale, errors, backend)
+    check_pack(rows, center, numels, tile_segment, bits, quantiser, codes, scales, sum_sq, max_scale, errors, backend)
 
 
 # average ---------------------------------------------------------------------------------------------------------
 
 
-def _check_average(rows, weights, out, backend) -> None:
+def check_average(rows, weights, out, backend) -> None:
     if not rows or len(weights) != len(rows):
         raise ValueError(f"weights: expected one number per row, at least one, found {len(weights)} for {len(rows)} rows")
     _check_tensor("out", out, out.shape, torch.float32, rows[0].device)
@@ -171,13 +171,13 @@ def _check_average(rows, weights, out, backend) -> None:
 
 @_impl("average")
 def _average(rows, weights, out, backend) -> None:
-    _check_average(rows, weights, out, backend)
+    check_average(rows, weights, out, backend)
     dispatch.select("average", out.device.type, backend)(rows, weights, out)
 
 
 @torch.library.register_fake("twa_kernels::average", lib=_library)
 def _average_fake(rows, weights, out, backend) -> None:
-    _check_average(rows, weights, out, backend)
+    check_average(rows, weights, out, backend)
 
 
 # unpack ----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import dispatch, native
 from .native import empty_for_streaming
-from .ops import NotFiniteError, check_bits, check_quantiser
+from .ops import NotFiniteError, check_average, check_bits, check_pack, check_quantiser
 from .reference import MAX_ROWS, TILE, num_tiles, tile_offsets
 
 NORMALIZE = ("row", "segment", "none")
@@ -161,7 +162,7 @@ class Packer:
         sink: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> None:
         """sink: called with (first tile, codes (tiles, n, 16 * bits), scales (tiles, n) bfloat16) of each part as it is packed, instead of keeping
-        them: memory is then one part. `Scaling` finishes such scales."""
+        them: memory is then one part, which is written over by the next. `Scaling` finishes such scales."""
         check_bits(bits)
         check_quantiser(quantiser)
         if not 1 <= n <= MAX_ROWS:
@@ -177,6 +178,7 @@ class Packer:
         self.num_segments = int(given.max()) + 1 if given is not None else len(numels)
         tiles = self._offsets[-1]
         self.sink = sink
+        self._part: tuple[Tensor, Tensor] | None = None
         kept = tiles if sink is None else 0
         self.codes = empty_for_streaming((kept, n, 16 * bits), device)
         self.scales = torch.zeros(kept, n, dtype=torch.bfloat16, device=device)
@@ -201,10 +203,11 @@ class Packer:
         self._pack(k, rows, center, 0)
         self._next += 1
 
-    def add_columns(self, rows: Sequence[Tensor] | Tensor, begin: int, center: Tensor | None = None) -> None:
+    def add_columns(self, rows: Sequence[Tensor] | Tensor, begin: int, center: Tensor | None = None, weights: Sequence[float] | None = None) -> None:
         """Packs columns [begin, begin + count) of the next tensor, begin a multiple of 128: rows (n, count), or n tensors of count elements, minus
         center (count,). A tensor's columns come in order, in parts that end on multiples of 128 or the tensor's end; then `end_tensor`. Parts
-        that end on multiples of 8192 give the bits of the whole (else squared norms may differ in their last one)."""
+        that end on multiples of 8192 give the bits of the whole (else squared norms may differ in their last one). weights: n numbers; center,
+        contiguous float32, is then written: the rows' weighted average as `twa_kernels.average` makes it, on CPUs in the same read of the rows."""
         if self._next == len(self.shapes):
             raise ValueError(f"Packer: all {len(self.shapes)} tensors were added already")
         rows = list(rows.unbind(0)) if isinstance(rows, Tensor) else list(rows)
@@ -215,7 +218,7 @@ class Packer:
             raise ValueError(
                 f"tensor {self._next}: expected {self.n} rows and whole tiles of its {numel} columns, found {len(rows)} of {count} at {begin}"
             )
-        self._pack(self._next, rows, center, begin)
+        self._pack(self._next, rows, center, begin, weights)
         self._filled += count
 
     def end_tensor(self) -> None:
@@ -255,30 +258,33 @@ class Packer:
             mine.copy_(t)
         self._next, self._filled = tensor, column
 
-    def _pack(self, k: int, rows: list[Tensor], center: Tensor | None, begin: int) -> None:
+    def _pack(self, k: int, rows: list[Tensor], center: Tensor | None, begin: int, weights: Sequence[float] | None = None) -> None:
         first, tiles = self._offsets[k] + begin // TILE, num_tiles(rows[0].numel())
         at = slice(first, first + tiles)
         if self.sink is None:
             codes, scales = self.codes[at], self.scales[at]
         else:
-            device = self.tile_segment.device
-            codes = torch.empty(tiles, self.n, 16 * self.bits, dtype=torch.uint8, device=device)
-            scales = torch.zeros(tiles, self.n, dtype=torch.bfloat16, device=device)
+            if self._part is None or len(self._part[0]) < tiles:  # made once: fresh memory costs more than packing into it
+                device = self.tile_segment.device
+                self._part = (
+                    empty_for_streaming((tiles, self.n, 16 * self.bits), device),
+                    torch.empty(tiles, self.n, dtype=torch.bfloat16, device=device),
+                )
+            codes, scales = (t[:tiles] for t in self._part)
+            scales.zero_()
+        errors = None if self.errors is None else self.errors[k : k + 1]
+        outputs = (codes, scales, self.sum_sq, self.max_scale, errors)
+        operands = (rows, [] if center is None else [center], [rows[0].numel()], self.tile_segment[at], self.bits, self.quantiser, *outputs)
         try:
-            torch.ops.twa_kernels.pack(
-                rows,
-                [] if center is None else [center],
-                [rows[0].numel()],
-                self.tile_segment[at],
-                self.bits,
-                self.quantiser,
-                codes,
-                scales,
-                self.sum_sq,
-                self.max_scale,
-                None if self.errors is None else self.errors[k : k + 1],
-                self.backend,
-            )
+            if weights is not None and dispatch.select("pack", codes.device.type, self.backend) is native.pack:
+                check_average(rows, weights, center, self.backend)
+                check_pack(*operands, self.backend)
+                if bad := native.pack(*operands, weights=weights):
+                    raise NotFiniteError(*bad)
+            else:
+                if weights is not None:
+                    torch.ops.twa_kernels.average(rows, list(weights), center, self.backend)
+                torch.ops.twa_kernels.pack(*operands, self.backend)
         except NotFiniteError as error:
             raise NotFiniteError(error.row, k, begin + error.column) from None
         if self.sink is not None:

@@ -1,44 +1,24 @@
 // average:  out[j] = sum_i weights[i] * rows[i][j], summed in float64 in the order of the rows, rounded once to float32.
 //
-// Operands   rows: n tables of equal length, each float32, bfloat16 or float16; weights (n,) float64, rows of weight 0 are not read; out (D,) float32.
-// Work map   one item = kSpan columns; an item's float64 sums stay in the first-level cache while it goes over the rows.
-// Bytes      n * D * input read, D * 4 written.
-#include <algorithm>
-
-#include "common.h"
+// Operands   rows: n tables of equal length, each float32, bfloat16 or float16; weights (n,) float64, rows of weight 0 are not read; out (D,)
+// float32. Work map   one item = kSpan columns; an item's float64 sums stay in the first-level cache while it goes over the rows. Bytes      n * D *
+// input read, D * 4 written.
+#include "average.h"
 
 namespace twa {
 namespace {
 
-constexpr int64_t kSpan = 1024;  // columns: a page of float32 per row, 8 KiB of sums
-constexpr int kSpansPerItem = 8;
-
-TWA_INLINE void average_span(const TensorTable& rows, const double* weights, int64_t begin, int count, float* __restrict__ out) {
-  alignas(64) double sum[kSpan];
-  alignas(64) float v[kTileColumns];
-  for (int c = 0; c < kSpan; ++c) sum[c] = 0.0;
-  for (int64_t i = 0; i < rows.count; ++i) {
-    const double w = weights[i];
-    if (w == 0.0) continue;
-    for (int t = 0; t < count; t += kTileColumns) {
-      const int valid = std::min(kTileColumns, count - t);
-      load_tile(rows.dtype[i], rows.data[i], begin + t, valid, v);
-      double* s = sum + t;
-      for (int c = 0; c < kTileColumns; ++c) s[c] += w * static_cast<double>(v[c]);  // padding is 0; kSpan is a multiple of a tile
-    }
-  }
-  for (int c = 0; c < count; ++c) out[c] = static_cast<float>(sum[c]);
-}
+constexpr int64_t kSpansPerItem = 8;
 
 void average_portable(const TensorTable& rows, const double* weights, int64_t begin, int count, float* out) {
-  average_span(rows, weights, begin, count, out);
+  average_span(rows, 0, rows.count, weights, begin, count, out);
 }
 #ifdef TWA_X86
 TWA_AVX2 void average_avx2(const TensorTable& rows, const double* weights, int64_t begin, int count, float* out) {
-  average_span(rows, weights, begin, count, out);
+  average_span(rows, 0, rows.count, weights, begin, count, out);
 }
 TWA_AVX512 void average_avx512(const TensorTable& rows, const double* weights, int64_t begin, int count, float* out) {
-  average_span(rows, weights, begin, count, out);
+  average_span(rows, 0, rows.count, weights, begin, count, out);
 }
 #endif
 
@@ -63,7 +43,7 @@ Status average_cpu(const TensorTable& rows, const double* weights, float* out, i
   parallel_for((columns + per_item - 1) / per_item, threads, [&](int64_t item) {
     const int64_t end = std::min(columns, (item + 1) * per_item);
     for (int64_t begin = item * per_item; begin < end; begin += kSpan)
-      kernel(rows, weights, begin, static_cast<int>(std::min(kSpan, end - begin)), out + begin);
+      kernel(rows, weights, begin, static_cast<int>(std::min<int64_t>(kSpan, end - begin)), out + begin);
   });
   return Status::ok;
 }

@@ -11,6 +11,7 @@
 //            one chain of dependent operations, so AVX-512 works on two groups at a time.
 #include <algorithm>
 
+#include "average.h"
 #include "decode.h"
 
 namespace twa {
@@ -285,6 +286,7 @@ TWA_AVX512 inline void stream_out(const uint8_t* from, uint8_t* to, int64_t byte
 struct Job {
   const TensorTable& rows;
   const TensorTable& center;
+  const double* weights;  // null: center is given; else it is the rows' weighted average, which is written
   int64_t n;
   bool absmax;
   bool report;
@@ -314,7 +316,7 @@ TWA_INLINE double squared_error(const float* __restrict__ row, const float* __re
   return sum;
 }
 
-constexpr int kChunk = 8;                             // tiles: a page of float32 of each row
+constexpr int kChunk = kSpan / kTileColumns;          // tiles: a page of float32 of each row
 constexpr int64_t kBufferBytes = int64_t{256} << 10;  // of packed bytes, within the second-level cache
 
 // Quantiser: quantise(row, center, valid, ...) for `count` groups, 1 or 2; copy(...) writes the buffer out.
@@ -333,8 +335,14 @@ TWA_INLINE void pack_block(const Job& job, const Block& block, Sums* sums, const
     int valid[kChunk];
     for (int64_t t = 0; t < tiles; ++t) {
       valid[t] = valid_columns(sizes, block, t0 + t);
-      if (job.center.data)
+      if (job.center.data && !job.weights)
         load_tile(job.center.dtype[block.tensor], job.center.data[block.tensor], column + t * kTileColumns, valid[t], center + t * kTileColumns);
+    }
+    if (job.weights) {  // the rows are then read again from the second-level cache
+      const int count = static_cast<int>((tiles - 1) * kTileColumns + valid[tiles - 1]);
+      average_span(job.rows, block.tensor * n, n, job.weights, column, count, center);
+      std::memcpy(static_cast<float*>(job.center.data[block.tensor]) + column, center, static_cast<size_t>(count) * sizeof(float));
+      std::fill(center + count, center + tiles * kTileColumns, 0.0f);
     }
     for (int64_t i = 0; i < n; ++i) {
       const int64_t source = block.tensor * n + i;
@@ -434,10 +442,13 @@ int64_t first_bad_column(const Job& job, const Block& block, int64_t row, int64_
 
 }  // namespace
 
-Status pack_cpu(const TensorTable& rows, const TensorTable& center, const int32_t* tile_segment, int64_t n, int64_t num_segments, int bits,
-                bool absmax, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq, float* max_scale, double* errors, Where* where, int threads) {
+Status pack_cpu(const TensorTable& rows, const TensorTable& center, const double* weights, const int32_t* tile_segment, int64_t n,
+                int64_t num_segments, int bits, bool absmax, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq, float* max_scale, double* errors,
+                Where* where, int threads) {
   if (!valid_bits(bits) || n < 1 || n > kMaxRows || rows.count != center.count * n || total_tiles(center) < 0) return Status::bad_argument;
-  const Job job{rows, center, n, absmax, errors != nullptr, codes, scales_bf16};
+  if (weights && (!center.data || std::any_of(center.dtype, center.dtype + center.count, [](Dtype d) { return d != Dtype::f32; })))
+    return Status::bad_argument;
+  const Job job{rows, center, weights, n, absmax, errors != nullptr, codes, scales_bf16};
   // Blocks of the center's geometry; an absent center still has sizes.
   std::vector<void*> present(center.count, codes);
   const std::vector<Block> blocks = make_blocks({present.data(), center.numel, center.dtype, center.count}, tile_segment);

@@ -259,6 +259,9 @@ class Average:
         best_loss, best_x = math.inf, subspace.coefficients.detach().clone()
         before = 0.0  # seconds, in an earlier process
         if saved is not None:
+            mine = {"best_x": best_x, "schedule": schedule.state_dict(), "buffers": dict(self.model.named_buffers())}
+            self.store.check_like(saved, mine)
+            self.store.check_like(saved["optimizer"], {k: v for k, v in optimizer.state_dict().items() if k in ("coefficients", "param_groups")})
             curve, val_curve, best_loss, before = saved["curve"], saved["val_curve"], saved["best_loss"], saved["seconds"]
             best_x.copy_(saved["best_x"])
             optimizer.load_state_dict(saved["optimizer"])

@@ -3,6 +3,8 @@ has the layout. Everything in it is checked before it is used."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import json
 import math
@@ -20,7 +22,7 @@ from twa_kernels.packed import NORMALIZE
 from twa_kernels.reference import BITS, MAX_ROWS, tile_offsets
 
 from .candidates import BLOCK_BYTES, CandidateError
-from .files import DTYPE_NAMES, SAFETENSORS_DTYPES, sync_folder
+from .files import DTYPE_NAMES, SAFETENSORS_DTYPES, lock, sync_folder
 from .formats import parse_json, read_header, read_safetensors
 from .layout import Layout
 from .mapped import MAX_ELEMENTS, Stored, TensorInfo, first_line
@@ -114,11 +116,11 @@ def unrounded(dtype: torch.dtype) -> torch.dtype:
 
 
 class Writer:
-    """A basis that is written part by part beside its place (NAME.partial) and put there when it is whole."""
+    """A basis that is written part by part beside its place (`partial`, by default NAME.partial) and put there when it is whole."""
 
-    def __init__(self, path: Path, contents: Contents) -> None:
+    def __init__(self, path: Path, contents: Contents, partial: Path | None = None) -> None:
         self.path, self.contents = path, contents
-        self.partial = path.with_name(path.name + ".partial")
+        self.partial = partial or path.with_name(path.name + ".partial")
         self.info = contents.tensors()
         header: dict[str, object] = {"__metadata__": {"format": "pt", "twa": json.dumps(contents.as_json())}}
         end, self.offsets = 0, {}
@@ -130,15 +132,25 @@ class Writer:
         self.header, self.size = len(text).to_bytes(8, "little") + text, 8 + len(text) + end
         self._file = None
 
+    def lock(self) -> None:
+        """Opens the file, whatever is in it. BasisError if another process is writing it: the two would damage each other's."""
+        self._file = open(os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115 (closed in finish and close)
+        if not (lock(self._file) and self._is_at(self.partial)):
+            self.close()
+            raise BasisError(f"{self.partial}: another process is writing it")
+
     def open(self, keep: bool = False) -> None:
-        """Starts the file, or goes on with the one that is there. OSError if the disk has no room for it."""
-        there = self.partial.stat().st_blocks * 512 if keep and self.partial.exists() else 0
-        if (free := shutil.disk_usage(self.path.parent).free + there) < self.size:
-            raise OSError(28, f"the disk has {free / 1e9:.2f} GB left, the packed basis takes {self.size / 1e9:.2f} GB", str(self.path))
-        self._file = open(self.partial, "r+b" if keep else "w+b")  # noqa: SIM115 (closed in finish and close)
-        self._file.seek(0)
-        self._file.write(self.header)
-        self._file.truncate(self.size)
+        """Starts the locked file, or goes on with what is in it. OSError if the disk has no room for it."""
+        there = os.fstat(self._file.fileno())
+        if (free := shutil.disk_usage(self.path.parent).free + there.st_blocks * 512) < self.size:
+            text = f"the disk has {free / 1e9:.2f} GB left, the packed basis takes {self.size / 1e9:.2f} GB"
+            raise OSError(errno.ENOSPC, text, str(self.path))
+        if keep and (there.st_size != self.size or self._file.read(len(self.header)) != self.header):
+            raise BasisError(f"{self.partial}: not the {self.size} bytes of an unfinished basis of these candidates; pass --overwrite to start anew")
+        if not keep:
+            self._file.truncate(0)
+            self._file.write(self.header)
+            self._file.truncate(self.size)
 
     def put(self, name: str, t: Tensor, first: int = 0) -> None:
         """Elements from `first` on."""
@@ -157,13 +169,25 @@ class Writer:
 
     def finish(self) -> None:
         self.sync()
-        self._file.close()
-        os.replace(self.partial, self.path)
+        os.replace(self.partial, self.path)  # still locked: nobody may start it anew in between
         sync_folder(self.path.parent)
 
+    @property
+    def finished(self) -> bool:
+        """Whether the locked file is at its place."""
+        return self._is_at(self.path)
+
+    def _is_at(self, path: Path) -> bool:
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
+
     def close(self) -> None:
+        """What is not finished may be lost."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
 
 
 # Reading ------------------------------------------------------------------------------------------------------------------

@@ -38,9 +38,10 @@ def build(
         for _, block in next(tensors)[1]:
             center = centers[k].view(-1)[block.begin : block.end]
             try:
-                center.copy_(place.center(k, block.rows, weights))
                 if packer:
-                    packer.add_columns(block.rows, block.begin, center)
+                    place.pack(packer, k, block, weights, center)
+                else:
+                    center.copy_(place.center(k, block.rows, weights))
             except tk.NotFiniteError as error:
                 raise not_finite(place.candidates[place.rows], key, place.read(k)) from error
             if progress:

@@ -28,7 +28,7 @@ from .mapped import CandidateError, Part, TensorInfo
 
 __all__ = ["Block", "Blocks", "Candidate", "CandidateError", "Candidates", "Part", "TensorInfo", "average_into", "check_info", "check_same"]
 
-BLOCK_BYTES = 32 << 20  # of all candidates together: a read that pays on any disk, and little memory
+BLOCK_BYTES = 64 << 20  # of all candidates together: a read that pays on any disk, and little memory
 UNIT = 8192  # columns: what blocks are multiples of; the kernels' sums have the same bits wherever a block ends
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of a file, for its fingerprint
 #: prefixes that wrappers (DataParallel, torch.compile) put before every key

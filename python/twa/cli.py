@@ -39,7 +39,7 @@ def check_output(folder: Path, overwrite: bool, resume: bool = False) -> None:
     """Raises OutputError unless `folder` can be made and written, and is empty, may be overwritten, or holds a state to continue."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: expected a directory for the output, found a file")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite and not (resume and (folder / Store.NAME).exists()):
+    if folder.is_dir() and any(not _is_left_over(p) for p in folder.iterdir()) and not overwrite and not (resume and (folder / Store.NAME).exists()):
         if (folder / Store.NAME).exists():
             raise OutputError(f"{folder}: holds the state of an unfinished run; pass --resume to continue it, or --overwrite to start anew")
         raise OutputError(f"{folder}: the output directory is not empty; pass --overwrite to replace what is in it, or choose another")
@@ -49,6 +49,11 @@ def check_output(folder: Path, overwrite: bool, resume: bool = False) -> None:
             pass
     except OSError as error:
         raise OutputError(f"{folder}: the output directory cannot be written ({error.strerror})") from error
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether a process may have left it that was killed before there was a state to continue from."""
+    return (path.name.startswith(".") and path.suffix == ".tmp") or path.match(Store.BEST)
 
 
 def finish(folder: Path, outcome: Outcome, task: Task, candidates: Candidates, sharded: bool = False) -> None:
@@ -93,6 +98,7 @@ def run_average(args: argparse.Namespace) -> None:
             clear_unfinished(args.output, [*report.FILES, Store.NAME, Store.BEST])
         if world.share(finished):
             if world.is_writer:
+                Store(args.output, resume=False).remove()  # of a process that was killed while it did that
                 print(f"{args.output}/ holds a finished result: there is nothing to resume (--overwrite runs it again)")
             return
         if world.is_writer:
@@ -129,6 +135,7 @@ def run_average(args: argparse.Namespace) -> None:
             store.remove(unless_resumed=True)  # other files will make another run
         raise
     finish(args.output, outcome, task, candidates, args.sharded)
+    args.how_to_go_on = lambda: f"the result is in {args.output}/"
     if world.is_writer:
         store.remove()
     world.gather(None)  # nobody leaves before the others are done
@@ -278,7 +285,7 @@ def _main(argv: list[str] | None) -> int:
         return 2
     except KeyboardInterrupt:
         if World.find().is_writer:
-            print(f"twa: stopped; {_how_to_go_on(args) or 'no result was written'}", file=sys.stderr)
+            print(f"twa: stopped; {_how_to_go_on(args) or 'no result was written: start again with the same command'}", file=sys.stderr)
         return 130
     except RuntimeError as error:
         if not isinstance(error, DistributedError):
@@ -298,8 +305,9 @@ def _main(argv: list[str] | None) -> int:
 def _how_to_go_on(args: argparse.Namespace) -> str:
     if (how := getattr(args, "how_to_go_on", None)) is not None:
         return how()
-    store = getattr(args, "store", None)
-    return f"continue with the same command and --resume ({store.path})" if store is not None and store.path.exists() else ""
+    if (store := getattr(args, "store", None)) is None or not store.path.exists():
+        return ""
+    return f"continue with the same command and --resume{' in place of --overwrite' if args.overwrite else ''} ({store.path})"
 
 
 if __name__ == "__main__":

@@ -3,38 +3,18 @@ accepted."""
 
 from __future__ import annotations
 
-import io
-import pickle
-import sys
-from collections import OrderedDict
+import itertools
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 
-from .mapped import CandidateError, MappedFile, Pieces, Source, Stored, TensorInfo, covered
-from .torch_files import Window, bytes_of, load, stored, zip_records
+from .mapped import CandidateError, MappedFile, Pieces, Source, Stored, TensorInfo, are_sizes, check_name, covered, first_line, is_file_name
+from .torch_files import MAX_DEPTH, Archive, Described, ordered
+from .unpickle import INERT, MAX_PICKLE, Made, Name, Refused, unpickle
 
 METADATA = ".metadata"
-MAX_METADATA = 256 << 20
-
-
-class _Record:
-    """Stands for any class of the metadata: keeps what was stored, does nothing."""
-
-    fields: object = ()  # of one that is made without a call
-
-    def __init__(self, *arguments: object) -> None:
-        self.fields = arguments
-
-    def __setstate__(self, state: object) -> None:
-        self.fields = state
-
-    def get(self, name: str) -> object:
-        return self.fields.get(name) if isinstance(self.fields, dict) else None
-
-
-_RECORDS = {
+_CLASSES = {
     "torch.distributed.checkpoint.metadata": (
         "Metadata",
         "TensorStorageMetadata",
@@ -51,42 +31,24 @@ _RECORDS = {
     "pathlib._local": ("PosixPath", "WindowsPath", "Path", "PurePosixPath", "PureWindowsPath"),
     "torch.storage": ("_LegacyStorage",),
 }
-
-
-class _Properties(_Record):
-    """TensorProperties stores itself as a tuple: dtype first."""
-
-    @property
-    def dtype(self) -> object:
-        return self.fields[0] if isinstance(self.fields, tuple) and self.fields else self.get("dtype")
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> object:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) == ("torch", "Size"):
-            return tuple
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if name == "TensorProperties" and name in _RECORDS.get(module, ()):
-            return _Properties
-        if name in _RECORDS.get(module, ()):
-            return _Record
-        raise pickle.UnpicklingError(f"refused: it asks for {module}.{name}")
+_NAMES = {f"{module}.{name}": INERT for module, names in _CLASSES.items() for name in names}
+_NAMES |= {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+_NAMES |= {"torch.Size": Name(tuple), "collections.OrderedDict": Name(ordered)}
 
 
 def read(folder: Path) -> tuple[dict[str, object], tuple[Path, ...]]:
     """Nested dicts with a Source for each tensor, as they were given to torch.distributed.checkpoint.save; and the files."""
     path = folder / METADATA
-    if path.stat().st_size > MAX_METADATA:
-        raise CandidateError(f"{path}: expected at most {MAX_METADATA} bytes, found {path.stat().st_size}")
+    if path.stat().st_size > MAX_PICKLE:
+        raise CandidateError(f"{path}: expected at most {MAX_PICKLE} bytes, found {path.stat().st_size}")
     try:
-        metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        metadata, _ = unpickle(path.read_bytes(), _NAMES)
+    except Refused as error:
+        raise CandidateError(f"{path}: refused: {error}, which the metadata of a torch.distributed.checkpoint never do") from error
     except Exception as error:  # whatever a damaged pickle sets off
-        raise CandidateError(f"{path}: not the metadata of a torch.distributed.checkpoint ({type(error).__name__}: {str(error)[:200]})") from error
+        raise CandidateError(f"{path}: not the metadata of a torch.distributed.checkpoint ({type(error).__name__}: {first_line(error)})") from error
     tensors, storage, plan = (
-        metadata.get(k) if isinstance(metadata, _Record) else None for k in ("state_dict_metadata", "storage_data", "planner_data")
+        metadata.get(k) if isinstance(metadata, Made) else None for k in ("state_dict_metadata", "storage_data", "planner_data")
     )
     if not isinstance(tensors, dict) or not isinstance(storage, dict):
         raise CandidateError(f"{path}: expected the metadata of a torch.distributed.checkpoint, found {type(metadata).__name__}")
@@ -97,18 +59,30 @@ class _Reader:
     def __init__(self, folder: Path, storage: Mapping[object, object]) -> None:
         self.folder = folder
         self.files: dict[str, MappedFile] = {}
-        self.places: dict[tuple[object, object], _Record] = {}
+        self.places: dict[tuple[object, object], Made] = {}
         for index, place in storage.items():
-            if isinstance(index, _Record) and isinstance(place, _Record):
-                self.places[index.get("fqn"), index.get("offset")] = place
+            if isinstance(index, Made) and isinstance(place, Made):
+                name, offset = index.get("fqn"), index.get("offset")
+                if isinstance(name, str) and (offset is None or _sizes(offset)):
+                    self.places[name, offset] = place
+        self.archives: dict[tuple[object, object, object], Archive] = {}
+        self._check_apart()
+
+    def _check_apart(self) -> None:
+        """Records of their own bytes each: all of them are then read in the time that the files take."""
+        spans = {tuple(place.get(k) for k in _PLACE) for place in self.places.values() if _is_place(place)}
+        for (file, begin, length), (other, after, _) in itertools.pairwise(sorted(spans)):
+            if file == other and begin + length > after:
+                raise CandidateError(f"{self.folder / METADATA}: its records overlap")
 
     def nested(self, tensors: Mapping[object, object], plan: Mapping[object, object]) -> tuple[dict[str, object], tuple[Path, ...]]:
         out: dict[str, object] = {}
         for name, description in tensors.items():
-            if not isinstance(name, str) or not isinstance(description, _Record) or not isinstance(description.get("chunks"), list):
+            if not isinstance(name, str) or not isinstance(description, Made) or not isinstance(description.get("chunks"), list):
                 continue  # bytes: counters, learning rates, ...
+            check_name(name, self.folder)
             steps = plan.get(name)
-            if not isinstance(steps, tuple) or not steps or not all(isinstance(s, str | int) for s in steps):
+            if not isinstance(steps, tuple) or not 0 < len(steps) <= MAX_DEPTH or not all(isinstance(s, str | int) for s in steps):
                 steps = (name,)
             at = out
             for step in steps[:-1]:
@@ -120,16 +94,16 @@ class _Reader:
             at[str(steps[-1])] = self.tensor(name, description)
         return out, (self.folder / METADATA, *(self.folder / name for name in self.files))
 
-    def tensor(self, name: str, description: _Record) -> Source:
+    def tensor(self, name: str, description: Made) -> Source:
         where = f"{self.folder}: tensor {name!r}"
         shape, properties = description.get("size"), description.get("properties")
-        dtype = properties.dtype if isinstance(properties, _Properties) else None
-        if not _is_sizes(shape) or not isinstance(dtype, torch.dtype):
+        dtype = _dtype(properties)
+        if not _sizes(shape) or not isinstance(dtype, torch.dtype):
             raise CandidateError(f"{where}: expected a shape and a dtype")
         blocks = []
         for chunk in description.get("chunks"):
-            offsets, sizes = (chunk.get(k) if isinstance(chunk, _Record) else None for k in ("offsets", "sizes"))
-            if not _is_sizes(offsets) or not _is_sizes(sizes):
+            offsets, sizes = (chunk.get(k) if isinstance(chunk, Made) else None for k in ("offsets", "sizes"))
+            if not _sizes(offsets) or not _sizes(sizes):
                 raise CandidateError(f"{where}: expected offsets and sizes of each block")
             blocks.append((offsets, sizes))
         if not covered(shape, blocks):
@@ -142,16 +116,11 @@ class _Reader:
     def block(self, name: str, offsets: tuple[int, ...], info: TensorInfo, where: str) -> Stored:
         """One record: a tensor written by torch.save at some bytes of a file."""
         place = self.places.get((name, offsets)) or self.places.get((name, None))
-        file, begin, length = (place.get(k) if place else None for k in ("relative_path", "offset", "length"))
-        if (
-            not isinstance(file, str)
-            or not _is_sizes((begin, length))
-            or file != PurePosixPath(file).name
-            or "\\" in file
-            or "\0" in file
-            or file in ("", "..")
-        ):
-            raise CandidateError(f"{where}: expected the name of a file in the directory, found {file!r}")
+        if place is None or not _is_place(place):
+            raise CandidateError(f"{where}: expected the name of a file, and where in it the tensor is")
+        file, begin, length = (place.get(k) for k in _PLACE)
+        if not is_file_name(file):
+            raise CandidateError(f"{where}: expected the name of a file in the directory, found {file[:200]!r}")
         if place.get("transform_descriptors"):
             raise CandidateError(f"{where}: it is compressed or otherwise transformed, which is not supported: save it without extensions")
         path = self.folder / file
@@ -161,18 +130,30 @@ class _Reader:
             self.files[file] = MappedFile(path)
         if begin + length > self.files[file].size:
             raise CandidateError(f"{path}: not complete: {where} needs bytes {begin} to {begin + length} of {self.files[file].size}")
-        records = zip_records(path, begin, length, f"{path} ({name!r})")
-        if "byteorder" in records and bytes_of(path, *records["byteorder"]) != sys.byteorder.encode():
-            raise CandidateError(f"{path}: written on a machine of the other byte order, which is not supported")
-        with open(path, "rb") as f:
-            t = load(io.BufferedReader(Window(f, begin, length)), path, map_location="meta")
-        if not isinstance(t, torch.Tensor):
-            raise CandidateError(f"{where}: expected a tensor, found {type(t).__name__}")
-        source = stored(t, self.files[file], begin, dict(records.values()), where)
-        if source.info != info or not isinstance(source, Stored):
+        if (file, begin, length) not in self.archives:
+            self.archives[file, begin, length] = Archive(self.files[file], begin, length, f"{path} ({name!r})")
+        archive = self.archives[file, begin, length]
+        if not isinstance(archive.content, Described):
+            raise CandidateError(f"{where}: expected a tensor, found {type(archive.content).__name__}")
+        source = archive.place(archive.content)
+        if source.info != info:
             raise CandidateError(f"{where}: expected a block {info}, found {source.info}")
         return source
 
 
-def _is_sizes(value: object) -> bool:
-    return isinstance(value, tuple) and all(type(v) is int and 0 <= v < 1 << 60 for v in value)
+_PLACE = ("relative_path", "offset", "length")
+
+
+def _is_place(place: Made) -> bool:
+    file, *numbers = (place.get(k) for k in _PLACE)
+    return isinstance(file, str) and are_sizes(numbers)
+
+
+def _dtype(properties: object) -> object:
+    """TensorProperties stores itself as a tuple: dtype first."""
+    state = properties.state if isinstance(properties, Made) else None
+    return state[0] if isinstance(state, tuple) and state else state.get("dtype") if isinstance(state, dict) else None
+
+
+def _sizes(value: object) -> bool:
+    return isinstance(value, tuple) and are_sizes(value)

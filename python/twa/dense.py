@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twa_kernels import NotFiniteError, Packer
+from twa_kernels import NotFiniteError, Packer, average
 from twa_kernels.packed import row_divisor
 
 
@@ -80,8 +80,11 @@ class DensePacker:
         self.sum_sq = torch.zeros(n, max(self.segments, default=-1) + 1, dtype=torch.float64)
         self.max_scale = torch.zeros(0)  # nothing to agree on, unlike twa_kernels.Packer
 
-    def add_columns(self, rows: Tensor | Sequence[Tensor], begin: int, center: Tensor | None = None) -> None:
-        """Columns from `begin` on of the next tensor, minus center: n rows of as many elements; then `end_tensor`."""
+    def add_columns(self, rows: Tensor | Sequence[Tensor], begin: int, center: Tensor | None = None, weights: Sequence[float] | None = None) -> None:
+        """Columns from `begin` on of the next tensor, minus center: n rows of as many elements; then `end_tensor`. weights: center is written first,
+        as the rows' weighted average."""
+        if weights is not None:
+            average(list(rows), weights, center)
         k, count = len(self.rows), rows[0].numel()
         if self.filling is None:
             self.filling = torch.empty(len(self.sum_sq), self.shapes[k].numel())

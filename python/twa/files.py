@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
+import glob
 import io
 import json
 import math
@@ -10,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors.torch import save_file
@@ -29,6 +33,7 @@ SAFETENSORS_DTYPES = {
     "C64": torch.complex64,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 def sync_folder(folder: Path) -> None:
@@ -41,14 +46,48 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def lock(file: BinaryIO) -> bool:
+    """Makes this process the only one that writes the open file, until it closes it or is killed; False if another one does. True where the file
+    system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def temporary_of(path: Path) -> Path:
+    """Where this process writes what will be put at `path`. What killed processes have left there is removed."""
+    for file in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = file.name.split(".")[-2]
+        if pid.isdecimal() and (int(pid) == os.getpid() or not _is_running(int(pid))):
+            file.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     try:
         write(temporary)
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -85,25 +124,43 @@ def clear_unfinished(folder: Path, names: Iterable[str]) -> None:
     """Removes what a killed process was writing under these names in `folder`, and puts back a directory that it was replacing."""
     for name in names:
         for path in [*folder.glob(f".{name}.*.tmp"), folder / f".{name}.tmp"]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            _remove(path)
         aside, target = folder / f".{name}.old", folder / name
         if aside.exists():
-            shutil.rmtree(aside) if target.exists() else os.rename(aside, target)
+            _remove(aside) if target.exists() else os.rename(aside, target)
+
+
+def _remove(path: Path) -> None:
+    """A file, a link, or a directory and all in it."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Puts a complete directory in the place of an older one, which is moved aside first and removed last."""
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with open(file, "rb+") as f:
+    """Puts a complete directory in the place of an older one, in one step where the system can swap two paths. Elsewhere the older one is moved
+    aside first and removed last."""
+    for path in (*temporary.rglob("*"), temporary):
+        if path.is_dir():
+            sync_folder(path)
+        elif path.is_file():
+            with open(path, "rb+") as f:
                 os.fsync(f.fileno())
     aside = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if folder.exists():
+    if not folder.exists():
+        os.rename(temporary, folder)
+    elif not _swap(temporary, folder):
+        _remove(aside)
         os.rename(folder, aside)
-    os.rename(temporary, folder)
+        os.rename(temporary, folder)
     sync_folder(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the next run removes it
+        _remove(aside)
+        _remove(temporary)  # after a swap the older one
+
+
+def _swap(a: Path, b: Path) -> bool:
+    """Exchanges two paths, so that each is there at any time; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and rename(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from . import dcp
 from .files import SAFETENSORS_DTYPES
-from .mapped import MAX_ELEMENTS, CandidateError, MappedFile, Source, Stored, TensorInfo, first_line
+from .mapped import MAX_ELEMENTS, MAX_NAME, CandidateError, MappedFile, Source, Stored, TensorInfo, are_sizes, first_line, is_file_name
 from .torch_files import read_torch
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -88,6 +89,8 @@ def _one_file(path: Path, entry: str | None) -> dict[str, Source]:
 
 def read_json(path: Path, expected: str = "expected JSON") -> object:
     """A JSON file of at most MAX_HEADER bytes."""
+    if not path.is_file():
+        raise CandidateError(f"{path}: {expected}, in a regular file")
     if path.stat().st_size > MAX_HEADER:
         raise CandidateError(f"{path}: {expected}, of at most {MAX_HEADER} bytes, found {path.stat().st_size}")
     try:
@@ -105,8 +108,8 @@ def _indexed(index: Path, entry: str | None) -> Checkpoint:
     tensors: dict[str, Source] = {}
     paths = []
     for name in sorted(set(weight_map.values())):
-        if "/" in name or "\\" in name or "\0" in name or name in ("", ".", "..") or Path(name).name != name:
-            raise CandidateError(f"{index}: shard {name!r} is not the name of a file beside the index")
+        if not is_file_name(name):
+            raise CandidateError(f"{index}: shard {name[:200]!r} is not the name of a file beside the index")
         path = index.parent / name
         if not path.is_file():
             raise CandidateError(f"{path}: no such file, but {index.name} names it")
@@ -130,20 +133,18 @@ def parse_json(text: bytes) -> object:
     def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(items)
         if len(found) != len(items):
-            twice = next(key for key, _ in items if sum(k == key for k, _ in items) > 1)
+            twice = next(key for key, count in Counter(key for key, _ in items).items() if count > 1)
             raise ValueError(f"{twice!r} occurs twice")
         for key in found:
             key.encode()  # lone surrogates
+            if len(key) > MAX_NAME:
+                raise ValueError(f"a name of {len(key)} characters")
         return found
 
     def refuse(text: str) -> None:
         raise ValueError(f"found {text}")
 
     return json.loads(text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=refuse)
-
-
-def _sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(v) is int and 0 <= v < MAX_ELEMENTS for v in value)
 
 
 def read_header(path: Path) -> tuple[dict[str, object], int]:
@@ -179,8 +180,8 @@ def read_safetensors(path: Path, dtypes: Mapping[str, torch.dtype] = SAFETENSORS
         name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
         dtype = dtypes.get(name) if isinstance(name, str) else None
         if dtype is None:
-            raise CandidateError(f"{path}: tensor {key!r} has dtype {name!r}, expected one of {sorted(dtypes)}")
-        if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or math.prod(max(1, s) for s in shape) > MAX_ELEMENTS:
+            raise CandidateError(f"{path}: tensor {key!r} has dtype {str(name)[:80]!r}, expected one of {sorted(dtypes)}")
+        if not are_sizes(shape) or not are_sizes(offsets) or len(offsets) != 2 or math.prod(max(1, s) for s in shape) > MAX_ELEMENTS:
             raise CandidateError(f"{path}: tensor {key!r}: expected sizes as shape and two offsets, found {str(shape)[:80]} and {str(offsets)[:80]}")
         begin, end = offsets
         if end - begin != math.prod(shape) * dtype.itemsize:
@@ -223,10 +224,16 @@ def _weights_of(content: object, path: Path, entry: str | None) -> dict[str, Sou
     raise CandidateError(f"{path}: expected a dict of tensors (a state_dict), found none{hint}")
 
 
-def entries(content: object, prefix: str = "") -> list[str]:
-    """Names of the nested dicts that hold tensors, with dots between levels."""
-    found = []
-    for key, value in content.items() if isinstance(content, dict) else ():
-        if isinstance(value, dict):
-            found += [prefix + key] * bool(_tensors_in(value)) + entries(value, f"{prefix}{key}.")
-    return found[:20]
+def entries(content: object) -> list[str]:
+    """Names of the nested dicts that hold tensors, with dots between levels: the first 20, and each dict once."""
+    found, seen = [], set()
+
+    def visit(inside: dict, prefix: str) -> None:
+        for key, value in inside.items():
+            if isinstance(value, dict) and id(value) not in seen and len(found) < 20:
+                seen.add(id(value))
+                found.extend([prefix + key] * bool(_tensors_in(value)))
+                visit(value, f"{prefix}{key}.")
+
+    visit(content if isinstance(content, dict) else {}, "")
+    return found

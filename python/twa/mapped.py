@@ -26,6 +26,9 @@ warnings.filterwarnings("ignore", message="The given buffer is not writable")
 #: one slice per dimension of a tensor
 Part = tuple[slice, ...]
 MAX_ELEMENTS = 1 << 60  # of a tensor, before its size is multiplied out in fixed-width integers
+MAX_DIMENSIONS = 64
+MAX_NAME = 1000  # characters of a tensor's name
+MAX_CUTS = 8  # of blocks into blocks; shards are cut once in each dimension
 
 
 class CandidateError(ValueError):
@@ -134,19 +137,23 @@ def _raise_file_limit() -> bool:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: `count` elements from byte `offset` on, of which `strides` makes the shape (None: contiguous)."""
+    """A tensor in a file: elements from byte `offset` on, of which `strides` makes the shape (None: contiguous)."""
 
     file: MappedFile
     info: TensorInfo
     offset: int
     strides: tuple[int, ...] | None = None
+    swapped: bool = False  # of the other byte order
 
     def read(self, part: Part | None = None) -> Tensor:
-        shape = self.info.shape
-        count = math.prod(shape) if self.strides is None else span(shape, self.strides)
-        flat = self.file.tensor(self.info.dtype, self.offset, count)
-        whole = flat.view(shape) if self.strides is None else flat.as_strided(shape, self.strides)
-        return whole if part is None else whole[part]
+        shape, dtype, first = self.info.shape, self.info.dtype, 0
+        strides = self.strides or tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+        if part is not None:
+            bounds = [s.indices(size)[:2] for s, size in zip(part, shape, strict=True)]
+            shape = tuple(max(0, end - begin) for begin, end in bounds)
+            first = sum(begin * stride for (begin, _), stride in zip(bounds, strides, strict=True))
+        flat = self.file.tensor(dtype, self.offset + first * dtype.itemsize, span(shape, strides))
+        return (swap_bytes(flat) if self.swapped else flat).as_strided(shape, strides)
 
     def prefetch(self, part: Part | None) -> None:
         """Of a contiguous tensor: the rows of its first dimension that `part` names."""
@@ -227,29 +234,68 @@ def span(shape: Sequence[int], strides: Sequence[int]) -> int:
     return 0 if 0 in shape else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
+def swap_bytes(flat: Tensor) -> Tensor:
+    """A copy in the other byte order."""
+    width = flat.dtype.itemsize // (2 if flat.dtype.is_complex else 1)
+    return flat.view(torch.uint8).view(-1, width).flip(1).reshape(-1).view(flat.dtype)
+
+
+def are_sizes(value: object) -> bool:
+    """Whether a file's value can be the sizes, offsets or strides of a tensor: few enough to be multiplied in no time."""
+    return isinstance(value, list | tuple) and len(value) <= MAX_DIMENSIONS and all(type(v) is int and 0 <= v < MAX_ELEMENTS for v in value)
+
+
+def is_file_name(name: str) -> bool:
+    """Whether this names a file in a directory, and nothing outside it; and can be printed. (The file may be a link: Hugging Face's cache is made of
+    links to ../../blobs, and what a link leads to is only read.)"""
+    return name.isprintable() and name not in ("", ".", "..") and "/" not in name and "\\" not in name and Path(name).name == name
+
+
+def check_name(name: str, where: Path) -> None:
+    """CandidateError for a tensor's name that no message should quote."""
+    if len(name) > MAX_NAME:
+        raise CandidateError(f"{where}: expected names of at most {MAX_NAME} characters, found one of {len(name)}")
+
+
 def covered(shape: Sequence[int], blocks: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
-    """Whether blocks (offsets, sizes) lie within `shape`, do not overlap and leave nothing out."""
+    """Whether blocks (offsets, sizes) lie within `shape`, do not overlap and leave nothing out; they must be what cuts through all of it make, as
+    shards are."""
+    boxes = []
     for offsets, sizes in blocks:
         if len(offsets) != len(shape) or len(sizes) != len(shape):
             return False
         if any(o < 0 or s < 0 or o + s > size for o, s, size in zip(offsets, sizes, shape, strict=True)):
             return False
-    blocks = [b for b in blocks if math.prod(b[1])] if math.prod(shape) else []
-    if sum(math.prod(sizes) for _, sizes in blocks) != math.prod(shape):
-        return False
-    # Sorted along the dimension that is cut most, so that only neighbours are compared.
-    axis = max(range(len(shape)), key=lambda d: len({o[d] for o, _ in blocks}), default=None)
-    if axis is None:
-        return len(blocks) <= 1
-    blocks.sort(key=lambda b: b[0][axis])
-    for k, (o, s) in enumerate(blocks):
-        for o2, s2 in blocks[k + 1 :]:
-            if o2[axis] >= o[axis] + s[axis]:
-                break
-            if all(max(a, b) < min(a + c, b + d) for a, b, c, d in zip(o, o2, s, s2, strict=True)):
+        if math.prod(sizes):
+            boxes.append([(o, o + s) for o, s in zip(offsets, sizes, strict=True)])
+    return not math.prod(shape) or _cut([(0, size) for size in shape], boxes, MAX_CUTS)
+
+
+def _cut(whole: list[tuple[int, int]], boxes: list[list[tuple[int, int]]], cuts: int) -> bool:
+    """Whether boxes fill a box, by as many rounds of cuts."""
+    if len(boxes) <= 1 or not cuts:
+        return boxes == [whole]
+    for axis, (at, end) in enumerate(whole):
+        groups: list[list] = []
+        for box in sorted(boxes, key=lambda b: b[axis]):
+            begin, after = box[axis]
+            if begin > at:
+                return False  # a gap
+            if begin == at:
+                groups.append([])
+            if not groups:
                 return False
-    return True
+            groups[-1].append(box)
+            at = max(at, after)
+        if at != end:
+            return False
+        if len(groups) > 1:
+            sides = [(g[0][axis][0], max(b[axis][1] for b in g)) for g in groups]
+            return all(_cut([*whole[:axis], side, *whole[axis + 1 :]], g, cuts - 1) for g, side in zip(groups, sides, strict=True))
+    return False
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
+    """Of its message, as a terminal can show it."""
+    text = (str(error).splitlines() or [""])[0][:200]
+    return text if text.isprintable() else ascii(text)

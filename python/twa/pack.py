@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import os
 import sys
@@ -21,7 +22,7 @@ from twa_kernels.reference import BITS
 
 from .basis_file import NAME, BasisError, Writer
 from .candidates import Candidates
-from .files import write_json
+from .files import clear_unfinished, lock, write_json
 from .formats import read_json
 from .layout import layout_of
 from .measure import PeakMemory
@@ -34,6 +35,40 @@ from .weights import load_untrained, not_finite
 from .world import World
 
 SAVE_SECONDS = 10.0  # between saved positions
+
+
+# Unfinished files -----------------------------------------------------------------------------------------------------------
+
+
+def unfinished_parts(path: Path) -> tuple[Path, Path, Path]:
+    """Beside a basis that is being packed: the position to continue from, which the others are on the disk before; the scales as bfloat16, before all
+    of a segment is known; the basis so far."""
+    return tuple(path.with_name(f"{path.name}{kind}.partial") for kind in (".position", ".scales", ""))
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether an interrupted run can be continued there."""
+    return all(p.is_file() for p in unfinished_parts(path))
+
+
+def remove_parts(path: Path, but: Path | None = None) -> None:
+    """The position first: nothing may be continued from half of the rest."""
+    position = unfinished_parts(path)[0]
+    clear_unfinished(path.parent, [glob.escape(position.name)])
+    for part in unfinished_parts(path):
+        if part != but:
+            part.unlink(missing_ok=True)
+
+
+def remove_left_over(path: Path) -> None:
+    """What a run has left that was killed when its basis was in place already, or before there was a position to continue from."""
+    partial = unfinished_parts(path)[-1]
+    if not partial.exists():
+        remove_parts(path)
+        return
+    with open(partial, "r+b") as f:
+        if lock(f) and not is_unfinished(path):  # no other process is at work
+            remove_parts(path)
 
 
 # From candidates, in one stream ---------------------------------------------------------------------------------------------
@@ -73,29 +108,30 @@ class PackToFile:
         self.place = Placement(World(), model, candidates, layout)
         self.contents = contents_of(layout, candidates, bits, segments, labels, normalize)
         self.writer = Writer(self.path, self.contents)
-        self.raw = self.path.with_name(self.path.name + ".scales.partial")  # bfloat16, before all of a segment is known
-        self.position = self.path.with_name(self.path.name + ".position.partial")
+        self.position, self.raw, _ = unfinished_parts(self.path)
+        self.finished = False
 
     @property
     def unfinished(self) -> bool:
-        return all(p.exists() for p in (self.writer.partial, self.raw, self.position))
+        return is_unfinished(self.path)
 
     def clear(self) -> None:
         """Removes what an interrupted run has left."""
-        for path in (self.position, self.raw, self.writer.partial):
-            path.unlink(missing_ok=True)
+        remove_parts(self.path)
 
     def run(self, resume: bool = False, progress: Callable[[int], None] | None = None) -> Report:
-        """progress: called with the bytes read since the last call. Raises OSError if the disk is full; what is saved stays, to be resumed."""
+        """progress: called with the bytes read since the last call. Raises OSError if the disk is full (what is saved stays, to be resumed),
+        BasisError if another process is packing to the same place."""
         memory, begun, resumed = PeakMemory(), time.perf_counter(), resume and self.unfinished
-        c = self.contents
+        c, writer = self.contents, self.writer
         packer = tk.Packer(len(self.candidates), c.shapes, c.bits, c.segments, sink=self._keep)
         begin = self._read_position(packer) if resumed else (0, 0)
-        if not resumed:
-            self.clear()
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        writer.lock()
         try:
-            self.writer.open(keep=resumed)
+            if not resumed:  # no position may be there for a file that is started anew
+                remove_parts(self.path, but=writer.partial)
+            writer.open(keep=resumed)
             with open(self.raw, "r+b" if resumed else "w+b") as self.raw_file:
                 if progress and resumed:
                     progress(self._bytes_before(*begin))
@@ -103,9 +139,11 @@ class PackToFile:
                 load_untrained(self.place, self.weights)
                 self._finish(packer)
         finally:
-            self.writer.close()
-        self.clear()
-        return Report(self.candidates.bytes_read, self.writer.size, time.perf_counter() - begun, memory.bytes(), resumed)
+            self.finished = writer.finished
+            if self.finished or not self.position.exists():  # nothing to continue
+                remove_parts(self.path, but=writer.partial if self.finished else None)
+            writer.close()
+        return Report(self.candidates.bytes_read, writer.size, time.perf_counter() - begun, memory.bytes(), resumed)
 
     def _keep(self, first: int, codes: Tensor, scales: Tensor) -> None:
         self.writer.put("codes", codes, first * codes[0].numel() if len(codes) else 0)
@@ -120,9 +158,9 @@ class PackToFile:
             raise BasisError(f"{self.position}: expected a position inside a tensor, found its end")
         for k, block in self.place.stream(range(len(numels)), begin=begin):
             try:
-                center = self.place.center(k, block.rows, self.weights)
+                center = torch.empty(block.end - block.begin)
+                self.place.pack(packer, k, block, self.weights, center)
                 self.writer.put("center", center, starts[k] + block.begin)
-                packer.add_columns(block.rows, block.begin, center)
             except tk.NotFiniteError as error:
                 self.clear()  # other files will make another basis
                 raise not_finite(self.candidates, self.place.keys[k], self.place.read(k)) from error
@@ -144,8 +182,10 @@ class PackToFile:
         for first in range(0, len(segment), step):
             at = slice(first, min(first + step, len(segment)))
             self.raw_file.seek(first * n * 2)
-            raw = torch.frombuffer(bytearray(self.raw_file.read((at.stop - first) * n * 2)), dtype=torch.bfloat16).view(-1, n)
-            scales, zeros = scaling.apply(raw, segment[at])
+            data = self.raw_file.read((at.stop - first) * n * 2)
+            if len(data) < (at.stop - first) * n * 2:
+                raise BasisError(f"{self.raw}: not the scales of an unfinished basis of these candidates; pass --overwrite to start anew")
+            scales, zeros = scaling.apply(torch.frombuffer(bytearray(data), dtype=torch.bfloat16).view(-1, n), segment[at])
             writer.put("scales", scales, first * n)
             lost += zeros
         if lost:
@@ -210,10 +250,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_pack(args: argparse.Namespace) -> None:
     """Packs candidates into a file that Subspace.load maps: every later run starts at once, without the candidates."""
     path = find_basis(args.output)
-    if path.exists() and args.resume:
+    if path.exists() and args.resume and not is_unfinished(path):
+        remove_left_over(path)
         print(f"{path} is finished: there is nothing to resume (--overwrite packs it again)")
         return
-    if path.exists() and not args.overwrite:
+    if path.exists() and not args.overwrite and not args.resume:
         raise BasisError(f"{path}: exists; pass --overwrite to replace it")
     candidates = Candidates(args.candidates, entry=args.entry)
     center = int(args.center) if args.center.lstrip("-").isdecimal() else args.center
@@ -221,7 +262,7 @@ def run_pack(args: argparse.Namespace) -> None:
     job = PackToFile(path, model, candidates, bits=args.bits, granularity=args.granularity, center=center, normalize=args.normalize)
     if job.unfinished and not args.resume and not args.overwrite:
         raise BasisError(f"{job.position}: of an unfinished run; pass --resume to continue it, or --overwrite to start anew")
-    args.how_to_go_on = lambda: f"continue with the same command and --resume ({job.position})" if job.unfinished else ""
+    args.how_to_go_on = lambda: _how_to_go_on(job, args.overwrite)
     if args.max_memory:
         limit_memory(candidates, args.max_memory)
     total = sum(c.info[key].nbytes for c in candidates for key in job.contents.trained.values())
@@ -229,8 +270,7 @@ def run_pack(args: argparse.Namespace) -> None:
         try:
             report = job.run(args.resume, bar.update)
         except OSError as error:
-            after = "; what is done is kept: continue with --resume" if job.unfinished else ""
-            raise BasisError(f"{path}: could not be written ({error.strerror}){after}") from error
+            raise BasisError(f"{path}: could not be written ({error.strerror}); {_how_to_go_on(job, args.overwrite)}") from error
     done = "continued and finished" if report.resumed else "packed"
     weights, rate = sum(job.contents.numels), report.read / 1e9 / report.seconds
     print(
@@ -238,3 +278,9 @@ def run_pack(args: argparse.Namespace) -> None:
         f"{report.written / 1e9:.2f} GB written to {path}, highest memory {report.memory / 1e9:.2f} GB"
     )
     print(f"load it with twa.Subspace.load({str(path)!r}, model)")
+
+
+def _how_to_go_on(job: PackToFile, overwrite: bool) -> str:
+    if job.unfinished:
+        return f"continue with the same command and --resume{' in place of --overwrite' if overwrite else ''} ({job.position})"
+    return f"{job.path} is finished" if job.finished else "nothing of it is kept: start again with the same command"

@@ -152,6 +152,10 @@ class Placement:
         """sum_i weights[i] * w_i of this rank's part of tensor k, or of some of its columns, float32."""
         return average_into(torch.empty(rows[0].shape), rows, weights)
 
+    def pack(self, packer: tk.Packer, k: int, block: Block, weights: Tensor, center: Tensor) -> None:
+        """Packs a block of tensor k; center is written."""
+        packer.add_columns(block.rows, block.begin, center, weights.tolist())
+
     def average(self, k: int, weights: Tensor) -> Tensor:
         """The same in the precision of an export: float32, or float64 for float64 files."""
         return self.candidates.average(self.keys[k], weights, self.held[k].part)
@@ -299,6 +303,10 @@ class Rows(Placement):
         if not torch.isfinite(partial).all():  # before the sum makes it everyone's
             raise tk.NotFiniteError(0, k, 0)
         return self.world.sum_(partial).float()
+
+    def pack(self, packer: tk.Packer, k: int, block: Block, weights: Tensor, center: Tensor) -> None:
+        center.copy_(self.center(k, block.rows, weights))
+        packer.add_columns(block.rows, block.begin, center)
 
     def average(self, k: int, weights: Tensor) -> Tensor:
         out = torch.empty(self.held[k].shape, dtype=torch.promote_types(self.candidates.info[self.keys[k]].dtype, torch.float32))

@@ -16,7 +16,7 @@ from twa_kernels.reference import TILE, num_tiles, tile_offsets
 from .basis_file import DTYPES, NAME, BasisError, Contents, Loaded, Writer, unrounded
 from .candidates import Candidates
 from .dense import DenseBasis
-from .files import DTYPE_NAMES
+from .files import DTYPE_NAMES, temporary_of
 from .layout import Layout
 from .placement import Basis, Columns, Placement, local
 
@@ -61,7 +61,7 @@ def save_basis(path: Path, subspace: Subspace) -> None:
     )
     if coordinates is not None:
         contents.dropped.extend([[i, d] for i, d in of_segment] for of_segment in coordinates.dropped)
-    writer = Writer(path, contents)
+    writer = Writer(path, contents, temporary_of(path))  # not where `twa pack` has what it will go on with
     tensors = {
         "codes": basis.codes,
         "scales": basis.scales,
@@ -72,6 +72,7 @@ def save_basis(path: Path, subspace: Subspace) -> None:
     }
     if coordinates is not None:
         tensors |= {"transform": coordinates.transform, "R": coordinates.R, "scale": coordinates.scale}
+    writer.lock()
     try:
         writer.open()
         for name, t in (tensors | untrained(place.model, contents)).items():
@@ -81,10 +82,12 @@ def save_basis(path: Path, subspace: Subspace) -> None:
             writer.put("center", center.cpu(), at)
             at += center.numel()
         writer.finish()
-    except BaseException:
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
         writer.close()
         writer.partial.unlink(missing_ok=True)
-        raise
 
 
 def check_savable(subspace: Subspace) -> None:

@@ -1,23 +1,26 @@
-"""What torch.save writes: a zip archive of a pickle and plain records. The pickle is read by torch.load(weights_only=True), which runs nothing, to
-the "meta" device, which reads no tensors; they are then mapped where their records lie."""
+"""What torch.save writes: a zip archive of a pickle and plain records, or, before torch 1.6, pickles and then plain bytes. The pickle is interpreted
+without running anything (see `unpickle`); tensors are mapped where their bytes lie."""
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import io
 import math
-import pickle
-import re
 import sys
-import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .mapped import CandidateError, InMemory, MappedFile, Source, Stored, TensorInfo, first_line, span
+from .mapped import CandidateError, MappedFile, Stored, TensorInfo, are_sizes, check_name, first_line, span
+from .unpickle import INERT, MAX_PICKLE, Name, Refused, checked_key, unpickle
+
+MAX_EXPANDED = 1 << 24  # elements of a tensor that has fewer of its own: an expanded one may claim any shape
+MAX_DEPTH = 16  # of dicts
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before torch 1.6
 
 
 class Window(io.RawIOBase):
@@ -51,34 +54,299 @@ class Window(io.RawIOBase):
         return len(data)
 
 
-def load(file: Path | io.IOBase, path: Path, map_location: str) -> object:
-    """torch.load of data only; a pickle that wants to run anything is refused. path: for messages."""
+# What the pickles of torch.save ask for ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Storage:
+    """key: of its bytes in the file;  count: elements of this dtype"""
+
+    dtype: torch.dtype
+    key: object
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class Described:
+    """A tensor as a pickle describes it: nothing of it is checked but its dtype."""
+
+    storage: Storage
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class NotDense:
+    """A sparse, quantised or nested tensor, or one of a subclass."""
+
+    kind: str
+
+
+def _tensor(
+    storage: Storage, offset: int, shape: tuple, strides: tuple, requires_grad: object = False, hooks: object = None, metadata=None
+) -> Described:
+    return _tensor_v3(storage, offset, shape, strides, requires_grad, hooks, storage.dtype, metadata)
+
+
+def _tensor_v3(storage: Storage, offset: int, shape: tuple, strides: tuple, _: object, __: object, dtype: torch.dtype, metadata=None) -> Described:
+    if (
+        type(storage) is not Storage or type(offset) is not int or type(dtype) is not torch.dtype or metadata
+    ):  # metadata: lazily negated or conjugated
+        raise ValueError("expected a plain tensor")
+    if not (type(shape) is type(strides) is tuple and are_sizes((offset, *shape)) and are_sizes(strides) and len(shape) == len(strides)):
+        raise ValueError("expected a tensor's sizes and strides")
+    return Described(storage, dtype, offset, shape, strides)
+
+
+def _parameter(data: object, *_: object) -> object:
+    if type(data) not in (Described, NotDense):
+        raise ValueError("expected the tensor of a parameter")
+    return data
+
+
+def _of_type(rebuild: object, kind: object, arguments: tuple, state: object) -> object:
+    """A tensor with attributes of its own, which are left out."""
+    if type(rebuild) is not Name or type(arguments) is not tuple or kind not in (_TENSOR, _PARAMETER):
+        raise Refused("it makes a tensor of another class")
+    return _parameter(rebuild.make(*arguments))
+
+
+def ordered(pairs: list = ()) -> dict:
+    """An OrderedDict's."""
+    return {checked_key(key): value for key, value in pairs}
+
+
+def _latin(text: str, encoding: str) -> bytes:
+    """How Python 3 writes bytes for Python 2."""
+    if encoding != "latin1":
+        raise ValueError("expected bytes as latin1")
+    return text.encode("latin1")
+
+
+_TENSOR, _PARAMETER = Name(INERT.make), Name(INERT.make)
+_DENSE = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")
+_DENSE += ("complex128", "complex64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexDoubleStorage": torch.complex128,
+    "ComplexFloatStorage": torch.complex64,
+    "UntypedStorage": torch.uint8,
+}
+_NOT_DENSE = {
+    "_rebuild_sparse_tensor": "a sparse one",
+    "_rebuild_qtensor": "a quantised one",
+    "_rebuild_nested_tensor": "a nested one",
+    "_rebuild_meta_tensor_no_storage": "one without data",
+    "_rebuild_wrapper_subclass": "one of a subclass",
+    "_rebuild_device_tensor_from_numpy": "one of another device",
+    "_rebuild_device_tensor_from_cpu_tensor": "one of another device",
+}
+NAMES: dict[str, object] = {
+    "torch._utils._rebuild_tensor": Name(_tensor),
+    "torch._utils._rebuild_tensor_v2": Name(_tensor),
+    "torch._utils._rebuild_tensor_v3": Name(_tensor_v3),
+    "torch._utils._rebuild_parameter": Name(_parameter),
+    "torch._utils._rebuild_parameter_with_state": Name(_parameter),
+    "torch._tensor._rebuild_from_type_v2": Name(_of_type),
+    "torch.Tensor": _TENSOR,
+    "torch.nn.parameter.Parameter": _PARAMETER,
+    "torch.Size": Name(tuple),
+    "collections.OrderedDict": Name(ordered),
+    "_codecs.encode": Name(_latin),
+    "argparse.Namespace": INERT,  # timm and many scripts store their arguments
+    "collections.Counter": INERT,  # of learning-rate schedulers
+    "builtins.bytearray": INERT,
+    "builtins.complex": INERT,
+    "builtins.set": INERT,
+    "torch.device": INERT,
+    "torch.serialization._get_layout": INERT,
+}
+NAMES |= {f"torch._utils.{name}": Name(lambda *_, kind=kind: NotDense(kind)) for name, kind in _NOT_DENSE.items()}
+NAMES |= {f"{module}.{name}": Storage(dtype, None, 0) for module in ("torch", "torch.cuda", "torch.storage") for name, dtype in _STORAGES.items()}
+NAMES |= {f"torch.{name}": Storage(torch.uint8, None, 0) for name in ("QInt8Storage", "QUInt8Storage", "QInt32Storage")}  # of quantised tensors
+NAMES |= {f"torch.{name}": INERT for name in ("per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric")}
+NAMES |= {f"torch.{name}": getattr(torch, name) for name in _DENSE if hasattr(torch, name)}
+
+
+def _storage(id_: object) -> Storage:
+    """("storage", type, key, device, elements), and in old files what part of it"""
+    if type(id_) is not tuple or len(id_) not in (5, 6) or id_[0] != "storage" or type(id_[1]) is not Storage or id_[5:] not in ((), (None,)):
+        raise ValueError("expected a storage")
+    if type(id_[2]) not in (str, int) or not are_sizes((id_[4],)):
+        raise ValueError("expected the key and the size of a storage")
+    return Storage(id_[1].dtype, str(id_[2]), id_[4])
+
+
+@contextlib.contextmanager
+def explained(where: str) -> Iterator[None]:
+    """CandidateError for whatever a damaged or malicious pickle sets off."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # plain attributes; timm and many scripts store their arguments
-            return torch.load(file, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        if re.search("Unsupported|GLOBAL|weights_only", str(error)):
-            raise CandidateError(
-                f"{path}: refused: loading it would run code from the file; save the state_dict alone, for example as safetensors "
-                f"({first_line(error)})"
-            ) from error
-        raise CandidateError(f"{path}: not a torch checkpoint ({first_line(error)})") from error
-    except MemoryError as error:
-        raise CandidateError(f"{path}: not a torch checkpoint: it asks for more memory than there is") from error
-    except (Exception, RecursionError) as error:  # whatever a damaged pickle sets off in the unpickler
-        raise CandidateError(f"{path}: not a complete torch checkpoint ({type(error).__name__}: {first_line(error)})") from error
+        yield
+    except CandidateError:
+        raise
+    except Refused as error:
+        raise CandidateError(
+            f"{where}: refused: loading it would run code from the file; save the state_dict alone, for example as safetensors ({error})"
+        ) from error
+    except Exception as error:
+        raise CandidateError(f"{where}: not a complete torch checkpoint ({type(error).__name__}: {first_line(error)})") from error
+
+
+# Where their tensors lie -----------------------------------------------------------------------------------------------------
+
+
+class Archive:
+    """A zip archive in `length` bytes of a file.
+
+    content  of its pickle, with a Described for each tensor
+    """
+
+    def __init__(self, file: MappedFile, begin: int, length: int, where: str) -> None:
+        self.file, self.where = file, where
+        self.records = zip_records(file.path, begin, length, where)
+        order = bytes_of(file.path, *self.records["byteorder"])[:8] if "byteorder" in self.records else b"little"
+        if order not in (b"little", b"big") or "data.pkl" not in self.records:
+            raise CandidateError(f"{where}: not a complete torch checkpoint: expected records data.pkl and byteorder as torch.save writes them")
+        self.swapped = order != sys.byteorder.encode()
+        if self.records["data.pkl"][1] > MAX_PICKLE:
+            raise CandidateError(f"{where}: expected at most {MAX_PICKLE} bytes in data.pkl, found {self.records['data.pkl'][1]}")
+        with explained(where):
+            self.content, _ = unpickle(bytes_of(file.path, *self.records["data.pkl"]), NAMES, _storage)
+
+    def place(self, t: Described) -> Stored:
+        at = self.records.get(f"data/{t.storage.key}")
+        if at is None:
+            raise CandidateError(f"{self.where}: not a complete torch checkpoint: it has no record {t.storage.key[:100]!r} for a tensor")
+        return stored(t, self.file, *at, self.swapped, self.where)
+
+
+def stored(t: Described, file: MappedFile, begin: int, size: int, swapped: bool, where: str) -> Stored:
+    """A tensor whose storage has `size` bytes from `begin` on."""
+    info = TensorInfo(t.shape, t.dtype)
+    if math.prod(t.shape) == 0:
+        return Stored(file, info, 0)
+    own = span(t.shape, t.strides)
+    needed = (t.offset + own) * t.dtype.itemsize
+    if needed > size or t.storage.count * t.storage.dtype.itemsize != size:
+        raise CandidateError(f"{where}: not a complete torch checkpoint: a tensor {info} needs {needed} bytes of its record, found {size}")
+    if math.prod(t.shape) > max(own, MAX_EXPANDED):
+        raise CandidateError(f"{where}: a tensor {info} is expanded from {own} elements: expected at most {MAX_EXPANDED} then")
+    contiguous = t.strides == tuple(math.prod(t.shape[d + 1 :]) for d in range(len(t.shape)))
+    return Stored(file, info, begin + t.offset * t.dtype.itemsize, None if contiguous else t.strides, swapped)
+
+
+def _open(path: Path) -> tuple[object, Callable[[Described], Stored]]:
+    """The content of a checkpoint with a Described for each tensor, and where these are."""
+    file = MappedFile(path)
+    if not file.size:
+        raise CandidateError(f"{path}: not a complete torch checkpoint: it is empty")
+    if bytes_of(path, 0, 4) == b"PK\3\4":
+        archive = Archive(file, 0, file.size, str(path))
+        return archive.content, archive.place
+    with explained(str(path)):
+        return _legacy(file)
+
+
+def _legacy(file: MappedFile) -> tuple[object, Callable[[Described], Stored]]:
+    """Before torch 1.6: five pickles, of which the last has the storages' keys, then each storage's elements and bytes."""
+    data, storages = memoryview(file.map)[:MAX_PICKLE], {}
+
+    def seen(id_: object) -> Storage:
+        storage = _storage(id_)
+        storages.setdefault(storage.key, storage)
+        return storage
+
+    magic, at = unpickle(data, {})
+    if magic != MAGIC:
+        raise ValueError("it is no zip archive, and does not begin as files before torch 1.6 do")
+    protocol, at = unpickle(data, {}, at=at)
+    if protocol != PROTOCOL:
+        raise ValueError("unknown version")
+    _, at = unpickle(data, {}, at=at)
+    content, at = unpickle(data, NAMES, seen, at)
+    keys, at = unpickle(data, {}, at=at)
+    places: dict[str, tuple[int, int]] = {}
+    for key in keys:
+        if type(key) is not str or key in places:
+            raise ValueError("expected the keys of its storages")
+        count, size = int.from_bytes(file.map[at : at + 8], "little"), storages[key].dtype.itemsize
+        places[key], at = (at + 8, count * size), at + 8 + count * size
+    if at != file.size:
+        raise ValueError(f"expected {at} bytes, found {file.size}")
+
+    def place(t: Described) -> Stored:
+        if t.storage.key not in places:
+            raise CandidateError(f"{file.path}: not a complete torch checkpoint: it has no bytes for a tensor {list(t.shape)}")
+        return stored(t, file, *places[t.storage.key], sys.byteorder != "little", str(file.path))
+
+    return content, place
 
 
 def read_torch(path: Path) -> object:
-    """The checkpoint's content, with a Source in the place of each tensor."""
-    if not zipfile.is_zipfile(path):
-        return _legacy(path)
-    records = zip_records(path, 0, path.stat().st_size, str(path))
-    if "byteorder" in records and bytes_of(path, *records["byteorder"]) != sys.byteorder.encode():
-        return _legacy(path)  # on "meta", PyTorch would swap bytes that are not there
-    content = load(path, path, map_location="meta")
-    file, places = MappedFile(path), dict(records.values())
-    return _replaced(content, lambda t: stored(t, file, 0, places, str(path)))
+    """The nested dicts of a checkpoint with a Source in the place of each tensor; what else is in it is left out."""
+    content, place = _open(path)
+    done: dict[int, object] = {}  # a dict may occur many times, even in itself
+
+    def replaced(value: object, depth: int) -> object:
+        if isinstance(value, NotDense):
+            raise CandidateError(f"{path}: expected dense tensors, found {value.kind}")
+        if isinstance(value, Described):
+            return place(value)
+        if not isinstance(value, dict) or depth == MAX_DEPTH:
+            return None
+        if id(value) not in done:
+            done[id(value)] = out = {}
+            for k, v in value.items():
+                if isinstance(k, str | int) and (found := replaced(v, depth + 1)) is not None:
+                    check_name(str(k), path)
+                    if str(k) in out:
+                        raise CandidateError(f"{path}: {str(k)[:100]!r} occurs twice")
+                    out[str(k)] = found
+        return done[id(value)]
+
+    return replaced(content, 0)
+
+
+def read_values(path: Path) -> object:
+    """All of a small file of plain values: dicts, lists, tuples, numbers, texts, with its tensors in memory."""
+    content, place = _open(path)
+    done: dict[int, tuple[object, object]] = {}
+    left = 4 * path.stat().st_size  # tensors may share their bytes, but not to make much out of little
+
+    def tensor(t: Described) -> Tensor:
+        nonlocal left
+        source = place(t)
+        left -= source.info.nbytes
+        if left < 0:
+            raise CandidateError(f"{path}: its tensors claim more bytes than it has")
+        return source.read().clone()
+
+    def replaced(value: object, depth: int) -> object:
+        if depth > MAX_DEPTH:
+            raise CandidateError(f"{path}: expected at most {MAX_DEPTH} levels")
+        if id(value) in done:
+            return done[id(value)][0]
+        if isinstance(value, dict):
+            found = {k: replaced(v, depth + 1) for k, v in value.items()}
+        elif isinstance(value, list | tuple):
+            found = type(value)(replaced(v, depth + 1) for v in value)
+        else:
+            found = tensor(value) if isinstance(value, Described) else value
+        done[id(value)] = found, value  # kept, so that its id stays its own
+        return found
+
+    return replaced(content, 0)
 
 
 def bytes_of(path: Path, offset: int, count: int) -> bytes:
@@ -87,36 +355,11 @@ def bytes_of(path: Path, offset: int, count: int) -> bytes:
         return f.read(count)
 
 
-def _legacy(path: Path) -> object:
-    """Files that cannot be mapped as they are (before torch 1.6, or of the other byte order) are loaded whole, and mapped from a temporary copy."""
-    content = load(path, path, map_location="cpu")
-    tensors: list[Tensor] = []
-    _replaced(content, lambda t: tensors.append(t))
-    copies = _spilled([t for t in tensors if t.layout == torch.strided and not t.is_quantized and t.numel()], path)
-    return _replaced(content, lambda t: copies.get(id(t), InMemory(t)))
-
-
-def _spilled(tensors: list[Tensor], path: Path) -> dict[int, Stored]:
-    """Copies in a temporary file that disappears with this process."""
-    places, at = {}, 0
-    with tempfile.NamedTemporaryFile(prefix="twa-", suffix=path.suffix) as f:
-        for t in tensors:
-            f.seek(at)
-            f.write(memoryview(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
-            places[id(t)] = (TensorInfo(tuple(t.shape), t.dtype), at)
-            at += -(-t.numel() * t.element_size() // 64) * 64
-        f.truncate(max(at, 1))
-        f.flush()
-        file = MappedFile(Path(f.name))
-        _ = file.map  # before the name is gone
-    file.path, file.temporary = path, True  # the name of what it is a copy of
-    return {key: Stored(file, info, offset) for key, (info, offset) in places.items()}
-
-
 def zip_records(path: Path, begin: int, length: int, where: str) -> dict[str, tuple[int, int]]:
-    """Records of a torch archive in `length` bytes of a file: name without the archive's own -> (offset in the file, size). All must be uncompressed
-    and within the file."""
+    """Records of a torch archive in `length` bytes of a file: name without the archive's own -> (offset in the file, size). All must be uncompressed,
+    within the file and apart from each other."""
     found: dict[str, tuple[int, int]] = {}
+    prefix = None
     try:
         with open(path, "rb") as f, zipfile.ZipFile(Window(f, begin, length)) as archive:
             for record in archive.infolist():
@@ -129,43 +372,19 @@ def zip_records(path: Path, begin: int, length: int, where: str) -> dict[str, tu
                 at = begin + record.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
                 if at + record.file_size > begin + length:
                     raise CandidateError(f"{where}: record {record.filename!r} goes beyond the end of the file")
-                name = record.filename.partition("/")[2]
+                folder, _, name = record.filename.partition("/")
+                if folder != (prefix := folder if prefix is None else prefix):
+                    continue  # what another program has added
                 if name in found:
                     raise CandidateError(f"{where}: record {record.filename!r} occurs twice")
                 found[name] = (at, record.file_size)
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, UnicodeError) as error:
-        if isinstance(error, CandidateError):
-            raise
+        at = begin
+        for offset, size in sorted(found.values()):
+            if offset < at and size:
+                raise CandidateError(f"{where}: not a complete torch checkpoint: its records overlap")
+            at = max(at, offset + size)
+    except CandidateError:
+        raise
+    except Exception as error:  # whatever a damaged directory sets off in zipfile
         raise CandidateError(f"{where}: not a complete torch checkpoint ({first_line(error)})") from error
     return found
-
-
-def stored(t: Tensor, file: MappedFile, begin: int, places: Mapping[int, int], where: str) -> Source:
-    """Where a tensor that was loaded to "meta" lies. places: offset in the file -> size of each record; begin: where the archive begins."""
-    if t.device.type != "meta":
-        return InMemory(t)
-    if t.layout != torch.strided or t.is_quantized or t.is_nested:
-        raise CandidateError(f"{where}: expected dense tensors, found {'a quantised one' if t.is_quantized else f'layout {t.layout}'}")
-    shape, strides = tuple(t.shape), t.stride()
-    info = TensorInfo(shape, t.dtype)
-    if math.prod(shape) == 0:
-        return Stored(file, info, 0)
-    relative = getattr(t.untyped_storage(), "_checkpoint_offset", None)
-    size = None if relative is None else places.get(begin + relative)
-    needed = (t.storage_offset() + span(shape, strides)) * t.dtype.itemsize
-    if size is None:
-        raise CandidateError(
-            f"{where}: its records are not where torch.save puts them; was it packed again by another program? Load and save it again"
-        )
-    if needed > size:
-        raise CandidateError(f"{where}: not a complete torch checkpoint: a tensor {info} needs {needed} bytes of its record, found {size}")
-    return Stored(file, info, begin + relative + t.storage_offset() * t.dtype.itemsize, None if t.is_contiguous() else strides)
-
-
-def _replaced(content: object, of: Callable[[Tensor], object], depth: int = 0) -> object:
-    """The nested dicts of a checkpoint with of(tensor) for each tensor; what else is in it is left out."""
-    if isinstance(content, Tensor):
-        return of(content)
-    if isinstance(content, Mapping) and depth < 16:
-        return {str(k): v for k, v in ((k, _replaced(v, of, depth + 1)) for k, v in content.items()) if v is not None}
-    return None
