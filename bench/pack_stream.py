@@ -1,0 +1,178 @@
+"""Packing 64 candidates x 100 M parameters from safetensors files at 4 bits: memory, and time against reading the files once.
+
+Bounds: 2 GB of resident memory beyond the packed size; 70 % of the rate of a plain read of the same files, both with the files in the page cache and
+with them on the disk alone. Two ways: into memory (Subspace.from_candidates) and into a file (`twa pack`, which also writes the packed bytes).
+
+Run: python bench/pack_stream.py [--save] [--candidates 64] [--dtype bfloat16] [--bits 4] [--folder DIR]. Needs the files' size on the disk (13 GB in
+bfloat16, with float32 26 GB) and the packed size once more. Each measurement is a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from common import RESULTS
+from safetensors.torch import save_file
+from torch import nn
+
+BOUND, SHARE = 2e9, 0.7
+WIDTH, LAYERS, TOKENS = 768, 12, 20_000
+
+
+class Model(nn.Module):
+    """The tensors of a GPT of 100 M parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Parameter(torch.zeros(TOKENS, WIDTH))
+        for k in range(LAYERS):
+            for name, shape in {
+                "qkv": (3 * WIDTH, WIDTH),
+                "out": (WIDTH, WIDTH),
+                "up": (4 * WIDTH, WIDTH),
+                "down": (WIDTH, 4 * WIDTH),
+                "norm": (WIDTH,),
+            }.items():
+                self.register_parameter(f"layer{k}_{name}", nn.Parameter(torch.zeros(shape)))
+
+
+def generate(folder: Path, n: int, dtype: torch.dtype) -> list[Path]:
+    """A walk in small steps: neighbouring candidates are near each other, as those of a run are."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: 0.02 * torch.randn(p.shape, generator=generator) for name, p in Model().named_parameters()}
+    noise = torch.randn(1 << 24, generator=generator)
+    paths = []
+    for k in range(n):
+        for j, w in enumerate(weights.values()):
+            start = (k * 7_368_787 + j * 15_485_863) % ((1 << 24) - 1)
+            flat = w.view(-1)
+            for at in range(0, len(flat), 1 << 24):
+                part = flat[at : at + (1 << 24)]
+                part += 1e-3 * torch.cat([noise[start:], noise[:start]])[: len(part)]
+        paths.append(folder / f"step_{k:03}.safetensors")
+        save_file({name: w.to(dtype) for name, w in weights.items()}, paths[-1])
+    os.sync()
+    return paths
+
+
+def evict(paths: list[Path]) -> None:
+    for path in paths:
+        with open(path, "rb") as f:
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_all(paths: list[Path]) -> float:
+    """Bytes per second of reading every file once from begin to end, through one buffer of 8 MB."""
+    buffer, count, start = bytearray(8 << 20), 0, time.perf_counter()
+    for path in paths:
+        with open(path, "rb", buffering=0) as f:
+            while got := f.readinto(buffer):
+                count += got
+    return count / (time.perf_counter() - start)
+
+
+def work(folder: str, way: str, bits: int, limit: int) -> None:
+    """One packing, as a process of its own; prints what it measured as JSON."""
+    import twa
+    from twa.measure import PeakMemory
+    from twa.memory import limit_memory
+    from twa.pack import PackToFile
+
+    torch.set_grad_enabled(False)
+    model, candidates = Model(), twa.Candidates(folder)
+    memory = PeakMemory()
+    before, start = memory.bytes(), time.perf_counter()
+    if way == "file":
+        if limit:
+            limit_memory(candidates, limit)
+        report = PackToFile(Path(folder) / "out" / "basis.packed", model, candidates, bits=bits).run()
+        packed = report.written
+    else:
+        packed = twa.Subspace.from_candidates(model, candidates, bits=bits).basis.nbytes
+    seconds = time.perf_counter() - start
+    print(json.dumps({"seconds": seconds, "peak": memory.bytes(), "before": before, "packed": packed, "read": candidates.bytes_read}))
+
+
+def run(folder: Path, way: str, bits: int, limit: int = 0) -> dict[str, float]:
+    done = subprocess.run([sys.executable, __file__, "--work", str(folder), way, str(bits), str(limit)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(folder: Path, paths: list[Path], bits: int, rounds: int) -> list[list[str]]:
+    """Rows of the table. Plain reads before and after each packing: the machine's rate changes from minute to minute."""
+    rows = []
+    for where in ("page cache", "disk"):
+        for way, limit in (("memory", 0), ("file", 0), ("file", 600_000_000)):
+            found = []
+            for _ in range(rounds):
+                rates = []
+                for _ in range(2):
+                    if where == "disk":
+                        evict(paths)
+                    elif not rates:
+                        read_all(paths)
+                    rates.append(read_all(paths))
+                    if len(rates) == 1:
+                        if where == "disk":
+                            evict(paths)
+                        result = run(folder, way, bits, limit)
+                for left in (folder / "out").glob("*"):
+                    left.unlink()
+                found.append((result["read"] / result["seconds"] / (sum(rates) / 2), result, sum(rates) / 2))
+                print(
+                    f"{where}, {way}: {result['read'] / result['seconds'] / 1e9:.2f} GB/s, reads {[f'{r / 1e9:.2f}' for r in rates]}", file=sys.stderr
+                )
+            share, result, rate = sorted(found, key=lambda f: f[0])[len(found) // 2]
+            held = result["peak"] - (result["packed"] if way == "memory" else 0)
+            name = {"memory": "into memory", "file": "into a file"}[way] + (", --max-memory 600MB" if limit else "")
+            rows.append(
+                [where, name, f"{result['seconds']:.1f}", f"{result['read'] / result['seconds'] / 1e9:.2f}", f"{rate / 1e9:.2f}", f"{100 * share:.0f} %",
+                 f"{result['packed'] / 1e9:.2f}", f"{result['peak'] / 1e9:.2f}", f"{held / 1e9:.2f}"]
+            )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--candidates", type=int, default=64)
+    p.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
+    p.add_argument("--bits", type=int, default=4)
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--folder", type=Path, help="where the files are made and removed (default: a temporary directory)")
+    p.add_argument("--save", action="store_true")
+    p.add_argument("--work", nargs=4)
+    args = p.parse_args()
+    if args.work:
+        work(args.work[0], args.work[1], int(args.work[2]), int(args.work[3]))
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        paths = generate(Path(folder), args.candidates, getattr(torch, args.dtype))
+        total, weights = sum(path.stat().st_size for path in paths), sum(p.numel() for p in Model().parameters())
+        rows = measure(Path(folder), paths, args.bits, args.rounds)
+    from twa.report import markdown_table, processor_name
+
+    header = ["files in", "packed", "seconds", "GB/s", "plain read GB/s", "share", "packed GB", "peak GB", "peak beyond packed GB"]
+    text = (
+        f"# Packing from files\n\n{args.candidates} candidates x {weights / 1e6:.1f} M parameters, {args.dtype} ({total / 1e9:.2f} GB of safetensors files), {args.bits} bits; "
+        f"{processor_name()}, {os.cpu_count()} cores, torch {torch.__version__}.\n`python bench/pack_stream.py`: median of {args.rounds} rounds by share; each rate is of the packing against the mean of plain reads before and after it.\n\n"
+        f"{markdown_table(header, rows)}\n\nPeak: resident memory of the whole process, of which the interpreter with PyTorch and the model (0.4 GB) are a part. The center (float32) "
+        f"takes {4 * weights / 1e9:.1f} GB in memory. Into a file: packed bytes, center and scales are written and synced, too.\nTargets: {100 * SHARE:.0f} % of the plain read, "
+        f"{BOUND / 1e9:.0f} GB beyond the packed size.\n"
+    )  # fmt: skip
+    print(text)
+    if args.save:
+        (RESULTS / "pack_stream.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
