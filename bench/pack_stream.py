@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 BOUND, SHARE = 2e9, 0.7
+LIMIT = 900_000_000  # of the whole process, of which 0.7 GB are taken before it begins
 WIDTH, LAYERS, TOKENS = 768, 12, 20_000
 
 
@@ -108,38 +109,58 @@ def run(folder: Path, way: str, bits: int, limit: int = 0) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def once(folder: Path, paths: list[Path], where: str, way: str, bits: int, limit: int) -> tuple[float, dict[str, float], float]:
+    """Share of the plain read, what was measured, the plain read: before and after the packing, since the machine's rate changes all the time."""
+    prepare = evict if where == "disk" else read_all
+    prepare(paths)
+    before = read_all(paths)
+    prepare(paths)
+    result = run(folder, way, bits, limit)
+    for left in (folder / "out").glob("*"):
+        left.unlink()
+    prepare(paths)
+    plain = (before + read_all(paths)) / 2
+    share = result["read"] / result["seconds"] / plain
+    print(f"{where}, {way}, {limit}: {result['read'] / result['seconds'] / 1e9:.2f} of {plain / 1e9:.2f} GB/s: {100 * share:.0f} %", file=sys.stderr)
+    return share, result, plain
+
+
 def measure(folder: Path, paths: list[Path], bits: int, rounds: int) -> list[list[str]]:
-    """Rows of the table. Plain reads before and after each packing: the machine's rate changes from minute to minute."""
+    """Rows of the table."""
     rows = []
     for where in ("page cache", "disk"):
-        for way, limit in (("memory", 0), ("file", 0), ("file", 600_000_000)):
-            found = []
-            for _ in range(rounds):
-                rates = []
-                for _ in range(2):
-                    if where == "disk":
-                        evict(paths)
-                    elif not rates:
-                        read_all(paths)
-                    rates.append(read_all(paths))
-                    if len(rates) == 1:
-                        if where == "disk":
-                            evict(paths)
-                        result = run(folder, way, bits, limit)
-                for left in (folder / "out").glob("*"):
-                    left.unlink()
-                found.append((result["read"] / result["seconds"] / (sum(rates) / 2), result, sum(rates) / 2))
-                print(
-                    f"{where}, {way}: {result['read'] / result['seconds'] / 1e9:.2f} GB/s, reads {[f'{r / 1e9:.2f}' for r in rates]}", file=sys.stderr
-                )
-            share, result, rate = sorted(found, key=lambda f: f[0])[len(found) // 2]
-            held = result["peak"] - (result["packed"] if way == "memory" else 0)
-            name = {"memory": "into memory", "file": "into a file"}[way] + (", --max-memory 600MB" if limit else "")
-            rows.append(
-                [where, name, f"{result['seconds']:.1f}", f"{result['read'] / result['seconds'] / 1e9:.2f}", f"{rate / 1e9:.2f}", f"{100 * share:.0f} %",
-                 f"{result['packed'] / 1e9:.2f}", f"{result['peak'] / 1e9:.2f}", f"{held / 1e9:.2f}"]
-            )  # fmt: skip
+        for way, limit in (("memory", 0), ("file", 0), ("file", LIMIT)):
+            found = sorted((once(folder, paths, where, way, bits, limit) for _ in range(rounds)), key=lambda f: f[0])
+            share, result, plain = found[len(found) // 2]
+            beyond = result["peak"] - (result["packed"] if way == "memory" else 0)
+            name = f"into {'memory' if way == 'memory' else 'a file'}" + (f", --max-memory {LIMIT / 1e9:g}GB" if limit else "")
+            gigabytes = (result["read"] / result["seconds"], plain, result["packed"], result["peak"], beyond)
+            rate, plain, packed, peak, beyond = (f"{v / 1e9:.2f}" for v in gigabytes)
+            rows.append([where, name, f"{result['seconds']:.1f}", rate, plain, f"{100 * share:.0f} %", packed, peak, beyond])
     return rows
+
+
+def page(args: argparse.Namespace, total: int, rows: list[list[str]]) -> str:
+    from twa.report import markdown_table, processor_name
+
+    weights = sum(p.numel() for p in Model().parameters())
+    header = ["files in", "packed", "seconds", "GB/s", "plain read GB/s", "share", "packed GB", "peak GB", "peak beyond packed GB"]
+    lines = [
+        f"## {args.dtype}",
+        "",
+        f"{args.candidates} candidates x {weights / 1e6:.1f} M parameters, {total / 1e9:.2f} GB of safetensors files, {args.bits} bits; "
+        f"{processor_name()}, {os.cpu_count()} cores, torch {torch.__version__}.",
+        f"`python bench/pack_stream.py --dtype {args.dtype}`: median of {args.rounds} rounds by share; each rate beside the mean of plain",
+        "reads of the same files before and after it.",
+        "",
+        markdown_table(header, rows),
+        "",
+        "Peak: resident memory of the whole process; the interpreter with PyTorch and the model (0.4 GB) are 0.7 GB of it. In memory the center",
+        f"takes {4 * weights / 1e9:.1f} GB. Into a file: packed bytes, center and scales are written and synced, too.",
+        f"Targets: {100 * SHARE:.0f} % of the plain read, {BOUND / 1e9:.0f} GB beyond the packed size.",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -148,30 +169,24 @@ def main() -> None:
     p.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
     p.add_argument("--bits", type=int, default=4)
     p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--folder", type=Path, help="where the files are made and removed (default: a temporary directory)")
+    p.add_argument("--folder", type=Path, help="where the files are made, and kept for the next time (default: a temporary directory)")
     p.add_argument("--save", action="store_true")
     p.add_argument("--work", nargs=4)
     args = p.parse_args()
     if args.work:
         work(args.work[0], args.work[1], int(args.work[2]), int(args.work[3]))
         return
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        paths = generate(Path(folder), args.candidates, getattr(torch, args.dtype))
-        total, weights = sum(path.stat().st_size for path in paths), sum(p.numel() for p in Model().parameters())
-        rows = measure(Path(folder), paths, args.bits, args.rounds)
-    from twa.report import markdown_table, processor_name
-
-    header = ["files in", "packed", "seconds", "GB/s", "plain read GB/s", "share", "packed GB", "peak GB", "peak beyond packed GB"]
-    text = (
-        f"# Packing from files\n\n{args.candidates} candidates x {weights / 1e6:.1f} M parameters, {args.dtype} ({total / 1e9:.2f} GB of safetensors files), {args.bits} bits; "
-        f"{processor_name()}, {os.cpu_count()} cores, torch {torch.__version__}.\n`python bench/pack_stream.py`: median of {args.rounds} rounds by share; each rate is of the packing against the mean of plain reads before and after it.\n\n"
-        f"{markdown_table(header, rows)}\n\nPeak: resident memory of the whole process, of which the interpreter with PyTorch and the model (0.4 GB) are a part. The center (float32) "
-        f"takes {4 * weights / 1e9:.1f} GB in memory. Into a file: packed bytes, center and scales are written and synced, too.\nTargets: {100 * SHARE:.0f} % of the plain read, "
-        f"{BOUND / 1e9:.0f} GB beyond the packed size.\n"
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        paths = sorted(folder.glob("*.safetensors")) or generate(folder, args.candidates, getattr(torch, args.dtype))
+        rows = measure(folder, paths, args.bits, args.rounds)
+        text = page(args, sum(path.stat().st_size for path in paths), rows)
     print(text)
     if args.save:
-        (RESULTS / "pack_stream.md").write_text(text)
+        target = RESULTS / "pack_stream.md"
+        sections = target.read_text().split("\n## ")[1:] if target.exists() else []
+        kept = [f"## {s.rstrip()}\n" for s in sections if not s.startswith(f"{args.dtype}\n")]
+        target.write_text("# Packing from files\n\n" + "\n".join(sorted([*kept, text])))
 
 
 if __name__ == "__main__":

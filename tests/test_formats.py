@@ -110,9 +110,8 @@ def test_an_archive_that_was_compressed_is_refused(tmp_path):
 
 
 def test_an_archive_that_was_stored_again_unaligned(tmp_path):
-    torch.save(state(), tmp_path / "x.pt")
-    with pytest.raises(CandidateError, match="packed again by another program"):
-        Candidates(rewritten(tmp_path / "x.pt", tmp_path / "y.pt"))
+    torch.save(odd_tensors(), tmp_path / "x.pt")
+    same(Candidates(rewritten(tmp_path / "x.pt", tmp_path / "y.pt"))[0], odd_tensors())
 
 
 def test_the_other_byte_order(tmp_path):

@@ -243,15 +243,18 @@ class Average:
         s = self.settings
         start_from = min((r for r in self.results if r.coefficients is None), key=lambda r: r.val_loss)
         center, center_name = start_from.beta, " ".join(filter(None, (start_from.method, start_from.note)))
-        subspace = Subspace.from_candidates(
-            self.model,
-            self.candidates,
-            bits=method.bits,
-            granularity=method.granularity,
-            center=center,
-            basis=method.basis,
-            placement=self.placement,
-        )
+        total = sum(c.info[key].nbytes for c in self.candidates[self.placement.rows] for key in self.placement.keys)
+        with progress_bar(f"packing for {method.name}", total, self.progress, unit="B", unit_scale=True) as bar:
+            subspace = Subspace.from_candidates(
+                self.model,
+                self.candidates,
+                bits=method.bits,
+                granularity=method.granularity,
+                center=center,
+                basis=method.basis,
+                placement=self.placement,
+                progress=lambda _, count: bar.update(count),
+            )
         optimizer = SubspaceOptimizer(subspace, torch.optim.AdamW, lr=s.lr, weight_decay=s.weight_decay, low_memory=s.low_memory)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_then_linear(step, s.steps))
         stream = Stream(self.task.train if method.kind == "t" else self.task.heldout, self.world, s.batches_per_step, s.seed)
@@ -362,8 +365,8 @@ def load_buffers(model: nn.Module, saved: dict[str, Tensor]) -> None:
             b.copy_(saved[name])
 
 
-def progress_bar(text: str, total: int, shown: bool) -> tqdm:
-    return tqdm(total=total, desc=f"{text:32.32s}", disable=not shown, mininterval=0.5, file=sys.stderr)
+def progress_bar(text: str, total: int, shown: bool, **options: object) -> tqdm:
+    return tqdm(total=total, desc=f"{text:32.32s}", disable=not shown, mininterval=0.5, file=sys.stderr, **options)
 
 
 def measure_test(result: Result, model: nn.Module, task: Task, world: World | None = None) -> None:

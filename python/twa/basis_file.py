@@ -25,7 +25,7 @@ from .candidates import BLOCK_BYTES, CandidateError
 from .files import DTYPE_NAMES, SAFETENSORS_DTYPES, lock, sync_folder
 from .formats import parse_json, read_header, read_safetensors
 from .layout import Layout
-from .mapped import MAX_ELEMENTS, Stored, TensorInfo, first_line
+from .mapped import MAX_ELEMENTS, Stored, TensorInfo, are_sizes, first_line, shown
 from .orthonormal import Coordinates
 
 FORMAT = "twa-basis-1"
@@ -268,7 +268,7 @@ def _check(path: Path, name: str, stored: Stored, good: object, expected: str) -
 def _contents(value: object) -> Contents:
     """From parsed JSON; ValueError says what is wrong."""
     if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise ValueError(f"expected format {FORMAT!r}, found {value.get('format') if isinstance(value, dict) else type(value).__name__!r}")
+        raise ValueError(f"expected format {FORMAT!r}, found {shown(value.get('format') if isinstance(value, dict) else value)}")
     fields = set(Contents.__dataclass_fields__)
     if odd := sorted(fields ^ value.keys()):
         raise ValueError(f"metadata: {odd[0]!r} is {'missing' if odd[0] in fields else 'unexpected'}")
@@ -295,7 +295,7 @@ def _contents(value: object) -> Contents:
     _want(_list_of(c.labels, str) and len(c.labels) >= 1, "labels", "names of segments", c.labels)
     good = _list_of(c.segments, lambda s: type(s) is int and 0 <= s < len(c.labels)) and len(c.segments) == len(c.trained)
     _want(good, "segments", f"an index below {len(c.labels)} for each trained tensor", c.segments)
-    pair = lambda p: isinstance(p, list) and len(p) == 2 and type(p[0]) is int and 0 <= p[0] < n and type(p[1]) in (int, float)  # noqa: E731
+    pair = lambda p: isinstance(p, list) and len(p) == 2 and type(p[0]) is int and 0 <= p[0] < n and type(p[1]) in (int, float) and 0 <= p[1] < 1e9  # noqa: E731
     good = _list_of(c.dropped, lambda s: _list_of(s, pair)) and len(c.dropped) == (len(c.labels) if c.basis == "orthonormal" else 0)
     _want(good, "dropped", "candidates and distances for each segment", c.dropped)
     return c
@@ -303,7 +303,7 @@ def _contents(value: object) -> Contents:
 
 def _want(good: bool, name: str, expected: str, found: object) -> None:
     if not good:
-        raise ValueError(f"metadata: {name}: expected {expected}, found {str(found)[:100]}")
+        raise ValueError(f"metadata: {name}: expected {expected}, found {shown(found)}")
 
 
 def _list_of(value: object, kind: object) -> bool:
@@ -315,7 +315,7 @@ def _is_info(value: object) -> bool:
         isinstance(value, list) and len(value) == 2 and isinstance(value[0], list) and isinstance(value[1], str) and value[1] in DTYPE_NAMES.values()
     ):
         return False
-    return all(type(s) is int and 0 <= s < MAX_ELEMENTS for s in value[0]) and math.prod(max(1, s) for s in value[0]) <= MAX_ELEMENTS
+    return are_sizes(value[0]) and math.prod(max(1, s) for s in value[0]) <= MAX_ELEMENTS
 
 
 # Candidates that are not at hand -------------------------------------------------------------------------------------------

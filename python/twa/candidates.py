@@ -11,7 +11,6 @@ import hashlib
 import math
 import os
 import re
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ class Candidate:
 
     def __init__(self, path: Path, entry: str | None = None) -> None:
         found = open_checkpoint(path, entry)
-        self.path, self.kind, self.files, tensors = path, found.kind, found.files, found.tensors
+        self.path, self.entry, self.kind, self.files, tensors = path, entry, found.kind, found.files, found.tensors
         if not tensors:
             raise CandidateError(f"{path}: expected a checkpoint, found no tensors")
         while prefix := next((p for p in WRAPPER_PREFIXES if all(key.startswith(p) for key in tensors)), None):
@@ -73,8 +72,8 @@ class Candidate:
         self._tensors[key].prefetch(_slab(self.info[key].shape, part, begin, end)[0])
 
     def fingerprint(self) -> str:
-        """Digest of the files' sizes and of `SAMPLES` blocks spread over each."""
-        digest = hashlib.sha256()
+        """Digest of the files' sizes and of `SAMPLES` blocks spread over each, and of which entry is read."""
+        digest = hashlib.sha256((self.entry or "").encode())
         for path in self.files:
             with open(path, "rb") as f:
                 size = os.fstat(f.fileno()).st_size
@@ -241,18 +240,21 @@ class Candidates(Sequence[Candidate]):
         """
         chosen = self._chosen(rows)
         blocks = self._cut(wanted, chosen, columns, begin)
-        ahead: deque[tuple[int, int, int]] = deque()
-        with ThreadPoolExecutor(1, thread_name_prefix="twa-prefetch") as pool:
-            while True:
-                while len(ahead) < 2 and (block := next(blocks, None)) is not None:
-                    ahead.append(block)
-                    pool.submit(_prefetch, chosen, *wanted[block[0]], *block[1:])
-                if not ahead:
-                    return
-                index, first, last = ahead.popleft()
+        block, pool = next(blocks, None), None
+        try:
+            while block is not None:
+                ahead = next(blocks, None)
+                if ahead is not None:
+                    pool = pool or ThreadPoolExecutor(1, thread_name_prefix="twa-prefetch")
+                    pool.submit(_prefetch, chosen, *wanted[ahead[0]], *ahead[1:])
+                index, first, last = block
                 key, part = wanted[index]
                 self._count(sum(c.info[key].dtype.itemsize for c in chosen) * (last - first))
                 yield Block(index, first, last, [c.columns(key, first, last, part) for c in chosen])
+                block = ahead
+        finally:
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
 
     def _cut(
         self, wanted: Sequence[tuple[str, Part | None]], chosen: Sequence[Candidate], columns: int | None, begin: tuple[int, int]

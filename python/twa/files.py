@@ -77,17 +77,25 @@ def _is_running(pid: int) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError from inside names at least this path: a write that fails does not say where."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
     temporary = temporary_of(path)
     try:
-        write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            write(temporary)
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a write that fails does not say where
-        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -142,7 +150,7 @@ def replace_folder(temporary: Path, folder: Path) -> None:
         if path.is_dir():
             sync_folder(path)
         elif path.is_file():
-            with open(path, "rb+") as f:
+            with naming(path), open(path, "rb+") as f:
                 os.fsync(f.fileno())
     aside = folder.with_name(f".{folder.name}.old")
     if not folder.exists():

@@ -16,7 +16,7 @@ import torch
 
 from . import dcp
 from .files import SAFETENSORS_DTYPES
-from .mapped import MAX_ELEMENTS, MAX_NAME, CandidateError, MappedFile, Source, Stored, TensorInfo, are_sizes, first_line, is_file_name
+from .mapped import MAX_ELEMENTS, MAX_NAME, CandidateError, MappedFile, Source, Stored, TensorInfo, are_sizes, first_line, is_file_name, shown
 from .torch_files import read_torch
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -87,12 +87,12 @@ def _one_file(path: Path, entry: str | None) -> dict[str, Source]:
 # Hugging Face shards -------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path, expected: str = "expected JSON") -> object:
-    """A JSON file of at most MAX_HEADER bytes."""
+def read_json(path: Path, expected: str = "expected JSON", limit: int = MAX_HEADER) -> object:
+    """A JSON file of at most `limit` bytes."""
     if not path.is_file():
         raise CandidateError(f"{path}: {expected}, in a regular file")
-    if path.stat().st_size > MAX_HEADER:
-        raise CandidateError(f"{path}: {expected}, of at most {MAX_HEADER} bytes, found {path.stat().st_size}")
+    if path.stat().st_size > limit:
+        raise CandidateError(f"{path}: {expected}, of at most {limit} bytes, found {path.stat().st_size}")
     try:
         return parse_json(path.read_bytes())
     except (ValueError, RecursionError, OSError) as error:
@@ -128,7 +128,7 @@ def _indexed(index: Path, entry: str | None) -> Checkpoint:
 
 
 def parse_json(text: bytes) -> object:
-    """JSON as Python values; ValueError also for a name that occurs twice, for NaN, and for text that is no UTF-8."""
+    """JSON as Python values; ValueError also for a name that occurs twice, for NaN and -0, and for text that is no UTF-8."""
 
     def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(items)
@@ -144,7 +144,12 @@ def parse_json(text: bytes) -> object:
     def refuse(text: str) -> None:
         raise ValueError(f"found {text}")
 
-    return json.loads(text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=refuse)
+    def whole(text: str) -> int:
+        if text == "-0":  # as the library does
+            refuse(text)
+        return int(text)
+
+    return json.loads(text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=refuse, parse_int=whole)
 
 
 def read_header(path: Path) -> tuple[dict[str, object], int]:
@@ -180,9 +185,9 @@ def read_safetensors(path: Path, dtypes: Mapping[str, torch.dtype] = SAFETENSORS
         name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
         dtype = dtypes.get(name) if isinstance(name, str) else None
         if dtype is None:
-            raise CandidateError(f"{path}: tensor {key!r} has dtype {str(name)[:80]!r}, expected one of {sorted(dtypes)}")
+            raise CandidateError(f"{path}: tensor {key!r} has dtype {shown(name)}, expected one of {sorted(dtypes)}")
         if not are_sizes(shape) or not are_sizes(offsets) or len(offsets) != 2 or math.prod(max(1, s) for s in shape) > MAX_ELEMENTS:
-            raise CandidateError(f"{path}: tensor {key!r}: expected sizes as shape and two offsets, found {str(shape)[:80]} and {str(offsets)[:80]}")
+            raise CandidateError(f"{path}: tensor {key!r}: expected sizes as shape and two offsets, found {shown(shape)} and {shown(offsets)}")
         begin, end = offsets
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise CandidateError(f"{path}: tensor {key!r}: {name} {shape} does not fill the bytes {begin} to {end}")
@@ -225,7 +230,7 @@ def _weights_of(content: object, path: Path, entry: str | None) -> dict[str, Sou
 
 
 def entries(content: object) -> list[str]:
-    """Names of the nested dicts that hold tensors, with dots between levels: the first 20, and each dict once."""
+    """Names of the nested dicts that hold tensors, with dots between levels, for messages: the first 20, and each dict once."""
     found, seen = [], set()
 
     def visit(inside: dict, prefix: str) -> None:
@@ -236,4 +241,4 @@ def entries(content: object) -> list[str]:
                 visit(value, f"{prefix}{key}.")
 
     visit(content if isinstance(content, dict) else {}, "")
-    return found
+    return [name if name.isprintable() else repr(name) for name in found]

@@ -7,6 +7,7 @@ import errno
 import math
 import mmap
 import os
+import reprlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -144,6 +145,7 @@ class Stored:
     offset: int
     strides: tuple[int, ...] | None = None
     swapped: bool = False  # of the other byte order
+    negated: bool = False
 
     def read(self, part: Part | None = None) -> Tensor:
         shape, dtype, first = self.info.shape, self.info.dtype, 0
@@ -153,7 +155,8 @@ class Stored:
             shape = tuple(max(0, end - begin) for begin, end in bounds)
             first = sum(begin * stride for (begin, _), stride in zip(bounds, strides, strict=True))
         flat = self.file.tensor(dtype, self.offset + first * dtype.itemsize, span(shape, strides))
-        return (swap_bytes(flat) if self.swapped else flat).as_strided(shape, strides)
+        t = (swap_bytes(flat) if self.swapped else flat).as_strided(shape, strides)
+        return -t if self.negated else t
 
     def prefetch(self, part: Part | None) -> None:
         """Of a contiguous tensor: the rows of its first dimension that `part` names."""
@@ -248,7 +251,9 @@ def are_sizes(value: object) -> bool:
 def is_file_name(name: str) -> bool:
     """Whether this names a file in a directory, and nothing outside it; and can be printed. (The file may be a link: Hugging Face's cache is made of
     links to ../../blobs, and what a link leads to is only read.)"""
-    return name.isprintable() and name not in ("", ".", "..") and "/" not in name and "\\" not in name and Path(name).name == name
+    if not name.isprintable() or len(name.encode()) > 255 or name in ("", ".", ".."):
+        return False
+    return "/" not in name and "\\" not in name and Path(name).name == name
 
 
 def check_name(name: str, where: Path) -> None:
@@ -293,6 +298,11 @@ def _cut(whole: list[tuple[int, int]], boxes: list[list[tuple[int, int]]], cuts:
             sides = [(g[0][axis][0], max(b[axis][1] for b in g)) for g in groups]
             return all(_cut([*whole[:axis], side, *whole[axis + 1 :]], g, cuts - 1) for g, side in zip(groups, sides, strict=True))
     return False
+
+
+def shown(value: object) -> str:
+    """A file's value for a message: printable, not long, and not looked into deeply."""
+    return reprlib.repr(value)
 
 
 def first_line(error: BaseException) -> str:

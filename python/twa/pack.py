@@ -20,7 +20,7 @@ import twa_kernels as tk
 from twa_kernels.packed import Scaling, lost_groups
 from twa_kernels.reference import BITS
 
-from .basis_file import NAME, BasisError, Writer
+from .basis_file import LARGEST_SCALE, NAME, BasisError, Writer
 from .candidates import Candidates
 from .files import clear_unfinished, lock, write_json
 from .formats import read_json
@@ -35,6 +35,7 @@ from .weights import load_untrained, not_finite
 from .world import World
 
 SAVE_SECONDS = 10.0  # between saved positions
+MAX_POSITION = 1 << 30  # bytes: two numbers as text for each candidate and segment
 
 
 # Unfinished files -----------------------------------------------------------------------------------------------------------
@@ -183,9 +184,11 @@ class PackToFile:
             at = slice(first, min(first + step, len(segment)))
             self.raw_file.seek(first * n * 2)
             data = self.raw_file.read((at.stop - first) * n * 2)
-            if len(data) < (at.stop - first) * n * 2:
+            whole = len(data) == (at.stop - first) * n * 2
+            if whole:
+                scales, zeros = scaling.apply(torch.frombuffer(bytearray(data), dtype=torch.bfloat16).view(-1, n), segment[at])
+            if not whole or (scales.view(torch.uint8) > LARGEST_SCALE).any():
                 raise BasisError(f"{self.raw}: not the scales of an unfinished basis of these candidates; pass --overwrite to start anew")
-            scales, zeros = scaling.apply(torch.frombuffer(bytearray(data), dtype=torch.bfloat16).view(-1, n), segment[at])
             writer.put("scales", scales, first * n)
             lost += zeros
         if lost:
@@ -214,7 +217,7 @@ class PackToFile:
         write_json(self.position, {"tensor": at[0], "column": at[1], **sums, "of": json.dumps(options)})
 
     def _read_position(self, packer: tk.Packer) -> tuple[int, int]:
-        value = read_json(self.position, "expected the position of an interrupted run")
+        value = read_json(self.position, "expected the position of an interrupted run", MAX_POSITION)
         try:
             of, ours = json.loads(value["of"]), json.loads(json.dumps({"contents": self.contents.as_json(), "center_weights": self.weights.tolist()}))
             for theirs, mine in ((of["contents"], ours["contents"]), (of, ours)):
@@ -249,6 +252,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_pack(args: argparse.Namespace) -> None:
     """Packs candidates into a file that Subspace.load maps: every later run starts at once, without the candidates."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("twa pack runs as one process: start it without torchrun")
     path = find_basis(args.output)
     if path.exists() and args.resume and not is_unfinished(path):
         remove_left_over(path)

@@ -16,7 +16,7 @@ from twa_kernels.reference import TILE, num_tiles, tile_offsets
 from .basis_file import DTYPES, NAME, BasisError, Contents, Loaded, Writer, unrounded
 from .candidates import Candidates
 from .dense import DenseBasis
-from .files import DTYPE_NAMES, temporary_of
+from .files import DTYPE_NAMES, naming, temporary_of
 from .layout import Layout
 from .placement import Basis, Columns, Placement, local
 
@@ -74,17 +74,15 @@ def save_basis(path: Path, subspace: Subspace) -> None:
         tensors |= {"transform": coordinates.transform, "R": coordinates.R, "scale": coordinates.scale}
     writer.lock()
     try:
-        writer.open()
-        for name, t in (tensors | untrained(place.model, contents)).items():
-            writer.put(name, t.cpu())
-        at = 0
-        for center in subspace.center:
-            writer.put("center", center.cpu(), at)
-            at += center.numel()
-        writer.finish()
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+        with naming(path):
+            writer.open()
+            for name, t in (tensors | untrained(place.model, contents)).items():
+                writer.put(name, t.cpu())
+            at = 0
+            for center in subspace.center:
+                writer.put("center", center.cpu(), at)
+                at += center.numel()
+            writer.finish()
     finally:
         writer.close()
         writer.partial.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .mapped import CandidateError, MappedFile, Stored, TensorInfo, are_sizes, check_name, first_line, span
-from .unpickle import INERT, MAX_PICKLE, Name, Refused, checked_key, unpickle
+from .unpickle import INERT, MAX_PICKLE, Made, Name, Refused, checked_key, unpickle
 
 MAX_EXPANDED = 1 << 24  # elements of a tensor that has fewer of its own: an expanded one may claim any shape
 MAX_DEPTH = 16  # of dicts
@@ -75,6 +75,7 @@ class Described:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    negated: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,20 +85,24 @@ class NotDense:
     kind: str
 
 
-def _tensor(
-    storage: Storage, offset: int, shape: tuple, strides: tuple, requires_grad: object = False, hooks: object = None, metadata=None
-) -> Described:
+def _tensor(storage: Storage, offset: int, shape: tuple, strides: tuple) -> Described:
+    return _tensor_v3(storage, offset, shape, strides, False, None, storage.dtype)
+
+
+def _tensor_v2(storage: Storage, offset: int, shape: tuple, strides: tuple, requires_grad: bool, hooks: object, metadata=None) -> Described:
     return _tensor_v3(storage, offset, shape, strides, requires_grad, hooks, storage.dtype, metadata)
 
 
-def _tensor_v3(storage: Storage, offset: int, shape: tuple, strides: tuple, _: object, __: object, dtype: torch.dtype, metadata=None) -> Described:
-    if (
-        type(storage) is not Storage or type(offset) is not int or type(dtype) is not torch.dtype or metadata
-    ):  # metadata: lazily negated or conjugated
-        raise ValueError("expected a plain tensor")
+def _tensor_v3(
+    storage: Storage, offset: int, shape: tuple, strides: tuple, requires_grad: bool, hooks: object, dtype: torch.dtype, metadata: object = None
+) -> Described:
+    if type(storage) is not Storage or type(dtype) is not torch.dtype or type(requires_grad) is not bool:
+        raise ValueError("expected a tensor's storage and dtype")
+    if metadata and (type(metadata) is not dict or not {"neg": True, "conj": False}.items() >= metadata.items() or not dtype.is_floating_point):
+        raise ValueError("expected a plain tensor, or one that is negated when it is read")
     if not (type(shape) is type(strides) is tuple and are_sizes((offset, *shape)) and are_sizes(strides) and len(shape) == len(strides)):
         raise ValueError("expected a tensor's sizes and strides")
-    return Described(storage, dtype, offset, shape, strides)
+    return Described(storage, dtype, offset, shape, strides, bool(metadata) and "neg" in metadata)
 
 
 def _parameter(data: object, *_: object) -> object:
@@ -125,7 +130,7 @@ def _latin(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-_TENSOR, _PARAMETER = Name(INERT.make), Name(INERT.make)
+_TENSOR, _PARAMETER = Name(Made), Name(lambda *arguments: arguments[0] if arguments and type(arguments[0]) is Described else Made(*arguments))
 _DENSE = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")
 _DENSE += ("complex128", "complex64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 _STORAGES = {
@@ -154,7 +159,7 @@ _NOT_DENSE = {
 }
 NAMES: dict[str, object] = {
     "torch._utils._rebuild_tensor": Name(_tensor),
-    "torch._utils._rebuild_tensor_v2": Name(_tensor),
+    "torch._utils._rebuild_tensor_v2": Name(_tensor_v2),
     "torch._utils._rebuild_tensor_v3": Name(_tensor_v3),
     "torch._utils._rebuild_parameter": Name(_parameter),
     "torch._utils._rebuild_parameter_with_state": Name(_parameter),
@@ -243,7 +248,7 @@ def stored(t: Described, file: MappedFile, begin: int, size: int, swapped: bool,
     if math.prod(t.shape) > max(own, MAX_EXPANDED):
         raise CandidateError(f"{where}: a tensor {info} is expanded from {own} elements: expected at most {MAX_EXPANDED} then")
     contiguous = t.strides == tuple(math.prod(t.shape[d + 1 :]) for d in range(len(t.shape)))
-    return Stored(file, info, begin + t.offset * t.dtype.itemsize, None if contiguous else t.strides, swapped)
+    return Stored(file, info, begin + t.offset * t.dtype.itemsize, None if contiguous else t.strides, swapped, t.negated)
 
 
 def _open(path: Path) -> tuple[object, Callable[[Described], Stored]]:
@@ -308,11 +313,12 @@ def read_torch(path: Path) -> object:
         if id(value) not in done:
             done[id(value)] = out = {}
             for k, v in value.items():
-                if isinstance(k, str | int) and (found := replaced(v, depth + 1)) is not None:
-                    check_name(str(k), path)
-                    if str(k) in out:
-                        raise CandidateError(f"{path}: {str(k)[:100]!r} occurs twice")
-                    out[str(k)] = found
+                if (found := replaced(v, depth + 1)) is not None:
+                    name = str(k)  # keys are plain values: see unpickle
+                    check_name(name, path)
+                    if name in out:
+                        raise CandidateError(f"{path}: {name!r} occurs twice")
+                    out[name] = found
         return done[id(value)]
 
     return replaced(content, 0)

@@ -34,6 +34,9 @@ class Made:
     def __init__(self, *arguments: object) -> None:
         self.arguments, self.state = arguments, None
 
+    def __repr__(self) -> str:
+        return "an object"
+
     def get(self, name: str) -> object:
         """An attribute, as stored."""
         return self.state.get(name) if isinstance(self.state, dict) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -162,6 +163,10 @@ def write_dcp(folder: Path, placement: Placement) -> None:
     if world.is_writer:
         shutil.rmtree(temporary, ignore_errors=True)
     world.gather(None)  # not before the old one is gone
-    dcp.save(sharded(placement), checkpoint_id=str(temporary), process_group=world.group, no_dist=world.group is None)
+    try:
+        dcp.save(sharded(placement), checkpoint_id=str(temporary), process_group=world.group, no_dist=world.group is None)
+    except dcp.CheckpointException as error:  # no Exception, and without the file's name
+        first = next(iter(error.failures.values()))[0]
+        raise OSError(getattr(first, "errno", None) or errno.EIO, getattr(first, "strerror", None) or str(first), str(folder)) from error
     if world.is_writer:
         replace_folder(temporary, folder)
