@@ -29,12 +29,12 @@ WIDTH, LAYERS, TOKENS = 768, 12, 20_000
 
 
 class Model(nn.Module):
-    """The tensors of a GPT of 100 M parameters."""
+    """The tensors of a GPT of 100 M parameters, or a quarter of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = 1.0) -> None:
         super().__init__()
-        self.embed = nn.Parameter(torch.zeros(TOKENS, WIDTH))
-        for k in range(LAYERS):
+        self.embed = nn.Parameter(torch.zeros(int(TOKENS * share), WIDTH))
+        for k in range(int(LAYERS * share)):
             for name, shape in {
                 "qkv": (3 * WIDTH, WIDTH),
                 "out": (WIDTH, WIDTH),
@@ -45,10 +45,10 @@ class Model(nn.Module):
                 self.register_parameter(f"layer{k}_{name}", nn.Parameter(torch.zeros(shape)))
 
 
-def generate(folder: Path, n: int, dtype: torch.dtype) -> list[Path]:
+def generate(folder: Path, n: int, dtype: torch.dtype, share: float) -> list[Path]:
     """A walk in small steps: neighbouring candidates are near each other, as those of a run are."""
     generator = torch.Generator().manual_seed(0)
-    weights = {name: 0.02 * torch.randn(p.shape, generator=generator) for name, p in Model().named_parameters()}
+    weights = {name: 0.02 * torch.randn(p.shape, generator=generator) for name, p in Model(share).named_parameters()}
     noise = torch.randn(1 << 24, generator=generator)
     paths = []
     for k in range(n):
@@ -80,7 +80,7 @@ def read_all(paths: list[Path]) -> float:
     return count / (time.perf_counter() - start)
 
 
-def work(folder: str, way: str, bits: int, limit: int) -> None:
+def work(folder: str, way: str, bits: int, limit: int, share: float) -> None:
     """One packing, as a process of its own; prints what it measured as JSON."""
     import twa
     from twa.measure import PeakMemory
@@ -88,7 +88,7 @@ def work(folder: str, way: str, bits: int, limit: int) -> None:
     from twa.pack import PackToFile
 
     torch.set_grad_enabled(False)
-    model, candidates = Model(), twa.Candidates(folder)
+    model, candidates = Model(share), twa.Candidates(folder)
     memory = PeakMemory()
     before, start = memory.bytes(), time.perf_counter()
     if way == "file":
@@ -102,20 +102,20 @@ def work(folder: str, way: str, bits: int, limit: int) -> None:
     print(json.dumps({"seconds": seconds, "peak": memory.bytes(), "before": before, "packed": packed, "read": candidates.bytes_read}))
 
 
-def run(folder: Path, way: str, bits: int, limit: int = 0) -> dict[str, float]:
-    done = subprocess.run([sys.executable, __file__, "--work", str(folder), way, str(bits), str(limit)], capture_output=True, text=True)
+def run(folder: Path, way: str, bits: int, limit: int, share: float) -> dict[str, float]:
+    done = subprocess.run([sys.executable, __file__, "--work", str(folder), way, str(bits), str(limit), str(share)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def once(folder: Path, paths: list[Path], where: str, way: str, bits: int, limit: int) -> tuple[float, dict[str, float], float]:
+def once(folder: Path, paths: list[Path], where: str, way: str, bits: int, limit: int, size: float) -> tuple[float, dict[str, float], float]:
     """Share of the plain read, what was measured, the plain read: before and after the packing, since the machine's rate changes all the time."""
     prepare = evict if where == "disk" else read_all
     prepare(paths)
     before = read_all(paths)
     prepare(paths)
-    result = run(folder, way, bits, limit)
+    result = run(folder, way, bits, limit, size)
     for left in (folder / "out").glob("*"):
         left.unlink()
     prepare(paths)
@@ -125,30 +125,33 @@ def once(folder: Path, paths: list[Path], where: str, way: str, bits: int, limit
     return share, result, plain
 
 
-def measure(folder: Path, paths: list[Path], bits: int, rounds: int) -> list[list[str]]:
-    """Rows of the table."""
-    rows = []
-    for where in ("page cache", "disk"):
-        for way, limit in (("memory", 0), ("file", 0), ("file", LIMIT)):
-            found = sorted((once(folder, paths, where, way, bits, limit) for _ in range(rounds)), key=lambda f: f[0])
-            share, result, plain = found[len(found) // 2]
-            beyond = result["peak"] - (result["packed"] if way == "memory" else 0)
-            name = f"into {'memory' if way == 'memory' else 'a file'}" + (f", --max-memory {LIMIT / 1e9:g}GB" if limit else "")
-            gigabytes = (result["read"] / result["seconds"], plain, result["packed"], result["peak"], beyond)
-            rate, plain, packed, peak, beyond = (f"{v / 1e9:.2f}" for v in gigabytes)
-            rows.append([where, name, f"{result['seconds']:.1f}", rate, plain, f"{100 * share:.0f} %", packed, peak, beyond])
+def measure(args: argparse.Namespace, folder: Path, where: str, size: float) -> list[list[str]]:
+    """Rows of the table. In the page cache a quarter of the model, so that nothing is pushed out of it; on the disk all of it."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        folder.mkdir(exist_ok=True)
+        paths = generate(folder, args.candidates, getattr(torch, args.dtype), size)
+    total, rows = sum(path.stat().st_size for path in paths), []
+    for way, limit in (("memory", 0), ("file", 0), ("file", LIMIT)):
+        found = sorted((once(folder, paths, where, way, args.bits, limit, size) for _ in range(args.rounds)), key=lambda f: f[0])
+        share, result, plain = found[len(found) // 2]
+        beyond = result["peak"] - (result["packed"] if way == "memory" else 0)
+        name = f"into {'memory' if way == 'memory' else 'a file'}" + (f", --max-memory {LIMIT / 1e9:g}GB" if limit else "")
+        gigabytes = (result["read"] / result["seconds"], plain, result["packed"], result["peak"], beyond)
+        rate, plain, packed, peak, beyond = (f"{v / 1e9:.2f}" for v in gigabytes)
+        rows.append([where, f"{total / 1e9:.1f} GB", name, f"{result['seconds']:.1f}", rate, plain, f"{100 * share:.0f} %", packed, peak, beyond])
     return rows
 
 
-def page(args: argparse.Namespace, total: int, rows: list[list[str]]) -> str:
+def page(args: argparse.Namespace, rows: list[list[str]]) -> str:
     from twa.report import markdown_table, processor_name
 
     weights = sum(p.numel() for p in Model().parameters())
-    header = ["files in", "packed", "seconds", "GB/s", "plain read GB/s", "share", "packed GB", "peak GB", "peak beyond packed GB"]
+    header = ["files in", "size", "packed", "seconds", "GB/s", "plain read GB/s", "share", "packed GB", "peak GB", "peak beyond packed GB"]
     lines = [
         f"## {args.dtype}",
         "",
-        f"{args.candidates} candidates x {weights / 1e6:.1f} M parameters, {total / 1e9:.2f} GB of safetensors files, {args.bits} bits; "
+        f"{args.candidates} candidates x {weights / 1e6:.1f} M parameters, in the page cache a quarter of them; {args.bits} bits; "
         f"{processor_name()}, {os.cpu_count()} cores, torch {torch.__version__}.",
         f"`python bench/pack_stream.py --dtype {args.dtype}`: median of {args.rounds} rounds by share; each rate beside the mean of plain",
         "reads of the same files before and after it.",
@@ -171,16 +174,15 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--folder", type=Path, help="where the files are made, and kept for the next time (default: a temporary directory)")
     p.add_argument("--save", action="store_true")
-    p.add_argument("--work", nargs=4)
+    p.add_argument("--work", nargs=5)
     args = p.parse_args()
     if args.work:
-        work(args.work[0], args.work[1], int(args.work[2]), int(args.work[3]))
+        work(args.work[0], args.work[1], int(args.work[2]), int(args.work[3]), float(args.work[4]))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
-        paths = sorted(folder.glob("*.safetensors")) or generate(folder, args.candidates, getattr(torch, args.dtype))
-        rows = measure(folder, paths, args.bits, args.rounds)
-        text = page(args, sum(path.stat().st_size for path in paths), rows)
+        rows = [row for where, size in (("page cache", 0.25), ("disk", 1.0)) for row in measure(args, folder / f"{args.dtype}-{size:g}", where, size)]
+        text = page(args, rows)
     print(text)
     if args.save:
         target = RESULTS / "pack_stream.md"

@@ -22,7 +22,7 @@ LIBRARY = {
 EVENTS = {
     "a crash": ("os.kill(os.getpid(), 11)", "signal SIGSEGV"),
     "an end": ("os._exit(3)", "the worker ended with 3"),
-    "a long wait": ("time.sleep(0.3)", "time: 0.3 s"),
+    "a long wait": ("time.sleep(1.2)", "time: "),
     "memory": ("torch.ones(100 << 20)", "memory: "),
     "a file beside it": ("(case / 'more').write_text('x')", "files: the case's folder changed"),
     "a file": ("open('more', 'w').close()", "files: ['more']"),
@@ -50,7 +50,7 @@ def said():
         def raise_(error):
             raise error
 
-        fuzz.SECONDS, said = 0.25, {{}}
+        fuzz.SECONDS, said = 1.0, {{}}
         for name, (where, what, other, kind, count, _) in {LIBRARY!r}.items():
             with unittest.mock.patch.object(pkgutil.resolve_name(where), what, eval(other)):
                 said[name] = [text for _, _, text in fuzz.fuzz(count, kinds=[kind]).failures]

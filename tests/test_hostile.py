@@ -29,7 +29,7 @@ def quick_and_nothing_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     begun = time.perf_counter()
     yield
-    assert time.perf_counter() - begun < 5
+    assert time.perf_counter() - begun < 60  # what is not at once would take hours
     assert not (tmp_path / "canary").exists()
 
 
@@ -203,6 +203,10 @@ def test_archives(tmp_path):
     refused(changed(b"PK\1\2", 8, b"\1\0"), "is compressed or encrypted")
     refused(changed(b"PK\1\2", 10, b"\x63\0"), "is compressed or encrypted")
     refused(changed(b"PK\1\2", 20, struct.pack("<II", 1 << 30, 1 << 30), last), "goes beyond the end of the file")
+    refused(changed(b"PK\1\2", 34, b"\1\0", last), "claims to be in another file or a directory")
+    refused(changed(b"PK\1\2", 38, b"\x10", last), "claims to be in another file or a directory")  # PyTorch gives uninitialised memory for it
+    path.write_bytes(zipped(path, records).read_bytes() * 2)
+    refused(path, "expected its first record at its begin")
     refused(changed(b"PK\1\2", 42, struct.pack("<I", 1), last), "is not where the archive's directory says")
     refused(changed(b"PK\1\2", 42, struct.pack("<I", 0), last), "its records overlap")
     refused(changed(b"PK\1\2", 20, b"\xff" * 8, last), "not a complete torch checkpoint|beyond the end")  # without the zip64 field that it asks for
@@ -239,7 +243,7 @@ def test_shards_stay_beside_their_index(path, tmp_path):
     save_file({"w": torch.zeros(2)}, "outside.safetensors")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": path}}))
-    refused(tmp_path / "c", "is not the name of a file beside the index")
+    refused(tmp_path / "c", "is not the name of a file beside the index|expected JSON")
 
 
 def test_links_beside_the_index_are_followed(tmp_path):
@@ -326,6 +330,7 @@ DEEP = b'{"w":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
         (b'{"w":{"dtype":"F32","shape":[1e2],"data_offsets":[0,400]}}', "expected sizes as shape"),
         (b'{"w":{"dtype":"F32","shape":[' + b"1" * 5000 + b'],"data_offsets":[0,4]}}', "no valid JSON"),
         (b'{"\\ud800":1}', "no valid JSON"),
+        (b'{"__metadata__":{"a":"\\ud800"}}', "no valid JSON"),
         (b'{"\xff":1}', "no valid JSON"),
         (b'{"a":1,"a":1}', "'a' occurs twice"),
         (b'{"a":{"dtype":"F32","dtype":"F16"}}', "'dtype' occurs twice"),

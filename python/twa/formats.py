@@ -135,8 +135,8 @@ def parse_json(text: bytes) -> object:
         if len(found) != len(items):
             twice = next(key for key, count in Counter(key for key, _ in items).items() if count > 1)
             raise ValueError(f"{twice!r} occurs twice")
-        for key in found:
-            key.encode()  # lone surrogates
+        for key, value in found.items():
+            (key + value if isinstance(value, str) else key).encode()  # lone surrogates
             if len(key) > MAX_NAME:
                 raise ValueError(f"a name of {len(key)} characters")
         return found

@@ -305,7 +305,11 @@ def shown(value: object) -> str:
     return reprlib.repr(value)
 
 
+def printable(text: str) -> str:
+    """A file's text as a terminal can show it."""
+    return text[:200] if text[:200].isprintable() else ascii(text[:200])
+
+
 def first_line(error: BaseException) -> str:
-    """Of its message, as a terminal can show it."""
-    text = (str(error).splitlines() or [""])[0][:200]
-    return text if text.isprintable() else ascii(text)
+    """Of its message."""
+    return printable((str(error).splitlines() or [""])[0])

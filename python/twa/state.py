@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .candidates import CandidateError, Candidates
 from .files import write_torch
-from .mapped import is_file_name
+from .mapped import is_file_name, printable
 from .methods import Result
 from .placement import Placement
 from .torch_files import read_values
@@ -196,7 +196,8 @@ class Store:
         for name in {**facts, **state["run"]}:
             ours, theirs = facts.get(name, "nothing"), state["run"].get(name, "nothing")
             if ours != theirs:
-                raise StateError(f"{self.path}: the state of another run: {name}: expected {ours}, found {theirs}")
+                what, found = printable(name), printable(theirs)
+                raise StateError(f"{self.path}: the state of another run: {what}: expected {ours}, found {found}")
         self.resumed, self.best, self.best_digest = True, state["best_file"], state["best_digest"]
 
     def check_like(self, found: Mapping[str, object], expected: Mapping[str, object]) -> None:

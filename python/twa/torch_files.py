@@ -20,6 +20,7 @@ from .unpickle import INERT, MAX_PICKLE, Made, Name, Refused, checked_key, unpic
 
 MAX_EXPANDED = 1 << 24  # elements of a tensor that has fewer of its own: an expanded one may claim any shape
 MAX_DEPTH = 16  # of dicts
+DIRECTORY = 0x10  # attribute of a zip archive's entry, for which PyTorch gives uninitialised memory
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before torch 1.6
 
 
@@ -368,7 +369,14 @@ def zip_records(path: Path, begin: int, length: int, where: str) -> dict[str, tu
     prefix = None
     try:
         with open(path, "rb") as f, zipfile.ZipFile(Window(f, begin, length)) as archive:
-            for record in archive.infolist():
+            directory = archive.infolist()
+            if directory and min(record.header_offset for record in directory):
+                raise CandidateError(f"{where}: not a complete torch checkpoint: expected its first record at its begin")
+            for record in directory:
+                if record.is_dir():
+                    continue
+                if record.volume or record.external_attr & DIRECTORY:
+                    raise CandidateError(f"{where}: record {record.filename!r} claims to be in another file or a directory")
                 if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size or record.flag_bits & 1:
                     raise CandidateError(f"{where}: record {record.filename!r} is compressed or encrypted, as torch.save never writes it")
                 f.seek(begin + record.header_offset)
