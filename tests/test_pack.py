@@ -338,7 +338,7 @@ def test_the_center_in_the_same_read_refuses():
     packer, rows = tk.Packer(2, [(200,)]), [torch.zeros(200)] * 2
     with pytest.raises(ValueError, match="found 3 for 2 rows"):
         packer.add_columns(rows, 0, torch.zeros(200), [1.0, 1.0, 1.0])
-    with pytest.raises(TypeError, match="out: expected torch.float32"):
+    with pytest.raises(TypeError, match=r"out: expected torch\.float32"):
         packer.add_columns(rows, 0, torch.zeros(200, dtype=torch.bfloat16), [1.0, 1.0])
     with pytest.raises(tk.NotFiniteError):
         packer.add_columns([torch.full((200,), torch.nan), rows[0]], 0, torch.zeros(200), [1.0, 1.0])

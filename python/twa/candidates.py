@@ -6,6 +6,7 @@ given back, so that resident memory does not grow with the number or the size of
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import math
@@ -239,22 +240,27 @@ class Candidates(Sequence[Candidate]):
         begin     (index, column) of the first block
         """
         chosen = self._chosen(rows)
+
+        def prepare(index: int, first: int, last: int) -> Block:
+            key, part = wanted[index]
+            for c in chosen:
+                c.prefetch(key, first, last, part)
+            self._count(sum(c.info[key].dtype.itemsize for c in chosen) * (last - first))
+            return Block(index, first, last, [c.columns(key, first, last, part) for c in chosen])
+
         blocks = self._cut(wanted, chosen, columns, begin)
-        block, pool = next(blocks, None), None
-        try:
+        if (place := next(blocks, None)) is None:
+            return
+        block = prepare(*place)
+        with contextlib.ExitStack() as stack:
+            pool = None
             while block is not None:
-                ahead = next(blocks, None)
-                if ahead is not None:
-                    pool = pool or ThreadPoolExecutor(1, thread_name_prefix="twa-prefetch")
-                    pool.submit(_prefetch, chosen, *wanted[ahead[0]], *ahead[1:])
-                index, first, last = block
-                key, part = wanted[index]
-                self._count(sum(c.info[key].dtype.itemsize for c in chosen) * (last - first))
-                yield Block(index, first, last, [c.columns(key, first, last, part) for c in chosen])
-                block = ahead
-        finally:
-            if pool is not None:
-                pool.shutdown(cancel_futures=True)
+                ahead = None
+                if (place := next(blocks, None)) is not None:
+                    pool = pool or stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="twa-prefetch"))
+                    ahead = pool.submit(prepare, *place)
+                yield block
+                block = ahead and ahead.result()
 
     def _cut(
         self, wanted: Sequence[tuple[str, Part | None]], chosen: Sequence[Candidate], columns: int | None, begin: tuple[int, int]
@@ -298,11 +304,6 @@ class Candidates(Sequence[Candidate]):
         for block in self.stream([(key, part)], rows=used):
             average_into(out.view(-1)[block.begin : block.end], block.rows, weights[used])
         return out
-
-
-def _prefetch(chosen: Sequence[Candidate], key: str, part: Part | None, begin: int, end: int) -> None:
-    for c in chosen:
-        c.prefetch(key, begin, end, part)
 
 
 @dataclass(frozen=True)

@@ -147,25 +147,26 @@ class Stored:
     swapped: bool = False  # of the other byte order
     negated: bool = False
 
-    def read(self, part: Part | None = None) -> Tensor:
-        shape, dtype, first = self.info.shape, self.info.dtype, 0
+    def _within(self, part: Part | None) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        """Shape and strides of the part, and the byte of the file where it begins."""
+        shape, first = self.info.shape, 0
         strides = self.strides or tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
         if part is not None:
             bounds = [s.indices(size)[:2] for s, size in zip(part, shape, strict=True)]
             shape = tuple(max(0, end - begin) for begin, end in bounds)
             first = sum(begin * stride for (begin, _), stride in zip(bounds, strides, strict=True))
-        flat = self.file.tensor(dtype, self.offset + first * dtype.itemsize, span(shape, strides))
+        return shape, strides, self.offset + first * self.info.dtype.itemsize
+
+    def read(self, part: Part | None = None) -> Tensor:
+        shape, strides, at = self._within(part)
+        flat = self.file.tensor(self.info.dtype, at, span(shape, strides))
         t = (swap_bytes(flat) if self.swapped else flat).as_strided(shape, strides)
         return -t if self.negated else t
 
     def prefetch(self, part: Part | None) -> None:
-        """Of a contiguous tensor: the rows of its first dimension that `part` names."""
-        if self.strides is not None or not self.info.nbytes:
-            return
-        begin, end, _ = part[0].indices(self.info.shape[0]) if part else (0, 1, 1)
-        row = self.info.nbytes // (self.info.shape[0] if part else 1)
-        if end > begin:
-            self.file.prefetch(self.offset + begin * row, (end - begin) * row)
+        shape, strides, at = self._within(part)
+        if count := span(shape, strides):
+            self.file.prefetch(at, count * self.info.dtype.itemsize)
 
     @property
     def files(self) -> tuple[MappedFile, ...]:
