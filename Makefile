@@ -9,8 +9,9 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 demo: build
 	$(BIN)/twa demo -o twa-demo --overwrite
 
+# Two processes; a file's tests stay together, in order.
 test: build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: build
 	$(BIN)/python -m pytest -o python_files="benchmark_*.py" -p no:cacheprovider bench --benchmark-only --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --save cpu

@@ -138,10 +138,20 @@ def _job(job: tuple[str, int]) -> dict:
     return measure(list(variants(arch))[index], arch)
 
 
-def measure_all(architectures: tuple[str, ...], workers: int, progress: bool = True) -> list[dict]:
+def chosen(arch: str, brief: bool) -> list[int]:
+    """Variants to compile: all; brief: all for sm_90, of other architectures the main ones and the first of each op and width."""
     from twa_kernels._triton.aot import variants
 
-    jobs = [(arch, index) for arch in architectures for index in range(len(list(variants(arch))))]
+    found, seen = [], set()
+    for index, v in enumerate(variants(arch)):
+        if not brief or arch == "sm_90" or (v.op, v.bits) not in seen or is_main({"op": v.op, "variant": v.name}):
+            found.append(index)
+        seen.add((v.op, v.bits))
+    return found
+
+
+def measure_all(architectures: tuple[str, ...], workers: int, brief: bool = False, progress: bool = True) -> list[dict]:
+    jobs = [(arch, index) for arch in architectures for index in chosen(arch, brief)]
     rows = []
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
         for k, row in enumerate(pool.map(_job, jobs), 1):
@@ -226,11 +236,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, report problems")
     parser.add_argument("--architectures", default="sm_80,sm_90,gfx942")
+    parser.add_argument("--brief", action="store_true", help="all variants for sm_90 only")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)  # the compiler is wanted here, in the workers too
-    rows = measure_all(tuple(args.architectures.split(",")), args.workers)
+    rows = measure_all(tuple(args.architectures.split(",")), args.workers, args.brief)
     if not args.check:
         args.output.mkdir(parents=True, exist_ok=True)
         text = "\n".join(markdown(rows))

@@ -20,7 +20,7 @@ def rows(tmp_path_factory):
     """In a process of its own: this one may hold the kernels as the interpreter's. A cache of its own: nothing compiled before counts."""
     folder = tmp_path_factory.mktemp("static_cost")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder / "cache")}
-    command = [sys.executable, str(ROOT / "bench/static_cost.py"), "--output", str(folder)]
+    command = [sys.executable, str(ROOT / "bench/static_cost.py"), "--output", str(folder), "--brief"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert (folder / "triton_static_cost.json").exists(), done.stdout[-2000:] + done.stderr[-2000:]
     assert (folder / "triton_static_cost.png").stat().st_size > 10_000

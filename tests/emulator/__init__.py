@@ -3,6 +3,7 @@
 Built by `cmake --build build/cmake-* --target _emulated`, in the build folder of the native module, or in TWA_EMULATOR_BUILD (`make sanitize`).
 """
 
+import fcntl
 import importlib.util
 import os
 import subprocess
@@ -17,7 +18,9 @@ def build(target: str, folder: Path = BUILD) -> None:
     """Builds a target of CMakeLists.txt with this Python's cmake, without the sanitizers that may be loaded into this process."""
     environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
-    done = subprocess.run(["cmake", "--build", folder, "--target", target], capture_output=True, text=True, env=environment)
+    with open(folder / ".building", "w") as lock:  # test processes that run side by side build once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(["cmake", "--build", folder, "--target", target], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{target} does not build in {folder}:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
 
