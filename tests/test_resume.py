@@ -112,11 +112,11 @@ def undisturbed(job, tmp_path_factory):
     return result(out)
 
 
-def test_killed_ten_times_and_continued(job, undisturbed, tmp_path):
-    """kill -9 of one rank at random points, until the tenth; every time the other rank stops with a reason, and the state is whole."""
+def test_killed_again_and_again_and_continued(job, undisturbed, tmp_path):
+    """kill -9 of one rank at random points, five times (TWA_KILLS: as often as that); every time the other rank stops with a reason, and the state is whole."""
     out, state = tmp_path / "out", tmp_path / "out" / "state.pt"
     choose = random.Random(0)
-    for _ in range(10):
+    for _ in range(int(os.environ.get("TWA_KILLS", "5"))):
         processes = launch(2, arguments(job, out, "--resume"))
         before = state.stat().st_mtime_ns if state.exists() else None
         deadline = time.time() + 60
