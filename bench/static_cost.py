@@ -139,8 +139,8 @@ def _job(job: tuple[str, int]) -> dict:
 
 
 def chosen(arch: str, brief: bool) -> list[int]:
-    """Variants to compile: all; brief: for sm_90 all but two of three of orthonormalize, of other architectures the main ones and the first of each op
-    and width."""
+    """Variants to compile: all; brief: for sm_90 all but two of three of orthonormalize, of other architectures the main ones and the first of each
+    op and width."""
     from twa_kernels._triton.aot import variants
 
     found, seen = [], set()

@@ -244,7 +244,7 @@ class Average:
         start_from = min((r for r in self.results if r.coefficients is None), key=lambda r: r.val_loss)
         center, center_name = start_from.beta, " ".join(filter(None, (start_from.method, start_from.note)))
         total = sum(c.info[key].nbytes for c in self.candidates[self.placement.rows] for key in self.placement.keys)
-        with progress_bar(f"packing for {method.name}", total, self.progress, unit="B", unit_scale=True) as bar:
+        with progress_bar("packing", total, self.progress, unit="B", unit_scale=True, leave=False) as bar:
             subspace = Subspace.from_candidates(
                 self.model,
                 self.candidates,
