@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 BOUND, SHARE = 2e9, 0.7
-LIMIT = 900_000_000  # of the whole process, of which 0.7 GB are taken before it begins
+LIMIT = 1_300_000_000  # of the whole process, of which 0.7 GB are taken before it begins
 WIDTH, LAYERS, TOKENS = 768, 12, 20_000
 
 

@@ -1,5 +1,6 @@
 """The packed basis on disk: the same bits as in memory, whatever the memory and the interruptions; mapped; every field checked."""
 
+import argparse
 import json
 import os
 import struct
@@ -12,6 +13,7 @@ from torch import nn
 from twa import basis_file, pack
 from twa.basis_file import BasisError, read_basis
 from twa.candidates import CandidateError, Candidates
+from twa.memory import limit_memory, parse_bytes, resident
 from twa.pack import PackToFile
 
 BITS = (8, 4, 3, 2, 1)
@@ -326,3 +328,24 @@ def test_a_full_disk_is_noticed_before_the_work(candidates, tmp_path, monkeypatc
     with pytest.raises(OSError, match=r"the disk has 0\.00 GB left"):
         PackToFile(tmp_path / "b.safetensors", Model(), candidates).run()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bound_on_memory(candidates):
+    few = Candidates([c.path for c in candidates])
+    limit_memory(few, resident() + (600 << 20))
+    assert few.block_bytes == candidates.block_bytes  # enough for the usual blocks
+    limit_memory(few, resident() + (100 << 20))
+    assert 8192 * 4 * len(few) <= few.block_bytes < candidates.block_bytes
+    with pytest.raises(ValueError, match=r"--max-memory: 0\.10 GB are not enough: \d\.\d\d GB are in use"):
+        limit_memory(few, 100 << 20)
+
+
+@pytest.mark.parametrize("text, expected", [("2GB", 2e9), ("500 MB", 5e8), ("1.5G", 1.5e9), ("3GiB", 3 * 2**30), ("1000", 1000), ("2tb", 2e12)])
+def test_amounts_of_memory(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "2XB", "nan", "inf", "1e99GB"])
+def test_no_amounts_of_memory(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        parse_bytes(text)

@@ -9,6 +9,8 @@ from . import plan
 from .candidates import UNIT, Candidates
 from .placement import Placement
 
+LARGE_PAGES = 6 << 20  # of a file that is read here and there: the system maps its cache in pages of up to 2 MB
+
 
 def parse_bytes(text: str) -> int:
     """ "2GB", "500 MB", "1.5G", "100000" """
@@ -41,12 +43,14 @@ def parse_bytes(text: str) -> int:
 def limit_memory(candidates: Candidates, limit: int, fixed: int = 0) -> None:
     """Sets how much is read at once so that the process stays below `limit` bytes, of which `fixed` are needed besides what it holds now."""
     held = resident()
-    spare = limit - held - fixed - (64 << 20)  # Python objects, message buffers
+    mapped = sum(min(LARGE_PAGES, sum(info.nbytes for info in c.info.values())) for c in candidates)
+    overhead = mapped + (64 << 20)  # and Python objects
+    spare = limit - held - fixed - overhead
     least = UNIT * sum(max(i.dtype.itemsize for i in c.info.values()) for c in candidates)
     if spare < 5 * least:
         raise ValueError(
             f"--max-memory: {limit / 1e9:.2f} GB are not enough: {held / 1e9:.2f} GB are in use, {fixed / 1e9:.2f} GB will be needed, and reading "
-            f"{len(candidates)} candidates takes at least {(5 * least + (64 << 20)) / 1e9:.2f} GB"
+            f"{len(candidates)} candidates takes at least {(5 * least + overhead) / 1e9:.2f} GB"
         )
     candidates.block_bytes = min(candidates.block_bytes, max(least, spare // 5))
 
