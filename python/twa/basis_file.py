@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import json
 import math
 import os
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor
 
 import twa_kernels as tk
-from twa_kernels.packed import NORMALIZE
+from twa_kernels.packed import NORMALIZE, segments_to_tiles
 from twa_kernels.reference import BITS, MAX_ROWS, tile_offsets
 
 from .candidates import BLOCK_BYTES, CandidateError
 from .files import DTYPE_NAMES, SAFETENSORS_DTYPES, lock, sync_folder
-from .formats import parse_json, read_header, read_safetensors
+from .formats import SUFFIXES, parse_json, read_header, read_safetensors
 from .layout import Layout
 from .mapped import MAX_ELEMENTS, Stored, TensorInfo, are_sizes, first_line, shown
 from .orthonormal import Coordinates
@@ -157,12 +156,6 @@ class Writer:
         self._file.seek(len(self.header) + self.offsets[name] + first * t.element_size())
         self._file.write(memoryview(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
 
-    def get(self, name: str, first: int, count: int) -> Tensor:
-        """Elements [first, first + count), read back."""
-        dtype = self.info[name].dtype
-        self._file.seek(len(self.header) + self.offsets[name] + first * dtype.itemsize)
-        return torch.frombuffer(bytearray(self._file.read(count * dtype.itemsize)), dtype=dtype)
-
     def sync(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -207,8 +200,7 @@ class Loaded:
 
     def basis(self) -> tk.PackedBasis:
         c = self.contents
-        tiles = torch.tensor([b - a for a, b in itertools.pairwise(tile_offsets(c.numels))], dtype=torch.int64)
-        tile_segment = torch.repeat_interleave(torch.tensor(c.segments, dtype=torch.int32), tiles)
+        tile_segment = segments_to_tiles(c.segments, c.numels)
         small = [self.read(name).clone() for name in ("row_scale", "divisor")]
         return tk.PackedBasis(self.read("codes"), self.read("scales"), small[0], tile_segment, small[1], tuple(c.shapes), c.bits)
 
@@ -332,7 +324,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        return self.path.stem if self.path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt") else self.path.name
+        return self.path.stem if self.path.suffix in SUFFIXES else self.path.name
 
     def fingerprint(self) -> str:
         return self.digest

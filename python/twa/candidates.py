@@ -24,7 +24,7 @@ import twa_kernels as tk
 from twa_kernels.ops import FLOATS
 
 from .formats import SUFFIXES, is_checkpoint_folder, open_checkpoint
-from .mapped import CandidateError, Part, TensorInfo
+from .mapped import CandidateError, Part, TensorInfo, shape_of
 
 __all__ = ["Block", "Blocks", "Candidate", "CandidateError", "Candidates", "Part", "TensorInfo", "average_into", "check_info", "check_same"]
 
@@ -100,7 +100,7 @@ def _slab(shape: tuple[int, ...], part: Part | None, begin: int, end: int) -> tu
     before them."""
     if not shape:
         return part, begin
-    sizes = [len(range(*s.indices(size))) for s, size in zip(part, shape, strict=True)] if part else list(shape)
+    sizes = shape_of(shape, part)
     axis = next((d for d, size in enumerate(sizes) if size != 1), 0)
     inner = math.prod(sizes[axis + 1 :])
     if not inner:
@@ -130,9 +130,12 @@ def find_checkpoints(patterns: Iterable[str | os.PathLike]) -> list[Path]:
             found += _inside(match) if match.is_dir() and not is_checkpoint_folder(match) else [match]
     if not found:
         raise CandidateError("no candidates: expected at least one checkpoint, found none")
-    if found == sorted(found, key=str):  # as a shell lists what a pattern matches: step_10 before step_9
-        found.sort(key=numeric_order)
-    return found
+    return in_order(found)
+
+
+def in_order(found: list[Path]) -> list[Path]:
+    """Paths in alphabetic order, as a shell lists what a pattern matches (step_10 before step_9), in numeric order; others as they are."""
+    return sorted(found, key=numeric_order) if found == sorted(found, key=str) else found
 
 
 def _inside(folder: Path) -> list[Path]:
@@ -217,13 +220,11 @@ class Candidates(Sequence[Candidate]):
     def _chosen(self, rows: slice | Sequence[int]) -> list[Candidate]:
         return self._candidates[rows] if isinstance(rows, slice) else [self._candidates[i] for i in rows]
 
-    def tensors(self, key: str, share: float = 1.0, rows: slice = slice(None), part: Part | None = None) -> list[Tensor]:
-        """This tensor of every candidate (or of those in `rows`), mapped from its file; `share` of it is going to be read. part: only these slices of
-        it, one per dimension; the bytes around them are not touched. For tensors larger than memory see `stream`."""
-        chosen, shape = self._candidates[rows], self.info[key].shape
-        if part is not None:
-            share = math.prod(len(range(*s.indices(size))) for s, size in zip(part, shape, strict=True)) / max(1, math.prod(shape))
-        self._count(int(share * sum(c.info[key].nbytes for c in chosen)))
+    def tensors(self, key: str, rows: slice = slice(None), part: Part | None = None) -> list[Tensor]:
+        """This tensor of every candidate (or of those in `rows`), mapped from its file. part: only these slices of it, one per dimension; the bytes
+        around them are not touched. For tensors larger than memory see `stream`."""
+        chosen, count = self._candidates[rows], math.prod(shape_of(self.info[key].shape, part))
+        self._count(count * sum(c.info[key].dtype.itemsize for c in chosen))
         return [c.tensor(key, part) for c in chosen]
 
     def stream(
@@ -243,10 +244,13 @@ class Candidates(Sequence[Candidate]):
 
         def prepare(index: int, first: int, last: int) -> Block:
             key, part = wanted[index]
-            for c in chosen:
-                c.prefetch(key, first, last, part)
             self._count(sum(c.info[key].dtype.itemsize for c in chosen) * (last - first))
             return Block(index, first, last, [c.columns(key, first, last, part) for c in chosen])
+
+        def prepare_ahead(index: int, first: int, last: int) -> Block:
+            for c in chosen:
+                c.prefetch(wanted[index][0], first, last, wanted[index][1])
+            return prepare(index, first, last)
 
         blocks = self._cut(wanted, chosen, columns, begin)
         if (place := next(blocks, None)) is None:
@@ -258,7 +262,7 @@ class Candidates(Sequence[Candidate]):
                 ahead = None
                 if (place := next(blocks, None)) is not None:
                     pool = pool or stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="twa-prefetch"))
-                    ahead = pool.submit(prepare, *place)
+                    ahead = pool.submit(prepare_ahead, *place)
                 yield block
                 block = ahead and ahead.result()
 
@@ -268,8 +272,7 @@ class Candidates(Sequence[Candidate]):
         """(index, begin, end) of each block."""
         for index in range(begin[0], len(wanted)):
             key, part = wanted[index]
-            shape = self.info[key].shape
-            total = math.prod(shape if part is None else [len(range(*s.indices(size))) for s, size in zip(part, shape, strict=True)])
+            total = math.prod(shape_of(self.info[key].shape, part))
             width = columns or max(1, self.block_bytes // (UNIT * sum(c.info[key].dtype.itemsize for c in chosen))) * UNIT
             at = begin[1] if index == begin[0] else 0
             if total == 0:
@@ -297,10 +300,7 @@ class Candidates(Sequence[Candidate]):
         """sum_i weights[i] * w_i for one tensor (or these slices of it), summed in float64 block by block, returned as float32 (float64 for
         float64). Candidates of weight 0 are not read."""
         used = torch.nonzero(weights).flatten().tolist() or [0]
-        shape = self.info[key].shape
-        if part is not None:
-            shape = [len(range(*s.indices(size))) for s, size in zip(part, shape, strict=True)]
-        out = torch.empty(shape, dtype=torch.promote_types(self.info[key].dtype, torch.float32))
+        out = torch.empty(shape_of(self.info[key].shape, part), dtype=torch.promote_types(self.info[key].dtype, torch.float32))
         for block in self.stream([(key, part)], rows=used):
             average_into(out.view(-1)[block.begin : block.end], block.rows, weights[used])
         return out

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from . import inspect_report, schemes
 from .batchnorm import tracked_batchnorms, update_bn_of
-from .candidates import Candidate, CandidateError, Candidates, check_info, find_checkpoints, numeric_order
+from .candidates import Candidate, CandidateError, Candidates, check_info, find_checkpoints, in_order
 from .data import shared_out
 from .geometry import Geometry
 from .heap import SEVERITIES, Finding, content_findings, geometry_findings, numel, read_heap, some, tensor_findings
@@ -99,7 +99,7 @@ def expand(patterns: Iterable[str]) -> list[Path]:
             found += find_checkpoints([pattern])
         except CandidateError:
             found.append(Path(pattern))  # opening it says what is wrong
-    return sorted(found, key=numeric_order) if found == sorted(found, key=str) else found
+    return in_order(found)
 
 
 def open_each(paths: Iterable[Path], entry: str | None = None) -> list[Row]:

@@ -53,7 +53,7 @@ class MappedFile:
     """A file whose bytes are read when they are touched. It is mapped at the first use; `drop` gives the memory of what was touched back."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._map, self.temporary = path, None, False
+        self.path, self._map = path, None
         status = os.stat(path)
         self.size, self._stamp = status.st_size, (status.st_ino, status.st_mtime_ns)
 
@@ -98,7 +98,7 @@ class MappedFile:
 
     def prefetch(self, offset: int, count: int) -> None:
         """Asks the system to read these bytes soon. Other threads go on meanwhile, which they would not with a call on the mapping."""
-        if hasattr(os, "posix_fadvise") and not self.temporary:
+        if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):
                 file = os.open(self.path, os.O_RDONLY)
                 try:
@@ -174,25 +174,6 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class InMemory:
-    """A tensor that its file does not hold as plain bytes."""
-
-    tensor: Tensor
-
-    @property
-    def info(self) -> TensorInfo:
-        return TensorInfo(tuple(self.tensor.shape), self.tensor.dtype)
-
-    def read(self, part: Part | None = None) -> Tensor:
-        return self.tensor if part is None else self.tensor[part]
-
-    def prefetch(self, part: Part | None) -> None:
-        pass
-
-    files: tuple[MappedFile, ...] = ()
-
-
-@dataclass(frozen=True)
 class Pieces:
     """A tensor in blocks, each with its place in the whole: what ranks have written of their shards. The blocks cover it, without overlap."""
 
@@ -212,7 +193,7 @@ class Pieces:
 
     def read(self, part: Part | None = None) -> Tensor:
         """A view of the file if one block has it all, else a copy."""
-        shape = self.info.shape if part is None else [len(range(*s.indices(size))) for s, size in zip(part, self.info.shape, strict=True)]
+        shape = shape_of(self.info.shape, part)
         needed = self._within(part)
         if len(needed) == 1:
             return needed[0][2].read(needed[0][1])
@@ -230,7 +211,12 @@ class Pieces:
         return tuple(block.file for _, block in self.blocks)
 
 
-Source = Stored | InMemory | Pieces
+Source = Stored | Pieces
+
+
+def shape_of(shape: tuple[int, ...], part: Part | None) -> tuple[int, ...]:
+    """Of these slices of a tensor, or of all of it."""
+    return shape if part is None else tuple(len(range(*s.indices(size))) for s, size in zip(part, shape, strict=True))
 
 
 def span(shape: Sequence[int], strides: Sequence[int]) -> int:
