@@ -11,6 +11,7 @@ import twa
 from safetensors.torch import save_file
 from torch import nn
 from twa.dense import DenseBasis
+from twa.layout import Segments
 
 
 def make():
@@ -43,7 +44,7 @@ def test_projected_sgd_is_sgd_on_coefficients(candidates, momentum):
     pieces = list(Q.split([s.numel() for s in shapes], dim=1))
     basis = DenseBasis(pieces, [0] * len(pieces), torch.ones(5, 1, dtype=torch.float64), tuple(shapes))
     center = [c.double() for c in subspace.center]
-    subspace = twa.Subspace(subspace.placement, basis, center, subspace.center_weights, ["model"], [0] * len(pieces), basis.divisor)
+    subspace = twa.Subspace(subspace.placement, basis, center, subspace.center_weights, Segments(["model"], [0] * len(pieces)), basis.divisor)
     subspace.write_weights()
     theirs.load_state_dict(ours.state_dict())
     optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.1, momentum=momentum)

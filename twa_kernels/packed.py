@@ -160,8 +160,11 @@ class Packer:
         quantiser: str = "gaussian",
         report: bool = False,
         sink: Callable[[int, Tensor, Tensor], None] | None = None,
+        num_segments: int | None = None,
     ) -> None:
-        """sink: called with (first tile, codes (tiles, n, 16 * bits), scales (tiles, n) bfloat16) of each part as it is packed, instead of keeping
+        """num_segments: L, where the last segments may have no columns here.
+
+        sink: called with (first tile, codes (tiles, n, 16 * bits), scales (tiles, n) bfloat16) of each part as it is packed, instead of keeping
         them: memory is then one part, which is written over by the next. `Scaling` finishes such scales."""
         check_bits(bits)
         check_quantiser(quantiser)
@@ -175,7 +178,10 @@ class Packer:
         self._filled = 0  # columns of the next tensor that add_columns has packed
         self.tile_segment = segments_to_tiles(segments, numels).to(device)
         given = torch.as_tensor(segments) if segments is not None and len(segments) else None
-        self.num_segments = int(given.max()) + 1 if given is not None else len(numels)
+        seen = int(given.max()) + 1 if given is not None else len(numels)
+        self.num_segments = seen if num_segments is None else num_segments
+        if self.num_segments < seen:
+            raise ValueError(f"num_segments: expected at least {seen}, the highest index in segments and one, found {num_segments}")
         tiles = self._offsets[-1]
         self.sink = sink
         self._part: tuple[Tensor, Tensor] | None = None

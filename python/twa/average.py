@@ -36,7 +36,8 @@ EMA_DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)
 LAWA_LENGTHS = (2, 4, 6, 8, 12, 16, 24, 32)
 BASELINES = ("last", "best single", "uniform", "EMA", "LAWA", "greedy soup")
 SAVE_SECONDS = 10.0  # between saved states while baselines are evaluated
-VALIDATIONS = 4  # looks at the validation data during a TWA run; the best coefficients are kept
+VALIDATIONS = 5  # looks at the validation data during a TWA run after the first; the best coefficients are kept
+PATIENCE = 2  # looks in a row without a new best after which a TWA run is stopped
 
 
 class Average:
@@ -98,10 +99,10 @@ class Average:
     def run(self) -> Outcome:
         """Every method in turn. Raises ValueError if none has a finite validation loss, or a saved state is of another run."""
         method, under_way = self._resume()
-        self._baselines()
+        self.baselines()
         for k, m in enumerate(self.settings.methods if len(self.candidates) > 1 else ()):
             if k >= method:
-                self.results.append(self._twa(k, m, under_way if k == method else None))
+                self.train(m, saved=under_way if k == method else None, index=k)
                 self._save(k + 1)
         if self._best is None:
             raise ValueError(f"task {self.task.name}: the validation loss of every method is NaN or Inf: do model, loss and data fit the candidates?")
@@ -145,7 +146,8 @@ class Average:
 
     # Classical averages -------------------------------------------------------------------------------------------
 
-    def _baselines(self) -> None:
+    def baselines(self) -> None:
+        """Every fixed average; results are appended."""
         n = len(self.candidates)
         lengths = [k for k in LAWA_LENGTHS if k < n] or [1]
         total = 2 if n == 1 else 3 * n + 1 + len(lengths) + len(EMA_DECAYS)  # greedy soup looks at each candidate twice
@@ -156,10 +158,11 @@ class Average:
             self._evaluate_baselines(n, lengths, done, bar)
 
     def _evaluate_baselines(self, n: int, lengths: list[int], done: set[str], bar: tqdm) -> None:
-        saved = time.perf_counter()
+        saved, passes = time.perf_counter(), 0
 
         def evaluate(beta: Tensor) -> float:
-            nonlocal saved
+            nonlocal saved, passes
+            passes += 1  # also where it is known already: what the method takes on its own
             key = beta.numpy().tobytes()
             if key not in self._losses:
                 self._load(beta)
@@ -173,15 +176,16 @@ class Average:
         def timed(name: str, choose: Callable[[], tuple[Tensor, str]]) -> None:
             if name in done:
                 return
-            start, memory = time.perf_counter(), PeakMemory()
+            nonlocal passes
+            start, memory, passes = time.perf_counter(), PeakMemory(), 0
             beta, note = choose()
             self._load(beta)
             members = int((beta != 0).sum())
             # Re-estimated BatchNorm statistics differ from those that the choice was made with: measure what is exported.
-            changed = members > 1 and tracked_batchnorms(self.model)
+            changed = members > 1 and bool(tracked_batchnorms(self.model))
             loss = self._validation_loss() if changed else self._losses[beta.numpy().tobytes()]
             seconds = time.perf_counter() - start
-            result = Result(name, members, 0, seconds, self._peak(memory), loss, note=note, beta=beta)
+            result = Result(name, members, 0, seconds, self._peak(memory), loss, note=note, beta=beta, evaluations=passes + changed)
             result.averaged_bn_loss = self._averaged_bn_loss(beta) if changed else None
             self.results.append(result)
             self._finish(result)
@@ -238,11 +242,31 @@ class Average:
 
     # TWA ----------------------------------------------------------------------------------------------------------
 
-    def _twa(self, index: int, method: TwaMethod, saved: dict | None) -> Result:
+    def train(
+        self,
+        method: TwaMethod,
+        *,
+        start: Tensor | None = None,
+        start_name: str = "",
+        patience: int | None = PATIENCE,
+        on_look: Callable[[int], None] | None = None,
+        saved: dict | None = None,
+        index: int = 0,
+    ) -> Result:
+        """A trained average, appended to the results; the model is at it.
+
+        start     merge weights (n,) of the center; None: those of the best result so far that is a fixed average
+        patience  looks at the validation data in a row without a new best after which it stops; None: never, and the last coefficients are
+                  kept, not the best
+        on_look   called with the step at each look, with the model as it would be exported
+        saved     what `_save` has kept of it at method `index`
+        """
         begun, memory = time.perf_counter(), PeakMemory()
         s = self.settings
-        start_from = min((r for r in self.results if r.coefficients is None), key=lambda r: r.val_loss)
-        center, center_name = start_from.beta, " ".join(filter(None, (start_from.method, start_from.note)))
+        center, center_name = start, start_name
+        if center is None:
+            start_from = min((r for r in self.results if r.coefficients is None), key=lambda r: r.val_loss)
+            center, center_name = start_from.beta, " ".join(filter(None, (start_from.method, start_from.note)))
         total = sum(c.info[key].nbytes for c in self.candidates[self.placement.rows] for key in self.placement.keys)
         with progress_bar("packing", total, self.progress, unit="B", unit_scale=True, leave=False) as bar:
             subspace = Subspace.from_candidates(
@@ -252,6 +276,7 @@ class Average:
                 granularity=method.granularity,
                 center=center,
                 basis=method.basis,
+                constraint=method.constraint,
                 placement=self.placement,
                 progress=lambda _, count: bar.update(count),
             )
@@ -293,11 +318,16 @@ class Average:
                 if step in looks:
                     self._settle()
                     val = self._validation_loss()
+                    if on_look:
+                        on_look(step)
                     subspace.write_weights()  # unrounded again
                     val_curve.append((step, val))
-                    if val < best_loss:
+                    if val < best_loss or patience is None:
                         best_loss, best_x = val, subspace.coefficients.detach().clone()
                 if step == s.steps:
+                    break
+                if patience is not None and stale(val_curve) >= patience:
+                    note += f"; stopped at step {step}: no better on validation since step {step_of_best(val_curve)}"
                     break
                 loss = self._gradients(stream, optimizer)
                 if not math.isfinite(loss):
@@ -318,10 +348,12 @@ class Average:
         val = self._validation_loss()
         seconds = before + time.perf_counter() - begun
         result = Result(method.name, len(self.candidates), len(curve), seconds, self._peak(memory), val, note=note, curve=curve, val_curve=val_curve)
+        result.evaluations = len(val_curve)
         result.beta, result.coefficients = subspace.merge_weights(), subspace.coefficients_json()
         result.averaged_bn_loss = self._averaged_bn_loss(center)
         optimizer.close()
         optimizer.zero_grad()
+        self.results.append(result)
         self._finish(result)
         return result
 
@@ -350,6 +382,16 @@ class Average:
             self._best = (result.val_loss, result, kept(self.placement) if trained else None)
             if trained and self.store is not None:
                 self.store.save_best(self.placement, len(self.results))
+
+
+def step_of_best(val_curve: list[tuple[int, float]]) -> int:
+    return min(val_curve, key=lambda look: look[1])[0]
+
+
+def stale(val_curve: list[tuple[int, float]]) -> int:
+    """Looks since the best one."""
+    best = step_of_best(val_curve)
+    return sum(step > best for step, _ in val_curve)
 
 
 def share_buffers(model: nn.Module, world: World) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -18,12 +19,12 @@ from torch import Tensor
 
 import twa_kernels as tk
 from twa_kernels.packed import NORMALIZE, segments_to_tiles
-from twa_kernels.reference import BITS, MAX_ROWS, tile_offsets
+from twa_kernels.reference import BITS, MAX_ROWS, TILE, tile_offsets
 
 from .candidates import BLOCK_BYTES, CandidateError
 from .files import DTYPE_NAMES, SAFETENSORS_DTYPES, lock, sync_folder
 from .formats import SUFFIXES, parse_json, read_header, read_safetensors
-from .layout import Layout
+from .layout import Layout, Segments
 from .mapped import MAX_ELEMENTS, Stored, TensorInfo, are_sizes, first_line, shown
 from .orthonormal import Coordinates
 
@@ -47,7 +48,7 @@ class Contents:
     candidates    path and fingerprint of each source, in order
     info          key in the sources -> (shape, dtype as safetensors names it)
     trained ...   as in twa.layout.Layout
-    segments      of each trained tensor;  labels: of each segment
+    segments      of each trained tensor;  labels: of each segment;  chunk: see twa.layout.Segments
     rows          of the basis: the candidates, or the rank of an orthonormal one
     dropped       of an orthonormal basis: per segment, (candidate, relative distance) of those that depend on earlier ones
     """
@@ -66,6 +67,7 @@ class Contents:
     names: dict[str, str]
     segments: list[int]
     labels: list[str]
+    chunk: int = 0
     dropped: list[list[list[float]]] = field(default_factory=list)
     format: str = FORMAT
 
@@ -80,6 +82,10 @@ class Contents:
     def as_json(self) -> dict[str, object]:
         """Plain values; what is trained as pairs, since their order is that of the codes."""
         return asdict(self) | {"trained": [list(pair) for pair in self.trained.items()]}
+
+    @property
+    def parts(self) -> Segments:
+        return Segments(self.labels, self.segments, self.chunk)
 
     @property
     def layout(self) -> Layout:
@@ -200,7 +206,7 @@ class Loaded:
 
     def basis(self) -> tk.PackedBasis:
         c = self.contents
-        tile_segment = segments_to_tiles(c.segments, c.numels)
+        tile_segment = segments_to_tiles(c.parts.of_tiles(c.numels), c.numels)
         small = [self.read(name).clone() for name in ("row_scale", "divisor")]
         return tk.PackedBasis(self.read("codes"), self.read("scales"), small[0], tile_segment, small[1], tuple(c.shapes), c.bits)
 
@@ -262,6 +268,7 @@ def _contents(value: object) -> Contents:
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise ValueError(f"expected format {FORMAT!r}, found {shown(value.get('format') if isinstance(value, dict) else value)}")
     fields = set(Contents.__dataclass_fields__)
+    value = {"chunk": 0} | value  # files of version 0.1.0 have none
     if odd := sorted(fields ^ value.keys()):
         raise ValueError(f"metadata: {odd[0]!r} is {'missing' if odd[0] in fields else 'unexpected'}")
     pairs = value["trained"]
@@ -287,10 +294,18 @@ def _contents(value: object) -> Contents:
     _want(_list_of(c.labels, str) and len(c.labels) >= 1, "labels", "names of segments", c.labels)
     good = _list_of(c.segments, lambda s: type(s) is int and 0 <= s < len(c.labels)) and len(c.segments) == len(c.trained)
     _want(good, "segments", f"an index below {len(c.labels)} for each trained tensor", c.segments)
+    good = type(c.chunk) is int and 0 <= c.chunk < 1 << 62 and c.chunk % TILE == 0 and (not c.chunk or _counts_up(c))
+    _want(good, "chunk", f"0, or a multiple of {TILE} that makes {len(c.labels)} segments of the tensors", c.chunk)
     pair = lambda p: isinstance(p, list) and len(p) == 2 and type(p[0]) is int and 0 <= p[0] < n and type(p[1]) in (int, float) and 0 <= p[1] < 1e9  # noqa: E731
     good = _list_of(c.dropped, lambda s: _list_of(s, pair)) and len(c.dropped) == (len(c.labels) if c.basis == "orthonormal" else 0)
     _want(good, "dropped", "candidates and distances for each segment", c.dropped)
     return c
+
+
+def _counts_up(c: Contents) -> bool:
+    """Whether segments are those that `chunk` makes, tensor after tensor."""
+    ends = list(itertools.accumulate((-(-numel // c.chunk) for numel in c.numels), initial=0))
+    return c.basis == "deltas" and [*c.segments, len(c.labels)] == ends
 
 
 def _want(good: bool, name: str, expected: str, found: object) -> None:

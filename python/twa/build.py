@@ -13,6 +13,7 @@ from twa_kernels.packed import row_divisor
 
 from . import orthonormal
 from .dense import new_packer
+from .layout import Segments
 from .orthonormal import Coordinates
 from .placement import Basis, Placement
 from .weights import not_finite
@@ -20,14 +21,15 @@ from .weights import not_finite
 
 @torch.no_grad()  # a .pt file may hold parameters, which ask for gradients
 def build(
-    place: Placement, segments: list[int], bits: int, kind: str, normalize: str, weights: Tensor, progress: Callable[[str, int], None] | None
+    place: Placement, segments: Segments, bits: int, kind: str, normalize: str, weights: Tensor, progress: Callable[[str, int], None] | None
 ) -> tuple[Basis, Tensor, list[Tensor] | None, Coordinates | None]:
     """Basis of this rank's rows and columns; divisors of all rows (n, L); center of this rank's columns, float32 (None on a rank that adds none);
     coordinates of an orthonormal basis. Ranks call it together."""
     shapes = [h.shape for h in place.held]
     centers = [torch.empty(shape) for shape in shapes]
     # An orthonormal basis is packed once its rank is known.
-    packer = new_packer(len(place.candidates[place.rows]), shapes, bits, segments) if kind == "deltas" else None
+    begins = [place.begin(k) for k in range(len(shapes))] if segments.chunk else None
+    packer = new_packer(len(place.candidates[place.rows]), shapes, bits, segments, begins) if kind == "deltas" else None
     tensors = itertools.groupby(place.stream([k for k in range(len(shapes)) if place.packs(k)]), key=lambda kb: kb[0])
     for k, key in enumerate(place.keys):
         if not place.packs(k):

@@ -141,14 +141,15 @@ def _plain(value: object) -> object:
 
 def write_beside(out: Path, placement: Placement, coefficients: dict) -> list[str]:
     """What goes beside `out`/averaged.safetensors if the candidates are directories as save_pretrained writes them, models or PEFT adapters:
-    averaged/, for from_pretrained; of models also mergekit.yaml. The first rank calls it. Returns what it has written, for messages."""
+    averaged/, for from_pretrained; of models also mergekit.yaml, unless segments are smaller than tensors. The first rank calls it. Returns what it
+    has written, for messages."""
     if not placement.candidates.at_hand:
         return []
     sources, adapter, written = [source_folder(c) for c in placement.candidates], is_adapter(placement.candidates[-1]), []
     if sources[-1] is not None:
         write_model_folder(out / FOLDER, sources[-1], out / "averaged.safetensors", ADAPTER_WEIGHTS if adapter else MODEL_WEIGHTS)
         written.append(f"{FOLDER}/")
-    if all(sources) and not adapter:
+    if all(sources) and not adapter and not coefficients.get("chunk"):  # mergekit has one weight for a tensor
         layout = placement.layout
         text = mergekit_recipe(coefficients, sources, aliases=layout.aliases, untrained=layout.fixed, out_dtype=_common_dtype(placement.candidates))
         write_text(out / RECIPE, text)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from twa_kernels.reference import TILE, num_tiles
+
 from .candidates import WRAPPER_PREFIXES, CandidateError, Candidates, TensorInfo, check_info
 from .hugging_face import adapter_names
 
-Granularity = str | Mapping[str, object] | Callable[[str], object]
+Granularity = str | int | Mapping[str, object] | Callable[[str], object]
+
+FINE_SEGMENTS = 4096  # at most, for granularity "fine"
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,65 @@ def _block_of(name: str) -> str:
     return ".".join(parts[: end + 1]) or name
 
 
+GRANULARITIES = "model, block, tensor, fine, or a number of weights that is a multiple of 128"
+
+
+def parse_granularity(text: str) -> str | int:
+    """From a command line; ValueError if it is none."""
+    if text in ("model", "block", "tensor", "fine"):
+        return text
+    if text.isascii() and text.isdigit() and int(text) and int(text) % TILE == 0:
+        return int(text)
+    raise ValueError(f"granularity {text!r}: expected {GRANULARITIES}")
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which columns share coefficients.
+
+    labels  names of the L segments
+    first   of each trained tensor: its segment, or with `chunk` the first of its own
+    chunk   0; or so many weights of a tensor, in the order in which they lie in memory, make one segment (its last one may be shorter)
+    """
+
+    labels: list[str]
+    first: list[int]
+    chunk: int = 0
+
+    def of_tensor(self, k: int, numel: int, begin: int = 0) -> range:
+        """The segments of weights begin to begin + numel of tensor k."""
+        if not self.chunk:
+            return range(self.first[k], self.first[k] + 1)
+        return range(self.first[k] + begin // self.chunk, self.first[k] + max(0, -(-(begin + numel) // self.chunk)))
+
+    def of_tiles(self, numels: Sequence[int], begins: Sequence[int] | None = None) -> list[int]:
+        """What twa_kernels takes: a segment per tensor, or with `chunk` per tile of 128 columns of parts of the tensors that begin at `begins`."""
+        if not self.chunk:
+            return list(self.first)
+        begins = begins or [0] * len(numels)
+        parts = zip(self.first, numels, begins, strict=True)
+        return [first + (begin + t * TILE) // self.chunk for first, numel, begin in parts for t in range(num_tiles(numel))]
+
+
+def segments_of(names: Sequence[str], numels: Sequence[int], granularity: Granularity) -> Segments:
+    """For trained tensors of these names and sizes."""
+    if granularity == "fine":
+        granularity = TILE
+        while sum(-(-numel // granularity) for numel in numels) > max(FINE_SEGMENTS, len(numels)):
+            granularity *= 2
+    if isinstance(granularity, int) and not isinstance(granularity, bool):
+        if granularity < 1 or granularity % TILE:
+            raise ValueError(f"granularity: expected a multiple of {TILE} weights, found {granularity}")
+        labels, first = [], []
+        for name, numel in zip(names, numels, strict=True):
+            first.append(len(labels))
+            labels += [f"{name}[{a}:{min(a + granularity, numel)}]" for a in range(0, numel, granularity)]
+        return Segments(labels, first, granularity)
+    of_tensor = segment_labels(list(names), granularity)
+    order = {label: l for l, label in enumerate(dict.fromkeys(of_tensor))}
+    return Segments([str(label) for label in order], [order[label] for label in of_tensor])
+
+
 def segment_labels(names: list[str], granularity: Granularity) -> list[object]:
     """Label of each parameter's segment: "model", "block" (the name up to its first number, else its module), "tensor", a mapping
     from parameter name to label, or a function."""
@@ -141,4 +204,4 @@ def segment_labels(names: list[str], granularity: Granularity) -> list[object]:
         return [granularity[name] for name in names]
     if callable(granularity):
         return [granularity(name) for name in names]
-    raise ValueError(f"granularity: expected 'model', 'block', 'tensor', a mapping or a function, found {granularity!r}")
+    raise ValueError(f"granularity: expected 'model', 'block', 'tensor', 'fine', a number of weights, a mapping or a function, found {granularity!r}")

@@ -32,8 +32,9 @@ class GradientHooks:
             coefficients = subspace.coefficients.detach()
             self._mine = torch.zeros_like(coefficients)  # this rank's addend since the last sum
             count = BUCKETS if subspace.placement.name == "replicate" else 1
-            self._buckets = _buckets(subspace.segments, coefficients.shape[1], count)
-            self._members = [{k for k, l in enumerate(subspace.segments) if l in columns} for columns in map(set, self._buckets)]
+            segments = [list(subspace.parts.of_tensor(k, p.numel())) for k, p in enumerate(subspace.parameters)]
+            self._buckets = _buckets(segments, coefficients.shape[1], count)
+            self._members = [{k for k, mine in enumerate(segments) if not columns.isdisjoint(mine)} for columns in map(set, self._buckets)]
             self._columns = [torch.tensor(columns, device=coefficients.device) for columns in self._buckets]
             self._reset()
         me = weakref.ref(self)
@@ -142,9 +143,9 @@ def _accumulate(coefficients: Tensor) -> Tensor:
     return coefficients.grad
 
 
-def _buckets(segments: list[int], num_segments: int, most: int) -> list[list[int]]:
+def _buckets(segments: list[list[int]], num_segments: int, most: int) -> list[list[int]]:
     """Columns of the coefficients in the order in which backward completes them (a segment with its first parameter), in at most so many parts."""
-    first = {l: k for k, l in reversed(list(enumerate(segments)))}
+    first = {l: k for k, mine in reversed(list(enumerate(segments))) for l in mine}
     order = sorted(range(num_segments), key=lambda l: -first[l])
     count = min(most, num_segments)
     return [order[num_segments * b // count : num_segments * (b + 1) // count] for b in range(count)]

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, fields
 
 from torch import Tensor
 
+from .layout import parse_granularity
 from .placement import Placement
-from .subspace import BASES
 from .weights import export
 
 
@@ -16,34 +16,37 @@ class TwaMethod:
     """kind "t": trained on training data; "v": on held-out data."""
 
     kind: str
-    granularity: str
+    granularity: str | int
     bits: int
     basis: str = "deltas"
+    constraint: str = "none"
 
     @property
     def name(self) -> str:
-        basis = ", orthonormal" if self.basis == "orthonormal" else ""
-        return f"TWA-{self.kind} per {self.granularity}, {'float32' if self.bits == 32 else f'{self.bits} bits'}{basis}"
+        options = "".join(f", {option}" for option in (self.basis, self.constraint) if option in OPTIONS)
+        segments = "fine" if self.granularity == "fine" else f"per {self.granularity}{' weights' if isinstance(self.granularity, int) else ''}"
+        return f"TWA-{self.kind} {segments}, {'float32' if self.bits == 32 else f'{self.bits} bits'}{options}"
 
     @classmethod
     def parse(cls, text: str) -> TwaMethod:
-        """ "t:tensor:4", "t:tensor:4:orthonormal" """
+        """ "t:tensor:4", "t:1024:4", "t:tensor:4:orthonormal", "v:model:4:simplex" """
         parts = text.split(":")
-        if (
-            len(parts) not in (3, 4)
-            or parts[3:] not in ([], *([b] for b in BASES))
-            or parts[0] not in ("t", "v")
-            or parts[1] not in ("model", "block", "tensor")
-            or parts[2] not in ("32", "8", "4", "3", "2", "1")
-        ):
-            raise ValueError(
-                f"method {text!r}: expected KIND:GRANULARITY:BITS[:BASIS] such as t:tensor:4 (t or v; model, block or tensor; 32, 8, 4, 3, 2 or 1; "
-                "deltas or orthonormal)"
-            )
-        return cls(parts[0], parts[1], int(parts[2]), *parts[3:])
+        try:
+            if len(parts) not in (3, 4) or parts[0] not in ("t", "v") or parts[2] not in ("32", "8", "4", "3", "2", "1"):
+                raise ValueError("kind t or v, bits 32, 8, 4, 3, 2 or 1")
+            segments = parse_granularity(parts[1])
+            if parts[3:] and parts[3] not in (*OPTIONS, "deltas"):
+                raise ValueError(f"option {' or '.join(OPTIONS)}")
+        except ValueError as error:
+            expected = str(error).removeprefix(f"granularity {parts[min(1, len(parts) - 1)]!r}: expected ")
+            raise ValueError(f"method {text!r}: expected KIND:GRANULARITY:BITS[:OPTION] such as t:tensor:4; {expected}") from error
+        return cls(parts[0], segments, int(parts[2]), **OPTIONS.get(parts[3] if parts[3:] else "", {}))
 
 
-DEFAULT_METHODS = (TwaMethod("t", "tensor", 4), TwaMethod("v", "model", 4))
+#: last parts of a method's text
+OPTIONS = {"orthonormal": {"basis": "orthonormal"}, "simplex": {"constraint": "simplex"}}
+
+DEFAULT_METHODS = (TwaMethod("t", "fine", 4), TwaMethod("v", "model", 4))
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Settings:
 
     methods: tuple[TwaMethod, ...] = DEFAULT_METHODS
     steps: int = 100
-    lr: float = 0.02
+    lr: float = 0.01
     weight_decay: float = 0.0
     bn_batches: int = 100
     batches_per_step: int = 0
@@ -79,6 +82,7 @@ class Result:
     val_loss: float
     test_loss: float | None = None
     test_metric: float | None = None
+    evaluations: int = 0  # passes over the validation data that it takes on its own, BatchNorm re-estimated before each
     note: str = ""
     curve: list[float] = field(default_factory=list)  # training loss per step
     val_curve: list[tuple[int, float]] = field(default_factory=list)

@@ -170,7 +170,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError if the state belongs to a subspace of other candidates, segments, center, bits or normalisation."""
         for key, ours in self.subspace.identity().items():
-            if (theirs := state["subspace"].get(key, "deltas" if key == "basis" else None)) != ours:
+            if (theirs := state["subspace"].get(key, {"basis": "deltas", "chunk": 0, "constraint": "none"}.get(key))) != ours:
                 raise ValueError(f"optimizer state of another subspace: {key}: expected {ours}, found {theirs}")
         self.subspace.placement.world.forget()
         super().load_state_dict({key: value for key, value in state.items() if key not in ("coefficients", "subspace")})

@@ -14,6 +14,7 @@ from twa_kernels.columns import PACK_COLUMNS
 from twa_kernels.packed import row_divisor
 
 from .dense import DenseBasis, new_packer
+from .layout import Segments
 from .placement import Placement
 from .weights import not_finite
 
@@ -43,15 +44,17 @@ class Coordinates:
         return torch.einsum("lir,il->rl", self.R, shares.double().cpu()) * inverse
 
 
-def build(place: Placement, centers: list[Tensor], segments: list[int], bits: int, normalize: str) -> tuple[tk.PackedBasis | DenseBasis, Coordinates]:
+def build(place: Placement, centers: list[Tensor], segments: Segments, bits: int, normalize: str) -> tuple[tk.PackedBasis | DenseBasis, Coordinates]:
     """Reads every tensor twice more than its center took (Gram matrix with a sample before it, then Q), one at a time. Packed bits: Q is never
     dense in memory. Each rank feeds its own columns to Gram-Schmidt, so that all get the same factors, and keeps its part of Q."""
-    n, num_segments = len(place.candidates), max(segments) + 1
+    n, num_segments = len(place.candidates), len(segments.labels)
+    if segments.chunk:
+        raise ValueError(f"basis='orthonormal': expected segments of whole tensors, found granularity {segments.chunk}; use basis='deltas'")
     everything = slice(0, n)
     flat = [c.view(-1) for c in centers]
 
     numels = [t.numel() for t in place.tensors]
-    members = [[k for k, l in enumerate(segments) if l == segment] for segment in range(num_segments)]
+    members = [[k for k, l in enumerate(segments.first) if l == segment] for segment in range(num_segments)]
     found = [_of_segment(place, flat, tensors, sum(numels[k] for k in tensors)) for tensors in members]
     r = max(1, max(o.rank if o else 0 for o in found))
     transform, R = torch.zeros(num_segments, r, n, dtype=torch.float64), torch.zeros(num_segments, n, r, dtype=torch.float64)
@@ -73,7 +76,7 @@ def build(place: Placement, centers: list[Tensor], segments: list[int], bits: in
     shapes = [h.shape for h in place.held]
     packer = new_packer(mine.stop - mine.start, shapes, bits, segments)
     tensors = itertools.groupby(place.stream([k for k in range(len(shapes)) if place.packs(k)], everything), key=lambda kb: kb[0])
-    for k, l in enumerate(segments):
+    for k, l in enumerate(segments.first):
         if not place.packs(k):
             packer.skip()
             continue

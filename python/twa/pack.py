@@ -24,7 +24,7 @@ from .basis_file import LARGEST_SCALE, NAME, BasisError, Writer
 from .candidates import Candidates
 from .files import clear_unfinished, lock, write_json
 from .formats import read_json
-from .layout import layout_of
+from .layout import GRANULARITIES, layout_of, parse_granularity
 from .measure import PeakMemory
 from .memory import limit_memory, parse_bytes
 from .placement import Placement
@@ -103,11 +103,11 @@ class PackToFile:
     ) -> None:
         self.path, self.candidates = Path(path), candidates
         layout = layout_of(model, candidates)
-        self.weights, labels, segments = choices(layout, candidates, granularity, center)
+        self.weights, segments = choices(layout, candidates, granularity, center)
         if bits not in BITS:
             raise ValueError(f"bits: expected one of {BITS}, found {bits!r}; the dense basis (32) is not written: it is the candidates")
         self.place = Placement(World(), model, candidates, layout)
-        self.contents = contents_of(layout, candidates, bits, segments, labels, normalize)
+        self.contents = contents_of(layout, candidates, bits, segments, normalize)
         self.writer = Writer(self.path, self.contents)
         self.position, self.raw, _ = unfinished_parts(self.path)
         self.finished = False
@@ -125,7 +125,7 @@ class PackToFile:
         BasisError if another process is packing to the same place."""
         memory, begun, resumed = PeakMemory(), time.perf_counter(), resume and self.unfinished
         c, writer = self.contents, self.writer
-        packer = tk.Packer(len(self.candidates), c.shapes, c.bits, c.segments, sink=self._keep)
+        packer = tk.Packer(len(self.candidates), c.shapes, c.bits, c.parts.of_tiles(c.numels), sink=self._keep, num_segments=len(c.labels))
         begin = self._read_position(packer) if resumed else (0, 0)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         writer.lock()
@@ -235,12 +235,21 @@ class PackToFile:
 # Command line -----------------------------------------------------------------------------------------------------------------
 
 
+def _granularity(text: str) -> str | int:
+    try:
+        return parse_granularity(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", metavar="TASK", help="a built-in task, or a Python file that defines the model (as for twa average)")
     parser.add_argument("candidates", metavar="CANDIDATES", nargs="+", help="checkpoint files, glob patterns or directories, oldest first")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help=f"the packed basis (in a directory: {NAME})")
     parser.add_argument("--bits", type=int, choices=BITS, default=4, help="(default: %(default)s)")
-    parser.add_argument("--granularity", choices=("model", "block", "tensor"), default="tensor", help="of the coefficients (default: %(default)s)")
+    parser.add_argument(
+        "--granularity", type=_granularity, default="tensor", help=f"of the coefficients: {GRANULARITIES} (default: %(default)s)", metavar="KIND"
+    )
     parser.add_argument("--center", metavar="CENTER", default="mean", help="mean, last, zero, or a candidate's index (default: %(default)s)")
     parser.add_argument("--normalize", choices=tk.packed.NORMALIZE, default="row", help="see Subspace.from_candidates (default: %(default)s)")
     parser.add_argument("--entry", help="key under which torch and DCP checkpoints hold the weights, such as state_dict_ema")

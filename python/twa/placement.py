@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 import twa_kernels as tk
 from twa_kernels.ops import FLOATS
+from twa_kernels.reference import TILE
 
 from .candidates import UNIT, Block, Candidates, Part, average_into
 from .dense import DenseBasis
@@ -110,6 +111,19 @@ class Placement:
     @property
     def device(self) -> torch.device:
         return local(self.tensors[0]).device
+
+    def begin(self, k: int) -> int:
+        """The place in tensor k where this rank's part begins. ValueError if that part is no run of whole tiles."""
+        part, whole = self.held[k].part, self.tensors[k].shape
+        if part is None or not self.held[k].shape.numel():
+            return 0
+        begin = part[0].start * whole[1:].numel()
+        if begin % TILE or any((s.start, s.stop) != (0, size) for s, size in zip(part[1:], whole[1:], strict=True)):
+            raise ValueError(
+                f"placement 'columns': this rank's shard of {list(self.layout.trained)[k]!r} is no run of whole groups of {TILE} weights, "
+                "which a granularity below tensors needs; use 'tensor', 'block' or 'model'"
+            )
+        return begin
 
     def packs(self, k: int) -> bool:
         """Whether this rank packs tensor k, rather than another that sends the result."""

@@ -48,7 +48,7 @@ def _is_result(row: object) -> bool:
         and row.keys() == {f.name for f in fields(Result)}
         and isinstance(row["method"], str)
         and isinstance(row["note"], str)
-        and all(_is_count(row[name]) for name in ("candidates", "steps", "memory"))
+        and all(_is_count(row[name]) for name in ("candidates", "steps", "memory", "evaluations"))
         and all(_is_number(row[name]) for name in ("seconds", "val_loss"))
         and all(row[name] is None or _is_number(row[name]) for name in ("test_loss", "test_metric", "averaged_bn_loss"))
         and _is_curves(row["curve"], row["val_curve"])

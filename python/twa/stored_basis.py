@@ -17,7 +17,7 @@ from .basis_file import DTYPES, NAME, BasisError, Contents, Loaded, Writer, unro
 from .candidates import Candidates
 from .dense import DenseBasis
 from .files import DTYPE_NAMES, naming, temporary_of
-from .layout import Layout
+from .layout import Layout, Segments
 from .placement import Basis, Columns, Placement, local
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def contents_of(
-    layout: Layout, candidates: Candidates, bits: int, segments: list[int], labels: list[str], normalize: str, basis: str = "deltas", rows: int = 0
+    layout: Layout, candidates: Candidates, bits: int, segments: Segments, normalize: str, basis: str = "deltas", rows: int = 0
 ) -> Contents:
     return Contents(
         bits=bits,
@@ -40,8 +40,9 @@ def contents_of(
         copied=dict(layout.copied),
         aliases=dict(layout.aliases),
         names=dict(layout.names),
-        segments=list(segments),
-        labels=list(labels),
+        segments=list(segments.first),
+        labels=list(segments.labels),
+        chunk=segments.chunk,
     )
 
 
@@ -56,9 +57,7 @@ def save_basis(path: Path, subspace: Subspace) -> None:
     """The subspace's basis, center and coefficients. One process, or the first rank of those that hold all of it, calls it."""
     basis, place, coordinates = subspace.basis, subspace.placement, subspace.coordinates
     kind = "deltas" if coordinates is None else "orthonormal"
-    contents = contents_of(
-        subspace.layout, subspace.candidates, basis.bits, subspace.segments, subspace.labels, subspace.normalize, kind, subspace.coefficients.shape[0]
-    )
+    contents = contents_of(subspace.layout, subspace.candidates, basis.bits, subspace.parts, subspace.normalize, kind, subspace.coefficients.shape[0])
     if coordinates is not None:
         contents.dropped.extend([[i, d] for i, d in of_segment] for of_segment in coordinates.dropped)
     writer = Writer(path, contents, temporary_of(path))  # not where `twa pack` has what it will go on with

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from .candidates import Candidates
 from .dense import DenseBasis
 from .files import write_json
 from .hugging_face import write_beside
-from .layout import Granularity, Layout, layout_of, segment_labels
+from .layout import Granularity, Layout, Segments, layout_of, segments_of
 from .orthonormal import Coordinates
 from .placement import Basis, Placement
 from .resolve import find_world, resolve
@@ -31,6 +32,7 @@ from .world import digest, facts, versions
 RIDGE = 1e-4
 BITS = (32, 8, 4, 3, 2, 1)
 BASES = ("deltas", "orthonormal")
+CONSTRAINTS = ("none", "simplex")
 
 
 class Subspace:
@@ -42,6 +44,7 @@ class Subspace:
                    of them, the same bits
     coordinates    of an orthonormal basis: how its rows and the candidates make each other, and which candidates were dependent; else None
     labels         names of the L segments
+    parts          which columns are in which segment
     placement      what this rank holds: see `twa.placement`
     """
 
@@ -51,21 +54,25 @@ class Subspace:
         basis: Basis,
         center: list[Tensor] | None,
         center_weights: Tensor,
-        labels: list[str],
-        segments: list[int],
+        segments: Segments,
         divisor: Tensor,
         precondition: bool = False,
         normalize: str = "row",
         coordinates: Coordinates | None = None,
+        constraint: str = "none",
     ) -> None:
         self.placement, self.model, self.candidates, self.layout = placement, placement.model, placement.candidates, placement.layout
         self.normalize, self.coordinates, self.divisor = normalize, coordinates, divisor
-        self.basis, self.center, self.center_weights, self.labels, self.segments = basis, center, center_weights, labels, segments
+        self.basis, self.center, self.center_weights, self.parts = basis, center, center_weights, segments
+        self.labels, self.segments = segments.labels, segments.first
         self.parameters = placement.tensors
         self._selected: dict[int, tuple[Basis, slice]] = {}
         dtype = basis.dtype if isinstance(basis, DenseBasis) else torch.float32
         self.coefficients = nn.Parameter(torch.zeros(divisor.shape, device=basis.device, dtype=dtype))
         self.preconditioner = _preconditioner(placement.gram(basis)).to(dtype) if precondition else None  # (L, n, n)
+        self.constraint = constraint
+        if constraint == "simplex":
+            self._set_x(center_weights[:, None] * divisor)
 
     @classmethod
     def from_candidates(
@@ -79,6 +86,7 @@ class Subspace:
         normalize: str = "row",
         basis: str = "deltas",
         precondition: bool = False,
+        constraint: str = "none",
         placement: str | Placement = "auto",
         group: dist.ProcessGroup | None = None,
         progress: Callable[[str, int], None] | None = None,
@@ -86,7 +94,8 @@ class Subspace:
         """Streams the candidates tensor by tensor into a basis and moves the model to the center.
 
         bits         8, 4, 3, 2, 1 (packed), or 32 (dense float32, n * D * 4 bytes)
-        granularity  segments with their own coefficients: "model", "block", "tensor", a mapping from parameter name, or a function
+        granularity  segments with their own coefficients: "model", "block", "tensor", a mapping from parameter name, a function;
+                     below tensors so many weights of one as they lie in memory (a multiple of 128), or "fine": as few as 4096 segments allow
         center       "mean", "last", a candidate's index, merge weights (n,) that sum to 1, or "zero": the span of the candidates themselves
                      (the model then starts at zero: call set_merge_weights before training; see `conference_method`)
         normalize    "row" (each candidate's delta has the same norm), "segment" (each segment of it), "none"
@@ -95,6 +104,8 @@ class Subspace:
                      (norm 1 for normalize="none"), candidates that depend on earlier ones (duplicates, combinations) add no row
         precondition coefficients of the basis orthonormalised within each segment: x = A y with A from the Cholesky factor of the Gram
                      matrix; the parameter that is trained is then y (basis="deltas" only)
+        constraint   "simplex": merge weights that are positive and sum to 1 in each segment (learned soup): the parameter that is trained is then
+                     y with beta = softmax(y); starts at the center but for weights of zero, which become 1e-3 / n (basis="deltas" only)
         placement    how the ranks of a torch.distributed job share the work: "replicate" (every rank holds all of P, n * L numbers are summed per
                      step), "columns" (a model sharded by fully_shard or as DTensors: each rank holds P for its shards), "rows" (each rank holds some
                      rows of P; sums of whole gradients and weights), "single" (no communication); "auto": columns for a sharded model, else
@@ -117,14 +128,18 @@ class Subspace:
                 raise ValueError(f"basis: expected one of {BASES}, found {basis!r}")
             if precondition and basis == "orthonormal":
                 raise ValueError("precondition: an orthonormal basis needs none; expected basis='deltas'")
+            if constraint not in CONSTRAINTS:
+                raise ValueError(f"constraint: expected one of {CONSTRAINTS}, found {constraint!r}")
+            if constraint == "simplex" and (precondition or basis == "orthonormal" or (isinstance(center, str) and center == "zero")):
+                raise ValueError("constraint='simplex': expected basis='deltas' around a center other than 'zero', without precondition")
             layout = layout_of(model, candidates)
-            weights, labels, segments = choices(layout, candidates, granularity, center)
+            weights, segments = choices(layout, candidates, granularity, center)
             if world.size > 1:
-                options = {"bits": bits, "basis": basis, "normalize": normalize, "precondition": precondition}
+                options = {"bits": bits, "basis": basis, "normalize": normalize, "precondition": precondition, "constraint": constraint}
                 options |= {
                     "placement": placement.name if given else placement,
                     "center": digest(weights.tolist()),
-                    "granularity": digest((labels, segments)),
+                    "granularity": digest((segments.labels, segments.first, segments.chunk)),
                 }
                 world.check_equal(versions() | facts(model, candidates) | {k: str(v) for k, v in options.items()})
             place = placement if given else resolve(placement, model, candidates, layout, bits, world)
@@ -135,12 +150,12 @@ class Subspace:
                 made.to(place.device),
                 None if centers is None else [c.to(place.device) for c in centers],
                 weights,
-                labels,
                 segments,
                 divisor,
                 precondition,
                 normalize,
                 coordinates,
+                constraint,
             )
             load_untrained(place, weights)
             subspace.write_weights()
@@ -186,8 +201,7 @@ class Subspace:
                 basis.to(device),
                 None if center is None else [c.to(device) for c in center],
                 loaded.read("center_weights").clone(),
-                list(contents.labels),
-                list(contents.segments),
+                contents.parts,
                 loaded.read("divisor").clone() if contents.basis == "deltas" else torch.ones(loaded.contents.rows, len(contents.labels)).double(),
                 precondition,
                 contents.normalize,
@@ -215,7 +229,7 @@ class Subspace:
     def can_fuse(self) -> bool:
         """Whether step() covers this subspace: one process, packed, on a device that has its kernel, coefficients of the basis itself, dtypes
         that the kernels write."""
-        if self.placement.name != "single" or isinstance(self.basis, DenseBasis) or self.preconditioner is not None:
+        if self.placement.name != "single" or isinstance(self.basis, DenseBasis) or self.preconditioner is not None or self.constraint != "none":
             return False
         if not tk.dispatch.default_backend("step", self.basis.device.type):
             return False
@@ -247,14 +261,23 @@ class Subspace:
 
     @torch.no_grad()
     def x(self) -> Tensor:
-        """Coefficients (n, L) of the basis: the trained ones, or A times them."""
+        """Coefficients (n, L) of the basis: the trained ones, A times them, or those whose merge weights are the softmax of them."""
+        if self.constraint == "simplex":
+            return (self.coefficients.detach().double().softmax(0) * self._divisor()).to(self.coefficients.dtype)
         if self.preconditioner is None:
             return self.coefficients.detach()
         return torch.einsum("lij,jl->il", self.preconditioner, self.coefficients)
 
     def _pull_back(self, c: Tensor, columns: slice) -> Tensor:
         """Gradient of the trained coefficients from that of x."""
+        if self.constraint == "simplex":
+            beta = self.coefficients.detach()[:, columns].double().softmax(0)
+            g = c.double() * self._divisor()[:, columns]
+            return (beta * (g - (beta * g).sum(0))).to(c.dtype)
         return c if self.preconditioner is None else torch.einsum("lij,il->jl", self.preconditioner[columns], c)
+
+    def _divisor(self) -> Tensor:
+        return self.divisor.to(self.coefficients.device)
 
     # Coefficients and merge weights -------------------------------------------------------------------------------
 
@@ -281,7 +304,12 @@ class Subspace:
 
     @torch.no_grad()
     def _set_x(self, x: Tensor) -> None:
-        """The trained coefficients that make those of the basis x (n, L)."""
+        """The trained coefficients that make those of the basis x (n, L); nearly, if merge weights must be positive and some are not."""
+        if self.constraint == "simplex":
+            known = self.divisor > 0
+            beta = torch.where(known, x.double().cpu() / self.divisor.clamp(min=1e-300), 0.0)
+            rest = (1.0 - beta.sum(0)) / (~known).sum(0).clamp(min=1)  # of candidates that are equal to the center
+            x = torch.where(known, beta, rest).clamp(min=1e-3 / len(beta)).log()
         if self.preconditioner is not None:
             x = torch.linalg.solve(self.preconditioner.double().cpu(), x.double().T[..., None])[..., 0].T
         self.coefficients.copy_(x)
@@ -292,10 +320,12 @@ class Subspace:
         return {
             "candidates": [c.name for c in self.candidates],
             "segment_of": self._segment_of(),
+            "chunk": self.parts.chunk,
             "bits": self.basis.bits,
             "center_weights": self.center_weights.tolist(),
             "normalize": self.normalize,
             "precondition": self.preconditioner is not None,
+            "constraint": self.constraint,
             "basis": "deltas" if self.coordinates is None else "orthonormal",
         }
 
@@ -331,6 +361,7 @@ class Subspace:
             "candidates": [str(c.path) for c in self.candidates],
             "segments": self.labels,
             "segment_of": self._segment_of(),
+            "chunk": self.parts.chunk,
             "bits": self.basis.bits,
             "basis": "deltas" if self.coordinates is None else "orthonormal",
             "center_weights": self.center_weights.tolist(),
@@ -353,11 +384,10 @@ def _preconditioner(gram: Tensor) -> Tensor:
     return torch.where(mean > 0, mean.sqrt() * inverse, eye)  # a segment that is equal in all candidates has no basis to turn
 
 
-def choices(layout: Layout, candidates: Candidates, granularity: Granularity, center: str | int | Tensor) -> tuple[Tensor, list[str], list[int]]:
-    """The center's weights over the candidates (n,), the names of the segments (L,) and the segment of each trained tensor."""
-    of_tensor = segment_labels(list(layout.trained), granularity)
-    order = {label: l for l, label in enumerate(dict.fromkeys(of_tensor))}
-    return _center_weights(center, len(candidates)), [str(label) for label in order], [order[label] for label in of_tensor]
+def choices(layout: Layout, candidates: Candidates, granularity: Granularity, center: str | int | Tensor) -> tuple[Tensor, Segments]:
+    """The center's weights over the candidates (n,), and the segments."""
+    numels = [math.prod(candidates.info[key].shape) for key in layout.trained.values()]
+    return _center_weights(center, len(candidates)), segments_of(list(layout.trained), numels, granularity)
 
 
 def _center_weights(center: str | int | Tensor, n: int) -> Tensor:

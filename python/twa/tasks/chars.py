@@ -16,82 +16,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..recipes.models.gpt import GPT
+
 VOCABULARY = 128  # ASCII; every other byte becomes 127
 CONTEXT = 128
 BATCH = 16
 EVAL_BATCH = 64
-BLOCK = 16 * (CONTEXT + 1)  # characters per block of the split
+BLOCK_WINDOWS = 16  # windows of (CONTEXT + 1) characters per block of the split
+BLOCK = BLOCK_WINDOWS * (CONTEXT + 1)
 CYCLE = 20
-HELDOUT, VALIDATION, TEST = 9, 14, 19  # positions in a cycle; the other 17 are training data
-VAL_WINDOWS, TEST_WINDOWS = 192, 512  # windows of (CONTEXT + 1) characters
+HELD = {"heldout": 9, "val": 14, "test": 19}  # positions in a cycle; the other 17 are training data
+VAL_WINDOWS, TEST_WINDOWS = 192, 512
+
+CharTransformer = GPT  # the benchmarks' name for it
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block with causal self-attention."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, h: Tensor) -> Tensor:
-        b, t, w = h.shape
-        q, k, v = self.qkv(self.norm1(h)).view(b, t, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (b, heads, t, w / heads)
-        h = h + self.proj(a.transpose(1, 2).reshape(b, t, w))
-        return h + self.down(F.gelu(self.up(self.norm2(h))))
+@functools.cache
+def files() -> tuple[Path, ...]:
+    """The standard library's modules, in the order of their names."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+    return tuple(sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)))
 
 
-class CharTransformer(nn.Module):
-    """Causal transformer over ASCII; input and output embeddings share one (tied) matrix."""
+def characters(text: bytes) -> Tensor:
+    """(len(text),) uint8, every byte beyond ASCII as 127."""
+    if not text:  # frombuffer refuses it
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).clamp_(max=VOCABULARY - 1)
 
-    def __init__(self, width: int = 96, depth: int = 3, heads: int = 4) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, width)
-        self.position = nn.Parameter(torch.randn(CONTEXT, width) * 0.02)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, VOCABULARY, bias=False)
-        self.head.weight = self.embed.weight
-        for name, p in self.named_parameters():
-            if p.dim() == 2 and name != "position":
-                nn.init.normal_(p, std=0.02 if "down" not in name and "proj" not in name else 0.01)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        h = self.embed(tokens) + self.position[: tokens.shape[1]]
-        for block in self.blocks:
-            h = block(h)
-        return self.head(self.norm(h))
+def whole_cycles(text: bytes) -> bytes:
+    """Without what is left after the last whole cycle of blocks. FileNotFoundError if it is not a library's worth of text."""
+    if len(text) < 100 * CYCLE * BLOCK:
+        root = sysconfig.get_paths()["stdlib"]
+        raise FileNotFoundError(f"expected megabytes of .py files under {root}, found {len(text)} bytes: is the standard library zipped?")
+    return text[: len(text) // (CYCLE * BLOCK) * CYCLE * BLOCK]
+
+
+def cut(tokens: Tensor, context: int, cycle: int, held: dict[str, int]) -> dict[str, Tensor]:
+    """{split: (windows, context + 1)} of the windows that follow each other in tokens (length,). Of every `cycle` blocks of 16 windows in a row, a
+    split in `held` gets the one at that position and "train" the others; less than a window is left over."""
+    windows = tokens[: len(tokens) // (context + 1) * (context + 1)].view(-1, context + 1)
+    position = torch.arange(len(windows)) // BLOCK_WINDOWS % cycle  # (windows,)
+    splits = {name: windows[position == p] for name, p in held.items()}
+    return splits | {"train": windows[~torch.isin(position, torch.tensor(list(held.values())))]}
 
 
 @functools.cache
 def _windows() -> dict[str, Tensor]:
     """The standard library's text as {split: uint8 (windows, CONTEXT + 1)}."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
-    files = sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
-    text = bytearray(b"".join(p.read_bytes() for p in files))
-    if len(text) < 100 * CYCLE * BLOCK:
-        raise FileNotFoundError(f"expected megabytes of .py files under {root}, found {len(text)} bytes: is the standard library zipped?")
-    data = torch.frombuffer(text, dtype=torch.uint8)
-    cycles = data[: len(data) // (CYCLE * BLOCK) * CYCLE * BLOCK].clamp(max=127).view(-1, CYCLE, BLOCK)
-    held = {"heldout": HELDOUT, "val": VALIDATION, "test": TEST}
-    train = [c for c in range(CYCLE) if c not in held.values()]
-    splits = {name: cycles[:, c] for name, c in held.items()} | {"train": cycles[:, train]}
-    return {name: s.reshape(-1, CONTEXT + 1) for name, s in splits.items()}
+    return cut(characters(whole_cycles(b"".join(p.read_bytes() for p in files()))), CONTEXT, CYCLE, HELD)
 
 
 class Batches:
-    """Re-iterable batches (b, CONTEXT + 1) int64; a new random order, drawn from `seed`, at each pass."""
+    """Re-iterable batches (b, CONTEXT + 1) int64 of windows (n, CONTEXT + 1); a new random order, drawn from `seed`, at each pass."""
 
-    def __init__(self, split: str, batch: int, limit: int | None = None, shuffle: bool = False, seed: int = 0) -> None:
-        data = _windows()[split]
-        if limit is not None and len(data) > limit:  # evenly spread over the library, not its first files
+    def __init__(self, data: Tensor, batch: int, limit: int | None = None, shuffle: bool = False, seed: int = 0) -> None:
+        if limit is not None and len(data) > limit:  # evenly spread over the text, not its beginning
             data = data[torch.linspace(0, len(data) - 1, limit).long()]
         self.data, self.batch, self.shuffle = data, batch, shuffle
         self.generator = torch.Generator().manual_seed(seed)
@@ -107,23 +89,23 @@ class Batches:
 
 
 def model() -> nn.Module:
-    return CharTransformer()
+    return GPT()
 
 
 def train_data(seed: int = 0) -> Batches:
-    return Batches("train", BATCH, shuffle=True, seed=seed)
+    return Batches(_windows()["train"], BATCH, shuffle=True, seed=seed)
 
 
 def heldout_data(seed: int = 0) -> Batches:
-    return Batches("heldout", BATCH, shuffle=True, seed=seed)
+    return Batches(_windows()["heldout"], BATCH, shuffle=True, seed=seed)
 
 
 def val_data() -> Batches:
-    return Batches("val", EVAL_BATCH, limit=VAL_WINDOWS)
+    return Batches(_windows()["val"], EVAL_BATCH, limit=VAL_WINDOWS)
 
 
 def test_data() -> Batches:
-    return Batches("test", EVAL_BATCH, limit=TEST_WINDOWS)
+    return Batches(_windows()["test"], EVAL_BATCH, limit=TEST_WINDOWS)
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
