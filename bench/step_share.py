@@ -14,7 +14,7 @@ import time
 import torch
 import twa
 from common import RESULTS, hardware
-from twa.average import forever
+from twa.data import forever
 from twa.report import markdown_table
 from twa.tasks import load_task
 

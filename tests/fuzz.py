@@ -108,7 +108,7 @@ def run_state():
     optimizer.step()
     moments = optimizer.state_dict() | {"coefficients": x, "subspace": {"bits": 4}}
     at = {"step": 2, "pass": 0, "offset": 0, "digest": "ab"}
-    under_way = {"curve": [0.5, 0.4], "val_curve": [(0, 0.5)], "best_loss": 0.5, "best_x": x, "seconds": 1.0, "optimizer": moments}
+    under_way = {"curve": [0.5, 0.4], "val_curve": [(0, 0.5)], "best_loss": 0.5, "best_x": x, "average": x, "seconds": 1.0, "optimizer": moments}
     under_way |= {"schedule": {"last_epoch": 2, "base_lrs": [0.1]}, "buffers": {"calls": torch.tensor(3)}, "position": at}
     state = {"format": FORMAT, "best_file": "state-best-2.safetensors", "best_digest": "ab", "run": facts, "results": [dict(row)], "best": 0}
     return state | {"losses": [(torch.ones(2, dtype=torch.float64), 0.5)], "method": 1, "under_way": under_way}

@@ -11,7 +11,7 @@ import twa
 from conftest import run_python
 from safetensors.torch import load_file, save_file
 from twa import cli, report
-from twa.average import Average, warmup_then_linear
+from twa.average import Average, warmup
 from twa.measure import mean_over
 from twa.methods import Settings, TwaMethod
 from twa.tasks import TaskError, digits, load_task
@@ -50,7 +50,7 @@ def test_outputs(finished):
     assert {p.name for p in out.iterdir()} == FILES
     results = json.loads((out / "results.json").read_text())
     names = [r["method"] for r in results]
-    assert names == ["last", "best single", "uniform", "EMA", "LAWA", "greedy soup", "TWA-t per tensor, 4 bits", "TWA-v per model, 4 bits"]
+    assert names == ["last", "best single", "uniform", "EMA", "LAWA", "greedy soup", "TWA-t fine, 4 bits", "TWA-v per model, 4 bits"]
     for r in results:
         assert f"| {r['method']}" in printed and f"| {r['method']}" in (out / "report.md").read_text()
         assert 0.9 < float(r["test accuracy"]) <= 1
@@ -242,6 +242,4 @@ def test_tasks_that_break_the_contract(tmp_path):
 
 
 def test_learning_rate_schedule():
-    factors = [warmup_then_linear(k, 100) for k in range(101)]
-    assert factors[0] == 0.2 and factors[4] == 1.0 and factors[99] == pytest.approx(1 / 95) and factors[100] == 0.0
-    assert factors[4:] == sorted(factors[4:], reverse=True) and [warmup_then_linear(k, 1) for k in (0, 1)] == [1.0, 0.0]
+    assert [warmup(k, 100) for k in range(7)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0] and warmup(99, 100) == 1.0 == warmup(0, 1)

@@ -75,6 +75,25 @@ def test_sums_are_one():
         assert float(beta.sum()) == pytest.approx(1.0, abs=1e-12)
 
 
+def test_wsm_of_a_linear_decay_is_the_plain_mean_of_the_last():
+    for n, k in ((7, 1), (7, 4), (9, 9)):
+        torch.testing.assert_close(schemes.wsm(n, k), schemes.lawa(n, k), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("decay", schemes.DECAYS)
+@pytest.mark.parametrize("k", [1, 2, 5, 7])
+def test_wsm_is_a_run_whose_rate_decays(decay, k):
+    """Updates that do not depend on where the run is, scaled by the decay: the run's end is the merge."""
+    n, m, f = 7, 7 - k, schemes.DECAYS[decay]
+    theta = torch.randn(n, 11, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+    end = theta[m].clone()
+    for j in range(m + 1, n):
+        end += f(torch.tensor((j - m) / k, dtype=torch.float64)) * (theta[j] - theta[j - 1])
+    beta = schemes.wsm(n, k, decay)
+    torch.testing.assert_close(beta @ theta, end)
+    assert (beta >= 0).all() and not beta[:m].any() and float(beta.sum()) == pytest.approx(1.0, abs=1e-12)
+
+
 def test_greedy_soup():
     """Quadratic loss around 2.0: members 2.1 and 1.8 help each other, 5.0 does not."""
     w = torch.tensor([5.0, 2.1, 1.8], dtype=torch.float64)
@@ -90,7 +109,16 @@ def test_greedy_soup():
 
 
 @pytest.mark.parametrize(
-    "call", [lambda: schemes.lawa(3, 4), lambda: schemes.lawa(3, 0), lambda: schemes.ema(3, 1.0), lambda: schemes.candidate(3, 3)]
+    "call",
+    [
+        lambda: schemes.lawa(3, 4),
+        lambda: schemes.lawa(3, 0),
+        lambda: schemes.ema(3, 1.0),
+        lambda: schemes.candidate(3, 3),
+        lambda: schemes.wsm(3, 4),
+        lambda: schemes.wsm(3, 0),
+        lambda: schemes.wsm(3, 2, "exponential"),
+    ],
 )
 def test_bad_input(call):
     with pytest.raises(ValueError, match="expected"):

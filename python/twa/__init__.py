@@ -10,10 +10,21 @@ twa.update_bn(loader, model); subspace.save("out/")
 from . import schemes
 from .batchnorm import update_bn
 from .candidates import CandidateError, Candidates
+from .iterate_average import IterateAverage
 from .optimizer import SubspaceOptimizer
 from .presets import conference_method
 from .subspace import Subspace
 from .world import DistributedError
 
-__all__ = ["CandidateError", "Candidates", "DistributedError", "Subspace", "SubspaceOptimizer", "conference_method", "schemes", "update_bn"]
+__all__ = [
+    "CandidateError",
+    "Candidates",
+    "DistributedError",
+    "IterateAverage",
+    "Subspace",
+    "SubspaceOptimizer",
+    "conference_method",
+    "schemes",
+    "update_bn",
+]
 __version__ = "0.1.0"

@@ -6,12 +6,12 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -19,8 +19,9 @@ from . import schemes
 from .batchnorm import tracked_batchnorms, update_bn_of
 from .candidates import Candidates
 from .data import Stream, mix, seed_all, shared_out
+from .iterate_average import IterateAverage
 from .layout import layout_of
-from .measure import PeakMemory, mean_over
+from .measure import PeakMemory, mean_over, measure_test, progress_bar
 from .methods import Outcome, Result, Settings, TwaMethod
 from .optimizer import SubspaceOptimizer
 from .placement import Placement
@@ -29,22 +30,22 @@ from .spectral_norm import refresh_spectral_norms
 from .state import Store
 from .subspace import Subspace
 from .tasks import Task
-from .weights import kept, load_merge, load_untrained, put_back, round_to_files
+from .weights import kept, load_buffers, load_merge, load_untrained, put_back, round_to_files, share_buffers
 from .world import World, facts, versions
 
 EMA_DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)
 LAWA_LENGTHS = (2, 4, 6, 8, 12, 16, 24, 32)
 BASELINES = ("last", "best single", "uniform", "EMA", "LAWA", "greedy soup")
 SAVE_SECONDS = 10.0  # between saved states while baselines are evaluated
-VALIDATIONS = 5  # looks at the validation data during a TWA run after the first; the best coefficients are kept
-PATIENCE = 2  # looks in a row without a new best after which a TWA run is stopped
+VALIDATIONS = 6  # looks at the validation data during a TWA run after the first; the best coefficients are kept
 
 
 class Average:
     """Runs every method on one model object and remembers the best on the validation data.
 
-    TWA starts at the best fixed average (its center), looks at the validation data from there on, and keeps the best coefficients:
-    so it is never worse there than that average (where BatchNorm is re-estimated, up to what that changes).
+    TWA starts at the best fixed average (its center). Its coefficients are averaged over the steps; it looks at the validation data from the start
+    on, keeps the best average, and stops when that has not changed for some looks: so it is never worse there than that fixed average (where
+    BatchNorm is re-estimated, up to what that changes).
 
     On several ranks (torch.distributed), all make one and call `run`. store: where the state is saved, to be continued by another object.
     """
@@ -248,17 +249,19 @@ class Average:
         *,
         start: Tensor | None = None,
         start_name: str = "",
-        patience: int | None = PATIENCE,
+        keep: str = "best",
         on_look: Callable[[int], None] | None = None,
+        prepare: Callable[[Subspace], None] | None = None,
         saved: dict | None = None,
         index: int = 0,
     ) -> Result:
         """A trained average, appended to the results; the model is at it.
 
         start     merge weights (n,) of the center; None: those of the best result so far that is a fixed average
-        patience  looks at the validation data in a row without a new best after which it stops; None: never, and the last coefficients are
-                  kept, not the best
+        keep      "best": the coefficients of the best look at the validation data, and stop after `settings.patience` looks in a row without a new
+                  best; "last": those of the last step
         on_look   called with the step at each look, with the model as it would be exported
+        prepare   called with the subspace before training, with the model at the center: to look at its basis, or to alter it
         saved     what `_save` has kept of it at method `index`
         """
         begun, memory = time.perf_counter(), PeakMemory()
@@ -280,18 +283,23 @@ class Average:
                 placement=self.placement,
                 progress=lambda _, count: bar.update(count),
             )
+        if prepare:
+            prepare(subspace)
         optimizer = SubspaceOptimizer(subspace, torch.optim.AdamW, lr=s.lr, weight_decay=s.weight_decay, low_memory=s.low_memory)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_then_linear(step, s.steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup(step, s.steps))
+        average = IterateAverage(subspace)
         stream = Stream(self.task.train if method.kind == "t" else self.task.heldout, self.world, s.batches_per_step, s.seed)
         curve, val_curve, note = [], [], f"from {center_name}"
         best_loss, best_x = math.inf, subspace.coefficients.detach().clone()
         before = 0.0  # seconds, in an earlier process
         if saved is not None:
-            mine = {"best_x": best_x, "schedule": schedule.state_dict(), "buffers": dict(self.model.named_buffers())}
+            mine = {"best_x": best_x, "average": average.coefficients, "schedule": schedule.state_dict(), "buffers": dict(self.model.named_buffers())}
             self.store.check_like(saved, mine)
             self.store.check_like(saved["optimizer"], {k: v for k, v in optimizer.state_dict().items() if k in ("coefficients", "param_groups")})
             curve, val_curve, best_loss, before = saved["curve"], saved["val_curve"], saved["best_loss"], saved["seconds"]
             best_x.copy_(saved["best_x"])
+            average.coefficients.copy_(saved["average"])
+            average.steps = len(curve)
             optimizer.load_state_dict(saved["optimizer"])
             schedule.load_state_dict(saved["schedule"])
             load_buffers(self.model, saved["buffers"])
@@ -308,6 +316,7 @@ class Average:
                         "val_curve": val_curve,
                         "best_loss": best_loss,
                         "best_x": best_x,
+                        "average": average.coefficients,
                         "seconds": before + time.perf_counter() - begun,
                         "optimizer": optimizer.state_dict(),
                         "schedule": schedule.state_dict(),
@@ -316,17 +325,17 @@ class Average:
                     }
                     self._save(index, under_way)
                 if step in looks:
-                    self._settle()
-                    val = self._validation_loss()
-                    if on_look:
-                        on_look(step)
-                    subspace.write_weights()  # unrounded again
+                    with average.applied():
+                        self._settle()
+                        val = self._validation_loss()
+                        if on_look:
+                            on_look(step)
                     val_curve.append((step, val))
-                    if val < best_loss or patience is None:
-                        best_loss, best_x = val, subspace.coefficients.detach().clone()
+                    if val < best_loss or keep == "last":
+                        best_loss, best_x = val, average.coefficients.clone()
                 if step == s.steps:
                     break
-                if patience is not None and stale(val_curve) >= patience:
+                if keep == "best" and 0 < s.patience <= stale(val_curve):
                     note += f"; stopped at step {step}: no better on validation since step {step_of_best(val_curve)}"
                     break
                 loss = self._gradients(stream, optimizer)
@@ -337,6 +346,7 @@ class Average:
                     break
                 optimizer.step()
                 schedule.step()
+                average.update()
                 curve.append(loss)
                 bar.set_postfix(loss=f"{loss:.4f}", val=f"{val_curve[-1][1]:.4f}", refresh=False)
                 bar.update(1)
@@ -394,42 +404,6 @@ def stale(val_curve: list[tuple[int, float]]) -> int:
     return sum(step > best for step, _ in val_curve)
 
 
-def share_buffers(model: nn.Module, world: World) -> None:
-    """The first rank's, on every rank: what the saved state holds."""
-    with torch.no_grad():
-        for b in model.buffers():
-            b.copy_(world.broadcast_(b.reshape(-1).view(torch.uint8), 0).view(b.dtype).view(b.shape))
-
-
-def load_buffers(model: nn.Module, saved: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, b in model.named_buffers():
-            b.copy_(saved[name])
-
-
-def progress_bar(text: str, total: int, shown: bool, **options: object) -> tqdm:
-    return tqdm(total=total, desc=f"{text:32.32s}", disable=not shown, mininterval=0.5, file=sys.stderr, **options)
-
-
-def measure_test(result: Result, model: nn.Module, task: Task, world: World | None = None) -> None:
-    if task.test is not None:
-        result.test_loss = mean_over(model, task.loss, task.test, world)
-        if task.metric is not None:
-            result.test_metric = mean_over(model, task.metric, task.test, world)
-
-
-def warmup_then_linear(step: int, steps: int) -> float:
-    """Factor of the learning rate: up over the first twentieth of the steps, then down to zero."""
-    warm = max(1, steps // 20)
-    return min((step + 1) / warm, (steps - step) / max(1, steps - warm), 1.0) if step < steps else 0.0
-
-
-def forever(data: Iterable) -> Iterator:
-    """Batches of the data, pass after pass."""
-    while True:
-        empty = True
-        for batch in data:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError("expected at least one batch of data, found none")
+def warmup(step: int, steps: int) -> float:
+    """Factor of the learning rate: up over the first twentieth of the steps, then constant."""
+    return min(1.0, (step + 1) / max(1, steps // 20))

@@ -23,8 +23,10 @@ from .candidates import CandidateError, Candidates
 from .data import seed_all
 from .files import clear_unfinished
 from .heap import heap_findings
+from .layout import GRANULARITIES
 from .memory import limit_memory, parse_bytes, training_bytes
 from .methods import DEFAULT_METHODS, Outcome, Settings, TwaMethod
+from .recipes import suite
 from .resolve import PLACEMENTS
 from .state import Store
 from .tasks import BUILT_IN, Task, TaskError, load_task
@@ -117,6 +119,7 @@ def run_average(args: argparse.Namespace) -> None:
             placement=args.placement,
             low_memory=args.low_memory,
             save_every=args.save_every,
+            patience=args.patience,
         )
     store = Store(args.output, args.resume)
     if world.is_writer and not args.resume:
@@ -209,9 +212,10 @@ def parser() -> argparse.ArgumentParser:
     a.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="directory for the result")
     a.add_argument(
         "--twa",
-        metavar="KIND:GRANULARITY:BITS[:BASIS]",
+        metavar="KIND:GRANULARITY:BITS[:OPTION]",
         action="append",
-        help="a trained average to try, such as t:tensor:4 or t:tensor:4:orthonormal; may be repeated (default: t:tensor:4 and v:model:4)",
+        help=f"a trained average to try, such as t:tensor:4, t:1024:2 or v:model:4:simplex; GRANULARITY is {GRANULARITIES}; may be repeated "
+        "(default: t:fine:4 and v:model:4)",
     )
     a.add_argument("--steps", type=positive(int), default=Settings.steps, help="gradient steps of each trained average (default: %(default)s)")
     a.add_argument("--lr", type=positive(float), default=Settings.lr, help="learning rate of the coefficients (default: %(default)s)")
@@ -238,6 +242,12 @@ def parser() -> argparse.ArgumentParser:
     a.add_argument("--force", action="store_true", help="average candidates that a look at samples finds unrelated, or not finite, nevertheless")
     a.add_argument("--sharded", action="store_true", help="also write the result as a torch.distributed.checkpoint directory")
     a.add_argument("--save-every", type=positive(int), default=Settings.save_every, help="steps between saved states (default: %(default)s)")
+    a.add_argument(
+        "--patience",
+        type=whole,
+        default=Settings.patience,
+        help="stop a trained average after so many looks at the validation data (of six) without a new best; 0: never (default: %(default)s)",
+    )
     a.add_argument("--timeout", type=positive(float), default=600.0, help="seconds after which a silent rank counts as lost (default: %(default)s)")
     existing = a.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace results in an output directory that is not empty")
@@ -255,6 +265,10 @@ def parser() -> argparse.ArgumentParser:
     i = commands.add_parser("inspect", help="what is wrong with a heap of checkpoints", description=inspect.run_inspect.__doc__)
     inspect.add_arguments(i)
     i.set_defaults(run=inspect.run_inspect)
+
+    r = commands.add_parser("recipe", help="experiments that test the published claims", description=suite.run_recipe.__doc__)
+    suite.add_arguments(r)
+    r.set_defaults(run=suite.run_recipe)
 
     d = commands.add_parser("demo", help="train a small model and average its checkpoints")
     d.add_argument("-o", "--output", metavar="OUT", type=Path, default=Path("twa-demo"), help="directory for the result (default: %(default)s)")

@@ -377,3 +377,14 @@ def shared_out(source: Iterable, world: World, limit: float = math.inf) -> Itera
         if not count:
             batch = first_batch(source)
         yield batch, False
+
+
+def forever(data: Iterable) -> Iterator:
+    """Batches of the data, pass after pass."""
+    while True:
+        empty = True
+        for batch in data:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("expected at least one batch of data, found none")

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .average import Average, forever, measure_test, progress_bar
+from .average import Average
 from .candidates import Candidates
+from .data import forever
 from .files import write_safetensors
-from .measure import PeakMemory, mean_over
+from .measure import PeakMemory, mean_over, measure_test, progress_bar
 from .methods import Outcome, Result, Settings, TwaMethod
 from .tasks import Task, load_task
 

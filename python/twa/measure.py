@@ -1,15 +1,19 @@
-"""Loss of a model over data, and the process's memory."""
+"""Loss of a model over data, the process's memory, and progress."""
 
 from __future__ import annotations
 
 import resource
+import sys
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from .batchnorm import batch_size
 from .data import shared_out
+from .methods import Result
+from .tasks import Task
 from .world import World
 
 
@@ -51,3 +55,14 @@ class PeakMemory:
                 return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
         except (OSError, StopIteration):
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure_test(result: Result, model: nn.Module, task: Task, world: World | None = None) -> None:
+    if task.test is not None:
+        result.test_loss = mean_over(model, task.loss, task.test, world)
+        if task.metric is not None:
+            result.test_metric = mean_over(model, task.metric, task.test, world)
+
+
+def progress_bar(text: str, total: int, shown: bool, **options: object) -> tqdm:
+    return tqdm(total=total, desc=f"{text:32.32s}", disable=not shown, mininterval=0.5, file=sys.stderr, **options)

@@ -51,7 +51,8 @@ DEFAULT_METHODS = (TwaMethod("t", "fine", 4), TwaMethod("v", "model", 4))
 
 @dataclass(frozen=True)
 class Settings:
-    """batches_per_step: over all ranks; 0: one per rank. placement: see Subspace.from_candidates; "columns" shards the task's model."""
+    """patience: looks at the validation data (of six) in a row without a new best after which a trained average is stopped; 0: none.
+    batches_per_step: over all ranks; 0: one per rank. placement: see Subspace.from_candidates; "columns" shards the task's model."""
 
     methods: tuple[TwaMethod, ...] = DEFAULT_METHODS
     steps: int = 100
@@ -63,6 +64,7 @@ class Settings:
     placement: str = "auto"
     low_memory: bool = False
     save_every: int = 10
+    patience: int = 3
 
     def facts(self) -> dict[str, str]:
         """What a run may not change when it is continued: not the placement, nor the number of ranks."""

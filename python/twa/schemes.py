@@ -43,6 +43,36 @@ def ema(n: int, decay: float) -> Tensor:
     return beta
 
 
+def wsm(n: int, k: int, decay: str = "linear") -> Tensor:
+    """Mean of the last k candidates that stands for a decay of the learning rate over them: WSM (Tian et al., arXiv 2507.17634).
+
+    Training goes from candidate j - 1 to j by the sum of its updates, which are proportional to the learning rate. Had the rate been w_j times as
+    high, and the gradients the same, then the run from candidate m = n - k on (k of them are left, itself included) would have ended at
+
+        theta = theta_m + sum_{m < j < n} w_j (theta_j - theta_{j-1}) = sum_{m <= j < n} (w_j - w_{j+1}) theta_j,   w_m = 1, w_n = 0
+
+    so beta_j = w_j - w_{j+1}, with w_{m+i} = f(i / k). f falls from f(0) = 1 to f(1) = 0:
+
+    decay   "linear": 1 - t, which is the plain mean, LAWA; "sqrt": 1 - sqrt(t), with more of the earlier ones; "cosine": (1 + cos(pi t)) / 2, with
+            more of those in the middle
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"k: expected 1 to {n}, found {k}")
+    if decay not in DECAYS:
+        raise ValueError(f"decay: expected one of {', '.join(DECAYS)}, found {decay!r}")
+    w = DECAYS[decay](torch.arange(k + 1, dtype=torch.float64) / k)
+    beta = torch.zeros(n, dtype=torch.float64)
+    beta[n - k :] = w[:-1] - w[1:]
+    return beta
+
+
+DECAYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda t: 1 - t,
+    "sqrt": lambda t: 1 - t.sqrt(),
+    "cosine": lambda t: (1 + torch.cos(torch.pi * t)) / 2,
+}
+
+
 def greedy_soup(losses: Sequence[float], evaluate: Callable[[Tensor], float]) -> Tensor:
     """Greedy soup (Wortsman et al., 2022): candidates in order of their own loss join the uniform mean if it does not get worse.
 

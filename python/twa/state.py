@@ -67,7 +67,7 @@ def _is_loss(pair: object) -> bool:
 def _is_under_way(value: object) -> bool:
     if value is None:
         return True
-    names = {"curve", "val_curve", "best_loss", "best_x", "seconds", "optimizer", "schedule", "buffers", "position"}
+    names = {"curve", "val_curve", "best_loss", "best_x", "average", "seconds", "optimizer", "schedule", "buffers", "position"}
     if not isinstance(value, dict) or value.keys() != names or not _is_curves(value["curve"], value["val_curve"]):
         return False
     optimizer, position = value["optimizer"], value["position"]
@@ -75,6 +75,7 @@ def _is_under_way(value: object) -> bool:
         _is_number(value["best_loss"])
         and _is_number(value["seconds"])
         and isinstance(value["best_x"], Tensor)
+        and isinstance(value["average"], Tensor)
         and isinstance(optimizer, dict)
         and optimizer.keys() == {"state", "param_groups", "coefficients", "subspace"}
         and isinstance(optimizer["subspace"], dict)

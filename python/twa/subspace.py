@@ -105,7 +105,7 @@ class Subspace:
         precondition coefficients of the basis orthonormalised within each segment: x = A y with A from the Cholesky factor of the Gram
                      matrix; the parameter that is trained is then y (basis="deltas" only)
         constraint   "simplex": merge weights that are positive and sum to 1 in each segment (learned soup): the parameter that is trained is then
-                     y with beta = softmax(y); starts at the center but for weights of zero, which become 1e-3 / n (basis="deltas" only)
+                     y with beta = softmax(sqrt(n) y); starts at the center but for weights of zero, which become 1e-3 / n (basis="deltas" only)
         placement    how the ranks of a torch.distributed job share the work: "replicate" (every rank holds all of P, n * L numbers are summed per
                      step), "columns" (a model sharded by fully_shard or as DTensors: each rank holds P for its shards), "rows" (each rank holds some
                      rows of P; sums of whole gradients and weights), "single" (no communication); "auto": columns for a sharded model, else
@@ -263,7 +263,7 @@ class Subspace:
     def x(self) -> Tensor:
         """Coefficients (n, L) of the basis: the trained ones, A times them, or those whose merge weights are the softmax of them."""
         if self.constraint == "simplex":
-            return (self.coefficients.detach().double().softmax(0) * self._divisor()).to(self.coefficients.dtype)
+            return (self._simplex() * self._divisor()).to(self.coefficients.dtype)
         if self.preconditioner is None:
             return self.coefficients.detach()
         return torch.einsum("lij,jl->il", self.preconditioner, self.coefficients)
@@ -271,10 +271,14 @@ class Subspace:
     def _pull_back(self, c: Tensor, columns: slice) -> Tensor:
         """Gradient of the trained coefficients from that of x."""
         if self.constraint == "simplex":
-            beta = self.coefficients.detach()[:, columns].double().softmax(0)
-            g = c.double() * self._divisor()[:, columns]
-            return (beta * (g - (beta * g).sum(0))).to(c.dtype)
+            beta, g = self._simplex()[:, columns], c.double() * self._divisor()[:, columns]
+            return (math.sqrt(len(beta)) * beta * (g - (beta * g).sum(0))).to(c.dtype)
         return c if self.preconditioner is None else torch.einsum("lij,il->jl", self.preconditioner[columns], c)
+
+    def _simplex(self) -> Tensor:
+        """beta (n, L) > 0 of the trained coefficients. With the factor a learning rate for unconstrained coefficients fits here, too: merge weights
+        near 1 / n move by lr / sqrt(n) a step."""
+        return (self.coefficients.detach().double() * math.sqrt(len(self.candidates))).softmax(0)
 
     def _divisor(self) -> Tensor:
         return self.divisor.to(self.coefficients.device)
@@ -309,7 +313,7 @@ class Subspace:
             known = self.divisor > 0
             beta = torch.where(known, x.double().cpu() / self.divisor.clamp(min=1e-300), 0.0)
             rest = (1.0 - beta.sum(0)) / (~known).sum(0).clamp(min=1)  # of candidates that are equal to the center
-            x = torch.where(known, beta, rest).clamp(min=1e-3 / len(beta)).log()
+            x = torch.where(known, beta, rest).clamp(min=1e-3 / len(beta)).log() / math.sqrt(len(beta))
         if self.preconditioner is not None:
             x = torch.linalg.solve(self.preconditioner.double().cpu(), x.double().T[..., None])[..., 0].T
         self.coefficients.copy_(x)

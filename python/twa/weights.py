@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from . import schemes
@@ -17,6 +17,7 @@ from .candidates import Candidate, CandidateError, Candidates, average_into
 from .files import replace_folder, write_stream
 from .placement import Placement, local, reshard
 from .spectral_norm import refresh_spectral_norms
+from .world import World
 
 
 def not_finite(candidates: Sequence[Candidate], name: str, rows: list[Tensor]) -> CandidateError:
@@ -93,6 +94,19 @@ def round_to_files(placement: Placement) -> None:
         if dtype != state[name].dtype:
             mine = local(state[name])
             mine.copy_(mine.to(dtype))
+
+
+def share_buffers(model: nn.Module, world: World) -> None:
+    """The first rank's, on every rank: what the saved state holds."""
+    with torch.no_grad():
+        for b in model.buffers():
+            b.copy_(world.broadcast_(b.reshape(-1).view(torch.uint8), 0).view(b.dtype).view(b.shape))
+
+
+def load_buffers(model: nn.Module, saved: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, b in model.named_buffers():
+            b.copy_(saved[name])
 
 
 # In and out, under the keys and in the dtypes of the candidate files --------------------------------------------------
