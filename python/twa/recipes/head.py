@@ -1,7 +1,8 @@
 """Head stage: stop the usual run early and average its checkpoints, instead of training to the end.
 
 Li et al. (arXiv 2205.13104v4) report that TWA on the checkpoints of the first half or so reaches the accuracy of the whole run: over 40 % of the
-epochs saved on CIFAR, over 30 % on ImageNet. Beside it: SWA, EMA and LAWA of the same checkpoints, and annealing from there at the same cost.
+epochs saved on CIFAR, over 30 % on ImageNet. Beside it: SWA, EMA, LAWA and greedy soup of the same checkpoints, and annealing from there, for as
+many steps as TWA takes and for what TWA costs in all, with its looks at the validation data and those that chose its center.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ def run(job: Job) -> Rows:
         for part in PARTS:
             stop = round(steps * part / usual.plan.every) * usual.plan.every
             where = label | {"setting": f"{part:.0%}", "stopped": stop}
-            rows += job.averages(where, task, usual.candidates(until=stop, count=CANDIDATES), workload.twa_steps, METHODS, FIXED)
-            rows.append(job.anneal(where, workload, task, usual, stop, workload.twa_steps))
+            found = job.averages(where, task, usual.candidates(until=stop, count=CANDIDATES), workload.twa_steps, METHODS, FIXED)
+            rows += [r | {"method": "SWA"} if r["method"] == "uniform" else r for r in found]
+            cost = round(max(r["cost"] for r in found if r["method"].startswith("TWA")))
+            for name, steps in (("annealing", workload.twa_steps), ("annealing, same cost", cost)):
+                rows.append(job.anneal(where, workload, task, usual, stop, steps, name))
     return rows
 
 
@@ -39,7 +43,7 @@ def findings(rows: Rows) -> list[str]:
     found = []
     for task in rows.of("task"):
         mine = rows.where(task=task)
-        whole, full = mine.mean(method="whole run"), mine[0]["full"]
+        whole, full, texts = mine.mean(method="whole run"), mine[0]["full"], []
         for method in mine.of("method"):
             if method == "whole run":
                 continue
@@ -49,8 +53,20 @@ def findings(rows: Rows) -> list[str]:
                 if mine.where(method=method, setting=s) and mine.mean(method=method, setting=s) <= whole
             ]
             best = min((mine.mean(method=method, setting=s), s) for s in mine.of("setting") if mine.where(method=method, setting=s))
-            text = f"{1 - min(reached):.0%} of the steps saved" if reached else f"not reached (best {best[0]:.4f} from {best[1]} on)"
-            found.append(f"{task}: the whole run's test loss {whole:.4f} by {method}: {text}")
+            text = f"{1 - min(reached):.0%} of the steps saved" if reached else f"not reached (best {best[0]:.4f}, stopped at {best[1]})"
+            texts.append(f"{method} {text}")
+        found.append(f"{task}: the whole run's test loss, {whole:.4f}: {'; '.join(texts)}")
+        trained = [m for m in mine.of("method") if m.startswith("TWA")]
+        for method in trained:
+            others = [m for m in mine.of("method") if m != "whole run" and m not in trained]
+            pairs = {
+                m: [mine.mean(method=method, setting=s) - mine.mean(method=m, setting=s) for s in mine.where(method=m).of("setting")] for m in others
+            }
+            text = ", ".join(f"{m} {sum(d < 0 for d in ds)} ({sum(ds) / len(ds):+.4f} on average)" for m, ds in pairs.items())
+            found.append(f"{task}: {method}: lower mean test loss, at how many of the {len(PARTS)} stops, than {text}")
+        if mine.of("metric"):
+            accuracy = ", ".join(f"{m} {mine.mean('metric', method=m, setting='50%'):.4f}" for m in mine.where(setting="50%").of("method"))
+            found.append(f"{task}: accuracy of the whole run {mine.mean('metric', method='whole run'):.4f}; stopped at 50%: {accuracy}")
     return found
 
 
@@ -62,7 +78,7 @@ def picture(figure, rows: Rows) -> None:
         whole = mine.mean(method="whole run")
         axes.axhline(whole, color="0.5", linestyle=":", label="whole run")
         for method in mine.of("method"):
-            if method in ("whole run", "uniform"):
+            if method in ("whole run", "SWA", "last"):
                 continue
             settings = [s for s in mine.of("setting") if mine.where(method=method, setting=s)]
             x = [mine.mean("stopped", method=method, setting=s) + mine.mean("cost", method=method, setting=s) for s in settings]

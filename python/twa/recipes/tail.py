@@ -3,7 +3,7 @@
 Li et al. (arXiv 2205.13104v4; first ICLR 2023) report that TWA of such checkpoints is better than SWA, their mean, and depends less on the rate.
 Tails begin at 60 % of the usual run and end at 80 %. Beside SWA: EMA, LAWA, greedy soup, the best single checkpoint, the usual run, which ends at
 100 %, and annealing from the tail's end, the rate falling linearly from the tail's highest: for as many steps as TWA takes, and for what TWA costs in
-all, with its looks at the validation data and those that chose its center.
+all, with its looks at the validation data and those that chose its center. TWA-v trains on held-out data that nothing else sees.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CLAIM = "TWA is better than SWA at every learning rate of the tail, and depends 
 METRIC = "accuracy"
 BEGIN, LENGTH = 0.6, 0.2  # of the usual run
 CHECKPOINTS = 16  # of a tail
-METHODS = ("t:fine:4", "t:tensor:4")
+METHODS = ("t:fine:4", "t:tensor:4", "v:tensor:4")
 FIXED = ("best single", "uniform", "EMA", "LAWA", "greedy soup")
 AVERAGES = ("SWA", "EMA", "LAWA", "greedy soup")
 ANNEALING = ("annealing", "annealing, same cost")
