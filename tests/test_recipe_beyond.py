@@ -8,7 +8,7 @@ import matplotlib
 import pytest
 import torch
 from torch import nn
-from twa.recipes import beyond, workloads
+from twa.recipes import beyond, lora, unlabelled, workloads
 from twa.recipes.job import Job
 from twa.recipes.models.gpt import GPT
 from twa.recipes.models.lora import LoRALinear, add_lora, merged_lora
@@ -111,9 +111,9 @@ def rows(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workloads, "BUILT_IN", {"gpt": small_gpt, "vit": small_vit})
         patch.setattr("twa.recipes.job.BUILT_IN", {"gpt": small_gpt, "vit": small_vit})
-        for name, value in (("LORA_STEPS", (2, 4)), ("LORA_RATES", (1e-2,)), ("RATES", (1e-3,)), ("EPOCHS", 1)):
-            patch.setattr(beyond, name, value)
-        patch.setitem(beyond.UNLABELLED, "fine, 10 times the steps", ("v:fine:4", 2))
+        for module, name, value in ((lora, "STEPS", (2, 4)), (lora, "RATES", (1e-2,)), (unlabelled, "RATES", (1e-3,)), (unlabelled, "EPOCHS", 1)):
+            patch.setattr(module, name, value)
+        patch.setitem(unlabelled.UNLABELLED, unlabelled.LONG, ("v:fine:4", 2, ("labels", "entropy")))
         yield Rows(beyond.run(Job(0, tmp_path_factory.mktemp("suite"))))
 
 
@@ -126,6 +126,20 @@ def test_rows(rows):
         assert row["seed"] == 0 and row["cost"] >= 0 and all(0 < row[key] < 20 for key in ("val", "test"))
 
 
+def test_data_of_the_user_s(tmp_path, monkeypatch):
+    """Only what needs no data of its own; what is built in is not touched."""
+    monkeypatch.setattr(workloads, "BUILT_IN", {})
+    monkeypatch.setattr("twa.recipes.job.BUILT_IN", {})
+    monkeypatch.setattr("twa.recipes.job.of_path", lambda *_: small_gpt())
+    monkeypatch.setattr(beyond, "STORED", {"int8 weights": {"grid": 8}})
+    found = Rows(beyond.run(Job(0, tmp_path, "full", data=tmp_path)))
+    assert found.of("setting") == ["int8 weights", "warm start"]
+    assert "left out" in beyond.findings(found)[-1]
+    pairs = [(m, f"{m}, rounded to int8") for m in found.of("method") if f"{m}, rounded to int8" in found.of("method")]
+    assert [m for m, _ in pairs] == ["uniform", "EMA", "LAWA", "TWA-t fine, 4 bits"]
+    assert all(0 < abs(found.mean(method=a, setting="int8 weights") - found.mean(method=b)) < 0.1 for a, b in pairs)
+
+
 def test_what_is_chosen_on_validation_data_is_never_worse_there(rows):
     for setting in ("LoRA", "LoRA, merged", "float32 weights"):
         mine = rows.where(setting=setting)
@@ -133,7 +147,7 @@ def test_what_is_chosen_on_validation_data_is_never_worse_there(rows):
         assert all(r["val"] <= fixed for r in mine if r["method"].startswith("TWA"))
     warm = rows.where(setting="warm start")
     starts = [m for m in warm.of("method") if not m.startswith("TWA")]
-    assert len(starts) == 7
+    assert len(starts) == 6
     assert all(warm.mean("val", method=f"TWA from {m}") <= warm.mean("val", method=m) for m in starts)
 
 
@@ -144,7 +158,7 @@ def test_single_candidates_are_the_same_as_factors_and_merged(rows):
 
 def test_the_unlabelled_choose_by_what_they_train_on(rows):
     mine = rows.where(setting="unlabelled")
-    assert len(mine) == 3 + 3 * 3
+    assert len(mine) == 3 + 2 * 3 + 2
     for row in mine:
         assert 0 < row["entropy"] < 2.4 and 0.1 <= row["share"] <= 1 and 0 <= row["metric"] <= 1
         if "objective" in row:
@@ -156,9 +170,9 @@ def test_the_unlabelled_choose_by_what_they_train_on(rows):
 def test_objectives_have_their_minimum_where_they_should():
     model, images = nn.Flatten(), torch.randn(5, 7)
     target = images.softmax(1)
-    assert float(beyond.by_experts(model, (images, None, target))) == pytest.approx(0, abs=1e-6)
-    assert float(beyond.by_entropy(model, (100 * images, None, target))) < float(beyond.by_entropy(model, (images, None, target)))
-    assert float(beyond.by_entropy(model, (torch.zeros(5, 7), None, None))) == pytest.approx(torch.tensor(7.0).log().item())
+    assert float(unlabelled.by_experts(model, (images, None, target))) == pytest.approx(0, abs=1e-6)
+    assert float(unlabelled.by_entropy(model, (100 * images, None, target))) < float(unlabelled.by_entropy(model, (images, None, target)))
+    assert float(unlabelled.by_entropy(model, (torch.zeros(5, 7), None, None))) == pytest.approx(torch.tensor(7.0).log().item())
 
 
 def test_batches_in_bfloat16():

@@ -33,8 +33,8 @@ def run(job: Job) -> Rows:
             found = job.averages(where, task, usual.candidates(until=stop, count=CANDIDATES), workload.twa_steps, METHODS, FIXED)
             rows += [r | {"method": "SWA"} if r["method"] == "uniform" else r for r in found]
             cost = round(max(r["cost"] for r in found if r["method"].startswith("TWA")))
-            for name, steps in (("annealing", workload.twa_steps), ("annealing, same cost", cost)):
-                rows.append(job.anneal(where, workload, task, usual, stop, steps, name))
+            for name, extra in (("annealing", workload.twa_steps), ("annealing, same cost", cost)):
+                rows.append(job.anneal(where, workload, task, usual, stop, extra, name))
     return rows
 
 

@@ -31,14 +31,15 @@ from ..tasks import Task
 from ..weights import load_merge
 from .images import clip_task
 from .job import Job
-from .rows import Rows
+from .rows import Rows, number
 from .runs import Cost, Plan, Run
 from .workloads import Workload
 
 TITLE = "Fine-tuning soup: fine-tunes of one model, averaged"
 CLAIM = "Merge weights trained on held-out data (TWA-v) are as good as greedy soup or better, for up to 4 times less compute."
 METRIC = "accuracy"
-FINETUNES, STEPS, RATE = 16, (120, 200), 2e-3  # steps from .. to; rates from RATE / 3.2 to RATE * 3.2: with higher ones they leave the basin
+FINETUNES, STEPS = 16, (120, 200)  # from .. to
+SPREAD = 10**0.25  # rates are from a workload's / SPREAD to its * SPREAD: higher ones leave the basin, lower ones learn too little to be of use
 FIXED = ("best single", "uniform", "greedy soup")
 TRAINED = ("v:model:4", "v:tensor:4", "v:fine:4")
 LEARNED = {"learned soup": "v:model:4:simplex", "learned soup by layer": "v:tensor:4:simplex"}
@@ -78,24 +79,25 @@ def gpt(job: Job) -> Soup:
     """The usual run on source text, fine-tuned to English."""
     (workload,) = job.workloads("gpt")
     usual, task = job.usual(workload, job.task(workload)), job.task(workload, domain="help")
-    return Soup("GPT, source text to English", task, finetunes(job, workload, task, usual), EPOCHS * batches(task))
+    return Soup("GPT, source text to English", task, finetunes(job, workload, task, usual, 3e-3), EPOCHS * batches(task))
 
 
 def vit(job: Job) -> Soup:
     """Pretrained without labels: half of an image's patches are hidden, and the class token restores all of it. Then, as in "Model soups", a head
-    alone is trained, which all fine-tunes start with: from a head of zeros each would find its own, and their mean would be worse than they are."""
+    alone is trained, which all fine-tunes start with: from a head of zeros each would find its own, and their mean would be worse than they are.
+    Labelled images are not augmented: some hundred steps are then enough."""
     (workload,) = job.workloads("vit")
-    task = job.task(workload)
     plan = replace(workload.usual, every=workload.usual.steps)
-    restored = job.run(workload, "restored", restoring(task), plan)
+    restored = job.run(workload, "restored", restoring(job.task(workload)), plan)
+    task, averaged_on = job.task(workload, augment=False), job.task(workload, batch=PICTURE_BATCH)
     model = task.model()
     model.load_state_dict({k: v for k, v in restored.state(restored.last)["model"].items() if not k.startswith("head.")}, strict=False)
     nn.init.zeros_(model.head.weight)
     model.requires_grad_(False).head.requires_grad_(True)
     steps = job.scaled(200)
     headed = job.run(workload, "head", task, Plan(steps, steps, lr=1e-2, schedule="cosine"), model=model)
-    on = job.task(workload, batch=PICTURE_BATCH)
-    return Soup("ViT, restoring to digits", on, finetunes(job, workload, task, headed), EPOCHS * batches(on))
+    found = finetunes(job, workload, task, headed, 2e-3)
+    return Soup("ViT, restoring to digits", averaged_on, found, EPOCHS * batches(averaged_on))
 
 
 def restoring(task: Task) -> Task:
@@ -115,13 +117,13 @@ def restoring(task: Task) -> Task:
     return replace(task, model=model, loss=loss, metric=None)
 
 
-def finetunes(job: Job, workload: Workload, task: Task, pretrained: Run) -> Candidates:
+def finetunes(job: Job, workload: Workload, task: Task, pretrained: Run, lr: float) -> Candidates:
     """Of the end of a run: random lengths, rates, schedules and weight decays, and an order of the data each."""
     g = random.Random(mix(job.seed, 3))
     paths: list[Path] = []
     for k in range(FINETUNES):
         steps = job.scaled(g.randint(*STEPS))
-        plan = Plan(steps, steps, RATE * 10 ** g.uniform(-0.5, 0.5), g.choice(("linear", "cosine")), weight_decay=g.uniform(0, 0.1))
+        plan = Plan(steps, steps, lr * SPREAD ** g.uniform(-1, 1), g.choice(("linear", "cosine")), weight_decay=g.uniform(0, 0.1))
         start = {"start": (pretrained, pretrained.last), "optimizer_state": False, "seed": mix(job.seed, 4, k)}
         made = job.run(workload, f"{pretrained.folder.name}-finetune-{k:02d}", task, plan, **start)
         paths.append(made.path(made.last))
@@ -155,7 +157,7 @@ def averages(job: Job, soup: Soup) -> Rows:
     cost = Cost(task, average.settings.bn_batches)
     fixed = {r.method: r for r in average.results if r.method in FIXED}
     rows = Rows(job.row(where, task, r, average, cost=cost) for r in fixed.values())
-    rows[0]["mean of two"] = mean_of_two(average)
+    rows[0] |= {"mean of two": mean_of_two(average), "members": fixed["greedy soup"].candidates}
 
     best, greedy = min(fixed.values(), key=lambda r: r.val_loss), fixed["greedy soup"].evaluations
     choosing = cost(0, greedy + fixed["uniform"].evaluations)  # of the best fixed average; greedy soup has seen every fine-tune
@@ -204,8 +206,9 @@ def findings(rows: Rows) -> list[str]:
     for task in rows.of("task"):
         mine, names = rows.where(task=task), [TwaMethod.parse(text).name for text in TRAINED]
         greedy, cost = mine.mean(method="greedy soup"), mine.mean("cost", method="greedy soup")
-        two = mine.mean("mean of two")
-        found.append(f"{task}: the mean of two fine-tunes has a validation loss {abs(two):.4f} {'above' if two > 0 else 'below'} the mean of theirs")
+        two, members = mine.mean("mean of two"), mine.mean("members")
+        text = f"validation loss {abs(two):.4f} {'above' if two > 0 else 'below'} the mean of theirs; greedy soup has {number(members)} members"
+        found.append(f"{task}: the mean of two fine-tunes has a {text}")
         ours = {"average": names[0], "budget": BUDGETS[0]}
         others = {name: {"method": name} for name in FIXED} | {name: {"average": name, "budget": BUDGETS[0]} for name in LEARNED}
         text = "; ".join(f"{name}: {mine.against(ours, theirs)}" for name, theirs in others.items())

@@ -72,11 +72,13 @@ def images(path: Path, model: str, epochs: int = 0, batch: int = 0, per_epoch: i
     per_epoch = per_epoch or sum(1 for _ in task.train)
     folder = (path / "train").is_dir()
     epochs = epochs or (90 if folder else 200)
-    plan = Plan(epochs * per_epoch, per_epoch, lr=0.1, schedule="thirds" if folder else "step", optimizer="sgd", weight_decay=1e-4)
+    every = max(1, min(per_epoch, epochs * per_epoch // 20))  # an epoch, or less where there are few
+    plan = Plan(epochs * per_epoch, every, lr=0.1, schedule="thirds" if folder else "step", optimizer="sgd", weight_decay=1e-4)
     if model == "vit":
-        plan = Plan(epochs * per_epoch, per_epoch, lr=1e-3, schedule="cosine", weight_decay=0.1, warmup=8 * per_epoch)
+        plan = Plan(epochs * per_epoch, every, lr=1e-3, schedule="cosine", weight_decay=0.1, warmup=8 * per_epoch)
     rates = (5e-4, 1e-3, 2e-3) if model == "vit" else (0.02, 0.05, 0.1)
-    return Workload(model, f"{model}, {path.name}", lambda **o: image_task(model, **options | o), plan, rates, twa_steps=(2 if folder else 10) * per_epoch)
+    twa_steps = min((2 if folder else 10) * per_epoch, plan.steps // 10)
+    return Workload(model, f"{model}, {path.name}", lambda **o: image_task(model, **options | o), plan, rates, twa_steps)
 
 
 def of_path(path: Path, model: str | None, epochs: int = 0, batch: int = 0) -> Workload:
