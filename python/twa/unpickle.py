@@ -43,15 +43,21 @@ class Made:
 
 
 INERT = Name(Made)
+PYTHON2_STRINGS = {ord("U"): 1, ord("T"): 4}  # instructions that make them, and bytes of the length that follows
 KEYS = (str, int, float, bool, bytes, type(None), torch.dtype, Made)  # of dicts; and tuples of them
 
 
 def unpickle(
-    data: bytes | memoryview, names: Mapping[str, object], storage: Callable[[object], object] | None = None, at: int = 0
+    data: bytes | memoryview,
+    names: Mapping[str, object],
+    storage: Callable[[object], object] | None = None,
+    at: int = 0,
+    python2: bool = False,
 ) -> tuple[object, int]:
     """The value that the pickle from byte `at` on describes, and where it ends.
 
     names     "module.name" -> a Name, or a value;  storage: called with persistent ids
+    python2   strings of Python 2, which may hold anything, become bytes
     Raises Refused for any other name; ValueError, KeyError, ... if the pickle is damaged.
     """
     machine = _Machine(data, names, storage, at)
@@ -60,6 +66,9 @@ def unpickle(
         machine.at += 1
         if op == _STOP:
             return machine.stack.pop(), machine.at
+        if python2 and op in PYTHON2_STRINGS:
+            machine.stack.append(machine.take(machine.number(PYTHON2_STRINGS[op])))
+            continue
         run = _OPS.get(op)
         if run is None:
             raise ValueError(f"unexpected instruction {bytes([op])!r} at byte {machine.at - 1}")

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from ..average import Average
 from ..methods import TwaMethod
 from .job import Job
@@ -39,7 +42,7 @@ def run(job: Job) -> Rows:
     best = min(start.results, key=lambda r: r.val_loss)
     label = {"task": workload.label}
     rows.append(job.row(label | {"setting": "start", "windows": 0, "coefficients": 0, "variant": ""}, task, best, start))
-    batches = [batch for batch in task.heldout]
+    batches = list(task.heldout)
     total = sum(len(_first(b)) for b in batches)
     for size in [s for s in SIZES if s <= total] + [None]:
         data = task if size is None else replace(task, heldout=first_samples(batches, size))
@@ -55,7 +58,7 @@ def run(job: Job) -> Rows:
     return rows
 
 
-def trained(job: Job, where: dict, average: Average, method: TwaMethod, start) -> Rows:
+def trained(job: Job, where: dict, average: Average, method: TwaMethod, start: Tensor) -> Rows:
     """Two rows of one training: its last coefficients, and those at its best look at the validation data."""
     looks: list[dict] = []
     result = average.train(
@@ -76,14 +79,12 @@ def trained(job: Job, where: dict, average: Average, method: TwaMethod, start) -
     return found
 
 
-def _first(batch):
+def _first(batch: object) -> Tensor:
     return batch if hasattr(batch, "shape") else batch[0]
 
 
 def first_samples(batches: list, size: int) -> list:
     """`size` samples of these batches, evenly spread over them, in batches of at most BATCH."""
-    import torch
-
     parts = [b if isinstance(b, list | tuple) else [b] for b in batches]
     columns = [torch.cat(list(column)) for column in zip(*parts, strict=True)]
     at = torch.linspace(0, len(columns[0]) - 1, size).round().long()
@@ -92,32 +93,21 @@ def first_samples(batches: list, size: int) -> list:
 
 
 def findings(rows: Rows) -> list[str]:
+    """Per granularity: from how much held-out data on TWA-v helps; and what each regularisation changes."""
     found = []
     start = rows.mean(setting="start")
     sizes = [s for s in rows.of("windows") if s]
     for granularity in GRANULARITIES:
         plain = {"granularity": granularity, "variant": "plain", "stop": "last"}
-        count = rows.mean("coefficients", **plain)
         enough = next((s for s in sizes if rows.mean(windows=s, **plain) < start), None)
         text = f"with {enough} samples or more it is below its start ({start:.4f})" if enough else f"it is never below its start ({start:.4f})"
-        t = rows.mean(setting=ALL, **plain)
-        found.append(
-            f"per {granularity}, {count:.0f} coefficients, no regularisation: {text}; TWA-t {t:.4f}, TWA-v with all {sizes[-1]} {rows.mean(windows=sizes[-1], **plain):.4f}"
-        )
+        end = f"TWA-v with all {sizes[-1]} {rows.mean(windows=sizes[-1], **plain):.4f}, TWA-t {rows.mean(setting=ALL, **plain):.4f}"
+        found.append(f"{granularity}, {rows.mean('coefficients', **plain):.0f} coefficients, no regularisation: {text}; {end}")
     for stop, variant in (("early stopping", "plain"), ("last", "weight decay"), ("last", "simplex")):
-        differences = []
-        for s in sizes:
-            for g in GRANULARITIES:
-                mine, plain = (
-                    {"windows": s, "granularity": g, "variant": variant, "stop": stop},
-                    {"windows": s, "granularity": g, "variant": "plain", "stop": "last"},
-                )
-                differences.append(rows.mean(**mine) - rows.mean(**plain))
-        worst, best = max(differences), min(differences)
-        found.append(
-            f"{stop if variant == 'plain' else variant} instead of nothing: lower test loss in {sum(d < 0 for d in differences)} of {len(differences)} cells, "
-            f"by up to {-best:.4f}; at worst {worst:+.4f}"
-        )
+        cells = [{"windows": s, "granularity": g} for s in sizes for g in GRANULARITIES]
+        differences = [rows.mean(variant=variant, stop=stop, **c) - rows.mean(variant="plain", stop="last", **c) for c in cells]
+        lower = f"lower test loss in {sum(d < 0 for d in differences)} of {len(cells)} cells, by up to {-min(differences):.4f}"
+        found.append(f"{stop if variant == 'plain' else variant} instead of nothing: {lower}; at worst {max(differences):+.4f}")
     return found
 
 

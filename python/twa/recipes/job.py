@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -112,12 +111,3 @@ class Job:
             "seconds": result.seconds,
         }
         return where | found | ({} if result.test_metric is None else {"metric": result.test_metric})
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.begun = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.begun

@@ -182,7 +182,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--data",
         metavar="PATH",
         type=Path,
-        help="CIFAR as torchvision unpacks it, an ImageFolder (train/CLASS/, val/CLASS/), text, or a saved Hugging Face dataset; nothing is downloaded",
+        help="CIFAR as torchvision unpacks it, an ImageFolder (train/CLASS, val/CLASS), text, or a saved Hugging Face dataset; nothing is downloaded",
     )
     p.add_argument("--finetunes", metavar="DIR", type=Path, help="for soup: a directory of fine-tunes of CLIP ViT-B/32, with --data their images")
     p.add_argument("--model", help="with --data: resnet, vgg, vit, timm:NAME, torchvision:NAME; gpt, transformers:DIR for text")
