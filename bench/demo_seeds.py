@@ -16,7 +16,7 @@ from twa import demo
 from twa.report import markdown_table
 
 FIXED = ("last", "best single", "uniform", "EMA", "LAWA", "greedy soup")
-TRAINED = ("TWA-t per tensor, 4 bits", "TWA-v per model, 4 bits")
+TRAINED = ("TWA-t fine, 4 bits", "TWA-v per model, 4 bits")
 
 
 def main() -> None:
@@ -41,7 +41,12 @@ def main() -> None:
         checks.append(
             f"{trained}: below the best fixed average on every seed: {'yes' if min(margin) > 0 else 'NO'} (by {min(margin):.4f} to {max(margin):.4f})"
         )
-    gaps = [abs(a - b) for name in losses if "4 bits" in name for a, b in zip(losses[name], losses[name.replace("4 bits", "float32")], strict=True)]
+    gaps = [
+        abs(a - b)
+        for name in losses
+        if "4 bits" in name and name.replace("4 bits", "float32") in losses
+        for a, b in zip(losses[name], losses[name.replace("4 bits", "float32")], strict=True)
+    ]
     checks.append(f"largest difference between 4 bits and float32: {max(gaps):.4f} (target 0.005)")
     checks.append(f"seconds per demo: {', '.join(f'{s:.0f}' for s in seconds)} (target 180)")
     machine = hardware()

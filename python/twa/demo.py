@@ -19,7 +19,7 @@ from .tasks import Task, load_task
 STEPS, EVERY = 1200, 25  # 48 checkpoints
 RATE, WARMUP = 3e-3, 50  # constant rate after the warm-up
 TWA_STEPS = 100
-METHODS = tuple(TwaMethod(kind, granularity, bits) for kind in "tv" for granularity in ("tensor", "model") for bits in (4, 32))
+METHODS = tuple(map(TwaMethod.parse, ("t:fine:4", "t:fine:32", "t:tensor:4", "t:model:4", "v:tensor:4", "v:model:4", "v:model:32")))
 
 
 def train(task: Task, folder: Path, progress: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -29,6 +29,7 @@ CLAIM = (
     "A basis of few bits loses little against float32, and coefficients per layer help most where it is quantised (Li et al., arXiv 2205.13104v4)."
 )
 METRIC = "accuracy"
+PIVOT = True  # a column per setting
 PART = 0.5  # of the usual run
 CANDIDATES = 32  # at most: the last ones
 BITS = (32, 8, 4, 3, 2, 1)

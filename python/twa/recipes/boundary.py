@@ -20,6 +20,7 @@ from .runs import measured
 TITLE = "TWA on training data or on held-out data: the overfitting boundary"
 CLAIM = "Open in the paper: how TWA-v depends on the size of the held-out set and the number of coefficients."
 METRIC = "accuracy"
+PIVOT = True  # a column per setting
 FIGURE = (16, 5)
 PART = 0.5  # of the usual run
 CANDIDATES = 32

@@ -13,6 +13,7 @@ from .rows import Rows
 TITLE = "Head stage: training stopped early, then averaged"
 CLAIM = "Averaging the checkpoints of the first 50 to 60 % of training with TWA reaches the whole run's test loss (over 40 % saved on CIFAR)."
 METRIC = "accuracy"
+PIVOT = True  # a column per setting
 PARTS = (0.3, 0.5, 0.6, 0.8)  # of the usual run
 CANDIDATES = 32  # at most: the last ones
 METHODS = ("t:fine:4", "t:tensor:4")

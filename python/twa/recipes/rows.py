@@ -73,6 +73,27 @@ def table(rows: Rows, metric: str = "") -> str:
     return markdown_table(header, lines)
 
 
+def pivot(rows: Rows) -> str:
+    """Test losses with a line per method and a column per setting, a table per task; the lowest of a column in bold. cost: least and most."""
+    parts = []
+    for task in rows.of("task"):
+        mine = rows.where(task=task)
+        settings = mine.of("setting")
+        best = {s: min(mine.mean(setting=s, method=m) for m in mine.where(setting=s).of("method")) for s in settings}
+        lines = []
+        for method in mine.of("method"):
+            cells = []
+            for s in settings:
+                members = mine.where(setting=s, method=method)
+                text = f"{members.mean():.4f}" + (f" ± {members.spread():.4f}" if len(members) > 1 else "") if members else ""
+                cells.append(f"**{text}**" if members and members.mean() == best[s] else text)
+            costs = [number(mine.mean("cost", setting=s, method=method)) for s in mine.where(method=method).of("setting")]
+            least, most = min(costs, key=float), max(costs, key=float)
+            lines.append([method, *cells, least if least == most else f"{least} to {most}", ""])
+        parts.append(markdown_table([task, *settings, "cost", ""], lines))
+    return "\n\n".join(parts)
+
+
 def number(value: float) -> str:
     return f"{value:.0f}" if value == round(value) or value >= 100 else f"{value:.1f}"
 

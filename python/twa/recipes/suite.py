@@ -23,7 +23,7 @@ import torch
 from ..files import write_bytes, write_json, write_text
 from ..report import processor_name
 from .job import SCALES, Job
-from .rows import Rows, merged, table
+from .rows import Rows, merged, pivot, table
 
 RECIPES = ("head", "tail", "soup", "boundary", "bits", "beyond")
 
@@ -98,14 +98,17 @@ def write_page(folder: Path, name: str, rows: Rows, command: str, seconds: float
     """NAME.md, NAME.png and NAME.json in the folder; returns the page."""
     module = recipe(name)
     machine = f"{processor_name()}, torch {torch.__version__}"
-    text = [f"# {module.TITLE}", "", f"Claim: {module.CLAIM}", "", table(rows, getattr(module, "METRIC", "")), ""]
+    whole = table(rows, getattr(module, "METRIC", ""))
+    pivoted = getattr(module, "PIVOT", False)
+    text = [f"# {module.TITLE}", "", f"Claim: {module.CLAIM}", "", pivot(rows) if pivoted else whole, ""]
     text += [f"- {finding}" for finding in module.findings(rows)]
     text += ["", f"![{module.TITLE}]({name}.png)", "", f"    {command}", ""]
     text += [
-        f"Seeds {', '.join(map(str, rows.of('seed')))}; {seconds / 60:.1f} minutes of one process in all; {machine}. cost: training steps, where a",
+        f"Seeds {', '.join(map(str, rows.of('seed')))} (mean ± sample standard deviation); {seconds / 60:.1f} minutes of one process in all; {machine}.",
+        "cost: in training steps, where a batch that is only evaluated counts a third. Every choice was made on validation data.",
         "",
     ]
-    text[-2] += " batch that is only evaluated counts a third. Every choice was made on validation data."
+    text += ["Every row:", "", whole, ""] if pivoted else []
     write_text(folder / f"{name}.md", "\n".join(text))
     write_bytes(folder / f"{name}.png", draw(module, rows))
     write_json(folder / f"{name}.json", {"command": command, "hardware": machine, "seconds": seconds, "rows": rows})

@@ -20,6 +20,7 @@ from .workloads import Workload
 TITLE = "Tail stage: checkpoints of a high learning rate, averaged"
 CLAIM = "TWA is better than SWA at every learning rate of the tail, and depends less on that rate (Li et al., ICLR 2023 and arXiv 2205.13104v4)."
 METRIC = "accuracy"
+PIVOT = True  # a column per setting
 BEGIN, LENGTH = 0.6, 0.2  # of the usual run
 CHECKPOINTS = 16  # of a tail
 METHODS = ("t:fine:4", "t:tensor:4", "v:tensor:4")
