@@ -1,7 +1,7 @@
 """Trainable weight averaging: the best weighted average of a heap of checkpoints, found by gradient descent.
 
 subspace = twa.Subspace.from_candidates(model, twa.Candidates("run/*.safetensors"))
-optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.02)
+optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.01)
 for batch in loader:
     loss(model, batch).backward(); optimizer.step(); optimizer.zero_grad()
 twa.update_bn(loader, model); subspace.save("out/")

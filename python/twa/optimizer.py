@@ -23,7 +23,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     """Trains the coefficients x (n, L) of a subspace with any torch optimizer; on several ranks, each calls it with gradients of its own data, and
     the coefficients follow their average.
 
-        optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.02)
+        optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.01)
         for batch in loader:
             loss(model, batch).backward(); optimizer.step(); optimizer.zero_grad()
 
