@@ -103,8 +103,9 @@ def write_page(folder: Path, name: str, rows: Rows, command: str, seconds: float
     text = [f"# {module.TITLE}", "", f"Claim: {module.CLAIM}", "", pivot(rows) if pivoted else whole, ""]
     text += [f"- {finding}" for finding in module.findings(rows)]
     text += ["", f"![{module.TITLE}]({name}.png)", "", f"    {command}", ""]
+    seeds = ", ".join(map(str, rows.of("seed")))
     text += [
-        f"Seeds {', '.join(map(str, rows.of('seed')))}, mean ± sample standard deviation; {seconds / 60:.1f} minutes of one process in all; {machine}.",
+        f"Seeds {seeds}, mean ± sample standard deviation; {seconds / 60:.1f} minutes of one process in all; {machine}.",
         "cost: in training steps, where a batch that is only evaluated counts a third. Every choice was made on validation data.",
         "",
     ]
