@@ -94,10 +94,9 @@ def run_units(units: list[Unit], jobs: int) -> Iterator[tuple[Unit, float | Base
             raise
 
 
-def write_page(folder: Path, name: str, rows: Rows, command: str, seconds: float) -> str:
+def write_page(folder: Path, name: str, rows: Rows, command: str, seconds: float, machine: str) -> str:
     """NAME.md, NAME.png and NAME.json in the folder; returns the page."""
     module = recipe(name)
-    machine = f"{processor_name()}, torch {torch.__version__}"
     whole = table(rows, getattr(module, "METRIC", ""))
     pivoted = getattr(module, "PIVOT", False)
     text = [f"# {module.TITLE}", "", f"Claim: {module.CLAIM}", "", pivot(rows) if pivoted else whole, ""]
@@ -164,6 +163,7 @@ def run_recipe(args: argparse.Namespace) -> None:
             print(f"twa: error: {unit.name}, seed {unit.job.seed}: {result}", file=sys.stderr)
         else:
             print(f"{count} of {len(todo)}: {unit.name}, seed {unit.job.seed}: {result:.0f} s ({minutes:.1f} minutes so far)", flush=True)
+    machine = f"{processor_name()}, torch {torch.__version__}"
     for name in names:
         found = [done for unit in made if unit.name == name and (done := unit.finished())]
         if found:
@@ -171,7 +171,7 @@ def run_recipe(args: argparse.Namespace) -> None:
             command = (
                 shlex.join(["twa", *sys.argv[1:]]) if len(names) == 1 else f"twa recipe {name}" + (f" --scale {scale}" if scale == "quick" else "")
             )
-            print("\n" + write_page(args.output, name, rows, command, sum(done["seconds"] for done in found)))
+            print("\n" + write_page(args.output, name, rows, command, sum(done["seconds"] for done in found), machine))
     print(f"written to {args.output}/: " + ", ".join(f"{name}.md" for name in names))
     if failed:
         raise ValueError(f"{len(failed)} of {len(todo)} runs failed; the same command does them again, and only them")
