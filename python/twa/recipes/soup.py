@@ -43,8 +43,8 @@ SPREAD = 10**0.25  # rates are from a workload's / SPREAD to its * SPREAD: highe
 FIXED = ("best single", "uniform", "greedy soup")
 TRAINED = ("v:model:4", "v:tensor:4", "v:fine:4")
 LEARNED = {"learned soup": "v:model:4:simplex", "learned soup by layer": "v:tensor:4:simplex"}
-# Published: AdamW for 5 epochs, 0.05 for the logits (learned.py of "Model soups"; its temperature of the outputs is left out). Logits are sqrt(n) y here, and
-# 0.05 for y, four times as much, did a little better.
+# Published: AdamW for 5 epochs, 0.05 for the logits (learned.py of "Model soups"; its temperature of the outputs is left out). Logits are sqrt(n) y
+# here, and 0.05 for y, four times as much, did a little better.
 LEARNED_LR = 0.05
 EPOCHS = 5  # of a trained average, over the held-out data
 SHORT = 1 / 4  # of greedy soup's cost
