@@ -30,6 +30,7 @@ CLAIM = (
 )
 METRIC = "accuracy"
 PIVOT = True  # a column per setting
+FIGURE = (9, 6.5)
 PART = 0.5  # of the usual run
 CANDIDATES = 32  # at most: the last ones
 BITS = (32, 8, 4, 3, 2, 1)
@@ -187,4 +188,4 @@ def picture(figure, rows: Rows) -> None:
         axes.set_xticks(range(len(BITS) + 1), [setting(b) for b in (*BITS, RANDOM)])
         axes.set_ylabel("test loss")
         axes.set_title(task)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)

@@ -42,7 +42,7 @@ def run(job: Job) -> Rows:
     start.baselines()
     best = min(start.results, key=lambda r: r.val_loss)
     label = {"task": workload.label}
-    rows.append(job.row(label | {"setting": "start", "windows": 0, "coefficients": 0, "variant": ""}, task, best, start))
+    rows.append(job.row(label | {"setting": "start", "windows": 0, "coefficients": 0, "variant": ""}, task, best, start, "best fixed average"))
     batches = list(task.heldout)
     total = sum(len(_first(b)) for b in batches)
     for size in [s for s in SIZES if s <= total] + [None]:

@@ -14,6 +14,7 @@ TITLE = "Head stage: training stopped early, then averaged"
 CLAIM = "Averaging the checkpoints of the first 50 to 60 % of training with TWA reaches the whole run's test loss (over 40 % saved on CIFAR)."
 METRIC = "accuracy"
 PIVOT = True  # a column per setting
+FIGURE = (14, 6.5)
 PARTS = (0.3, 0.5, 0.6, 0.8)  # of the usual run
 CANDIDATES = 32  # at most: the last ones
 METHODS = ("t:fine:4", "t:tensor:4")
@@ -89,4 +90,4 @@ def picture(figure, rows: Rows) -> None:
         axes.set_xlabel("steps of training and averaging (cost)")
         axes.set_ylabel("test loss")
         axes.set_title(task)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)

@@ -250,4 +250,4 @@ def picture(figure, rows: Rows) -> None:
         axes.set_xlabel("cost in training steps (triangles: down a quarter of greedy soup's, up from the best)")
         axes.set_ylabel("test loss")
         axes.set_title(task)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)

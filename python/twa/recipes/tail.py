@@ -21,6 +21,7 @@ TITLE = "Tail stage: checkpoints of a high learning rate, averaged"
 CLAIM = "TWA is better than SWA at every learning rate of the tail, and depends less on that rate (Li et al., ICLR 2023 and arXiv 2205.13104v4)."
 METRIC = "accuracy"
 PIVOT = True  # a column per setting
+FIGURE = (14, 6.5)
 BEGIN, LENGTH = 0.6, 0.2  # of the usual run
 CHECKPOINTS = 16  # of a tail
 METHODS = ("t:fine:4", "t:tensor:4", "v:tensor:4")
@@ -131,4 +132,4 @@ def picture(figure, rows: Rows) -> None:
         axes.set_xlabel("learning rate of the tail (cyclic: the highest of each cycle)")
         axes.set_ylabel("test loss")
         axes.set_title(task)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
