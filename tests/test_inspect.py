@@ -417,8 +417,8 @@ def test_losses_are_those_of_twa_average(tmp_path):
     results = {r.method: r for r in average.run() and average.results}
     assert b.mean == results["uniform"].val_loss and min(b.losses) == results["best single"].val_loss and b.losses[-1] == results["last"].val_loss
     assert b.bn_batches == 3
-    average._load(0.75 * schemes.candidate(3, b.ends[0]) + 0.25 * schemes.candidate(3, b.ends[1]))
-    assert b.line[1][1] == average._validation_loss()
+    average.load(0.75 * schemes.candidate(3, b.ends[0]) + 0.25 * schemes.candidate(3, b.ends[1]))
+    assert b.line[1][1] == average.validation_loss()
 
 
 # Output ----------------------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_tail(job):
     assert rows.of("task") == list(tails) and all(r.keys() >= KEYS for r in rows)
     for task, setting in [(task, setting) for task, settings in tails.items() for setting in settings]:
         mine = rows.where(task=task, setting=setting)
-        averages = ["best single", "SWA", "EMA", "LAWA", "greedy soup", "TWA-t fine, 4 bits", "TWA-t per tensor, 4 bits"]
+        averages = ["best single", "SWA", "EMA", "LAWA", "greedy soup", "TWA-t fine, 4 bits", "TWA-t per tensor, 4 bits", "TWA-v per tensor, 4 bits"]
         assert mine.of("method") == [*averages, *tail.ANNEALING]
         equal = mine.where(method="annealing, same cost")[0]
         assert equal["cost"] == equal["steps"] == round(max(r["cost"] for r in mine if r["method"].startswith("TWA")))

@@ -256,7 +256,7 @@ def test_best_weights_that_could_not_be_saved(job, tmp_path, monkeypatch, capsys
     """The second trained average is the best, its weights do not fit on the disk, and the run is killed: what is continued must not take the weights
     of the first for those of the second."""
     losses = itertools.count(1.0, -1e-4)
-    monkeypatch.setattr(average.Average, "_validation_loss", lambda self: next(losses))  # each look finds something better
+    monkeypatch.setattr(average.Average, "validation_loss", lambda self: next(losses))  # each look finds something better
     assert cli.main(arguments(job, tmp_path / "whole")) == 0
     out, writes = tmp_path / "out", 0
     original, finish = state.write_export, cli.finish

@@ -109,7 +109,7 @@ class Average:
             raise ValueError(f"task {self.task.name}: the validation loss of every method is NaN or Inf: do model, loss and data fit the candidates?")
         _, winner, parts = self._best
         if parts is None:
-            self._load(winner.beta)
+            self.load(winner.beta)
         else:
             put_back(self.placement, parts)
         return Outcome(self.results, winner, self.placement)
@@ -166,8 +166,8 @@ class Average:
             passes += 1  # also where it is known already: what the method takes on its own
             key = beta.numpy().tobytes()
             if key not in self._losses:
-                self._load(beta)
-                self._losses[key] = self._validation_loss()
+                self.load(beta)
+                self._losses[key] = self.validation_loss()
                 if time.perf_counter() - saved > SAVE_SECONDS:
                     self._save(0)
                     saved = time.perf_counter()
@@ -180,11 +180,11 @@ class Average:
             nonlocal passes
             start, memory, passes = time.perf_counter(), PeakMemory(), 0
             beta, note = choose()
-            self._load(beta)
+            self.load(beta)
             members = int((beta != 0).sum())
             # Re-estimated BatchNorm statistics differ from those that the choice was made with: measure what is exported.
             changed = members > 1 and bool(tracked_batchnorms(self.model))
-            loss = self._validation_loss() if changed else self._losses[beta.numpy().tobytes()]
+            loss = self.validation_loss() if changed else self._losses[beta.numpy().tobytes()]
             seconds = time.perf_counter() - start
             result = Result(name, members, 0, seconds, self._peak(memory), loss, note=note, beta=beta, evaluations=passes + changed)
             result.averaged_bn_loss = self._averaged_bn_loss(beta) if changed else None
@@ -205,12 +205,12 @@ class Average:
             timed("LAWA", lambda: pick([(schemes.lawa(n, k), f"last {k}") for k in lengths]))
             timed("greedy soup", lambda: (schemes.greedy_soup([evaluate(b) for b in singles], evaluate), ""))
 
-    def _load(self, beta: Tensor) -> None:
+    def load(self, beta: Tensor) -> None:
         """The model at exact merge weights; BatchNorm re-estimated unless it is one candidate's own."""
         load_merge(self.placement, beta)
-        self._settle(own_statistics=int((beta != 0).sum()) == 1)
+        self.settle(own_statistics=int((beta != 0).sum()) == 1)
 
-    def _settle(self, own_statistics: bool = False) -> None:
+    def settle(self, own_statistics: bool = False) -> None:
         """Makes the model what would be exported: BatchNorm re-estimated (unless its statistics are its own), the files' dtypes."""
         refresh_spectral_norms(self.model)
         round_to_files(self.placement)
@@ -219,7 +219,7 @@ class Average:
         update_bn_of(shared_out(self.task.train, self.world, self.settings.bn_batches), self.model, self.task.loss, self.world)
         round_to_files(self.placement)
 
-    def _validation_loss(self) -> float:
+    def validation_loss(self) -> float:
         """Inf for NaN and -Inf, so that they lose every comparison."""
         loss = mean_over(self.model, self.task.loss, self.task.val, self.world)
         return loss if math.isfinite(loss) else math.inf
@@ -233,7 +233,7 @@ class Average:
         load_untrained(self.placement, weights)
         refresh_spectral_norms(self.model)
         round_to_files(self.placement)
-        loss = self._validation_loss()
+        loss = self.validation_loss()
         load_buffers(self.model, saved)
         return loss
 
@@ -326,8 +326,8 @@ class Average:
                     self._save(index, under_way)
                 if step in looks:
                     with average.applied():
-                        self._settle()
-                        val = self._validation_loss()
+                        self.settle()
+                        val = self.validation_loss()
                         if on_look:
                             on_look(step)
                     val_curve.append((step, val))
@@ -354,8 +354,8 @@ class Average:
             subspace.coefficients.copy_(best_x)
         self.world.check()
         subspace.write_weights()
-        self._settle()
-        val = self._validation_loss()
+        self.settle()
+        val = self.validation_loss()
         seconds = before + time.perf_counter() - begun
         result = Result(method.name, len(self.candidates), len(curve), seconds, self._peak(memory), val, note=note, curve=curve, val_curve=val_curve)
         result.evaluations = len(val_curve)

@@ -76,7 +76,7 @@ def stored_rows(job: Job, where: dict, task: Task, result: Result, average: Aver
     if not grid or result.method == "last":
         return [row]
     round_to_grid(average.model, grid)
-    average._settle()
+    average.settle()
     return [row, row | {"method": f"{result.method}, rounded to int{grid}"} | measured(task, average.model)]
 
 
@@ -119,11 +119,11 @@ def chosen(average: Average, name: str, options: Sequence[tuple[Tensor, str]]) -
     """The fixed average, (merge weights, note), with the lowest validation loss, added to the results; the model is at it."""
     losses = []
     for beta, _ in options:
-        average._load(beta)
-        losses.append(average._validation_loss())
+        average.load(beta)
+        losses.append(average.validation_loss())
     loss, (beta, note) = min(zip(losses, options, strict=True), key=lambda pair: pair[0])
     if len(options) > 1:
-        average._load(beta)
+        average.load(beta)
     result = Result(name, int((beta != 0).sum()), 0, 0.0, 0, loss, note=note, beta=beta, evaluations=len(options))
     measure_test(result, average.model, average.task)
     average.results.append(result)

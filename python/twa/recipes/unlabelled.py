@@ -67,7 +67,7 @@ def unlabelled(job: Job, workload: Workload) -> Rows:
     average = job.average(task, candidates, workload.twa_steps)
     average.baselines()
     for result in [r for r in average.results if r.method in SOUPS]:
-        average._load(result.beta)
+        average.load(result.beta)
         name = result.method if result.method == "uniform" else f"{result.method} (by labels)"
         rows.append(job.row(where, task, result, average, name) | confidence(average.model, task))
 
