@@ -170,6 +170,9 @@ OPTIONS = [
     dict(rule="SGD", low_memory=True, accumulate=2),
     dict(low_memory=True, granularity="model"),
     dict(accumulate=2, rule="SGD"),
+    dict(granularity=128, bits=8),
+    dict(granularity="fine", low_memory=True, rule="SGD"),
+    dict(granularity="model", constraint="simplex", rule="SGD"),
 ]
 
 

@@ -159,7 +159,7 @@ class Segments:
         """The segments of weights begin to begin + numel of tensor k."""
         if not self.chunk:
             return range(self.first[k], self.first[k] + 1)
-        return range(self.first[k] + begin // self.chunk, self.first[k] + max(0, -(-(begin + numel) // self.chunk)))
+        return range(self.first[k] + begin // self.chunk, self.first[k] - -(begin + numel) // self.chunk)
 
     def of_tiles(self, numels: Sequence[int], begins: Sequence[int] | None = None) -> list[int]:
         """What twa_kernels takes: a segment per tensor, or with `chunk` per tile of 128 columns of parts of the tensors that begin at `begins`."""

@@ -48,8 +48,6 @@ def build(place: Placement, centers: list[Tensor], segments: Segments, bits: int
     """Reads every tensor twice more than its center took (Gram matrix with a sample before it, then Q), one at a time. Packed bits: Q is never
     dense in memory. Each rank feeds its own columns to Gram-Schmidt, so that all get the same factors, and keeps its part of Q."""
     n, num_segments = len(place.candidates), len(segments.labels)
-    if segments.chunk:
-        raise ValueError(f"basis='orthonormal': expected segments of whole tensors, found granularity {segments.chunk}; use basis='deltas'")
     everything = slice(0, n)
     flat = [c.view(-1) for c in centers]
 

@@ -134,6 +134,8 @@ class Subspace:
                 raise ValueError("constraint='simplex': expected basis='deltas' around a center other than 'zero', without precondition")
             layout = layout_of(model, candidates)
             weights, segments = choices(layout, candidates, granularity, center)
+            if segments.chunk and basis == "orthonormal":
+                raise ValueError(f"basis='orthonormal': expected segments of whole tensors, found granularity {segments.chunk}; use basis='deltas'")
             if world.size > 1:
                 options = {"bits": bits, "basis": basis, "normalize": normalize, "precondition": precondition, "constraint": constraint}
                 options |= {
