@@ -38,11 +38,11 @@ class Job:
     options: dict[str, object] = field(default_factory=dict)
 
     def workloads(self, *names: str) -> list[Workload]:
-        """The built-in ones of these names, or the one that the data makes."""
+        """The built-in ones of these names (quick: the first), or the one that the data makes."""
         if self.data is not None:
             made = of_path(self.data, self.options.get("model"), int(self.options.get("epochs") or 0), int(self.options.get("batch") or 0))
             return [made]
-        return [BUILT_IN[name]().scaled(SCALES[self.scale]) for name in names]
+        return [BUILT_IN[name]().scaled(SCALES[self.scale]) for name in (names[:1] if self.scale == "quick" else names)]
 
     def scaled(self, count: int, least: int = 1) -> int:
         """So many steps at full scale."""
