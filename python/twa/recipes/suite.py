@@ -191,7 +191,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--finetunes", metavar="DIR", type=Path, help="for soup: a directory of fine-tunes of CLIP ViT-B/32, with --data their images")
     p.add_argument("--model", help="with --data: resnet, vgg, vit, timm:NAME, torchvision:NAME; gpt, transformers:DIR for text")
     p.add_argument("--seeds", type=int, help="how many (default: 3; quick: 1)")
-    p.add_argument("--scale", choices=tuple(SCALES), help="quick: a fifth of the steps, the first task of each recipe; small (default); full: with --data")
+    p.add_argument("--scale", choices=tuple(SCALES), help="quick: a fifth of the steps, one task a recipe; small (default); full: with --data")
     p.add_argument("--epochs", type=int, help="with --data: of the usual run, instead of the published number")
     p.add_argument("--batch", type=int, help="with --data: batch size")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
