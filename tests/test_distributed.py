@@ -21,6 +21,9 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from twa import placement as placements
 from twa import resolve
+from twa.average import Average
+from twa.layout import layout_of
+from twa.methods import TwaMethod
 from twa.pack import PackToFile
 from twa.world import DistributedError, World
 
@@ -170,7 +173,7 @@ OPTIONS = [
     dict(rule="SGD", low_memory=True, accumulate=2),
     dict(low_memory=True, granularity="model"),
     dict(accumulate=2, rule="SGD"),
-    dict(granularity=128, bits=8),
+    dict(granularity=128, bits=8, rule="SGD"),
     dict(granularity="fine", low_memory=True, rule="SGD"),
     dict(granularity="model", constraint="simplex", rule="SGD"),
 ]
@@ -192,6 +195,25 @@ def test_options_in_every_placement(ranks, heap, aligned_heap, placement, option
 
 def train_with(group, heap, placement, options):
     return train(group, heap, placement, steps=12, **options)
+
+
+def unaligned(group, heap):
+    """Shards that do not begin at multiples of 128 weights: finer segments are refused on every rank, and `twa average` takes tensors instead."""
+    folder, sizes = heap
+    candidates = twa.Candidates(f"{folder}/c*.safetensors")
+    model = new_model("columns", group, sizes)
+    with pytest.raises(ValueError, match="no run of whole groups of 128 weights"):
+        twa.Subspace.from_candidates(model, candidates, placement="columns", group=group, granularity=128)
+    place = resolve.resolve("columns", model, candidates, layout_of(model, candidates), 4, World.find(group))
+    average = Average.__new__(Average)
+    average.placement, average.candidates = place, candidates
+    return place.can_cut(128), place.can_cut(1 << 20), average._method_for_shards(TwaMethod("t", "fine", 4))
+
+
+def test_fine_segments_of_unaligned_shards(ranks, tmp_path):
+    heap = write_heap(tmp_path, (150, 9, 11))
+    for found in ranks.run(2, unaligned, heap):
+        assert found[:2] == (False, True) and found[2][0].granularity == "tensor" and "not fine" in found[2][1]
 
 
 # What crosses the wire ---------------------------------------------------------------------------------------------------------------

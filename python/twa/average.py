@@ -20,7 +20,7 @@ from .batchnorm import tracked_batchnorms, update_bn_of
 from .candidates import Candidates
 from .data import Stream, mix, seed_all, shared_out
 from .iterate_average import IterateAverage
-from .layout import layout_of
+from .layout import layout_of, segments_of
 from .measure import PeakMemory, mean_over, measure_test, progress_bar
 from .methods import Outcome, Result, Settings, TwaMethod
 from .optimizer import SubspaceOptimizer
@@ -270,6 +270,7 @@ class Average:
         if center is None:
             start_from = min((r for r in self.results if r.coefficients is None), key=lambda r: r.val_loss)
             center, center_name = start_from.beta, " ".join(filter(None, (start_from.method, start_from.note)))
+        method, why = self._method_for_shards(method)
         total = sum(c.info[key].nbytes for c in self.candidates[self.placement.rows] for key in self.placement.keys)
         with progress_bar("packing", total, self.progress, unit="B", unit_scale=True, leave=False) as bar:
             subspace = Subspace.from_candidates(
@@ -289,7 +290,7 @@ class Average:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup(step, s.steps))
         average = IterateAverage(subspace)
         stream = Stream(self.task.train if method.kind == "t" else self.task.heldout, self.world, s.batches_per_step, s.seed)
-        curve, val_curve, note = [], [], f"from {center_name}"
+        curve, val_curve, note = [], [], f"from {center_name}{why}"
         best_loss, best_x = math.inf, subspace.coefficients.detach().clone()
         before = 0.0  # seconds, in an earlier process
         if saved is not None:
@@ -366,6 +367,16 @@ class Average:
         self.results.append(result)
         self._finish(result)
         return result
+
+    def _method_for_shards(self, method: TwaMethod) -> tuple[TwaMethod, str]:
+        """The method, per tensor instead of with fine segments where the shards of a sharded model cannot have those; and a note that says so."""
+        if method.granularity != "fine" or self.placement.name != "columns":
+            return method, ""
+        layout, info = self.placement.layout, self.candidates.info
+        segments = segments_of(list(layout.trained), [math.prod(info[key].shape) for key in layout.trained.values()], "fine")
+        if self.placement.can_cut(segments.chunk):
+            return method, ""
+        return replace(method, granularity="tensor"), "; not fine, since shards do not begin at multiples of 128 weights"
 
     def _gradients(self, stream: Stream, optimizer: SubspaceOptimizer) -> float:
         """One step's gradients, from this rank's batches; the step's loss, of all ranks."""

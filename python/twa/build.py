@@ -28,7 +28,7 @@ def build(
     shapes = [h.shape for h in place.held]
     centers = [torch.empty(shape) for shape in shapes]
     # An orthonormal basis is packed once its rank is known.
-    begins = [place.begin(k) for k in range(len(shapes))] if segments.chunk else None
+    begins = [place.begin(k, segments.chunk) for k in range(len(shapes))] if segments.chunk else None
     packer = new_packer(len(place.candidates[place.rows]), shapes, bits, segments, begins) if kind == "deltas" else None
     tensors = itertools.groupby(place.stream([k for k in range(len(shapes)) if place.packs(k)]), key=lambda kb: kb[0])
     for k, key in enumerate(place.keys):

@@ -112,10 +112,11 @@ class Placement:
     def device(self) -> torch.device:
         return local(self.tensors[0]).device
 
-    def begin(self, k: int) -> int:
-        """The place in tensor k where this rank's part begins. ValueError if that part is no run of whole tiles."""
+    def begin(self, k: int, chunk: int) -> int:
+        """The place in tensor k where this rank's part begins, for segments of `chunk` weights; 0 for a tensor that is one segment. ValueError if
+        the tensor is more than one, and the part no run of whole tiles."""
         part, whole = self.held[k].part, self.tensors[k].shape
-        if part is None or not self.held[k].shape.numel():
+        if part is None or not self.held[k].shape.numel() or whole.numel() <= chunk:
             return 0
         begin = part[0].start * whole[1:].numel()
         if begin % TILE or any((s.start, s.stop) != (0, size) for s, size in zip(part[1:], whole[1:], strict=True)):
@@ -124,6 +125,14 @@ class Placement:
                 "which a granularity below tensors needs; use 'tensor', 'block' or 'model'"
             )
         return begin
+
+    def can_cut(self, chunk: int) -> bool:
+        """Whether all ranks' parts can have segments of `chunk` weights. Ranks call it together."""
+        try:
+            odd = [self.begin(k, chunk) for k in range(len(self.held))] and 0.0
+        except ValueError:
+            odd = 1.0
+        return not float(self.world.max_(torch.tensor([odd]))[0])
 
     def packs(self, k: int) -> bool:
         """Whether this rank packs tensor k, rather than another that sends the result."""
