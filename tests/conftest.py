@@ -23,6 +23,15 @@ SHAPES = [(1,), (127,), (128,), (129,), (151,), (9, 126), (64 * 128 + 1,), (), (
 SEGMENTS = [0, 1, 1, 2, 0, 3, 3, 4, 2]
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models so small that threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def tensors(shapes, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(s, generator=generator).to(dtype) for s in shapes]

@@ -19,13 +19,7 @@ from twa.recipes.text import text_task
 SETTINGS = ("LoRA", "LoRA, merged", "float32 weights", "bfloat16 weights", "int8 weights", "unlabelled", "warm start")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are so small that threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Adapters -------------------------------------------------------------------------------------------------------------

@@ -18,14 +18,12 @@ from twa.recipes.models import resnet, vgg, vit
 from twa.recipes.models.clip import CLIPClassifier
 from twa.tasks import TaskError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def seeded():
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 # Stand-ins in the real formats ---------------------------------------------------------------------------------------------

@@ -23,13 +23,12 @@ METHODS = {*soup.FIXED, *(f"{name}, {b}" for name in NAMES for b in soup.BUDGETS
 METHODS |= {f"{name}, {b}" for name in soup.LEARNED for b in ("from uniform", "a quarter")}
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def seeded():
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

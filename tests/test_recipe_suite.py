@@ -16,12 +16,7 @@ from twa.recipes.runs import Plan, round_to_grid, train
 FILES = ("head.md", "head.png", "head.json")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

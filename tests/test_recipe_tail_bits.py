@@ -13,13 +13,7 @@ from twa.recipes.suite import draw
 KEYS = {"seed", "task", "setting", "method", "steps", "evaluations", "cost", "val", "test"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are so small that threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny():

@@ -16,13 +16,7 @@ SPLITS = ("train", "heldout", "val", "test")
 ENOUGH = 10 * 16 * 129  # characters: a window for each place of a cycle of blocks, at a context of 128
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are so small that threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def counting(length):
