@@ -110,7 +110,7 @@ def test_built_in(tiny):
 
 
 def state(job, name):
-    (path,) = (job.folder / "runs" / "vit" / "seed-0" / name).glob("state-*.pt")
+    (path,) = job.folder.glob(f"runs-*/vit/seed-0/{name}/state-*.pt")
     return torch.load(path, weights_only=True)["model"]
 
 

@@ -169,3 +169,14 @@ def test_every_recipe_says_what_it_claims():
     for name in suite.RECIPES:
         module = suite.recipe(name)
         assert module.TITLE and module.CLAIM and callable(module.run) and callable(module.findings) and callable(module.picture)
+
+
+def test_a_folder_of_another_run_is_refused(tiny, tmp_path):
+    task, plan = workloads.BUILT_IN["gpt"]().task(0), Plan(steps=4, every=2, lr=1e-2)
+    train(task, plan, tmp_path, 0)
+    for other, what in ((workloads.BUILT_IN["gpt"]().task(1), "first batch"), (workloads.gpt(width=32, depth=1, context=16).task(0), "model")):
+        with pytest.raises(ValueError, match=f"holds a training run with another {what}"):
+            train(other, plan, tmp_path, 0)
+    with pytest.raises(ValueError, match="another plan"):
+        train(task, dataclasses.replace(plan, lr=2e-2), tmp_path, 0)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000002.safetensors", "step-000004.safetensors"]

@@ -23,7 +23,7 @@ SCALES = {"quick": 0.2, "small": 1.0, "full": 1.0}
 @dataclass
 class Job:
     """
-    folder   of the suite: runs/ in it is shared by recipes
+    folder   of the suite: runs-SCALE/ in it is shared by recipes
     scale    "quick", "small", or "full" where data is given
     data     path to data of the user's; None: what every machine has
     options  what else was given on the command line: model, epochs, batch, finetunes
@@ -53,7 +53,7 @@ class Job:
 
     def run(self, workload: Workload, name: str, task: Task, plan: Plan, *, seed: int | None = None, **options: object) -> Run:
         """Trained once for all recipes; seed: of its own, instead of the job's; options: see `train`."""
-        folder = self.folder / "runs" / workload.name / f"seed-{self.seed}" / name
+        folder = self.folder / f"runs-{self.scale}" / workload.name / f"seed-{self.seed}" / name
         return train(task, plan, folder, self.seed if seed is None else seed, title=f"{workload.name} {name}", progress=self.progress, **options)
 
     def usual(self, workload: Workload, task: Task) -> Run:

@@ -34,7 +34,7 @@ def lora(job: Job, workload: Workload) -> Rows:
     def adapted() -> nn.Module:
         return add_lora(copy.deepcopy(pretrained), RANK, job.seed)
 
-    runs, folder = [], job.folder / "runs" / workload.name / f"seed-{job.seed}" / "lora-merged"
+    runs, folder = [], job.folder / f"runs-{job.scale}" / workload.name / f"seed-{job.seed}" / "lora-merged"
     folder.mkdir(exist_ok=True)
     orders = [workload.task(mix(job.seed, order), job.device, domain="help") for order in range(ORDERS)]
     options = list(itertools.product(orders, map(job.scaled, STEPS), RATES))

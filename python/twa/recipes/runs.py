@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from torch import nn
 
 from ..batchnorm import batch_size, tracked_batchnorms
 from ..candidates import Candidates
-from ..data import Stream, mix, seed_all
+from ..data import Stream, batch_digest, first_batch, mix, seed_all
 from ..files import write_json, write_safetensors, write_torch
 from ..measure import mean_over, progress_bar
 from ..tasks import Task
@@ -138,50 +139,62 @@ def train(
     title: str = "training",
     progress: bool = False,
 ) -> Run:
-    """Trains, or returns the run if it is there already; one that was interrupted goes on from its last checkpoint.
+    """Trains, or returns the run if it is there already; one that was interrupted goes on from its last checkpoint. ValueError if what is there is a
+    run of another plan, model or data.
 
     start            (run, step) to go on from: weights, optimizer (unless optimizer_state is False), position in the data
     model            what is trained; None: task.model(), newly initialised from `seed`
     keep             steps whose state is kept for `start`, beside the last
     """
     first = start[1] if start and optimizer_state else 0
+    seed_all(mix(seed, 1))
+    model = (task.model() if model is None else model).to(getattr(torch, plan.dtype))
+    facts = facts_of(task, plan, seed, start, model)
+    run, done = Run(folder, plan, first), folder / "run.json"
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):  # another process may be at it
-        if (done := folder / "run.json").exists() and json.loads(done.read_text()) == asdict(plan):
-            return Run(folder, plan, first)
-        run = Run(folder, plan, first)
-        _train(task, plan, run, seed, start, optimizer_state, model, {*keep, run.last}, title, progress)
-        write_json(done, asdict(plan))
+        if done.exists():
+            check_same(folder, json.loads(done.read_text()), facts)
+            return run
+        _train(task, plan, run, facts, seed, start, optimizer_state, model, {*keep, run.last}, title, progress)
+        write_json(done, facts)
         (folder / "unfinished.pt").unlink(missing_ok=True)
     return run
+
+
+def facts_of(task: Task, plan: Plan, seed: int, start: tuple[Run, int] | None, model: nn.Module) -> dict[str, object]:
+    """What a run is of."""
+    shapes = str([(name, tuple(t.shape), str(t.dtype)) for name, t in model.state_dict().items()])
+    begun = f"{start[0].folder.name}, step {start[1]}" if start else ""
+    batch = str(batch_digest(first_batch(task.train)))
+    return {"plan": asdict(plan), "model": hashlib.sha256(shapes.encode()).hexdigest()[:16], "first batch": batch, "seed": seed, "start": begun}
+
+
+def check_same(folder: Path, found: dict, expected: dict) -> None:
+    if odd := [name for name, value in expected.items() if found.get(name) != value]:
+        raise ValueError(f"{folder}: holds a training run with another {odd[0]}; choose another output directory, or remove this one")
 
 
 def _train(
     task: Task,
     plan: Plan,
     run: Run,
+    facts: dict[str, object],
     seed: int,
     start: tuple[Run, int] | None,
     optimizer_state: bool,
-    model: nn.Module | None,
+    model: nn.Module,
     keep: set[int],
     title: str,
     progress: bool,
 ) -> None:
-    seed_all(mix(seed, 1))
-    model = task.model() if model is None else model
-    model = model.to(getattr(torch, plan.dtype))
     optimizer = plan.make_optimizer(model)
     stream = Stream(task.train, World(), 1, seed)
     at, unfinished = run.first, run.folder / "unfinished.pt"
     state = None
     if unfinished.exists():
         state = torch.load(unfinished, weights_only=True)
-        if state["plan"] != asdict(plan):
-            for old in [*run.folder.glob("step-*.safetensors"), *run.folder.glob("state-*.pt"), unfinished]:
-                old.unlink()
-            state = None
-    if state is not None:
+        check_same(run.folder, state["facts"], facts)
         at = state["step"]
     elif start is not None:
         state = start[0].state(start[1])
@@ -213,7 +226,7 @@ def _train(
             if (step + 1) % plan.every == 0 or now in keep:
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 state = {"step": now, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "position": stream.position()}
-                write_torch(unfinished, state | {"plan": asdict(plan)})
+                write_torch(unfinished, state | {"facts": facts})
                 if now in keep:
                     write_torch(run.folder / f"state-{now:06d}.pt", state)
 

@@ -48,7 +48,7 @@ class Unit:
     def facts(self) -> dict[str, object]:
         """What the rows depend on."""
         job = self.job
-        sources = sorted(Path(__file__).parent.rglob("*.py"))
+        sources = sorted(Path(__file__).parents[1].rglob("*.py"))  # all of twa: what a default is, too
         code = hashlib.sha256(b"".join(p.read_bytes() for p in sources if p.stem not in ("suite", "rows") and p.stem not in {*RECIPES} - {self.name}))
         options = {k: str(v) for k, v in job.options.items() if v is not None}
         return {"scale": job.scale, "data": str(job.data or ""), "device": job.device, "options": options, "code": code.hexdigest()[:16]}
@@ -144,6 +144,8 @@ def run_recipe(args: argparse.Namespace) -> None:
     options["finetunes"] = str(args.finetunes.absolute()) if args.finetunes else None
     if args.finetunes and names != ("soup",):
         raise ValueError("--finetunes: expected the recipe soup alone")
+    if any(n is not None and n < 1 for n in (args.seeds, args.jobs, args.epochs, args.batch)):
+        raise ValueError("--seeds, --jobs, --epochs, --batch: expected at least 1")
     seeds = args.seeds or (1 if scale == "quick" else 3)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = args.jobs or (1 if args.device == "cuda" or data else cores)
@@ -154,6 +156,7 @@ def run_recipe(args: argparse.Namespace) -> None:
         for seed in range(seeds)
     ]
     todo = [unit for unit in made if unit.finished() is None]
+    args.how_to_go_on = lambda: f"what is done is in {args.output}/; the same command goes on from there"
     begun, failed = time.perf_counter(), []
     print(f"{len(made)} runs ({len(names)} recipes, {seeds} seeds), {len(made) - len(todo)} of them done before; {jobs} at a time", flush=True)
     for count, (unit, result) in enumerate(run_units(todo, min(jobs, max(1, len(todo)))), 1):
