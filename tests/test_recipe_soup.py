@@ -96,7 +96,7 @@ def test_built_in(tiny):
         assert all(("metric" in r) == task.startswith("ViT") for r in mine.values())
     check_shown(rows, tasks)
 
-    runs = {p.parent.name: json.loads(p.read_text()) for p in tiny.folder.glob("runs/vit/seed-0/*/run.json")}
+    runs = {p.parent.name: json.loads(p.read_text())["plan"] for p in tiny.folder.glob("runs-*/vit/seed-0/*/run.json")}
     names = [f"head-finetune-{k:02d}" for k in range(N)]
     assert runs.keys() == {"restored", "head", *names}
     assert len({runs[name]["lr"] for name in names}) == N and all(4 <= runs[name]["steps"] <= 6 for name in names)
