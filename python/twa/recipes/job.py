@@ -36,6 +36,7 @@ class Job:
     device: str = "cpu"
     progress: bool = False
     options: dict[str, object] = field(default_factory=dict)
+    _costs: list[tuple[Task, int, Cost]] = field(default_factory=list)
 
     def workloads(self, *names: str) -> list[Workload]:
         """The built-in ones of these names (quick: the first), or the one that the data makes."""
@@ -93,12 +94,20 @@ class Job:
         made = {"bn_batches": BN_BATCHES, "seed": self.seed, "placement": "single"} | settings
         return Average(task, candidates, Settings(methods, steps, **made), progress=self.progress)
 
+    def cost(self, task: Task, bn_batches: int) -> Cost:
+        """Made once for a task, since it reads all of the validation data."""
+        for known, batches, cost in self._costs:
+            if known is task and batches == bn_batches:
+                return cost
+        self._costs.append((task, bn_batches, Cost(task, bn_batches)))
+        return self._costs[-1][2]
+
     def row(
         self, where: dict, task: Task, result: Result, average: Average, name: str = "", *, cost: Cost | None = None, start: float | None = None
     ) -> dict:
         """cost: of this task, if it was counted before, which takes a pass over the data.
         start: what a trained average's start has cost; None: what the fixed average which its note names has."""
-        cost = cost or Cost(task, average.settings.bn_batches)
+        cost = cost or self.cost(task, average.settings.bn_batches)
         if start is None and result.coefficients is not None:
             start = next(
                 (cost(0, r.evaluations) for r in average.results if r.coefficients is None and result.note.startswith(f"from {r.method}")), 0.0

@@ -32,7 +32,7 @@ from ..weights import load_merge
 from .images import clip_task
 from .job import Job
 from .rows import Rows, number
-from .runs import Cost, Plan, Run
+from .runs import Plan, Run
 from .workloads import Workload
 
 TITLE = "Fine-tuning soup: fine-tunes of one model, averaged"
@@ -156,7 +156,7 @@ def averages(job: Job, soup: Soup) -> Rows:
     where = {"task": soup.label, "setting": f"{n} fine-tunes"}
     average = job.average(task, soup.candidates, soup.steps)
     average.baselines()
-    cost = Cost(task, average.settings.bn_batches)
+    cost = job.cost(task, average.settings.bn_batches)
     fixed = {r.method: r for r in average.results if r.method in FIXED}
     rows = Rows(job.row(where, task, r, average, cost=cost) for r in fixed.values())
     rows[0] |= {"mean of two": mean_of_two(average), "members": fixed["greedy soup"].candidates}

@@ -64,12 +64,12 @@ def digits(model: str) -> Workload:
     return Workload(model, f"{name}, digits", lambda **options: image_task(model, **options), plan, rates, twa_steps=56)
 
 
-def images(path: Path, model: str, epochs: int = 0, batch: int = 0, per_epoch: int = 0) -> Workload:
+def images(path: Path, model: str, epochs: int = 0, batch: int = 0) -> Workload:
     """As published by Li et al. (code of their conference version): CIFAR, 200 epochs of SGD at 0.1, a tenth from 100 and from 150, batch 128;
     ImageNet, 90 epochs, a tenth from 30 and from 60, batch 256. TWA for 10 and 2 epochs. epochs, batch: others instead."""
     options: dict[str, object] = {"path": path} | ({"batch": batch} if batch else {})
     task = image_task(model, seed=0, **options)
-    per_epoch = per_epoch or sum(1 for _ in task.train)
+    per_epoch = len(task.train)
     folder = (path / "train").is_dir()
     epochs = epochs or (90 if folder else 200)
     every = max(1, min(per_epoch, epochs * per_epoch // 20))  # an epoch, or less where there are few
@@ -94,7 +94,7 @@ def of_path(path: Path, model: str | None, epochs: int = 0, batch: int = 0) -> W
     workload = gpt(path=path, width=96, depth=3, context=128)
     made = replace(workload, make=lambda **o: text_task(path, **{"batch": batch or 16} | named | o)) if named else workload
     if epochs:
-        per_epoch = sum(1 for _ in made.task(0).train)
+        per_epoch = len(made.task(0).train)
         made = replace(made, usual=replace(made.usual, steps=epochs * per_epoch, every=max(1, per_epoch // 2)))
     return made
 
