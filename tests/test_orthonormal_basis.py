@@ -248,5 +248,12 @@ def test_twa_average_takes_the_basis():
     method = twa.methods.TwaMethod.parse("t:tensor:4:orthonormal")
     assert method.basis == "orthonormal" and method.name.endswith("orthonormal")
     assert twa.methods.TwaMethod.parse("v:model:32").basis == "deltas"
-    with pytest.raises(ValueError, match="deltas or orthonormal"):
-        twa.methods.TwaMethod.parse("t:tensor:4:pca")
+    assert twa.methods.TwaMethod.parse("v:model:4:simplex").constraint == "simplex" and twa.methods.TwaMethod.parse("t:1024:2").granularity == 1024
+    for text, expected in {
+        "t:tensor:4:pca": "expected KIND.*option orthonormal or simplex",
+        "t:100:4": "model, block, tensor, fine, or a number of weights",
+        "x:tensor:4": "kind t or v",
+        "t": "kind t or v",
+    }.items():
+        with pytest.raises(ValueError, match=expected):
+            twa.methods.TwaMethod.parse(text)
