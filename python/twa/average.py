@@ -20,7 +20,7 @@ from .batchnorm import tracked_batchnorms, update_bn_of
 from .candidates import Candidates
 from .data import Stream, mix, seed_all, shared_out
 from .iterate_average import IterateAverage
-from .layout import layout_of, segments_of
+from .layout import layout_of
 from .measure import PeakMemory, mean_over, measure_test, progress_bar
 from .methods import Outcome, Result, Settings, TwaMethod
 from .optimizer import SubspaceOptimizer
@@ -28,7 +28,7 @@ from .placement import Placement
 from .resolve import choose, resolve, shard_model
 from .spectral_norm import refresh_spectral_norms
 from .state import Store
-from .subspace import Subspace
+from .subspace import Subspace, choices
 from .tasks import Task
 from .weights import kept, load_buffers, load_merge, load_untrained, put_back, round_to_files, share_buffers
 from .world import World, facts, versions
@@ -372,8 +372,7 @@ class Average:
         """The method, per tensor instead of with fine segments where the shards of a sharded model cannot have those; and a note that says so."""
         if method.granularity != "fine" or self.placement.name != "columns":
             return method, ""
-        layout, info = self.placement.layout, self.candidates.info
-        segments = segments_of(list(layout.trained), [math.prod(info[key].shape) for key in layout.trained.values()], "fine")
+        _, segments = choices(self.placement.layout, self.candidates, "fine", "mean")
         if self.placement.can_cut(segments.chunk):
             return method, ""
         return replace(method, granularity="tensor"), "; not fine, since shards do not begin at multiples of 128 weights"

@@ -45,7 +45,7 @@ def run(job: Job) -> Rows:
     for workload in job.workloads("gpt"):
         task = job.task(workload)
         usual = job.usual(workload, task)
-        stop = round(usual.plan.steps * PART / usual.plan.every) * usual.plan.every
+        stop = usual.plan.nearest(PART)
         average = job.average(task, usual.candidates(until=stop, count=CANDIDATES), max(1, workload.twa_steps // 2))
         average.baselines()
         start = min(average.results, key=lambda r: r.val_loss)

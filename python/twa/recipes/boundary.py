@@ -36,7 +36,7 @@ def run(job: Job) -> Rows:
     (workload,) = job.workloads("gpt")
     task = job.task(workload)
     usual = job.usual(workload, task)
-    stop = round(usual.plan.steps * PART / usual.plan.every) * usual.plan.every
+    stop = usual.plan.nearest(PART)
     candidates = usual.candidates(until=stop, count=CANDIDATES)
     start = job.average(task, candidates, 1)
     start.baselines()

@@ -30,7 +30,7 @@ def run(job: Job) -> Rows:
         label = {"task": workload.label, "full": steps}
         rows.append(job.measure(label | {"setting": "100 %", "stopped": steps}, "whole run", task, usual.load(task, usual.last), 0, 0))
         for part in PARTS:
-            stop = round(steps * part / usual.plan.every) * usual.plan.every
+            stop = usual.plan.nearest(part)
             where = label | {"setting": f"{part:.0%}", "stopped": stop}
             found = job.averages(where, task, usual.candidates(until=stop, count=CANDIDATES), workload.twa_steps, METHODS, FIXED)
             rows += [r | {"method": "SWA"} if r["method"] == "uniform" else r for r in found]

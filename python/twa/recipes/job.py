@@ -60,7 +60,7 @@ class Job:
     def usual(self, workload: Workload, task: Task) -> Run:
         """The workload's usual run, with states kept at every tenth of it."""
         plan = workload.usual
-        keep = {round(plan.steps * k / 10 / plan.every) * plan.every for k in range(1, 10)}
+        keep = {plan.nearest(k / 10) for k in range(1, 10)}
         return self.run(workload, "usual", task, plan, keep=sorted(keep))
 
     def measure(self, where: dict, method: str, task: Task, model: nn.Module, steps: float, cost: float, evaluations: float = 0) -> dict:

@@ -61,6 +61,10 @@ class Plan:
         }[self.schedule]
         return self.lr * factor * min(1.0, (step + 1) / max(1, self.warmup))
 
+    def nearest(self, part: float) -> int:
+        """The step of the checkpoint nearest to this part of the run."""
+        return round(self.steps * part / self.every) * self.every
+
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         trained = [p for p in model.parameters() if p.requires_grad]
         if self.optimizer == "sgd":

@@ -58,9 +58,8 @@ def settings(rates: Iterable[float]) -> list[tuple[str, float]]:
 
 def tail_of(job: Job, workload: Workload, task: Task, usual: Run, schedule: str, rate: float) -> Run:
     """Goes on from the state kept at 60 % of the usual run, with its optimizer's state."""
-    full, spacing = usual.plan.steps, usual.plan.every
-    start = round(full * BEGIN / spacing) * spacing
-    every = max(1, round(full * LENGTH / CHECKPOINTS))
+    start = usual.plan.nearest(BEGIN)
+    every = max(1, round(usual.plan.steps * LENGTH / CHECKPOINTS))
     plan = replace(usual.plan, steps=CHECKPOINTS * every, every=every, lr=rate, schedule=schedule, warmup=0)
     return job.run(workload, f"tail-{schedule}-{rate:g}", task, plan, start=(usual, start))
 
