@@ -102,12 +102,9 @@ class Job:
         self._costs.append((task, bn_batches, Cost(task, bn_batches)))
         return self._costs[-1][2]
 
-    def row(
-        self, where: dict, task: Task, result: Result, average: Average, name: str = "", *, cost: Cost | None = None, start: float | None = None
-    ) -> dict:
-        """cost: of this task, if it was counted before, which takes a pass over the data.
-        start: what a trained average's start has cost; None: what the fixed average which its note names has."""
-        cost = cost or self.cost(task, average.settings.bn_batches)
+    def row(self, where: dict, task: Task, result: Result, average: Average, name: str = "", *, start: float | None = None) -> dict:
+        """start: what a trained average's start has cost; None: what the fixed average which its note names has."""
+        cost = self.cost(task, average.settings.bn_batches)
         if start is None and result.coefficients is not None:
             start = next(
                 (cost(0, r.evaluations) for r in average.results if r.coefficients is None and result.note.startswith(f"from {r.method}")), 0.0

@@ -158,7 +158,7 @@ def averages(job: Job, soup: Soup) -> Rows:
     average.baselines()
     cost = job.cost(task, average.settings.bn_batches)
     fixed = {r.method: r for r in average.results if r.method in FIXED}
-    rows = Rows(job.row(where, task, r, average, cost=cost) for r in fixed.values())
+    rows = Rows(job.row(where, task, r, average) for r in fixed.values())
     rows[0] |= {"mean of two": mean_of_two(average), "members": fixed["greedy soup"].candidates}
 
     best, greedy = min(fixed.values(), key=lambda r: r.val_loss), fixed["greedy soup"].evaluations
@@ -179,7 +179,7 @@ def averages(job: Job, soup: Soup) -> Rows:
         method = TwaMethod.parse(text)
         result = average.train(method, start=start, start_name=start_name, keep=keep)
         name = name or method.name
-        row = job.row(where, task, result, average, f"{name}, {budget}", cost=cost, start=before) | {"average": name, "budget": budget}
+        row = job.row(where, task, result, average, f"{name}, {budget}", start=before) | {"average": name, "budget": budget}
         if keep == "last":  # it has looked at the validation data, and done nothing about it
             row |= {"evaluations": 0, "cost": float(result.steps)}
         rows.append(row)
