@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import emulator
@@ -13,7 +14,7 @@ import torch
 from conftest import BITS, ON_GPU, rows_of, run_python, tensors
 
 import twa_kernels as tk
-from twa_kernels import cuda, native
+from twa_kernels import cuda, dispatch, native
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -208,8 +209,10 @@ def test_tables_of_many_tensors():
 
 
 def test_a_device_without_machine_code(monkeypatch):
+    devices = [(7, 5)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda k: devices[k])
     cuda._no_code_for_device.cache_clear()
 
     class Built:
@@ -220,10 +223,14 @@ def test_a_device_without_machine_code(monkeypatch):
     expected = "compiled for sm_80, sm_90, the device is sm_75: build with TWA_CUDA_ARCHITECTURES=75"
     assert cuda.why_unusable() == expected
     for capability, built, usable in [((8, 6), "80 90", True), ((12, 0), "80 90", True), ((12, 0), "80-real 90-real", False), ((8, 0), "90", False)]:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        devices[:] = [capability]
         Built.cuda_architectures = built
         cuda._no_code_for_device.cache_clear()
         assert (cuda.why_unusable() is None) == usable
+    for devices[:], usable in [([(7, 5), (9, 0)], True), ([(7, 5), (6, 1)], False)]:  # whichever is the current one
+        cuda._no_code_for_device.cache_clear()
+        assert (cuda.why_unusable() is None) == usable
+    assert "the devices are sm_61, sm_75" in cuda.why_unusable()
     cuda._no_code_for_device.cache_clear()
 
 
@@ -274,7 +281,149 @@ def test_what_a_graph_would_repeat_is_refused():
         tk.step(basis, grads, x, out, rule="adamw", options={"lr": 0.1}, state=state, backend="cuda")
 
 
-def launch_on(device, module):
+# What a graph's capture asks of the host side; runs without a GPU. --------------------------------------------------
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """Every call from here on is as under the capture of a CUDA graph."""
+
+    def begin(device_type=DEVICE):
+        monkeypatch.setattr(native, "capturing", lambda device: device.type == device_type)
+        monkeypatch.setattr(cuda, "capturing", lambda device: device.type == device_type)
+
+    return begin
+
+
+@pytest.fixture
+def tables_at_launch(monkeypatch):
+    """[(op, how many different tables were alive when it was launched)], of the emulated module."""
+    made, seen, module = {}, [], cuda.module  # address -> the latest table there
+
+    class Watched:
+        def __getattr__(self, name):
+            call = getattr(module, name)
+            if name not in ("project_cuda", "reconstruct_cuda", "step_cuda", "orthonormalize_pass_cuda"):
+                return call
+
+            def launch(*arguments):
+                passed = {a for a in arguments if isinstance(a, int) and a in made}
+                assert all(made[at]() is not None for at in passed), f"{name}: a table that nobody holds is passed"
+                seen.append((name, len(passed)))
+                return call(*arguments)
+
+            return launch
+
+    write = cuda._write_table
+
+    def write_and_watch(entries, device):
+        table = write(entries, device)
+        made[table.data_ptr()] = weakref.ref(table)
+        return table
+
+    monkeypatch.setattr(cuda, "_write_table", write_and_watch)
+    monkeypatch.setattr(cuda, "module", Watched())
+    return seen
+
+
+@pytest.mark.skipif(ON_GPU, reason="the emulated module: a GPU is tested by a graph's replay")
+def test_tables_of_a_captured_launch_are_alive_and_distinct(capture, tables_at_launch):
+    """A graph gets tables of its own. Memory of one that is dropped before the launch goes to the next: they would be one table."""
+    basis, grads, center = tk.pack(rows_of(5, SHAPES), 4, segments=SEGMENTS), tensors(SHAPES, 7), tensors(SHAPES, 9)
+    x, rows = torch.randn(5, 3), [torch.randn(5, 300)]
+    options = {"lr": 0.1, "capturable": True}
+
+    def run():
+        own, state, out = x.clone(), {}, [torch.empty(s) for s in SHAPES]
+        c = tk.project(basis, grads, "cuda")
+        weights = tk.reconstruct(basis, own, center, backend="cuda")
+        tk.step(basis, grads, own, out, center, rule="adamw", options=options, state=state, backend="cuda")
+        q = tk.orthonormalize(rows, backend="cuda", center=[torch.ones(300)]).Q
+        return [c, own, *weights, *out, *q]
+
+    expected = run()
+    tables_at_launch.clear()
+    capture("cpu")
+    for ours, other in zip(run(), expected, strict=True):
+        assert torch.equal(ours, other)
+    assert tables_at_launch[:3] == [("project_cuda", 1), ("reconstruct_cuda", 2), ("step_cuda", 3)]
+    assert {tables for name, tables in tables_at_launch if name == "orthonormalize_pass_cuda"} <= {2, 3}
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_captured_step_that_a_graph_would_repeat_wrongly_is_refused(backend, capture, monkeypatch):
+    if dispatch.why_unusable(backend):
+        pytest.skip(str(dispatch.why_unusable(backend)))
+    basis, grads = put(tk.pack(rows_of(3, SHAPES), 4)), put(tensors(SHAPES, 7))
+    x, out = torch.zeros(3, len(SHAPES), device=DEVICE), [torch.empty(s, device=DEVICE) for s in SHAPES]
+
+    def step(rule, state, **options):
+        tk.step(basis, grads, x, out, rule=rule, options={"lr": 0.1} | options, state=state, backend=backend)
+
+    adamw: dict = {}
+    step("adamw", adamw)
+    capture()
+    before = x.clone()
+    with pytest.raises(RuntimeError, match="needs options\\['capturable'\\]=True"):
+        step("adamw", adamw)
+    with pytest.raises(RuntimeError, match="cannot capture the first step of an optimizer with momentum"):
+        step("sgd", {}, momentum=0.9)
+    if backend == "triton":
+        with pytest.raises(RuntimeError, match="cannot read the number of steps back"):
+            step("adamw", {}, capturable=True)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_first_call_under_capture_says_what_to_do(backend, capture):
+    if dispatch.why_unusable(backend):
+        pytest.skip(str(dispatch.why_unusable(backend)))
+    basis, grads = put(tk.pack(rows_of(3, SHAPES), 4)), put(tensors(SHAPES, 7))
+    capture()
+    with pytest.raises(RuntimeError, match="make the same call once before the capture"):
+        tk.project(basis, grads, backend)
+
+
+def test_capture_is_asked_of_the_devices_own_stream(monkeypatch):
+    """Not of the current device's: the basis may be on another one."""
+    current = [0]
+
+    class OnDevice:
+        def __init__(self, device):
+            self.index = torch.device(device).index
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *_):
+            current[0] = self.before
+
+    monkeypatch.setattr(torch.cuda, "device", OnDevice)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
+    assert native.capturing(torch.device("cuda", 1)) and not native.capturing(torch.device("cuda", 0))
+    assert not native.capturing(torch.device("cpu"))
+
+
+@pytest.mark.skipif(ON_GPU, reason="the emulator can claim that nothing fits")
+def test_a_kernel_that_fits_on_no_multiprocessor_is_an_error(monkeypatch):
+    """Not a launch of no blocks that succeeds and writes nothing."""
+    basis, grads = tk.pack(rows_of(7, SHAPES), 4, segments=SEGMENTS), tensors(SHAPES, 7)
+    out = [torch.full(s, 7.0) for s in SHAPES]
+    monkeypatch.setenv("TWA_EMULATOR_RESIDENT", "0")
+    cuda._window.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="step: CUDA error cudaErrorLaunchOutOfResources"):
+            tk.step(basis, grads, torch.zeros(7, 3), out, rule="sgd", options={"lr": 0.1}, state={}, backend="cuda")
+    finally:
+        cuda._window.cache_clear()
+    assert all((o == 7).all() for o in out)
+    calls, (out, c, _), _ = launch_on(0, cuda.module, window=0)
+    with pytest.raises(RuntimeError, match="step: CUDA error cudaErrorInvalidValue"):
+        calls["step"]()
+    assert (out == 7).all() and (c == 7).all()
+
+
+def launch_on(device, module, window=4):
     """project, reconstruct, step, pack and orthonormalize_pass on tensors whose outputs are filled with 7; the error and the outputs."""
     n, tiles = 3, 2
     codes, scales = torch.zeros(tiles, n, 64, dtype=torch.uint8), torch.full((tiles, n), 0x38, dtype=torch.uint8)
@@ -290,7 +439,7 @@ def launch_on(device, module):
     calls = {
         "project": lambda: module.project_cuda(basis, grad, work, at[0], at[1], c.data_ptr(), device, 0),
         "reconstruct": lambda: module.reconstruct_cuda(basis, x.data_ptr(), 0, weights, work, at[0], device, 0),
-        "step": lambda: module.step_cuda(basis, grad, False, sgd, 1, x.data_ptr(), 0, 0, 0, weights, work, at, 4, c.data_ptr(), device, 0),
+        "step": lambda: module.step_cuda(basis, grad, False, sgd, 1, x.data_ptr(), 0, 0, 0, weights, work, at, window, c.data_ptr(), device, 0),
         "pack": lambda: module.pack_cuda(at[0], 0, at[1], at[2], at[3], 1, tiles, n, 4, False, codes.data_ptr(), at[4], at[4], at[4], device, 0),
         "orthonormalize_pass": lambda: module.orthonormalize_pass_cuda(
             grad, 0, weights, at[1], at[2], 1, 8, 1, at[3], at[4], 1, at[5], 0, at[0], at[6], c.data_ptr(), c.data_ptr(), device, 0

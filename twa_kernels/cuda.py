@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from . import native
-from .native import DTYPES, _addresses, _contiguous, _targets, _write_back, capturing, finish_pack, kept, on_device
+from .native import (
+    DTYPES,
+    _addresses,
+    _contiguous,
+    _targets,
+    _write_back,
+    capturing,
+    finish_pack,
+    kept,
+    on_device,
+    refuse_capture,
+)
 from .reference import PROBES, tile_offsets
 
 #: the native module; tests put in its place the same kernels compiled for a CPU (tests/emulator)
@@ -27,17 +38,27 @@ def why_unusable() -> str | None:
     return _no_code_for_device()
 
 
-@functools.cache
-def _no_code_for_device() -> str | None:
+def _has_code_for(device: int) -> bool:
     """Machine code runs on devices of its major version and no lower minor one; code that has PTX (no "-real") on every later device."""
-    if not torch.cuda.is_available():
-        return None
-    device = int("{}{}".format(*torch.cuda.get_device_capability()))
     for architecture in module.cuda_architectures.split():
         number = int("".join(c for c in architecture if c.isdigit()))
         if number <= device and (number // 10 == device // 10 or "-real" not in architecture):
-            return None
-    return f"compiled for sm_{module.cuda_architectures.replace(' ', ', sm_')}, the device is sm_{device}: build with TWA_CUDA_ARCHITECTURES={device}"
+            return True
+    return False
+
+
+@functools.cache
+def _no_code_for_device() -> str | None:
+    """Asks every device, not only the current one. A launch on one without code, beside one that has it, is refused by CUDA, by name."""
+    if not torch.cuda.is_available():
+        return None
+    capabilities = [torch.cuda.get_device_capability(k) for k in range(torch.cuda.device_count())]
+    devices = sorted({10 * major + minor for major, minor in capabilities})
+    if any(_has_code_for(device) for device in devices):
+        return None
+    built = module.cuda_architectures.replace(" ", ", sm_")
+    found = f"the device is sm_{devices[0]}" if len(devices) == 1 else f"the devices are sm_{', sm_'.join(map(str, devices))}"
+    return f"compiled for sm_{built}, {found}: build with TWA_CUDA_ARCHITECTURES={';'.join(map(str, devices))}"
 
 
 def _place(device: torch.device) -> tuple[int, int]:
@@ -48,10 +69,15 @@ def _place(device: torch.device) -> tuple[int, int]:
     return index, torch.cuda.current_stream(device).cuda_stream
 
 
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
 def tensor_table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """(tensors, 2) int64 on the device: address and dtype number, 0 for an empty tensor. Written by a kernel whose arguments they are, so that
     no memory of the host has to outlive the call. Training loops pass the same tensors again and again, so most calls write nothing; a CUDA
-    graph gets a table of its own, which every replay writes, since it knows only its address."""
+    graph gets a table of its own, which every replay writes, since it knows only its address. The caller must hold the table until its kernel
+    is launched: memory of a table that nobody holds goes to the next one."""
     entries = tuple(v for t in tensors for v in (t.data_ptr() if t.numel() else 0, DTYPES[t.dtype]))
     return _write_table(entries, device) if capturing(device) else _tensor_table(entries, device, _place(device)[1])
 
@@ -113,9 +139,10 @@ def project(
     partial = torch.empty(work.items, n, device=device)
     sums = torch.empty(work.groups, n, dtype=torch.float64, device=device)
     with on_device(device):
+        grad_table = tensor_table(grads, device)
         module.project_cuda(
             _basis(codes, scales, row_scale, tile_segment, bits),
-            tensor_table(grads, device).data_ptr(),
+            grad_table.data_ptr(),
             work.native,
             partial.data_ptr(),
             sums.data_ptr(),
@@ -143,11 +170,13 @@ def reconstruct(
     work = work_items(tile_segment, numels, num_segments, bits)
     x_rows = torch.empty(num_segments, n, device=device)
     with on_device(device):
+        center_table = tensor_table(center, device) if center else None
+        target_table = tensor_table(targets, device)
         module.reconstruct_cuda(
             _basis(codes, scales, row_scale, tile_segment, bits),
             x.data_ptr(),
-            tensor_table(center, device).data_ptr() if center else 0,
-            tensor_table(targets, device).data_ptr(),
+            _address(center_table),
+            target_table.data_ptr(),
             work.native,
             x_rows.data_ptr(),
             *_place(device),
@@ -159,6 +188,15 @@ def reconstruct(
 @functools.lru_cache(maxsize=256)
 def _window(n: int, bits: int, device: int) -> int:
     return module.step_window(n, bits, device)
+
+
+def step_tasks(work: Work, window: int, device: torch.device) -> Tensor | None:
+    """Order of a fused step's tasks on the device; None: the step runs as separate kernels."""
+    if window not in work.tasks:
+        refuse_capture(device)
+        order = bytearray(work.host.tasks(window))
+        work.tasks[window] = torch.frombuffer(order, dtype=torch.int32).to(device) if order else None
+    return work.tasks[window]
 
 
 def step(
@@ -181,19 +219,10 @@ def step(
     grads, center, targets = _contiguous(grads), _contiguous(center), _targets(out)
     work = work_items(tile_segment, numels, num_segments, bits)
     c = torch.empty_like(row_scale)
-    if capturing(device) and count == 1 and state:  # replays would begin the momentum anew, or correct its bias as in the first step
-        raise RuntimeError("a CUDA graph cannot capture the first step of an optimizer with momentum: run one step before")
-    if capturing(device) and count > 1 and rule == "adamw":
-        raise RuntimeError(
-            "a CUDA graph would repeat this step's bias correction: AdamW needs options['capturable']=True, which counts steps on the device"
-        )
     with on_device(device):
         number, stream = _place(device)
         window = _window(n, bits, number)
-        if window not in work.tasks:
-            order = bytearray(work.host.tasks(window))
-            work.tasks[window] = torch.frombuffer(order, dtype=torch.int32).to(device) if order else None
-        tasks = work.tasks[window]
+        tasks = step_tasks(work, window, device)
         workspaces = [
             torch.empty(work.items, n, device=device),
             torch.empty(work.groups, n, dtype=torch.float64, device=device),
@@ -201,19 +230,22 @@ def step(
             torch.empty(module.step_counters(work.groups, num_segments), dtype=torch.int32, device=device),
         ]
         corrections = torch.empty(2, device=device)
-        steps_before = state[-1].data_ptr() if count == 0 else 0
+        steps_before = state[-1] if count == 0 else None
+        grad_table = tensor_table(grads, device)
+        center_table = tensor_table(center, device) if center else None
+        target_table = tensor_table(targets, device)
         module.step_cuda(
             _basis(codes, scales, row_scale, tile_segment, bits),
-            tensor_table(grads, device).data_ptr(),
+            grad_table.data_ptr(),
             rule == "adamw",
             list(options),
             max(count, 1),
             x.data_ptr(),
             *[s.data_ptr() for s in [*state, x, x][:2]],  # what the rule does not keep, the kernel does not touch
-            tensor_table(center, device).data_ptr() if center else 0,
-            tensor_table(targets, device).data_ptr(),
+            _address(center_table),
+            target_table.data_ptr(),
             work.native,
-            [w.data_ptr() for w in workspaces] + [0 if tasks is None else tasks.data_ptr(), steps_before, corrections.data_ptr()],
+            [_address(w) for w in (*workspaces, tasks, steps_before, corrections)],
             window,
             c.data_ptr(),
             number,
@@ -246,7 +278,7 @@ def pack(
     squares = torch.empty(offsets[-1], n, dtype=torch.float64, device=device)
     bad = torch.zeros((), dtype=torch.int32, device=device)
     with on_device(device):
-        at = [t.data_ptr() for t in tables]
+        at = [_address(t) for t in tables]
         module.pack_cuda(
             at[0],
             at[1] if center else 0,
@@ -267,8 +299,10 @@ def pack(
 
 
 @functools.lru_cache(maxsize=64)
-def _chunks(numels: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
-    """(2, tensors) int64 on the device: sizes, and the first chunk of each tensor; and the number of chunks. Read on every stream, so it waits."""
+def _chunks(numels: tuple[int, ...], device: torch.device, stream: int) -> tuple[Tensor, int]:
+    """(2, tensors) int64 on the device: sizes, and the first chunk of each tensor; and the number of chunks. Per stream: what the cache drops,
+    the same stream may still be reading when its memory is used again, and no other one."""
+    refuse_capture(device)
     begin = [0]
     for numel in numels:
         begin.append(begin[-1] - -numel // module.orthonormalize_chunk)
@@ -293,22 +327,22 @@ def orthonormalize_pass(
     gram = torch.empty(m, PROBES if out else m, dtype=torch.float64, device=device)
     norms = torch.empty(n, dtype=torch.float64, device=device)
     with on_device(device):
-        sizes, chunks = _chunks(tuple(numels), device)
+        sizes, chunks = _chunks(tuple(numels), device, _place(device)[1])
         parts, stride, space = module.orthonormalize_plan(n, r, chunks, transform is not None, bool(out))
         partials = torch.empty(parts, stride, dtype=torch.float64, device=device)
         workspace = torch.empty(space, dtype=torch.float64, device=device)
         tables = [tensor_table(t, device) if t else None for t in (rows, center, out)]
         module.orthonormalize_pass_cuda(
-            *[0 if t is None else t.data_ptr() for t in tables],
+            *[_address(t) for t in tables],
             sizes[0].data_ptr(),
             sizes[1].data_ptr(),
             len(numels),
             chunks,
             n,
             parent.data_ptr(),
-            0 if transform is None else transform.data_ptr(),
+            _address(transform),
             r,
-            0 if probes is None else probes.data_ptr(),
+            _address(probes),
             first,
             partials.data_ptr(),
             workspace.data_ptr(),

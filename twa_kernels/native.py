@@ -65,13 +65,26 @@ def kept(tile_segment: Tensor, key: tuple, build: Callable[[], Any]) -> Any:
     of_basis = _kept.setdefault(tile_segment, {})
     key = (*key, None if tile_segment.is_inference() else tile_segment._version)
     if key not in of_basis:
+        refuse_capture(tile_segment.device)
         of_basis[key] = build()
     return of_basis[key]
 
 
 def capturing(device: torch.device) -> bool:
-    """A CUDA graph records what is done on the current stream: it keeps addresses, not tensors."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """A CUDA graph records what is done on the device's current stream: it keeps addresses, not tensors."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(device: torch.device) -> None:
+    """What an op prepares on its first call waits for the device, which a CUDA graph cannot record."""
+    if capturing(device):
+        raise RuntimeError(
+            "the first call with this basis (and these options) waits for the device, which a CUDA"
+            " graph cannot capture: make the same call once before the capture"
+        )
 
 
 def on_device(device: torch.device):

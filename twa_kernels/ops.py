@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, native
 from .reference import BITS, MAX_ROWS, PROBES, QUANTISERS, tile_offsets
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -331,13 +331,30 @@ def _check_step(codes, scales, row_scale, tile_segment, grads, x, state, center,
         _check_tensor(name, t, row_scale.shape, torch.float32, codes.device)
 
 
+def _check_step_capture(device, state, rule, count, counts_on_device: bool) -> None:
+    """A CUDA graph repeats the numbers of the captured call."""
+    if not native.capturing(device):
+        return
+    if count == 0 and not counts_on_device:
+        raise RuntimeError("a CUDA graph cannot read the number of steps back: with options['capturable']=True use backend='cuda'")
+    if count == 1 and state:
+        raise RuntimeError("a CUDA graph cannot capture the first step of an optimizer with momentum: run one step before")
+    if count > 1 and rule == "adamw":
+        raise RuntimeError(
+            "a CUDA graph would repeat this step's bias correction: AdamW needs"
+            " options['capturable']=True and backend 'cuda', which counts steps on the device"
+        )
+
+
 @_impl("step")
 def _step(codes, scales, row_scale, tile_segment, grads, x, state, center, numels, bits, rule, options, count, out, backend):
     _check_step(codes, scales, row_scale, tile_segment, grads, x, state, center, numels, bits, rule, options, count, out, backend)
     _check_disjoint(out)
     _check_disjoint([x, *state], "x and state")
     kernel = dispatch.select("step", codes.device.type, backend)
-    if count == 0 and kernel is not dispatch.IMPLEMENTATIONS["step", "cuda"]:  # the others take a number, and wait for it
+    counts_on_device = kernel is dispatch.IMPLEMENTATIONS["step", "cuda"]
+    _check_step_capture(codes.device, state, rule, count, counts_on_device)
+    if count == 0 and not counts_on_device:  # the others take a number, and wait for it
         *state, steps = state
         count = int(steps) + 1
     return kernel(codes, scales, row_scale, tile_segment, grads, x, state, center, numels, bits, rule, options, count, out)

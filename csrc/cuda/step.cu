@@ -173,13 +173,17 @@ int step_cuda(const BasisView& basis, const DeviceTensor* grads, const Update& u
     StepArguments a{p, r, u, space.tasks, space.counters, 2 * work.items};
     a.project.slots = a.reconstruct.slots = slots;
     a.project.row_blocks = static_cast<int>((basis.n + rows - 1) / rows);
+    if (space.window < 1) return kInvalidValue;  // no block would take a task
     const int error = clear(space.counters, step_counters(work.groups, basis.num_segments) * 4, device, stream);
     return error != 0 ? error : launch(kernel, a.count < space.window ? a.count : space.window, kThreads, shared, device, stream, a);
   });
 }
 
 int step_window(int64_t n, int bits, int device) {
-  return with_kernel(n, bits, [&](auto kernel, int shared, int, int) { return resident_blocks(kernel, kThreads, shared, device); });
+  return with_kernel(n, bits, [&](auto kernel, int shared, int, int) {
+    const int blocks = resident_blocks(kernel, kThreads, shared, device);
+    return blocks == 0 ? -kLaunchOutOfResources : blocks;  // a kernel that fits on no multiprocessor
+  });
 }
 
 }  // namespace twa

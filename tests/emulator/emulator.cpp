@@ -144,8 +144,12 @@ void run(int64_t blocks, int threads, int shared_bytes, const std::function<void
 
 }  // namespace emulator
 
-const char* cuda_error_name(int error) { return error == 101 ? "cudaErrorInvalidDevice" : "cudaErrorInvalidValue"; }
-const char* cuda_error_string(int error) { return error == 101 ? "invalid device ordinal" : "invalid argument"; }
+const char* cuda_error_name(int error) {
+  return error == 101 ? "cudaErrorInvalidDevice" : error == 701 ? "cudaErrorLaunchOutOfResources" : "cudaErrorInvalidValue";
+}
+const char* cuda_error_string(int error) {
+  return error == 101 ? "invalid device ordinal" : error == 701 ? "too many resources requested for launch" : "invalid argument";
+}
 int cuda_device_count() { return 1; }
 
 }  // namespace twa

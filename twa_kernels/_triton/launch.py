@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..native import capturing, kept, on_device
+from ..native import capturing, kept, on_device, refuse_capture
 from ..reference import tile_offsets
 from .config import architecture, configuration, isa
 
@@ -70,6 +70,10 @@ def work_items(tile_segment: Tensor, numels: Sequence[int], num_segments: int, s
     return kept(tile_segment, key, lambda: _build(tile_segment, numels, num_segments, size))
 
 
+def current_stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def address_table(addresses: Sequence[int], device: torch.device) -> Tensor:
     """(tensors,) int64 on the device. Training loops pass the same tensors again and again, so most calls copy nothing. A CUDA graph knows only
     the table's address, so it gets one of its own, made by kernels that have the addresses as arguments."""
@@ -77,8 +81,7 @@ def address_table(addresses: Sequence[int], device: torch.device) -> Tensor:
         table = torch.zeros(len(addresses), dtype=torch.int64, device=device)
         torch._foreach_add_(list(table.unbind()), list(addresses))
         return table
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _address_table(tuple(addresses), device, stream)
+    return _address_table(tuple(addresses), device, current_stream(device))
 
 
 @functools.lru_cache(maxsize=64)
@@ -107,8 +110,10 @@ class Columns:
 
 
 @functools.lru_cache(maxsize=64)
-def column_items(numels: tuple[int, ...], block: int, least: int, most: int, device: torch.device) -> Columns:
-    """At most about `most` items, the same on every device, of at least about `least` columns, cut at multiples of `block` in a tensor."""
+def column_items(numels: tuple[int, ...], block: int, least: int, most: int, device: torch.device, stream: int) -> Columns:
+    """At most about `most` items, the same on every device, of at least about `least` columns, cut at multiples of `block` in a tensor. Per
+    stream: what the cache drops, the same stream may still be reading when its memory is used again, and no other one."""
+    refuse_capture(device)
     per_item = max(least, -(-sum(numels) // most))
     tensor, column, ends, piece, room = [], [], [], [0], per_item
     for t, numel in enumerate(numels):
@@ -124,7 +129,6 @@ def column_items(numels: tuple[int, ...], block: int, least: int, most: int, dev
             at, room = at + take, room - take
     if tensor:
         piece.append(len(tensor))
-    # Waits for the copies, the first time only: any stream may use them afterwards.
     lists = [torch.tensor(v, dtype=torch.int64, device=device) for v in (tensor, column, ends)]
     return Columns(*lists, torch.tensor(piece, dtype=torch.int32, device=device))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..native import _contiguous
 from ..reference import PROBES
-from .launch import DTYPES, Columns, Launch, address_table, column_items
+from .launch import DTYPES, Columns, Launch, address_table, column_items, current_stream
 from .orthonormalize import norms_kernel, products_kernel, transform_kernel, transformed_kernel
 
 #: bytes of all partial Gram matrices of a pass (unless one alone is larger), and of its workspace
@@ -54,7 +54,7 @@ class _Rows:
 
     def items(self, launch: Launch, bytes_per_item: int) -> Columns:
         most = min(max(PARTIAL_BYTES // bytes_per_item, 1), launch.config["items"])
-        return column_items(self.numels, launch.config["columns"], LEAST_COLUMNS, most, self.device)
+        return column_items(self.numels, launch.config["columns"], LEAST_COLUMNS, most, self.device, current_stream(self.device))
 
 
 def _options(launch: Launch, rows: int) -> dict:
