@@ -68,15 +68,24 @@ class Published:
         return center + (x * ((self.codes.float() - self.zero) * self.scale)).sum(0)
 
 
+def commit() -> str:
+    """The commit of this tree, "unknown" where it is a copy without git or there is no git."""
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
 def hardware() -> dict[str, str]:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent, check=False)
     return {
         "processor": processor(),
         "threads": str(torch.get_num_threads()),
         "isa": str(tk.native._C.cpu_isa()) if tk.native._C else "native module not built",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": done.stdout.strip() or "unknown",
+        "commit": commit(),
     }
 
 

@@ -154,6 +154,25 @@ def test_dispatch_never_falls_back(monkeypatch):
         dispatch.select("project", "cpu", "cpp")
 
 
+def test_an_override_per_device(monkeypatch):
+    """A backend for GPUs leaves the CPU's packing alone."""
+    monkeypatch.setattr(dispatch, "why_unusable", lambda backend: None)
+    monkeypatch.setenv("TWA_KERNELS_BACKEND", "cuda:triton")
+    assert dispatch.select("project", "cuda") is dispatch.IMPLEMENTATIONS["project", "triton"]
+    assert dispatch.select("pack", "cpu") is tk.native.pack
+    monkeypatch.setenv("TWA_KERNELS_BACKEND", "cpu:reference, cuda:cuda")
+    assert dispatch.select("pack", "cpu") is reference.pack and dispatch.select("step", "cuda") is dispatch.IMPLEMENTATIONS["step", "cuda"]
+    assert dispatch.select("pack", "cpu", "cpp") is tk.native.pack  # the argument comes first
+    monkeypatch.setenv("TWA_KERNELS_BACKEND", "triton")  # every device
+    with pytest.raises(RuntimeError, match="on CPU tensors only in Triton's interpreter"), monkeypatch.context() as m:
+        m.delenv("TRITON_INTERPRET", raising=False)
+        dispatch.select("pack", "cpu")
+    for wrong in ("tritn", "gpu:triton", "cuda:", "cuda=triton"):
+        monkeypatch.setenv("TWA_KERNELS_BACKEND", wrong)
+        with pytest.raises(RuntimeError, match=r"TWA_KERNELS_BACKEND: expected a backend \(.*\) or device:backend pairs"):
+            dispatch.select("project", "cpu")
+
+
 def test_triton_without_its_package_or_a_gpu_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

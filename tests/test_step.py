@@ -263,11 +263,13 @@ def test_gpu_kernels_in_the_trainer(gpu, monkeypatch, tmp_path):
     batches = [(torch.randn(16, 6), torch.randn(16, 1)) for _ in range(3)]
     trained = []
     for backend, device in (("cpp", "cpu"), (gpu.backend, gpu.device)):
-        monkeypatch.setenv("TWA_KERNELS_BACKEND", "cpp")  # candidates are packed on the CPU
+        # Candidates are packed on the CPU, by C++: what is asked for on a GPU leaves that alone.
+        monkeypatch.setenv("TWA_KERNELS_BACKEND", f"cuda:{backend}" if device == "cuda" else "cpu:cpp")
         model = copy.deepcopy(models[0]).to(device)
         subspace = twa.Subspace.from_candidates(model, twa.Candidates(tmp_path / "c*.safetensors"), bits=4)
         optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.05)
-        monkeypatch.setenv("TWA_KERNELS_BACKEND", backend)
+        if device == "cpu":
+            monkeypatch.setenv("TWA_KERNELS_BACKEND", f"cpu:{backend}")
         assert subspace.can_fuse()
         for batch, target in batches:
             (model(batch.to(device)) - target.to(device)).square().mean().backward()

@@ -30,10 +30,10 @@ def main() -> None:
     for backend, devices in dispatch.DEVICES.items():
         reason = dispatch.why_unusable(backend)
         print(f"  {backend:10s} {', '.join(devices):20s} {'usable' if reason is None else 'not usable: ' + reason}")
-    override = os.environ.get(dispatch.ENVIRONMENT, "")
-    print(f"default per op ({dispatch.ENVIRONMENT}={override!r}):")
+    print(f"default per op ({dispatch.ENVIRONMENT}={os.environ.get(dispatch.ENVIRONMENT, '')!r}):")
+    overrides = {device: dispatch.environment_backend(device) for device in ("cpu", "cuda")}
     for op in dispatch.OPS:
-        row = [f"{device}: {override or dispatch.default_backend(op, device) or 'none'}" for device in ("cpu", "cuda")]
+        row = [f"{device}: {override or dispatch.default_backend(op, device) or 'none'}" for device, override in overrides.items()]
         print(f"  {op:12s} {'   '.join(row)}")
 
 

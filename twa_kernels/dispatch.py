@@ -42,6 +42,9 @@ DEVICES: dict[str, tuple[str, ...]] = {
     "reference": ("cpu", "cuda", "mps", "xpu"),
 }
 
+#: every device type that some backend runs on
+KNOWN_DEVICES = tuple(dict.fromkeys(device for devices in DEVICES.values() for device in devices))
+
 #: device type -> backends in order of preference; an op takes the first that implements it and is usable there, as `default_backend` says
 PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 
@@ -82,13 +85,32 @@ def why_triton_unusable() -> str | None:
     return None
 
 
+def environment_backend(device: str) -> str:
+    """What TWA_KERNELS_BACKEND asks for on `device`; "" if nothing.
+
+    One backend for every device ("reference"), or a backend per device ("cuda:triton,cpu:reference").
+    A device that is not named keeps its default. Raises RuntimeError on anything else.
+    """
+    chosen = ""
+    for entry in filter(None, (e.strip() for e in os.environ.get(ENVIRONMENT, "").split(","))):
+        where, colon, backend = entry.rpartition(":")
+        if backend not in DEVICES or (colon and where not in KNOWN_DEVICES):
+            raise RuntimeError(
+                f"{ENVIRONMENT}: expected a backend ({', '.join(DEVICES)}) or device:backend pairs"
+                f" such as cuda:triton,cpu:cpp (devices: {', '.join(KNOWN_DEVICES)}), found {entry!r}"
+            )
+        if where in ("", device):
+            chosen = backend
+    return chosen
+
+
 def select(op: str, device: str, override: str = "") -> Callable:
     """Implementation of `op` on tensors of `device` ("cpu", "cuda", ...).
 
     Order: `override` (an op's `backend` argument), the environment variable TWA_KERNELS_BACKEND, `default_backend`.
     Raises RuntimeError when the chosen backend is absent or does not run on that device; it never picks another one.
     """
-    backend = override or os.environ.get(ENVIRONMENT, "") or default_backend(op, device)
+    backend = override or environment_backend(device) or default_backend(op, device)
     if not backend:
         raise RuntimeError(
             f"twa_kernels.{op} has no kernel for {device} tensors yet; pass backend='reference' (plain PyTorch) or set {ENVIRONMENT}=reference"
