@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 
-.PHONY: demo test bench lint format build clean sanitize gpu-check static-cost
+.PHONY: demo test bench lint format build clean sanitize gpu-check gpu-objects static-cost
 
 demo: build
 	$(BIN)/twa demo -o twa-demo --overwrite
@@ -17,9 +17,14 @@ bench: build
 	$(BIN)/python -m pytest -o python_files="benchmark_*.py" -p no:cacheprovider bench --benchmark-only --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --save cpu
 	$(BIN)/python bench/peak_memory.py
 
-# For a machine with a GPU and PyTorch already installed: its own Python, no network. Build, tests, compute-sanitizer, roofline table.
+# For a machine with a GPU and PyTorch already installed: its own Python, no network. What is right, what is wrong, percent of a copy.
 gpu-check:
-	$(PYTHON) bench/gpu_check.py
+	$(PYTHON) bench/gpu_check.py --out build/gpu-check $(if $(wildcard build/gpu-objects),--objects build/gpu-objects)
+
+# For gpu-check, on a machine with nvcc: objects for one architecture, so that no time on the GPU goes into compiling.
+GPU_ARCHITECTURE ?= 90
+gpu-objects:
+	PYTHONPATH=bench $(PYTHON) -m gpucheck.build --architecture $(GPU_ARCHITECTURE) --objects-to build/gpu-objects
 
 # Registers, spills and instructions per weight of the CUDA and the Triton kernels, from their machine code; needs no GPU.
 static-cost: build

@@ -1,11 +1,16 @@
-"""Everything that needs a GPU, in one command: build, GPU tests, compute-sanitizer, percent of a copy. Under 8 minutes, without network or pip.
+"""Everything that needs a GPU, in one command: what is right, what is wrong, how near to a copy.
 
-Run: python3 bench/gpu_check.py (`make gpu-check`) with a Python that has PyTorch for the GPU; Triton comes with that. Steps go on after one that
-failed; each has its time limit, its log in build/gpu-check/ and a line in the table at the end. Exit status: 0, 1 if a step failed, 2 if there
-is no PyTorch or no GPU. "not run" is no pass: the table says why.
-TWA_COMMIT=... names the commit on the roofline page where the tree is a copy without git.
-The native module is built in place by setup.py where cmake, ninja and pybind11 are there; else directly, with the sources and flags that
-CMakeLists.txt names and the pybind11 headers that come with PyTorch, for this GPU's architecture.
+    python3 bench/gpu_check.py --out FOLDER [--budget 430] [--objects FOLDER]
+    python3 bench/gpu_check.py --out FOLDER --only-failed EVENTS     a second round
+    python3 bench/gpu_check.py --out FOLDER --variants               launch configurations, A/B
+    python3 bench/gpu_check.py --out FOLDER --ncu                    counters of four kernels
+    python3 bench/gpu_check.py --out FOLDER --rehearse               on a CPU, with planted faults
+
+For a machine with PyTorch for its GPU; no network, no pip. Each result is one line of
+FOLDER/events.jsonl, synced as it comes; page.md and page.png are written at the end, log.txt has
+what the programs said. Stages do not depend on each other. What faults or hangs costs one
+(op, backend, bits) and nothing else; "not run" is no pass, and the page says why.
+Exit status: 0, 1 if something is wrong, 2 if there is no PyTorch or no GPU.
 """
 
 from __future__ import annotations
@@ -13,348 +18,312 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import importlib.util
-import json
-import math
 import os
 import re
-import shlex
 import shutil
-import signal
-import subprocess
 import sys
-import sysconfig
-import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-LOGS, RESULTS = ROOT / "build" / "gpu-check", ROOT / "bench" / "results"
-TOTAL = 460  # seconds for all steps
-ROOFLINE = 120  # of them kept for the last step
-CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-PROBE = """
-import json, torch
-found = {"torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip, "gpu": torch.cuda.is_available()}
-if found["gpu"]:
-    p = torch.cuda.get_device_properties(0)
-    found |= {"name": p.name, "architecture": f"{p.major}{p.minor}"}
-print(json.dumps(found))
-"""
+from gpucheck import build, counters, machine, page, plan, rehearsal
+from gpucheck.children import ROOT, Child, Hung, Late, Log, Supervisor, kind, label
+from gpucheck.events import Events, read
+
+#: stage -> share of the budget at whose end it is over; a stage that ends early lets the next begin
+ENDS = {"build": 0.45, "smoke": 0.40, "speed": 0.62, "counters": 0.70, "tests": 0.93}
+ENDS |= {"memcheck": 0.93, "racecheck": 0.93, "variants": 0.95}
 
 
 class NotRun(Exception):
-    """A step cannot run here; the message says why."""
+    """A stage cannot run here; the message says why."""
 
 
-class Failed(Exception):
-    """A step failed; the message says how, for the table."""
+class Check:
+    """One run: what was found of the machine, and its stages."""
 
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.begin = args, time.monotonic()
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name in ("events.jsonl", "log.txt", "page.md", "page.png"):
+            (args.out / name).unlink(missing_ok=True)
+        self.events, self.log = Events(args.out / "events.jsonl"), Log(args.out / "log.txt")
+        self.env = machine.environment(args.rehearse)
+        self.supervisor = Supervisor(self.events, self.log, self.env)
+        self.found: dict = {}
+        self.built = threading.Event()
+        self.build_error = ""
+        self.failed = failed_cases(args.only_failed) if args.only_failed else None
 
-def environment(**more: str) -> dict[str, str]:
-    """The packages of this tree, and the compilers' folders."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), str(CUDA / "bin")])
-    packages = os.pathsep.join([str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TWA_KERNELS_BACKEND")}
-    return inherited | {"PATH": path, "PYTHONPATH": packages} | more
+    def deadline(self, stage: str) -> float:
+        return self.begin + self.args.budget * ENDS[stage]
 
+    def silence(self, seconds: float) -> float:
+        """How long a worker may say nothing before it counts as hung."""
+        return rehearsal.SILENCE if self.args.rehearse else seconds * min(1.0, self.args.budget / 430)
 
-def which(tool: str) -> str | None:
-    return shutil.which(tool, path=environment()["PATH"])
+    def wanted(self, stage: str, cases: list[dict]) -> list[dict]:
+        if self.failed is None:
+            return cases
+        return [c for c in cases if (stage, label(c)) in self.failed]
 
-
-def find_nvcc() -> str | None:
-    return os.environ.get("CUDACXX") or which("nvcc")
-
-
-def run(log: str, command: list, limit: float, **more: str) -> tuple[int, str]:
-    """Exit status and output, which also goes to the log; past the limit the command and what it started are ended."""
-    LOGS.mkdir(parents=True, exist_ok=True)
-    with open(LOGS / f"{log}.log", "ab") as out:
-        out.write(f"$ {shlex.join(map(str, command))}\n".encode())
-        out.flush()
-        begin = out.tell()
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment(**more), start_new_session=True)
+    def stage(self, name: str, run: Callable[[], str]) -> None:
+        """Runs a stage; whatever it raises is its own result."""
+        begin = time.monotonic()
+        print(f"{begin - self.begin:6.0f} s  {name}", flush=True)
         try:
-            process.wait(max(1.0, limit))
-        except subprocess.TimeoutExpired:
-            raise Failed(f"ended after its limit of {limit:.0f} s") from None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    return process.returncode, (LOGS / f"{log}.log").read_bytes()[begin:].decode(errors="replace")
-
-
-# The direct build ------------------------------------------------------------------------------------------------
-
-
-def cmake_flags(target: str) -> list[str]:
-    """Compile options of a target in CMakeLists.txt."""
-    text = re.sub(r"#.*", "", (ROOT / "CMakeLists.txt").read_text())
-    if "COMPILE_OPTIONS" in text or "COMPILE_FLAGS" in text:
-        raise Failed("CMakeLists.txt has options of single files, which the direct build does not know")
-    found = [o for options in re.findall(rf"target_compile_options\({target} PRIVATE ([^)]*)\)", text) for o in options.split()]
-    flags = re.sub(r"\$<\$<COMPILE_LANGUAGE:CUDA>:([^>]*)>", r"\1", " ".join(found)).split()
-    if not flags or any("$" in flag for flag in flags):
-        raise Failed(f"CMakeLists.txt: found no plain compile options of {target}: {flags}")
-    return flags
-
-
-def direct_build(output: Path, architecture: str, include: Path) -> None:
-    """twa_kernels/_C without CMake. `architecture`: "90", or "" to build without CUDA; `include`: PyTorch's headers."""
-    python = Path(sysconfig.get_path("include"))
-    for header in (python / "Python.h", include / "pybind11" / "pybind11.h"):
-        if not header.exists():
-            raise Failed(f"{header} is missing: the headers of Python and pybind11 are needed")
-    cxx, nvcc = os.environ.get("CXX", "g++"), find_nvcc()
-    if which(cxx) is None:
-        raise Failed(f"no C++ compiler: {cxx} is not on PATH")
-    define = ["-DTWA_WITH_CUDA", f'-DTWA_CUDA_ARCHITECTURES="{architecture}"'] if architecture else []
-    common = ["-O3", "-DNDEBUG", "-std=gnu++17"]
-    host = [cxx, *common, "-fPIC", "-fvisibility=hidden", f"-I{ROOT / 'csrc'}", "-c"]
-    jobs = [[*host, *cmake_flags("twa_core"), source] for source in sorted(ROOT.glob("csrc/cpu/*.cpp"))]
-    jobs += [[*host, *define, f"-I{include}", f"-I{python}", source] for source in sorted(ROOT.glob("csrc/*.cpp"))]
-    if architecture:
-        code = f"arch=compute_{architecture},code=[compute_{architecture},sm_{architecture}]"
-        device = [nvcc, "-DNDEBUG", "-std=c++17", *cmake_flags("twa_cuda"), "-Xcompiler=-fPIC,-fvisibility=hidden", "-gencode", code]
-        jobs += [
-            [*device, "-DTWA_WITH_CUDA", f"-I{ROOT / 'csrc'}", "-c", source]
-            for source in sorted(ROOT.glob("csrc/cuda/*.c*"))
-            if source.suffix in (".cu", ".cpp")
-        ]
-
-    def compiled(job: list, objects: str) -> str:
-        to = f"{objects}/{job[-1].parent.name}_{job[-1].name}.o"
-        done = subprocess.run([*job, "-o", to], capture_output=True, text=True, check=False)
-        print(shlex.join(map(str, job)), done.stdout, done.stderr, sep="\n", flush=True)
-        if done.returncode:
-            raise Failed(f"{job[-1].relative_to(ROOT)} does not compile")
-        return to
-
-    output.mkdir(parents=True, exist_ok=True)
-    module = output / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    with tempfile.TemporaryDirectory() as objects, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = list(pool.map(lambda job: compiled(job, objects), jobs))
-        link = [nvcc, "-shared", "-cudart=static"] if architecture else [cxx, "-shared"]
-        command = [*link, *made, "-o", module, "-lpthread", "-ldl"]
-        print(shlex.join(map(str, command)), flush=True)
-        if subprocess.run(command, check=False).returncode:
-            raise Failed("the module does not link")
-    print(f"built {module}")
-
-
-# Steps -----------------------------------------------------------------------------------------------------------
-# Each takes what PROBE found and its time limit, and returns what it has to say.
-
-
-def build(found: dict, limit: float) -> str:
-    end = time.monotonic() + limit
-    architecture = found["architecture"] if find_nvcc() and not found["hip"] else ""
-    missing = [tool for tool in ("cmake", "ninja") if which(tool) is None]
-    missing += [module for module in ("pybind11", "setuptools") if importlib.util.find_spec(module) is None]
-    if missing:
-        include = Path(importlib.util.find_spec("torch").origin).parent / "include"
-        direct = [sys.executable, __file__, "--direct-build", ROOT / "twa_kernels", "--architecture", architecture, "--include", include]
-        code, text = run("build", direct, limit)
-        how = f"directly ({', '.join(missing)} missing)"
-    else:
-        more = {"TWA_CUDA": "on" if architecture else "off"} | ({"TWA_CUDA_ARCHITECTURES": architecture} if architecture else {})
-        code, text = run("build", [sys.executable, "setup.py", "build_ext", "--inplace"], limit, **more)
-        how = "by CMake"
-    if code:
-        raise Failed(f"building {how}: {last_line(text)}")
-    code, text = run("build", [sys.executable, "-m", "twa_kernels"], end - time.monotonic())
-    print(text, end="")
-    if code:
-        raise Failed(f"twa_kernels cannot be imported: {last_line(text)}")
-    if architecture and f"compiled for sm_{architecture}" not in text:
-        raise Failed(f"the module that was imported has no code for sm_{architecture}")
-    return f"built {how}, " + (f"sm_{architecture}" if architecture else "without CUDA C++: " + ("ROCm" if found["hip"] else "no nvcc"))
-
-
-def gpu_tests(found: dict, limit: float) -> str:
-    if importlib.util.find_spec("pytest") is None:
-        raise Failed("pytest is not installed for this Python: no test was run")
-    # Only files with GPU tests: others may need packages of the trainer that this Python lacks.
-    files = [path for path in sorted(ROOT.glob("tests/test_*.py")) if re.search(r"\bgpu\b", path.read_text())]
-    if not files:
-        raise Failed("no file in tests/ has a GPU test")
-    code, text = run("tests", [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider", *files], limit)
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", last_line(text))}
-    said = ", ".join(f"{counts.get(word, 0)} {word}" for word in ("passed", "failed", "skipped"))
-    if code or not counts.get("passed"):
-        raise Failed(f"{said}: {last_line(text)}" if counts.get("passed") or code not in (0, 5) else f"no test ran: {last_line(text)}")
-    return said
-
-
-def sanitizer(tool: str) -> Callable[[dict, float], str]:
-    def step(found: dict, limit: float) -> str:
-        program = which("compute-sanitizer")
-        if program is None:
-            raise NotRun("compute-sanitizer: not found on PATH or in " + str(CUDA / "bin"))
-        if limit < 40:
-            raise NotRun("no time was left")
-        options = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only", "--report-api-errors", "no"]
-        # Without PyTorch's cache each tensor is an allocation of its own, past whose end an access is found.
-        command = [program, *options, sys.executable, __file__, "--sanitized-run", "--seconds", f"{limit - 25:.0f}"]
-        code, text = run(tool, command, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        if "Device not supported" in text:
-            raise NotRun("compute-sanitizer says: Device not supported")
-        summary = [line for line in text.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
-        calls = re.findall(r"^\d+ of \d+ calls", text, re.MULTILINE)
-        if code == 9 and summary:
-            raise Failed(summary[-1].strip("= "))
-        if code or not summary or not calls:
-            raise Failed(f"the program under {tool} failed: {last_line(re.sub('^=.*', '', text, flags=re.MULTILINE))}")
-        return f"{calls[-1]}, {summary[-1].strip('= ')}"
-
-    return step
-
-
-def sanitized_run(seconds: float) -> None:
-    """One call of every op on every usable GPU backend, at every bit width, on a small basis; none starts later than `seconds`."""
-    import torch
-    from roofline import OPS, backends, call, make_case
-
-    import twa_kernels as tk
-
-    end, device = time.monotonic() + seconds, torch.device("cuda", 0)
-    cases = [(bits, op, backend) for bits in (4, 8, 3, 2, 1) for op in OPS for backend in backends(op, device)]
-    calls = 0
-    for bits, op, backend in cases:
-        if time.monotonic() > end:
-            break
-        print(f"{op}, {bits} bits, {backend}", flush=True)
-        call(op, make_case(18, 40, bits, "cpu", dense=op == "pack").copy(device), backend)
-        torch.cuda.synchronize()
-        calls += 1
-    rows = torch.randn(70, 5000, device=device)
-    for n, backend in ((18, "cuda"), (70, "cuda"), (18, "triton"), (70, "triton")):
-        cases.append((backend, n))
-        if time.monotonic() > end or backend not in backends("orthonormalize_pass", device):
-            continue
-        print(f"orthonormalize, {n} rows, {backend}", flush=True)
-        for accuracy in ("fast", "high"):
-            tk.orthonormalize(rows[:n], accuracy=accuracy, backend=backend)
-        torch.cuda.synchronize()
-        calls += 1
-    print(f"{calls} of {len(cases)} calls")
-    if not calls:
-        raise SystemExit("no op was called: no GPU backend is usable, or there was no time")
-
-
-def roofline(found: dict, limit: float) -> str:
-    if limit < 60:
-        raise NotRun("no time was left")
-    command = [sys.executable, ROOT / "bench" / "roofline.py", "--seconds", f"{limit - 40:.0f}"]  # what it had no time for, it lists
-    command += ["--commit", os.environ["TWA_COMMIT"]] if "TWA_COMMIT" in os.environ else []
-    begin = time.time()
-    try:
-        code, text = run("roofline", command, limit)
-    finally:  # the page is written after each basis, so an ended run leaves one too
-        pages = [page for page in RESULTS.glob("roofline_*.md") if page.stat().st_mtime >= begin]
-        for page in pages:
-            print(page.read_text())
-    if code:
-        raise Failed(f"exit status {code}: {last_line(text)}")
-    return f"table above and in {', '.join(str(page.relative_to(ROOT)) for page in pages)}"
-
-
-def gram_schmidt(found: dict, limit: float) -> str:
-    if limit < 30:
-        raise NotRun("no time was left")
-    code, text = run("orthonormalize", [sys.executable, ROOT / "bench" / "orthonormalize.py", "--gpu"], limit)
-    print(text)
-    if code:
-        raise Failed(f"exit status {code}: {last_line(text)}")
-    return "table above and in bench/results/"
-
-
-STEPS = (
-    ("build", build, 120),
-    ("tests", gpu_tests, 150),
-    ("memcheck", sanitizer("memcheck"), 90),
-    ("racecheck", sanitizer("racecheck"), 60),
-    ("orthonorm", gram_schmidt, 60),
-    ("roofline", roofline, 200),
-)
-
-
-def last_line(text: str) -> str:
-    return ([line.strip() for line in text.splitlines() if line.strip()] or ["no output"])[-1][:160]
-
-
-def tail(log: Path, lines: int = 25) -> list[str]:
-    return [f"  | {line[:200]}" for line in log.read_text(errors="replace").splitlines()[-lines:]] if log.exists() else []
-
-
-def probe() -> dict:
-    """What PyTorch finds here. Exits with status 2 where the checks cannot run."""
-    python = f"{sys.executable} (Python {sys.version.split()[0]})"
-    if importlib.util.find_spec("torch") is None:
-        refuse(f"needs PyTorch for a GPU: {python} has no torch")
-    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
-    if done.returncode:
-        refuse(f"torch of {python} cannot be used: {last_line(done.stderr)}")
-    found = json.loads(last_line(done.stdout))
-    if not found["gpu"]:
-        kind = f"CUDA {found['cuda']}" if found["cuda"] else f"ROCm {found['hip']}" if found["hip"] else "CPUs only"
-        smi = "nvidia-smi is there" if which("nvidia-smi") else "there is no nvidia-smi"
-        refuse(f"needs a GPU that PyTorch can use: torch.cuda.is_available() is False (torch {found['torch']}, built for {kind}; {smi})")
-    return found
-
-
-def refuse(reason: str) -> None:
-    print(f"gpu-check: {reason}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def outcomes(found: dict) -> Iterator[tuple[str, str, float, str]]:
-    """(step, result, seconds, what it said), one step after the other; a step's log has its name."""
-    end = time.monotonic() + TOTAL
-    for name, step, limit in STEPS:
-        left = end - time.monotonic() - (0 if step is roofline else ROOFLINE)
-        print(f"\n== {name}", flush=True)
-        start = time.monotonic()
-        try:
-            result, said = "passed", step(found, min(limit, left))
+            if self.args.rehearse and name == rehearsal.BROKEN_STAGE:
+                raise RuntimeError("planted: this stage raises")
+            result, note = "done", run()
         except NotRun as reason:
-            result, said = "not run", str(reason)
-        except Failed as reason:
-            result, said = "FAILED", str(reason)
-            print(*tail(LOGS / f"{name}.log"), sep="\n")
-        seconds = time.monotonic() - start
-        print(f"{result} after {seconds:.0f} s: {said}", flush=True)
-        yield name, result, seconds, said
+            result, note = "not run", str(reason)
+        except Exception as error:
+            traceback.print_exc()
+            result, note = "error", f"{type(error).__name__}: {error}"
+        seconds = round(time.monotonic() - begin, 1)
+        self.events.add(stage=name, event="stage", result=result, note=note, seconds=seconds)
+        print(f"{time.monotonic() - self.begin:6.0f} s  {name}: {result}: {note}", flush=True)
+
+    # Stages ----------------------------------------------------------------------------------------
+
+    def probe(self) -> str:
+        """What is here. Exits with status 2 where nothing can run."""
+        self.found = machine.probe(self.env, self.args.rehearse)
+        self.found["commit"] = os.environ.get("TWA_COMMIT") or machine.commit(self.env)
+        self.events.add(stage="probe", event="probe", **self.found)
+        return ", ".join(f"{k} {v}" for k, v in self.found.items() if k in ("name", "torch", "triton"))
+
+    def build(self) -> str:
+        architecture = self.found["architecture"] if build.find_nvcc() and not self.found["hip"] else ""
+        command = [sys.executable, "-m", "gpucheck.build", "--module", ROOT / "twa_kernels"]
+        command += ["--architecture", architecture]
+        command += ["--objects", self.args.objects.resolve()] if self.args.objects else []
+        try:
+            child = Child("build", command, self.log, self.env)
+            for _ in child.output(self.deadline("build"), self.args.budget):
+                pass
+            if child.process.returncode:
+                raise RuntimeError(child.how_it_ended)
+        except Exception as error:
+            self.build_error = f"the native module was not built: {error}"
+            raise
+        finally:
+            self.built.set()
+        return child.last[-1] + ("" if architecture else ", without CUDA C++: no nvcc, or ROCm")
+
+    def smoke(self) -> str:
+        deadline = self.deadline("smoke")
+        groups = [self.wanted("smoke", g) for g in plan.smoke(self.args.rehearse)]
+        groups = [g for g in groups if g]
+        # Triton's compile for most of the time; the others wait for the build, then take no time.
+        compiling = threading.Semaphore(max(2, (os.cpu_count() or 2) - 1))
+
+        def run(group: list[dict]) -> None:
+            if group[0]["backend"] == "triton":
+                with compiling:
+                    self.supervisor.run("smoke", "smoke", group, deadline, self.silence(45))
+                return
+            self.built.wait(max(0.0, deadline - time.monotonic()))
+            if self.build_error:
+                for case in group:
+                    self.supervisor.dropped[kind(case)] = self.build_error
+            self.supervisor.run("smoke", "smoke", group, deadline, self.silence(45))
+
+        with concurrent.futures.ThreadPoolExecutor(max(1, len(groups))) as pool:
+            for job in [pool.submit(run, group) for group in groups]:
+                job.result()
+        return page.tally(self.events.of("smoke"))
+
+    def speed(self) -> str:
+        cases = self.wanted("speed", plan.speed(self.args.rehearse))
+        if cases and cases[0]["op"] != "copy":
+            copies = [c for c in plan.speed(self.args.rehearse) if c["op"] == "copy"]
+            cases = [copies[0], *cases]
+        self.supervisor.run("speed", "speed", cases, self.deadline("speed"), self.silence(25))
+        return page.tally(self.events.of("speed"))
+
+    def counters(self) -> str:
+        ncu = shutil.which("ncu", path=self.env["PATH"])
+        if ncu is None:
+            raise NotRun("ncu: not found on PATH or in " + str(build.CUDA / "bin"))
+        if self.args.ncu:
+            chosen = plan.counted()
+        else:
+            chosen = [g["of"] for g in page.gaps(self.events.rows, self.found)[:3]]
+        for case in chosen:
+            self.count(ncu, case)
+        return page.tally(self.events.of("counters"))
+
+    def count(self, ncu: str, case: dict) -> None:
+        lines: list[str] = []
+        case = {k: case[k] for k in ("op", "backend", "bits", "n", "dtype", "accuracy") if k in case}
+        self.supervisor.run(
+            "counters",
+            "speed",
+            [case],
+            min(self.deadline("counters"), time.monotonic() + 0.08 * self.args.budget),
+            self.silence(30),
+            counters.command(ncu),
+            lambda line: lines.append(line),
+            {"GPUCHECK_ONCE": "1"},
+        )
+        values = counters.table(lines)
+        note = counters.brief(values) if values else "; ".join(lines[-2:]) or "ncu said nothing"
+        self.events.add(stage="counters", event="counters", of=label(case), counters=values, note=note)
+
+    def tests(self) -> str:
+        if importlib.util.find_spec("pytest") is None:
+            raise NotRun("pytest is not installed for this Python")
+        command, env = self.pytest()
+        child = Child("tests", command, self.log, env)
+        said: dict[str, str] = {}
+        note = ""
+        try:
+            for word in child.output(self.deadline("tests"), self.args.budget):
+                if isinstance(word, dict) and word.get("event") == "test" and word["case"] not in said:
+                    said[word["case"]] = word["result"]
+                    self.events.add(stage="tests", **{k: v for k, v in word.items() if k != "event"})
+        except (Late, Hung) as reason:
+            note = f"; {reason}"
+        if not said:
+            raise RuntimeError(f"no test ran: {child.how_it_ended}")
+        return page.tally(self.events.of("tests")) + note
+
+    def pytest(self) -> tuple[list, dict]:
+        seconds = rehearsal.TEST_SECONDS if self.args.rehearse else max(20, int(self.silence(90)))
+        env = self.env | {"GPUCHECK_TEST_SECONDS": str(seconds)}
+        command = [sys.executable, "-m", "pytest", "-p", "gpucheck.pytest_events", "-s", "-q"]
+        command += ["-p", "no:cacheprovider", "-p", "no:warnings"]
+        if importlib.util.find_spec("xdist"):
+            command += ["-n", "2" if self.args.rehearse else "8"]
+        if self.args.rehearse:
+            return [*command, ROOT / "bench/gpucheck/planted_tests.py"], env
+        if self.failed is not None:
+            names = sorted(name for stage, name in self.failed if stage == "tests")
+            if not names:
+                raise NotRun("no test failed the last time")
+            return [*command, *names], env
+        # Only files with GPU tests: others may need packages that this Python lacks.
+        files = [p for p in ROOT.glob("tests/test_*.py") if re.search(r"\bgpu\b", p.read_text())]
+        first = ("test_trainer_gpu", "test_nccl", "test_step", "test_project", "test_reconstruct")
+        files.sort(key=lambda p: (first.index(p.stem) if p.stem in first else len(first), p.stem))
+        return [*command, "-m", "gpu", *files], env
+
+    def sanitizer(self, tool: str) -> str:
+        program = shutil.which("compute-sanitizer", path=self.env["PATH"])
+        if program is None:
+            raise NotRun("compute-sanitizer: not found on PATH or in " + str(build.CUDA / "bin"))
+        command = [program, "--tool", tool, "--target-processes", "application-only"]
+        # 32 barriers a block, more than it counts by itself.
+        command += ["--num-cuda-barriers", "64"] if tool == "racecheck" else ["--report-api-errors", "no"]
+        summary: list[str] = []
+
+        def look(line: str) -> str | None:
+            if "SUMMARY" in line or "not supported" in line:
+                summary.append(line.strip("= "))
+            bad = line.startswith("=========") and re.search(r"Invalid|hazard|Race|Error:|leaked", line)
+            return f"{tool}: {line.strip('= ')[:200]}" if bad and "SUMMARY" not in line else None
+
+        self.supervisor.run(
+            tool,
+            "smoke",
+            self.wanted(tool, plan.sanitized(tool)),
+            self.deadline(tool),
+            self.silence(90),
+            command,
+            look,
+            # Without PyTorch's cache each tensor is an allocation of its own: past its end is found.
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )
+        return "; ".join([page.tally(self.events.of(tool)), *summary[-1:]])
+
+    def variants(self) -> str:
+        cases = plan.variants()
+        self.supervisor.run("variants", "variants", cases, self.deadline("variants"), self.silence(60))
+        return page.tally(self.events.of("variants"))
+
+    def run(self) -> int:
+        self.stage("probe", self.probe)
+        if not self.found:
+            return 2
+        chosen = self.args.stages
+        builder = threading.Thread(target=lambda: self.stage("build", self.build))
+        if self.args.rehearse:
+            self.built.set()
+        else:
+            builder.start()
+        if "smoke" in chosen:
+            self.stage("smoke", self.smoke)
+        if not self.args.rehearse:
+            builder.join()
+        for name in ("variants", "speed", "counters"):  # the GPU to themselves
+            if name in chosen:
+                self.stage(name, getattr(self, name))
+        beside = [threading.Thread(target=self.stage, args=("tests", self.tests_or_full_disk))]
+        beside += [threading.Thread(target=self.stage, args=(t, lambda t=t: self.sanitizer(t))) for t in ("memcheck", "racecheck")]
+        names = ("tests", "memcheck", "racecheck")
+        beside = [thread for name, thread in zip(names, beside, strict=True) if name in chosen]
+        for thread in beside:
+            thread.start()
+        for thread in beside:
+            thread.join()
+        return self.finish()
+
+    def tests_or_full_disk(self) -> str:
+        if not (self.args.rehearse and rehearsal.FULL_DISK == "tests"):
+            return self.tests()
+        path, self.events.path = self.events.path, Path("/dev/full")
+        try:
+            return self.tests()
+        finally:
+            self.events.path = path
+
+    def finish(self) -> int:
+        if self.events.trouble or self.log.trouble:
+            trouble = self.events.trouble or self.log.trouble
+            self.events.add(stage="check", event="disk", result="error", note=trouble)
+        seconds = round(time.monotonic() - self.begin)
+        self.events.add(stage="check", event="end", seconds=seconds, budget=self.args.budget)
+        text = page.page(self.events.rows, self.found)
+        try:
+            (self.args.out / "page.md").write_text(text)
+            page.picture(self.args.out / "page.png", self.events.rows, self.found)
+        except Exception as error:  # the page is printed all the same
+            print(f"page: {type(error).__name__}: {error}", flush=True)
+        print("\n" + text)
+        if self.args.rehearse:
+            missed = rehearsal.misses(self.events.rows)
+            print("\n".join(missed) or f"rehearsal: every planted fault is reported, in {seconds} s")
+            return int(bool(missed))
+        return int(bool(page.wrong(self.events.rows)))
+
+
+def failed_cases(path: Path) -> set[tuple[str, str]]:
+    """(stage, case) of an earlier run that were not right: wrong, faulty, or not run."""
+    good = ("right", "measured", "skipped")
+    rows = [r for r in read(path) if "case" in r]
+    return {(r["stage"], r["case"]) for r in rows if r["result"] not in good}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--direct-build", type=Path, metavar="FOLDER", help="only build the native module there, without CMake")
-    parser.add_argument("--architecture", default="", help="with --direct-build: such as 90; without it no CUDA")
-    parser.add_argument("--include", type=Path, help="with --direct-build: folder that holds pybind11/")
-    parser.add_argument("--sanitized-run", action="store_true", help="only call every op once")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="with --sanitized-run: start no call later than this")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="results go here")
+    parser.add_argument("--budget", type=float, default=430.0, metavar="SECONDS", help="all in all (430)")
+    parser.add_argument("--objects", type=Path, metavar="FOLDER", help="made by `make gpu-objects`")
+    parser.add_argument("--only-failed", type=Path, metavar="EVENTS", help="events.jsonl of an earlier run")
+    parser.add_argument("--variants", action="store_true", help="launch configurations side by side")
+    parser.add_argument("--ncu", action="store_true", help="hardware counters of four kernels")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, with planted faults")
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", choices=tuple(ENDS)[1:])
     args = parser.parse_args()
-    if args.direct_build:
-        try:
-            direct_build(args.direct_build, args.architecture, args.include)
-        except Failed as reason:
-            print(reason)
-            return 1
-        return 0
-    if args.sanitized_run:
-        sanitized_run(args.seconds)
-        return 0
-    found = probe()
-    shutil.rmtree(LOGS, ignore_errors=True)
-    print(f"{found['name']}, torch {found['torch']}, {sys.executable}; logs in {LOGS.relative_to(ROOT)}/")
-    results = list(outcomes(found))
-    print(f"\n{'step':9}  {'result':8}  {'seconds':>7}")
-    for name, result, seconds, said in results:
-        print(f"{name:9}  {result:8}  {seconds:7.0f}  {said}")
-    return int(any(result == "FAILED" for _, result, _, _ in results))
+    only = ["variants"] * args.variants + ["counters"] * args.ncu
+    every = ["smoke", "speed", "counters", "tests", "memcheck", "racecheck"]
+    args.stages = args.stages or only or every
+    if args.rehearse:
+        args.stages = [s for s in args.stages if s not in ("memcheck", "racecheck")]
+    return Check(args).run()
 
 
 if __name__ == "__main__":

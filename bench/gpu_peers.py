@@ -1,4 +1,4 @@
-"""Other ways to project and reconstruct on a GPU, for bench/roofline.py: what PyTorch and public 4-bit kernels do with the same n and D.
+"""Other ways to project and reconstruct on a GPU, for bench/gpucheck/speed.py: what PyTorch and public 4-bit kernels do with the same n and D.
 
 make(op, n, D, device) -> (run, bytes of codes and scales): run(g) of project, run(x, center, out) of reconstruct; g, center and the result are
 float32, converted inside. A peer raises what keeps it from running; the table shows that.

@@ -97,6 +97,17 @@ def gpu(request, monkeypatch):
     return Gpu(request.param, "cuda" if ON_GPU else "cpu")
 
 
+@pytest.fixture
+def capture(monkeypatch):
+    """capture(): every call from then on is as under the capture of a CUDA graph, for a device of this type."""
+
+    def begin(device_type="cuda" if ON_GPU else "cpu"):
+        for module in (tk.native, tk.cuda):
+            monkeypatch.setattr(module, "capturing", lambda device: device.type == device_type)
+
+    return begin
+
+
 def run_python(code, **environment):
     """Runs code in a fresh interpreter, returns its standard output; the test fails if it does."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=300)

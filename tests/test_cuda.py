@@ -1,25 +1,14 @@
 """CUDA C++ kernels beyond the tests that every GPU backend shares: the kernels run on the GPU, or compiled for the CPU (tests/emulator)."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import weakref
-from pathlib import Path
-
-import emulator
 import pytest
 import torch
-from conftest import BITS, ON_GPU, rows_of, run_python, tensors
+from conftest import BITS, ON_GPU, rows_of, tensors
 
 import twa_kernels as tk
 from twa_kernels import cuda, dispatch, native
 
-ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [pytest.mark.skipif(cuda.why_unusable() is not None, reason=str(cuda.why_unusable()))] + [pytest.mark.gpu] * ON_GPU
-sys.path.insert(0, str(ROOT / "bench"))  # static_cost_cuda imports machine_code
 
 
 def put(value):
@@ -110,46 +99,6 @@ def test_codes_that_no_copy_can_start_from():
 # The fused step ----------------------------------------------------------------------------------------------------
 
 
-def work_of(numels, segments, bits=4):
-    tile_segment = torch.cat([torch.full((-(-numel // 128),), l, dtype=torch.int32) for numel, l in zip(numels, segments, strict=True)])
-    return cuda.work_items(tile_segment.to(DEVICE), numels, max(segments) + 1, bits), tile_segment
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_work_items_cover_every_tile_once(bits):
-    numels, segments = [128 * 200 + 1, 5, 128 * 64, 0, 700], [1, 0, 1, 2, 2]
-    work, tile_segment = work_of(numels, segments, bits)
-    tensor, tile, tiles, segment, group, group_begin, segment_groups, numel, tile_begin = (a.cpu() for a in work.arrays)
-    most = {8: 16, 4: 16, 3: 32, 2: 32, 1: 64}[bits]
-    assert tiles.min() >= 1 and tiles.max() == most and numel.tolist() == numels and (segment.diff() >= 0).all()
-    covered = torch.cat([torch.arange(first, first + count) for first, count in zip(tile, tiles, strict=True)])
-    assert sorted(covered.tolist()) == list(range(len(tile_segment)))
-    for k in range(work.items):
-        assert (tile_segment[tile[k] : tile[k] + tiles[k]] == segment[k]).all()
-        assert tile_begin[tensor[k]] <= tile[k] < tile_begin[tensor[k]] + -(-numels[tensor[k]] // 128)
-        assert group_begin[group[k]] <= k < group_begin[group[k] + 1] and segment_groups[segment[k]] <= group[k] < segment_groups[segment[k] + 1]
-    assert group_begin.diff().max() <= 64 and len(segment_groups) == 4
-
-
-@pytest.mark.parametrize("window", [1, 3, 7, 1000])
-def test_order_of_a_steps_tasks(window):
-    work, _ = work_of([128 * 100, 50, 128 * 40, 900], [0, 1, 2, 1])
-    tasks = torch.frombuffer(bytearray(work.host.tasks(window)), dtype=torch.int32).tolist()
-    segment = work.arrays[3].tolist()
-    assert sorted(tasks) == sorted([*range(work.items), *(-1 - k for k in range(work.items))])
-    for l in set(segment):
-        items = [k for k, s in enumerate(segment) if s == l]
-        last, first = max(tasks.index(k) for k in items), min(tasks.index(-1 - k) for k in items)
-        assert last < first  # what a reconstruction waits for was handed out before it
-        assert first - last > window or all(t < 0 for t in tasks[first:])  # few blocks wait for it, as long as there is other work
-        assert [tasks.index(-1 - k) for k in reversed(items)] == sorted(tasks.index(-1 - k) for k in items)  # backwards
-
-
-def test_no_tasks_where_a_segment_is_empty():
-    work, _ = work_of([300, 0, 200], [0, 1, 2])
-    assert work.host.tasks(3) == b""
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(("bits", "n"), [(4, 5), (1, 33), (8, 100), (2, 140)])
 def test_fused_step_has_the_bits_of_the_separate_calls(bits, n, seed, monkeypatch):
@@ -208,32 +157,6 @@ def test_tables_of_many_tensors():
     assert table == [[t.data_ptr() if t.numel() else 0, native.DTYPES[t.dtype]] for t in many]
 
 
-def test_a_device_without_machine_code(monkeypatch):
-    devices = [(7, 5)]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda k: devices[k])
-    cuda._no_code_for_device.cache_clear()
-
-    class Built:
-        with_cuda, cuda_architectures = True, "80 90"
-        cuda_device_count = staticmethod(lambda: 1)
-
-    monkeypatch.setattr(cuda, "module", Built)
-    expected = "compiled for sm_80, sm_90, the device is sm_75: build with TWA_CUDA_ARCHITECTURES=75"
-    assert cuda.why_unusable() == expected
-    for capability, built, usable in [((8, 6), "80 90", True), ((12, 0), "80 90", True), ((12, 0), "80-real 90-real", False), ((8, 0), "90", False)]:
-        devices[:] = [capability]
-        Built.cuda_architectures = built
-        cuda._no_code_for_device.cache_clear()
-        assert (cuda.why_unusable() is None) == usable
-    for devices[:], usable in [([(7, 5), (9, 0)], True), ([(7, 5), (6, 1)], False)]:  # whichever is the current one
-        cuda._no_code_for_device.cache_clear()
-        assert (cuda.why_unusable() is None) == usable
-    assert "the devices are sm_61, sm_75" in cuda.why_unusable()
-    cuda._no_code_for_device.cache_clear()
-
-
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU: streams and CUDA graphs")
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
 @pytest.mark.parametrize("own_stream", [True, False])
@@ -281,75 +204,6 @@ def test_what_a_graph_would_repeat_is_refused():
         tk.step(basis, grads, x, out, rule="adamw", options={"lr": 0.1}, state=state, backend="cuda")
 
 
-# What a graph's capture asks of the host side; runs without a GPU. --------------------------------------------------
-
-
-@pytest.fixture
-def capture(monkeypatch):
-    """Every call from here on is as under the capture of a CUDA graph."""
-
-    def begin(device_type=DEVICE):
-        monkeypatch.setattr(native, "capturing", lambda device: device.type == device_type)
-        monkeypatch.setattr(cuda, "capturing", lambda device: device.type == device_type)
-
-    return begin
-
-
-@pytest.fixture
-def tables_at_launch(monkeypatch):
-    """[(op, how many different tables were alive when it was launched)], of the emulated module."""
-    made, seen, module = {}, [], cuda.module  # address -> the latest table there
-
-    class Watched:
-        def __getattr__(self, name):
-            call = getattr(module, name)
-            if name not in ("project_cuda", "reconstruct_cuda", "step_cuda", "orthonormalize_pass_cuda"):
-                return call
-
-            def launch(*arguments):
-                passed = {a for a in arguments if isinstance(a, int) and a in made}
-                assert all(made[at]() is not None for at in passed), f"{name}: a table that nobody holds is passed"
-                seen.append((name, len(passed)))
-                return call(*arguments)
-
-            return launch
-
-    write = cuda._write_table
-
-    def write_and_watch(entries, device):
-        table = write(entries, device)
-        made[table.data_ptr()] = weakref.ref(table)
-        return table
-
-    monkeypatch.setattr(cuda, "_write_table", write_and_watch)
-    monkeypatch.setattr(cuda, "module", Watched())
-    return seen
-
-
-@pytest.mark.skipif(ON_GPU, reason="the emulated module: a GPU is tested by a graph's replay")
-def test_tables_of_a_captured_launch_are_alive_and_distinct(capture, tables_at_launch):
-    """A graph gets tables of its own. Memory of one that is dropped before the launch goes to the next: they would be one table."""
-    basis, grads, center = tk.pack(rows_of(5, SHAPES), 4, segments=SEGMENTS), tensors(SHAPES, 7), tensors(SHAPES, 9)
-    x, rows = torch.randn(5, 3), [torch.randn(5, 300)]
-    options = {"lr": 0.1, "capturable": True}
-
-    def run():
-        own, state, out = x.clone(), {}, [torch.empty(s) for s in SHAPES]
-        c = tk.project(basis, grads, "cuda")
-        weights = tk.reconstruct(basis, own, center, backend="cuda")
-        tk.step(basis, grads, own, out, center, rule="adamw", options=options, state=state, backend="cuda")
-        q = tk.orthonormalize(rows, backend="cuda", center=[torch.ones(300)]).Q
-        return [c, own, *weights, *out, *q]
-
-    expected = run()
-    tables_at_launch.clear()
-    capture("cpu")
-    for ours, other in zip(run(), expected, strict=True):
-        assert torch.equal(ours, other)
-    assert tables_at_launch[:3] == [("project_cuda", 1), ("reconstruct_cuda", 2), ("step_cuda", 3)]
-    assert {tables for name, tables in tables_at_launch if name == "orthonormalize_pass_cuda"} <= {2, 3}
-
-
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_a_captured_step_that_a_graph_would_repeat_wrongly_is_refused(backend, capture, monkeypatch):
     if dispatch.why_unusable(backend):
@@ -382,176 +236,3 @@ def test_a_first_call_under_capture_says_what_to_do(backend, capture):
     capture()
     with pytest.raises(RuntimeError, match="make the same call once before the capture"):
         tk.project(basis, grads, backend)
-
-
-def test_capture_is_asked_of_the_devices_own_stream(monkeypatch):
-    """Not of the current device's: the basis may be on another one."""
-    current = [0]
-
-    class OnDevice:
-        def __init__(self, device):
-            self.index = torch.device(device).index
-
-        def __enter__(self):
-            self.before, current[0] = current[0], self.index
-
-        def __exit__(self, *_):
-            current[0] = self.before
-
-    monkeypatch.setattr(torch.cuda, "device", OnDevice)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
-    assert native.capturing(torch.device("cuda", 1)) and not native.capturing(torch.device("cuda", 0))
-    assert not native.capturing(torch.device("cpu"))
-
-
-@pytest.mark.skipif(ON_GPU, reason="the emulator can claim that nothing fits")
-def test_a_kernel_that_fits_on_no_multiprocessor_is_an_error(monkeypatch):
-    """Not a launch of no blocks that succeeds and writes nothing."""
-    basis, grads = tk.pack(rows_of(7, SHAPES), 4, segments=SEGMENTS), tensors(SHAPES, 7)
-    out = [torch.full(s, 7.0) for s in SHAPES]
-    monkeypatch.setenv("TWA_EMULATOR_RESIDENT", "0")
-    cuda._window.cache_clear()
-    try:
-        with pytest.raises(RuntimeError, match="step: CUDA error cudaErrorLaunchOutOfResources"):
-            tk.step(basis, grads, torch.zeros(7, 3), out, rule="sgd", options={"lr": 0.1}, state={}, backend="cuda")
-    finally:
-        cuda._window.cache_clear()
-    assert all((o == 7).all() for o in out)
-    calls, (out, c, _), _ = launch_on(0, cuda.module, window=0)
-    with pytest.raises(RuntimeError, match="step: CUDA error cudaErrorInvalidValue"):
-        calls["step"]()
-    assert (out == 7).all() and (c == 7).all()
-
-
-def launch_on(device, module, window=4):
-    """project, reconstruct, step, pack and orthonormalize_pass on tensors whose outputs are filled with 7; the error and the outputs."""
-    n, tiles = 3, 2
-    codes, scales = torch.zeros(tiles, n, 64, dtype=torch.uint8), torch.full((tiles, n), 0x38, dtype=torch.uint8)
-    row_scale, segment, c, x = torch.ones(n, 1), torch.zeros(tiles, dtype=torch.int32), torch.full((n, 1), 7.0), torch.zeros(n, 1)
-    out, g = torch.full((256,), 7.0), torch.ones(256)
-    basis = module.Basis(codes.data_ptr(), scales.data_ptr(), row_scale.data_ptr(), segment.data_ptr(), n, tiles, 1, 4)
-    tables = [torch.tensor([t.data_ptr(), 0]) for t in (g, out)]
-    grad, weights, sgd = tables[0].data_ptr(), tables[1].data_ptr(), [0.0, 0.1, 0.0, 0.0, 0.0, 0.0]
-    arrays = [torch.zeros(2, dtype=torch.int64) for _ in range(9)]
-    work = module.Work([a.data_ptr() for a in arrays], 1, 1)
-    space = [torch.zeros(64, dtype=torch.float64) for _ in range(7)]
-    at = [s.data_ptr() for s in space]
-    calls = {
-        "project": lambda: module.project_cuda(basis, grad, work, at[0], at[1], c.data_ptr(), device, 0),
-        "reconstruct": lambda: module.reconstruct_cuda(basis, x.data_ptr(), 0, weights, work, at[0], device, 0),
-        "step": lambda: module.step_cuda(basis, grad, False, sgd, 1, x.data_ptr(), 0, 0, 0, weights, work, at, window, c.data_ptr(), device, 0),
-        "pack": lambda: module.pack_cuda(at[0], 0, at[1], at[2], at[3], 1, tiles, n, 4, False, codes.data_ptr(), at[4], at[4], at[4], device, 0),
-        "orthonormalize_pass": lambda: module.orthonormalize_pass_cuda(
-            grad, 0, weights, at[1], at[2], 1, 8, 1, at[3], at[4], 1, at[5], 0, at[0], at[6], c.data_ptr(), c.data_ptr(), device, 0
-        ),
-    }
-    return calls, (out, c, codes), (tables, arrays, space, g)  # the last are pointed to
-
-
-@pytest.mark.parametrize("op", ["project", "reconstruct", "step", "pack", "orthonormalize_pass"])
-def test_launch_without_a_device_or_on_a_wrong_one(op):
-    module, device = (native._C, 0) if not ON_GPU and native._C.with_cuda else (cuda.module, 99)
-    calls, (out, c, codes), _ = launch_on(device, module)
-    name = "cudaErrorInvalidDevice" if device == 99 or not native._C.with_cuda else "cudaError(NoDevice|InsufficientDriver)"
-    with pytest.raises(RuntimeError, match=rf"{op}: CUDA error {name} on device {device} \(.+\); nothing was computed"):
-        calls[op]()
-    assert (out == 7).all() and (c == 7).all() and (codes == 0).all()
-
-
-@pytest.mark.parametrize("op", ["project", "reconstruct", "step", "pack", "orthonormalize_pass"])
-def test_wrong_device_number(op):
-    calls, (out, c, codes), _ = launch_on(99, cuda.module)
-    with pytest.raises(RuntimeError, match=f"{op}: CUDA error cudaErrorInvalidDevice on device 99"):
-        calls[op]()
-    assert (out == 7).all() and (c == 7).all() and (codes == 0).all()
-
-
-# Without running: index maps, machine code, the C++ API ------------------------------------------------------------
-
-
-def program(target, path):
-    folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-    if not folder.exists():
-        pytest.skip("the native module was not built by CMake in this tree")
-    emulator.build(target, folder)
-    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    done = subprocess.run([folder / path], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def test_index_maps_and_decoders():
-    assert int(program("test_lanes", "emulator/test_lanes").split()[0]) > 400_000
-
-
-def test_cpp_example():
-    shown = program("twa_example", "twa_example")
-    errors = [float(line.split()[-1]) for line in shown.splitlines() if "differs" in line]
-    assert len(errors) >= 2 and max(errors) < 0.02, shown  # 8 bits
-
-
-@pytest.fixture(scope="module")
-def cost(tmp_path_factory):
-    if not native._C.with_cuda:
-        pytest.skip("the native module was built without CUDA (no nvcc)")
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("no disassembler: it comes with triton")
-    folder = tmp_path_factory.mktemp("cost")
-    command = [sys.executable, str(ROOT / "bench/static_cost_cuda.py"), "--output", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert (folder / "cuda_static_cost.png").stat().st_size > 10_000, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "| project | 4 |" in (folder / "cuda_static_cost.md").read_text()
-    return json.loads((folder / "cuda_static_cost.json").read_text())
-
-
-def test_static_cost_of_the_shipped_kernels(cost):
-    import static_cost_cuda
-
-    assert [problem for row in cost for problem in static_cost_cuda.problems(row)] == []
-    built = {(r["arch"], r["op"], r["bits"]) for r in cost}
-    for arch in native._C.cuda_architectures.replace("-real", "").split():
-        for op in ("pack", "project", "reconstruct", "step"):
-            assert {bits for a, o, bits in built if (a, o) == (f"sm_{arch}", op)} == set(BITS)
-    for row in cost:
-        if "path" in row:  # the matrix units contract every column of every row, and nothing more
-            padded = row["rows"] + 16 * (row["op"] == "reconstruct" and row["bits"] == 8 and row["rows"] % 32 == 16)
-            assert row["products"] == padded * 128 * (2 if row["bits"] == 4 else 1)  # 4 bits: lower and upper levels
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"stack": 8}, "8 bytes of stack"),
-        ({"barriers": 1}, "1 barriers of the block in the main loop"),
-        ({"copies": 0}, "no asynchronous copies"),
-        ({"share": 1.2}, "120 % of the instructions"),
-        ({"alu": 1.2}, "120 % of the integer and logic pipe"),
-        ({"per_weight": 3.9}, "3.90 instructions per weight, budget 3.7"),
-    ],
-)
-def test_a_problem_is_reported(change, message):
-    import static_cost_cuda
-
-    row = {
-        "op": "project",
-        "bits": 4,
-        "rows": 64,
-        "many": False,
-        "arch": "sm_90",
-        "stack": 0,
-        "path": 600,
-        "barriers": 0,
-        "copies": 3,
-        "share": 0.6,
-        "alu": 0.6,
-    }
-    row["per_weight"] = 2.4
-    assert static_cost_cuda.problems(row) == []
-    (found,) = static_cost_cuda.problems(row | change)
-    assert message in found
-
-
-def test_the_native_module_names_its_architectures():
-    """`python -m twa_kernels` says what was built."""
-    shown = run_python("import runpy, sys; sys.argv = ['twa_kernels']; runpy.run_module('twa_kernels', run_name='__main__')")
-    assert not native._C.with_cuda or "sm_" in shown

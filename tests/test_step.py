@@ -251,30 +251,3 @@ def test_gpu_equals_the_separate_calls(rule, options, basis_of, gpu):
 
 
 STEP_SHAPES = [(200,), (129,), (3, 7)]
-
-
-def test_gpu_kernels_in_the_trainer(gpu, monkeypatch, tmp_path):
-    """Packing, projection, update and reconstruction of a whole training loop, against the CPU kernels."""
-    gpu.needs("step")
-    torch.manual_seed(0)
-    models = [nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 1)) for _ in range(4)]
-    for k, model in enumerate(models):
-        save_file(dict(model.state_dict()), tmp_path / f"c{k}.safetensors")
-    batches = [(torch.randn(16, 6), torch.randn(16, 1)) for _ in range(3)]
-    trained = []
-    for backend, device in (("cpp", "cpu"), (gpu.backend, gpu.device)):
-        # Candidates are packed on the CPU, by C++: what is asked for on a GPU leaves that alone.
-        monkeypatch.setenv("TWA_KERNELS_BACKEND", f"cuda:{backend}" if device == "cuda" else "cpu:cpp")
-        model = copy.deepcopy(models[0]).to(device)
-        subspace = twa.Subspace.from_candidates(model, twa.Candidates(tmp_path / "c*.safetensors"), bits=4)
-        optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.05)
-        if device == "cpu":
-            monkeypatch.setenv("TWA_KERNELS_BACKEND", f"cpu:{backend}")
-        assert subspace.can_fuse()
-        for batch, target in batches:
-            (model(batch.to(device)) - target.to(device)).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        trained.append([p.detach().cpu() for p in model.parameters()])
-    for a, b in zip(*trained, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

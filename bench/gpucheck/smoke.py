@@ -1,0 +1,87 @@
+"""Worker: every op on a small basis against the CPU. `python -m gpucheck.smoke`, cases on stdin.
+
+Outputs are NaN before the call. Packed bytes must be equal, numbers within LIMITS, and a second
+call must give the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+import twa_kernels as tk
+from twa_kernels import dispatch
+
+from . import rehearsal
+from .cases import DEVICE, DTYPES, Operands, backend_of, call, error_of, make, poison, wait, walk
+from .children import serve
+
+#: dtype of gradients, centers and weights -> largest relative error: float32 sums of exact
+#: products; a rounding to 16 bits may fall on the other side
+LIMITS = {"fp32": 1e-5, "bf16": 4e-3, "fp16": 5e-4}
+TILES = {1: 400, 5: 400, 16: 200}  # by n; else 90
+
+
+@functools.lru_cache(maxsize=4)
+def operands(n: int, bits: int, dtype: str, dense: bool) -> Operands:
+    torch.manual_seed(1000 * n + bits)
+    return make(n, TILES.get(n, 90), bits, "cpu", dense=dense, dtype=DTYPES[dtype])
+
+
+@functools.lru_cache(maxsize=4)
+def expected(op: str, n: int, bits: int, dtype: str) -> list[torch.Tensor]:
+    """C++ has the bits of the reference and is quick; the reference where it is not built (yet)."""
+    truth = "cpp" if dispatch.why_unusable("cpp") is None else "reference"
+    return call(op, operands(n, bits, dtype, op == "pack").copy("cpu"), truth)
+
+
+def packed_op(case: dict) -> dict:
+    op, n, bits, dtype = case["op"], case["n"], case["bits"], case["dtype"]
+    of = operands(n, bits, dtype, op == "pack")
+    unaligned = case.get("memory") == "unaligned"
+    results = []
+    for _ in range(2):
+        mine = of.copy(DEVICE, unaligned)
+        poison(mine)
+        results.append([t.clone() for t in call(op, mine, backend_of(case))])
+        wait()
+    found = rehearsal.spoiled(results[0])
+    error = error_of(op, found, expected(op, n, bits, dtype))
+    if not error <= LIMITS[dtype]:
+        what = (
+            "packed bytes differ"
+            if op == "pack" and math.isinf(error)
+            else f"relative error {error:.1e}"
+        )
+        return {"result": "wrong", "note": what}
+    if not all(torch.equal(a, b) for a, b in zip(*results, strict=True)):
+        return {"result": "wrong", "note": "a second call gave other bits"}
+    return {"error": error}
+
+
+def orthonormalize(case: dict) -> dict:
+    """Q Q^T = I and W = R Q, in float64."""
+    n, dtype, accuracy = case["n"], DTYPES[case["dtype"]], case["accuracy"]
+    torch.manual_seed(n)
+    W = walk(n, 5003, "cpu", dtype)
+    backend = backend_of(case)
+    o = tk.orthonormalize(W.to(DEVICE), accuracy=accuracy, backend=backend)
+    wait()
+    (found,) = rehearsal.spoiled([o.Q.cpu().double()])
+    loss = float((found @ found.T - torch.eye(len(found))).norm(2))
+    exact = W.double()
+    error = float((o.R.cpu() @ found - exact).norm() / exact.norm())
+    if not (loss < 1e-5 and error < 1e-5):
+        return {"result": "wrong", "note": f"loss of orthogonality {loss:.1e}, error {error:.1e}"}
+    return {"error": max(loss, error)}
+
+
+def run(case: dict) -> dict:
+    rehearsal.plant("smoke", case)
+    return orthonormalize(case) if case["op"] == "orthonormalize" else packed_op(case)
+
+
+if __name__ == "__main__":
+    serve(run, wait)

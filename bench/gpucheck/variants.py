@@ -1,0 +1,102 @@
+"""Worker: launch configurations of one op side by side. `python -m gpucheck.variants`.
+
+    VARIANTS[backend](op, bits)  yields (name, context): calls inside the context use the variant
+
+Rounds go through all variants in turn, so that a clock that drifts meets all of them alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+from . import rehearsal
+from .cases import DEVICE, DTYPES, backend_of, call, make, wait
+from .children import one_line, serve
+from .speed import tiles_of, timer
+
+import twa_kernels.cuda  # isort: skip
+from twa_kernels import tune  # isort: skip
+
+ROUNDS, MOST = 5, 12
+Variants = Iterator[tuple[str, AbstractContextManager]]
+
+
+@contextlib.contextmanager
+def triton_configuration(op: str, bits: int, change: dict) -> Iterator[None]:
+    from twa_kernels._triton import config
+
+    key = (op, bits, config.architecture(DEVICE))
+    before = config.OVERRIDES.get(key)
+    config.OVERRIDES[key] = (before or {}) | change
+    try:
+        yield
+    finally:
+        config.OVERRIDES.pop(key)
+        if before is not None:
+            config.OVERRIDES[key] = before
+
+
+def triton(op: str, bits: int) -> Variants:
+    from twa_kernels._triton import config
+
+    shipped = config.configuration(op, bits, config.architecture(DEVICE))
+    yield "shipped", contextlib.nullcontext()
+    # One number at a time: what matters shows, and a dozen fit the time.
+    seen = 0
+    for candidate in tune.candidates(op, bits) if op in tune.CANDIDATES else ():
+        change = {k: v for k, v in candidate.items() if shipped.get(k) != v}
+        if 1 <= len(change) <= (2 if op == "reconstruct" else 1) and seen < MOST:
+            seen += 1
+            name = " ".join(f"{k} {v}" for k, v in change.items())
+            yield name, triton_configuration(op, bits, change)
+
+
+@contextlib.contextmanager
+def separate_launches() -> Iterator[None]:
+    """A step as project, update and reconstruct, instead of one kernel."""
+    cuda, build = twa_kernels.cuda, twa_kernels.cuda.step_tasks
+    cuda.step_tasks = lambda work, window, device: None
+    try:
+        yield
+    finally:
+        cuda.step_tasks = build
+
+
+def cuda(op: str, bits: int) -> Variants:
+    yield "shipped", contextlib.nullcontext()
+    if op == "step":
+        yield "separate launches", separate_launches()
+
+
+VARIANTS: dict[str, Callable[[str, int], Variants]] = {"cuda": cuda, "triton": triton}
+
+
+def run(case: dict) -> dict:
+    rehearsal.plant("variants", case)
+    op, bits, n, backend = case["op"], case["bits"], case["n"], case["backend"]
+    tiles, sets = tiles_of(op, n, bits, 4)
+    of = make(n, tiles, bits, DEVICE, max(1, sets), op == "pack", DTYPES["fp32"])
+    names = [name for name, _ in VARIANTS[backend](op, bits)]
+    times, refused = {}, {}
+    for _, name in itertools.product(range(ROUNDS), names):
+        if name in refused:
+            continue
+        try:
+            with dict(VARIANTS[backend](op, bits))[name]:
+                found = timer()(lambda k: call(op, of, backend_of(case), k), budget=0.05)
+                wait()
+            times.setdefault(name, []).append(found["ms"])
+        except Exception as error:  # a configuration that the compiler refuses is a result too
+            refused[name] = one_line(error)
+    medians = {name: statistics.median(ms) for name, ms in times.items()}
+    best = min(medians, key=medians.get)
+    note = f"{best}: {medians[best] / medians['shipped']:.3f} of the shipped time"
+    return {"result": "measured", "note": note, "variants": medians, "refused": refused}
+
+
+if __name__ == "__main__":
+    serve(run, wait)
