@@ -138,7 +138,7 @@ def test_direct_build_knows_the_flags_of_cmake():
 def test_objects_are_used_for_the_sources_they_were_made_from(tmp_path, monkeypatch, capsys):
     made = {"architecture": "90", "digest": build.digest("90")}
     names = build.commands("90")
-    assert list(names)[0] == "cuda_step.cu.o" and "cpu_pack.cpp.o" in names
+    assert next(iter(names)) == "cuda_step.cu.o" and "cpu_pack.cpp.o" in names
     for name in [n for n in names if n != "cpu_pack.cpp.o"]:
         (tmp_path / name).touch()
     (tmp_path / "objects.json").write_text(json.dumps(made))
@@ -181,7 +181,6 @@ def test_gaps_are_shares_of_the_copy_below_what_is_expected():
     one_bit = measured("project", "cuda", 1.0, 1e9, bits=1)
     assert page.predicted(one_bit, h100, 4.3e12) < page.predicted(one_bit, h100, 3.0e12)
     text = page.page([*rows, {"stage": "check", "event": "end", "seconds": 3, "budget": 400.0}], h100)
-    assert "| project        | cuda" in " ".join(text.split("\n")) or "project" in text
     assert "gram triton 4 72 fp32: 30 % of a copy, expected 90 %" in text
 
 
