@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import importlib.util
 import os
 import re
@@ -28,13 +29,13 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from gpucheck import build, counters, machine, page, plan, rehearsal
-from gpucheck.children import ROOT, Child, Hung, Late, Log, Supervisor, kind, label
+from gpucheck import build, counters, machine, page, plan, rehearsal, sanitizer
+from gpucheck.children import ROOT, Child, Hung, Late, Log, Supervisor, label
 from gpucheck.events import Events, read
 
 #: stage -> share of the budget at whose end it is over; a stage that ends early lets the next begin
-ENDS = {"build": 0.45, "smoke": 0.40, "speed": 0.62, "counters": 0.70, "tests": 0.93}
-ENDS |= {"memcheck": 0.93, "racecheck": 0.93, "variants": 0.95}
+ENDS = {"build": 0.45, "smoke": 0.38, "speed": 0.62, "counters": 0.70, "tests": 0.94}
+ENDS |= {"memcheck": 0.94, "racecheck": 0.94, "variants": 0.95}
 
 
 class NotRun(Exception):
@@ -46,6 +47,7 @@ class Check:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.begin = args, time.monotonic()
+        self.failed = failed_cases(args.only_failed) if args.only_failed else None
         args.out.mkdir(parents=True, exist_ok=True)
         for name in ("events.jsonl", "log.txt", "page.md", "page.png"):
             (args.out / name).unlink(missing_ok=True)
@@ -53,16 +55,15 @@ class Check:
         self.env = machine.environment(args.rehearse)
         self.supervisor = Supervisor(self.events, self.log, self.env)
         self.found: dict = {}
-        self.built = threading.Event()
-        self.build_error = ""
-        self.failed = failed_cases(args.only_failed) if args.only_failed else None
+        self.built, self.writing = threading.Event(), threading.Lock()
 
     def deadline(self, stage: str) -> float:
-        return self.begin + self.args.budget * ENDS[stage]
+        alone = self.args.stages == [stage]
+        return self.begin + self.args.budget * (0.95 if alone else ENDS[stage])
 
     def silence(self, seconds: float) -> float:
-        """How long a worker may say nothing before it counts as hung."""
-        return rehearsal.SILENCE if self.args.rehearse else seconds * min(1.0, self.args.budget / 430)
+        """How long a worker may say nothing, with a compile in it, before it counts as hung."""
+        return rehearsal.SILENCE if self.args.rehearse else seconds
 
     def wanted(self, stage: str, cases: list[dict]) -> list[dict]:
         if self.failed is None:
@@ -84,6 +85,7 @@ class Check:
             result, note = "error", f"{type(error).__name__}: {error}"
         seconds = round(time.monotonic() - begin, 1)
         self.events.add(stage=name, event="stage", result=result, note=note, seconds=seconds)
+        self.write_page()
         print(f"{time.monotonic() - self.begin:6.0f} s  {name}: {result}: {note}", flush=True)
 
     # Stages ----------------------------------------------------------------------------------------
@@ -107,7 +109,7 @@ class Check:
             if child.process.returncode:
                 raise RuntimeError(child.how_it_ended)
         except Exception as error:
-            self.build_error = f"the native module was not built: {error}"
+            self.supervisor.absent["cuda"] = f"the native module was not built: {error}"
             raise
         finally:
             self.built.set()
@@ -121,15 +123,13 @@ class Check:
         compiling = threading.Semaphore(max(2, (os.cpu_count() or 2) - 1))
 
         def run(group: list[dict]) -> None:
+            mine = contextlib.nullcontext()
             if group[0]["backend"] == "triton":
-                with compiling:
-                    self.supervisor.run("smoke", "smoke", group, deadline, self.silence(45))
-                return
-            self.built.wait(max(0.0, deadline - time.monotonic()))
-            if self.build_error:
-                for case in group:
-                    self.supervisor.dropped[kind(case)] = self.build_error
-            self.supervisor.run("smoke", "smoke", group, deadline, self.silence(45))
+                mine = compiling
+            else:
+                self.built.wait(max(0.0, deadline - time.monotonic()))
+            with mine:
+                self.supervisor.run("smoke", "smoke", group, deadline, self.silence(120))
 
         with concurrent.futures.ThreadPoolExecutor(max(1, len(groups))) as pool:
             for job in [pool.submit(run, group) for group in groups]:
@@ -141,7 +141,7 @@ class Check:
         if cases and cases[0]["op"] != "copy":
             copies = [c for c in plan.speed(self.args.rehearse) if c["op"] == "copy"]
             cases = [copies[0], *cases]
-        self.supervisor.run("speed", "speed", cases, self.deadline("speed"), self.silence(25))
+        self.supervisor.run("speed", "speed", cases, self.deadline("speed"), self.silence(60))
         return page.tally(self.events.of("speed"))
 
     def counters(self) -> str:
@@ -152,24 +152,31 @@ class Check:
             chosen = plan.counted()
         else:
             chosen = [g["of"] for g in page.gaps(self.events.rows, self.found)[:3]]
-        for case in chosen:
-            self.count(ncu, case)
-        return page.tally(self.events.of("counters"))
+        for k, case in enumerate(chosen):
+            left = self.deadline("counters") - time.monotonic()
+            self.count(ncu, case, time.monotonic() + left / (len(chosen) - k))
+        return page.tally(self.events.of("counters")) or "no gap to look at"
 
-    def count(self, ncu: str, case: dict) -> None:
-        lines: list[str] = []
-        case = {k: case[k] for k in ("op", "backend", "bits", "n", "dtype", "accuracy") if k in case}
-        self.supervisor.run(
-            "counters",
-            "speed",
-            [case],
-            min(self.deadline("counters"), time.monotonic() + 0.08 * self.args.budget),
-            self.silence(30),
-            counters.command(ncu),
-            lambda line: lines.append(line),
-            {"GPUCHECK_ONCE": "1"},
-        )
-        values = counters.table(lines)
+    def count(self, ncu: str, case: dict, deadline: float) -> None:
+        names = ("op", "backend", "bits", "n", "dtype", "accuracy")
+        case = {k: case[k] for k in names if k in case}
+        values, lines = {}, []
+        for sections in (False, True):
+            lines.clear()
+            of = case | ({"metrics": "ncu's own"} if sections else {})
+            self.supervisor.run(
+                "counters",
+                "speed",
+                [of],
+                deadline,
+                self.silence(120),
+                counters.command(ncu, sections),
+                lines.append,
+                {"GPUCHECK_ONCE": "1"},
+            )
+            values = counters.table(lines)
+            if values or time.monotonic() > deadline - 1:
+                break
         note = counters.brief(values) if values else "; ".join(lines[-2:]) or "ncu said nothing"
         self.events.add(stage="counters", event="counters", of=label(case), counters=values, note=note)
 
@@ -178,26 +185,45 @@ class Check:
             raise NotRun("pytest is not installed for this Python")
         command, env = self.pytest()
         child = Child("tests", command, self.log, env)
+        todo: list[str] = []
+        running: set[str] = set()
         said: dict[str, str] = {}
         note = ""
         try:
             for word in child.output(self.deadline("tests"), self.args.budget):
-                if isinstance(word, dict) and word.get("event") == "test" and word["case"] not in said:
+                event = word.get("event") if isinstance(word, dict) else ""
+                if event == "todo":
+                    todo = word["cases"]
+                elif event == "running":
+                    running.add(word["case"])
+                elif event == "test" and said.get(word["case"]) in (None, "right"):
+                    # A teardown may fail after the call was right.
                     said[word["case"]] = word["result"]
-                    self.events.add(stage="tests", **{k: v for k, v in word.items() if k != "event"})
+                    self.say_test(**{k: v for k, v in word.items() if k != "event"})
         except (Late, Hung) as reason:
             note = f"; {reason}"
-        if not said:
+        if not said and not todo:
             raise RuntimeError(f"no test ran: {child.how_it_ended}")
+        for case in todo:
+            if case not in said:
+                late = case in running
+                why = "the stage ended while it ran" if late else "not reached"
+                self.say_test(case=case, result="late" if late else "not run", note=why)
         return page.tally(self.events.of("tests")) + note
 
+    def say_test(self, case: str, result: str, note: str, **more) -> None:
+        row = self.events.add(stage="tests", case=case, result=result, note=note, **more)
+        if result not in page.GOOD and result not in page.ABSENT:
+            print(f"{row['at']:6.0f} s  tests: {case}: {result}: {note[:160]}", flush=True)
+
     def pytest(self) -> tuple[list, dict]:
-        seconds = rehearsal.TEST_SECONDS if self.args.rehearse else max(20, int(self.silence(90)))
+        seconds = rehearsal.TEST_SECONDS if self.args.rehearse else 45
         env = self.env | {"GPUCHECK_TEST_SECONDS": str(seconds)}
         command = [sys.executable, "-m", "pytest", "-p", "gpucheck.pytest_events", "-s", "-q"]
         command += ["-p", "no:cacheprovider", "-p", "no:warnings"]
+        command += ["--continue-on-collection-errors"]
         if importlib.util.find_spec("xdist"):
-            command += ["-n", "2" if self.args.rehearse else "8"]
+            command += ["-n", "2" if self.args.rehearse else "8", "--max-worker-restart", "200"]
         if self.args.rehearse:
             return [*command, ROOT / "bench/gpucheck/planted_tests.py"], env
         if self.failed is not None:
@@ -216,32 +242,34 @@ class Check:
         if program is None:
             raise NotRun("compute-sanitizer: not found on PATH or in " + str(build.CUDA / "bin"))
         command = [program, "--tool", tool, "--target-processes", "application-only"]
-        # 32 barriers a block, more than it counts by itself.
-        command += ["--num-cuda-barriers", "64"] if tool == "racecheck" else ["--report-api-errors", "no"]
-        summary: list[str] = []
+        command += sanitizer.options(program, tool)
+        groups = [self.wanted(tool, g) for g in plan.sanitized(tool)]
 
-        def look(line: str) -> str | None:
-            if "SUMMARY" in line or "not supported" in line:
-                summary.append(line.strip("= "))
-            bad = line.startswith("=========") and re.search(r"Invalid|hazard|Race|Error:|leaked", line)
-            return f"{tool}: {line.strip('= ')[:200]}" if bad and "SUMMARY" not in line else None
+        def run(group: list[dict]) -> None:
+            lines: list[str] = []
+            self.supervisor.run(
+                tool,
+                "smoke",
+                group,
+                self.deadline(tool),
+                self.silence(120),
+                command,
+                lines.append,
+                # Without PyTorch's cache each tensor is an allocation of its own: past its end is found.
+                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            )
+            # It reports when it likes, some of it at the end: of the group, not of a case.
+            self.events.add(stage=tool, event="sanitized", **sanitizer.verdict(tool, group, lines))
 
-        self.supervisor.run(
-            tool,
-            "smoke",
-            self.wanted(tool, plan.sanitized(tool)),
-            self.deadline(tool),
-            self.silence(90),
-            command,
-            look,
-            # Without PyTorch's cache each tensor is an allocation of its own: past its end is found.
-            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        )
-        return "; ".join([page.tally(self.events.of(tool)), *summary[-1:]])
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for job in [pool.submit(run, group) for group in groups if group]:
+                job.result()
+        found = [e for e in self.events.rows if e["stage"] == tool and e.get("event") == "sanitized"]
+        return f"{page.tally(self.events.of(tool))}; by the tool: {page.tally(found)}"
 
     def variants(self) -> str:
         cases = plan.variants()
-        self.supervisor.run("variants", "variants", cases, self.deadline("variants"), self.silence(60))
+        self.supervisor.run("variants", "variants", cases, self.deadline("variants"), self.silence(120))
         return page.tally(self.events.of("variants"))
 
     def run(self) -> int:
@@ -280,19 +308,29 @@ class Check:
         finally:
             self.events.path = path
 
+    def write_page(self) -> str:
+        """After every stage: a run that is cut off leaves the page so far."""
+        with self.writing:
+            try:
+                text = page.page(list(self.events.rows), self.found)
+                (self.args.out / "page.md").write_text(text)
+            except Exception as error:
+                traceback.print_exc()
+                text = f"page: {type(error).__name__}: {error}"
+        return text
+
     def finish(self) -> int:
         if self.events.trouble or self.log.trouble:
             trouble = self.events.trouble or self.log.trouble
             self.events.add(stage="check", event="disk", result="error", note=trouble)
         seconds = round(time.monotonic() - self.begin)
         self.events.add(stage="check", event="end", seconds=seconds, budget=self.args.budget)
-        text = page.page(self.events.rows, self.found)
+        text = self.write_page()
         try:
-            (self.args.out / "page.md").write_text(text)
             page.picture(self.args.out / "page.png", self.events.rows, self.found)
-        except Exception as error:  # the page is printed all the same
-            print(f"page: {type(error).__name__}: {error}", flush=True)
-        print("\n" + text)
+        except Exception as error:
+            print(f"page.png: {type(error).__name__}: {error}", flush=True)
+        print(f"\n{text}\n{page.summary(self.events.rows, self.found)}")
         if self.args.rehearse:
             missed = rehearsal.misses(self.events.rows)
             print("\n".join(missed) or f"rehearsal: every planted fault is reported, in {seconds} s")

@@ -70,20 +70,19 @@ def test_views_at_any_address(offset, dtype):
     center, grads, x = tensors(SHAPES, 9, dtype), tensors(SHAPES, 7, dtype), torch.randn(5, 3)
 
     def view(t):
-        flat = torch.full((t.numel() + 2 * offset,), 7.0, dtype=t.dtype)
+        flat = torch.full((t.numel() + 2 * offset,), 7.0, dtype=t.dtype, device=DEVICE)
         inside = flat[offset : offset + t.numel()].view(t.shape)
         inside.copy_(t)
         return inside
 
-    if ON_GPU:
-        pytest.skip("put() would copy the views: the emulator tests them")
+    basis, center, grads, x = put(basis), put(center), put(grads), put(x)
     assert torch.equal(tk.project(basis, [view(g) for g in grads], "cuda"), tk.project(basis, grads, "cuda"))
     out = [view(torch.zeros_like(m)) for m in center]
     tk.reconstruct(basis, x, [view(m) for m in center], out=out, backend="cuda")
     for o, expected in zip(out, tk.reconstruct(basis, x, center, backend="cuda"), strict=True):
         assert torch.equal(o, expected)
         around = o.untyped_storage()
-        flat = torch.empty(0, dtype=dtype).set_(around)
+        flat = torch.empty(0, dtype=dtype, device=DEVICE).set_(around)
         assert (flat[:offset] == 7).all() and (flat[-offset:] == 7).all()  # nothing beside the view was written
 
 
@@ -158,9 +157,9 @@ def test_tables_of_many_tensors():
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU: streams and CUDA graphs")
-@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+@pytest.mark.parametrize(("backend", "rule"), [("cuda", "sgd"), ("cuda", "adamw"), ("triton", "sgd")])
 @pytest.mark.parametrize("own_stream", [True, False])
-def test_other_stream_and_graph_replay(rule, own_stream):
+def test_other_stream_and_graph_replay(backend, rule, own_stream):
     """On a stream of its own or the one that PyTorch captures on; gradients made inside the graph; other tables made before it is replayed."""
     basis, center = put(tk.pack(rows_of(9, SHAPES), 4, segments=SEGMENTS)), put(tensors(SHAPES, 9))
     fixed = put(tensors(SHAPES, 7))
@@ -168,7 +167,7 @@ def test_other_stream_and_graph_replay(rule, own_stream):
 
     def run(x, out, state):
         grads = [2.0 * g for g in fixed]
-        return tk.step(basis, grads, x, out, center, rule=rule, options=options, state=state, backend="cuda")
+        return tk.step(basis, grads, x, out, center, rule=rule, options=options, state=state, backend=backend)
 
     def fresh():
         return torch.zeros(9, 3, device=DEVICE), [torch.empty(s, device=DEVICE) for s in SHAPES], {}
@@ -178,8 +177,8 @@ def test_other_stream_and_graph_replay(rule, own_stream):
         c = run(*expected)
         theirs.append(expected[0].clone())
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
     ours = fresh()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run(*ours)
         assert torch.equal(ours[0], theirs[0])
@@ -187,8 +186,8 @@ def test_other_stream_and_graph_replay(rule, own_stream):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, **({"stream": stream} if own_stream else {})):
         captured = run(*ours)
-    for k in range(100):  # evicts every table of the cache
-        cuda.tensor_table([torch.empty(1 + k, device=DEVICE)], torch.device("cuda", torch.cuda.current_device()))
+    for _ in range(100):  # evicts every table of the caches
+        tk.project(basis, [torch.randn(s, device=DEVICE) for s in SHAPES], backend)
     for k in range(1, 4):
         graph.replay()
         assert torch.equal(captured, c)
@@ -228,6 +227,26 @@ def test_a_captured_step_that_a_graph_would_repeat_wrongly_is_refused(backend, c
     assert torch.equal(x, before)
 
 
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU: streams and CUDA graphs")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("op", ["project", "reconstruct", "step"])
+def test_a_first_call_in_a_real_graph_says_what_to_do(op, backend):
+    """Before anything that a capture does not allow: the device is as it was."""
+    shapes = [(700,), (1000,)]
+    basis, g, x = put(tk.pack(rows_of(3, shapes), 2)), put(tensors(shapes, 7)), torch.ones(3, 2, device=DEVICE)
+    tk.project(put(tk.pack(rows_of(3, shapes), 4)), g, backend)  # the kernel is loaded
+    out, sgd = [torch.empty(s, device=DEVICE) for s in shapes], {"rule": "sgd", "options": {"lr": 0.1}, "state": {}}
+    calls = {
+        "project": lambda: tk.project(basis, g, backend),
+        "reconstruct": lambda: tk.reconstruct(basis, x, out=out, backend=backend),
+        "step": lambda: tk.step(basis, g, x, out, backend=backend, **sgd),
+    }
+    with pytest.raises(RuntimeError, match="make the same call once"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        calls[op]()
+    expected = tk.project(basis.to("cpu"), [t.cpu() for t in g])
+    torch.testing.assert_close(tk.project(basis, g, backend).cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_a_first_call_under_capture_says_what_to_do(backend, capture):
     if dispatch.why_unusable(backend):
@@ -236,3 +255,18 @@ def test_a_first_call_under_capture_says_what_to_do(backend, capture):
     capture()
     with pytest.raises(RuntimeError, match="make the same call once before the capture"):
         tk.project(basis, grads, backend)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_what_reads_back_is_refused_under_capture(backend, capture):
+    if dispatch.why_unusable(backend):
+        pytest.skip(str(dispatch.why_unusable(backend)))
+    rows = torch.randn(3, 300, device=DEVICE)
+    basis, parent = put(tk.pack([torch.randn(3, 300)], 4)), torch.tensor([-1, 0, 1], dtype=torch.int32, device=DEVICE)
+    capture()
+    with pytest.raises(RuntimeError, match="pack: reads results back"):
+        tk.pack([rows], 4, backend=backend)
+    with pytest.raises(RuntimeError, match="gram: reads results back"):
+        basis.gram(backend="triton" if backend == "triton" else "reference")
+    with pytest.raises(RuntimeError, match="orthonormalize_pass: reads results back"):
+        torch.ops.twa_kernels.orthonormalize_pass(list(rows), [], [300], parent, None, None, 0, False, [], backend)

@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
-from gpucheck import build, counters, events, page, plan, rehearsal  # noqa: E402
+from gpucheck import build, counters, events, page, plan, rehearsal, sanitizer  # noqa: E402
 from gpucheck.children import Log, Supervisor, label  # noqa: E402
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -123,7 +123,8 @@ def test_no_time_left_is_said_for_each_case(tmp_path):
 
 
 def test_cases_have_names_of_their_own():
-    for cases in ([c for g in plan.smoke(False) for c in g], plan.speed(False), plan.sanitized("memcheck"), plan.variants()):
+    sanitized = [c for g in plan.sanitized("memcheck") for c in g]
+    for cases in ([c for g in plan.smoke(False) for c in g], plan.speed(False), sanitized, plan.variants()):
         assert len({label(c) for c in cases}) == len(cases)
     found = {(c["op"], c["backend"], c.get("bits")) for c in EVERY}
     for op in ("project", "reconstruct", "step", "pack"):
@@ -150,9 +151,9 @@ def test_objects_are_used_for_the_sources_they_were_made_from(tmp_path, monkeypa
 
 CSV = """\
 "ID","Kernel Name","gpu__time_duration.sum","dram__throughput.avg.pct_of_peak_sustained_elapsed","dram__bytes.sum"
-"","","nsecond","%","Mbyte"
-"0","sum_kernel","4,100","3.5","1.5"
-"1","project_kernel","512,300","91.25","1,480"
+"","","ns","%","byte"
+"0","sum_kernel","4,100","3.5","1,500,000"
+"1","project_kernel","512,300","91.25","1,480,000,000"
 """
 
 
@@ -161,6 +162,42 @@ def test_counters_of_the_longest_launch():
     assert values == {"ms": pytest.approx(0.5123), "dram % of peak": 91.25, "dram GB": pytest.approx(1.48)}
     assert counters.table(["==ERROR== LibraryNotLoaded"]) == {}
     assert "dram % of peak 91.2" in counters.brief(values)
+
+
+MEMCHECK = """\
+========= COMPUTE-SANITIZER
+========= Invalid __global__ read of size 16 bytes
+=========     at twa::project_kernel<4, 5>(twa::ProjectArguments)+0x1230
+========= ERROR SUMMARY: 1 error
+"""
+
+
+@pytest.mark.parametrize(
+    ("tool", "lines", "result", "note"),
+    [
+        ("memcheck", MEMCHECK, "wrong", "Invalid __global__ read of size 16 bytes"),
+        ("memcheck", "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors", "right", ""),
+        ("memcheck", "========= ERROR SUMMARY: 7 errors", "wrong", "7 errors"),
+        ("racecheck", "========= Error: Race reported between Write access\n========= RACECHECK SUMMARY: 1 hazard displayed", "wrong", "Race"),
+        ("racecheck", "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "right", ""),
+        ("racecheck", "========= Warning: Detected overflow of tracked cuda::barrier structures", "wrong", "overflow of tracked"),
+        ("memcheck", "========= Error: Target application terminated before first instrumented API call", "not run", "no summary"),
+        ("memcheck", "========= Device not supported", "not run", "not supported"),
+        ("memcheck", "Traceback", "not run", "no summary"),
+    ],
+)
+def test_what_a_sanitizer_says(tool, lines, result, note):
+    found = sanitizer.verdict(tool, plan.sanitized(tool)[0], lines.splitlines())
+    assert found["result"] == result and note in found["note"] and found["of"] == "project cuda"
+
+
+def test_a_sanitizers_options_are_those_that_it_knows(tmp_path):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text("#!/bin/sh\necho '--print-limit --num-cuda-barriers --report-api-errors'\n")
+    program.chmod(0o755)
+    assert sanitizer.options(str(program), "racecheck") == ["--print-limit", "0", "--num-cuda-barriers", "64"]
+    assert sanitizer.options(str(program), "memcheck") == ["--print-limit", "0", "--report-api-errors", "no"]
+    assert sanitizer.options(str(tmp_path / "none"), "memcheck") == []
 
 
 def measured(op, backend, ms, nbytes, bits=4, n=72):

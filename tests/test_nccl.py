@@ -1,6 +1,7 @@
 """NCCL with one rank: every placement on CUDA tensors, a replicate step in a CUDA graph. Needs a GPU; tests/test_distributed.py runs gloo on CPUs."""
 
 import datetime
+import os
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a GPU a
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory):
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # one rank: a machine without a network will do
     store = tmp_path_factory.mktemp("nccl") / "store"
     dist.init_process_group("nccl", init_method=f"file://{store}", rank=0, world_size=1, timeout=datetime.timedelta(seconds=60))
     yield dist.group.WORLD
@@ -61,9 +63,11 @@ def train(candidates, placement, group, low_memory=False, steps=20, **options):
 @pytest.mark.parametrize("placement", ["replicate", "rows", "columns"])
 def test_one_rank_is_one_process(group, candidates, placement, options):
     if placement == "rows" and "low_memory" in options:
+        with pytest.raises(ValueError, match="low_memory: not with placement='rows'"):
+            train(candidates, placement, group, **options)
         return
     ours, alone = train(candidates, placement, group, **options), train(candidates, "single", None, **options)
-    assert ours.coefficients.is_cuda and ours.coefficients.abs().max() > 0.1
+    assert ours.coefficients.is_cuda and ours.coefficients.abs().max() > 0.03
     torch.testing.assert_close(ours.coefficients, alone.coefficients, rtol=0, atol=5e-6)
 
 

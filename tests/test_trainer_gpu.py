@@ -35,11 +35,12 @@ def batches(device, steps):
     return [(pair[:, :6], pair[:, 6:]) for pair in pairs]
 
 
-def train(candidates, device, steps, scaler=None, **options):
-    """The model and its subspace after some steps."""
+def train(candidates, device, steps, scaler=None, basis=None, **options):
+    """The model and its subspace after some steps; `basis`: options of the subspace."""
     model = copy.deepcopy(network()).to(device)
-    subspace = twa.Subspace.from_candidates(model, candidates, bits=4)
-    optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.02, **options)
+    subspace = twa.Subspace.from_candidates(model, candidates, **({"bits": 4} | (basis or {})))
+    rule = options.pop("rule", {"cls": torch.optim.AdamW, "lr": 0.02})
+    optimizer = twa.SubspaceOptimizer(subspace, rule["cls"], **{k: v for k, v in rule.items() if k != "cls"}, **options)
     for x, y in batches(device, steps):
         loss = (model(x) - y).square().mean()
         (scaler.scale(loss) if scaler else loss).backward()
@@ -57,6 +58,7 @@ def chosen(gpu, monkeypatch):
     """(device, steps), with this backend for everything but packing, which is done on the CPU."""
     gpu.needs("step")
     steps = 20 if ON_GPU or gpu.backend == "cuda" else 2
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     if ON_GPU:
         monkeypatch.setenv("TWA_KERNELS_BACKEND", f"cuda:{gpu.backend}")
         return gpu.device, steps
@@ -98,6 +100,25 @@ def test_low_memory_with_a_grad_scaler(candidates, chosen, monkeypatch):
     agree(found, on_the_cpu(candidates, chosen[1], monkeypatch))
 
 
+MOMENTUM = {"cls": torch.optim.SGD, "lr": 0.1, "momentum": 0.9}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"basis": {"bits": 32}},
+        {"basis": {"bits": 2, "granularity": "model"}},
+        {"basis": {"constraint": "simplex"}},
+        {"basis": {"basis": "orthonormal"}},
+        {"rule": MOMENTUM},
+    ],
+    ids=str,
+)
+def test_other_subspaces_and_rules(candidates, chosen, monkeypatch, options):
+    found = train(candidates, *chosen, **copy.deepcopy(options))
+    agree(found, on_the_cpu(candidates, chosen[1], monkeypatch, **copy.deepcopy(options)))
+
+
 @needs_gpu
 def test_a_stream_of_its_own(candidates, chosen, monkeypatch):
     stream = torch.cuda.Stream()
@@ -109,6 +130,7 @@ def test_a_stream_of_its_own(candidates, chosen, monkeypatch):
 
 
 @needs_gpu
+@pytest.mark.gpu
 def test_steps_replayed_from_a_graph(candidates, monkeypatch):
     """optimizer.step() captured once; gradients change between replays."""
     monkeypatch.setenv("TWA_KERNELS_BACKEND", "cuda:cuda")

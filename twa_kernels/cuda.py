@@ -302,7 +302,6 @@ def pack(
 def _chunks(numels: tuple[int, ...], device: torch.device, stream: int) -> tuple[Tensor, int]:
     """(2, tensors) int64 on the device: sizes, and the first chunk of each tensor; and the number of chunks. Per stream: what the cache drops,
     the same stream may still be reading when its memory is used again, and no other one."""
-    refuse_capture(device)
     begin = [0]
     for numel in numels:
         begin.append(begin[-1] - -numel // module.orthonormalize_chunk)

@@ -78,6 +78,11 @@ def capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
+def refuse_reading_back(op: str, device: torch.device) -> None:
+    if capturing(device):
+        raise RuntimeError(f"{op}: reads results back from the device, which a CUDA graph cannot capture")
+
+
 def refuse_capture(device: torch.device) -> None:
     """What an op prepares on its first call waits for the device, which a CUDA graph cannot record."""
     if capturing(device):

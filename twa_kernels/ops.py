@@ -148,6 +148,7 @@ class NotFiniteError(ValueError):
 @_impl("pack")
 def _pack(rows, center, numels, tile_segment, bits, quantiser, codes, scales, sum_sq, max_scale, errors, backend) -> None:
     check_pack(rows, center, numels, tile_segment, bits, quantiser, codes, scales, sum_sq, max_scale, errors, backend)
+    native.refuse_reading_back("pack", codes.device)
     kernel = dispatch.select("pack", codes.device.type, backend)
     bad = kernel(rows, center, numels, tile_segment, bits, quantiser, codes, scales, sum_sq, max_scale, errors)
     if bad is not None:
@@ -201,6 +202,7 @@ def _unpack_fake(codes, scales, row_scale, tile_segment, numels, bits, backend):
 @_impl("gram")
 def _gram(codes, scales, row_scale, tile_segment, numels, bits, backend):
     _check_basis(codes, scales, row_scale, tile_segment, numels, bits)
+    native.refuse_reading_back("gram", codes.device)
     return dispatch.select("gram", codes.device.type, backend)(codes, scales, row_scale, tile_segment, numels, bits)
 
 
@@ -396,6 +398,7 @@ def _check_orthonormalize_pass(rows, center, numels, parent, transform, probes, 
 @_impl("orthonormalize_pass")
 def _orthonormalize_pass(rows, center, numels, parent, transform, probes, first, fast, out, backend):
     _check_orthonormalize_pass(rows, center, numels, parent, transform, probes, first, fast, out, backend)
+    native.refuse_reading_back("orthonormalize_pass", parent.device)
     kernel = dispatch.select("orthonormalize_pass", parent.device.type, backend)
     return kernel(rows, center, numels, parent, transform, probes, first, fast, out)
 

@@ -96,7 +96,8 @@ def commands(architecture: str) -> dict[str, tuple[list[str], Path]]:
 def digest(architecture: str) -> str:
     """Of every source and flag that an object depends on."""
     h = hashlib.sha256()
-    for path in sorted(p for p in ROOT.glob("csrc/**/*") if p.is_file()):
+    folders = ("csrc/*.h", "csrc/cpu/*", "csrc/cuda/*")
+    for path in sorted(p for folder in folders for p in ROOT.glob(folder)):
         h.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     for name, (command, _) in commands(architecture).items():
         flags = [word for word in command[1:] if not word.startswith("-I")]
@@ -133,8 +134,10 @@ def make_objects(folder: Path, architecture: str) -> None:
         print(f"{folder}: up to date")
         return
     shutil.rmtree(folder, ignore_errors=True)
-    compile_into(folder, commands(architecture))
     made = {"architecture": architecture, "digest": digest(architecture)}
+    compile_into(folder, commands(architecture))
+    if made["digest"] != digest(architecture):
+        raise Failed("sources changed while they were compiled: once more")
     (folder / "objects.json").write_text(json.dumps(made) + "\n")
     size = sum(p.stat().st_size for p in folder.iterdir())
     print(f"{folder}: objects for sm_{architecture}, {size / 1e6:.1f} MB")

@@ -15,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -26,7 +27,7 @@ from .events import Events, emit, parse
 ROOT = Path(__file__).resolve().parents[2]
 FAULT = 70  # exit status of a worker whose device reports an error that does not go away
 LOG_BYTES = 12 << 20
-START_SECONDS = 60.0  # until the first event: imports, the device's context
+START_SECONDS = 90.0  # until the first event: imports, the device's context
 
 
 class Late(Exception):
@@ -60,12 +61,12 @@ class Log:
 class Child:
     """A process in a session of its own. `last`: its last lines of output that are not events."""
 
-    def __init__(self, name: str, command: Sequence, log: Log, env: dict, given: str = "") -> None:
-        self.name, self.last = name, []
+    def __init__(self, name: str, command: Sequence, log: Log, env: dict) -> None:
+        self.name, self.last, self.reported = name, [], 0
         log.write(name, f"$ {shlex.join(map(str, command))}")
         self.process = subprocess.Popen(
             [str(c) for c in command],
-            stdin=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
@@ -76,14 +77,6 @@ class Child:
         )
         self._lines: queue.Queue = queue.Queue()
         threading.Thread(target=self._read, args=(log,), daemon=True).start()
-        threading.Thread(target=self._give, args=(given,), daemon=True).start()
-
-    def _give(self, given: str) -> None:
-        try:
-            self.process.stdin.write(given)
-            self.process.stdin.close()
-        except OSError:  # it ended before it had read everything
-            pass
 
     def _read(self, log: Log) -> None:
         for line in self.process.stdout:
@@ -96,27 +89,35 @@ class Child:
         self._lines.put(None)
 
     def output(self, deadline: float, silence: float, start: float = 0.0) -> Iterator[dict | str]:
-        """Events, and lines that are none, as they come. Raises Late or Hung; ends the process."""
-        patience = max(start, silence)
+        """Events, and lines that are none, as they come. Raises Late or Hung; ends the process.
+
+        silence   seconds without a word after which it is hung; `start` before the first event.
+                  An event may set another one until the next: {"patience": seconds}
+        """
+        patience, heard = max(start, silence), time.monotonic()
         try:
             while True:
                 now = time.monotonic()
                 if now >= deadline:
                     raise Late(f"ended when the stage's time was over (pid {self.process.pid})")
+                if now - heard >= patience:
+                    raise Hung(f"no word for {patience:.0f} s")
                 try:
-                    found = self._lines.get(timeout=max(0.01, min(patience, deadline - now)))
+                    found = self._lines.get(timeout=0.5)
                 except queue.Empty:
-                    if time.monotonic() >= deadline:
-                        continue
-                    raise Hung(f"no word for {patience:.0f} s") from None
+                    if self.process.poll() is not None:
+                        break  # dead, though something that it started holds its output open
+                    continue
                 if found is None:
                     break
+                heard = time.monotonic()
                 if isinstance(found, dict):
-                    patience = silence
+                    patience = found.get("patience", silence)
                 else:
                     self.last = [*self.last[-11:], found]
                 yield found
-            self.process.wait(timeout=10)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=10)
         finally:
             self.end()
 
@@ -133,7 +134,6 @@ class Child:
     def how_it_ended(self) -> str:
         code = self.process.poll()
         how = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit status {code}"
-        # A signal's own report on standard error is the last line already.
         return f"{how}: {self.last[-1][:160]}" if self.last else how
 
 
@@ -152,6 +152,7 @@ class Supervisor:
     def __init__(self, events: Events, log: Log, env: dict) -> None:
         self.events, self.log, self.env = events, log, env
         self.dropped: dict[tuple, str] = {}  # kind -> why
+        self.absent: dict[str, str] = {}  # backend -> why
 
     def run(
         self,
@@ -161,72 +162,86 @@ class Supervisor:
         deadline: float,
         silence: float,
         prefix: Sequence = (),
-        on_line: Callable[[str], str | None] = lambda line: None,
+        on_line: Callable[[str], object] = lambda line: None,
         env: dict | None = None,
     ) -> None:
-        """Every case gets one event, whatever happens. `on_line` may see a fault in the output."""
+        """Every case gets one event, whatever happens.
+
+        prefix    a program that runs the worker, such as a profiler
+        on_line   is called with each line of output that is not an event
+        """
         left = {}
         for case in cases:
-            if kind(case) in self.dropped:
-                self._say(stage, case, "dropped", self.dropped[kind(case)])
+            why = self.absent.get(case["backend"]) or self.dropped.get(kind(case))
+            if why:
+                self._say(stage, case, "dropped", why)
             else:
                 left[label(case)] = case
-        starts = 0
-        while left and starts < 2 and time.monotonic() < deadline - 1:
-            command = [*prefix, sys.executable, "-m", f"gpucheck.{worker}"]
-            name = f"{stage} {' '.join(sorted({str(c.get('backend', '')) for c in left.values()}))}"
-            child = Child(
-                name, command, self.log, self.env | (env or {}), json.dumps(list(left.values()))
-            )
-            current, seen, found, began = None, "", "", time.monotonic()
-            try:
-                for word in child.output(deadline, silence, START_SECONDS):
-                    if isinstance(word, str):
-                        seen = seen or (on_line(word) or "")
-                    elif word["event"] == "begin":
-                        current, seen, began = word["case"], "", time.monotonic()
-                    elif word["event"] == "end":
-                        case, current = left.pop(word["case"]), None
-                        fields = {k: v for k, v in word.items() if k not in ("event", "case")}
-                        if seen:
-                            fields |= {"result": "wrong", "note": seen}
-                        self._say(stage, case, **fields)
-                        if fields["result"] == "fault":
-                            self._drop(stage, left, case, fields["note"])
-                        starts = 0
-                    else:
-                        self.events.add(stage=stage, **word)
-                found = "" if child.process.returncode in (0, FAULT) else child.how_it_ended
-                result = "fault"
-                if not found and child.process.returncode == 0:
-                    break
-            except Late:
-                if current:
-                    self._say(
-                        stage,
-                        left.pop(current),
-                        "late",
-                        f"the stage ended {time.monotonic() - began:.0f} s into it",
-                    )
-                break
-            except Hung as reason:
-                found, result = str(reason), "hang"
-            if current:
-                case = left.pop(current)
-                self._say(stage, case, result, found, seconds=round(time.monotonic() - began, 2))
-                self._drop(stage, left, case, f"{result} in {stage}: {found}")
-            elif found:
-                starts += 1
-                self.events.add(
-                    stage=stage, result="error", note=f"{name}: {found}, with no case in hand"
-                )
+        why = ""
+        try:
+            with tempfile.TemporaryDirectory(prefix="gpucheck-") as folder:
+                given = Path(folder) / "cases.json"
+                command = [*prefix, sys.executable, "-m", f"gpucheck.{worker}", given]
+                starts = 0
+                while left and starts < 2 and time.monotonic() < deadline - 1:
+                    given.write_text(json.dumps(list(left.values())))
+                    names = " ".join(sorted({f"{c['op']} {c['backend']}" for c in left.values()}))
+                    name = f"{stage} {names[:60]}"
+                    child = Child(name, command, self.log, self.env | (env or {}))
+                    if not self._follow(stage, child, left, deadline, silence, on_line):
+                        break
+                    starts = 0 if child.reported else starts + 1
+        except Exception as error:
+            traceback.print_exc()
+            why = one_line(error)
         for case in left.values():
-            why = (
-                "no time was left"
-                if time.monotonic() >= deadline - 1
-                else "its worker said nothing of it"
-            )
-            self._say(stage, case, "not run", why)
+            late = time.monotonic() >= deadline - 1
+            said = "no time was left" if late else "its worker said nothing of it"
+            self._say(stage, case, "not run", why or said)
+
+    def _follow(self, stage, child, left, deadline, silence, on_line) -> bool:
+        """One worker until it ends; what it reported leaves `left`. False: no other follows."""
+        current, launched, began, result = None, False, time.monotonic(), "fault"
+        try:
+            for word in child.output(deadline, silence, START_SECONDS):
+                if isinstance(word, str):
+                    on_line(word)
+                elif word["event"] == "begin":
+                    current, launched, began = word["case"], False, time.monotonic()
+                elif word["event"] == "launched":
+                    launched = True
+                elif word["event"] == "end":
+                    case, current = left.pop(word["case"]), None
+                    child.reported += 1
+                    fields = {k: v for k, v in word.items() if k not in ("event", "case")}
+                    self._say(stage, case, **fields)
+                    if fields["result"] == "fault":
+                        self._drop(stage, left, case, fields["note"], True)
+                else:
+                    self.events.add(stage=stage, **word)
+            if child.process.returncode in (0, FAULT) and current is None:
+                return child.process.returncode == FAULT
+            found = child.how_it_ended
+        except Late:
+            if current:
+                seconds = time.monotonic() - began
+                self._say(
+                    stage, left.pop(current), "late", f"the stage ended {seconds:.0f} s into it"
+                )
+            return False
+        except Hung as reason:
+            found, result = str(reason), "hang"
+        if current:
+            case = left.pop(current)
+            child.reported += 1
+            self._say(stage, case, result, found, seconds=round(time.monotonic() - began, 2))
+            # A case that never came to its launch may only have compiled for long: of this stage.
+            everywhere = result == "fault" or launched
+            self._drop(stage, left, case, f"{result} in {stage}: {found}", everywhere)
+        elif left:
+            note = f"{child.name}: {found}, with no case in hand"
+            self.events.add(stage=stage, result="error", note=note)
+        return True
 
     def _say(self, stage: str, case: dict, result: str, note: str = "", **more) -> None:
         row = self.events.add(
@@ -235,18 +250,27 @@ class Supervisor:
         if result not in ("right", "measured"):
             print(f"{row['at']:6.0f} s  {stage}: {row['case']}: {result}: {note}", flush=True)
 
-    def _drop(self, stage: str, left: dict, case: dict, why: str) -> None:
-        self.dropped[kind(case)] = why
+    def _drop(self, stage: str, left: dict, case: dict, why: str, everywhere: bool) -> None:
+        if everywhere:
+            self.dropped[kind(case)] = why
         for name in [name for name, other in left.items() if kind(other) == kind(case)]:
             self._say(stage, left.pop(name), "dropped", why)
 
 
 # The other side ----------------------------------------------------------------------------------
 
+#: how long a kernel may run once it is launched
+KERNEL_SECONDS = 20.0
+
+
+def launched() -> None:
+    """From a worker, between a call and the wait: what is silent from here on is the device."""
+    emit(1, event="launched", patience=KERNEL_SECONDS)
+
 
 def serve(run: Callable[[dict], dict], wait: Callable[[], object]) -> None:
     """A worker's whole program: run(case) -> fields of its event. wait() waits for the device."""
-    for case in json.load(sys.stdin):
+    for case in json.loads(Path(sys.argv[1]).read_text()):
         emit(1, event="begin", case=label(case))
         begin = time.monotonic()
         try:
@@ -260,7 +284,8 @@ def serve(run: Callable[[dict], dict], wait: Callable[[], object]) -> None:
             found, sick = {"result": "fault", "note": one_line(error)}, True
         else:
             sick = False
-        emit(1, event="end", case=label(case), seconds=round(time.monotonic() - begin, 2), **found)
+        seconds = round(time.monotonic() - begin, 2)
+        emit(1, event="end", case=label(case), seconds=seconds, **found)
         if sick:
             os._exit(FAULT)
 

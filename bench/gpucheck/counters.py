@@ -34,26 +34,23 @@ METRICS = {
         for s in STALLS
     },
 }
-TO_BASE = {"nsecond": 1e-6, "ns": 1e-6, "usecond": 1e-3, "us": 1e-3, "msecond": 1.0, "ms": 1.0}
-TO_GB = {"byte": 1e-9, "Kbyte": 1e-6, "Mbyte": 1e-3, "Gbyte": 1.0}
+TO_PAGE = {"ns": 1e-6, "nsecond": 1e-6, "byte": 1e-9}  # to ms and GB
+OPS = "project|reconstruct|step|pack|unpack|gram|products|transform.*|orthonormalize.*"
+OURS = f"regex:^({OPS})_kernel$"
+SECTIONS = ("SpeedOfLight", "LaunchStats", "WarpStateStats", "Occupancy")
 
 
-def command(ncu: str) -> list[str]:
-    """Everything before the program: the kernels of the ops only, their clocks as they are."""
+def command(ncu: str, sections: bool = False) -> list[str]:
+    """Everything before the program: the kernels of the ops only, their clocks as they are.
+
+    sections   ncu's own choice of metrics, where it does not know one of ours
+    """
+    asked = [w for s in SECTIONS for w in ("--section", s)] if sections else []
     return [
         ncu,
-        *(
-            "--csv",
-            "--page",
-            "raw",
-            "--clock-control",
-            "none",
-            "--target-processes",
-            "application-only",
-        ),
-        *("--metrics", ",".join(METRICS.values())),
-        *("-k", "regex:(project|reconstruct|step|pack|products|transformed|gram|unpack)_kernel"),
-        *("--launch-count", "4"),
+        *("--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"),
+        *("--target-processes", "application-only", "-k", OURS, "--launch-count", "6"),
+        *(asked or ("--metrics", ",".join(METRICS.values()))),
     ]
 
 
@@ -74,7 +71,7 @@ def table(lines: list[str]) -> dict[str, float]:
                 value = float(launch[at].replace(",", ""))
             except ValueError:
                 continue
-            values[name] = value * TO_BASE.get(units[at], TO_GB.get(units[at], 1.0))
+            values[name] = value * TO_PAGE.get(units[at], 1.0)
         found.append(values)
     return max(found, key=lambda v: v.get("ms", 0.0))
 

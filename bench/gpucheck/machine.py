@@ -24,10 +24,12 @@ def environment(rehearse: bool) -> dict[str, str]:
         "PATH": build.search_path(),
         "PYTHONPATH": os.pathsep.join(str(p) for p in packages if p),
     }
-    mine |= {"PYTHONUNBUFFERED": "1"}
+    # Dozens of processes at once, none with much to do on the CPU.
+    mine |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    mine |= {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
     if rehearse:  # no git, no nvcc, no ncu: only this Python
         mine["PATH"] = str(Path(sys.executable).parent)
-        mine |= {"GPUCHECK_REHEARSED": "1", "GPUCHECK_PLANTED": "1", "OMP_NUM_THREADS": "1"}
+        mine |= {"GPUCHECK_REHEARSED": "1", "GPUCHECK_PLANTED": "1"}
     return mine
 
 
@@ -38,7 +40,8 @@ found = {"torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.ve
 if found["gpu"]:
     p = torch.cuda.get_device_properties(0)
     found |= {"name": p.name, "architecture": f"{p.major}{p.minor}", "cache": p.L2_cache_size,
-              "multiprocessors": p.multi_processor_count, "memory": p.total_memory}
+              "multiprocessors": p.multi_processor_count, "memory": p.total_memory,
+              "uuid": "GPU-" + str(getattr(p, "uuid", ""))}
 print(json.dumps(found))
 """
 SMI = "driver_version,clocks.max.sm,clocks.max.mem,clocks.sm,power.limit,temperature.gpu"
@@ -48,11 +51,13 @@ def probe(env: dict, rehearse: bool) -> dict:
     if importlib.util.find_spec("torch") is None:
         refuse(f"{sys.executable} (Python {sys.version.split()[0]}) has no torch")
     command = [sys.executable, "-c", PROBE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    except subprocess.TimeoutExpired:
+        refuse("torch found no GPU within 120 s: the driver does not answer")
     if done.returncode:
-        refuse(
-            f"torch of {sys.executable} cannot be used: {(done.stderr.splitlines() or ['?'])[-1]}"
-        )
+        last = (done.stderr.splitlines() or ["no message"])[-1]
+        refuse(f"torch of {sys.executable} cannot be used: {last}")
     found = json.loads(done.stdout.splitlines()[-1])
     if rehearse:
         found |= {
@@ -79,7 +84,13 @@ def probe(env: dict, rehearse: bool) -> dict:
     missing = [tool for tool in tools if shutil.which(tool, path=env["PATH"]) is None]
     found["missing tools"] = ", ".join(missing) or "none"
     if "nvidia-smi" not in missing:
-        query = ["nvidia-smi", f"--query-gpu={SMI}", "--format=csv,noheader", "-i", "0"]
+        query = [
+            "nvidia-smi",
+            f"--query-gpu={SMI}",
+            "--format=csv,noheader",
+            "-i",
+            found.pop("uuid"),
+        ]
         try:
             done = subprocess.run(
                 query, capture_output=True, text=True, env=env, timeout=15, check=False

@@ -47,12 +47,6 @@ def smoke(rehearse: bool) -> list[list[dict]]:
             + [gram_schmidt(backend, 18, mode) for mode in MODES]
             for backend in BACKENDS
         ]
-    groups = []
-    for op in OPS:
-        for backend in backends(op):
-            # Triton compiles each of its kernels first: several processes.
-            for bits in ((4,), (8, 3), (1, 2)) if backend == "triton" else (BITS,):
-                groups.append([c for b in bits for c in _of_bits(op, backend, b)])
     sizes = [
         (72, "fp32"),
         (18, "fp32"),
@@ -62,10 +56,14 @@ def smoke(rehearse: bool) -> list[list[dict]]:
         (72, "fp16"),
         (1, "fp32"),
     ]
-    groups += [
-        [gram_schmidt(b, n, m, dtype) for n, dtype in sizes for m in MODES] for b in BACKENDS
-    ]
-    return groups
+    rows = [[gram_schmidt("triton", n, m, dtype) for m in MODES] for n, dtype in sizes]
+    # Triton compiles its kernels first: a process for each width, step after those it is made of.
+    order = ("project", "reconstruct", "pack", "unpack", "gram", "step")
+    rows += [_of_bits(op, "triton", bits) for op in order for bits in BITS]
+    for op in OPS:
+        if "cuda" in backends(op):
+            rows.append([c for bits in BITS for c in _of_bits(op, "cuda", bits)])
+    return [*rows, [gram_schmidt("cuda", n, m, dtype) for n, dtype in sizes for m in MODES]]
 
 
 def _of_bits(
@@ -95,22 +93,23 @@ def speed(rehearse: bool) -> list[dict]:
     found += [c for bits in (4, 1) for op in MAIN for c in row(op, bits, dtype="bf16")]
     found += [c for n in (16, 256) for op in MAIN for c in row(op, 4, n)]
     found += [c for bits in (8, 1) for c in row("pack", bits)]
-    found += [packed(op, name, bits) for name, bits in PEERS for op in ("project", "reconstruct")]
-    return [*found, copies[1]]
+    peers = [packed(op, name, bits) for name, bits in PEERS for op in ("project", "reconstruct")]
+    return [*found, copies[1], *peers]
 
 
-def sanitized(tool: str) -> list[dict]:
-    """Small ones, all bits. racecheck: shared memory, which Triton's compiler guards itself."""
-    mine = BACKENDS if tool == "memcheck" else ("cuda",)
-    found = [
-        packed(op, backend, bits, n)
-        for backend in mine
-        for n, every in ((5, BITS), (130, (4,)))
-        for bits in every
-        for op in OPS
-        if backend in backends(op)
-    ]
-    return found + [gram_schmidt(b, n, "high") for b in mine for n in (18, 72)]
+def sanitized(tool: str) -> list[list[dict]]:
+    """Small ones of all bits, a group for each (op, backend).
+
+    racecheck: shared memory, which Triton's compiler guards itself.
+    """
+    groups = []
+    for backend in BACKENDS if tool == "memcheck" else ("cuda",):
+        for op in OPS:
+            if backend in backends(op):
+                of = [packed(op, backend, bits, 5) for bits in BITS]
+                groups.append([*of, packed(op, backend, 4, 130)])
+        groups.append([gram_schmidt(backend, n, "high") for n in (18, 72)])
+    return groups
 
 
 def counted() -> list[dict]:

@@ -26,12 +26,36 @@ def pytest_configure(config) -> None:
         config.pluginmanager.register(Reporter(), "gpucheck-reporter")
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """What compiles for long, last."""
+    items.sort(key=lambda item: "triton" in item.nodeid)
+
+
 class Reporter:
     def __init__(self) -> None:
         self.failed: set[str] = set()
+        self.listed = False
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node, ids) -> None:
+        self.list(ids)
+
+    def pytest_collection_finish(self, session) -> None:
+        self.list([item.nodeid for item in session.items])
+
+    def list(self, names: list[str]) -> None:
+        """What is to come, once: a run that is cut off can then say what it did not reach."""
+        if names and not self.listed:
+            self.listed = True
+            emit(1, event="todo", cases=list(names))
+
+    def pytest_collectreport(self, report) -> None:
+        if report.failed and report.nodeid not in self.failed:  # each process says so
+            self.failed.add(report.nodeid)
+            emit(1, event="test", case=report.nodeid, result="error", note=reason(report)[:300])
 
     def pytest_runtest_logreport(self, report) -> None:
-        """One event per test: its first failure, or its call, or why it was skipped."""
+        """An event per test: its call, or its first failure, or why it was skipped."""
         call = report.when == "call" or (report.when == "setup" and report.skipped)
         if report.nodeid in self.failed or not (call or report.failed):
             return
@@ -44,14 +68,8 @@ class Reporter:
         result = NAMES[report.outcome]
         if report.failed and "crashed while running" in note:
             result = "fault"
-        emit(
-            1,
-            event="test",
-            case=report.nodeid,
-            result=result,
-            note=note[:300],
-            seconds=round(report.duration, 2),
-        )
+        seconds = round(report.duration, 2)
+        emit(1, event="test", case=report.nodeid, result=result, note=note[:300], seconds=seconds)
 
 
 def reason(report) -> str:
@@ -63,9 +81,11 @@ def reason(report) -> str:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
     """In the process that runs the test: limits its time, the second time without Python."""
-    faulthandler.dump_traceback_later(SECONDS + 10, exit=True, file=sys.__stderr__)
+    emit(2, event="running", case=item.nodeid)
+    seconds = SECONDS * (3 if "triton" in item.nodeid else 1)  # it compiles
+    faulthandler.dump_traceback_later(seconds + 10, exit=True, file=sys.__stderr__)
     timer = threading.Timer(
-        SECONDS, blame, (item.nodeid, "hang", f"not over after {SECONDS:.0f} s")
+        seconds, blame, (item.nodeid, "hang", f"not over after {seconds:.0f} s")
     )
     timer.daemon = True
     timer.start()

@@ -8,6 +8,7 @@ Rounds go through all variants in turn, so that a clock that drifts meets all of
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
@@ -15,13 +16,14 @@ from contextlib import AbstractContextManager
 
 from . import rehearsal
 from .cases import DEVICE, DTYPES, backend_of, call, make, wait
-from .children import one_line, serve
+from .children import label, one_line, serve
+from .events import emit
 from .speed import tiles_of, timer
 
 import twa_kernels.cuda  # isort: skip
 from twa_kernels import tune  # isort: skip
 
-ROUNDS, MOST = 5, 12
+ROUNDS, MOST = 3, 8
 Variants = Iterator[tuple[str, AbstractContextManager]]
 
 
@@ -82,14 +84,16 @@ def run(case: dict) -> dict:
     of = make(n, tiles, bits, DEVICE, max(1, sets), op == "pack", DTYPES["fp32"])
     names = [name for name, _ in VARIANTS[backend](op, bits)]
     times, refused = {}, {}
-    for _, name in itertools.product(range(ROUNDS), names):
+    for turn, name in itertools.product(range(ROUNDS), names):
         if name in refused:
             continue
         try:
             with dict(VARIANTS[backend](op, bits))[name]:
-                found = timer()(lambda k: call(op, of, backend_of(case), k), budget=0.05)
+                one = functools.partial(timer(), budget=0.05, profile=False)
+                found = one(lambda k: call(op, of, backend_of(case), k))
                 wait()
             times.setdefault(name, []).append(found["ms"])
+            emit(1, event="variant", of=label(case), variant=name, turn=turn, ms=found["ms"])
         except Exception as error:  # a configuration that the compiler refuses is a result too
             refused[name] = one_line(error)
     medians = {name: statistics.median(ms) for name, ms in times.items()}

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..native import capturing, kept, on_device, refuse_capture
+from ..native import capturing, kept, on_device
 from ..reference import tile_offsets
 from .config import architecture, configuration, isa
 
@@ -113,7 +113,6 @@ class Columns:
 def column_items(numels: tuple[int, ...], block: int, least: int, most: int, device: torch.device, stream: int) -> Columns:
     """At most about `most` items, the same on every device, of at least about `least` columns, cut at multiples of `block` in a tensor. Per
     stream: what the cache drops, the same stream may still be reading when its memory is used again, and no other one."""
-    refuse_capture(device)
     per_item = max(least, -(-sum(numels) // most))
     tensor, column, ends, piece, room = [], [], [], [0], per_item
     for t, numel in enumerate(numels):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..native import _contiguous, _targets, _write_back, finish_pack
+from ..native import _contiguous, _targets, _write_back, finish_pack, refuse_capture
 from .config import least_rows, rows_per_program
 from .gram import gram_kernel
 from .launch import DTYPES, Launch, Work, address_table, by_dtype, work_items
@@ -149,6 +149,7 @@ def project(
 @functools.lru_cache(maxsize=64)
 def _tables(bits: int, device: torch.device) -> Tensor:
     """(4,) int32: levels as bytes. In memory, because a compiler that knew them would move them into registers at every use."""
+    refuse_capture(device)
     words = TABLES.get(bits, [0, 0, 0, 0])
     return torch.tensor([w - (w >> 31 << 32) for w in words], dtype=torch.int32, device=device)
 
