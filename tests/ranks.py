@@ -2,9 +2,11 @@
 
 import datetime
 import importlib
+import multiprocessing
 import os
 import queue
 import tempfile
+import threading
 import traceback
 
 import processes
@@ -71,7 +73,14 @@ class Ranks:
                     raise AssertionError(f"ranks {dead} died" if dead else "the ranks hang: no answer, no use of the CPU") from None
 
 
+def _end_with_parent():
+    """No rank outlives the tests, however these end."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _serve(rank, store, tasks, results):
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE, timeout=LIMIT)
     groups = {size: dist.new_group(list(range(size)), timeout=LIMIT) for size in range(1, SIZE + 1)}
