@@ -1,10 +1,10 @@
 """Shared shapes and data. Sizes sit around the tile of 128 columns; values are never all zero."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -43,6 +43,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_process_stays():
+    """What a test started and did not wait for ends with it."""
+    before = set(processes.RUNNING)
+    yield
+    processes.end(*processes.RUNNING - before)
 
 
 def tensors(shapes, seed=0, dtype=torch.float32):
@@ -116,7 +124,7 @@ def capture(monkeypatch):
 
 def run_python(code, **environment):
     """Runs code in a fresh interpreter, returns its standard output; the test fails if it does."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=300)
+    done = processes.run([sys.executable, "-c", code], env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import select
 import shutil
 import subprocess
 import sys
 import textwrap
 
+import processes
 import pytest
 
 SHIM = r"""
@@ -146,16 +148,17 @@ CALL(renameat2, (int f, const char* from, int t, const char* to, unsigned flags)
 OFF, PASS, KILL, TEAR, INTERRUPT, STOP, FULL, READ_ONLY = range(8)
 
 SERVER = """
-    import ctypes, gc, json, os, signal, sys, time, traceback
+    import ctypes, gc, json, os, resource, signal, sys, time, traceback
     import torch
     import torch._dynamo  # which optimizers import
     import torch.distributed.checkpoint as dcp
     import twa
-    from twa import basis_file, cli, pack, report, tasks
+    from twa import average, basis_file, cli, pack, report, tasks
     from twa.candidates import Candidates
 
     torch.set_num_threads(1)  # nothing may have started threads when a run is forked
     pack.SAVE_SECONDS = 0.0  # a position after each block
+    average.SAVE_SECONDS = float("inf")  # no state that depends on the machine
     Candidates.__init__.__kwdefaults__["block_bytes"] = 2000  # the smallest blocks
     report.picture = lambda *_: b"a picture, which takes a second"
     shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
@@ -205,7 +208,7 @@ SERVER = """
             continue
         pid = os.fork()
         if not pid:
-            signal.alarm(60)  # a run that hangs
+            resource.setrlimit(resource.RLIMIT_CPU, (600, 600))  # a run without end
             out = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 1), os.dup2(out, 2)
             code = run(request)
@@ -270,7 +273,7 @@ class Server:
 
     def __init__(self, folder):
         self.folder, self.calls = folder, []
-        self.process = subprocess.Popen(
+        self.process = processes.Child(
             [sys.executable, "-c", textwrap.dedent(SERVER)],
             env=os.environ | {"LD_PRELOAD": str(folder / "shim.so"), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
@@ -279,18 +282,26 @@ class Server:
         )
 
     def __enter__(self):
-        assert self.process.stdout.readline() == "ready\n"
+        assert self._line() == "ready\n"
         return self
 
     def __exit__(self, *_):
         self.process.stdin.close()
-        self.process.wait(timeout=60)
+        processes.end(self.process)
         self.process.stdout.close()
+
+    def _line(self):
+        """The next line it says, for which it may take as long as it gets on."""
+        said = [self.process.stdout]
+        processes.wait(self.process, until=lambda: select.select(said, [], [], 0.5)[0], every=0)
+        return self.process.stdout.readline()
 
     def _ask(self, request):
         self.process.stdin.write(json.dumps(request, default=str) + "\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        line = self._line()
+        assert line, self.process.output("stderr")
+        return json.loads(line)
 
     def __call__(self, below="", mode=OFF, point=0, name="output", **request):
         files = {"output": self.folder / name, "log": self.folder / "log"}

@@ -32,6 +32,7 @@ from io import BytesIO, StringIO
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import processes
 import torch
 import torch.distributed.checkpoint as torch_dcp
 import twa
@@ -47,7 +48,7 @@ from twa.world import World
 
 import twa_kernels as tk
 
-SECONDS, MEMORY = 5.0, 300 << 20  # that a case may take
+SECONDS, MEMORY = 5.0, 300 << 20  # of the CPU and of memory, that a case may take
 CLEAN = (CandidateError, BasisError, StateError)
 
 
@@ -280,7 +281,7 @@ def check_torch(path):
         code = 3
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            signal.alarm(int(SECONDS))
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of the CPU
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, weights_only=True, map_location="cpu")
             library = _weights_of(nested(content), path, None)
@@ -382,7 +383,7 @@ def run_case(index, seed, kind, seeds, root):
     before, outside = listing(case), listing(root / "tmp") | listing(root / "heap")
     gc.collect(0)
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory counts from here
-    resident_before, begun = resident("VmRSS"), time.perf_counter()
+    resident_before, begun = resident("VmRSS"), time.process_time()
     outcome, note, failure = "refused", "", None
     try:
         outcome, note = CHECKS[kind](case)
@@ -395,7 +396,7 @@ def run_case(index, seed, kind, seeds, root):
     except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         failure = f"{type(error).__name__}: {str(error)[:200]} ({Path(where.filename).name}:{where.lineno})"
-    grown, seconds = resident("VmHWM") - resident_before, time.perf_counter() - begun
+    grown, seconds = resident("VmHWM") - resident_before, time.process_time() - begun
     if grown > MEMORY:
         failure = failure or f"memory: {grown >> 20} MB"
     if seconds > SECONDS:
@@ -431,6 +432,7 @@ def work(connection, indices, seed, kinds, seeds, root):
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for index in indices:
         connection.send((index, None))
+        signal.setitimer(signal.ITIMER_PROF, 2 * SECONDS)  # of the CPU: ends a case without end
         connection.send((index, run_case(index, seed, kinds[index % len(kinds)], seeds, root)))
 
 
@@ -460,7 +462,7 @@ class Worker:
         self.process = multiprocessing.get_context("fork").Process(target=work, args=(theirs, self.indices, *self.arguments))
         self.process.start()
         theirs.close()
-        self.index, self.since = None, time.monotonic()
+        self.index, self.patience = None, processes.Patience(self.process.pid)
 
 
 def fuzz(count, seed=0, kinds=None, workers=2, seconds=None, indices=None):
@@ -493,7 +495,7 @@ def follow(worker, table, kinds):
     try:
         while worker.connection.poll():
             worker.index, result = worker.connection.recv()
-            worker.since = time.monotonic()
+            worker.patience = processes.Patience(worker.process.pid)
             if result is not None:
                 record(table, worker.index, kinds, *result)
                 worker.indices, worker.index = worker.indices[worker.indices.index(worker.index) + 1 :], None
@@ -503,8 +505,9 @@ def follow(worker, table, kinds):
             return False
         code = worker.process.exitcode
         text = f"signal {signal.Signals(-code).name}" if code < 0 else f"the worker ended with {code}"
+        text = "hang" if code == -signal.SIGPROF else text
     else:
-        if time.monotonic() - worker.since < 2 * SECONDS:
+        if not worker.patience.hung():
             return True
         worker.process.kill()
         worker.process.join()

@@ -2,16 +2,20 @@
 
 import datetime
 import importlib
+import multiprocessing
 import os
+import queue
 import tempfile
+import threading
 import traceback
 
+import processes
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 SIZE = 4
-SECONDS = 120
+LIMIT = datetime.timedelta(hours=2)  # of gloo; Ranks.run sees long before that they hang
 
 
 class Ranks:
@@ -46,7 +50,7 @@ class Ranks:
             self.queues[rank].put((size, function.__module__, function.__qualname__, arguments))
         answers, failures = {}, []
         for _ in range(size):
-            rank, value, failure = self.results.get(timeout=SECONDS)
+            rank, value, failure = self._next()
             answers[rank] = value
             if failure:
                 failures.append(f"rank {rank} of {size}:\n{failure}")
@@ -56,14 +60,32 @@ class Ranks:
             raise AssertionError("\n".join(failures))
         return [answers[rank] for rank in range(size)]
 
+    def _next(self):
+        """The next answer, for which the ranks may take as long as they get on."""
+        patience = processes.Patience(*(p.pid for p in self.processes))
+        while True:
+            dead = [k for k, p in enumerate(self.processes) if not p.is_alive()]
+            try:
+                return self.results.get(timeout=1)
+            except queue.Empty:
+                if dead or patience.hung():
+                    self.stop()
+                    raise AssertionError(f"ranks {dead} died" if dead else "the ranks hang: no answer, no use of the CPU") from None
 
-def _serve(rank, store, queue, results):
+
+def _end_with_parent():
+    """No rank outlives the tests, however these end."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _serve(rank, store, tasks, results):
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=SECONDS)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE, timeout=timeout)
-    groups = {size: dist.new_group(list(range(size)), timeout=timeout) for size in range(1, SIZE + 1)}
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE, timeout=LIMIT)
+    groups = {size: dist.new_group(list(range(size)), timeout=LIMIT) for size in range(1, SIZE + 1)}
     while True:
-        size, module, name, arguments = queue.get()
+        size, module, name, arguments = tasks.get()
         try:
             function = importlib.import_module(module)
             for part in name.split("."):

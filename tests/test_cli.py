@@ -1,10 +1,10 @@
 """The main job through the command line: outputs, the winner's guarantee, and bad input with exit status 2."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import twa
@@ -40,7 +40,7 @@ def finished(checkpoints, tmp_path_factory):
     """Output folder and standard output of one whole run in a process of its own."""
     out = tmp_path_factory.mktemp("run") / "out"
     command = [sys.executable, "-m", "twa", "average", "digits", f"{checkpoints}/epoch_*.safetensors", "-o", str(out), "--steps", "20"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = processes.run(command)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 

@@ -3,10 +3,10 @@
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +21,7 @@ def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("static_cost")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder / "cache")}
     command = [sys.executable, str(ROOT / "bench/static_cost.py"), "--output", str(folder), "--brief"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    done = processes.run(command, env=environment)
     assert (folder / "triton_static_cost.json").exists(), done.stdout[-2000:] + done.stderr[-2000:]
     assert (folder / "triton_static_cost.png").stat().st_size > 10_000
     return json.loads((folder / "triton_static_cost.json").read_text())

@@ -252,7 +252,7 @@ def test_killed_at_a_call(jobs, tmp_path, name, count):
 
 @pytest.mark.parametrize("name", ["pack", "export"])
 def test_killed_at_20_times(jobs, tmp_path, name):
-    """From outside, at moments spread over the length of a run."""
+    """From outside, at moments spread over the length of a run, the first at once."""
     job, killed = jobs(name), 0
     job.prepare(tmp_path / "timed")
     begun = time.perf_counter()
@@ -261,13 +261,13 @@ def test_killed_at_20_times(jobs, tmp_path, name):
     for k in range(20):
         folder = tmp_path / str(k)
         job.prepare(folder)
-        code, text = job.run(folder, signal_after=(signal.SIGKILL, seconds * (k + 0.5) / 20))
+        code, text = job.run(folder, signal_after=(signal.SIGKILL, seconds * k / 20))
         assert code in (0, -signal.SIGKILL), text
         killed += code != 0
         job.check_kill(folder)
         job.go_on(folder)
         job.check_finished(folder)
-    assert killed  # how many of them, depends on the machine
+    assert killed  # the first; how many more, depends on the machine
 
 
 @pytest.mark.parametrize("name, last", [("pack", 40), ("average", 90)])

@@ -3,11 +3,11 @@
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -23,7 +23,7 @@ EVERY = [c for group in plan.smoke(False) for c in group] + plan.speed(False) + 
 
 def run(*command, **environment):
     env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=env)
+    return processes.run([sys.executable, *command], cwd=ROOT, env=env)
 
 
 @no_gpu

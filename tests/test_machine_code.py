@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import emulator
+import processes
 import pytest
 from conftest import BITS, run_python
 
@@ -46,7 +47,7 @@ def cost(tmp_path_factory):
         pytest.skip("no disassembler: it comes with triton")
     folder = tmp_path_factory.mktemp("cost")
     command = [sys.executable, str(ROOT / "bench/static_cost_cuda.py"), "--output", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = processes.run(command)
     assert (folder / "cuda_static_cost.png").stat().st_size > 10_000, done.stdout[-2000:] + done.stderr[-2000:]
     assert "| project | 4 |" in (folder / "cuda_static_cost.md").read_text()
     return json.loads((folder / "cuda_static_cost.json").read_text())

@@ -4,9 +4,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import twa
@@ -186,7 +186,7 @@ def test_mergekit_makes_the_same_model(merged):
     out, exact = merged
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
     offline.pop("PYTHONPATH", None)  # mergekit lives in an environment of its own
-    done = subprocess.run([tool, out / "mergekit.yaml", out / "merged"], capture_output=True, text=True, timeout=300, env=offline)
+    done = processes.run([tool, out / "mergekit.yaml", out / "merged"], env=offline)
     assert done.returncode == 0, done.stderr
     found = {name: t for file in (out / "merged").glob("*.safetensors") for name, t in load_file(file).items()}
     error = relative_error(found, exact)

@@ -1,11 +1,11 @@
 """orthonormalize: every backend's pass against the reference, the basis against float64 Gram-Schmidt, and everything that can be wrong with W."""
 
-import subprocess
 import sys
 import textwrap
 import warnings
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from conftest import has_isa, rows_of, run_python, tensors
@@ -704,10 +704,9 @@ RANKS = """
 
 def test_ranks_that_hold_different_columns(tmp_path):
     code = textwrap.dedent(RANKS).replace("{file}", str(tmp_path / "store")).replace("{tests}", TESTS)
-    ranks = [subprocess.Popen([sys.executable, "-c", code, str(r)], stderr=subprocess.PIPE, text=True) for r in range(2)]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=120)
-        assert rank.returncode == 0, errors
+    ranks = [processes.Child([sys.executable, "-c", code, str(r)]) for r in range(2)]
+    for rank in processes.finish(*ranks):
+        assert rank.returncode == 0, rank.stderr
 
 
 def test_a_hopeless_certificate_warns(monkeypatch):

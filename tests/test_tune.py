@@ -1,8 +1,8 @@
 """python -m twa_kernels.tune, as far as it goes without a GPU."""
 
-import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 from conftest import ON_GPU
@@ -50,7 +50,7 @@ def test_shipped_numbers_that_fail_lose(monkeypatch, capsys):
 @pytest.mark.skipif(ON_GPU, reason="this machine has a GPU")
 def test_without_a_gpu_says_so():
     environment = {"PATH": "/usr/bin", "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, "-m", "twa_kernels.tune"], capture_output=True, text=True, env=environment, timeout=120)
+    done = processes.run([sys.executable, "-m", "twa_kernels.tune"], env=environment)
     assert done.returncode == 1 and "expected a GPU to measure on, found none" in done.stderr
 
 
