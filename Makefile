@@ -1,10 +1,12 @@
 # Everything happens in .venv/ at the project's root; `make demo` and `make test` set it up when it is missing.
 PYTHON ?= python3
 VENV := .venv
+STACK_PYTHON ?= python3.12
+STACK := .venv-stack
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 
-.PHONY: demo test bench lint format build clean sanitize gpu-check gpu-objects static-cost
+.PHONY: demo test test-stack bench lint format build clean sanitize gpu-check gpu-objects static-cost
 
 demo: build
 	$(BIN)/twa demo -o twa-demo --overwrite
@@ -12,6 +14,11 @@ demo: build
 # Two processes; a file's tests stay together, in order.
 test: build
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The same tests under an older PyTorch, Triton and Python 3.12, as on GPU machines: PyPI's build of
+# that PyTorch takes 5 GB of disk with its CUDA libraries, so this is no part of `make test`.
+test-stack: $(STACK)/.built
+	$(STACK)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: build
 	$(BIN)/python -m pytest -o python_files="benchmark_*.py" -p no:cacheprovider bench --benchmark-only --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --save cpu
@@ -43,7 +50,7 @@ sanitize: build
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=halt_on_error=1 TWA_EMULATOR_BUILD=$(CURDIR)/$(SANITIZED)/cmake \
 	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
-	  $(addprefix $(CURDIR)/tests/test_,pack.py project.py reconstruct.py step.py gram.py cuda.py orthonormalize.py orthonormalize_cuda.py)
+	  $(addprefix $(CURDIR)/tests/test_,pack.py project.py reconstruct.py step.py gram.py cuda.py cuda_host.py orthonormalize.py orthonormalize_cuda.py)
 
 lint: build
 	$(BIN)/ruff check .
@@ -67,5 +74,15 @@ $(VENV)/.built: $(VENV)/.requirements $(NATIVE) pyproject.toml
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
 	touch $@
 
+$(STACK)/.requirements: requirements-stack.txt
+	$(STACK_PYTHON) -c 'import sys; v = sys.version; sys.exit(v[:5] != "3.12." and "STACK_PYTHON: not 3.12: " + v)'
+	$(STACK_PYTHON) -m venv $(STACK)
+	$(STACK)/bin/python -m pip install --disable-pip-version-check -q -r requirements-stack.txt
+	touch $@
+
+$(STACK)/.built: $(STACK)/.requirements $(NATIVE) pyproject.toml
+	PATH="$(CURDIR)/$(STACK)/bin:$$PATH" $(STACK)/bin/python -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf build dist *.egg-info twa_kernels/*.so $(VENV)/.built
+	rm -rf build dist *.egg-info twa_kernels/*.so $(VENV)/.built $(STACK)/.built

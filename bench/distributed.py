@@ -86,7 +86,8 @@ def worker(kind: str, placement: str, folder: str) -> None:
     from twa.tasks import chars
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank % os.cpu_count()]})
+    cores = sorted(os.sched_getaffinity(0))  # in a container fewer than os.cpu_count()
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     torch.manual_seed(0)

@@ -5,6 +5,8 @@ Assembly   The interpreter has none. Here each block is parsed and run on NumPy 
 Rounding   The interpreter truncates float32 to bfloat16; compiled code rounds to nearest even, and so does this.
 Speed      The interpreter prepares the language module anew at every call of a helper function, which would be half of the suite's time; once per
            kernel launch is enough.
+Indices    Triton before 3.8 takes int() of an array of one element, which NumPy refuses from 2.4
+           on. `mend_indices` alone will do for a script that runs kernels without the assembly.
 """
 
 import functools
@@ -149,7 +151,19 @@ class _Nothing:
         pass
 
 
+def mend_indices():
+    """A tensor of one element is an index, whatever its shape. Call before the first kernel."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor
+
+
 def install():
+    mend_indices()
     convert = interpreter._convert_float
 
     def convert_rounded(data, from_type, to_type, mode):

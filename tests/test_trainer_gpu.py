@@ -58,7 +58,6 @@ def chosen(gpu, monkeypatch):
     """(device, steps), with this backend for everything but packing, which is done on the CPU."""
     gpu.needs("step")
     steps = 20 if ON_GPU or gpu.backend == "cuda" else 2
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     if ON_GPU:
         monkeypatch.setenv("TWA_KERNELS_BACKEND", f"cuda:{gpu.backend}")
         return gpu.device, steps
