@@ -227,3 +227,10 @@ def test_a_log_is_bounded(tmp_path, monkeypatch):
     for _ in range(50):
         log.write("child", "a line that is not short")
     assert (tmp_path / "log.txt").stat().st_size <= 100
+
+
+def test_benchmarks_name_no_commit_where_there_is_no_git(monkeypatch):
+    import common
+
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert common.commit() == common.hardware()["commit"] == "unknown"
