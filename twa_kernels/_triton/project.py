@@ -39,7 +39,7 @@ def _limb_columns(q, byte, PAIRED: tl.constexpr):
     return x.reshape(q.shape[0], q.shape[1], 8 if PAIRED else 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "first_row"], do_not_specialize_on_alignment=["scales"])
 def project_kernel(
     codes,  # (num_tiles, n, 16 * BITS) uint8
     scales,  # (num_tiles, n) uint8
@@ -51,6 +51,7 @@ def project_kernel(
     item_tiles,  # (items,) int32
     partial,  # (items, n) float32
     n,
+    first_row,  # of the launch
     BITS: tl.constexpr,
     DTYPE: tl.constexpr,
     ISA: tl.constexpr,
@@ -78,7 +79,7 @@ def project_kernel(
 
         t = tl.arange(0, TILES)
         byte = tl.arange(0, WIDTH)[None, None, :]
-        row0 = tl.program_id(1) * ROWS
+        row0 = first_row + tl.program_id(1) * ROWS
         row = row0 + GROUP * tl.arange(0, UNITS)[None, :, None] + byte // (WIDTH // GROUP)  # (1, UNITS, WIDTH)
         limb = tl.arange(0, LIMBS)[None, None, :]
         scale_row = row0 + GROUP * tl.arange(0, UNITS)[None, :, None] + limb // 4  # (1, UNITS, LIMBS)
@@ -141,7 +142,7 @@ def segment_sums(partial, segment_begin, segment, rows, n, ITEMS: tl.constexpr, 
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "num_segments"])
 def sum_kernel(
     partial,  # (items, n) float32
     segment_begin,  # (L + 1,) int32: items of each segment
