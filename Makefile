@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 
-.PHONY: demo test bench lint format build clean sanitize gpu-check static-cost
+.PHONY: demo test bench lint format build clean sanitize gpu-check static-cost triton-versions
 
 demo: build
 	$(BIN)/twa demo -o twa-demo --overwrite
@@ -25,6 +25,10 @@ gpu-check:
 static-cost: build
 	$(BIN)/python bench/static_cost_cuda.py
 	$(BIN)/python bench/static_cost.py
+
+# Every shipped Triton kernel through Triton 3.6 to 3.9, which pip installs into build/; needs no GPU.
+triton-versions: build
+	$(BIN)/python bench/triton_versions.py
 
 # The kernel tests once more, with a native module and emulated CUDA kernels built for AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED := build/sanitize
