@@ -244,7 +244,7 @@ def _cell(value: float | None) -> str:
 def markdown(rows: list[dict]) -> list[str]:
     import torch
 
-    versions, architectures = _versions(rows), ("sm_90", "sm_80", "gfx942")
+    versions, architectures = _versions(rows), [a for a in ("sm_90", "sm_80", "gfx942") if any(r["arch"] == a for r in rows)]
     lines = ["# Static cost of the Triton kernels", "", "![instructions per weight](triton_static_cost.png)", ""]
     lines += ["Thread-instructions of the main loops per packed weight, float32, read from the machine code; no GPU took part. No kernel is"]
     lines += ["specialised on n; what n = 72 costs more than n = 64 is rows of padding. Budget: an H200 at full bandwidth."]

@@ -88,7 +88,7 @@ def test_row_blocks_cover_every_row_once():
     for n in range(1, 300):
         for most, least in ((64, 16), (128, 16), (64, 32), (32, 16)):
             at = 0
-            for size, first, blocks in config.row_blocks(n, most, least):
-                assert first == at and blocks > 0
+            for size, full, blocks in config.row_blocks(n, most, least):
+                assert blocks > 0 and at == (n // full * full if full else 0)
                 at += size * blocks
             assert n <= at < n + config.row_blocks(n, most, least)[-1][0]

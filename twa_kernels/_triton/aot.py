@@ -40,7 +40,7 @@ TYPES = {
     "squares": "*fp64",
 } | dict.fromkeys(("rows", "center", "grads", "out", "numel", "tile_begin", "item_tile"), "*i64")
 TYPES |= dict.fromkeys(("partial", "c", "x", "x_rows", "first", "second"), "*fp32")
-TYPES |= dict.fromkeys(("n", "padded", "num_segments", "first_row"), "i32")
+TYPES |= dict.fromkeys(("n", "padded", "num_segments"), "i32")
 TYPES |= dict.fromkeys(("lr", "decay", "w1", "w2", "beta2", "root", "eps"), "fp32")
 TYPES |= dict.fromkeys(("others", "piece_tensor", "piece_column", "piece_end"), "*i64") | dict.fromkeys(("parent", "item_piece", "extent"), "*i32")
 TYPES |= dict.fromkeys(("transform", "probes"), "*fp64") | dict.fromkeys(("m", "r", "skip", "tensor", "begin", "end"), "i32")
@@ -87,6 +87,7 @@ def _variants(arch: str) -> Iterator[Variant]:
             for dtype in dtypes or ("fp32",):
                 if least_rows(bits) <= rows <= config["rows"]:
                     constants = {"BITS": bits, "DTYPE": FLOATS[dtype], "ISA": how, "ROWS": rows, "TILES": config["tiles"], "STAGES": config["stages"]}
+                    constants["FULL"] = 64 if rows == least_rows(bits) else 0  # what is left of n = 72
                     yield variant("project", bits, f"{rows} rows, {dtype}", project_kernel, config, **constants)
         config = configuration("reconstruct", bits, arch)
         shapes = [("fp32", "fp32", True, True, True), ("fp32", "fp32", True, False, True)]

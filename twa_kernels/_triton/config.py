@@ -77,14 +77,14 @@ def rows_per_program(n: int, most: int, least: int = 16) -> int:
 
 
 def row_blocks(n: int, most: int, least: int = 16) -> list[tuple[int, int, int]]:
-    """[(rows of a block, first row, blocks)]: one launch of project, or a second one with smaller
+    """[(rows of a block, those of the launch before or 0, blocks)]: one launch of project, or a second one with smaller
     blocks for what is left. Chosen as in rows_per_program: 64 + 16 rows for n = 72."""
     sizes = [size for size in (16, 32, 64, 128) if least <= size <= most]
     choices = []
     for size in sizes:
         full, rest = divmod(n, size)
         for other in sizes[: sizes.index(size)] if full and rest else []:
-            choices.append([(size, 0, full), (other, n - rest, -(-rest // other))])
+            choices.append([(size, 0, full), (other, size, -(-rest // other))])
         choices.append([(size, 0, -(-n // size))])
     return min(choices, key=lambda c: (sum(blocks * (size + 16) for size, _, blocks in c), len(c)))
 

@@ -108,7 +108,7 @@ def _partial_sums(codes: Tensor, scales: Tensor, tile_segment: Tensor, grads: Se
     partial = (torch.empty if complete else torch.zeros)(work.count, n, device=codes.device)
     blocks = row_blocks(n, config["rows"], least_rows(bits))
     with launch.on_device():
-        for (dtype, addresses), (rows, first_row, count) in itertools.product(groups.items(), blocks):
+        for (dtype, addresses), (rows, full, count) in itertools.product(groups.items(), blocks):
             project_kernel[work.count, count](
                 codes,
                 scales,
@@ -120,11 +120,11 @@ def _partial_sums(codes: Tensor, scales: Tensor, tile_segment: Tensor, grads: Se
                 work.tiles,
                 partial,
                 n,
-                first_row,
                 BITS=bits,
                 DTYPE=DTYPES[dtype],
                 ISA=launch.isa,
                 ROWS=rows,
+                FULL=full,
                 TILES=config["tiles"],
                 STAGES=config["stages"],
                 **launch.options(),
