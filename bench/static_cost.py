@@ -247,7 +247,7 @@ def markdown(rows: list[dict]) -> list[str]:
     versions, architectures = _versions(rows), [a for a in ("sm_90", "sm_80", "gfx942") if any(r["arch"] == a for r in rows)]
     lines = ["# Static cost of the Triton kernels", "", "![instructions per weight](triton_static_cost.png)", ""]
     lines += ["Thread-instructions of the main loops per packed weight, float32, read from the machine code; no GPU took part. No kernel is"]
-    lines += ["specialised on n; what n = 72 costs more than n = 64 is rows of padding. Budget: an H200 at full bandwidth."]
+    lines += ["specialised on n; what n = 72 costs more than n = 64 is rows of padding and smaller blocks. Budget: an H200 at full bandwidth."]
     head = [f"{arch}, n = {n}, triton {v}" for arch in architectures for n in SIZES for v in versions]
     lines += ["", "| op | bits | budget | " + " | ".join(head) + " |", "|" + "---|" * (3 + len(head))]
     for op in ("project", "reconstruct"):
