@@ -6,7 +6,7 @@ STACK := .venv-stack
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 
-.PHONY: demo test test-stack bench lint format build clean sanitize gpu-check gpu-objects static-cost
+.PHONY: demo test test-stack bench lint format build clean sanitize gpu-check gpu-objects static-cost triton-versions
 
 demo: build
 	$(BIN)/twa demo -o twa-demo --overwrite
@@ -37,6 +37,10 @@ gpu-objects:
 static-cost: build
 	$(BIN)/python bench/static_cost_cuda.py
 	$(BIN)/python bench/static_cost.py
+
+# Every shipped Triton kernel through Triton 3.6 to 3.9, which pip installs into build/; needs no GPU.
+triton-versions: build
+	$(BIN)/python bench/triton_versions.py
 
 # The kernel tests once more, with a native module and emulated CUDA kernels built for AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED := build/sanitize

@@ -67,3 +67,28 @@ def test_every_configuration_covers_16_bytes_a_thread():
 @pytest.mark.parametrize(("n", "rows"), [(1, 16), (16, 16), (17, 32), (64, 64), (72, 32), (120, 64), (256, 64)])
 def test_rows_per_program(n, rows):
     assert config.rows_per_program(n, 64) == rows
+
+
+@pytest.mark.parametrize(
+    ("n", "most", "least", "expected"),
+    [
+        (1, 64, 16, [(16, 0, 1)]),
+        (64, 64, 16, [(64, 0, 1)]),
+        (72, 64, 16, [(64, 0, 1), (16, 64, 1)]),
+        (72, 64, 32, [(64, 0, 1), (32, 64, 1)]),
+        (130, 128, 16, [(128, 0, 1), (16, 128, 1)]),
+        (1000, 64, 16, [(64, 0, 16)]),
+    ],
+)
+def test_row_blocks(n, most, least, expected):
+    assert config.row_blocks(n, most, least) == expected
+
+
+def test_row_blocks_cover_every_row_once():
+    for n in range(1, 300):
+        for most, least in ((64, 16), (128, 16), (64, 32), (32, 16)):
+            at = 0
+            for size, full, blocks in config.row_blocks(n, most, least):
+                assert blocks > 0 and at == (n // full * full if full else 0)
+                at += size * blocks
+            assert n <= at < n + config.row_blocks(n, most, least)[-1][0]

@@ -19,7 +19,7 @@ DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
     # 16 bytes a thread and row: `tiles` is what the threads of a program cover. rows: rows in flight.
     "reconstruct": {
         8: {"tiles": 16, "rows": 8, "warps": 4},
-        4: {"tiles": 32, "rows": 16, "warps": 4},
+        4: {"tiles": 32, "rows": 8, "warps": 4},
         3: {"tiles": 128, "rows": 4, "warps": 4},
         2: {"tiles": 64, "rows": 8, "warps": 4},
         1: {"tiles": 128, "rows": 4, "warps": 4},
@@ -74,6 +74,19 @@ def rows_per_program(n: int, most: int, least: int = 16) -> int:
     """Power of two from `least` to `most` that wastes least: rows of padding, and 16 rows' worth of gradient work for each block of rows."""
     sizes = [size for size in (16, 32, 64, 128) if least <= size <= most]
     return min(sizes, key=lambda size: -(-n // size) * (size + 16))
+
+
+def row_blocks(n: int, most: int, least: int = 16) -> list[tuple[int, int, int]]:
+    """[(rows of a block, those of the launch before or 0, blocks)]: one launch of project, or a second one with smaller
+    blocks for what is left. Chosen as in rows_per_program: 64 + 16 rows for n = 72."""
+    sizes = [size for size in (16, 32, 64, 128) if least <= size <= most]
+    choices = []
+    for size in sizes:
+        full, rest = divmod(n, size)
+        for other in sizes[: sizes.index(size)] if full and rest else []:
+            choices.append([(size, 0, full), (other, size, -(-rest // other))])
+        choices.append([(size, 0, -(-n // size))])
+    return min(choices, key=lambda c: (sum(blocks * (size + 16) for size, _, blocks in c), len(c)))
 
 
 def least_rows(bits: int) -> int:

@@ -14,7 +14,7 @@ from .unpack import levels_at
 from .words import scale_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["scales"])
 def gram_kernel(
     codes,  # (num_tiles, n, 16 * BITS) uint8
     scales,  # (num_tiles, n) uint8

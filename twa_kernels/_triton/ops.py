@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..native import _contiguous, _targets, _write_back, finish_pack, refuse_capture
-from .config import least_rows, rows_per_program
+from .config import least_rows, row_blocks, rows_per_program
 from .gram import gram_kernel
 from .launch import DTYPES, Launch, Work, address_table, by_dtype, work_items
 from .orthonormalize_ops import orthonormalize_pass as orthonormalize_pass  # one of the ops, in a file of its own
@@ -106,10 +106,10 @@ def _partial_sums(codes: Tensor, scales: Tensor, tile_segment: Tensor, grads: Se
     # One dtype for all tensors writes every item; else what is left out is zero.
     complete = len(groups) == 1 and all(address or not numel for address, numel in zip(next(iter(groups.values())), numels, strict=True))
     partial = (torch.empty if complete else torch.zeros)(work.count, n, device=codes.device)
-    rows = rows_per_program(n, config["rows"], least_rows(bits))
+    blocks = row_blocks(n, config["rows"], least_rows(bits))
     with launch.on_device():
-        for dtype, addresses in groups.items():
-            project_kernel[work.count, -(-n // rows)](
+        for (dtype, addresses), (rows, full, count) in itertools.product(groups.items(), blocks):
+            project_kernel[work.count, count](
                 codes,
                 scales,
                 address_table(addresses, codes.device),
@@ -124,6 +124,7 @@ def _partial_sums(codes: Tensor, scales: Tensor, tile_segment: Tensor, grads: Se
                 DTYPE=DTYPES[dtype],
                 ISA=launch.isa,
                 ROWS=rows,
+                FULL=full,
                 TILES=config["tiles"],
                 STAGES=config["stages"],
                 **launch.options(),
@@ -147,11 +148,11 @@ def project(
 
 
 @functools.lru_cache(maxsize=64)
-def _tables(bits: int, device: torch.device) -> Tensor:
-    """(4,) int32: levels as bytes. In memory, because a compiler that knew them would move them into registers at every use."""
+def _tables(bits: int, tiles: int, device: torch.device) -> Tensor:
+    """(tiles, 4) int32: levels as bytes. In memory, because a compiler that knew them would move them into registers at every use."""
     refuse_capture(device)
     words = TABLES.get(bits, [0, 0, 0, 0])
-    return torch.tensor([w - (w >> 31 << 32) for w in words], dtype=torch.int32, device=device)
+    return torch.tensor([[w - (w >> 31 << 32) for w in words]] * tiles, dtype=torch.int32, device=device)
 
 
 def _reconstruct(
@@ -168,7 +169,7 @@ def _reconstruct(
                 codes.view(torch.int32),
                 scales,
                 x_rows,
-                _tables(bits, codes.device),
+                _tables(bits, config["tiles"], codes.device),
                 address_table([c.data_ptr() for c in center], codes.device) if center else work.numel,
                 address_table(addresses, codes.device),
                 work.numel,
@@ -187,7 +188,7 @@ def _reconstruct(
                 TILES=config["tiles"],
                 ROWS=config["rows"],
                 EVEN=n % config["rows"] == 0,
-                FEW=n <= 255,
+                FEW=bits > 1 or n <= 255,
                 **launch.options(),
             )
 

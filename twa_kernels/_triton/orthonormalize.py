@@ -15,6 +15,8 @@ Sums       float64 throughout, on the matrix units where they have it; or (FLOAT
            memory; how many items there are does not depend on the device, and they are added afterwards: no atomics.
 Bytes      n <= 64: n * D * input read (again from the caches, as parents); r * D * output written. More rows: about n / 32 times that through the
            second-level cache, and norms_kernel reads the rows once more where there is a transform.
+Precision  every product says "ieee", those of float64 too: for AMD, Triton 3.6 compiles no float64
+           product that may be TF32, its default.
 """
 
 from __future__ import annotations
@@ -43,12 +45,29 @@ def _block(address, column, end, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _apart(v):
+    """v, (ROWS, COLUMNS), as a sum of one term: free and exact. Triton does not look behind a sum
+    for where an operand of tl.dot comes from. What it finds there misleads it before 3.9: of a
+    narrower type it makes a layout in which float64 has no products, and on AMD 3.6 cannot hand one
+    float64 product to the next."""
+    return tl.sum(v[:, :, None], 2)
+
+
+@triton.jit
+def _wide(v, REAL: tl.constexpr):
+    """v in the type of the sums, exactly."""
+    if REAL == tl.float64 and v.dtype.primitive_bitwidth == 16:
+        v = _apart(v.to(tl.float32))
+    return v.to(REAL)
+
+
+@triton.jit
 def _squares(v):
     wide = v.to(tl.float64)
     return wide * wide
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m"])
 def products_kernel(
     rows,  # (tensors, n) int64: addresses
     others,  # (tensors, m) int64: addresses of the right factor; not read if that is the rows (SAME)
@@ -96,19 +115,19 @@ def products_kernel(
             for first in tl.range(tl.load(piece_column + piece), end, COLUMNS, num_stages=STAGES):
                 column = first + tl.arange(0, COLUMNS)
                 w = _block(own_i, column, end, DTYPE)
-                a = w.to(REAL)
+                a = _wide(w, REAL)
                 if DIFFERENCES:
-                    a -= _block(before_i, column, end, DTYPE).to(REAL)
+                    a -= _wide(_block(before_i, column, end, DTYPE), REAL)
                 if ONE:
                     b = a
                 else:
-                    b = _block(own_k, column, end, OTHER).to(REAL)
+                    b = _wide(_block(own_k, column, end, OTHER), REAL)
                     if DIFFERENCES:
-                        b -= _block(before_k, column, end, DTYPE).to(REAL)
+                        b -= _wide(_block(before_k, column, end, DTYPE), REAL)
                 if FLOAT32:
                     total += tl.dot(a, tl.trans(b), input_precision="ieee").to(tl.float64)
                 else:
-                    total = tl.dot(a, tl.trans(b), total, out_dtype=tl.float64)
+                    total = tl.dot(a, tl.trans(b), total, input_precision="ieee", out_dtype=tl.float64)
                 if DIFFERENCES:
                     if ONE or i == k:
                         of_rows += _squares(w)
@@ -123,7 +142,7 @@ def products_kernel(
                 tl.store(to + n, tl.sum(of_differences, 1), mask=row < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "r", "skip"])
 def transformed_kernel(
     rows,  # (tensors, n) int64: addresses
     center,  # (tensors,) int64: addresses; not read without HAS_CENTER
@@ -172,7 +191,7 @@ def transformed_kernel(
             column = first + tl.arange(0, COLUMNS)
             w = _block(own, column, end, DTYPE)
             of_rows += _squares(w)
-            v = w.to(REAL) - _block(before, column, end, DTYPE).to(REAL)
+            v = _wide(w, REAL) - _wide(_block(before, column, end, DTYPE), REAL)
             q = tl.dot(t, v, input_precision="ieee", out_dtype=REAL)
             if STORE:
                 rounded = q.to(tl.float32).to(OUT)
@@ -180,14 +199,16 @@ def transformed_kernel(
                     tl.debug_barrier()  # every thread has read its columns of the rows; and no block is read ahead
                 mask = (to != 0)[:, None] & (column < end)[None, :]
                 tl.store(to.to(tl.pointer_type(OUT))[:, None] + column[None, :], rounded, mask=mask)
-                x = rounded.to(tl.float32).to(REAL)
+                x = rounded.to(tl.float32)
+                x = x if FLOAT32 else _apart(x).to(REAL)
                 u = tl.dot(z, x, input_precision="ieee", out_dtype=REAL)
                 if FLOAT32:
                     total += tl.dot(x, tl.trans(u), input_precision="ieee").to(tl.float64)
                 else:
-                    total = tl.dot(x, tl.trans(u), total, out_dtype=tl.float64)
+                    total = tl.dot(x, tl.trans(u), total, input_precision="ieee", out_dtype=tl.float64)
             else:
-                total = tl.dot(q, tl.trans(q), total, out_dtype=tl.float64)
+                q = _apart(q)
+                total = tl.dot(q, tl.trans(q), total, input_precision="ieee", out_dtype=tl.float64)
     width = PROBES if STORE else r
     place = tl.arange(0, WIDTH)
     at = (item.to(tl.int64) * r + row[:, None]) * width + place[None, :]
@@ -195,7 +216,7 @@ def transformed_kernel(
     tl.store(squares + item.to(tl.int64) * n + row, tl.sum(of_rows, 1), mask=row < n)
 
 
-@triton.jit(do_not_specialize=["tensor", "begin", "end"])
+@triton.jit(do_not_specialize=["tensor", "begin", "end", "n", "r"])
 def transform_kernel(
     rows,  # (tensors, n) int64: addresses
     parent,  # (n,) int32; not read without DIFFERENCES
@@ -229,17 +250,17 @@ def transform_kernel(
         t = tl.load(transform + made.to(tl.int64)[:, None] * n + row[None, :], mask=mask, other=0).to(REAL)
         if DIFFERENCES:
             own, before = _addresses(rows, parent, center, tensor, row, n, HAS_CENTER)
-            v = _block(own, column, end, DTYPE).to(REAL) - _block(before, column, end, DTYPE).to(REAL)
+            v = _wide(_block(own, column, end, DTYPE), REAL) - _wide(_block(before, column, end, DTYPE), REAL)
         else:
             own = tl.load(rows + tensor * n + row, mask=row < n, other=0)
-            v = _block(own, column, end, DTYPE).to(REAL)
+            v = _wide(_block(own, column, end, DTYPE), REAL)
         acc = tl.dot(t, v, acc, input_precision="ieee", out_dtype=REAL)
     at = to + made.to(tl.int64)[:, None] * (end - begin) + (column - begin)[None, :]
     value = acc if OUT == tl.float64 else acc.to(tl.float32).to(OUT)
     tl.store(at, value, mask=(made < r)[:, None] & (column < end)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def norms_kernel(
     rows,  # (tensors, n) int64: addresses
     piece_tensor,  # (pieces,) int64

@@ -78,7 +78,7 @@ def _power(e):
     return ((e + 127) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def pack_kernel(
     rows,  # (tensors, n) int64: addresses, 0 for what this launch leaves alone
     center,  # (tensors,) int64: addresses; not read without HAS_CENTER

@@ -39,7 +39,7 @@ def _limb_columns(q, byte, PAIRED: tl.constexpr):
     return x.reshape(q.shape[0], q.shape[1], 8 if PAIRED else 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["scales"])
 def project_kernel(
     codes,  # (num_tiles, n, 16 * BITS) uint8
     scales,  # (num_tiles, n) uint8
@@ -55,6 +55,7 @@ def project_kernel(
     DTYPE: tl.constexpr,
     ISA: tl.constexpr,
     ROWS: tl.constexpr,
+    FULL: tl.constexpr,  # rows of a block of the launch before, which had all full blocks; 0: none
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -79,6 +80,8 @@ def project_kernel(
         t = tl.arange(0, TILES)
         byte = tl.arange(0, WIDTH)[None, None, :]
         row0 = tl.program_id(1) * ROWS
+        if FULL > 0:
+            row0 += n // FULL * FULL
         row = row0 + GROUP * tl.arange(0, UNITS)[None, :, None] + byte // (WIDTH // GROUP)  # (1, UNITS, WIDTH)
         limb = tl.arange(0, LIMBS)[None, None, :]
         scale_row = row0 + GROUP * tl.arange(0, UNITS)[None, :, None] + limb // 4  # (1, UNITS, LIMBS)
@@ -141,7 +144,7 @@ def segment_sums(partial, segment_begin, segment, rows, n, ITEMS: tl.constexpr, 
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "num_segments"])
 def sum_kernel(
     partial,  # (items, n) float32
     segment_begin,  # (L + 1,) int32: items of each segment

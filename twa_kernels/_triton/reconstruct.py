@@ -195,12 +195,12 @@ def _add_rows(
     return new, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["scales"])
 def reconstruct_kernel(
     codes,  # (num_tiles, n, 4 * BITS) int32
     scales,  # (num_tiles, n) uint8
     x,  # (L, padded) float32: coefficient times row_scale; zero from n to padded, a multiple of ROWS and of 16
-    tables,  # (4,) int32: the levels' bytes
+    tables,  # (TILES, 4) int32: the levels' bytes, once per tile
     center,  # (tensors,) int64: addresses; not read without HAS_CENTER
     out,  # (tensors,) int64: addresses, 0 for a tensor that this launch leaves alone
     numel,  # (tensors,) int64
@@ -219,7 +219,7 @@ def reconstruct_kernel(
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
     EVEN: tl.constexpr,  # n is a multiple of ROWS
-    FEW: tl.constexpr,  # n <= 255
+    FEW: tl.constexpr,  # n <= 255; matters at 1 bit only
 ):
     item = tl.program_id(0)
     tensor = tl.load(item_tensor + item)
@@ -234,16 +234,24 @@ def reconstruct_kernel(
         live = tl.arange(0, TILES) < count
         t = tl.minimum(tl.arange(0, TILES), count - 1)  # past the end the last tile once more, which is not stored
         word = tl.arange(0, WORDS)[None, :]
-        table = (tl.load(tables), tl.load(tables + 1), tl.load(tables + 2), tl.load(tables + 3))
+        # One copy a tile: what all threads read at one address would go to uniform registers, and be
+        # moved from there at every use.
+        copy = tables + 4 * t
+        table = (tl.load(copy)[:, None], tl.load(copy + 1)[:, None], tl.load(copy + 2)[:, None], tl.load(copy + 3)[:, None])
         tile_codes = codes + (tile * n) * (4 * BITS) + (t[:, None] * n) * (4 * BITS) + word  # (TILES, WORDS)
         tile_scales = scales + tile * n + t * n  # (TILES,)
 
+        # The WORDS // 4 threads that hold a tile's words read one scale each, so that they have its
+        # largest product. With more or fewer threads a tile, all coefficients of the main loop would
+        # go through shared memory.
+        AT_ONCE: tl.constexpr = WORDS // 4
         largest = tl.zeros((TILES,), tl.int32)
         for row0 in tl.range(0, n, 16):
-            rows = row0 + tl.arange(0, 16)
-            s = tl.load(tile_scales[:, None] + rows[None, :], mask=(rows < n)[None, :], other=0)
-            y = tl.load(x_row + rows, mask=rows < n, other=0)[None, :] * scale_of(s)
-            largest = tl.maximum(largest, tl.max(magnitude(y), 1))
+            for k in tl.static_range(16 // AT_ONCE):
+                rows = row0 + k * AT_ONCE + tl.arange(0, AT_ONCE)
+                s = tl.load(tile_scales[:, None] + rows[None, :], mask=(rows < n)[None, :], other=0)
+                y = tl.load(x_row + rows)[None, :] * scale_of(s)
+                largest = tl.maximum(largest, tl.max(magnitude(y), 1))
         e = exponent_of(largest)
 
         # 8, 4, 2 bits: int32 sums (low, high) of every column over all rows. 3 and 1 bits have too many columns a thread for two registers each: at

@@ -13,7 +13,7 @@ import triton.language as tl
 from .project import segment_sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "num_segments"], do_not_specialize_on_alignment=["x", "first", "second"])
 def update_kernel(
     partial,  # (items, n) float32
     segment_begin,  # (L + 1,) int32

@@ -25,7 +25,7 @@ def levels_at(row, column, BITS: tl.constexpr):
         return level_of((byte >> (BITS * (column // (16 * BITS)))) & ((1 << BITS) - 1), BITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "num_segments"], do_not_specialize_on_alignment=["scales"])
 def unpack_kernel(
     codes,  # (num_tiles, n, 16 * BITS) uint8
     scales,  # (num_tiles, n) uint8
