@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..reference import BITS, PROBES
-from .config import ARCHITECTURES, configuration, isa, least_rows
+from .config import ARCHITECTURES, configuration, isa, least_rows, stages
 from .gram import gram_kernel
 from .orthonormalize import norms_kernel, products_kernel, transform_kernel, transformed_kernel
 from .pack import pack_kernel
@@ -123,7 +123,7 @@ def _variants(arch: str) -> Iterator[Variant]:
 def _orthonormalize(arch: str) -> Iterator[Variant]:
     """The passes of block Gram-Schmidt, which know no bits. float32, float64: of the sums within a block."""
     config = configuration("orthonormalize", 4, arch)
-    columns = {"COLUMNS": config["columns"], "STAGES": config["stages"]}
+    columns = {"COLUMNS": config["columns"]}
 
     def variant(name: str, fn, rows: int, types: dict | None = None, **constants) -> Variant:
         warps = max(1, config["warps"] * rows // config["rows"])
@@ -135,13 +135,15 @@ def _orthonormalize(arch: str) -> Iterator[Variant]:
         same = what != "certificate"
         other = dtype if same or fast else "fp64"
         constants = {"DTYPE": FLOATS[dtype], "OTHER": FLOATS[other], "SAME": same, "DIFFERENCES": what == "differences", "HAS_CENTER": center}
-        constants |= {"FLOAT32": fast, "ONE": one, "ROWS": rows, "OTHERS": rows if same else config["probes"]} | columns
+        constants |= (
+            {"FLOAT32": fast, "ONE": one, "ROWS": rows, "OTHERS": rows if same else config["probes"]} | columns | {"STAGES": stages(config, rows)}
+        )
         name = f"products of {what}, {rows} rows{'' if one else ' of many'}, {dtype}{'' if center else ', no center'}, {_sums(fast)}"
         return variant(name, products_kernel, rows, **constants)
 
     def transformed(rows: int, dtype: str, fast: bool, out: str, in_place: bool = False) -> Variant:
         constants = {"DTYPE": FLOATS[dtype], "OUT": FLOATS[out or "fp32"], "STORE": bool(out), "IN_PLACE": in_place, "HAS_CENTER": True}
-        constants |= {"FLOAT32": fast, "ROWS": rows, "PROBES": PROBES, "PADDED": config["probes"]} | columns
+        constants |= {"FLOAT32": fast, "ROWS": rows, "PROBES": PROBES, "PADDED": config["probes"]} | columns | {"STAGES": stages(config, rows)}
         name = f"transformed, {rows} rows, {dtype} to {out or 'products'}{' in place' if in_place else ''}, {_sums(fast)}"
         return variant(name, transformed_kernel, rows, **constants)
 

@@ -89,6 +89,11 @@ def row_blocks(n: int, most: int, least: int = 16) -> list[tuple[int, int, int]]
     return min(choices, key=lambda c: (sum(blocks * (size + 16) for size, _, blocks in c), len(c)))
 
 
+def stages(config: dict[str, int], rows: int) -> int:
+    """Of orthonormalize: with 16 rows two warps have too few registers for three stages."""
+    return config["stages"] if rows > 16 else 2
+
+
 def least_rows(bits: int) -> int:
     """Of project: below that, a program's threads would load less than 16 bytes each at 3 bits and 1."""
     return 32 if bits in (3, 1) else 16

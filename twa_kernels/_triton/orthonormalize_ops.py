@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..native import _contiguous
 from ..reference import PROBES
+from .config import stages
 from .launch import DTYPES, Columns, Launch, address_table, column_items, current_stream
 from .orthonormalize import norms_kernel, products_kernel, transform_kernel, transformed_kernel
 
@@ -96,7 +97,7 @@ def _products(w: _Rows, fast: bool, others: Sequence[Tensor] | None = None) -> t
             ROWS=rows,
             OTHERS=width,
             COLUMNS=columns,
-            STAGES=launch.config["stages"],
+            STAGES=stages(launch.config, rows),
             **_options(launch, rows),
         )
     return partial.sum(0), squares.sum(0)
@@ -153,7 +154,7 @@ def _transformed(w: _Rows, transform: Tensor, probes: Tensor | None, first: int,
             PROBES=PROBES,
             PADDED=launch.config["probes"],
             COLUMNS=launch.config["columns"],
-            STAGES=launch.config["stages"],
+            STAGES=stages(launch.config, rows),
             **_options(launch, rows),
         )
     return partial.sum(0), squares.sum(0)
