@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..reference import BITS, PROBES
-from .config import ARCHITECTURES, configuration, isa, least_rows, stages
+from .config import ARCHITECTURES, configuration, isa, least_rows, warps_and_stages
 from .gram import gram_kernel
 from .orthonormalize import norms_kernel, products_kernel, transform_kernel, transformed_kernel
 from .pack import pack_kernel
@@ -125,8 +125,10 @@ def _orthonormalize(arch: str) -> Iterator[Variant]:
     config = configuration("orthonormalize", 4, arch)
     columns = {"COLUMNS": config["columns"]}
 
-    def variant(name: str, fn, rows: int, types: dict | None = None, **constants) -> Variant:
-        warps = max(1, config["warps"] * rows // config["rows"])
+    def variant(name: str, fn, rows: int, types: dict | None = None, staged: dict | None = None, **constants) -> Variant:
+        """staged: of a kernel whose loads are staged, as in warps_and_stages."""
+        warps, stages = warps_and_stages(config, rows, **(staged or {}))
+        constants |= {} if staged is None else {"STAGES": stages}
         types = {"partial": "*fp64"} | (types or {})
         return Variant("orthonormalize", 4, name, fn, tuple(constants.items()), warps, True, tuple(types.items()))
 
@@ -135,17 +137,16 @@ def _orthonormalize(arch: str) -> Iterator[Variant]:
         same = what != "certificate"
         other = dtype if same or fast else "fp64"
         constants = {"DTYPE": FLOATS[dtype], "OTHER": FLOATS[other], "SAME": same, "DIFFERENCES": what == "differences", "HAS_CENTER": center}
-        constants |= (
-            {"FLOAT32": fast, "ONE": one, "ROWS": rows, "OTHERS": rows if same else config["probes"]} | columns | {"STAGES": stages(config, rows)}
-        )
+        constants |= {"FLOAT32": fast, "ONE": one, "ROWS": rows, "OTHERS": rows if same else config["probes"]} | columns
         name = f"products of {what}, {rows} rows{'' if one else ' of many'}, {dtype}{'' if center else ', no center'}, {_sums(fast)}"
-        return variant(name, products_kernel, rows, **constants)
+        return variant(name, products_kernel, rows, staged={"fast": fast}, **constants)
 
     def transformed(rows: int, dtype: str, fast: bool, out: str, in_place: bool = False) -> Variant:
         constants = {"DTYPE": FLOATS[dtype], "OUT": FLOATS[out or "fp32"], "STORE": bool(out), "IN_PLACE": in_place, "HAS_CENTER": True}
-        constants |= {"FLOAT32": fast, "ROWS": rows, "PROBES": PROBES, "PADDED": config["probes"]} | columns | {"STAGES": stages(config, rows)}
+        constants |= {"FLOAT32": fast, "ROWS": rows, "PROBES": PROBES, "PADDED": config["probes"]} | columns
         name = f"transformed, {rows} rows, {dtype} to {out or 'products'}{' in place' if in_place else ''}, {_sums(fast)}"
-        return variant(name, transformed_kernel, rows, **constants)
+        staged = {"fast": fast, "transformed": True, "in_place": in_place}
+        return variant(name, transformed_kernel, rows, staged=staged, **constants)
 
     rows, many = config["rows"], config["many"]
     for fast in (False, True):

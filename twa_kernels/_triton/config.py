@@ -89,9 +89,17 @@ def row_blocks(n: int, most: int, least: int = 16) -> list[tuple[int, int, int]]
     return min(choices, key=lambda c: (sum(blocks * (size + 16) for size, _, blocks in c), len(c)))
 
 
-def stages(config: dict[str, int], rows: int) -> int:
-    """Of orthonormalize: with 16 rows two warps have too few registers for three stages."""
-    return config["stages"] if rows > 16 else 2
+def warps_and_stages(config: dict[str, int], rows: int, fast: bool = False, transformed: bool = False, in_place: bool = False) -> tuple[int, int]:
+    """Of orthonormalize: fewer rows, fewer warps. The exceptions are what keeps everything in registers with Triton 3.6 and 3.9 alike
+    (`make triton-versions`)."""
+    warps = max(1, config["warps"] * rows // config["rows"])
+    if rows == 16 and not transformed:
+        return 2 * warps, 2
+    if fast and transformed and rows == 32:
+        return 2 * warps, 1
+    if fast and in_place and rows == 64:
+        return warps // 2, config["stages"]
+    return warps, config["stages"] if rows > 16 else 2
 
 
 def least_rows(bits: int) -> int:

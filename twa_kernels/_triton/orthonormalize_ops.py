@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..native import _contiguous
 from ..reference import PROBES
-from .config import stages
+from .config import warps_and_stages
 from .launch import DTYPES, Columns, Launch, address_table, column_items, current_stream
 from .orthonormalize import norms_kernel, products_kernel, transform_kernel, transformed_kernel
 
@@ -58,10 +58,10 @@ class _Rows:
         return column_items(self.numels, launch.config["columns"], LEAST_COLUMNS, most, self.device, current_stream(self.device))
 
 
-def _options(launch: Launch, rows: int) -> dict:
-    """Fewer rows, fewer warps."""
-    options = launch.options()
-    return options | {"num_warps": max(1, options["num_warps"] * rows // launch.config["rows"])}
+def _options(launch: Launch, rows: int, staged: bool = True, **kind: bool) -> dict:
+    """staged: of a kernel whose loads are staged; kind: as in warps_and_stages."""
+    warps, stages = warps_and_stages(launch.config, rows, **kind)
+    return launch.options() | {"num_warps": warps} | ({"STAGES": stages} if staged else {})
 
 
 def _block_rows(launch: Launch, n: int) -> int:
@@ -97,8 +97,7 @@ def _products(w: _Rows, fast: bool, others: Sequence[Tensor] | None = None) -> t
             ROWS=rows,
             OTHERS=width,
             COLUMNS=columns,
-            STAGES=stages(launch.config, rows),
-            **_options(launch, rows),
+            **_options(launch, rows, fast=fast),
         )
     return partial.sum(0), squares.sum(0)
 
@@ -117,7 +116,7 @@ def _norms(w: _Rows) -> Tensor:
             DTYPE=DTYPES[w.dtype],
             ROWS=rows,
             COLUMNS=launch.config["wide"],
-            **_options(launch, rows),
+            **_options(launch, rows, staged=False),
         )
     return squares.sum(0)
 
@@ -131,6 +130,7 @@ def _transformed(w: _Rows, transform: Tensor, probes: Tensor | None, first: int,
     partial = torch.empty(work.count, r, width, dtype=torch.float64, device=w.device)
     squares = torch.empty(work.count, n, dtype=torch.float64, device=w.device)
     storages = {t.untyped_storage().data_ptr() for t in w.rows}
+    in_place = any(t.untyped_storage().data_ptr() in storages for t in out)
     with launch.on_device():
         transformed_kernel[(work.count,)](
             w.table,
@@ -148,14 +148,13 @@ def _transformed(w: _Rows, transform: Tensor, probes: Tensor | None, first: int,
             **w.flags,
             OUT=DTYPES[out[0].dtype if out else torch.float32],
             STORE=bool(out),
-            IN_PLACE=any(t.untyped_storage().data_ptr() in storages for t in out),
+            IN_PLACE=in_place,
             FLOAT32=fast,
             ROWS=rows,
             PROBES=PROBES,
             PADDED=launch.config["probes"],
             COLUMNS=launch.config["columns"],
-            STAGES=stages(launch.config, rows),
-            **_options(launch, rows),
+            **_options(launch, rows, fast=fast, transformed=True, in_place=in_place),
         )
     return partial.sum(0), squares.sum(0)
 
