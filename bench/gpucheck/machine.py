@@ -82,6 +82,7 @@ def probe(env: dict, rehearse: bool) -> dict:
         found[module] = version(module) if spec else "missing"
     tools = ("nvcc", "g++", "git", "compute-sanitizer", "ncu", "nvidia-smi")
     missing = [tool for tool in tools if shutil.which(tool, path=env["PATH"]) is None]
+    uuid = found.pop("uuid", "")
     found["missing tools"] = ", ".join(missing) or "none"
     if "nvidia-smi" not in missing:
         query = [
@@ -89,7 +90,7 @@ def probe(env: dict, rehearse: bool) -> dict:
             f"--query-gpu={SMI}",
             "--format=csv,noheader",
             "-i",
-            found.pop("uuid"),
+            uuid,
         ]
         try:
             done = subprocess.run(
