@@ -7,7 +7,7 @@
 
 namespace twa {
 
-constexpr int kInvalidValue = 1;             // cudaErrorInvalidValue
+constexpr int kInvalidValue = 1;            // cudaErrorInvalidValue
 constexpr int kLaunchOutOfResources = 701;  // cudaErrorLaunchOutOfResources
 
 // Kernels are built for blocks of 16, 32, 48, 64, 80, 96, 128 rows, in units of 16, and at 1 bit, where a row is 16 bytes, 256.
