@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import platform
-import subprocess
 import time
 from pathlib import Path
 
 import torch
+from gpucheck.machine import commit
 from torch import Tensor
 
 import twa_kernels as tk
@@ -66,16 +66,6 @@ class Published:
 
     def reconstruct(self, x: Tensor, center: Tensor) -> Tensor:
         return center + (x * ((self.codes.float() - self.zero) * self.scale)).sum(0)
-
-
-def commit() -> str:
-    """The commit of this tree, "unknown" where it is a copy without git or there is no git."""
-    try:
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent, check=False)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
 
 
 def hardware() -> dict[str, str]:

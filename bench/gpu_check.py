@@ -29,9 +29,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from gpucheck import build, counters, machine, page, plan, rehearsal, sanitizer
-from gpucheck.children import ROOT, Child, Hung, Late, Log, Supervisor, label
-from gpucheck.events import Events, read
+from gpucheck import ROOT, build, counters, machine, page, plan, rehearsal, sanitizer
+from gpucheck.children import Child, Hung, Late, Log, Supervisor, label
+from gpucheck.events import ABSENT, GOOD, Events, read
 
 #: stage -> share of the budget at whose end it is over; a stage that ends early lets the next begin
 ENDS = {"build": 0.45, "smoke": 0.38, "speed": 0.62, "counters": 0.70, "tests": 0.94}
@@ -93,7 +93,7 @@ class Check:
     def probe(self) -> str:
         """What is here. Exits with status 2 where nothing can run."""
         self.found = machine.probe(self.env, self.args.rehearse)
-        self.found["commit"] = os.environ.get("TWA_COMMIT") or machine.commit(self.env)
+        self.found["commit"] = os.environ.get("TWA_COMMIT") or machine.commit(self.env["PATH"])
         self.events.add(stage="probe", event="probe", **self.found)
         return ", ".join(f"{k} {v}" for k, v in self.found.items() if k in ("name", "torch", "triton"))
 
@@ -213,7 +213,7 @@ class Check:
 
     def say_test(self, case: str, result: str, note: str, **more) -> None:
         row = self.events.add(stage="tests", case=case, result=result, note=note, **more)
-        if result not in page.GOOD and result not in page.ABSENT:
+        if result not in GOOD + ABSENT:
             print(f"{row['at']:6.0f} s  tests: {case}: {result}: {note[:160]}", flush=True)
 
     def pytest(self) -> tuple[list, dict]:
@@ -340,9 +340,8 @@ class Check:
 
 def failed_cases(path: Path) -> set[tuple[str, str]]:
     """(stage, case) of an earlier run that were not right: wrong, faulty, or not run."""
-    good = ("right", "measured", "skipped")
     rows = [r for r in read(path) if "case" in r]
-    return {(r["stage"], r["case"]) for r in rows if r["result"] not in good}
+    return {(r["stage"], r["case"]) for r in rows if r["result"] not in GOOD}
 
 
 def main() -> int:

@@ -85,7 +85,7 @@ def test_a_second_round_takes_what_was_not_right(rehearsed):
     specification.loader.exec_module(gpu_check)
     failed = gpu_check.failed_cases(out / "events.jsonl")
     assert ("smoke", "project triton 4 5 fp32") in failed and ("smoke", "project triton 4 5 fp32 unaligned") in failed
-    assert failed == {(r["stage"], r["case"]) for r in rows if "case" in r and r["result"] not in page.GOOD}
+    assert failed == {(r["stage"], r["case"]) for r in rows if "case" in r and r["result"] not in events.GOOD}
     assert ("smoke", "project triton 8 5 fp32") not in failed
 
 

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import twa
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from zoo import save_candidates
 
 GPU = torch.cuda.is_available() and dist.is_nccl_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a GPU and a PyTorch with NCCL")]
@@ -33,12 +33,7 @@ def new_model():
 
 @pytest.fixture(scope="module")
 def candidates(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("candidates")
-    for k in range(6):
-        model = new_model()
-        torch.manual_seed(k)
-        save_file({name: p.detach() + 0.1 * torch.randn_like(p) for name, p in model.named_parameters()}, folder / f"c{k}.safetensors")
-    return twa.Candidates(f"{folder}/c*.safetensors")
+    return save_candidates(new_model, tmp_path_factory.mktemp("candidates"), 6)
 
 
 X, Y = torch.randn(64, 40, generator=torch.Generator().manual_seed(1)), torch.randn(64, 7, generator=torch.Generator().manual_seed(2))

@@ -7,8 +7,8 @@ import pytest
 import torch
 import twa
 from conftest import ON_GPU
-from safetensors.torch import save_file
 from torch import nn
+from zoo import save_candidates
 
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: streams and CUDA graphs")
 
@@ -20,13 +20,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def candidates(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("candidates")
-    for k in range(5):
-        model = network()
-        torch.manual_seed(k)
-        weights = {name: p.detach() + 0.1 * torch.randn_like(p) for name, p in model.named_parameters()}
-        save_file(weights, folder / f"c{k}.safetensors")
-    return twa.Candidates(folder / "c*.safetensors")
+    return save_candidates(network, tmp_path_factory.mktemp("candidates"), 5)
 
 
 def batches(device, steps):

@@ -5,7 +5,7 @@ import warnings
 import safetensors.torch
 import torch
 import twa
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, prune
@@ -14,6 +14,16 @@ import twa_kernels as tk
 
 N = 4
 CENTER = twa.schemes.ema(N, 0.6)
+
+
+def save_candidates(new_model, folder, count):
+    """c0.safetensors, ...: a model's parameters, each with noise of its own."""
+    for k in range(count):
+        model = new_model()
+        torch.manual_seed(k)
+        noisy = {name: p.detach() + 0.1 * torch.randn_like(p) for name, p in model.named_parameters()}
+        save_file(noisy, folder / f"c{k}.safetensors")
+    return twa.Candidates(folder / "c*.safetensors")
 
 
 # The animals. Each takes one input and returns a tensor. ----------------------------------------------------------------------------

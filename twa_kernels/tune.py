@@ -90,24 +90,18 @@ def tune(op: str, bits: int, n: int, columns: int, device: str, budget: float, m
     arch = shipped.architecture(torch.device(device))
     basis, g = random_case(n, columns, bits, device)
     run, moved = calls(op, basis, g)
-    key, before = (op, bits, arch), shipped.OVERRIDES.get((op, bits, arch))
     current = shipped.configuration(op, bits, arch)
     results = []
-    try:
-        for k, candidate in enumerate([{}, *itertools.islice(candidates(op, bits), most)]):
-            shipped.OVERRIDES[key] = (before or {}) | candidate
-            try:
+    for k, candidate in enumerate([{}, *itertools.islice(candidates(op, bits), most)]):
+        try:
+            with shipped.overridden(op, bits, arch, candidate):
                 took = seconds(run, device, budget)
-            except Exception as error:  # a configuration that the compiler or the device refuses is a result too
-                print(f"  {op} {bits} bits {candidate}: {type(error).__name__}: {str(error).splitlines()[0][:90]}")
-                continue
-            results.append((took, k, candidate))
-            name = "shipped" if not k else " ".join(f"{a} {b}" for a, b in candidate.items())
-            print(f"  {op} {bits} bits  {1e3 * took:9.3f} ms  {moved / took / 1e9:8.1f} GB/s  {name}", flush=True)
-    finally:
-        shipped.OVERRIDES.pop(key, None)
-        if before is not None:
-            shipped.OVERRIDES[key] = before
+        except Exception as error:  # a configuration that the compiler or the device refuses is a result too
+            print(f"  {op} {bits} bits {candidate}: {type(error).__name__}: {str(error).splitlines()[0][:90]}")
+            continue
+        results.append((took, k, candidate))
+        name = "shipped" if not k else " ".join(f"{a} {b}" for a, b in candidate.items())
+        print(f"  {op} {bits} bits  {1e3 * took:9.3f} ms  {moved / took / 1e9:8.1f} GB/s  {name}", flush=True)
     if not results:
         print(f"{op} {bits} bits: no configuration runs here")
         return ""
@@ -120,7 +114,7 @@ def tune(op: str, bits: int, n: int, columns: int, device: str, budget: float, m
         f"{took / shipped_time:.2f} of the shipped time" if shipped_time < math.inf else f"{1e3 * took:.3f} ms; the shipped {current} did not run"
     )
     print(f"{op} {bits} bits: {best} takes {beside}")
-    return f"    {key!r}: {best!r},"
+    return f"    {(op, bits, arch)!r}: {best!r},"
 
 
 def main() -> None:

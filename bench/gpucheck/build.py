@@ -26,7 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from . import ROOT
+
 CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 
 

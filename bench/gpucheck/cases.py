@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import twa_kernels as tk
-from twa_kernels import dispatch
 from twa_kernels.reference import tile_offsets
 
 #: the check on a CPU, without a GPU: what stands in for each GPU backend
@@ -46,13 +45,6 @@ def wait() -> None:
 def backend_of(case: dict) -> str:
     """The backend to call for a case."""
     return STAND_INS[case["backend"]] if REHEARSED else case["backend"]
-
-
-def implemented(op: str, backend: str) -> bool:
-    return (
-        ("orthonormalize_pass" if op == "orthonormalize" else op),
-        backend,
-    ) in dispatch.IMPLEMENTATIONS
 
 
 @dataclass

@@ -22,9 +22,9 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from . import ROOT
 from .events import Events, emit, parse
 
-ROOT = Path(__file__).resolve().parents[2]
 FAULT = 70  # exit status of a worker whose device reports an error that does not go away
 LOG_BYTES = 12 << 20
 START_SECONDS = 90.0  # until the first event: imports, the device's context

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 MARK = "@event "
+GOOD = ("right", "measured", "skipped")
+ABSENT = ("not run", "late", "dropped")  # no pass and no failure of its own
 
 
 def emit(to: int, **fields) -> None:

@@ -10,8 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import build
-from .children import ROOT
+from . import ROOT, build
 
 
 def environment(rehearse: bool) -> dict[str, str]:
@@ -112,9 +111,9 @@ def version(module: str) -> str:
         return "unknown version"
 
 
-def commit(env: dict) -> str:
-    """The commit of this tree; "unknown" where it is a copy without git, or there is no git."""
-    git = shutil.which("git", path=env["PATH"])
+def commit(path: str | None = None) -> str:
+    """The commit of this tree; "unknown" where it is a copy without git, or no git is on PATH."""
+    git = shutil.which("git", path=path)
     if git is None:
         return "unknown"
     command = [git, "rev-parse", "--short", "HEAD"]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
-GOOD = ("right", "measured", "skipped")
-ABSENT = ("not run", "late", "dropped")  # no pass and no failure of its own
+from . import ROOT
+from .events import ABSENT, GOOD
+from .plan import BACKENDS, EVERY
+
+RESULTS = ROOT / "bench" / "results"
 CLOCK = 1.755e9  # Hopper's, as in the static cost
 TARGET = 90.0  # percent of a copy, where nothing is predicted
 MOST_LINES = 40
-OPS = ("project", "reconstruct", "step", "pack", "orthonormalize", "unpack", "gram")
 
 
 def cases(events: list[dict], *stages: str) -> list[dict]:
@@ -65,7 +66,7 @@ def gaps(events: list[dict], found: dict) -> list[dict]:
     copy, rows = copy_rate(events), []
     for row in cases(events, "speed"):
         percent = share(row, copy)
-        if percent is None or row["backend"] not in ("cuda", "triton"):
+        if percent is None or row["backend"] not in BACKENDS:
             continue
         target = predicted(row, found, copy) or TARGET
         if percent < target:
@@ -95,9 +96,9 @@ def table(header: list[str], rows: list[list[str]], left: set[int]) -> list[str]
 def matrix(events: list[dict]) -> list[str]:
     """How many cases of each op and stage are right, of how many."""
     stages = [s for s in ("smoke", "speed", "memcheck", "racecheck") if cases(events, s)]
-    keys = [(s, b) for s in stages for b in ("cuda", "triton") if b_of(events, s, b)]
+    keys = [(s, b) for s in stages for b in BACKENDS if b_of(events, s, b)]
     rows = []
-    for op in OPS:
+    for op in EVERY:
         cells = [op]
         for stage, backend in keys:
             of = [e for e in b_of(events, stage, backend) if e["op"] == op]
@@ -222,13 +223,13 @@ def picture(path: Path, events: list[dict], found: dict) -> None:
     import matplotlib.pyplot as plt
 
     copy = copy_rate(events)
-    ours = [e for e in cases(events, "speed") if e["backend"] in ("cuda", "triton")]
+    ours = [e for e in cases(events, "speed") if e["backend"] in BACKENDS]
     rows = [e for e in ours if share(e, copy)]
     if not rows:
         return
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.2 * len(rows)), layout="constrained")
     order = ("n", "dtype", "bits", "accuracy", "backend")
-    rows.sort(key=lambda e: (OPS.index(e["op"]), *(str(e.get(k, "")) for k in order)))
+    rows.sort(key=lambda e: (EVERY.index(e["op"]), *(str(e.get(k, "")) for k in order)))
     names = [e["case"] for e in rows]
     colors = ["tab:blue" if e["backend"] == "cuda" else "tab:orange" for e in rows]
     bars = axis.barh(names, [share(e, copy) for e in rows], color=colors, height=0.7)

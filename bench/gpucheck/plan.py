@@ -8,6 +8,7 @@ from __future__ import annotations
 
 OPS = ("project", "reconstruct", "step", "pack", "unpack", "gram")
 MAIN = OPS[:3]
+EVERY = (*OPS[:4], "orthonormalize", *OPS[4:])
 BACKENDS = ("cuda", "triton")
 BITS = (4, 8, 1, 2, 3)
 MODES = ("fast", "high")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .children import kind
+from .events import GOOD
 
 #: (stage, op, backend, bits) -> what goes wrong there
 PLANTED = {
@@ -70,7 +71,7 @@ def misses(events: list[dict]) -> list[str]:
             found.append(f"{stage} {op} {backend} {bits} bits: planted a {fault}, it says {said}")
     blamed = {kind[1:] for kind in PLANTED}
     for e in cases:
-        bad = e["result"] not in ("right", "measured", "skipped")
+        bad = e["result"] not in GOOD
         if bad and e["stage"] in ("smoke", "speed") and kind(e) not in blamed:
             found.append(
                 f"{e['stage']} {e['case']}: {e['result']} though nothing was planted: {e['note']}"

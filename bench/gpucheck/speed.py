@@ -40,14 +40,14 @@ from .cases import (
     walk,
 )
 from .children import launched, one_line, serve
+from .plan import BACKENDS
 
 import twa_kernels as tk  # isort: skip
 
 GIGABYTES = 1.5  # packed size of P; of pack, unpack and orthonormalize the size of the dense rows
 REHEARSED_TILES = 40
-MIN_FLUSH = (
-    512 << 20
-)  # more than twice any last-level cache that a driver does not report (AMD: 256 MB)
+#: more than twice any last-level cache that a driver does not report (AMD: 256 MB)
+MIN_FLUSH = 512 << 20
 ONCE = os.environ.get("GPUCHECK_ONCE") == "1"  # two calls and no timing: a profiler counts
 AGREE = {"fp32": 2e-5, "bf16": 8e-3, "fp16": 1e-3}
 
@@ -165,14 +165,17 @@ class Held:
     """Operands of the latest cases, and the first backend's result for a second one."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
         self.key: tuple = ()
         self.operands: Operands | None = None
-        self.first: dict[tuple, list[Tensor]] = {}
+        self.first: dict[str, list[Tensor]] = {}
 
     def get(self, op: str, n: int, bits: int, dtype: str) -> Operands:
         group = "packed" if op in PACKED else op
         if self.key != (group, n, bits, dtype):
-            self.operands, self.first, self.key = None, {}, ()
+            self.clear()
             tiles, sets = tiles_of(op, n, bits, DTYPES[dtype].itemsize)
             torch.manual_seed(n + bits)
             self.operands = make(n, tiles, bits, DEVICE, sets, op == "pack", DTYPES[dtype])
@@ -200,9 +203,9 @@ def ours(case: dict) -> dict:
     of, backend = held.get(op, n, bits, dtype), backend_of(case)
     wrong = ""
     if op in ("project", "reconstruct", "pack"):  # step changes x, unpack and gram are large
-        wrong = held.differs(
-            op, call(op, of, backend)[:2] if op == "pack" else call(op, of, backend), dtype
-        )
+        result = call(op, of, backend)
+        wrong = held.differs(op, result[:2] if op == "pack" else result, dtype)
+        del result
     found = {"D": of.basis.num_columns, "bytes": of.bytes_of(op)} | timer()(
         lambda k: call(op, of, backend, k)
     )
@@ -214,7 +217,7 @@ def orthonormalize(case: dict) -> dict:
     columns = 5000 if REHEARSED else int(min(1e9 * GIGABYTES, free() / 6) / (4 * n)) // 128 * 128
     W = walk(n, columns, DEVICE)
     Q = torch.empty_like(W)
-    held.key, held.operands, held.first = (), None, {}
+    held.clear()
 
     def run(k: int) -> None:
         tk.orthonormalize(W, out=Q, accuracy=case["accuracy"], backend=backend)
@@ -228,11 +231,10 @@ def peer(case: dict) -> dict:
 
     chosen = next(p for p in PEERS if (p.name, p.bits) == (case["backend"], case["bits"]))
     op, n = case["op"], case["n"]
-    held.key, held.operands, held.first = (), None, {}
+    held.clear()
     tiles = tiles_of(op, n, chosen.bits if chosen.bits < 16 else 4, 4)[0]
-    most = min(
-        chosen.largest // n, int(free() / (chosen.memory * n + 32))
-    )  # 32: vectors, in two sets
+    vectors = 32  # bytes a column, in two sets
+    most = min(chosen.largest // n, int(free() / (chosen.memory * n + vectors)))
     columns = max(1024, min(128 * tiles, most) // 1024 * 1024)
     try:
         run, stored = chosen.make(op, n, columns, DEVICE)
@@ -254,9 +256,8 @@ def peer(case: dict) -> dict:
 
 def run(case: dict) -> dict:
     rehearsal.plant("speed", case)
-    run = copy if case["op"] == "copy" else ours if case["backend"] in ("cuda", "triton") else peer
-    if case["op"] == "orthonormalize":
-        run = orthonormalize
+    alone = {"copy": copy, "orthonormalize": orthonormalize}
+    run = alone.get(case["op"], ours if case["backend"] in BACKENDS else peer)
     return {"result": "measured"} | run(case)
 
 

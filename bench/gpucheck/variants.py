@@ -1,6 +1,6 @@
 """Worker: launch configurations of one op side by side. `python -m gpucheck.variants`.
 
-    VARIANTS[backend](op, bits)  yields (name, context): calls inside the context use the variant
+    VARIANTS[backend](op, bits)  yields (name, context): calls inside `context()` use the variant
 
 Rounds go through all variants in turn, so that a clock that drifts meets all of them alike.
 """
@@ -24,37 +24,22 @@ import twa_kernels.cuda  # isort: skip
 from twa_kernels import tune  # isort: skip
 
 ROUNDS, MOST = 3, 8
-Variants = Iterator[tuple[str, AbstractContextManager]]
-
-
-@contextlib.contextmanager
-def triton_configuration(op: str, bits: int, change: dict) -> Iterator[None]:
-    from twa_kernels._triton import config
-
-    key = (op, bits, config.architecture(DEVICE))
-    before = config.OVERRIDES.get(key)
-    config.OVERRIDES[key] = (before or {}) | change
-    try:
-        yield
-    finally:
-        config.OVERRIDES.pop(key)
-        if before is not None:
-            config.OVERRIDES[key] = before
+Variants = Iterator[tuple[str, Callable[[], AbstractContextManager]]]
 
 
 def triton(op: str, bits: int) -> Variants:
     from twa_kernels._triton import config
 
-    shipped = config.configuration(op, bits, config.architecture(DEVICE))
-    yield "shipped", contextlib.nullcontext()
-    # One number at a time: what matters shows, and a dozen fit the time.
-    seen = 0
-    for candidate in tune.candidates(op, bits) if op in tune.CANDIDATES else ():
-        change = {k: v for k, v in candidate.items() if shipped.get(k) != v}
-        if 1 <= len(change) <= (2 if op == "reconstruct" else 1) and seen < MOST:
-            seen += 1
-            name = " ".join(f"{k} {v}" for k, v in change.items())
-            yield name, triton_configuration(op, bits, change)
+    arch = config.architecture(DEVICE)
+    shipped = config.configuration(op, bits, arch)
+    yield "shipped", contextlib.nullcontext
+    # One number at a time (tiles of reconstruct follow from its warps): what matters shows.
+    most = 2 if op == "reconstruct" else 1
+    every = tune.candidates(op, bits)
+    changes = ({k: v for k, v in c.items() if shipped.get(k) != v} for c in every)
+    for change in itertools.islice((c for c in changes if 1 <= len(c) <= most), MOST):
+        name = " ".join(f"{k} {v}" for k, v in change.items())
+        yield name, functools.partial(config.overridden, op, bits, arch, change)
 
 
 @contextlib.contextmanager
@@ -69,9 +54,9 @@ def separate_launches() -> Iterator[None]:
 
 
 def cuda(op: str, bits: int) -> Variants:
-    yield "shipped", contextlib.nullcontext()
+    yield "shipped", contextlib.nullcontext
     if op == "step":
-        yield "separate launches", separate_launches()
+        yield "separate launches", separate_launches
 
 
 VARIANTS: dict[str, Callable[[str, int], Variants]] = {"cuda": cuda, "triton": triton}
@@ -82,16 +67,15 @@ def run(case: dict) -> dict:
     op, bits, n, backend = case["op"], case["bits"], case["n"], case["backend"]
     tiles, sets = tiles_of(op, n, bits, 4)
     of = make(n, tiles, bits, DEVICE, max(1, sets), op == "pack", DTYPES["fp32"])
-    names = [name for name, _ in VARIANTS[backend](op, bits)]
+    variants = list(VARIANTS[backend](op, bits))
     times, refused = {}, {}
-    for turn, name in itertools.product(range(ROUNDS), names):
+    for turn, (name, context) in itertools.product(range(ROUNDS), variants):
         if name in refused:
             continue
         try:
-            with dict(VARIANTS[backend](op, bits))[name]:
-                one = functools.partial(timer(), budget=0.05, profile=False)
-                found = one(lambda k: call(op, of, backend_of(case), k))
-                wait()
+            with context():
+                run_op = functools.partial(call, op, of, backend_of(case))
+                found = timer()(run_op, budget=0.05, profile=False)
             times.setdefault(name, []).append(found["ms"])
             emit(1, event="variant", of=label(case), variant=name, turn=turn, ms=found["ms"])
         except Exception as error:  # a configuration that the compiler refuses is a result too

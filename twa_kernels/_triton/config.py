@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from ..reference import BITS
@@ -68,6 +71,20 @@ def configuration(op: str, bits: int, arch: str) -> dict[str, int]:
     if arch.startswith("gfx9"):  # 64 lanes a warp: as many threads in half as many warps
         config["warps"] = max(1, config["warps"] // 2)
     return config
+
+
+@contextlib.contextmanager
+def overridden(op: str, bits: int, arch: str, change: dict[str, int]) -> Iterator[None]:
+    """Other numbers for a while: to measure them."""
+    key = (op, bits, arch)
+    before = OVERRIDES.get(key)
+    OVERRIDES[key] = (before or {}) | change
+    try:
+        yield
+    finally:
+        OVERRIDES.pop(key)
+        if before is not None:
+            OVERRIDES[key] = before
 
 
 def rows_per_program(n: int, most: int, least: int = 16) -> int:
