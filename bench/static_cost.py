@@ -30,6 +30,7 @@ from pathlib import Path
 BUDGET = {8: 7.0, 4: 3.7, 3: 2.8, 2: 1.8, 1: 0.9}  # instructions per weight, H200 at full bandwidth
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}  # bytes of shared memory that a block may have
 LIMIT = 1.5  # of the budget, at 8 and 4 bits
+BRIEF_BITS = (8, 4, 1)  # the widest code, the usual one, and the one that unrolls the most
 TOOLS = "backends/nvidia/bin"
 
 
@@ -201,17 +202,19 @@ def _job(job: tuple[str, int]) -> dict:
 
 
 def chosen(arch: str, brief: bool) -> list[int]:
-    """Variants to compile: all; brief: for sm_90 all but two of three of orthonormalize, of other architectures the main ones and the first of each
-    op and width."""
+    """Variants to compile: all; brief: for sm_90 what the tables and the tests read and two of three of the rest, of other architectures the first
+    of each op at the widths in BRIEF_BITS."""
     from twa_kernels._triton.aot import variants
 
     found, seen = [], set()
     for index, v in enumerate(variants(arch)):
         first, main = (v.op, v.bits) not in seen, is_main({"op": v.op, "variant": v.name})
-        narrow = v.op == "orthonormalize" and "bf16" in v.name and "float64" in v.name
-        if not brief or first or main or (arch == "sm_90" and (v.op != "orthonormalize" or index % 3 == 0 or narrow)):
-            found.append(index)
         seen.add((v.op, v.bits))
+        narrow = v.op == "orthonormalize" and "bf16" in v.name and "float64" in v.name
+        table = v.bits in (8, 4) and v.op in ("project", "reconstruct")
+        mine = (first or main or narrow or table or index % 3 == 0) if arch == "sm_90" else (first and v.bits in BRIEF_BITS)
+        if not brief or mine:
+            found.append(index)
     return found
 
 
@@ -308,7 +311,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing, report problems")
     parser.add_argument("--architectures", default="sm_80,sm_90,gfx942")
     parser.add_argument("--versions", default="3.6.0,3.9.0", help="of Triton")
-    parser.add_argument("--brief", action="store_true", help="all variants for sm_90 only")
+    parser.add_argument("--brief", action="store_true", help="fewer variants, for tests")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
