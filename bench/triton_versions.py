@@ -74,12 +74,17 @@ def measured(version: str, arch: str) -> list[dict]:
     return rows
 
 
-def measure_all(versions: tuple[str, ...], architectures: tuple[str, ...], workers: int) -> list[dict]:
+def measure_each(versions: tuple[str, ...], architectures: tuple[str, ...], workers: int) -> Iterator[list[dict]]:
+    """The rows of one version and architecture after the other."""
     for version in versions:
         installed(version)
     jobs = [(version, arch) for version in versions for arch in architectures]
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        return [row for rows in pool.map(lambda job: measured(*job), jobs) for row in rows]
+        yield from pool.map(lambda job: measured(*job), jobs)
+
+
+def measure_all(versions: tuple[str, ...], architectures: tuple[str, ...], workers: int) -> list[dict]:
+    return [row for rows in measure_each(versions, architectures, workers) for row in rows]
 
 
 def problems(rows: list[dict]) -> list[str]:
@@ -119,10 +124,12 @@ def main() -> None:
         for row in compile_from(args.child[0], int(args.child[1])):
             print(json.dumps(row), flush=True)
         return
-    rows = measure_all(tuple(args.versions.split(",")), tuple(args.architectures.split(",")), args.workers)
-    text = "\n".join(markdown(rows))
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "triton_versions.md").write_text(text)
+    rows, text = [], ""
+    for more in measure_each(tuple(args.versions.split(",")), tuple(args.architectures.split(",")), args.workers):
+        rows += more
+        text = "\n".join(markdown(rows))
+        (args.output / "triton_versions.md").write_text(text)  # after each: a run may be cut short
     print(text)
     found = problems(rows)
     print("\n".join(found) or "every kernel compiles with every version; none spills on sm_90")

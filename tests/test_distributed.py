@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -502,6 +503,17 @@ def test_nccl_needs_a_gpu(heap):
     world, model, candidates = World(), Net(*heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors")
     world.backend = "nccl"
     with pytest.raises(ValueError, match="NCCL needs the model on a CUDA device, found cpu"):
+        resolve.resolve("replicate", model, candidates, twa.layout.layout_of(model, candidates), 4, world)
+
+
+@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl"])
+def test_nccl_needs_the_model_on_the_current_device(heap, monkeypatch, backend):
+    """Its collectives of what is not on a GPU, and those of Python objects, go through the current one."""
+    world, model, candidates = World(), Net(*heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors")
+    world.backend = backend
+    monkeypatch.setattr(resolve, "local", lambda parameter: types.SimpleNamespace(device=torch.device("cuda:1")))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(ValueError, match="the current device, cuda:0, and the model is on cuda:1; call torch.cuda.set_device"):
         resolve.resolve("replicate", model, candidates, twa.layout.layout_of(model, candidates), 4, world)
 
 

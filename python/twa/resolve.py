@@ -54,6 +54,11 @@ def resolve(placement: str, model: nn.Module, candidates: Candidates, layout: La
             f"placement {placement!r}: NCCL needs the model on a CUDA device, found {device}; move the model, or use gloo (for offloaded shards "
             "'cpu:gloo,cuda:nccl')"
         )
+    if "nccl" in world.backend and device.type == "cuda" and device.index != torch.cuda.current_device():
+        raise ValueError(
+            f"placement {placement!r}: NCCL talks from the current device, cuda:{torch.cuda.current_device()}, and the model is on {device}; call "
+            "torch.cuda.set_device(int(os.environ['LOCAL_RANK'])) before init_process_group"
+        )
     meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
     if meshes:
         if placement not in ("auto", "columns"):
