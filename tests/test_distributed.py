@@ -513,7 +513,7 @@ def test_nccl_needs_the_model_on_the_current_device(heap, monkeypatch, backend):
     world.backend = backend
     monkeypatch.setattr(resolve, "local", lambda parameter: types.SimpleNamespace(device=torch.device("cuda:1")))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    with pytest.raises(ValueError, match="the current device, cuda:0, and the model is on cuda:1; call torch.cuda.set_device"):
+    with pytest.raises(ValueError, match=r"current device, cuda:0, and the model is on cuda:1; call torch\.cuda\.set_device"):
         resolve.resolve("replicate", model, candidates, twa.layout.layout_of(model, candidates), 4, world)
 
 
