@@ -1,6 +1,7 @@
 """Shared shapes and data. Sizes sit around the tile of 128 columns; values are never all zero."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,9 @@ if not torch.cuda.is_available():  # GPU kernels then run in Triton's interprete
     import interpreter
 
     interpreter.install()
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a script's background; children would ignore Ctrl-C, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import twa_kernels as tk
 from twa_kernels import dispatch
