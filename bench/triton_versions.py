@@ -4,8 +4,9 @@ Each version is installed into build/triton-VERSION (pip, the first time only), 
 child processes that find it before the environment's own. PyTorch imports Triton lazily: any
 of them goes with the environment's PyTorch.
 
-    python bench/triton_versions.py    writes bench/results/triton_versions.md; exit status 1
-                                       if a kernel fails to compile, or spills on sm_90
+    python bench/triton_versions.py    writes bench/results/triton_versions.md; exit status 1 if a
+                                       kernel fails to compile, or spills on sm_90 with the oldest
+                                       version or the newest, for which launches are chosen
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def problems(rows: list[dict]) -> list[str]:
         label = f"triton {r['triton']} {r['arch']} {r['op']} {r['bits']} bits, {r['variant']}"
         if "failed" in r:
             found.append(f"{label}: {r['failed']}")
-        elif r["arch"] == "sm_90" and r["spills"]:
+        elif r["arch"] == "sm_90" and r["spills"] and r["triton"] in (VERSIONS[0], VERSIONS[-1]):
             found.append(f"{label}: {r['spills']} bytes of spills")
     return found
 
@@ -132,7 +133,7 @@ def main() -> None:
         (args.output / "triton_versions.md").write_text(text)  # after each: a run may be cut short
     print(text)
     found = problems(rows)
-    print("\n".join(found) or "every kernel compiles with every version; none spills on sm_90")
+    print("\n".join(found) or "every kernel compiles with every version; none spills on sm_90 with the oldest and the newest")
     sys.exit(bool(found))
 
 
