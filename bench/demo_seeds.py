@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from common import RESULTS, hardware
-from twa import demo
-from twa.report import markdown_table
+from twa.cli import demo
+from twa.merge.report import markdown_table
 
 FIXED = ("last", "best single", "uniform", "EMA", "LAWA", "greedy soup")
 TRAINED = ("TWA-t fine, 4 bits", "TWA-v per model, 4 bits")

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 from traffic import Traffic
-from twa import plan
-from twa.report import markdown_table, processor_name
+from twa.distributed import cost as plan
+from twa.merge.report import markdown_table, processor_name
 
 ROOT = Path(__file__).parents[1]
 PLACEMENTS = ("replicate", "rows", "columns")
@@ -82,7 +82,7 @@ class Clock:
 def worker(kind: str, placement: str, folder: str) -> None:
     """One rank of one measurement; the first prints its figures as JSON."""
     import twa
-    from twa.resolve import shard_model
+    from twa.distributed.choose import shard_model
     from twa.tasks import chars
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

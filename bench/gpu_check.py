@@ -232,7 +232,7 @@ class Check:
                 raise NotRun("no test failed the last time")
             return [*command, *names], env
         # Only files with GPU tests: others may need packages that this Python lacks.
-        files = [p for p in ROOT.glob("tests/test_*.py") if re.search(r"\bgpu\b", p.read_text())]
+        files = [p for p in ROOT.glob("tests/*/test_*.py") if re.search(r"\bgpu\b", p.read_text())]
         first = ("test_trainer_gpu", "test_nccl", "test_step", "test_project", "test_reconstruct")
         files.sort(key=lambda p: (first.index(p.stem) if p.stem in first else len(first), p.stem))
         return [*command, "-m", "gpu", *files], env

@@ -21,7 +21,7 @@ import torch
 from common import publish
 from safetensors.torch import save_file
 from torch import nn
-from twa.report import markdown_table
+from twa.merge.report import markdown_table
 
 CANDIDATES, BITS, STEPS, RUNS = 8, 4, 10, 5
 ALLOCATORS = {"default": {}, "mmap from 1 MB": {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}}
@@ -34,7 +34,7 @@ def model(width: int = 1600, depth: int = 16) -> nn.Module:
 def steps(folder: str, low_memory: bool) -> None:
     """The child: prints bytes before the steps and their peak as JSON."""
     import twa
-    from twa.measure import PeakMemory
+    from twa.io.progress import PeakMemory
 
     m = model()
     subspace = twa.Subspace.from_candidates(m, twa.Candidates(f"{folder}/*.safetensors"), bits=BITS)

@@ -110,7 +110,7 @@ def walk(n: int, columns: int, step: float = 1e-3) -> Tensor:
 
 def recorded(n: int, optimizer: str, every: int = 4) -> Tensor:
     """Weights of a character transformer of about a million parameters on the standard library's source, every few steps of a real run."""
-    from twa.data import forever
+    from twa.tasks.batches import forever
     from twa.tasks import chars
 
     torch.manual_seed(0)

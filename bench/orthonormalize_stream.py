@@ -35,7 +35,7 @@ class Counted:
 
 def work(folder: str, accuracy: str) -> None:
     import twa
-    from twa.measure import PeakMemory
+    from twa.io.progress import PeakMemory
 
     import twa_kernels as tk
 

@@ -83,9 +83,9 @@ def read_all(paths: list[Path]) -> float:
 def work(folder: str, way: str, bits: int, limit: int, share: float) -> None:
     """One packing, as a process of its own; prints what it measured as JSON."""
     import twa
-    from twa.measure import PeakMemory
-    from twa.memory import limit_memory
-    from twa.pack import PackToFile
+    from twa.io.progress import PeakMemory
+    from twa.io.memory import limit_memory
+    from twa.packing.to_file import PackToFile
 
     torch.set_grad_enabled(False)
     model, candidates = Model(share), twa.Candidates(folder)
@@ -144,7 +144,7 @@ def measure(args: argparse.Namespace, folder: Path, where: str, size: float) -> 
 
 
 def page(args: argparse.Namespace, rows: list[list[str]]) -> str:
-    from twa.report import markdown_table, processor_name
+    from twa.merge.report import markdown_table, processor_name
 
     weights = sum(p.numel() for p in Model().parameters())
     header = ["files in", "size", "packed", "seconds", "GB/s", "plain read GB/s", "share", "packed GB", "peak GB", "peak beyond packed GB"]

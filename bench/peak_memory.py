@@ -37,7 +37,7 @@ def model(width: int = 512, depth: int = 6, vocabulary: int = 2048) -> nn.Module
 
 def build(folder: str, bits: int) -> None:
     import twa
-    from twa.measure import PeakMemory
+    from twa.io.progress import PeakMemory
 
     m = model()
     model_bytes = sum(p.numel() * 4 for p in m.parameters())

@@ -19,7 +19,7 @@ import math
 import torch
 from common import bandwidth, median_seconds, publish, random_basis
 from torch import Tensor
-from twa.report import markdown_table
+from twa.merge.report import markdown_table
 
 import twa_kernels as tk
 from twa_kernels.native import empty_for_streaming

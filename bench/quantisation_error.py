@@ -15,7 +15,7 @@ import torch
 import twa
 from common import RESULTS
 from torch import Tensor
-from twa.report import markdown_table
+from twa.merge.report import markdown_table
 
 import twa_kernels as tk
 

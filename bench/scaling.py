@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from common import RESULTS, bandwidth, hardware, median_seconds, random_basis
-from twa.report import markdown_table
+from twa.merge.report import markdown_table
 
 import twa_kernels as tk
 

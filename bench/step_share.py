@@ -14,9 +14,9 @@ import time
 import torch
 import twa
 from common import RESULTS, hardware
-from twa.data import forever
-from twa.report import markdown_table
-from twa.tasks import load_task
+from twa.tasks.batches import forever
+from twa.merge.report import markdown_table
+from twa.tasks.contract import load_task
 
 STEPS = 60
 

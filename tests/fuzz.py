@@ -39,12 +39,12 @@ import twa
 from mutations import damage, damage_json, damage_metadata, damage_pickle, damage_zip, patch_header
 from safetensors.torch import load_file, save_file
 from torch import nn
-from twa import pack
-from twa.basis_file import BasisError, read_basis
-from twa.candidates import CandidateError, Candidates
-from twa.formats import _weights_of
-from twa.state import FORMAT, StateError, Store
-from twa.world import World
+from twa.packing import to_file as pack
+from twa.basis.file import BasisError, read_basis
+from twa.io.candidates import CandidateError, Candidates
+from twa.io.formats import _weights_of
+from twa.merge.resume import FORMAT, StateError, Store
+from twa.distributed.ranks import World
 
 import twa_kernels as tk
 

@@ -10,8 +10,8 @@ import torch
 import twa
 from safetensors.torch import save_file
 from torch import nn
-from twa.dense import DenseBasis
-from twa.layout import Segments
+from twa.basis.dense import DenseBasis
+from twa.basis.segments import Segments
 
 
 def make():

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from twa.average import Average
-from twa.candidates import Candidates
-from twa.methods import Settings, TwaMethod
-from twa.tasks import load_task
+from twa.merge.run import Average
+from twa.io.candidates import Candidates
+from twa.merge.settings import Settings, TwaMethod
+from twa.tasks.contract import load_task
 
 import twa_kernels as tk
 

@@ -7,8 +7,8 @@ import torch
 import twa
 from safetensors.torch import load_file, save_file
 from torch import nn
-from twa.candidates import CandidateError
-from twa.layout import segment_labels
+from twa.io.candidates import CandidateError
+from twa.basis.segments import segment_labels
 
 
 class Zoo(nn.Module):

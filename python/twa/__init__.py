@@ -7,14 +7,14 @@ for batch in loader:
 twa.update_bn(loader, model); subspace.save("out/")
 """
 
-from . import schemes
+from . import averages as schemes
 from .batchnorm import update_bn
-from .candidates import CandidateError, Candidates
+from .io.candidates import CandidateError, Candidates
 from .iterate_average import IterateAverage
 from .optimizer import SubspaceOptimizer
 from .presets import conference_method
 from .subspace import Subspace
-from .world import DistributedError
+from .distributed.ranks import DistributedError
 
 __all__ = [
     "CandidateError",

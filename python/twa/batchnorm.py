@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .world import World
+from .distributed.ranks import World
 
 
 def batch_size(batch: object) -> int:

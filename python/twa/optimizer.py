@@ -12,7 +12,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from twa_kernels.ops import UNSUPPORTED_OPTIONS
 
-from .low_memory import GradientHooks
+from .grad_hooks import GradientHooks
 from .subspace import Subspace
 
 #: optimizers whose step is fused with the projection and the reconstruction: all of it in one call, segment by segment

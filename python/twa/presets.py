@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import schemes
-from .candidates import Candidates
-from .layout import Granularity
+from . import averages as schemes
+from .io.candidates import Candidates
+from .basis.segments import Granularity
 from .optimizer import SubspaceOptimizer
 from .subspace import Subspace
-from .weights import load_untrained
+from .distributed.weights import load_untrained
 
 
 def conference_method(

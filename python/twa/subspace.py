@@ -13,21 +13,21 @@ from torch import Tensor, nn
 import twa_kernels as tk
 from twa_kernels.ops import FLOATS
 
-from . import schemes
-from .basis_file import NAME, Sources, facts_of, read_basis
-from .build import build
-from .candidates import Candidates
-from .dense import DenseBasis
-from .files import write_json
-from .hugging_face import write_beside
-from .layout import Granularity, Layout, Segments, layout_of, segments_of
-from .orthonormal import Coordinates
-from .placement import Basis, Placement
-from .resolve import find_world, resolve
+from . import averages as schemes
+from .basis.file import NAME, Sources, facts_of, read_basis
+from .packing.build import build
+from .io.candidates import Candidates
+from .basis.dense import DenseBasis
+from .io.atomic import write_json
+from .export.hugging_face import write_beside
+from .basis.segments import Granularity, Layout, Segments, layout_of, segments_of
+from .packing.orthonormal import Coordinates
+from .distributed.sharding import Basis, Placement
+from .distributed.choose import find_world, resolve
 from .spectral_norm import refresh_spectral_norms
-from .stored_basis import check_model, check_savable, find_basis, load_state, part_of, save_basis
-from .weights import check_range, load_untrained, write_dcp, write_export
-from .world import digest, facts, versions
+from .packing.load import check_model, check_savable, find_basis, load_state, part_of, save_basis
+from .distributed.weights import check_range, load_untrained, write_dcp, write_export
+from .distributed.ranks import digest, facts, versions
 
 RIDGE = 1e-4
 BITS = (32, 8, 4, 3, 2, 1)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..recipes.models.gpt import GPT
+from .gpt import GPT
 
 VOCABULARY = 128  # ASCII; every other byte becomes 127
 CONTEXT = 128

@@ -1,0 +1,119 @@
+"""`Job`: one seed of a recipe, with what recipes share: workloads, training runs, averages and how they become rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import nn
+
+from twa.merge.run import Average
+from twa.io.candidates import Candidates
+from twa.merge.settings import Result, Settings, TwaMethod
+from twa.tasks.contract import Task
+from .rows import Rows
+from .runs import Cost, Plan, Run, measured, train
+from .workloads import BUILT_IN, Workload, of_path
+
+BN_BATCHES = 20  # for the statistics of an average; the digits have 14
+SCALES = {"quick": 0.2, "small": 1.0, "full": 1.0}
+
+
+@dataclass
+class Job:
+    """
+    folder   of the suite: runs-SCALE/ in it is shared by recipes
+    scale    "quick", "small", or "full" where data is given
+    data     path to data of the user's; None: what every machine has
+    options  what else was given on the command line: model, epochs, batch, finetunes
+    """
+
+    seed: int
+    folder: Path
+    scale: str = "small"
+    data: Path | None = None
+    device: str = "cpu"
+    progress: bool = False
+    options: dict[str, object] = field(default_factory=dict)
+    _costs: list[tuple[Task, int, Cost]] = field(default_factory=list)
+
+    def workloads(self, *names: str) -> list[Workload]:
+        """The built-in ones of these names (quick: the first), or the one that the data makes."""
+        if self.data is not None:
+            made = of_path(self.data, self.options.get("model"), int(self.options.get("epochs") or 0), int(self.options.get("batch") or 0))
+            return [made]
+        return [BUILT_IN[name]().scaled(SCALES[self.scale]) for name in (names[:1] if self.scale == "quick" else names)]
+
+    def scaled(self, count: int, least: int = 1) -> int:
+        """So many steps at full scale."""
+        return max(least, round(count * SCALES[self.scale]))
+
+    def task(self, workload: Workload, **options: object) -> Task:
+        return workload.task(self.seed, self.device, **options)
+
+    def run(self, workload: Workload, name: str, task: Task, plan: Plan, *, seed: int | None = None, **options: object) -> Run:
+        """Trained once for all recipes; seed: of its own, instead of the job's; options: see `train`."""
+        folder = self.folder / f"runs-{self.scale}" / workload.name / f"seed-{self.seed}" / name
+        return train(task, plan, folder, self.seed if seed is None else seed, title=f"{workload.name} {name}", progress=self.progress, **options)
+
+    def usual(self, workload: Workload, task: Task) -> Run:
+        """The workload's usual run, with states kept at every tenth of it."""
+        plan = workload.usual
+        keep = {plan.nearest(k / 10) for k in range(1, 10)}
+        return self.run(workload, "usual", task, plan, keep=sorted(keep))
+
+    def measure(self, where: dict, method: str, task: Task, model: nn.Module, steps: float, cost: float, evaluations: float = 0) -> dict:
+        """A row for a model that is no average."""
+        return where | {"seed": self.seed, "method": method, "steps": steps, "evaluations": evaluations, "cost": cost} | measured(task, model)
+
+    def anneal(self, where: dict, workload: Workload, task: Task, run: Run, step: int, steps: int, name: str = "annealing") -> dict:
+        """Goes on from a state of the run with the rate falling linearly from what it was to zero: what as many steps give without averaging."""
+        plan = replace(run.plan, steps=steps, every=steps, lr=run.plan.rate(step - run.first - 1), schedule="linear", warmup=0)
+        made = self.run(workload, f"{run.folder.name}-anneal-{step}-{steps}", task, plan, start=(run, step))
+        return self.measure(where, name, task, made.load(task, made.last), steps, steps)
+
+    def averages(
+        self,
+        where: dict,
+        task: Task,
+        candidates: Candidates,
+        steps: int,
+        methods: Sequence[TwaMethod | str],
+        fixed: Sequence[str] | None = None,
+        **settings,
+    ) -> Rows:
+        """The fixed averages and trained ones of `twa average`, as it makes them; fixed: of the fixed ones only these in the table. The cost of a
+        trained one includes that of the fixed average it starts from."""
+        average = self.average(task, candidates, steps, methods, **settings)
+        average.run()
+        return Rows(self.row(where, task, r, average) for r in average.results if fixed is None or r.coefficients is not None or r.method in fixed)
+
+    def average(self, task: Task, candidates: Candidates, steps: int, methods: Sequence[TwaMethod | str] = (), **settings: object) -> Average:
+        methods = tuple(TwaMethod.parse(m) if isinstance(m, str) else m for m in methods)
+        made = {"bn_batches": BN_BATCHES, "seed": self.seed, "placement": "single"} | settings
+        return Average(task, candidates, Settings(methods, steps, **made), progress=self.progress)
+
+    def cost(self, task: Task, bn_batches: int) -> Cost:
+        """Made once for a task, since it reads all of the validation data."""
+        for known, batches, cost in self._costs:
+            if known is task and batches == bn_batches:
+                return cost
+        self._costs.append((task, bn_batches, Cost(task, bn_batches)))
+        return self._costs[-1][2]
+
+    def row(self, where: dict, task: Task, result: Result, average: Average, name: str = "", *, start: float | None = None) -> dict:
+        """start: what a trained average's start has cost; None: what the fixed average which its note names has."""
+        cost = self.cost(task, average.settings.bn_batches)
+        if start is None and result.coefficients is not None:
+            start = next(
+                (cost(0, r.evaluations) for r in average.results if r.coefficients is None and result.note.startswith(f"from {r.method}")), 0.0
+            )
+        found = {"seed": self.seed, "method": name or result.method, "steps": result.steps, "evaluations": result.evaluations, "note": result.note}
+        found |= {
+            "cost": (start or 0.0) + cost(result.steps, result.evaluations),
+            "val": result.val_loss,
+            "test": result.test_loss,
+            "seconds": result.seconds,
+        }
+        return where | found | ({} if result.test_metric is None else {"metric": result.test_metric})

@@ -1,0 +1,263 @@
+"""Training runs that leave checkpoints, made once and shared by the recipes; ways to go on from them; what is measured of a model."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from twa.batchnorm import batch_size, tracked_batchnorms
+from twa.io.candidates import Candidates
+from twa.tasks.batches import Stream, batch_digest, first_batch, mix, seed_all
+from twa.io.atomic import write_json, write_safetensors, write_torch
+from twa.io.progress import mean_over, progress_bar
+from twa.tasks.contract import Task
+from twa.distributed.ranks import World
+
+FORWARD = 1 / 3  # of the arithmetic of a training step on the same batch: backward takes twice as much as forward
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is trained, and how often a checkpoint is kept.
+
+    steps, every   gradient steps in all, and between checkpoints
+    schedule       of the learning rate: "constant"; "cosine" and "linear" to zero; "step": a tenth from 1/2, a hundredth from 3/4 of the steps on;
+                   "thirds": from 1/3 and 2/3;
+                   "cyclic": falls linearly from lr to lr / 10 between any two checkpoints (SWA's)
+    optimizer      "adamw" or "sgd" (momentum 0.9)
+    dtype          of the weights: "float32", or "bfloat16"
+    grid           0; or so many bits: weights are rounded to a grid of that many bits per output row after every step
+    """
+
+    steps: int
+    every: int
+    lr: float
+    schedule: str = "constant"
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    warmup: int = 0
+    dtype: str = "float32"
+    grid: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the step after `step` steps."""
+        t = step / self.steps
+        factor = {
+            "constant": 1.0,
+            "cosine": 0.5 * (1 + math.cos(math.pi * t)),
+            "linear": 1 - t,
+            "step": 1.0 if t < 0.5 else 0.1 if t < 0.75 else 0.01,
+            "thirds": 1.0 if t < 1 / 3 else 0.1 if t < 2 / 3 else 0.01,
+            "cyclic": 1 - 0.9 * (step % self.every) / max(1, self.every - 1),
+        }[self.schedule]
+        return self.lr * factor * min(1.0, (step + 1) / max(1, self.warmup))
+
+    def nearest(self, part: float) -> int:
+        """The step of the checkpoint nearest to this part of the run."""
+        return round(self.steps * part / self.every) * self.every
+
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(trained, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay)
+
+
+class Run:
+    """A finished training run: step-NNNNNN.safetensors every `plan.every` steps, state-NNNNNN.pt where it was asked for and at the end."""
+
+    def __init__(self, folder: Path, plan: Plan, first: int = 0) -> None:
+        self.folder, self.plan, self.first = folder, plan, first
+
+    @property
+    def last(self) -> int:
+        return self.first + self.plan.steps
+
+    @property
+    def steps(self) -> list[int]:
+        """Those with a checkpoint."""
+        return list(range(self.first + self.plan.every, self.last + 1, self.plan.every))
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}.safetensors"
+
+    def candidates(self, after: int = 0, until: int | None = None, count: int | None = None) -> Candidates:
+        """Checkpoints of steps in (after, until]; the last `count` of them."""
+        steps = [s for s in self.steps if s > after and (until is None or s <= until)]
+        return Candidates([self.path(s) for s in (steps if count is None else steps[-count:])])
+
+    def load(self, task: Task, step: int) -> nn.Module:
+        """The model as it was at a kept state."""
+        model = task.model()
+        model.load_state_dict(self.state(step)["model"])
+        return model
+
+    def state(self, step: int) -> dict:
+        return torch.load(self.folder / f"state-{step:06d}.pt", weights_only=True)
+
+
+def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds: every parameter once, tied ones too, and buffers."""
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: t.detach().contiguous() for name, t in named.items()}
+
+
+@torch.no_grad()
+def round_to_grid(model: nn.Module, bits: int) -> None:
+    """Every matrix's rows to multiples of their largest magnitude / (2^(bits - 1) - 1)."""
+    for p in model.parameters():
+        if p.dim() > 1:
+            rows = p.reshape(len(p), -1)
+            unit = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
+            p.copy_(((rows / unit).round() * unit).view_as(p))
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process is in the folder."""
+    with open(folder / "lock", "ab") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def train(
+    task: Task,
+    plan: Plan,
+    folder: Path,
+    seed: int,
+    *,
+    start: tuple[Run, int] | None = None,
+    optimizer_state: bool = True,
+    model: nn.Module | None = None,
+    keep: Sequence[int] = (),
+    title: str = "training",
+    progress: bool = False,
+) -> Run:
+    """Trains, or returns the run if it is there already; one that was interrupted goes on from its last checkpoint. ValueError if what is there is a
+    run of another plan, model or data.
+
+    start            (run, step) to go on from: weights, optimizer (unless optimizer_state is False), position in the data
+    model            what is trained; None: task.model(), newly initialised from `seed`
+    keep             steps whose state is kept for `start`, beside the last
+    """
+    first = start[1] if start and optimizer_state else 0
+    seed_all(mix(seed, 1))
+    model = (task.model() if model is None else model).to(getattr(torch, plan.dtype))
+    facts = facts_of(task, plan, seed, start, model)
+    run, done = Run(folder, plan, first), folder / "run.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):  # another process may be at it
+        if done.exists():
+            check_same(folder, json.loads(done.read_text()), facts)
+            return run
+        _train(task, plan, run, facts, seed, start, optimizer_state, model, {*keep, run.last}, title, progress)
+        write_json(done, facts)
+        (folder / "unfinished.pt").unlink(missing_ok=True)
+    return run
+
+
+def facts_of(task: Task, plan: Plan, seed: int, start: tuple[Run, int] | None, model: nn.Module) -> dict[str, object]:
+    """What a run is of."""
+    shapes = str([(name, tuple(t.shape), str(t.dtype)) for name, t in model.state_dict().items()])
+    begun = f"{start[0].folder.name}, step {start[1]}" if start else ""
+    batch = str(batch_digest(first_batch(task.train)))
+    return {"plan": asdict(plan), "model": hashlib.sha256(shapes.encode()).hexdigest()[:16], "first batch": batch, "seed": seed, "start": begun}
+
+
+def check_same(folder: Path, found: dict, expected: dict) -> None:
+    if odd := [name for name, value in expected.items() if found.get(name) != value]:
+        raise ValueError(f"{folder}: holds a training run with another {odd[0]}; choose another output directory, or remove this one")
+
+
+def _train(
+    task: Task,
+    plan: Plan,
+    run: Run,
+    facts: dict[str, object],
+    seed: int,
+    start: tuple[Run, int] | None,
+    optimizer_state: bool,
+    model: nn.Module,
+    keep: set[int],
+    title: str,
+    progress: bool,
+) -> None:
+    optimizer = plan.make_optimizer(model)
+    stream = Stream(task.train, World(), 1, seed)
+    at, unfinished = run.first, run.folder / "unfinished.pt"
+    state = None
+    if unfinished.exists():
+        state = torch.load(unfinished, weights_only=True)
+        check_same(run.folder, state["facts"], facts)
+        at = state["step"]
+    elif start is not None:
+        state = start[0].state(start[1])
+    if state is not None:
+        model.load_state_dict(state["model"])
+        if optimizer_state or unfinished.exists():
+            optimizer.load_state_dict(state["optimizer"])
+            stream.seek(state["position"])
+    model.train()
+    with progress_bar(title, plan.steps, progress) as bar:
+        bar.update(at - run.first)
+        for step in range(at - run.first, plan.steps):
+            for group in optimizer.param_groups:
+                group |= {"lr": plan.rate(step), "weight_decay": plan.weight_decay}
+            ((_, batch, _),) = stream.next_step()
+            seed_all(mix(seed, 2, stream.step))
+            loss = task.loss(model, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if plan.grid:
+                round_to_grid(model, plan.grid)
+            bar.update(1)
+            now = run.first + step + 1
+            if not math.isfinite(loss.item()):
+                raise ValueError(f"{title}: the loss is {loss.item()} at step {now}: expected a learning rate below {plan.lr} for this task")
+            if (step + 1) % plan.every == 0:
+                write_safetensors(run.path(now), saved_tensors(model))
+            if (step + 1) % plan.every == 0 or now in keep:
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                state = {"step": now, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "position": stream.position()}
+                write_torch(unfinished, state | {"facts": facts})
+                if now in keep:
+                    write_torch(run.folder / f"state-{now:06d}.pt", state)
+
+
+# What is measured -----------------------------------------------------------------------------------------------------
+
+
+def measured(task: Task, model: nn.Module, loss: Callable | None = None) -> dict[str, float]:
+    """Losses on validation and test data, and the metric on test data."""
+    loss = loss or task.loss
+    found = {"val": mean_over(model, loss, task.val), "test": mean_over(model, loss, task.test)}
+    if task.metric is not None:
+        found["metric"] = mean_over(model, task.metric, task.test)
+    return found
+
+
+class Cost:
+    """Counts what methods take in training steps: a step is one training batch forward and backward, a batch forward only a third of it. Reading
+    and packing the candidates is not counted (seconds are)."""
+
+    def __init__(self, task: Task, bn_batches: int) -> None:
+        batches = [batch_size(batch) for batch, _ in zip(task.train, range(max(1, bn_batches)), strict=False)]
+        self.batch = batches[0]
+        forward = sum(batch_size(batch) for batch in task.val)
+        if tracked_batchnorms(task.model()):
+            forward += sum(batches[:bn_batches])
+        self.look = FORWARD * forward / self.batch  # of a pass over the validation data, BatchNorm re-estimated before
+
+    def __call__(self, steps: float, evaluations: float = 0) -> float:
+        return steps + evaluations * self.look

@@ -1,0 +1,198 @@
+"""Beyond the paper: adapters, and the recipe on tiny workloads."""
+
+import copy
+import io
+from dataclasses import replace
+
+import matplotlib
+import pytest
+import torch
+from torch import nn
+from claims import beyond, lora, unlabelled, workloads
+from claims.job import Job
+from twa.tasks.gpt import GPT
+from claims.models.lora import LoRALinear, add_lora, merged_lora
+from claims.rows import Rows
+from claims.runs import Plan
+from claims.text import text_task
+
+SETTINGS = ("LoRA", "LoRA, merged", "float32 weights", "bfloat16 weights", "int8 weights", "unlabelled", "warm start")
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# Adapters -------------------------------------------------------------------------------------------------------------
+
+
+def tiny():
+    torch.manual_seed(0)
+    return GPT(context=8, width=16, depth=2, heads=2)
+
+
+TOKENS = torch.arange(24).view(3, 8)
+
+
+def test_new_adapters_leave_the_outputs_unchanged():
+    plain = tiny()
+    adapted = add_lora(copy.deepcopy(plain), 3, seed=1)
+    assert torch.equal(adapted(TOKENS), plain(TOKENS))
+    assert adapted.head.weight is adapted.embed.weight
+    assert len([m for m in adapted.modules() if isinstance(m, LoRALinear)]) == 2 * 4
+
+
+def test_only_adapters_are_trained():
+    adapted = add_lora(tiny(), 3, seed=1)
+    frozen = {name: p.clone() for name, p in adapted.named_parameters() if not p.requires_grad}
+    assert frozen.keys() == {name for name, _ in tiny().named_parameters()}  # under their own names
+    assert all(name.endswith((".A", ".B")) for name, p in adapted.named_parameters() if p.requires_grad)
+    optimizer = Plan(3, 3, 0.1).make_optimizer(adapted)
+    for _ in range(3):
+        optimizer.zero_grad()
+        adapted(TOKENS).square().mean().backward()
+        optimizer.step()
+    after = dict(adapted.named_parameters())
+    assert all(torch.equal(after[name], p) for name, p in frozen.items())
+    assert all(after[name].any() for name in after if name.endswith(".B"))
+
+
+def test_the_seed_draws_the_same_adapters():
+    a, b, c = (dict(add_lora(tiny(), 3, seed).named_parameters()) for seed in (1, 1, 2))
+    name = "blocks.1.down.A"
+    assert torch.equal(a[name], b[name]) and not torch.equal(a[name], c[name])
+    assert not torch.equal(a["blocks.0.down.A"], a[name])
+
+
+def test_merged_equals_unmerged():
+    adapted = add_lora(tiny(), 3, seed=1)
+    for name, p in adapted.named_parameters():
+        if name.endswith(".B"):
+            nn.init.normal_(p, std=0.1)
+    plain = tiny()
+    missing, unexpected = plain.load_state_dict(merged_lora(adapted), strict=False)
+    assert missing == ["head.weight"] and not unexpected  # tied to embed.weight
+    torch.testing.assert_close(plain(TOKENS), adapted(TOKENS), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(plain(TOKENS), tiny()(TOKENS), atol=1e-2)
+
+
+@pytest.mark.parametrize(("model", "rank"), [(tiny, 0), (lambda: nn.Linear(2, 2), 1)])
+def test_bad_adapters(model, rank):
+    with pytest.raises(ValueError, match="expected"):
+        add_lora(model(), rank, 0)
+
+
+# The recipe -----------------------------------------------------------------------------------------------------------
+
+
+def small_gpt():
+    made = workloads.gpt(width=16, depth=1, context=16)
+    plan = Plan(steps=16, every=2, lr=1e-2, schedule="cosine", warmup=2)
+    return replace(made, make=lambda **o: few(made.make(**o)), usual=plan, twa_steps=4)
+
+
+def few(task):
+    """The same with two validation and test batches."""
+    return replace(task, val=task.val.__class__(task.val.data, 8, limit=16), test=task.test.__class__(task.test.data, 8, limit=16))
+
+
+def small_vit():
+    made = workloads.digits("vit")
+    return replace(made, usual=Plan(steps=10, every=1, lr=3e-3, schedule="cosine", warmup=2), twa_steps=3)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workloads, "BUILT_IN", {"gpt": small_gpt, "vit": small_vit})
+        patch.setattr("twa.recipes.job.BUILT_IN", {"gpt": small_gpt, "vit": small_vit})
+        for module, name, value in ((lora, "STEPS", (2, 4)), (lora, "RATES", (1e-2,)), (unlabelled, "RATES", (1e-3,)), (unlabelled, "EPOCHS", 1)):
+            patch.setattr(module, name, value)
+        patch.setitem(unlabelled.UNLABELLED, unlabelled.LONG, ("v:fine:4", 2, ("labels", "entropy")))
+        yield Rows(beyond.run(Job(0, tmp_path_factory.mktemp("suite"))))
+
+
+def test_rows(rows):
+    assert tuple(rows.of("setting")) == SETTINGS
+    for setting in SETTINGS:
+        methods = rows.where(setting=setting).of("method")
+        assert len(methods) == len(rows.where(setting=setting)) and any(m.startswith("TWA") for m in methods)
+    for row in rows:
+        assert row["seed"] == 0 and row["cost"] >= 0 and all(0 < row[key] < 20 for key in ("val", "test"))
+
+
+def test_data_of_the_user_s(tmp_path, monkeypatch):
+    """Only what needs no data of its own; what is built in is not touched."""
+    monkeypatch.setattr(workloads, "BUILT_IN", {})
+    monkeypatch.setattr("twa.recipes.job.BUILT_IN", {})
+    monkeypatch.setattr("twa.recipes.job.of_path", lambda *_: small_gpt())
+    monkeypatch.setattr(beyond, "STORED", {"int8 weights": {"grid": 8}})
+    found = Rows(beyond.run(Job(0, tmp_path, "full", data=tmp_path)))
+    assert found.of("setting") == ["int8 weights", "warm start"]
+    assert "left out" in beyond.findings(found)[-1]
+    pairs = [(m, f"{m}, rounded to int8") for m in found.of("method") if f"{m}, rounded to int8" in found.of("method")]
+    assert [m for m, _ in pairs] == ["uniform", "EMA", "LAWA", "TWA-t fine, 4 bits"]
+    assert all(0 < abs(found.mean(method=a, setting="int8 weights") - found.mean(method=b)) < 0.1 for a, b in pairs)
+
+
+def test_what_is_chosen_on_validation_data_is_never_worse_there(rows):
+    for setting in ("LoRA", "LoRA, merged", "float32 weights"):
+        mine = rows.where(setting=setting)
+        fixed = min(r["val"] for r in mine if r["method"] in ("last", "LAWA", *beyond.SOUPS))
+        assert all(r["val"] <= fixed for r in mine if r["method"].startswith("TWA"))
+    warm = rows.where(setting="warm start")
+    starts = [m for m in warm.of("method") if not m.startswith("TWA")]
+    assert len(starts) == 6
+    assert all(warm.mean("val", method=f"TWA from {m}") <= warm.mean("val", method=m) for m in starts)
+
+
+def test_single_candidates_are_the_same_as_factors_and_merged(rows):
+    single = [r["test"] for r in rows.where(method="best single") if r["setting"].startswith("LoRA")]
+    assert single[0] == pytest.approx(single[1], rel=1e-4)
+
+
+def test_the_unlabelled_choose_by_what_they_train_on(rows):
+    mine = rows.where(setting="unlabelled")
+    assert len(mine) == 3 + 2 * 3 + 2
+    for row in mine:
+        assert 0 < row["entropy"] < 2.4 and 0.1 <= row["share"] <= 1 and 0 <= row["metric"] <= 1
+        if "objective" in row:
+            assert row["objective"] <= row["objective at start"]
+    looks = {r["method"]: (r["cost"] - r["steps"]) / r["evaluations"] for r in mine}
+    assert looks["TWA-v model, experts"] > looks["TWA-v model, entropy"] == pytest.approx(looks["TWA-v model, labels"])
+
+
+def test_objectives_have_their_minimum_where_they_should():
+    model, images = nn.Flatten(), torch.randn(5, 7)
+    target = images.softmax(1)
+    assert float(unlabelled.by_experts(model, (images, None, target))) == pytest.approx(0, abs=1e-6)
+    assert float(unlabelled.by_entropy(model, (100 * images, None, target))) < float(unlabelled.by_entropy(model, (images, None, target)))
+    assert float(unlabelled.by_entropy(model, (torch.zeros(5, 7), None, None))) == pytest.approx(torch.tensor(7.0).log().item())
+
+
+def test_batches_in_bfloat16():
+    seen = []
+    task = replace(text_task(domain="help", context=16, width=16, depth=1), loss=lambda model, batch: seen.append(batch))
+    beyond.of_dtype(task, torch.bfloat16).loss(None, (torch.zeros(2), torch.zeros(2, dtype=torch.int64)))
+    assert [t.dtype for t in seen[0]] == [torch.bfloat16, torch.int64]
+
+
+def test_findings(rows):
+    found = "\n".join(beyond.findings(rows))
+    assert all(setting in found for setting in SETTINGS) and "left out" not in found and "nan" not in found
+    mine = rows.where(setting="warm start")
+    assert f"{min(r['test'] for r in mine if r['method'].startswith('TWA')):.4f}" in found
+    without = beyond.findings(rows.where(setting=("float32 weights", "int8 weights", "warm start")))
+    assert "left out" in without[-1]
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, ("int8 weights", "warm start")])
+def test_picture(rows, settings):
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=beyond.FIGURE, layout="constrained")
+    beyond.picture(figure, rows.where(setting=settings))
+    assert len(figure.axes) == len([s for s in beyond.PANELS.values() if set(s) & set(settings)])
+    assert sum(len(axes.patches) for axes in figure.axes) == len(rows.where(setting=settings))
+    figure.savefig(io.BytesIO(), format="png")
+    plt.close(figure)

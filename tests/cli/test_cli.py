@@ -1,0 +1,247 @@
+"""The main job through the command line: outputs, the winner's guarantee, and bad input with exit status 2."""
+
+import json
+import sys
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+import twa
+from conftest import run_python
+from safetensors.torch import load_file, save_file
+from twa.cli import main as cli
+from twa.merge import report
+from twa.merge.run import Average, warmup
+from twa.io.progress import mean_over
+from twa.merge.settings import Settings, TwaMethod
+from twa.tasks.contract import TaskError, load_task
+from twa.tasks import digits
+
+FILES = {"averaged.safetensors", "coefficients.json", "report.md", "report.png", "results.json"}
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """10 checkpoints of the digits network, a BatchNorm model, on its way."""
+    folder = tmp_path_factory.mktemp("digits")
+    torch.manual_seed(0)
+    model, data = digits.model(), digits.train_data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for epoch in range(10):
+        for batch in data:
+            optimizer.zero_grad()
+            digits.loss(model, batch).backward()
+            optimizer.step()
+        save_file(model.state_dict(), folder / f"epoch_{epoch}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(checkpoints, tmp_path_factory):
+    """Output folder and standard output of one whole run in a process of its own."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    command = [sys.executable, "-m", "twa", "average", "digits", f"{checkpoints}/epoch_*.safetensors", "-o", str(out), "--steps", "20"]
+    done = processes.run(command)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_outputs(finished):
+    out, printed = finished
+    assert {p.name for p in out.iterdir()} == FILES
+    results = json.loads((out / "results.json").read_text())
+    names = [r["method"] for r in results]
+    assert names == ["last", "best single", "uniform", "EMA", "LAWA", "greedy soup", "TWA-t fine, 4 bits", "TWA-v per model, 4 bits"]
+    for r in results:
+        assert f"| {r['method']}" in printed and f"| {r['method']}" in (out / "report.md").read_text()
+        assert 0.9 < float(r["test accuracy"]) <= 1
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_winner_has_the_lowest_validation_loss(finished):
+    out, printed = finished
+    results = {r["method"]: float(r["val loss"]) for r in json.loads((out / "results.json").read_text())}
+    winner = printed.split("winner on the validation data: ")[1].split(", validation loss")[0]
+    assert results[winner] == min(results.values()) <= results["best single"]
+
+
+def test_exported_model_gives_the_reported_loss_in_a_fresh_process(finished):
+    out, printed = finished
+    reported = float(printed.split("test loss ")[-1].split()[0])
+    code = f"""
+import torch
+from safetensors.torch import load_file
+from twa.tasks import digits
+model = digits.model()
+model.load_state_dict(load_file({str(out / "averaged.safetensors")!r}))
+model.eval()
+total = count = 0
+with torch.no_grad():
+    for images, labels in digits.test_data():
+        total += torch.nn.functional.cross_entropy(model(images), labels, reduction="sum").item()
+        count += len(labels)
+print(total / count)
+"""
+    assert float(run_python(code)) == pytest.approx(reported, abs=1e-6)
+
+
+def test_coefficients_file(finished, checkpoints):
+    written = json.loads((finished[0] / "coefficients.json").read_text())
+    beta = torch.tensor(written["beta"], dtype=torch.float64)
+    assert beta.shape == (10, len(written["segments"])) and [Path(p).name for p in written["candidates"]] == [
+        f"epoch_{k}.safetensors" for k in range(10)
+    ]
+    torch.testing.assert_close(beta.sum(0), torch.ones(beta.shape[1], dtype=torch.float64), rtol=1e-6, atol=1e-6)
+
+
+def run_cli(*arguments):
+    return cli.main([str(a) for a in arguments])
+
+
+def test_one_candidate_is_evaluated_and_exported(checkpoints, tmp_path, capsys):
+    path = checkpoints / "epoch_9.safetensors"
+    assert run_cli("average", "digits", path, "-o", tmp_path / "out") == 0
+    assert "nothing to learn" in capsys.readouterr().err
+    exported = load_file(tmp_path / "out" / "averaged.safetensors")
+    assert all(torch.equal(exported[k], t) for k, t in load_file(path).items())
+
+
+def test_output_directory_is_protected(checkpoints, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("keep")
+    pattern = checkpoints / "epoch_[89].safetensors"
+    assert run_cli("average", "digits", pattern, "-o", out) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert [p.name for p in out.iterdir()] == ["precious.txt"]
+    assert run_cli("average", "digits", pattern, "-o", out / "precious.txt") == 2
+    assert "expected a directory" in capsys.readouterr().err
+    assert run_cli("average", "digits", pattern, "-o", out / "precious.txt" / "deeper") == 2
+    assert run_cli("average", "digits", pattern, "-o", "/proc/out") == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert run_cli("average", "digits", pattern, "-o", out, "--steps", "2", "--overwrite") == 0
+    assert {p.name for p in out.iterdir()} == FILES | {"precious.txt"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["average", "digits", "nowhere/*.pt"], "nothing matches"),
+        (["average", "nosuch.py", "{ok}"], "there is no such file"),
+        (["average", "chars", "{ok}"], "is unexpected"),
+        (["average", "digits", "{ok}", "--twa", "x:tensor:4"], "expected KIND:GRANULARITY:BITS"),
+        (["average", "digits", "{ok}", "{nan}"], "NaN or Inf"),
+        (["average", "digits", "{ok}", "{cut}"], "not a complete safetensors file"),
+    ],
+)
+def test_bad_input_writes_nothing(checkpoints, tmp_path, capsys, arguments, message):
+    state = load_file(checkpoints / "epoch_9.safetensors")
+    state["0.weight"][0, 0] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((checkpoints / "epoch_9.safetensors").read_bytes()[:-50])
+    names = {"{ok}": checkpoints / "epoch_9.safetensors", "{nan}": tmp_path / "nan.safetensors", "{cut}": tmp_path / "cut.safetensors"}
+    out = tmp_path / "out"
+    assert run_cli(*[names.get(a, a) for a in arguments], "-o", out) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.splitlines()[-1].startswith("twa: error: ")
+    assert not out.exists() or not list(out.iterdir())
+
+
+TASK = """
+import torch
+from twa.tasks import digits
+model, train_data, val_data = digits.model, digits.train_data, digits.val_data
+calls = 0
+def loss(model, batch):
+    global calls
+    value = digits.loss(model, batch)
+    if model.training and torch.is_grad_enabled():
+        calls += 1
+        if calls > {limit}:
+            return value * float("nan")
+    return value
+"""
+
+
+def test_task_file_and_a_loss_that_turns_nan(checkpoints, tmp_path, capsys):
+    (tmp_path / "task.py").write_text(TASK.format(limit=8))
+    task = load_task(str(tmp_path / "task.py"))
+    assert task.test is None and task.metric is None
+    method = TwaMethod("t", "tensor", 4)
+    outcome = Average(task, twa.Candidates(checkpoints / "epoch_*.safetensors"), Settings((method,), steps=20), progress=False).run()
+    trained = outcome.results[-1]
+    assert trained.steps == 8 and "stopped: loss nan at step 8" in trained.note
+    assert trained.val_loss <= 1.05 * min(r.val_loss for r in outcome.results[:-1])  # BatchNorm is re-estimated
+    assert all(torch.isfinite(t.float()).all() for t in outcome.state.values())
+    assert "test loss" not in report.table_rows(outcome.results, task)[0]
+
+
+def test_validation_data_is_split_for_twa_v_only(checkpoints, tmp_path):
+    (tmp_path / "task.py").write_text(TASK.format(limit=10**9))
+    candidates = twa.Candidates(checkpoints / "epoch_[789].safetensors")
+    with pytest.raises(TaskError, match="at least 2 batches"):
+        Average(load_task(str(tmp_path / "task.py")), candidates, Settings(steps=2), progress=False)
+    (tmp_path / "task.py").write_text(TASK.format(limit=10**9).replace("digits.val_data", "lambda: list(digits.train_data())[:5]"))
+    task = load_task(str(tmp_path / "task.py"))
+    batches = list(task.val)
+    task.split_validation()
+    assert [b is batches[k] for k, b in zip((1, 3), task.val, strict=True)] == [True, True]
+    assert [b is batches[k] for k, b in zip((0, 2, 4), task.heldout, strict=True)] == [True] * 3
+
+
+def test_a_shuffled_validation_set_cannot_be_split(tmp_path):
+    (tmp_path / "task.py").write_text(TASK.format(limit=10**9).replace("digits.val_data", "digits.train_data"))
+    with pytest.raises(TaskError, match="other batches at each pass"):
+        load_task(str(tmp_path / "task.py")).split_validation()
+
+
+def test_candidates_with_nan_loss_never_win(checkpoints, tmp_path):
+    """Finite weights, NaN loss: the first and the last candidate; and a run where nothing is finite."""
+    (tmp_path / "helper.py").write_text("LIMIT = 50.0")
+    text = "from __future__ import annotations\nfrom helper import LIMIT\n" + TASK.format(limit=10**9).replace(
+        "    return value\n", "    return value if model[7].bias.abs().max() < LIMIT else value * float('nan')\n"
+    )
+    (tmp_path / "task.py").write_text(text)
+    for k, path in enumerate(sorted(checkpoints.glob("*.safetensors"))[:5]):
+        state = load_file(path)
+        if k in (0, 4):
+            state["7.bias"] += 1000.0
+        save_file(state, tmp_path / f"c{k}.safetensors")
+    task = load_task(str(tmp_path / "task.py"))
+    candidates = twa.Candidates(tmp_path / "c*.safetensors")
+    outcome = Average(task, candidates, Settings((TwaMethod("t", "tensor", 4),), steps=4), progress=False).run()
+    assert outcome.winner.val_loss < 1 and outcome.results[1].note in ("c1", "c2", "c3")
+    report.write_outputs(tmp_path, outcome, task, candidates.names, "command")
+    assert (tmp_path / "report.png").exists()
+    with pytest.raises(ValueError, match="every method is NaN or Inf"):
+        Average(task, twa.Candidates(tmp_path / "c0.safetensors"), Settings(), progress=False).run()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_measured_is_exported_in_half_precision(checkpoints, tmp_path, dtype):
+    """BatchNorm statistics are re-estimated in float32 and exported in the files' dtype: measured after that rounding."""
+    for path in checkpoints.glob("*.safetensors"):
+        save_file({k: t.to(dtype) if t.is_floating_point() else t for k, t in load_file(path).items()}, tmp_path / path.name)
+    task = load_task("digits")
+    outcome = Average(task, twa.Candidates(tmp_path / "*.safetensors"), Settings((TwaMethod("t", "tensor", 4),), steps=5), progress=False).run()
+    model = digits.model()
+    model.load_state_dict(outcome.state)
+    assert all(t.dtype == dtype for t in outcome.state.values() if t.is_floating_point())
+    assert mean_over(model, digits.loss, task.test) == pytest.approx(outcome.winner.test_loss, abs=1e-7)
+
+
+def test_tasks_that_break_the_contract(tmp_path):
+    (tmp_path / "a.py").write_text("def model(): pass")
+    with pytest.raises(TaskError, match="train_data, val_data, loss missing"):
+        load_task(str(tmp_path / "a.py"))
+    (tmp_path / "b.py").write_text("model = loss = lambda *a: 0\ndef train_data(): return iter([])\nval_data = train_data")
+    with pytest.raises(TaskError, match="can be read only once"):
+        load_task(str(tmp_path / "b.py"))
+    (tmp_path / "c.txt").write_text("")
+    with pytest.raises(TaskError, match=r"ending in \.py"):
+        load_task(str(tmp_path / "c.txt"))
+
+
+def test_learning_rate_schedule():
+    assert [warmup(k, 100) for k in range(7)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0] and warmup(99, 100) == 1.0 == warmup(0, 1)

@@ -1,0 +1,257 @@
+"""The ops as torch.library entries: opcheck, gradcheck, torch.compile, backend selection, imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BITS, run_python
+
+import twa_kernels as tk
+from twa_kernels import dispatch, reference
+
+SHAPES = [(130,), (3, 5), (257,)]
+ROOT = Path(__file__).parents[2]
+
+
+def operands(bits=4, n=3, seed=0):
+    torch.manual_seed(seed)
+    return tk.pack([torch.randn(n, *s) for s in SHAPES], bits, segments=[0, 1, 0])
+
+
+def pack_arguments(bits):
+    n, numels = 3, [130, 15]
+    rows = [torch.randn(s) for s in numels for _ in range(n)]
+    return (
+        rows,
+        [torch.randn(s) for s in numels],
+        numels,
+        torch.tensor([0, 0, 1], dtype=torch.int32),
+        bits,
+        "gaussian",
+        torch.zeros(3, n, 16 * bits, dtype=torch.uint8),
+        torch.zeros(3, n, dtype=torch.bfloat16),
+        torch.zeros(n, 2, dtype=torch.float64),
+        torch.zeros(n, 2),
+        torch.zeros(2, 2, dtype=torch.float64),
+        "",
+    )
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("op", ["pack", "unpack", "project", "reconstruct", "reconstruct_out", "gram"])
+def test_opcheck(op, bits):
+    basis = operands(bits)
+    x, center = torch.randn(3, 2, requires_grad=True), [torch.randn(s, requires_grad=True) for s in SHAPES]
+    arguments = {
+        "pack": lambda: pack_arguments(bits),
+        "unpack": lambda: (*basis.operands, basis.numels, bits, ""),
+        "gram": lambda: (*basis.operands, basis.numels, bits, ""),
+        "project": lambda: (*basis.operands, center, basis.numels, bits, ""),
+        "reconstruct": lambda: (*basis.operands, x, center, basis.numels, bits, ""),
+        "reconstruct_out": lambda: (
+            *basis.operands,
+            x.detach(),
+            [c.detach() for c in center],
+            basis.numels,
+            bits,
+            [torch.empty(s) for s in SHAPES],
+            "",
+        ),
+    }[op]()
+    torch.library.opcheck(getattr(torch.ops.twa_kernels, op).default, arguments)
+
+
+@pytest.mark.parametrize("form", ["gram", "again", "write"])
+def test_opcheck_of_orthonormalize(form):
+    torch.manual_seed(0)
+    n, r, numels = 3, 2, [130, 15]
+    rows = [torch.randn(m) for m in numels for _ in range(n)]
+    transform = None if form == "gram" else torch.randn(r, n, dtype=torch.float64).tril()
+    write = form == "write"
+    probes, out = (torch.randn(6, r, dtype=torch.float64), [torch.empty(m) for m in numels for _ in range(r)]) if write else (None, [])
+    parent = torch.tensor([-1, 0, 0], dtype=torch.int32)
+    arguments = (rows, [torch.randn(m) for m in numels], numels, parent, transform, probes, 0, False, out, "")
+    torch.library.opcheck(torch.ops.twa_kernels.orthonormalize_pass.default, arguments)
+
+
+@pytest.mark.parametrize("op", ["unpack", "project", "reconstruct", "gram"])
+def test_opcheck_on_gpu_backends(op, gpu):
+    gpu.needs(op)
+    basis = gpu.put(operands(4))
+    x = torch.randn(3, 2, device=gpu.device).requires_grad_()
+    center = [torch.randn(s, device=gpu.device).requires_grad_() for s in SHAPES]
+    between = {"unpack": (), "gram": (), "project": (center,), "reconstruct": (x, center)}[op]
+    torch.library.opcheck(getattr(torch.ops.twa_kernels, op).default, (*basis.operands, *between, basis.numels, 4, gpu.backend))
+
+
+def test_gpu_backends_compile_without_graph_break(gpu):
+    gpu.needs("project").needs("reconstruct")
+    basis = gpu.put(operands())
+
+    def both(grads, x, center):
+        return tk.reconstruct(basis, x - 0.1 * tk.project(basis, grads, gpu.backend), center, backend=gpu.backend)
+
+    grads, center = ([torch.randn(s, device=gpu.device) for s in SHAPES] for _ in range(2))
+    x = torch.randn(3, 2, device=gpu.device)
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(grads, x, center), both(grads, x, center), rtol=0, atol=0)
+
+
+def test_gpu_backends_are_differentiable(gpu):
+    """project and reconstruct are each other's backward, on the same backend."""
+    gpu.needs("project").needs("reconstruct")
+    basis, x = gpu.put(operands()), torch.randn(3, 2, device=gpu.device).requires_grad_()
+    weights = [torch.randn(s, device=gpu.device) for s in SHAPES]
+    sum((t * w).sum() for t, w in zip(tk.reconstruct(basis, x, backend=gpu.backend), weights, strict=True)).backward()
+    assert torch.equal(x.grad, tk.project(basis, weights, gpu.backend))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_gradcheck_of_the_reference(bits):
+    basis = operands(bits)
+    grads = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in SHAPES]
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *g: reference.project(*basis.operands, g, basis.numels, bits), grads)
+    assert torch.autograd.gradcheck(lambda x, *c: reference.reconstruct(*basis.operands, x, c, basis.numels, bits), (x, *grads))
+
+
+def test_second_derivative():
+    """project and reconstruct are each other's backward, so backward of backward works."""
+    basis = operands()
+    x = torch.randn(3, 2, requires_grad=True)
+    theta = tk.reconstruct(basis, x)
+    (g,) = torch.autograd.grad(sum(t.square().sum() for t in theta), x, create_graph=True)
+    (h,) = torch.autograd.grad(g.sum(), x)
+    once = tk.reconstruct(basis, torch.ones(3, 2))
+    torch.testing.assert_close(h, 2 * tk.project(basis, once), rtol=1e-4, atol=1e-4)
+
+
+def test_compile_without_graph_break():
+    basis = operands()
+    grads, center, x = [torch.randn(s) for s in SHAPES], [torch.randn(s) for s in SHAPES], torch.randn(3, 2)
+
+    def both(grads, x, center):
+        return tk.project(basis, grads), tk.reconstruct(basis, x, center)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(grads, x, center), both(grads, x, center), rtol=0, atol=0)
+
+
+def test_dispatch_never_falls_back(monkeypatch):
+    assert dispatch.select("project", "cpu") is tk.native.project
+    assert dispatch.select("project", "cpu", "reference") is reference.project
+    with pytest.raises(RuntimeError, match="no kernel for mps tensors yet"):
+        dispatch.select("project", "mps")
+    assert dispatch.default_backend("gram", "cuda") == "triton"
+    with pytest.raises(RuntimeError, match="does not implement"):
+        dispatch.select("project", "cuda", "cpp")
+    monkeypatch.setenv("TWA_KERNELS_BACKEND", "reference")
+    assert dispatch.select("project", "cpu") is reference.project
+    monkeypatch.setattr(tk.native, "_C", None)
+    monkeypatch.setattr(tk.native, "_import_error", "no such file", raising=False)
+    with pytest.raises(RuntimeError, match="the native module is not built"):
+        dispatch.select("project", "cpu", "cpp")
+
+
+def test_an_override_per_device(monkeypatch):
+    """A backend for GPUs leaves the CPU's packing alone."""
+    monkeypatch.setattr(dispatch, "why_unusable", lambda backend: None)
+    monkeypatch.setenv("TWA_KERNELS_BACKEND", "cuda:triton")
+    assert dispatch.select("project", "cuda") is dispatch.IMPLEMENTATIONS["project", "triton"]
+    assert dispatch.select("pack", "cpu") is tk.native.pack
+    monkeypatch.setenv("TWA_KERNELS_BACKEND", "cpu:reference, cuda:cuda")
+    assert dispatch.select("pack", "cpu") is reference.pack and dispatch.select("step", "cuda") is dispatch.IMPLEMENTATIONS["step", "cuda"]
+    assert dispatch.select("pack", "cpu", "cpp") is tk.native.pack  # the argument comes first
+    monkeypatch.setenv("TWA_KERNELS_BACKEND", "triton")  # every device
+    with pytest.raises(RuntimeError, match="on CPU tensors only in Triton's interpreter"), monkeypatch.context() as m:
+        m.delenv("TRITON_INTERPRET", raising=False)
+        dispatch.select("pack", "cpu")
+    for wrong in ("tritn", "gpu:triton", "cuda:", "cuda=triton"):
+        monkeypatch.setenv("TWA_KERNELS_BACKEND", wrong)
+        with pytest.raises(RuntimeError, match=r"TWA_KERNELS_BACKEND: expected a backend \(.*\) or device:backend pairs"):
+            dispatch.select("project", "cpu")
+
+
+def test_triton_without_its_package_or_a_gpu_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="on CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1"):
+        dispatch.select("project", "cpu", "triton")
+    with pytest.raises(RuntimeError, match="no GPU that PyTorch can use"):
+        dispatch.select("project", "cuda", "triton")
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        dispatch.select("project", "cuda", "triton")
+
+
+def test_gpus_prefer_the_cuda_module(monkeypatch):
+    monkeypatch.setattr(dispatch, "why_unusable", lambda backend: None)
+    assert {op: dispatch.default_backend(op, "cuda") for op in dispatch.OPS} == {
+        **dict.fromkeys(("pack", "project", "reconstruct", "step", "orthonormalize_pass"), "cuda"),
+        **dict.fromkeys(("unpack", "gram"), "triton"),
+    }
+    monkeypatch.setattr(dispatch, "why_unusable", lambda backend: "absent" if backend == "cuda" else None)
+    assert {dispatch.default_backend(op, "cuda") for op in dispatch.OPS} == {"triton"}
+
+
+def test_a_forked_child_has_threads_of_its_own():
+    """PyTorch's threads, which the parent shares, do not survive a fork."""
+    code = """
+import os, torch, twa_kernels as tk
+torch.set_num_threads(2)
+basis, grads = tk.pack([torch.randn(4, 300_000)]), [torch.randn(300_000)]
+expected = tk.project(basis, grads)
+child = os.fork()
+if not child:
+    os._exit(0 if torch.equal(tk.project(basis, grads), expected) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), torch.equal(tk.project(basis, grads), expected))
+"""
+    assert run_python(code).strip() == "0 True"
+
+
+def test_lazily_negated_gradients():
+    basis, grads = operands(), [torch.randn(s) for s in SHAPES]
+    assert torch.equal(tk.project(basis, [torch._neg_view(g) for g in grads]), tk.project(basis, [-g for g in grads]))
+
+
+def test_unknown_instruction_set_is_an_error():
+    code = """
+import torch, twa_kernels as tk
+try:
+    tk.pack([torch.randn(2, 3)])
+except RuntimeError as error:
+    print(error)
+"""
+    assert "expected portable, avx2 or avx512" in run_python(code, TWA_KERNELS_ISA="altivec")
+
+
+def test_diagnostics():
+    text = run_python("import runpy; runpy.run_module('twa_kernels', run_name='__main__')")
+    for word in ("backends:", "cpp", "reference", "instruction set", "project"):
+        assert word in text
+
+
+@pytest.mark.skipif(not (tk.native._C and tk.native._C.with_cuda), reason="the native module was built without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_without_a_device_says_so():
+    code = "from twa_kernels import dispatch; print(dispatch.why_unusable('cuda'))"  # in this process the kernels run emulated
+    assert run_python(code).strip() == "no CUDA device on this machine"
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module
+
+
+def test_imports_point_one_way():
+    """twa -> twa_kernels -> _C -> csrc."""
+    for path in (ROOT / "twa_kernels").rglob("*.py"):
+        assert not [name for name in imports_of(path) if name.split(".")[0] == "twa"], path
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file() and path.name != "bindings.cpp":
+            text = path.read_text()
+            assert "pybind11" not in text and "Python.h" not in text and "torch/" not in text, path

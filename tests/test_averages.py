@@ -1,0 +1,125 @@
+"""Closed-form schemes against torch.optim.swa_utils and direct averaging, and as points of the subspace."""
+
+import pytest
+import torch
+import twa
+from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+from twa import averages as schemes
+
+
+@pytest.fixture
+def run(tmp_path):
+    """7 candidates of a small model: (model factory, states, Candidates)."""
+
+    def make():
+        return torch.nn.Sequential(torch.nn.Linear(5, 130), torch.nn.ReLU(), torch.nn.Linear(130, 3))
+
+    states = []
+    for k in range(7):
+        torch.manual_seed(k)
+        states.append(make().state_dict())
+        save_file(states[-1], tmp_path / f"step_{k}.safetensors")
+    return make, states, twa.Candidates(tmp_path / "step_*.safetensors")
+
+
+def averaged(states, beta):
+    return {key: sum(b * s[key].double() for b, s in zip(beta.tolist(), states, strict=True)) for key in states[0]}
+
+
+def swa_utils(make, states, multi_avg_fn):
+    source = make()
+    average = AveragedModel(source, multi_avg_fn=multi_avg_fn)
+    for state in states:
+        source.load_state_dict(state)
+        average.update_parameters(source)
+    return average.module.state_dict()
+
+
+def close(ours, theirs):
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key].double(), value.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_uniform_is_swa(run):
+    make, states, _ = run
+    close(averaged(states, schemes.uniform(7)), swa_utils(make, states, get_swa_multi_avg_fn()))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
+def test_ema(run, decay):
+    make, states, _ = run
+    close(averaged(states, schemes.ema(7, decay)), swa_utils(make, states, get_ema_multi_avg_fn(decay)))
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize(
+    "beta",
+    [schemes.uniform(7), schemes.ema(7, 0.7), schemes.lawa(7, 3), schemes.candidate(7, 0), schemes.candidate(7, -1)],
+    ids=["uniform", "ema", "lawa", "first", "last"],
+)
+@pytest.mark.parametrize("center", ["mean", "last", 2])
+def test_every_scheme_is_a_point_of_the_subspace(run, beta, bits, center):
+    make, states, candidates = run
+    model = make()
+    subspace = twa.Subspace.from_candidates(model, candidates, bits=bits, center=center)
+    subspace.set_merge_weights(beta)
+    scale = max(s.abs().max() for s in states[0].values())
+    for key, value in averaged(states, beta).items():
+        assert (model.state_dict()[key].double() - value).abs().max() <= (1e-6 if bits == 32 else 0.02) * scale
+    torch.testing.assert_close(subspace.merge_weights(), beta[:, None].expand(-1, 4), rtol=1e-5, atol=1e-6)
+
+
+def test_sums_are_one():
+    for beta in (schemes.uniform(9), schemes.ema(9, 0.95), schemes.lawa(9, 9), schemes.candidate(9, 4)):
+        assert float(beta.sum()) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_wsm_of_a_linear_decay_is_the_plain_mean_of_the_last():
+    for n, k in ((7, 1), (7, 4), (9, 9)):
+        torch.testing.assert_close(schemes.wsm(n, k), schemes.lawa(n, k), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("decay", schemes.DECAYS)
+@pytest.mark.parametrize("k", [1, 2, 5, 7])
+def test_wsm_is_a_run_whose_rate_decays(decay, k):
+    """Updates that do not depend on where the run is, scaled by the decay: the run's end is the merge."""
+    n, m, f = 7, 7 - k, schemes.DECAYS[decay]
+    theta = torch.randn(n, 11, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+    end = theta[m].clone()
+    for j in range(m + 1, n):
+        end += f(torch.tensor((j - m) / k, dtype=torch.float64)) * (theta[j] - theta[j - 1])
+    beta = schemes.wsm(n, k, decay)
+    torch.testing.assert_close(beta @ theta, end)
+    assert (beta >= 0).all() and not beta[:m].any() and float(beta.sum()) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_greedy_soup():
+    """Quadratic loss around 2.0: members 2.1 and 1.8 help each other, 5.0 does not."""
+    w = torch.tensor([5.0, 2.1, 1.8], dtype=torch.float64)
+    tried = []
+
+    def loss(beta):
+        tried.append(beta)
+        return float(((beta * w).sum() - 2.0) ** 2)
+
+    beta = schemes.greedy_soup([loss(schemes.candidate(3, k)) for k in range(3)], loss)
+    assert beta.tolist() == [0.0, 0.5, 0.5]
+    assert len(tried) == 3 + 2
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: schemes.lawa(3, 4),
+        lambda: schemes.lawa(3, 0),
+        lambda: schemes.ema(3, 1.0),
+        lambda: schemes.candidate(3, 3),
+        lambda: schemes.wsm(3, 4),
+        lambda: schemes.wsm(3, 0),
+        lambda: schemes.wsm(3, 2, "exponential"),
+    ],
+)
+def test_bad_input(call):
+    with pytest.raises(ValueError, match="expected"):
+        call()
