@@ -1,4 +1,6 @@
-"""Builds the native module with CMake (the only build) and installs the two packages; metadata is in pyproject.toml."""
+"""Builds the native module with CMake (the only build) and installs the two packages; metadata is
+in pyproject.toml.
+"""
 
 import os
 import subprocess
@@ -15,7 +17,8 @@ ROOT = Path(__file__).parent.resolve()
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"  # kept, so that a rebuild compiles only what changed
+        # kept, so that a rebuild compiles only what changed
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         options = [

@@ -1,6 +1,8 @@
-"""step: project, AdamW update and reconstruct in one call, against the three calls, with 64 and 256 segments of equal size.
+"""step: project, AdamW update and reconstruct in one call, against the three calls, with 64 and 256
+segments of equal size.
 
-A segment of at most 1 MiB of codes is read from memory once (at 4 bits with 256 segments of this size, not with 64).
+A segment of at most 1 MiB of codes is read from memory once (at 4 bits with 256 segments of this
+size, not with 64).
 
 Bytes moved are counted as for the three calls, so that fusing shows as a higher rate:
 2 * n * D * (bits / 8 + 1 / 128) + 4 * D (gradient) + 8 * D (center and result).
@@ -19,7 +21,15 @@ def many_segments(n: int, columns: int, bits: int, segments: int) -> tk.PackedBa
     tiles = len(one.tile_segment) // segments
     segment = torch.arange(segments, dtype=torch.int32).repeat_interleave(tiles)
     scale = torch.rand(n, segments) + 0.5
-    return tk.PackedBasis(one.codes, one.scales, scale, segment, torch.ones(n, segments, dtype=torch.float64), one.shapes, bits)
+    return tk.PackedBasis(
+        one.codes,
+        one.scales,
+        scale,
+        segment,
+        torch.ones(n, segments, dtype=torch.float64),
+        one.shapes,
+        bits,
+    )
 
 
 @pytest.mark.benchmark(group="step")
@@ -29,7 +39,11 @@ def many_segments(n: int, columns: int, bits: int, segments: int) -> tk.PackedBa
 def test_step(benchmark, bits, segments, fused, n, columns):
     basis = many_segments(n, columns, bits, segments)
     grads, center = [torch.randn(s) for s in basis.shapes], [torch.randn(s) for s in basis.shapes]
-    out, x, options = [torch.empty(s) for s in basis.shapes], torch.zeros(n, basis.num_segments), {"lr": 1e-3}
+    out, x, options = (
+        [torch.empty(s) for s in basis.shapes],
+        torch.zeros(n, basis.num_segments),
+        {"lr": 1e-3},
+    )
     state, parameter = {}, torch.nn.Parameter(x.clone())
     optimizer = torch.optim.AdamW([parameter], **options)
 
@@ -38,6 +52,20 @@ def test_step(benchmark, bits, segments, fused, n, columns):
         optimizer.step()
         tk.reconstruct(basis, parameter.detach(), center, out)
 
-    benchmark(lambda: tk.step(basis, grads, x, out, center, rule="adamw", options=options, state=state) if fused else three_calls())
+    benchmark(
+        lambda: (
+            tk.step(basis, grads, x, out, center, rule="adamw", options=options, state=state)
+            if fused
+            else three_calls()
+        )
+    )
     moved = int(2 * n * columns * (bits / 8 + 1 / 128)) + 12 * columns
-    record(benchmark, "step", f"{bits} bits, {segments} segments" + ("" if fused else ", three calls"), n, columns, moved, "read")
+    record(
+        benchmark,
+        "step",
+        f"{bits} bits, {segments} segments" + ("" if fused else ", three calls"),
+        n,
+        columns,
+        moved,
+        "read",
+    )

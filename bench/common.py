@@ -1,4 +1,6 @@
-"""Shared by the microbenchmarks: random bases, measured bandwidth, and the peers, written from their definitions."""
+"""Shared by the microbenchmarks: random bases, measured bandwidth, and the peers, written from
+their definitions.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,15 @@ def random_basis(n: int, columns: int, bits: int, tensors: int = 1) -> tk.Packed
     scales = torch.randint(40, 100, (tiles, n), dtype=torch.uint8).view(torch.float8_e4m3fn)
     segment = torch.zeros(tiles, dtype=torch.int32)
     shapes = tuple(torch.Size((part,)) for _ in range(tensors))
-    return tk.PackedBasis(codes, scales, torch.rand(n, 1) + 0.5, segment, torch.ones(n, 1, dtype=torch.float64), shapes, bits)
+    return tk.PackedBasis(
+        codes,
+        scales,
+        torch.rand(n, 1) + 0.5,
+        segment,
+        torch.ones(n, 1, dtype=torch.float64),
+        shapes,
+        bits,
+    )
 
 
 def median_seconds(run, at_least: int = 5, seconds: float = 1.0) -> float:
@@ -43,19 +53,29 @@ def median_seconds(run, at_least: int = 5, seconds: float = 1.0) -> float:
 
 @functools.cache
 def bandwidth() -> dict[str, float]:
-    """GB/s of reading 1 GB by a plain loop, of reading it with software prefetch, and of copying it (memcpy; read + write), with the
-    threads that the kernels use."""
+    """GB/s of reading 1 GB by a plain loop, of reading it with software prefetch, and of copying it
+    (memcpy; read + write), with the threads that the kernels use."""
     native, threads = tk.native._C, torch.get_num_threads()
     source, target = empty_for_streaming((1 << 30,), "cpu"), empty_for_streaming((1 << 30,), "cpu")
     source.random_(0, 256), target.zero_()
     read = median_seconds(lambda: native.read_bytes(source.data_ptr(), source.numel(), threads))
-    ahead = median_seconds(lambda: native.read_bytes(source.data_ptr(), source.numel(), threads, ahead=True))
-    copy = median_seconds(lambda: native.copy_bytes(source.data_ptr(), target.data_ptr(), source.numel(), threads))
-    return {"read": source.numel() / read / 1e9, "prefetched read": source.numel() / ahead / 1e9, "copy": 2 * source.numel() / copy / 1e9}
+    ahead = median_seconds(
+        lambda: native.read_bytes(source.data_ptr(), source.numel(), threads, ahead=True)
+    )
+    copy = median_seconds(
+        lambda: native.copy_bytes(source.data_ptr(), target.data_ptr(), source.numel(), threads)
+    )
+    return {
+        "read": source.numel() / read / 1e9,
+        "prefetched read": source.numel() / ahead / 1e9,
+        "copy": 2 * source.numel() / copy / 1e9,
+    }
 
 
 class Published:
-    """The published implementation's arithmetic: one uint8 code per weight, min/max scale per row, broadcast multiply, sum."""
+    """The published implementation's arithmetic: one uint8 code per weight, min/max scale per row,
+    broadcast multiply, sum.
+    """
 
     def __init__(self, n: int, columns: int) -> None:
         self.codes = torch.randint(0, 16, (n, columns), dtype=torch.uint8)
@@ -80,8 +100,12 @@ def hardware() -> dict[str, str]:
 
 
 def publish(name: str, lines: list[str], save: bool) -> None:
-    """Prints a result with the hardware it comes from; with `save` also writes bench/results/NAME.md."""
-    text = "\n".join([*lines, "", ", ".join(f"{key} {value}" for key, value in hardware().items()), ""])
+    """Prints a result with the hardware it comes from; with `save` also writes
+    bench/results/NAME.md.
+    """
+    text = "\n".join(
+        [*lines, "", ", ".join(f"{key} {value}" for key, value in hardware().items()), ""]
+    )
     print(text)
     if save:
         RESULTS.mkdir(exist_ok=True)

@@ -1,4 +1,6 @@
-"""Options, and the table that ends a benchmark run: median, GB/s, percent of measured bandwidth, ratio to each peer."""
+"""Options, and the table that ends a benchmark run: median, GB/s, percent of measured bandwidth,
+ratio to each peer.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ def pytest_addoption(parser) -> None:
     parser.addoption("--n", type=int, nargs="+", default=[64], help="rows")
     parser.addoption("--columns", type=float, nargs="+", default=[8e6], help="columns D")
     parser.addoption("--threads", type=int, default=torch.get_num_threads())
-    parser.addoption("--save", default="", help="name of a result under bench/results/ (NAME.json, NAME.md)")
+    parser.addoption(
+        "--save", default="", help="name of a result under bench/results/ (NAME.json, NAME.md)"
+    )
 
 
 def pytest_configure(config) -> None:
@@ -29,12 +33,28 @@ def pytest_generate_tests(metafunc) -> None:
         metafunc.parametrize("columns", [int(c) for c in metafunc.config.getoption("--columns")])
 
 
-def record(benchmark, op: str, what: str, n: int, columns: int, moved: int, bound: str | None = None) -> None:
-    """A row of the final table. `moved`: bytes by the op's formula. `bound`: the bandwidth to compare with, "read" or "copy"."""
+def record(
+    benchmark, op: str, what: str, n: int, columns: int, moved: int, bound: str | None = None
+) -> None:
+    """A row of the final table.
+
+    `moved`: bytes by the op's formula. `bound`: the bandwidth to compare with, "read" or "copy".
+    """
     seconds = benchmark.stats.stats.median if benchmark.stats else float("nan")
     rate = moved / seconds / 1e9
     percent = 100 * rate / common.bandwidth()[bound] if bound else None
-    ROWS.append({"op": op, "what": what, "n": n, "D": columns, "ms": 1e3 * seconds, "GB/s": rate, "percent": percent, "bound": bound})
+    ROWS.append(
+        {
+            "op": op,
+            "what": what,
+            "n": n,
+            "D": columns,
+            "ms": 1e3 * seconds,
+            "GB/s": rate,
+            "percent": percent,
+            "bound": bound,
+        }
+    )
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:
@@ -42,13 +62,27 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
         return
     lines = [f"{k}: {v}" for k, v in common.hardware().items()]
     read, ahead, copy = (common.bandwidth()[name] for name in ("read", "prefetched read", "copy"))
-    lines.append(f"measured bandwidth: read {read:.1f} GB/s (with software prefetch {ahead:.1f}), copy {copy:.1f} GB/s (read + write)")
-    lines += ["", "| op | kernel | n | D | median ms | GB/s | of bandwidth | time / our 4 bits |", "|---|---|--:|--:|--:|--:|--:|--:|"]
+    lines.append(
+        f"measured bandwidth: read {read:.1f} GB/s (with software prefetch {ahead:.1f}), copy"
+        f" {copy:.1f} GB/s (read + write)"
+    )
+    lines += [
+        "",
+        "| op | kernel | n | D | median ms | GB/s | of bandwidth | time / our 4 bits |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
     ours = {(r["op"], r["n"], r["D"]): r["ms"] for r in ROWS if r["what"] == "4 bits"}
     for r in sorted(ROWS, key=lambda r: (r["op"], r["n"], r["D"])):
-        ratio = f"{r['ms'] / ours[r['op'], r['n'], r['D']]:.2f}" if (r["op"], r["n"], r["D"]) in ours else ""
+        ratio = (
+            f"{r['ms'] / ours[r['op'], r['n'], r['D']]:.2f}"
+            if (r["op"], r["n"], r["D"]) in ours
+            else ""
+        )
         percent = f"{r['percent']:.0f} % of {r['bound']}" if r["percent"] else ""
-        lines.append(f"| {r['op']} | {r['what']} | {r['n']} | {r['D']:.0e} | {r['ms']:.2f} | {r['GB/s']:.1f} | {percent} | {ratio} |")
+        lines.append(
+            f"| {r['op']} | {r['what']} | {r['n']} | {r['D']:.0e} | {r['ms']:.2f} | {r['GB/s']:.1f}"
+            f" | {percent} | {ratio} |"
+        )
     terminalreporter.write_line("")
     for line in lines:
         terminalreporter.write_line(line)
@@ -56,4 +90,6 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
         common.RESULTS.mkdir(exist_ok=True)
         result = {"hardware": common.hardware(), "bandwidth": common.bandwidth(), "rows": ROWS}
         (common.RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (common.RESULTS / f"{name}.md").write_text("\n".join(["# CPU kernels", "", *lines[:6], "", *lines[6:], ""]) + "\n")
+        (common.RESULTS / f"{name}.md").write_text(
+            "\n".join(["# CPU kernels", "", *lines[:6], "", *lines[6:], ""]) + "\n"
+        )

@@ -33,13 +33,19 @@ def main() -> None:
         for r in outcome.results:
             losses.setdefault(r.method, []).append(r.test_loss)
     header = ["method", *(f"seed {s}" for s in args.seeds), "mean"]
-    rows = [[name, *(f"{v:.4f}" for v in values), f"{sum(values) / len(values):.4f}"] for name, values in losses.items()]
+    rows = [
+        [name, *(f"{v:.4f}" for v in values), f"{sum(values) / len(values):.4f}"]
+        for name, values in losses.items()
+    ]
     table = markdown_table([*header, ""], [[*row, ""] for row in rows])
     checks = []
     for trained in TRAINED:
-        margin = [min(losses[f][k] for f in FIXED) - losses[trained][k] for k in range(len(args.seeds))]
+        margin = [
+            min(losses[f][k] for f in FIXED) - losses[trained][k] for k in range(len(args.seeds))
+        ]
         checks.append(
-            f"{trained}: below the best fixed average on every seed: {'yes' if min(margin) > 0 else 'NO'} (by {min(margin):.4f} to {max(margin):.4f})"
+            f"{trained}: below the best fixed average on every seed:"
+            f" {'yes' if min(margin) > 0 else 'NO'} (by {min(margin):.4f} to {max(margin):.4f})"
         )
     gaps = [
         abs(a - b)
@@ -51,12 +57,27 @@ def main() -> None:
     checks.append(f"seconds per demo: {', '.join(f'{s:.0f}' for s in seconds)} (target 180)")
     machine = hardware()
     described = ", ".join(f"{key} {value}" for key, value in machine.items())
-    text = "\n".join(["# Test loss of the demo (nats per character)", "", table, "", *(f"- {c}" for c in checks), "", described, ""])
+    text = "\n".join(
+        [
+            "# Test loss of the demo (nats per character)",
+            "",
+            table,
+            "",
+            *(f"- {c}" for c in checks),
+            "",
+            described,
+            "",
+        ]
+    )
     print(text)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "demo_seeds.md").write_text(text)
     (RESULTS / "demo_seeds.json").write_text(
-        json.dumps({"hardware": machine, "seeds": args.seeds, "test_loss": losses, "seconds": seconds}, indent=1) + "\n"
+        json.dumps(
+            {"hardware": machine, "seeds": args.seeds, "test_loss": losses, "seconds": seconds},
+            indent=1,
+        )
+        + "\n"
     )
 
 

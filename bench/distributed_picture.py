@@ -1,6 +1,8 @@
-"""Draws docs/distributed.png: what each rank holds in every placement, and what they send each other in a step.
+"""Draws docs/distributed.png: what each rank holds in every placement, and what they send each
+other in a step.
 
-Run: python bench/distributed_picture.py. Lengths are pixels of the picture, from its upper left corner.
+Run: python bench/distributed_picture.py. Lengths are pixels of the picture, from its upper left
+corner.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ RANKS, ROWS = 3, 6
 BASIS, WEIGHTS, GRADIENT, COEFFICIENTS = "#2c5d94", "#e0a04a", "#cfe6c0", "#c9a0d8"
 INK, FAINT = "#222222", "#8c8c8c"
 PANEL, MARGIN, TOP, BOX, GAP = 506, 20, 122, 166, 78
-D_LEFT, D_WIDTH, ROW, BAR = 92, 340, 12, 22  # the D columns inside a box; height of a row of P, and of weights and gradient
+# the D columns inside a box; height of a row of P, and of weights and gradient
+D_LEFT, D_WIDTH, ROW, BAR = 92, 340, 12, 22
 GRADIENTS = {"replicate": "of this rank's data", "rows": "of this rank's data, then the sum"}
 C_LEFT, C_WIDTH = D_LEFT + D_WIDTH + 22, 20
 
@@ -37,19 +40,37 @@ def cell(axes: Axes, x: float, y: float, width: float, height: float, colour: st
 
 
 def write(axes: Axes, x: float, y: float, text: str, size: float = 10, **style) -> None:
-    axes.text(x, y, text, fontsize=size, **(dict(color=INK, ha="center", va="center", zorder=5) | style))
+    axes.text(
+        x, y, text, fontsize=size, **(dict(color=INK, ha="center", va="center", zorder=5) | style)
+    )
 
 
 def box(axes: Axes, left: float, rank: int, placement: str) -> None:
-    """One rank: its part of P (n x D), its addend of c (n x 1), its part of weights and gradient (1 x D)."""
+    """One rank: its part of P (n x D), its addend of c (n x 1), its part of weights and gradient (1
+    x D).
+    """
     top = TOP + rank * (BOX + GAP)
-    axes.add_patch(FancyBboxPatch((left, top), PANEL, BOX, boxstyle="round,pad=0,rounding_size=8", facecolor="#f4f4f2", edgecolor=INK, linewidth=1.2))
+    axes.add_patch(
+        FancyBboxPatch(
+            (left, top),
+            PANEL,
+            BOX,
+            boxstyle="round,pad=0,rounding_size=8",
+            facecolor="#f4f4f2",
+            edgecolor=INK,
+            linewidth=1.2,
+        )
+    )
     write(axes, left + 10, top + 15, f"rank {rank}", 11, ha="left", weight="bold")
     x, part = left + D_LEFT, D_WIDTH / RANKS
     y = top + 26
     for row in range(ROWS):
         mine = placement != "rows" or row * RANKS // ROWS == rank
-        columns = [(x + r * part, part, r == rank) for r in range(RANKS)] if placement == "columns" else [(x, D_WIDTH, mine)]
+        columns = (
+            [(x + r * part, part, r == rank) for r in range(RANKS)]
+            if placement == "columns"
+            else [(x, D_WIDTH, mine)]
+        )
         for begin, width, held in columns:
             cell(axes, begin, y + row * ROW, width, ROW, BASIS if held else None)
         cell(axes, left + C_LEFT, y + row * ROW, C_WIDTH, ROW, COEFFICIENTS if mine else None)
@@ -62,25 +83,68 @@ def box(axes: Axes, left: float, rank: int, placement: str) -> None:
         write(axes, x - 12, bar + BAR / 2, name, 10.5, ha="right")
         for r in range(RANKS if placement == "columns" else 1):
             held = placement != "columns" or r == rank
-            cell(axes, x + r * part, bar, part if placement == "columns" else D_WIDTH, BAR, colour if held else None)
+            cell(
+                axes,
+                x + r * part,
+                bar,
+                part if placement == "columns" else D_WIDTH,
+                BAR,
+                colour if held else None,
+            )
         if placement != "columns":
-            write(axes, x + D_WIDTH / 2, bar + BAR / 2, "all" if name == "weights" else GRADIENTS[placement], 9.5)
+            write(
+                axes,
+                x + D_WIDTH / 2,
+                bar + BAR / 2,
+                "all" if name == "weights" else GRADIENTS[placement],
+                9.5,
+            )
         else:
-            write(axes, x + (rank + 0.5) * part, bar + BAR / 2, "shard" if name == "weights" else "mean's shard", 9.5)
+            write(
+                axes,
+                x + (rank + 0.5) * part,
+                bar + BAR / 2,
+                "shard" if name == "weights" else "mean's shard",
+                9.5,
+            )
 
 
-def arrow(axes: Axes, x: float, begin: float, end: float, wide: bool, solid: bool, upright: bool = True) -> None:
-    """With two heads, from begin to end: thin for n L numbers, wide for D; hollow for what FSDP moves anyway."""
+def arrow(
+    axes: Axes, x: float, begin: float, end: float, wide: bool, solid: bool, upright: bool = True
+) -> None:
+    """With two heads, from begin to end: thin for n L numbers, wide for D; hollow for what FSDP
+    moves anyway.
+    """
     shaft, head, length = (6, 14, 17) if wide else (1.5, 6, 12)
-    side = [(head, begin + length), (shaft, begin + length), (shaft, end - length), (head, end - length)]
+    side = [
+        (head, begin + length),
+        (shaft, begin + length),
+        (shaft, end - length),
+        (head, end - length),
+    ]
     outline = [(0, begin), *side, (0, end), *((-across, along) for across, along in reversed(side))]
     points = [(x + across, along) if upright else (along, x + across) for across, along in outline]
-    axes.add_patch(Polygon(points, facecolor=INK if solid else "white", edgecolor=INK, linewidth=1.1, joinstyle="miter", zorder=4))
+    axes.add_patch(
+        Polygon(
+            points,
+            facecolor=INK if solid else "white",
+            edgecolor=INK,
+            linewidth=1.1,
+            joinstyle="miter",
+            zorder=4,
+        )
+    )
 
 
-#: name, what a rank holds, bytes of a step's messages, messages as (x in the panel, wide, solid, label)
+#: name, what a rank holds, bytes of a step's messages, messages as (x in the panel, wide, solid,
+#: label)
 PANELS = [
-    ("replicate", "every rank: all of P, all weights", "4 n L + 8 bytes per step", [(186, False, True, "sum of c:\n4 n L bytes")]),
+    (
+        "replicate",
+        "every rank: all of P, all weights",
+        "4 n L + 8 bytes per step",
+        [(186, False, True, "sum of c:\n4 n L bytes")],
+    ),
     (
         "rows",
         "every rank: n / K rows of P, all weights",
@@ -95,7 +159,10 @@ PANELS = [
         "columns",
         "every rank: P for its shards of the weights",
         "4 n L + 8 bytes per step, beside FSDP's own",
-        [(32, True, False, "FSDP's own: gather weights,\nreduce-scatter gradients"), (356, False, True, "sum of c:\n4 n L bytes")],
+        [
+            (32, True, False, "FSDP's own: gather weights,\nreduce-scatter gradients"),
+            (356, False, True, "sum of c:\n4 n L bytes"),
+        ],
     ),
 ]
 
@@ -112,8 +179,22 @@ def legend(axes: Axes) -> None:
     write(axes, 840, y, "message of D numbers: gigabytes", **text)
     arrow(axes, y, 1138, 1188, True, False, upright=False)
     write(axes, 1198, y, "moved by FSDP, with or without averaging", **text)
-    write(axes, 24, y + 32, f"K = {RANKS} ranks.   P (n, D): basis of n candidates, D weights.   L segments.   x (n, L): coefficients.", **text)
-    write(axes, 24, y + 54, "c (n, L): gradient of x, here what this rank computes of it.   8 bytes: a check that all ranks have the same x.", **text)
+    write(
+        axes,
+        24,
+        y + 32,
+        f"K = {RANKS} ranks.   P (n, D): basis of n candidates, D weights.   L segments.   x (n,"
+        " L): coefficients.",
+        **text,
+    )
+    write(
+        axes,
+        24,
+        y + 54,
+        "c (n, L): gradient of x, here what this rank computes of it.   8 bytes: a check that all"
+        " ranks have the same x.",
+        **text,
+    )
 
 
 def draw() -> plt.Figure:
@@ -132,7 +213,15 @@ def draw() -> plt.Figure:
             begin = TOP + gap * (BOX + GAP) + BOX
             for x, wide, solid, label in messages:
                 arrow(axes, left + x, begin + 3, begin + GAP - 3, wide, solid)
-                write(axes, left + x + (22 if wide else 13), begin + GAP / 2, label, 10.5, ha="left", linespacing=1.2)
+                write(
+                    axes,
+                    left + x + (22 if wide else 13),
+                    begin + GAP / 2,
+                    label,
+                    10.5,
+                    ha="left",
+                    linespacing=1.2,
+                )
     legend(axes)
     return figure
 

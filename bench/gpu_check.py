@@ -88,17 +88,21 @@ class Check:
         self.write_page()
         print(f"{time.monotonic() - self.begin:6.0f} s  {name}: {result}: {note}", flush=True)
 
-    # Stages ----------------------------------------------------------------------------------------
+    # Stages --------------------------------------------------------------------------------------
 
     def probe(self) -> str:
         """What is here. Exits with status 2 where nothing can run."""
         self.found = machine.probe(self.env, self.args.rehearse)
         self.found["commit"] = os.environ.get("TWA_COMMIT") or machine.commit(self.env["PATH"])
         self.events.add(stage="probe", event="probe", **self.found)
-        return ", ".join(f"{k} {v}" for k, v in self.found.items() if k in ("name", "torch", "triton"))
+        return ", ".join(
+            f"{k} {v}" for k, v in self.found.items() if k in ("name", "torch", "triton")
+        )
 
     def build(self) -> str:
-        architecture = self.found["architecture"] if build.find_nvcc() and not self.found["hip"] else ""
+        architecture = (
+            self.found["architecture"] if build.find_nvcc() and not self.found["hip"] else ""
+        )
         command = [sys.executable, "-m", "gpucheck.build", "--module", ROOT / "twa_kernels"]
         command += ["--architecture", architecture]
         command += ["--objects", self.args.objects.resolve()] if self.args.objects else []
@@ -178,7 +182,9 @@ class Check:
             if values or time.monotonic() > deadline - 1:
                 break
         note = counters.brief(values) if values else "; ".join(lines[-2:]) or "ncu said nothing"
-        self.events.add(stage="counters", event="counters", of=label(case), counters=values, note=note)
+        self.events.add(
+            stage="counters", event="counters", of=label(case), counters=values, note=note
+        )
 
     def tests(self) -> str:
         if importlib.util.find_spec("pytest") is None:
@@ -255,7 +261,8 @@ class Check:
                 self.silence(120),
                 command,
                 lines.append,
-                # Without PyTorch's cache each tensor is an allocation of its own: past its end is found.
+                # Without PyTorch's cache each tensor is an allocation of its own: past its end is
+                # found.
                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             )
             # It reports when it likes, some of it at the end: of the group, not of a case.
@@ -264,12 +271,16 @@ class Check:
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             for job in [pool.submit(run, group) for group in groups if group]:
                 job.result()
-        found = [e for e in self.events.rows if e["stage"] == tool and e.get("event") == "sanitized"]
+        found = [
+            e for e in self.events.rows if e["stage"] == tool and e.get("event") == "sanitized"
+        ]
         return f"{page.tally(self.events.of(tool))}; by the tool: {page.tally(found)}"
 
     def variants(self) -> str:
         cases = plan.variants()
-        self.supervisor.run("variants", "variants", cases, self.deadline("variants"), self.silence(120))
+        self.supervisor.run(
+            "variants", "variants", cases, self.deadline("variants"), self.silence(120)
+        )
         return page.tally(self.events.of("variants"))
 
     def run(self) -> int:
@@ -290,7 +301,10 @@ class Check:
             if name in chosen:
                 self.stage(name, getattr(self, name))
         beside = [threading.Thread(target=self.stage, args=("tests", self.tests_or_full_disk))]
-        beside += [threading.Thread(target=self.stage, args=(t, lambda t=t: self.sanitizer(t))) for t in ("memcheck", "racecheck")]
+        beside += [
+            threading.Thread(target=self.stage, args=(t, lambda t=t: self.sanitizer(t)))
+            for t in ("memcheck", "racecheck")
+        ]
         names = ("tests", "memcheck", "racecheck")
         beside = [thread for name, thread in zip(names, beside, strict=True) if name in chosen]
         for thread in beside:
@@ -333,7 +347,9 @@ class Check:
         print(f"\n{text}\n{page.summary(self.events.rows, self.found)}")
         if self.args.rehearse:
             missed = rehearsal.misses(self.events.rows)
-            print("\n".join(missed) or f"rehearsal: every planted fault is reported, in {seconds} s")
+            print(
+                "\n".join(missed) or f"rehearsal: every planted fault is reported, in {seconds} s"
+            )
             return int(bool(missed))
         return int(bool(page.wrong(self.events.rows)))
 
@@ -345,12 +361,20 @@ def failed_cases(path: Path) -> set[tuple[str, str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="results go here")
-    parser.add_argument("--budget", type=float, default=430.0, metavar="SECONDS", help="all in all (430)")
+    parser.add_argument(
+        "--budget", type=float, default=430.0, metavar="SECONDS", help="all in all (430)"
+    )
     parser.add_argument("--objects", type=Path, metavar="FOLDER", help="made by `make gpu-objects`")
-    parser.add_argument("--only-failed", type=Path, metavar="EVENTS", help="events.jsonl of an earlier run")
-    parser.add_argument("--variants", action="store_true", help="launch configurations side by side")
+    parser.add_argument(
+        "--only-failed", type=Path, metavar="EVENTS", help="events.jsonl of an earlier run"
+    )
+    parser.add_argument(
+        "--variants", action="store_true", help="launch configurations side by side"
+    )
     parser.add_argument("--ncu", action="store_true", help="hardware counters of four kernels")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with planted faults")
     parser.add_argument("--stages", nargs="+", metavar="STAGE", choices=tuple(ENDS)[1:])

@@ -1,10 +1,12 @@
 """Peak memory of SubspaceOptimizer steps with and without low_memory=True.
 
-A model of 16 equal Linear layers (41 M parameters, 164 MB of float32 gradients), 8 candidates at 4 bits. low_memory projects each
-gradient inside backward and frees it, so it should save all gradients but one. Each variant runs in a process of its own, with the
-allocator as it is and with MALLOC_MMAP_THRESHOLD_=1048576: glibc otherwise takes tensors below 32 MB from its heap once one has been
-freed, and keeps the holes they leave. The peak is that of the steps, after the subspace is built; the median of RUNS runs.
-Run: python bench/low_memory.py [--save]. --save writes bench/results/low_memory.md.
+A model of 16 equal Linear layers (41 M parameters, 164 MB of float32 gradients), 8 candidates at 4
+bits. low_memory projects each gradient inside backward and frees it, so it should save all
+gradients but one. Each variant runs in a process of its own, with the allocator as it is and with
+MALLOC_MMAP_THRESHOLD_=1048576: glibc otherwise takes tensors below 32 MB from its heap once one has
+been freed, and keeps the holes they leave. The peak is that of the steps, after the subspace is
+built; the median of RUNS runs. Run: python bench/low_memory.py [--save]. --save writes
+bench/results/low_memory.md.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ def steps(folder: str, low_memory: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--save", action="store_true", help="write bench/results/low_memory.md")
     parser.add_argument("--steps", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -61,31 +65,61 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for k in range(CANDIDATES):
             torch.manual_seed(k)
-            save_file({name: p.detach() + 0.01 * torch.randn_like(p) for name, p in m.named_parameters()}, Path(folder) / f"c{k}.safetensors")
+            save_file(
+                {name: p.detach() + 0.01 * torch.randn_like(p) for name, p in m.named_parameters()},
+                Path(folder) / f"c{k}.safetensors",
+            )
         for allocator, environment in ALLOCATORS.items():
             peaks = {}
             for low in ("False", "True"):
                 command = [sys.executable, __file__, "--steps", folder, low]
-                runs = [subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment) for _ in range(RUNS)]
-                found = sorted((json.loads(run.stdout) for run in runs), key=lambda run: run["peak"])
+                runs = [
+                    subprocess.run(
+                        command,
+                        check=True,
+                        stdout=subprocess.PIPE,
+                        text=True,
+                        env=os.environ | environment,
+                    )
+                    for _ in range(RUNS)
+                ]
+                found = sorted(
+                    (json.loads(run.stdout) for run in runs), key=lambda run: run["peak"]
+                )
                 peaks[low] = [run["peak"] for run in found]
-                before, peak, packed = (found[RUNS // 2][key] for key in ("before", "peak", "packed"))
-                rows.append([f"low_memory={low}", *(f"{v / 1e6:.0f}" for v in (before, peak, peak - before)), allocator])
-            saved[allocator] = [peaks["False"][RUNS // 2] - peak for peak in reversed(peaks["True"])]
+                before, peak, packed = (
+                    found[RUNS // 2][key] for key in ("before", "peak", "packed")
+                )
+                rows.append(
+                    [
+                        f"low_memory={low}",
+                        *(f"{v / 1e6:.0f}" for v in (before, peak, peak - before)),
+                        allocator,
+                    ]
+                )
+            saved[allocator] = [
+                peaks["False"][RUNS // 2] - peak for peak in reversed(peaks["True"])
+            ]
     publish(
         "low_memory",
         [
             f"# Peak memory of {STEPS} optimizer steps",
             "",
-            f"{sum(sizes) / 4e6:.1f} M parameters in {len(sizes)} tensors, {CANDIDATES} candidates at {BITS} bits, "
-            f"{packed / 1e6:.0f} MB packed. Resident MB of the whole process.",
+            (
+                f"{sum(sizes) / 4e6:.1f} M parameters in {len(sizes)} tensors, {CANDIDATES}"
+                f" candidates at {BITS} bits, {packed / 1e6:.0f} MB packed. Resident MB of the"
+                " whole process."
+            ),
             "",
-            markdown_table(["optimizer", "before the steps", "peak", "added by the steps", "allocator"], rows),
+            markdown_table(
+                ["optimizer", "before the steps", "peak", "added by the steps", "allocator"], rows
+            ),
             "",
             f"- gradients: {sum(sizes) / 1e6:.0f} MB in all, the largest {max(sizes) / 1e6:.0f} MB",
             *(
-                f"- low_memory saves, allocator {name}: {s[RUNS // 2] / 1e6:.0f} MB, {100 * s[RUNS // 2] / sum(sizes):.0f} % of the gradients "
-                f"({s[0] / 1e6:.0f} to {s[-1] / 1e6:.0f} MB in {RUNS} runs)"
+                f"- low_memory saves, allocator {name}: {s[RUNS // 2] / 1e6:.0f} MB,"
+                f" {100 * s[RUNS // 2] / sum(sizes):.0f} % of the gradients ({s[0] / 1e6:.0f} to"
+                f" {s[-1] / 1e6:.0f} MB in {RUNS} runs)"
                 for name, s in saved.items()
             ),
         ],

@@ -1,7 +1,9 @@
-"""Machine code of the compiled CUDA kernels: what one tile of P costs, along the path that it usually takes.
+"""Machine code of the compiled CUDA kernels: what one tile of P costs, along the path that it
+usually takes.
 
-The cubins are taken out of the native module, so that it is the shipped code that is counted, and disassembled with the tools that come with Triton.
-A kernel's main loop (one tile an iteration) is a graph of instructions; its cost is the longest way through that graph which avoids what is rare: the
+The cubins are taken out of the native module, so that it is the shipped code that is counted, and
+disassembled with the tools that come with Triton. A kernel's main loop (one tile an iteration) is a
+graph of instructions; its cost is the longest way through that graph which avoids what is rare: the
 element-wise loads and stores of unaligned tensors and ragged ends, and 16-bit weights.
 """
 
@@ -21,7 +23,9 @@ def tool(name: str, *arguments: str, folder: str | None = None) -> str:
     import triton
 
     path = Path(triton.__file__).parent / TOOLS / name
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True, cwd=folder).stdout
+    return subprocess.run(
+        [path, *arguments], capture_output=True, text=True, check=True, cwd=folder
+    ).stdout
 
 
 @dataclass
@@ -40,7 +44,10 @@ def functions(library: Path) -> list[Function]:
         tool("cuobjdump", "-xelf", "all", str(library.resolve()), folder=folder)
         for cubin in sorted(Path(folder).glob("*.cubin")):
             arch = re.search(r"sm_\d+a?", cubin.name)[0]
-            table = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", tool("cuobjdump", "--dump-resource-usage", str(cubin)))
+            table = re.findall(
+                r"Function (\S+):\s+REG:(\d+) STACK:(\d+)",
+                tool("cuobjdump", "--dump-resource-usage", str(cubin)),
+            )
             usage = {name: (int(registers), int(stack)) for name, registers, stack in table}
             for name, code in parse(tool("nvdisasm", "-c", str(cubin))).items():
                 found.append(Function(name, arch, code, *usage[name]))
@@ -56,14 +63,19 @@ def parse(text: str) -> dict[str, list[tuple[list[str], str]]]:
             code = out.setdefault(section[1][6:], []) if section[1].startswith(".text.") else None
         elif code is not None and (label := re.match(r"(\.L_x_\d+):", line)):
             labels.append(label[1])
-        elif code is not None and (instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", line)):
+        elif code is not None and (
+            instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", line)
+        ):
             code.append((labels, instruction[1]))
             labels = []
     return out
 
 
 def successors(code: list[tuple[list[str], str]]) -> list[list[int]]:
-    """Where control may go after each instruction. Branches for diverged warps (BRA.DIV) are left out."""
+    """Where control may go after each instruction.
+
+    Branches for diverged warps (BRA.DIV) are left out.
+    """
     at = {label: k for k, (labels, _) in enumerate(code) for label in labels}
     out = []
     for k, (_, text) in enumerate(code):
@@ -80,16 +92,31 @@ def successors(code: list[tuple[list[str], str]]) -> list[list[int]]:
 
 
 def main_loop(code: list[tuple[list[str], str]], after: list[list[int]]) -> tuple[int, int]:
-    """First and last instruction of the innermost loop that holds every multiplication of the matrix units."""
+    """First and last instruction of the innermost loop that holds every multiplication of the
+    matrix units.
+    """
     products = [k for k, (_, text) in enumerate(code) if "IMMA" in text]
     ends = [k for k, (_, text) in enumerate(code) if text == "EXIT"]
-    loops = [(last - first, first, last) for last, targets in enumerate(after) for first in targets if first <= last]
-    loops = [loop for loop in loops if loop[1] <= products[0] and loop[2] >= products[-1] and not any(loop[1] < end < loop[2] for end in ends)]
+    loops = [
+        (last - first, first, last)
+        for last, targets in enumerate(after)
+        for first in targets
+        if first <= last
+    ]
+    loops = [
+        loop
+        for loop in loops
+        if loop[1] <= products[0]
+        and loop[2] >= products[-1]
+        and not any(loop[1] < end < loop[2] for end in ends)
+    ]
     return min(loops)[1:]
 
 
 def usual_path(code: list[tuple[list[str], str]]) -> list[str]:
-    """Operations of one iteration of the main loop, inner loops (waiting, issue of copies) gone through once."""
+    """Operations of one iteration of the main loop, inner loops (waiting, issue of copies) gone
+    through once.
+    """
     after = successors(code)
     first, last = main_loop(code, after)
     ops = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for _, text in code[first : last + 1]]
@@ -102,7 +129,11 @@ def usual_path(code: list[tuple[list[str], str]]) -> list[str]:
 
     length, step = {last - first: 1}, {}
     for k in range(last - first - 1, -1, -1):
-        ways = [(length[target - first], target - first) for target in after[first + k] if target > first + k and target - first in length]
+        ways = [
+            (length[target - first], target - first)
+            for target in after[first + k]
+            if target > first + k and target - first in length
+        ]
         if ways and not rare(ops[k]):
             most, step[k] = max(ways)
             length[k] = most + 1

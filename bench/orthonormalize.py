@@ -1,9 +1,12 @@
-"""Block Gram-Schmidt beside its peers: loss of orthogonality, error of the directions, time, and what it does with dependent rows.
+"""Block Gram-Schmidt beside its peers: loss of orthogonality, error of the directions, time, and
+what it does with dependent rows.
 
 python bench/orthonormalize.py [--save] [--quick] [--rows 64] [--columns 1e6]
 
-Peers, from their definitions: torch.linalg.qr (Householder, LAPACK), the published row loop (classical Gram-Schmidt), CholeskyQR2 in float32 and with
-float64 Gram matrices, TSQR (Householder QR of blocks of columns, then of their triangles). All in one run; bytes are 2 n D 4 read + n D 4 written.
+Peers, from their definitions: torch.linalg.qr (Householder, LAPACK), the published row loop
+(classical Gram-Schmidt), CholeskyQR2 in float32 and with float64 Gram matrices, TSQR (Householder
+QR of blocks of columns, then of their triangles). All in one run; bytes are 2 n D 4 read + n D 4
+written.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ F64 = torch.float64
 CONDITIONS = (1e1, 1e3, 1e5, 1e7)
 
 
-# Peers ------------------------------------------------------------------------------------------------------------
+# Peers -------------------------------------------------------------------------------------------
 
 
 def householder(W: Tensor, Q: Tensor) -> Tensor:
@@ -41,9 +44,15 @@ def published(W: Tensor, Q: Tensor) -> Tensor:
 def cholesky_qr2(W: Tensor, Q: Tensor, accumulate: torch.dtype = torch.float32) -> Tensor:
     x = W
     for _ in range(2):
-        gram = x @ x.T if accumulate == torch.float32 else sum(b.double() @ b.double().T for b in x.split(1 << 14, 1))
+        gram = (
+            x @ x.T
+            if accumulate == torch.float32
+            else sum(b.double() @ b.double().T for b in x.split(1 << 14, 1))
+        )
         factor = torch.linalg.cholesky(gram)
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(x), dtype=gram.dtype), upper=False).to(x.dtype)
+        inverse = torch.linalg.solve_triangular(
+            factor, torch.eye(len(x), dtype=gram.dtype), upper=False
+        ).to(x.dtype)
         x = torch.mm(inverse, x, out=Q) if x is W else inverse @ x
     return x
 
@@ -59,8 +68,10 @@ def tsqr(W: Tensor, Q: Tensor) -> Tensor:
     at = 0
     for block, t in zip(blocks, top, strict=True):
         columns = len(block.Q)
-        torch.mm(t.T, block.Q.T, out=Q[:, at : at + columns]) if Q.is_contiguous() and len(W) == columns else Q[:, at : at + columns].copy_(
-            (block.Q @ t).T
+        (
+            torch.mm(t.T, block.Q.T, out=Q[:, at : at + columns])
+            if Q.is_contiguous() and len(W) == columns
+            else Q[:, at : at + columns].copy_((block.Q @ t).T)
         )
         at += columns
     return Q
@@ -85,7 +96,7 @@ METHODS = {
 }
 
 
-# Data -------------------------------------------------------------------------------------------------------------
+# Data --------------------------------------------------------------------------------------------
 
 
 def conditioned(n: int, columns: int, condition: float) -> Tensor:
@@ -97,7 +108,9 @@ def conditioned(n: int, columns: int, condition: float) -> Tensor:
 
 
 def walk(n: int, columns: int, step: float = 1e-3) -> Tensor:
-    """A random walk with momentum around weights of size 0.05: a stand-in for a trajectory, at any size."""
+    """A random walk with momentum around weights of size 0.05: a stand-in for a trajectory, at any
+    size.
+    """
     g = torch.Generator().manual_seed(0)
     w, v = torch.randn(columns, generator=g) * 0.05, torch.zeros(columns)
     size, rows = 0.05 * step * torch.rand(columns, generator=g), torch.empty(n, columns)
@@ -109,14 +122,19 @@ def walk(n: int, columns: int, step: float = 1e-3) -> Tensor:
 
 
 def recorded(n: int, optimizer: str, every: int = 4) -> Tensor:
-    """Weights of a character transformer of about a million parameters on the standard library's source, every few steps of a real run."""
-    from twa.tasks.batches import forever
+    """Weights of a character transformer of about a million parameters on the standard library's
+    source, every few steps of a real run.
+    """
     from twa.tasks import chars
+    from twa.tasks.batches import forever
 
     torch.manual_seed(0)
     model = chars.CharTransformer(width=160)
     parameters = list(model.parameters())
-    make = {"SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3)}[optimizer]
+    make = {
+        "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3),
+    }[optimizer]
     trainer, rows = make(parameters), []
     for step, batch in zip(range(60 + n * every), forever(chars.train_data()), strict=False):
         if step >= 60 and step % every == 0:
@@ -127,7 +145,7 @@ def recorded(n: int, optimizer: str, every: int = 4) -> Tensor:
     return torch.stack(rows)
 
 
-# Figures ----------------------------------------------------------------------------------------------------------
+# Figures -----------------------------------------------------------------------------------------
 
 
 def gram64(Q: Tensor) -> Tensor:
@@ -135,11 +153,16 @@ def gram64(Q: Tensor) -> Tensor:
 
 
 def loss(Q: Tensor) -> float:
-    return float(torch.linalg.matrix_norm(gram64(Q) - torch.eye(len(Q), dtype=F64, device=Q.device), 2))
+    return float(
+        torch.linalg.matrix_norm(gram64(Q) - torch.eye(len(Q), dtype=F64, device=Q.device), 2)
+    )
 
 
 def exact(W: Tensor) -> Tensor:
-    """Gram-Schmidt in float64: Householder's QR of the float64 differences, signs made positive, twice."""
+    """Gram-Schmidt in float64:
+
+    Householder's QR of the float64 differences, signs made positive, twice.
+    """
     d = W.double()
     d[1:] -= d[:-1].clone()
     for _ in range(2):
@@ -170,7 +193,10 @@ def attempt(method, W: Tensor, reference: Tensor | None) -> tuple[str, str]:
 
 
 def accuracy_table(cases: dict[str, Tensor], methods: dict) -> list[str]:
-    lines = [f"| loss of orthogonality / error of the directions | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
+    lines = [
+        f"| loss of orthogonality / error of the directions | {' | '.join(cases)} |",
+        "|---" * (len(cases) + 1) + "|",
+    ]
     references = {name: exact(W) for name, W in cases.items()}
     for name, method in methods.items():
         cells = [" / ".join(attempt(method, W, references[case])) for case, W in cases.items()]
@@ -190,23 +216,37 @@ def time_table(W: Tensor) -> tuple[list[str], dict[str, float]]:
     seconds = {}
     for name, method in METHODS.items():
         try:
-            seconds[name] = median_seconds(lambda method=method: method(W, Q), 5 if "ours" in name else 3)
+            seconds[name] = median_seconds(
+                lambda method=method: method(W, Q), 5 if "ours" in name else 3
+            )
         except torch.linalg.LinAlgError:
             seconds[name] = math.nan
         print(f"{name} {seconds[name] * 1e3:.1f} ms", flush=True)
     floor = floor_seconds(n, columns)
     rates = {d: multiply_adds(d) for d in (torch.float32, F64)}
     arithmetic = {d: n * n * columns / rate for d, rate in rates.items()}
-    lines = ["| method | ms | torch.linalg.qr / it | published loop / it | floor / it |", "|---|--:|--:|--:|--:|"]
+    lines = [
+        "| method | ms | torch.linalg.qr / it | published loop / it | floor / it |",
+        "|---|--:|--:|--:|--:|",
+    ]
     for name, s in seconds.items():
-        ratios = " | ".join(f"{seconds[base] / s:.1f}" for base in ("torch.linalg.qr", "published loop"))
+        ratios = " | ".join(
+            f"{seconds[base] / s:.1f}" for base in ("torch.linalg.qr", "published loop")
+        )
         lines.append(f"| {name} | {s * 1e3:.1f} | {ratios} | {100 * floor / s:.0f} % |")
     lines += [
         "",
-        f"Floor: 2 reads and 1 write of n D float32 at the measured copy bandwidth of {bandwidth()['copy']:.1f} GB/s: {floor * 1e3:.1f} ms.",
-        "Arithmetic: n^2 D multiply-adds (half for the Gram matrix, half for the triangular factor) at the rate of PyTorch's matrix products in "
-        f"this run, {rates[torch.float32] / 1e9:.0f} and {rates[F64] / 1e9:.0f} billion a second in float32 and float64: "
-        f"{arithmetic[torch.float32] * 1e3:.1f} and {arithmetic[F64] * 1e3:.1f} ms.",
+        (
+            "Floor: 2 reads and 1 write of n D float32 at the measured copy bandwidth of"
+            f" {bandwidth()['copy']:.1f} GB/s: {floor * 1e3:.1f} ms."
+        ),
+        (
+            "Arithmetic: n^2 D multiply-adds (half for the Gram matrix, half for the triangular"
+            " factor) at the rate of PyTorch's matrix products in this run,"
+            f" {rates[torch.float32] / 1e9:.0f} and {rates[F64] / 1e9:.0f} billion a second in"
+            f" float32 and float64: {arithmetic[torch.float32] * 1e3:.1f} and"
+            f" {arithmetic[F64] * 1e3:.1f} ms."
+        ),
     ]
     return lines, seconds
 
@@ -219,18 +259,25 @@ def multiply_adds(dtype: torch.dtype) -> float:
 
 def scaling_table(sizes: list[tuple[int, int]]) -> list[str]:
     lines = [
-        "| n x D | fast ms | high ms | fast, of the floor | high, of the floor | torch.linalg.qr ms | qr / fast | qr / high |",
+        (
+            "| n x D | fast ms | high ms | fast, of the floor | high, of the floor |"
+            " torch.linalg.qr ms | qr / fast | qr / high |"
+        ),
         "|---|" + "--:|" * 7,
     ]
     for n, columns in sizes:
         W = walk(n, columns)
         Q = torch.empty_like(W).zero_()
         f, h = (median_seconds(lambda m=m, W=W, Q=Q: m(W, Q), 3) for m in (fast, high))
-        q = median_seconds(lambda W=W, Q=Q: householder(W, Q), 1, 0.1) if n * columns <= 6.5e7 else math.nan
+        q = (
+            median_seconds(lambda W=W, Q=Q: householder(W, Q), 1, 0.1)
+            if n * columns <= 6.5e7
+            else math.nan
+        )
         floor = floor_seconds(n, columns)
         lines.append(
-            f"| {n} x {columns:.0e} | {f * 1e3:.1f} | {h * 1e3:.1f} | {100 * floor / f:.0f} % | {100 * floor / h:.0f} % | {q * 1e3:.0f} | "
-            f"{q / f:.1f} | {q / h:.1f} |"
+            f"| {n} x {columns:.0e} | {f * 1e3:.1f} | {h * 1e3:.1f} | {100 * floor / f:.0f} % |"
+            f" {100 * floor / h:.0f} % | {q * 1e3:.0f} | {q / f:.1f} | {q / h:.1f} |"
         )
         print(lines[-1], flush=True)
     return lines
@@ -249,14 +296,21 @@ def kinds_table(n: int, columns: int) -> list[str]:
         "bfloat16": W.bfloat16(),
         "exponential moving average": ema,
     }
-    lines = ["| trajectory | mode | loss | directions | reads | condition of rows, of differences | certificate |", "|---" * 7 + "|"]
+    lines = [
+        (
+            "| trajectory | mode | loss | directions | reads | condition of rows, of differences |"
+            " certificate |"
+        ),
+        "|---" * 7 + "|",
+    ]
     for name, V in kinds.items():
         reference = exact(V.float())
         for mode in ("high", "fast"):
             o = tk.orthonormalize(V, accuracy=mode)
             lines.append(
-                f"| {name} | {mode} | {number(loss(o.Q))} | {number(directions(o.Q, reference))} | {o.report.reads} | "
-                f"{o.report.condition_before:.0e}, {o.report.condition_after:.0e} | {o.report.certificate:.0e} |"
+                f"| {name} | {mode} | {number(loss(o.Q))} | {number(directions(o.Q, reference))} |"
+                f" {o.report.reads} | {o.report.condition_before:.0e},"
+                f" {o.report.condition_after:.0e} | {o.report.certificate:.0e} |"
             )
             print(lines[-1], flush=True)
     return lines
@@ -264,9 +318,24 @@ def kinds_table(n: int, columns: int) -> list[str]:
 
 def dependent_table(n: int, columns: int) -> list[str]:
     W = walk(n, columns)
-    planted = {3: "copy of 1", 7: "zero", 11: "mean of 2 and 5, rounded", 13: "twice 12", 20: "0 - 6 + 9, rounded"}
-    W[3], W[7], W[11], W[13], W[20] = W[1], 0, 0.5 * W[2] + 0.5 * W[5], 2 * W[12], W[0] - W[6] + W[9]
-    lines = [f"Planted among {n} rows: {', '.join(f'row {i} ({what})' for i, what in planted.items())}.", ""]
+    planted = {
+        3: "copy of 1",
+        7: "zero",
+        11: "mean of 2 and 5, rounded",
+        13: "twice 12",
+        20: "0 - 6 + 9, rounded",
+    }
+    W[3], W[7], W[11], W[13], W[20] = (
+        W[1],
+        0,
+        0.5 * W[2] + 0.5 * W[5],
+        2 * W[12],
+        W[0] - W[6] + W[9],
+    )
+    lines = [
+        f"Planted among {n} rows: {', '.join(f'row {i} ({what})' for i, what in planted.items())}.",
+        "",
+    ]
     lines += ["| method | result |", "|---|---|"]
     for name, method in METHODS.items():
         if name.startswith("ours"):
@@ -276,17 +345,27 @@ def dependent_table(n: int, columns: int) -> list[str]:
             continue
         try:
             Q = method(W, torch.empty_like(W))
-            lines.append(f"| {name} | {n} rows, loss {number(loss(torch.nan_to_num(Q)) if Q.isfinite().all() else math.nan)}; nothing named |")
+            lines.append(
+                f"| {name} | {n} rows, loss"
+                f" {number(loss(torch.nan_to_num(Q)) if Q.isfinite().all() else math.nan)}; nothing"
+                " named |"
+            )
         except torch.linalg.LinAlgError:
             lines.append(f"| {name} | fails |")
     return lines
 
 
 def gpu_tables(n: int, sizes: list[int]) -> list[str]:
-    """Every usable GPU backend beside torch.linalg.qr (cuSOLVER) and the floor at the speed of a device-to-device copy."""
+    """Every usable GPU backend beside torch.linalg.qr (cuSOLVER) and the floor at the speed of a
+    device-to-device copy.
+    """
     lines = []
     for columns in sizes:
-        W = torch.randn(columns, device="cuda").mul_(0.05).repeat(n, 1) if 8 * n * columns < torch.cuda.mem_get_info()[0] else None
+        W = (
+            torch.randn(columns, device="cuda").mul_(0.05).repeat(n, 1)
+            if 8 * n * columns < torch.cuda.mem_get_info()[0]
+            else None
+        )
         if W is None:
             lines += [f"{n} x {columns:.0e}: not run, the device has no memory for W and Q", ""]
             continue
@@ -305,21 +384,36 @@ def gpu_tables(n: int, sizes: list[int]) -> list[str]:
             return sorted(times)[len(times) // 2]
 
         copy = milliseconds(lambda W=W, Q=Q: Q.copy_(W))
-        lines += [f"{n} x {columns:.0e}; floor (2 reads, 1 write at copy speed, {8 * n * columns / copy / 1e9:.2f} TB/s): {1.5 * copy:.2f} ms", ""]
+        lines += [
+            (
+                f"{n} x {columns:.0e}; floor (2 reads, 1 write at copy speed,"
+                f" {8 * n * columns / copy / 1e9:.2f} TB/s): {1.5 * copy:.2f} ms"
+            ),
+            "",
+        ]
         lines += ["| method | ms | of the floor | loss of orthogonality |", "|---|--:|--:|--:|"]
         runs = {
-            f"{backend}, {mode}": (lambda b=backend, m=mode, W=W, Q=Q: tk.orthonormalize(W, out=Q, accuracy=m, backend=b).Q)
+            f"{backend}, {mode}": (
+                lambda b=backend, m=mode, W=W, Q=Q: (
+                    tk.orthonormalize(W, out=Q, accuracy=m, backend=b).Q
+                )
+            )
             for backend in ("cuda", "triton")
-            if tk.dispatch.why_unusable(backend) is None and ("orthonormalize_pass", backend) in tk.dispatch.IMPLEMENTATIONS
+            if tk.dispatch.why_unusable(backend) is None
+            and ("orthonormalize_pass", backend) in tk.dispatch.IMPLEMENTATIONS
             for mode in ("fast", "high")
         }
         runs["torch.linalg.qr"] = lambda W=W, Q=Q: householder(W, Q)
         for name, run in runs.items():
             try:
                 ms = milliseconds(run, 1 if name.startswith("torch") else 5)
-                lines.append(f"| {name} | {ms:.2f} | {150 * copy / ms:.0f} % | {number(loss(run()))} |")
+                lines.append(
+                    f"| {name} | {ms:.2f} | {150 * copy / ms:.0f} % | {number(loss(run()))} |"
+                )
             except RuntimeError as error:  # cuSOLVER's sizes end before ours, and so may the memory
-                lines.append(f"| {name} | {type(error).__name__}: {str(error).splitlines()[0][:60]} | | |")
+                lines.append(
+                    f"| {name} | {type(error).__name__}: {str(error).splitlines()[0][:60]} | | |"
+                )
             print(lines[-1], flush=True)
         lines.append("")
         del W, Q, runs
@@ -344,24 +438,38 @@ def picture(seconds: dict[str, float], losses: dict[str, list[float]], cases: li
         left.tick_params(axis="x", labelsize=8),
     )
     names = list(seconds)[::-1]
-    right.barh(names, [seconds[k] * 1e3 for k in names], color=["tab:blue" if k.startswith("ours") else "0.7" for k in names])
+    right.barh(
+        names,
+        [seconds[k] * 1e3 for k in names],
+        color=["tab:blue" if k.startswith("ours") else "0.7" for k in names],
+    )
     right.set_xlabel("ms"), right.tick_params(axis="y", labelsize=8)
     RESULTS.mkdir(exist_ok=True)
     figure.savefig(RESULTS / "orthonormalize.png", dpi=110)
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--rows", type=int, default=64)
     p.add_argument("--columns", type=float, default=1e6)
-    p.add_argument("--save", action="store_true", help="write bench/results/orthonormalize.md and .png")
+    p.add_argument(
+        "--save", action="store_true", help="write bench/results/orthonormalize.md and .png"
+    )
     p.add_argument("--quick", action="store_true", help="one case of each table")
-    p.add_argument("--gpu", action="store_true", help="on a GPU: each backend, torch.linalg.qr, the floor")
+    p.add_argument(
+        "--gpu", action="store_true", help="on a GPU: each backend, torch.linalg.qr, the floor"
+    )
     a = p.parse_args()
     if a.gpu:
         name = torch.cuda.get_device_name()
         page = "orthonormalize_" + "_".join(name.lower().split())
-        publish(page, [f"# Orthonormal bases on {name}", "", *gpu_tables(a.rows, [10**6, 10**7, 10**8])], save=True)
+        publish(
+            page,
+            [f"# Orthonormal bases on {name}", "", *gpu_tables(a.rows, [10**6, 10**7, 10**8])],
+            save=True,
+        )
         return
     n, columns = a.rows, int(a.columns)
     if a.quick:
@@ -371,7 +479,14 @@ def main() -> None:
         cases |= {f"{o} run": recorded(n, o) for o in ("SGD", "AdamW")}
     lines = [f"# Orthonormal bases of {n} rows x {columns:.0e} columns", "", "## Accuracy", ""]
     table = accuracy_table(cases, METHODS)
-    lines += [*table, "", "Runs: weights of a character transformer of 0.97 million parameters, every 4 steps.", "", "## Time", ""]
+    lines += [
+        *table,
+        "",
+        "Runs: weights of a character transformer of 0.97 million parameters, every 4 steps.",
+        "",
+        "## Time",
+        "",
+    ]
     W = walk(n, columns)
     times, seconds = time_table(W)
     lines += times
@@ -380,14 +495,31 @@ def main() -> None:
             "",
             "## Sizes",
             "",
-            *scaling_table([(16, 200_000), (16, 1_000_000), (64, 200_000), (64, 1_000_000), (512, 200_000), (64, 20_000_000)]),
+            *scaling_table(
+                [
+                    (16, 200_000),
+                    (16, 1_000_000),
+                    (64, 200_000),
+                    (64, 1_000_000),
+                    (512, 200_000),
+                    (64, 20_000_000),
+                ]
+            ),
         ]
-        lines += ["", f"## Kinds of trajectories (random walk with momentum, {n} x {columns:.0e})", "", *kinds_table(n, columns)]
+        lines += [
+            "",
+            f"## Kinds of trajectories (random walk with momentum, {n} x {columns:.0e})",
+            "",
+            *kinds_table(n, columns),
+        ]
         lines += ["", "## Dependent rows", "", *dependent_table(n, columns)]
         losses = {}
         for row in table[2:]:
             name, *cells = [c.strip() for c in row.strip("|").split("|")]
-            losses[name] = [math.nan if c.startswith(("fails", "NaN")) else float(c.split("/")[0]) for c in cells]
+            losses[name] = [
+                math.nan if c.startswith(("fails", "NaN")) else float(c.split("/")[0])
+                for c in cells
+            ]
         if a.save:
             picture(seconds, losses, [c.replace("condition ", "") for c in cases])
     publish("orthonormalize", lines, a.save)

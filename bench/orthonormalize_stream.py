@@ -1,7 +1,9 @@
-"""Gram-Schmidt of 64 candidates x 20 M parameters that are read from safetensors files, Q written to a file: memory and reads.
+"""Gram-Schmidt of 64 candidates x 20 M parameters that are read from safetensors files, Q written
+to a file: memory and reads.
 
-Bound: 1 GB of resident memory beyond the interpreter with torch, 2 reads of the files. Run: python bench/orthonormalize_stream.py [--save]
-[--candidates 64] [--accuracy high]. Needs twice the files' size on disk (10 GB). The work runs in a process of its own.
+Bound: 1 GB of resident memory beyond the interpreter with torch, 2 reads of the files. Run: python
+bench/orthonormalize_stream.py [--save] [--candidates 64] [--accuracy high]. Needs twice the files'
+size on disk (10 GB). The work runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def work(folder: str, accuracy: str) -> None:
 
     def sink(_: int, q: torch.Tensor) -> None:
         nonlocal done
-        # (r, columns of the block) at its place in a file of r rows, without keeping the file in memory.
+        # (r, columns of the block) at its place in a file of r rows, without keeping the file in
+        # memory.
         for j, row in enumerate(q):
             out.seek(4 * (j * columns + done))
             out.write(row.numpy().data)
@@ -60,24 +63,43 @@ def work(folder: str, accuracy: str) -> None:
     size = 4 * len(candidates) * columns
     q = np.memmap(Path(folder) / "Q.f32", dtype=np.float32, mode="r", shape=(o.rank, columns))
     gram = sum(
-        torch.from_numpy(q[:, a : a + (1 << 18)].astype(np.float64)) @ torch.from_numpy(q[:, a : a + (1 << 18)].astype(np.float64)).T
+        torch.from_numpy(q[:, a : a + (1 << 18)].astype(np.float64))
+        @ torch.from_numpy(q[:, a : a + (1 << 18)].astype(np.float64)).T
         for a in range(0, columns, 1 << 18)
     )
     loss = float(torch.linalg.matrix_norm(gram - torch.eye(o.rank, dtype=torch.float64), 2))
-    print(f"candidates {len(candidates)} x {columns / 1e6:.1f} M parameters, {size / 1e9:.2f} GB of files, accuracy {accuracy}")
-    print(f"rank {o.rank}, loss of orthogonality {loss:.1e} (certificate {o.report.certificate:.1e}), {o.report.reads} reads of the files")
-    print(f"bytes read / bytes of the files {stream.bytes / size:.3f} (the first blocks once more, for the parents)")
-    print(f"{seconds:.1f} s, of them {size / 1e9:.2f} GB written: {(stream.bytes + size) / seconds / 1e9:.2f} GB/s")
+    print(
+        f"candidates {len(candidates)} x {columns / 1e6:.1f} M parameters, {size / 1e9:.2f} GB of"
+        f" files, accuracy {accuracy}"
+    )
+    print(
+        f"rank {o.rank}, loss of orthogonality {loss:.1e} (certificate {o.report.certificate:.1e}),"
+        f" {o.report.reads} reads of the files"
+    )
+    print(
+        f"bytes read / bytes of the files {stream.bytes / size:.3f} (the first blocks once more,"
+        " for the parents)"
+    )
+    print(
+        f"{seconds:.1f} s, of them {size / 1e9:.2f} GB written:"
+        f" {(stream.bytes + size) / seconds / 1e9:.2f} GB/s"
+    )
     verdict = "met" if peak <= BOUND and o.report.reads == 2 else "MISSED"
-    print(f"peak memory {peak / 1e6:.0f} MB beyond the interpreter with torch ({before / 1e6:.0f} MB)")
+    print(
+        f"peak memory {peak / 1e6:.0f} MB beyond the interpreter with torch ({before / 1e6:.0f} MB)"
+    )
     print(f"bound {BOUND / 1e6:.0f} MB and 2 reads: {verdict}")
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--candidates", type=int, default=64)
     p.add_argument("--accuracy", default="high", choices=["high", "fast"])
-    p.add_argument("--save", action="store_true", help="write bench/results/orthonormalize_stream.md")
+    p.add_argument(
+        "--save", action="store_true", help="write bench/results/orthonormalize_stream.md"
+    )
     p.add_argument("--folder", help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.folder:
@@ -93,7 +115,15 @@ def main() -> None:
     print(done.stderr, file=sys.stderr, end="")
     from common import publish
 
-    publish("orthonormalize_stream", ["# Gram-Schmidt from files to a file", "", *(f"    {line}" for line in done.stdout.splitlines())], a.save)
+    publish(
+        "orthonormalize_stream",
+        [
+            "# Gram-Schmidt from files to a file",
+            "",
+            *(f"    {line}" for line in done.stdout.splitlines()),
+        ],
+        a.save,
+    )
     sys.exit(done.returncode or "MISSED" in done.stdout)
 
 

@@ -1,7 +1,9 @@
-"""Peak memory while a 4-bit subspace of 32 candidates x 20 M parameters is built from safetensors files.
+"""Peak memory while a 4-bit subspace of 32 candidates x 20 M parameters is built from safetensors
+files.
 
-Bound: packed size + 32 x the largest tensor in float32 + the model + 100 MB, beyond what the interpreter with torch takes.
-Run: python bench/peak_memory.py [--candidates 32] [--bits 4]. The build runs in a process of its own.
+Bound: packed size + 32 x the largest tensor in float32 + the model + 100 MB, beyond what the
+interpreter with torch takes. Run: python bench/peak_memory.py [--candidates 32] [--bits 4]. The
+build runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def model(width: int = 512, depth: int = 6, vocabulary: int = 2048) -> nn.Module
         )
         for _ in range(depth)
     ]
-    return nn.ModuleDict({"embed": nn.Embedding(vocabulary, width), "blocks": nn.ModuleList(blocks)})
+    return nn.ModuleDict(
+        {"embed": nn.Embedding(vocabulary, width), "blocks": nn.ModuleList(blocks)}
+    )
 
 
 def build(folder: str, bits: int) -> None:
@@ -52,11 +56,20 @@ def build(folder: str, bits: int) -> None:
     packed = subspace.basis.nbytes
     bound = packed + len(candidates) * largest + model_bytes + 100e6
     read = len(candidates) * model_bytes
-    print(f"candidates {len(candidates)} x {model_bytes / 4e6:.1f} M parameters, {read / 1e9:.2f} GB of files, {bits} bits")
+    print(
+        f"candidates {len(candidates)} x {model_bytes / 4e6:.1f} M parameters, {read / 1e9:.2f} GB"
+        f" of files, {bits} bits"
+    )
     print(f"built in {seconds:.1f} s ({read / seconds / 1e9:.2f} GB/s)")
-    print(f"packed {packed / 1e6:.0f} MB, largest tensor {largest / 1e6:.1f} MB, model {model_bytes / 1e6:.0f} MB")
+    print(
+        f"packed {packed / 1e6:.0f} MB, largest tensor {largest / 1e6:.1f} MB, model"
+        f" {model_bytes / 1e6:.0f} MB"
+    )
     verdict = "met" if peak <= bound else "MISSED"
-    print(f"peak {peak / 1e6:.0f} MB beyond the interpreter with torch ({before / 1e6:.0f} MB); bound {bound / 1e6:.0f} MB: {verdict}")
+    print(
+        f"peak {peak / 1e6:.0f} MB beyond the interpreter with torch ({before / 1e6:.0f} MB); bound"
+        f" {bound / 1e6:.0f} MB: {verdict}"
+    )
     sys.exit(peak > bound)
 
 
@@ -72,7 +85,10 @@ def main() -> None:
         base = {name: p.detach() for name, p in model().named_parameters()}
         for k in range(args.candidates):
             torch.manual_seed(k)
-            save_file({name: p + 0.01 * torch.randn_like(p) for name, p in base.items()}, Path(folder) / f"c{k}.safetensors")
+            save_file(
+                {name: p + 0.01 * torch.randn_like(p) for name, p in base.items()},
+                Path(folder) / f"c{k}.safetensors",
+            )
         command = [sys.executable, __file__, "--build", folder, "--bits", str(args.bits)]
         sys.exit(subprocess.run(command, check=False).returncode)
 

@@ -1,13 +1,16 @@
-"""Public 4-bit CPU kernels beside project and reconstruct: bitsandbytes' NF4 product and PyTorch's int4 product (which torchao calls).
+"""Public 4-bit CPU kernels beside project and reconstruct: bitsandbytes' NF4 product and PyTorch's
+int4 product (which torchao calls).
 
-Both are products with a vector, y = W v, of a matrix stored by rows, so they need a second, transposed copy of the codes for
-reconstruct: twice our memory. Both take and return bfloat16; the timings include converting g and x to it, and adding the center, into
-buffers made once. The product's own result they allocate in every call: neither has an `out` on CPUs. Data are random. Kernels take
-turns, ROUNDS times; the table has the best of each kernel's medians, so that other load on the machine hits no kernel alone.
-It must be idle all the same: threads that wait in OpenMP make a busy core cost the peers far more than our kernels.
-Bytes moved = codes + scales + g (project) or center + result (reconstruct) = n * D * (1 / 2 + scale bytes / group) + 4 * D or 8 * D.
-Run: python bench/peers.py [--n 64] [--columns 1e6] [--save]. --save writes bench/results/peers.md. bitsandbytes is optional:
-`pip install bitsandbytes`.
+Both are products with a vector, y = W v, of a matrix stored by rows, so they need a second,
+transposed copy of the codes for reconstruct: twice our memory. Both take and return bfloat16; the
+timings include converting g and x to it, and adding the center, into buffers made once. The
+product's own result they allocate in every call: neither has an `out` on CPUs. Data are random.
+Kernels take turns, ROUNDS times; the table has the best of each kernel's medians, so that other
+load on the machine hits no kernel alone. It must be idle all the same: threads that wait in OpenMP
+make a busy core cost the peers far more than our kernels. Bytes moved = codes + scales + g
+(project) or center + result (reconstruct) = n * D * (1 / 2 + scale bytes / group) + 4 * D or 8 * D.
+Run: python bench/peers.py [--n 64] [--columns 1e6] [--save]. --save writes bench/results/peers.md.
+bitsandbytes is optional: `pip install bitsandbytes`.
 """
 
 from __future__ import annotations
@@ -28,16 +31,21 @@ ROUNDS = 5
 
 
 class TorchInt4:
-    """`torch.ops.aten._weight_int4pack_mm_for_cpu`, torchao's int4 weight-only path on CPUs. One thread for each 64 rows, so project of
-    n = 64 rows runs on one."""
+    """`torch.ops.aten._weight_int4pack_mm_for_cpu`, torchao's int4 weight-only path on CPUs.
 
-    name, groups, rows, scale_bytes = "torch int4 (bfloat16)", (128, 64, 32), 16, 4  # scale and zero point, bfloat16
+    One thread for each 64 rows, so project of n = 64 rows runs on one."""
+
+    # scale and zero point, bfloat16
+    name, groups, rows, scale_bytes = "torch int4 (bfloat16)", (128, 64, 32), 16, 4
 
     @classmethod
     def why_unusable(cls, n: int, columns: int) -> str | None:
         for size in (n, columns):
             if size % cls.rows or size % cls.groups[-1]:
-                return f"{cls.name}: n and D must be multiples of {max(cls.rows, cls.groups[-1])}, found {n} and {columns}"
+                return (
+                    f"{cls.name}: n and D must be multiples of {max(cls.rows, cls.groups[-1])},"
+                    f" found {n} and {columns}"
+                )
         return None
 
     @classmethod
@@ -51,10 +59,16 @@ class TorchInt4:
     def __init__(self, n: int, columns: int) -> None:
         self.by_rows, self.by_columns = self._operand(n, columns), self._operand(columns, n)
         self.g, self.theta = torch.empty(1, columns, dtype=torch.bfloat16), torch.empty(columns)
-        self.nbytes = [n * columns // 2 + n * columns * self.scale_bytes // group for _, group, _ in (self.by_rows, self.by_columns)]
+        self.nbytes = [
+            n * columns // 2 + n * columns * self.scale_bytes // group
+            for _, group, _ in (self.by_rows, self.by_columns)
+        ]
 
     def _operand(self, outputs: int, inputs: int) -> tuple[Tensor, int, object]:
-        """Codes (outputs, inputs / 2), the largest group that fits, scales. All bytes are codes, whatever order the kernel keeps them in."""
+        """Codes (outputs, inputs / 2), the largest group that fits, scales.
+
+        All bytes are codes, whatever order the kernel keeps them in.
+        """
         group = next(size for size in self.groups if inputs % size == 0)
         codes = empty_for_streaming((outputs, inputs // 2), "cpu").random_(0, 256)
         return codes, group, self._scales(outputs, inputs, group)
@@ -74,8 +88,8 @@ class TorchInt4:
 
 
 class BitsAndBytes(TorchInt4):
-    """`bitsandbytes.functional.gemv_4bit` on NF4 codes in its CPU order, the path of its Linear4bit in inference; AVX-512 BF16 only.
-    One thread for each 32 rows at most."""
+    """`bitsandbytes.functional.gemv_4bit` on NF4 codes in its CPU order, the path of its Linear4bit
+    in inference; AVX-512 BF16 only. One thread for each 32 rows at most."""
 
     name, groups, rows, scale_bytes = "bitsandbytes NF4 (bfloat16)", (128, 64), 32, 2
 
@@ -107,25 +121,55 @@ PEERS = (BitsAndBytes, TorchInt4)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--n", type=int, default=64)
     parser.add_argument("--columns", type=float, default=1e6)
     parser.add_argument("--save", action="store_true", help="write bench/results/peers.md")
     args = parser.parse_args()
     n, columns = args.n, int(args.columns)
     torch.manual_seed(0)
-    basis, g, x, center = random_basis(n, columns, 4), torch.randn(columns), torch.randn(n, 1), torch.randn(columns)
+    basis, g, x, center = (
+        random_basis(n, columns, 4),
+        torch.randn(columns),
+        torch.randn(n, 1),
+        torch.randn(columns),
+    )
     out = torch.empty(columns)
     # name, project, reconstruct, bytes of codes and scales that each reads
-    table = [("ours, 4 bits", lambda: tk.project(basis, [g]), lambda: tk.reconstruct(basis, x, [center], [out]), [basis.nbytes] * 2)]
+    table = [
+        (
+            "ours, 4 bits",
+            lambda: tk.project(basis, [g]),
+            lambda: tk.reconstruct(basis, x, [center], [out]),
+            [basis.nbytes] * 2,
+        )
+    ]
     for peer in filter(None, (make.create(n, columns) for make in PEERS)):
-        table.append((peer.name, lambda p=peer: p.project(g), lambda p=peer: p.reconstruct(x, center), peer.nbytes))
+        table.append(
+            (
+                peer.name,
+                lambda p=peer: p.project(g),
+                lambda p=peer: p.reconstruct(x, center),
+                peer.nbytes,
+            )
+        )
     best = [[math.inf, math.inf] for _ in table]
     for _ in range(ROUNDS):
         for seconds, (_, project, reconstruct, _) in zip(best, table, strict=True):
-            seconds[:] = [min(s, median_seconds(run, seconds=0.5)) for s, run in zip(seconds, (project, reconstruct), strict=True)]
+            seconds[:] = [
+                min(s, median_seconds(run, seconds=0.5))
+                for s, run in zip(seconds, (project, reconstruct), strict=True)
+            ]
     rows = [
-        [op, f"{1e3 * seconds[k]:.2f}", f"{(stored[k] + vectors * columns) / seconds[k] / 1e9:.1f}", f"{seconds[k] / best[0][k]:.2f}", name]
+        [
+            op,
+            f"{1e3 * seconds[k]:.2f}",
+            f"{(stored[k] + vectors * columns) / seconds[k] / 1e9:.1f}",
+            f"{seconds[k] / best[0][k]:.2f}",
+            name,
+        ]
         for k, (op, vectors) in enumerate((("project", 4), ("reconstruct", 8)))
         for seconds, (name, _, _, stored) in zip(best, table, strict=True)
     ]
@@ -134,7 +178,9 @@ def main() -> None:
         [
             f"# 4-bit kernels, n = {n}, D = {columns:.3g}",
             "",
-            "measured bandwidth: read {read:.1f} GB/s, copy {copy:.1f} GB/s (read + write)".format(**bandwidth()),
+            "measured bandwidth: read {read:.1f} GB/s, copy {copy:.1f} GB/s (read + write)".format(
+                **bandwidth()
+            ),
             "",
             markdown_table(["op", "median ms", "GB/s", "time / ours", "kernel"], rows),
         ],

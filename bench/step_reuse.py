@@ -1,9 +1,11 @@
-"""How much of a fused step's second read of P finds its codes in the second-level cache: a model, not a measurement.
+"""How much of a fused step's second read of P finds its codes in the second-level cache: a model,
+not a measurement.
 
-The step kernel's own order of tasks (csrc/cuda/work.cpp) is played through a cache that forgets what was used longest ago, item by
-item: codes and scales as they are projected, gradients, and the centers and weights that reconstruct moves. Concurrency is modelled by the
-order alone, whose window is the number of blocks that an H200 runs at once. What counts as available of its 60 MB (two halves, other
-data) is not known: two sizes are shown.
+The step kernel's own order of tasks (csrc/cuda/work.cpp) is played through a cache that forgets
+what was used longest ago, item by item: codes and scales as they are projected, gradients, and the
+centers and weights that reconstruct moves. Concurrency is modelled by the order alone, whose window
+is the number of blocks that an H200 runs at once. What counts as available of its 60 MB (two
+halves, other data) is not known: two sizes are shown.
 
     python bench/step_reuse.py        writes bench/results/step_reuse.md
 """
@@ -23,7 +25,9 @@ CACHES = (50e6, 30e6)
 
 
 def clip() -> list[int]:
-    """Sizes of a CLIP-like model's tensors: 12 layers of width 768 and 12 of width 512, embeddings; 1.25e8 weights."""
+    """Sizes of a CLIP-like model's tensors: 12 layers of width 768 and 12 of width 512, embeddings;
+    1.25e8 weights.
+    """
     sizes = []
     for width in (768, 512):
         sizes += [3 * 32 * 32 * 768 if width == 768 else 77 * 512, width, 50 * width]
@@ -33,9 +37,16 @@ def clip() -> list[int]:
     return sizes
 
 
-def reuse(sizes: list[int], segments: list[int], n: int, bits: int, cache: float) -> tuple[float, float]:
+def reuse(
+    sizes: list[int], segments: list[int], n: int, bits: int, cache: float
+) -> tuple[float, float]:
     """(packed bytes, share of them that the second read finds in the cache)."""
-    tile_segment = torch.cat([torch.full((-(-size // 128),), l, dtype=torch.int32) for size, l in zip(sizes, segments, strict=True)])
+    tile_segment = torch.cat(
+        [
+            torch.full((-(-size // 128),), l, dtype=torch.int32)
+            for size, l in zip(sizes, segments, strict=True)
+        ]
+    )
     host = native._C.HostWork(sizes, tile_segment.data_ptr(), max(segments) + 1, bits)
     tiles = torch.frombuffer(bytearray(host.arrays[2]), dtype=torch.int32).tolist()
     kept: collections.OrderedDict = collections.OrderedDict()
@@ -67,17 +78,29 @@ def main() -> None:
         sys.exit("the order of tasks is in the CUDA part of the native module, which was not built")
     sizes = clip()
     every = list(range(len(sizes)))
-    layers = [(k // 147) * 13 + (0 if k % 147 < 3 else 1 + (k % 147 - 3) // 12) for k in every]  # embeddings, then layers, of either half
-    lines = ["# Second read of P in a fused step: share that the cache still has", "", " ".join(__doc__.split("\n\n")[1].split()), ""]
+    # embeddings, then layers, of either half
+    layers = [(k // 147) * 13 + (0 if k % 147 < 3 else 1 + (k % 147 - 3) // 12) for k in every]
+    lines = [
+        "# Second read of P in a fused step: share that the cache still has",
+        "",
+        " ".join(__doc__.split("\n\n")[1].split()),
+        "",
+    ]
     lines += [
-        "| n | bits | packed | coefficients | 50 MB | 30 MB | bytes of P that memory moves, of two reads (50 MB) |",
+        (
+            "| n | bits | packed | coefficients | 50 MB | 30 MB | bytes of P that memory moves, of"
+            " two reads (50 MB) |"
+        ),
         "|--:|--:|--:|---|--:|--:|--:|",
     ]
     for n, bits in ((16, 4), (72, 4), (72, 2), (72, 1), (72, 8)):
         for name, segments in (("per tensor", every), ("per layer", layers)):
             results = [reuse(sizes, segments, n, bits, cache) for cache in CACHES]
             shares = " | ".join(f"{100 * share:.0f} %" for _, share in results)
-            lines.append(f"| {n} | {bits} | {results[0][0] / 1e9:.2f} GB | {name} | {shares} | {100 * (1 - results[0][1] / 2):.0f} % |")
+            lines.append(
+                f"| {n} | {bits} | {results[0][0] / 1e9:.2f} GB | {name} | {shares} |"
+                f" {100 * (1 - results[0][1] / 2):.0f} % |"
+            )
     lines.append("")
     (RESULTS / "step_reuse.md").write_text("\n".join(lines))
     print("\n".join(lines))

@@ -1,7 +1,9 @@
-"""What the optimizer's step costs in the demo's training step: project + update + reconstruct, fused and as three calls.
+"""What the optimizer's step costs in the demo's training step: project + update + reconstruct,
+fused and as three calls.
 
-Medians over interleaved steps on the demo's model and its own checkpoints, at 4 bits. "share" is step / (forward + backward + step).
-Run: make demo; python bench/step_share.py [--checkpoints 'twa-demo/checkpoints/*.safetensors']. Writes bench/results/step_share.md.
+Medians over interleaved steps on the demo's model and its own checkpoints, at 4 bits. "share" is
+step / (forward + backward + step). Run: make demo; python bench/step_share.py [--checkpoints
+'twa-demo/checkpoints/*.safetensors']. Writes bench/results/step_share.md.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import time
 import torch
 import twa
 from common import RESULTS, hardware
-from twa.tasks.batches import forever
 from twa.merge.report import markdown_table
+from twa.tasks.batches import forever
 from twa.tasks.contract import load_task
 
 STEPS = 60
@@ -24,7 +26,9 @@ STEPS = 60
 def measure(pattern: str, granularity: str) -> list[str]:
     task, candidates = load_task("chars"), twa.Candidates(pattern)
     model = task.model()
-    subspace = twa.Subspace.from_candidates(model, candidates, bits=4, granularity=granularity, center="last")
+    subspace = twa.Subspace.from_candidates(
+        model, candidates, bits=4, granularity=granularity, center="last"
+    )
     optimizer = twa.SubspaceOptimizer(subspace, lr=1e-3)
     times: dict[str, list[float]] = {"model": [], "fused": [], "three calls": []}
     for k, batch in zip(range(2 * STEPS), forever(task.train), strict=False):
@@ -40,22 +44,47 @@ def measure(pattern: str, granularity: str) -> list[str]:
         times["fused" if fused else "three calls"].append(end - middle)
     work, fused, three = (sorted(times[name])[len(times[name]) // 2] for name in times)
     share = [f"{100 * t / (work + t):.1f} %" for t in (fused, three)]
-    packed = f"{subspace.basis.n} x {subspace.basis.num_columns / 1e6:.2f} M, {subspace.basis.nbytes / 1e6:.0f} MB"
-    return [granularity, packed, f"{1e3 * work:.1f}", f"{1e3 * fused:.2f}", share[0], f"{1e3 * three:.2f}", share[1]]
+    packed = (
+        f"{subspace.basis.n} x {subspace.basis.num_columns / 1e6:.2f} M,"
+        f" {subspace.basis.nbytes / 1e6:.0f} MB"
+    )
+    return [
+        granularity,
+        packed,
+        f"{1e3 * work:.1f}",
+        f"{1e3 * fused:.2f}",
+        share[0],
+        f"{1e3 * three:.2f}",
+        share[1],
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoints", default="twa-demo/checkpoints/*.safetensors")
     pattern = parser.parse_args().checkpoints
     if not glob.glob(pattern):
         sys.exit(f"no checkpoints match {pattern}: run `make demo` first, or pass --checkpoints")
     torch.manual_seed(0)
-    header = ["granularity", "basis (4 bits)", "forward + backward, ms", "fused step, ms", "share", "three calls, ms", "share"]
-    table = markdown_table(header, [measure(pattern, granularity) for granularity in ("tensor", "model")])
+    header = [
+        "granularity",
+        "basis (4 bits)",
+        "forward + backward, ms",
+        "fused step, ms",
+        "share",
+        "three calls, ms",
+        "share",
+    ]
+    table = markdown_table(
+        header, [measure(pattern, granularity) for granularity in ("tensor", "model")]
+    )
     print(table)
     lines = [f"{k}: {v}" for k, v in hardware().items()]
-    (RESULTS / "step_share.md").write_text("\n".join(["# The step's share of the demo's training step", "", *lines, "", table, ""]))
+    (RESULTS / "step_share.md").write_text(
+        "\n".join(["# The step's share of the demo's training step", "", *lines, "", table, ""])
+    )
 
 
 if __name__ == "__main__":

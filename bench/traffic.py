@@ -6,14 +6,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-#: which operand of a collective is the message: an all-gather's and a reduce-scatter's whole, everything else's tensors
-_WHOLE = {"_allgather_base_": 0, "_reduce_scatter_base_": 1, "allgather_into_tensor_coalesced_": 0, "reduce_scatter_tensor_coalesced_": 1}
+#: which operand of a collective is the message: an all-gather's and a reduce-scatter's whole,
+#: everything else's tensors
+_WHOLE = {
+    "_allgather_base_": 0,
+    "_reduce_scatter_base_": 1,
+    "allgather_into_tensor_coalesced_": 0,
+    "reduce_scatter_tensor_coalesced_": 1,
+}
 
 
 class Traffic(TorchDispatchMode):
-    """Between enter and exit: `bytes` of all messages, and `messages` [(name, bytes)]. Every collective of torch.distributed and of FSDP2 is a torch
-    op in the namespace c10d, with the tensors as its operands. An all-reduce of m bytes counts m, an all-gather to m bytes m, a reduce-scatter from m
-    bytes m."""
+    """Between enter and exit:
+
+    `bytes` of all messages, and `messages` [(name, bytes)]. Every collective of torch.distributed
+    and of FSDP2 is a torch op in the namespace c10d, with the tensors as its operands. An
+    all-reduce of m bytes counts m, an all-gather to m bytes m, a reduce-scatter from m bytes m."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -52,8 +52,9 @@ def compile_from(arch: str, first: int) -> Iterator[dict]:
 
 
 def measured(version: str, arch: str) -> list[dict]:
-    """One row per variant, as static_cost.measure gives it, or with "failed": why. A child that the compiler takes down is started
-    anew after the variant that did it."""
+    """One row per variant, as static_cost.measure gives it, or with "failed": why.
+
+    A child that the compiler takes down is started anew after the variant that did it."""
     folder = installed(version)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(folder), "TRITON_CACHE_DIR": str(folder / "cache")}
@@ -61,21 +62,36 @@ def measured(version: str, arch: str) -> list[dict]:
     ended = None
     while ended != 0:
         command = [sys.executable, __file__, "--child", arch, str(len(rows))]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as child:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        ) as child:
             for line in child.stdout:
                 rows.append(json.loads(line) | {"triton": version})
                 label = f"{rows[-1]['op']} {rows[-1]['bits']} bits, {rows[-1]['variant']}"
-                print(f"triton {version} {arch} {len(rows)}: {label}{'  FAILED' * ('failed' in rows[-1])}", file=sys.stderr)
+                print(
+                    f"triton {version} {arch} {len(rows)}:"
+                    f" {label}{'  FAILED' * ('failed' in rows[-1])}",
+                    file=sys.stderr,
+                )
         ended = child.returncode
         if ended:
             label = {"op": "unknown", "bits": 0, "variant": f"number {len(rows)}"}
-            rows.append(label | {"arch": arch, "triton": version, "failed": f"the compiler's process ended with status {ended}"})
+            rows.append(
+                label
+                | {
+                    "arch": arch,
+                    "triton": version,
+                    "failed": f"the compiler's process ended with status {ended}",
+                }
+            )
             if len(rows) > 1000:
                 raise RuntimeError(f"triton {version} does not start: {' '.join(command)}")
     return rows
 
 
-def measure_each(versions: tuple[str, ...], architectures: tuple[str, ...], workers: int) -> Iterator[list[dict]]:
+def measure_each(
+    versions: tuple[str, ...], architectures: tuple[str, ...], workers: int
+) -> Iterator[list[dict]]:
     """The rows of one version and architecture after the other."""
     for version in versions:
         installed(version)
@@ -84,7 +100,9 @@ def measure_each(versions: tuple[str, ...], architectures: tuple[str, ...], work
         yield from pool.map(lambda job: measured(*job), jobs)
 
 
-def measure_all(versions: tuple[str, ...], architectures: tuple[str, ...], workers: int) -> list[dict]:
+def measure_all(
+    versions: tuple[str, ...], architectures: tuple[str, ...], workers: int
+) -> list[dict]:
     return [row for rows in measure_each(versions, architectures, workers) for row in rows]
 
 
@@ -101,8 +119,17 @@ def problems(rows: list[dict]) -> list[str]:
 
 def markdown(rows: list[dict]) -> list[str]:
     lines = ["# The Triton kernels under several versions of Triton", ""]
-    lines += ["Every shipped variant, compiled ahead of time on a CPU (`make triton-versions`); no GPU took part.", ""]
-    lines += ["| triton | architecture | variants | compiled | failed | with spills | largest spill |", "|" + "---|" * 7]
+    lines += [
+        (
+            "Every shipped variant, compiled ahead of time on a CPU (`make triton-versions`); no"
+            " GPU took part."
+        ),
+        "",
+    ]
+    lines += [
+        "| triton | architecture | variants | compiled | failed | with spills | largest spill |",
+        "|" + "---|" * 7,
+    ]
     for version, arch in dict.fromkeys((r["triton"], r["arch"]) for r in rows):
         mine = [r for r in rows if (r["triton"], r["arch"]) == (version, arch)]
         spills = [r["spills"] for r in mine if r.get("spills")]
@@ -114,7 +141,9 @@ def markdown(rows: list[dict]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--versions", default=",".join(VERSIONS))
     parser.add_argument("--architectures", default=",".join(ARCHITECTURES))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -127,13 +156,18 @@ def main() -> None:
         return
     args.output.mkdir(parents=True, exist_ok=True)
     rows, text = [], ""
-    for more in measure_each(tuple(args.versions.split(",")), tuple(args.architectures.split(",")), args.workers):
+    for more in measure_each(
+        tuple(args.versions.split(",")), tuple(args.architectures.split(",")), args.workers
+    ):
         rows += more
         text = "\n".join(markdown(rows))
         (args.output / "triton_versions.md").write_text(text)  # after each: a run may be cut short
     print(text)
     found = problems(rows)
-    print("\n".join(found) or "every kernel compiles with every version; none spills on sm_90 with the oldest and the newest")
+    print(
+        "\n".join(found)
+        or "every kernel compiles with every version; none spills on sm_90 with the oldest and the newest"
+    )
     sys.exit(bool(found))
 
 

@@ -15,23 +15,30 @@ if not torch.cuda.is_available():  # GPU kernels then run in Triton's interprete
 
     interpreter.install()
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a script's background; children would ignore Ctrl-C, too
+# as in a script's background; children would ignore Ctrl-C, too
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import twa_kernels as tk
 from twa_kernels import dispatch
 
 BITS = (8, 4, 3, 2, 1)
-#: tensors of one model: single elements, odd sizes, tile - 1, tile, tile + 1, a block of 64 tiles + 1 and a 0-d tensor
+#: tensors of one model: single elements, odd sizes, tile - 1, tile, tile + 1, a block of 64 tiles +
+#: 1 and a 0-d tensor
 SHAPES = [(1,), (127,), (128,), (129,), (151,), (9, 126), (64 * 128 + 1,), (), (33, 100)]
 SEGMENTS = [0, 1, 1, 2, 0, 3, 3, 4, 2]
 
 
-LONGEST = ("test_compile.py", "test_resume.py")  # first, so that of two processes neither is left with one of them at the end
+# first, so that of two processes neither is left with one of them at the end
+LONGEST = ("test_compile.py", "test_resume.py")
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+        )
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +70,10 @@ def tensors(shapes, seed=0, dtype=torch.float32):
 
 
 def rows_of(n, shapes, seed=0, dtype=torch.float32):
-    return [torch.stack(list(t)) for t in zip(*(tensors(shapes, seed + 1 + i, dtype) for i in range(n)), strict=True)]
+    return [
+        torch.stack(list(t))
+        for t in zip(*(tensors(shapes, seed + 1 + i, dtype) for i in range(n)), strict=True)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +90,9 @@ def basis_of():
 
 
 class Gpu:
-    """A backend for GPUs and the device to run it on: a GPU, or CPU tensors under Triton's interpreter."""
+    """A backend for GPUs and the device to run it on: a GPU, or CPU tensors under Triton's
+    interpreter.
+    """
 
     def __init__(self, backend, device):
         self.backend, self.device = backend, device
@@ -89,7 +101,9 @@ class Gpu:
         """Tensors, bases, lists and tuples of them on the device; anything else as it is."""
         if isinstance(value, (torch.Tensor, tk.PackedBasis)):
             return value.to(self.device)
-        return type(value)(self.put(v) for v in value) if isinstance(value, (list, tuple)) else value
+        return (
+            type(value)(self.put(v) for v in value) if isinstance(value, (list, tuple)) else value
+        )
 
     def needs(self, op):
         if (op, self.backend) not in dispatch.IMPLEMENTATIONS:
@@ -105,9 +119,14 @@ if not ON_GPU:  # CUDA kernels then run compiled for the CPU
 GPU_BACKENDS = [name for name in ("cuda", "triton") if dispatch.why_unusable(name) is None]
 
 
-@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.gpu] if ON_GPU else []) for name in GPU_BACKENDS])
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.gpu] if ON_GPU else []) for name in GPU_BACKENDS]
+)
 def gpu(request, monkeypatch):
-    """Each GPU backend that is usable. The interpreter is given NVIDIA's assembly, which tests/interpreter.py runs."""
+    """Each GPU backend that is usable.
+
+    The interpreter is given NVIDIA's assembly, which tests/interpreter.py runs.
+    """
     if not ON_GPU:
         from twa_kernels._triton import launch
 
@@ -117,7 +136,9 @@ def gpu(request, monkeypatch):
 
 @pytest.fixture
 def capture(monkeypatch):
-    """capture(): every call from then on is as under the capture of a CUDA graph, for a device of this type."""
+    """capture(): every call from then on is as under the capture of a CUDA graph, for a device of
+    this type.
+    """
 
     def begin(device_type="cuda" if ON_GPU else "cpu"):
         for module in (tk.native, tk.cuda):
@@ -136,4 +157,8 @@ def run_python(code, **environment):
 def has_isa(name):
     info = Path("/proc/cpuinfo")
     flags = info.read_text() if info.exists() else ""
-    return {"portable": True, "avx2": "avx2" in flags and "f16c" in flags, "avx512": "avx512vbmi" in flags and "avx512_vnni" in flags}[name]
+    return {
+        "portable": True,
+        "avx2": "avx2" in flags and "f16c" in flags,
+        "avx512": "avx512vbmi" in flags and "avx512_vnni" in flags,
+    }[name]

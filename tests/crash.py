@@ -1,4 +1,6 @@
-"""Strikes at processes that write files: a preloaded library that sees each call that changes a file, and a server that forks runs under it."""
+"""Strikes at processes that write files: a preloaded library that sees each call that changes a
+file, and a server that forks runs under it.
+"""
 
 import json
 import os
@@ -256,16 +258,22 @@ TASK = """
 
 def start(folder):
     """A server, with its files in this folder; skips the test where there can be none."""
-    if not sys.platform.startswith("linux") or (compiler := shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")) is None:
+    if (
+        not sys.platform.startswith("linux")
+        or (compiler := shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")) is None
+    ):
         pytest.skip("needs Linux and a C compiler, for the library that strikes at calls")
     (folder / "shim.c").write_text(SHIM)
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", folder / "shim.so", folder / "shim.c", "-ldl"], check=True)
+    subprocess.run(
+        [compiler, "-O1", "-shared", "-fPIC", "-o", folder / "shim.so", folder / "shim.c", "-ldl"],
+        check=True,
+    )
     return Server(folder)
 
 
 class Server:
-    """server(argv=...) runs `twa ARGV`, server(export=(folder, candidates, task)) Subspace.save; returns (exit status,
-    negative for a signal; output).
+    """server(argv=...) runs `twa ARGV`, server(export=(folder, candidates, task)) Subspace.save;
+    returns (exit status, negative for a signal; output).
 
     below, mode, point   strike at this call below this folder
     signal_after         (signal, seconds): sent from outside
@@ -319,6 +327,16 @@ class Server:
 
 
 def points_of(calls, count, seed=0):
-    """(mode, point) of a kill before every call and in the middle of every write; a sample of `count` of them unless all are asked for."""
-    points = [(mode, k) for k, (call, *_) in enumerate(calls, 1) for mode in ((KILL, TEAR) if call == "write" else (KILL,))]
-    return points if os.environ.get("TWA_CRASH_POINTS") == "all" else sorted(random.Random(seed).sample(points, min(count, len(points))))
+    """(mode, point) of a kill before every call and in the middle of every write; a sample of
+    `count` of them unless all are asked for.
+    """
+    points = [
+        (mode, k)
+        for k, (call, *_) in enumerate(calls, 1)
+        for mode in ((KILL, TEAR) if call == "write" else (KILL,))
+    ]
+    return (
+        points
+        if os.environ.get("TWA_CRASH_POINTS") == "all"
+        else sorted(random.Random(seed).sample(points, min(count, len(points))))
+    )

@@ -2,10 +2,11 @@
 
     python tests/fuzz.py --count 20000 [--seed N] [--seconds S] [--kind KIND ...] [--only INDEX ...]
 
-Small files of every kind are damaged in ways that matter: bits, runs, cuts, splices, integer fields, and by structure: JSON, zip directories, pickle
-instructions, records of metadata. What comes of it must load, with the values that the format's own library finds, or be refused with an error of our
-own: without a crash, a hang, much memory, a file written, output, or anything run. Cases depend on seed and number only. Each runs in a worker, which
-is started anew when it dies.
+Small files of every kind are damaged in ways that matter: bits, runs, cuts, splices, integer
+fields, and by structure: JSON, zip directories, pickle instructions, records of metadata. What
+comes of it must load, with the values that the format's own library finds, or be refused with an
+error of our own: without a crash, a hang, much memory, a file written, output, or anything run.
+Cases depend on seed and number only. Each runs in a worker, which is started anew when it dies.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ import twa
 from mutations import damage, damage_json, damage_metadata, damage_pickle, damage_zip, patch_header
 from safetensors.torch import load_file, save_file
 from torch import nn
-from twa.packing import to_file as pack
 from twa.basis.file import BasisError, read_basis
+from twa.distributed.ranks import World
 from twa.io.candidates import CandidateError, Candidates
 from twa.io.formats import _weights_of
 from twa.merge.resume import FORMAT, StateError, Store
-from twa.distributed.ranks import World
+from twa.packing import to_file as pack
 
 import twa_kernels as tk
 
@@ -52,7 +53,7 @@ SECONDS, MEMORY = 5.0, 300 << 20  # of the CPU and of memory, that a case may ta
 CLEAN = (CandidateError, BasisError, StateError)
 
 
-# The files that are damaged ---------------------------------------------------------------------------------------------
+# The files that are damaged ----------------------------------------------------------------------
 
 
 def weights(seed=0, dtype=torch.float32):
@@ -79,7 +80,11 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.norm, self.head = nn.Linear(9, 15), nn.BatchNorm1d(15), nn.Linear(15, 2, bias=False)
+        self.first, self.norm, self.head = (
+            nn.Linear(9, 15),
+            nn.BatchNorm1d(15),
+            nn.Linear(15, 2, bias=False),
+        )
 
 
 def saved(value, old=False):
@@ -89,19 +94,47 @@ def saved(value, old=False):
 
 
 def files_of(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def torch_values():
-    yield {"state_dict": weights(), "epoch": 3, "args": argparse.Namespace(lr=0.1), "losses": [0.5, (1, "x", b"y", None, True)]}
-    yield {"run": {"model": {"student": plain(weights(1))}}, "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1}]}}
-    yield nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).state_dict(keep_vars=True) | {"p": nn.Parameter(torch.ones(2, dtype=torch.float16))}
+    yield {
+        "state_dict": weights(),
+        "epoch": 3,
+        "args": argparse.Namespace(lr=0.1),
+        "losses": [0.5, (1, "x", b"y", None, True)],
+    }
+    yield {
+        "run": {"model": {"student": plain(weights(1))}},
+        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1}]},
+    }
+    yield nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).state_dict(keep_vars=True) | {
+        "p": nn.Parameter(torch.ones(2, dtype=torch.float16))
+    }
 
 
 def run_state():
-    facts = {"number of candidates": "2", "candidate 0": "c0 (12)", "model": "ab", "batches per step": "2", "steps": "10"}
+    facts = {
+        "number of candidates": "2",
+        "candidate 0": "c0 (12)",
+        "model": "ab",
+        "batches per step": "2",
+        "steps": "10",
+    }
     row = vars(
-        twa.methods.Result("uniform", 2, 0, 0.5, 1000, 0.25, beta=torch.tensor([0.5, 0.5], dtype=torch.float64), curve=[1.0], val_curve=[(0, 0.5)])
+        twa.methods.Result(
+            "uniform",
+            2,
+            0,
+            0.5,
+            1000,
+            0.25,
+            beta=torch.tensor([0.5, 0.5], dtype=torch.float64),
+            curve=[1.0],
+            val_curve=[(0, 0.5)],
+        )
     )
     x, p = torch.zeros(2, 3), torch.nn.Parameter(torch.zeros(2, 3))
     optimizer = torch.optim.AdamW([p], lr=0.1)
@@ -109,10 +142,33 @@ def run_state():
     optimizer.step()
     moments = optimizer.state_dict() | {"coefficients": x, "subspace": {"bits": 4}}
     at = {"step": 2, "pass": 0, "offset": 0, "digest": "ab"}
-    under_way = {"curve": [0.5, 0.4], "val_curve": [(0, 0.5)], "best_loss": 0.5, "best_x": x, "average": x, "seconds": 1.0, "optimizer": moments}
-    under_way |= {"schedule": {"last_epoch": 2, "base_lrs": [0.1]}, "buffers": {"calls": torch.tensor(3)}, "position": at}
-    state = {"format": FORMAT, "best_file": "state-best-2.safetensors", "best_digest": "ab", "run": facts, "results": [dict(row)], "best": 0}
-    return state | {"losses": [(torch.ones(2, dtype=torch.float64), 0.5)], "method": 1, "under_way": under_way}
+    under_way = {
+        "curve": [0.5, 0.4],
+        "val_curve": [(0, 0.5)],
+        "best_loss": 0.5,
+        "best_x": x,
+        "average": x,
+        "seconds": 1.0,
+        "optimizer": moments,
+    }
+    under_way |= {
+        "schedule": {"last_epoch": 2, "base_lrs": [0.1]},
+        "buffers": {"calls": torch.tensor(3)},
+        "position": at,
+    }
+    state = {
+        "format": FORMAT,
+        "best_file": "state-best-2.safetensors",
+        "best_digest": "ab",
+        "run": facts,
+        "results": [dict(row)],
+        "best": 0,
+    }
+    return state | {
+        "losses": [(torch.ones(2, dtype=torch.float64), 0.5)],
+        "method": 1,
+        "under_way": under_way,
+    }
 
 
 class Stopped(Exception):
@@ -120,36 +176,68 @@ class Stopped(Exception):
 
 
 def make_seeds():
-    """Kind -> whole sets of files (name -> bytes); and the candidates of the bases. In the current directory, which names in files refer to."""
+    """Kind -> whole sets of files (name -> bytes); and the candidates of the bases.
+
+    In the current directory, which names in files refer to.
+    """
     seeds = defaultdict(list)
     Path("heap").mkdir()
     for k in range(3):
         g = torch.Generator().manual_seed(k)
-        state = {key: v + torch.randn(v.shape, generator=g) if v.is_floating_point() else v + k for key, v in Model().state_dict().items()}
+        state = {
+            key: v + torch.randn(v.shape, generator=g) if v.is_floating_point() else v + k
+            for key, v in Model().state_dict().items()
+        }
         save_file(state, f"heap/c{k}.safetensors")
-        for name, state in ((f"{k}.safetensors", plain(weights(k, (torch.float32, torch.float64, torch.float16)[k]))),):
+        for name, state in (
+            (
+                f"{k}.safetensors",
+                plain(weights(k, (torch.float32, torch.float64, torch.float16)[k])),
+            ),
+        ):
             save_file(state, name, metadata={"format": "pt"})
             seeds["safetensors"].append({"x.safetensors": Path(name).read_bytes()})
             Path(name).unlink()
-    halves = [save(plain(weights(1)), names) for names in (("a.weight", "a.bias", "n"), ("none", "part", "scale"))]
-    map_ = {k: f"model-{i + 1}.safetensors" for i, names in enumerate((("a.weight", "a.bias", "n"), ("none", "part", "scale"))) for k in names}
+    halves = [
+        save(plain(weights(1)), names)
+        for names in (("a.weight", "a.bias", "n"), ("none", "part", "scale"))
+    ]
+    map_ = {
+        k: f"model-{i + 1}.safetensors"
+        for i, names in enumerate((("a.weight", "a.bias", "n"), ("none", "part", "scale")))
+        for k in names
+    }
     index = json.dumps({"metadata": {"total_size": 1000}, "weight_map": map_}).encode()
-    seeds["index"] = [{"model.safetensors.index.json": index, "model-1.safetensors": halves[0], "model-2.safetensors": halves[1]}]
+    seeds["index"] = [
+        {
+            "model.safetensors.index.json": index,
+            "model-1.safetensors": halves[0],
+            "model-2.safetensors": halves[1],
+        }
+    ]
     for value in torch_values():
         seeds["torch"].append({"x.pt": saved(value)})
         seeds["legacy"].append({"x.pt": saved(value, old=True)})
     for k in range(2):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch_dcp.save({"model": plain(weights(k)), "epoch": 3} if k else plain(weights(k)), checkpoint_id="dcp", no_dist=True)
+            torch_dcp.save(
+                {"model": plain(weights(k)), "epoch": 3} if k else plain(weights(k)),
+                checkpoint_id="dcp",
+                no_dist=True,
+            )
         metadata = pickle.loads(Path("dcp/.metadata").read_bytes())
         if metadata.storage_meta is not None:
             metadata.storage_meta.save_id = "0"  # random
-        seeds["dcp"].append(files_of(Path("dcp")) | {".metadata": pickle.dumps(metadata, protocol=(2, 4)[k])})
+        seeds["dcp"].append(
+            files_of(Path("dcp")) | {".metadata": pickle.dumps(metadata, protocol=(2, 4)[k])}
+        )
         shutil.rmtree("dcp")
     candidates = Candidates("heap")
     for basis in ("deltas", "orthonormal"):
-        twa.Subspace.from_candidates(Model(), candidates, basis=basis).save(Path("basis"), basis=True)
+        twa.Subspace.from_candidates(Model(), candidates, basis=basis).save(
+            Path("basis"), basis=True
+        )
         seeds["basis"].append({"basis.safetensors": Path("basis/basis.safetensors").read_bytes()})
         shutil.rmtree("basis")
     Path("basis").mkdir()
@@ -169,7 +257,10 @@ def make_seeds():
         Path("basis").mkdir()
     pack.SAVE_SECONDS = seconds
     Path("basis").rmdir()
-    seeds["state"] = [{"state.pt": saved(run_state())}, {"state.pt": saved(run_state() | {"under_way": None, "best": None, "best_file": ""})}]
+    seeds["state"] = [
+        {"state.pt": saved(run_state())},
+        {"state.pt": saved(run_state() | {"under_way": None, "best": None, "best_file": ""})},
+    ]
     return dict(seeds)
 
 
@@ -180,7 +271,7 @@ def save(state, names):
     return data
 
 
-# Damage -----------------------------------------------------------------------------------------------------------------
+# Damage ------------------------------------------------------------------------------------------
 
 
 def damaged(rng, kind, seeds):
@@ -189,7 +280,12 @@ def damaged(rng, kind, seeds):
     other = rng.choice(seeds[kind])
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         name = (
-            rng.choice([n for n in files if n.endswith((".position.partial", ".json", ".metadata"))] or list(files)) if rng.random() < 0.5 else None
+            rng.choice(
+                [n for n in files if n.endswith((".position.partial", ".json", ".metadata"))]
+                or list(files)
+            )
+            if rng.random() < 0.5
+            else None
         )
         name = name or rng.choice(list(files))
         data, more = files[name], other.get(name, b"")
@@ -201,15 +297,18 @@ def damaged(rng, kind, seeds):
         elif name.endswith((".pt", ".distcp")) and data[:4] == b"PK\3\4":
             ways += [lambda d: damage_zip(rng, d)] * 4
         elif name == ".metadata":
-            whole = any(data == s[name] for s in seeds[kind])  # what was damaged is not unpickled here
-            ways += [lambda d: damage_pickle(rng, d)] * 2 + [lambda d: damage_metadata(rng, d)] * 3 * whole
+            # what was damaged is not unpickled here
+            whole = any(data == s[name] for s in seeds[kind])
+            ways += [lambda d: damage_pickle(rng, d)] * 2 + [
+                lambda d: damage_metadata(rng, d)
+            ] * 3 * whole
         elif name.endswith(".pt"):
             ways += [lambda d: damage_pickle(rng, d)] * 3
         files[name] = rng.choice(ways)(data)
     return files
 
 
-# What must hold -----------------------------------------------------------------------------------------------------------
+# What must hold ----------------------------------------------------------------------------------
 
 
 class Wrong(Exception):
@@ -219,7 +318,9 @@ class Wrong(Exception):
 def same(ours, theirs):
     if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return False
-    return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (ours, theirs)))
+    return torch.equal(
+        *(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (ours, theirs))
+    )
 
 
 def read_all(path):
@@ -248,7 +349,9 @@ def check_safetensors(path):
     try:
         candidate = read_all(path)
     except CLEAN as error:
-        return "refused", f"only the library loads: {str(error).split(': ', 1)[1]}" if library else ""
+        return "refused", (
+            f"only the library loads: {str(error).split(': ', 1)[1]}" if library else ""
+        )
     if library is None:
         raise Wrong(f"the library refuses it: {note}")
     compare(candidate, library)
@@ -285,9 +388,17 @@ def check_torch(path):
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, weights_only=True, map_location="cpu")
             library = _weights_of(nested(content), path, None)
-            code = 0 if candidate.info.keys() == library.keys() and all(same(candidate.tensor(k), t) for k, t in library.items()) else 4
+            code = (
+                0
+                if candidate.info.keys() == library.keys()
+                and all(same(candidate.tensor(k), t) for k, t in library.items())
+                else 4
+            )
         except BaseException as error:
-            os.write(writing, f"{type(error).__name__}: {error}"[:80].splitlines()[0].encode(errors="replace"))
+            os.write(
+                writing,
+                f"{type(error).__name__}: {error}"[:80].splitlines()[0].encode(errors="replace"),
+            )
         finally:
             os._exit(code)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -296,14 +407,20 @@ def check_torch(path):
         reason = f.read()
     if status == 4:
         raise Wrong("torch.load finds other tensors")
-    return "loaded", {0: "", 3: f"torch.load refuses what we load: {reason}"}.get(status, f"torch.load ends with {status}, we load")
+    return "loaded", {0: "", 3: f"torch.load refuses what we load: {reason}"}.get(
+        status, f"torch.load ends with {status}, we load"
+    )
 
 
 def nested(content, depth=0):
     if isinstance(content, torch.Tensor):
         return content
     if isinstance(content, dict) and depth < 16:
-        return {str(k): v for k, v in ((k, nested(v, depth + 1)) for k, v in content.items()) if v is not None}
+        return {
+            str(k): v
+            for k, v in ((k, nested(v, depth + 1)) for k, v in content.items())
+            if v is not None
+        }
     return None
 
 
@@ -317,10 +434,19 @@ def check_basis(path):
     subspace = twa.Subspace.load(path, Model())
     basis, center = loaded.basis(), loaded.center()
     tame = all(
-        t.abs().max() < 1e12 for t in (basis.row_scale, loaded.read("divisor"), *center, *(loaded.read(n) for n in loaded.tensors if n == "R"))
+        t.abs().max() < 1e12
+        for t in (
+            basis.row_scale,
+            loaded.read("divisor"),
+            *center,
+            *(loaded.read(n) for n in loaded.tensors if n == "R"),
+        )
     )
     x = torch.full(subspace.coefficients.shape, 0.01)
-    values = [*tk.reconstruct(basis, x, center), tk.project(basis, [torch.ones(s) for s in basis.shapes])]
+    values = [
+        *tk.reconstruct(basis, x, center),
+        tk.project(basis, [torch.ones(s) for s in basis.shapes]),
+    ]
     if tame and not all(torch.isfinite(v).all() for v in values):
         raise Wrong("numbers that are not finite")
     subspace.write_weights()
@@ -360,7 +486,7 @@ CHECKS = {
 }
 
 
-# One case -----------------------------------------------------------------------------------------------------------------
+# One case ----------------------------------------------------------------------------------------
 
 
 def listing(folder):
@@ -368,7 +494,11 @@ def listing(folder):
 
 
 def resident(name):
-    return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return next(
+        int(line.split()[1]) << 10
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(name)
+    )
 
 
 def run_case(index, seed, kind, seeds, root):
@@ -395,7 +525,10 @@ def run_case(index, seed, kind, seeds, root):
         outcome, failure = "loaded", f"wrong: {error}"
     except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        failure = f"{type(error).__name__}: {str(error)[:200]} ({Path(where.filename).name}:{where.lineno})"
+        failure = (
+            f"{type(error).__name__}: {str(error)[:200]}"
+            f" ({Path(where.filename).name}:{where.lineno})"
+        )
     grown, seconds = resident("VmHWM") - resident_before, time.process_time() - begun
     if grown > MEMORY:
         failure = failure or f"memory: {grown >> 20} MB"
@@ -403,7 +536,11 @@ def run_case(index, seed, kind, seeds, root):
         failure = failure or f"time: {seconds:.1f} s"
     if kind != "position" and listing(case) != before:
         failure = failure or "files: the case's folder changed"
-    new = [p for p in (*root.iterdir(), *(root / "tmp").iterdir()) if p.name not in ("case", "tmp", "heap", "output")]
+    new = [
+        p
+        for p in (*root.iterdir(), *(root / "tmp").iterdir())
+        if p.name not in ("case", "tmp", "heap", "output")
+    ]
     if new or listing(root / "tmp") | listing(root / "heap") != outside:
         failure = failure or f"files: {sorted(p.name for p in new)}"
     for p in new:
@@ -447,9 +584,16 @@ class Table:
     def __str__(self):
         failed = Counter(kind for _, kind, _ in self.failures)
         lines = [f"{'kind':12}{'cases':>8}{'loaded':>8}{'refused':>9}{'failures':>10}"]
-        lines += [f"{k:12}{self.cases[k]:8}{self.loaded[k]:8}{self.refused[k]:9}{failed[k]:10}" for k in self.cases]
-        lines.append(f"{'all':12}{self.cases.total():8}{self.loaded.total():8}{self.refused.total():9}{len(self.failures):10}")
-        return "\n".join(lines + [f"{count:6} x {note}" for note, count in self.notes.most_common(25)])
+        lines += [
+            f"{k:12}{self.cases[k]:8}{self.loaded[k]:8}{self.refused[k]:9}{failed[k]:10}"
+            for k in self.cases
+        ]
+        lines.append(
+            f"{'all':12}{self.cases.total():8}{self.loaded.total():8}{self.refused.total():9}{len(self.failures):10}"
+        )
+        return "\n".join(
+            lines + [f"{count:6} x {note}" for note, count in self.notes.most_common(25)]
+        )
 
 
 class Worker:
@@ -459,7 +603,9 @@ class Worker:
 
     def start(self):
         self.connection, theirs = multiprocessing.Pipe()
-        self.process = multiprocessing.get_context("fork").Process(target=work, args=(theirs, self.indices, *self.arguments))
+        self.process = multiprocessing.get_context("fork").Process(
+            target=work, args=(theirs, self.indices, *self.arguments)
+        )
         self.process.start()
         theirs.close()
         self.index, self.patience = None, processes.Patience(self.process.pid)
@@ -474,7 +620,10 @@ def fuzz(count, seed=0, kinds=None, workers=2, seconds=None, indices=None):
             os.chdir(folder)
             seeds = make_seeds()
             share = [list(indices or range(count))[k::workers] for k in range(workers)]
-            running = [Worker(part, seed, kinds, seeds, Path(folder) / f"worker{k}") for k, part in enumerate(share)]
+            running = [
+                Worker(part, seed, kinds, seeds, Path(folder) / f"worker{k}")
+                for k, part in enumerate(share)
+            ]
             while running:
                 wait([w.connection for w in running], 0.2)
                 for w in list(running):
@@ -491,20 +640,28 @@ def fuzz(count, seed=0, kinds=None, workers=2, seconds=None, indices=None):
 
 
 def follow(worker, table, kinds):
-    """Takes what the worker says; False when it is done. A worker that died or hangs is started anew after its case."""
+    """Takes what the worker says; False when it is done.
+
+    A worker that died or hangs is started anew after its case.
+    """
     try:
         while worker.connection.poll():
             worker.index, result = worker.connection.recv()
             worker.patience = processes.Patience(worker.process.pid)
             if result is not None:
                 record(table, worker.index, kinds, *result)
-                worker.indices, worker.index = worker.indices[worker.indices.index(worker.index) + 1 :], None
+                worker.indices, worker.index = (
+                    worker.indices[worker.indices.index(worker.index) + 1 :],
+                    None,
+                )
     except (EOFError, ConnectionResetError):
         worker.process.join()
         if not worker.indices:
             return False
         code = worker.process.exitcode
-        text = f"signal {signal.Signals(-code).name}" if code < 0 else f"the worker ended with {code}"
+        text = (
+            f"signal {signal.Signals(-code).name}" if code < 0 else f"the worker ended with {code}"
+        )
         text = "hang" if code == -signal.SIGPROF else text
     else:
         if not worker.patience.hung():
@@ -531,20 +688,34 @@ def record(table, index, kinds, outcome, note, failure):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, help="stop after so long")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--kind", nargs="+", choices=CHECKS, default=list(CHECKS))
-    parser.add_argument("--only", type=int, nargs="+", metavar="INDEX", help="these cases, of a run with the same seed and kinds")
+    parser.add_argument(
+        "--only",
+        type=int,
+        nargs="+",
+        metavar="INDEX",
+        help="these cases, of a run with the same seed and kinds",
+    )
     args = parser.parse_args(arguments)
     begun = time.monotonic()
     table = fuzz(args.count, args.seed, args.kind, args.workers, args.seconds, args.only)
     print(table)
     for index, kind, text in table.failures[:100]:
-        print(f"failure: --seed {args.seed} --kind {' '.join(args.kind)} --only {index} ({kind}): {text}")
-    print(f"{table.cases.total()} cases in {time.monotonic() - begun:.0f} s, {len(table.failures)} failures")
+        print(
+            f"failure: --seed {args.seed} --kind {' '.join(args.kind)} --only {index} ({kind}):"
+            f" {text}"
+        )
+    print(
+        f"{table.cases.total()} cases in {time.monotonic() - begun:.0f} s, {len(table.failures)}"
+        " failures"
+    )
     return 1 if table.failures else 0
 
 

@@ -1,4 +1,6 @@
-"""What tests/fuzz.py does to files: damage to bytes, JSON, zip archives, pickles and the metadata of torch.distributed.checkpoint."""
+"""What tests/fuzz.py does to files: damage to bytes, JSON, zip archives, pickles and the metadata
+of torch.distributed.checkpoint.
+"""
 
 import copy
 import io
@@ -34,22 +36,30 @@ def number(rng):
     return rng.choice(NUMBERS) if rng.random() < 0.8 else rng.randrange(-300, 300)
 
 
-# Bytes ---------------------------------------------------------------------------------------------------------------------
+# Bytes -------------------------------------------------------------------------------------------
 
 
 def place(rng, data):
     """Mostly near the ends, where formats keep what they need."""
     n = max(1, len(data))
-    return rng.choice((rng.randrange(n), rng.randrange(min(n, 400)), n - 1 - rng.randrange(min(n, 400))))
+    return rng.choice(
+        (rng.randrange(n), rng.randrange(min(n, 400)), n - 1 - rng.randrange(min(n, 400)))
+    )
 
 
 def damage(rng, data, other=b""):
     at, way = place(rng, data), rng.randrange(9)
     if way == 0:
-        return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :] if data else b"x"
+        return (
+            data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :] if data else b"x"
+        )
     if way == 1:
         size = rng.choice((1, 2, 8, 64))
-        return data[:at] + rng.choice((bytes(size), b"\xff" * size, rng.randbytes(size))) + data[at + size :]
+        return (
+            data[:at]
+            + rng.choice((bytes(size), b"\xff" * size, rng.randbytes(size)))
+            + data[at + size :]
+        )
     if way == 2:
         return data[: rng.choice((at, len(data) - 1, 0, 8))]
     if way == 3:
@@ -71,7 +81,7 @@ def set_number(rng, data, at, size):
     return data[:at] + value.to_bytes(size, "little") + data[at + size :]
 
 
-# JSON ------------------------------------------------------------------------------------------------------------------------
+# JSON --------------------------------------------------------------------------------------------
 
 
 class Object(list):
@@ -98,7 +108,19 @@ ODD = [
     "BF16",
     "deltas",
 ]
-RAW = ["NaN", "-Infinity", "1e999", "1" * 5000, "[" * 3000 + "]" * 3000, "-0", "1.5", "1e2", '{"a":1,"a":2}', "true", "null"]
+RAW = [
+    "NaN",
+    "-Infinity",
+    "1e999",
+    "1" * 5000,
+    "[" * 3000 + "]" * 3000,
+    "-0",
+    "1.5",
+    "1e2",
+    '{"a":1,"a":2}',
+    "true",
+    "null",
+]
 
 
 def dumps(node):
@@ -156,8 +178,16 @@ def change_json(rng, root):
         inner[k], inner[j] = inner[j], inner[k]
     elif isinstance(inner, Object):
         name, old = inner[k]
-        inside = isinstance(old, str) and old[:1] in "{[" and old and rng.random() < 0.9  # JSON inside a text
-        inner[k] = (name, damage_json(rng, old.encode()).decode("utf-8", "replace") if inside else strange(rng, old))
+        # JSON inside a text
+        inside = isinstance(old, str) and old[:1] in "{[" and old and rng.random() < 0.9
+        inner[k] = (
+            name,
+            (
+                damage_json(rng, old.encode()).decode("utf-8", "replace")
+                if inside
+                else strange(rng, old)
+            ),
+        )
     else:
         inner[k] = strange(rng, inner[k])
     return root
@@ -183,10 +213,25 @@ def patch_header(rng, data):
     return len(text).to_bytes(8, "little") + text + rest
 
 
-# Zip archives ------------------------------------------------------------------------------------------------------------------
+# Zip archives ------------------------------------------------------------------------------------
 
-#: (offset, size) of the fields of a directory's entry, of a record's own header, and of the directory's end
-CENTRAL = [(4, 2), (6, 2), (8, 2), (10, 2), (16, 4), (20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (36, 2), (42, 4), (46, 1)]
+#: (offset, size) of the fields of a directory's entry, of a record's own header, and of the
+#: directory's end
+CENTRAL = [
+    (4, 2),
+    (6, 2),
+    (8, 2),
+    (10, 2),
+    (16, 4),
+    (20, 4),
+    (24, 4),
+    (28, 2),
+    (30, 2),
+    (32, 2),
+    (36, 2),
+    (42, 4),
+    (46, 1),
+]
 LOCAL = [(0, 4), (4, 2), (6, 2), (8, 2), (14, 4), (18, 4), (22, 4), (26, 2), (28, 2), (30, 1)]
 END = [(4, 2), (8, 2), (10, 2), (12, 4), (16, 4), (20, 2)]
 
@@ -201,15 +246,21 @@ def found(data, signature):
 
 def damage_zip(rng, data):
     if rng.random() < 0.45:
-        signature, fields = rng.choice(((b"PK\1\2", CENTRAL), (b"PK\1\2", CENTRAL), (b"PK\3\4", LOCAL), (b"PK\5\6", END)))
+        signature, fields = rng.choice(
+            ((b"PK\1\2", CENTRAL), (b"PK\1\2", CENTRAL), (b"PK\3\4", LOCAL), (b"PK\5\6", END))
+        )
         if not (places := found(data, signature)):
             return damage(rng, data)
         at, size = rng.choice(fields)
         at += rng.choice(places)
         if rng.random() < 0.5:
             return set_number(rng, data, at, size)
-        old = int.from_bytes(data[at : at + size], "little") + rng.choice((-64, -4, -1, 1, 4, 64, 8))
-        return data[:at] + (old & ((1 << 8 * size) - 1)).to_bytes(size, "little") + data[at + size :]
+        old = int.from_bytes(data[at : at + size], "little") + rng.choice(
+            (-64, -4, -1, 1, 4, 64, 8)
+        )
+        return (
+            data[:at] + (old & ((1 << 8 * size) - 1)).to_bytes(size, "little") + data[at + size :]
+        )
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = [(r.filename, archive.read(r)) for r in archive.infolist()]
@@ -227,7 +278,17 @@ def damage_zip(rng, data):
     elif way == 2:
         name = records[k][0]
         records[k] = (
-            rng.choice((name + "x", name.upper(), "../" + name, "/" + name, records[0][0], name.replace("0", "1"), "x\x1b[2J/" + name)),
+            rng.choice(
+                (
+                    name + "x",
+                    name.upper(),
+                    "../" + name,
+                    "/" + name,
+                    records[0][0],
+                    name.replace("0", "1"),
+                    "x\x1b[2J/" + name,
+                )
+            ),
             records[k][1],
         )
     elif way == 3:
@@ -245,7 +306,7 @@ def damage_zip(rng, data):
     return out.getvalue()
 
 
-# Pickles -------------------------------------------------------------------------------------------------------------------------
+# Pickles -----------------------------------------------------------------------------------------
 
 NAMES = [
     "os system", "posix system", "builtins exec", "builtins eval", "builtins print", "builtins getattr", "builtins set", "builtins bytearray",
@@ -259,9 +320,18 @@ NAMES = [
     "_codecs encode", "torch.serialization _get_layout", "pathlib PosixPath", "a\x1b[2J b",
     "torch.distributed.checkpoint.metadata ChunkStorageMetadata", "torch.distributed.checkpoint.metadata TensorProperties",
 ]  # fmt: skip
-LAUGHS = b")" + b"".join(b"r" + struct.pack("<I", 900 + k) + b"j" + struct.pack("<I", 900 + k) + b"\x86" for k in range(45))
-RUNS = [b"cos\nsystem\nX\x0c\x00\x00\x00touch canary\x85R", b"cbuiltins\nprint\nX\x06\x00\x00\x00canary\x85R"]
-RUNS += [b"cbuiltins\nexec\nX\x13\x00\x00\x00open('canary', 'w+')\x85R", b"cposix\nsystem\nX\x0c\x00\x00\x00touch canary\x85R"]
+LAUGHS = b")" + b"".join(
+    b"r" + struct.pack("<I", 900 + k) + b"j" + struct.pack("<I", 900 + k) + b"\x86"
+    for k in range(45)
+)
+RUNS = [
+    b"cos\nsystem\nX\x0c\x00\x00\x00touch canary\x85R",
+    b"cbuiltins\nprint\nX\x06\x00\x00\x00canary\x85R",
+]
+RUNS += [
+    b"cbuiltins\nexec\nX\x13\x00\x00\x00open('canary', 'w+')\x85R",
+    b"cposix\nsystem\nX\x0c\x00\x00\x00touch canary\x85R",
+]
 DEEP = b"]" * 2000 + b"a" * 1999
 BITS = [
     b"N",
@@ -304,9 +374,13 @@ def gadget(rng):
     if way == 5:
         return rng.choice((b"X", b"B", b"T")) + struct.pack("<I", number(rng) & 0xFFFFFFFF)
     if way == 6:
-        return rng.choice((b"\x8d", b"\x8e", b"\x95", b"\x96")) + struct.pack("<Q", number(rng) & (1 << 64) - 1)
+        return rng.choice((b"\x8d", b"\x8e", b"\x95", b"\x96")) + struct.pack(
+            "<Q", number(rng) & (1 << 64) - 1
+        )
     if way == 7:
-        return name(rng) + rng.choice((large(rng) + b"\x85R", b")R", b"h" + bytes([rng.randrange(40)]) + b"\x85R", b""))
+        return name(rng) + rng.choice(
+            (large(rng) + b"\x85R", b")R", b"h" + bytes([rng.randrange(40)]) + b"\x85R", b"")
+        )
     if way == 8:
         return rng.choice((DEEP, b"(" * 500, LAUGHS))
     return rng.choice(BITS)
@@ -323,7 +397,9 @@ def name(rng):
 
 
 def instructions(data):
-    """Byte ranges of the instructions of all pickles that follow each other in the data; and where the last ends."""
+    """Byte ranges of the instructions of all pickles that follow each other in the data; and where
+    the last ends.
+    """
     spans, stream = [], io.BytesIO(data)
     try:
         while len(spans) < 100_000:
@@ -360,9 +436,15 @@ def damage_pickle(rng, data):
     if way == 5 and (names := [s for s in spans if data[s[0] : s[0] + 1] == b"c"]):
         begin, end = rng.choice(names)
         return data[:begin] + name(rng) + data[end:]
-    if way == 6 and (numbers := [s for s in spans if data[s[0] : s[0] + 1] in (b"J", b"K", b"M", b"\x8a")]):
+    if way == 6 and (
+        numbers := [s for s in spans if data[s[0] : s[0] + 1] in (b"J", b"K", b"M", b"\x8a")]
+    ):
         begin, end = rng.choice(numbers)
-        return data[:begin] + (large(rng) if rng.random() < 0.5 else b"K" + bytes([rng.randrange(8)])) + data[end:]
+        return (
+            data[:begin]
+            + (large(rng) if rng.random() < 0.5 else b"K" + bytes([rng.randrange(8)]))
+            + data[end:]
+        )
     if op in b"XU\x8c" and rng.random() < 0.5:
         text = rng.choice(ODD).encode("utf-8", "surrogatepass")
         return data[:begin] + b"X" + struct.pack("<I", len(text)) + text + data[end:]
@@ -370,7 +452,7 @@ def damage_pickle(rng, data):
     return data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :]
 
 
-# Metadata of torch.distributed.checkpoint ------------------------------------------------------------------------------------------
+# Metadata of torch.distributed.checkpoint --------------------------------------------------------
 
 
 def damage_metadata(rng, data):
@@ -383,9 +465,14 @@ def damage_metadata(rng, data):
 def change_metadata(rng, metadata):
     names, way = list(metadata.state_dict_metadata), rng.randrange(8)
     key = rng.choice(names)
-    tensor, place_ = metadata.state_dict_metadata[key], rng.choice(list(metadata.storage_data.values()))
+    tensor, place_ = (
+        metadata.state_dict_metadata[key],
+        rng.choice(list(metadata.storage_data.values())),
+    )
     if way == 0:
-        place_.relative_path = rng.choice([*ODD[:8], ".metadata", "__0_1.distcp", 3, None, ("a",) * 3])
+        place_.relative_path = rng.choice(
+            [*ODD[:8], ".metadata", "__0_1.distcp", 3, None, ("a",) * 3]
+        )
     elif way == 1:
         place_.offset = rng.choice((number(rng), place_.offset + 1, "x", None))
     elif way == 2:
@@ -393,16 +480,38 @@ def change_metadata(rng, metadata):
     elif way == 3 and hasattr(tensor, "chunks"):
         chunk = rng.choice(tensor.chunks)
         which = rng.choice(("offsets", "sizes"))
-        setattr(chunk, which, tuple(rng.choice((number(rng), v)) for v in getattr(chunk, which)) + rng.choice(((), (), (1,))))
+        setattr(
+            chunk,
+            which,
+            tuple(rng.choice((number(rng), v)) for v in getattr(chunk, which))
+            + rng.choice(((), (), (1,))),
+        )
     elif way == 4 and hasattr(tensor, "chunks"):
         tensor.chunks = rng.choice(([], tensor.chunks * 2, [None], 3))
     elif way == 5 and hasattr(tensor, "size"):
-        tensor.size = rng.choice(((*tensor.size, number(rng)), tuple(tensor.size)[:-1], (1 << 40,) * 3, [3, 5], None, (2,) * 100))
+        tensor.size = rng.choice(
+            (
+                (*tensor.size, number(rng)),
+                tuple(tensor.size)[:-1],
+                (1 << 40,) * 3,
+                [3, 5],
+                None,
+                (2,) * 100,
+            )
+        )
     elif way == 6:
         other = rng.choice(names)
         metadata.state_dict_metadata[key] = metadata.state_dict_metadata[other]
         metadata.planner_data = rng.choice(
-            (None, {key: (other,)}, {n: ("a", n) for n in names}, dict.fromkeys(names, ("same",)), {key: ("a",) * 5000})
+            (
+                None,
+                {key: (other,)},
+                {n: ("a", n) for n in names},
+                dict.fromkeys(names, ("same",)),
+                {key: ("a",) * 5000},
+            )
         )
     else:
-        metadata.storage_data = rng.choice(({}, None, dict(list(metadata.storage_data.items())[1:]), {3: place_}))
+        metadata.storage_data = rng.choice(
+            ({}, None, dict(list(metadata.storage_data.items())[1:]), {3: place_})
+        )

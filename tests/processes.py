@@ -70,13 +70,17 @@ class Child(subprocess.Popen):
 def wait(*children, until=None, every=0.02):
     """Until all have ended; with until, until it is true or one has ended. They are one job:
     while one gets on, another may wait for it. When they hang: an error with their output."""
-    patience = Patience(*(c.pid for c in children), written=lambda: sum(c.written() for c in children))
+    patience = Patience(
+        *(c.pid for c in children), written=lambda: sum(c.written() for c in children)
+    )
     ended = any if until else all
     try:
         while not (until and until()) and not ended(c.poll() is not None for c in children):
             if patience.hung():
                 said = "\n".join(c.output(name)[-2000:] for c in children for name in c.files)
-                raise AssertionError(f"no end, no output, no use of the CPU: {[c.args for c in children]}\n{said}")
+                raise AssertionError(
+                    f"no end, no output, no use of the CPU: {[c.args for c in children]}\n{said}"
+                )
             time.sleep(every)
     except BaseException:
         end(*children)
@@ -96,7 +100,9 @@ def finish(*children):
     """Waits for children and whatever they left running is ended: exit status and texts of each."""
     wait(*children)
     end(*children)
-    return [subprocess.CompletedProcess(c.args, c.returncode, *map(c.output, c.files)) for c in children]
+    return [
+        subprocess.CompletedProcess(c.args, c.returncode, *map(c.output, c.files)) for c in children
+    ]
 
 
 def run(command, **options):

@@ -1,4 +1,6 @@
-"""Ranks for tests: processes of one gloo job that stay alive over many tests and run functions in groups of any size."""
+"""Ranks for tests: processes of one gloo job that stay alive over many tests and run functions in
+groups of any size.
+"""
 
 import datetime
 import importlib
@@ -19,8 +21,9 @@ LIMIT = datetime.timedelta(hours=2)  # of gloo; Ranks.run sees long before that 
 
 
 class Ranks:
-    """run(size, function, *arguments): function(group, *arguments) on the first `size` ranks -> their results. Functions are module-level ones of a
-    test file. A failure on a rank fails the test with that rank's traceback, and the job is started anew."""
+    """run(size, function, *arguments): function(group, *arguments) on the first `size` ranks ->
+    their results. Functions are module-level ones of a test file. A failure on a rank fails the
+    test with that rank's traceback, and the job is started anew."""
 
     def __init__(self):
         self.processes = []
@@ -70,7 +73,11 @@ class Ranks:
             except queue.Empty:
                 if dead or patience.hung():
                     self.stop()
-                    raise AssertionError(f"ranks {dead} died" if dead else "the ranks hang: no answer, no use of the CPU") from None
+                    raise AssertionError(
+                        f"ranks {dead} died"
+                        if dead
+                        else "the ranks hang: no answer, no use of the CPU"
+                    ) from None
 
 
 def _end_with_parent():
@@ -82,7 +89,9 @@ def _end_with_parent():
 def _serve(rank, store, tasks, results):
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE, timeout=LIMIT)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE, timeout=LIMIT
+    )
     groups = {size: dist.new_group(list(range(size)), timeout=LIMIT) for size in range(1, SIZE + 1)}
     while True:
         size, module, name, arguments = tasks.get()

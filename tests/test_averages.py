@@ -1,4 +1,6 @@
-"""Closed-form schemes against torch.optim.swa_utils and direct averaging, and as points of the subspace."""
+"""Closed-form schemes against torch.optim.swa_utils and direct averaging, and as points of the
+subspace.
+"""
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ def run(tmp_path):
     """7 candidates of a small model: (model factory, states, Candidates)."""
 
     def make():
-        return torch.nn.Sequential(torch.nn.Linear(5, 130), torch.nn.ReLU(), torch.nn.Linear(130, 3))
+        return torch.nn.Sequential(
+            torch.nn.Linear(5, 130), torch.nn.ReLU(), torch.nn.Linear(130, 3)
+        )
 
     states = []
     for k in range(7):
@@ -24,7 +28,10 @@ def run(tmp_path):
 
 
 def averaged(states, beta):
-    return {key: sum(b * s[key].double() for b, s in zip(beta.tolist(), states, strict=True)) for key in states[0]}
+    return {
+        key: sum(b * s[key].double() for b, s in zip(beta.tolist(), states, strict=True))
+        for key in states[0]
+    }
 
 
 def swa_utils(make, states, multi_avg_fn):
@@ -49,13 +56,22 @@ def test_uniform_is_swa(run):
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
 def test_ema(run, decay):
     make, states, _ = run
-    close(averaged(states, schemes.ema(7, decay)), swa_utils(make, states, get_ema_multi_avg_fn(decay)))
+    close(
+        averaged(states, schemes.ema(7, decay)),
+        swa_utils(make, states, get_ema_multi_avg_fn(decay)),
+    )
 
 
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize(
     "beta",
-    [schemes.uniform(7), schemes.ema(7, 0.7), schemes.lawa(7, 3), schemes.candidate(7, 0), schemes.candidate(7, -1)],
+    [
+        schemes.uniform(7),
+        schemes.ema(7, 0.7),
+        schemes.lawa(7, 3),
+        schemes.candidate(7, 0),
+        schemes.candidate(7, -1),
+    ],
     ids=["uniform", "ema", "lawa", "first", "last"],
 )
 @pytest.mark.parametrize("center", ["mean", "last", 2])
@@ -66,12 +82,21 @@ def test_every_scheme_is_a_point_of_the_subspace(run, beta, bits, center):
     subspace.set_merge_weights(beta)
     scale = max(s.abs().max() for s in states[0].values())
     for key, value in averaged(states, beta).items():
-        assert (model.state_dict()[key].double() - value).abs().max() <= (1e-6 if bits == 32 else 0.02) * scale
-    torch.testing.assert_close(subspace.merge_weights(), beta[:, None].expand(-1, 4), rtol=1e-5, atol=1e-6)
+        assert (model.state_dict()[key].double() - value).abs().max() <= (
+            1e-6 if bits == 32 else 0.02
+        ) * scale
+    torch.testing.assert_close(
+        subspace.merge_weights(), beta[:, None].expand(-1, 4), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_sums_are_one():
-    for beta in (schemes.uniform(9), schemes.ema(9, 0.95), schemes.lawa(9, 9), schemes.candidate(9, 4)):
+    for beta in (
+        schemes.uniform(9),
+        schemes.ema(9, 0.95),
+        schemes.lawa(9, 9),
+        schemes.candidate(9, 4),
+    ):
         assert float(beta.sum()) == pytest.approx(1.0, abs=1e-12)
 
 
@@ -83,7 +108,9 @@ def test_wsm_of_a_linear_decay_is_the_plain_mean_of_the_last():
 @pytest.mark.parametrize("decay", schemes.DECAYS)
 @pytest.mark.parametrize("k", [1, 2, 5, 7])
 def test_wsm_is_a_run_whose_rate_decays(decay, k):
-    """Updates that do not depend on where the run is, scaled by the decay: the run's end is the merge."""
+    """Updates that do not depend on where the run is, scaled by the decay: the run's end is the
+    merge.
+    """
     n, m, f = 7, 7 - k, schemes.DECAYS[decay]
     theta = torch.randn(n, 11, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
     end = theta[m].clone()
@@ -91,7 +118,11 @@ def test_wsm_is_a_run_whose_rate_decays(decay, k):
         end += f(torch.tensor((j - m) / k, dtype=torch.float64)) * (theta[j] - theta[j - 1])
     beta = schemes.wsm(n, k, decay)
     torch.testing.assert_close(beta @ theta, end)
-    assert (beta >= 0).all() and not beta[:m].any() and float(beta.sum()) == pytest.approx(1.0, abs=1e-12)
+    assert (
+        (beta >= 0).all()
+        and not beta[:m].any()
+        and float(beta.sum()) == pytest.approx(1.0, abs=1e-12)
+    )
 
 
 def test_greedy_soup():

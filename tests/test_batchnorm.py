@@ -22,11 +22,19 @@ def expected(m, batches):
     outputs = [m[0](b) for b in batches]
     sizes = torch.tensor([float(len(b)) for b in batches])
     share = (sizes / sizes.sum())[:, None]
-    return (share * torch.stack([o.mean(0) for o in outputs])).sum(0), (share * torch.stack([o.var(0) for o in outputs])).sum(0)
+    return (share * torch.stack([o.mean(0) for o in outputs])).sum(0), (
+        share * torch.stack([o.var(0) for o in outputs])
+    ).sum(0)
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda b: b, lambda b: (b, torch.zeros(len(b))), lambda b: [b], lambda b: {"input": b, "labels": torch.zeros(len(b))}]
+    "wrap",
+    [
+        lambda b: b,
+        lambda b: (b, torch.zeros(len(b))),
+        lambda b: [b],
+        lambda b: {"input": b, "labels": torch.zeros(len(b))},
+    ],
 )
 def test_batches_of_every_kind_with_a_ragged_last(wrap):
     m = model()

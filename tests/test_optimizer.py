@@ -26,7 +26,10 @@ def candidates(tmp_path):
     return twa.Candidates(tmp_path / "c*.safetensors")
 
 
-X, Y = torch.randn(64, 6, generator=torch.Generator().manual_seed(0)), torch.randn(64, 1, generator=torch.Generator().manual_seed(1))
+X, Y = (
+    torch.randn(64, 6, generator=torch.Generator().manual_seed(0)),
+    torch.randn(64, 1, generator=torch.Generator().manual_seed(1)),
+)
 
 
 def loss(model, dtype=torch.float32):
@@ -35,16 +38,31 @@ def loss(model, dtype=torch.float32):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_projected_sgd_is_sgd_on_coefficients(candidates, momentum):
-    """The conference method, theta <- theta - lr * Q^T Q grad with orthonormal Q, step by step in float64."""
+    """The conference method, theta <- theta - lr * Q^T Q grad with orthonormal Q, step by step in
+    float64.
+    """
     ours, theirs = make().double(), make().double()
-    subspace = twa.Subspace.from_candidates(ours, candidates, bits=32, granularity="model", center="last")
+    subspace = twa.Subspace.from_candidates(
+        ours, candidates, bits=32, granularity="model", center="last"
+    )
     shapes = [p.shape for p in ours.parameters()]
-    W = torch.stack([torch.cat([c.tensor(n).flatten() for n in subspace.layout.trained]) for c in candidates]).double()
+    W = torch.stack(
+        [torch.cat([c.tensor(n).flatten() for n in subspace.layout.trained]) for c in candidates]
+    ).double()
     Q = torch.linalg.qr(W.T)[0].T  # (n, D)
     pieces = list(Q.split([s.numel() for s in shapes], dim=1))
-    basis = DenseBasis(pieces, [0] * len(pieces), torch.ones(5, 1, dtype=torch.float64), tuple(shapes))
+    basis = DenseBasis(
+        pieces, [0] * len(pieces), torch.ones(5, 1, dtype=torch.float64), tuple(shapes)
+    )
     center = [c.double() for c in subspace.center]
-    subspace = twa.Subspace(subspace.placement, basis, center, subspace.center_weights, Segments(["model"], [0] * len(pieces)), basis.divisor)
+    subspace = twa.Subspace(
+        subspace.placement,
+        basis,
+        center,
+        subspace.center_weights,
+        Segments(["model"], [0] * len(pieces)),
+        basis.divisor,
+    )
     subspace.write_weights()
     theirs.load_state_dict(ours.state_dict())
     optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.1, momentum=momentum)
@@ -58,7 +76,9 @@ def test_projected_sgd_is_sgd_on_coefficients(candidates, momentum):
         g = torch.cat([p.grad.flatten() for p in theirs.parameters()])
         velocity = momentum * velocity + Q.T @ (Q @ g)
         with torch.no_grad():
-            for p, v in zip(theirs.parameters(), velocity.split([s.numel() for s in shapes]), strict=True):
+            for p, v in zip(
+                theirs.parameters(), velocity.split([s.numel() for s in shapes]), strict=True
+            ):
                 p -= 0.1 * v.view_as(p)
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -67,7 +87,11 @@ def test_projected_sgd_is_sgd_on_coefficients(candidates, momentum):
 @pytest.mark.parametrize("bits", [32, 8, 4, 2])
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(torch.optim.SGD, dict(lr=0.1, momentum=0.9)), (torch.optim.AdamW, dict(lr=0.02)), (torch.optim.Adagrad, dict(lr=0.2))],
+    [
+        (torch.optim.SGD, dict(lr=0.1, momentum=0.9)),
+        (torch.optim.AdamW, dict(lr=0.02)),
+        (torch.optim.Adagrad, dict(lr=0.2)),
+    ],
 )
 def test_any_torch_optimizer_lowers_the_loss(candidates, bits, kind, options):
     model = make()
@@ -86,7 +110,9 @@ def test_any_torch_optimizer_lowers_the_loss(candidates, bits, kind, options):
 def test_lbfgs_with_a_closure(candidates):
     model = make()
     subspace = twa.Subspace.from_candidates(model, candidates)
-    optimizer = twa.SubspaceOptimizer(subspace, torch.optim.LBFGS, lr=1.0, max_iter=20, line_search_fn="strong_wolfe")
+    optimizer = twa.SubspaceOptimizer(
+        subspace, torch.optim.LBFGS, lr=1.0, max_iter=20, line_search_fn="strong_wolfe"
+    )
     start = loss(model).item()
 
     def closure():
@@ -100,7 +126,9 @@ def test_lbfgs_with_a_closure(candidates):
 
 
 def test_gradient_of_coefficients_is_the_true_gradient(candidates):
-    """x.grad against finite differences of the loss along each coefficient, for the quantised basis itself."""
+    """x.grad against finite differences of the loss along each coefficient, for the quantised basis
+    itself.
+    """
     model = make()
     subspace = twa.Subspace.from_candidates(model, candidates, bits=2, granularity="tensor")
     loss(model).backward()
@@ -114,7 +142,9 @@ def test_gradient_of_coefficients_is_the_true_gradient(candidates):
             values.append(loss(model).item())
             with torch.no_grad():
                 subspace.coefficients[i, l] = 0
-        assert (values[0] - values[1]) / (2 * h) == pytest.approx(c[i, l].item(), rel=0.05, abs=2e-4)
+        assert (values[0] - values[1]) / (2 * h) == pytest.approx(
+            c[i, l].item(), rel=0.05, abs=2e-4
+        )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +157,9 @@ def test_gradient_of_coefficients_is_the_true_gradient(candidates):
 )
 def test_schedulers_drive_the_inner_optimizer(candidates, make_schedule):
     model = make()
-    optimizer = twa.SubspaceOptimizer(twa.Subspace.from_candidates(model, candidates), torch.optim.AdamW, lr=0.1)
+    optimizer = twa.SubspaceOptimizer(
+        twa.Subspace.from_candidates(model, candidates), torch.optim.AdamW, lr=0.1
+    )
     schedule = make_schedule(optimizer)
     rates = []
     for _ in range(8):
@@ -143,7 +175,9 @@ def test_schedulers_drive_the_inner_optimizer(candidates, make_schedule):
 def test_state_dict_continues_bit_identically(candidates):
     def start():
         model = make()
-        optimizer = twa.SubspaceOptimizer(twa.Subspace.from_candidates(model, candidates), torch.optim.AdamW, lr=0.05)
+        optimizer = twa.SubspaceOptimizer(
+            twa.Subspace.from_candidates(model, candidates), torch.optim.AdamW, lr=0.05
+        )
         return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
 
     def steps(model, optimizer, schedule, count):
@@ -160,17 +194,25 @@ def test_state_dict_continues_bit_identically(candidates):
     second = start()
     second[1].load_state_dict(first[1].state_dict())
     second[2].load_state_dict(first[2].state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True)
+    )
     steps(*second, 3)
     assert torch.equal(whole[1].subspace.coefficients, second[1].subspace.coefficients)
-    assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), second[0].parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole[0].parameters(), second[0].parameters(), strict=True)
+    )
 
 
 def test_gradient_accumulation(candidates):
     results = []
     for parts in (1, 4):
         model = make()
-        optimizer = twa.SubspaceOptimizer(twa.Subspace.from_candidates(model, candidates), torch.optim.SGD, lr=0.1)
+        optimizer = twa.SubspaceOptimizer(
+            twa.Subspace.from_candidates(model, candidates), torch.optim.SGD, lr=0.1
+        )
         for x, y in zip(X.chunk(parts), Y.chunk(parts), strict=True):
             ((model(x) - y).square().mean() / parts).backward()
         optimizer.step()
@@ -185,7 +227,9 @@ def test_bad_use(candidates):
         optimizer.step()
     with pytest.raises(ValueError, match="coefficients only"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
-    other = twa.SubspaceOptimizer(twa.Subspace.from_candidates(model, candidates, center="last"), lr=0.1)
+    other = twa.SubspaceOptimizer(
+        twa.Subspace.from_candidates(model, candidates, center="last"), lr=0.1
+    )
     with pytest.raises(ValueError, match="another subspace: center_weights"):
         optimizer.load_state_dict(other.state_dict())
 
@@ -197,7 +241,9 @@ def test_copies_are_whole(candidates):
     for o in (optimizer, twin):
         loss(o.subspace.model).backward()
         o.step()
-    assert twin.subspace.model is not model and torch.equal(twin.subspace.coefficients, optimizer.subspace.coefficients)
+    assert twin.subspace.model is not model and torch.equal(
+        twin.subspace.coefficients, optimizer.subspace.coefficients
+    )
     calls = []
     optimizer.register_state_dict_post_hook(lambda o, s: calls.append("saved"))
     optimizer.register_step_post_hook(lambda o, a, k: calls.append("stepped"))
@@ -210,10 +256,14 @@ def test_copies_are_whole(candidates):
 
 
 def test_stale_graphs_are_refused(candidates):
-    """Weights change in place: as with every torch optimizer, going back through the old ones is an error, not a wrong gradient."""
+    """Weights change in place: as with every torch optimizer, going back through the old ones is an
+    error, not a wrong gradient.
+    """
     for bits in (4, 32):
         model = make()
-        optimizer = twa.SubspaceOptimizer(twa.Subspace.from_candidates(model, candidates, bits=bits), lr=0.1)
+        optimizer = twa.SubspaceOptimizer(
+            twa.Subspace.from_candidates(model, candidates, bits=bits), lr=0.1
+        )
         first, second = loss(model), loss(model)
         first.backward()
         optimizer.step()
@@ -227,8 +277,12 @@ def test_low_memory_is_the_same_training(candidates, bits, granularity):
     runs = []
     for low_memory in (False, True):
         model = make()
-        subspace = twa.Subspace.from_candidates(model, candidates, bits=bits, granularity=granularity)
-        optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.02, low_memory=low_memory)
+        subspace = twa.Subspace.from_candidates(
+            model, candidates, bits=bits, granularity=granularity
+        )
+        optimizer = twa.SubspaceOptimizer(
+            subspace, torch.optim.AdamW, lr=0.02, low_memory=low_memory
+        )
         for _ in range(5):
             for x, y in zip(X.chunk(2), Y.chunk(2), strict=True):  # accumulates
                 (model(x) - y).square().mean().backward()
@@ -273,8 +327,12 @@ def test_low_memory_with_tied_weights_and_a_grad_scaler(tmp_path):
 
 def test_low_memory_hooks_come_and_go(candidates):
     model = make()
-    first = twa.SubspaceOptimizer(twa.Subspace.from_candidates(model, candidates), low_memory=True, lr=0.1)
-    second = twa.SubspaceOptimizer(twa.Subspace.from_candidates(model, candidates), low_memory=True, lr=0.1)
+    first = twa.SubspaceOptimizer(
+        twa.Subspace.from_candidates(model, candidates), low_memory=True, lr=0.1
+    )
+    second = twa.SubspaceOptimizer(
+        twa.Subspace.from_candidates(model, candidates), low_memory=True, lr=0.1
+    )
     with pytest.raises(RuntimeError, match="another low_memory optimizer"):
         loss(model).backward()
     first.close()
@@ -289,7 +347,9 @@ def test_low_memory_hooks_come_and_go(candidates):
 
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_copies_with_a_scheduler(candidates, low_memory):
-    optimizer = twa.SubspaceOptimizer(twa.Subspace.from_candidates(make(), candidates), lr=0.1, low_memory=low_memory)
+    optimizer = twa.SubspaceOptimizer(
+        twa.Subspace.from_candidates(make(), candidates), lr=0.1, low_memory=low_memory
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1.0)
     twin = pickle.loads(pickle.dumps(optimizer)) if not low_memory else copy.deepcopy(optimizer)
     for o in (optimizer, twin):
@@ -300,14 +360,27 @@ def test_copies_with_a_scheduler(candidates, low_memory):
     assert torch.equal(twin.subspace.coefficients, optimizer.subspace.coefficients)
 
 
-@pytest.mark.parametrize("change", [{"precondition": True}, {"normalize": "none"}, {"granularity": "model"}, {"bits": 8}])
+@pytest.mark.parametrize(
+    "change", [{"precondition": True}, {"normalize": "none"}, {"granularity": "model"}, {"bits": 8}]
+)
 def test_state_of_another_subspace_is_refused(candidates, change):
-    saved = twa.SubspaceOptimizer(twa.Subspace.from_candidates(make(), candidates, **change), lr=0.1).state_dict()
-    with pytest.raises(ValueError, match=f"another subspace: {'segment_of' if 'granularity' in change else next(iter(change))}"):
-        twa.SubspaceOptimizer(twa.Subspace.from_candidates(make(), candidates), lr=0.1).load_state_dict(saved)
+    saved = twa.SubspaceOptimizer(
+        twa.Subspace.from_candidates(make(), candidates, **change), lr=0.1
+    ).state_dict()
+    with pytest.raises(
+        ValueError,
+        match=(
+            f"another subspace: {'segment_of' if 'granularity' in change else next(iter(change))}"
+        ),
+    ):
+        twa.SubspaceOptimizer(
+            twa.Subspace.from_candidates(make(), candidates), lr=0.1
+        ).load_state_dict(saved)
 
 
 def test_low_memory_without_backward(candidates):
-    optimizer = twa.SubspaceOptimizer(twa.Subspace.from_candidates(make(), candidates), low_memory=True, lr=0.1)
+    optimizer = twa.SubspaceOptimizer(
+        twa.Subspace.from_candidates(make(), candidates), low_memory=True, lr=0.1
+    )
     with pytest.raises(RuntimeError, match="no gradient has reached the coefficients"):
         optimizer.step()

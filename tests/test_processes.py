@@ -1,4 +1,6 @@
-"""The waits of the other tests: a child that hangs is ended with its own children, one that gets on is not."""
+"""The waits of the other tests: a child that hangs is ended with its own children, one that gets on
+is not.
+"""
 
 import os
 import sys
@@ -8,7 +10,9 @@ from pathlib import Path
 import processes
 import pytest
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc: elsewhere nothing hangs")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="needs /proc: elsewhere nothing hangs"
+)
 HANGS = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(10_000)"])
@@ -49,16 +53,23 @@ def test_patience_starts_anew_when_a_child_gets_on(monkeypatch, what):
         return patience.hung()
 
     assert not any(look(2 * processes.STEP) for _ in range(2 * processes.QUIET_LOOKS))
-    assert [look(0) for _ in range(processes.QUIET_LOOKS + 1)].index(True) >= processes.QUIET_LOOKS - 1
+    assert [look(0) for _ in range(processes.QUIET_LOOKS + 1)].index(
+        True
+    ) >= processes.QUIET_LOOKS - 1
     assert not look(2 * processes.STEP)
 
 
 def test_cpu_time_is_that_of_children_too():
-    before, code = processes.cpu_seconds(os.getpid()), "import time\nwhile time.process_time() < 0.5: pass"
+    before, code = (
+        processes.cpu_seconds(os.getpid()),
+        "import time\nwhile time.process_time() < 0.5: pass",
+    )
     assert processes.run([sys.executable, "-c", code]).returncode == 0
     assert processes.cpu_seconds(os.getpid()) - before > 0.4
 
 
 def test_exit_status_and_output():
-    done = processes.run([sys.executable, "-c", "import sys; print(1); print(2, file=sys.stderr); sys.exit(3)"])
+    done = processes.run(
+        [sys.executable, "-c", "import sys; print(1); print(2, file=sys.stderr); sys.exit(3)"]
+    )
     assert (done.returncode, done.stdout, done.stderr) == (3, "1\n", "2\n")

@@ -1,4 +1,6 @@
-"""The examples of README.md and docs/tasks.md run as they stand, with the names that they take for granted."""
+"""The examples of README.md and docs/tasks.md run as they stand, with the names that they take for
+granted.
+"""
 
 import re
 from pathlib import Path
@@ -6,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from twa.merge.run import Average
 from twa.io.candidates import Candidates
+from twa.merge.run import Average
 from twa.merge.settings import Settings, TwaMethod
 from twa.tasks.contract import load_task
 
@@ -21,7 +23,9 @@ def examples(path):
 
 
 def net():
-    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 1)
+    )
 
 
 def loss(model, batch):
@@ -35,13 +39,20 @@ def trainer(tmp_path, monkeypatch):
     for k in range(4):
         torch.manual_seed(k)
         save_file(net().state_dict(), f"run/step_{k}.safetensors")
-    return {"model": net(), "loss": loss, "loader": [(torch.randn(16, 6), torch.randn(16, 1)) for _ in range(5)], "twa_kernels": tk}
+    return {
+        "model": net(),
+        "loss": loss,
+        "loader": [(torch.randn(16, 6), torch.randn(16, 1)) for _ in range(5)],
+        "twa_kernels": tk,
+    }
 
 
 def test_trainer_example(trainer, tmp_path):
     code = next(e for e in examples("README.md") if "SubspaceOptimizer" in e)
     exec(code, trainer)
-    assert (tmp_path / "out" / "averaged.safetensors").exists() and (tmp_path / "out" / "coefficients.json").exists()
+    assert (tmp_path / "out" / "averaged.safetensors").exists() and (
+        tmp_path / "out" / "coefficients.json"
+    ).exists()
 
 
 def test_kernel_examples():
@@ -60,7 +71,9 @@ def test_kernel_examples():
     kernels = [e for e in examples("README.md") if "tk." in e]
     assert len(kernels) == 4
     exec(kernels[0], names)
-    assert names["c"].shape == (3, 2) and [t.shape for t in names["theta"]] == [torch.Size(s) for s in shapes]
+    assert names["c"].shape == (3, 2) and [t.shape for t in names["theta"]] == [
+        torch.Size(s) for s in shapes
+    ]
     exec(kernels[1], names)
     assert names["x"].grad.shape == (3, 6) and names["x"].grad.abs().sum() > 0
     before = names["model"][0].weight.detach().clone()
@@ -78,6 +91,14 @@ def test_task_example(tmp_path):
         torch.manual_seed(k)
         save_file(torch.nn.Linear(10, 1).state_dict(), tmp_path / f"c{k}.safetensors")
     methods = (TwaMethod("t", "tensor", 4), TwaMethod("v", "model", 4))
-    job = Average(load_task(str(task_file)), Candidates(tmp_path / "c*.safetensors"), Settings(methods, steps=30), progress=False)
+    job = Average(
+        load_task(str(task_file)),
+        Candidates(tmp_path / "c*.safetensors"),
+        Settings(methods, steps=30),
+        progress=False,
+    )
     outcome = job.run()
-    assert outcome.winner.method.startswith("TWA") and outcome.winner.val_loss < outcome.results[1].val_loss
+    assert (
+        outcome.winner.method.startswith("TWA")
+        and outcome.winner.val_loss < outcome.results[1].val_loss
+    )

@@ -1,4 +1,6 @@
-"""Subspace: what becomes of tied, frozen, integer, constant and mixed-dtype tensors; export; granularity; streaming."""
+"""Subspace: what becomes of tied, frozen, integer, constant and mixed-dtype tensors; export;
+granularity; streaming.
+"""
 
 import json
 
@@ -7,8 +9,8 @@ import torch
 import twa
 from safetensors.torch import load_file, save_file
 from torch import nn
-from twa.io.candidates import CandidateError
 from twa.basis.segments import segment_labels
+from twa.io.candidates import CandidateError
 
 
 class Zoo(nn.Module):
@@ -28,7 +30,9 @@ class Zoo(nn.Module):
         self.register_buffer("scratch", torch.zeros(2), persistent=False)
 
     def forward(self, tokens):
-        return self.head(self.norm(self.frozen(self.embed(tokens)))) * self.scale + self.constant.sum()
+        return (
+            self.head(self.norm(self.frozen(self.embed(tokens)))) * self.scale + self.constant.sum()
+        )
 
 
 def zoo_state(k, tied_name="embed.weight"):
@@ -45,7 +49,10 @@ def zoo_state(k, tied_name="embed.weight"):
 
 def save_zoo(folder, dtype=torch.float32, **options):
     for k in range(3):
-        state = {key: t.to(dtype) if t.is_floating_point() else t for key, t in zoo_state(k, **options).items()}
+        state = {
+            key: t.to(dtype) if t.is_floating_point() else t
+            for key, t in zoo_state(k, **options).items()
+        }
         save_file(state, folder / f"c{k}.safetensors")
     return twa.Candidates(folder / "c*.safetensors")
 
@@ -56,11 +63,22 @@ def test_every_kind_of_tensor(tmp_path, bits, tied_name):
     candidates = save_zoo(tmp_path, tied_name=tied_name)
     model = Zoo()
     subspace = twa.Subspace.from_candidates(model, candidates, bits=bits)
-    mean = {k: torch.stack([zoo_state(i, tied_name)[k].double() for i in range(3)]).mean(0) for k in candidates.info}
-    assert list(subspace.layout.trained) == ["scale", "constant", "embed.weight", "norm.weight", "norm.bias"]
+    mean = {
+        k: torch.stack([zoo_state(i, tied_name)[k].double() for i in range(3)]).mean(0)
+        for k in candidates.info
+    }
+    assert list(subspace.layout.trained) == [
+        "scale",
+        "constant",
+        "embed.weight",
+        "norm.weight",
+        "norm.bias",
+    ]
     assert model.head.weight is model.embed.weight
     torch.testing.assert_close(model.embed.weight.double(), mean[tied_name], rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(model.frozen.weight.double(), mean["frozen.weight"], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        model.frozen.weight.double(), mean["frozen.weight"], rtol=1e-6, atol=1e-7
+    )
     torch.testing.assert_close(model.norm.running_mean, torch.full((6,), 1.0))
     assert model.norm.num_batches_tracked == 102 and model.mask.tolist() == [True, True]
     assert torch.equal(model.constant, torch.full((3,), 0.1))
@@ -72,20 +90,29 @@ def test_every_kind_of_tensor(tmp_path, bits, tied_name):
         optimizer.step()
         optimizer.zero_grad()
     assert all(torch.isfinite(p).all() for p in model.parameters())
-    assert torch.equal(model.constant, torch.full((3,), 0.1)) and torch.equal(model.frozen.weight, frozen)
-    assert model.embed.weight is model.head.weight and not torch.equal(model.embed.weight.double(), mean[tied_name])
+    assert torch.equal(model.constant, torch.full((3,), 0.1)) and torch.equal(
+        model.frozen.weight, frozen
+    )
+    assert model.embed.weight is model.head.weight and not torch.equal(
+        model.embed.weight.double(), mean[tied_name]
+    )
     beta = subspace.merge_weights()
     torch.testing.assert_close(beta.sum(0), torch.ones(5, dtype=torch.float64))
 
     subspace.save(tmp_path / "out")
     exported = load_file(tmp_path / "out" / "averaged.safetensors")
-    assert {k: (tuple(t.shape), t.dtype) for k, t in exported.items()} == {k: (i.shape, i.dtype) for k, i in candidates.info.items()}
+    assert {k: (tuple(t.shape), t.dtype) for k, t in exported.items()} == {
+        k: (i.shape, i.dtype) for k, i in candidates.info.items()
+    }
     fresh = Zoo()
     fresh.load_state_dict(exported, strict=False)
     model.eval(), fresh.eval()
     assert torch.equal(fresh(torch.arange(20)), model(torch.arange(20)))
     written = json.loads((tmp_path / "out" / "coefficients.json").read_text())
-    assert torch.equal(torch.tensor(written["x"]), subspace.coefficients) and written["segments"] == subspace.labels
+    assert (
+        torch.equal(torch.tensor(written["x"]), subspace.coefficients)
+        and written["segments"] == subspace.labels
+    )
 
 
 def test_dense_export_is_the_weighted_sum_of_the_files(tmp_path):
@@ -97,7 +124,9 @@ def test_dense_export_is_the_weighted_sum_of_the_files(tmp_path):
     beta = subspace.merge_weights()
     for l, name in enumerate(subspace.layout.trained):
         direct = sum(beta[i, l] * zoo_state(i)[name].double() for i in range(3))
-        torch.testing.assert_close(dict(model.named_parameters())[name].double(), direct, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            dict(model.named_parameters())[name].double(), direct, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_frozen_and_equal_in_all_candidates_keeps_its_bits(tmp_path):
@@ -126,8 +155,13 @@ def test_mixed_dtypes(tmp_path, model_dtype, file_dtype):
 def test_tied_copies_that_differ_are_refused(tmp_path):
     for k in range(2):
         state = zoo_state(k)
-        save_file(state | {"head.weight": state["embed.weight"] + k}, tmp_path / f"c{k}.safetensors")
-    with pytest.raises(CandidateError, match=r"c1\.safetensors: 'embed.weight' and 'head.weight' are one tied weight"):
+        save_file(
+            state | {"head.weight": state["embed.weight"] + k}, tmp_path / f"c{k}.safetensors"
+        )
+    with pytest.raises(
+        CandidateError,
+        match=r"c1\.safetensors: 'embed.weight' and 'head.weight' are one tied weight",
+    ):
         twa.Subspace.from_candidates(Zoo(), twa.Candidates(tmp_path / "c*.safetensors"))
 
 
@@ -135,10 +169,22 @@ def test_tied_copies_that_differ_are_refused(tmp_path):
     ("change", "message"),
     [
         (lambda s: s.pop("scale"), "tensor 'scale' of the model is missing"),
-        (lambda s: s.update(other=torch.zeros(2)), "tensor 'other' is unexpected.*the model does not have it"),
-        (lambda s: s.update({"embed.weight": torch.zeros(25, 6)}), r"vocabulary mismatch \(20 and 25 tokens\)"),
-        (lambda s: s["norm.bias"].fill_(float("nan")), r"c0\.safetensors: tensor 'norm.bias' has 6 NaN or Inf"),
-        (lambda s: s["frozen.bias"].fill_(float("inf")), r"c0\.safetensors: tensor 'frozen.bias' has 6 NaN or Inf"),
+        (
+            lambda s: s.update(other=torch.zeros(2)),
+            "tensor 'other' is unexpected.*the model does not have it",
+        ),
+        (
+            lambda s: s.update({"embed.weight": torch.zeros(25, 6)}),
+            r"vocabulary mismatch \(20 and 25 tokens\)",
+        ),
+        (
+            lambda s: s["norm.bias"].fill_(float("nan")),
+            r"c0\.safetensors: tensor 'norm.bias' has 6 NaN or Inf",
+        ),
+        (
+            lambda s: s["frozen.bias"].fill_(float("inf")),
+            r"c0\.safetensors: tensor 'frozen.bias' has 6 NaN or Inf",
+        ),
     ],
 )
 def test_files_that_do_not_fit_the_model(tmp_path, change, message):
@@ -159,16 +205,42 @@ def test_nan_in_one_candidate_names_its_file(tmp_path, center, bits):
         if k == 1:
             state["embed.weight"][4, 5] = float("nan")
         save_file(state, tmp_path / f"c{k}.safetensors")
-    with pytest.raises(CandidateError, match=r"c1\.safetensors: tensor 'embed.weight' has 1 NaN or Inf of 120 values \(the first at \[4, 5\]\)"):
-        twa.Subspace.from_candidates(Zoo(), twa.Candidates(tmp_path / "c*.safetensors"), center=center, bits=bits)
+    with pytest.raises(
+        CandidateError,
+        match=(
+            r"c1\.safetensors: tensor 'embed.weight' has 1 NaN or Inf of 120 values \(the first at"
+            r" \[4, 5\]\)"
+        ),
+    ):
+        twa.Subspace.from_candidates(
+            Zoo(), twa.Candidates(tmp_path / "c*.safetensors"), center=center, bits=bits
+        )
 
 
 def test_granularity(tmp_path):
-    names = ["embed.weight", "layers.0.a.weight", "layers.0.b.bias", "layers.1.a.weight", "head.weight", "scale"]
+    names = [
+        "embed.weight",
+        "layers.0.a.weight",
+        "layers.0.b.bias",
+        "layers.1.a.weight",
+        "head.weight",
+        "scale",
+    ]
     assert segment_labels(names, "model") == ["model"] * 6
     assert segment_labels(names, "tensor") == names
-    assert segment_labels(names, "block") == ["embed", "layers.0", "layers.0", "layers.1", "head", "scale"]
-    assert segment_labels(["0.conv.0.weight", "0.conv.1.weight", "12.bias"], "block") == ["0", "0", "12"]
+    assert segment_labels(names, "block") == [
+        "embed",
+        "layers.0",
+        "layers.0",
+        "layers.1",
+        "head",
+        "scale",
+    ]
+    assert segment_labels(["0.conv.0.weight", "0.conv.1.weight", "12.bias"], "block") == [
+        "0",
+        "0",
+        "12",
+    ]
     assert segment_labels(names, lambda name: name[0]) == ["e", "l", "l", "l", "h", "s"]
     with pytest.raises(ValueError, match=r"no segment for parameter 'head.weight'"):
         segment_labels(names, dict.fromkeys(names[:4], 0))
@@ -179,9 +251,17 @@ def test_granularity(tmp_path):
         for granularity, count in (
             ("model", 1),
             ("tensor", 5),
-            ({n: n == "scale" for n in ["scale", "constant", "embed.weight", "norm.weight", "norm.bias"]}, 2),
+            (
+                {
+                    n: n == "scale"
+                    for n in ["scale", "constant", "embed.weight", "norm.weight", "norm.bias"]
+                },
+                2,
+            ),
         ):
-            subspace = twa.Subspace.from_candidates(Zoo(), candidates, bits=bits, granularity=granularity)
+            subspace = twa.Subspace.from_candidates(
+                Zoo(), candidates, bits=bits, granularity=granularity
+            )
             assert subspace.coefficients.shape == (3, count) == (3, len(subspace.labels))
 
 

@@ -1,4 +1,6 @@
-"""Odd models for test_zoo.py, and what their averages and gradients are in plain float64 arithmetic on the candidates' own tensors."""
+"""Odd models for test_zoo.py, and what their averages and gradients are in plain float64 arithmetic
+on the candidates' own tensors.
+"""
 
 import warnings
 
@@ -21,12 +23,14 @@ def save_candidates(new_model, folder, count):
     for k in range(count):
         model = new_model()
         torch.manual_seed(k)
-        noisy = {name: p.detach() + 0.1 * torch.randn_like(p) for name, p in model.named_parameters()}
+        noisy = {
+            name: p.detach() + 0.1 * torch.randn_like(p) for name, p in model.named_parameters()
+        }
         save_file(noisy, folder / f"c{k}.safetensors")
     return twa.Candidates(folder / "c*.safetensors")
 
 
-# The animals. Each takes one input and returns a tensor. ----------------------------------------------------------------------------
+# The animals. Each takes one input and returns a tensor. -----------------------------------------
 
 
 class GPT(nn.Module):
@@ -35,7 +39,12 @@ class GPT(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed, self.position = nn.Embedding(11, 8), nn.Parameter(torch.randn(5, 8))
-        self.norm, self.qkv, self.out, self.mlp = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm, self.qkv, self.out, self.mlp = (
+            nn.LayerNorm(8),
+            nn.Linear(8, 24),
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+        )
         self.head = nn.Linear(8, 11, bias=False)
         self.head.weight = self.embed.weight
         self.register_buffer("mask", torch.full((5, 5), float("-inf")).triu(1))
@@ -54,8 +63,17 @@ class ResNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem, self.bn = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-        self.layer1 = nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, 1, 1), nn.BatchNorm2d(6))
-        self.downsample, self.fc = nn.Sequential(nn.Conv2d(4, 6, 1, 2), nn.BatchNorm2d(6, affine=False)), nn.Linear(6, 3)
+        self.layer1 = nn.Sequential(
+            nn.Conv2d(4, 6, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Conv2d(6, 6, 3, 1, 1),
+            nn.BatchNorm2d(6),
+        )
+        self.downsample, self.fc = (
+            nn.Sequential(nn.Conv2d(4, 6, 1, 2), nn.BatchNorm2d(6, affine=False)),
+            nn.Linear(6, 3),
+        )
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images):
@@ -68,14 +86,19 @@ class Frozen(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.backbone, self.head = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).requires_grad_(False), nn.Linear(5, 2)
+        self.backbone, self.head = (
+            nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).requires_grad_(False),
+            nn.Linear(5, 2),
+        )
 
     def forward(self, x):
         return self.head(self.backbone(x).tanh())
 
 
 class Shared(nn.Module):
-    """One module under two names, with its buffers; one Parameter in two modules; a transposed one; all used more than once."""
+    """One module under two names, with its buffers; one Parameter in two modules; a transposed one;
+    all used more than once.
+    """
 
     def __init__(self):
         super().__init__()
@@ -90,15 +113,28 @@ class Shared(nn.Module):
 
 
 class Odd(nn.Module):
-    """Scalars, empty tensors, one element, buffers of every kind, odd names, a parameter without a gradient, sparse gradients."""
+    """Scalars, empty tensors, one element, buffers of every kind, odd names, a parameter without a
+    gradient, sparse gradients.
+    """
 
     def __init__(self):
         super().__init__()
         self.scale, self.one = nn.Parameter(torch.randn(())), nn.Parameter(torch.randn(1))
-        self.empty, self.flat, self.unused = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.zeros(0, 5)), nn.Parameter(torch.randn(3))
+        self.empty, self.flat, self.unused = (
+            nn.Parameter(torch.zeros(0)),
+            nn.Parameter(torch.zeros(0, 5)),
+            nn.Parameter(torch.randn(3)),
+        )
         self.list, self.sparse = nn.ParameterList([torch.randn(6)]), nn.Embedding(9, 6, sparse=True)
-        self.dict = nn.ParameterDict({name: torch.randn(6) for name in ("a/b", "ünï ☃", "0", 'q"\\', "x" * 500)})
-        for name, t in {"count": torch.tensor(3), "ids": torch.arange(6), "flag": torch.tensor(True), "none": torch.zeros(0, 2)}.items():
+        self.dict = nn.ParameterDict(
+            {name: torch.randn(6) for name in ("a/b", "ünï ☃", "0", 'q"\\', "x" * 500)}
+        )
+        for name, t in {
+            "count": torch.tensor(3),
+            "ids": torch.arange(6),
+            "flag": torch.tensor(True),
+            "none": torch.zeros(0, 2),
+        }.items():
             self.register_buffer(name, t)
         self.register_buffer("shift", torch.randn(()))
         self.register_buffer("byte", torch.randint(0, 9, (6,), dtype=torch.uint8))
@@ -152,7 +188,9 @@ def animal(name):
 
 
 def born(make, seed):
-    """A model of its own: parameters away from their constant first values, statistics and integers too."""
+    """A model of its own: parameters away from their constant first values, statistics and integers
+    too.
+    """
     torch.manual_seed(seed)
     model = make()
     with torch.no_grad():
@@ -161,7 +199,8 @@ def born(make, seed):
         for name, b in model.named_buffers():
             if name.endswith(("running_mean", "running_var")):
                 b.uniform_(0.5, 1.5)
-            elif name.endswith((".base", "weight_mask")):  # frames and masks: the same in candidates that may be averaged
+            # frames and masks: the same in candidates that may be averaged
+            elif name.endswith((".base", "weight_mask")):
                 b.copy_(torch.eye(6) if name.endswith("base") else torch.ones(6, 6).tril())
             elif not b.is_floating_point() and b.dtype != torch.bool:
                 b.add_(seed)
@@ -170,7 +209,11 @@ def born(make, seed):
 
 def save(model, path):
     """A .pt file with all keys, or a .safetensors file with one key for what is shared."""
-    torch.save(model.state_dict(), path) if path.suffix == ".pt" else safetensors.torch.save_model(model, path)
+    (
+        torch.save(model.state_dict(), path)
+        if path.suffix == ".pt"
+        else safetensors.torch.save_model(model, path)
+    )
 
 
 def loss_of(output):
@@ -182,41 +225,74 @@ def flat(rows):
 
 
 class Reference:
-    """theta(x) = c + sum_i x[i] P[i] in float64 from the candidates' models: P[i] = (w_i - c) / divisor, or the packed basis's own rows."""
+    """theta(x) = c + sum_i x[i] P[i] in float64 from the candidates' models:
+
+    P[i] = (w_i - c) / divisor, or the packed basis's own rows.
+    """
 
     def __init__(self, make, states, subspace, lr=0.05):
         self.model, names = make().double(), list(subspace.layout.trained)
         for m in self.model.modules():
             if isinstance(m, nn.Embedding):
                 m.sparse = False  # a sparse gradient finds no way back to x
-        self.segments, self.names, self.w = subspace.segments, names, {name: torch.stack([s[name].double() for s in states]) for name in names}
-        self.center = {name: torch.tensordot(subspace.center_weights, w, 1) for name, w in self.w.items()}
+        self.segments, self.names, self.w = (
+            subspace.segments,
+            names,
+            {name: torch.stack([s[name].double() for s in states]) for name in names},
+        )
+        self.center = {
+            name: torch.tensordot(subspace.center_weights, w, 1) for name, w in self.w.items()
+        }
         self.bits, self.divisor = subspace.basis.bits, subspace.divisor
         divisor = torch.where(subspace.divisor > 0, subspace.divisor, torch.inf)
-        exact = [flat(self.w[n] - self.center[n]) / divisor[:, [l]] for n, l in zip(names, self.segments, strict=True)]
-        self.rows = exact if subspace.basis.bits == 32 else [flat(r.double()) for r in tk.unpack(subspace.basis)]
-        error = (torch.cat(self.rows, 1) - torch.cat(exact, 1)).norm() / torch.cat(exact, 1).norm().clamp(min=1e-30)
+        exact = [
+            flat(self.w[n] - self.center[n]) / divisor[:, [l]]
+            for n, l in zip(names, self.segments, strict=True)
+        ]
+        self.rows = (
+            exact
+            if subspace.basis.bits == 32
+            else [flat(r.double()) for r in tk.unpack(subspace.basis)]
+        )
+        error = (torch.cat(self.rows, 1) - torch.cat(exact, 1)).norm() / torch.cat(
+            exact, 1
+        ).norm().clamp(min=1e-30)
         assert error <= (0.2 if subspace.basis.bits == 4 else 0)
         self.x = torch.zeros(subspace.coefficients.shape, dtype=torch.float64, requires_grad=True)
         self.optimizer = torch.optim.SGD([self.x], lr=lr, momentum=0.9)
 
     def theta(self, x):
         parts = zip(self.names, self.segments, self.rows, strict=True)
-        return {name: self.center[name] + (x[:, l] @ rows).view_as(self.center[name]) for name, l, rows in parts}
+        return {
+            name: self.center[name] + (x[:, l] @ rows).view_as(self.center[name])
+            for name, l, rows in parts
+        }
 
     def slack(self, x):
-        """tensor -> how far float32 arithmetic may be from theta(x): a sum of n products in any order, each
-        product rounded, its row too (the center's rounding, its own, its divisor's and theirs
-        together), and the center and the result. The packed sum is exact but for coefficients of 24 bits."""
+        """tensor -> how far float32 arithmetic may be from theta(x): a sum of n products in any
+        order, each product rounded, its row too (the center's rounding, its own, its divisor's and
+        theirs together), and the center and the result. The packed sum is exact but for
+        coefficients of 24 bits."""
         slack, shares = {}, x.abs() / torch.where(self.divisor > 0, self.divisor, torch.inf)
         for name, l, rows in zip(self.names, self.segments, self.rows, strict=True):
-            center, terms = self.center[name].abs(), (x[:, l].abs() @ rows.abs()).view_as(self.center[name])
-            sums = (len(x) + 4) * terms if self.bits == 32 else 8 * terms.amax() if terms.numel() else terms
+            center, terms = (
+                self.center[name].abs(),
+                (x[:, l].abs() @ rows.abs()).view_as(self.center[name]),
+            )
+            sums = (
+                (len(x) + 4) * terms
+                if self.bits == 32
+                else 8 * terms.amax()
+                if terms.numel()
+                else terms
+            )
             slack[name] = 2.0**-24 * (sums + terms + (2 + shares[:, l].sum()) * center)
         return slack
 
     def step(self, state, inputs):
-        """Gradient of the coefficients and one optimizer step, with the buffers and the frozen weights of `state`."""
+        """Gradient of the coefficients and one optimizer step, with the buffers and the frozen
+        weights of `state`.
+        """
         self.model.load_state_dict(state)
         self.optimizer.zero_grad()
         inputs = inputs.double() if inputs.is_floating_point() else inputs
@@ -228,28 +304,41 @@ class Reference:
 def near(found, expected, tolerance):
     """Within a share of the largest number expected."""
     assert torch.isfinite(found).all()
-    assert (found.double() - expected).abs().max() <= tolerance * max(expected.abs().max().item(), 1e-6), (found, expected)
+    assert (found.double() - expected).abs().max() <= tolerance * max(
+        expected.abs().max().item(), 1e-6
+    ), (found, expected)
 
 
-def walk(folder, make, inputs, models, bits, granularity, suffix, low_memory, center=CENTER, lr=0.05):
+def walk(
+    folder, make, inputs, models, bits, granularity, suffix, low_memory, center=CENTER, lr=0.05
+):
     """From candidates on disk to an exported model, every stage against the reference."""
     states = [m.state_dict() for m in models]
     for k, m in enumerate(models):
         save(m, folder / f"c{k}{suffix}")
     candidates, model = twa.Candidates(folder / f"c*{suffix}"), born(make, 99).train()
-    subspace = twa.Subspace.from_candidates(model, candidates, bits=bits, granularity=granularity, center=center)
+    subspace = twa.Subspace.from_candidates(
+        model, candidates, bits=bits, granularity=granularity, center=center
+    )
     layout, state = subspace.layout, model.state_dict()
     for name in layout.fixed:
         if not name.endswith(("_u", "_v")):
             rows = [s[name].double() for s in states]
             equal = all(torch.equal(rows[0], r) for r in rows)
             torch.testing.assert_close(
-                state[name].double(), rows[0] if equal else sum(c * r for c, r in zip(center, rows, strict=True)), rtol=1e-6, atol=1e-7
+                state[name].double(),
+                rows[0] if equal else sum(c * r for c, r in zip(center, rows, strict=True)),
+                rtol=1e-6,
+                atol=1e-7,
             )
     assert all(torch.equal(state[name], states[-1][name]) for name in layout.copied)
-    assert {id(p) for p in subspace.parameters} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(p) for p in subspace.parameters} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
     reference = Reference(make, states, subspace, lr)
-    optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=lr, momentum=0.9, low_memory=low_memory)
+    optimizer = twa.SubspaceOptimizer(
+        subspace, torch.optim.SGD, lr=lr, momentum=0.9, low_memory=low_memory
+    )
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     for _ in range(3):
         expected = reference.step(model.state_dict(), inputs)
@@ -261,16 +350,28 @@ def walk(folder, make, inputs, models, bits, granularity, suffix, low_memory, ce
     beta, parameters = subspace.merge_weights(), dict(model.named_parameters())
     slack = reference.slack(subspace.x().double())
     for k, (name, l) in enumerate(zip(reference.names, subspace.segments, strict=True)):
-        exact = torch.tensordot(beta[:, l], reference.w[name], 1) if bits == 32 else reference.theta(subspace.x().double())[name]
+        exact = (
+            torch.tensordot(beta[:, l], reference.w[name], 1)
+            if bits == 32
+            else reference.theta(subspace.x().double())[name]
+        )
         assert ((parameters[name].detach() - exact).abs() <= slack[name]).all(), name
         assert subspace.parameters[k] is parameters[name]
     assert all(torch.equal(parameters[name], p) for name, p in frozen.items())
 
     subspace.save(folder / "out")
     path, fresh = folder / "out" / "averaged.safetensors", born(make, 98)
-    assert {k: (tuple(t.shape), t.dtype) for k, t in load_file(path).items()} == {k: (i.shape, i.dtype) for k, i in candidates.info.items()}
+    assert {k: (tuple(t.shape), t.dtype) for k, t in load_file(path).items()} == {
+        k: (i.shape, i.dtype) for k, i in candidates.info.items()
+    }
     missing, unexpected = fresh.load_state_dict(load_file(path), strict=False)
-    absent = set() if suffix == ".pt" else {k for k in fresh.state_dict().keys() - candidates.info.keys() if "num_batches" not in k}
+    absent = (
+        set()
+        if suffix == ".pt"
+        else {
+            k for k in fresh.state_dict().keys() - candidates.info.keys() if "num_batches" not in k
+        }
+    )
     assert not unexpected and set(missing) == absent
     assert torch.equal(fresh.eval()(inputs), model.eval()(inputs))
     return subspace

@@ -13,12 +13,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-
 from twa import averages as schemes
-from twa.merge.run import EMA_DECAYS, LAWA_LENGTHS, Average
 from twa.io.progress import measure_test
+from twa.merge.run import EMA_DECAYS, LAWA_LENGTHS, Average
 from twa.merge.settings import Result, TwaMethod
 from twa.tasks.contract import Task
+
 from .job import Job
 from .lora import SOUPS, lora
 from .rows import Rows
@@ -27,14 +27,27 @@ from .unlabelled import LONG, UNLABELLED, unlabelled
 from .workloads import Workload
 
 TITLE = "Beyond the paper: LoRA, weights of few bits, no labels, warm starts"
-CLAIM = "Left to future work: TWA where others average today (adapters, low precision), without labels, and from better starts."
+CLAIM = (
+    "Left to future work: TWA where others average today (adapters, low precision), without labels,"
+    " and from better starts."
+)
 METRIC = "accuracy"
 FIGURE = (16, 10)
 DEFAULT = TwaMethod("t", "fine", 4)
 CANDIDATES = 32  # of a run, at most: the last ones
-STORED: dict[str, dict[str, object]] = {"float32 weights": {}, "bfloat16 weights": {"dtype": "bfloat16"}, "int8 weights": {"grid": 8}}
-STARTS = ("last", "uniform", "EMA", "LAWA", "WSM, 1-sqrt", "greedy soup")  # WSM of a linear decay is LAWA
-PANELS = {"LoRA": ("LoRA", "LoRA, merged"), "weights of few bits": tuple(STORED), "no labels": ("unlabelled",), "warm start": ("warm start",)}
+STORED: dict[str, dict[str, object]] = {
+    "float32 weights": {},
+    "bfloat16 weights": {"dtype": "bfloat16"},
+    "int8 weights": {"grid": 8},
+}
+# WSM of a linear decay is LAWA
+STARTS = ("last", "uniform", "EMA", "LAWA", "WSM, 1-sqrt", "greedy soup")
+PANELS = {
+    "LoRA": ("LoRA", "LoRA, merged"),
+    "weights of few bits": tuple(STORED),
+    "no labels": ("unlabelled",),
+    "warm start": ("warm start",),
+}
 
 
 def run(job: Job) -> Rows:
@@ -42,19 +55,30 @@ def run(job: Job) -> Rows:
     if job.data is not None:
         return Rows(stored(job, workload) + warm_start(job, workload))
     (images,) = job.workloads("vit")
-    return Rows(lora(job, workload) + stored(job, workload) + unlabelled(job, images) + warm_start(job, workload))
+    return Rows(
+        lora(job, workload)
+        + stored(job, workload)
+        + unlabelled(job, images)
+        + warm_start(job, workload)
+    )
 
 
-# Weights of few bits --------------------------------------------------------------------------------------------------
+# Weights of few bits -----------------------------------------------------------------------------
 
 
 def stored(job: Job, workload: Workload) -> Rows:
-    """Half of the usual run at a constant rate, with weights in float32, bfloat16 or on a grid of 8 bits after every step. Averages of bfloat16 files
-    are in bfloat16, as `twa average` exports them; those of the grid are in float32, or rounded to it again."""
+    """Half of the usual run at a constant rate, with weights in float32, bfloat16 or on a grid of 8
+    bits after every step. Averages of bfloat16 files are in bfloat16, as `twa average` exports
+    them; those of the grid are in float32, or rounded to it again."""
     task, rows = job.task(workload), Rows()
     for setting, kind in STORED.items():
         plan = replace(workload.usual, steps=half_of(workload.usual), schedule="constant", **kind)
-        trained = job.run(workload, "constant-" + setting.split()[0], of_dtype(task, getattr(torch, plan.dtype)), plan)
+        trained = job.run(
+            workload,
+            "constant-" + setting.split()[0],
+            of_dtype(task, getattr(torch, plan.dtype)),
+            plan,
+        )
         candidates = trained.candidates(count=CANDIDATES)
         average = job.average(task, candidates, workload.twa_steps)
         n, where = len(candidates), {"task": workload.label, "setting": setting}
@@ -70,14 +94,21 @@ def stored(job: Job, workload: Workload) -> Rows:
     return rows
 
 
-def stored_rows(job: Job, where: dict, task: Task, result: Result, average: Average, grid: int) -> list[dict]:
-    """The result that the model is at; and the same rounded, if it is an average of weights on a grid."""
+def stored_rows(
+    job: Job, where: dict, task: Task, result: Result, average: Average, grid: int
+) -> list[dict]:
+    """The result that the model is at; and the same rounded, if it is an average of weights on a
+    grid.
+    """
     row = job.row(where, task, result, average)
     if not grid or result.method == "last":
         return [row]
     round_to_grid(average.model, grid)
     average.settle()
-    return [row, row | {"method": f"{result.method}, rounded to int{grid}"} | measured(task, average.model)]
+    return [
+        row,
+        row | {"method": f"{result.method}, rounded to int{grid}"} | measured(task, average.model),
+    ]
 
 
 def half_of(plan: Plan) -> int:
@@ -96,13 +127,15 @@ def of_dtype(task: Task, dtype: torch.dtype) -> Task:
     return replace(task, loss=lambda model, batch: task.loss(model, cast(batch)))
 
 
-# Warm start -----------------------------------------------------------------------------------------------------------
+# Warm start --------------------------------------------------------------------------------------
 
 
 def warm_start(job: Job, workload: Workload) -> Rows:
     """The same training from different fixed averages of the first half of the usual run."""
     task = job.task(workload)
-    candidates = job.usual(workload, task).candidates(until=half_of(workload.usual), count=CANDIDATES)
+    candidates = job.usual(workload, task).candidates(
+        until=half_of(workload.usual), count=CANDIDATES
+    )
     average = job.average(task, candidates, workload.twa_steps)
     n = len(candidates)
     average.baselines()
@@ -111,12 +144,17 @@ def warm_start(job: Job, workload: Workload) -> Rows:
     for start in [r for r in average.results if r.method in STARTS]:
         result = average.train(DEFAULT, start=start.beta, start_name=f"{start.method} {start.note}")
         name = "LAWA (WSM, linear)" if start.method == "LAWA" else start.method
-        rows += [job.row(where, task, start, average, name), job.row(where, task, result, average, f"TWA from {name}")]
+        rows += [
+            job.row(where, task, start, average, name),
+            job.row(where, task, result, average, f"TWA from {name}"),
+        ]
     return rows
 
 
 def chosen(average: Average, name: str, options: Sequence[tuple[Tensor, str]]) -> Result:
-    """The fixed average, (merge weights, note), with the lowest validation loss, added to the results; the model is at it."""
+    """The fixed average, (merge weights, note), with the lowest validation loss, added to the
+    results; the model is at it.
+    """
     losses = []
     for beta, _ in options:
         average.load(beta)
@@ -124,7 +162,17 @@ def chosen(average: Average, name: str, options: Sequence[tuple[Tensor, str]]) -
     loss, (beta, note) = min(zip(losses, options, strict=True), key=lambda pair: pair[0])
     if len(options) > 1:
         average.load(beta)
-    result = Result(name, int((beta != 0).sum()), 0, 0.0, 0, loss, note=note, beta=beta, evaluations=len(options))
+    result = Result(
+        name,
+        int((beta != 0).sum()),
+        0,
+        0.0,
+        0,
+        loss,
+        note=note,
+        beta=beta,
+        evaluations=len(options),
+    )
     measure_test(result, average.model, average.task)
     average.results.append(result)
     return result
@@ -135,7 +183,7 @@ def lengths(n: int) -> list[int]:
     return [k for k in LAWA_LENGTHS if k < n] or [1]
 
 
-# What comes of it -----------------------------------------------------------------------------------------------------
+# What comes of it --------------------------------------------------------------------------------
 
 
 def findings(rows: Rows) -> list[str]:
@@ -153,7 +201,9 @@ def findings(rows: Rows) -> list[str]:
             else:
                 found.append(f"{task}, {setting}: {_warm(part)}")
     if not any(setting in ("LoRA", "unlabelled") for setting in rows.of("setting")):
-        found.append("LoRA and unlabelled: left out, they need the built-in data (run without --data)")
+        found.append(
+            "LoRA and unlabelled: left out, they need the built-in data (run without --data)"
+        )
     return found
 
 
@@ -167,7 +217,9 @@ def _trained(rows: Rows) -> list[str]:
 
 
 def _listed(rows: Rows, names: Iterable[str]) -> str:
-    return ", ".join(f"{name} {rows.mean(method=name):.4f}" for name in names if rows.where(method=name))
+    return ", ".join(
+        f"{name} {rows.mean(method=name):.4f}" for name in names if rows.where(method=name)
+    )
 
 
 def _against(rows: Rows, ours: str, theirs: str) -> str:
@@ -176,8 +228,14 @@ def _against(rows: Rows, ours: str, theirs: str) -> str:
 
 def _lora(rows: Rows, all_rows: Rows) -> str:
     twa, fixed, longer = _best(rows, _trained(rows)), _best(rows, SOUPS), "best single, trained on"
-    text = f"test loss of {_listed(rows, ('pretrained', *SOUPS, longer, twa))}; {_against(rows, twa, fixed)}"
-    return f"{text}; against {longer}: {all_rows.against({'method': twa, 'setting': rows[0]['setting']}, {'method': longer})}"
+    text = (
+        f"test loss of {_listed(rows, ('pretrained', *SOUPS, longer, twa))};"
+        f" {_against(rows, twa, fixed)}"
+    )
+    return (
+        f"{text}; against {longer}:"
+        f" {all_rows.against({'method': twa, 'setting': rows[0]['setting']}, {'method': longer})}"
+    )
 
 
 def _stored(rows: Rows, all_rows: Rows) -> str:
@@ -185,21 +243,40 @@ def _stored(rows: Rows, all_rows: Rows) -> str:
     text = f"test loss of {_listed(rows, ('last', fixed, twa))}; {_against(rows, twa, fixed)}"
     if rounded:
         best = _best(rows, [m for m in rows.of("method") if "rounded" in m])
-        text += f"; rounded to the grid again, the best is {_listed(rows, [best])}; {_against(rows, best, 'last')}"
+        text += (
+            f"; rounded to the grid again, the best is {_listed(rows, [best])};"
+            f" {_against(rows, best, 'last')}"
+        )
     whole = all_rows.where(setting="float32 weights")
     if not whole or rows[0]["setting"] == "float32 weights":
         return text
-    lost = ", ".join(f"{rows.mean(method=m) - whole.mean(method=m):+.4f} {m}" for m in ("last", fixed, twa))
+    lost = ", ".join(
+        f"{rows.mean(method=m) - whole.mean(method=m):+.4f} {m}" for m in ("last", fixed, twa)
+    )
     return f"{text}; against float32 weights, same method: {lost}"
 
 
 def _unlabelled(rows: Rows) -> list[str]:
-    found = [f"test loss of {_listed(rows, [m for m in rows.of('method') if not m.startswith('TWA')])}"]
+    found = [
+        f"test loss of {_listed(rows, [m for m in rows.of('method') if not m.startswith('TWA')])}"
+    ]
     for label, (*_, names) in UNLABELLED.items():
-        found.append("; ".join(_against(rows, f"TWA-v {label}, {name}", "uniform") for name in names))
-    before, after = ([rows.mean(key, method=m) for key in ("entropy", "share", "metric")] for m in ("uniform", f"TWA-v {LONG}, entropy"))
-    said = "entropy of the predictions {:.3f} nats, after {} {:.3f}; share of the most frequent class {:.1%} and {:.1%}, accuracy {:.1%} and {:.1%}"
-    found.append(said.format(before[0], f"TWA-v {LONG}, entropy", after[0], before[1], after[1], before[2], after[2]))
+        found.append(
+            "; ".join(_against(rows, f"TWA-v {label}, {name}", "uniform") for name in names)
+        )
+    before, after = (
+        [rows.mean(key, method=m) for key in ("entropy", "share", "metric")]
+        for m in ("uniform", f"TWA-v {LONG}, entropy")
+    )
+    said = (
+        "entropy of the predictions {:.3f} nats, after {} {:.3f}; share of the most frequent class"
+        " {:.1%} and {:.1%}, accuracy {:.1%} and {:.1%}"
+    )
+    found.append(
+        said.format(
+            before[0], f"TWA-v {LONG}, entropy", after[0], before[1], after[1], before[2], after[2]
+        )
+    )
     return found
 
 
@@ -207,12 +284,19 @@ def _warm(rows: Rows) -> str:
     def apart(names: list[str]) -> tuple[str, str, str]:
         first, *_, last = sorted(names, key=lambda m: rows.mean(method=m))
         low, high = rows.mean(method=first), rows.mean(method=last)
-        return first, last, f"{high - low:.4f} apart, from {low:.4f} ({first}) to {high:.4f} ({last})"
+        return (
+            first,
+            last,
+            f"{high - low:.4f} apart, from {low:.4f} ({first}) to {high:.4f} ({last})",
+        )
 
     trained = _trained(rows)
     best, worst, after = apart(trained)
     *_, before = apart([m.removeprefix("TWA from ") for m in trained])
-    return f"starts are {before}; after TWA {after}; {_against(rows, best, worst)}; {_against(rows, best, 'TWA from LAWA (WSM, linear)')}"
+    return (
+        f"starts are {before}; after TWA {after}; {_against(rows, best, worst)};"
+        f" {_against(rows, best, 'TWA from LAWA (WSM, linear)')}"
+    )
 
 
 def picture(figure, rows: Rows) -> None:
@@ -224,11 +308,23 @@ def picture(figure, rows: Rows) -> None:
         groups = [(s, m) for s in settings for m in rows.where(setting=s).of("method")]
         means = [rows.mean(setting=s, method=m) for s, m in groups]
         colours = ["tab:blue" if m.startswith("TWA") else "0.7" for _, m in groups]
-        axes.barh(range(len(groups)), means, xerr=[rows.spread(setting=s, method=m) for s, m in groups], color=colours, ecolor="0.3")
-        labels = [(m if len(settings) == 1 else f"{s.removesuffix(' weights')}: {m}").replace(", 4 bits", "") for s, m in groups]
+        axes.barh(
+            range(len(groups)),
+            means,
+            xerr=[rows.spread(setting=s, method=m) for s, m in groups],
+            color=colours,
+            ecolor="0.3",
+        )
+        labels = [
+            (m if len(settings) == 1 else f"{s.removesuffix(' weights')}: {m}").replace(
+                ", 4 bits", ""
+            )
+            for s, m in groups
+        ]
         axes.set_yticks(range(len(groups)), labels, fontsize=8)
         low, high = min(means), max(means)
-        axes.set_xlim(max(0.0, low - 0.2 * (high - low) - 1e-3), high + 0.1 * (high - low) + 1e-3)  # differences are small: bars do not start at 0
+        # differences are small: bars do not start at 0
+        axes.set_xlim(max(0.0, low - 0.2 * (high - low) - 1e-3), high + 0.1 * (high - low) + 1e-3)
         axes.invert_yaxis()
         axes.set_xlabel("test loss")
         axes.set_title(title)

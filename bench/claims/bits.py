@@ -1,11 +1,16 @@
-"""Bits and granularity: what a low-bit basis loses, and whether coefficients of their own for each layer make up for it.
+"""Bits and granularity: what a low-bit basis loses, and whether coefficients of their own for each
+layer make up for it.
 
-The candidates are the last 32 checkpoints of the first half of the usual run, as in the recipe head, and every trained average starts at the fixed
-average of them that is best on validation data, which no quantiser changes. What they gain from there is what rounding of the basis can spoil.
+The candidates are the last 32 checkpoints of the first half of the usual run, as in the recipe
+head, and every trained average starts at the fixed average of them that is best on validation data,
+which no quantiser changes. What they gain from there is what rounding of the basis can spoil.
 
-    packed    this package's: Lloyd-Max levels of a Gaussian (8 bits: uniform ones), a scale for each 128 columns of a candidate
-    min/max   the published one (the authors' code, branch journal): uniform levels from the least to the greatest of a candidate's tensor
-    random    nothing is left of the candidates but the norm of each tensor's rows: what any subspace of as many dimensions gives
+    packed    this package's: Lloyd-Max levels of a Gaussian (8 bits: uniform ones), a scale for
+              each 128 columns of a candidate
+    min/max   the published one (the authors' code, branch journal): uniform levels from the least
+              to the greatest of a candidate's tensor
+    random    nothing is left of the candidates but the norm of each tensor's rows: what any
+              subspace of as many dimensions gives
 """
 
 from __future__ import annotations
@@ -15,18 +20,19 @@ from functools import partial
 
 import torch
 from torch import Tensor
-
-import twa_kernels as tk
-
 from twa.merge.run import Average
 from twa.merge.settings import Result, TwaMethod
 from twa.subspace import Subspace
+
+import twa_kernels as tk
+
 from .job import Job
 from .rows import Rows
 
 TITLE = "Bits and granularity of the basis"
 CLAIM = (
-    "A basis of few bits loses little against float32, and coefficients per layer help most where it is quantised (Li et al., arXiv 2205.13104v4)."
+    "A basis of few bits loses little against float32, and coefficients per layer help most where"
+    " it is quantised (Li et al., arXiv 2205.13104v4)."
 )
 METRIC = "accuracy"
 PIVOT = True  # a column per setting
@@ -46,7 +52,9 @@ def run(job: Job) -> Rows:
         task = job.task(workload)
         usual = job.usual(workload, task)
         stop = usual.plan.nearest(PART)
-        average = job.average(task, usual.candidates(until=stop, count=CANDIDATES), max(1, workload.twa_steps // 2))
+        average = job.average(
+            task, usual.candidates(until=stop, count=CANDIDATES), max(1, workload.twa_steps // 2)
+        )
         average.baselines()
         start = min(average.results, key=lambda r: r.val_loss)
         where = {"task": workload.label, "stopped": stop}
@@ -55,8 +63,18 @@ def run(job: Job) -> Rows:
         for bits in (*BITS, RANDOM):
             for quantiser, granularity in grid(bits):
                 result = train(average, quantiser, granularity, bits, errors, job.seed)
-                kind = {"setting": setting(bits), "error": errors.get((quantiser, bits))} | at(granularity, bits, quantiser)
-                rows.append(job.row(where | kind, task, result, average, f"TWA-t {named(granularity)}, {quantiser}"))
+                kind = {"setting": setting(bits), "error": errors.get((quantiser, bits))} | at(
+                    granularity, bits, quantiser
+                )
+                rows.append(
+                    job.row(
+                        where | kind,
+                        task,
+                        result,
+                        average,
+                        f"TWA-t {named(granularity)}, {quantiser}",
+                    )
+                )
     return rows
 
 
@@ -66,7 +84,10 @@ def grid(bits: int) -> list[tuple[str, str]]:
         return [("float32", granularity) for granularity in GRANULARITIES]
     if bits == RANDOM:
         return [("random", granularity) for granularity in GRANULARITIES]
-    return [*(("packed", granularity) for granularity in GRANULARITIES), *(("min/max", granularity) for granularity in PUBLISHED)]
+    return [
+        *(("packed", granularity) for granularity in GRANULARITIES),
+        *(("min/max", granularity) for granularity in PUBLISHED),
+    ]
 
 
 def setting(bits: int) -> str:
@@ -77,20 +98,33 @@ def named(granularity: str) -> str:
     return granularity if granularity == "fine" else f"per {granularity}"
 
 
-def train(average: Average, quantiser: str, granularity: str, bits: int, errors: dict[tuple[str, int], float], seed: int) -> Result:
-    """From the best fixed average. errors: filled at the first basis of float32; its rows are the same for every granularity."""
+def train(
+    average: Average,
+    quantiser: str,
+    granularity: str,
+    bits: int,
+    errors: dict[tuple[str, int], float],
+    seed: int,
+) -> Result:
+    """From the best fixed average. errors: filled at the first basis of float32; its rows are the
+    same for every granularity.
+    """
     prepare = {
-        "float32": None if errors else lambda subspace: errors.update(relative_errors(subspace.basis.rows)),
+        "float32": (
+            None if errors else lambda subspace: errors.update(relative_errors(subspace.basis.rows))
+        ),
         "packed": None,
         "min/max": partial(quantise, bits=bits),
         "random": partial(randomise, seed=seed),
     }[quantiser]
-    return average.train(TwaMethod("t", granularity, bits if quantiser == "packed" else 32), prepare=prepare)
+    return average.train(
+        TwaMethod("t", granularity, bits if quantiser == "packed" else 32), prepare=prepare
+    )
 
 
 def minmax(rows: Tensor, bits: int) -> Tensor:
-    """The published quantiser's: each of the rows (n, numel) as codes of so many bits over [its minimum, its maximum], dequantised. 1 bit: one of
-    the two. A row of one value stays as it is."""
+    """The published quantiser's: each of the rows (n, numel) as codes of so many bits over [its
+    minimum, its maximum], dequantised. 1 bit: one of the two. A row of one value stays as it is."""
     if not rows.numel():
         return rows
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)  # (n, 1)
@@ -112,11 +146,15 @@ def randomise(subspace: Subspace, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for p in subspace.basis.rows:
         drawn = torch.randn(p.shape, generator=generator).to(p)
-        p.copy_(drawn * (p.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True).clamp(min=1e-12)))
+        p.copy_(
+            drawn * (p.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True).clamp(min=1e-12))
+        )
 
 
 def relative_errors(tensors: list[Tensor]) -> dict[tuple[str, int], float]:
-    """||P - dequantised P|| / ||P|| of all rows, from each tensor's (n, numel), per quantiser and bits."""
+    """||P - dequantised P|| / ||P|| of all rows, from each tensor's (n, numel), per quantiser and
+    bits.
+    """
     norms = [p.norm().item() for p in tensors]
     whole = sum(norm**2 for norm in norms) ** 0.5
 
@@ -125,34 +163,67 @@ def relative_errors(tensors: list[Tensor]) -> dict[tuple[str, int], float]:
 
     found = {("float32", 32): 0.0}
     for bits in BITS[1:]:
-        packed = [norm * tk.pack([p], bits, report=True).relative_error[0] if norm else 0.0 for p, norm in zip(tensors, norms, strict=True)]
+        packed = [
+            norm * tk.pack([p], bits, report=True).relative_error[0] if norm else 0.0
+            for p, norm in zip(tensors, norms, strict=True)
+        ]
         found["packed", bits] = total(packed)
         found["min/max", bits] = total([(minmax(p, bits) - p).norm().item() for p in tensors])
     return found
 
 
 def findings(rows: Rows) -> list[str]:
-    """Per task: what each quantiser loses against float32, how large its error is, and what coefficients per tensor gain at each number of bits."""
+    """Per task: what each quantiser loses against float32, how large its error is, and what
+    coefficients per tensor gain at each number of bits.
+    """
     found = []
     for task in rows.of("task"):
         mine = rows.where(task=task)
-        gains = ", ".join(f"{named(g)} {spread(paired(mine, {'method': FIXED}, at(g, 32)))}" for g in GRANULARITIES)
-        found.append(f"{task}: in float32 TWA lowers the test loss of the best fixed average, {mine.mean(method=FIXED):.4f}, by: {gains}")
-        gains = ", ".join(f"{named(g)} {spread(paired(mine, {'method': FIXED}, at(g, RANDOM, 'random')))}" for g in GRANULARITIES)
+        gains = ", ".join(
+            f"{named(g)} {spread(paired(mine, {'method': FIXED}, at(g, 32)))}"
+            for g in GRANULARITIES
+        )
+        found.append(
+            f"{task}: in float32 TWA lowers the test loss of the best fixed average,"
+            f" {mine.mean(method=FIXED):.4f}, by: {gains}"
+        )
+        gains = ", ".join(
+            f"{named(g)} {spread(paired(mine, {'method': FIXED}, at(g, RANDOM, 'random')))}"
+            for g in GRANULARITIES
+        )
         found.append(f"{task}: by random rows in place of the candidates': {gains}")
         for quantiser, granularities in (("packed", GRANULARITIES), ("min/max", PUBLISHED)):
             for g in granularities:
-                lost = [f"{setting(b)} {spread(paired(mine, at(g, b, quantiser), at(g, 32)), '+')}" for b in BITS[1:]]
-                found.append(f"{task}: {quantiser}, {named(g)}: test loss above float32's: {', '.join(lost)}")
+                lost = [
+                    f"{setting(b)} {spread(paired(mine, at(g, b, quantiser), at(g, 32)), '+')}"
+                    for b in BITS[1:]
+                ]
+                found.append(
+                    f"{task}: {quantiser}, {named(g)}: test loss above float32's: {', '.join(lost)}"
+                )
         for quantiser in ("packed", "min/max"):
-            errors = ", ".join(f"{setting(b)} {mine.mean('error', quantiser=quantiser, bits=b):.3f}" for b in BITS[1:])
+            errors = ", ".join(
+                f"{setting(b)} {mine.mean('error', quantiser=quantiser, bits=b):.3f}"
+                for b in BITS[1:]
+            )
             found.append(f"{task}: {quantiser}: relative error of the rows: {errors}")
         for quantiser in ("packed", "min/max"):
             full = paired(mine, at("model", 32), at("tensor", 32))
-            helped = {b: paired(mine, at("model", b, quantiser), at("tensor", b, quantiser)) for b in BITS[1:]}
-            more = {b: sum(g > f for g, f in zip(gain, full, strict=True)) for b, gain in helped.items()}
-            text = ", ".join(f"{setting(b)} {spread(gain)} (more on {more[b]} of {len(full)} seeds)" for b, gain in helped.items())
-            found.append(f"{task}: {quantiser}: per tensor below per model by: float32 {spread(full)}, {text}")
+            helped = {
+                b: paired(mine, at("model", b, quantiser), at("tensor", b, quantiser))
+                for b in BITS[1:]
+            }
+            more = {
+                b: sum(g > f for g, f in zip(gain, full, strict=True)) for b, gain in helped.items()
+            }
+            text = ", ".join(
+                f"{setting(b)} {spread(gain)} (more on {more[b]} of {len(full)} seeds)"
+                for b, gain in helped.items()
+            )
+            found.append(
+                f"{task}: {quantiser}: per tensor below per model by: float32 {spread(full)},"
+                f" {text}"
+            )
     return found
 
 
@@ -164,7 +235,9 @@ def paired(rows: Rows, of: dict[str, object], than: dict[str, object]) -> list[f
 
 def spread(values: list[float], sign: str = "") -> str:
     """Mean and sample standard deviation."""
-    return f"{statistics.fmean(values):{sign}.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+    return f"{statistics.fmean(values):{sign}.4f}" + (
+        f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    )
 
 
 def at(granularity: str, bits: int, quantiser: str = "float32") -> dict[str, object]:
@@ -183,7 +256,14 @@ def picture(figure, rows: Rows) -> None:
                 shown = [b for b in BITS if y.where(bits=b)]
                 if len(shown) > 1:
                     label = f"{named(granularity)}, {quantiser}"
-                    axes.plot([BITS.index(b) for b in shown], [y.mean(bits=b) for b in shown], style, marker="o", color=f"C{k}", label=label)
+                    axes.plot(
+                        [BITS.index(b) for b in shown],
+                        [y.mean(bits=b) for b in shown],
+                        style,
+                        marker="o",
+                        color=f"C{k}",
+                        label=label,
+                    )
             axes.plot(len(BITS), mine.mean(**at(granularity, RANDOM, "random")), "x", color=f"C{k}")
         axes.set_xticks(range(len(BITS) + 1), [setting(b) for b in (*BITS, RANDOM)])
         axes.set_ylabel("test loss")

@@ -1,4 +1,5 @@
-"""Images on disk, and what they look like to a model: scikit-learn's digits, CIFAR as torchvision unpacks it or in binary, folders of pictures.
+"""Images on disk, and what they look like to a model: scikit-learn's digits, CIFAR as torchvision
+unpacks it or in binary, folders of pictures.
 
 Nothing in a file is run: CIFAR's pickles are interpreted (`twa.unpickle`).
 """
@@ -15,18 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
-
-from twa.tasks.contract import TaskError
 from twa.io.unpickle import INERT, Made, Name, Refused, unpickle
+from twa.tasks.contract import TaskError
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of each channel
+# mean and standard deviation of each channel
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 @dataclass(frozen=True)
 class Look:
-    """How 8-bit images become a model's input: (x / white - mean) / std per channel; and how training images are changed.
+    """How 8-bit images become a model's input:
+
+    (x / white - mean) / std per channel; and how training images are changed.
 
     pad     shift by up to so many pixels, black coming in;  flip: left to right, half of them
     noise   standard deviation, of the normalised image;  erase: a square of 3 x 3 pixels becomes the mean, in half of them
@@ -43,19 +46,30 @@ class Look:
     def normalised(self, images: Tensor) -> Tensor:
         """uint8 (b, h, w, c) -> float32 (b, c, h, w)"""
         mean, std = (torch.tensor(v, device=images.device) for v in (self.mean, self.std))
-        return images.float().mul_(1 / (self.white * std)).sub_(mean / std).permute(0, 3, 1, 2).contiguous()
+        return (
+            images.float()
+            .mul_(1 / (self.white * std))
+            .sub_(mean / std)
+            .permute(0, 3, 1, 2)
+            .contiguous()
+        )
 
     def changed(self, images: Tensor, g: torch.Generator) -> Tensor:
         """uint8 (b, h, w, c) -> the same, shifted and flipped."""
         b, h, w, c = images.shape
         pad = self.pad
         top, left = torch.randint(0, 2 * pad + 1, (2, b, 1), generator=g)
-        ys, xs = top + torch.arange(h), left + torch.arange(w)  # (b, h), (b, w): which rows and columns of the padded image
+        # (b, h), (b, w): which rows and columns of the padded image
+        ys, xs = top + torch.arange(h), left + torch.arange(w)
         if self.flip:
             xs = torch.where(torch.rand(b, 1, generator=g) < 0.5, xs.flip(1), xs)
         padded = F.pad(images, (0, 0, pad, pad, pad, pad))
-        at = ((torch.arange(b)[:, None] * (h + 2 * pad) + ys) * (w + 2 * pad))[:, :, None] + xs[:, None]  # (b, h, w): of all the batch's pixels
-        return padded.view(-1, c).index_select(0, at.flatten().to(images.device)).view(b, h, w, c)  # 2.5 times as fast as indices per dimension
+        # (b, h, w): of all the batch's pixels
+        at = ((torch.arange(b)[:, None] * (h + 2 * pad) + ys) * (w + 2 * pad))[:, :, None] + xs[
+            :, None
+        ]
+        # 2.5 times as fast as indices per dimension
+        return padded.view(-1, c).index_select(0, at.flatten().to(images.device)).view(b, h, w, c)
 
     def disturbed(self, x: Tensor, g: torch.Generator) -> Tensor:
         """float32 (b, c, h, w) -> the same with noise and erased squares."""
@@ -63,8 +77,14 @@ class Look:
         if self.noise:
             x = x + self.noise * torch.randn(x.shape, generator=g).to(x.device)
         if self.erase:
-            row, column = torch.randint(0, h, (b, 1, 1), generator=g), torch.randint(0, w, (b, 1, 1), generator=g)
-            off = ((torch.arange(h)[:, None] - row).abs() > 1) | ((torch.arange(w) - column).abs() > 1)  # (b, h, w)
+            row, column = (
+                torch.randint(0, h, (b, 1, 1), generator=g),
+                torch.randint(0, w, (b, 1, 1), generator=g),
+            )
+            # (b, h, w)
+            off = ((torch.arange(h)[:, None] - row).abs() > 1) | (
+                (torch.arange(w) - column).abs() > 1
+            )
             x = x * (off | (torch.rand(b, 1, 1, generator=g) < 0.5))[:, None].to(x.device)
         return x
 
@@ -85,9 +105,15 @@ def read_digits() -> Arrays:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise TaskError("the digits come with scikit-learn: pip install scikit-learn, or give the path of other images") from error
+        raise TaskError(
+            "the digits come with scikit-learn: pip install scikit-learn, or give the path of other"
+            " images"
+        ) from error
     digits = load_digits()
-    images, labels = torch.tensor(digits.images, dtype=torch.uint8)[..., None], torch.tensor(digits.target, dtype=torch.int64)
+    images, labels = (
+        torch.tensor(digits.images, dtype=torch.uint8)[..., None],
+        torch.tensor(digits.target, dtype=torch.int64),
+    )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     test, train = order[:500], order[500:]
     look = Look((0.3053,), (0.3760,), white=16.0, pad=1, noise=0.3, erase=True)
@@ -97,19 +123,29 @@ def read_digits() -> Arrays:
 _CIFAR10 = Look((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), pad=4, flip=True)
 _CIFAR100 = Look((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), pad=4, flip=True)
 _TEN = tuple(f"data_batch_{k}" for k in range(1, 6))
-#: folder -> classes, look, training files, test file, and in binary files which of the bytes before an image is its label, of how many
+#: folder -> classes, look, training files, test file, and in binary files which of the bytes before
+#: an image is its label, of how many
 _CIFAR = {
     "cifar-10-batches-py": (10, _CIFAR10, _TEN, "test_batch", None),
     "cifar-100-python": (100, _CIFAR100, ("train",), "test", None),
-    "cifar-10-batches-bin": (10, _CIFAR10, tuple(f"{name}.bin" for name in _TEN), "test_batch.bin", (0, 1)),
+    "cifar-10-batches-bin": (
+        10,
+        _CIFAR10,
+        tuple(f"{name}.bin" for name in _TEN),
+        "test_batch.bin",
+        (0, 1),
+    ),
     "cifar-100-binary": (100, _CIFAR100, ("train.bin",), "test.bin", (1, 2)),
 }
 _PIXELS = 3 * 32 * 32
-_ARRAY_NAMES = {f"numpy.{module}.multiarray._reconstruct": Name(Made) for module in ("core", "_core")}
+_ARRAY_NAMES = {
+    f"numpy.{module}.multiarray._reconstruct": Name(Made) for module in ("core", "_core")
+}
 _ARRAY_NAMES |= {
     "numpy.ndarray": INERT,
     "numpy.dtype": INERT,
-    "_codecs.encode": Name(lambda text, encoding: text.encode("latin1")),  # how Python 3 writes bytes for Python 2
+    # how Python 3 writes bytes for Python 2
+    "_codecs.encode": Name(lambda text, encoding: text.encode("latin1")),
 }
 
 
@@ -117,33 +153,63 @@ def _pickled(path: Path, classes: int) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Pixels (n, 3072) uint8 and labels of a CIFAR pickle."""
     try:
         content = unpickle(path.read_bytes(), _ARRAY_NAMES, python2=True)[0]
-        found = {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
+        found = {
+            key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()
+        }
         labels, array = found["labels" if classes == 10 else "fine_labels"], found["data"]
         version, shape, dtype, fortran, raw = array.state
-        if version != 1 or dtype.arguments[0] not in ("u1", b"u1") or fortran is not False or type(raw) is not bytes or type(labels) is not list:
+        if (
+            version != 1
+            or dtype.arguments[0] not in ("u1", b"u1")
+            or fortran is not False
+            or type(raw) is not bytes
+            or type(labels) is not list
+        ):
             raise ValueError("expected an array of bytes, and a list of labels")
-        if len(shape) != 2 or shape[1] != _PIXELS or len(raw) != shape[0] * _PIXELS or len(labels) != shape[0]:
-            raise ValueError(f"expected n x {_PIXELS} bytes and n labels, found {list(shape)} of {len(raw)} bytes and {len(labels)} labels")
+        if (
+            len(shape) != 2
+            or shape[1] != _PIXELS
+            or len(raw) != shape[0] * _PIXELS
+            or len(labels) != shape[0]
+        ):
+            raise ValueError(
+                f"expected n x {_PIXELS} bytes and n labels, found {list(shape)} of {len(raw)}"
+                f" bytes and {len(labels)} labels"
+            )
         if not all(type(label) is int and 0 <= label < classes for label in labels):
             raise ValueError(f"expected labels from 0 to {classes - 1}")
     except OSError:
         raise
     except Refused as error:
-        raise TaskError(f"{path}: refused: reading it would run code from the file ({error})") from error
+        raise TaskError(
+            f"{path}: refused: reading it would run code from the file ({error})"
+        ) from error
     except Exception as error:  # whatever a damaged pickle sets off
-        raise TaskError(f"{path}: not a batch of CIFAR-{classes} ({type(error).__name__}: {error})") from error
+        raise TaskError(
+            f"{path}: not a batch of CIFAR-{classes} ({type(error).__name__}: {error})"
+        ) from error
     return numpy.frombuffer(raw, numpy.uint8).reshape(shape), numpy.array(labels, numpy.int64)
 
 
-def _binary(path: Path, classes: int, place: int, before: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """The same of a binary file: records of `before` bytes, of which number `place` is the label, and 3072 pixels."""
+def _binary(
+    path: Path, classes: int, place: int, before: int
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """The same of a binary file: records of `before` bytes, of which number `place` is the label,
+    and 3072 pixels.
+    """
     records = numpy.fromfile(path, numpy.uint8)
     if not len(records) or len(records) % (_PIXELS + before):
-        raise TaskError(f"{path}: not a batch of CIFAR-{classes}: expected a multiple of {_PIXELS + before} bytes, found {len(records)}")
+        raise TaskError(
+            f"{path}: not a batch of CIFAR-{classes}: expected a multiple of {_PIXELS + before}"
+            f" bytes, found {len(records)}"
+        )
     records = records.reshape(-1, _PIXELS + before)
     labels = records[:, place].astype(numpy.int64)
     if labels.max() >= classes:
-        raise TaskError(f"{path}: not a batch of CIFAR-{classes}: expected labels from 0 to {classes - 1}, found {labels.max()}")
+        raise TaskError(
+            f"{path}: not a batch of CIFAR-{classes}: expected labels from 0 to {classes - 1},"
+            f" found {labels.max()}"
+        )
     return records[:, before:], labels
 
 
@@ -153,31 +219,53 @@ def read_cifar(folder: Path, layout: str) -> Arrays:
         raise TaskError(f"{folder}: expected the files of {layout}; missing {', '.join(missing)}")
 
     def read(names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        parts = [_binary(folder / name, classes, *binary) if binary else _pickled(folder / name, classes) for name in names]
-        images = numpy.concatenate([pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for pixels, _ in parts])
-        return torch.from_numpy(numpy.ascontiguousarray(images)), torch.from_numpy(numpy.concatenate([labels for _, labels in parts]))
+        parts = [
+            _binary(folder / name, classes, *binary) if binary else _pickled(folder / name, classes)
+            for name in names
+        ]
+        images = numpy.concatenate(
+            [pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for pixels, _ in parts]
+        )
+        return torch.from_numpy(numpy.ascontiguousarray(images)), torch.from_numpy(
+            numpy.concatenate([labels for _, labels in parts])
+        )
 
     return Arrays("cifar", classes, look, read(train), read([test]))
 
 
 def find_images(path: Path) -> tuple[Path, str]:
-    """The folder of the data at or directly below a path, and its layout: one of CIFAR's, or "folder"."""
+    """The folder of the data at or directly below a path, and its layout: one of CIFAR's, or
+    "folder".
+    """
     if path.is_file():
         packed = path.name.endswith((".tar.gz", ".tgz", ".tar", ".zip"))
-        raise TaskError(f"{path}: expected a folder, found a file" + (f"; unpack it first: tar -xf {path.name}" if packed else ""))
+        raise TaskError(
+            f"{path}: expected a folder, found a file"
+            + (f"; unpack it first: tar -xf {path.name}" if packed else "")
+        )
     if not path.is_dir():
         raise TaskError(f"{path}: expected a folder of images; there is none")
     # a folder of its own may have any name; below others only CIFAR's own names count
-    found = [(path, layout) for layout, (_, _, train, test, _) in _CIFAR.items() if any((path / name).is_file() for name in (*train, test))]
+    found = [
+        (path, layout)
+        for layout, (_, _, train, test, _) in _CIFAR.items()
+        if any((path / name).is_file() for name in (*train, test))
+    ]
     if (path / "train").is_dir():
         found.append((path, "folder"))
     found = found or [(path / layout, layout) for layout in _CIFAR if (path / layout).is_dir()]
     if len(found) > 1:
-        raise TaskError(f"{path}: expected one data set, found {', '.join(layout for _, layout in found)}; give the folder of one")
+        raise TaskError(
+            f"{path}: expected one data set, found {', '.join(layout for _, layout in found)}; give"
+            " the folder of one"
+        )
     if not found:
         packed = sorted(p.name for p in path.glob("cifar-*.tar.gz"))
         hint = f"; unpack it first: tar -xf {packed[0]}" if packed else ""
-        raise TaskError(f"{path}: expected {', '.join(_CIFAR)}, or a folder train/ with a folder for each class{hint}")
+        raise TaskError(
+            f"{path}: expected {', '.join(_CIFAR)}, or a folder train/ with a folder for each"
+            f" class{hint}"
+        )
     return found[0]
 
 
@@ -189,19 +277,39 @@ def _open_picture(path: str):
         with Image.open(path) as image:
             return image.convert("RGB")
     except Exception as error:  # whatever a damaged file sets off in Pillow's readers
-        raise TaskError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from error
+        raise TaskError(
+            f"{path}: cannot be read as an image ({type(error).__name__}: {error})"
+        ) from error
 
 
 class Pictures(Dataset):
     """(uint8 (size, size, 3), label) of picture files, read when asked for.
 
-    augment   a random part of 8 to 100 % of the area, 3:4 to 4:3, flipped half of the time; drawn from torch's global generator, which DataLoader's
-              workers and twa seed. Else: the shorter edge becomes `edge` pixels, and the middle is cut out
+    augment   a random part of 8 to 100 % of the area, 3:4 to 4:3, flipped half of the time; drawn
+              from torch's global generator, which DataLoader's workers and twa seed. Else: the
+              shorter edge becomes `edge` pixels, and the middle is cut out
     bicubic   how it is resized, instead of bilinear
     """
 
-    def __init__(self, root: Path, files: numpy.ndarray, labels: numpy.ndarray, size: int, edge: int, bicubic: bool, augment: bool) -> None:
-        self.root, self.files, self.labels, self.size, self.edge, self.bicubic, self.augment = root, files, labels, size, edge, bicubic, augment
+    def __init__(
+        self,
+        root: Path,
+        files: numpy.ndarray,
+        labels: numpy.ndarray,
+        size: int,
+        edge: int,
+        bicubic: bool,
+        augment: bool,
+    ) -> None:
+        self.root, self.files, self.labels, self.size, self.edge, self.bicubic, self.augment = (
+            root,
+            files,
+            labels,
+            size,
+            edge,
+            bicubic,
+            augment,
+        )
 
     def __len__(self) -> int:
         return len(self.files)
@@ -209,7 +317,10 @@ class Pictures(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         from PIL import Image
 
-        image, size = _open_picture(os.path.join(self.root, os.fsdecode(self.files[index]))), self.size
+        image, size = (
+            _open_picture(os.path.join(self.root, os.fsdecode(self.files[index]))),
+            self.size,
+        )
         method = Image.Resampling.BICUBIC if self.bicubic else Image.Resampling.BILINEAR
         if self.augment:
             image = image.resize((size, size), method, box=_random_box(*image.size))
@@ -217,14 +328,20 @@ class Pictures(Dataset):
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         else:
             w, h = image.size
-            w, h = (self.edge, int(self.edge * h / w)) if w <= h else (int(self.edge * w / h), self.edge)
+            w, h = (
+                (self.edge, int(self.edge * h / w))
+                if w <= h
+                else (int(self.edge * w / h), self.edge)
+            )
             left, top = round((w - size) / 2), round((h - size) / 2)
             image = image.resize((w, h), method).crop((left, top, left + size, top + size))
         return torch.from_numpy(numpy.array(image)), int(self.labels[index])
 
 
 def _random_box(w: int, h: int) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of a random part of an image; all of it, cut to 3:4 or 4:3 at most, if ten tries do not fit."""
+    """Left, top, right, bottom of a random part of an image; all of it, cut to 3:4 or 4:3 at most,
+    if ten tries do not fit.
+    """
     for _ in range(10):
         area, logratio, x, y = torch.rand(4).tolist()
         area, ratio = w * h * (0.08 + 0.92 * area), (4 / 3) ** (2 * logratio - 1)
@@ -249,8 +366,9 @@ class Collate:
 
 @dataclass(frozen=True)
 class Folder:
-    """Pictures in train/CLASS/ and val/CLASS/, in the order of their paths: relative paths (n,) as bytes (a million str objects would be copied into
-    each worker as their reference counts change), labels (n,) int64."""
+    """Pictures in train/CLASS/ and val/CLASS/, in the order of their paths: relative paths (n,) as
+    bytes (a million str objects would be copied into each worker as their reference counts change),
+    labels (n,) int64."""
 
     root: Path
     classes: list[str]
@@ -267,17 +385,29 @@ def read_folder(root: Path) -> Folder:
 
     def listed(part: str) -> tuple[numpy.ndarray, numpy.ndarray]:
         if not (root / part).is_dir():
-            raise TaskError(f"{root}: expected folders train/ and val/ with a folder for each class; there is no {part}/")
-        if extra := sorted({entry.name for entry in os.scandir(root / part) if entry.is_dir()} - set(classes)):
-            raise TaskError(f"{root / part}: expected the classes of train/, found another: {extra[0]}")
+            raise TaskError(
+                f"{root}: expected folders train/ and val/ with a folder for each class; there is"
+                f" no {part}/"
+            )
+        if extra := sorted(
+            {entry.name for entry in os.scandir(root / part) if entry.is_dir()} - set(classes)
+        ):
+            raise TaskError(
+                f"{root / part}: expected the classes of train/, found another: {extra[0]}"
+            )
         files, labels = [], []
         for label, name in enumerate(classes):
             for folder, _, names in sorted(os.walk(root / part / name, followlinks=True)):
                 chosen = sorted(n for n in names if n.lower().endswith(SUFFIXES))
-                files += [os.fsencode(os.path.relpath(os.path.join(folder, n), root)) for n in chosen]
+                files += [
+                    os.fsencode(os.path.relpath(os.path.join(folder, n), root)) for n in chosen
+                ]
                 labels += [label] * len(chosen)
         if not files:
-            raise TaskError(f"{root / part}: expected images ({', '.join(SUFFIXES)}) in a folder for each class, found none")
+            raise TaskError(
+                f"{root / part}: expected images ({', '.join(SUFFIXES)}) in a folder for each"
+                " class, found none"
+            )
         return numpy.array(files), numpy.array(labels, numpy.int64)
 
     return Folder(root, classes, listed("train"), listed("val"))

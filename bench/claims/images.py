@@ -1,8 +1,10 @@
-"""Image classification as a task: scikit-learn's digits, CIFAR-10 and -100 as they are on disk, or a folder of pictures as ImageNet's; and CLIP
-fine-tunes with such a folder. Nothing is downloaded, and nothing from the files is run.
+"""Image classification as a task: scikit-learn's digits, CIFAR-10 and -100 as they are on disk, or
+a folder of pictures as ImageNet's; and CLIP fine-tunes with such a folder. Nothing is downloaded,
+and nothing from the files is run.
 
-Batches are (images (b, c, h, w) float32, labels (b,) int64). Held-out and validation images are cut from the training set by a fixed seed, so that
-they are the same for every run that trains candidates; `seed` orders the training batches only.
+Batches are (images (b, c, h, w) float32, labels (b,) int64). Held-out and validation images are cut
+from the training set by a fixed seed, so that they are the same for every run that trains
+candidates; `seed` orders the training batches only.
 """
 
 from __future__ import annotations
@@ -18,11 +20,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-
 from twa.io.candidates import Candidates
 from twa.tasks.batches import Moved
 from twa.tasks.contract import Task, TaskError
-from .image_files import CLIP, IMAGENET, Arrays, Collate, Folder, Look, Pictures, find_images, read_cifar, read_digits, read_folder
+
+from .image_files import (
+    CLIP,
+    IMAGENET,
+    Arrays,
+    Collate,
+    Folder,
+    Look,
+    Pictures,
+    find_images,
+    read_cifar,
+    read_digits,
+    read_folder,
+)
 from .models.clip import CLIPClassifier
 from .models.resnet import ResNet, preresnet, resnet18, resnet50
 from .models.vgg import vgg16, vgg_digits
@@ -44,16 +58,33 @@ def accuracy(model: nn.Module, batch: Sequence[Tensor]) -> float:
 
 
 class Batches:
-    """Re-iterable batches of images in memory. With a generator each pass has a new order, drawn from it with all that changes the images, and leaves
-    out what does not fill a batch: BatchNorm's statistics of one or two images are worth nothing.
+    """Re-iterable batches of images in memory.
 
-    images (n, h, w, c) uint8, labels (n,) int64, on the device of the batches; augment: needs a generator
+    With a generator each pass has a new order, drawn from it with all that changes the images, and
+    leaves out what does not fill a batch: BatchNorm's statistics of one or two images are worth
+    nothing.
+
+    images (n, h, w, c) uint8, labels (n,) int64, on the device of the batches; augment: needs a
+    generator
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, look: Look, batch: int, generator: torch.Generator | None = None, augment: bool = False
+        self,
+        images: Tensor,
+        labels: Tensor,
+        look: Look,
+        batch: int,
+        generator: torch.Generator | None = None,
+        augment: bool = False,
     ) -> None:
-        self.images, self.labels, self.look, self.batch, self.generator, self.augment = images, labels, look, batch, generator, augment
+        self.images, self.labels, self.look, self.batch, self.generator, self.augment = (
+            images,
+            labels,
+            look,
+            batch,
+            generator,
+            augment,
+        )
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.labels), self.batch)
@@ -69,17 +100,24 @@ class Batches:
             yield (self.look.disturbed(x, g) if self.augment else x), self.labels[rows]
 
 
-# Tasks ----------------------------------------------------------------------------------------------------------------------
+# Tasks -------------------------------------------------------------------------------------------
 
 
 def _cut(n: int, heldout: int, val: int, among: numpy.ndarray | None = None) -> dict[str, Tensor]:
-    """Which of n training images each part has; held-out and validation images are from `among`, if given, and training images from the rest."""
+    """Which of n training images each part has; held-out and validation images are from `among`, if
+    given, and training images from the rest.
+    """
     g = torch.Generator().manual_seed(0)
     pool = torch.arange(n) if among is None else torch.from_numpy(numpy.flatnonzero(among))
     if heldout < 0 or val < 1 or heldout + val > len(pool) - (among is None):
-        raise TaskError(f"expected val of at least 1 and heldout of at least 0, together fewer than {len(pool)} images; found {val} and {heldout}")
+        raise TaskError(
+            f"expected val of at least 1 and heldout of at least 0, together fewer than {len(pool)}"
+            f" images; found {val} and {heldout}"
+        )
     order = pool[torch.randperm(len(pool), generator=g)]
-    train = order[heldout + val :] if among is None else torch.from_numpy(numpy.flatnonzero(among == 0))
+    train = (
+        order[heldout + val :] if among is None else torch.from_numpy(numpy.flatnonzero(among == 0))
+    )
     return {"heldout": order[:heldout], "val": order[heldout : heldout + val], "train": train}
 
 
@@ -91,11 +129,19 @@ def _own_model(name: str, kind: str, classes: int, size: int) -> Callable[[], nn
         try:
             module = importlib.import_module("timm" if library == "timm" else "torchvision.models")
         except ImportError as error:
-            raise TaskError(f"model {name!r}: needs {library}: pip install {library}; or one of {', '.join(MODELS)}") from error
+            raise TaskError(
+                f"model {name!r}: needs {library}: pip install {library}; or one of"
+                f" {', '.join(MODELS)}"
+            ) from error
         if library == "timm":
-            return functools.partial(module.create_model, inner, pretrained=False, num_classes=classes, in_chans=channels)
+            return functools.partial(
+                module.create_model, inner, pretrained=False, num_classes=classes, in_chans=channels
+            )
         if channels != 3:
-            raise TaskError(f"model {name!r}: torchvision's models take colour images, the digits are grey; expected one of {', '.join(MODELS)}")
+            raise TaskError(
+                f"model {name!r}: torchvision's models take colour images, the digits are grey;"
+                f" expected one of {', '.join(MODELS)}"
+            )
         return functools.partial(module.get_model, inner, weights=None, num_classes=classes)
     made: dict[tuple[str, str], Callable[[], nn.Module]] = {
         ("resnet", "digits"): lambda: ResNet(classes),
@@ -112,17 +158,26 @@ def _own_model(name: str, kind: str, classes: int, size: int) -> Callable[[], nn
     }
     if (name, kind) not in made:
         names = ", ".join(own for own, of in made if of == kind)
-        raise TaskError(f"model: expected {names}, timm:NAME or torchvision:NAME for {kind} images, found {name!r}")
+        raise TaskError(
+            f"model: expected {names}, timm:NAME or torchvision:NAME for {kind} images, found"
+            f" {name!r}"
+        )
     return made[name, kind]
 
 
-def _memory_parts(data: Arrays, cut: dict[str, Tensor], batch: int, seed: int, augment: bool, device: torch.device) -> dict[str, Iterable | None]:
-    def batches(pair: Sequence[Tensor], size: int, shuffle: bool = False, augment: bool = False) -> Batches | None:
+def _memory_parts(
+    data: Arrays, cut: dict[str, Tensor], batch: int, seed: int, augment: bool, device: torch.device
+) -> dict[str, Iterable | None]:
+    def batches(
+        pair: Sequence[Tensor], size: int, shuffle: bool = False, augment: bool = False
+    ) -> Batches | None:
         images, labels = (t.to(device) for t in pair)
         generator = torch.Generator().manual_seed(seed) if shuffle else None
         return Batches(images, labels, data.look, size, generator, augment) if len(labels) else None
 
-    train, heldout, val = ([t[cut[part]] for t in data.train] for part in ("train", "heldout", "val"))
+    train, heldout, val = (
+        [t[cut[part]] for t in data.train] for part in ("train", "heldout", "val")
+    )
     return {
         "train": batches(train, batch, True, augment),
         "heldout": batches(heldout, batch, True),
@@ -132,11 +187,21 @@ def _memory_parts(data: Arrays, cut: dict[str, Tensor], batch: int, seed: int, a
 
 
 def _folder_parts(
-    data: Folder, cut: dict[str, Tensor], look: Look, view: Callable, batch: int, seed: int, augment: bool, workers: int, device: torch.device
+    data: Folder,
+    cut: dict[str, Tensor],
+    look: Look,
+    view: Callable,
+    batch: int,
+    seed: int,
+    augment: bool,
+    workers: int,
+    device: torch.device,
 ) -> dict[str, Iterable | None]:
     """view: makes Pictures of root, files, labels and augment."""
 
-    def batches(pair: Sequence[numpy.ndarray], shuffle: bool = False, augment: bool = False) -> DataLoader | Moved | None:
+    def batches(
+        pair: Sequence[numpy.ndarray], shuffle: bool = False, augment: bool = False
+    ) -> DataLoader | Moved | None:
         files, labels = pair
         if not len(files):
             return None
@@ -152,13 +217,34 @@ def _folder_parts(
         )
         return loader if device.type == "cpu" else Moved(loader, device)
 
-    train, heldout, val = ([a[cut[part].numpy()] for a in data.train] for part in ("train", "heldout", "val"))
-    return {"train": batches(train, True, augment), "heldout": batches(heldout, True), "val": batches(val), "test": batches(data.test)}
+    train, heldout, val = (
+        [a[cut[part].numpy()] for a in data.train] for part in ("train", "heldout", "val")
+    )
+    return {
+        "train": batches(train, True, augment),
+        "heldout": batches(heldout, True),
+        "val": batches(val),
+        "test": batches(data.test),
+    }
 
 
-def _task(name: str, make: Callable[[], nn.Module], parts: dict[str, Iterable | None], device: torch.device, settings: object) -> Task:
+def _task(
+    name: str,
+    make: Callable[[], nn.Module],
+    parts: dict[str, Iterable | None],
+    device: torch.device,
+    settings: object,
+) -> Task:
     digest = hashlib.sha256(repr(settings).encode() + Path(__file__).read_bytes()).hexdigest()[:16]
-    return Task(name=name, model=lambda: make().to(device), loss=loss, metric=accuracy, metric_name=METRIC, fingerprint=f"{name} {digest}", **parts)
+    return Task(
+        name=name,
+        model=lambda: make().to(device),
+        loss=loss,
+        metric=accuracy,
+        metric_name=METRIC,
+        fingerprint=f"{name} {digest}",
+        **parts,
+    )
 
 
 def image_task(
@@ -176,35 +262,58 @@ def image_task(
 ) -> Task:
     """Classification of images; see the module's text.
 
-    model    "resnet" (digits: 43 thousand parameters; CIFAR: PreResNet-20; folder: ResNet-18), "vgg", "vit", "preresnet164" (CIFAR), "resnet50"
-             (folder), "timm:NAME" or "torchvision:NAME", all with random weights
-    path     None: scikit-learn's digits. Else CIFAR-10 or -100, pickles or binary, as torchvision leaves it, or a folder with train/CLASS/ and
-             val/CLASS/ of picture files; the folder itself, or the one above CIFAR's
+    model    "resnet" (digits: 43 thousand parameters; CIFAR: PreResNet-20; folder: ResNet-18),
+             "vgg", "vit", "preresnet164" (CIFAR), "resnet50" (folder), "timm:NAME" or
+             "torchvision:NAME", all with random weights
+    path     None: scikit-learn's digits. Else CIFAR-10 or -100, pickles or binary, as torchvision
+             leaves it, or a folder with train/CLASS/ and val/CLASS/ of picture files; the folder
+             itself, or the one above CIFAR's
     seed     of the order of the training and held-out batches, and of changes to images in memory
     batch    images; default 64 for the digits, else 128
-    augment  change training images at random: digits are shifted, noisy and partly erased, CIFAR is shifted and flipped, pictures are cut and flipped
-    heldout, val  images cut from the training set. Default: 200 each of the digits' 1297, else 5 % of CIFAR's and 1 % of a folder's. heldout=0: none
+    augment  change training images at random: digits are shifted, noisy and partly erased, CIFAR is
+             shifted and flipped, pictures are cut and flipped
+    heldout, val  images cut from the training set. Default: 200 each of the digits' 1297, else 5 %
+                  of CIFAR's and 1 % of a folder's. heldout=0: none
     size     of pictures, in pixels; workers: processes that read them
     Raises TaskError if the data or a library are missing or wrong.
     """
     device = torch.device(device)
     batch = batch or (64 if path is None else 128)
     if batch < 1 or size < 1 or workers < 0:
-        raise TaskError(f"expected a positive batch and size, and workers of at least 0; found {batch}, {size}, {workers}")
+        raise TaskError(
+            f"expected a positive batch and size, and workers of at least 0; found {batch}, {size},"
+            f" {workers}"
+        )
     root, layout = (None, "digits") if path is None else find_images(Path(path))
-    data = read_digits() if root is None else read_folder(root) if layout == "folder" else read_cifar(root, layout)
-    kind, classes = ("folder", len(data.classes)) if isinstance(data, Folder) else (data.kind, data.classes)
+    data = (
+        read_digits()
+        if root is None
+        else read_folder(root)
+        if layout == "folder"
+        else read_cifar(root, layout)
+    )
+    kind, classes = (
+        ("folder", len(data.classes)) if isinstance(data, Folder) else (data.kind, data.classes)
+    )
     n = len(data.train[1])
     share = 200 if kind == "digits" else max(1, n // (20 if kind == "cifar" else 100))
     cut = _cut(n, share if heldout is None else heldout, share if val is None else val)
     make = _own_model(model, kind, classes, size)
     if isinstance(data, Folder):
         view = functools.partial(Pictures, size=size, edge=size * 256 // 224, bicubic=False)
-        parts = _folder_parts(data, cut, Look(*IMAGENET), view, batch, seed, augment, workers, device)
+        parts = _folder_parts(
+            data, cut, Look(*IMAGENET), view, batch, seed, augment, workers, device
+        )
     else:
         parts = _memory_parts(data, cut, batch, seed, augment, device)
     sizes = {name: len(index) for name, index in cut.items()}
-    return _task(f"images:{layout}:{model}", make, parts, device, (model, layout, seed, batch, augment, sizes, size))
+    return _task(
+        f"images:{layout}:{model}",
+        make,
+        parts,
+        device,
+        (model, layout, seed, batch, augment, sizes, size),
+    )
 
 
 def clip_task(
@@ -220,16 +329,23 @@ def clip_task(
     heldout_file: str | Path | None = None,
     workers: int = 0,
 ) -> tuple[Task, list[Path]]:
-    """Fine-tunes of CLIP's image side, and a folder of pictures that they classify: the task, and the files in numeric order.
+    """Fine-tunes of CLIP's image side, and a folder of pictures that they classify: the task, and
+    the files in numeric order.
 
-    finetunes     what `twa.Candidates` takes: a folder of .pt or .safetensors state dicts, as those of "Model soups" (see models/clip.py)
-    images        a folder with train/CLASS/ and val/CLASS/; ImageNet's classes in the order of their names, n01440764 first
-    augment       cut training images at random and flip them; else they are prepared as CLIP prepares all images
+    finetunes     what `twa.Candidates` takes: a folder of .pt or .safetensors state dicts, as those
+                  of "Model soups" (see models/clip.py)
+    images        a folder with train/CLASS/ and val/CLASS/; ImageNet's classes in the order of
+                  their names, n01440764 first
+    augment       cut training images at random and flip them; else they are prepared as CLIP
+                  prepares all images
     heldout, val  training images; default 1 % each
-    heldout_file  which training images the fine-tunes have not seen: an .npy of 0 and 1 (unseen), one for each in the order of their paths, such as
-                  imagenet_98_idxs.npy of "Model soups". heldout and val are cut from those (default: halves of them). Without it, they are images
-                  that the fine-tunes may have been trained on, and figures on them are too good
-    The rest as for `image_task`. Raises TaskError, CandidateError or ValueError (tensors that do not make a CLIP classifier).
+    heldout_file  which training images the fine-tunes have not seen: an .npy of 0 and 1 (unseen),
+                  one for each in the order of their paths, such as imagenet_98_idxs.npy of "Model
+                  soups". heldout and val are cut from those (default: halves of them). Without it,
+                  they are images that the fine-tunes may have been trained on, and figures on them
+                  are too good
+    The rest as for `image_task`. Raises TaskError, CandidateError or ValueError (tensors that do
+    not make a CLIP classifier).
     """
     device = torch.device(device)
     candidates = Candidates(finetunes)
@@ -241,17 +357,28 @@ def clip_task(
         raise TaskError(f"{images}: expected folders train/ and val/ of pictures, found {layout}")
     data = read_folder(root)
     if len(data.classes) != classes:
-        raise TaskError(f"{root}: expected {classes} classes, as the fine-tunes have, found {len(data.classes)}")
+        raise TaskError(
+            f"{root}: expected {classes} classes, as the fine-tunes have, found {len(data.classes)}"
+        )
     n, among = len(data.train[1]), None
     share = max(1, n // 100), max(1, n // 100)
     if heldout_file is not None:
         among = numpy.load(heldout_file, allow_pickle=False)
         if among.shape != (n,) or not numpy.isin(among, (0, 1)).all():
-            raise TaskError(f"{heldout_file}: expected 0 or 1 for each of {n} training images, found {among.dtype} {list(among.shape)}")
+            raise TaskError(
+                f"{heldout_file}: expected 0 or 1 for each of {n} training images, found"
+                f" {among.dtype} {list(among.shape)}"
+            )
         share = int(among.sum()) // 2, int(among.sum()) - int(among.sum()) // 2
     cut = _cut(n, share[0] if heldout is None else heldout, share[1] if val is None else val, among)
     view = functools.partial(Pictures, size=size, edge=size, bicubic=True)
     parts = _folder_parts(data, cut, Look(*CLIP), view, batch, seed, augment, workers, device)
     sizes = {name: len(index) for name, index in cut.items()}
-    task = _task("images:folder:clip", lambda: CLIPClassifier.from_shapes(shapes), parts, device, (shapes, seed, batch, augment, sizes))
+    task = _task(
+        "images:folder:clip",
+        lambda: CLIPClassifier.from_shapes(shapes),
+        parts,
+        device,
+        (shapes, seed, batch, augment, sizes),
+    )
     return task, [c.path for c in candidates]

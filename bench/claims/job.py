@@ -1,4 +1,6 @@
-"""`Job`: one seed of a recipe, with what recipes share: workloads, training runs, averages and how they become rows."""
+"""`Job`: one seed of a recipe, with what recipes share: workloads, training runs, averages and how
+they become rows.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
-
-from twa.merge.run import Average
 from twa.io.candidates import Candidates
+from twa.merge.run import Average
 from twa.merge.settings import Result, Settings, TwaMethod
 from twa.tasks.contract import Task
+
 from .rows import Rows
 from .runs import Cost, Plan, Run, measured, train
 from .workloads import BUILT_IN, Workload, of_path
@@ -41,9 +43,17 @@ class Job:
     def workloads(self, *names: str) -> list[Workload]:
         """The built-in ones of these names (quick: the first), or the one that the data makes."""
         if self.data is not None:
-            made = of_path(self.data, self.options.get("model"), int(self.options.get("epochs") or 0), int(self.options.get("batch") or 0))
+            made = of_path(
+                self.data,
+                self.options.get("model"),
+                int(self.options.get("epochs") or 0),
+                int(self.options.get("batch") or 0),
+            )
             return [made]
-        return [BUILT_IN[name]().scaled(SCALES[self.scale]) for name in (names[:1] if self.scale == "quick" else names)]
+        return [
+            BUILT_IN[name]().scaled(SCALES[self.scale])
+            for name in (names[:1] if self.scale == "quick" else names)
+        ]
 
     def scaled(self, count: int, least: int = 1) -> int:
         """So many steps at full scale."""
@@ -52,10 +62,29 @@ class Job:
     def task(self, workload: Workload, **options: object) -> Task:
         return workload.task(self.seed, self.device, **options)
 
-    def run(self, workload: Workload, name: str, task: Task, plan: Plan, *, seed: int | None = None, **options: object) -> Run:
-        """Trained once for all recipes; seed: of its own, instead of the job's; options: see `train`."""
+    def run(
+        self,
+        workload: Workload,
+        name: str,
+        task: Task,
+        plan: Plan,
+        *,
+        seed: int | None = None,
+        **options: object,
+    ) -> Run:
+        """Trained once for all recipes; seed: of its own, instead of the job's; options: see
+        `train`.
+        """
         folder = self.folder / f"runs-{self.scale}" / workload.name / f"seed-{self.seed}" / name
-        return train(task, plan, folder, self.seed if seed is None else seed, title=f"{workload.name} {name}", progress=self.progress, **options)
+        return train(
+            task,
+            plan,
+            folder,
+            self.seed if seed is None else seed,
+            title=f"{workload.name} {name}",
+            progress=self.progress,
+            **options,
+        )
 
     def usual(self, workload: Workload, task: Task) -> Run:
         """The workload's usual run, with states kept at every tenth of it."""
@@ -63,14 +92,53 @@ class Job:
         keep = {plan.nearest(k / 10) for k in range(1, 10)}
         return self.run(workload, "usual", task, plan, keep=sorted(keep))
 
-    def measure(self, where: dict, method: str, task: Task, model: nn.Module, steps: float, cost: float, evaluations: float = 0) -> dict:
+    def measure(
+        self,
+        where: dict,
+        method: str,
+        task: Task,
+        model: nn.Module,
+        steps: float,
+        cost: float,
+        evaluations: float = 0,
+    ) -> dict:
         """A row for a model that is no average."""
-        return where | {"seed": self.seed, "method": method, "steps": steps, "evaluations": evaluations, "cost": cost} | measured(task, model)
+        return (
+            where
+            | {
+                "seed": self.seed,
+                "method": method,
+                "steps": steps,
+                "evaluations": evaluations,
+                "cost": cost,
+            }
+            | measured(task, model)
+        )
 
-    def anneal(self, where: dict, workload: Workload, task: Task, run: Run, step: int, steps: int, name: str = "annealing") -> dict:
-        """Goes on from a state of the run with the rate falling linearly from what it was to zero: what as many steps give without averaging."""
-        plan = replace(run.plan, steps=steps, every=steps, lr=run.plan.rate(step - run.first - 1), schedule="linear", warmup=0)
-        made = self.run(workload, f"{run.folder.name}-anneal-{step}-{steps}", task, plan, start=(run, step))
+    def anneal(
+        self,
+        where: dict,
+        workload: Workload,
+        task: Task,
+        run: Run,
+        step: int,
+        steps: int,
+        name: str = "annealing",
+    ) -> dict:
+        """Goes on from a state of the run with the rate falling linearly from what it was to zero:
+        what as many steps give without averaging.
+        """
+        plan = replace(
+            run.plan,
+            steps=steps,
+            every=steps,
+            lr=run.plan.rate(step - run.first - 1),
+            schedule="linear",
+            warmup=0,
+        )
+        made = self.run(
+            workload, f"{run.folder.name}-anneal-{step}-{steps}", task, plan, start=(run, step)
+        )
         return self.measure(where, name, task, made.load(task, made.last), steps, steps)
 
     def averages(
@@ -83,13 +151,25 @@ class Job:
         fixed: Sequence[str] | None = None,
         **settings,
     ) -> Rows:
-        """The fixed averages and trained ones of `twa average`, as it makes them; fixed: of the fixed ones only these in the table. The cost of a
-        trained one includes that of the fixed average it starts from."""
+        """The fixed averages and trained ones of `twa average`, as it makes them; fixed: of the
+        fixed ones only these in the table. The cost of a trained one includes that of the fixed
+        average it starts from."""
         average = self.average(task, candidates, steps, methods, **settings)
         average.run()
-        return Rows(self.row(where, task, r, average) for r in average.results if fixed is None or r.coefficients is not None or r.method in fixed)
+        return Rows(
+            self.row(where, task, r, average)
+            for r in average.results
+            if fixed is None or r.coefficients is not None or r.method in fixed
+        )
 
-    def average(self, task: Task, candidates: Candidates, steps: int, methods: Sequence[TwaMethod | str] = (), **settings: object) -> Average:
+    def average(
+        self,
+        task: Task,
+        candidates: Candidates,
+        steps: int,
+        methods: Sequence[TwaMethod | str] = (),
+        **settings: object,
+    ) -> Average:
         methods = tuple(TwaMethod.parse(m) if isinstance(m, str) else m for m in methods)
         made = {"bn_batches": BN_BATCHES, "seed": self.seed, "placement": "single"} | settings
         return Average(task, candidates, Settings(methods, steps, **made), progress=self.progress)
@@ -102,18 +182,42 @@ class Job:
         self._costs.append((task, bn_batches, Cost(task, bn_batches)))
         return self._costs[-1][2]
 
-    def row(self, where: dict, task: Task, result: Result, average: Average, name: str = "", *, start: float | None = None) -> dict:
-        """start: what a trained average's start has cost; None: what the fixed average which its note names has."""
+    def row(
+        self,
+        where: dict,
+        task: Task,
+        result: Result,
+        average: Average,
+        name: str = "",
+        *,
+        start: float | None = None,
+    ) -> dict:
+        """start: what a trained average's start has cost; None: what the fixed average which its
+        note names has.
+        """
         cost = self.cost(task, average.settings.bn_batches)
         if start is None and result.coefficients is not None:
             start = next(
-                (cost(0, r.evaluations) for r in average.results if r.coefficients is None and result.note.startswith(f"from {r.method}")), 0.0
+                (
+                    cost(0, r.evaluations)
+                    for r in average.results
+                    if r.coefficients is None and result.note.startswith(f"from {r.method}")
+                ),
+                0.0,
             )
-        found = {"seed": self.seed, "method": name or result.method, "steps": result.steps, "evaluations": result.evaluations, "note": result.note}
+        found = {
+            "seed": self.seed,
+            "method": name or result.method,
+            "steps": result.steps,
+            "evaluations": result.evaluations,
+            "note": result.note,
+        }
         found |= {
             "cost": (start or 0.0) + cost(result.steps, result.evaluations),
             "val": result.val_loss,
             "test": result.test_loss,
             "seconds": result.seconds,
         }
-        return where | found | ({} if result.test_metric is None else {"metric": result.test_metric})
+        return (
+            where | found | ({} if result.test_metric is None else {"metric": result.test_metric})
+        )

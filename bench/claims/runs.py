@@ -1,4 +1,6 @@
-"""Training runs that leave checkpoints, made once and shared by the recipes; ways to go on from them; what is measured of a model."""
+"""Training runs that leave checkpoints, made once and shared by the recipes; ways to go on from
+them; what is measured of a model.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
-
 from twa.batchnorm import batch_size, tracked_batchnorms
-from twa.io.candidates import Candidates
-from twa.tasks.batches import Stream, batch_digest, first_batch, mix, seed_all
-from twa.io.atomic import write_json, write_safetensors, write_torch
-from twa.io.progress import mean_over, progress_bar
-from twa.tasks.contract import Task
 from twa.distributed.ranks import World
+from twa.io.atomic import write_json, write_safetensors, write_torch
+from twa.io.candidates import Candidates
+from twa.io.progress import mean_over, progress_bar
+from twa.tasks.batches import Stream, batch_digest, first_batch, mix, seed_all
+from twa.tasks.contract import Task
 
-FORWARD = 1 / 3  # of the arithmetic of a training step on the same batch: backward takes twice as much as forward
+# of the arithmetic of a training step on the same batch: backward takes twice as much as forward
+FORWARD = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,13 @@ class Plan:
     """How a model is trained, and how often a checkpoint is kept.
 
     steps, every   gradient steps in all, and between checkpoints
-    schedule       of the learning rate: "constant"; "cosine" and "linear" to zero; "step": a tenth from 1/2, a hundredth from 3/4 of the steps on;
-                   "thirds": from 1/3 and 2/3;
+    schedule       of the learning rate: "constant"; "cosine" and "linear" to zero; "step": a tenth
+                   from 1/2, a hundredth from 3/4 of the steps on; "thirds": from 1/3 and 2/3;
                    "cyclic": falls linearly from lr to lr / 10 between any two checkpoints (SWA's)
     optimizer      "adamw" or "sgd" (momentum 0.9)
     dtype          of the weights: "float32", or "bfloat16"
-    grid           0; or so many bits: weights are rounded to a grid of that many bits per output row after every step
+    grid           0; or so many bits: weights are rounded to a grid of that many bits per output
+                   row after every step
     """
 
     steps: int
@@ -68,12 +71,16 @@ class Plan:
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         trained = [p for p in model.parameters() if p.requires_grad]
         if self.optimizer == "sgd":
-            return torch.optim.SGD(trained, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay)
+            return torch.optim.SGD(
+                trained, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay
+            )
         return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay)
 
 
 class Run:
-    """A finished training run: step-NNNNNN.safetensors every `plan.every` steps, state-NNNNNN.pt where it was asked for and at the end."""
+    """A finished training run: step-NNNNNN.safetensors every `plan.every` steps, state-NNNNNN.pt
+    where it was asked for and at the end.
+    """
 
     def __init__(self, folder: Path, plan: Plan, first: int = 0) -> None:
         self.folder, self.plan, self.first = folder, plan, first
@@ -90,7 +97,9 @@ class Run:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}.safetensors"
 
-    def candidates(self, after: int = 0, until: int | None = None, count: int | None = None) -> Candidates:
+    def candidates(
+        self, after: int = 0, until: int | None = None, count: int | None = None
+    ) -> Candidates:
         """Checkpoints of steps in (after, until]; the last `count` of them."""
         steps = [s for s in self.steps if s > after and (until is None or s <= until)]
         return Candidates([self.path(s) for s in (steps if count is None else steps[-count:])])
@@ -143,10 +152,11 @@ def train(
     title: str = "training",
     progress: bool = False,
 ) -> Run:
-    """Trains, or returns the run if it is there already; one that was interrupted goes on from its last checkpoint. ValueError if what is there is a
-    run of another plan, model or data.
+    """Trains, or returns the run if it is there already; one that was interrupted goes on from its
+    last checkpoint. ValueError if what is there is a run of another plan, model or data.
 
-    start            (run, step) to go on from: weights, optimizer (unless optimizer_state is False), position in the data
+    start            (run, step) to go on from: weights, optimizer (unless optimizer_state is
+                     False), position in the data
     model            what is trained; None: task.model(), newly initialised from `seed`
     keep             steps whose state is kept for `start`, beside the last
     """
@@ -160,23 +170,46 @@ def train(
         if done.exists():
             check_same(folder, json.loads(done.read_text()), facts)
             return run
-        _train(task, plan, run, facts, seed, start, optimizer_state, model, {*keep, run.last}, title, progress)
+        _train(
+            task,
+            plan,
+            run,
+            facts,
+            seed,
+            start,
+            optimizer_state,
+            model,
+            {*keep, run.last},
+            title,
+            progress,
+        )
         write_json(done, facts)
         (folder / "unfinished.pt").unlink(missing_ok=True)
     return run
 
 
-def facts_of(task: Task, plan: Plan, seed: int, start: tuple[Run, int] | None, model: nn.Module) -> dict[str, object]:
+def facts_of(
+    task: Task, plan: Plan, seed: int, start: tuple[Run, int] | None, model: nn.Module
+) -> dict[str, object]:
     """What a run is of."""
     shapes = str([(name, tuple(t.shape), str(t.dtype)) for name, t in model.state_dict().items()])
     begun = f"{start[0].folder.name}, step {start[1]}" if start else ""
     batch = str(batch_digest(first_batch(task.train)))
-    return {"plan": asdict(plan), "model": hashlib.sha256(shapes.encode()).hexdigest()[:16], "first batch": batch, "seed": seed, "start": begun}
+    return {
+        "plan": asdict(plan),
+        "model": hashlib.sha256(shapes.encode()).hexdigest()[:16],
+        "first batch": batch,
+        "seed": seed,
+        "start": begun,
+    }
 
 
 def check_same(folder: Path, found: dict, expected: dict) -> None:
     if odd := [name for name, value in expected.items() if found.get(name) != value]:
-        raise ValueError(f"{folder}: holds a training run with another {odd[0]}; choose another output directory, or remove this one")
+        raise ValueError(
+            f"{folder}: holds a training run with another {odd[0]}; choose another output"
+            " directory, or remove this one"
+        )
 
 
 def _train(
@@ -224,18 +257,26 @@ def _train(
             bar.update(1)
             now = run.first + step + 1
             if not math.isfinite(loss.item()):
-                raise ValueError(f"{title}: the loss is {loss.item()} at step {now}: expected a learning rate below {plan.lr} for this task")
+                raise ValueError(
+                    f"{title}: the loss is {loss.item()} at step {now}: expected a learning rate"
+                    f" below {plan.lr} for this task"
+                )
             if (step + 1) % plan.every == 0:
                 write_safetensors(run.path(now), saved_tensors(model))
             if (step + 1) % plan.every == 0 or now in keep:
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-                state = {"step": now, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "position": stream.position()}
+                state = {
+                    "step": now,
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "position": stream.position(),
+                }
                 write_torch(unfinished, state | {"facts": facts})
                 if now in keep:
                     write_torch(run.folder / f"state-{now:06d}.pt", state)
 
 
-# What is measured -----------------------------------------------------------------------------------------------------
+# What is measured --------------------------------------------------------------------------------
 
 
 def measured(task: Task, model: nn.Module, loss: Callable | None = None) -> dict[str, float]:
@@ -248,16 +289,21 @@ def measured(task: Task, model: nn.Module, loss: Callable | None = None) -> dict
 
 
 class Cost:
-    """Counts what methods take in training steps: a step is one training batch forward and backward, a batch forward only a third of it. Reading
-    and packing the candidates is not counted (seconds are)."""
+    """Counts what methods take in training steps: a step is one training batch forward and
+    backward, a batch forward only a third of it. Reading and packing the candidates is not counted
+    (seconds are)."""
 
     def __init__(self, task: Task, bn_batches: int) -> None:
-        batches = [batch_size(batch) for batch, _ in zip(task.train, range(max(1, bn_batches)), strict=False)]
+        batches = [
+            batch_size(batch)
+            for batch, _ in zip(task.train, range(max(1, bn_batches)), strict=False)
+        ]
         self.batch = batches[0]
         forward = sum(batch_size(batch) for batch in task.val)
         if tracked_batchnorms(task.model()):
             forward += sum(batches[:bn_batches])
-        self.look = FORWARD * forward / self.batch  # of a pass over the validation data, BatchNorm re-estimated before
+        # of a pass over the validation data, BatchNorm re-estimated before
+        self.look = FORWARD * forward / self.batch
 
     def __call__(self, steps: float, evaluations: float = 0) -> float:
         return steps + evaluations * self.look

@@ -1,4 +1,6 @@
-"""`twa recipe`: runs recipes seed by seed, keeps what is done, and writes a table, a picture and findings for each."""
+"""`twa recipe`: runs recipes seed by seed, keeps what is done, and writes a table, a picture and
+findings for each.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,9 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-
 from twa.io.atomic import write_bytes, write_json, write_text
 from twa.merge.report import processor_name
+
 from .job import SCALES, Job
 from .rows import Rows, merged, pivot, table
 
@@ -48,10 +50,23 @@ class Unit:
     def facts(self) -> dict[str, object]:
         """What the rows depend on."""
         job = self.job
-        sources = sorted(Path(__file__).parents[1].rglob("*.py"))  # all of twa: what a default is, too
-        code = hashlib.sha256(b"".join(p.read_bytes() for p in sources if p.stem not in ("suite", "rows") and p.stem not in {*RECIPES} - {self.name}))
+        # all of twa: what a default is, too
+        sources = sorted(Path(__file__).parents[1].rglob("*.py"))
+        code = hashlib.sha256(
+            b"".join(
+                p.read_bytes()
+                for p in sources
+                if p.stem not in ("suite", "rows") and p.stem not in {*RECIPES} - {self.name}
+            )
+        )
         options = {k: str(v) for k, v in job.options.items() if v is not None}
-        return {"scale": job.scale, "data": str(job.data or ""), "device": job.device, "options": options, "code": code.hexdigest()[:16]}
+        return {
+            "scale": job.scale,
+            "data": str(job.data or ""),
+            "device": job.device,
+            "options": options,
+            "code": code.hexdigest()[:16],
+        }
 
     def finished(self) -> dict | None:
         """What an earlier run has written, if it was of the same facts."""
@@ -94,24 +109,42 @@ def run_units(units: list[Unit], jobs: int) -> Iterator[tuple[Unit, float | Base
             raise
 
 
-def write_page(folder: Path, name: str, rows: Rows, command: str, seconds: float, machine: str) -> str:
+def write_page(
+    folder: Path, name: str, rows: Rows, command: str, seconds: float, machine: str
+) -> str:
     """NAME.md, NAME.png and NAME.json in the folder; returns the page."""
     module = recipe(name)
     whole = table(rows, getattr(module, "METRIC", ""))
     pivoted = getattr(module, "PIVOT", False)
-    text = [f"# {module.TITLE}", "", f"Claim: {module.CLAIM}", "", pivot(rows) if pivoted else whole, ""]
+    text = [
+        f"# {module.TITLE}",
+        "",
+        f"Claim: {module.CLAIM}",
+        "",
+        pivot(rows) if pivoted else whole,
+        "",
+    ]
     text += [f"- {finding}" for finding in module.findings(rows)]
     text += ["", f"![{module.TITLE}]({name}.png)", "", f"    {command}", ""]
     seeds = ", ".join(map(str, rows.of("seed")))
     text += [
-        f"Seeds {seeds}, mean ± sample standard deviation; {seconds / 60:.1f} minutes of one process in all; {machine}.",
-        "cost: in training steps, where a batch that is only evaluated counts a third. Every choice was made on validation data.",
+        (
+            f"Seeds {seeds}, mean ± sample standard deviation; {seconds / 60:.1f} minutes of one"
+            f" process in all; {machine}."
+        ),
+        (
+            "cost: in training steps, where a batch that is only evaluated counts a third. Every"
+            " choice was made on validation data."
+        ),
         "",
     ]
     text += ["Every row:", "", whole, ""] if pivoted else []
     write_text(folder / f"{name}.md", "\n".join(text))
     write_bytes(folder / f"{name}.png", draw(module, rows))
-    write_json(folder / f"{name}.json", {"command": command, "hardware": machine, "seconds": seconds, "rows": rows})
+    write_json(
+        folder / f"{name}.json",
+        {"command": command, "hardware": machine, "seconds": seconds, "rows": rows},
+    )
     return "\n".join(text)
 
 
@@ -130,7 +163,9 @@ def draw(module: ModuleType, rows: Rows) -> bytes:
 
 
 def run_recipe(args: argparse.Namespace) -> None:
-    """Runs experiments that test the published claims, on data that is on every machine or at --data."""
+    """Runs experiments that test the published claims, on data that is on every machine or at
+    --data.
+    """
     names = RECIPES if "all" in args.names else tuple(dict.fromkeys(args.names))
     data = args.data.absolute() if args.data else None
     if data is not None and not data.exists():
@@ -147,55 +182,123 @@ def run_recipe(args: argparse.Namespace) -> None:
     if any(n is not None and n < 1 for n in (args.seeds, args.jobs, args.epochs, args.batch)):
         raise ValueError("--seeds, --jobs, --epochs, --batch: expected at least 1")
     seeds = args.seeds or (1 if scale == "quick" else 3)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     jobs = args.jobs or (1 if args.device == "cuda" or data else cores)
     threads = max(1, cores // jobs)
     made = [
-        Unit(name, Job(seed, args.output.absolute(), scale, data, args.device, jobs == 1, options), threads)
+        Unit(
+            name,
+            Job(seed, args.output.absolute(), scale, data, args.device, jobs == 1, options),
+            threads,
+        )
         for name in names
         for seed in range(seeds)
     ]
     todo = [unit for unit in made if unit.finished() is None]
-    args.how_to_go_on = lambda: f"what is done is in {args.output}/; the same command goes on from there"
+    args.how_to_go_on = lambda: (
+        f"what is done is in {args.output}/; the same command goes on from there"
+    )
     begun, failed = time.perf_counter(), []
-    print(f"{len(made)} runs ({len(names)} recipes, {seeds} seeds), {len(made) - len(todo)} of them done before; {jobs} at a time", flush=True)
+    print(
+        f"{len(made)} runs ({len(names)} recipes, {seeds} seeds), {len(made) - len(todo)} of them"
+        f" done before; {jobs} at a time",
+        flush=True,
+    )
     for count, (unit, result) in enumerate(run_units(todo, min(jobs, max(1, len(todo)))), 1):
         minutes = (time.perf_counter() - begun) / 60
         if isinstance(result, BaseException):
             failed.append(unit)
             print(f"twa: error: {unit.name}, seed {unit.job.seed}: {result}", file=sys.stderr)
         else:
-            print(f"{count} of {len(todo)}: {unit.name}, seed {unit.job.seed}: {result:.0f} s ({minutes:.1f} minutes so far)", flush=True)
+            print(
+                f"{count} of {len(todo)}: {unit.name}, seed {unit.job.seed}: {result:.0f} s"
+                f" ({minutes:.1f} minutes so far)",
+                flush=True,
+            )
     machine = f"{processor_name()}, torch {torch.__version__}"
     for name in names:
         found = [done for unit in made if unit.name == name and (done := unit.finished())]
         if found:
             rows = merged(done["rows"] for done in found)
             command = (
-                shlex.join(["twa", *sys.argv[1:]]) if len(names) == 1 else f"twa recipe {name}" + (f" --scale {scale}" if scale == "quick" else "")
+                shlex.join(["twa", *sys.argv[1:]])
+                if len(names) == 1
+                else f"twa recipe {name}" + (f" --scale {scale}" if scale == "quick" else "")
             )
-            print("\n" + write_page(args.output, name, rows, command, sum(done["seconds"] for done in found), machine))
+            print(
+                "\n"
+                + write_page(
+                    args.output,
+                    name,
+                    rows,
+                    command,
+                    sum(done["seconds"] for done in found),
+                    machine,
+                )
+            )
     print(f"written to {args.output}/: " + ", ".join(f"{name}.md" for name in names))
     if failed:
-        raise ValueError(f"{len(failed)} of {len(todo)} runs failed; the same command does them again, and only them")
+        raise ValueError(
+            f"{len(failed)} of {len(todo)} runs failed; the same command does them again, and only"
+            " them"
+        )
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("names", metavar="NAME", nargs="+", choices=(*RECIPES, "all"), help=f"{', '.join(RECIPES)}, or all")
     p.add_argument(
-        "-o", "--output", metavar="OUT", type=Path, default=Path("twa-recipes"), help="directory for runs and results (default: %(default)s)"
+        "names",
+        metavar="NAME",
+        nargs="+",
+        choices=(*RECIPES, "all"),
+        help=f"{', '.join(RECIPES)}, or all",
+    )
+    p.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT",
+        type=Path,
+        default=Path("twa-recipes"),
+        help="directory for runs and results (default: %(default)s)",
     )
     p.add_argument(
         "--data",
         metavar="PATH",
         type=Path,
-        help="CIFAR as torchvision unpacks it, an ImageFolder (train/CLASS, val/CLASS), text, or a saved Hugging Face dataset; nothing is downloaded",
+        help=(
+            "CIFAR as torchvision unpacks it, an ImageFolder (train/CLASS, val/CLASS), text, or a"
+            " saved Hugging Face dataset; nothing is downloaded"
+        ),
     )
-    p.add_argument("--finetunes", metavar="DIR", type=Path, help="for soup: a directory of fine-tunes of CLIP ViT-B/32, with --data their images")
-    p.add_argument("--model", help="with --data: resnet, vgg, vit, timm:NAME, torchvision:NAME; gpt, transformers:DIR for text")
+    p.add_argument(
+        "--finetunes",
+        metavar="DIR",
+        type=Path,
+        help="for soup: a directory of fine-tunes of CLIP ViT-B/32, with --data their images",
+    )
+    p.add_argument(
+        "--model",
+        help=(
+            "with --data: resnet, vgg, vit, timm:NAME, torchvision:NAME; gpt, transformers:DIR for"
+            " text"
+        ),
+    )
     p.add_argument("--seeds", type=int, help="how many (default: 3; quick: 1)")
-    p.add_argument("--scale", choices=tuple(SCALES), help="quick: a fifth of the steps, one task a recipe; small (default); full: with --data")
-    p.add_argument("--epochs", type=int, help="with --data: of the usual run, instead of the published number")
+    p.add_argument(
+        "--scale",
+        choices=tuple(SCALES),
+        help="quick: a fifth of the steps, one task a recipe; small (default); full: with --data",
+    )
+    p.add_argument(
+        "--epochs", type=int, help="with --data: of the usual run, instead of the published number"
+    )
     p.add_argument("--batch", type=int, help="with --data: batch size")
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
-    p.add_argument("--jobs", type=int, help="runs side by side (default: one per core; one with --data or a GPU)")
+    p.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)"
+    )
+    p.add_argument(
+        "--jobs",
+        type=int,
+        help="runs side by side (default: one per core; one with --data or a GPU)",
+    )

@@ -1,6 +1,7 @@
 """Classical averages as merge weights beta (n,), sum 1, over candidates in order; float64.
 
-theta = sum_i beta_i w_i. `Subspace.set_merge_weights` turns them into coefficients of the same space that TWA searches.
+theta = sum_i beta_i w_i. `Subspace.set_merge_weights` turns them into coefficients of the same
+space that TWA searches.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def lawa(n: int, k: int) -> Tensor:
 
 
 def ema(n: int, decay: float) -> Tensor:
-    """Exponential moving average a <- decay * a + (1 - decay) * w_i, started at the first candidate."""
+    """Exponential moving average a <- decay * a + (1 - decay) * w_i, started at the first
+    candidate.
+    """
     if not 0.0 <= decay < 1.0:
         raise ValueError(f"decay: expected 0 <= decay < 1, found {decay}")
     beta = (1.0 - decay) * decay ** torch.arange(n - 1, -1, -1, dtype=torch.float64)
@@ -44,17 +47,21 @@ def ema(n: int, decay: float) -> Tensor:
 
 
 def wsm(n: int, k: int, decay: str = "linear") -> Tensor:
-    """Mean of the last k candidates that stands for a decay of the learning rate over them: WSM (Tian et al., arXiv 2507.17634).
+    """Mean of the last k candidates that stands for a decay of the learning rate over them:
 
-    Training goes from candidate j - 1 to j by the sum of its updates, which are proportional to the learning rate. Had the rate been w_j times as
-    high, and the gradients the same, then the run from candidate m = n - k on (k of them are left, itself included) would have ended at
+    WSM (Tian et al., arXiv 2507.17634).
 
-        theta = theta_m + sum_{m < j < n} w_j (theta_j - theta_{j-1}) = sum_{m <= j < n} (w_j - w_{j+1}) theta_j,   w_m = 1, w_n = 0
+    Training goes from candidate j - 1 to j by the sum of its updates, which are proportional to the
+    learning rate. Had the rate been w_j times as high, and the gradients the same, then the run
+    from candidate m = n - k on (k of them are left, itself included) would have ended at
+
+        theta = theta_m + sum_{m < j < n} w_j (theta_j - theta_{j-1}) = sum_{m <= j < n} (w_j -
+        w_{j+1}) theta_j, w_m = 1, w_n = 0
 
     so beta_j = w_j - w_{j+1}, with w_{m+i} = f(i / k). f falls from f(0) = 1 to f(1) = 0:
 
-    decay   "linear": 1 - t, which is the plain mean, LAWA; "sqrt": 1 - sqrt(t), with more of the earlier ones; "cosine": (1 + cos(pi t)) / 2, with
-            more of those in the middle
+    decay   "linear": 1 - t, which is the plain mean, LAWA; "sqrt": 1 - sqrt(t), with more of the
+            earlier ones; "cosine": (1 + cos(pi t)) / 2, with more of those in the middle
     """
     if not 1 <= k <= n:
         raise ValueError(f"k: expected 1 to {n}, found {k}")
@@ -74,7 +81,8 @@ DECAYS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def greedy_soup(losses: Sequence[float], evaluate: Callable[[Tensor], float]) -> Tensor:
-    """Greedy soup (Wortsman et al., 2022): candidates in order of their own loss join the uniform mean if it does not get worse.
+    """Greedy soup (Wortsman et al., 2022): candidates in order of their own loss join the uniform
+    mean if it does not get worse.
 
     losses     each candidate's own validation loss, (n,)
     evaluate   merge weights -> validation loss

@@ -1,4 +1,6 @@
-"""`low_memory`: each gradient is projected and freed as soon as backward has it; on several ranks the sums start while backward goes on."""
+"""`low_memory`: each gradient is projected and freed as soon as backward has it; on several ranks
+the sums start while backward goes on.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,20 @@ from torch.autograd import Variable
 
 from .subspace import Subspace
 
-BUCKETS = 4  # messages that the coefficients' gradient is cut into, each sent when its columns are complete
+# messages that the coefficients' gradient is cut into, each sent when its columns are complete
+BUCKETS = 4
 
 
 class GradientHooks:
-    """Hooks on the model's parameters that turn gradients into coefficients.grad, for as long as they are not removed.
+    """Hooks on the model's parameters that turn gradients into coefficients.grad, for as long as
+    they are not removed.
 
-    One process: each hook adds its projection. Several ranks: hooks add to this rank's addend. With `replicate` the columns of segments whose
-    parameters are all done are sent as soon as backward has passed them, in an order that is the same on all ranks; at the end of backward the rest
-    is sent (with `columns` all of it, behind FSDP's own messages), and the sums are added to coefficients.grad, which then is what it would be in one
-    process. In `no_sync()` addends are kept for a later backward; `clear()` drops them.
+    One process: each hook adds its projection. Several ranks: hooks add to this rank's addend. With
+    `replicate` the columns of segments whose parameters are all done are sent as soon as backward
+    has passed them, in an order that is the same on all ranks; at the end of backward the rest is
+    sent (with `columns` all of it, behind FSDP's own messages), and the sums are added to
+    coefficients.grad, which then is what it would be in one process. In `no_sync()` addends are
+    kept for a later backward; `clear()` drops them.
     """
 
     def __init__(self, subspace: Subspace) -> None:
@@ -32,10 +38,18 @@ class GradientHooks:
             coefficients = subspace.coefficients.detach()
             self._mine = torch.zeros_like(coefficients)  # this rank's addend since the last sum
             count = BUCKETS if subspace.placement.name == "replicate" else 1
-            segments = [list(subspace.parts.of_tensor(k, p.numel())) for k, p in enumerate(subspace.parameters)]
+            segments = [
+                list(subspace.parts.of_tensor(k, p.numel()))
+                for k, p in enumerate(subspace.parameters)
+            ]
             self._buckets = _buckets(segments, coefficients.shape[1], count)
-            self._members = [{k for k, mine in enumerate(segments) if not columns.isdisjoint(mine)} for columns in map(set, self._buckets)]
-            self._columns = [torch.tensor(columns, device=coefficients.device) for columns in self._buckets]
+            self._members = [
+                {k for k, mine in enumerate(segments) if not columns.isdisjoint(mine)}
+                for columns in map(set, self._buckets)
+            ]
+            self._columns = [
+                torch.tensor(columns, device=coefficients.device) for columns in self._buckets
+            ]
             self._reset()
         me = weakref.ref(self)
 
@@ -43,7 +57,10 @@ class GradientHooks:
             if (alive := me()) is not None:
                 alive._absorb(k)
 
-        self._handles = [p.register_post_accumulate_grad_hook(lambda _, k=k: absorb(k)) for k, p in enumerate(subspace.parameters)]
+        self._handles = [
+            p.register_post_accumulate_grad_hook(lambda _, k=k: absorb(k))
+            for k, p in enumerate(subspace.parameters)
+        ]
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -70,18 +87,23 @@ class GradientHooks:
         if self._under_way not in (None, task):
             self.clear()
             raise RuntimeError(
-                "low_memory: a backward began before another had ended. After an error in backward, call optimizer.zero_grad(); activation "
-                "checkpointing must be checkpoint(..., use_reentrant=False); else low_memory=False"
+                "low_memory: a backward began before another had ended. After an error in backward,"
+                " call optimizer.zero_grad(); activation checkpointing must be checkpoint(...,"
+                " use_reentrant=False); else low_memory=False"
             )
         if self._sync and self._under_way is None:
             self._under_way = task
-            # Behind what others queue in this backward, such as FSDP's last reduce-scatters: their order must be the same on all ranks.
-            Variable._execution_engine.queue_callback(lambda: Variable._execution_engine.queue_callback(self._end))
+            # Behind what others queue in this backward, such as FSDP's last reduce-scatters: their
+            # order must be the same on all ranks.
+            Variable._execution_engine.queue_callback(
+                lambda: Variable._execution_engine.queue_callback(self._end)
+            )
         if k in self._done and self._sync:
             self.clear()
             raise RuntimeError(
-                "low_memory: a parameter got its gradient twice in one backward (reentrant activation checkpointing?); use "
-                "checkpoint(..., use_reentrant=False), or low_memory=False"
+                "low_memory: a parameter got its gradient twice in one backward (reentrant"
+                " activation checkpointing?); use checkpoint(..., use_reentrant=False), or"
+                " low_memory=False"
             )
         # FSDP calls hooks on a stream of its own.
         stream = torch.cuda.current_stream(c.device) if c.is_cuda else None
@@ -102,7 +124,9 @@ class GradientHooks:
             torch.cuda.current_stream(self._mine.device).wait_event(self._added)
         last = self._next == len(self._buckets) - 1
         part = self._mine[:, columns]
-        self._sums.append(subspace.placement.start_sum([part], subspace.coefficients if last else None))
+        self._sums.append(
+            subspace.placement.start_sum([part], subspace.coefficients if last else None)
+        )
         self._next += 1
 
     @torch.no_grad()
@@ -144,8 +168,12 @@ def _accumulate(coefficients: Tensor) -> Tensor:
 
 
 def _buckets(segments: list[list[int]], num_segments: int, most: int) -> list[list[int]]:
-    """Columns of the coefficients in the order in which backward completes them (a segment with its first parameter), in at most so many parts."""
+    """Columns of the coefficients in the order in which backward completes them (a segment with its
+    first parameter), in at most so many parts.
+    """
     first = {l: k for k, mine in reversed(list(enumerate(segments))) for l in mine}
     order = sorted(range(num_segments), key=lambda l: -first[l])
     count = min(most, num_segments)
-    return [order[num_segments * b // count : num_segments * (b + 1) // count] for b in range(count)]
+    return [
+        order[num_segments * b // count : num_segments * (b + 1) // count] for b in range(count)
+    ]

@@ -1,4 +1,6 @@
-"""`IterateAverage`: the running average of the coefficients while they are trained, which is what to evaluate and to keep."""
+"""`IterateAverage`: the running average of the coefficients while they are trained, which is what
+to evaluate and to keep.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ from .subspace import Subspace
 
 
 class IterateAverage:
-    """The average of the coefficients over the steps so far, later ones weighing more: after step t the weight of x_t is (1 + eta) / (t + eta),
-    so that the last 1 / eta or so of the steps count (polynomial-decay averaging: Shamir and Zhang, ICML 2013).
+    """The average of the coefficients over the steps so far, later ones weighing more: after step t
+    the weight of x_t is (1 + eta) / (t + eta), so that the last 1 / eta or so of the steps count
+    (polynomial-decay averaging: Shamir and Zhang, ICML 2013).
 
         average = twa.IterateAverage(subspace)
         for batch in loader:
@@ -22,8 +25,9 @@ class IterateAverage:
             evaluate(model)
         average.apply()      # at the end: the model is at the average
 
-    A training step is noisy, the average over steps is not: a constant learning rate then does as well as one that falls to zero, for any number
-    of steps, and little depends on its size (docs/claims.md). Ranks of a job that call the same hold the same.
+    A training step is noisy, the average over steps is not: a constant learning rate then does as
+    well as one that falls to zero, for any number of steps, and little depends on its size
+    (docs/claims.md). Ranks of a job that call the same hold the same.
     """
 
     def __init__(self, subspace: Subspace, eta: float = 3.0) -> None:
@@ -36,7 +40,9 @@ class IterateAverage:
     def update(self) -> None:
         """To be called after each optimizer.step()."""
         self.steps += 1
-        self.coefficients.lerp_(self.subspace.coefficients.detach(), (1 + self.eta) / (self.steps + self.eta))
+        self.coefficients.lerp_(
+            self.subspace.coefficients.detach(), (1 + self.eta) / (self.steps + self.eta)
+        )
 
     @torch.no_grad()
     def apply(self) -> None:

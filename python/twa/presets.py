@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from . import averages as schemes
-from .io.candidates import Candidates
 from .basis.segments import Granularity
+from .distributed.weights import load_untrained
+from .io.candidates import Candidates
 from .optimizer import SubspaceOptimizer
 from .subspace import Subspace
-from .distributed.weights import load_untrained
 
 
 def conference_method(
@@ -25,29 +25,51 @@ def conference_method(
     granularity: Granularity = "model",
     bits: int = 32,
 ) -> tuple[Subspace, SubspaceOptimizer, torch.optim.lr_scheduler.MultiStepLR]:
-    """The conference version of trainable weight averaging (Li et al., ICLR 2023; defaults as in the authors' code): SGD with momentum on
-    gradients that are projected onto the span of the candidates, weight decay, a rate that falls to a tenth after 1/2 and 3/4 of the steps.
+    """The conference version of trainable weight averaging (Li et al., ICLR 2023; defaults as in
+    the authors' code): SGD with momentum on gradients that are projected onto the span of the
+    candidates, weight decay, a rate that falls to a tenth after 1/2 and 3/4 of the steps.
 
         subspace, optimizer, schedule = twa.conference_method(model, candidates, steps=1000)
         for batch in loader:
             loss(model, batch).backward(); optimizer.step(); schedule.step(); optimizer.zero_grad()
 
-    Published: theta = optimizer(theta, P^T P g) with P an orthonormal basis of the candidates. Here theta = P^T x and x = optimizer(x, P g): the
-    same step by step, as theta never leaves the span; weight decay on x is weight decay on theta.
+    Published: theta = optimizer(theta, P^T P g) with P an orthonormal basis of the candidates. Here
+    theta = P^T x and x = optimizer(x, P g): the same step by step, as theta never leaves the span;
+    weight decay on x is weight decay on theta.
 
-    start   candidate to start from, or merge weights (n,) that sum to 1; None: the mean of all, as for the published tables
-    bits    32: dense, as published. Packed bits keep the center at the start, whose rounding does not matter then, and pull towards it:
-            weight decay is then on the distance from the start.
+    start   candidate to start from, or merge weights (n,) that sum to 1; None: the mean of all, as
+            for the published tables
+    bits    32: dense, as published. Packed bits keep the center at the start, whose rounding does
+            not matter then, and pull towards it: weight decay is then on the distance from the
+            start.
     """
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, found {steps}")
     n = len(candidates)
-    weights = schemes.uniform(n) if start is None else schemes.candidate(n, start) if isinstance(start, int) else start
+    weights = (
+        schemes.uniform(n)
+        if start is None
+        else schemes.candidate(n, start)
+        if isinstance(start, int)
+        else start
+    )
     center = "zero" if bits == 32 else weights
-    subspace = Subspace.from_candidates(model, candidates, bits=bits, granularity=granularity, center=center, basis="orthonormal", normalize="none")
+    subspace = Subspace.from_candidates(
+        model,
+        candidates,
+        bits=bits,
+        granularity=granularity,
+        center=center,
+        basis="orthonormal",
+        normalize="none",
+    )
     if bits == 32:
         subspace.set_merge_weights(weights)
         load_untrained(subspace.placement, weights)
-    optimizer = SubspaceOptimizer(subspace, torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, steps // 2), max(1, int(steps * 0.75))], gamma=0.1)
+    optimizer = SubspaceOptimizer(
+        subspace, torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.MultiStepLR(
+        optimizer, [max(1, steps // 2), max(1, int(steps * 0.75))], gamma=0.1
+    )
     return subspace, optimizer, schedule

@@ -1,4 +1,6 @@
-"""The singular vectors that spectral normalisation keeps in buffers: of the weights as they are, not averages of the candidates' own."""
+"""The singular vectors that spectral normalisation keeps in buffers: of the weights as they are,
+not averages of the candidates' own.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,20 @@ ITERATIONS = 50  # of the power method; a training step does one
 
 @torch.no_grad()
 def refresh_spectral_norms(model: nn.Module) -> None:
-    """Power iterations on every spectrally normalised weight, torch.nn.utils.spectral_norm or the parametrization, from the vectors in its buffers.
-    A weighted sum of singular vectors, whose signs are arbitrary, is no singular vector: what the layer divides by could be anything. Sharded
+    """Power iterations on every spectrally normalised weight, torch.nn.utils.spectral_norm or the
+    parametrization, from the vectors in its buffers. A weighted sum of singular vectors, whose
+    signs are arbitrary, is no singular vector: what the layer divides by could be anything. Sharded
     weights are left to the forward passes."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, SpectralNorm) and not isinstance(getattr(module, hook.name + "_orig"), DTensor):
+            if isinstance(hook, SpectralNorm) and not isinstance(
+                getattr(module, hook.name + "_orig"), DTensor
+            ):
                 for _ in range(-(-ITERATIONS // hook.n_power_iterations)):
                     hook.compute_weight(module, do_power_iteration=True)
-        if isinstance(module, ParametrizationList) and not isinstance(next(module.parameters()), DTensor):
+        if isinstance(module, ParametrizationList) and not isinstance(
+            next(module.parameters()), DTensor
+        ):
             norms = [m for m in module if isinstance(m, _SpectralNorm) and hasattr(m, "_u")]
             modes = [m.training for m in norms]
             for m in norms:

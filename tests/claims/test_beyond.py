@@ -7,22 +7,30 @@ from dataclasses import replace
 import matplotlib
 import pytest
 import torch
-from torch import nn
 from claims import beyond, lora, unlabelled, workloads
 from claims.job import Job
-from twa.tasks.gpt import GPT
 from claims.models.lora import LoRALinear, add_lora, merged_lora
 from claims.rows import Rows
 from claims.runs import Plan
 from claims.text import text_task
+from torch import nn
+from twa.tasks.gpt import GPT
 
-SETTINGS = ("LoRA", "LoRA, merged", "float32 weights", "bfloat16 weights", "int8 weights", "unlabelled", "warm start")
+SETTINGS = (
+    "LoRA",
+    "LoRA, merged",
+    "float32 weights",
+    "bfloat16 weights",
+    "int8 weights",
+    "unlabelled",
+    "warm start",
+)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# Adapters -------------------------------------------------------------------------------------------------------------
+# Adapters ----------------------------------------------------------------------------------------
 
 
 def tiny():
@@ -45,7 +53,9 @@ def test_only_adapters_are_trained():
     adapted = add_lora(tiny(), 3, seed=1)
     frozen = {name: p.clone() for name, p in adapted.named_parameters() if not p.requires_grad}
     assert frozen.keys() == {name for name, _ in tiny().named_parameters()}  # under their own names
-    assert all(name.endswith((".A", ".B")) for name, p in adapted.named_parameters() if p.requires_grad)
+    assert all(
+        name.endswith((".A", ".B")) for name, p in adapted.named_parameters() if p.requires_grad
+    )
     optimizer = Plan(3, 3, 0.1).make_optimizer(adapted)
     for _ in range(3):
         optimizer.zero_grad()
@@ -81,7 +91,7 @@ def test_bad_adapters(model, rank):
         add_lora(model(), rank, 0)
 
 
-# The recipe -----------------------------------------------------------------------------------------------------------
+# The recipe --------------------------------------------------------------------------------------
 
 
 def small_gpt():
@@ -92,12 +102,18 @@ def small_gpt():
 
 def few(task):
     """The same with two validation and test batches."""
-    return replace(task, val=task.val.__class__(task.val.data, 8, limit=16), test=task.test.__class__(task.test.data, 8, limit=16))
+    return replace(
+        task,
+        val=task.val.__class__(task.val.data, 8, limit=16),
+        test=task.test.__class__(task.test.data, 8, limit=16),
+    )
 
 
 def small_vit():
     made = workloads.digits("vit")
-    return replace(made, usual=Plan(steps=10, every=1, lr=3e-3, schedule="cosine", warmup=2), twa_steps=3)
+    return replace(
+        made, usual=Plan(steps=10, every=1, lr=3e-3, schedule="cosine", warmup=2), twa_steps=3
+    )
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +121,16 @@ def rows(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workloads, "BUILT_IN", {"gpt": small_gpt, "vit": small_vit})
         patch.setattr("twa.recipes.job.BUILT_IN", {"gpt": small_gpt, "vit": small_vit})
-        for module, name, value in ((lora, "STEPS", (2, 4)), (lora, "RATES", (1e-2,)), (unlabelled, "RATES", (1e-3,)), (unlabelled, "EPOCHS", 1)):
+        for module, name, value in (
+            (lora, "STEPS", (2, 4)),
+            (lora, "RATES", (1e-2,)),
+            (unlabelled, "RATES", (1e-3,)),
+            (unlabelled, "EPOCHS", 1),
+        ):
             patch.setattr(module, name, value)
-        patch.setitem(unlabelled.UNLABELLED, unlabelled.LONG, ("v:fine:4", 2, ("labels", "entropy")))
+        patch.setitem(
+            unlabelled.UNLABELLED, unlabelled.LONG, ("v:fine:4", 2, ("labels", "entropy"))
+        )
         yield Rows(beyond.run(Job(0, tmp_path_factory.mktemp("suite"))))
 
 
@@ -115,9 +138,15 @@ def test_rows(rows):
     assert tuple(rows.of("setting")) == SETTINGS
     for setting in SETTINGS:
         methods = rows.where(setting=setting).of("method")
-        assert len(methods) == len(rows.where(setting=setting)) and any(m.startswith("TWA") for m in methods)
+        assert len(methods) == len(rows.where(setting=setting)) and any(
+            m.startswith("TWA") for m in methods
+        )
     for row in rows:
-        assert row["seed"] == 0 and row["cost"] >= 0 and all(0 < row[key] < 20 for key in ("val", "test"))
+        assert (
+            row["seed"] == 0
+            and row["cost"] >= 0
+            and all(0 < row[key] < 20 for key in ("val", "test"))
+        )
 
 
 def test_data_of_the_user_s(tmp_path, monkeypatch):
@@ -129,9 +158,16 @@ def test_data_of_the_user_s(tmp_path, monkeypatch):
     found = Rows(beyond.run(Job(0, tmp_path, "full", data=tmp_path)))
     assert found.of("setting") == ["int8 weights", "warm start"]
     assert "left out" in beyond.findings(found)[-1]
-    pairs = [(m, f"{m}, rounded to int8") for m in found.of("method") if f"{m}, rounded to int8" in found.of("method")]
+    pairs = [
+        (m, f"{m}, rounded to int8")
+        for m in found.of("method")
+        if f"{m}, rounded to int8" in found.of("method")
+    ]
     assert [m for m, _ in pairs] == ["uniform", "EMA", "LAWA", "TWA-t fine, 4 bits"]
-    assert all(0 < abs(found.mean(method=a, setting="int8 weights") - found.mean(method=b)) < 0.1 for a, b in pairs)
+    assert all(
+        0 < abs(found.mean(method=a, setting="int8 weights") - found.mean(method=b)) < 0.1
+        for a, b in pairs
+    )
 
 
 def test_what_is_chosen_on_validation_data_is_never_worse_there(rows):
@@ -142,11 +178,15 @@ def test_what_is_chosen_on_validation_data_is_never_worse_there(rows):
     warm = rows.where(setting="warm start")
     starts = [m for m in warm.of("method") if not m.startswith("TWA")]
     assert len(starts) == 6
-    assert all(warm.mean("val", method=f"TWA from {m}") <= warm.mean("val", method=m) for m in starts)
+    assert all(
+        warm.mean("val", method=f"TWA from {m}") <= warm.mean("val", method=m) for m in starts
+    )
 
 
 def test_single_candidates_are_the_same_as_factors_and_merged(rows):
-    single = [r["test"] for r in rows.where(method="best single") if r["setting"].startswith("LoRA")]
+    single = [
+        r["test"] for r in rows.where(method="best single") if r["setting"].startswith("LoRA")
+    ]
     assert single[0] == pytest.approx(single[1], rel=1e-4)
 
 
@@ -158,27 +198,44 @@ def test_the_unlabelled_choose_by_what_they_train_on(rows):
         if "objective" in row:
             assert row["objective"] <= row["objective at start"]
     looks = {r["method"]: (r["cost"] - r["steps"]) / r["evaluations"] for r in mine}
-    assert looks["TWA-v model, experts"] > looks["TWA-v model, entropy"] == pytest.approx(looks["TWA-v model, labels"])
+    assert (
+        looks["TWA-v model, experts"]
+        > looks["TWA-v model, entropy"]
+        == pytest.approx(looks["TWA-v model, labels"])
+    )
 
 
 def test_objectives_have_their_minimum_where_they_should():
     model, images = nn.Flatten(), torch.randn(5, 7)
     target = images.softmax(1)
     assert float(unlabelled.by_experts(model, (images, None, target))) == pytest.approx(0, abs=1e-6)
-    assert float(unlabelled.by_entropy(model, (100 * images, None, target))) < float(unlabelled.by_entropy(model, (images, None, target)))
-    assert float(unlabelled.by_entropy(model, (torch.zeros(5, 7), None, None))) == pytest.approx(torch.tensor(7.0).log().item())
+    assert float(unlabelled.by_entropy(model, (100 * images, None, target))) < float(
+        unlabelled.by_entropy(model, (images, None, target))
+    )
+    assert float(unlabelled.by_entropy(model, (torch.zeros(5, 7), None, None))) == pytest.approx(
+        torch.tensor(7.0).log().item()
+    )
 
 
 def test_batches_in_bfloat16():
     seen = []
-    task = replace(text_task(domain="help", context=16, width=16, depth=1), loss=lambda model, batch: seen.append(batch))
-    beyond.of_dtype(task, torch.bfloat16).loss(None, (torch.zeros(2), torch.zeros(2, dtype=torch.int64)))
+    task = replace(
+        text_task(domain="help", context=16, width=16, depth=1),
+        loss=lambda model, batch: seen.append(batch),
+    )
+    beyond.of_dtype(task, torch.bfloat16).loss(
+        None, (torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+    )
     assert [t.dtype for t in seen[0]] == [torch.bfloat16, torch.int64]
 
 
 def test_findings(rows):
     found = "\n".join(beyond.findings(rows))
-    assert all(setting in found for setting in SETTINGS) and "left out" not in found and "nan" not in found
+    assert (
+        all(setting in found for setting in SETTINGS)
+        and "left out" not in found
+        and "nan" not in found
+    )
     mine = rows.where(setting="warm start")
     assert f"{min(r['test'] for r in mine if r['method'].startswith('TWA')):.4f}" in found
     without = beyond.findings(rows.where(setting=("float32 weights", "int8 weights", "warm start")))

@@ -1,4 +1,6 @@
-"""Image recipes: their models, and data in the formats that are on disk, made small; see python/twa/recipes/images.py."""
+"""Image recipes: their models, and data in the formats that are on disk, made small; see
+python/twa/recipes/images.py.
+"""
 
 import os
 import pickle
@@ -10,12 +12,12 @@ import numpy
 import pytest
 import torch
 import twa
-from PIL import Image
-from safetensors.torch import save_file
-from twa.tasks.batches import Pass
 from claims.images import CLIP, Look, Pictures, clip_task, image_task
 from claims.models import resnet, vgg, vit
 from claims.models.clip import CLIPClassifier
+from PIL import Image
+from safetensors.torch import save_file
+from twa.tasks.batches import Pass
 from twa.tasks.contract import TaskError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,19 +28,29 @@ def seeded():
     torch.manual_seed(0)
 
 
-# Stand-ins in the real formats ---------------------------------------------------------------------------------------------
+# Stand-ins in the real formats -------------------------------------------------------------------
 
 
 def python2(value):
-    """A protocol 2 pickle as Python 2's cPickle writes it: bytes as strings, arrays by numpy 1's names."""
+    """A protocol 2 pickle as Python 2's cPickle writes it: bytes as strings, arrays by numpy 1's
+    names.
+    """
 
     def put(v):
         if isinstance(v, bytes):
-            return (b"U" + bytes([len(v)]) if len(v) < 256 else b"T" + struct.pack("<I", len(v))) + v
+            return (
+                b"U" + bytes([len(v)]) if len(v) < 256 else b"T" + struct.pack("<I", len(v))
+            ) + v
         if isinstance(v, bool):
             return b"\x88" if v else b"\x89"
         if isinstance(v, int):
-            return b"K" + bytes([v]) if 0 <= v < 256 else b"M" + struct.pack("<H", v) if 0 <= v < 65536 else b"J" + struct.pack("<i", v)
+            return (
+                b"K" + bytes([v])
+                if 0 <= v < 256
+                else b"M" + struct.pack("<H", v)
+                if 0 <= v < 65536
+                else b"J" + struct.pack("<i", v)
+            )
         if v is None:
             return b"N"
         if isinstance(v, tuple):
@@ -47,19 +59,34 @@ def python2(value):
             return b"](" + b"".join(map(put, v)) + b"e"
         if isinstance(v, dict):
             return b"}(" + b"".join(put(k) + put(x) for k, x in v.items()) + b"u"
-        kind = b"cnumpy\ndtype\n" + put((v.dtype.str[1:].encode(), 0, 1)) + b"R" + put((3, b"|", None, None, None, -1, -1, 0)) + b"b"
-        empty = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n" + put((0,)) + put(b"b") + b"tR"
+        kind = (
+            b"cnumpy\ndtype\n"
+            + put((v.dtype.str[1:].encode(), 0, 1))
+            + b"R"
+            + put((3, b"|", None, None, None, -1, -1, 0))
+            + b"b"
+        )
+        empty = (
+            b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n"
+            + put((0,))
+            + put(b"b")
+            + b"tR"
+        )
         return empty + b"(" + put(1) + put(v.shape) + kind + put(False) + put(v.tobytes()) + b"tb"
 
     return b"\x80\x02" + put(value) + b"."
 
 
 def pictures_of(n, classes, seed):
-    """Pixels (n, 3072) uint8, red, green, blue, of noise that is brighter the higher the label; labels."""
+    """Pixels (n, 3072) uint8, red, green, blue, of noise that is brighter the higher the label;
+    labels.
+    """
     r = numpy.random.default_rng(seed)
     labels = r.integers(0, classes, n)
     labels[0] = classes - 1
-    return (r.integers(0, 100, (n, 3072)) + labels[:, None] * (150 // classes)).astype(numpy.uint8), labels.tolist()
+    return (r.integers(0, 100, (n, 3072)) + labels[:, None] * (150 // classes)).astype(
+        numpy.uint8
+    ), labels.tolist()
 
 
 def cifar10(root, write, n=24):
@@ -67,7 +94,12 @@ def cifar10(root, write, n=24):
     folder.mkdir(parents=True)
     for k, name in enumerate([f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]):
         pixels, labels = pictures_of(n, 10, k)
-        content = {b"batch_label": b"batch", b"labels": labels, b"data": pixels, b"filenames": [b"a.png"] * n}
+        content = {
+            b"batch_label": b"batch",
+            b"labels": labels,
+            b"data": pixels,
+            b"filenames": [b"a.png"] * n,
+        }
         (folder / name).write_bytes(write(content))
     return folder
 
@@ -77,7 +109,12 @@ def cifar100(root, n=60):
     folder.mkdir(parents=True)
     for name, seed in (("train", 0), ("test", 1)):
         pixels, labels = pictures_of(n, 100, seed)
-        content = {b"filenames": [b"a.png"] * n, b"coarse_labels": [0] * n, b"fine_labels": labels, b"data": pixels}
+        content = {
+            b"filenames": [b"a.png"] * n,
+            b"coarse_labels": [0] * n,
+            b"fine_labels": labels,
+            b"data": pixels,
+        }
         (folder / name).write_bytes(python2(content))
     return folder
 
@@ -102,9 +139,12 @@ def folder_of(root, classes=3, each=6):
         for c in range(classes):
             (root / part / f"n{c:03}").mkdir(parents=True)
             for i in range(count):
-                shape = (20 + 3 * i, 31 - i) if i % 2 else (25, 20, 3)  # upright and across, some grey
+                # upright and across, some grey
+                shape = (20 + 3 * i, 31 - i) if i % 2 else (25, 20, 3)
                 pixels = (r.integers(0, 60, shape) + 90 * c).astype(numpy.uint8)
-                Image.fromarray(pixels).save(root / part / f"n{c:03}" / f"{i}.{'png' if i % 2 else 'JPEG'}")
+                Image.fromarray(pixels).save(
+                    root / part / f"n{c:03}" / f"{i}.{'png' if i % 2 else 'JPEG'}"
+                )
     return root
 
 
@@ -113,16 +153,42 @@ def clip_state(depth=2, classes=3):
     def norm(name):
         return {f"{name}.weight": (8,), f"{name}.bias": (8,)}
 
-    shapes = {"positional_embedding": (5, 6), "text_projection": (6, 6), "logit_scale": (), "visual.class_embedding": (8,)}
-    shapes |= {"visual.positional_embedding": (5, 8), "visual.proj": (8, 6), "visual.conv1.weight": (8, 3, 8, 8)} | norm("visual.ln_pre")
+    shapes = {
+        "positional_embedding": (5, 6),
+        "text_projection": (6, 6),
+        "logit_scale": (),
+        "visual.class_embedding": (8,),
+    }
+    shapes |= {
+        "visual.positional_embedding": (5, 8),
+        "visual.proj": (8, 6),
+        "visual.conv1.weight": (8, 3, 8, 8),
+    } | norm("visual.ln_pre")
     for k in range(depth):
         b = f"visual.transformer.resblocks.{k}"
-        shapes |= {f"{b}.attn.in_proj_weight": (24, 8), f"{b}.attn.in_proj_bias": (24,), f"{b}.attn.out_proj.weight": (8, 8)}
-        shapes |= {f"{b}.attn.out_proj.bias": (8,)} | norm(f"{b}.ln_1") | {f"{b}.mlp.c_fc.weight": (32, 8), f"{b}.mlp.c_fc.bias": (32,)}
-        shapes |= {f"{b}.mlp.c_proj.weight": (8, 32), f"{b}.mlp.c_proj.bias": (8,)} | norm(f"{b}.ln_2")
-    shapes |= norm("visual.ln_post") | {"token_embedding.weight": (11, 6), "ln_final.weight": (6,), "ln_final.bias": (6,)}
+        shapes |= {
+            f"{b}.attn.in_proj_weight": (24, 8),
+            f"{b}.attn.in_proj_bias": (24,),
+            f"{b}.attn.out_proj.weight": (8, 8),
+        }
+        shapes |= (
+            {f"{b}.attn.out_proj.bias": (8,)}
+            | norm(f"{b}.ln_1")
+            | {f"{b}.mlp.c_fc.weight": (32, 8), f"{b}.mlp.c_fc.bias": (32,)}
+        )
+        shapes |= {f"{b}.mlp.c_proj.weight": (8, 32), f"{b}.mlp.c_proj.bias": (8,)} | norm(
+            f"{b}.ln_2"
+        )
+    shapes |= norm("visual.ln_post") | {
+        "token_embedding.weight": (11, 6),
+        "ln_final.weight": (6,),
+        "ln_final.bias": (6,),
+    }
     shapes = {f"model.{key}": shape for key, shape in shapes.items()}
-    return shapes | {"classification_head.weight": (classes, 6), "classification_head.bias": (classes,)}
+    return shapes | {
+        "classification_head.weight": (classes, 6),
+        "classification_head.bias": (classes,),
+    }
 
 
 def clip_files(folder, n=3):
@@ -130,11 +196,17 @@ def clip_files(folder, n=3):
     base = {key: torch.randn(shape) for key, shape in clip_state().items()}
     for i in range(n):
         text = ("model.token", "model.pos", "model.ln_final", "model.text", "model.logit")
-        torch.save({k: t if k.startswith(text) else t + 0.1 * torch.randn(t.shape) for k, t in base.items()}, folder / f"model_{i}.pt")
+        torch.save(
+            {
+                k: t if k.startswith(text) else t + 0.1 * torch.randn(t.shape)
+                for k, t in base.items()
+            },
+            folder / f"model_{i}.pt",
+        )
     return folder
 
 
-# Models --------------------------------------------------------------------------------------------------------------------
+# Models ------------------------------------------------------------------------------------------
 
 
 def parameters(model):
@@ -145,7 +217,11 @@ def parameters(model):
     "make, images, count",
     [
         (lambda: resnet.ResNet(10), (8, 1, 8, 8), 42938),
-        (lambda: resnet.ResNet(5, 3, (8, 16), (1, 2), "imagenet", bottleneck=True), (4, 3, 64, 64), None),
+        (
+            lambda: resnet.ResNet(5, 3, (8, 16), (1, 2), "imagenet", bottleneck=True),
+            (4, 3, 64, 64),
+            None,
+        ),
         (lambda: resnet.ResNet(5, 3, (8, 16), 1, "imagenet", preact=True), (4, 3, 64, 64), None),
         (lambda: resnet.preresnet(8, 10), (4, 3, 32, 32), None),
         (lambda: vgg.vgg_digits(10), (8, 1, 8, 8), None),
@@ -179,7 +255,14 @@ def test_published_sizes():
         assert 1_690_000 < parameters(resnet.preresnet(164, 10)) < 1_710_000
         assert 15.2e6 < parameters(vgg.vgg16(10)) < 15.3e6
         keys = resnet.resnet18(1000).state_dict()
-    assert {"conv1.weight", "bn1.running_var", "layer1.0.bn2.bias", "layer2.0.downsample.0.weight", "layer4.1.conv2.weight", "fc.bias"} <= keys.keys()
+    assert {
+        "conv1.weight",
+        "bn1.running_var",
+        "layer1.0.bn2.bias",
+        "layer2.0.downsample.0.weight",
+        "layer4.1.conv2.weight",
+        "fc.bias",
+    } <= keys.keys()
     assert len(keys) == 122
     with pytest.raises(ValueError, match="9 k \\+ 2"):
         resnet.preresnet(163, 10)
@@ -194,21 +277,40 @@ def test_clip_is_the_equation():
     model = CLIPClassifier.from_shapes(clip_state(depth=1)).eval()
     for p in model.parameters():
         p.data = torch.randn(p.shape) * 0.5
-    w = {key.removeprefix("model.visual.").replace("transformer.resblocks.0.", ""): t.double() for key, t in model.state_dict().items()}
+    w = {
+        key.removeprefix("model.visual.").replace("transformer.resblocks.0.", ""): t.double()
+        for key, t in model.state_dict().items()
+    }
     x = torch.randn(3, 3, 16, 16)
 
     def norm(h, name):
         h = h - h.mean(-1, keepdim=True)
-        return h / (h.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+        return (
+            h / (h.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"]
+            + w[f"{name}.bias"]
+        )
 
-    patches = x.double().unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).reshape(3, 4, -1) @ w["conv1.weight"].reshape(8, -1).T
-    h = norm(torch.cat([w["class_embedding"].expand(3, 1, 8), patches], 1) + w["positional_embedding"], "ln_pre")
+    patches = (
+        x.double().unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).reshape(3, 4, -1)
+        @ w["conv1.weight"].reshape(8, -1).T
+    )
+    h = norm(
+        torch.cat([w["class_embedding"].expand(3, 1, 8), patches], 1) + w["positional_embedding"],
+        "ln_pre",
+    )
     q, k, v = (norm(h, "ln_1") @ w["attn.in_proj_weight"].T + w["attn.in_proj_bias"]).chunk(3, -1)
-    h = h + (q @ k.mT / 8**0.5).softmax(-1) @ v @ w["attn.out_proj.weight"].T + w["attn.out_proj.bias"]
+    h = (
+        h
+        + (q @ k.mT / 8**0.5).softmax(-1) @ v @ w["attn.out_proj.weight"].T
+        + w["attn.out_proj.bias"]
+    )
     m = norm(h, "ln_2") @ w["mlp.c_fc.weight"].T + w["mlp.c_fc.bias"]
     h = h + m * torch.sigmoid(1.702 * m) @ w["mlp.c_proj.weight"].T + w["mlp.c_proj.bias"]
     f = norm(h[:, 0], "ln_post") @ w["proj"]
-    expected = f / f.norm(dim=-1, keepdim=True) @ w["classification_head.weight"].T + w["classification_head.bias"]
+    expected = (
+        f / f.norm(dim=-1, keepdim=True) @ w["classification_head.weight"].T
+        + w["classification_head.bias"]
+    )
     torch.testing.assert_close(model(x).double(), expected, atol=1e-5, rtol=1e-5)
     half = model.half()(x)
     assert half.dtype == torch.float16
@@ -223,15 +325,23 @@ def test_clip_shapes():
     assert not model.model.token_embedding.weight.requires_grad
     with pytest.raises(ValueError, match=r"'model.visual.proj'.*none of that name"):
         CLIPClassifier.from_shapes({k: v for k, v in state.items() if k != "model.visual.proj"})
-    with pytest.raises(ValueError, match=r"resblocks.1.ln_1.bias': expected shape \[8\].*found none"):
-        CLIPClassifier.from_shapes({k: v for k, v in state.items() if k != "model.visual.transformer.resblocks.1.ln_1.bias"})
+    with pytest.raises(
+        ValueError, match=r"resblocks.1.ln_1.bias': expected shape \[8\].*found none"
+    ):
+        CLIPClassifier.from_shapes(
+            {
+                k: v
+                for k, v in state.items()
+                if k != "model.visual.transformer.resblocks.1.ln_1.bias"
+            }
+        )
     with pytest.raises(ValueError, match=r"'extra': expected shape none .* found \[2\]"):
         CLIPClassifier.from_shapes(state | {"extra": (2,)})
     with pytest.raises(ValueError, match=r"grid\^2 \+ 1 positions, found 7"):
         CLIPClassifier.from_shapes(state | {"model.visual.positional_embedding": (7, 8)})
 
 
-# Data ----------------------------------------------------------------------------------------------------------------------
+# Data --------------------------------------------------------------------------------------------
 
 
 def images_of(batches):
@@ -249,15 +359,24 @@ def check_task(task, channels, size, classes):
         assert images.dtype == torch.float32 and images.shape == (len(labels), channels, size, size)
         assert labels.dtype == torch.int64 and labels.min() >= 0 and labels.max() < classes
     first, again, second = passes(task.train, 0), passes(task.train, 0), passes(task.train, 1)
-    assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(first, again, strict=True))
+    assert all(
+        torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(first, again, strict=True)
+    )
     assert not torch.equal(images_of(first), images_of(second))
     assert not torch.equal(images_of(first), images_of(passes(task.train, 0, seed=1)))
     assert torch.equal(images_of(passes(task.val, 0)), images_of(passes(task.val, 1)))
-    parts = [{image.numpy().tobytes() for image in images_of(passes(data, 0))} for data in (task.val, task.heldout)]
+    parts = [
+        {image.numpy().tobytes() for image in images_of(passes(data, 0))}
+        for data in (task.val, task.heldout)
+    ]
     assert not parts[0] & parts[1]
     model = task.model().eval()
     batch = next(iter(task.val))
-    assert task.loss(model, batch).dim() == 0 and 0 <= task.metric(model, batch) <= 1 and task.metric_name == "accuracy"
+    assert (
+        task.loss(model, batch).dim() == 0
+        and 0 <= task.metric(model, batch) <= 1
+        and task.metric_name == "accuracy"
+    )
 
 
 def test_digits():
@@ -280,48 +399,92 @@ def test_digits():
 def test_augmentation_by_its_words():
     """A shift moves the image and lets black in, a flip mirrors it; vectorised as one by one."""
     images = torch.randint(1, 256, (40, 6, 7, 3), dtype=torch.uint8)
-    changed = Look((0.0,) * 3, (1.0,) * 3, pad=2, flip=True).changed(images, torch.Generator().manual_seed(3))
+    changed = Look((0.0,) * 3, (1.0,) * 3, pad=2, flip=True).changed(
+        images, torch.Generator().manual_seed(3)
+    )
     padded = torch.nn.functional.pad(images, (0, 0, 2, 2, 2, 2))
     seen = set()
     for image, out in zip(padded, changed, strict=True):
-        cuts = {(y, x, flip): c.flip(1) if flip else c for y in range(5) for x in range(5) for flip in (0, 1) for c in [image[y : y + 6, x : x + 7]]}
+        cuts = {
+            (y, x, flip): c.flip(1) if flip else c
+            for y in range(5)
+            for x in range(5)
+            for flip in (0, 1)
+            for c in [image[y : y + 6, x : x + 7]]
+        }
         match = [where for where, cut in cuts.items() if torch.equal(cut, out)]
         assert len(match) == 1
         seen |= set(match)
-    assert {y for y, _, _ in seen} == set(range(5)) == {x for _, x, _ in seen} and {f for _, _, f in seen} == {0, 1}
-    erased = Look((0.0,), (1.0,), erase=True).disturbed(torch.ones(50, 2, 8, 8), torch.Generator().manual_seed(0))
+    assert {y for y, _, _ in seen} == set(range(5)) == {x for _, x, _ in seen} and {
+        f for _, _, f in seen
+    } == {0, 1}
+    erased = Look((0.0,), (1.0,), erase=True).disturbed(
+        torch.ones(50, 2, 8, 8), torch.Generator().manual_seed(0)
+    )
     gone = (erased == 0).sum((2, 3))
-    assert torch.equal(gone[:, 0], gone[:, 1]) and {0, 9} <= set(gone[:, 0].tolist()) <= {0, 4, 6, 9}
+    assert torch.equal(gone[:, 0], gone[:, 1]) and {0, 9} <= set(gone[:, 0].tolist()) <= {
+        0,
+        4,
+        6,
+        9,
+    }
 
 
 def test_normalised():
     images = torch.randint(0, 256, (2, 3, 4, 3), dtype=torch.uint8)
     expected = (images.double() / 255 - torch.tensor(CLIP[0])) / torch.tensor(CLIP[1])
-    torch.testing.assert_close(Look(*CLIP).normalised(images).double(), expected.permute(0, 3, 1, 2), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        Look(*CLIP).normalised(images).double(), expected.permute(0, 3, 1, 2), atol=1e-5, rtol=1e-5
+    )
 
 
-@pytest.mark.parametrize("write", [python2, lambda content: pickle.dumps(content, protocol=2), lambda content: pickle.dumps(content, protocol=4)])
+@pytest.mark.parametrize(
+    "write",
+    [
+        python2,
+        lambda content: pickle.dumps(content, protocol=2),
+        lambda content: pickle.dumps(content, protocol=4),
+    ],
+)
 def test_cifar10(tmp_path, write):
     folder = cifar10(tmp_path, write)
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"")  # torchvision leaves it beside the folder
+    # torchvision leaves it beside the folder
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"")
     task = image_task(path=tmp_path, batch=16, heldout=20, val=20)
     check_task(task, 3, 32, 10)
     pixels, labels = pictures_of(24, 10, 5)
     images, found = next(iter(image_task(path=folder, batch=24).test))
     assert found.tolist() == labels
-    mean, std = torch.tensor((0.4914, 0.4822, 0.4465)).view(3, 1, 1), torch.tensor((0.2470, 0.2435, 0.2616)).view(3, 1, 1)
-    torch.testing.assert_close(images * std + mean, torch.from_numpy(pixels.reshape(24, 3, 32, 32) / 255).float(), atol=1e-5, rtol=1e-5)
+    mean, std = (
+        torch.tensor((0.4914, 0.4822, 0.4465)).view(3, 1, 1),
+        torch.tensor((0.2470, 0.2435, 0.2616)).view(3, 1, 1),
+    )
+    torch.testing.assert_close(
+        images * std + mean,
+        torch.from_numpy(pixels.reshape(24, 3, 32, 32) / 255).float(),
+        atol=1e-5,
+        rtol=1e-5,
+    )
 
 
 def test_cifar100_and_binary(tmp_path):
     check_task(image_task("resnet", cifar100(tmp_path), batch=16, heldout=10, val=10), 3, 32, 100)
     pairs = [(cifar10(tmp_path, python2), binary(tmp_path, "cifar-10-batches-bin", BATCHES, 10, 1))]
-    pairs += [(tmp_path / "cifar-100-python", binary(tmp_path, "cifar-100-binary", ["train.bin", "test.bin"], 100, 2, 60))]
+    pairs += [
+        (
+            tmp_path / "cifar-100-python",
+            binary(tmp_path, "cifar-100-binary", ["train.bin", "test.bin"], 100, 2, 60),
+        )
+    ]
     for pickled, plain in pairs:
         a, b = (image_task(path=p, batch=20, heldout=5, val=5) for p in (pickled, plain))
-        for x, y in zip((*passes(a.train, 0), *a.test), (*passes(b.train, 0), *b.test), strict=True):
+        for x, y in zip(
+            (*passes(a.train, 0), *a.test), (*passes(b.train, 0), *b.test), strict=True
+        ):
             assert torch.equal(x[0], y[0]) and torch.equal(x[1], y[1])
-    with pytest.raises(TaskError, match="expected one data set, found cifar-10-batches-py, cifar-100-python"):
+    with pytest.raises(
+        TaskError, match="expected one data set, found cifar-10-batches-py, cifar-100-python"
+    ):
         image_task(path=tmp_path)
 
 
@@ -336,8 +499,12 @@ class Hostile:
 def test_hostile_pickle(tmp_path):
     folder = cifar10(tmp_path, python2)
     for protocol in (2, 4):
-        (folder / "data_batch_3").write_bytes(pickle.dumps({b"labels": Hostile(tmp_path / "ran")}, protocol=protocol))
-        with pytest.raises(TaskError, match=r"data_batch_3: refused: .*asks for (posix|nt)\.system"):
+        (folder / "data_batch_3").write_bytes(
+            pickle.dumps({b"labels": Hostile(tmp_path / "ran")}, protocol=protocol)
+        )
+        with pytest.raises(
+            TaskError, match=r"data_batch_3: refused: .*asks for (posix|nt)\.system"
+        ):
             image_task(path=folder)
     assert not (tmp_path / "ran").exists()
 
@@ -347,7 +514,10 @@ def test_wrong_cifar(tmp_path):
     pixels, labels = pictures_of(24, 10, 0)
     good = {b"labels": labels, b"data": pixels}
     wrong = [
-        (good | {b"data": pixels[:, :-1]}, r"expected n x 3072 bytes and n labels, found \[24, 3071\]"),
+        (
+            good | {b"data": pixels[:, :-1]},
+            r"expected n x 3072 bytes and n labels, found \[24, 3071\]",
+        ),
         (good | {b"data": pixels.astype(numpy.uint16)}, "expected an array of bytes"),
         (good | {b"data": numpy.asfortranarray(pixels)[:2]}, "24 labels"),
         (good | {b"labels": labels[:-1]}, "23 labels"),
@@ -390,16 +560,24 @@ def test_folder(tmp_path):
     root = folder_of(tmp_path)
     task = image_task("vit", root, batch=4, heldout=3, val=3, size=32)
     check_task(task, 3, 32, 3)
-    assert sum(len(y) for _, y in task.test) == 6 and [y.tolist() for _, y in task.test] == [[0, 0, 1, 1], [2, 2]]
+    assert sum(len(y) for _, y in task.test) == 6 and [y.tolist() for _, y in task.test] == [
+        [0, 0, 1, 1],
+        [2, 2],
+    ]
     lazy = image_task("resnet", root, batch=4, heldout=0, val=1, size=32, workers=1)
     with_none = image_task("resnet", root, batch=4, heldout=0, val=1, size=32)
     assert lazy.heldout is None
-    for a, b in zip(passes(lazy.train, 2), passes(with_none.train, 2), strict=True):  # the same in a worker process
+    # the same in a worker process
+    for a, b in zip(passes(lazy.train, 2), passes(with_none.train, 2), strict=True):
         assert torch.equal(a[0], b[0])
-    pictures = Pictures(root, numpy.array([b"train/n002/0.JPEG"]), numpy.array([2]), 16, 18, False, False)
+    pictures = Pictures(
+        root, numpy.array([b"train/n002/0.JPEG"]), numpy.array([2]), 16, 18, False, False
+    )
     image, label = pictures[0]
     with Image.open(root / "train/n002/0.JPEG") as whole:  # 20 x 25 -> 18 x 22 -> its middle
-        expected = numpy.asarray(whole.convert("RGB").resize((18, 22), Image.Resampling.BILINEAR))[3:19, 1:17]
+        expected = numpy.asarray(whole.convert("RGB").resize((18, 22), Image.Resampling.BILINEAR))[
+            3:19, 1:17
+        ]
     assert label == 2 and numpy.array_equal(image.numpy(), expected)
 
 
@@ -447,7 +625,7 @@ def test_other_libraries(tmp_path, monkeypatch):
         image_task("torchvision:resnet18")
 
 
-# Into a subspace -----------------------------------------------------------------------------------------------------------
+# Into a subspace ---------------------------------------------------------------------------------
 
 
 def averages(task, files):
@@ -468,7 +646,15 @@ def averages(task, files):
 
 
 @pytest.mark.parametrize(
-    "model, data", [("resnet", None), ("vgg", None), ("vit", None), ("resnet", "cifar10"), ("vit", "cifar100"), ("resnet", "folder")]
+    "model, data",
+    [
+        ("resnet", None),
+        ("vgg", None),
+        ("vit", None),
+        ("resnet", "cifar10"),
+        ("vit", "cifar100"),
+        ("resnet", "folder"),
+    ],
 )
 def test_candidates_to_subspace(tmp_path, model, data):
     make = {"cifar10": lambda p: cifar10(p, python2), "cifar100": cifar100, "folder": folder_of}
@@ -493,14 +679,24 @@ def test_clip_task(tmp_path):
     task.model().load_state_dict(torch.load(files[0]), strict=True)
     averages(task, files)
     changed, _ = clip_task(finetunes, root, batch=4, augment=True)
-    assert not torch.equal(images_of(passes(changed.train, 0)), images_of(passes(clip_task(finetunes, root, batch=4)[0].train, 0)))
+    assert not torch.equal(
+        images_of(passes(changed.train, 0)),
+        images_of(passes(clip_task(finetunes, root, batch=4)[0].train, 0)),
+    )
 
     unseen = numpy.zeros(18)
     unseen[[0, 4, 8, 17]] = 1
     numpy.save(tmp_path / "unseen.npy", unseen)
     held, _ = clip_task(finetunes, root, batch=4, heldout_file=tmp_path / "unseen.npy")
-    parts = [{image.numpy().tobytes() for image in images_of(passes(data, 0))} for data in (held.train, held.val, held.heldout)]
-    assert [len(p) for p in parts] == [12, 2, 2] and not parts[1] & parts[2] and not parts[0] & (parts[1] | parts[2])
+    parts = [
+        {image.numpy().tobytes() for image in images_of(passes(data, 0))}
+        for data in (held.train, held.val, held.heldout)
+    ]
+    assert (
+        [len(p) for p in parts] == [12, 2, 2]
+        and not parts[1] & parts[2]
+        and not parts[0] & (parts[1] | parts[2])
+    )
     numpy.save(tmp_path / "unseen.npy", unseen[1:])
     with pytest.raises(TaskError, match="0 or 1 for each of 18 training images, found float64"):
         clip_task(finetunes, root, heldout_file=tmp_path / "unseen.npy")

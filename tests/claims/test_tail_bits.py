@@ -1,4 +1,6 @@
-"""The recipes tail and bits: the published quantiser, and both from end to end on a model of a few thousand weights."""
+"""The recipes tail and bits: the published quantiser, and both from end to end on a model of a few
+thousand weights.
+"""
 
 from dataclasses import replace
 
@@ -18,7 +20,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def tiny():
     made = workloads.gpt("help", width=8, depth=1, context=8)
-    return replace(made, usual=Plan(steps=80, every=4, lr=3e-3, schedule="cosine"), tail_rates=(3e-3, 1e-3), twa_steps=10)
+    return replace(
+        made,
+        usual=Plan(steps=80, every=4, lr=3e-3, schedule="cosine"),
+        tail_rates=(3e-3, 1e-3),
+        twa_steps=10,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +33,11 @@ def job(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "EVAL_WINDOWS", 64)
         patch.setitem(workloads.BUILT_IN, "gpt", tiny)
-        patch.setitem(workloads.BUILT_IN, "vgg", lambda: replace(tiny(), name="vgg", label="another", tail_rates=(2e-3,)))
+        patch.setitem(
+            workloads.BUILT_IN,
+            "vgg",
+            lambda: replace(tiny(), name="vgg", label="another", tail_rates=(2e-3,)),
+        )
         yield Job(0, tmp_path_factory.mktemp("recipes"))
 
 
@@ -42,7 +53,7 @@ def check_shown(module, rows):
         assert draw(module, some).startswith(b"\x89PNG")
 
 
-# The published quantiser ------------------------------------------------------------------------------------------
+# The published quantiser -------------------------------------------------------------------------
 
 
 def plain(row, count):
@@ -55,8 +66,12 @@ def plain(row, count):
 @pytest.mark.parametrize("count", [1, 2, 129])
 @pytest.mark.parametrize("width", [8, 4, 3, 2, 1])
 def test_minmax_takes_the_nearest_level(width, count):
-    rows = torch.randn(3, count, generator=torch.Generator().manual_seed(count)) * torch.tensor([[1.0], [1e-6], [1e3]])
-    expected = torch.tensor([plain(row, 2**width) for row in rows.double().tolist()], dtype=torch.float64)
+    rows = torch.randn(3, count, generator=torch.Generator().manual_seed(count)) * torch.tensor(
+        [[1.0], [1e-6], [1e3]]
+    )
+    expected = torch.tensor(
+        [plain(row, 2**width) for row in rows.double().tolist()], dtype=torch.float64
+    )
     size = rows.abs().amax(1, keepdim=True).double()
     assert ((bits.minmax(rows, width).double() - expected).abs() <= 1e-5 * size).all()
 
@@ -75,9 +90,16 @@ def test_one_bit_is_minimum_or_maximum():
 
 
 def test_relative_errors():
-    p = [torch.randn(4, 300, generator=torch.Generator().manual_seed(0)), torch.zeros(4, 5), torch.ones(4, 7)]
+    p = [
+        torch.randn(4, 300, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(4, 5),
+        torch.ones(4, 7),
+    ]
     found = bits.relative_errors(p)
-    assert set(found) == {("float32", 32), *((q, b) for q in ("packed", "min/max") for b in (8, 4, 3, 2, 1))}
+    assert set(found) == {
+        ("float32", 32),
+        *((q, b) for q in ("packed", "min/max") for b in (8, 4, 3, 2, 1)),
+    }
     norm = torch.cat(p, 1).norm()
     for b in (8, 4, 3, 2, 1):
         error = torch.cat([bits.minmax(t, b) - t for t in p], 1).norm()
@@ -85,7 +107,7 @@ def test_relative_errors():
         assert b == 8 or found["packed", b] < found["min/max", b]
 
 
-# From end to end --------------------------------------------------------------------------------------------------
+# From end to end ---------------------------------------------------------------------------------
 
 
 def test_tail(job):
@@ -95,14 +117,32 @@ def test_tail(job):
         "another": ["constant 0.002", "cyclic 0.002"],
     }
     assert rows.of("task") == list(tails) and all(r.keys() >= KEYS for r in rows)
-    for task, setting in [(task, setting) for task, settings in tails.items() for setting in settings]:
+    for task, setting in [
+        (task, setting) for task, settings in tails.items() for setting in settings
+    ]:
         mine = rows.where(task=task, setting=setting)
-        averages = ["best single", "SWA", "EMA", "LAWA", "greedy soup", "TWA-t fine, 4 bits", "TWA-t per tensor, 4 bits", "TWA-v per tensor, 4 bits"]
+        averages = [
+            "best single",
+            "SWA",
+            "EMA",
+            "LAWA",
+            "greedy soup",
+            "TWA-t fine, 4 bits",
+            "TWA-t per tensor, 4 bits",
+            "TWA-v per tensor, 4 bits",
+        ]
         assert mine.of("method") == [*averages, *tail.ANNEALING]
         equal = mine.where(method="annealing, same cost")[0]
-        assert equal["cost"] == equal["steps"] == round(max(r["cost"] for r in mine if r["method"].startswith("TWA")))
+        assert (
+            equal["cost"]
+            == equal["steps"]
+            == round(max(r["cost"] for r in mine if r["method"].startswith("TWA")))
+        )
         assert mine.of("stopped") == [64]  # 16 checkpoints, one a step, after step 48
-    assert all(rows.where(task=task).of("setting") == ["usual run", *settings] for task, settings in tails.items())
+    assert all(
+        rows.where(task=task).of("setting") == ["usual run", *settings]
+        for task, settings in tails.items()
+    )
     check_shown(tail, rows)
 
 
@@ -115,7 +155,9 @@ def test_tail_goes_on_from_the_usual_run(job):
     a, b = usual.candidates(after=48, until=64), made.candidates()
     assert made.steps == list(range(49, 65)) and len(b) == 16
     key = "embed.weight"
-    assert torch.equal(a[-1].tensor(key), b[-1].tensor(key)) and not torch.equal(b[0].tensor(key), b[-1].tensor(key))
+    assert torch.equal(a[-1].tensor(key), b[-1].tensor(key)) and not torch.equal(
+        b[0].tensor(key), b[-1].tensor(key)
+    )
 
 
 def test_bits(job, monkeypatch):
@@ -127,7 +169,14 @@ def test_bits(job, monkeypatch):
     start = rows.where(method=bits.FIXED)[0]
     assert all(r["val"] <= start["val"] + 1e-5 and r["cost"] > start["cost"] for r in rows[1:])
     errors = {(r["quantiser"], r["bits"]): r["error"] for r in rows[1:]}
-    assert errors["float32", 32] == 0 < errors["packed", 2] < errors["packed", 1] < errors["min/max", 1] and errors["random", 0] is None
+    assert (
+        errors["float32", 32]
+        == 0
+        < errors["packed", 2]
+        < errors["packed", 1]
+        < errors["min/max", 1]
+        and errors["random", 0] is None
+    )
     check_shown(bits, rows)
 
 

@@ -6,15 +6,16 @@ import types
 
 import pytest
 import torch
-from twa.tasks.batches import Pass
 from claims import text
-from twa.tasks.gpt import GPT
 from claims.text import text_task
-from twa.tasks.contract import TaskError
 from twa.tasks import chars
+from twa.tasks.batches import Pass
+from twa.tasks.contract import TaskError
+from twa.tasks.gpt import GPT
 
 SPLITS = ("train", "heldout", "val", "test")
-ENOUGH = 10 * 16 * 129  # characters: a window for each place of a cycle of blocks, at a context of 128
+# characters: a window for each place of a cycle of blocks, at a context of 128
+ENOUGH = 10 * 16 * 129
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,14 +34,19 @@ def one_pass(batches, number, seed):
     return torch.cat([b for _, b in Pass(batches, number, seed, lambda k: True)])
 
 
-# The model --------------------------------------------------------------------------------------------------------
+# The model ---------------------------------------------------------------------------------------
 
 
 def test_gpt_is_the_demo_s_model():
     model = GPT()
     assert sum(p.numel() for p in model.parameters()) == 360_288
     assert model.head.weight is model.embed.weight
-    assert [name for name, _ in model.named_parameters()][:4] == ["position", "embed.weight", "blocks.0.norm1.weight", "blocks.0.norm1.bias"]
+    assert [name for name, _ in model.named_parameters()][:4] == [
+        "position",
+        "embed.weight",
+        "blocks.0.norm1.weight",
+        "blocks.0.norm1.bias",
+    ]
     torch.manual_seed(3)
     ours = GPT().state_dict()
     torch.manual_seed(3)
@@ -49,7 +55,9 @@ def test_gpt_is_the_demo_s_model():
 
 
 def test_gpt_draws_in_a_fixed_order():
-    """The embedding's default draws come first, then the positions, each block's layers, the head, and last the weights of two dimensions in turn."""
+    """The embedding's default draws come first, then the positions, each block's layers, the head,
+    and last the weights of two dimensions in turn.
+    """
     torch.manual_seed(5)
     model = GPT(vocabulary=11, context=7, width=8, depth=1, heads=2)
     torch.manual_seed(5)
@@ -59,8 +67,12 @@ def test_gpt_draws_in_a_fixed_order():
         torch.nn.Linear(*shape)
     torch.nn.Linear(8, 11, bias=False)
     assert torch.equal(model.embed.weight, torch.nn.init.normal_(torch.empty(11, 8), std=0.02))
-    assert torch.equal(model.blocks[0].qkv.weight, torch.nn.init.normal_(torch.empty(24, 8), std=0.02))
-    assert torch.equal(model.blocks[0].proj.weight, torch.nn.init.normal_(torch.empty(8, 8), std=0.01))
+    assert torch.equal(
+        model.blocks[0].qkv.weight, torch.nn.init.normal_(torch.empty(24, 8), std=0.02)
+    )
+    assert torch.equal(
+        model.blocks[0].proj.weight, torch.nn.init.normal_(torch.empty(8, 8), std=0.01)
+    )
 
 
 def test_gpt_is_causal_and_says_what_it_cannot_do():
@@ -76,7 +88,7 @@ def test_gpt_is_causal_and_says_what_it_cannot_do():
         GPT(width=30)
 
 
-# Domains ----------------------------------------------------------------------------------------------------------
+# Domains -----------------------------------------------------------------------------------------
 
 
 def test_source_is_the_data_of_chars():
@@ -84,22 +96,35 @@ def test_source_is_the_data_of_chars():
     for name in SPLITS:
         ours, theirs = getattr(task, name), getattr(chars, f"{name}_data")
         theirs = theirs(seed=2) if name in ("train", "heldout") else theirs()
-        assert torch.equal(next(iter(ours)), next(iter(theirs))) and torch.equal(ours.data, theirs.data)
+        assert torch.equal(next(iter(ours)), next(iter(theirs))) and torch.equal(
+            ours.data, theirs.data
+        )
     model = task.model()
     batch = next(iter(task.train))
-    assert task.loss(model, batch).item() == chars.loss(model, batch).item() == pytest.approx(4.85, abs=0.3)  # ln 128, +- 0.05 by seed
+    # ln 128, +- 0.05 by seed
+    assert (
+        task.loss(model, batch).item()
+        == chars.loss(model, batch).item()
+        == pytest.approx(4.85, abs=0.3)
+    )
 
 
 def test_help_is_english_that_code_does_not_hold():
     lines = [line for line in text._domain("help").split(b"\n") if len(line) > 40]
     assert len(lines) > 4000
     assert sum(line in text._domain("code") for line in lines[::40]) < 0.05 * len(lines[::40])
-    assert sum(line in text._domain("source") for line in lines[::40]) > 0.1 * len(lines[::40])  # the reason for "code"; others are broken by quotes
+    # the reason for "code"; others are broken by quotes
+    assert sum(line in text._domain("source") for line in lines[::40]) > 0.1 * len(lines[::40])
     help_, code = text_task(domain="help"), text_task(domain="code")
     assert not set(windows(help_.test)) & set(windows(code.train))
 
     def share(batches, characters):
-        return torch.isin(batches.data, torch.tensor(list(characters), dtype=torch.uint8)).double().mean().item()
+        return (
+            torch.isin(batches.data, torch.tensor(list(characters), dtype=torch.uint8))
+            .double()
+            .mean()
+            .item()
+        )
 
     assert share(code.train, b"_()") > 1.5 * share(help_.train, b"_()")
     assert share(help_.train, b"aeiou") > 1.1 * share(code.train, b"aeiou")
@@ -114,11 +139,16 @@ def test_help_does_not_repeat_itself_across_splits():
     paragraphs = [" ".join(p.split()) for p in whole.split("\n\n")]
     assert len(set(paragraphs)) == len(paragraphs)
     train = b"".join(windows(text_task(domain="help").train))
-    lines = [line for w in windows(text_task(domain="help").test) for line in w.split(b"\n")[1:-1] if len(line) > 40 and b"--" not in line]
+    lines = [
+        line
+        for w in windows(text_task(domain="help").test)
+        for line in w.split(b"\n")[1:-1]
+        if len(line) > 40 and b"--" not in line
+    ]
     assert sum(line in train for line in lines) < 0.05 * len(lines)
 
 
-# Splits -----------------------------------------------------------------------------------------------------------
+# Splits ------------------------------------------------------------------------------------------
 
 
 def test_splits_are_disjoint_and_cover_the_text(tmp_path):
@@ -143,11 +173,17 @@ def test_heldout_windows_are_spread_and_of_the_held_out_data():
         few = text_task(domain="help", heldout_windows=count)
         places = [order[w] for w in windows(few.heldout)]
         assert len(places) == count and places == sorted(set(places))
-        assert max(b - a for a, b in zip([0, *places], [*places, len(order)], strict=True)) <= len(order) / count + 1
+        assert (
+            max(b - a for a, b in zip([0, *places], [*places, len(order)], strict=True))
+            <= len(order) / count + 1
+        )
         assert windows(few.train) == windows(full.train) and windows(few.val) == windows(full.val)
         assert sum(len(b) for b in few.heldout) == count
     for count in (0, len(order) + 1):
-        with pytest.raises(TaskError, match=f"heldout_windows from 1 to the {len(order)} that there are, found {count}"):
+        with pytest.raises(
+            TaskError,
+            match=f"heldout_windows from 1 to the {len(order)} that there are, found {count}",
+        ):
             text_task(domain="help", heldout_windows=count)
 
 
@@ -155,14 +191,20 @@ def test_passes_repeat_by_seed():
     one, same, other = (text_task(domain="help", seed=seed) for seed in (1, 1, 2))
     for name in ("train", "heldout"):
         first = one_pass(getattr(one, name), 0, 9)
-        assert torch.equal(first, one_pass(getattr(same, name), 0, 9)) and torch.equal(first, one_pass(getattr(one, name), 0, 9))
-        assert not torch.equal(first, one_pass(getattr(other, name), 0, 9)) and not torch.equal(first, one_pass(getattr(one, name), 1, 9))
+        assert torch.equal(first, one_pass(getattr(same, name), 0, 9)) and torch.equal(
+            first, one_pass(getattr(one, name), 0, 9)
+        )
+        assert not torch.equal(first, one_pass(getattr(other, name), 0, 9)) and not torch.equal(
+            first, one_pass(getattr(one, name), 1, 9)
+        )
     for name in ("val", "test"):
         assert torch.equal(one_pass(getattr(one, name), 0, 9), getattr(other, name).data.long())
-    assert next(iter(one.train)).shape == (16, 129) and next(iter(text_task(domain="help", batch=5, context=32).train)).shape == (5, 33)
+    assert next(iter(one.train)).shape == (16, 129) and next(
+        iter(text_task(domain="help", batch=5, context=32).train)
+    ).shape == (5, 33)
 
 
-# Files ------------------------------------------------------------------------------------------------------------
+# Files -------------------------------------------------------------------------------------------
 
 
 def test_a_directory_is_read_in_the_order_of_its_names(tmp_path):
@@ -193,7 +235,9 @@ def test_too_little_text_says_how_much_is_needed(tmp_path):
     (tmp_path / "a.txt").write_text(counting(ENOUGH))
     assert len(text_task(tmp_path / "a.txt").test.data) == 16
     (tmp_path / "a.txt").write_text(counting(ENOUGH - 1))
-    with pytest.raises(TaskError, match=r"at least 20,640 characters of text for a context of 128, found 20,639"):
+    with pytest.raises(
+        TaskError, match=r"at least 20,640 characters of text for a context of 128, found 20,639"
+    ):
         text_task(tmp_path / "a.txt")
     assert len(text_task(tmp_path / "a.txt", context=64).test.data) >= 16
     (tmp_path / "a.txt").write_text("")
@@ -203,7 +247,11 @@ def test_too_little_text_says_how_much_is_needed(tmp_path):
 
 def test_what_is_not_text_is_refused(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"abc")
-    for path, message in ((tmp_path / "none.txt", "no such file or directory"), (tmp_path / "a.bin", "ending in .txt"), (tmp_path, "found neither")):
+    for path, message in (
+        (tmp_path / "none.txt", "no such file or directory"),
+        (tmp_path / "a.bin", "ending in .txt"),
+        (tmp_path, "found neither"),
+    ):
         with pytest.raises(TaskError, match=message):
             text_task(path)
     for arguments, message in (
@@ -217,7 +265,7 @@ def test_what_is_not_text_is_refused(tmp_path):
             text_task(**arguments)
 
 
-# Saved datasets ---------------------------------------------------------------------------------------------------
+# Saved datasets ----------------------------------------------------------------------------------
 
 
 class Rows:
@@ -230,7 +278,11 @@ class Rows:
         return len(next(iter(self.columns.values())))
 
     def __getitem__(self, key):
-        return self.columns[key] if isinstance(key, str) else {name: column[key] for name, column in self.columns.items()}
+        return (
+            self.columns[key]
+            if isinstance(key, str)
+            else {name: column[key] for name, column in self.columns.items()}
+        )
 
 
 def test_saved_datasets(tmp_path, monkeypatch):
@@ -259,7 +311,10 @@ def test_saved_datasets(tmp_path, monkeypatch):
     for data, message in (
         (Rows(a=lines, b=lines), "one column of strings, found a, b"),
         (Rows(a=numbers), "one column of strings, found a"),
-        (dict(a=Rows(text=lines), b=Rows(text=lines)), "split train, or with one split, found a, b"),
+        (
+            dict(a=Rows(text=lines), b=Rows(text=lines)),
+            "split train, or with one split, found a, b",
+        ),
         (Rows(text=[]), "found 0"),
         (Rows(text=[None, "short"]), "found 6"),
     ):
@@ -268,20 +323,35 @@ def test_saved_datasets(tmp_path, monkeypatch):
             text_task(tmp_path)
 
 
-# Models of transformers -------------------------------------------------------------------------------------------
+# Models of transformers --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def tiny_gpt2(tmp_path_factory):
     """A directory with a GPT-2 of random weights and a tokenizer whose tokens are the characters."""
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    transformers, tokenizers = (
+        pytest.importorskip("transformers"),
+        pytest.importorskip("tokenizers"),
+    )
     folder = tmp_path_factory.mktemp("gpt2")
     vocabulary = {"[UNK]": 0} | {chr(i): i for i in range(1, 128)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), behavior="isolated")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex(r"[\s\S]"), behavior="isolated"
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]"
+    ).save_pretrained(folder)
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=128, n_positions=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None)
+    config = transformers.GPT2Config(
+        vocab_size=128,
+        n_positions=64,
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 
@@ -290,9 +360,15 @@ def test_a_model_of_transformers(tiny_gpt2, tmp_path):
     (tmp_path / "a.txt").write_text(counting(ENOUGH) + "é")
     arguments = dict(path=tmp_path / "a.txt", context=64)
     task, ours = text_task(model=f"transformers:{tiny_gpt2}", **arguments), text_task(**arguments)
-    assert torch.equal(task.train.data.long()[:-1], ours.train.data.long()[: len(task.train.data) - 1])  # its tokens are the characters
+    # its tokens are the characters
+    assert torch.equal(
+        task.train.data.long()[:-1], ours.train.data.long()[: len(task.train.data) - 1]
+    )
     model, again = task.model(), task.model()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))  # with the directory's weights
+    # with the directory's weights
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
     model.eval()
     batch = next(iter(task.val))
     loss = task.loss(model, batch)
@@ -306,7 +382,8 @@ def test_a_model_of_transformers(tiny_gpt2, tmp_path):
     with pytest.raises(TaskError, match="tokens of text for a context of 64, found 1,000"):
         (tmp_path / "b.txt").write_text(counting(1000))
         text_task(tmp_path / "b.txt", model=f"transformers:{tiny_gpt2}", context=64)
-    assert json.loads((tiny_gpt2 / "config.json").read_text())["n_positions"] == 64  # nothing was written there
+    # nothing was written there
+    assert json.loads((tiny_gpt2 / "config.json").read_text())["n_positions"] == 64
 
 
 def test_without_transformers(tiny_gpt2, monkeypatch):

@@ -1,4 +1,6 @@
-"""The main job through the command line: outputs, the winner's guarantee, and bad input with exit status 2."""
+"""The main job through the command line: outputs, the winner's guarantee, and bad input with exit
+status 2.
+"""
 
 import json
 import sys
@@ -11,12 +13,12 @@ import twa
 from conftest import run_python
 from safetensors.torch import load_file, save_file
 from twa.cli import main as cli
+from twa.io.progress import mean_over
 from twa.merge import report
 from twa.merge.run import Average, warmup
-from twa.io.progress import mean_over
 from twa.merge.settings import Settings, TwaMethod
-from twa.tasks.contract import TaskError, load_task
 from twa.tasks import digits
+from twa.tasks.contract import TaskError, load_task
 
 FILES = {"averaged.safetensors", "coefficients.json", "report.md", "report.png", "results.json"}
 
@@ -41,7 +43,18 @@ def checkpoints(tmp_path_factory):
 def finished(checkpoints, tmp_path_factory):
     """Output folder and standard output of one whole run in a process of its own."""
     out = tmp_path_factory.mktemp("run") / "out"
-    command = [sys.executable, "-m", "twa", "average", "digits", f"{checkpoints}/epoch_*.safetensors", "-o", str(out), "--steps", "20"]
+    command = [
+        sys.executable,
+        "-m",
+        "twa",
+        "average",
+        "digits",
+        f"{checkpoints}/epoch_*.safetensors",
+        "-o",
+        str(out),
+        "--steps",
+        "20",
+    ]
     done = processes.run(command)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
@@ -52,16 +65,29 @@ def test_outputs(finished):
     assert {p.name for p in out.iterdir()} == FILES
     results = json.loads((out / "results.json").read_text())
     names = [r["method"] for r in results]
-    assert names == ["last", "best single", "uniform", "EMA", "LAWA", "greedy soup", "TWA-t fine, 4 bits", "TWA-v per model, 4 bits"]
+    assert names == [
+        "last",
+        "best single",
+        "uniform",
+        "EMA",
+        "LAWA",
+        "greedy soup",
+        "TWA-t fine, 4 bits",
+        "TWA-v per model, 4 bits",
+    ]
     for r in results:
-        assert f"| {r['method']}" in printed and f"| {r['method']}" in (out / "report.md").read_text()
+        assert (
+            f"| {r['method']}" in printed and f"| {r['method']}" in (out / "report.md").read_text()
+        )
         assert 0.9 < float(r["test accuracy"]) <= 1
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_winner_has_the_lowest_validation_loss(finished):
     out, printed = finished
-    results = {r["method"]: float(r["val loss"]) for r in json.loads((out / "results.json").read_text())}
+    results = {
+        r["method"]: float(r["val loss"]) for r in json.loads((out / "results.json").read_text())
+    }
     winner = printed.split("winner on the validation data: ")[1].split(", validation loss")[0]
     assert results[winner] == min(results.values()) <= results["best single"]
 
@@ -89,10 +115,12 @@ print(total / count)
 def test_coefficients_file(finished, checkpoints):
     written = json.loads((finished[0] / "coefficients.json").read_text())
     beta = torch.tensor(written["beta"], dtype=torch.float64)
-    assert beta.shape == (10, len(written["segments"])) and [Path(p).name for p in written["candidates"]] == [
-        f"epoch_{k}.safetensors" for k in range(10)
-    ]
-    torch.testing.assert_close(beta.sum(0), torch.ones(beta.shape[1], dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    assert beta.shape == (10, len(written["segments"])) and [
+        Path(p).name for p in written["candidates"]
+    ] == [f"epoch_{k}.safetensors" for k in range(10)]
+    torch.testing.assert_close(
+        beta.sum(0), torch.ones(beta.shape[1], dtype=torch.float64), rtol=1e-6, atol=1e-6
+    )
 
 
 def run_cli(*arguments):
@@ -139,8 +167,14 @@ def test_bad_input_writes_nothing(checkpoints, tmp_path, capsys, arguments, mess
     state = load_file(checkpoints / "epoch_9.safetensors")
     state["0.weight"][0, 0] = float("nan")
     save_file(state, tmp_path / "nan.safetensors")
-    (tmp_path / "cut.safetensors").write_bytes((checkpoints / "epoch_9.safetensors").read_bytes()[:-50])
-    names = {"{ok}": checkpoints / "epoch_9.safetensors", "{nan}": tmp_path / "nan.safetensors", "{cut}": tmp_path / "cut.safetensors"}
+    (tmp_path / "cut.safetensors").write_bytes(
+        (checkpoints / "epoch_9.safetensors").read_bytes()[:-50]
+    )
+    names = {
+        "{ok}": checkpoints / "epoch_9.safetensors",
+        "{nan}": tmp_path / "nan.safetensors",
+        "{cut}": tmp_path / "cut.safetensors",
+    }
     out = tmp_path / "out"
     assert run_cli(*[names.get(a, a) for a in arguments], "-o", out) == 2
     error = capsys.readouterr().err
@@ -169,10 +203,16 @@ def test_task_file_and_a_loss_that_turns_nan(checkpoints, tmp_path, capsys):
     task = load_task(str(tmp_path / "task.py"))
     assert task.test is None and task.metric is None
     method = TwaMethod("t", "tensor", 4)
-    outcome = Average(task, twa.Candidates(checkpoints / "epoch_*.safetensors"), Settings((method,), steps=20), progress=False).run()
+    outcome = Average(
+        task,
+        twa.Candidates(checkpoints / "epoch_*.safetensors"),
+        Settings((method,), steps=20),
+        progress=False,
+    ).run()
     trained = outcome.results[-1]
     assert trained.steps == 8 and "stopped: loss nan at step 8" in trained.note
-    assert trained.val_loss <= 1.05 * min(r.val_loss for r in outcome.results[:-1])  # BatchNorm is re-estimated
+    # BatchNorm is re-estimated
+    assert trained.val_loss <= 1.05 * min(r.val_loss for r in outcome.results[:-1])
     assert all(torch.isfinite(t.float()).all() for t in outcome.state.values())
     assert "test loss" not in report.table_rows(outcome.results, task)[0]
 
@@ -182,7 +222,9 @@ def test_validation_data_is_split_for_twa_v_only(checkpoints, tmp_path):
     candidates = twa.Candidates(checkpoints / "epoch_[789].safetensors")
     with pytest.raises(TaskError, match="at least 2 batches"):
         Average(load_task(str(tmp_path / "task.py")), candidates, Settings(steps=2), progress=False)
-    (tmp_path / "task.py").write_text(TASK.format(limit=10**9).replace("digits.val_data", "lambda: list(digits.train_data())[:5]"))
+    (tmp_path / "task.py").write_text(
+        TASK.format(limit=10**9).replace("digits.val_data", "lambda: list(digits.train_data())[:5]")
+    )
     task = load_task(str(tmp_path / "task.py"))
     batches = list(task.val)
     task.split_validation()
@@ -191,16 +233,23 @@ def test_validation_data_is_split_for_twa_v_only(checkpoints, tmp_path):
 
 
 def test_a_shuffled_validation_set_cannot_be_split(tmp_path):
-    (tmp_path / "task.py").write_text(TASK.format(limit=10**9).replace("digits.val_data", "digits.train_data"))
+    (tmp_path / "task.py").write_text(
+        TASK.format(limit=10**9).replace("digits.val_data", "digits.train_data")
+    )
     with pytest.raises(TaskError, match="other batches at each pass"):
         load_task(str(tmp_path / "task.py")).split_validation()
 
 
 def test_candidates_with_nan_loss_never_win(checkpoints, tmp_path):
-    """Finite weights, NaN loss: the first and the last candidate; and a run where nothing is finite."""
+    """Finite weights, NaN loss: the first and the last candidate; and a run where nothing is
+    finite.
+    """
     (tmp_path / "helper.py").write_text("LIMIT = 50.0")
-    text = "from __future__ import annotations\nfrom helper import LIMIT\n" + TASK.format(limit=10**9).replace(
-        "    return value\n", "    return value if model[7].bias.abs().max() < LIMIT else value * float('nan')\n"
+    text = "from __future__ import annotations\nfrom helper import LIMIT\n" + TASK.format(
+        limit=10**9
+    ).replace(
+        "    return value\n",
+        "    return value if model[7].bias.abs().max() < LIMIT else value * float('nan')\n",
     )
     (tmp_path / "task.py").write_text(text)
     for k, path in enumerate(sorted(checkpoints.glob("*.safetensors"))[:5]):
@@ -210,7 +259,9 @@ def test_candidates_with_nan_loss_never_win(checkpoints, tmp_path):
         save_file(state, tmp_path / f"c{k}.safetensors")
     task = load_task(str(tmp_path / "task.py"))
     candidates = twa.Candidates(tmp_path / "c*.safetensors")
-    outcome = Average(task, candidates, Settings((TwaMethod("t", "tensor", 4),), steps=4), progress=False).run()
+    outcome = Average(
+        task, candidates, Settings((TwaMethod("t", "tensor", 4),), steps=4), progress=False
+    ).run()
     assert outcome.winner.val_loss < 1 and outcome.results[1].note in ("c1", "c2", "c3")
     report.write_outputs(tmp_path, outcome, task, candidates.names, "command")
     assert (tmp_path / "report.png").exists()
@@ -220,22 +271,36 @@ def test_candidates_with_nan_loss_never_win(checkpoints, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_measured_is_exported_in_half_precision(checkpoints, tmp_path, dtype):
-    """BatchNorm statistics are re-estimated in float32 and exported in the files' dtype: measured after that rounding."""
+    """BatchNorm statistics are re-estimated in float32 and exported in the files' dtype: measured
+    after that rounding.
+    """
     for path in checkpoints.glob("*.safetensors"):
-        save_file({k: t.to(dtype) if t.is_floating_point() else t for k, t in load_file(path).items()}, tmp_path / path.name)
+        save_file(
+            {k: t.to(dtype) if t.is_floating_point() else t for k, t in load_file(path).items()},
+            tmp_path / path.name,
+        )
     task = load_task("digits")
-    outcome = Average(task, twa.Candidates(tmp_path / "*.safetensors"), Settings((TwaMethod("t", "tensor", 4),), steps=5), progress=False).run()
+    outcome = Average(
+        task,
+        twa.Candidates(tmp_path / "*.safetensors"),
+        Settings((TwaMethod("t", "tensor", 4),), steps=5),
+        progress=False,
+    ).run()
     model = digits.model()
     model.load_state_dict(outcome.state)
     assert all(t.dtype == dtype for t in outcome.state.values() if t.is_floating_point())
-    assert mean_over(model, digits.loss, task.test) == pytest.approx(outcome.winner.test_loss, abs=1e-7)
+    assert mean_over(model, digits.loss, task.test) == pytest.approx(
+        outcome.winner.test_loss, abs=1e-7
+    )
 
 
 def test_tasks_that_break_the_contract(tmp_path):
     (tmp_path / "a.py").write_text("def model(): pass")
     with pytest.raises(TaskError, match="train_data, val_data, loss missing"):
         load_task(str(tmp_path / "a.py"))
-    (tmp_path / "b.py").write_text("model = loss = lambda *a: 0\ndef train_data(): return iter([])\nval_data = train_data")
+    (tmp_path / "b.py").write_text(
+        "model = loss = lambda *a: 0\ndef train_data(): return iter([])\nval_data = train_data"
+    )
     with pytest.raises(TaskError, match="can be read only once"):
         load_task(str(tmp_path / "b.py"))
     (tmp_path / "c.txt").write_text("")
@@ -244,4 +309,6 @@ def test_tasks_that_break_the_contract(tmp_path):
 
 
 def test_learning_rate_schedule():
-    assert [warmup(k, 100) for k in range(7)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0] and warmup(99, 100) == 1.0 == warmup(0, 1)
+    assert [warmup(k, 100) for k in range(7)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0] and warmup(
+        99, 100
+    ) == 1.0 == warmup(0, 1)

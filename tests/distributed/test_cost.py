@@ -1,11 +1,11 @@
-"""`twa plan`: its formulas against values worked out by hand, against what the placements do, and against a simulated ring."""
+"""`twa plan`: its formulas against values worked out by hand, against what the placements do, and
+against a simulated ring.
+"""
 
 import argparse
 import math
-import sys
 import weakref
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,46 +19,100 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from twa.distributed import sharding as placements
+from traffic import Traffic
 from twa.distributed import cost as plan
+from twa.distributed import sharding as placements
 from twa.distributed.cost import PLACEMENTS, Job
 
 import twa_kernels as tk
 
-from traffic import Traffic
-
-#: 1e9 weights in bfloat16, 16 candidates at 4 bits (a row is 0.5078125 GB), 10 segments, 4 ranks; 50e9 bytes per second and direction
-JOB = Job(params=1e9, candidates=16, bits=4, segments=10, ranks=4, weight_bytes=2, link_gbps=400, memory_gbs=1000, latency_us=10)
+#: 1e9 weights in bfloat16, 16 candidates at 4 bits (a row is 0.5078125 GB), 10 segments, 4 ranks;
+#: 50e9 bytes per second and direction
+JOB = Job(
+    params=1e9,
+    candidates=16,
+    bits=4,
+    segments=10,
+    ranks=4,
+    weight_bytes=2,
+    link_gbps=400,
+    memory_gbs=1000,
+    latency_us=10,
+)
 #: n / K leaves a remainder: the first rank holds 2 of 7 rows, the others at most 3
-UNEVEN = Job(params=1000, candidates=7, bits=32, segments=1, ranks=3, weight_bytes=4, link_gbps=8e-6, memory_gbs=1e-9, latency_us=1e6)
+UNEVEN = Job(
+    params=1000,
+    candidates=7,
+    bits=32,
+    segments=1,
+    ranks=3,
+    weight_bytes=4,
+    link_gbps=8e-6,
+    memory_gbs=1e-9,
+    latency_us=1e6,
+)
 
 MEMORY = [  # basis, center, weights, gradients, gathered, buffer
     (JOB, "replicate", (8.125e9, 4e9, 2e9, 2e9, 0, 0), 16.125e9),
     (JOB, "rows", (2.03125e9, 4e9, 2e9, 2e9, 0, 4e9), 14.03125e9),
     (JOB, "columns", (2.03125e9, 1e9, 0.5e9, 0.5e9, 0.375e9, 0), 4.40625e9),
     (replace(JOB, low_memory=True), "replicate", (8.125e9, 4e9, 2e9, 0.0625e9, 0, 0), 14.1875e9),
-    (replace(JOB, low_memory=True, block_share=0.5), "columns", (2.03125e9, 1e9, 0.5e9, 0.25e9, 6e9, 0), 9.78125e9),
+    (
+        replace(JOB, low_memory=True, block_share=0.5),
+        "columns",
+        (2.03125e9, 1e9, 0.5e9, 0.25e9, 6e9, 0),
+        9.78125e9,
+    ),
     (UNEVEN, "replicate", (28000, 4000, 4000, 4000, 0, 0), 40000),
     (UNEVEN, "rows", (8000, 4000, 4000, 4000, 0, 4000), 24000),
-    (replace(UNEVEN, bits=1, ranks=2), "columns", (7 * 66.40625, 2000, 2000, 2000, 750, 0), 7214.84375),
+    (
+        replace(UNEVEN, bits=1, ranks=2),
+        "columns",
+        (7 * 66.40625, 2000, 2000, 2000, 750, 0),
+        7214.84375,
+    ),
 ]
 
 
 @pytest.mark.parametrize("job, placement, parts, total", MEMORY)
 def test_memory(job, placement, parts, total):
     names = ("basis", "center", "weights", "gradients", "gathered", "buffer")
-    assert plan.memory(job, placement) == pytest.approx(dict(zip(names, parts, strict=True)) | {"total": total}, rel=1e-12)
+    assert plan.memory(job, placement) == pytest.approx(
+        dict(zip(names, parts, strict=True)) | {"total": total}, rel=1e-12
+    )
 
 
 STEP = [  # payload and sent (ours, FSDP's), bytes moved in memory, seconds (basis, ours, FSDP's)
     (JOB, "replicate", (648, 0), (972, 0), 24.25e9, (0.02425, 972 / 50e9 + 40e-6, 0)),
-    (JOB, "rows", (8e9 + 648, 0), (12e9 + 972, 0), 28.0625e9, (0.0280625, 0.24 + 972 / 50e9 + 160e-6, 0)),
-    (JOB, "columns", (648, 6e9), (972, 4.5e9), 6.0625e9, (0.0060625, 972 / 50e9 + 40e-6, 0.09 + 2.88e-3)),
-    # A link of 1 kB/s, a hop of 1 s, memory of 1 byte/s. Rows: 2 * 3 rows * 4000 B, gradient and weights 8000 B, the vector 4 times.
+    (
+        JOB,
+        "rows",
+        (8e9 + 648, 0),
+        (12e9 + 972, 0),
+        28.0625e9,
+        (0.0280625, 0.24 + 972 / 50e9 + 160e-6, 0),
+    ),
+    (
+        JOB,
+        "columns",
+        (648, 6e9),
+        (972, 4.5e9),
+        6.0625e9,
+        (0.0060625, 972 / 50e9 + 40e-6, 0.09 + 2.88e-3),
+    ),
+    # A link of 1 kB/s, a hop of 1 s, memory of 1 byte/s. Rows: 2 * 3 rows * 4000 B, gradient and
+    # weights 8000 B, the vector 4 times.
     (UNEVEN, "replicate", (36, 0), (48, 0), 68000, (68000, 4.048, 0)),
     (UNEVEN, "rows", (8036, 0), (8036 * 4 / 3, 0), 48000, (48000, 8036 * 4 / 3e3 + 4 + 8, 0)),
     (replace(UNEVEN, ranks=1), "replicate", (36, 0), (0, 0), 68000, (68000, 0, 0)),
-    (replace(UNEVEN, ranks=8, block_share=0.5), "columns", (36, 12000), (63, 10500), 8500, (8500, 6.063, 10.5 + 42)),
+    (
+        replace(UNEVEN, ranks=8, block_share=0.5),
+        "columns",
+        (36, 12000),
+        (63, 10500),
+        8500,
+        (8500, 6.063, 10.5 + 42),
+    ),
 ]
 
 
@@ -67,41 +121,66 @@ def test_step(job, placement, payload, sent, moved, seconds):
     assert tuple(plan.payload(job, placement).values()) == pytest.approx(payload, rel=1e-12)
     assert tuple(plan.sent(job, placement).values()) == pytest.approx(sent, rel=1e-12)
     assert plan.moved(job, placement) == pytest.approx(moved, rel=1e-12)
-    assert plan.seconds(job, placement) == pytest.approx(dict(zip(("basis", "twa", "model"), seconds, strict=True)), rel=1e-9)
+    assert plan.seconds(job, placement) == pytest.approx(
+        dict(zip(("basis", "twa", "model"), seconds, strict=True)), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_ring(ranks):
-    """A simulated ring: in each hop every rank sends one of K chunks to the next; first sums, then copies. Counts what a rank sends."""
+    """A simulated ring: in each hop every rank sends one of K chunks to the next; first sums, then
+    copies. Counts what a rank sends.
+    """
     chunks = torch.randn(ranks, ranks, dtype=torch.float64)  # (rank, chunk)
     total, sent = chunks.sum(0), 0
     for hop in range(2 * (ranks - 1)):
         before = chunks.clone()
         for rank in range(ranks):
-            chunk, to = (rank - hop) % ranks if hop < ranks - 1 else (rank + 1 - (hop - ranks + 1)) % ranks, (rank + 1) % ranks
+            chunk, to = (
+                (
+                    (rank - hop) % ranks
+                    if hop < ranks - 1
+                    else (rank + 1 - (hop - ranks + 1)) % ranks
+                ),
+                (rank + 1) % ranks,
+            )
             chunks[to, chunk] = before[rank, chunk] + (before[to, chunk] if hop < ranks - 1 else 0)
         sent += 1
     torch.testing.assert_close(chunks, total.expand(ranks, ranks))
     job = replace(JOB, ranks=ranks)
-    assert plan.sent(job, "replicate")["twa"] == pytest.approx(sent / ranks * plan.payload(job, "replicate")["twa"])
+    assert plan.sent(job, "replicate")["twa"] == pytest.approx(
+        sent / ranks * plan.payload(job, "replicate")["twa"]
+    )
     # the first half is a reduce-scatter, the second an all-gather
-    assert plan.sent(job, "columns")["model"] == pytest.approx(sent / 2 / ranks * plan.payload(job, "columns")["model"])
-    assert plan.seconds(replace(job, link_gbps=1e12), "rows")["twa"] == pytest.approx((2 * sent + 2 * math.ceil(math.log2(ranks))) * 1e-5, rel=1e-4)
+    assert plan.sent(job, "columns")["model"] == pytest.approx(
+        sent / 2 / ranks * plan.payload(job, "columns")["model"]
+    )
+    assert plan.seconds(replace(job, link_gbps=1e12), "rows")["twa"] == pytest.approx(
+        (2 * sent + 2 * math.ceil(math.log2(ranks))) * 1e-5, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("bits", [32, 8, 1])
 @pytest.mark.parametrize("candidates, ranks", [(1, 1), (7, 3), (8, 8), (30, 8), (64, 5)])
 def test_rows_counts_the_most_loaded_rank(bits, candidates, ranks):
-    job = Job(params=1000, candidates=candidates, bits=bits, segments=1, ranks=ranks, memory_gbs=1e-9)
+    job = Job(
+        params=1000, candidates=candidates, bits=bits, segments=1, ranks=ranks, memory_gbs=1e-9
+    )
     loads, moves = [], []
     for rank in range(ranks):
-        mine = placements.Rows.rows_of(SimpleNamespace(world=SimpleNamespace(rank=rank, size=ranks)), candidates)
-        basis, center = (mine.stop - mine.start) * 1000 * (4 if bits == 32 else bits / 8 + 1 / 128), 4000 * (rank == 0)
+        mine = placements.Rows.rows_of(
+            SimpleNamespace(world=SimpleNamespace(rank=rank, size=ranks)), candidates
+        )
+        basis, center = (
+            (mine.stop - mine.start) * 1000 * (4 if bits == 32 else bits / 8 + 1 / 128),
+            4000 * (rank == 0),
+        )
         loads.append(basis + center)
         moves.append(2 * basis + center)
     held = plan.memory(job, "rows")
     assert held["basis"] + held["center"] == max(loads)
-    # beside it: zero, fill, read the float32 vector twice; read bfloat16 gradients, write bfloat16 weights
+    # beside it: zero, fill, read the float32 vector twice; read bfloat16 gradients, write bfloat16
+    # weights
     assert plan.seconds(job, "rows")["basis"] == pytest.approx(max(moves) + 2 * 2 * 4000 + 2 * 2000)
 
 
@@ -142,7 +221,9 @@ def test_payload_is_what_a_step_hands_to_collectives(group, tmp_path, placement)
     if placement == "columns":
         for part in (*model.blocks, model):
             fully_shard(part, mesh=DeviceMesh.from_group(group, "cpu"))
-    subspace = twa.Subspace.from_candidates(model, twa.Candidates(tmp_path / "*.safetensors"), placement=placement, group=group)
+    subspace = twa.Subspace.from_candidates(
+        model, twa.Candidates(tmp_path / "*.safetensors"), placement=placement, group=group
+    )
     optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.1)
     model(torch.ones(4, 8)).square().sum().backward()
     with Traffic() as traffic:
@@ -156,7 +237,9 @@ class Blocks(torch.nn.Module):
 
     def __init__(self, count, width):
         super().__init__()
-        self.blocks = torch.nn.ModuleList(torch.nn.Linear(width, width, bias=False) for _ in range(count))
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.Linear(width, width, bias=False) for _ in range(count)
+        )
         self.head = torch.nn.Linear(width, width, bias=False)
 
     def forward(self, x):
@@ -166,7 +249,9 @@ class Blocks(torch.nn.Module):
 
 
 class Alive(TorchDispatchMode):
-    """`peak`: the largest number of tensors of `nbytes` bytes at a time, views of the same memory counted once."""
+    """`peak`: the largest number of tensors of `nbytes` bytes at a time, views of the same memory
+    counted once.
+    """
 
     def __init__(self, nbytes):
         super().__init__()
@@ -198,20 +283,32 @@ def test_what_fsdp_moves_and_gathers(eight_ranks):
     D, block = (count + 1) * width**2, 4 * width**2
     with Traffic() as traffic, Alive(block) as alive:
         model(torch.ones(1, width)).sum().backward()
-    job = Job(params=D, candidates=3, bits=4, segments=8, ranks=8, weight_bytes=4, block_share=1 / (count + 1))
+    job = Job(
+        params=D,
+        candidates=3,
+        bits=4,
+        segments=8,
+        ranks=8,
+        weight_bytes=4,
+        block_share=1 / (count + 1),
+    )
     # the root module's weights stay gathered from forward to backward
     assert traffic.bytes == plan.payload(job, "columns")["model"] - block
     assert alive.peak * block == plan.memory(job, "columns")["gathered"]
 
 
-# Properties ----------------------------------------------------------------------------------------------------------
+# Properties --------------------------------------------------------------------------------------
 
 EVERYTHING = {"memory", "payload", "sent", "seconds"}
 GROWS = {  # what grows when this number does; the rest stays as it is
     "params": {"replicate": {"memory", "seconds"}, "rows": EVERYTHING, "columns": EVERYTHING},
     "candidates": dict.fromkeys(PLACEMENTS, EVERYTHING),
     "segments": {p: {"payload", "sent", "seconds"} for p in PLACEMENTS},
-    "weight_bytes": {"replicate": {"memory", "seconds"}, "rows": {"memory", "seconds"}, "columns": EVERYTHING},
+    "weight_bytes": {
+        "replicate": {"memory", "seconds"},
+        "rows": {"memory", "seconds"},
+        "columns": EVERYTHING,
+    },
     "latency_us": {p: {"seconds"} for p in PLACEMENTS},
 }
 
@@ -220,7 +317,10 @@ GROWS = {  # what grows when this number does; the rest stays as it is
 @pytest.mark.parametrize("name", GROWS)
 def test_more_costs_more(name, placement):
     for function in EVERYTHING:
-        small, large = (getattr(plan, function)(job, placement) for job in (JOB, replace(JOB, **{name: 2 * getattr(JOB, name)})))
+        small, large = (
+            getattr(plan, function)(job, placement)
+            for job in (JOB, replace(JOB, **{name: 2 * getattr(JOB, name)}))
+        )
         assert all(large[key] >= value for key, value in small.items())
         assert (large != small) == (function in GROWS[name][placement])
 
@@ -228,14 +328,19 @@ def test_more_costs_more(name, placement):
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_fewer_bits_cost_less_memory_and_time_but_no_fewer_messages(placement):
     jobs = [replace(JOB, bits=bits) for bits in (32, 8, 4, 3, 2, 1)]
-    for quantity in (lambda j: plan.memory(j, placement)["total"], lambda j: plan.seconds(j, placement)["basis"]):
+    for quantity in (
+        lambda j: plan.memory(j, placement)["total"],
+        lambda j: plan.seconds(j, placement)["basis"],
+    ):
         values = [quantity(j) for j in jobs]
         assert values == sorted(values, reverse=True) and len(set(values)) == 6
     assert len({plan.payload(j, placement)["twa"] for j in jobs}) == 1
 
 
 def test_more_ranks():
-    """Columns and rows need less of the basis; nobody sends more than twice a message; the links' speed divides the time."""
+    """Columns and rows need less of the basis; nobody sends more than twice a message; the links'
+    speed divides the time.
+    """
     jobs = [replace(JOB, ranks=ranks) for ranks in (1, 2, 4, 8, 16)]
     for placement in ("rows", "columns"):
         bases = [plan.memory(j, placement)["basis"] for j in jobs]
@@ -243,8 +348,15 @@ def test_more_ranks():
     assert len({plan.memory(j, "replicate")["total"] for j in jobs}) == 1
     for placement in PLACEMENTS:
         sent = [plan.sent(j, placement)["twa"] for j in jobs]
-        assert sent == sorted(sent) and sent[0] == 0 and sent[-1] < 2 * plan.payload(JOB, placement)["twa"]
-    slow, fast = (plan.seconds(replace(JOB, link_gbps=gbps, latency_us=0), "rows")["twa"] for gbps in (100, 400))
+        assert (
+            sent == sorted(sent)
+            and sent[0] == 0
+            and sent[-1] < 2 * plan.payload(JOB, placement)["twa"]
+        )
+    slow, fast = (
+        plan.seconds(replace(JOB, link_gbps=gbps, latency_us=0), "rows")["twa"]
+        for gbps in (100, 400)
+    )
     assert slow == pytest.approx(4 * fast)
 
 
@@ -254,19 +366,30 @@ def test_order_of_placements():
         job = replace(JOB, ranks=ranks)
         total = {p: plan.memory(job, p)["total"] for p in PLACEMENTS}
         assert total["columns"] < min(total["rows"], total["replicate"])
-        assert plan.payload(job, "columns")["twa"] == plan.payload(job, "replicate")["twa"] < plan.payload(job, "rows")["twa"]
+        assert (
+            plan.payload(job, "columns")["twa"]
+            == plan.payload(job, "replicate")["twa"]
+            < plan.payload(job, "rows")["twa"]
+        )
 
 
 def test_choice():
     total = {p: plan.memory(JOB, p)["total"] for p in PLACEMENTS}
     assert plan.choose(JOB) == plan.choose(JOB, total["replicate"]) == "replicate"
-    assert plan.choose(JOB, total["replicate"] - 1) == plan.choose(JOB, total["columns"]) == "columns"
+    assert (
+        plan.choose(JOB, total["replicate"] - 1) == plan.choose(JOB, total["columns"]) == "columns"
+    )
     assert plan.choose(JOB, total["columns"] - 1) is None
-    whole = replace(JOB, block_share=1.0, ranks=2)  # FSDP gathers everything at once: 20.06 GB; rows 16.06 GB, replicate 16.13 GB
-    assert [plan.choose(whole, limit) for limit in (16.2e9, 16.1e9, 16e9)] == ["replicate", "rows", None]
+    # FSDP gathers everything at once: 20.06 GB; rows 16.06 GB, replicate 16.13 GB
+    whole = replace(JOB, block_share=1.0, ranks=2)
+    assert [plan.choose(whole, limit) for limit in (16.2e9, 16.1e9, 16e9)] == [
+        "replicate",
+        "rows",
+        None,
+    ]
 
 
-# Input and output ----------------------------------------------------------------------------------------------------
+# Input and output --------------------------------------------------------------------------------
 
 BAD = [
     ("params", 0, "params: expected a number above 0, found 0"),
@@ -293,8 +416,19 @@ def test_bad_job(name, value, message):
 
 
 def test_rows_takes_one_rank_per_candidate_and_whole_gradients():
-    for job, message in ((replace(JOB, ranks=17), "one rank per candidate, 16; found 17 ranks"), (replace(JOB, low_memory=True), "low_memory")):
-        for function in (plan.basis_bytes, plan.center_bytes, plan.memory, plan.payload, plan.sent, plan.moved, plan.seconds):
+    for job, message in (
+        (replace(JOB, ranks=17), "one rank per candidate, 16; found 17 ranks"),
+        (replace(JOB, low_memory=True), "low_memory"),
+    ):
+        for function in (
+            plan.basis_bytes,
+            plan.center_bytes,
+            plan.memory,
+            plan.payload,
+            plan.sent,
+            plan.moved,
+            plan.seconds,
+        ):
             with pytest.raises(ValueError, match=f"placement 'rows': .*{message}"):
                 function(job, "rows")
         assert plan.choose(job, 1.0) is None
@@ -308,41 +442,90 @@ def run(capsys, *options):
     plan.add_arguments(parser)
     plan.run_plan(parser.parse_args([str(o) for o in options]))
     lines = capsys.readouterr().out.splitlines()
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith("|")
+    ]
     assert len(table) == 5 and len(set(table[0])) == len(table[0])
     return lines, {row[0]: dict(zip(table[0], row, strict=True)) for row in table[2:]}
 
 
 def test_prints_what_the_formulas_say(capsys):
-    options = ["--params", 7e9, "--candidates", 64, "--ranks", 16, "--segments", 300, "--link-gbps", 200, "--memory-gbs", 2000, "--latency-us", 5]
+    options = [
+        "--params",
+        7e9,
+        "--candidates",
+        64,
+        "--ranks",
+        16,
+        "--segments",
+        300,
+        "--link-gbps",
+        200,
+        "--memory-gbs",
+        2000,
+        "--latency-us",
+        5,
+    ]
     lines, rows = run(capsys, *options, "--bits", 3, "--weight-bytes", 4, "--device-memory", 80)
     job = Job(7e9, 64, 3, 300, 16, 4, link_gbps=200, memory_gbs=2000, latency_us=5)
     assert list(rows) == list(PLACEMENTS)
     for placement, row in rows.items():
         held, times = plan.memory(job, placement), plan.seconds(job, placement)
-        expected = {"memory": held["total"]} | {name: held[name] for name in ("basis", "center", "weights", "gradients")}
-        expected |= {"buffers": held["gathered"] + held["buffer"], "our bytes": plan.payload(job, placement)["twa"]}
-        expected |= {"sent": plan.sent(job, placement)["twa"], "FSDP bytes": plan.payload(job, placement)["model"]}
-        assert {name: row[name] for name in expected} == {name: plan.quantity(value, "B") for name, value in expected.items()}
+        expected = {"memory": held["total"]} | {
+            name: held[name] for name in ("basis", "center", "weights", "gradients")
+        }
+        expected |= {
+            "buffers": held["gathered"] + held["buffer"],
+            "our bytes": plan.payload(job, placement)["twa"],
+        }
+        expected |= {
+            "sent": plan.sent(job, placement)["twa"],
+            "FSDP bytes": plan.payload(job, placement)["model"],
+        }
+        assert {name: row[name] for name in expected} == {
+            name: plan.quantity(value, "B") for name, value in expected.items()
+        }
         for name, key in {"P time": "basis", "our time": "twa", "FSDP time": "model"}.items():
             assert row[name] == plan.quantity(times[key], "s")
         assert row["fits"].startswith("yes" if held["total"] <= 80e9 else "no")
-    # by hand: 7e9 * (3 / 8 + 1 / 128) * 64 / 16 + 28e9 / 16 * 3 + 6 / 32 * 28e9 = 10.72 + 5.25 + 5.25 GB
+    # by hand: 7e9 * (3 / 8 + 1 / 128) * 64 / 16 + 28e9 / 16 * 3 + 6 / 32 * 28e9 = 10.72 + 5.25 +
+    # 5.25 GB
     assert rows["columns"]["memory"] == "21.2 GB" and rows["columns"]["fits"] == "yes, 58.8 GB left"
-    assert rows["rows"]["our bytes"] == "56 GB" and rows["replicate"]["our bytes"] == "76.8 kB" and rows["columns"]["FSDP bytes"] == "84 GB"
+    assert (
+        rows["rows"]["our bytes"] == "56 GB"
+        and rows["replicate"]["our bytes"] == "76.8 kB"
+        and rows["columns"]["FSDP bytes"] == "84 GB"
+    )
     assert "Choice: columns, since replicate needs 256 GB and does not fit" in lines[-2]
-    assert all(word in lines[-1] for word in ("ring", "200 Gbit/s", "5 us", "2000 GB/s", "docs/distributed.md"))
+    assert all(
+        word in lines[-1]
+        for word in ("ring", "200 Gbit/s", "5 us", "2000 GB/s", "docs/distributed.md")
+    )
 
 
 def test_defaults(capsys):
     lines, rows = run(capsys, "--params", "7e9", "--candidates", 64)
     assert lines[0] == "7 G weights, 64 candidates, 4 bits, 200 segments, 8 ranks"
-    assert rows["replicate"]["memory"] == plan.quantity(plan.memory(Job(7e9, 64, 4, 200, 8), "replicate")["total"], "B") == "284 GB"
-    assert rows["replicate"]["note"] == "" and "Choice: replicate" in lines[-2] and "--device-memory" in lines[-2]
+    assert (
+        rows["replicate"]["memory"]
+        == plan.quantity(plan.memory(Job(7e9, 64, 4, 200, 8), "replicate")["total"], "B")
+        == "284 GB"
+    )
+    assert (
+        rows["replicate"]["note"] == ""
+        and "Choice: replicate" in lines[-2]
+        and "--device-memory" in lines[-2]
+    )
 
 
 @pytest.mark.parametrize(
-    "options, note", [(["--ranks", 65], "takes at most one rank per candidate, 64"), (["--low-memory"], "sums whole gradients: not with low memory")]
+    "options, note",
+    [
+        (["--ranks", 65], "takes at most one rank per candidate, 64"),
+        (["--low-memory"], "sums whole gradients: not with low memory"),
+    ],
 )
 def test_rows_that_cannot_be(capsys, options, note):
     _, rows = run(capsys, "--params", 7e9, "--candidates", 64, *options)
@@ -355,15 +538,27 @@ def test_choice_is_explained(capsys):
     def choice(*options):
         return run(capsys, "--params", 7e9, "--candidates", 64, *options)[0][-2]
 
-    # beside the weights: 7e9 * (64 * 0.5078125 + 4 + 2) = 269.5 GB, with rows 7e9 * (8 * 0.5078125 + 4 + 2 + 4) = 98.4 GB; `auto` fills
-    # 0.8 of what 14 GB of weights leave
-    assert choice("--device-memory", 351).startswith("Choice: replicate") and choice("--device-memory", 351).endswith("else replicate.")
-    assert choice("--device-memory", 350).startswith("Choice: replicate") and choice("--device-memory", 350).endswith("else rows.")
-    assert choice("--device-memory", 138).endswith("else rows.") and choice("--device-memory", 136).endswith("else an error.")
-    assert choice("--device-memory", 80).startswith("Choice: columns") and "columns for a model sharded" in choice("--device-memory", 80)
-    assert choice("--device-memory", 80, "--ranks", 65).endswith("else an error.") and choice().endswith("replicate if that fits, else rows.")
+    # beside the weights: 7e9 * (64 * 0.5078125 + 4 + 2) = 269.5 GB, with rows 7e9 * (8 * 0.5078125
+    # + 4 + 2 + 4) = 98.4 GB; `auto` fills 0.8 of what 14 GB of weights leave
+    assert choice("--device-memory", 351).startswith("Choice: replicate") and choice(
+        "--device-memory", 351
+    ).endswith("else replicate.")
+    assert choice("--device-memory", 350).startswith("Choice: replicate") and choice(
+        "--device-memory", 350
+    ).endswith("else rows.")
+    assert choice("--device-memory", 138).endswith("else rows.") and choice(
+        "--device-memory", 136
+    ).endswith("else an error.")
+    assert choice("--device-memory", 80).startswith(
+        "Choice: columns"
+    ) and "columns for a model sharded" in choice("--device-memory", 80)
+    assert choice("--device-memory", 80, "--ranks", 65).endswith(
+        "else an error."
+    ) and choice().endswith("replicate if that fits, else rows.")
     assert "single" in choice("--ranks", 1)
-    assert "none" in choice("--device-memory", 30) and "columns fits on 16 ranks" in choice("--device-memory", 30)
+    assert "none" in choice("--device-memory", 30) and "columns fits on 16 ranks" in choice(
+        "--device-memory", 30
+    )
     assert "no number of ranks" in choice("--device-memory", 2)
 
 

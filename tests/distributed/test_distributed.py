@@ -1,9 +1,10 @@
-"""Several ranks (gloo): every placement trains the coefficients that one process trains; what they send; what they refuse."""
+"""Several ranks (gloo): every placement trains the coefficients that one process trains; what they
+send; what they refuse.
+"""
 
 import copy
 import pickle
 import re
-import sys
 import types
 from pathlib import Path
 
@@ -20,15 +21,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from twa.distributed import sharding as placements
-from twa.distributed import choose as resolve
-from twa.merge.run import Average
+from traffic import Traffic
 from twa.basis.segments import layout_of
+from twa.distributed import choose as resolve
+from twa.distributed import sharding as placements
+from twa.distributed.ranks import DistributedError, World
+from twa.merge.run import Average
 from twa.merge.settings import TwaMethod
 from twa.packing.to_file import PackToFile
-from twa.distributed.ranks import DistributedError, World
-
-from traffic import Traffic
 
 PLACEMENTS = ("replicate", "rows", "columns")
 
@@ -41,12 +41,17 @@ def ranks():
 
 
 class Net(nn.Module):
-    """Blocks, a tied weight, an unused parameter, a frozen one, sizes that no number of ranks divides, tensors of one element."""
+    """Blocks, a tied weight, an unused parameter, a frozen one, sizes that no number of ranks
+    divides, tensors of one element.
+    """
 
     def __init__(self, width=6, hidden=9, tokens=11):
         super().__init__()
         self.embed = nn.Embedding(tokens, width)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, width)) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, width))
+            for _ in range(2)
+        )
         self.scale = nn.Parameter(torch.ones(1))
         self.unused = nn.Parameter(torch.ones(3 if width < 100 else 1))
         self.frozen = nn.Parameter(torch.ones(width), requires_grad=False)
@@ -78,7 +83,10 @@ def write_heap(folder, sizes):
         with torch.no_grad():
             for p in model.parameters():
                 p += 0.2 * torch.randn_like(p) * (6 / sizes[0]) ** 0.5
-        save_file({name: t for name, t in model.state_dict().items() if name != "head.weight"}, folder / f"c{k}.safetensors")
+        save_file(
+            {name: t for name, t in model.state_dict().items() if name != "head.weight"},
+            folder / f"c{k}.safetensors",
+        )
     return folder, sizes
 
 
@@ -90,8 +98,9 @@ def heap(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def aligned_heap(tmp_path_factory):
-    """The same, of a size at which shards of 1, 2 and 4 ranks begin at multiples of 128 columns: packed shards are then parts of the whole's packed
-    rows. Elsewhere quantisation groups end where shards do, and P is another rounding of the same rows."""
+    """The same, of a size at which shards of 1, 2 and 4 ranks begin at multiples of 128 columns:
+    packed shards are then parts of the whole's packed rows. Elsewhere quantisation groups end where
+    shards do, and P is another rounding of the same rows."""
     return write_heap(tmp_path_factory.mktemp("aligned"), (512, 512, 16))
 
 
@@ -110,25 +119,46 @@ def new_model(placement, group, sizes, policy=None):
 def whole(model):
     """The model's weights on every rank."""
     placements.reshard(model)
-    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for name, t in model.state_dict().items()}
+    return {
+        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+        for name, t in model.state_dict().items()
+    }
 
 
-def train(group, heap, placement, steps=50, rule="AdamW", low_memory=False, accumulate=1, **options):
-    """Coefficients and weights after training on this rank's share of the data; and the coefficients after each step."""
+def train(
+    group, heap, placement, steps=50, rule="AdamW", low_memory=False, accumulate=1, **options
+):
+    """Coefficients and weights after training on this rank's share of the data; and the
+    coefficients after each step.
+    """
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
     model = new_model(placement, group, heap[1])
-    subspace = twa.Subspace.from_candidates(model, twa.Candidates(f"{heap[0]}/c*.safetensors"), placement=placement, group=group, **options)
-    keywords = {"lr": 0.05 if rule == "AdamW" or heap[1][0] < 100 else 0.005} | ({"weight_decay": 0.01} if rule == "AdamW" else {"momentum": 0.9})
-    optimizer = twa.SubspaceOptimizer(subspace, getattr(torch.optim, rule), low_memory=low_memory, **keywords)
+    subspace = twa.Subspace.from_candidates(
+        model,
+        twa.Candidates(f"{heap[0]}/c*.safetensors"),
+        placement=placement,
+        group=group,
+        **options,
+    )
+    keywords = {"lr": 0.05 if rule == "AdamW" or heap[1][0] < 100 else 0.005} | (
+        {"weight_decay": 0.01} if rule == "AdamW" else {"momentum": 0.9}
+    )
+    optimizer = twa.SubspaceOptimizer(
+        subspace, getattr(torch.optim, rule), low_memory=low_memory, **keywords
+    )
     history = []
     for step in range(steps):
         for part in range(accumulate):
             last = part + 1 == accumulate
             if low_memory and not last and step % 2:  # both ways to accumulate
                 with optimizer.no_sync():
-                    (loss_of(model, rank * accumulate + part, size * accumulate) / accumulate).backward()
+                    (
+                        loss_of(model, rank * accumulate + part, size * accumulate) / accumulate
+                    ).backward()
             else:
-                (loss_of(model, rank * accumulate + part, size * accumulate) / accumulate).backward()
+                (
+                    loss_of(model, rank * accumulate + part, size * accumulate) / accumulate
+                ).backward()
         optimizer.step()
         optimizer.zero_grad()
         history.append(subspace.coefficients.detach().clone())
@@ -140,7 +170,9 @@ def assert_same_run(results, single, tolerance=1e-6, beta_tolerance=3e-5):
     scale = max(1.0, float(single[0].abs().max()))
     for coefficients, weights, history, beta in results:
         assert torch.equal(coefficients, results[0][0]), "the ranks' coefficients differ"
-        assert all(torch.equal(w, results[0][1][name]) for name, w in weights.items()), "the ranks' weights differ"
+        assert all(torch.equal(w, results[0][1][name]) for name, w in weights.items()), (
+            "the ranks' weights differ"
+        )
         for ours, theirs in zip(history, single[2], strict=True):
             assert (ours - theirs).abs().max() <= tolerance * scale
         for name, w in single[1].items():
@@ -149,7 +181,8 @@ def assert_same_run(results, single, tolerance=1e-6, beta_tolerance=3e-5):
     assert single[0].abs().max() > 0.1, "nothing was learned"
 
 
-#: Adam divides by the root of small squares, which makes float32's rounding of the smallest gradients visible
+#: Adam divides by the root of small squares, which makes float32's rounding of the smallest
+#: gradients visible
 RULES = {"SGD": 1e-6, "AdamW": 5e-6}
 
 
@@ -161,7 +194,9 @@ def test_equal_to_one_process(ranks, heap, aligned_heap, size, placement, rule):
     assert_same_run(results, train(None, heap, "single", 50, rule), RULES[rule])
     if rule == "SGD":
         again = ranks.run(size, train, heap, placement, 50, rule)
-        assert torch.equal(again[0][0], results[0][0]) and all(torch.equal(w, results[0][1][k]) for k, w in again[0][1].items())
+        assert torch.equal(again[0][0], results[0][0]) and all(
+            torch.equal(w, results[0][1][k]) for k, w in again[0][1].items()
+        )
 
 
 OPTIONS = [
@@ -180,7 +215,9 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
+@pytest.mark.parametrize(
+    "options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items())
+)
 def test_options_in_every_placement(ranks, heap, aligned_heap, placement, options):
     heap = aligned_heap if placement == "columns" and options.get("bits") != 32 else heap
     if placement == "rows" and (options.get("low_memory") or options.get("precondition")):
@@ -188,7 +225,8 @@ def test_options_in_every_placement(ranks, heap, aligned_heap, placement, option
             ranks.run(2, train_with, heap, placement, options)
         return
     results = ranks.run(2, train_with, heap, placement, options)
-    # Preconditioning amplifies what the candidates do not determine (they sum to zero around their mean): the weights agree, merge weights less.
+    # Preconditioning amplifies what the candidates do not determine (they sum to zero around their
+    # mean): the weights agree, merge weights less.
     beta_tolerance = 1e-3 if "precondition" in options else 3e-5
     assert_same_run(results, train_with(None, heap, "single", options), 5e-6, beta_tolerance)
 
@@ -198,35 +236,55 @@ def train_with(group, heap, placement, options):
 
 
 def unaligned(group, heap):
-    """Shards that do not begin at multiples of 128 weights: finer segments are refused on every rank, and `twa average` takes tensors instead."""
+    """Shards that do not begin at multiples of 128 weights: finer segments are refused on every
+    rank, and `twa average` takes tensors instead.
+    """
     folder, sizes = heap
     candidates = twa.Candidates(f"{folder}/c*.safetensors")
     model = new_model("columns", group, sizes)
-    with pytest.raises((ValueError, DistributedError), match="no run of whole groups of 128 weights"):
-        twa.Subspace.from_candidates(model, candidates, placement="columns", group=group, granularity=128)
-    place = resolve.resolve("columns", model, candidates, layout_of(model, candidates), 4, World.find(group))
+    with pytest.raises(
+        (ValueError, DistributedError), match="no run of whole groups of 128 weights"
+    ):
+        twa.Subspace.from_candidates(
+            model, candidates, placement="columns", group=group, granularity=128
+        )
+    place = resolve.resolve(
+        "columns", model, candidates, layout_of(model, candidates), 4, World.find(group)
+    )
     average = Average.__new__(Average)
     average.placement, average.candidates = place, candidates
-    return place.can_cut(128), place.can_cut(1 << 20), average._method_for_shards(TwaMethod("t", "fine", 4))
+    return (
+        place.can_cut(128),
+        place.can_cut(1 << 20),
+        average._method_for_shards(TwaMethod("t", "fine", 4)),
+    )
 
 
 def test_fine_segments_of_unaligned_shards(ranks, tmp_path):
     heap = write_heap(tmp_path, (150, 9, 11))
     for found in ranks.run(2, unaligned, heap):
-        assert found[:2] == (False, True) and found[2][0].granularity == "tensor" and "not fine" in found[2][1]
+        assert (
+            found[:2] == (False, True)
+            and found[2][0].granularity == "tensor"
+            and "not fine" in found[2][1]
+        )
 
 
-# What crosses the wire ---------------------------------------------------------------------------------------------------------------
+# What crosses the wire ---------------------------------------------------------------------------
 
 
 def count_bytes(group, heap, placement, low_memory=False):
-    """Bytes of one step's messages on this rank: of forward and backward alone, and with the subspace's step."""
+    """Bytes of one step's messages on this rank: of forward and backward alone, and with the
+    subspace's step.
+    """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     model = new_model(placement, group, heap[1])
     with Traffic() as plain:
         loss_of(model, rank, size).backward()
     model.zero_grad()
-    subspace = twa.Subspace.from_candidates(model, twa.Candidates(f"{heap[0]}/c*.safetensors"), placement=placement, group=group)
+    subspace = twa.Subspace.from_candidates(
+        model, twa.Candidates(f"{heap[0]}/c*.safetensors"), placement=placement, group=group
+    )
     optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.01, low_memory=low_memory)
     with Traffic() as traffic:
         loss_of(model, rank, size).backward()
@@ -246,11 +304,13 @@ def test_bytes_on_the_wire(ranks, heap, placement, low_memory):
         assert bytes_ - plain == coefficients + (8 * D if placement == "rows" else 0)
 
 
-# Sharded models ----------------------------------------------------------------------------------------------------------------------
+# Sharded models ----------------------------------------------------------------------------------
 
 
 def evaluate_between_steps(group, heap):
-    """FSDP keeps the root's weights gathered after a forward without backward: the next one must not use them."""
+    """FSDP keeps the root's weights gathered after a forward without backward: the next one must
+    not use them.
+    """
     model = new_model("columns", group, heap[1])
     candidates = twa.Candidates(f"{heap[0]}/c*.safetensors")
     subspace = twa.Subspace.from_candidates(model, candidates, bits=32, group=group)
@@ -277,8 +337,14 @@ def read_own_bytes(group, heap):
     candidates = twa.Candidates(f"{heap[0]}/c*.safetensors")
     subspace = twa.Subspace.from_candidates(model, candidates, group=group)
     held = sum(h.shape.numel() for h in subspace.placement.held) * 4 * len(candidates)
-    fixed = sum(candidates.info[key].nbytes for key in subspace.layout.fixed.values()) * len(candidates)
-    return candidates.bytes_read, held + fixed, sum(i.nbytes for i in candidates.info.values()) * len(candidates)
+    fixed = sum(candidates.info[key].nbytes for key in subspace.layout.fixed.values()) * len(
+        candidates
+    )
+    return (
+        candidates.bytes_read,
+        held + fixed,
+        sum(i.nbytes for i in candidates.info.values()) * len(candidates),
+    )
 
 
 def test_a_rank_reads_its_own_bytes_only(ranks, aligned_heap):
@@ -287,7 +353,10 @@ def test_a_rank_reads_its_own_bytes_only(ranks, aligned_heap):
 
 
 def hybrid(heap, kind):
-    """Meshes of two dimensions: HSDP (copies of shards), tensor parallelism under FSDP, and beside plain data parallelism."""
+    """Meshes of two dimensions:
+
+    HSDP (copies of shards), tensor parallelism under FSDP, and beside plain data parallelism.
+    """
     torch.manual_seed(3)
     model = Net(*heap[1])
     full = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("outer", "inner"))
@@ -297,7 +366,9 @@ def hybrid(heap, kind):
         fully_shard(model, mesh=full)
     else:
         for block in model.blocks:
-            parallelize_module(block, full["inner"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+            parallelize_module(
+                block, full["inner"], {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            )
         if kind == "tensor and fsdp":
             for block in model.blocks:
                 fully_shard(block, mesh=full["outer"])
@@ -324,7 +395,9 @@ def train_hybrid(group, heap, kind):
 def test_two_dimensional_meshes(ranks, tmp_path, kind):
     heap = write_heap(tmp_path, (6, 8, 11))
     model = Net(*heap[1])
-    subspace = twa.Subspace.from_candidates(model, twa.Candidates(f"{heap[0]}/c*.safetensors"), bits=32)
+    subspace = twa.Subspace.from_candidates(
+        model, twa.Candidates(f"{heap[0]}/c*.safetensors"), bits=32
+    )
     optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.05, momentum=0.9)
     for _ in range(10):
         loss_of(model).backward()
@@ -336,13 +409,17 @@ def test_two_dimensional_meshes(ranks, tmp_path, kind):
             torch.testing.assert_close(weights[name], w, rtol=1e-5, atol=1e-5)
 
 
-# Mixed precision ---------------------------------------------------------------------------------------------------------------------
+# Mixed precision ---------------------------------------------------------------------------------
 
 
 def train_mixed(group, heap, placement, kind):
     """autocast over float32 weights, bfloat16 weights, or (columns) FSDP's own mixed precision."""
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if kind == "policy" and placement == "columns" else None
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if kind == "policy" and placement == "columns"
+        else None
+    )
     torch.manual_seed(3)
     model = Net(*heap[1])
     if kind == "bfloat16":
@@ -352,8 +429,20 @@ def train_mixed(group, heap, placement, kind):
         for block in model.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy or MixedPrecisionPolicy())
         fully_shard(model, mesh=mesh, mp_policy=policy or MixedPrecisionPolicy())
-    subspace = twa.Subspace.from_candidates(model, twa.Candidates(f"{heap[0]}/c*.safetensors"), bits=32, placement=placement, group=group)
-    optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.05, momentum=0.9, low_memory=kind == "autocast" and placement != "rows")
+    subspace = twa.Subspace.from_candidates(
+        model,
+        twa.Candidates(f"{heap[0]}/c*.safetensors"),
+        bits=32,
+        placement=placement,
+        group=group,
+    )
+    optimizer = twa.SubspaceOptimizer(
+        subspace,
+        torch.optim.SGD,
+        lr=0.05,
+        momentum=0.9,
+        low_memory=kind == "autocast" and placement != "rows",
+    )
     losses = []
     for _ in range(20):
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
@@ -362,7 +451,11 @@ def train_mixed(group, heap, placement, kind):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return subspace.coefficients.detach().clone(), losses, {str(p.dtype) for p in subspace.parameters}
+    return (
+        subspace.coefficients.detach().clone(),
+        losses,
+        {str(p.dtype) for p in subspace.parameters},
+    )
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -370,22 +463,27 @@ def train_mixed(group, heap, placement, kind):
 def test_mixed_precision(ranks, heap, placement, kind):
     if kind == "policy" and placement != "columns":
         return
-    reference, losses, _ = train_mixed(None, heap, "single", "autocast" if kind == "policy" else kind)
+    reference, losses, _ = train_mixed(
+        None, heap, "single", "autocast" if kind == "policy" else kind
+    )
     results = ranks.run(2, train_mixed, heap, placement, kind)
     for coefficients, ours, dtypes in results:
         assert torch.equal(coefficients, results[0][0]) and coefficients.dtype == torch.float32
         assert dtypes == {"torch.bfloat16" if kind == "bfloat16" else "torch.float32"}
         assert ours[-1] < ours[0]
-        assert (coefficients - reference).norm() < 0.1 * reference.norm()  # rounded to 8 bits along the way
+        # rounded to 8 bits along the way
+        assert (coefficients - reference).norm() < 0.1 * reference.norm()
     assert sum(ours[-1] for _, ours, _ in results) / 2 == pytest.approx(losses[-1], abs=0.02)
 
 
-# Export ------------------------------------------------------------------------------------------------------------------------------
+# Export ------------------------------------------------------------------------------------------
 
 
 def save(group, heap, placement, folder):
     model = new_model(placement, group, heap[1])
-    subspace = twa.Subspace.from_candidates(model, twa.Candidates(f"{heap[0]}/c*.safetensors"), placement=placement, group=group)
+    subspace = twa.Subspace.from_candidates(
+        model, twa.Candidates(f"{heap[0]}/c*.safetensors"), placement=placement, group=group
+    )
     subspace.set_merge_weights(twa.schemes.ema(6, 0.5))
     subspace.save(folder, sharded=True)
     return whole(model)
@@ -395,7 +493,11 @@ def save(group, heap, placement, folder):
 def test_export_whole_and_sharded(ranks, heap, placement, tmp_path):
     for _ in range(2):  # the second one replaces the first
         results = ranks.run(2, save, heap, placement, tmp_path / "out")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"averaged.safetensors", "averaged_dcp", "coefficients.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "averaged.safetensors",
+        "averaged_dcp",
+        "coefficients.json",
+    }
     exported = load_file(tmp_path / "out" / "averaged.safetensors")
     loaded = {name: torch.zeros_like(t) for name, t in exported.items()}
     dcp.load(loaded, checkpoint_id=tmp_path / "out" / "averaged_dcp", no_dist=True)
@@ -416,13 +518,24 @@ def load_packed(group, heap, placement, path):
     """This rank's part of the basis and the weights that it makes: loaded, and packed here."""
     candidates = twa.Candidates(f"{heap[0]}/c*.safetensors")
     found = []
-    for make in (lambda m, **o: twa.Subspace.load(path, m, **o), lambda m, **o: twa.Subspace.from_candidates(m, candidates, **o)):
+    for make in (
+        lambda m, **o: twa.Subspace.load(path, m, **o),
+        lambda m, **o: twa.Subspace.from_candidates(m, candidates, **o),
+    ):
         model = new_model(placement, group, heap[1])
         s = make(model, placement=placement, group=group)
         with torch.no_grad():
-            s.coefficients.copy_(torch.randn(s.coefficients.shape, generator=torch.Generator().manual_seed(0)))
+            s.coefficients.copy_(
+                torch.randn(s.coefficients.shape, generator=torch.Generator().manual_seed(0))
+            )
         s.write_weights()
-        parts = (s.basis.codes, s.basis.scales.view(torch.uint8), s.basis.row_scale, s.basis.tile_segment, s.divisor)
+        parts = (
+            s.basis.codes,
+            s.basis.scales.view(torch.uint8),
+            s.basis.row_scale,
+            s.basis.tile_segment,
+            s.divisor,
+        )
         found.append((list(parts), whole(model)))
     return found
 
@@ -434,32 +547,46 @@ def test_a_packed_basis_on_disk(ranks, aligned_heap, heap, placement, tmp_path):
     path = tmp_path / "basis.safetensors"
     PackToFile(path, Net(*of[1]), twa.Candidates(f"{of[0]}/c*.safetensors")).run()
     for (loaded, weights), (packed, expected) in ranks.run(2, load_packed, of, placement, path):
-        if placement == "rows":  # its center is summed over ranks, in another order than in one process
+        # its center is summed over ranks, in another order than in one process
+        if placement == "rows":
             assert [t.shape for t in loaded] == [t.shape for t in packed]
         else:
             assert all(torch.equal(a, b) for a, b in zip(loaded, packed, strict=True))
         for key in expected:
-            torch.testing.assert_close(weights[key], expected[key], rtol=0, atol=1e-5 if placement == "rows" else 0)
+            torch.testing.assert_close(
+                weights[key], expected[key], rtol=0, atol=1e-5 if placement == "rows" else 0
+            )
 
 
 def refused_shards(group, heap, path):
-    with pytest.raises((ValueError, DistributedError), match="no run of whole groups of 128 weights") as error:
+    with pytest.raises(
+        (ValueError, DistributedError), match="no run of whole groups of 128 weights"
+    ) as error:
         twa.Subspace.load(path, new_model("columns", group, heap[1]), group=group)
     return str(error.value)
 
 
 def test_a_packed_basis_whose_groups_are_cut_by_shards(ranks, heap, tmp_path):
-    PackToFile(tmp_path / "basis.safetensors", Net(*heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors")).run()
-    assert "Subspace.from_candidates" in ranks.run(2, refused_shards, heap, tmp_path / "basis.safetensors")[0]
+    PackToFile(
+        tmp_path / "basis.safetensors", Net(*heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors")
+    ).run()
+    assert (
+        "Subspace.from_candidates"
+        in ranks.run(2, refused_shards, heap, tmp_path / "basis.safetensors")[0]
+    )
 
 
-# Refusals ----------------------------------------------------------------------------------------------------------------------------
+# Refusals ----------------------------------------------------------------------------------------
 
 
 def refused(group, heap, what):
     """The error of each rank."""
     rank = dist.get_rank(group)
-    candidates, model, options = twa.Candidates(f"{heap[0]}/c*.safetensors"), Net(*heap[1]), {"placement": "replicate"}
+    candidates, model, options = (
+        twa.Candidates(f"{heap[0]}/c*.safetensors"),
+        Net(*heap[1]),
+        {"placement": "replicate"},
+    )
     if what == "files" and rank == 1:
         candidates = twa.Candidates(f"{heap[0]}/other/c*.safetensors")
     elif what == "order" and rank == 1:
@@ -481,7 +608,9 @@ def refused(group, heap, what):
     elif what == "columns":
         options["placement"] = "columns"
     elif what == "ddp":
-        model = nn.parallel.DistributedDataParallel(model, process_group=group, find_unused_parameters=True)
+        model = nn.parallel.DistributedDataParallel(
+            model, process_group=group, find_unused_parameters=True
+        )
     elif what == "sharded":
         fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
     elif what == "partial":
@@ -502,38 +631,68 @@ def test_nccl_needs_a_gpu(heap):
     world, model, candidates = World(), Net(*heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors")
     world.backend = "nccl"
     with pytest.raises(ValueError, match="NCCL needs the model on a CUDA device, found cpu"):
-        resolve.resolve("replicate", model, candidates, twa.layout.layout_of(model, candidates), 4, world)
+        resolve.resolve(
+            "replicate", model, candidates, twa.layout.layout_of(model, candidates), 4, world
+        )
 
 
 @pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl"])
 def test_nccl_needs_the_model_on_the_current_device(heap, monkeypatch, backend):
-    """Its collectives of what is not on a GPU, and those of Python objects, go through the current one."""
+    """Its collectives of what is not on a GPU, and those of Python objects, go through the current
+    one.
+    """
     world, model, candidates = World(), Net(*heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors")
     world.backend = backend
-    monkeypatch.setattr(resolve, "local", lambda parameter: types.SimpleNamespace(device=torch.device("cuda:1")))
+    monkeypatch.setattr(
+        resolve, "local", lambda parameter: types.SimpleNamespace(device=torch.device("cuda:1"))
+    )
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    with pytest.raises(ValueError, match=r"current device, cuda:0, and the model is on cuda:1; call torch\.cuda\.set_device"):
-        resolve.resolve("replicate", model, candidates, twa.layout.layout_of(model, candidates), 4, world)
+    with pytest.raises(
+        ValueError,
+        match=r"current device, cuda:0, and the model is on cuda:1; call torch\.cuda\.set_device",
+    ):
+        resolve.resolve(
+            "replicate", model, candidates, twa.layout.layout_of(model, candidates), 4, world
+        )
 
 
 def held_bytes(group, heap):
-    subspace = twa.Subspace.from_candidates(new_model("columns", group, heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors"), group=group)
+    subspace = twa.Subspace.from_candidates(
+        new_model("columns", group, heap[1]),
+        twa.Candidates(f"{heap[0]}/c*.safetensors"),
+        group=group,
+    )
     weights = sum(placements.local(p).numel() * 4 for p in subspace.parameters)
     return subspace.basis.nbytes, sum(c.numel() * 4 for c in subspace.center), weights
 
 
 def test_two_ranks_hold_half_each(ranks, aligned_heap):
     """Basis, center and weights; bench/distributed.py measures the peak."""
-    alone = twa.Subspace.from_candidates(Net(*aligned_heap[1]), twa.Candidates(f"{aligned_heap[0]}/c*.safetensors"))
-    whole = alone.basis.nbytes, sum(c.numel() * 4 for c in alone.center), sum(p.numel() * 4 for p in alone.parameters)
+    alone = twa.Subspace.from_candidates(
+        Net(*aligned_heap[1]), twa.Candidates(f"{aligned_heap[0]}/c*.safetensors")
+    )
+    whole = (
+        alone.basis.nbytes,
+        sum(c.numel() * 4 for c in alone.center),
+        sum(p.numel() * 4 for p in alone.parameters),
+    )
     for held in ranks.run(2, held_bytes, aligned_heap):
-        assert all(0.49 * w <= h <= 0.52 * w for h, w in zip(held, whole, strict=True)), (held, whole)
+        assert all(0.49 * w <= h <= 0.52 * w for h, w in zip(held, whole, strict=True)), (
+            held,
+            whole,
+        )
 
 
 VERSION = twa.__version__
 REFUSALS = {
-    "files": r"do not have the same candidate 4: rank 0 has c4 \([0-9a-f]+\), rank 1 has c4 \([0-9a-f]+\)",
-    "order": r"do not have the same candidate 1: rank 0 has c1 \([0-9a-f]+\), rank 1 has c3 \([0-9a-f]+\)",
+    "files": (
+        r"do not have the same candidate 4: rank 0 has c4 \([0-9a-f]+\), rank 1 has c4"
+        r" \([0-9a-f]+\)"
+    ),
+    "order": (
+        r"do not have the same candidate 1: rank 0 has c1 \([0-9a-f]+\), rank 1 has c3"
+        r" \([0-9a-f]+\)"
+    ),
     "model": "do not have the same model",
     "options": "do not have the same bits: rank 0 has 4, rank 1 has 2",
     "bad bits": "bits: expected one of .*, found 7",
@@ -561,11 +720,18 @@ def test_every_rank_refuses(ranks, heap, tmp_path, what):
             save_file(state, folder / f"c{k}.safetensors")
     answers = ranks.run(2, refused, heap, what)
     for kind, message in answers:
-        assert kind in ("CandidateError", "ValueError", "DistributedError") and re.search(REFUSALS[what], message), (kind, message)
+        assert kind in ("CandidateError", "ValueError", "DistributedError") and re.search(
+            REFUSALS[what], message
+        ), (kind, message)
 
 
 def drift(group, heap):
-    subspace = twa.Subspace.from_candidates(Net(*heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors"), placement="replicate", group=group)
+    subspace = twa.Subspace.from_candidates(
+        Net(*heap[1]),
+        twa.Candidates(f"{heap[0]}/c*.safetensors"),
+        placement="replicate",
+        group=group,
+    )
     optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.1)
     rank = dist.get_rank(group)
     caught = []
@@ -600,23 +766,43 @@ def choose_by_memory(group, heap):
     for free in (1 << 40, 11000, 1000):  # replicate needs 10112 bytes beside the weights, rows 7584
         resolve.free_memory = lambda device, free=free: free if dist.get_rank(group) else 1 << 40
         try:
-            chosen.append(twa.Subspace.from_candidates(Net(*heap[1]), candidates, bits=32, group=group).placement.name)
+            chosen.append(
+                twa.Subspace.from_candidates(
+                    Net(*heap[1]), candidates, bits=32, group=group
+                ).placement.name
+            )
         except ValueError as error:
             chosen.append(str(error))
-    chosen.append(twa.Subspace.from_candidates(new_model("columns", group, heap[1]), candidates, bits=32, group=group).placement.name)
+    chosen.append(
+        twa.Subspace.from_candidates(
+            new_model("columns", group, heap[1]), candidates, bits=32, group=group
+        ).placement.name
+    )
     return chosen
 
 
 def test_auto_goes_by_the_smallest_memory(ranks, heap):
     for replicate, rows, neither, sharded in ranks.run(2, choose_by_memory, heap):
-        assert (replicate, rows, sharded) == ("replicate", "rows", "columns") and "fit into no rank's memory" in neither
+        assert (replicate, rows, sharded) == (
+            "replicate",
+            "rows",
+            "columns",
+        ) and "fit into no rank's memory" in neither
     ranks.stop()  # free_memory was replaced there
-    assert twa.Subspace.from_candidates(Net(*heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors")).placement.name == "single"
+    assert (
+        twa.Subspace.from_candidates(
+            Net(*heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors")
+        ).placement.name
+        == "single"
+    )
 
 
 def average_bn(group):
     torch.manual_seed(0)
-    model, data = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)), [torch.randn(b, 4) for b in (8, 3, 8, 5, 1)]
+    model, data = (
+        nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)),
+        [torch.randn(b, 4) for b in (8, 3, 8, 5, 1)],
+    )
     mine = data if group is None else data[dist.get_rank(group) :: dist.get_world_size(group)]
     used = twa.update_bn(mine, model, group=group)
     return used, model[1].running_mean, model[1].running_var
@@ -630,13 +816,20 @@ def test_update_bn_over_ranks(ranks):
         torch.testing.assert_close(var, expected[2])
 
 
-# Uncommon uses -----------------------------------------------------------------------------------------------------------------------
+# Uncommon uses -----------------------------------------------------------------------------------
 
 
 def discard(group, heap):
-    """Coefficients' gradients after backward calls whose results were thrown away: a micro-batch, and one that failed."""
+    """Coefficients' gradients after backward calls whose results were thrown away: a micro-batch,
+    and one that failed.
+    """
     rank = dist.get_rank(group)
-    subspace = twa.Subspace.from_candidates(Net(*heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors"), placement="replicate", group=group)
+    subspace = twa.Subspace.from_candidates(
+        Net(*heap[1]),
+        twa.Candidates(f"{heap[0]}/c*.safetensors"),
+        placement="replicate",
+        group=group,
+    )
     optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.1, low_memory=True)
     found = []
     loss_of(subspace.model, rank, 2).backward()
@@ -653,7 +846,8 @@ def discard(group, heap):
         raise ValueError("a bad batch")
 
     for clean in (True, False):
-        handle = subspace.model.embed.weight.register_hook(fail)  # the last gradient that backward makes
+        # the last gradient that backward makes
+        handle = subspace.model.embed.weight.register_hook(fail)
         with pytest.raises(ValueError, match="a bad batch"):
             loss_of(subspace.model, rank, 2).backward()
         handle.remove()
@@ -676,8 +870,16 @@ def test_discarded_gradients_do_not_come_back(ranks, heap):
 
 def line_search(group, heap):
     model = Net(*heap[1])
-    subspace = twa.Subspace.from_candidates(model, twa.Candidates(f"{heap[0]}/c*.safetensors"), placement="replicate", group=group, bits=32)
-    optimizer = twa.SubspaceOptimizer(subspace, torch.optim.LBFGS, max_iter=15, line_search_fn="strong_wolfe")
+    subspace = twa.Subspace.from_candidates(
+        model,
+        twa.Candidates(f"{heap[0]}/c*.safetensors"),
+        placement="replicate",
+        group=group,
+        bits=32,
+    )
+    optimizer = twa.SubspaceOptimizer(
+        subspace, torch.optim.LBFGS, max_iter=15, line_search_fn="strong_wolfe"
+    )
     rank, calls = dist.get_rank(group), 0
 
     def closure():
@@ -699,8 +901,15 @@ def test_a_line_search_goes_by_the_mean_loss(ranks, heap):
 
 
 def copies(group, heap):
-    subspace = twa.Subspace.from_candidates(Net(*heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors"), placement="replicate", group=group)
-    optimizer = copy.deepcopy(twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.1, low_memory=True))
+    subspace = twa.Subspace.from_candidates(
+        Net(*heap[1]),
+        twa.Candidates(f"{heap[0]}/c*.safetensors"),
+        placement="replicate",
+        group=group,
+    )
+    optimizer = copy.deepcopy(
+        twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.1, low_memory=True)
+    )
     loss_of(optimizer.subspace.model, dist.get_rank(group), 2).backward()
     optimizer.step()
     with pytest.raises(TypeError, match="of several ranks cannot be pickled"):
@@ -721,7 +930,9 @@ def foreign_parameter(group, heap, low_memory):
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params={model.unused})
-    subspace = twa.Subspace.from_candidates(model, twa.Candidates(f"{heap[0]}/c*.safetensors"), bits=32, group=group)
+    subspace = twa.Subspace.from_candidates(
+        model, twa.Candidates(f"{heap[0]}/c*.safetensors"), bits=32, group=group
+    )
     optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.1, low_memory=low_memory)
     for _ in range(4):
         loss = loss_of(model, rank, 2)
@@ -733,14 +944,19 @@ def foreign_parameter(group, heap, low_memory):
 
 
 def test_parameters_that_are_not_sharded(ranks, heap):
-    (x, y), (u, v) = (ranks.run(2, foreign_parameter, heap, low_memory) for low_memory in (False, True))
+    (x, y), (u, v) = (
+        ranks.run(2, foreign_parameter, heap, low_memory) for low_memory in (False, True)
+    )
     assert torch.equal(x, y) and torch.equal(u, v)
     torch.testing.assert_close(x, u)
 
 
 def save_under_a_file(group, heap, placement, path):
     subspace = twa.Subspace.from_candidates(
-        new_model(placement, group, heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors"), placement=placement, group=group
+        new_model(placement, group, heap[1]),
+        twa.Candidates(f"{heap[0]}/c*.safetensors"),
+        placement=placement,
+        group=group,
     )
     try:
         subspace.save(path / "out")
@@ -756,9 +972,14 @@ def test_an_output_that_cannot_be_made(ranks, heap, tmp_path, placement):
 
 
 def order_of_messages(group, heap, placement):
-    """What happens in one backward with low_memory: "gradient" for each that is projected, "send" for each message."""
+    """What happens in one backward with low_memory:
+
+    "gradient" for each that is projected, "send" for each message.
+    """
     model = new_model(placement, group, heap[1])
-    subspace = twa.Subspace.from_candidates(model, twa.Candidates(f"{heap[0]}/c*.safetensors"), placement=placement, group=group)
+    subspace = twa.Subspace.from_candidates(
+        model, twa.Candidates(f"{heap[0]}/c*.safetensors"), placement=placement, group=group
+    )
     optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.1, low_memory=True)
     events = []
     take, send = subspace.take_gradient, subspace.placement.start_sum

@@ -1,4 +1,7 @@
-"""NCCL with one rank: every placement on CUDA tensors, a replicate step in a CUDA graph. Needs a GPU; tests/test_distributed.py runs gloo on CPUs."""
+"""NCCL with one rank: every placement on CUDA tensors, a replicate step in a CUDA graph.
+
+Needs a GPU; tests/test_distributed.py runs gloo on CPUs.
+"""
 
 import datetime
 import os
@@ -14,14 +17,24 @@ from torch.distributed.fsdp import fully_shard
 from zoo import save_candidates
 
 GPU = torch.cuda.is_available() and dist.is_nccl_available()
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a GPU and a PyTorch with NCCL")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not GPU, reason="needs a GPU and a PyTorch with NCCL"),
+]
 
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory):
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # one rank: a machine without a network will do
+    # one rank: a machine without a network will do
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     store = tmp_path_factory.mktemp("nccl") / "store"
-    dist.init_process_group("nccl", init_method=f"file://{store}", rank=0, world_size=1, timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group(
+        "nccl",
+        init_method=f"file://{store}",
+        rank=0,
+        world_size=1,
+        timeout=datetime.timedelta(seconds=60),
+    )
     yield dist.group.WORLD
     dist.destroy_process_group()
 
@@ -36,14 +49,23 @@ def candidates(tmp_path_factory):
     return save_candidates(new_model, tmp_path_factory.mktemp("candidates"), 6)
 
 
-X, Y = torch.randn(64, 40, generator=torch.Generator().manual_seed(1)), torch.randn(64, 7, generator=torch.Generator().manual_seed(2))
+X, Y = (
+    torch.randn(64, 40, generator=torch.Generator().manual_seed(1)),
+    torch.randn(64, 7, generator=torch.Generator().manual_seed(2)),
+)
 
 
 def train(candidates, placement, group, low_memory=False, steps=20, **options):
     model = new_model().cuda()
     if placement == "columns":
         fully_shard(model, mesh=DeviceMesh.from_group(group, "cuda"))
-    subspace = twa.Subspace.from_candidates(model, candidates, placement=placement, group=group if placement != "single" else None, **options)
+    subspace = twa.Subspace.from_candidates(
+        model,
+        candidates,
+        placement=placement,
+        group=group if placement != "single" else None,
+        **options,
+    )
     optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.02, low_memory=low_memory)
     x, y = X.cuda(), Y.cuda()
     for _ in range(steps):
@@ -54,14 +76,21 @@ def train(candidates, placement, group, low_memory=False, steps=20, **options):
     return subspace
 
 
-@pytest.mark.parametrize("options", [{}, {"low_memory": True}, {"bits": 2, "granularity": "model"}, {"basis": "orthonormal"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"low_memory": True}, {"bits": 2, "granularity": "model"}, {"basis": "orthonormal"}],
+    ids=str,
+)
 @pytest.mark.parametrize("placement", ["replicate", "rows", "columns"])
 def test_one_rank_is_one_process(group, candidates, placement, options):
     if placement == "rows" and "low_memory" in options:
         with pytest.raises(ValueError, match="low_memory: not with placement='rows'"):
             train(candidates, placement, group, **options)
         return
-    ours, alone = train(candidates, placement, group, **options), train(candidates, "single", None, **options)
+    ours, alone = (
+        train(candidates, placement, group, **options),
+        train(candidates, "single", None, **options),
+    )
     assert ours.coefficients.is_cuda and ours.coefficients.abs().max() > 0.03
     torch.testing.assert_close(ours.coefficients, alone.coefficients, rtol=0, atol=5e-6)
 
@@ -80,11 +109,15 @@ def test_a_model_on_the_cpu_is_refused(group, candidates):
 
 
 def test_replicate_step_in_a_graph(group, candidates):
-    """The step with its all-reduce, captured once and replayed, against the same steps without a graph."""
+    """The step with its all-reduce, captured once and replayed, against the same steps without a
+    graph.
+    """
 
     def make():
         model = new_model().cuda()
-        subspace = twa.Subspace.from_candidates(model, candidates, placement="replicate", group=group)
+        subspace = twa.Subspace.from_candidates(
+            model, candidates, placement="replicate", group=group
+        )
         optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.02, capturable=True)
         for k, p in enumerate(model.parameters()):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(k)).cuda()
@@ -107,5 +140,7 @@ def test_replicate_step_in_a_graph(group, candidates):
         optimizer.step()
     for k in range(2, 6):
         graph.replay()
-        torch.testing.assert_close(subspace.coefficients.detach(), expected[k], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            subspace.coefficients.detach(), expected[k], rtol=1e-6, atol=1e-7
+        )
     subspace.placement.world.check()

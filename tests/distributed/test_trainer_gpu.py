@@ -1,5 +1,6 @@
-"""The trainer on a GPU: 20 steps against the CPU's kernels, low_memory with a GradScaler, a stream of
-its own, a CUDA graph. Without a GPU the same kernels run emulated, or interpreted for a few steps."""
+"""The trainer on a GPU: 20 steps against the CPU's kernels, low_memory with a GradScaler, a stream
+of its own, a CUDA graph. Without a GPU the same kernels run emulated, or interpreted for a few
+steps."""
 
 import copy
 
@@ -34,7 +35,9 @@ def train(candidates, device, steps, scaler=None, basis=None, **options):
     model = copy.deepcopy(network()).to(device)
     subspace = twa.Subspace.from_candidates(model, candidates, **({"bits": 4} | (basis or {})))
     rule = options.pop("rule", {"cls": torch.optim.AdamW, "lr": 0.02})
-    optimizer = twa.SubspaceOptimizer(subspace, rule["cls"], **{k: v for k, v in rule.items() if k != "cls"}, **options)
+    optimizer = twa.SubspaceOptimizer(
+        subspace, rule["cls"], **{k: v for k, v in rule.items() if k != "cls"}, **options
+    )
     for x, y in batches(device, steps):
         loss = (model(x) - y).square().mean()
         (scaler.scale(loss) if scaler else loss).backward()
@@ -146,7 +149,12 @@ def test_steps_replayed_from_a_graph(candidates, monkeypatch):
     for k in range(6):
         fill(model, k)
         optimizer.step()
-        expected.append([subspace.coefficients.detach().clone(), *(p.detach().clone() for p in model.parameters())])
+        expected.append(
+            [
+                subspace.coefficients.detach().clone(),
+                *(p.detach().clone() for p in model.parameters()),
+            ]
+        )
     model, subspace, optimizer = make()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -161,5 +169,7 @@ def test_steps_replayed_from_a_graph(candidates, monkeypatch):
     for k in range(2, 6):
         fill(model, k)
         graph.replay()
-        for ours, theirs in zip([subspace.coefficients, *model.parameters()], expected[k], strict=True):
+        for ours, theirs in zip(
+            [subspace.coefficients, *model.parameters()], expected[k], strict=True
+        ):
             torch.testing.assert_close(ours.detach(), theirs, rtol=1e-6, atol=1e-7)

@@ -1,4 +1,6 @@
-"""Directories as save_pretrained writes them, models and PEFT adapters: averaged, and the result loaded by from_pretrained."""
+"""Directories as save_pretrained writes them, models and PEFT adapters: averaged, and the result
+loaded by from_pretrained.
+"""
 
 import copy
 import json
@@ -11,18 +13,28 @@ import torch
 import twa
 from safetensors.torch import load_file, save_file
 from twa.cli import main as cli
-from twa.io import formats
-from twa.export import hugging_face
 from twa.distributed import weights
+from twa.export import hugging_face
+from twa.io import formats
 from twa.io.candidates import CandidateError
 
-SHAPE = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+SHAPE = dict(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 
 
 def batches(seed, count=4):
     """Sequences that count up from a random token: (8, 16) each."""
     generator = torch.Generator().manual_seed(seed)
-    return [[(torch.randint(128, (8, 1), generator=generator) + torch.arange(16)) % 128] for _ in range(count)]
+    return [
+        [(torch.randint(128, (8, 1), generator=generator) + torch.arange(16)) % 128]
+        for _ in range(count)
+    ]
 
 
 def loss(model, batch):
@@ -69,7 +81,9 @@ def llamas(transformers, tmp_path_factory):
         if tied not in made:
             made[tied] = folder = tmp_path_factory.mktemp("llama")
             torch.manual_seed(0)
-            base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, tie_word_embeddings=tied))
+            base = transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(**SHAPE, tie_word_embeddings=tied)
+            )
             base.save_pretrained(folder / "base")
             for k in range(3):
                 model = fit(copy.deepcopy(base), k)
@@ -85,7 +99,12 @@ def llamas(transformers, tmp_path_factory):
 ADAPTERS = {
     "lora": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.1),
     "dora": dict(r=4, lora_alpha=8, use_dora=True, target_modules=["q_proj", "down_proj"]),
-    "more": dict(r=2, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"], bias="lora_only"),
+    "more": dict(
+        r=2,
+        target_modules=["q_proj", "embed_tokens"],
+        modules_to_save=["lm_head"],
+        bias="lora_only",
+    ),
 }
 
 
@@ -98,8 +117,14 @@ def adapters(transformers, peft, llamas, tmp_path_factory):
         if kind not in made:
             folder = tmp_path_factory.mktemp(kind)
             for k in range(3):
-                model = peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(**ADAPTERS[kind]))
-                fit(model, k, steps=3).save_pretrained(folder / f"adapter_{k}", safe_serialization=kind != "dora")  # dora: adapter_model.bin
+                model = peft.get_peft_model(
+                    transformers.LlamaForCausalLM.from_pretrained(base),
+                    peft.LoraConfig(**ADAPTERS[kind]),
+                )
+                # dora: adapter_model.bin
+                fit(model, k, steps=3).save_pretrained(
+                    folder / f"adapter_{k}", safe_serialization=kind != "dora"
+                )
             made[kind] = str(folder / "adapter_*")
         return base, made[kind]
 
@@ -118,7 +143,7 @@ def train(model, pattern, steps=10, **options):
     return subspace
 
 
-# Models ---------------------------------------------------------------------------------------------------------------
+# Models ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["file", "shards"])
@@ -128,13 +153,19 @@ def test_average_of_models_loads(transformers, llamas, tmp_path, tied, sharded):
     subspace = train(transformers.LlamaForCausalLM.from_pretrained(base), pattern)
     subspace.save(tmp_path)
     assert float(subspace.coefficients.detach().abs().max()) > 0.01
-    loaded, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "averaged", output_loading_info=True)
+    loaded, info = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "averaged", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     for name, t in subspace.model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], t), name
     assert mean_loss(loaded) == mean_loss(subspace.model)  # the same weights, the same code
-    assert {p.name for p in (tmp_path / "averaged").iterdir()} == {"model.safetensors", "config.json", "generation_config.json"}
+    assert {p.name for p in (tmp_path / "averaged").iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+    }
     assert (tmp_path / "averaged" / "model.safetensors").samefile(tmp_path / "averaged.safetensors")
 
 
@@ -165,11 +196,15 @@ def loss(model, batch):
 
 def average(tmp_path, pattern, model, imports=""):
     (task := tmp_path / "task.py").write_text(TASK.format(model=model, imports=imports))
-    return cli.main(["average", str(task), pattern, "-o", str(tmp_path / "out"), "--steps", "8", "--lr", "0.1"])
+    return cli.main(
+        ["average", str(task), pattern, "-o", str(tmp_path / "out"), "--steps", "8", "--lr", "0.1"]
+    )
 
 
 def reported_loss(printed):
-    method, value = re.search(r"winner on the validation data: (.*), validation loss (\S+)", printed).groups()
+    method, value = re.search(
+        r"winner on the validation data: (.*), validation loss (\S+)", printed
+    ).groups()
     assert "TWA" in method
     return float(value)
 
@@ -177,29 +212,45 @@ def reported_loss(printed):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_command_writes_a_model(transformers, llamas, tmp_path, capsys, tied):
     base, pattern = llamas(tied, sharded=tied)
-    assert average(tmp_path, pattern, f"transformers.LlamaForCausalLM.from_pretrained({str(base)!r})") == 0
+    assert (
+        average(tmp_path, pattern, f"transformers.LlamaForCausalLM.from_pretrained({str(base)!r})")
+        == 0
+    )
     printed = capsys.readouterr().out
-    fine = json.loads((tmp_path / "out" / "coefficients.json").read_text()).get("chunk")  # of the winner; mergekit has one weight for a tensor
-    assert f"averaged.safetensors, averaged/, {'' if fine else 'mergekit.yaml, '}coefficients.json" in printed
+    # of the winner; mergekit has one weight for a tensor
+    fine = json.loads((tmp_path / "out" / "coefficients.json").read_text()).get("chunk")
+    assert (
+        f"averaged.safetensors, averaged/, {'' if fine else 'mergekit.yaml, '}coefficients.json"
+        in printed
+    )
     assert (tmp_path / "out" / "mergekit.yaml").exists() != bool(fine)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "averaged")
-    assert mean_loss(loaded) == pytest.approx(reported_loss(printed), abs=1e-6)  # printed with 6 decimals
+    # printed with 6 decimals
+    assert mean_loss(loaded) == pytest.approx(reported_loss(printed), abs=1e-6)
 
 
-# PEFT adapters --------------------------------------------------------------------------------------------------------
+# PEFT adapters -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_average_of_adapters_loads(transformers, peft, adapters, tmp_path, kind):
     base, pattern = adapters(kind)
     before = transformers.LlamaForCausalLM.from_pretrained(base)
-    model = peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(**ADAPTERS[kind]))
+    model = peft.get_peft_model(
+        transformers.LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(**ADAPTERS[kind])
+    )
     subspace = train(model, pattern, steps=4)
     assert all("default" in name or "lora" in name for name in subspace.layout.trained)
     subspace.save(tmp_path)
-    source = load_file(Path(pattern).parent / "adapter_0" / "adapter_model.safetensors") if kind != "dora" else subspace.candidates.info
+    source = (
+        load_file(Path(pattern).parent / "adapter_0" / "adapter_model.safetensors")
+        if kind != "dora"
+        else subspace.candidates.info
+    )
     written = load_file(tmp_path / "averaged" / "adapter_model.safetensors")
-    assert {k: tuple(t.shape) for k, t in written.items()} == {k: tuple(t.shape) for k, t in source.items()}
+    assert {k: tuple(t.shape) for k, t in written.items()} == {
+        k: tuple(t.shape) for k, t in source.items()
+    }
     fresh = transformers.LlamaForCausalLM.from_pretrained(base)
     loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "averaged")
     for name, t in model.state_dict().items():
@@ -210,33 +261,63 @@ def test_average_of_adapters_loads(transformers, peft, adapters, tmp_path, kind)
         assert torch.equal(t, before.state_dict()[name]), name  # the base, bit for bit
 
 
-def test_uniform_average_of_adapters_is_the_mean_of_their_factors(transformers, peft, adapters, tmp_path):
+def test_uniform_average_of_adapters_is_the_mean_of_their_factors(
+    transformers, peft, adapters, tmp_path
+):
     base, pattern = adapters("lora")
-    model = peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(**ADAPTERS["lora"]))
+    model = peft.get_peft_model(
+        transformers.LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(**ADAPTERS["lora"])
+    )
     place = twa.Subspace.from_candidates(model, twa.Candidates(pattern), bits=32).placement
-    sources = [load_file(Path(pattern).parent / f"adapter_{k}" / "adapter_model.safetensors") for k in range(3)]
+    sources = [
+        load_file(Path(pattern).parent / f"adapter_{k}" / "adapter_model.safetensors")
+        for k in range(3)
+    ]
     found = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     for name, t in found.items():
-        torch.testing.assert_close(t.double(), sum(s[name].double() for s in sources) / 3, rtol=1e-6, atol=1e-9)
-    weights.write_export(tmp_path / "w.safetensors", place)  # out and in, as a run that is killed and continued does
-    kept, read = weights.kept(place), weights.parts_of(place, twa.Candidates(tmp_path / "w.safetensors"))
-    assert kept.keys() == read.keys() == found.keys() and all(torch.equal(kept[k], read[k]) and torch.equal(kept[k], found[k]) for k in kept)
+        torch.testing.assert_close(
+            t.double(), sum(s[name].double() for s in sources) / 3, rtol=1e-6, atol=1e-9
+        )
+    # out and in, as a run that is killed and continued does
+    weights.write_export(tmp_path / "w.safetensors", place)
+    kept, read = (
+        weights.kept(place),
+        weights.parts_of(place, twa.Candidates(tmp_path / "w.safetensors")),
+    )
+    assert kept.keys() == read.keys() == found.keys() and all(
+        torch.equal(kept[k], read[k]) and torch.equal(kept[k], found[k]) for k in kept
+    )
     weights.put_back(place, {k: t + 1 for k, t in kept.items()})
     assert all(torch.equal(weights.kept(place)[k], t + 1) for k, t in kept.items())
 
 
 def test_command_writes_an_adapter(transformers, peft, adapters, tmp_path, capsys):
     base, pattern = adapters("lora")
-    model = f"peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained({str(base)!r}), peft.LoraConfig(**{ADAPTERS['lora']!r}))"
+    model = (
+        f"peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained({str(base)!r}),"
+        f" peft.LoraConfig(**{ADAPTERS['lora']!r}))"
+    )
     assert average(tmp_path, pattern, model, "import peft") == 0
     printed = capsys.readouterr().out
     assert "averaged.safetensors, averaged/, coefficients.json" in printed
-    loaded = peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(base), tmp_path / "out" / "averaged")
+    loaded = peft.PeftModel.from_pretrained(
+        transformers.LlamaForCausalLM.from_pretrained(base), tmp_path / "out" / "averaged"
+    )
     assert mean_loss(loaded) == pytest.approx(reported_loss(printed), abs=1e-6)
     # a model that is none is refused before anything is written
     (tmp_path / "again").mkdir()
-    assert average(tmp_path / "again", pattern, f"transformers.LlamaForCausalLM.from_pretrained({str(base)!r})") == 2
-    assert "expected the model to be a peft.PeftModel, found LlamaForCausalLM" in capsys.readouterr().err
+    assert (
+        average(
+            tmp_path / "again",
+            pattern,
+            f"transformers.LlamaForCausalLM.from_pretrained({str(base)!r})",
+        )
+        == 2
+    )
+    assert (
+        "expected the model to be a peft.PeftModel, found LlamaForCausalLM"
+        in capsys.readouterr().err
+    )
 
 
 def test_what_adapters_cannot_be_averaged(transformers, peft, adapters):
@@ -244,35 +325,60 @@ def test_what_adapters_cannot_be_averaged(transformers, peft, adapters):
     candidates, config = twa.Candidates(pattern), ADAPTERS["lora"]
 
     def model(**changes):
-        return peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(**config | changes))
+        return peft.get_peft_model(
+            transformers.LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(**config | changes)
+        )
 
-    with pytest.raises(CandidateError, match=r"adapter_config.json: lora_alpha: expected 16 as in the model, found 8"):
+    with pytest.raises(
+        CandidateError,
+        match=r"adapter_config.json: lora_alpha: expected 16 as in the model, found 8",
+    ):
         twa.Subspace.from_candidates(model(lora_alpha=16), candidates)
     with pytest.raises(CandidateError, match=r"tensor .*k_proj.* of the model is missing"):
-        twa.Subspace.from_candidates(model(target_modules=["q_proj", "k_proj", "v_proj"]), candidates)
+        twa.Subspace.from_candidates(
+            model(target_modules=["q_proj", "k_proj", "v_proj"]), candidates
+        )
     open_base = model()
     open_base.base_model.model.model.norm.weight.requires_grad_(True)
-    with pytest.raises(CandidateError, match=r"tensor 'base_model.model.model.norm.weight' of the model is missing"):
+    with pytest.raises(
+        CandidateError, match=r"tensor 'base_model.model.model.norm.weight' of the model is missing"
+    ):
         twa.Subspace.from_candidates(open_base, candidates)
-    frozen = peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(base), Path(pattern).parent / "adapter_0")
+    frozen = peft.PeftModel.from_pretrained(
+        transformers.LlamaForCausalLM.from_pretrained(base), Path(pattern).parent / "adapter_0"
+    )
     with pytest.raises(ValueError, match="is_trainable=True"):
         twa.Subspace.from_candidates(frozen, candidates)
     statistics = model()
     statistics.base_model.model.extra = torch.nn.BatchNorm1d(3, affine=False)
-    with pytest.raises(ValueError, match=r"base_model.model.extra.running_mean changes in training"):
+    with pytest.raises(
+        ValueError, match=r"base_model.model.extra.running_mean changes in training"
+    ):
         twa.Subspace.from_candidates(statistics, candidates)
 
 
-# Without transformers -------------------------------------------------------------------------------------------------
+# Without transformers ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ('{"r": 4, "lora_alpha": 16, "target_modules": ["b", "a"]}', r"adapter_1.adapter_config.json: lora_alpha: expected 8 as in .*, found 16"),
-        ('{"r": 4, "lora_alpha": 8, "target_modules": ["b"]}', r"target_modules: expected \['a', 'b'\]"),
-        ('{"r": 4, "lora_alpha": 8, "target_modules": ["b", "a"], "use_rslora": true}', r"use_rslora: expected False .* found True"),
-        ('{"r": 4, "lora_alpha": 8, "target_modules": ["b", "a"], "group_size": 32}', "group_size: expected 16"),
+        (
+            '{"r": 4, "lora_alpha": 16, "target_modules": ["b", "a"]}',
+            r"adapter_1.adapter_config.json: lora_alpha: expected 8 as in .*, found 16",
+        ),
+        (
+            '{"r": 4, "lora_alpha": 8, "target_modules": ["b"]}',
+            r"target_modules: expected \['a', 'b'\]",
+        ),
+        (
+            '{"r": 4, "lora_alpha": 8, "target_modules": ["b", "a"], "use_rslora": true}',
+            r"use_rslora: expected False .* found True",
+        ),
+        (
+            '{"r": 4, "lora_alpha": 8, "target_modules": ["b", "a"], "group_size": 32}',
+            "group_size: expected 16",
+        ),
         ("[1, 2]", "expected a JSON object, found list"),
         ('{"r": 4', "expected JSON"),
         ("[" * 100_000, "expected JSON"),
@@ -282,26 +388,51 @@ def test_what_adapters_cannot_be_averaged(transformers, peft, adapters):
     ],
 )
 def test_adapter_configurations_must_agree(tmp_path, other, message):
-    first = {"r": 4, "lora_alpha": 8, "target_modules": ["a", "b"], "use_rslora": False, "base_model_name_or_path": "here", "lora_dropout": 0.1}
+    first = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["a", "b"],
+        "use_rslora": False,
+        "base_model_name_or_path": "here",
+        "lora_dropout": 0.1,
+    }
     first["group_size"] = 16  # another version's field, at its default
-    second = '{"r": 4, "lora_alpha": 8.0, "target_modules": ["b", "a"], "base_model_name_or_path": "there", "lora_dropout": 0}'
+    second = (
+        '{"r": 4, "lora_alpha": 8.0, "target_modules": ["b", "a"], "base_model_name_or_path":'
+        ' "there", "lora_dropout": 0}'
+    )
     for k, text in enumerate([json.dumps(first), second]):
         (folder := tmp_path / f"adapter_{k}").mkdir()
         save_file({"w": torch.ones(3)}, folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(text)
     candidates = twa.Candidates(str(tmp_path / "adapter_*"))
-    hugging_face.check_configs(candidates, {"r": 4, "lora_alpha": 8, "target_modules": "a|b"}, {"group_size": 16})
-    (folder / "adapter_config.json").unlink() if other is None else (folder / "adapter_config.json").write_text(other)
+    hugging_face.check_configs(
+        candidates, {"r": 4, "lora_alpha": 8, "target_modules": "a|b"}, {"group_size": 16}
+    )
+    (
+        (folder / "adapter_config.json").unlink()
+        if other is None
+        else (folder / "adapter_config.json").write_text(other)
+    )
     with pytest.raises(CandidateError, match=message):
         hugging_face.check_configs(candidates, first, {"group_size": 16})
 
 
 def test_small_files_beside_the_weights(tmp_path):
-    """Configuration and tokenizer; no code, no weights, nothing of the training run, nothing from elsewhere."""
+    """Configuration and tokenizer; no code, no weights, nothing of the training run, nothing from
+    elsewhere.
+    """
     (source := tmp_path / "model").mkdir()
     for name in ("config.json", "tokenizer.model", "merges.txt", "chat_template.jinja"):
         (source / name).write_text(name)
-    for name in ("modeling.py", "model.safetensors", "model.safetensors.index.json", "optimizer.bin", "trainer_state.json", "README.md"):
+    for name in (
+        "modeling.py",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "optimizer.bin",
+        "trainer_state.json",
+        "README.md",
+    ):
         (source / name).write_text(name)
     (source / "folder.json").mkdir()
     (tmp_path / "secret.json").write_text("elsewhere")
@@ -313,9 +444,23 @@ def test_small_files_beside_the_weights(tmp_path):
         f.truncate(hugging_face.SMALL_BYTES + 1)
     save_file({"w": torch.ones(2)}, tmp_path / "averaged.safetensors")
     with pytest.warns(UserWarning, match="not copied") as said:
-        hugging_face.write_model_folder(tmp_path / "averaged", source, tmp_path / "averaged.safetensors")
-    assert sorted(re.search(r"(\w+\.json): not copied", str(w.message))[1] for w in said) == ["huge.json", "loop.json", "pipe.json", "vocab.json"]
-    expected = {"model.safetensors", "config.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "added_tokens.json"}
+        hugging_face.write_model_folder(
+            tmp_path / "averaged", source, tmp_path / "averaged.safetensors"
+        )
+    assert sorted(re.search(r"(\w+\.json): not copied", str(w.message))[1] for w in said) == [
+        "huge.json",
+        "loop.json",
+        "pipe.json",
+        "vocab.json",
+    ]
+    expected = {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.model",
+        "merges.txt",
+        "chat_template.jinja",
+        "added_tokens.json",
+    }
     assert {p.name for p in (tmp_path / "averaged").iterdir()} == expected
     assert (tmp_path / "averaged" / "added_tokens.json").read_text() == "config.json" and not (
         tmp_path / "averaged" / "added_tokens.json"
@@ -329,7 +474,9 @@ def test_links_of_the_hugging_face_cache(tmp_path):
     (blobs / "1f").write_text("{}")
     (source / "config.json").symlink_to("../../blobs/1f")
     save_file({"w": torch.ones(2)}, tmp_path / "averaged.safetensors")
-    hugging_face.write_model_folder(tmp_path / "averaged", source, tmp_path / "averaged.safetensors")
+    hugging_face.write_model_folder(
+        tmp_path / "averaged", source, tmp_path / "averaged.safetensors"
+    )
     assert (tmp_path / "averaged" / "config.json").read_text() == "{}"
 
 
@@ -347,11 +494,17 @@ def test_folder_appears_whole(tmp_path, monkeypatch):
         patch.setattr(hugging_face.shutil, "copyfile", no_links)
         with pytest.raises(OSError, match="no hard links"):
             hugging_face.write_model_folder(old, source, weights)
-    assert (old / "config.json").read_text() == "old" and {p.name for p in tmp_path.iterdir()} == {"model", "averaged", "averaged.safetensors"}
+    assert (old / "config.json").read_text() == "old" and {p.name for p in tmp_path.iterdir()} == {
+        "model",
+        "averaged",
+        "averaged.safetensors",
+    }
     monkeypatch.setattr(hugging_face.os, "link", no_links)
     hugging_face.write_model_folder(old, source, weights)
     assert (old / "config.json").read_text() == "new"
-    assert torch.equal(load_file(old / "model.safetensors")["w"], torch.ones(2)) and not (old / "model.safetensors").samefile(weights)
+    assert torch.equal(load_file(old / "model.safetensors")["w"], torch.ones(2)) and not (
+        old / "model.safetensors"
+    ).samefile(weights)
 
 
 def test_files_that_are_no_directory_of_a_model_give_no_folder(tmp_path):
@@ -360,10 +513,21 @@ def test_files_that_are_no_directory_of_a_model_give_no_folder(tmp_path):
         (tmp_path / f"m{k}").mkdir()
         save_file(net.state_dict(), tmp_path / f"m{k}" / "model.safetensors")
         save_file(net.state_dict(), tmp_path / f"m{k}.safetensors")
-    for number, paths in enumerate(([tmp_path / "m0", tmp_path / "m1"], str(tmp_path / "m*.safetensors"))):
-        twa.Subspace.from_candidates(net, twa.Candidates(paths)).save(out := tmp_path / f"out{number}")
+    for number, paths in enumerate(
+        ([tmp_path / "m0", tmp_path / "m1"], str(tmp_path / "m*.safetensors"))
+    ):
+        twa.Subspace.from_candidates(net, twa.Candidates(paths)).save(
+            out := tmp_path / f"out{number}"
+        )
         assert {p.name for p in out.iterdir()} == {"averaged.safetensors", "coefficients.json"}
     for k in range(2):
         (tmp_path / f"m{k}" / "config.json").write_text("{}")
-    twa.Subspace.from_candidates(net, twa.Candidates(str(tmp_path / "m?" / "model.safetensors"))).save(out := tmp_path / "out")
-    assert {p.name for p in out.iterdir()} == {"averaged.safetensors", "coefficients.json", "averaged", "mergekit.yaml"}
+    twa.Subspace.from_candidates(
+        net, twa.Candidates(str(tmp_path / "m?" / "model.safetensors"))
+    ).save(out := tmp_path / "out")
+    assert {p.name for p in out.iterdir()} == {
+        "averaged.safetensors",
+        "coefficients.json",
+        "averaged",
+        "mergekit.yaml",
+    }

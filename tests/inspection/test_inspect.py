@@ -1,4 +1,6 @@
-"""twa inspect: every fault that can be put into a heap is found, a sound heap gives no finding, and figures agree with those of whole tensors."""
+"""twa inspect: every fault that can be put into a heap is found, a sound heap gives no finding, and
+figures agree with those of whole tensors.
+"""
 
 import json
 
@@ -6,21 +8,31 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from twa.cli import main as cli
-from twa.inspection import samples as heap, run as inspect, report as inspect_report
 from twa import averages as schemes
-from twa.merge.run import Average
-from twa.io.candidates import CandidateError, Candidates
+from twa.cli import main as cli
+from twa.inspection import report as inspect_report
+from twa.inspection import run as inspect
+from twa.inspection import samples as heap
 from twa.inspection.geometry import Geometry
-from twa.inspection.samples import Finding, heap_findings, read_heap, take_sample
 from twa.inspection.run import Barrier, barrier_findings, bump
+from twa.inspection.samples import Finding, heap_findings, read_heap, take_sample
+from twa.io.candidates import CandidateError, Candidates
+from twa.merge.run import Average
 from twa.merge.settings import Settings
 from twa.tasks.contract import Task
 
-SHAPES = {"up.weight": (40, 50), "down.weight": (50, 40), "up.bias": (50,), "norm.weight": (300,), "scale": ()}
+SHAPES = {
+    "up.weight": (40, 50),
+    "down.weight": (50, 40),
+    "up.bias": (50,),
+    "norm.weight": (300,),
+    "scale": (),
+}
 
 
-SCALAR = Finding("note", "odd-shapes", "empty or a single number: 1 tensor: scale []", "nothing needs to be done")
+SCALAR = Finding(
+    "note", "odd-shapes", "empty or a single number: 1 tensor: scale []", "nothing needs to be done"
+)
 
 
 def state(seed, spread=1.0, base=None):
@@ -28,7 +40,12 @@ def state(seed, spread=1.0, base=None):
     g = torch.Generator().manual_seed(seed)
     drawn = {key: torch.randn(shape, generator=g) * spread for key, shape in SHAPES.items()}
     drawn["norm.weight"] = 1.0 + 0.01 * drawn["norm.weight"]
-    return drawn if base is None else {key: base[key] + t for key, t in drawn.items()} | {"norm.weight": drawn["norm.weight"]}
+    return (
+        drawn
+        if base is None
+        else {key: base[key] + t for key, t in drawn.items()}
+        | {"norm.weight": drawn["norm.weight"]}
+    )
 
 
 def run(n, seed=0, spread=0.3):
@@ -40,7 +57,11 @@ def written(folder, states, suffix=".safetensors"):
     paths = []
     for k, s in enumerate(states):
         paths.append(folder / f"c_{k}{suffix}")
-        save_file({key: t.contiguous() for key, t in s.items()}, paths[-1]) if suffix == ".safetensors" else torch.save(s, paths[-1])
+        (
+            save_file({key: t.contiguous() for key, t in s.items()}, paths[-1])
+            if suffix == ".safetensors"
+            else torch.save(s, paths[-1])
+        )
     return [str(p) for p in paths]
 
 
@@ -53,7 +74,7 @@ def only(findings, kind):
     return found
 
 
-# The look at samples ---------------------------------------------------------------------------------------------------
+# The look at samples -----------------------------------------------------------------------------
 
 
 def test_a_sound_heap_gives_no_finding(tmp_path):
@@ -72,7 +93,9 @@ def test_unrelated_groups_are_named(tmp_path):
 def test_strays_beside_a_large_group_are_no_error(tmp_path):
     candidates = Candidates(written(tmp_path, [state(50), *run(4)]))
     (found,) = heap_findings(candidates)
-    assert (found.severity, found.kind) == ("warning", "stray") and found.message.startswith("c_0: ")
+    assert (found.severity, found.kind) == ("warning", "stray") and found.message.startswith(
+        "c_0: "
+    )
 
 
 def test_adapters_of_different_factors_are_no_error(tmp_path):
@@ -85,31 +108,54 @@ def test_chains_link_what_is_far_apart(tmp_path):
     """A long run: the first and the last are unrelated, neighbours are not."""
     a, b = state(1), state(2)
     angles = torch.linspace(0, torch.pi / 2, 5).tolist()
-    turn = [{key: a[key] * torch.tensor(t).cos() + b[key] * torch.tensor(t).sin() for key in a} for t in angles]
+    turn = [
+        {key: a[key] * torch.tensor(t).cos() + b[key] * torch.tensor(t).sin() for key in a}
+        for t in angles
+    ]
     candidates = Candidates(written(tmp_path, turn))
     assert take_sample(candidates).related[0, -1] < heap.RELATED
     assert heap_findings(candidates) == []
 
 
 def test_few_weights_tell_nothing(tmp_path):
-    states = [{"weight": torch.randn(10, 10, generator=torch.Generator().manual_seed(k))} for k in range(4)]
+    states = [
+        {"weight": torch.randn(10, 10, generator=torch.Generator().manual_seed(k))}
+        for k in range(4)
+    ]
     assert heap_findings(Candidates(written(tmp_path, states))) == []
 
 
 def test_norm_weights_do_not_hide_unrelated_matrices(tmp_path):
     """Near 1 in every model, and as many as all other weights; (1, n, 1) is a vector too."""
-    states = [state(k) | {"norms": 1 + 0.01 * torch.randn(4000), "gamma": 1 + 0.01 * torch.randn(1, 4000, 1)} for k in range(3)]
+    states = [
+        state(k)
+        | {
+            "norms": 1 + 0.01 * torch.randn(4000),
+            "gamma": 1 + 0.01 * torch.randn(1, 4000, 1),
+        }
+        for k in range(3)
+    ]
     assert kinds(heap_findings(Candidates(written(tmp_path, states)))) == ["unrelated"]
 
 
 @pytest.mark.parametrize("new_head", [True, False])
 def test_one_tensor_of_another_scale_does_not_decide(tmp_path, new_head):
-    """A new head of large weights on a shared trunk, or a shared table of large weights: neither is refused."""
+    """A new head of large weights on a shared trunk, or a shared table of large weights: neither is
+    refused.
+    """
     shared, own = run(3), [state(k + 60) for k in range(3)]
     parts = (
-        [("up.weight", shared), ("down.weight", shared), ("head", own)] if new_head else [("up.weight", own), ("down.weight", own), ("head", shared)]
+        [("up.weight", shared), ("down.weight", shared), ("head", own)]
+        if new_head
+        else [("up.weight", own), ("down.weight", own), ("head", shared)]
     )
-    states = [{key: source[k].get(key, source[k]["up.weight"][:5]) * (100 if key == "head" else 1) for key, source in parts} for k in range(3)]
+    states = [
+        {
+            key: source[k].get(key, source[k]["up.weight"][:5]) * (100 if key == "head" else 1)
+            for key, source in parts
+        }
+        for k in range(3)
+    ]
     assert heap_findings(Candidates(written(tmp_path, states))) == []
 
 
@@ -127,11 +173,17 @@ def test_other_dtypes(tmp_path, dtype):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     assert heap_findings(Candidates(written(tmp_path / "a", cast(run(3))))) == []
-    assert kinds(heap_findings(Candidates(written(tmp_path / "b", cast([state(k) for k in range(3)]), ".pt")))) == ["unrelated"]
+    assert kinds(
+        heap_findings(
+            Candidates(written(tmp_path / "b", cast([state(k) for k in range(3)]), ".pt"))
+        )
+    ) == ["unrelated"]
 
 
 def test_sample_is_small_and_spread(tmp_path, monkeypatch):
-    """Of a large tensor a few runs are read, the first and the last weights among them; small tensors whole."""
+    """Of a large tensor a few runs are read, the first and the last weights among them; small
+    tensors whole.
+    """
     states = [state(k) | {"big.weight": torch.randn(1000, 1000)} for k in range(2)]
     candidates = Candidates(written(tmp_path, states))
     read = []
@@ -153,7 +205,11 @@ def test_sampled_nan(tmp_path, value):
     states = run(3)
     states[1]["norm.weight"][7] = value
     (found,) = heap_findings(Candidates(written(tmp_path, states)))
-    assert found.kind == "not-finite" and found.severity == "error" and found.message == "c_1 holds NaN or Inf in norm.weight"
+    assert (
+        found.kind == "not-finite"
+        and found.severity == "error"
+        and found.message == "c_1 holds NaN or Inf in norm.weight"
+    )
 
 
 def test_identical_candidates(tmp_path):
@@ -162,11 +218,16 @@ def test_identical_candidates(tmp_path):
     assert heap_findings(Candidates(written(tmp_path, [state(0)])[:1])) == []
 
 
-# The whole read --------------------------------------------------------------------------------------------------------
+# The whole read ----------------------------------------------------------------------------------
 
 
 def flat(states, matrices=False):
-    return torch.stack([torch.cat([t.double().flatten() for t in s.values() if t.dim() > 1 or not matrices]) for s in states])
+    return torch.stack(
+        [
+            torch.cat([t.double().flatten() for t in s.values() if t.dim() > 1 or not matrices])
+            for s in states
+        ]
+    )
 
 
 @pytest.mark.parametrize("reference", [None, 2])
@@ -174,41 +235,62 @@ def test_geometry_agrees_with_whole_vectors(tmp_path, reference):
     states = run(6)
     candidates = Candidates(written(tmp_path, states), block_bytes=1 << 16)
     content = read_heap(candidates, progress=False)
-    assert candidates.bytes_read < 2.1 * sum(i.nbytes for i in candidates.info.values()) * 6  # and a sample
+    # and a sample
+    assert candidates.bytes_read < 2.1 * sum(i.nbytes for i in candidates.info.values()) * 6
     g = Geometry(candidates.names, content.matrices, content.others, reference)
     w, m = flat(states), flat(states, matrices=True)
     mean_norm = w.norm(dim=1).mean()
     deltas = w - (w.mean(0) if reference is None else w[reference])
     close = dict(rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(g.norms, w.norm(dim=1), **close)
-    torch.testing.assert_close(g.distances, torch.stack([(w - row).norm(dim=1) for row in w]) / mean_norm, **close)
+    torch.testing.assert_close(
+        g.distances, torch.stack([(w - row).norm(dim=1) for row in w]) / mean_norm, **close
+    )
     torch.testing.assert_close(g.from_center, deltas.norm(dim=1) / mean_norm, **close)
-    torch.testing.assert_close(g.cosines, torch.nn.functional.cosine_similarity(m[:, None], m[None], dim=-1), **close)
+    torch.testing.assert_close(
+        g.cosines, torch.nn.functional.cosine_similarity(m[:, None], m[None], dim=-1), **close
+    )
     expected = torch.nn.functional.cosine_similarity(deltas[:, None], deltas[None], dim=-1)
     torch.testing.assert_close(g.delta_cosines, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_nan_and_inf_are_counted_and_the_rest_is_measured(tmp_path):
     states = run(5)
-    states[1]["up.weight"].view(-1)[[0, 777, 1999]] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    states[1]["up.weight"].view(-1)[[0, 777, 1999]] = torch.tensor(
+        [float("nan"), float("inf"), -float("inf")]
+    )
     states[3]["norm.weight"][::2] = float("nan")
     states[4]["up.weight"][:] = 3e38  # its sum overflows, no number does
     result = inspect.inspect(written(tmp_path, states), progress=False)
     broken = [f.message for f in result.findings if f.kind == "not-finite"]
-    assert broken == ["c_1 holds NaN or Inf in up.weight (3 of 2000)", "c_3 holds NaN or Inf in norm.weight (150 of 300)"]
+    assert broken == [
+        "c_1 holds NaN or Inf in up.weight (3 of 2000)",
+        "c_3 holds NaN or Inf in norm.weight (150 of 300)",
+    ]
     assert [p.stem for p in result.members] == ["c_0", "c_2", "c_4"]
     expected = flat([states[0], states[2]])
-    assert float(result.geometry.distances[0, 1] * result.geometry.scale) == pytest.approx(float((expected[0] - expected[1]).norm()), rel=1e-5)
+    assert float(result.geometry.distances[0, 1] * result.geometry.scale) == pytest.approx(
+        float((expected[0] - expected[1]).norm()), rel=1e-5
+    )
 
 
 def test_no_candidate_is_sound(tmp_path):
-    result = inspect.inspect(written(tmp_path, [{"w": torch.full((3, 3), float("nan"))}] * 2), progress=False)
-    assert result.geometry is None and kinds(result.findings) == ["not-finite"] * 2 and inspect_report.text(result)
+    result = inspect.inspect(
+        written(tmp_path, [{"w": torch.full((3, 3), float("nan"))}] * 2), progress=False
+    )
+    assert (
+        result.geometry is None
+        and kinds(result.findings) == ["not-finite"] * 2
+        and inspect_report.text(result)
+    )
 
 
 def test_constant_tensors(tmp_path):
     frozen = {"frozen": torch.randn(30, 30)}
-    found = only(inspect.inspect(written(tmp_path, [s | frozen for s in run(3)]), progress=False).findings, "constant")
+    found = only(
+        inspect.inspect(written(tmp_path, [s | frozen for s in run(3)]), progress=False).findings,
+        "constant",
+    )
     assert found.message == "the same in all candidates: 1 tensor, 17.1% of the weights: frozen"
 
 
@@ -232,16 +314,24 @@ def test_duplicates_may_differ_in_integers(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_average_among_the_candidates(tmp_path, dtype):
     states = run(5)
-    states[0] = {key: 0.5 * states[1][key] + 0.3 * states[3][key] + 0.2 * states[4][key] for key in SHAPES}
-    findings = inspect.inspect(written(tmp_path, [{key: t.to(dtype) for key, t in s.items()} for s in states]), progress=False).findings
+    states[0] = {
+        key: 0.5 * states[1][key] + 0.3 * states[3][key] + 0.2 * states[4][key] for key in SHAPES
+    }
+    findings = inspect.inspect(
+        written(tmp_path, [{key: t.to(dtype) for key, t in s.items()} for s in states]),
+        progress=False,
+    ).findings
     assert (
-        only(findings, "mean-of-others").message == "c_0 is a weighted mean of other candidates, up to rounding: c_1 (0.50), c_3 (0.30), c_4 (0.20)"
+        only(findings, "mean-of-others").message
+        == "c_0 is a weighted mean of other candidates, up to rounding: c_1 (0.50), c_3 (0.30), c_4"
+        " (0.20)"
     )
 
 
 def test_extrapolation_is_no_average(tmp_path):
     states = run(3)
-    states.append({key: 2 * states[1][key] - states[0][key] for key in SHAPES})  # so c_1 is the mean of c_0 and c_3, and no other
+    # so c_1 is the mean of c_0 and c_3, and no other
+    states.append({key: 2 * states[1][key] - states[0][key] for key in SHAPES})
     findings = inspect.inspect(written(tmp_path, states), progress=False).findings
     assert only(findings, "mean-of-others").message.startswith("c_1 is")
 
@@ -253,11 +343,19 @@ def test_outlier(tmp_path):
     assert only(findings, "outlier").message.startswith("c_2 is")
 
 
-# Tensors ---------------------------------------------------------------------------------------------------------------
+# Tensors -----------------------------------------------------------------------------------------
 
 
 def test_tied_only_where_equal_in_every_candidate(tmp_path):
-    states = [s | {"head": s["up.weight"].clone(), "zeros": torch.zeros(40, 50), "nil": torch.zeros(40, 50)} for s in run(3)]
+    states = [
+        s
+        | {
+            "head": s["up.weight"].clone(),
+            "zeros": torch.zeros(40, 50),
+            "nil": torch.zeros(40, 50),
+        }
+        for s in run(3)
+    ]
     result = inspect.inspect(written(tmp_path, states), progress=False)
     assert only(result.findings, "tied").message.startswith("head = up.weight in every")
     states[2]["head"][20, 20] += 1.0  # neither at the beginning nor at the end
@@ -265,16 +363,28 @@ def test_tied_only_where_equal_in_every_candidate(tmp_path):
 
 
 def test_tensors_that_are_not_averaged(tmp_path):
-    extra = {"steps": torch.tensor(5), "mask": torch.ones(3, dtype=torch.bool), "none": torch.zeros(0, 4)}
-    findings = inspect.inspect(written(tmp_path, [s | extra for s in run(3)]), progress=False).findings
+    extra = {
+        "steps": torch.tensor(5),
+        "mask": torch.ones(3, dtype=torch.bool),
+        "none": torch.zeros(0, 4),
+    }
+    findings = inspect.inspect(
+        written(tmp_path, [s | extra for s in run(3)]), progress=False
+    ).findings
     integers = only(findings, "integers")
-    assert integers.severity == "note" and "steps (int64 [])" in integers.message and "mask (bool [3])" in integers.message
+    assert (
+        integers.severity == "note"
+        and "steps (int64 [])" in integers.message
+        and "mask (bool [3])" in integers.message
+    )
     assert "none [0, 4]" in only(findings, "odd-shapes").message
 
 
 def test_quantised_checkpoints(tmp_path):
     codes = {"codes": torch.zeros(100, 100, dtype=torch.int8)}
-    findings = inspect.inspect(written(tmp_path, [s | codes for s in run(3)]), progress=False).findings
+    findings = inspect.inspect(
+        written(tmp_path, [s | codes for s in run(3)]), progress=False
+    ).findings
     assert only(findings, "integers").severity == "error"
 
 
@@ -282,7 +392,9 @@ def test_mixed_dtypes(tmp_path):
     states = run(3)
     states[1] = {key: t.bfloat16() for key, t in states[1].items()}
     findings = inspect.inspect(written(tmp_path, states), progress=False).findings
-    assert only(findings, "dtypes").message.startswith("of different dtypes in different candidates: 5 tensors: ")
+    assert only(findings, "dtypes").message.startswith(
+        "of different dtypes in different candidates: 5 tensors: "
+    )
 
 
 def test_integers_alone(tmp_path):
@@ -290,15 +402,20 @@ def test_integers_alone(tmp_path):
     assert "integers" in kinds(result.findings) and inspect_report.text(result)
 
 
-# Files -----------------------------------------------------------------------------------------------------------------
+# Files -------------------------------------------------------------------------------------------
 
 
 def test_files_that_cannot_be_read_are_rows(tmp_path):
     written(tmp_path, run(3))
     (tmp_path / "c_7.safetensors").write_bytes((tmp_path / "c_0.safetensors").read_bytes()[:3000])
-    result = inspect.inspect([str(tmp_path / "c_*.safetensors"), str(tmp_path / "missing_*.pt")], progress=False)
+    result = inspect.inspect(
+        [str(tmp_path / "c_*.safetensors"), str(tmp_path / "missing_*.pt")], progress=False
+    )
     assert [row.candidate is None for row in result.rows] == [False] * 3 + [True] * 2
-    assert kinds(result.findings) == ["odd-shapes", "unreadable", "unreadable"] and len(result.geometry) == 3
+    assert (
+        kinds(result.findings) == ["odd-shapes", "unreadable", "unreadable"]
+        and len(result.geometry) == 3
+    )
     printed = inspect_report.text(result)
     assert "c_7.safetensors" in printed and "missing_*.pt" in printed
 
@@ -309,11 +426,21 @@ def test_nothing_can_be_read(tmp_path):
 
 
 CHANGES = {
-    "1 of 5 tensors missing: up.bias": lambda s: {key: t for key, t in s.items() if key != "up.bias"},
-    "2 unexpected: more.0, more.1": lambda s: s | {"more.0": torch.ones(1), "more.1": torch.ones(1)},
-    "these keys have the prefix 'model.' before the same names": lambda s: {f"model.{key}": t for key, t in s.items()},
-    "tensor 'up.bias': expected shape [50] as in c_1, found [51]": lambda s: s | {"up.bias": torch.ones(51)},
-    "tensor 'up.bias': expected torch.float32 as in c_1, found torch.int64": lambda s: s | {"up.bias": torch.ones(50).long()},
+    "1 of 5 tensors missing: up.bias": lambda s: {
+        key: t for key, t in s.items() if key != "up.bias"
+    },
+    "2 unexpected: more.0, more.1": (
+        lambda s: s | {"more.0": torch.ones(1), "more.1": torch.ones(1)}
+    ),
+    "these keys have the prefix 'model.' before the same names": lambda s: {
+        f"model.{key}": t for key, t in s.items()
+    },
+    "tensor 'up.bias': expected shape [50] as in c_1, found [51]": (
+        lambda s: s | {"up.bias": torch.ones(51)}
+    ),
+    "tensor 'up.bias': expected torch.float32 as in c_1, found torch.int64": (
+        lambda s: s | {"up.bias": torch.ones(50).long()}
+    ),
     "this looks like an adapter (LoRA)": lambda s: {"up.lora_A.weight": torch.ones(3, 3)},
 }
 
@@ -330,12 +457,18 @@ def test_what_does_not_match_the_majority(tmp_path, words):
 
 
 def test_prefix_of_the_others_and_vocabulary(tmp_path):
-    states = [{f"model.{key}": t for key, t in s.items()} | {"embed.weight": torch.randn(30, 4)} for s in run(3)]
+    states = [
+        {f"model.{key}": t for key, t in s.items()} | {"embed.weight": torch.randn(30, 4)}
+        for s in run(3)
+    ]
     states.append({key.removeprefix("model."): t for key, t in states[2].items()})
     states.append(states[0] | {"embed.weight": torch.ones(32, 4)})
     result = inspect.inspect(written(tmp_path, states), progress=False)
     assert "vocabulary mismatch (30 and 32 tokens)" in result.rows[4].problem
-    assert "5 of 6 tensors missing" in result.rows[3].problem and "the others' keys have the prefix 'model.'" in result.rows[3].problem
+    assert (
+        "5 of 6 tensors missing" in result.rows[3].problem
+        and "the others' keys have the prefix 'model.'" in result.rows[3].problem
+    )
 
 
 def test_reference_sets_the_layout_and_the_center(tmp_path):
@@ -352,7 +485,7 @@ def test_reference_sets_the_layout_and_the_center(tmp_path):
         inspect.inspect([str(tmp_path / "none.pt"), *paths], reference=0, progress=False)
 
 
-# Losses ----------------------------------------------------------------------------------------------------------------
+# Losses ------------------------------------------------------------------------------------------
 
 
 class Well(nn.Module):
@@ -365,7 +498,17 @@ class Well(nn.Module):
 
 def well_task(model=Well):
     batches = [torch.ones(2, 1)]
-    return Task("well", model, lambda m, b: (m.w.square() - 1).square().sum(), batches, batches, None, None, None, "")
+    return Task(
+        "well",
+        model,
+        lambda m, b: (m.w.square() - 1).square().sum(),
+        batches,
+        batches,
+        None,
+        None,
+        None,
+        "",
+    )
 
 
 def wells(folder, values):
@@ -376,20 +519,45 @@ def test_minima_that_are_not_connected(tmp_path):
     result = inspect.inspect(wells(tmp_path, [-1.1, 1.0, 1.1]), task=well_task(), progress=False)
     b = result.barrier
     assert b.ends == (0, 2) and [share for share, _ in b.line] == [0, 0.25, 0.5, 0.75, 1]
-    assert b.line[2][1] == pytest.approx(1.0, abs=1e-6) and b.losses[1] == pytest.approx(0.0, abs=1e-6)
-    assert only(result.findings, "barrier").severity == "warning" and "not linearly connected" in only(result.findings, "barrier").message
+    assert b.line[2][1] == pytest.approx(1.0, abs=1e-6) and b.losses[1] == pytest.approx(
+        0.0, abs=1e-6
+    )
+    assert (
+        only(result.findings, "barrier").severity == "warning"
+        and "not linearly connected" in only(result.findings, "barrier").message
+    )
     assert "rises above both ends by 0.9559 at 50%" in only(result.findings, "line").message
 
 
-@pytest.mark.parametrize("values, words", [([0.9, 1.05], "at least as good as the best"), ([1.0, 1.3], "worse than the best candidate, better than")])
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ([0.9, 1.05], "at least as good as the best"),
+        ([1.0, 1.3], "worse than the best candidate, better than"),
+    ],
+)
 def test_candidates_of_one_minimum(tmp_path, values, words):
     findings = inspect.inspect(wells(tmp_path, values), task=well_task(), progress=False).findings
-    assert only(findings, "barrier").severity == "note" and words in only(findings, "barrier").message and "line" not in kinds(findings)
+    assert (
+        only(findings, "barrier").severity == "note"
+        and words in only(findings, "barrier").message
+        and "line" not in kinds(findings)
+    )
 
 
 def test_losses_that_are_not_finite():
-    b = Barrier(["a", "b"], [1.0, float("inf")], float("inf"), (0, 1), [(0.0, 1.0), (0.5, float("inf")), (1.0, float("inf"))], 0)
-    assert kinds(barrier_findings(b)) == ["barrier", "loss-not-finite"] and bump(b.line) == (0.0, 0.5)
+    b = Barrier(
+        ["a", "b"],
+        [1.0, float("inf")],
+        float("inf"),
+        (0, 1),
+        [(0.0, 1.0), (0.5, float("inf")), (1.0, float("inf"))],
+        0,
+    )
+    assert kinds(barrier_findings(b)) == ["barrier", "loss-not-finite"] and bump(b.line) == (
+        0.0,
+        0.5,
+    )
 
 
 def test_candidates_that_do_not_fit_the_model(tmp_path):
@@ -410,20 +578,34 @@ def test_losses_are_those_of_twa_average(tmp_path):
     """With BatchNorm, which is re-estimated for averages and left alone for single candidates."""
     g = torch.Generator().manual_seed(3)
     batches = [torch.randn(16, 4, generator=g) + 2 for _ in range(3)]
-    task = Task("bn", Normed, lambda m, b: (m(b) - b.sum(1, keepdim=True)).square().mean(), batches, batches, None, None, None, "")
+    task = Task(
+        "bn",
+        Normed,
+        lambda m, b: (m(b) - b.sum(1, keepdim=True)).square().mean(),
+        batches,
+        batches,
+        None,
+        None,
+        None,
+        "",
+    )
     torch.manual_seed(0)
     models = [Normed().half() for _ in range(3)]  # rounded to the files' dtype
     paths = written(tmp_path, [m.state_dict() for m in models])
     b = inspect.inspect(paths, task=task, progress=False).barrier
     average = Average(task, Candidates(paths), Settings(methods=()), progress=False)
     results = {r.method: r for r in average.run() and average.results}
-    assert b.mean == results["uniform"].val_loss and min(b.losses) == results["best single"].val_loss and b.losses[-1] == results["last"].val_loss
+    assert (
+        b.mean == results["uniform"].val_loss
+        and min(b.losses) == results["best single"].val_loss
+        and b.losses[-1] == results["last"].val_loss
+    )
     assert b.bn_batches == 3
     average.load(0.75 * schemes.candidate(3, b.ends[0]) + 0.25 * schemes.candidate(3, b.ends[1]))
     assert b.line[1][1] == average.validation_loss()
 
 
-# Output ----------------------------------------------------------------------------------------------------------------
+# Output ------------------------------------------------------------------------------------------
 
 
 def test_command(tmp_path, capsys):
@@ -434,11 +616,20 @@ def test_command(tmp_path, capsys):
     assert cli.main(["inspect", *paths, "-o", str(out)]) == 0
     assert {p.name for p in out.iterdir()} == set(inspect_report.FILES)
     content = json.loads((out / "inspect.json").read_text())
-    assert [f["kind"] for f in content["findings"]] == ["not-finite", "odd-shapes"] and len(content["distances"]) == 2
-    assert content["files"][1]["problem"] == "NaN or Inf" and content["files"][0]["parameters"] == sum(t.numel() for t in states[0].values())
+    assert [f["kind"] for f in content["findings"]] == ["not-finite", "odd-shapes"] and len(
+        content["distances"]
+    ) == 2
+    assert content["files"][1]["problem"] == "NaN or Inf" and content["files"][0][
+        "parameters"
+    ] == sum(t.numel() for t in states[0].values())
     page = (out / "inspect.md").read_text()
-    assert page.startswith("# 3 candidates: 1 error, 0 warnings, 1 note") and (out / "inspect.png").read_bytes().startswith(b"\x89PNG")
-    assert "- error: c_1 holds NaN or Inf in norm.weight (1 of 300). Leave this candidate out." in capsys.readouterr().out
+    assert page.startswith("# 3 candidates: 1 error, 0 warnings, 1 note") and (
+        out / "inspect.png"
+    ).read_bytes().startswith(b"\x89PNG")
+    assert (
+        "- error: c_1 holds NaN or Inf in norm.weight (1 of 300). Leave this candidate out."
+        in capsys.readouterr().out
+    )
 
 
 def test_command_with_a_task(tmp_path, capsys):
@@ -451,17 +642,38 @@ def test_command_with_a_task(tmp_path, capsys):
         "def model(): return Well()\n"
         "def train_data(): return [torch.ones(2, 1)]\n"
         "val_data = train_data\n"
-        "def loss(model, batch): return (model.w ** 2 - 1).square().sum() + 0 * (model.w + 2).log().sum()\n"  # NaN below -2
+        # NaN below -2
+        "def loss(model, batch): return (model.w ** 2 - 1).square().sum() + 0 * (model.w +"
+        " 2).log().sum()\n"
     )
     paths = wells(tmp_path, [-3.0, -1.0, 1.0])
-    assert cli.main(["inspect", *paths, "--task", str(tmp_path / "task.py"), "--device", "cpu", "-o", str(tmp_path / "out")]) == 0
-    content = json.loads((tmp_path / "out" / "inspect.json").read_text(), parse_constant=lambda text: pytest.fail(text))
+    assert (
+        cli.main(
+            [
+                "inspect",
+                *paths,
+                "--task",
+                str(tmp_path / "task.py"),
+                "--device",
+                "cpu",
+                "-o",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
+    content = json.loads(
+        (tmp_path / "out" / "inspect.json").read_text(),
+        parse_constant=lambda text: pytest.fail(text),
+    )
     assert content["losses"] == [None, 0.0, 0.0] and len(content["line"]["points"]) == 5
     printed = capsys.readouterr().out
     assert "the loss of c_0 is NaN or Inf" in printed and "best 0.0000 (c_1)" in printed
 
 
-@pytest.mark.parametrize("arguments", [["--reference", "9"], ["--task", "none.py"], ["-o", "{file}"]])
+@pytest.mark.parametrize(
+    "arguments", [["--reference", "9"], ["--task", "none.py"], ["-o", "{file}"]]
+)
 def test_bad_input(tmp_path, capsys, arguments):
     paths = written(tmp_path, run(2))
     assert cli.main(["inspect", *paths, *(a.format(file=paths[0]) for a in arguments)]) == 2
@@ -470,5 +682,9 @@ def test_bad_input(tmp_path, capsys, arguments):
 
 @pytest.mark.parametrize("n", [1, 3, 61])
 def test_pictures_of_any_number(tmp_path, n):
-    result = inspect.inspect(written(tmp_path, [{"w": torch.randn(20, 20)} for _ in range(n)]), progress=False)
-    assert inspect_report.picture(result).startswith(b"\x89PNG") and f"# {n} candidate" in inspect_report.markdown(result)
+    result = inspect.inspect(
+        written(tmp_path, [{"w": torch.randn(20, 20)} for _ in range(n)]), progress=False
+    )
+    assert inspect_report.picture(result).startswith(
+        b"\x89PNG"
+    ) and f"# {n} candidate" in inspect_report.markdown(result)

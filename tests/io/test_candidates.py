@@ -13,7 +13,10 @@ from twa.io.candidates import CandidateError, Candidates, numeric_order
 
 def state(seed=0, **extra):
     g = torch.Generator().manual_seed(seed)
-    return {"a.weight": torch.randn(4, 3, generator=g), "a.bias": torch.randn(4, generator=g)} | extra
+    return {
+        "a.weight": torch.randn(4, 3, generator=g),
+        "a.bias": torch.randn(4, generator=g),
+    } | extra
 
 
 def save(path, tensors):
@@ -43,8 +46,10 @@ def test_numeric_order_of_names(tmp_path):
 
 def test_order_of_lists(tmp_path):
     paths = [save(tmp_path / f"step_{k}.pt", state(k)) for k in (1, 10, 2, 9)]
-    assert Candidates(paths).names == ["step_1", "step_2", "step_9", "step_10"]  # alphabetic, as from a shell
-    assert Candidates([paths[3], paths[1], paths[2]]).names == ["step_9", "step_10", "step_2"]  # somebody's own order
+    # alphabetic, as from a shell
+    assert Candidates(paths).names == ["step_1", "step_2", "step_9", "step_10"]
+    # somebody's own order
+    assert Candidates([paths[3], paths[1], paths[2]]).names == ["step_9", "step_10", "step_2"]
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict"])
@@ -75,18 +80,25 @@ def test_hugging_face_shards(tmp_path):
     candidates = Candidates(paths)
     assert candidates.names == ["run0", "run1"]
     assert torch.equal(candidates[1].tensor("a.bias"), state(1)["a.bias"])
-    assert torch.equal(Candidates(paths[0] / "model.safetensors.index.json")[0].tensor("a.weight"), state(0)["a.weight"])
+    assert torch.equal(
+        Candidates(paths[0] / "model.safetensors.index.json")[0].tensor("a.weight"),
+        state(0)["a.weight"],
+    )
 
 
 @pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/passwd", "", "..", 7, None])
 def test_index_cannot_leave_its_folder(tmp_path, name):
     folder = sharded(tmp_path / "run")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.weight": name}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a.weight": name}})
+    )
     with pytest.raises(CandidateError, match=r"index\.json"):
         Candidates(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', "[" * 100_000, '{"weight_map": {"a": ["x"]}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weight_map": 3}', "[" * 100_000, '{"weight_map": {"a": ["x"]}}']
+)
 def test_broken_index(tmp_path, text):
     folder = sharded(tmp_path / "run")
     (folder / "model.safetensors.index.json").write_text(text)
@@ -104,11 +116,15 @@ def test_average_is_float64_inside(tmp_path):
 
 def test_memory_is_given_back(tmp_path, monkeypatch):
     for c in range(2):
-        save(tmp_path / f"c{c}.safetensors", {f"t{k}": torch.full((20,), float(10 * c + k)) for k in range(5)})
+        save(
+            tmp_path / f"c{c}.safetensors",
+            {f"t{k}": torch.full((20,), float(10 * c + k)) for k in range(5)},
+        )
     candidates = Candidates(tmp_path / "c*.safetensors", block_bytes=40)
     dropped = []
     monkeypatch.setattr(twa.mapped.MappedFile, "drop", lambda self: dropped.append(self.path.name))
-    tensors = [candidates.tensors(f"t{k}") for k in range(5)]  # 160 bytes each: given back after each one
+    # 160 bytes each: given back after each one
+    tensors = [candidates.tensors(f"t{k}") for k in range(5)]
     assert len(dropped) == 10
     assert [[int(t[0]) for t in pair] for pair in tensors] == [[k, 10 + k] for k in range(5)]
 
@@ -177,10 +193,19 @@ def test_no_candidates(tmp_path):
     [
         (lambda s: s.pop("a.bias"), r"c1\.pt: tensor 'a.bias' is missing"),
         (lambda s: s.update(extra=torch.zeros(2)), r"c1\.pt: tensor 'extra' is unexpected"),
-        (lambda s: s.update({"a.bias": torch.zeros(5)}), r"c1\.pt: tensor 'a.bias': expected shape \[4\].*c0\.pt, found \[5\]$"),
-        (lambda s: s.update({"a.bias": torch.zeros(4, dtype=torch.int64)}), "expected torch.float32"),
+        (
+            lambda s: s.update({"a.bias": torch.zeros(5)}),
+            r"c1\.pt: tensor 'a.bias': expected shape \[4\].*c0\.pt, found \[5\]$",
+        ),
+        (
+            lambda s: s.update({"a.bias": torch.zeros(4, dtype=torch.int64)}),
+            "expected torch.float32",
+        ),
         (lambda s: s.update({"a.bias": torch.zeros(4, dtype=torch.complex64)}), "complex"),
-        (lambda s: s.update({"a.bias": torch.zeros(4).to(torch.float8_e4m3fn)}), "at least 16 bits"),
+        (
+            lambda s: s.update({"a.bias": torch.zeros(4).to(torch.float8_e4m3fn)}),
+            "at least 16 bits",
+        ),
     ],
 )
 def test_candidates_that_do_not_match(tmp_path, change, message):

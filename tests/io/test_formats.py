@@ -1,4 +1,6 @@
-"""Checkpoint formats: what is read is what was written, by way of blocks of columns too; what is refused is named."""
+"""Checkpoint formats: what is read is what was written, by way of blocks of columns too; what is
+refused is named.
+"""
 
 import argparse
 import pickle
@@ -10,9 +12,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 import twa
 from safetensors.torch import load_file, save_file
+from twa.io.atomic import SAFETENSORS_DTYPES
 from twa.io.candidates import UNIT, CandidateError, Candidates
 from twa.io.dcp import METADATA
-from twa.io.atomic import SAFETENSORS_DTYPES
 from twa.io.formats import read_safetensors
 from twa.io.mapped import Pieces, Stored, TensorInfo, covered
 
@@ -38,32 +40,49 @@ def same(found, expected):
     return found
 
 
-# safetensors ------------------------------------------------------------------------------------------------------------
+# safetensors -------------------------------------------------------------------------------------
 
 
 def test_safetensors_of_every_dtype_as_the_library_reads_them(tmp_path):
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for k, dtype in enumerate(d for d in SAFETENSORS_DTYPES.values() if not d.is_complex):
-        bytes_ = torch.randint(0, 2 if dtype == torch.bool else 256, (3 * 5 * dtype.itemsize,), generator=generator, dtype=torch.uint8)
+        bytes_ = torch.randint(
+            0,
+            2 if dtype == torch.bool else 256,
+            (3 * 5 * dtype.itemsize,),
+            generator=generator,
+            dtype=torch.uint8,
+        )
         tensors[f"t{k}"] = bytes_.view(dtype).view(3, 5)
     tensors["scalar"], tensors["empty"] = torch.tensor(3.0), torch.zeros(0)
     save_file(tensors, tmp_path / "x.safetensors", metadata={"made by": "a test"})
-    read, library = read_safetensors(tmp_path / "x.safetensors"), load_file(tmp_path / "x.safetensors")
+    read, library = (
+        read_safetensors(tmp_path / "x.safetensors"),
+        load_file(tmp_path / "x.safetensors"),
+    )
     assert read.keys() == library.keys()
     for key, t in library.items():
         assert read[key].read().dtype == t.dtype and read[key].read().shape == t.shape
-        assert read[key].read().contiguous().view(-1).view(torch.uint8).tolist() == t.view(-1).view(torch.uint8).tolist()
+        assert (
+            read[key].read().contiguous().view(-1).view(torch.uint8).tolist()
+            == t.view(-1).view(torch.uint8).tolist()
+        )
 
 
 def test_unaligned_tensors_are_copied(tmp_path):
     path = tmp_path / "x.safetensors"
     header = b'{"b":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"w":{"dtype":"F32","shape":[2],"data_offsets":[1,9]}}'
-    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\1" + torch.tensor([1.5, -2.0]).numpy().tobytes())
+    path.write_bytes(
+        len(header).to_bytes(8, "little")
+        + header
+        + b"\1"
+        + torch.tensor([1.5, -2.0]).numpy().tobytes()
+    )
     assert Candidates(path)[0].tensor("w").tolist() == [1.5, -2.0]
 
 
-# torch.save -------------------------------------------------------------------------------------------------------------
+# torch.save --------------------------------------------------------------------------------------
 
 
 def odd_tensors():
@@ -93,7 +112,10 @@ def test_a_file_of_the_format_before_1_6(tmp_path):
     same(candidates[0], odd_tensors())
     candidates[0].release()
     same(candidates[0], odd_tensors())
-    same(pickle.loads(pickle.dumps(Candidates(tmp_path / "old.pth")[0].info)) and candidates[0], odd_tensors())
+    same(
+        pickle.loads(pickle.dumps(Candidates(tmp_path / "old.pth")[0].info)) and candidates[0],
+        odd_tensors(),
+    )
 
 
 def rewritten(path, target, change=lambda name, data: data, compression=zipfile.ZIP_STORED):
@@ -106,7 +128,9 @@ def rewritten(path, target, change=lambda name, data: data, compression=zipfile.
 def test_an_archive_that_was_compressed_is_refused(tmp_path):
     torch.save(state(), tmp_path / "x.pt")
     with pytest.raises(CandidateError, match="compressed"):
-        Candidates(rewritten(tmp_path / "x.pt", tmp_path / "y.pt", compression=zipfile.ZIP_DEFLATED))
+        Candidates(
+            rewritten(tmp_path / "x.pt", tmp_path / "y.pt", compression=zipfile.ZIP_DEFLATED)
+        )
 
 
 def test_an_archive_that_was_stored_again_unaligned(tmp_path):
@@ -118,7 +142,13 @@ def test_the_other_byte_order(tmp_path):
     torch.save({"w": torch.tensor([1.5, -2.0])}, tmp_path / "x.pt")
 
     def swap(name, data):
-        return b"big" if name.endswith("byteorder") else data[3::-1] + data[:3:-1] if "/data/" in name else data
+        return (
+            b"big"
+            if name.endswith("byteorder")
+            else data[3::-1] + data[:3:-1]
+            if "/data/" in name
+            else data
+        )
 
     found = Candidates(rewritten(tmp_path / "x.pt", tmp_path / "y.pt", swap))[0]
     assert found.tensor("w").tolist() == [1.5, -2.0]
@@ -126,7 +156,11 @@ def test_the_other_byte_order(tmp_path):
 
 def test_a_record_that_is_too_small_for_its_tensor(tmp_path):
     torch.save({"w": torch.zeros(100)}, tmp_path / "x.pt")
-    cut = rewritten(tmp_path / "x.pt", tmp_path / "y.pt", lambda name, data: data[:200] if name.endswith("data/0") else data)
+    cut = rewritten(
+        tmp_path / "x.pt",
+        tmp_path / "y.pt",
+        lambda name, data: data[:200] if name.endswith("data/0") else data,
+    )
     with pytest.raises(CandidateError, match="not a complete torch checkpoint"):
         Candidates(cut)
 
@@ -137,17 +171,21 @@ def test_sparse_tensors_are_refused(tmp_path):
         Candidates(tmp_path / "x.pt")
 
 
-# Which entry --------------------------------------------------------------------------------------------------------------
+# Which entry -------------------------------------------------------------------------------------
 
 
 def test_lightning(tmp_path):
-    """Averaged weights are in state_dict, those of the run itself in current_model_state (Lightning's WeightAveraging)."""
+    """Averaged weights are in state_dict, those of the run itself in current_model_state
+    (Lightning's WeightAveraging).
+    """
     checkpoint = {
         "epoch": 3,
         "pytorch-lightning_version": "2.6.6",
         "state_dict": state(1),
         "current_model_state": state(2),
-        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}],
+        "optimizer_states": [
+            {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
+        ],
         "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_path": "x"}},
         "loops": {},
     }
@@ -158,10 +196,20 @@ def test_lightning(tmp_path):
 
 def test_timm(tmp_path):
     """timm stores its arguments as an argparse.Namespace."""
-    torch.save({"arch": "vit", "state_dict": state(1), "state_dict_ema": state(2), "args": argparse.Namespace(lr=0.1)}, tmp_path / "last.pth.tar.pth")
+    torch.save(
+        {
+            "arch": "vit",
+            "state_dict": state(1),
+            "state_dict_ema": state(2),
+            "args": argparse.Namespace(lr=0.1),
+        },
+        tmp_path / "last.pth.tar.pth",
+    )
     same(Candidates(tmp_path)[0], state(1))
     same(Candidates(tmp_path, entry="state_dict_ema")[0], state(2))
-    with pytest.raises(CandidateError, match=r"'ema'; there are some under: state_dict, state_dict_ema$"):
+    with pytest.raises(
+        CandidateError, match=r"'ema'; there are some under: state_dict, state_dict_ema$"
+    ):
         Candidates(tmp_path, entry="ema")
 
 
@@ -178,7 +226,7 @@ def test_a_safetensors_file_has_no_entries(tmp_path):
         Candidates(tmp_path / "x.safetensors", entry="ema")
 
 
-# Directories --------------------------------------------------------------------------------------------------------------
+# Directories -------------------------------------------------------------------------------------
 
 
 def test_a_folder_of_any_of_them(tmp_path):
@@ -191,29 +239,43 @@ def test_a_folder_of_any_of_them(tmp_path):
     (tmp_path / "log.txt").write_text("nothing")
     (tmp_path / ".hidden.pt").write_text("nothing")
     candidates = Candidates(tmp_path)
-    assert [c.kind for c in candidates] == ["torch", "safetensors", "huggingface", "dcp"] and candidates.kind == "mixed"
+    assert [c.kind for c in candidates] == [
+        "torch",
+        "safetensors",
+        "huggingface",
+        "dcp",
+    ] and candidates.kind == "mixed"
     for k, candidate in enumerate(candidates):
         same(candidate, state(9 + k))
 
 
 def test_an_adapter(tmp_path):
-    save_file({"base_model.model.q.lora_A.weight": torch.ones(2, 3)}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.q.lora_A.weight": torch.ones(2, 3)},
+        tmp_path / "adapter_model.safetensors",
+    )
     (tmp_path / "adapter_config.json").write_text("{}")
     assert Candidates(tmp_path)[0].kind == "adapter" and Candidates(tmp_path).kind == "adapter"
 
 
-@pytest.mark.parametrize("path", ["s3://bucket/run/a.safetensors", "https://example.org/a.pt", "hf://a/b"])
+@pytest.mark.parametrize(
+    "path", ["s3://bucket/run/a.safetensors", "https://example.org/a.pt", "hf://a/b"]
+)
 def test_remote_paths_are_refused(path):
     with pytest.raises(CandidateError, match="remote locations are not read"):
         Candidates(path)
 
 
-# torch.distributed.checkpoint -----------------------------------------------------------------------------------------------
+# torch.distributed.checkpoint --------------------------------------------------------------------
 
 
 @pytest.fixture
 def saved(tmp_path):
-    dcp.save({"model": state(3), "optim": {"step": torch.tensor(4.0)}, "epoch": 7}, checkpoint_id=tmp_path / "c", no_dist=True)
+    dcp.save(
+        {"model": state(3), "optim": {"step": torch.tensor(4.0)}, "epoch": 7},
+        checkpoint_id=tmp_path / "c",
+        no_dist=True,
+    )
     return tmp_path / "c"
 
 
@@ -281,38 +343,65 @@ def test_blocks_must_cover_a_tensor_once(blocks, whole):
 def test_pieces_give_any_part(tmp_path):
     whole = torch.arange(4 * 6.0).view(4, 6)
     cuts = [((r, c), (2, 3)) for r in (0, 2) for c in (0, 3)]
-    save_file({f"{r},{c}": whole[r : r + 2, c : c + 3].contiguous() for (r, c), _ in cuts}, tmp_path / "x.safetensors")
+    save_file(
+        {f"{r},{c}": whole[r : r + 2, c : c + 3].contiguous() for (r, c), _ in cuts},
+        tmp_path / "x.safetensors",
+    )
     read = read_safetensors(tmp_path / "x.safetensors")
-    pieces = Pieces(TensorInfo((4, 6), torch.float32), tuple(((r, c), read[f"{r},{c}"]) for (r, c), _ in cuts))
+    pieces = Pieces(
+        TensorInfo((4, 6), torch.float32), tuple(((r, c), read[f"{r},{c}"]) for (r, c), _ in cuts)
+    )
     assert torch.equal(pieces.read(), whole)
     for rows in (slice(0, 4), slice(1, 3), slice(3, 4), slice(2, 2)):
         for columns in (slice(0, 6), slice(2, 4), slice(4, 6)):
             assert torch.equal(pieces.read((rows, columns)), whole[rows, columns])
 
 
-# Blocks of columns -----------------------------------------------------------------------------------------------------------
+# Blocks of columns -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", [None, (slice(1, 4), slice(0, 7), slice(0, 3000)), (slice(0, 1), slice(2, 5), slice(100, 2900))])
+@pytest.mark.parametrize(
+    "part",
+    [
+        None,
+        (slice(1, 4), slice(0, 7), slice(0, 3000)),
+        (slice(0, 1), slice(2, 5), slice(100, 2900)),
+    ],
+)
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 def test_stream(tmp_path, part, suffix):
     generator = torch.Generator().manual_seed(0)
-    tensors = [{"w": torch.randn(5, 7, 3000, generator=generator), "b": torch.randn(9, generator=generator), "e": torch.zeros(0)} for _ in range(3)]
+    tensors = [
+        {
+            "w": torch.randn(5, 7, 3000, generator=generator),
+            "b": torch.randn(9, generator=generator),
+            "e": torch.zeros(0),
+        }
+        for _ in range(3)
+    ]
     for k, t in enumerate(tensors):
         if suffix == "pt":
-            torch.save(t | {"w": t["w"].transpose(0, 2).contiguous().transpose(0, 2)}, tmp_path / f"c{k}.pt")
+            torch.save(
+                t | {"w": t["w"].transpose(0, 2).contiguous().transpose(0, 2)},
+                tmp_path / f"c{k}.pt",
+            )
         else:
             save_file(t, tmp_path / f"c{k}.safetensors")
     candidates = Candidates(tmp_path, block_bytes=1)  # the smallest blocks there are
     seen = {k: [[] for _ in range(3)] for k in range(3)}
     for block in candidates.stream([("w", part), ("b", None), ("e", None)]):
-        assert block.begin % UNIT == 0 and all(len(row) == block.end - block.begin for row in block.rows)
+        assert block.begin % UNIT == 0 and all(
+            len(row) == block.end - block.begin for row in block.rows
+        )
         for rows, row in zip(seen[block.index], block.rows, strict=True):
             rows.append(row.clone())
     for i, t in enumerate(tensors):
         assert torch.equal(torch.cat(seen[0][i]), t["w"][part or ...].reshape(-1))
         assert torch.equal(torch.cat(seen[1][i]), t["b"]) and torch.cat(seen[2][i]).shape == (0,)
-    later = [(b.index, b.begin) for b in candidates.stream([("w", None), ("b", None)], columns=UNIT, begin=(0, 5 * UNIT))]
+    later = [
+        (b.index, b.begin)
+        for b in candidates.stream([("w", None), ("b", None)], columns=UNIT, begin=(0, 5 * UNIT))
+    ]
     assert later == [(0, first) for first in range(5 * UNIT, 5 * 7 * 3000, UNIT)] + [(1, 0)]
 
 
@@ -320,7 +409,11 @@ def test_some_rows_only(tmp_path):
     for k in range(5):
         save_file({"w": torch.full((3,), float(k))}, tmp_path / f"c{k}.safetensors")
     candidates = Candidates(tmp_path)
-    assert [row[0].item() for block in candidates.stream([("w", None)], rows=[4, 1]) for row in block.rows] == [4.0, 1.0]
+    assert [
+        row[0].item()
+        for block in candidates.stream([("w", None)], rows=[4, 1])
+        for row in block.rows
+    ] == [4.0, 1.0]
     before = candidates.bytes_read
     assert candidates.average("w", torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])).tolist() == [2.0] * 3
     assert candidates.bytes_read - before == 2 * 12
@@ -361,5 +454,8 @@ def test_mapped_at_the_first_use_notices_another_file(tmp_path):
 def test_stored_reads_parts(tmp_path):
     save_file({"w": torch.arange(12.0).view(3, 4)}, tmp_path / "c.safetensors")
     stored = read_safetensors(tmp_path / "c.safetensors")["w"]
-    assert isinstance(stored, Stored) and stored.read((slice(1, 3), slice(0, 2))).tolist() == [[4.0, 5.0], [8.0, 9.0]]
+    assert isinstance(stored, Stored) and stored.read((slice(1, 3), slice(0, 2))).tolist() == [
+        [4.0, 5.0],
+        [8.0, 9.0],
+    ]
     assert twa.Candidates(tmp_path)[0].columns("w", 3, 9).tolist() == [3.0, 4.0, 5.0, 6.0, 7.0, 8.0]

@@ -1,4 +1,7 @@
-"""The fuzzer's first cases, and that it sees what it is there to see. All 20,000: python tests/fuzz.py --count 20000."""
+"""The fuzzer's first cases, and that it sees what it is there to see.
+
+All 20,000: python tests/fuzz.py --count 20000.
+"""
 
 import json
 import sys
@@ -13,10 +16,38 @@ HERE = Path(__file__).parents[1]
 ZEROS = "lambda self, part=None, read=twa.mapped.Stored.read: read(self, part).clone().zero_()"
 #: what is broken: its place, what stands there instead; which cases then; what must be said of one
 LIBRARY = {
-    "code is run": ("twa.dcp", "unpickle", "lambda data, names: (pickle.loads(data), 0)", "dcp", 200, "files: ['canary'"),
-    "sizes are not checked": ("twa.formats", "are_sizes", "lambda value: True", "safetensors", 200, "TypeError: "),
-    "keys are not checked": ("twa.unpickle", "checked_key", "lambda key: key", "torch", 200, "hang"),
-    "other values": ("twa.mapped.Stored", "read", ZEROS, "legacy", 60, "wrong: torch.load finds other tensors"),
+    "code is run": (
+        "twa.dcp",
+        "unpickle",
+        "lambda data, names: (pickle.loads(data), 0)",
+        "dcp",
+        200,
+        "files: ['canary'",
+    ),
+    "sizes are not checked": (
+        "twa.formats",
+        "are_sizes",
+        "lambda value: True",
+        "safetensors",
+        200,
+        "TypeError: ",
+    ),
+    "keys are not checked": (
+        "twa.unpickle",
+        "checked_key",
+        "lambda key: key",
+        "torch",
+        200,
+        "hang",
+    ),
+    "other values": (
+        "twa.mapped.Stored",
+        "read",
+        ZEROS,
+        "legacy",
+        60,
+        "wrong: torch.load finds other tensors",
+    ),
 }
 #: what happens while a file is read, and what must be said of it
 EVENTS = {
@@ -37,7 +68,10 @@ def test_1200_damaged_files():
     done = processes.run([sys.executable, str(HERE / "fuzz.py"), "--count", "1200"])
     assert done.returncode == 0, done.stdout + done.stderr
     kinds = [line.split() for line in done.stdout.splitlines()[1:9]]
-    assert all(int(cases) == 150 and int(loaded) > 5 and int(refused) > 50 for _, cases, loaded, refused, _ in kinds), done.stdout
+    assert all(
+        int(cases) == 150 and int(loaded) > 5 and int(refused) > 50
+        for _, cases, loaded, refused, _ in kinds
+    ), done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -74,4 +108,6 @@ def test_it_sees_what_is_broken(said, broken):
 
 @pytest.mark.parametrize("event", EVENTS)
 def test_it_sees_what_happens_and_goes_on(said, event):
-    assert len(said[event]) == 4 and all(text.startswith(EVENTS[event][-1]) for text in said[event]), said[event]
+    assert len(said[event]) == 4 and all(
+        text.startswith(EVENTS[event][-1]) for text in said[event]
+    ), said[event]

@@ -1,4 +1,6 @@
-"""Files that mean harm, by hand: each is refused with an error that says why, at once, and nothing in it is run. More by chance: fuzz.py."""
+"""Files that mean harm, by hand: each is refused with an error that says why, at once, and nothing
+in it is run. More by chance: fuzz.py.
+"""
 
 import json
 import os
@@ -13,15 +15,15 @@ import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
 from safetensors.torch import save_file
+from twa.distributed.ranks import World
+from twa.export.hugging_face import adapter_config
+from twa.io.atomic import write_torch
 from twa.io.candidates import CandidateError, Candidates
 from twa.io.dcp import METADATA
-from twa.io.atomic import write_torch
 from twa.io.formats import MAX_HEADER
-from twa.export.hugging_face import adapter_config
 from twa.io.mapped import covered
-from twa.merge.resume import FORMAT, StateError, Store
 from twa.io.unpickle import Refused, unpickle
-from twa.distributed.ranks import World
+from twa.merge.resume import FORMAT, StateError, Store
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +45,12 @@ class Evil:
         return self.function, (self.argument,)
 
 
-EVIL = [Evil(), Evil(exec, "open('canary', 'w')"), Evil(eval, "open('canary', 'w')"), Evil(getattr, "x")]
+EVIL = [
+    Evil(),
+    Evil(exec, "open('canary', 'w')"),
+    Evil(eval, "open('canary', 'w')"),
+    Evil(getattr, "x"),
+]
 
 
 def refused(path, message, error=CandidateError):
@@ -68,18 +75,32 @@ def records_of(value):
 
 def with_pickle(path, data, value=None):
     """An archive of torch.save with another pickle in it."""
-    return zipped(path, [(name, data if name.endswith("data.pkl") else old) for name, old in records_of(value or {"w": torch.zeros(3)})])
+    return zipped(
+        path,
+        [
+            (name, data if name.endswith("data.pkl") else old)
+            for name, old in records_of(value or {"w": torch.zeros(3)})
+        ],
+    )
 
 
-# Code in pickles ------------------------------------------------------------------------------------------------------------
+# Code in pickles ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
 @pytest.mark.parametrize("zip_", [True, False])
 @pytest.mark.parametrize("evil", EVIL)
 def test_code_in_a_checkpoint(suffix, zip_, evil, tmp_path):
-    torch.save({"state_dict": {"w": torch.zeros(2)}, "more": evil}, f"x{suffix}", _use_new_zipfile_serialization=zip_)
-    refused(tmp_path / f"x{suffix}", r"refused: loading it would run code from the file; save the state_dict alone.*it asks for \w+\.\w+")
+    torch.save(
+        {"state_dict": {"w": torch.zeros(2)}, "more": evil},
+        f"x{suffix}",
+        _use_new_zipfile_serialization=zip_,
+    )
+    refused(
+        tmp_path / f"x{suffix}",
+        r"refused: loading it would run code from the file; save the state_dict alone.*it asks for"
+        r" \w+\.\w+",
+    )
 
 
 @pytest.mark.parametrize("evil", EVIL)
@@ -91,17 +112,39 @@ def test_code_in_a_plain_pickle(evil, tmp_path):
 def test_code_in_the_state_of_a_run(tmp_path):
     for evil in EVIL:
         torch.save({"format": FORMAT, "run": evil}, "state.pt")
-        with pytest.raises(StateError, match=r"not a saved state \(.*refused: loading it would run code"):
+        with pytest.raises(
+            StateError, match=r"not a saved state \(.*refused: loading it would run code"
+        ):
             Store(tmp_path, resume=True).read(World())
 
 
 def test_names_of_torch_that_do_much_are_not_called(tmp_path):
     """torch.load(weights_only=True) calls all of these."""
     number = b"\x8a\x05" + (10**11).to_bytes(5, "little") + b"\x85R"
-    for name in (b"torch\nTensor", b"builtins\nbytearray", b"builtins\nset", b"collections\nCounter"):
-        refused(with_pickle(tmp_path / "x.pt", b"\x80\x02}X\x01\x00\x00\x00wc" + name + b"\n" + number + b"s."), "expected a dict of tensors")
-    for name in (b"torch\nFloatTensor", b"torch.sparse\nFloatTensor", b"torch._C\n_from_dlpack", b"a\x1b[2J\nb"):
-        refused(with_pickle(tmp_path / "x.pt", b"\x80\x02}X\x01\x00\x00\x00wc" + name + b"\n" + number + b"s."), "refused: loading it would run code")
+    for name in (
+        b"torch\nTensor",
+        b"builtins\nbytearray",
+        b"builtins\nset",
+        b"collections\nCounter",
+    ):
+        refused(
+            with_pickle(
+                tmp_path / "x.pt", b"\x80\x02}X\x01\x00\x00\x00wc" + name + b"\n" + number + b"s."
+            ),
+            "expected a dict of tensors",
+        )
+    for name in (
+        b"torch\nFloatTensor",
+        b"torch.sparse\nFloatTensor",
+        b"torch._C\n_from_dlpack",
+        b"a\x1b[2J\nb",
+    ):
+        refused(
+            with_pickle(
+                tmp_path / "x.pt", b"\x80\x02}X\x01\x00\x00\x00wc" + name + b"\n" + number + b"s."
+            ),
+            "refused: loading it would run code",
+        )
 
 
 def test_pickles_that_call_what_is_no_function():
@@ -129,20 +172,45 @@ def test_pickles_that_call_what_is_no_function():
 def test_tuples_in_tuples(tmp_path):
     """2^40 of them as a key: whoever hashes it never comes back."""
     laughs = b")" + b"".join(bytes([*b"q", k, *b"h", k, 0x86]) for k in range(40))
-    refused(with_pickle(tmp_path / "x.pt", b"\x80\x02}" + laughs + b"Ns."), "expected a plain key of a dict, found a tuple")
-    refused(with_pickle(tmp_path / "x.pt", b"\x80\x02}X\x01\x00\x00\x00w" + laughs + b"s."), "expected a dict of tensors")
-    many = b"\x80\x02}(" + b"".join(b"\x8a\x0a" + ((k << 61) - k).to_bytes(10, "little") + b"N" for k in range(1, 50_000)) + b"u."
-    refused(with_pickle(tmp_path / "x.pt", many), "expected a plain key of a dict, found a int")  # all with the same hash
+    refused(
+        with_pickle(tmp_path / "x.pt", b"\x80\x02}" + laughs + b"Ns."),
+        "expected a plain key of a dict, found a tuple",
+    )
+    refused(
+        with_pickle(tmp_path / "x.pt", b"\x80\x02}X\x01\x00\x00\x00w" + laughs + b"s."),
+        "expected a dict of tensors",
+    )
+    many = (
+        b"\x80\x02}("
+        + b"".join(
+            b"\x8a\x0a" + ((k << 61) - k).to_bytes(10, "little") + b"N" for k in range(1, 50_000)
+        )
+        + b"u."
+    )
+    # all with the same hash
+    refused(with_pickle(tmp_path / "x.pt", many), "expected a plain key of a dict, found a int")
 
 
 def test_dicts_in_dicts(tmp_path):
     """20^13 of them, or itself: each is looked into once."""
     data = b"\x80\x02}q\x00"
     for k in range(1, 14):
-        data += b"}q" + bytes([k]) + b"(" + b"".join(b"K" + bytes([i]) + b"h" + bytes([k - 1]) for i in range(20)) + b"u"
+        data += (
+            b"}q"
+            + bytes([k])
+            + b"("
+            + b"".join(b"K" + bytes([i]) + b"h" + bytes([k - 1]) for i in range(20))
+            + b"u"
+        )
     refused(with_pickle(tmp_path / "x.pt", data + b"."), "expected a dict of tensors")
-    refused(with_pickle(tmp_path / "x.pt", b"\x80\x02}q\x00X\x01\x00\x00\x00wh\x00s."), "expected a dict of tensors")
-    refused(with_pickle(tmp_path / "x.pt", b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."), "expected a dict of tensors")
+    refused(
+        with_pickle(tmp_path / "x.pt", b"\x80\x02}q\x00X\x01\x00\x00\x00wh\x00s."),
+        "expected a dict of tensors",
+    )
+    refused(
+        with_pickle(tmp_path / "x.pt", b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."),
+        "expected a dict of tensors",
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,31 +233,57 @@ def test_tensors_beyond_their_record(tensor, message, tmp_path):
     data = dict(records)["records/data.pkl"]
     old = b"K\x00K\x03\x85q\x08K\x01\x85q\x09"
     assert old in data
-    numbers = [b"".join(b"\x8a\x0a" + v.to_bytes(10, "little", signed=True) for v in values) for values in tensor[1:]]
-    new = b"\x8a\x0a" + tensor[0].to_bytes(10, "little", signed=True) + b"(" + numbers[0] + b"t(" + numbers[1] + b"t"
+    numbers = [
+        b"".join(b"\x8a\x0a" + v.to_bytes(10, "little", signed=True) for v in values)
+        for values in tensor[1:]
+    ]
+    new = (
+        b"\x8a\x0a"
+        + tensor[0].to_bytes(10, "little", signed=True)
+        + b"("
+        + numbers[0]
+        + b"t("
+        + numbers[1]
+        + b"t"
+    )
     refused(with_pickle(tmp_path / "x.pt", data.replace(old, new)), message)
 
 
 def test_tensors_that_are_not_plain(tmp_path):
-    for t, kind in ((torch.eye(2).to_sparse(), "a sparse one"), (torch.eye(2, device="meta"), "one without data")):
+    for t, kind in (
+        (torch.eye(2).to_sparse(), "a sparse one"),
+        (torch.eye(2, device="meta"), "one without data"),
+    ):
         torch.save({"w": t}, "x.pt")
         refused(tmp_path / "x.pt", f"expected dense tensors, found {kind}")
     call = b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_qtensor\n)Rs."
     refused(with_pickle(tmp_path / "x.pt", call), "expected dense tensors, found a quantised one")
 
 
-# Zip archives ---------------------------------------------------------------------------------------------------------------------
+# Zip archives ------------------------------------------------------------------------------------
 
 
 def test_archives(tmp_path):
     path, records = tmp_path / "x.pt", records_of({"w": torch.zeros(3)})
     names = [name for name, _ in records]
     refused(zipped(path, [*records, records[-1]]), "occurs twice")
-    refused(zipped(path, [r for r in records if not r[0].endswith("data.pkl")]), r"expected records data\.pkl and byteorder")
-    refused(zipped(path, [r for r in records if not r[0].endswith("data/0")]), "it has no record '0' for a tensor")
-    refused(zipped(path, [(n, b"middle" if n.endswith("byteorder") else d) for n, d in records]), r"expected records data\.pkl and byteorder")
+    refused(
+        zipped(path, [r for r in records if not r[0].endswith("data.pkl")]),
+        r"expected records data\.pkl and byteorder",
+    )
+    refused(
+        zipped(path, [r for r in records if not r[0].endswith("data/0")]),
+        "it has no record '0' for a tensor",
+    )
+    refused(
+        zipped(path, [(n, b"middle" if n.endswith("byteorder") else d) for n, d in records]),
+        r"expected records data\.pkl and byteorder",
+    )
     bomb = [(n, bytes(100 << 20) if n.endswith("data/0") else d) for n, d in records]
-    refused(zipped(path, bomb, compression=zipfile.ZIP_DEFLATED), "is compressed or encrypted, as torch.save never writes it")
+    refused(
+        zipped(path, bomb, compression=zipfile.ZIP_DEFLATED),
+        "is compressed or encrypted, as torch.save never writes it",
+    )
     assert path.stat().st_size < 1 << 20
 
     def changed(signature, at, value, which=-1):
@@ -202,14 +296,24 @@ def test_archives(tmp_path):
     last = len(names) - 1
     refused(changed(b"PK\1\2", 8, b"\1\0"), "is compressed or encrypted")
     refused(changed(b"PK\1\2", 10, b"\x63\0"), "is compressed or encrypted")
-    refused(changed(b"PK\1\2", 20, struct.pack("<II", 1 << 30, 1 << 30), last), "goes beyond the end of the file")
+    refused(
+        changed(b"PK\1\2", 20, struct.pack("<II", 1 << 30, 1 << 30), last),
+        "goes beyond the end of the file",
+    )
     refused(changed(b"PK\1\2", 34, b"\1\0", last), "claims to be in another file or a directory")
-    refused(changed(b"PK\1\2", 38, b"\x10", last), "claims to be in another file or a directory")  # PyTorch gives uninitialised memory for it
+    # PyTorch gives uninitialised memory for it
+    refused(changed(b"PK\1\2", 38, b"\x10", last), "claims to be in another file or a directory")
     path.write_bytes(zipped(path, records).read_bytes() * 2)
     refused(path, "expected its first record at its begin")
-    refused(changed(b"PK\1\2", 42, struct.pack("<I", 1), last), "is not where the archive's directory says")
+    refused(
+        changed(b"PK\1\2", 42, struct.pack("<I", 1), last),
+        "is not where the archive's directory says",
+    )
     refused(changed(b"PK\1\2", 42, struct.pack("<I", 0), last), "its records overlap")
-    refused(changed(b"PK\1\2", 20, b"\xff" * 8, last), "not a complete torch checkpoint|beyond the end")  # without the zip64 field that it asks for
+    # without the zip64 field that it asks for
+    refused(
+        changed(b"PK\1\2", 20, b"\xff" * 8, last), "not a complete torch checkpoint|beyond the end"
+    )
     refused(changed(b"PK\5\6", 16, b"\xff\xff\xff\xff"), "not a complete torch checkpoint")
 
 
@@ -222,7 +326,7 @@ def test_zip64_is_read(tmp_path):
     assert Candidates(tmp_path / "x.pt")[0].tensor("w").tolist() == [0, 1, 2]
 
 
-# Paths and what lies there ---------------------------------------------------------------------------------------------------------
+# Paths and what lies there -----------------------------------------------------------------------
 
 PATHS = [
     "../outside.safetensors",
@@ -242,18 +346,25 @@ PATHS += ["\ud800.safetensors", "a\nb.safetensors", "~/../x/", "x" * 5000]
 def test_shards_stay_beside_their_index(path, tmp_path):
     save_file({"w": torch.zeros(2)}, "outside.safetensors")
     (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": path}}))
+    (tmp_path / "c" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"w": path}})
+    )
     refused(tmp_path / "c", "is not the name of a file beside the index|expected JSON")
 
 
 def test_links_beside_the_index_are_followed(tmp_path):
-    """Hugging Face's own cache is made of links to ../../blobs. What they lead to is only read, and must be a regular file."""
+    """Hugging Face's own cache is made of links to ../../blobs.
+
+    What they lead to is only read, and must be a regular file.
+    """
     for folder in ("blobs", "snapshots/c"):
         (tmp_path / folder).mkdir(parents=True)
     save_file({"w": torch.ones(2)}, tmp_path / "blobs" / "ab")
     here = tmp_path / "snapshots" / "c"
     (here / "model-1.safetensors").symlink_to("../../blobs/ab")
-    (here / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "model-1.safetensors"}}))
+    (here / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"w": "model-1.safetensors"}})
+    )
     assert Candidates(here)[0].tensor("w").tolist() == [1, 1]
     for target in ("/dev/zero", "nothing", "model-1.safetensors", "../c"):
         (here / "model-1.safetensors").unlink()
@@ -269,7 +380,13 @@ def odd_files(tmp_path):
         with socket.socket(socket.AF_UNIX) as s:
             s.bind(os.path.relpath(path))
 
-    return [os.mkfifo, listen, os.mkdir, lambda path: os.symlink("/dev/zero", path), lambda path: os.symlink("/dev/stdin", path)]
+    return [
+        os.mkfifo,
+        listen,
+        os.mkdir,
+        lambda path: os.symlink("/dev/zero", path),
+        lambda path: os.symlink("/dev/stdin", path),
+    ]
 
 
 @pytest.mark.parametrize("k", range(5))
@@ -287,7 +404,9 @@ def test_what_is_no_regular_file(k, odd_files, tmp_path):
         folder.mkdir()
         make(folder / name)
         if name == "s.safetensors":
-            (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+            (folder / "model.safetensors.index.json").write_text(
+                json.dumps({"weight_map": {"w": name}})
+            )
         refused(folder, message)
     (tmp_path / "adapter").mkdir()
     make(tmp_path / "adapter" / "adapter_config.json")
@@ -299,7 +418,7 @@ def test_what_is_no_regular_file(k, odd_files, tmp_path):
         Store(tmp_path / "run", resume=True).read(World())
 
 
-# JSON and safetensors --------------------------------------------------------------------------------------------------------------
+# JSON and safetensors ----------------------------------------------------------------------------
 
 
 def write(path, header, data=b"", length=None):
@@ -322,13 +441,22 @@ DEEP = b'{"w":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
         (b"[]", "expected a JSON object as header, found list"),
         (b" {}", "expected a JSON object"),
         (DEEP, "no valid JSON"),
-        (b'{"w":' + b"[" * 500 + b"]" * 500 + b"}", "expected dtype, shape and data_offsets|no valid JSON"),
-        (b'{"w":{"dtype":"F32","shape":' + b"[" * 800 + b"]" * 800 + b',"data_offsets":[0,4]}}', "expected sizes as shape|no valid JSON"),
+        (
+            b'{"w":' + b"[" * 500 + b"]" * 500 + b"}",
+            "expected dtype, shape and data_offsets|no valid JSON",
+        ),
+        (
+            b'{"w":{"dtype":"F32","shape":' + b"[" * 800 + b"]" * 800 + b',"data_offsets":[0,4]}}',
+            "expected sizes as shape|no valid JSON",
+        ),
         (b'{"w":NaN}', "no valid JSON.*found NaN"),
         (b'{"w":-0}', "no valid JSON.*found -0"),
         (b'{"w":1e999}', "expected dtype, shape and data_offsets"),
         (b'{"w":{"dtype":"F32","shape":[1e2],"data_offsets":[0,400]}}', "expected sizes as shape"),
-        (b'{"w":{"dtype":"F32","shape":[' + b"1" * 5000 + b'],"data_offsets":[0,4]}}', "no valid JSON"),
+        (
+            b'{"w":{"dtype":"F32","shape":[' + b"1" * 5000 + b'],"data_offsets":[0,4]}}',
+            "no valid JSON",
+        ),
         (b'{"\\ud800":1}', "no valid JSON"),
         (b'{"__metadata__":{"a":"\\ud800"}}', "no valid JSON"),
         (b'{"\xff":1}', "no valid JSON"),
@@ -362,10 +490,19 @@ def test_headers(header, message, tmp_path):
 
 def test_lengths_of_headers(tmp_path):
     for length in (1 << 60, (1 << 64) - 1, 1 << 31, 100):
-        refused(write(tmp_path / "x.safetensors", b"{}", length=length), "not a complete safetensors file")
-    refused(write(tmp_path / "x.safetensors", b"{" + b" " * (40 << 20) + b"}"), f"expected a header of at most {MAX_HEADER} bytes")
+        refused(
+            write(tmp_path / "x.safetensors", b"{}", length=length),
+            "not a complete safetensors file",
+        )
+    refused(
+        write(tmp_path / "x.safetensors", b"{" + b" " * (40 << 20) + b"}"),
+        f"expected a header of at most {MAX_HEADER} bytes",
+    )
     names = [json.dumps(f"name {k}") + ":0" for k in range(300_000)]
-    refused(write(tmp_path / "x.safetensors", ("{" + ",".join([*names, names[-1]]) + "}").encode()), "'name 299999' occurs twice")
+    refused(
+        write(tmp_path / "x.safetensors", ("{" + ",".join([*names, names[-1]]) + "}").encode()),
+        "'name 299999' occurs twice",
+    )
 
 
 def test_very_many_tensors(tmp_path):
@@ -377,7 +514,9 @@ def test_very_many_tensors(tmp_path):
 
 def index(folder, text):
     folder.mkdir(exist_ok=True)
-    (folder / "model.safetensors.index.json").write_bytes(text if isinstance(text, bytes) else json.dumps(text).encode())
+    (folder / "model.safetensors.index.json").write_bytes(
+        text if isinstance(text, bytes) else json.dumps(text).encode()
+    )
     return folder
 
 
@@ -395,11 +534,26 @@ def test_indices(tmp_path):
         DEEP,
         b'{"weight_map":"w"}',
     ):
-        refused(index(tmp_path, text), "expected JSON with a 'weight_map' from tensor names to shard files")
-    refused(index(tmp_path, b'{"weight_map":{"w":"a.safetensors","w":"b.safetensors"}}'), "'w' occurs twice")
-    refused(index(tmp_path, {"weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}), r"tensor 'w' is in b\.safetensors and in an earlier shard")
-    refused(index(tmp_path, {"weight_map": {"w": "a.safetensors", "\x1b[2J": "a.safetensors"}}), r"tensor '\\x1b\[2J' should be in a\.safetensors")
-    refused(index(tmp_path, {"weight_map": {"w": "model.safetensors.index.json"}}), "expected a file ending in")
+        refused(
+            index(tmp_path, text),
+            "expected JSON with a 'weight_map' from tensor names to shard files",
+        )
+    refused(
+        index(tmp_path, b'{"weight_map":{"w":"a.safetensors","w":"b.safetensors"}}'),
+        "'w' occurs twice",
+    )
+    refused(
+        index(tmp_path, {"weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}),
+        r"tensor 'w' is in b\.safetensors and in an earlier shard",
+    )
+    refused(
+        index(tmp_path, {"weight_map": {"w": "a.safetensors", "\x1b[2J": "a.safetensors"}}),
+        r"tensor '\\x1b\[2J' should be in a\.safetensors",
+    )
+    refused(
+        index(tmp_path, {"weight_map": {"w": "model.safetensors.index.json"}}),
+        "expected a file ending in",
+    )
     refused(index(tmp_path, b" " * (MAX_HEADER + 1)), f"of at most {MAX_HEADER} bytes")
 
 
@@ -414,12 +568,16 @@ def test_a_configuration_of_100_mb(tmp_path):
             adapter_config(tmp_path)
 
 
-# torch.distributed.checkpoint --------------------------------------------------------------------------------------------------------
+# torch.distributed.checkpoint --------------------------------------------------------------------
 
 
 @pytest.fixture
 def saved(tmp_path):
-    torch_dcp.save({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}, checkpoint_id=tmp_path / "c", no_dist=True)
+    torch_dcp.save(
+        {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2)},
+        checkpoint_id=tmp_path / "c",
+        no_dist=True,
+    )
     return tmp_path / "c"
 
 
@@ -430,7 +588,9 @@ def change(saved, how):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("path", ["../x.distcp", "/etc/passwd", "a\\b", "a\0b", "..", "", "\x1b[2J", "a/b"])
+@pytest.mark.parametrize(
+    "path", ["../x.distcp", "/etc/passwd", "a\\b", "a\0b", "..", "", "\x1b[2J", "a/b"]
+)
 def test_records_stay_in_the_directory(saved, path):
     change(saved, lambda metadata, place, a: setattr(place, "relative_path", path))
     refused(saved, "expected the name of a file in the directory, found ")
@@ -440,23 +600,72 @@ def test_records_stay_in_the_directory(saved, path):
 @pytest.mark.parametrize(
     "how, message",
     [
-        (lambda metadata, place, a: setattr(place, "relative_path", 3), "expected the name of a file, and where in it the tensor is"),
-        (lambda metadata, place, a: setattr(place, "relative_path", METADATA), "not a complete torch checkpoint|not complete"),
-        (lambda metadata, place, a: setattr(place, "offset", -1), "expected the name of a file, and where"),
-        (lambda metadata, place, a: setattr(place, "offset", 1), "its records overlap|not a complete"),
-        (lambda metadata, place, a: setattr(place, "length", 1 << 59), "its records overlap|not complete"),
-        (lambda metadata, place, a: setattr(place, "length", 1 << 80), "expected the name of a file, and where"),
-        (lambda metadata, place, a: setattr(a, "size", torch.Size((4, 3))), "its blocks do not cover its shape"),
-        (lambda metadata, place, a: setattr(a, "size", (2,) * 1000), "expected a shape and a dtype"),
+        (
+            lambda metadata, place, a: setattr(place, "relative_path", 3),
+            "expected the name of a file, and where in it the tensor is",
+        ),
+        (
+            lambda metadata, place, a: setattr(place, "relative_path", METADATA),
+            "not a complete torch checkpoint|not complete",
+        ),
+        (
+            lambda metadata, place, a: setattr(place, "offset", -1),
+            "expected the name of a file, and where",
+        ),
+        (
+            lambda metadata, place, a: setattr(place, "offset", 1),
+            "its records overlap|not a complete",
+        ),
+        (
+            lambda metadata, place, a: setattr(place, "length", 1 << 59),
+            "its records overlap|not complete",
+        ),
+        (
+            lambda metadata, place, a: setattr(place, "length", 1 << 80),
+            "expected the name of a file, and where",
+        ),
+        (
+            lambda metadata, place, a: setattr(a, "size", torch.Size((4, 3))),
+            "its blocks do not cover its shape",
+        ),
+        (
+            lambda metadata, place, a: setattr(a, "size", (2,) * 1000),
+            "expected a shape and a dtype",
+        ),
         (lambda metadata, place, a: setattr(a, "size", (1 << 70,)), "expected a shape and a dtype"),
-        (lambda metadata, place, a: setattr(a, "chunks", a.chunks * 2), "its blocks do not cover its shape"),
+        (
+            lambda metadata, place, a: setattr(a, "chunks", a.chunks * 2),
+            "its blocks do not cover its shape",
+        ),
         (lambda metadata, place, a: setattr(a, "chunks", []), "its blocks do not cover its shape"),
-        (lambda metadata, place, a: setattr(a, "chunks", [3]), "expected offsets and sizes of each block"),
-        (lambda metadata, place, a: setattr(metadata, "storage_data", {}), "expected the name of a file, and where"),
-        (lambda metadata, place, a: setattr(metadata, "storage_data", None), "expected the metadata of a torch.distributed.checkpoint"),
-        (lambda metadata, place, a: setattr(metadata, "planner_data", {"a": ("x",), "b": ("x",)}), "'b' occurs twice"),
-        (lambda metadata, place, a: setattr(metadata, "planner_data", {"a": ("x",), "b": ("x", "y")}), "'b' is inside a tensor"),
-        (lambda metadata, place, a: metadata.state_dict_metadata.update({"n" * 5000: a}), "expected names of at most 1000 characters"),
+        (
+            lambda metadata, place, a: setattr(a, "chunks", [3]),
+            "expected offsets and sizes of each block",
+        ),
+        (
+            lambda metadata, place, a: setattr(metadata, "storage_data", {}),
+            "expected the name of a file, and where",
+        ),
+        (
+            lambda metadata, place, a: setattr(metadata, "storage_data", None),
+            "expected the metadata of a torch.distributed.checkpoint",
+        ),
+        (
+            lambda metadata, place, a: setattr(
+                metadata, "planner_data", {"a": ("x",), "b": ("x",)}
+            ),
+            "'b' occurs twice",
+        ),
+        (
+            lambda metadata, place, a: setattr(
+                metadata, "planner_data", {"a": ("x",), "b": ("x", "y")}
+            ),
+            "'b' is inside a tensor",
+        ),
+        (
+            lambda metadata, place, a: metadata.state_dict_metadata.update({"n" * 5000: a}),
+            "expected names of at most 1000 characters",
+        ),
         (
             lambda metadata, place, a: metadata.state_dict_metadata.update({"n": Evil()}),
             r"refused: it asks for posix\.system|refused: it asks for nt\.system",
@@ -470,11 +679,15 @@ def test_metadata(saved, how, message):
 
 @pytest.mark.parametrize("names", [1 << 30, (1 << 32) - 1])
 def test_pickles_that_claim_much_memory(names, tmp_path):
-    """Indices of the memo, lengths of texts: what Python's own unpickler makes room for before it looks."""
+    """Indices of the memo, lengths of texts: what Python's own unpickler makes room for before it
+    looks.
+    """
     (tmp_path / "c").mkdir()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for data in (b"Nr", b"X", b"B", b"T"):
-        (tmp_path / "c" / METADATA).write_bytes(b"\x80\x04" + data + struct.pack("<I", names) + b".")
+        (tmp_path / "c" / METADATA).write_bytes(
+            b"\x80\x04" + data + struct.pack("<I", names) + b"."
+        )
         refused(tmp_path / "c", "metadata of a torch.distributed.checkpoint")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
@@ -484,11 +697,17 @@ def test_blocks_are_compared_in_no_time():
     stairs = [((k, k), (n - k, 1)) for k in range(n)]
     assert not covered((n, n), stairs)
     assert covered((100, 200), [((a, b), (1, 1)) for a in range(100) for b in range(200)])
-    around = [((0, 0), (1, 2)), ((0, 2), (2, 1)), ((2, 1), (1, 2)), ((1, 0), (2, 1)), ((1, 1), (1, 1))]
+    around = [
+        ((0, 0), (1, 2)),
+        ((0, 2), (2, 1)),
+        ((2, 1), (1, 2)),
+        ((1, 0), (2, 1)),
+        ((1, 1), (1, 1)),
+    ]
     assert not covered((3, 3), around)  # it is, but no cut goes through: never written
 
 
-# The state of a run ---------------------------------------------------------------------------------------------------------------------
+# The state of a run ------------------------------------------------------------------------------
 
 
 def whole_state():
@@ -529,11 +748,21 @@ def test_states(tmp_path):
         ("results", [{}]),
         ("losses", [(0.5, 0.5)]),
     ]
-    bad += [("losses", [(torch.zeros(2), 0.5)]), ("under_way", {}), ("under_way", 3), ("best_digest", None), ("results", {}), ("run", [])]
+    bad += [
+        ("losses", [(torch.zeros(2), 0.5)]),
+        ("under_way", {}),
+        ("under_way", 3),
+        ("best_digest", None),
+        ("results", {}),
+        ("run", []),
+    ]
     for name, value in bad:
         write_torch(tmp_path / "state.pt", whole_state() | {name: value})
         with pytest.raises(StateError, match="not a whole state"):
             store.read(World())
-    write_torch(tmp_path / "state.pt", whole_state() | {"losses": [(torch.zeros(()).expand(1 << 20), 0.5)] * 3})
+    write_torch(
+        tmp_path / "state.pt",
+        whole_state() | {"losses": [(torch.zeros(()).expand(1 << 20), 0.5)] * 3},
+    )
     with pytest.raises(StateError, match="its tensors claim more bytes than it has"):
         store.read(World())

@@ -1,7 +1,9 @@
-"""Kill -9, Ctrl-C and a full disk at every call that changes a file, in `twa pack`, `twa average` and `Subspace.save`: afterwards each output is the
-old one or the new one, whole, and the run that goes on gives the bits of an undisturbed one.
+"""Kill -9, Ctrl-C and a full disk at every call that changes a file, in `twa pack`, `twa average`
+and `Subspace.save`: afterwards each output is the old one or the new one, whole, and the run that
+goes on gives the bits of an undisturbed one.
 
-tests/crash.py strikes. Long lists of points are sampled with a fixed seed; TWA_CRASH_POINTS=all takes all of them (about 7 minutes).
+tests/crash.py strikes. Long lists of points are sampled with a fixed seed; TWA_CRASH_POINTS=all
+takes all of them (about 7 minutes).
 """
 
 import json
@@ -18,8 +20,8 @@ import torch
 from crash import FULL, INTERRUPT, KILL, PASS, READ_ONLY, STOP, TASK, points_of, start
 from safetensors.torch import save_file
 from twa.io import atomic as files
-from twa.tasks import contract as tasks
 from twa.io.candidates import Candidates
+from twa.tasks import contract as tasks
 
 NAME = "b.safetensors"
 PARTS = [f"{NAME}.position.partial", f"{NAME}.scales.partial", f"{NAME}.partial"]
@@ -32,7 +34,9 @@ def server(tmp_path_factory):
 
 
 def heap(folder, wide, models):
-    """A task of this width and directories with three candidates each, as save_pretrained writes them."""
+    """A task of this width and directories with three candidates each, as save_pretrained writes
+    them.
+    """
     folder.mkdir(parents=True)
     (folder / "task.py").write_text(textwrap.dedent(TASK.format(wide=wide)))
     torch.manual_seed(0)
@@ -63,12 +67,16 @@ def small(tmp_path_factory):
 
 
 def contents(folder):
-    """Output -> its bytes; of a directory those of each file, or of each tensor of a torch.distributed.checkpoint, which has random names inside.
-    What is hidden is no output."""
+    """Output -> its bytes; of a directory those of each file, or of each tensor of a
+    torch.distributed.checkpoint, which has random names inside. What is hidden is no output."""
     if (folder / ".metadata").exists():
         checkpoint = Candidates(folder)[0]
         return {key: checkpoint.tensor(key).numpy().tobytes() for key in checkpoint.info}
-    return {p.name: contents(p) if p.is_dir() else p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}
+    return {
+        p.name: contents(p) if p.is_dir() else p.read_bytes()
+        for p in folder.iterdir()
+        if not p.name.startswith(".")
+    }
 
 
 def names(folder):
@@ -190,7 +198,17 @@ class Average(Job):
         return {"argv": self.argv(folder, *self.options)}
 
     def argv(self, folder, *options):
-        fixed = ["--twa", "t:tensor:4", "--steps", "4", "--save-every", "2", "--lr", "0.5", *options]
+        fixed = [
+            "--twa",
+            "t:tensor:4",
+            "--steps",
+            "4",
+            "--save-every",
+            "2",
+            "--lr",
+            "0.5",
+            *options,
+        ]
         return ["average", self.heap / "task.py", self.heap / "a", "-o", folder, *fixed]
 
     def run(self, folder, **strike):
@@ -199,7 +217,9 @@ class Average(Job):
     def whole(self, folder):
         found = contents(folder)
         rows = json.loads(found.pop("results.json"))
-        found["results"] = [{key: v for key, v in row.items() if key not in ("seconds", "peak MB")} for row in rows]
+        found["results"] = [
+            {key: v for key, v in row.items() if key not in ("seconds", "peak MB")} for row in rows
+        ]
         assert found.pop("report.md").endswith(b"threads\n") and found["report.png"]
         return found
 
@@ -225,20 +245,25 @@ def jobs(server, wide, small, tmp_path_factory):
 
     def job(name):
         if name not in made:
-            made[name] = JOBS[name](server, wide if name.startswith("pack") else small).record(tmp_path_factory.mktemp("undisturbed") / "out")
+            made[name] = JOBS[name](server, wide if name.startswith("pack") else small).record(
+                tmp_path_factory.mktemp("undisturbed") / "out"
+            )
         return made[name]
 
     return job
 
 
-# Kill -9 --------------------------------------------------------------------------------------------------------------------
+# Kill -9 -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, count", [("pack", 12), ("pack over", 5), ("export", 8), ("average", 8)])
+@pytest.mark.parametrize(
+    "name, count", [("pack", 12), ("pack over", 5), ("export", 8), ("average", 8)]
+)
 def test_killed_at_a_call(jobs, tmp_path, name, count):
     """Before each call, and in the middle of each write."""
     job = jobs(name)
-    if name == "average":  # a trained average is the best, so that its weights are part of the state
+    # a trained average is the best, so that its weights are part of the state
+    if name == "average":
         assert any(call == "rename" and "state-best" in to[0] for call, _, *to in job.calls)
     for mode, point in points_of(job.calls, count):
         folder = tmp_path / f"{mode}-{point}"
@@ -279,7 +304,12 @@ def test_killed_again_and_again(jobs, tmp_path, name, last):
         folder = tmp_path / str(round)
         code = None
         while code != 0:
-            code, text = job.server(argv=job.argv(folder, "--resume"), below=folder, mode=KILL, point=choose.randint(1, last))
+            code, text = job.server(
+                argv=job.argv(folder, "--resume"),
+                below=folder,
+                mode=KILL,
+                point=choose.randint(1, last),
+            )
             assert code in (0, -signal.SIGKILL), text
             kills += code != 0
             job.check_kill(folder)
@@ -290,7 +320,9 @@ def test_killed_again_and_again(jobs, tmp_path, name, last):
 
 
 def test_directories_where_paths_cannot_be_swapped(tmp_path, monkeypatch):
-    """Killed between the two renames: the next run puts the older one back, or a newer one in its place."""
+    """Killed between the two renames: the next run puts the older one back, or a newer one in its
+    place.
+    """
 
     class Killed(BaseException):
         pass
@@ -307,17 +339,30 @@ def test_directories_where_paths_cannot_be_swapped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "_swap", lambda a, b: False)
     write("old")
-    for again, expected in ((lambda: files.clear_unfinished(tmp_path, ["averaged"]), "old"), (lambda: write("new"), "new")):
+    for again, expected in (
+        (lambda: files.clear_unfinished(tmp_path, ["averaged"]), "old"),
+        (lambda: write("new"), "new"),
+    ):
         with monkeypatch.context() as m, pytest.raises(Killed):
             m.setattr(os, "rename", rename)
             write("lost")
-        assert names(tmp_path) == [".averaged.old", ".averaged.old/a", ".averaged.tmp", ".averaged.tmp/a"]
+        assert names(tmp_path) == [
+            ".averaged.old",
+            ".averaged.old/a",
+            ".averaged.tmp",
+            ".averaged.tmp/a",
+        ]
         again()
-        assert names(tmp_path) == ["averaged", "averaged/a"] and (tmp_path / "averaged" / "a").read_text() == expected
+        assert (
+            names(tmp_path) == ["averaged", "averaged/a"]
+            and (tmp_path / "averaged" / "a").read_text() == expected
+        )
 
 
 def test_temporary_files_of_dead_processes(tmp_path):
-    """Are removed by the next write to the same place; those of running processes and of other places are not."""
+    """Are removed by the next write to the same place; those of running processes and of other
+    places are not.
+    """
     dead = subprocess.Popen(["true"])
     dead.wait()
     left = {owner: tmp_path / f".a.json.{owner}.tmp" for owner in (dead.pid, os.getppid(), "else")}
@@ -325,15 +370,19 @@ def test_temporary_files_of_dead_processes(tmp_path):
     for file in (*left.values(), other):
         file.write_text("half")
     files.write_json(tmp_path / "a.json", 3)
-    assert names(tmp_path) == sorted(p.name for p in (left[os.getppid()], left["else"], other, tmp_path / "a.json"))
+    assert names(tmp_path) == sorted(
+        p.name for p in (left[os.getppid()], left["else"], other, tmp_path / "a.json")
+    )
 
 
-# What is on the disk when --------------------------------------------------------------------------------------------------
+# What is on the disk when ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", list(JOBS))
 def test_the_order_on_the_disk(jobs, name):
-    """What gets its name is synced before, and its directory after; a position or a state only after what it speaks of."""
+    """What gets its name is synced before, and its directory after; a position or a state only
+    after what it speaks of.
+    """
     job, unsynced, renamed = jobs(name), set(), set()
     for call, path, *to in job.calls:
         if call in ("write", "create", "truncate", "link"):
@@ -342,12 +391,18 @@ def test_the_order_on_the_disk(jobs, name):
             unsynced.discard(path)
             renamed = {p for p in renamed if folder_of(p) != path}
         elif call in ("rename", "swap"):
-            if folder_of(path):  # torch.distributed.checkpoint, in a directory that is not at its place yet
+            # torch.distributed.checkpoint, in a directory that is not at its place yet
+            if folder_of(path):
                 unsynced = unsynced - {path} | {to[0], folder_of(path)}
                 continue
-            assert not any(p == path or p.startswith(path + "/") for p in unsynced), (call, path, unsynced)
+            assert not any(p == path or p.startswith(path + "/") for p in unsynced), (
+                call,
+                path,
+                unsynced,
+            )
             if to[0].endswith((".position.partial", "state.pt")):
-                assert unsynced <= {""} and not renamed, (to, unsynced, renamed)  # "": the folder, for the name of the temporary file
+                # "": the folder, for the name of the temporary file
+                assert unsynced <= {""} and not renamed, (to, unsynced, renamed)
             renamed.add(to[0])
     assert not renamed and sum(call == "rename" for call, *_ in job.calls) >= 2
 
@@ -356,7 +411,7 @@ def folder_of(path):
     return os.path.dirname(path).rstrip("/")
 
 
-# A full disk ----------------------------------------------------------------------------------------------------------------
+# A full disk -------------------------------------------------------------------------------------
 
 
 def sample(calls, count, kinds):
@@ -366,7 +421,9 @@ def sample(calls, count, kinds):
     return points if os.environ.get("TWA_CRASH_POINTS") == "all" else sorted(chosen)
 
 
-@pytest.mark.parametrize("name, count", [("pack", 5), ("pack over", 3), ("export", 6), ("average", 3)])
+@pytest.mark.parametrize(
+    "name, count", [("pack", 5), ("pack over", 3), ("export", 6), ("average", 3)]
+)
 def test_no_space_from_a_call_on(jobs, tmp_path, name, count):
     """A clear error, and what was there before still is; when there is space again, the same bits."""
     job = jobs(name)
@@ -376,9 +433,17 @@ def test_no_space_from_a_call_on(jobs, tmp_path, name, count):
         code, text = job.run(folder, mode=FULL, point=point)
         call, path, *_ = job.calls[point - 1]
         if (call, os.path.basename(path)) == ("sync", os.path.basename(path)) and code == 0:
-            pass  # only one call fails, and none after it takes space; or a directory that cannot be synced, as on some file systems
+            # only one call fails, and none after it takes space; or a directory that cannot be
+            # synced, as on some file systems
+            pass
         else:
-            assert code == 2 and "No space left on device" in text and "Traceback" not in text, (point, call, path, code, text)
+            assert code == 2 and "No space left on device" in text and "Traceback" not in text, (
+                point,
+                call,
+                path,
+                code,
+                text,
+            )
             assert str(folder) in text
         job.check_kill(folder)
         if name == "pack" and names(folder)[:1] != [NAME]:
@@ -404,8 +469,14 @@ def test_a_small_file_system(jobs, tmp_path, share):
         pytest.skip(f"mounting a tmpfs is not permitted: {done.stderr.strip()}")
     try:
         code, text = job.run(folder, no_check=True)
-        assert code == 2 and "could not be written (No space left on device)" in text and "Traceback" not in text, text
-        assert names(folder) == sorted(PARTS) and "continue with the same command and --resume" in text
+        assert (
+            code == 2
+            and "could not be written (No space left on device)" in text
+            and "Traceback" not in text
+        ), text
+        assert (
+            names(folder) == sorted(PARTS) and "continue with the same command and --resume" in text
+        )
         subprocess.run(["mount", "-o", f"remount,size={3 * size}", folder], check=True)
         job.go_on(folder)
         job.check_finished(folder)
@@ -413,7 +484,7 @@ def test_a_small_file_system(jobs, tmp_path, share):
         subprocess.run(["umount", folder], check=True)
 
 
-# Ctrl-C ---------------------------------------------------------------------------------------------------------------------
+# Ctrl-C ------------------------------------------------------------------------------------------
 
 
 def follow(job, folder, text):
@@ -461,12 +532,14 @@ def test_interrupted_from_outside(jobs, tmp_path, name):
     job.check_finished(folder)
 
 
-# Others at work ---------------------------------------------------------------------------------------------------------------
+# Others at work ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
 def test_two_at_once(jobs, tmp_path, share):
-    """The second to pack to a place is sent away, whatever it is asked, and the first is not disturbed."""
+    """The second to pack to a place is sent away, whatever it is asked, and the first is not
+    disturbed.
+    """
     job, folder = jobs("pack"), tmp_path / "out"
     code, _ = job.run(folder, mode=STOP, point=int(len(job.calls) * share))
     first = job.server.pid
@@ -474,7 +547,9 @@ def test_two_at_once(jobs, tmp_path, share):
     for options in ([], ["--resume"], ["--overwrite"], ["--overwrite", "--bits", "2"]):
         code, text = job.server(argv=job.argv(folder, *options), name="second")
         assert code == 2, (options, text)
-        assert "another process is writing it" in text or (not options and "of an unfinished run" in text), text
+        assert "another process is writing it" in text or (
+            not options and "of an unfinished run" in text
+        ), text
     code, text = job.server.go_on(first)
     assert code == 0, text
     job.check_finished(folder)
@@ -489,7 +564,11 @@ def test_the_output_directory_disappears(jobs, tmp_path, name, share):
     code, text = job.server.go_on(job.server.pid)
     if name == "average" and code == 0:  # a later state makes it anew
         return job.check_finished(folder)
-    assert code == 2 and "could not be written (No such file or directory)" in text and "Traceback" not in text, text
+    assert (
+        code == 2
+        and "could not be written (No such file or directory)" in text
+        and "Traceback" not in text
+    ), text
     job.go_on(folder)
     job.check_finished(folder)
 
@@ -500,19 +579,30 @@ def test_an_output_directory_that_cannot_be_written(jobs, tmp_path, name):
     job.prepare(folder)
     before = names(folder)
     code, text = job.server(below=tmp_path, mode=READ_ONLY, **job.request(folder))
-    assert code == 2 and "Read-only file system" in text and "Traceback" not in text and str(folder) in text, text
+    assert (
+        code == 2
+        and "Read-only file system" in text
+        and "Traceback" not in text
+        and str(folder) in text
+    ), text
     assert names(folder) == before
 
 
-# Not the same run -------------------------------------------------------------------------------------------------------------
+# Not the same run --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["pack", "average"])
 def test_candidates_that_changed(server, tmp_path, name):
-    job = JOBS[name](server, heap(tmp_path / "heap", 3000 if name == "pack" else 30, "a")).record(tmp_path / "whole")
+    job = JOBS[name](server, heap(tmp_path / "heap", 3000 if name == "pack" else 30, "a")).record(
+        tmp_path / "whole"
+    )
     folder, saved = (
         tmp_path / "out",
-        max(k for k, c in enumerate(job.calls) if c[-1].endswith((".position.partial", "state.pt")) and c[0] == "rename"),
+        max(
+            k
+            for k, c in enumerate(job.calls)
+            if c[-1].endswith((".position.partial", "state.pt")) and c[0] == "rename"
+        ),
     )
     assert job.run(folder, mode=KILL, point=saved + 3)[0] == -signal.SIGKILL
     file = tmp_path / "heap" / "a" / "c1" / "model.safetensors"
@@ -526,13 +616,18 @@ def test_candidates_that_changed(server, tmp_path, name):
     job.check_finished(folder)
 
 
-@pytest.mark.parametrize("part, change", [(PARTS[2], "shorter"), (PARTS[2], "header"), (PARTS[1], "empty"), (PARTS[0], "empty")])
+@pytest.mark.parametrize(
+    "part, change",
+    [(PARTS[2], "shorter"), (PARTS[2], "header"), (PARTS[1], "empty"), (PARTS[0], "empty")],
+)
 def test_left_over_parts_of_something_else(jobs, tmp_path, part, change):
     job = jobs("pack")
     last = max(k for k, (call, *_) in enumerate(job.calls, 1) if call == "rename") - 2
     assert job.run(tmp_path, mode=KILL, point=last)[0] == -signal.SIGKILL
     data = (tmp_path / part).read_bytes()
-    (tmp_path / part).write_bytes({"shorter": data[:-4096], "header": data[:2000] + b"?" + data[2001:], "empty": b""}[change])
+    (tmp_path / part).write_bytes(
+        {"shorter": data[:-4096], "header": data[:2000] + b"?" + data[2001:], "empty": b""}[change]
+    )
     code, text = job.server(argv=job.argv(tmp_path, "--resume"))
     assert code == 2 and part in text and "Traceback" not in text, text
     assert not (tmp_path / NAME).exists()

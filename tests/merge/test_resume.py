@@ -1,4 +1,6 @@
-"""Runs that are killed and continued, alone and on several ranks: the same bits in the end; other ranks stop with a reason; no state is lost."""
+"""Runs that are killed and continued, alone and on several ranks: the same bits in the end; other
+ranks stop with a reason; no state is lost.
+"""
 
 import itertools
 import json
@@ -17,10 +19,11 @@ import pytest
 import torch
 import twa
 from safetensors.torch import save_file
-from twa.merge import run as average, resume as state
 from twa.cli import main as cli
-from twa.tasks.batches import EveryOther, Stream, shared_out
 from twa.distributed.ranks import World
+from twa.merge import resume as state
+from twa.merge import run as average
+from twa.tasks.batches import EveryOther, Stream, shared_out
 
 TASK = """
     import torch
@@ -57,7 +60,9 @@ FILES = {"averaged.safetensors", "coefficients.json", "report.md", "report.png",
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """A folder with a task file and six candidates; Dropout, BatchNorm and a shuffled loader, so that random numbers matter."""
+    """A folder with a task file and six candidates; Dropout, BatchNorm and a shuffled loader, so
+    that random numbers matter.
+    """
     folder = tmp_path_factory.mktemp("job")
     (folder / "task.py").write_text(textwrap.dedent(TASK))
     task = twa.tasks.load_task(str(folder / "task.py"))
@@ -75,7 +80,20 @@ def job(tmp_path_factory):
 
 def arguments(job, out, *more):
     candidates = [str(job / f"c{k}.safetensors") for k in range(6)]
-    fixed = ["-o", str(out), "--steps", str(STEPS), "--save-every", "1", "--patience", "0", "--twa", "t:tensor:4", "--twa", "v:tensor:4"]
+    fixed = [
+        "-o",
+        str(out),
+        "--steps",
+        str(STEPS),
+        "--save-every",
+        "1",
+        "--patience",
+        "0",
+        "--twa",
+        "t:tensor:4",
+        "--twa",
+        "v:tensor:4",
+    ]
     return ["average", str(job / "task.py"), *candidates, *fixed, *more]
 
 
@@ -106,14 +124,24 @@ def struck(at, what):
 
 
 def launch(size, *args, programs=None):
-    """`size` ranks of `twa`, as torchrun starts them; one list of arguments for all, or one each. programs: rank -> what to run in twa's place."""
+    """`size` ranks of `twa`, as torchrun starts them; one list of arguments for all, or one each.
+    programs: rank -> what to run in twa's place.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    common = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(size),
+        "OMP_NUM_THREADS": "1",
+    }
     each = args * size if len(args) == 1 else args
     starts = [(programs or {}).get(r, [sys.executable, "-m", "twa"]) for r in range(size)]
-    return [processes.Child([*starts[r], *each[r]], env=common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(size)]
+    return [
+        processes.Child([*starts[r], *each[r]], env=common | {"RANK": str(r), "LOCAL_RANK": str(r)})
+        for r in range(size)
+    ]
 
 
 def wait(ranks):
@@ -145,14 +173,15 @@ def undisturbed(job, tmp_path_factory):
 
 
 def test_killed_again_and_again_and_continued(job, undisturbed, tmp_path):
-    """kill -9 of one rank at random points, five times (TWA_KILLS: as often as that); every time the other rank stops with a reason, and the
-    state is whole."""
+    """kill -9 of one rank at random points, five times (TWA_KILLS: as often as that); every time
+    the other rank stops with a reason, and the state is whole."""
     out, state = tmp_path / "out", tmp_path / "out" / "state.pt"
     choose = random.Random(0)
     for _ in range(int(os.environ.get("TWA_KILLS", "5"))):
         before = changed(state)
         ranks = launch(2, arguments(job, out, "--resume"))
-        processes.wait(*ranks, until=lambda before=before: changed(state) != before, every=0.001)  # it has begun
+        # it has begun
+        processes.wait(*ranks, until=lambda before=before: changed(state) != before, every=0.001)
         time.sleep(choose.uniform(0, 0.08))
         victim = choose.randrange(2)
         ranks[victim].send_signal(signal.SIGKILL)
@@ -171,7 +200,11 @@ def test_killed_again_and_again_and_continued(job, undisturbed, tmp_path):
 
 
 def test_alone_interrupted_and_continued(job, tmp_path, capsys, monkeypatch):
-    """One process: Ctrl-C in the middle of each method; the same bits as without. The report's training curves are whole."""
+    """One process:
+
+    Ctrl-C in the middle of each method; the same bits as without. The report's training curves are
+    whole.
+    """
     assert cli.main(arguments(job, tmp_path / "whole")) == 0
     out = tmp_path / "out"
     steps = 0
@@ -199,14 +232,20 @@ def test_alone_interrupted_and_continued(job, tmp_path, capsys, monkeypatch):
     assert {p.name for p in out.iterdir()} == FILES
     drop = ("seconds", "peak MB")
     ours, theirs = (
-        [{k: v for k, v in r.items() if k not in drop} for r in json.loads((o / "results.json").read_text())] for o in (out, tmp_path / "whole")
+        [
+            {k: v for k, v in r.items() if k not in drop}
+            for r in json.loads((o / "results.json").read_text())
+        ]
+        for o in (out, tmp_path / "whole")
     )
     assert ours == theirs
 
 
 @pytest.mark.parametrize("sizes", [(2, 1), (2, 3)])
 def test_continued_on_another_number_of_ranks(job, tmp_path, sizes):
-    """The same batches make the same steps: the coefficients agree to rounding with those of one process from the start."""
+    """The same batches make the same steps: the coefficients agree to rounding with those of one
+    process from the start.
+    """
     more = ["--batches-per-step", "6", "--resume"]
     assert cli.main(arguments(job, tmp_path / "whole", *more)) == 0
     out, state = tmp_path / "out", tmp_path / "out" / "state.pt"
@@ -223,9 +262,14 @@ def test_continued_on_another_number_of_ranks(job, tmp_path, sizes):
 
 
 def test_a_rank_that_hangs_stops_the_others(job, tmp_path):
-    """The time limit is the one asked for, and short only when the other rank has stopped: a busy machine is slow too."""
+    """The time limit is the one asked for, and short only when the other rank has stopped: a busy
+    machine is slow too.
+    """
     group = "dist.distributed_c10d._get_default_group()._get_backend(torch.device('cpu'))"
-    limit = f"assert {group}.options._timeout.total_seconds() == 1234; {group}._set_default_timeout(datetime.timedelta(seconds=1))"
+    limit = (
+        f"assert {group}.options._timeout.total_seconds() == 1234;"
+        f" {group}._set_default_timeout(datetime.timedelta(seconds=1))"
+    )
     programs = {0: struck(5, limit), 1: struck(5, "os.kill(os.getpid(), signal.SIGSTOP)")}
     ranks = launch(2, arguments(job, tmp_path / "out", "--timeout", "1234"), programs=programs)
     processes.wait(*ranks, until=lambda: False)
@@ -245,8 +289,9 @@ def test_ranks_with_other_files_or_tasks_are_refused(job, tmp_path):
 
 
 def test_disk_full_keeps_the_state_before(job, tmp_path):
-    """Writes fail in the middle of a file (a limit on its size, which the system enforces as it does a full disk): the run goes on, the last state
-    that fitted stays, and the run can be continued."""
+    """Writes fail in the middle of a file (a limit on its size, which the system enforces as it
+    does a full disk): the run goes on, the last state that fitted stays, and the run can be
+    continued."""
     assert cli.main(arguments(job, tmp_path / "whole")) == 0
     out = tmp_path / "out"
     code = f"""
@@ -262,12 +307,16 @@ def test_disk_full_keeps_the_state_before(job, tmp_path):
     sys.exit(cli.main({arguments(job, out)!r}))
     """
     # Its output goes through pipes: the limit would hold for files of output too.
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+    )
     assert done.returncode == 2, done.stderr
     assert "the state could not be saved" in done.stderr and "is intact" in done.stderr
     assert "twa: error" in done.stderr and "could not be written" in done.stderr
-    small = {"state.pt", "state-best-6.safetensors", "state-best-7.safetensors"}  # the last may be newer than the state
-    assert {p.name for p in out.iterdir()} <= FILES - {"report.png"} | small  # whole ones, that were small enough
+    # the last may be newer than the state
+    small = {"state.pt", "state-best-6.safetensors", "state-best-7.safetensors"}
+    # whole ones, that were small enough
+    assert {p.name for p in out.iterdir()} <= FILES - {"report.png"} | small
     saved = torch.load(out / "state.pt", weights_only=True)
     assert saved["under_way"]["position"]["step"] > 5
     assert cli.main(arguments(job, out, "--resume")) == 0
@@ -275,10 +324,11 @@ def test_disk_full_keeps_the_state_before(job, tmp_path):
 
 
 def test_best_weights_that_could_not_be_saved(job, tmp_path, monkeypatch, capsys):
-    """The second trained average is the best, its weights do not fit on the disk, and the run is killed: what is continued must not take the weights
-    of the first for those of the second."""
+    """The second trained average is the best, its weights do not fit on the disk, and the run is
+    killed: what is continued must not take the weights of the first for those of the second."""
     losses = itertools.count(1.0, -1e-4)
-    monkeypatch.setattr(average.Average, "validation_loss", lambda self: next(losses))  # each look finds something better
+    # each look finds something better
+    monkeypatch.setattr(average.Average, "validation_loss", lambda self: next(losses))
     assert cli.main(arguments(job, tmp_path / "whole")) == 0
     out, writes = tmp_path / "out", 0
     original, finish = state.write_export, cli.finish
@@ -297,7 +347,11 @@ def test_best_weights_that_could_not_be_saved(job, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(cli, "finish", killed)
     assert cli.main(arguments(job, out)) == 130
     error = capsys.readouterr().err
-    assert writes == 2 and "the best weights so far could not be saved (No space left on device)" in error and "is intact" in error
+    assert (
+        writes == 2
+        and "the best weights so far could not be saved (No space left on device)" in error
+        and "is intact" in error
+    )
     monkeypatch.setattr(state, "write_export", original)
     monkeypatch.setattr(cli, "finish", finish)
     assert cli.main(arguments(job, out, "--resume")) == 0
@@ -309,7 +363,9 @@ def test_a_finished_run_has_nothing_to_resume(job, tmp_path, capsys):
     assert cli.main(arguments(job, out, "--resume")) == 0
     before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
     assert cli.main(arguments(job, out, "--resume")) == 0
-    assert "there is nothing to resume" in capsys.readouterr().out and before == {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    assert "there is nothing to resume" in capsys.readouterr().out and before == {
+        p.name: p.stat().st_mtime_ns for p in out.iterdir()
+    }
 
 
 class Rank:
@@ -331,8 +387,16 @@ class Noisy(torch.utils.data.Dataset):
         return 22
 
     def __getitem__(self, k):
-        own = [self.generators[0].random(), float(torch.rand((), generator=self.generators[1]["torch"])), self.numpy.random(), self.legacy.random()]
-        return torch.tensor([k, random.random(), numpy.random.random(), float(torch.rand(())), *own], dtype=torch.float64)
+        own = [
+            self.generators[0].random(),
+            float(torch.rand((), generator=self.generators[1]["torch"])),
+            self.numpy.random(),
+            self.legacy.random(),
+        ]
+        return torch.tensor(
+            [k, random.random(), numpy.random.random(), float(torch.rand(())), *own],
+            dtype=torch.float64,
+        )
 
 
 class Collate:
@@ -345,22 +409,38 @@ class Collate:
 
 def loaders():
     data = Noisy()
-    replaced = torch.utils.data.RandomSampler(data, replacement=True, num_samples=22, generator=torch.Generator().manual_seed(2))
+    replaced = torch.utils.data.RandomSampler(
+        data, replacement=True, num_samples=22, generator=torch.Generator().manual_seed(2)
+    )
     return {
-        "shuffle": torch.utils.data.DataLoader(data, batch_size=2, shuffle=True, collate_fn=Collate()),
-        "own generator": torch.utils.data.DataLoader(
-            data, batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(1), collate_fn=Collate()
+        "shuffle": torch.utils.data.DataLoader(
+            data, batch_size=2, shuffle=True, collate_fn=Collate()
         ),
-        "sampler": torch.utils.data.DataLoader(data, batch_size=2, sampler=replaced, collate_fn=Collate()),
-        "workers": torch.utils.data.DataLoader(data, batch_size=2, shuffle=True, num_workers=2, collate_fn=Collate()),
+        "own generator": torch.utils.data.DataLoader(
+            data,
+            batch_size=2,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(1),
+            collate_fn=Collate(),
+        ),
+        "sampler": torch.utils.data.DataLoader(
+            data, batch_size=2, sampler=replaced, collate_fn=Collate()
+        ),
+        "workers": torch.utils.data.DataLoader(
+            data, batch_size=2, shuffle=True, num_workers=2, collate_fn=Collate()
+        ),
         "list": list(torch.arange(22.0).view(11, 2)),
-        "other": EveryOther(torch.utils.data.DataLoader(data, batch_size=1, shuffle=True, collate_fn=Collate()), 1),
+        "other": EveryOther(
+            torch.utils.data.DataLoader(data, batch_size=1, shuffle=True, collate_fn=Collate()), 1
+        ),
     }
 
 
 @pytest.mark.parametrize("kind", loaders())
 def test_steps_see_the_same_batches_on_any_number_of_ranks(kind):
-    """11 batches a pass, 5 a step: bit by bit the same, with all their random numbers, on 1, 2, 3 and 7 ranks, and after a seek."""
+    """11 batches a pass, 5 a step: bit by bit the same, with all their random numbers, on 1, 2, 3
+    and 7 ranks, and after a seek.
+    """
 
     def steps(size, start=None, count=6):
         found = [{} for _ in range(count)]
@@ -378,10 +458,13 @@ def test_steps_see_the_same_batches_on_any_number_of_ranks(kind):
 
     alone, _ = steps(1)
     assert [sorted(step) for step in alone] == [list(range(5 * k, 5 * k + 5)) for k in range(6)]
-    assert kind == "list" or not torch.equal(alone[0][0], alone[2][11])  # the next pass has another order
+    # the next pass has another order
+    assert kind == "list" or not torch.equal(alone[0][0], alone[2][11])
     for size in (2, 3, 7):
         for ours, theirs in zip(steps(size)[0], alone, strict=True):
-            assert sorted(ours) == sorted(theirs) and all(torch.equal(ours[g], theirs[g]) for g in ours)
+            assert sorted(ours) == sorted(theirs) and all(
+                torch.equal(ours[g], theirs[g]) for g in ours
+            )
     _, middle = steps(1, count=3)
     for size in (1, 3):
         for ours, theirs in zip(steps(size, middle, 3)[0], alone[3:], strict=True):
@@ -394,7 +477,9 @@ def test_evaluation_is_shared_out(count):
     data = [torch.tensor([float(k)]) for k in range(count)]
     for size in (1, 2, 3, 5):
         each = [list(shared_out(data, Rank(rank, size))) for rank in range(size)]
-        assert sorted(float(batch) for mine in each for batch, counts in mine if counts) == [float(k) for k in range(count)]
+        assert sorted(float(batch) for mine in each for batch, counts in mine if counts) == [
+            float(k) for k in range(count)
+        ]
         assert len({len(mine) for mine in each}) == 1
         assert len(list(shared_out(data, Rank(0, size), limit=2))) == -(-min(2, count) // size)
 
@@ -402,12 +487,23 @@ def test_evaluation_is_shared_out(count):
 def test_what_ranks_must_have_in_common(job, tmp_path):
     """Data that each rank draws for itself, data that are shared out already."""
     other = tmp_path / "task.py"
-    other.write_text((job / "task.py").read_text().replace("torch.randn(8)", "").replace("def data(seed,", "import os\ndef data(seed,"))
-    other.write_text(other.read_text().replace("manual_seed(seed)", "manual_seed(seed + int.from_bytes(os.urandom(2), 'little'))"))
+    other.write_text(
+        (job / "task.py")
+        .read_text()
+        .replace("torch.randn(8)", "")
+        .replace("def data(seed,", "import os\ndef data(seed,")
+    )
+    other.write_text(
+        other.read_text().replace(
+            "manual_seed(seed)", "manual_seed(seed + int.from_bytes(os.urandom(2), 'little'))"
+        )
+    )
     changed = arguments(job, tmp_path / "out")
     changed[1] = str(other)
     (code, error), _ = wait(launch(2, changed))
-    assert code == 1 and "the ranks do not have the same first batch of the training data" in error, error
+    assert (
+        code == 1 and "the ranks do not have the same first batch of the training data" in error
+    ), error
     sampler = "torch.utils.data.DistributedSampler(range(130), num_replicas=2, rank=0)"
     other.write_text((job / "task.py").read_text().replace("shuffle=shuffle", f"sampler={sampler}"))
     with pytest.raises(twa.tasks.TaskError, match="shares its data out over ranks"):
@@ -417,7 +513,13 @@ def test_what_ranks_must_have_in_common(job, tmp_path):
 def test_errors_of_the_task_are_named(job, tmp_path, capsys):
     broken = tmp_path / "task.py"
     for text, message in [
-        (("return nn.functional.mse_loss", "raise ValueError('too short')\n    return nn.functional.mse_loss"), "loss(): too short"),
+        (
+            (
+                "return nn.functional.mse_loss",
+                "raise ValueError('too short')\n    return nn.functional.mse_loss",
+            ),
+            "loss(): too short",
+        ),
         (("import torch\n", "import torch\nfrom .base import x\n"), "ImportError"),
         (("import torch\n", "import torch\nx = = 1\n"), "SyntaxError"),
     ]:
@@ -426,7 +528,11 @@ def test_errors_of_the_task_are_named(job, tmp_path, capsys):
         args[1] = str(broken)
         assert cli.main(args) == 2
         error = capsys.readouterr().err
-        assert message in error.splitlines()[-1] and error.splitlines()[-1].startswith("twa: error: ") and "task.py" in error
+        assert (
+            message in error.splitlines()[-1]
+            and error.splitlines()[-1].startswith("twa: error: ")
+            and "task.py" in error
+        )
     for option in (["--weight-decay", "nan"], ["--lr", "inf"], ["--overwrite", "--resume"]):
         with pytest.raises(SystemExit, match="2"):
             cli.main(arguments(job, tmp_path / "out", *option))

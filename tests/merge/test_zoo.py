@@ -1,4 +1,6 @@
-"""The zoo: models on which averaging weights goes wrong in silence, every stage against the reference in zoo.py."""
+"""The zoo: models on which averaging weights goes wrong in silence, every stage against the
+reference in zoo.py.
+"""
 
 import os
 import resource
@@ -9,32 +11,77 @@ import twa
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrizations
-from twa.merge.run import Average
+from twa.distributed.weights import load_merge
 from twa.io.candidates import CandidateError
 from twa.io.progress import mean_over
-from twa.merge.settings import Settings, TwaMethod
 from twa.merge.report import AVERAGED_BN, table_rows
+from twa.merge.run import Average
+from twa.merge.settings import Settings, TwaMethod
 from twa.tasks.contract import load_task
-from twa.distributed.weights import load_merge
-from zoo import CENTER, GPT, VECTORS, ZOO, Frozen, N, Odd, Reference, ResNet, animal, born, flat, loss_of, near, old_style, save, stacked, walk
+from zoo import (
+    CENTER,
+    GPT,
+    VECTORS,
+    ZOO,
+    Frozen,
+    N,
+    Odd,
+    Reference,
+    ResNet,
+    animal,
+    born,
+    flat,
+    loss_of,
+    near,
+    old_style,
+    save,
+    stacked,
+    walk,
+)
 
 import twa_kernels as tk
 
-WALKS = [(4, "tensor", ".pt", False), (4, "block", ".safetensors", True), (32, "model", ".safetensors", False), (32, "tensor", ".pt", True)]
+WALKS = [
+    (4, "tensor", ".pt", False),
+    (4, "block", ".safetensors", True),
+    (32, "model", ".safetensors", False),
+    (32, "tensor", ".pt", True),
+]
 
 
 @pytest.mark.parametrize(("bits", "granularity", "suffix", "low_memory"), WALKS)
 @pytest.mark.parametrize("name", ZOO)
 def test_zoo(tmp_path, name, bits, granularity, suffix, low_memory):
     make, inputs = animal(name)
-    walk(tmp_path, make, inputs, [born(make, k) for k in range(N)], bits, granularity, suffix, low_memory)
+    walk(
+        tmp_path,
+        make,
+        inputs,
+        [born(make, k) for k in range(N)],
+        bits,
+        granularity,
+        suffix,
+        low_memory,
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 32])
 def test_one_candidate(tmp_path, bits):
     """Nothing to learn: gradients of zero, and the candidate's own bits."""
-    subspace = walk(tmp_path, GPT, ZOO["gpt"][1], [born(GPT, 0)], bits, "tensor", ".pt", False, center=torch.ones(1, dtype=torch.float64))
-    assert not subspace.coefficients.any() and all(torch.equal(t, born(GPT, 0).state_dict()[k]) for k, t in subspace.model.state_dict().items())
+    subspace = walk(
+        tmp_path,
+        GPT,
+        ZOO["gpt"][1],
+        [born(GPT, 0)],
+        bits,
+        "tensor",
+        ".pt",
+        False,
+        center=torch.ones(1, dtype=torch.float64),
+    )
+    assert not subspace.coefficients.any() and all(
+        torch.equal(t, born(GPT, 0).state_dict()[k]) for k, t in subspace.model.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize(("bits", "suffix"), [(4, ".safetensors"), (32, ".pt")])
@@ -43,23 +90,47 @@ def test_512_candidates_with_few_file_descriptors(tmp_path, bits, suffix):
         return nn.Sequential(nn.Linear(6, 1), nn.BatchNorm1d(1))
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 12, hard))
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 12, hard)
+    )
     try:
-        walk(tmp_path, make, VECTORS, [born(make, k) for k in range(512)], bits, "tensor", suffix, False, center=twa.schemes.ema(512, 0.99))
+        walk(
+            tmp_path,
+            make,
+            VECTORS,
+            [born(make, k) for k in range(512)],
+            bits,
+            "tensor",
+            suffix,
+            False,
+            center=twa.schemes.ema(512, 0.99),
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-# Equal candidates -------------------------------------------------------------------------------------------------------------------
+# Equal candidates --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"precondition": True}, {"basis": "orthonormal"}, {"normalize": "segment"}, {"center": "last"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"precondition": True},
+        {"basis": "orthonormal"},
+        {"normalize": "segment"},
+        {"center": "last"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("bits", [4, 32])
 def test_identical_candidates_stay(tmp_path, bits, options):
     model, only = Odd(), born(Odd, 0)
     for k in range(5):
         save(only, tmp_path / f"c{k}.pt")
-    subspace = twa.Subspace.from_candidates(model, twa.Candidates(tmp_path / "c*.pt"), bits=bits, **options)
+    subspace = twa.Subspace.from_candidates(
+        model, twa.Candidates(tmp_path / "c*.pt"), bits=bits, **options
+    )
     subspace.set_merge_weights(torch.tensor([3.0, -1.0, -1.0, 0.0, 0.0]))
     optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.1)
     for _ in range(2):
@@ -67,28 +138,42 @@ def test_identical_candidates_stay(tmp_path, bits, options):
         optimizer.step()
     assert all(torch.equal(t, only.state_dict()[k]) for k, t in model.state_dict().items())
     assert torch.isfinite(subspace.coefficients).all() and not subspace.coefficients.grad.any()
-    torch.testing.assert_close(subspace.merge_weights().sum(0), torch.ones(len(subspace.labels), dtype=torch.float64))
+    torch.testing.assert_close(
+        subspace.merge_weights().sum(0), torch.ones(len(subspace.labels), dtype=torch.float64)
+    )
 
 
-@pytest.mark.parametrize("center", [twa.schemes.uniform(5), twa.schemes.candidate(5, 0)], ids=["mean", "at the copies"])
+@pytest.mark.parametrize(
+    "center", [twa.schemes.uniform(5), twa.schemes.candidate(5, 0)], ids=["mean", "at the copies"]
+)
 @pytest.mark.parametrize("bits", [4, 32])
 def test_duplicates_share_their_gradient(tmp_path, bits, center):
-    """Four copies and one other: neither the zero norms nor the copies upset what the other one can do."""
+    """Four copies and one other: neither the zero norms nor the copies upset what the other one can
+    do.
+    """
     models = [born(GPT, 0)] * 4 + [born(GPT, 1)]
-    subspace = walk(tmp_path, GPT, ZOO["gpt"][1], models, bits, "tensor", ".pt", False, center=center, lr=1e-3)
+    subspace = walk(
+        tmp_path, GPT, ZOO["gpt"][1], models, bits, "tensor", ".pt", False, center=center, lr=1e-3
+    )
     assert all(torch.equal(subspace.coefficients[0], row) for row in subspace.coefficients[1:4])
     subspace.set_merge_weights(twa.schemes.candidate(5, 4))
     for name, p in subspace.model.named_parameters():
-        near(p.detach(), dict(models[4].named_parameters())[name].detach().double(), 1e-6 if bits == 32 else 0.3)
+        near(
+            p.detach(),
+            dict(models[4].named_parameters())[name].detach().double(),
+            1e-6 if bits == 32 else 0.3,
+        )
 
 
-# Dtypes ------------------------------------------------------------------------------------------------------------------------------
+# Dtypes ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [4, 32])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_mixed_dtypes(tmp_path, bits, suffix):
-    """Every candidate of another dtype, and its tensors of others again; the result has the first one's."""
+    """Every candidate of another dtype, and its tensors of others again; the result has the first
+    one's.
+    """
     dtypes, models = [torch.bfloat16, torch.float32, torch.float16, torch.float64], []
     for k in range(N):
         model = born(ResNet, k)
@@ -99,26 +184,37 @@ def test_mixed_dtypes(tmp_path, bits, suffix):
         state = {name: t.contiguous() for name, t in m.state_dict().items()}
         (torch.save if suffix == ".pt" else save_file)(state, tmp_path / f"c{k}{suffix}")
     model, inputs = born(ResNet, 9).train(), ZOO["resnet"][1]
-    subspace = twa.Subspace.from_candidates(model, twa.Candidates(tmp_path / f"c*{suffix}"), bits=bits, center=CENTER)
+    subspace = twa.Subspace.from_candidates(
+        model, twa.Candidates(tmp_path / f"c*{suffix}"), bits=bits, center=CENTER
+    )
     states = [m.state_dict() for m in models]
     for load in (lambda: None, lambda: load_merge(subspace.placement, CENTER)):
         load()
         for name, t in model.state_dict().items():
             if t.is_floating_point():
-                near(t, sum(c * s[name].double() for c, s in zip(CENTER, states, strict=True)), 1e-6)
+                near(
+                    t, sum(c * s[name].double() for c, s in zip(CENTER, states, strict=True)), 1e-6
+                )
     reference = Reference(ResNet, states, subspace)
     expected = reference.step(model.state_dict(), inputs)
     loss_of(model(inputs)).backward()
     near(subspace.project_gradients(), expected, 1e-4)
     subspace.save(tmp_path / "out")
-    assert {k: t.dtype for k, t in load_file(tmp_path / "out" / "averaged.safetensors").items()} == {k: t.dtype for k, t in states[0].items()}
+    assert {
+        k: t.dtype for k, t in load_file(tmp_path / "out" / "averaged.safetensors").items()
+    } == {k: t.dtype for k, t in states[0].items()}
 
 
 def rounded_once(found, exact, slack):
-    """How many numbers are not the nearest ones of their dtype; those that are not must be within `slack` of the middle between two."""
+    """How many numbers are not the nearest ones of their dtype; those that are not must be within
+    `slack` of the middle between two.
+    """
     inf = torch.full_like(found, torch.inf)
     neighbours = [torch.nextafter(found, way).double() for way in (inf, -inf)]
-    further = torch.stack([(t - exact).abs() for t in neighbours]).amin(0) - (found.double() - exact).abs()
+    further = (
+        torch.stack([(t - exact).abs() for t in neighbours]).amin(0)
+        - (found.double() - exact).abs()
+    )
     assert (further >= -slack).all()
     return int((further < 0).sum())
 
@@ -126,13 +222,17 @@ def rounded_once(found, exact, slack):
 @pytest.mark.parametrize("bits", [4, 32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_once(tmp_path, dtype, bits):
-    """Center, uniform average and trained weights of half-precision files in a half-precision model; many steps, each too small to show."""
+    """Center, uniform average and trained weights of half-precision files in a half-precision
+    model; many steps, each too small to show.
+    """
     generator = torch.Generator().manual_seed(0)
     rows = [(1 + 0.02 * torch.randn(100, 64, generator=generator)).to(dtype) for _ in range(64)]
     for k, row in enumerate(rows):
         save_file({"weight": row, "bias": row[:, 0].clone()}, tmp_path / f"c{k}.safetensors")
     model = nn.Linear(64, 100).to(dtype)
-    subspace = twa.Subspace.from_candidates(model, twa.Candidates(tmp_path / "c*.safetensors"), bits=bits)
+    subspace = twa.Subspace.from_candidates(
+        model, twa.Candidates(tmp_path / "c*.safetensors"), bits=bits
+    )
     w = torch.stack(rows).double()
     off = rounded_once(model.weight.detach(), w.mean(0), 2.0**-24)
     load_merge(subspace.placement, twa.schemes.uniform(64))
@@ -145,7 +245,11 @@ def test_half_precision_is_rounded_once(tmp_path, dtype, bits):
 
     subspace.write_weights()
     begin, g = model.weight.detach().clone(), torch.randn(100, 64, generator=generator).to(dtype)
-    p = subspace.basis.rows[0].double() if bits == 32 else flat(tk.unpack(subspace.basis)[0].double())
+    p = (
+        subspace.basis.rows[0].double()
+        if bits == 32
+        else flat(tk.unpack(subspace.basis)[0].double())
+    )
     lr = (
         2 * torch.finfo(dtype).eps / 256 / (p.T @ (p @ g.double().flatten())).abs().median().item()
     )  # all steps together: two units in the last place
@@ -168,13 +272,26 @@ def test_half_precision_overflow_is_no_silent_inf(tmp_path, part):
     for k in range(2):
         states = born(lambda: nn.BatchNorm1d(4), k).state_dict()
         save_file(
-            {key: (t.bfloat16() * (1e6 if key == part else 1) if t.is_floating_point() else t) for key, t in states.items()},
+            {
+                key: t.bfloat16() * (1e6 if key == part else 1) if t.is_floating_point() else t
+                for key, t in states.items()
+            },
             tmp_path / f"c{k}.safetensors",
         )
-    with pytest.raises(ValueError, match=rf"'{part}': 4 of 4 values of the candidates' average overflow torch.float16"):
-        twa.Subspace.from_candidates(nn.BatchNorm1d(4).half(), twa.Candidates(tmp_path / "c*.safetensors"))
-    save_file({"weight": torch.ones(1, 2).half(), "bias": torch.ones(1).half()}, tmp_path / "half.safetensors")
-    subspace = twa.Subspace.from_candidates(nn.Linear(2, 1), twa.Candidates(tmp_path / "half.safetensors"))
+    with pytest.raises(
+        ValueError,
+        match=rf"'{part}': 4 of 4 values of the candidates' average overflow torch.float16",
+    ):
+        twa.Subspace.from_candidates(
+            nn.BatchNorm1d(4).half(), twa.Candidates(tmp_path / "c*.safetensors")
+        )
+    save_file(
+        {"weight": torch.ones(1, 2).half(), "bias": torch.ones(1).half()},
+        tmp_path / "half.safetensors",
+    )
+    subspace = twa.Subspace.from_candidates(
+        nn.Linear(2, 1), twa.Candidates(tmp_path / "half.safetensors")
+    )
     nn.init.constant_(subspace.model.weight, 1e5)
     with pytest.warns(UserWarning, match="tensor 'weight': 2 of 2 values overflow torch.float16"):
         subspace.save(tmp_path / "out")
@@ -184,7 +301,11 @@ class Complex(nn.Module):
     def __init__(self, kind, dtype=torch.complex64):
         super().__init__()
         self.linear, phase = nn.Linear(2, 2), torch.randn(3, dtype=dtype)
-        self.register_buffer("phase", phase) if kind == "buffer" else self.register_parameter("phase", nn.Parameter(phase))
+        (
+            self.register_buffer("phase", phase)
+            if kind == "buffer"
+            else self.register_parameter("phase", nn.Parameter(phase))
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.float32])
@@ -197,12 +318,14 @@ def test_complex_is_refused_by_name(tmp_path, kind, dtype, n):
         twa.Subspace.from_candidates(Complex(kind), twa.Candidates(tmp_path / "c*.pt"))
 
 
-# Memory and wrappers -----------------------------------------------------------------------------------------------------------------
+# Memory and wrappers -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_views_and_parameters_in_files(tmp_path, zipped):
-    """Transposed, strided, expanded, negated views and tensors that ask for gradients: a .pt file keeps all that."""
+    """Transposed, strided, expanded, negated views and tensors that ask for gradients: a .pt file
+    keeps all that.
+    """
     base = torch.randn(3, 12, 6)
     kinds = {
         "transposed": [b[:3].T for b in base],
@@ -212,12 +335,20 @@ def test_views_and_parameters_in_files(tmp_path, zipped):
         "parameter": [nn.Parameter(b.clone()) for b in base],
     }
     for k in range(3):
-        torch.save({name: rows[k] for name, rows in kinds.items()}, tmp_path / f"c{k}.pt", _use_new_zipfile_serialization=zipped)
+        torch.save(
+            {name: rows[k] for name, rows in kinds.items()},
+            tmp_path / f"c{k}.pt",
+            _use_new_zipfile_serialization=zipped,
+        )
     for bits in (4, 32):
         model = nn.ParameterDict({name: torch.empty(rows[0].shape) for name, rows in kinds.items()})
-        subspace = twa.Subspace.from_candidates(model, twa.Candidates(tmp_path / "c*.pt"), bits=bits)
+        subspace = twa.Subspace.from_candidates(
+            model, twa.Candidates(tmp_path / "c*.pt"), bits=bits
+        )
         for name, rows in kinds.items():
-            near(model[name].detach(), torch.stack([r.detach().double() for r in rows]).mean(0), 1e-6)
+            near(
+                model[name].detach(), torch.stack([r.detach().double() for r in rows]).mean(0), 1e-6
+            )
         held = [*subspace.center, *(subspace.basis.rows if bits == 32 else [subspace.basis.codes])]
         assert not any(t.requires_grad for t in held)  # they would keep the files' tensors alive
 
@@ -236,9 +367,13 @@ class Views(nn.Module):
 @pytest.mark.parametrize("bits", [4, 32])
 @pytest.mark.parametrize("how", ["data", "part", "buffer"])
 def test_two_tensors_in_one_memory_are_refused(tmp_path, how, bits):
-    """Tied by .data only: each would have coefficients and a gradient of its own, and the last one written would win."""
+    """Tied by .data only: each would have coefficients and a gradient of its own, and the last one
+    written would win.
+    """
     for k in range(2):
-        torch.save({name: t.clone() for name, t in Views(how).state_dict().items()}, tmp_path / f"c{k}.pt")
+        torch.save(
+            {name: t.clone() for name, t in Views(how).state_dict().items()}, tmp_path / f"c{k}.pt"
+        )
     with pytest.raises(ValueError, match=r"'[ab]' and '[ab]' share memory but are two tensors"):
         twa.Subspace.from_candidates(Views(how), twa.Candidates(tmp_path / "c*.pt"), bits=bits)
 
@@ -254,7 +389,12 @@ class Module(nn.Module):
         return self.module(x)
 
 
-WRAPPERS = {"plain": lambda m: m, "DataParallel": nn.DataParallel, "compiled": lambda m: torch.compile(m, backend="eager"), "own": Module}
+WRAPPERS = {
+    "plain": lambda m: m,
+    "DataParallel": nn.DataParallel,
+    "compiled": lambda m: torch.compile(m, backend="eager"),
+    "own": Module,
+}
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
@@ -265,10 +405,16 @@ def test_wrapped_models_and_files(tmp_path, wrapper, prefix):
     for k, m in enumerate(models):
         torch.save({prefix + name: t for name, t in m.state_dict().items()}, tmp_path / f"c{k}.pt")
     model = WRAPPERS[wrapper](inner)
-    subspace = twa.Subspace.from_candidates(model, twa.Candidates(tmp_path / "c*.pt"), center=CENTER)
+    subspace = twa.Subspace.from_candidates(
+        model, twa.Candidates(tmp_path / "c*.pt"), center=CENTER
+    )
     for name, t in inner.state_dict().items():
         if t.is_floating_point():
-            near(t, sum(c * m.state_dict()[name].double() for c, m in zip(CENTER, models, strict=True)), 1e-6)
+            near(
+                t,
+                sum(c * m.state_dict()[name].double() for c, m in zip(CENTER, models, strict=True)),
+                1e-6,
+            )
     optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.1)
     loss_of(model(VECTORS)).backward()
     optimizer.step()
@@ -279,7 +425,7 @@ def test_wrapped_models_and_files(tmp_path, wrapper, prefix):
     assert torch.equal(exported["head.weight"], inner.head.weight)
 
 
-# What must not be averaged as it is ---------------------------------------------------------------------------------------------------
+# What must not be averaged as it is --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [4, 32])
@@ -290,19 +436,29 @@ def test_not_finite_names_file_and_tensor(tmp_path, name, value, bits, n):
     models[-1].state_dict()[name].view(-1)[1] = float(value)
     for k, m in enumerate(models):
         save(m, tmp_path / f"c{k}.safetensors")
-    with pytest.raises(CandidateError, match=rf"c{n - 1}\.safetensors: tensor '{name}' has 1 NaN or Inf"):
-        twa.Subspace.from_candidates(Frozen(), twa.Candidates(tmp_path / "c*.safetensors"), bits=bits)
+    with pytest.raises(
+        CandidateError, match=rf"c{n - 1}\.safetensors: tensor '{name}' has 1 NaN or Inf"
+    ):
+        twa.Subspace.from_candidates(
+            Frozen(), twa.Candidates(tmp_path / "c*.safetensors"), bits=bits
+        )
 
 
 @pytest.mark.parametrize("wrap", [parametrizations.spectral_norm, old_style("spectral_norm")])
 @pytest.mark.parametrize("bits", [4, 32])
 def test_spectral_norm_in_evaluation_mode(tmp_path, wrap, bits):
-    """The buffers hold singular vectors, whose signs differ between candidates: an average of them would divide by next to nothing."""
+    """The buffers hold singular vectors, whose signs differ between candidates: an average of them
+    would divide by next to nothing.
+    """
     for k in range(N):
         save(born(stacked(wrap), k), tmp_path / f"c{k}.pt")
     model = stacked(wrap)().eval()
     subspace = twa.Subspace.from_candidates(model, twa.Candidates(tmp_path / "c*.pt"), bits=bits)
-    for change in (lambda: None, lambda: subspace.set_merge_weights(twa.schemes.ema(N, 0.5)), lambda: load_merge(subspace.placement, CENTER)):
+    for change in (
+        lambda: None,
+        lambda: subspace.set_merge_weights(twa.schemes.ema(N, 0.5)),
+        lambda: load_merge(subspace.placement, CENTER),
+    ):
         change()
         model(VECTORS)
         assert torch.linalg.matrix_norm(model[0].weight, 2).item() == pytest.approx(1, abs=1e-3)
@@ -325,8 +481,13 @@ def test_batchnorm_called_twice_or_never():
     idle, batches = model.idle.running_mean.clone(), [VECTORS[:5], VECTORS[5:]]
     assert twa.update_bn(batches, model) == 2
     calls = [(len(b), x.double()) for b in batches for x in (b, 2 * b + 1)]
-    for found, of in ((model.norm.running_mean, lambda x: x.mean(0)), (model.norm.running_var, lambda x: x.var(0))):
-        torch.testing.assert_close(found.double(), sum(size * of(x) for size, x in calls) / 16, rtol=1e-6, atol=1e-6)
+    for found, of in (
+        (model.norm.running_mean, lambda x: x.mean(0)),
+        (model.norm.running_var, lambda x: x.var(0)),
+    ):
+        torch.testing.assert_close(
+            found.double(), sum(size * of(x) for size, x in calls) / 16, rtol=1e-6, atol=1e-6
+        )
     assert torch.equal(model.idle.running_mean, idle) and model.norm.num_batches_tracked == 4
 
 
@@ -342,23 +503,36 @@ def loss(model, batch): return loss_of(model(batch))
 
 
 def test_both_losses_of_a_model_with_batchnorm(tmp_path):
-    """The table has the loss with averaged statistics beside that with re-estimated ones, which is the one that counts and is exported."""
+    """The table has the loss with averaged statistics beside that with re-estimated ones, which is
+    the one that counts and is exported.
+    """
     (tmp_path / "task.py").write_text(TASK)
     models = [born(Siamese, k) for k in range(N)]
     for k, m in enumerate(models):
         save(m, tmp_path / f"c{k}.pt")
     task = load_task(str(tmp_path / "task.py"))
     method = TwaMethod("t", "tensor", 4)
-    outcome = Average(task, twa.Candidates(tmp_path / "c*.pt"), Settings((method,), steps=3), progress=False).run()
+    outcome = Average(
+        task, twa.Candidates(tmp_path / "c*.pt"), Settings((method,), steps=3), progress=False
+    ).run()
     results = {r.method: r for r in outcome.results}
     mean = Siamese()
     states = [m.state_dict() for m in models]
     mean.load_state_dict({k: sum(s[k].double() for s in states) / N for k in states[0]})
-    assert results["uniform"].averaged_bn_loss == pytest.approx(mean_over(mean, task.loss, task.val), rel=1e-5)
+    assert results["uniform"].averaged_bn_loss == pytest.approx(
+        mean_over(mean, task.loss, task.val), rel=1e-5
+    )
     twa.update_bn(task.train, mean)
-    assert results["uniform"].val_loss == pytest.approx(mean_over(mean, task.loss, task.val), rel=1e-5)
-    assert results["uniform"].val_loss != pytest.approx(results["uniform"].averaged_bn_loss, rel=1e-2)
-    assert results["last"].averaged_bn_loss is None and results[method.name].averaged_bn_loss is not None
+    assert results["uniform"].val_loss == pytest.approx(
+        mean_over(mean, task.loss, task.val), rel=1e-5
+    )
+    assert results["uniform"].val_loss != pytest.approx(
+        results["uniform"].averaged_bn_loss, rel=1e-2
+    )
+    assert (
+        results["last"].averaged_bn_loss is None
+        and results[method.name].averaged_bn_loss is not None
+    )
     header, rows = table_rows(outcome.results, task)
     cells = {row[0]: row[header.index(AVERAGED_BN)] for row in rows}
     assert cells["last"] == "" and cells["uniform"] == f"{results['uniform'].averaged_bn_loss:.4f}"

@@ -55,10 +55,16 @@ def flat(model):
     return torch.cat([p.detach().reshape(-1).double() for p in model.parameters()])
 
 
-def train(candidates, steps, optimizer=torch.optim.LBFGS, options=None, make=make, **subspace_options):
+def train(
+    candidates, steps, optimizer=torch.optim.LBFGS, options=None, make=make, **subspace_options
+):
     model = make()
     subspace = twa.Subspace.from_candidates(model, candidates, **subspace_options)
-    trainer = twa.SubspaceOptimizer(subspace, optimizer, **(options or {"lr": 1, "max_iter": 25, "line_search_fn": "strong_wolfe"}))
+    trainer = twa.SubspaceOptimizer(
+        subspace,
+        optimizer,
+        **(options or {"lr": 1, "max_iter": 25, "line_search_fn": "strong_wolfe"}),
+    )
 
     def closure():
         trainer.zero_grad()
@@ -79,7 +85,9 @@ def test_both_bases_reach_the_same_optimum(tmp_path, bits, granularity):
     twa.Subspace.from_candidates(mean, candidates, bits=32)
     start = value(mean)
     deltas, model, _ = train(candidates, 40, bits=32, granularity=granularity, make=linear)
-    orthonormal, other, subspace = train(candidates, 40, bits=bits, granularity=granularity, make=linear, basis="orthonormal")
+    orthonormal, other, subspace = train(
+        candidates, 40, bits=bits, granularity=granularity, make=linear, basis="orthonormal"
+    )
     assert deltas < 0.98 * start
     # Packed rows span a slightly different space.
     tolerance = {32: 1e-5, 8: 2e-3, 4: 0.05}[bits]
@@ -99,7 +107,10 @@ def test_rows_are_orthogonal_and_as_long_as_deltas(tmp_path, bits):
         size = deltas.basis.gram()[l].diagonal().mean()
         expected = torch.zeros_like(gram)
         expected[range(rank), range(rank)] = size
-        assert (gram - expected).abs().max() <= {32: 1e-5, 8: 0.02, 4: 0.1}[bits] * size, (l, gram / size)
+        assert (gram - expected).abs().max() <= {32: 1e-5, 8: 0.02, 4: 0.1}[bits] * size, (
+            l,
+            gram / size,
+        )
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -107,16 +118,25 @@ def test_rows_are_orthogonal_and_as_long_as_deltas(tmp_path, bits):
 def test_merge_weights_go_there_and_back(tmp_path, bits, granularity):
     candidates = heap(tmp_path, duplicate=True)
     model = make()
-    subspace = twa.Subspace.from_candidates(model, candidates, bits=bits, granularity=granularity, basis="orthonormal", center="last")
+    subspace = twa.Subspace.from_candidates(
+        model, candidates, bits=bits, granularity=granularity, basis="orthonormal", center="last"
+    )
     beta = torch.tensor([0.3, 0.2, -0.1, 0.25, 0.15, 0.2], dtype=torch.float64)
     subspace.set_merge_weights(beta)
-    exact = beta @ torch.stack([torch.cat([c.tensor(k).reshape(-1).double() for k in subspace.layout.trained]) for c in candidates])
+    exact = beta @ torch.stack(
+        [
+            torch.cat([c.tensor(k).reshape(-1).double() for k in subspace.layout.trained])
+            for c in candidates
+        ]
+    )
     assert (flat(model) - exact).norm() <= {32: 1e-6, 8: 0.01, 4: 0.1}[bits] * exact.norm()
     # Other weights, since candidates are dependent, but the same average.
     found = subspace.merge_weights()
     assert torch.allclose(found.sum(0), torch.ones(1, dtype=torch.float64))
     again = make()
-    twa.weights.load_merge(twa.placement.Placement(twa.world.World(), again, candidates, subspace.layout), found[:, 0])
+    twa.weights.load_merge(
+        twa.placement.Placement(twa.world.World(), again, candidates, subspace.layout), found[:, 0]
+    )
     if granularity == "model":
         # float32 coefficients
         assert (flat(again) - exact).norm() <= 1e-5 * exact.norm()
@@ -136,7 +156,9 @@ def test_constant_tensors_and_equal_candidates(tmp_path):
     model = make()
     for k in range(3):
         state = {key: v.clone() for key, v in model.state_dict().items()}
-        state["0.weight"] += k * 0.1 * torch.randn(33, 12, generator=torch.Generator().manual_seed(k))
+        state["0.weight"] += (
+            k * 0.1 * torch.randn(33, 12, generator=torch.Generator().manual_seed(k))
+        )
         save_file(state, tmp_path / f"c{k}.safetensors")
     candidates = twa.Candidates(tmp_path / "c*.safetensors")
     for bits in BITS:
@@ -144,7 +166,9 @@ def test_constant_tensors_and_equal_candidates(tmp_path):
         optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.1)
         loss_of(subspace.model).backward()
         optimizer.step()
-        assert torch.equal(subspace.model[2].weight, model[2].weight) and not torch.equal(subspace.model[0].weight, model[0].weight)
+        assert torch.equal(subspace.model[2].weight, model[2].weight) and not torch.equal(
+            subspace.model[0].weight, model[0].weight
+        )
         assert torch.isfinite(subspace.merge_weights()).all()
     same = twa.Candidates([tmp_path / "c0.safetensors"] * 2)
     subspace = twa.Subspace.from_candidates(make(), same, basis="orthonormal", bits=32)
@@ -160,17 +184,24 @@ def test_a_parameter_without_elements(tmp_path):
 
     for k in range(3):
         generator = torch.Generator().manual_seed(k)
-        state = {key: v + k * torch.randn(v.shape, generator=generator) for key, v in model().state_dict().items()}
+        state = {
+            key: v + k * torch.randn(v.shape, generator=generator)
+            for key, v in model().state_dict().items()
+        }
         save_file(state, tmp_path / f"c{k}.safetensors")
     for bits in BITS:
-        subspace = twa.Subspace.from_candidates(model(), twa.Candidates(tmp_path / "c*.safetensors"), bits=bits, basis="orthonormal")
+        subspace = twa.Subspace.from_candidates(
+            model(), twa.Candidates(tmp_path / "c*.safetensors"), bits=bits, basis="orthonormal"
+        )
         subspace.set_merge_weights(torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64))
         assert torch.isfinite(subspace.merge_weights()).all()
 
 
 def test_states_from_before_there_were_two_bases(tmp_path):
     candidates = heap(tmp_path)
-    optimizer = twa.SubspaceOptimizer(twa.Subspace.from_candidates(make(), candidates), torch.optim.SGD, lr=0.1)
+    optimizer = twa.SubspaceOptimizer(
+        twa.Subspace.from_candidates(make(), candidates), torch.optim.SGD, lr=0.1
+    )
     state = optimizer.state_dict()
     del state["subspace"]["basis"]
     optimizer.load_state_dict(state)
@@ -181,7 +212,9 @@ def test_low_memory_and_fused_steps_agree(tmp_path):
     weights = []
     for low_memory in (False, True):
         subspace = twa.Subspace.from_candidates(make(), candidates, bits=8, basis="orthonormal")
-        optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.02, low_memory=low_memory)
+        optimizer = twa.SubspaceOptimizer(
+            subspace, torch.optim.AdamW, lr=0.02, low_memory=low_memory
+        )
         for _ in range(3):
             loss_of(subspace.model).backward()
             optimizer.step()
@@ -200,17 +233,26 @@ def test_bad_options(tmp_path):
     state["2.weight"][1, 3] = torch.nan
     save_file(state, tmp_path / "c9.safetensors")
     with pytest.raises(twa.CandidateError, match=r"c9.*'2\.weight' has 1 NaN"):
-        twa.Subspace.from_candidates(make(), twa.Candidates(tmp_path / "c*.safetensors"), basis="orthonormal")
+        twa.Subspace.from_candidates(
+            make(), twa.Candidates(tmp_path / "c*.safetensors"), basis="orthonormal"
+        )
 
 
 @pytest.mark.parametrize("start", [None, 2])
 def test_conference_method_is_projected_sgd_step_by_step(tmp_path, start):
-    """The published form in float64: SGD with momentum and weight decay on theta, its gradient replaced by P^T P g."""
+    """The published form in float64:
+
+    SGD with momentum and weight decay on theta, its gradient replaced by P^T P g.
+    """
     candidates = heap(tmp_path, duplicate=True)
     model, steps = make(), 12
-    _, optimizer, schedule = twa.conference_method(model, candidates, steps=steps, lr=0.3, weight_decay=0.05, start=start)
+    _, optimizer, schedule = twa.conference_method(
+        model, candidates, steps=steps, lr=0.3, weight_decay=0.05, start=start
+    )
     names = list(dict(model.named_parameters()))
-    W = torch.stack([torch.cat([c.tensor(k).reshape(-1).double() for k in names]) for c in candidates])
+    W = torch.stack(
+        [torch.cat([c.tensor(k).reshape(-1).double() for k in names]) for c in candidates]
+    )
     P = torch.linalg.qr(W[[0, 1, 2, 5]].T)[0].T  # candidates 3 and 4 depend on these
     theta = (W.mean(0) if start is None else W[start]).clone()
     assert torch.allclose(flat(model), theta, atol=1e-6)
@@ -218,7 +260,9 @@ def test_conference_method_is_projected_sgd_step_by_step(tmp_path, start):
     x, y = data()
     for step in range(steps):
         torch.nn.utils.vector_to_parameters(theta, published.parameters())
-        g = torch.autograd.grad((published(x.double()) - y.double()).square().mean(), list(published.parameters()))
+        g = torch.autograd.grad(
+            (published(x.double()) - y.double()).square().mean(), list(published.parameters())
+        )
         g = torch.cat([v.reshape(-1) for v in g])
         momentum = 0.9 * momentum + P.T @ (P @ g) + 0.05 * theta
         theta = theta - 0.3 * 0.1 ** ((step >= 6) + (step >= 9)) * momentum
@@ -233,7 +277,12 @@ def test_conference_method_at_low_bits_starts_where_it_should(tmp_path):
     candidates = heap(tmp_path)
     model = make()
     _, optimizer, _ = twa.conference_method(model, candidates, steps=10, bits=4, start=2, lr=0.1)
-    assert torch.allclose(flat(model), torch.cat([candidates[2].tensor(k).reshape(-1).double() for k in dict(model.named_parameters())]))
+    assert torch.allclose(
+        flat(model),
+        torch.cat(
+            [candidates[2].tensor(k).reshape(-1).double() for k in dict(model.named_parameters())]
+        ),
+    )
     before = value(model)
     for _ in range(10):
         loss_of(model).backward()
@@ -248,7 +297,10 @@ def test_twa_average_takes_the_basis():
     method = twa.methods.TwaMethod.parse("t:tensor:4:orthonormal")
     assert method.basis == "orthonormal" and method.name.endswith("orthonormal")
     assert twa.methods.TwaMethod.parse("v:model:32").basis == "deltas"
-    assert twa.methods.TwaMethod.parse("v:model:4:simplex").constraint == "simplex" and twa.methods.TwaMethod.parse("t:1024:2").granularity == 1024
+    assert (
+        twa.methods.TwaMethod.parse("v:model:4:simplex").constraint == "simplex"
+        and twa.methods.TwaMethod.parse("t:1024:2").granularity == 1024
+    )
     for text, expected in {
         "t:tensor:4:pca": "expected KIND.*option orthonormal or simplex",
         "t:100:4": "model, block, tensor, fine, or a number of weights",

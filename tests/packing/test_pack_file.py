@@ -1,4 +1,6 @@
-"""The packed basis on disk: the same bits as in memory, whatever the memory and the interruptions; mapped; every field checked."""
+"""The packed basis on disk: the same bits as in memory, whatever the memory and the interruptions;
+mapped; every field checked.
+"""
 
 import argparse
 import json
@@ -11,17 +13,19 @@ import twa
 from safetensors.torch import save_file
 from torch import nn
 from twa.basis import file as basis_file
-from twa.packing import to_file as pack
 from twa.basis.file import BasisError, read_basis
 from twa.io.candidates import CandidateError, Candidates
 from twa.io.memory import limit_memory, parse_bytes, resident
+from twa.packing import to_file as pack
 from twa.packing.to_file import PackToFile
 
 BITS = (8, 4, 3, 2, 1)
 
 
 class Model(nn.Module):
-    """Sizes around blocks of 8192 columns; a frozen parameter, a tied one, a float and an integer buffer, one without elements."""
+    """Sizes around blocks of 8192 columns; a frozen parameter, a tied one, a float and an integer
+    buffer, one without elements.
+    """
 
     def __init__(self, wide=200):
         super().__init__()
@@ -35,7 +39,11 @@ class Model(nn.Module):
         self.nothing = nn.Parameter(torch.zeros(0, 3))
 
     def forward(self, x):
-        return self.head(self.norm(torch.tanh(self.first(x)))) + self.tied(torch.ones(130)) + self.frozen.sum()
+        return (
+            self.head(self.norm(torch.tanh(self.first(x))))
+            + self.tied(torch.ones(130))
+            + self.frozen.sum()
+        )
 
 
 def heap(folder, n=5, wide=200, dtype=torch.float32):
@@ -43,7 +51,11 @@ def heap(folder, n=5, wide=200, dtype=torch.float32):
     for k in range(n):
         generator = torch.Generator().manual_seed(k)
         state = {
-            key: (v + (k + 1) * 0.1 * torch.randn(v.shape, generator=generator)).to(dtype) if v.is_floating_point() else v + k
+            key: (
+                (v + (k + 1) * 0.1 * torch.randn(v.shape, generator=generator)).to(dtype)
+                if v.is_floating_point()
+                else v + k
+            )
             for key, v in Model(wide).state_dict().items()
             if key != "tied.weight"
         }
@@ -58,11 +70,22 @@ def candidates(tmp_path_factory):
 
 def equal(a, b):
     """Two subspaces with the same bits everywhere."""
-    assert torch.equal(a.basis.codes, b.basis.codes) and torch.equal(a.basis.scales.view(torch.uint8), b.basis.scales.view(torch.uint8))
+    assert torch.equal(a.basis.codes, b.basis.codes) and torch.equal(
+        a.basis.scales.view(torch.uint8), b.basis.scales.view(torch.uint8)
+    )
     for name in ("row_scale", "divisor", "tile_segment"):
         assert torch.equal(getattr(a.basis, name), getattr(b.basis, name)), name
-    assert a.basis.shapes == b.basis.shapes and a.labels == b.labels and a.segments == b.segments and a.layout == b.layout
-    assert torch.equal(a.divisor, b.divisor) and torch.equal(a.center_weights, b.center_weights) and torch.equal(a.coefficients, b.coefficients)
+    assert (
+        a.basis.shapes == b.basis.shapes
+        and a.labels == b.labels
+        and a.segments == b.segments
+        and a.layout == b.layout
+    )
+    assert (
+        torch.equal(a.divisor, b.divisor)
+        and torch.equal(a.center_weights, b.center_weights)
+        and torch.equal(a.coefficients, b.coefficients)
+    )
     assert all(torch.equal(x, y) for x, y in zip(a.center, b.center, strict=True))
     mine, theirs = a.model.state_dict(), b.model.state_dict()
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
@@ -70,12 +93,21 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("options", [{}, {"granularity": "model", "center": "last", "normalize": "segment"}, {"center": "zero", "normalize": "none"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"granularity": "model", "center": "last", "normalize": "segment"},
+        {"center": "zero", "normalize": "none"},
+    ],
+)
 def test_a_file_has_the_bits_of_memory(candidates, tmp_path, bits, options):
     expected = twa.Subspace.from_candidates(Model(), candidates, bits=bits, **options)
     small = Candidates([c.path for c in candidates], block_bytes=1)
     report = PackToFile(tmp_path / "b.safetensors", Model(), small, bits=bits, **options).run()
-    assert report.written == (tmp_path / "b.safetensors").stat().st_size and sorted(p.name for p in tmp_path.iterdir()) == ["b.safetensors"]
+    assert report.written == (tmp_path / "b.safetensors").stat().st_size and sorted(
+        p.name for p in tmp_path.iterdir()
+    ) == ["b.safetensors"]
     equal(expected, twa.Subspace.load(tmp_path / "b.safetensors", Model(), candidates))
     equal(expected, twa.Subspace.load(tmp_path / "b.safetensors", Model()))
 
@@ -84,14 +116,22 @@ def test_a_file_has_the_bits_of_memory(candidates, tmp_path, bits, options):
 def test_a_subspace_and_its_coefficients(candidates, tmp_path, basis):
     subspace = twa.Subspace.from_candidates(Model(), candidates, basis=basis)
     with torch.no_grad():
-        subspace.coefficients.copy_(torch.randn(subspace.coefficients.shape, generator=torch.Generator().manual_seed(0)))
+        subspace.coefficients.copy_(
+            torch.randn(subspace.coefficients.shape, generator=torch.Generator().manual_seed(0))
+        )
     subspace.write_weights()
     subspace.save(tmp_path, basis=True)
     loaded = equal(subspace, twa.Subspace.load(tmp_path, Model()))
-    assert torch.equal(loaded.merge_weights(), subspace.merge_weights()) and loaded.identity() == subspace.identity()
+    assert (
+        torch.equal(loaded.merge_weights(), subspace.merge_weights())
+        and loaded.identity() == subspace.identity()
+    )
     assert (loaded.coordinates is None) == (basis == "deltas")
     if loaded.coordinates is not None:
-        assert torch.equal(loaded.coordinates.R, subspace.coordinates.R) and loaded.coordinates.dropped == subspace.coordinates.dropped
+        assert (
+            torch.equal(loaded.coordinates.R, subspace.coordinates.R)
+            and loaded.coordinates.dropped == subspace.coordinates.dropped
+        )
 
 
 def train(subspace, steps=4):
@@ -111,8 +151,12 @@ def test_training_and_export_without_the_candidates(candidates, tmp_path):
     loaded = train(twa.Subspace.load(tmp_path / "b.safetensors", Model()))
     equal(expected, loaded)
     loaded.save(tmp_path / "b")
-    assert (tmp_path / "a" / "averaged.safetensors").read_bytes() == (tmp_path / "b" / "averaged.safetensors").read_bytes()
-    assert json.loads((tmp_path / "a" / "coefficients.json").read_text()) == json.loads((tmp_path / "b" / "coefficients.json").read_text())
+    assert (tmp_path / "a" / "averaged.safetensors").read_bytes() == (
+        tmp_path / "b" / "averaged.safetensors"
+    ).read_bytes()
+    assert json.loads((tmp_path / "a" / "coefficients.json").read_text()) == json.loads(
+        (tmp_path / "b" / "coefficients.json").read_text()
+    )
     with pytest.raises(CandidateError, match="loaded without its candidates"):
         twa.weights.load_merge(loaded.placement, twa.schemes.uniform(5))
 
@@ -120,26 +164,36 @@ def test_training_and_export_without_the_candidates(candidates, tmp_path):
 def test_preconditioned(candidates, tmp_path):
     expected = twa.Subspace.from_candidates(Model(), candidates, precondition=True)
     PackToFile(tmp_path / "b.safetensors", Model(), candidates).run()
-    loaded = equal(expected, twa.Subspace.load(tmp_path / "b.safetensors", Model(), precondition=True))
+    loaded = equal(
+        expected, twa.Subspace.load(tmp_path / "b.safetensors", Model(), precondition=True)
+    )
     assert torch.equal(loaded.preconditioner, expected.preconditioner)
 
 
 def test_bfloat16_and_mixed_candidates(tmp_path):
     heap(tmp_path / "run", 3, dtype=torch.bfloat16)
     save_file(
-        {k: v.double() if v.is_floating_point() else v for k, v in states(tmp_path / "run" / "c1.safetensors").items()},
+        {
+            k: v.double() if v.is_floating_point() else v
+            for k, v in states(tmp_path / "run" / "c1.safetensors").items()
+        },
         tmp_path / "run" / "c1.safetensors",
     )
     expected = twa.Subspace.from_candidates(Model(), Candidates(tmp_path / "run"))
-    PackToFile(tmp_path / "b.safetensors", Model(), Candidates(tmp_path / "run", block_bytes=1)).run()
+    PackToFile(
+        tmp_path / "b.safetensors", Model(), Candidates(tmp_path / "run", block_bytes=1)
+    ).run()
     equal(expected, twa.Subspace.load(tmp_path / "b.safetensors", Model()))
 
 
 def states(path):
-    return {key: t.clone() for key, t in ((key, Candidates(path)[0].tensor(key)) for key in Candidates(path).info)}
+    return {
+        key: t.clone()
+        for key, t in ((key, Candidates(path)[0].tensor(key)) for key in Candidates(path).info)
+    }
 
 
-# Interruptions ------------------------------------------------------------------------------------------------------------
+# Interruptions -----------------------------------------------------------------------------------
 
 
 class Stop(Exception):
@@ -169,8 +223,15 @@ def test_resume_gives_the_bits_of_an_undisturbed_run(candidates, tmp_path, monke
     assert interrupted(candidates, path, after).unfinished == (after > 0) and not path.exists()
     read = []
     report = PackToFile(path, Model(), candidates).run(resume=True, progress=read.append)
-    assert report.resumed == (after > 0) and path.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
-    total = sum(c.info[key].nbytes for c in candidates for key in PackToFile(path, Model(), candidates).contents.trained.values())
+    assert (
+        report.resumed == (after > 0)
+        and path.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    )
+    total = sum(
+        c.info[key].nbytes
+        for c in candidates
+        for key in PackToFile(path, Model(), candidates).contents.trained.values()
+    )
     assert sum(read) == total  # what was done before counts, too
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b.safetensors", "whole.safetensors"]
 
@@ -186,7 +247,14 @@ def test_resume_refuses_another_run(candidates, tmp_path, monkeypatch):
     with pytest.raises(BasisError, match="center_weights differs"):
         PackToFile(path, Model(), candidates, center="last").run(resume=True)
     position = json.loads((tmp_path / "b.safetensors.position.partial").read_text())
-    for change in ({"tensor": 99}, {"column": 5}, {"column": "x"}, {"sum_sq": [[1.0]]}, {"max_scale": [[float("inf")]]}, {"of": "3"}):
+    for change in (
+        {"tensor": 99},
+        {"column": 5},
+        {"column": "x"},
+        {"sum_sq": [[1.0]]},
+        {"max_scale": [[float("inf")]]},
+        {"of": "3"},
+    ):
         (tmp_path / "b.safetensors.position.partial").write_text(json.dumps(position | change))
         with pytest.raises((BasisError, CandidateError)):
             PackToFile(path, Model(), candidates).run(resume=True)
@@ -197,12 +265,19 @@ def test_not_a_number_in_a_candidate(candidates, tmp_path):
     state["first.weight"][100, 3] = torch.nan
     paths = [c.path for c in candidates]
     save_file(state, tmp_path / "bad.safetensors")
-    with pytest.raises(CandidateError, match=r"bad\.safetensors: tensor 'first.weight' has 1 NaN or Inf.*\[100, 3\]"):
-        PackToFile(tmp_path / "b.safetensors", Model(), Candidates([*paths, tmp_path / "bad.safetensors"], block_bytes=1)).run()
+    with pytest.raises(
+        CandidateError,
+        match=r"bad\.safetensors: tensor 'first.weight' has 1 NaN or Inf.*\[100, 3\]",
+    ):
+        PackToFile(
+            tmp_path / "b.safetensors",
+            Model(),
+            Candidates([*paths, tmp_path / "bad.safetensors"], block_bytes=1),
+        ).run()
     assert not list(tmp_path.glob("b.*"))
 
 
-# What does not fit ----------------------------------------------------------------------------------------------------------
+# What does not fit -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -212,7 +287,10 @@ def packed(candidates, tmp_path):
 
 
 def test_other_candidates(packed, candidates, tmp_path):
-    with pytest.raises(BasisError, match=r"candidate 0: expected the one that the basis was packed from .*, found c4 "):
+    with pytest.raises(
+        BasisError,
+        match=r"candidate 0: expected the one that the basis was packed from .*, found c4 ",
+    ):
         twa.Subspace.load(packed, Model(), Candidates([c.path for c in candidates][::-1]))
     with pytest.raises(BasisError, match=r"candidate 4: expected .* found none"):
         twa.Subspace.load(packed, Model(), Candidates([c.path for c in candidates][:4]))
@@ -222,7 +300,13 @@ def test_another_model(packed):
     frozen = Model()
     frozen.first.bias.requires_grad_(False)
     for model, message in (
-        (Model(wide=201), r"tensor 'first.weight': expected shape \[130, 201\] as in the model, found \[130, 200\]"),
+        (
+            Model(wide=201),
+            (
+                r"tensor 'first.weight': expected shape \[130, 201\] as in the model, found \[130,"
+                r" 200\]"
+            ),
+        ),
         (frozen, "'first.bias' is in the basis but no trainable parameter of the model"),
         (nn.Linear(3, 3), "'bias' is trainable in the model but not in the basis"),
     ):
@@ -235,7 +319,7 @@ def test_a_dense_basis_is_not_written(candidates, tmp_path):
         twa.Subspace.from_candidates(Model(), candidates, bits=32).save(tmp_path, basis=True)
 
 
-# Damaged files --------------------------------------------------------------------------------------------------------------
+# Damaged files -----------------------------------------------------------------------------------
 
 
 def parts(path):
@@ -246,7 +330,14 @@ def parts(path):
 
 
 def write(path, header, twa_metadata, data):
-    text = json.dumps(header | {"__metadata__": {"twa": twa_metadata if isinstance(twa_metadata, str) else json.dumps(twa_metadata)}}).encode()
+    text = json.dumps(
+        header
+        | {
+            "__metadata__": {
+                "twa": twa_metadata if isinstance(twa_metadata, str) else json.dumps(twa_metadata)
+            }
+        }
+    ).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
@@ -325,7 +416,9 @@ def test_files_that_are_no_basis(candidates, tmp_path):
 
 
 def test_a_full_disk_is_noticed_before_the_work(candidates, tmp_path, monkeypatch):
-    monkeypatch.setattr(basis_file.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(
+        basis_file.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})()
+    )
     with pytest.raises(OSError, match=r"the disk has 0\.00 GB left"):
         PackToFile(tmp_path / "b.safetensors", Model(), candidates).run()
     assert not list(tmp_path.iterdir())
@@ -337,11 +430,23 @@ def test_a_bound_on_memory(candidates):
     assert few.block_bytes == candidates.block_bytes  # enough for the usual blocks
     limit_memory(few, resident() + (100 << 20))
     assert 8192 * 4 * len(few) <= few.block_bytes < candidates.block_bytes
-    with pytest.raises(ValueError, match=r"--max-memory: 0\.10 GB are not enough: \d\.\d\d GB are in use"):
+    with pytest.raises(
+        ValueError, match=r"--max-memory: 0\.10 GB are not enough: \d\.\d\d GB are in use"
+    ):
         limit_memory(few, 100 << 20)
 
 
-@pytest.mark.parametrize("text, expected", [("2GB", 2e9), ("500 MB", 5e8), ("1.5G", 1.5e9), ("3GiB", 3 * 2**30), ("1000", 1000), ("2tb", 2e12)])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("2GB", 2e9),
+        ("500 MB", 5e8),
+        ("1.5G", 1.5e9),
+        ("3GiB", 3 * 2**30),
+        ("1000", 1000),
+        ("2tb", 2e12),
+    ],
+)
 def test_amounts_of_memory(text, expected):
     assert parse_bytes(text) == expected
 

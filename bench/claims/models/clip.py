@@ -1,11 +1,18 @@
-"""The image side of CLIP's vision transformers with a linear classifier on top, under the names that the public fine-tunes of "Model soups" use.
+"""The image side of CLIP's vision transformers with a linear classifier on top, under the names
+that the public fine-tunes of "Model soups" use.
 
-Those files (Wortsman et al., arXiv:2203.05482; ViT-B/32 fine-tuned on ImageNet) hold float32 state dicts of OpenAI's CLIP (Radford et al.,
-arXiv:2103.00020) as `model.` without its text transformer, and `classification_head.`:
+Those files (Wortsman et al., arXiv:2203.05482; ViT-B/32 fine-tuned on ImageNet) hold float32 state
+dicts of OpenAI's CLIP (Radford et al., arXiv:2103.00020) as `model.` without its text transformer,
+and `classification_head.`:
 
     model.visual.{class_embedding, positional_embedding, proj, conv1.weight, ln_pre, ln_post}
-    model.visual.transformer.resblocks.K.{ln_1, attn.in_proj_weight, attn.in_proj_bias, attn.out_proj, ln_2, mlp.c_fc, mlp.c_proj}
-    model.{token_embedding.weight, positional_embedding, ln_final, text_projection, logit_scale}    of the text side, unused
+    model.visual.transformer.resblocks.K.{ln_1, attn.in_proj_weight, attn.in_proj_bias,
+    attn.out_proj, ln_2, mlp.c_fc, mlp.c_proj}
+    model.{token_embedding.weight, positional_embedding, ln_final, text_projection, logit_scale}    of
+                                                                                                    the
+                                                                                                    text
+                                                                                                    side,
+                                                                                                    unused
     classification_head.{weight, bias}
 
     logits = head(f / |f|),  f = proj^T ln_post(class token)
@@ -24,14 +31,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HEAD_WIDTH = 64  # of an attention head, in all of CLIP's models
-TEXT = ("token_embedding.weight", "positional_embedding", "ln_final.weight", "ln_final.bias", "text_projection", "logit_scale")
+TEXT = (
+    "token_embedding.weight",
+    "positional_embedding",
+    "ln_final.weight",
+    "ln_final.bias",
+    "text_projection",
+    "logit_scale",
+)
 
 
 class LayerNorm(nn.LayerNorm):
     """In float32, whatever the dtype of input and weights."""
 
     def forward(self, h: Tensor) -> Tensor:
-        return F.layer_norm(h.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(h.dtype)
+        return F.layer_norm(
+            h.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+        ).to(h.dtype)
 
 
 class QuickGELU(nn.Module):
@@ -48,7 +64,11 @@ class Block(nn.Module):
         super().__init__()
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.ln_1 = LayerNorm(width)
-        parts = [("c_fc", nn.Linear(width, 4 * width)), ("gelu", QuickGELU()), ("c_proj", nn.Linear(4 * width, width))]
+        parts = [
+            ("c_fc", nn.Linear(width, 4 * width)),
+            ("gelu", QuickGELU()),
+            ("c_proj", nn.Linear(4 * width, width)),
+        ]
         self.mlp = nn.Sequential(OrderedDict(parts))
         self.ln_2 = LayerNorm(width)
 
@@ -70,19 +90,24 @@ class Transformer(nn.Module):
 class Visual(nn.Module):
     """(b, 3, image, image) -> features (b, features), in the weights' dtype"""
 
-    def __init__(self, image: int, patch: int, width: int, depth: int, heads: int, features: int) -> None:
+    def __init__(
+        self, image: int, patch: int, width: int, depth: int, heads: int, features: int
+    ) -> None:
         super().__init__()
         scale = width**-0.5
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn((image // patch) ** 2 + 1, width))
+        self.positional_embedding = nn.Parameter(
+            scale * torch.randn((image // patch) ** 2 + 1, width)
+        )
         self.ln_pre = LayerNorm(width)
         self.transformer = Transformer(width, depth, heads)
         self.ln_post = LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, features))
 
     def forward(self, images: Tensor) -> Tensor:
-        h = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # (b, patches, width)
+        # (b, patches, width)
+        h = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         token = self.class_embedding.to(h.dtype).expand(len(h), 1, -1)
         h = torch.cat([token, h], 1) + self.positional_embedding.to(h.dtype)
         h = self.transformer(self.ln_pre(h))
@@ -105,13 +130,16 @@ class Body(nn.Module):
                 if not hasattr(owner, part):
                     owner.add_module(part, nn.Module())
                 owner = getattr(owner, part)
-            owner.register_parameter(name, nn.Parameter(torch.zeros(tuple(shape)), requires_grad=False))
+            owner.register_parameter(
+                name, nn.Parameter(torch.zeros(tuple(shape)), requires_grad=False)
+            )
 
 
 class CLIPClassifier(nn.Module):
     """(b, 3, image, image) float, normalised as CLIP's -> logits (b, classes) in the head's dtype.
 
-    ViT-B/32: image 224, patch 32, width 768, depth 12, heads 12, features 512; 88 million parameters, and 26 million left of the text side.
+    ViT-B/32: image 224, patch 32, width 768, depth 12, heads 12, features 512; 88 million
+    parameters, and 26 million left of the text side.
     """
 
     def __init__(
@@ -131,36 +159,63 @@ class CLIPClassifier(nn.Module):
         self.classification_head = nn.Linear(features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = F.normalize(self.model.visual(images).float(), dim=-1)  # half floats lose the norm's last digits
+        # half floats lose the norm's last digits
+        features = F.normalize(self.model.visual(images).float(), dim=-1)
         return self.classification_head(features.to(self.classification_head.weight.dtype))
 
     @classmethod
     def from_shapes(cls, info: Mapping[str, Any]) -> CLIPClassifier:
-        """The model whose state dict has these shapes, in float32 with random weights (call .half() for float16).
+        """The model whose state dict has these shapes, in float32 with random weights (call .half()
+        for float16).
 
         info   key -> shape, or anything with a .shape, such as a tensor or twa.Candidates' info
-        Raises ValueError if a key is missing, or one is there that does not belong, or shapes contradict each other.
+        Raises ValueError if a key is missing, or one is there that does not belong, or shapes
+        contradict each other.
         """
         shapes = {key: tuple(getattr(value, "shape", value)) for key, value in info.items()}
 
         def shape(key: str, dims: int) -> tuple[int, ...]:
             if key not in shapes or len(shapes[key]) != dims:
                 found = (
-                    f"shape {list(shapes[key])}" if key in shapes else f"none of that name among {len(shapes)} (first: {next(iter(shapes), None)})"
+                    f"shape {list(shapes[key])}"
+                    if key in shapes
+                    else (
+                        f"none of that name among {len(shapes)} (first: {next(iter(shapes), None)})"
+                    )
                 )
-                raise ValueError(f"expected a CLIP vision transformer with a head, with a tensor {key!r} of {dims} dimensions; found {found}")
+                raise ValueError(
+                    f"expected a CLIP vision transformer with a head, with a tensor {key!r} of"
+                    f" {dims} dimensions; found {found}"
+                )
             return shapes[key]
 
         width, _, patch, _ = shape("model.visual.conv1.weight", 4)
         positions, _ = shape("model.visual.positional_embedding", 2)
         _, features = shape("model.visual.proj", 2)
         classes, _ = shape("classification_head.weight", 2)
-        if (grid := math.isqrt(max(0, positions - 1))) ** 2 + 1 != positions or not patch or not grid:
-            raise ValueError(f"model.visual.positional_embedding: expected grid^2 + 1 positions, found {positions}")
+        if (
+            (grid := math.isqrt(max(0, positions - 1))) ** 2 + 1 != positions
+            or not patch
+            or not grid
+        ):
+            raise ValueError(
+                "model.visual.positional_embedding: expected grid^2 + 1 positions, found"
+                f" {positions}"
+            )
         heads = max(1, width // HEAD_WIDTH)
         if not width or width % heads:
-            raise ValueError(f"model.visual.conv1.weight: expected a width that is a multiple of {HEAD_WIDTH}, or less, found {width}")
-        depth = sum(bool(re.fullmatch(r"model\.visual\.transformer\.resblocks\.\d+\.attn\.in_proj_weight", key)) for key in shapes)
+            raise ValueError(
+                f"model.visual.conv1.weight: expected a width that is a multiple of {HEAD_WIDTH},"
+                f" or less, found {width}"
+            )
+        depth = sum(
+            bool(
+                re.fullmatch(
+                    r"model\.visual\.transformer\.resblocks\.\d+\.attn\.in_proj_weight", key
+                )
+            )
+            for key in shapes
+        )
         text = {key: shapes[f"model.{key}"] for key in TEXT if f"model.{key}" in shapes}
         sizes = (grid * patch, patch, width, depth, heads, features, classes, text)
         with torch.device("meta"):
@@ -168,5 +223,8 @@ class CLIPClassifier(nn.Module):
         for key in sorted(expected.keys() | shapes.keys()):
             if expected.get(key) != shapes.get(key):
                 wanted, found = (list(s[key]) if key in s else "none" for s in (expected, shapes))
-                raise ValueError(f"tensor {key!r}: expected shape {wanted} for a width of {width} and {depth} blocks, found {found}")
+                raise ValueError(
+                    f"tensor {key!r}: expected shape {wanted} for a width of {width} and {depth}"
+                    f" blocks, found {found}"
+                )
         return cls(*sizes)

@@ -1,4 +1,6 @@
-"""Low-rank adapters, after Hu et al., arXiv:2106.09685, inside the recipes' own transformers; for models of transformers there is peft."""
+"""Low-rank adapters, after Hu et al., arXiv:2106.09685, inside the recipes' own transformers; for
+models of transformers there is peft.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,10 @@ from torch import Tensor, nn
 
 
 class LoRALinear(nn.Linear):
-    """y = x (W + B A)^T + b: (..., in) -> (..., out). W (out, in) and b are frozen, A (rank, in) and B (out, rank) trained. The layer's own
-    weights keep their names; y is that of the layer as long as B is zero.
+    """y = x (W + B A)^T + b:
+
+    (..., in) -> (..., out). W (out, in) and b are frozen, A (rank, in) and B (out, rank) trained.
+    The layer's own weights keep their names; y is that of the layer as long as B is zero.
 
     A   drawn from the generator with standard deviation 1 / sqrt(in), so that A x has that of x
     """
@@ -27,12 +31,17 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
-    """The same model, with adapters at every linear layer in model.blocks and all else frozen. Models made with equal seeds have equal A.
-    ValueError if rank is below 1, or there are no such layers."""
+    """The same model, with adapters at every linear layer in model.blocks and all else frozen.
+
+    Models made with equal seeds have equal A. ValueError if rank is below 1, or there are no such
+    layers."""
     if rank < 1:
         raise ValueError(f"rank: expected at least 1, found {rank}")
     layers = [
-        (m, name, child) for m in getattr(model, "blocks", nn.Identity()).modules() for name, child in m.named_children() if type(child) is nn.Linear
+        (m, name, child)
+        for m in getattr(model, "blocks", nn.Identity()).modules()
+        for name, child in m.named_children()
+        if type(child) is nn.Linear
     ]
     if not layers:
         raise ValueError("model: expected linear layers in model.blocks, found none")
@@ -45,7 +54,10 @@ def add_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
 
 @torch.no_grad()
 def merged_lora(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of the model without adapters: W + B A in place of each W; every tied parameter once, under its first name."""
+    """Tensors of the model without adapters:
+
+    W + B A in place of each W; every tied parameter once, under its first name.
+    """
     found = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
     for name, layer in model.named_modules():
         if isinstance(layer, LoRALinear):

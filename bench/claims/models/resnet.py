@@ -1,7 +1,9 @@
-"""Residual networks with BatchNorm: small ones for 8 x 8 digits, deep pre-activation ones for CIFAR, ResNet-18 and -50 for ImageNet.
+"""Residual networks with BatchNorm: small ones for 8 x 8 digits, deep pre-activation ones for
+CIFAR, ResNet-18 and -50 for ImageNet.
 
-Post-activation networks with the ImageNet stem have torchvision's parameter names, so its checkpoints load.
-Sources: He et al., arXiv:1512.03385 (post-activation) and arXiv:1603.05027 (pre-activation).
+Post-activation networks with the ImageNet stem have torchvision's parameter names, so its
+checkpoints load. Sources: He et al., arXiv:1512.03385 (post-activation) and arXiv:1603.05027
+(pre-activation).
 """
 
 from __future__ import annotations
@@ -19,12 +21,17 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Block(nn.Module):
-    """x + f(x), with f two 3 x 3 convolutions, or a bottleneck of 1 x 1, 3 x 3, 1 x 1. (b, inputs, h, w) -> (b, outputs, h / stride, w / stride)
+    """x + f(x), with f two 3 x 3 convolutions, or a bottleneck of 1 x 1, 3 x 3, 1 x 1.
 
-    preact   f is BN-ReLU-conv repeated and nothing follows the sum; else conv-BN-ReLU repeated, with the last ReLU after the sum
+    (b, inputs, h, w) -> (b, outputs, h / stride, w / stride)
+
+    preact   f is BN-ReLU-conv repeated and nothing follows the sum; else conv-BN-ReLU repeated,
+             with the last ReLU after the sum
     """
 
-    def __init__(self, inputs: int, width: int, stride: int, bottleneck: bool, preact: bool) -> None:
+    def __init__(
+        self, inputs: int, width: int, stride: int, bottleneck: bool, preact: bool
+    ) -> None:
         super().__init__()
         self.preact, self.depth = preact, 3 if bottleneck else 2
         self.outputs = width * EXPANSION if bottleneck else width
@@ -42,7 +49,9 @@ class Block(nn.Module):
             self.downsample = None
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = [(getattr(self, f"conv{k}"), getattr(self, f"bn{k}")) for k in range(1, self.depth + 1)]
+        layers = [
+            (getattr(self, f"conv{k}"), getattr(self, f"bn{k}")) for k in range(1, self.depth + 1)
+        ]
         if self.preact:
             h = F.relu(layers[0][1](x))
             shortcut = x if self.downsample is None else self.downsample(h)
@@ -63,7 +72,8 @@ class ResNet(nn.Module):
 
     widths      channels of each stage; every stage but the first halves the image
     blocks      per stage: one number, or one for each stage
-    stem        "small": a 3 x 3 convolution. "imagenet": a 7 x 7 one and a pooling, which quarter the image
+    stem        "small": a 3 x 3 convolution. "imagenet": a 7 x 7 one and a pooling, which quarter
+                the image
     bottleneck  blocks of three convolutions with EXPANSION * width output channels
     preact      pre-activation blocks
     Raises ValueError for an unknown stem, or blocks that do not fit the widths.
@@ -84,9 +94,16 @@ class ResNet(nn.Module):
         if stem not in ("small", "imagenet"):
             raise ValueError(f"stem: expected 'small' or 'imagenet', found {stem!r}")
         if len(blocks) != len(widths) or not widths or min(blocks) < 1:
-            raise ValueError(f"blocks: expected a positive number for each of {len(widths)} stages, found {blocks}")
+            raise ValueError(
+                f"blocks: expected a positive number for each of {len(widths)} stages, found"
+                f" {blocks}"
+            )
         outputs = widths[0]
-        self.conv1 = nn.Conv2d(channels, outputs, 7, 2, 3, bias=False) if stem == "imagenet" else _conv(channels, outputs, 3)
+        self.conv1 = (
+            nn.Conv2d(channels, outputs, 7, 2, 3, bias=False)
+            if stem == "imagenet"
+            else _conv(channels, outputs, 3)
+        )
         self.bn1 = None if preact else nn.BatchNorm2d(outputs)
         self.pool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else None
         self.stages = len(widths)
@@ -116,13 +133,17 @@ class ResNet(nn.Module):
 
 
 def preresnet(depth: int, classes: int, channels: int = 3) -> ResNet:
-    """Pre-activation network for 32 x 32 images with widths 16, 32, 64. As in the paper's figures: basic blocks up to a depth of 110, 6 k + 2;
-    bottlenecks above, 9 k + 2 (164: 18 blocks a stage, 1.7 million parameters). Raises ValueError for another depth."""
+    """Pre-activation network for 32 x 32 images with widths 16, 32, 64.
+
+    As in the paper's figures: basic blocks up to a depth of 110, 6 k + 2; bottlenecks above, 9 k +
+    2 (164: 18 blocks a stage, 1.7 million parameters). Raises ValueError for another depth."""
     bottleneck = depth > 110
     layers = 9 if bottleneck else 6
     if depth < 8 or (depth - 2) % layers:
         raise ValueError(f"depth: expected {layers} k + 2, such as 20 or 164, found {depth}")
-    return ResNet(classes, channels, (16, 32, 64), (depth - 2) // layers, bottleneck=bottleneck, preact=True)
+    return ResNet(
+        classes, channels, (16, 32, 64), (depth - 2) // layers, bottleneck=bottleneck, preact=True
+    )
 
 
 def resnet18(classes: int, channels: int = 3) -> ResNet:

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 #: channels of 3 x 3 convolutions; 0: halve the image
-VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 32 x 32 -> 1 x 1
+# 32 x 32 -> 1 x 1
+VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
 VGG_DIGITS = (16, 16, 0, 32, 32, 0)  # 8 x 8 -> 2 x 2
 
 
 class VGG(nn.Module):
-    """Convolution-BN-ReLU repeated, pooling, fully connected layers: (b, channels, h, w) float -> logits (b, classes).
+    """Convolution-BN-ReLU repeated, pooling, fully connected layers:
+
+    (b, channels, h, w) float -> logits (b, classes).
 
     plan     channels of each convolution, 0 for a pooling
     hidden   widths of the fully connected layers before the last, each followed by ReLU
@@ -20,18 +23,33 @@ class VGG(nn.Module):
     What the poolings leave of the image is averaged, so any size of at least 2^poolings does.
     """
 
-    def __init__(self, classes: int, channels: int = 3, plan: Sequence[int] = VGG16, hidden: Sequence[int] = (), dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        classes: int,
+        channels: int = 3,
+        plan: Sequence[int] = VGG16,
+        hidden: Sequence[int] = (),
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.features, inputs = nn.Sequential(), channels
         for width in plan:
             if not width:
                 self.features.append(nn.MaxPool2d(2))
                 continue
-            self.features.extend([nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)])
+            self.features.extend(
+                [
+                    nn.Conv2d(inputs, width, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(inplace=True),
+                ]
+            )
             inputs = width
         self.classifier = nn.Sequential()
         for width in hidden:
-            self.classifier.extend([nn.Dropout(dropout), nn.Linear(inputs, width), nn.ReLU(inplace=True)])
+            self.classifier.extend(
+                [nn.Dropout(dropout), nn.Linear(inputs, width), nn.ReLU(inplace=True)]
+            )
             inputs = width
         if hidden:
             self.classifier.append(nn.Dropout(dropout))
@@ -45,7 +63,9 @@ class VGG(nn.Module):
 
 
 def vgg16(classes: int, channels: int = 3) -> VGG:
-    """As used on CIFAR: 16 layers with weights, hidden layers of 512 with dropout; 15.3 million parameters with 10 classes."""
+    """As used on CIFAR: 16 layers with weights, hidden layers of 512 with dropout; 15.3 million
+    parameters with 10 classes.
+    """
     return VGG(classes, channels, VGG16, (512, 512), 0.5)
 
 

@@ -1,4 +1,6 @@
-"""Vision transformer, after Dosovitskiy et al., arXiv:2010.11929: pre-norm blocks, a class token, learned positions. No BatchNorm."""
+"""Vision transformer, after Dosovitskiy et al., arXiv:2010.11929: pre-norm blocks, a class token,
+learned positions. No BatchNorm.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,32 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Self-attention, then a perceptron of four times the width, each with its LayerNorm before it: (b, t, width) -> the same."""
+    """Self-attention, then a perceptron of four times the width, each with its LayerNorm before it:
+
+    (b, t, width) -> the same.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm1, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm1, self.qkv, self.proj = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
+        self.norm2, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+        )
 
     def forward(self, h: Tensor) -> Tensor:
         b, t, w = h.shape
-        q, k, v = self.qkv(self.norm1(h)).view(b, t, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(self.norm1(h))
+            .view(b, t, 3, self.heads, w // self.heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         a = F.scaled_dot_product_attention(q, k, v)  # (b, heads, t, w / heads)
         h = h + self.proj(a.transpose(1, 2).reshape(b, t, w))
         return h + self.down(F.gelu(self.up(self.norm2(h))))
@@ -27,19 +44,34 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """(b, channels, image, image) float -> logits (b, classes).
 
-    image, patch   edges in pixels. Raises ValueError if the patch does not divide the image, or the heads the width.
+    image, patch   edges in pixels. Raises ValueError if the patch does not divide the image, or the
+                   heads the width.
     """
 
-    def __init__(self, image: int, patch: int, channels: int, classes: int, width: int, depth: int, heads: int) -> None:
+    def __init__(
+        self,
+        image: int,
+        patch: int,
+        channels: int,
+        classes: int,
+        width: int,
+        depth: int,
+        heads: int,
+    ) -> None:
         super().__init__()
         if image % patch or image < patch:
-            raise ValueError(f"image: expected a multiple of the patch of {patch} pixels, found {image}")
+            raise ValueError(
+                f"image: expected a multiple of the patch of {patch} pixels, found {image}"
+            )
         if width % heads:
             raise ValueError(f"width: expected a multiple of {heads} heads, found {width}")
-        narrow = width < 192  # the usual 0.02 is too little then: 400 steps on the digits reach 66 %, with these 91 %
+        # the usual 0.02 is too little then: 400 steps on the digits reach 66 %, with these 91 %
+        narrow = width < 192
         self.embed = nn.Conv2d(channels, width, patch, patch)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
-        self.position = nn.Parameter(torch.randn((image // patch) ** 2 + 1, width) * (0.3 if narrow else 0.02))
+        self.position = nn.Parameter(
+            torch.randn((image // patch) ** 2 + 1, width) * (0.3 if narrow else 0.02)
+        )
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)

@@ -1,4 +1,6 @@
-"""A model's weights, whichever part of it this rank holds: merged exactly from candidates, rounded as files store them, kept, exported."""
+"""A model's weights, whichever part of it this rank holds: merged exactly from candidates, rounded
+as files store them, kept, exported.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .. import averages as schemes
-from ..io.candidates import Candidate, CandidateError, Candidates, average_into
 from ..io.atomic import replace_folder, write_stream
-from .sharding import Placement, local, reshard
+from ..io.candidates import Candidate, CandidateError, Candidates, average_into
 from ..spectral_norm import refresh_spectral_norms
 from .ranks import World
+from .sharding import Placement, local, reshard
 
 
 def not_finite(candidates: Sequence[Candidate], name: str, rows: list[Tensor]) -> CandidateError:
@@ -27,10 +29,12 @@ def not_finite(candidates: Sequence[Candidate], name: str, rows: list[Tensor]) -
         if bad.any():
             where = torch.nonzero(bad)[0].tolist()
             return CandidateError(
-                f"{candidate.path}: tensor {name!r} has {int(bad.sum())} NaN or Inf of {row.numel()} values (the first at {where}): "
-                "expected finite weights"
+                f"{candidate.path}: tensor {name!r} has {int(bad.sum())} NaN or Inf of"
+                f" {row.numel()} values (the first at {where}): expected finite weights"
             )
-    return CandidateError(f"tensor {name!r}: the candidates' mean or their distance from it overflows float32")
+    return CandidateError(
+        f"tensor {name!r}: the candidates' mean or their distance from it overflows float32"
+    )
 
 
 def _state(placement: Placement) -> dict[str, Tensor]:
@@ -47,13 +51,17 @@ def check_range(placement: Placement) -> None:
 
 def _check_range(name: str, written: Tensor, finite: int) -> None:
     if (lost := finite - int(torch.isfinite(written).sum())) > 0:
-        raise ValueError(f"model: tensor {name!r}: {lost} of {written.numel()} values of the candidates' average overflow {written.dtype}")
+        raise ValueError(
+            f"model: tensor {name!r}: {lost} of {written.numel()} values of the candidates' average"
+            f" overflow {written.dtype}"
+        )
 
 
 @torch.no_grad()
 def load_untrained(placement: Placement, weights: Tensor) -> None:
-    """Frozen parameters and float buffers: the candidates' weighted mean (zero weights, those of a center at zero: their mean); integer and bool
-    buffers: the last candidate's, or those of the one that has all the weight."""
+    """Frozen parameters and float buffers: the candidates' weighted mean (zero weights, those of a
+    center at zero: their mean); integer and bool buffers: the last candidate's, or those of the one
+    that has all the weight."""
     candidates, state = placement.candidates, placement.model.state_dict(keep_vars=True)
     weights = weights if weights.any() else schemes.uniform(len(candidates))
     for name, key in placement.layout.fixed.items():
@@ -61,7 +69,11 @@ def load_untrained(placement: Placement, weights: Tensor) -> None:
         if all(torch.equal(rows[0], r) for r in rows[1:]):  # a mask of -Inf stays, too
             value, bad = rows[0], torch.isnan(rows[0])
         else:
-            value = average_into(torch.empty(rows[0].shape, dtype=torch.promote_types(rows[0].dtype, torch.float32)), rows, weights)
+            value = average_into(
+                torch.empty(rows[0].shape, dtype=torch.promote_types(rows[0].dtype, torch.float32)),
+                rows,
+                weights,
+            )
             bad = ~torch.isfinite(value)
         if bad.any():
             raise not_finite(candidates, key, rows)
@@ -71,7 +83,11 @@ def load_untrained(placement: Placement, weights: Tensor) -> None:
     single = torch.nonzero(weights == 1.0).flatten().tolist()
     at = single[0] if single else len(candidates) - 1
     for name, key in placement.layout.copied.items():
-        local(state[name]).copy_(candidates.tensors(key, rows=slice(at, at + 1), part=placement.part_of(name, state[name]))[0])
+        local(state[name]).copy_(
+            candidates.tensors(
+                key, rows=slice(at, at + 1), part=placement.part_of(name, state[name])
+            )[0]
+        )
 
 
 @torch.no_grad()
@@ -87,7 +103,9 @@ def load_merge(placement: Placement, beta: Tensor) -> None:
 
 @torch.no_grad()
 def round_to_files(placement: Placement) -> None:
-    """Rounds the model's weights to the dtypes of the candidate files, so that what is measured is what is exported."""
+    """Rounds the model's weights to the dtypes of the candidate files, so that what is measured is
+    what is exported.
+    """
     state = _state(placement)
     for name, key in (placement.layout.trained | placement.layout.fixed).items():
         dtype = placement.candidates.info[key].dtype
@@ -100,7 +118,9 @@ def share_buffers(model: nn.Module, world: World) -> None:
     """The first rank's, on every rank: what the saved state holds."""
     with torch.no_grad():
         for b in model.buffers():
-            b.copy_(world.broadcast_(b.reshape(-1).view(torch.uint8), 0).view(b.dtype).view(b.shape))
+            b.copy_(
+                world.broadcast_(b.reshape(-1).view(torch.uint8), 0).view(b.dtype).view(b.shape)
+            )
 
 
 def load_buffers(model: nn.Module, saved: dict[str, Tensor]) -> None:
@@ -109,14 +129,18 @@ def load_buffers(model: nn.Module, saved: dict[str, Tensor]) -> None:
             b.copy_(saved[name])
 
 
-# In and out, under the keys and in the dtypes of the candidate files --------------------------------------------------
+# In and out, under the keys and in the dtypes of the candidate files
+# -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def kept(placement: Placement) -> dict[str, Tensor]:
     """A copy in CPU memory of this rank's part of every tensor."""
     state, names = _state(placement), placement.layout.names
-    return {key: local(state[names[key]]).to("cpu", info.dtype, copy=True) for key, info in placement.candidates.info.items()}
+    return {
+        key: local(state[names[key]]).to("cpu", info.dtype, copy=True)
+        for key, info in placement.candidates.info.items()
+    }
 
 
 @torch.no_grad()
@@ -129,11 +153,21 @@ def put_back(placement: Placement, parts: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def parts_of(placement: Placement, exported: Candidates | None) -> dict[str, Tensor]:
-    """This rank's part of every tensor of an exported model, which the first rank reads and sends; None on the others."""
+    """This rank's part of every tensor of an exported model, which the first rank reads and sends;
+    None on the others.
+    """
     state, parts = placement.model.state_dict(keep_vars=True), {}
     for key, info in placement.candidates.info.items():
-        whole = exported[0].tensor(key).clone() if exported is not None else torch.empty(info.shape, dtype=info.dtype)
-        sent = placement.world.broadcast_(whole.reshape(-1).view(torch.uint8), 0).view(info.dtype).view(info.shape)
+        whole = (
+            exported[0].tensor(key).clone()
+            if exported is not None
+            else torch.empty(info.shape, dtype=info.dtype)
+        )
+        sent = (
+            placement.world.broadcast_(whole.reshape(-1).view(torch.uint8), 0)
+            .view(info.dtype)
+            .view(info.shape)
+        )
         name = placement.layout.names[key]
         part = placement.part_of(name, state[name])
         parts[key] = sent if part is None else sent[part].clone()
@@ -149,9 +183,17 @@ def export(placement: Placement) -> Iterator[tuple[str, Tensor]]:
         t = state[names[key]]
         whole = t.full_tensor() if isinstance(t, DTensor) else t.detach()
         written = whole.to("cpu", info.dtype, copy=True).contiguous()
-        narrower = info.dtype.is_floating_point and torch.finfo(info.dtype).max < torch.finfo(t.dtype).max
-        if narrower and (lost := int(torch.isfinite(whole).sum()) - int(torch.isfinite(written).sum())):
-            warnings.warn(f"tensor {key!r}: {lost} of {written.numel()} values overflow {info.dtype}, the candidates' dtype", stacklevel=2)
+        narrower = (
+            info.dtype.is_floating_point and torch.finfo(info.dtype).max < torch.finfo(t.dtype).max
+        )
+        if narrower and (
+            lost := int(torch.isfinite(whole).sum()) - int(torch.isfinite(written).sum())
+        ):
+            warnings.warn(
+                f"tensor {key!r}: {lost} of {written.numel()} values overflow {info.dtype}, the"
+                " candidates' dtype",
+                stacklevel=2,
+            )
         yield key, written
 
 
@@ -159,17 +201,25 @@ def export(placement: Placement) -> Iterator[tuple[str, Tensor]]:
 def sharded(placement: Placement) -> dict[str, Tensor]:
     """Every tensor as it lies on the ranks, for torch.distributed.checkpoint."""
     state, names = _state(placement), placement.layout.names
-    return {key: state[names[key]].detach().to(info.dtype) for key, info in placement.candidates.info.items()}
+    return {
+        key: state[names[key]].detach().to(info.dtype)
+        for key, info in placement.candidates.info.items()
+    }
 
 
 def write_export(path: Path, placement: Placement) -> None:
-    """A safetensors file of the whole model, written by the first rank, one tensor in memory at a time; all ranks call it."""
+    """A safetensors file of the whole model, written by the first rank, one tensor in memory at a
+    time; all ranks call it.
+    """
     info = {key: (i.dtype, i.shape) for key, i in placement.candidates.info.items()}
     write_stream(path if placement.world.is_writer else None, info, export(placement))
 
 
 def write_dcp(folder: Path, placement: Placement) -> None:
-    """A torch.distributed.checkpoint directory; every rank writes its own shards. It replaces an older one when it is complete."""
+    """A torch.distributed.checkpoint directory; every rank writes its own shards.
+
+    It replaces an older one when it is complete.
+    """
     import torch.distributed.checkpoint as dcp
 
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -178,9 +228,18 @@ def write_dcp(folder: Path, placement: Placement) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
     world.gather(None)  # not before the old one is gone
     try:
-        dcp.save(sharded(placement), checkpoint_id=str(temporary), process_group=world.group, no_dist=world.group is None)
+        dcp.save(
+            sharded(placement),
+            checkpoint_id=str(temporary),
+            process_group=world.group,
+            no_dist=world.group is None,
+        )
     except dcp.CheckpointException as error:  # no Exception, and without the file's name
         first = next(iter(error.failures.values()))[0]
-        raise OSError(getattr(first, "errno", None) or errno.EIO, getattr(first, "strerror", None) or str(first), str(folder)) from error
+        raise OSError(
+            getattr(first, "errno", None) or errno.EIO,
+            getattr(first, "strerror", None) or str(first),
+            str(folder),
+        ) from error
     if world.is_writer:
         replace_folder(temporary, folder)

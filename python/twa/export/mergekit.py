@@ -1,16 +1,23 @@
-"""An average as a recipe for mergekit: YAML from which `mergekit-yaml` makes the same merge of the same directories.
+"""An average as a recipe for mergekit:
+
+YAML from which `mergekit-yaml` makes the same merge of the same directories.
 
 How mergekit (0.0.4 to 0.1.5) reads it, and what follows for the recipe:
 
-- `weight` may be a list of {filter, value}; the first whose filter is a substring of the tensor's name counts. So filters are whole names, longer
-  names before shorter ones, which may be parts of them, and the last entry has no filter.
-- merge_method "linear" adds up weight * tensor, in float32 with `dtype: float32`, and divides by the sum of the weights unless `normalize: false`.
-  A weight of exactly 0 is a weight like any other.
+- `weight` may be a list of {filter, value}; the first whose filter is a substring of the tensor's
+  name counts. So filters are whole names, longer names before shorter ones, which may be parts of
+  them, and the last entry has no filter.
+- merge_method "linear" adds up weight * tensor, in float32 with `dtype: float32`, and divides by
+  the sum of the weights unless `normalize: false`. A weight of exactly 0 is a weight like any
+  other.
 - YAML 1.1 reads 1e-05 as a string, 1.0e-05 as a number.
-- Models are told apart by their paths; "+" and "@" in a path that is a string mean a LoRA and a revision.
-- Configuration and tokenizer are those of `base_model`, else of any of the models. `tokenizer_source` is left out: it permutes embeddings.
+- Models are told apart by their paths; "+" and "@" in a path that is a string mean a LoRA and a
+  revision.
+- Configuration and tokenizer are those of `base_model`, else of any of the models.
+  `tokenizer_source` is left out: it permutes embeddings.
 - A tied weight that is in the files once is written once.
-- Integer buffers must be equal in all models (0.1.5 refuses others); BatchNorm statistics are averaged, not estimated again.
+- Integer buffers must be equal in all models (0.1.5 refuses others); BatchNorm statistics are
+  averaged, not estimated again.
 """
 
 from __future__ import annotations
@@ -34,21 +41,29 @@ def mergekit_recipe(
     untrained: Iterable[str] = (),
     out_dtype: str | None = None,
 ) -> str:
-    """YAML for mergekit's merge_method linear:  theta[name] = sum_i beta[i, segment_of[name]] * w_i[name], exact but for float32 rounding.
+    """YAML for mergekit's merge_method linear: theta[name] = sum_i beta[i, segment_of[name]] *
+    w_i[name], exact but for float32 rounding.
 
-    coefficients   as in coefficients.json: beta (n, L), segments (L labels), segment_of: tensor name -> label, center_weights (n); without segment_of
-                   there is one segment for all tensors
-    sources        the n model directories, in the order of beta's rows; one that comes twice gets the sum of its weights
+    coefficients   as in coefficients.json: beta (n, L), segments (L labels), segment_of: tensor
+                   name -> label, center_weights (n); without segment_of there is one segment for
+                   all tensors
+    sources        the n model directories, in the order of beta's rows; one that comes twice gets
+                   the sum of its weights
     aliases        other names of tied tensors: name -> the name in segment_of that stands for it
-    untrained      tensors outside segment_of, such as frozen parameters: they, and all that are named nowhere, get the center's weights
+    untrained      tensors outside segment_of, such as frozen parameters: they, and all that are
+                   named nowhere, get the center's weights
     out_dtype      dtype of the result's tensors, such as "bfloat16"; None: float32
 
-    Raises ValueError if the numbers of sources, weights and segments do not fit, or a weight is not finite.
+    Raises ValueError if the numbers of sources, weights and segments do not fit, or a weight is not
+    finite.
     """
     paths = [os.path.abspath(os.fspath(s)) for s in sources]
     beta, segments = coefficients["beta"], list(coefficients["segments"])
     if len(beta) != len(paths) or any(len(row) != len(segments) for row in beta):
-        raise ValueError(f"recipe: expected beta of shape ({len(paths)}, {len(segments)}) for the sources and segments, found {_shape(beta)}")
+        raise ValueError(
+            f"recipe: expected beta of shape ({len(paths)}, {len(segments)}) for the sources and"
+            f" segments, found {_shape(beta)}"
+        )
     if not all(math.isfinite(b) for row in beta for b in row):
         raise ValueError("recipe: expected finite merge weights, found NaN or Inf")
     columns = _columns(coefficients, segments, aliases or {}, untrained)
@@ -56,9 +71,20 @@ def mergekit_recipe(
     models = {}  # path -> weight per named tensor, weight of all others
     for i, path in enumerate(paths):
         named, other = models.get(path, (dict.fromkeys(columns, 0.0), 0.0))
-        models[path] = {name: w + (rest[i] if columns[name] is None else beta[i][columns[name]]) for name, w in named.items()}, other + rest[i]
+        models[path] = (
+            {
+                name: w + (rest[i] if columns[name] is None else beta[i][columns[name]])
+                for name, w in named.items()
+            },
+            other + rest[i],
+        )
     lines = [HEADER, "models:\n", *(_model(path, *weights) for path, weights in models.items())]
-    lines += [f"base_model: {_reference(paths[-1])}\n", "merge_method: linear\n", "parameters:\n  normalize: false\n", "dtype: float32\n"]
+    lines += [
+        f"base_model: {_reference(paths[-1])}\n",
+        "merge_method: linear\n",
+        "parameters:\n  normalize: false\n",
+        "dtype: float32\n",
+    ]
     lines += [f"out_dtype: {out_dtype}\n"] if out_dtype else []
     return "".join(lines)
 
@@ -67,7 +93,12 @@ def _shape(beta: Sequence[Sequence[float]]) -> tuple[int, ...]:
     return (len(beta), *sorted({len(row) for row in beta}))
 
 
-def _columns(coefficients: Mapping[str, object], segments: list[str], aliases: Mapping[str, str], untrained: Iterable[str]) -> dict[str, int | None]:
+def _columns(
+    coefficients: Mapping[str, object],
+    segments: list[str],
+    aliases: Mapping[str, str],
+    untrained: Iterable[str],
+) -> dict[str, int | None]:
     """Column of beta for each name, None for the center's weights; longest names first."""
     segment_of = coefficients.get("segment_of")
     if segment_of is None:
@@ -79,7 +110,9 @@ def _columns(coefficients: Mapping[str, object], segments: list[str], aliases: M
 
 
 def _untrained_weights(coefficients: Mapping[str, object]) -> list[float]:
-    """What twa gives tensors that are not trained: the center's weights; the mean where the center is zero."""
+    """What twa gives tensors that are not trained: the center's weights; the mean where the center
+    is zero.
+    """
     if coefficients.get("segment_of") is None:
         return [row[0] for row in coefficients["beta"]]
     center = coefficients["center_weights"]
@@ -90,7 +123,10 @@ def _model(path: str, named: Mapping[str, float], other: float) -> str:
     start = f"  - model: {_reference(path)}\n    parameters:\n"
     if all(w == other for w in named.values()):
         return f"{start}      weight: {_number(other)}\n"
-    entries = "".join(f"        - filter: {_quoted(name)}\n          value: {_number(w)}\n" for name, w in named.items())
+    entries = "".join(
+        f"        - filter: {_quoted(name)}\n          value: {_number(w)}\n"
+        for name, w in named.items()
+    )
     return f"{start}      weight:\n{entries}        - value: {_number(other)}\n"
 
 
@@ -100,7 +136,11 @@ def _reference(path: str) -> str:
 
 def _quoted(text: str) -> str:
     """A JSON string is a YAML string, up to characters that JSON writes as two."""
-    return '"' + "".join(f"\\U{ord(c):08x}" if ord(c) > 0xFFFF else json.dumps(c)[1:-1] for c in text) + '"'
+    return (
+        '"'
+        + "".join(f"\\U{ord(c):08x}" if ord(c) > 0xFFFF else json.dumps(c)[1:-1] for c in text)
+        + '"'
+    )
 
 
 def _number(w: float) -> str:

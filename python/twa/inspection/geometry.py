@@ -1,4 +1,6 @@
-"""Norms, distances and angles of candidates, from their coordinates in an orthonormal basis: n^2 numbers, whatever the size of the models."""
+"""Norms, distances and angles of candidates, from their coordinates in an orthonormal basis: n^2
+numbers, whatever the size of the models.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,20 @@ class Geometry:
     delta_cosines   (n, n) of their differences from the center
     """
 
-    def __init__(self, names: list[str], matrices: Tensor, others: Tensor, reference: int | None = None) -> None:
+    def __init__(
+        self, names: list[str], matrices: Tensor, others: Tensor, reference: int | None = None
+    ) -> None:
         self.names, self.reference = names, reference
         self.points = torch.cat([matrices, others], 1)  # (n, r): the weights, up to a rotation
         self.norms = self.points.norm(dim=1)
         self.scale = float(self.norms.mean()) or 1.0
-        self.distances = torch.cdist(self.points, self.points, compute_mode="donot_use_mm_for_euclid_dist") / self.scale
-        deltas = self.points - (self.points.mean(0) if reference is None else self.points[reference])
+        self.distances = (
+            torch.cdist(self.points, self.points, compute_mode="donot_use_mm_for_euclid_dist")
+            / self.scale
+        )
+        deltas = self.points - (
+            self.points.mean(0) if reference is None else self.points[reference]
+        )
         self.from_center = deltas.norm(dim=1) / self.scale
         self.cosines = cosines(matrices @ matrices.T)
         self.delta_cosines = cosines(deltas @ deltas.T)
@@ -54,17 +63,25 @@ class Geometry:
         return [i for i in range(len(self)) if not (self.distances[i, :i] <= SAME).any()]
 
     def outliers(self) -> list[tuple[int, float]]:
-        """Candidates farther than OUTLIER times the median from the most central one, and how many times."""
+        """Candidates farther than OUTLIER times the median from the most central one, and how many
+        times.
+        """
         rows = self.distinct()
         if len(rows) < 4:
             return []
         apart = self.distances[rows][:, rows]
         from_medoid = apart[int(apart.sum(1).argmin())]
         usual = float(from_medoid[from_medoid > 0].median())
-        return [(i, float(d) / usual) for i, d in zip(rows, from_medoid, strict=True) if d > OUTLIER * usual]
+        return [
+            (i, float(d) / usual)
+            for i, d in zip(rows, from_medoid, strict=True)
+            if d > OUTLIER * usual
+        ]
 
     def weighted_means(self, unit: float) -> list[tuple[int, list[tuple[int, float]]]]:
-        """Candidates that are, up to their rounding (`unit`, relative), a weighted mean of others: each with these others' weights, largest first."""
+        """Candidates that are, up to their rounding (`unit`, relative), a weighted mean of others:
+        each with these others' weights, largest first.
+        """
         rows = self.distinct()
         found = []
         for i in rows if 3 <= len(rows) <= MOST_HULLS else ():
@@ -72,7 +89,9 @@ class Geometry:
             beta = affine_weights(self.points[others], self.points[i])
             distance = float((beta @ self.points[others] - self.points[i]).norm())
             if distance <= unit * float(self.norms[i]) and float(beta.min()) > -0.01:
-                found.append((i, sorted(zip(others, beta.tolist(), strict=True), key=lambda pair: -pair[1])))
+                found.append(
+                    (i, sorted(zip(others, beta.tolist(), strict=True), key=lambda pair: -pair[1]))
+                )
         return found
 
 
@@ -80,7 +99,9 @@ def affine_weights(points: Tensor, target: Tensor) -> Tensor:
     """beta (m,), sum 1, with beta @ points (m, r) as near to target (r,) as can be."""
     base = int((points - target).norm(dim=1).argmin())
     rest = [j for j in range(len(points)) if j != base]
-    solution = torch.linalg.lstsq((points[rest] - points[base]).T, (target - points[base])[:, None], driver="gelsd").solution[:, 0]
+    solution = torch.linalg.lstsq(
+        (points[rest] - points[base]).T, (target - points[base])[:, None], driver="gelsd"
+    ).solution[:, 0]
     beta = points.new_zeros(len(points))
     beta[rest] = solution
     beta[base] = 1.0 - solution.sum()

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..io.atomic import write_bytes, write_json, write_text
-from .samples import SEVERITIES, many
 from ..merge.report import markdown_table
+from .samples import SEVERITIES, many
 
 if TYPE_CHECKING:
     from .geometry import Geometry
@@ -42,12 +42,25 @@ def table(result: Inspection) -> tuple[list[str], list[list[str]]]:
 
 def _cells(result: Inspection, k: int, row: Row) -> list[str]:
     opened = row.candidate is not None
-    cells = [row.candidate.name if opened else row.path.name, str(k + 1), row.format, f"{row.bytes / 1e6:.1f}" if opened else "-"]
-    cells += [str(len(row.candidate.info)), f"{row.parameters:,}", row.dtypes] if opened else ["-", "-", "-"]
+    cells = [
+        row.candidate.name if opened else row.path.name,
+        str(k + 1),
+        row.format,
+        f"{row.bytes / 1e6:.1f}" if opened else "-",
+    ]
+    cells += (
+        [str(len(row.candidate.info)), f"{row.parameters:,}", row.dtypes]
+        if opened
+        else ["-", "-", "-"]
+    )
     g, b = result.geometry, result.barrier
     at = next((i for i, path in enumerate(result.members) if path == row.path), None)
     if g is not None:
-        cells += ["-", "-", "-"] if at is None else [f"{g.norms[at]:.2f}", f"{g.from_center[at]:.4f}", _nearest(g, at)]
+        cells += (
+            ["-", "-", "-"]
+            if at is None
+            else [f"{g.norms[at]:.2f}", f"{g.from_center[at]:.4f}", _nearest(g, at)]
+        )
     if b is not None:
         cells += ["-" if at is None else f"{b.losses[at]:.4f}"]
     return [*cells, shortened(row.problem, 60)]
@@ -66,17 +79,29 @@ def shortened(text: str, most: int) -> str:
 def text(result: Inspection) -> str:
     """For a terminal."""
     lines = [markdown_table(*table(result)), ""]
-    lines += [f"- {finding}" for finding in result.findings] or ["Nothing was found that speaks against averaging these candidates."]
+    lines += [f"- {finding}" for finding in result.findings] or [
+        "Nothing was found that speaks against averaging these candidates."
+    ]
     return "\n".join([*lines, "", *_explanations(result)])
 
 
 def _explanations(result: Inspection) -> list[str]:
     lines = []
     if g := result.geometry:
-        lines.append(f"Distances are relative to the mean norm of the candidates, {g.scale:.4g}; nearest: to the nearest other candidate.")
+        lines.append(
+            f"Distances are relative to the mean norm of the candidates, {g.scale:.4g}; nearest: to"
+            " the nearest other candidate."
+        )
     if b := result.barrier:
-        settled = f"; BatchNorm re-estimated on {b.bn_batches} training batches for every average" if b.bn_batches else ""
-        lines.append(f"Validation losses: uniform mean {b.mean:.4f}, best candidate {min(b.losses):.4f}{settled}.")
+        settled = (
+            f"; BatchNorm re-estimated on {b.bn_batches} training batches for every average"
+            if b.bn_batches
+            else ""
+        )
+        lines.append(
+            f"Validation losses: uniform mean {b.mean:.4f}, best candidate"
+            f" {min(b.losses):.4f}{settled}."
+        )
     return lines
 
 
@@ -110,7 +135,11 @@ def as_json(result: Inspection) -> dict[str, object]:
         }
         for row in result.rows
     ]
-    out: dict[str, object] = {"format": "twa-inspect-1", "files": files, "findings": [dict(vars(f)) for f in result.findings]}
+    out: dict[str, object] = {
+        "format": "twa-inspect-1",
+        "files": files,
+        "findings": [dict(vars(f)) for f in result.findings],
+    }
     if g is not None:
         out["members"] = [str(path) for path in result.members]
         out["center"] = g.center
@@ -118,7 +147,10 @@ def as_json(result: Inspection) -> dict[str, object]:
             out[name] = getattr(g, name).tolist()
     if b is not None:
         out["losses"], out["mean_loss"] = [_finite(v) for v in b.losses], _finite(b.mean)
-        out["line"] = {"ends": list(b.ends), "points": [[share, _finite(loss)] for share, loss in b.line]}
+        out["line"] = {
+            "ends": list(b.ends),
+            "points": [[share, _finite(loss)] for share, loss in b.line],
+        }
         out["bn_batches"] = b.bn_batches
     return out
 
@@ -128,7 +160,9 @@ def _finite(value: float) -> float | None:
 
 
 def write_outputs(folder: Path, result: Inspection) -> None:
-    """inspect.md, inspect.json and, where there are weights to draw, inspect.png; each appears whole. Raises ValueError where that fails."""
+    """inspect.md, inspect.json and, where there are weights to draw, inspect.png; each appears
+    whole. Raises ValueError where that fails.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "inspect.json", as_json(result))
@@ -138,32 +172,70 @@ def write_outputs(folder: Path, result: Inspection) -> None:
             (folder / "inspect.png").unlink(missing_ok=True)  # of other candidates
         write_text(folder / "inspect.md", markdown(result))
     except OSError as error:
-        raise ValueError(f"{folder}: the result could not be written ({error.strerror}): {error.filename or ''}") from error
+        raise ValueError(
+            f"{folder}: the result could not be written ({error.strerror}): {error.filename or ''}"
+        ) from error
 
 
-# Picture ---------------------------------------------------------------------------------------------------------------
+# Picture -----------------------------------------------------------------------------------------
 
 
 def picture(result: Inspection) -> bytes:
-    """PNG: distances, cosine similarities of weights and of differences from the center; with a task losses, too."""
+    """PNG: distances, cosine similarities of weights and of differences from the center; with a
+    task losses, too.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     g, b = result.geometry, result.barrier
-    layout = [["a", "a", "b", "b", "c", "c"], ["d", "d", "d", "e", "e", "e"]] if b is not None else [["a", "a", "b", "b", "c", "c"]]
+    layout = (
+        [["a", "a", "b", "b", "c", "c"], ["d", "d", "d", "e", "e", "e"]]
+        if b is not None
+        else [["a", "a", "b", "b", "c", "c"]]
+    )
     size, heights = ((16, 9.6), [5.4, 4]) if b is not None else ((16, 5), None)
-    figure, axes = plt.subplot_mosaic(layout, figsize=size, height_ratios=heights, layout="constrained")
+    figure, axes = plt.subplot_mosaic(
+        layout, figsize=size, height_ratios=heights, layout="constrained"
+    )
     distances = dict(cmap="viridis", vmin=0.0, vmax=_upper(g.distances))
     paths = [row.path for row in result.rows]
     numbers = [str(paths.index(path) + 1) for path in result.members]  # as in the table
     names = [f"{_label(name)}  {number}" for name, number in zip(g.names, numbers, strict=True)]
-    _heat_map(figure, axes["a"], g.distances, numbers, names, "Distance (1 = mean norm of a candidate)", **distances)
+    _heat_map(
+        figure,
+        axes["a"],
+        g.distances,
+        numbers,
+        names,
+        "Distance (1 = mean norm of a candidate)",
+        **distances,
+    )
     low = min(0.0, float(g.cosines.min()))
-    _heat_map(figure, axes["b"], g.cosines, numbers, numbers, "Cosine similarity of weights (matrices)", cmap="viridis", vmin=low, vmax=1.0)
+    _heat_map(
+        figure,
+        axes["b"],
+        g.cosines,
+        numbers,
+        numbers,
+        "Cosine similarity of weights (matrices)",
+        cmap="viridis",
+        vmin=low,
+        vmax=1.0,
+    )
     title = f"Cosine similarity of differences from {_label(g.center)}"
-    _heat_map(figure, axes["c"], g.delta_cosines, numbers, numbers, title, cmap="RdBu_r", vmin=-1.0, vmax=1.0)
+    _heat_map(
+        figure,
+        axes["c"],
+        g.delta_cosines,
+        numbers,
+        numbers,
+        title,
+        cmap="RdBu_r",
+        vmin=-1.0,
+        vmax=1.0,
+    )
     if b is not None:
         _losses(axes["d"], b, numbers)
         _line(axes["e"], b)
@@ -184,13 +256,17 @@ def _label(name: str) -> str:
     return name if len(name) <= LABEL else f"{name[:7]}...{name[10 - LABEL :]}"
 
 
-def _heat_map(figure, axes, values: Tensor, columns: list[str], rows: list[str], title: str, **scale) -> None:
+def _heat_map(
+    figure, axes, values: Tensor, columns: list[str], rows: list[str], title: str, **scale
+) -> None:
     n = len(values)
     image = axes.imshow(values.numpy(), interpolation="nearest", **scale)
     axes.set_title(title, fontsize=11)
     ticks = range(0, n, -(-n // MOST_TICKS))
     size = 10 if n <= MOST_NUMBERS else 8
-    axes.set_xticks(ticks, columns[:: ticks.step], fontsize=size, rotation=0 if n <= MOST_NUMBERS else 90)
+    axes.set_xticks(
+        ticks, columns[:: ticks.step], fontsize=size, rotation=0 if n <= MOST_NUMBERS else 90
+    )
     axes.set_yticks(ticks, rows[:: ticks.step], fontsize=size)
     if n <= MOST_NUMBERS:
         _write_numbers(axes, image, values)
@@ -203,13 +279,27 @@ def _write_numbers(axes, image, values: Tensor) -> None:
         for j, value in enumerate(row):
             r, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.3 * r + 0.6 * green + 0.1 * blue < 0.5
-            axes.text(j, i, f"{round(value, 2) + 0.0:.2f}", ha="center", va="center", fontsize=9, color="white" if dark else "black")
+            axes.text(
+                j,
+                i,
+                f"{round(value, 2) + 0.0:.2f}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if dark else "black",
+            )
 
 
 def _losses(axes, b: Barrier, numbers: list[str]) -> None:
     """Every candidate's own loss; the uniform mean's as a line."""
     n = len(numbers)
-    axes.plot(range(n), [v if math.isfinite(v) else math.nan for v in b.losses], "o-", markersize=4, label="candidates")
+    axes.plot(
+        range(n),
+        [v if math.isfinite(v) else math.nan for v in b.losses],
+        "o-",
+        markersize=4,
+        label="candidates",
+    )
     _references(axes, b)
     axes.set_title("Validation loss of each candidate", fontsize=11)
     axes.set_xlabel("candidate")
@@ -221,15 +311,27 @@ def _losses(axes, b: Barrier, numbers: list[str]) -> None:
 
 def _references(axes, b: Barrier) -> None:
     if math.isfinite(b.mean):
-        axes.axhline(b.mean, color="tab:orange", linestyle="--", label=f"uniform mean of all, {b.mean:.4f}")
+        axes.axhline(
+            b.mean, color="tab:orange", linestyle="--", label=f"uniform mean of all, {b.mean:.4f}"
+        )
     if math.isfinite(min(b.losses)):
-        axes.axhline(min(b.losses), color="tab:green", linestyle=":", label=f"best candidate, {min(b.losses):.4f}")
+        axes.axhline(
+            min(b.losses),
+            color="tab:green",
+            linestyle=":",
+            label=f"best candidate, {min(b.losses):.4f}",
+        )
 
 
 def _line(axes, b: Barrier) -> None:
     first, last = (b.names[k] for k in b.ends)
     shares = [share for share, _ in b.line]
-    axes.plot(shares, [v if math.isfinite(v) else math.nan for _, v in b.line], "o-", label="on the straight line")
+    axes.plot(
+        shares,
+        [v if math.isfinite(v) else math.nan for _, v in b.line],
+        "o-",
+        label="on the straight line",
+    )
     _references(axes, b)
     axes.set_title("Validation loss between the two candidates farthest apart", fontsize=11)
     axes.set_xticks(shares, [f"{share:.0%}" for share in shares])

@@ -1,4 +1,6 @@
-"""Output files appear whole or not at all: written beside their place under a temporary name, synced, renamed."""
+"""Output files appear whole or not at all: written beside their place under a temporary name,
+synced, renamed.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock(file: BinaryIO) -> bool:
-    """Makes this process the only one that writes the open file, until it closes it or is killed; False if another one does. True where the file
-    system has no locks."""
+    """Makes this process the only one that writes the open file, until it closes it or is killed;
+    False if another one does. True where the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -59,7 +61,10 @@ def lock(file: BinaryIO) -> bool:
 
 
 def temporary_of(path: Path) -> Path:
-    """Where this process writes what will be put at `path`. What killed processes have left there is removed."""
+    """Where this process writes what will be put at `path`.
+
+    What killed processes have left there is removed.
+    """
     for file in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         pid = file.name.split(".")[-2]
         if pid.isdecimal() and (int(pid) == os.getpid() or not _is_running(int(pid))):
@@ -100,9 +105,14 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_stream(path: Path | None, info: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """A safetensors file from tensors that come one at a time, in the order of `info`, as contiguous CPU tensors. The tensors are read to the end
-    even if writing fails, since other ranks may take part in making them. path None: only that."""
+def write_stream(
+    path: Path | None,
+    info: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    tensors: Iterable[tuple[str, Tensor]],
+) -> None:
+    """A safetensors file from tensors that come one at a time, in the order of `info`, as
+    contiguous CPU tensors. The tensors are read to the end even if writing fails, since other ranks
+    may take part in making them. path None: only that."""
     stream = iter(tensors)
     try:
         if path is not None:
@@ -112,12 +122,21 @@ def write_stream(path: Path | None, info: Mapping[str, tuple[torch.dtype, Sequen
             pass
 
 
-def _write_stream(path: Path, info: Mapping[str, tuple[torch.dtype, Sequence[int]]], stream: Iterator[tuple[str, Tensor]]) -> None:
+def _write_stream(
+    path: Path,
+    info: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    stream: Iterator[tuple[str, Tensor]],
+) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for key, (dtype, shape) in sorted(info.items(), key=lambda item: -item[1][0].itemsize):  # so that all are aligned
+    # so that all are aligned
+    for key, (dtype, shape) in sorted(info.items(), key=lambda item: -item[1][0].itemsize):
         begin, end = end, end + dtype.itemsize * math.prod(shape)
-        header[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        header[key] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as f:
@@ -129,7 +148,9 @@ def _write_stream(path: Path, info: Mapping[str, tuple[torch.dtype, Sequence[int
 
 
 def clear_unfinished(folder: Path, names: Iterable[str]) -> None:
-    """Removes what a killed process was writing under these names in `folder`, and puts back a directory that it was replacing."""
+    """Removes what a killed process was writing under these names in `folder`, and puts back a
+    directory that it was replacing.
+    """
     for name in names:
         for path in [*folder.glob(f".{name}.*.tmp"), folder / f".{name}.tmp"]:
             _remove(path)
@@ -144,8 +165,8 @@ def _remove(path: Path) -> None:
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Puts a complete directory in the place of an older one, in one step where the system can swap two paths. Elsewhere the older one is moved
-    aside first and removed last."""
+    """Puts a complete directory in the place of an older one, in one step where the system can swap
+    two paths. Elsewhere the older one is moved aside first and removed last."""
     for path in (*temporary.rglob("*"), temporary):
         if path.is_dir():
             sync_folder(path)
@@ -166,9 +187,14 @@ def replace_folder(temporary: Path, folder: Path) -> None:
 
 
 def _swap(a: Path, b: Path) -> bool:
-    """Exchanges two paths, so that each is there at any time; False where the system or the file system cannot."""
+    """Exchanges two paths, so that each is there at any time; False where the system or the file
+    system cannot.
+    """
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    return rename is not None and rename(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
+    return (
+        rename is not None
+        and rename(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
+    )
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -1,7 +1,8 @@
 """Candidates: checkpoints of one architecture, read in blocks of columns.
 
-Files are mapped into memory, not loaded. The next block is fetched by a background thread while one is worked on, and memory that was touched is
-given back, so that resident memory does not grow with the number or the size of the files.
+Files are mapped into memory, not loaded. The next block is fetched by a background thread while one
+is worked on, and memory that was touched is given back, so that resident memory does not grow with
+the number or the size of the files.
 """
 
 from __future__ import annotations
@@ -26,33 +27,59 @@ from twa_kernels.ops import FLOATS
 from .formats import SUFFIXES, is_checkpoint_folder, open_checkpoint
 from .mapped import CandidateError, Part, TensorInfo, shape_of
 
-__all__ = ["Block", "Blocks", "Candidate", "CandidateError", "Candidates", "Part", "TensorInfo", "average_into", "check_info", "check_same"]
+__all__ = [
+    "Block",
+    "Blocks",
+    "Candidate",
+    "CandidateError",
+    "Candidates",
+    "Part",
+    "TensorInfo",
+    "average_into",
+    "check_info",
+    "check_same",
+]
 
-BLOCK_BYTES = 64 << 20  # of all candidates together: a read that pays on any disk, and little memory
-UNIT = 8192  # columns: what blocks are multiples of; the kernels' sums have the same bits wherever a block ends
+# of all candidates together: a read that pays on any disk, and little memory
+BLOCK_BYTES = 64 << 20
+# columns: what blocks are multiples of; the kernels' sums have the same bits wherever a block ends
+UNIT = 8192
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of a file, for its fingerprint
 #: prefixes that wrappers (DataParallel, torch.compile) put before every key
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
 class Candidate:
-    """One checkpoint: a file, or a directory as Hugging Face, PEFT or torch.distributed.checkpoint write it.
+    """One checkpoint: a file, or a directory as Hugging Face, PEFT or torch.distributed.checkpoint
+    write it.
 
-    entry   the key under which a torch or DCP checkpoint holds the weights, such as "state_dict_ema"; None: the usual ones
+    entry   the key under which a torch or DCP checkpoint holds the weights, such as
+            "state_dict_ema"; None: the usual ones
     """
 
     def __init__(self, path: Path, entry: str | None = None) -> None:
         found = open_checkpoint(path, entry)
-        self.path, self.entry, self.kind, self.files, tensors = path, entry, found.kind, found.files, found.tensors
+        self.path, self.entry, self.kind, self.files, tensors = (
+            path,
+            entry,
+            found.kind,
+            found.files,
+            found.tensors,
+        )
         if not tensors:
             raise CandidateError(f"{path}: expected a checkpoint, found no tensors")
-        while prefix := next((p for p in WRAPPER_PREFIXES if all(key.startswith(p) for key in tensors)), None):
+        while prefix := next(
+            (p for p in WRAPPER_PREFIXES if all(key.startswith(p) for key in tensors)), None
+        ):
             tensors = {key.removeprefix(prefix): t for key, t in tensors.items()}
         self._tensors = tensors
         self.info = {key: t.info for key, t in tensors.items()}
         for key, info in self.info.items():
             if info.dtype.is_floating_point and info.dtype.itemsize == 1:
-                raise CandidateError(f"{path}: tensor {key!r} is {info.dtype}: expected weights of at least 16 bits; convert the checkpoint first")
+                raise CandidateError(
+                    f"{path}: tensor {key!r} is {info.dtype}: expected weights of at least 16 bits;"
+                    " convert the checkpoint first"
+                )
         self._maps = tuple(dict.fromkeys(file for t in tensors.values() for file in t.files))
 
     @property
@@ -60,11 +87,16 @@ class Candidate:
         return self.path.stem if self.path.is_file() else self.path.name
 
     def tensor(self, key: str, part: Part | None = None) -> Tensor:
-        """The tensor, or these slices of it, one per dimension: mapped from the file where the format allows. To be read only."""
+        """The tensor, or these slices of it, one per dimension: mapped from the file where the
+        format allows. To be read only.
+        """
         return self._tensors[key].read(part)
 
     def columns(self, key: str, begin: int, end: int, part: Part | None = None) -> Tensor:
-        """Elements [begin, end) of the tensor, or of these slices of it, as it lies flat: (end - begin,)."""
+        """Elements [begin, end) of the tensor, or of these slices of it, as it lies flat:
+
+        (end - begin,).
+        """
         slab, skip = _slab(self.info[key].shape, part, begin, end)
         return self.tensor(key, slab).reshape(-1)[skip : skip + end - begin]
 
@@ -73,7 +105,9 @@ class Candidate:
         self._tensors[key].prefetch(_slab(self.info[key].shape, part, begin, end)[0])
 
     def fingerprint(self) -> str:
-        """Digest of the files' sizes and of `SAMPLES` blocks spread over each, and of which entry is read."""
+        """Digest of the files' sizes and of `SAMPLES` blocks spread over each, and of which entry
+        is read.
+        """
         digest = hashlib.sha256((self.entry or "").encode())
         for path in self.files:
             with open(path, "rb") as f:
@@ -95,9 +129,11 @@ class Candidate:
             file.drop()
 
 
-def _slab(shape: tuple[int, ...], part: Part | None, begin: int, end: int) -> tuple[Part | None, int]:
-    """Slices that hold elements [begin, end) of the flat part: the fewest rows of the first dimension longer than 1; and how many elements come
-    before them."""
+def _slab(
+    shape: tuple[int, ...], part: Part | None, begin: int, end: int
+) -> tuple[Part | None, int]:
+    """Slices that hold elements [begin, end) of the flat part: the fewest rows of the first
+    dimension longer than 1; and how many elements come before them."""
     if not shape:
         return part, begin
     sizes = shape_of(shape, part)
@@ -114,39 +150,58 @@ def _slab(shape: tuple[int, ...], part: Part | None, begin: int, end: int) -> tu
 
 def numeric_order(path: Path | str) -> list[tuple[int, int, str]]:
     """Sort key that orders step_9 before step_10."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", str(path)) if part]
+    return [
+        (0, int(part), "") if part.isdecimal() else (1, 0, part)
+        for part in re.split(r"(\d+)", str(path))
+        if part
+    ]
 
 
 def find_checkpoints(patterns: Iterable[str | os.PathLike]) -> list[Path]:
-    """Paths of checkpoints: files, what glob patterns match, directories that are one, and what lies in directories that are none, in numeric
-    order."""
+    """Paths of checkpoints: files, what glob patterns match, directories that are one, and what
+    lies in directories that are none, in numeric order."""
     found: list[Path] = []
     for pattern in patterns:
         text = os.fspath(pattern)
-        matches = [text] if os.path.exists(text) or not glob.has_magic(text) else sorted(glob.glob(text, recursive=True), key=numeric_order)
+        matches = (
+            [text]
+            if os.path.exists(text) or not glob.has_magic(text)
+            else sorted(glob.glob(text, recursive=True), key=numeric_order)
+        )
         if not matches:
             raise CandidateError(f"no candidates: nothing matches {text!r}")
         for match in map(Path, matches):
-            found += _inside(match) if match.is_dir() and not is_checkpoint_folder(match) else [match]
+            found += (
+                _inside(match) if match.is_dir() and not is_checkpoint_folder(match) else [match]
+            )
     if not found:
         raise CandidateError("no candidates: expected at least one checkpoint, found none")
     return in_order(found)
 
 
 def in_order(found: list[Path]) -> list[Path]:
-    """Paths in alphabetic order, as a shell lists what a pattern matches (step_10 before step_9), in numeric order; others as they are."""
+    """Paths in alphabetic order, as a shell lists what a pattern matches (step_10 before step_9),
+    in numeric order; others as they are.
+    """
     return sorted(found, key=numeric_order) if found == sorted(found, key=str) else found
 
 
 def _inside(folder: Path) -> list[Path]:
     """The checkpoints in a directory that is none itself."""
-    inside = [p for p in folder.iterdir() if not p.name.startswith(".") and (p.suffix in SUFFIXES if p.is_file() else is_checkpoint_folder(p))]
+    inside = [
+        p
+        for p in folder.iterdir()
+        if not p.name.startswith(".")
+        and (p.suffix in SUFFIXES if p.is_file() else is_checkpoint_folder(p))
+    ]
     return sorted(inside, key=numeric_order) or [folder]  # opening it says what was expected
 
 
 @dataclass(frozen=True)
 class Block:
-    """Columns [begin, end) of the `index`-th tensor asked for, of every candidate: rows[i] (end - begin,)."""
+    """Columns [begin, end) of the `index`-th tensor asked for, of every candidate: rows[i] (end -
+    begin,).
+    """
 
     index: int
     begin: int
@@ -155,21 +210,31 @@ class Block:
 
 
 class Candidates(Sequence[Candidate]):
-    """The heap: checkpoints with the same tensors, in numeric order of their names within each pattern. A list of files in alphabetic
-    order, as a shell gives it, is put in numeric order too; any other list keeps its order.
+    """The heap: checkpoints with the same tensors, in numeric order of their names within each
+    pattern. A list of files in alphabetic order, as a shell gives it, is put in numeric order too;
+    any other list keeps its order.
 
-    paths   files (.safetensors, .pt, .pth, .bin, .ckpt), glob patterns, directories that are a checkpoint (Hugging Face, sharded or not, PEFT
-            adapters, torch.distributed.checkpoint) or that have checkpoints in them, or a list of those. Order matters to EMA and LAWA: earlier
-            candidates first. docs/formats.md has the details.
-    entry   the key under which torch and DCP checkpoints hold the weights, such as "state_dict_ema"; None: the usual ones
+    paths   files (.safetensors, .pt, .pth, .bin, .ckpt), glob patterns, directories that are a
+            checkpoint (Hugging Face, sharded or not, PEFT adapters, torch.distributed.checkpoint)
+            or that have checkpoints in them, or a list of those. Order matters to EMA and LAWA:
+            earlier candidates first. docs/formats.md has the details.
+    entry   the key under which torch and DCP checkpoints hold the weights, such as
+            "state_dict_ema"; None: the usual ones
     block_bytes  how much of all candidates together is read at once; about twice that is resident
 
-    Raises CandidateError if there are none, one cannot be read, or their keys, shapes or kinds of dtype differ.
+    Raises CandidateError if there are none, one cannot be read, or their keys, shapes or kinds of
+    dtype differ.
     """
 
     at_hand = True  # unlike those of a basis that is loaded alone
 
-    def __init__(self, paths: str | os.PathLike | Iterable[str | os.PathLike], *, entry: str | None = None, block_bytes: int = BLOCK_BYTES) -> None:
+    def __init__(
+        self,
+        paths: str | os.PathLike | Iterable[str | os.PathLike],
+        *,
+        entry: str | None = None,
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
         found = find_checkpoints([paths] if isinstance(paths, str | os.PathLike) else paths)
         self._candidates = [Candidate(path, entry) for path in found]
         for candidate in self._candidates[1:]:
@@ -218,11 +283,18 @@ class Candidates(Sequence[Candidate]):
             self._touched = nbytes
 
     def _chosen(self, rows: slice | Sequence[int]) -> list[Candidate]:
-        return self._candidates[rows] if isinstance(rows, slice) else [self._candidates[i] for i in rows]
+        return (
+            self._candidates[rows]
+            if isinstance(rows, slice)
+            else [self._candidates[i] for i in rows]
+        )
 
-    def tensors(self, key: str, rows: slice = slice(None), part: Part | None = None) -> list[Tensor]:
-        """This tensor of every candidate (or of those in `rows`), mapped from its file. part: only these slices of it, one per dimension; the bytes
-        around them are not touched. For tensors larger than memory see `stream`."""
+    def tensors(
+        self, key: str, rows: slice = slice(None), part: Part | None = None
+    ) -> list[Tensor]:
+        """This tensor of every candidate (or of those in `rows`), mapped from its file. part: only
+        these slices of it, one per dimension; the bytes around them are not touched. For tensors
+        larger than memory see `stream`."""
         chosen, count = self._candidates[rows], math.prod(shape_of(self.info[key].shape, part))
         self._count(count * sum(c.info[key].dtype.itemsize for c in chosen))
         return [c.tensor(key, part) for c in chosen]
@@ -234,8 +306,8 @@ class Candidates(Sequence[Candidate]):
         columns: int | None = None,
         begin: tuple[int, int] = (0, 0),
     ) -> Iterator[Block]:
-        """Blocks of columns of these tensors (key, and slices or None), in order, while a background thread fetches the next. A tensor without
-        elements makes one empty block.
+        """Blocks of columns of these tensors (key, and slices or None), in order, while a
+        background thread fetches the next. A tensor without elements makes one empty block.
 
         columns   of a block, a multiple of UNIT; default: what makes block_bytes
         begin     (index, column) of the first block
@@ -261,19 +333,31 @@ class Candidates(Sequence[Candidate]):
             while block is not None:
                 ahead = None
                 if (place := next(blocks, None)) is not None:
-                    pool = pool or stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="twa-prefetch"))
+                    pool = pool or stack.enter_context(
+                        ThreadPoolExecutor(1, thread_name_prefix="twa-prefetch")
+                    )
                     ahead = pool.submit(prepare_ahead, *place)
                 yield block
                 block = ahead and ahead.result()
 
     def _cut(
-        self, wanted: Sequence[tuple[str, Part | None]], chosen: Sequence[Candidate], columns: int | None, begin: tuple[int, int]
+        self,
+        wanted: Sequence[tuple[str, Part | None]],
+        chosen: Sequence[Candidate],
+        columns: int | None,
+        begin: tuple[int, int],
     ) -> Iterator[tuple[int, int, int]]:
         """(index, begin, end) of each block."""
         for index in range(begin[0], len(wanted)):
             key, part = wanted[index]
             total = math.prod(shape_of(self.info[key].shape, part))
-            width = columns or max(1, self.block_bytes // (UNIT * sum(c.info[key].dtype.itemsize for c in chosen))) * UNIT
+            width = (
+                columns
+                or max(
+                    1, self.block_bytes // (UNIT * sum(c.info[key].dtype.itemsize for c in chosen))
+                )
+                * UNIT
+            )
             at = begin[1] if index == begin[0] else 0
             if total == 0:
                 yield index, 0, 0
@@ -281,26 +365,40 @@ class Candidates(Sequence[Candidate]):
                 yield index, first, min(first + width, total)
 
     def fingerprints(self) -> dict[str, str]:
-        """For each place in the order, the candidate's name and a digest of its files' sizes and samples of their content."""
+        """For each place in the order, the candidate's name and a digest of its files' sizes and
+        samples of their content.
+        """
         if self._fingerprints is None:
-            self._fingerprints = {f"candidate {k}": f"{c.name} ({c.fingerprint()})" for k, c in enumerate(self)}
+            self._fingerprints = {
+                f"candidate {k}": f"{c.name} ({c.fingerprint()})" for k, c in enumerate(self)
+            }
         return self._fingerprints
 
     def blocks(self, keys: Iterable[str] | None = None, columns: int | None = None) -> Blocks:
-        """The candidates' float tensors (or those named) as a stream of blocks of columns: n flat tensors of at most `columns` elements each.
-        It can be read again and again, as `twa_kernels.orthonormalize` wants; memory does not grow with the files."""
-        names = [key for key, info in self.info.items() if info.dtype.is_floating_point] if keys is None else list(keys)
+        """The candidates' float tensors (or those named) as a stream of blocks of columns: n flat
+        tensors of at most `columns` elements each. It can be read again and again, as
+        `twa_kernels.orthonormalize` wants; memory does not grow with the files."""
+        names = (
+            [key for key, info in self.info.items() if info.dtype.is_floating_point]
+            if keys is None
+            else list(keys)
+        )
         if unknown := [name for name in names if name not in self.info]:
-            raise CandidateError(f"{self[0].path}: expected a tensor {unknown[0]!r}, found none of that name")
+            raise CandidateError(
+                f"{self[0].path}: expected a tensor {unknown[0]!r}, found none of that name"
+            )
         if columns is not None and columns < 1:
             raise ValueError(f"columns: expected at least 1, found {columns}")
         return Blocks(self, names, columns)
 
     def average(self, key: str, weights: Tensor, part: Part | None = None) -> Tensor:
-        """sum_i weights[i] * w_i for one tensor (or these slices of it), summed in float64 block by block, returned as float32 (float64 for
-        float64). Candidates of weight 0 are not read."""
+        """sum_i weights[i] * w_i for one tensor (or these slices of it), summed in float64 block by
+        block, returned as float32 (float64 for float64). Candidates of weight 0 are not read."""
         used = torch.nonzero(weights).flatten().tolist() or [0]
-        out = torch.empty(shape_of(self.info[key].shape, part), dtype=torch.promote_types(self.info[key].dtype, torch.float32))
+        out = torch.empty(
+            shape_of(self.info[key].shape, part),
+            dtype=torch.promote_types(self.info[key].dtype, torch.float32),
+        )
         for block in self.stream([(key, part)], rows=used):
             average_into(out.view(-1)[block.begin : block.end], block.rows, weights[used])
         return out
@@ -315,7 +413,9 @@ class Blocks:
     columns: int | None
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        for block in self.candidates.stream([(key, None) for key in self.keys], columns=self.columns):
+        for block in self.candidates.stream(
+            [(key, None) for key in self.keys], columns=self.columns
+        ):
             if block.rows[0].numel():
                 yield [row if row.dtype in FLOATS else row.float() for row in block.rows]
 
@@ -324,7 +424,9 @@ CHUNK = 1 << 20  # columns of a float64 accumulator: 8 MB
 
 
 def average_into(out: Tensor, rows: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """out = sum_i weights[i] * rows[i], summed in float64; rows of weight 0 are not read. out: contiguous, any float dtype."""
+    """out = sum_i weights[i] * rows[i], summed in float64; rows of weight 0 are not read. out:
+    contiguous, any float dtype.
+    """
     if out.dtype == torch.float32 and all(r.dtype in FLOATS for r in rows):
         tk.average([r.detach() for r in rows], weights, out)
         return out
@@ -342,9 +444,15 @@ def average_into(out: Tensor, rows: Sequence[Tensor], weights: Tensor) -> Tensor
 def check_same(first: Candidate, other: Candidate) -> None:
     """Same keys, shapes and kinds of dtype (float, integer, bool), else CandidateError."""
     if missing := sorted(first.info.keys() - other.info.keys()):
-        raise CandidateError(f"{other.path}: tensor {missing[0]!r} is missing ({len(missing)} in all) but is in {first.path}")
+        raise CandidateError(
+            f"{other.path}: tensor {missing[0]!r} is missing ({len(missing)} in all) but is in"
+            f" {first.path}"
+        )
     if unexpected := sorted(other.info.keys() - first.info.keys()):
-        raise CandidateError(f"{other.path}: tensor {unexpected[0]!r} is unexpected ({len(unexpected)} in all): {first.path} does not have it")
+        raise CandidateError(
+            f"{other.path}: tensor {unexpected[0]!r} is unexpected ({len(unexpected)} in all):"
+            f" {first.path} does not have it"
+        )
     for key, expected in first.info.items():
         check_info(other.path, key, expected, other.info[key], f"in {first.path}")
 
@@ -352,10 +460,26 @@ def check_same(first: Candidate, other: Candidate) -> None:
 def check_info(path: Path, key: str, expected: TensorInfo, found: TensorInfo, where: str) -> None:
     if expected.shape != found.shape:
         hint = ""
-        if len(expected.shape) == len(found.shape) >= 1 and expected.shape[1:] == found.shape[1:] and re.search(r"emb|wte|vocab|lm_head|tok", key):
-            hint = f"; this looks like a vocabulary mismatch ({expected.shape[0]} and {found.shape[0]} tokens): candidates must share one tokenizer"
-        raise CandidateError(f"{path}: tensor {key!r}: expected shape {list(expected.shape)} as {where}, found {list(found.shape)}{hint}")
+        if (
+            len(expected.shape) == len(found.shape) >= 1
+            and expected.shape[1:] == found.shape[1:]
+            and re.search(r"emb|wte|vocab|lm_head|tok", key)
+        ):
+            hint = (
+                f"; this looks like a vocabulary mismatch ({expected.shape[0]} and {found.shape[0]}"
+                " tokens): candidates must share one tokenizer"
+            )
+        raise CandidateError(
+            f"{path}: tensor {key!r}: expected shape {list(expected.shape)} as {where}, found"
+            f" {list(found.shape)}{hint}"
+        )
     if expected.dtype.is_complex or found.dtype.is_complex:
-        raise CandidateError(f"{path}: tensor {key!r} is complex, which is not supported: expected a real dtype")
-    if expected.dtype.is_floating_point != found.dtype.is_floating_point or (expected.dtype == torch.bool) != (found.dtype == torch.bool):
-        raise CandidateError(f"{path}: tensor {key!r}: expected {expected.dtype} as {where}, found {found.dtype}")
+        raise CandidateError(
+            f"{path}: tensor {key!r} is complex, which is not supported: expected a real dtype"
+        )
+    if expected.dtype.is_floating_point != found.dtype.is_floating_point or (
+        expected.dtype == torch.bool
+    ) != (found.dtype == torch.bool):
+        raise CandidateError(
+            f"{path}: tensor {key!r}: expected {expected.dtype} as {where}, found {found.dtype}"
+        )

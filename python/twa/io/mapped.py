@@ -1,4 +1,6 @@
-"""Files mapped into memory, read only, and where in them tensors lie: what every checkpoint format comes down to."""
+"""Files mapped into memory, read only, and where in them tensors lie: what every checkpoint format
+comes down to.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ MAX_CUTS = 8  # of blocks into blocks; shards are cut once in each dimension
 
 
 class CandidateError(ValueError):
-    """Something is wrong with the candidates; the message names file, tensor, what was expected and what was found."""
+    """Something is wrong with the candidates; the message names file, tensor, what was expected and
+    what was found.
+    """
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,10 @@ class TensorInfo:
 
 
 class MappedFile:
-    """A file whose bytes are read when they are touched. It is mapped at the first use; `drop` gives the memory of what was touched back."""
+    """A file whose bytes are read when they are touched.
+
+    It is mapped at the first use; `drop` gives the memory of what was touched back.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self._map = path, None
@@ -69,35 +76,54 @@ class MappedFile:
                 raise CandidateError(f"{self.path}: cannot be mapped ({error})") from error
             status = os.stat(self.path)
             if (status.st_size, status.st_ino, status.st_mtime_ns) != (self.size, *self._stamp):
-                raise CandidateError(f"{self.path}: changed since its header was read; is it still being written?")
+                raise CandidateError(
+                    f"{self.path}: changed since its header was read; is it still being written?"
+                )
         return self._map
 
     def check(self) -> None:
-        """Raises CandidateError if the file is not what it was when its header was read: touching bytes that are gone would end the process. A file
-        that was removed or replaced by another is still there for the mapping."""
+        """Raises CandidateError if the file is not what it was when its header was read: touching
+        bytes that are gone would end the process. A file that was removed or replaced by another is
+        still there for the mapping."""
         try:
             status = os.stat(self.path)
             rewritten = status.st_ino == self._stamp[0] and status.st_mtime_ns != self._stamp[1]
         except OSError:
             rewritten = False
         if rewritten or self.map.size() != self.size:
-            raise CandidateError(f"{self.path}: changed while it was being read: expected {self.size} bytes as at first; is it still being written?")
+            raise CandidateError(
+                f"{self.path}: changed while it was being read: expected {self.size} bytes as at"
+                " first; is it still being written?"
+            )
 
     def tensor(self, dtype: torch.dtype, offset: int, count: int) -> Tensor:
-        """`count` elements from byte `offset` on, (count,); the file's own memory if they are aligned, else a copy."""
+        """`count` elements from byte `offset` on, (count,); the file's own memory if they are
+        aligned, else a copy.
+        """
         if count == 0:
             return torch.empty(0, dtype=dtype)
         if offset % dtype.itemsize:
-            return torch.frombuffer(self.map, dtype=torch.uint8, offset=offset, count=count * dtype.itemsize).clone().view(dtype)
+            return (
+                torch.frombuffer(
+                    self.map, dtype=torch.uint8, offset=offset, count=count * dtype.itemsize
+                )
+                .clone()
+                .view(dtype)
+            )
         return torch.frombuffer(self.map, dtype=dtype, offset=offset, count=count)
 
     def drop(self) -> None:
-        """Gives the memory of all touched pages back; tensors over them stay valid and are read again when they are touched."""
+        """Gives the memory of all touched pages back; tensors over them stay valid and are read
+        again when they are touched.
+        """
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
     def prefetch(self, offset: int, count: int) -> None:
-        """Asks the system to read these bytes soon. Other threads go on meanwhile, which they would not with a call on the mapping."""
+        """Asks the system to read these bytes soon.
+
+        Other threads go on meanwhile, which they would not with a call on the mapping.
+        """
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):
                 file = os.open(self.path, os.O_RDONLY)
@@ -116,7 +142,8 @@ def _map(path: Path) -> mmap.mmap:
         file = open(path, "rb")  # noqa: SIM115
     with file:
         try:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # what a caller may write stays in this process
+            # what a caller may write stays in this process
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
             if error.errno == errno.EMFILE and _raise_file_limit():
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -138,7 +165,9 @@ def _raise_file_limit() -> bool:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: elements from byte `offset` on, of which `strides` makes the shape (None: contiguous)."""
+    """A tensor in a file: elements from byte `offset` on, of which `strides` makes the shape (None:
+    contiguous).
+    """
 
     file: MappedFile
     info: TensorInfo
@@ -175,20 +204,40 @@ class Stored:
 
 @dataclass(frozen=True)
 class Pieces:
-    """A tensor in blocks, each with its place in the whole: what ranks have written of their shards. The blocks cover it, without overlap."""
+    """A tensor in blocks, each with its place in the whole: what ranks have written of their
+    shards. The blocks cover it, without overlap.
+    """
 
     info: TensorInfo
     blocks: tuple[tuple[tuple[int, ...], Stored], ...]  # (offsets, block)
 
     def _within(self, part: Part | None) -> list[tuple[Part, Part, Stored]]:
         """(slices of the result, slices of the block, block) for each block that `part` needs."""
-        wanted = [s.indices(size)[:2] for s, size in zip(part or (slice(None),) * len(self.info.shape), self.info.shape, strict=True)]
+        wanted = [
+            s.indices(size)[:2]
+            for s, size in zip(
+                part or (slice(None),) * len(self.info.shape), self.info.shape, strict=True
+            )
+        ]
         found = []
         for offsets, block in self.blocks:
-            common = [(max(a, o), min(b, o + size)) for (a, b), o, size in zip(wanted, offsets, block.info.shape, strict=True)]
+            common = [
+                (max(a, o), min(b, o + size))
+                for (a, b), o, size in zip(wanted, offsets, block.info.shape, strict=True)
+            ]
             if all(a < b for a, b in common):
-                to = tuple(slice(a - w, b - w) for (a, b), (w, _) in zip(common, wanted, strict=True))
-                found.append((to, tuple(slice(a - o, b - o) for (a, b), o in zip(common, offsets, strict=True)), block))
+                to = tuple(
+                    slice(a - w, b - w) for (a, b), (w, _) in zip(common, wanted, strict=True)
+                )
+                found.append(
+                    (
+                        to,
+                        tuple(
+                            slice(a - o, b - o) for (a, b), o in zip(common, offsets, strict=True)
+                        ),
+                        block,
+                    )
+                )
         return found
 
     def read(self, part: Part | None = None) -> Tensor:
@@ -216,12 +265,20 @@ Source = Stored | Pieces
 
 def shape_of(shape: tuple[int, ...], part: Part | None) -> tuple[int, ...]:
     """Of these slices of a tensor, or of all of it."""
-    return shape if part is None else tuple(len(range(*s.indices(size))) for s, size in zip(part, shape, strict=True))
+    return (
+        shape
+        if part is None
+        else tuple(len(range(*s.indices(size))) for s, size in zip(part, shape, strict=True))
+    )
 
 
 def span(shape: Sequence[int], strides: Sequence[int]) -> int:
     """Elements of storage from a strided tensor's first to its last."""
-    return 0 if 0 in shape else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    return (
+        0
+        if 0 in shape
+        else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    )
 
 
 def swap_bytes(flat: Tensor) -> Tensor:
@@ -231,13 +288,21 @@ def swap_bytes(flat: Tensor) -> Tensor:
 
 
 def are_sizes(value: object) -> bool:
-    """Whether a file's value can be the sizes, offsets or strides of a tensor: few enough to be multiplied in no time."""
-    return isinstance(value, list | tuple) and len(value) <= MAX_DIMENSIONS and all(type(v) is int and 0 <= v < MAX_ELEMENTS for v in value)
+    """Whether a file's value can be the sizes, offsets or strides of a tensor: few enough to be
+    multiplied in no time.
+    """
+    return (
+        isinstance(value, list | tuple)
+        and len(value) <= MAX_DIMENSIONS
+        and all(type(v) is int and 0 <= v < MAX_ELEMENTS for v in value)
+    )
 
 
 def is_file_name(name: str) -> bool:
-    """Whether this names a file in a directory, and nothing outside it; and can be printed. (The file may be a link: Hugging Face's cache is made of
-    links to ../../blobs, and what a link leads to is only read.)"""
+    """Whether this names a file in a directory, and nothing outside it; and can be printed.
+
+    (The file may be a link: Hugging Face's cache is made of links to ../../blobs, and what a link
+    leads to is only read.)"""
     if not name.isprintable() or len(name.encode()) > 255 or name in ("", ".", ".."):
         return False
     return "/" not in name and "\\" not in name and Path(name).name == name
@@ -246,17 +311,21 @@ def is_file_name(name: str) -> bool:
 def check_name(name: str, where: Path) -> None:
     """CandidateError for a tensor's name that no message should quote."""
     if len(name) > MAX_NAME:
-        raise CandidateError(f"{where}: expected names of at most {MAX_NAME} characters, found one of {len(name)}")
+        raise CandidateError(
+            f"{where}: expected names of at most {MAX_NAME} characters, found one of {len(name)}"
+        )
 
 
 def covered(shape: Sequence[int], blocks: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
-    """Whether blocks (offsets, sizes) lie within `shape`, do not overlap and leave nothing out; they must be what cuts through all of it make, as
-    shards are."""
+    """Whether blocks (offsets, sizes) lie within `shape`, do not overlap and leave nothing out;
+    they must be what cuts through all of it make, as shards are."""
     boxes = []
     for offsets, sizes in blocks:
         if len(offsets) != len(shape) or len(sizes) != len(shape):
             return False
-        if any(o < 0 or s < 0 or o + s > size for o, s, size in zip(offsets, sizes, shape, strict=True)):
+        if any(
+            o < 0 or s < 0 or o + s > size for o, s, size in zip(offsets, sizes, shape, strict=True)
+        ):
             return False
         if math.prod(sizes):
             boxes.append([(o, o + s) for o, s in zip(offsets, sizes, strict=True)])
@@ -283,7 +352,10 @@ def _cut(whole: list[tuple[int, int]], boxes: list[list[tuple[int, int]]], cuts:
             return False
         if len(groups) > 1:
             sides = [(g[0][axis][0], max(b[axis][1] for b in g)) for g in groups]
-            return all(_cut([*whole[:axis], side, *whole[axis + 1 :]], g, cuts - 1) for g, side in zip(groups, sides, strict=True))
+            return all(
+                _cut([*whole[:axis], side, *whole[axis + 1 :]], g, cuts - 1)
+                for g, side in zip(groups, sides, strict=True)
+            )
     return False
 
 

@@ -11,15 +11,22 @@ from torch import nn
 from tqdm import tqdm
 
 from ..batchnorm import batch_size
-from ..tasks.batches import shared_out
-from ..merge.settings import Result
-from ..tasks.contract import Task
 from ..distributed.ranks import World
+from ..merge.settings import Result
+from ..tasks.batches import shared_out
+from ..tasks.contract import Task
 
 
 @torch.no_grad()
-def mean_over(model: nn.Module, function: Callable[[nn.Module, object], object], data: Iterable, world: World | None = None) -> float:
-    """Mean of function(model, batch) over the data in evaluation mode, each batch weighted by its size; ranks share the batches."""
+def mean_over(
+    model: nn.Module,
+    function: Callable[[nn.Module, object], object],
+    data: Iterable,
+    world: World | None = None,
+) -> float:
+    """Mean of function(model, batch) over the data in evaluation mode, each batch weighted by its
+    size; ranks share the batches.
+    """
     world = world or World()
     training = model.training
     model.eval()
@@ -39,7 +46,8 @@ def mean_over(model: nn.Module, function: Callable[[nn.Module, object], object],
 class PeakMemory:
     """Highest resident memory of this process since the object was made, in bytes.
 
-    Where the kernel does not let a process reset its high-water mark, the peak since the process started.
+    Where the kernel does not let a process reset its high-water mark, the peak since the process
+    started.
     """
 
     def __init__(self) -> None:
@@ -65,4 +73,11 @@ def measure_test(result: Result, model: nn.Module, task: Task, world: World | No
 
 
 def progress_bar(text: str, total: int, shown: bool, **options: object) -> tqdm:
-    return tqdm(total=total, desc=f"{text:32.32s}", disable=not shown, mininterval=0.5, file=sys.stderr, **options)
+    return tqdm(
+        total=total,
+        desc=f"{text:32.32s}",
+        disable=not shown,
+        mininterval=0.5,
+        file=sys.stderr,
+        **options,
+    )

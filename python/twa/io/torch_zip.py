@@ -1,5 +1,6 @@
-"""What torch.save writes: a zip archive of a pickle and plain records, or, before torch 1.6, pickles and then plain bytes. The pickle is interpreted
-without running anything (see `unpickle`); tensors are mapped where their bytes lie."""
+"""What torch.save writes: a zip archive of a pickle and plain records, or, before torch 1.6,
+pickles and then plain bytes. The pickle is interpreted without running anything (see `unpickle`);
+tensors are mapped where their bytes lie."""
 
 from __future__ import annotations
 
@@ -15,10 +16,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .mapped import CandidateError, MappedFile, Stored, TensorInfo, are_sizes, check_name, first_line, span
+from .mapped import (
+    CandidateError,
+    MappedFile,
+    Stored,
+    TensorInfo,
+    are_sizes,
+    check_name,
+    first_line,
+    span,
+)
 from .unpickle import INERT, MAX_PICKLE, Made, Name, Refused, checked_key, unpickle
 
-MAX_EXPANDED = 1 << 24  # elements of a tensor that has fewer of its own: an expanded one may claim any shape
+# elements of a tensor that has fewer of its own: an expanded one may claim any shape
+MAX_EXPANDED = 1 << 24
 MAX_DEPTH = 16  # of dicts
 DIRECTORY = 0x10  # attribute of a zip archive's entry, for which PyTorch gives uninitialised memory
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before torch 1.6
@@ -55,7 +66,7 @@ class Window(io.RawIOBase):
         return len(data)
 
 
-# What the pickles of torch.save ask for ------------------------------------------------------------------------------------
+# What the pickles of torch.save ask for ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -90,18 +101,48 @@ def _tensor(storage: Storage, offset: int, shape: tuple, strides: tuple) -> Desc
     return _tensor_v3(storage, offset, shape, strides, False, None, storage.dtype)
 
 
-def _tensor_v2(storage: Storage, offset: int, shape: tuple, strides: tuple, requires_grad: bool, hooks: object, metadata=None) -> Described:
-    return _tensor_v3(storage, offset, shape, strides, requires_grad, hooks, storage.dtype, metadata)
+def _tensor_v2(
+    storage: Storage,
+    offset: int,
+    shape: tuple,
+    strides: tuple,
+    requires_grad: bool,
+    hooks: object,
+    metadata=None,
+) -> Described:
+    return _tensor_v3(
+        storage, offset, shape, strides, requires_grad, hooks, storage.dtype, metadata
+    )
 
 
 def _tensor_v3(
-    storage: Storage, offset: int, shape: tuple, strides: tuple, requires_grad: bool, hooks: object, dtype: torch.dtype, metadata: object = None
+    storage: Storage,
+    offset: int,
+    shape: tuple,
+    strides: tuple,
+    requires_grad: bool,
+    hooks: object,
+    dtype: torch.dtype,
+    metadata: object = None,
 ) -> Described:
-    if type(storage) is not Storage or type(dtype) is not torch.dtype or type(requires_grad) is not bool:
+    if (
+        type(storage) is not Storage
+        or type(dtype) is not torch.dtype
+        or type(requires_grad) is not bool
+    ):
         raise ValueError("expected a tensor's storage and dtype")
-    if metadata and (type(metadata) is not dict or not {"neg": True, "conj": False}.items() >= metadata.items() or not dtype.is_floating_point):
+    if metadata and (
+        type(metadata) is not dict
+        or not {"neg": True, "conj": False}.items() >= metadata.items()
+        or not dtype.is_floating_point
+    ):
         raise ValueError("expected a plain tensor, or one that is negated when it is read")
-    if not (type(shape) is type(strides) is tuple and are_sizes((offset, *shape)) and are_sizes(strides) and len(shape) == len(strides)):
+    if not (
+        type(shape) is type(strides) is tuple
+        and are_sizes((offset, *shape))
+        and are_sizes(strides)
+        and len(shape) == len(strides)
+    ):
         raise ValueError("expected a tensor's sizes and strides")
     return Described(storage, dtype, offset, shape, strides, bool(metadata) and "neg" in metadata)
 
@@ -114,7 +155,11 @@ def _parameter(data: object, *_: object) -> object:
 
 def _of_type(rebuild: object, kind: object, arguments: tuple, state: object) -> object:
     """A tensor with attributes of its own, which are left out."""
-    if type(rebuild) is not Name or type(arguments) is not tuple or kind not in (_TENSOR, _PARAMETER):
+    if (
+        type(rebuild) is not Name
+        or type(arguments) is not tuple
+        or kind not in (_TENSOR, _PARAMETER)
+    ):
         raise Refused("it makes a tensor of another class")
     return _parameter(rebuild.make(*arguments))
 
@@ -131,9 +176,37 @@ def _latin(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-_TENSOR, _PARAMETER = Name(Made), Name(lambda *arguments: arguments[0] if arguments and type(arguments[0]) is Described else Made(*arguments))
-_DENSE = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")
-_DENSE += ("complex128", "complex64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+_TENSOR, _PARAMETER = (
+    Name(Made),
+    Name(
+        lambda *arguments: (
+            arguments[0] if arguments and type(arguments[0]) is Described else Made(*arguments)
+        )
+    ),
+)
+_DENSE = (
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint64",
+    "uint32",
+    "uint16",
+    "uint8",
+    "bool",
+)
+_DENSE += (
+    "complex128",
+    "complex64",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+)
 _STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -178,16 +251,41 @@ NAMES: dict[str, object] = {
     "torch.device": INERT,
     "torch.serialization._get_layout": INERT,
 }
-NAMES |= {f"torch._utils.{name}": Name(lambda *_, kind=kind: NotDense(kind)) for name, kind in _NOT_DENSE.items()}
-NAMES |= {f"{module}.{name}": Storage(dtype, None, 0) for module in ("torch", "torch.cuda", "torch.storage") for name, dtype in _STORAGES.items()}
-NAMES |= {f"torch.{name}": Storage(torch.uint8, None, 0) for name in ("QInt8Storage", "QUInt8Storage", "QInt32Storage")}  # of quantised tensors
-NAMES |= {f"torch.{name}": INERT for name in ("per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric")}
+NAMES |= {
+    f"torch._utils.{name}": Name(lambda *_, kind=kind: NotDense(kind))
+    for name, kind in _NOT_DENSE.items()
+}
+NAMES |= {
+    f"{module}.{name}": Storage(dtype, None, 0)
+    for module in ("torch", "torch.cuda", "torch.storage")
+    for name, dtype in _STORAGES.items()
+}
+# of quantised tensors
+NAMES |= {
+    f"torch.{name}": Storage(torch.uint8, None, 0)
+    for name in ("QInt8Storage", "QUInt8Storage", "QInt32Storage")
+}
+NAMES |= {
+    f"torch.{name}": INERT
+    for name in (
+        "per_tensor_affine",
+        "per_tensor_symmetric",
+        "per_channel_affine",
+        "per_channel_symmetric",
+    )
+}
 NAMES |= {f"torch.{name}": getattr(torch, name) for name in _DENSE if hasattr(torch, name)}
 
 
 def _storage(id_: object) -> Storage:
     """("storage", type, key, device, elements), and in old files what part of it"""
-    if type(id_) is not tuple or len(id_) not in (5, 6) or id_[0] != "storage" or type(id_[1]) is not Storage or id_[5:] not in ((), (None,)):
+    if (
+        type(id_) is not tuple
+        or len(id_) not in (5, 6)
+        or id_[0] != "storage"
+        or type(id_[1]) is not Storage
+        or id_[5:] not in ((), (None,))
+    ):
         raise ValueError("expected a storage")
     if type(id_[2]) not in (str, int) or not are_sizes((id_[4],)):
         raise ValueError("expected the key and the size of a storage")
@@ -203,13 +301,17 @@ def explained(where: str) -> Iterator[None]:
         raise
     except Refused as error:
         raise CandidateError(
-            f"{where}: refused: loading it would run code from the file; save the state_dict alone, for example as safetensors ({error})"
+            f"{where}: refused: loading it would run code from the file; save the state_dict alone,"
+            f" for example as safetensors ({error})"
         ) from error
     except Exception as error:
-        raise CandidateError(f"{where}: not a complete torch checkpoint ({type(error).__name__}: {first_line(error)})") from error
+        raise CandidateError(
+            f"{where}: not a complete torch checkpoint ({type(error).__name__}:"
+            f" {first_line(error)})"
+        ) from error
 
 
-# Where their tensors lie -----------------------------------------------------------------------------------------------------
+# Where their tensors lie -------------------------------------------------------------------------
 
 
 class Archive:
@@ -221,23 +323,40 @@ class Archive:
     def __init__(self, file: MappedFile, begin: int, length: int, where: str) -> None:
         self.file, self.where = file, where
         self.records = zip_records(file.path, begin, length, where)
-        order = bytes_of(file.path, *self.records["byteorder"])[:8] if "byteorder" in self.records else b"little"
+        order = (
+            bytes_of(file.path, *self.records["byteorder"])[:8]
+            if "byteorder" in self.records
+            else b"little"
+        )
         if order not in (b"little", b"big") or "data.pkl" not in self.records:
-            raise CandidateError(f"{where}: not a complete torch checkpoint: expected records data.pkl and byteorder as torch.save writes them")
+            raise CandidateError(
+                f"{where}: not a complete torch checkpoint: expected records data.pkl and byteorder"
+                " as torch.save writes them"
+            )
         self.swapped = order != sys.byteorder.encode()
         if self.records["data.pkl"][1] > MAX_PICKLE:
-            raise CandidateError(f"{where}: expected at most {MAX_PICKLE} bytes in data.pkl, found {self.records['data.pkl'][1]}")
+            raise CandidateError(
+                f"{where}: expected at most {MAX_PICKLE} bytes in data.pkl, found"
+                f" {self.records['data.pkl'][1]}"
+            )
         with explained(where):
-            self.content, _ = unpickle(bytes_of(file.path, *self.records["data.pkl"]), NAMES, _storage)
+            self.content, _ = unpickle(
+                bytes_of(file.path, *self.records["data.pkl"]), NAMES, _storage
+            )
 
     def place(self, t: Described) -> Stored:
         at = self.records.get(f"data/{t.storage.key}")
         if at is None:
-            raise CandidateError(f"{self.where}: not a complete torch checkpoint: it has no record {t.storage.key[:100]!r} for a tensor")
+            raise CandidateError(
+                f"{self.where}: not a complete torch checkpoint: it has no record"
+                f" {t.storage.key[:100]!r} for a tensor"
+            )
         return stored(t, self.file, *at, self.swapped, self.where)
 
 
-def stored(t: Described, file: MappedFile, begin: int, size: int, swapped: bool, where: str) -> Stored:
+def stored(
+    t: Described, file: MappedFile, begin: int, size: int, swapped: bool, where: str
+) -> Stored:
     """A tensor whose storage has `size` bytes from `begin` on."""
     info = TensorInfo(t.shape, t.dtype)
     if math.prod(t.shape) == 0:
@@ -245,11 +364,24 @@ def stored(t: Described, file: MappedFile, begin: int, size: int, swapped: bool,
     own = span(t.shape, t.strides)
     needed = (t.offset + own) * t.dtype.itemsize
     if needed > size or t.storage.count * t.storage.dtype.itemsize != size:
-        raise CandidateError(f"{where}: not a complete torch checkpoint: a tensor {info} needs {needed} bytes of its record, found {size}")
+        raise CandidateError(
+            f"{where}: not a complete torch checkpoint: a tensor {info} needs {needed} bytes of its"
+            f" record, found {size}"
+        )
     if math.prod(t.shape) > max(own, MAX_EXPANDED):
-        raise CandidateError(f"{where}: a tensor {info} is expanded from {own} elements: expected at most {MAX_EXPANDED} then")
+        raise CandidateError(
+            f"{where}: a tensor {info} is expanded from {own} elements: expected at most"
+            f" {MAX_EXPANDED} then"
+        )
     contiguous = t.strides == tuple(math.prod(t.shape[d + 1 :]) for d in range(len(t.shape)))
-    return Stored(file, info, begin + t.offset * t.dtype.itemsize, None if contiguous else t.strides, swapped, t.negated)
+    return Stored(
+        file,
+        info,
+        begin + t.offset * t.dtype.itemsize,
+        None if contiguous else t.strides,
+        swapped,
+        t.negated,
+    )
 
 
 def _open(path: Path) -> tuple[object, Callable[[Described], Stored]]:
@@ -265,7 +397,9 @@ def _open(path: Path) -> tuple[object, Callable[[Described], Stored]]:
 
 
 def _legacy(file: MappedFile) -> tuple[object, Callable[[Described], Stored]]:
-    """Before torch 1.6: five pickles, of which the last has the storages' keys, then each storage's elements and bytes."""
+    """Before torch 1.6: five pickles, of which the last has the storages' keys, then each storage's
+    elements and bytes.
+    """
     data, storages = memoryview(file.map)[:MAX_PICKLE], {}
 
     def seen(id_: object) -> Storage:
@@ -293,14 +427,19 @@ def _legacy(file: MappedFile) -> tuple[object, Callable[[Described], Stored]]:
 
     def place(t: Described) -> Stored:
         if t.storage.key not in places:
-            raise CandidateError(f"{file.path}: not a complete torch checkpoint: it has no bytes for a tensor {list(t.shape)}")
+            raise CandidateError(
+                f"{file.path}: not a complete torch checkpoint: it has no bytes for a tensor"
+                f" {list(t.shape)}"
+            )
         return stored(t, file, *places[t.storage.key], sys.byteorder != "little", str(file.path))
 
     return content, place
 
 
 def read_torch(path: Path) -> object:
-    """The nested dicts of a checkpoint with a Source in the place of each tensor; what else is in it is left out."""
+    """The nested dicts of a checkpoint with a Source in the place of each tensor; what else is in
+    it is left out.
+    """
     content, place = _open(path)
     done: dict[int, object] = {}  # a dict may occur many times, even in itself
 
@@ -326,10 +465,13 @@ def read_torch(path: Path) -> object:
 
 
 def read_values(path: Path) -> object:
-    """All of a small file of plain values: dicts, lists, tuples, numbers, texts, with its tensors in memory."""
+    """All of a small file of plain values: dicts, lists, tuples, numbers, texts, with its tensors
+    in memory.
+    """
     content, place = _open(path)
     done: dict[int, tuple[object, object]] = {}
-    left = 4 * path.stat().st_size  # tensors may share their bytes, but not to make much out of little
+    # tensors may share their bytes, but not to make much out of little
+    left = 4 * path.stat().st_size
 
     def tensor(t: Described) -> Tensor:
         nonlocal left
@@ -363,29 +505,54 @@ def bytes_of(path: Path, offset: int, count: int) -> bytes:
 
 
 def zip_records(path: Path, begin: int, length: int, where: str) -> dict[str, tuple[int, int]]:
-    """Records of a torch archive in `length` bytes of a file: name without the archive's own -> (offset in the file, size). All must be uncompressed,
-    within the file and apart from each other."""
+    """Records of a torch archive in `length` bytes of a file: name without the archive's own ->
+    (offset in the file, size). All must be uncompressed, within the file and apart from each other.
+    """
     found: dict[str, tuple[int, int]] = {}
     prefix = None
     try:
         with open(path, "rb") as f, zipfile.ZipFile(Window(f, begin, length)) as archive:
             directory = archive.infolist()
             if directory and min(record.header_offset for record in directory):
-                raise CandidateError(f"{where}: not a complete torch checkpoint: expected its first record at its begin")
+                raise CandidateError(
+                    f"{where}: not a complete torch checkpoint: expected its first record at its"
+                    " begin"
+                )
             for record in directory:
                 if record.is_dir():
                     continue
                 if record.volume or record.external_attr & DIRECTORY:
-                    raise CandidateError(f"{where}: record {record.filename!r} claims to be in another file or a directory")
-                if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size or record.flag_bits & 1:
-                    raise CandidateError(f"{where}: record {record.filename!r} is compressed or encrypted, as torch.save never writes it")
+                    raise CandidateError(
+                        f"{where}: record {record.filename!r} claims to be in another file or a"
+                        " directory"
+                    )
+                if (
+                    record.compress_type != zipfile.ZIP_STORED
+                    or record.file_size != record.compress_size
+                    or record.flag_bits & 1
+                ):
+                    raise CandidateError(
+                        f"{where}: record {record.filename!r} is compressed or encrypted, as"
+                        " torch.save never writes it"
+                    )
                 f.seek(begin + record.header_offset)
                 local = f.read(30)
                 if local[:4] != b"PK\3\4":
-                    raise CandidateError(f"{where}: record {record.filename!r} is not where the archive's directory says")
-                at = begin + record.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+                    raise CandidateError(
+                        f"{where}: record {record.filename!r} is not where the archive's directory"
+                        " says"
+                    )
+                at = (
+                    begin
+                    + record.header_offset
+                    + 30
+                    + int.from_bytes(local[26:28], "little")
+                    + int.from_bytes(local[28:30], "little")
+                )
                 if at + record.file_size > begin + length:
-                    raise CandidateError(f"{where}: record {record.filename!r} goes beyond the end of the file")
+                    raise CandidateError(
+                        f"{where}: record {record.filename!r} goes beyond the end of the file"
+                    )
                 folder, _, name = record.filename.partition("/")
                 if folder != (prefix := folder if prefix is None else prefix):
                     continue  # what another program has added
@@ -395,10 +562,14 @@ def zip_records(path: Path, begin: int, length: int, where: str) -> dict[str, tu
         at = begin
         for offset, size in sorted(found.values()):
             if offset < at and size:
-                raise CandidateError(f"{where}: not a complete torch checkpoint: its records overlap")
+                raise CandidateError(
+                    f"{where}: not a complete torch checkpoint: its records overlap"
+                )
             at = max(at, offset + size)
     except CandidateError:
         raise
     except Exception as error:  # whatever a damaged directory sets off in zipfile
-        raise CandidateError(f"{where}: not a complete torch checkpoint ({first_line(error)})") from error
+        raise CandidateError(
+            f"{where}: not a complete torch checkpoint ({first_line(error)})"
+        ) from error
     return found

@@ -1,8 +1,12 @@
-"""Pickles of plain data, without running anything. A pickle is a program for a small stack machine; this is one that knows only the instructions that
-Python and torch.save write for data, and only the functions that it is given: a pickle can do no more to it than a text can to any parser.
+"""Pickles of plain data, without running anything.
 
-torch.load(weights_only=True) restricts names too, but it calls PyTorch's own functions and hashes whatever is a key: a file of 300 bytes keeps it
-busy for ever (tuples inside tuples, 2^40 in all, as a key) or takes all memory (bytearray(10**11)).
+A pickle is a program for a small stack machine; this is one that knows only the instructions that
+Python and torch.save write for data, and only the functions that it is given: a pickle can do no
+more to it than a text can to any parser.
+
+torch.load(weights_only=True) restricts names too, but it calls PyTorch's own functions and hashes
+whatever is a key: a file of 300 bytes keeps it busy for ever (tuples inside tuples, 2^40 in all, as
+a key) or takes all memory (bytearray(10**11)).
 """
 
 from __future__ import annotations
@@ -43,7 +47,8 @@ class Made:
 
 
 INERT = Name(Made)
-PYTHON2_STRINGS = {ord("U"): 1, ord("T"): 4}  # instructions that make them, and bytes of the length that follows
+# instructions that make them, and bytes of the length that follows
+PYTHON2_STRINGS = {ord("U"): 1, ord("T"): 4}
 KEYS = (str, int, float, bool, bytes, type(None), torch.dtype, Made)  # of dicts; and tuples of them
 
 
@@ -76,7 +81,13 @@ def unpickle(
 
 
 class _Machine:
-    def __init__(self, data: bytes | memoryview, names: Mapping[str, object], storage: Callable[[object], object] | None, at: int) -> None:
+    def __init__(
+        self,
+        data: bytes | memoryview,
+        names: Mapping[str, object],
+        storage: Callable[[object], object] | None,
+        at: int,
+    ) -> None:
         self.data, self.names, self.storage, self.at = data, names, storage, at
         self.stack: list[object] = []
         self.outer: list[list[object]] = []  # stacks below a mark
@@ -131,7 +142,8 @@ class _Machine:
         state = self.stack.pop()
         if type(self.stack[-1]) is Made:
             self.stack[-1].state = state
-        elif type(self.stack[-1]) is not dict:  # attributes of an OrderedDict, such as _metadata, are left out
+        # attributes of an OrderedDict, such as _metadata, are left out
+        elif type(self.stack[-1]) is not dict:
             raise ValueError(f"attributes of a {type(self.stack[-1]).__name__}")
 
     def persistent(self) -> None:
@@ -158,7 +170,10 @@ class _Machine:
 
 
 def checked_key(key: object) -> object:
-    """Of a dict: what is hashed in no time. Tuples in tuples may take for ever, and large numbers may all have one hash."""
+    """Of a dict: what is hashed in no time.
+
+    Tuples in tuples may take for ever, and large numbers may all have one hash.
+    """
     for part in key if type(key) is tuple else (key,):
         if type(part) not in KEYS or (type(part) is int and abs(part) >> 60):
             raise ValueError(f"expected a plain key of a dict, found a {type(part).__name__}")

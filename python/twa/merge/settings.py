@@ -23,24 +23,44 @@ class TwaMethod:
 
     @property
     def name(self) -> str:
-        options = "".join(f", {option}" for option in (self.basis, self.constraint) if option in OPTIONS)
-        segments = "fine" if self.granularity == "fine" else f"per {self.granularity}{' weights' if isinstance(self.granularity, int) else ''}"
-        return f"TWA-{self.kind} {segments}, {'float32' if self.bits == 32 else f'{self.bits} bits'}{options}"
+        options = "".join(
+            f", {option}" for option in (self.basis, self.constraint) if option in OPTIONS
+        )
+        segments = (
+            "fine"
+            if self.granularity == "fine"
+            else f"per {self.granularity}{' weights' if isinstance(self.granularity, int) else ''}"
+        )
+        return (
+            f"TWA-{self.kind} {segments},"
+            f" {'float32' if self.bits == 32 else f'{self.bits} bits'}{options}"
+        )
 
     @classmethod
     def parse(cls, text: str) -> TwaMethod:
         """ "t:tensor:4", "t:1024:4", "t:tensor:4:orthonormal", "v:model:4:simplex" """
         parts = text.split(":")
         try:
-            if len(parts) not in (3, 4) or parts[0] not in ("t", "v") or parts[2] not in ("32", "8", "4", "3", "2", "1"):
+            if (
+                len(parts) not in (3, 4)
+                or parts[0] not in ("t", "v")
+                or parts[2] not in ("32", "8", "4", "3", "2", "1")
+            ):
                 raise ValueError("kind t or v, bits 32, 8, 4, 3, 2 or 1")
             segments = parse_granularity(parts[1])
             if parts[3:] and parts[3] not in (*OPTIONS, "deltas"):
                 raise ValueError(f"option {' or '.join(OPTIONS)}")
         except ValueError as error:
-            expected = str(error).removeprefix(f"granularity {parts[min(1, len(parts) - 1)]!r}: expected ")
-            raise ValueError(f"method {text!r}: expected KIND:GRANULARITY:BITS[:OPTION] such as t:tensor:4; {expected}") from error
-        return cls(parts[0], segments, int(parts[2]), **OPTIONS.get(parts[3] if parts[3:] else "", {}))
+            expected = str(error).removeprefix(
+                f"granularity {parts[min(1, len(parts) - 1)]!r}: expected "
+            )
+            raise ValueError(
+                f"method {text!r}: expected KIND:GRANULARITY:BITS[:OPTION] such as t:tensor:4;"
+                f" {expected}"
+            ) from error
+        return cls(
+            parts[0], segments, int(parts[2]), **OPTIONS.get(parts[3] if parts[3:] else "", {})
+        )
 
 
 #: last parts of a method's text
@@ -51,8 +71,9 @@ DEFAULT_METHODS = (TwaMethod("t", "fine", 4), TwaMethod("v", "model", 4))
 
 @dataclass(frozen=True)
 class Settings:
-    """patience: looks at the validation data (of six) in a row without a new best after which a trained average is stopped; 0: none.
-    batches_per_step: over all ranks; 0: one per rank. placement: see Subspace.from_candidates; "columns" shards the task's model."""
+    """patience: looks at the validation data (of six) in a row without a new best after which a
+    trained average is stopped; 0: none. batches_per_step: over all ranks; 0: one per rank.
+    placement: see Subspace.from_candidates; "columns" shards the task's model."""
 
     methods: tuple[TwaMethod, ...] = DEFAULT_METHODS
     steps: int = 100
@@ -67,14 +88,23 @@ class Settings:
     patience: int = 3
 
     def facts(self) -> dict[str, str]:
-        """What a run may not change when it is continued: not the placement, nor the number of ranks."""
+        """What a run may not change when it is continued: not the placement, nor the number of
+        ranks.
+        """
         free = {"placement", "low_memory", "save_every"}
-        return {f.name.replace("_", " "): str(getattr(self, f.name)) for f in fields(self) if f.name not in free}
+        return {
+            f.name.replace("_", " "): str(getattr(self, f.name))
+            for f in fields(self)
+            if f.name not in free
+        }
 
 
 @dataclass
 class Result:
-    """One row of the table. Losses are means per batch sample; memory is the process's peak in bytes while the method ran."""
+    """One row of the table.
+
+    Losses are means per batch sample; memory is the process's peak in bytes while the method ran.
+    """
 
     method: str
     candidates: int
@@ -84,14 +114,17 @@ class Result:
     val_loss: float
     test_loss: float | None = None
     test_metric: float | None = None
-    evaluations: int = 0  # passes over the validation data that it takes on its own, BatchNorm re-estimated before each
+    # passes over the validation data that it takes on its own, BatchNorm re-estimated before each
+    evaluations: int = 0
     note: str = ""
     curve: list[float] = field(default_factory=list)  # training loss per step
     val_curve: list[tuple[int, float]] = field(default_factory=list)
     beta: Tensor | None = None  # (n,) or (n, L) merge weights
     coefficients: dict | None = None
     is_average: bool = True  # False: a comparison that is no weighted average (annealing)
-    averaged_bn_loss: float | None = None  # validation loss with BatchNorm statistics averaged, not re-estimated; None where that is no question
+    # validation loss with BatchNorm statistics averaged, not re-estimated; None where that is no
+    # question
+    averaged_bn_loss: float | None = None
 
 
 @dataclass

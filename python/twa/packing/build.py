@@ -1,4 +1,6 @@
-"""The basis of a subspace, or this rank's part of it, from the candidates in one stream of tensors (an orthonormal one in three)."""
+"""The basis of a subspace, or this rank's part of it, from the candidates in one stream of tensors
+(an orthonormal one in three).
+"""
 
 from __future__ import annotations
 
@@ -11,26 +13,41 @@ from torch import Tensor
 import twa_kernels as tk
 from twa_kernels.packed import row_divisor
 
-from . import orthonormal
 from ..basis.dense import new_packer
 from ..basis.segments import Segments
-from .orthonormal import Coordinates
 from ..distributed.sharding import Basis, Placement
 from ..distributed.weights import not_finite
+from . import orthonormal
+from .orthonormal import Coordinates
 
 
 @torch.no_grad()  # a .pt file may hold parameters, which ask for gradients
 def build(
-    place: Placement, segments: Segments, bits: int, kind: str, normalize: str, weights: Tensor, progress: Callable[[str, int], None] | None
+    place: Placement,
+    segments: Segments,
+    bits: int,
+    kind: str,
+    normalize: str,
+    weights: Tensor,
+    progress: Callable[[str, int], None] | None,
 ) -> tuple[Basis, Tensor, list[Tensor] | None, Coordinates | None]:
-    """Basis of this rank's rows and columns; divisors of all rows (n, L); center of this rank's columns, float32 (None on a rank that adds none);
-    coordinates of an orthonormal basis. Ranks call it together."""
+    """Basis of this rank's rows and columns; divisors of all rows (n, L); center of this rank's
+    columns, float32 (None on a rank that adds none); coordinates of an orthonormal basis. Ranks
+    call it together."""
     shapes = [h.shape for h in place.held]
     centers = [torch.empty(shape) for shape in shapes]
     # An orthonormal basis is packed once its rank is known.
-    begins = [place.begin(k, segments.chunk) for k in range(len(shapes))] if segments.chunk else None
-    packer = new_packer(len(place.candidates[place.rows]), shapes, bits, segments, begins) if kind == "deltas" else None
-    tensors = itertools.groupby(place.stream([k for k in range(len(shapes)) if place.packs(k)]), key=lambda kb: kb[0])
+    begins = (
+        [place.begin(k, segments.chunk) for k in range(len(shapes))] if segments.chunk else None
+    )
+    packer = (
+        new_packer(len(place.candidates[place.rows]), shapes, bits, segments, begins)
+        if kind == "deltas"
+        else None
+    )
+    tensors = itertools.groupby(
+        place.stream([k for k in range(len(shapes)) if place.packs(k)]), key=lambda kb: kb[0]
+    )
     for k, key in enumerate(place.keys):
         if not place.packs(k):
             if packer:
@@ -55,6 +72,16 @@ def build(
     if packer:
         place.exchange(packer, centers)
         divisor = row_divisor(place.sum_sq(packer), normalize)
-        return packer.finish(normalize, divisor[place.rows]), divisor, place.own_center(centers), None
+        return (
+            packer.finish(normalize, divisor[place.rows]),
+            divisor,
+            place.own_center(centers),
+            None,
+        )
     made, coordinates = orthonormal.build(place, centers, segments, bits, normalize)
-    return made, torch.ones(coordinates.transform.shape[1::-1], dtype=torch.float64), place.own_center(centers), coordinates
+    return (
+        made,
+        torch.ones(coordinates.transform.shape[1::-1], dtype=torch.float64),
+        place.own_center(centers),
+        coordinates,
+    )

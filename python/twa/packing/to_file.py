@@ -1,4 +1,6 @@
-"""`twa pack`: candidates straight into a packed basis on disk, in one stream that can be interrupted."""
+"""`twa pack`: candidates straight into a packed basis on disk, in one stream that can be
+interrupted.
+"""
 
 from __future__ import annotations
 
@@ -21,30 +23,32 @@ from twa_kernels.packed import Scaling, lost_groups
 from twa_kernels.reference import BITS
 
 from ..basis.file import LARGEST_SCALE, NAME, BasisError, Writer
-from ..io.candidates import Candidates
-from ..io.atomic import clear_unfinished, lock, write_json
-from ..io.formats import read_json
 from ..basis.segments import GRANULARITIES, layout_of, parse_granularity
-from ..io.progress import PeakMemory
-from ..io.memory import limit_memory, parse_bytes
+from ..distributed.ranks import World
 from ..distributed.sharding import Placement
-from .load import contents_of, find_basis, untrained
+from ..distributed.weights import load_untrained, not_finite
+from ..io.atomic import clear_unfinished, lock, write_json
+from ..io.candidates import Candidates
+from ..io.formats import read_json
+from ..io.memory import limit_memory, parse_bytes
+from ..io.progress import PeakMemory
 from ..subspace import choices
 from ..tasks.contract import load_task
-from ..distributed.weights import load_untrained, not_finite
-from ..distributed.ranks import World
+from .load import contents_of, find_basis, untrained
 
 SAVE_SECONDS = 10.0  # between saved positions
 MAX_POSITION = 1 << 30  # bytes: two numbers as text for each candidate and segment
 
 
-# Unfinished files -----------------------------------------------------------------------------------------------------------
+# Unfinished files --------------------------------------------------------------------------------
 
 
 def unfinished_parts(path: Path) -> tuple[Path, Path, Path]:
-    """Beside a basis that is being packed: the position to continue from, which the others are on the disk before; the scales as bfloat16, before all
-    of a segment is known; the basis so far."""
-    return tuple(path.with_name(f"{path.name}{kind}.partial") for kind in (".position", ".scales", ""))
+    """Beside a basis that is being packed: the position to continue from, which the others are on
+    the disk before; the scales as bfloat16, before all of a segment is known; the basis so far."""
+    return tuple(
+        path.with_name(f"{path.name}{kind}.partial") for kind in (".position", ".scales", "")
+    )
 
 
 def is_unfinished(path: Path) -> bool:
@@ -62,7 +66,9 @@ def remove_parts(path: Path, but: Path | None = None) -> None:
 
 
 def remove_left_over(path: Path) -> None:
-    """What a run has left that was killed when its basis was in place already, or before there was a position to continue from."""
+    """What a run has left that was killed when its basis was in place already, or before there was
+    a position to continue from.
+    """
     partial = unfinished_parts(path)[-1]
     if not partial.exists():
         remove_parts(path)
@@ -72,12 +78,14 @@ def remove_left_over(path: Path) -> None:
             remove_parts(path)
 
 
-# From candidates, in one stream ---------------------------------------------------------------------------------------------
+# From candidates, in one stream ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Report:
-    """read: bytes of the candidates;  written: of the file;  seconds: of this process alone;  memory: highest resident bytes."""
+    """read: bytes of the candidates; written: of the file; seconds: of this process alone; memory:
+    highest resident bytes.
+    """
 
     read: int
     written: int
@@ -87,8 +95,10 @@ class Report:
 
 
 class PackToFile:
-    """Packs candidates straight into a file, whose size is not limited by memory. Interrupted, it goes on where it was (resume=True), with the bits
-    of an undisturbed run: the file is the same whatever the interruptions and the memory."""
+    """Packs candidates straight into a file, whose size is not limited by memory.
+
+    Interrupted, it goes on where it was (resume=True), with the bits of an undisturbed run: the
+    file is the same whatever the interruptions and the memory."""
 
     def __init__(
         self,
@@ -105,7 +115,10 @@ class PackToFile:
         layout = layout_of(model, candidates)
         self.weights, segments = choices(layout, candidates, granularity, center)
         if bits not in BITS:
-            raise ValueError(f"bits: expected one of {BITS}, found {bits!r}; the dense basis (32) is not written: it is the candidates")
+            raise ValueError(
+                f"bits: expected one of {BITS}, found {bits!r}; the dense basis (32) is not"
+                " written: it is the candidates"
+            )
         self.place = Placement(World(), model, candidates, layout)
         self.contents = contents_of(layout, candidates, bits, segments, normalize)
         self.writer = Writer(self.path, self.contents)
@@ -121,11 +134,20 @@ class PackToFile:
         remove_parts(self.path)
 
     def run(self, resume: bool = False, progress: Callable[[int], None] | None = None) -> Report:
-        """progress: called with the bytes read since the last call. Raises OSError if the disk is full (what is saved stays, to be resumed),
-        BasisError if another process is packing to the same place."""
+        """progress: called with the bytes read since the last call.
+
+        Raises OSError if the disk is full (what is saved stays, to be resumed), BasisError if
+        another process is packing to the same place."""
         memory, begun, resumed = PeakMemory(), time.perf_counter(), resume and self.unfinished
         c, writer = self.contents, self.writer
-        packer = tk.Packer(len(self.candidates), c.shapes, c.bits, c.parts.of_tiles(c.numels), sink=self._keep, num_segments=len(c.labels))
+        packer = tk.Packer(
+            len(self.candidates),
+            c.shapes,
+            c.bits,
+            c.parts.of_tiles(c.numels),
+            sink=self._keep,
+            num_segments=len(c.labels),
+        )
         begin = self._read_position(packer) if resumed else (0, 0)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         writer.lock()
@@ -144,7 +166,13 @@ class PackToFile:
             if self.finished or not self.position.exists():  # nothing to continue
                 remove_parts(self.path, but=writer.partial if self.finished else None)
             writer.close()
-        return Report(self.candidates.bytes_read, writer.size, time.perf_counter() - begun, memory.bytes(), resumed)
+        return Report(
+            self.candidates.bytes_read,
+            writer.size,
+            time.perf_counter() - begun,
+            memory.bytes(),
+            resumed,
+        )
 
     def _keep(self, first: int, codes: Tensor, scales: Tensor) -> None:
         self.writer.put("codes", codes, first * codes[0].numel() if len(codes) else 0)
@@ -152,7 +180,9 @@ class PackToFile:
         self.raw_file.write(memoryview(scales.reshape(-1).view(torch.uint8).numpy()))
 
     @torch.no_grad()
-    def _stream(self, packer: tk.Packer, begin: tuple[int, int], progress: Callable[[int], None] | None) -> None:
+    def _stream(
+        self, packer: tk.Packer, begin: tuple[int, int], progress: Callable[[int], None] | None
+    ) -> None:
         numels, saved = self.contents.numels, time.perf_counter()
         starts = [sum(numels[:k]) for k in range(len(numels))]
         if begin[0] < len(numels) and begin[1] and begin[1] == numels[begin[0]]:
@@ -186,14 +216,23 @@ class PackToFile:
             data = self.raw_file.read((at.stop - first) * n * 2)
             whole = len(data) == (at.stop - first) * n * 2
             if whole:
-                scales, zeros = scaling.apply(torch.frombuffer(bytearray(data), dtype=torch.bfloat16).view(-1, n), segment[at])
+                scales, zeros = scaling.apply(
+                    torch.frombuffer(bytearray(data), dtype=torch.bfloat16).view(-1, n), segment[at]
+                )
             if not whole or (scales.view(torch.uint8) > LARGEST_SCALE).any():
-                raise BasisError(f"{self.raw}: not the scales of an unfinished basis of these candidates; pass --overwrite to start anew")
+                raise BasisError(
+                    f"{self.raw}: not the scales of an unfinished basis of these candidates; pass"
+                    " --overwrite to start anew"
+                )
             writer.put("scales", scales, first * n)
             lost += zeros
         if lost:
             print(f"twa: warning: {lost_groups(lost, len(segment) * n)}", file=sys.stderr)
-        small = {"row_scale": scaling.row_scale, "divisor": scaling.divisor, "center_weights": self.weights}
+        small = {
+            "row_scale": scaling.row_scale,
+            "divisor": scaling.divisor,
+            "center_weights": self.weights,
+        }
         small["coefficients"] = torch.zeros(packer.sum_sq.shape)
         for name, t in (small | untrained(self.place.model, self.contents)).items():
             writer.put(name, t)
@@ -203,9 +242,13 @@ class PackToFile:
     def _bytes_before(self, index: int, column: int) -> int:
         keys = list(self.contents.trained.values())
         whole = sum(c.info[key].nbytes for c in self.candidates for key in keys[:index])
-        return whole + (sum(c.info[keys[index]].dtype.itemsize for c in self.candidates) * column if index < len(keys) else 0)
+        return whole + (
+            sum(c.info[keys[index]].dtype.itemsize for c in self.candidates) * column
+            if index < len(keys)
+            else 0
+        )
 
-    # Position of an interrupted run ---------------------------------------------------------------------------------------
+    # Position of an interrupted run --------------------------------------------------------------
 
     def _save_position(self, packer: tk.Packer, at: tuple[int, int]) -> None:
         """After the parts before it are on the disk."""
@@ -214,25 +257,48 @@ class PackToFile:
         os.fsync(self.raw_file.fileno())
         sums = {"sum_sq": packer.sum_sq.tolist(), "max_scale": packer.max_scale.tolist()}
         options = {"contents": self.contents.as_json(), "center_weights": self.weights.tolist()}
-        write_json(self.position, {"tensor": at[0], "column": at[1], **sums, "of": json.dumps(options)})
+        write_json(
+            self.position, {"tensor": at[0], "column": at[1], **sums, "of": json.dumps(options)}
+        )
 
     def _read_position(self, packer: tk.Packer) -> tuple[int, int]:
-        value = read_json(self.position, "expected the position of an interrupted run", MAX_POSITION)
+        value = read_json(
+            self.position, "expected the position of an interrupted run", MAX_POSITION
+        )
         try:
-            of, ours = json.loads(value["of"]), json.loads(json.dumps({"contents": self.contents.as_json(), "center_weights": self.weights.tolist()}))
+            of, ours = (
+                json.loads(value["of"]),
+                json.loads(
+                    json.dumps(
+                        {
+                            "contents": self.contents.as_json(),
+                            "center_weights": self.weights.tolist(),
+                        }
+                    )
+                ),
+            )
             for theirs, mine in ((of["contents"], ours["contents"]), (of, ours)):
                 if odd := [name for name in mine if mine[name] != theirs.get(name)]:
-                    raise BasisError(f"{self.position}: of another run: {odd[0]} differs; pass --overwrite to start anew")
-            sums = (torch.tensor(value["sum_sq"], dtype=torch.float64), torch.tensor(value["max_scale"], dtype=torch.float32))
+                    raise BasisError(
+                        f"{self.position}: of another run: {odd[0]} differs; pass --overwrite to"
+                        " start anew"
+                    )
+            sums = (
+                torch.tensor(value["sum_sq"], dtype=torch.float64),
+                torch.tensor(value["max_scale"], dtype=torch.float32),
+            )
             packer.resume(value["tensor"], value["column"], *sums)
             return value["tensor"], value["column"]
         except BasisError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise BasisError(f"{self.position}: not the position of an interrupted run ({type(error).__name__}: {error})") from error
+            raise BasisError(
+                f"{self.position}: not the position of an interrupted run ({type(error).__name__}:"
+                f" {error})"
+            ) from error
 
 
-# Command line -----------------------------------------------------------------------------------------------------------------
+# Command line ------------------------------------------------------------------------------------
 
 
 def _granularity(text: str) -> str | int:
@@ -243,24 +309,70 @@ def _granularity(text: str) -> str | int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", metavar="TASK", help="a built-in task, or a Python file that defines the model (as for twa average)")
-    parser.add_argument("candidates", metavar="CANDIDATES", nargs="+", help="checkpoint files, glob patterns or directories, oldest first")
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help=f"the packed basis (in a directory: {NAME})")
+    parser.add_argument(
+        "task",
+        metavar="TASK",
+        help="a built-in task, or a Python file that defines the model (as for twa average)",
+    )
+    parser.add_argument(
+        "candidates",
+        metavar="CANDIDATES",
+        nargs="+",
+        help="checkpoint files, glob patterns or directories, oldest first",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help=f"the packed basis (in a directory: {NAME})",
+    )
     parser.add_argument("--bits", type=int, choices=BITS, default=4, help="(default: %(default)s)")
     parser.add_argument(
-        "--granularity", type=_granularity, default="tensor", help=f"of the coefficients: {GRANULARITIES} (default: %(default)s)", metavar="KIND"
+        "--granularity",
+        type=_granularity,
+        default="tensor",
+        help=f"of the coefficients: {GRANULARITIES} (default: %(default)s)",
+        metavar="KIND",
     )
-    parser.add_argument("--center", metavar="CENTER", default="mean", help="mean, last, zero, or a candidate's index (default: %(default)s)")
-    parser.add_argument("--normalize", choices=tk.packed.NORMALIZE, default="row", help="see Subspace.from_candidates (default: %(default)s)")
-    parser.add_argument("--entry", help="key under which torch and DCP checkpoints hold the weights, such as state_dict_ema")
-    parser.add_argument("--max-memory", metavar="SIZE", type=parse_bytes, help="most that the process may hold in memory, such as 2GB")
+    parser.add_argument(
+        "--center",
+        metavar="CENTER",
+        default="mean",
+        help="mean, last, zero, or a candidate's index (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--normalize",
+        choices=tk.packed.NORMALIZE,
+        default="row",
+        help="see Subspace.from_candidates (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--entry",
+        help="key under which torch and DCP checkpoints hold the weights, such as state_dict_ema",
+    )
+    parser.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        type=parse_bytes,
+        help="most that the process may hold in memory, such as 2GB",
+    )
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--overwrite", action="store_true", help="replace a file that is there, or an unfinished one")
-    existing.add_argument("--resume", action="store_true", help="go on with an unfinished file, if there is one")
+    existing.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a file that is there, or an unfinished one",
+    )
+    existing.add_argument(
+        "--resume", action="store_true", help="go on with an unfinished file, if there is one"
+    )
 
 
 def run_pack(args: argparse.Namespace) -> None:
-    """Packs candidates into a file that Subspace.load maps: every later run starts at once, without the candidates."""
+    """Packs candidates into a file that Subspace.load maps: every later run starts at once, without
+    the candidates.
+    """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("twa pack runs as one process: start it without torchrun")
     path = find_basis(args.output)
@@ -273,28 +385,57 @@ def run_pack(args: argparse.Namespace) -> None:
     candidates = Candidates(args.candidates, entry=args.entry)
     center = int(args.center) if args.center.lstrip("-").isdecimal() else args.center
     model = load_task(args.task).model()
-    job = PackToFile(path, model, candidates, bits=args.bits, granularity=args.granularity, center=center, normalize=args.normalize)
+    job = PackToFile(
+        path,
+        model,
+        candidates,
+        bits=args.bits,
+        granularity=args.granularity,
+        center=center,
+        normalize=args.normalize,
+    )
     if job.unfinished and not args.resume and not args.overwrite:
-        raise BasisError(f"{job.position}: of an unfinished run; pass --resume to continue it, or --overwrite to start anew")
+        raise BasisError(
+            f"{job.position}: of an unfinished run; pass --resume to continue it, or --overwrite to"
+            " start anew"
+        )
     args.how_to_go_on = lambda: _how_to_go_on(job, args.overwrite)
     if args.max_memory:
         limit_memory(candidates, args.max_memory)
     total = sum(c.info[key].nbytes for c in candidates for key in job.contents.trained.values())
-    with tqdm(total=total, desc=f"packing {len(candidates)} candidates", unit="B", unit_scale=True, mininterval=0.5, file=sys.stderr) as bar:
+    with tqdm(
+        total=total,
+        desc=f"packing {len(candidates)} candidates",
+        unit="B",
+        unit_scale=True,
+        mininterval=0.5,
+        file=sys.stderr,
+    ) as bar:
         try:
             report = job.run(args.resume, bar.update)
         except OSError as error:
-            raise BasisError(f"{path}: could not be written ({error.strerror}); {_how_to_go_on(job, args.overwrite)}") from error
+            raise BasisError(
+                f"{path}: could not be written ({error.strerror});"
+                f" {_how_to_go_on(job, args.overwrite)}"
+            ) from error
     done = "continued and finished" if report.resumed else "packed"
     weights, rate = sum(job.contents.numels), report.read / 1e9 / report.seconds
     print(
-        f"{done} {len(candidates)} candidates of {weights:,} weights: {report.read / 1e9:.2f} GB read in {report.seconds:.1f} s ({rate:.2f} GB/s), "
-        f"{report.written / 1e9:.2f} GB written to {path}, highest memory {report.memory / 1e9:.2f} GB"
+        f"{done} {len(candidates)} candidates of {weights:,} weights: {report.read / 1e9:.2f} GB"
+        f" read in {report.seconds:.1f} s ({rate:.2f} GB/s), {report.written / 1e9:.2f} GB written"
+        f" to {path}, highest memory {report.memory / 1e9:.2f} GB"
     )
     print(f"load it with twa.Subspace.load({str(path)!r}, model)")
 
 
 def _how_to_go_on(job: PackToFile, overwrite: bool) -> str:
     if job.unfinished:
-        return f"continue with the same command and --resume{' in place of --overwrite' if overwrite else ''} ({job.position})"
-    return f"{job.path} is finished" if job.finished else "nothing of it is kept: start again with the same command"
+        return (
+            "continue with the same command and"
+            f" --resume{' in place of --overwrite' if overwrite else ''} ({job.position})"
+        )
+    return (
+        f"{job.path} is finished"
+        if job.finished
+        else "nothing of it is kept: start again with the same command"
+    )

@@ -1,4 +1,6 @@
-"""Batches that come again: each pass over a task's data has an order of its own that depends on nothing else, and is shared out over ranks."""
+"""Batches that come again: each pass over a task's data has an order of its own that depends on
+nothing else, and is shared out over ranks.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,17 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..distributed.ranks import World
 
-#: where a data source's generators are looked for: attributes of attributes, lists and dicts of so many items, objects in all
+#: where a data source's generators are looked for: attributes of attributes, lists and dicts of so
+#: many items, objects in all
 SEARCH_DEPTH, SEARCH_ITEMS, SEARCH_OBJECTS = 5, 100, 10_000
 
 
 def mix(*numbers: int) -> int:
     """A seed below 2^63 from several numbers."""
-    return int.from_bytes(hashlib.sha256(",".join(map(str, numbers)).encode()).digest()[:8], "little") >> 1
+    return (
+        int.from_bytes(hashlib.sha256(",".join(map(str, numbers)).encode()).digest()[:8], "little")
+        >> 1
+    )
 
 
 def seed_all(seed: int) -> None:
@@ -63,19 +69,29 @@ def to_device(batch: object, device: torch.device) -> object:
         return {k: to_device(v, device) for k, v in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(v, device) for v in batch))
-    return type(batch)(to_device(v, device) for v in batch) if isinstance(batch, list | tuple) else batch
+    return (
+        type(batch)(to_device(v, device) for v in batch)
+        if isinstance(batch, list | tuple)
+        else batch
+    )
 
 
 Source = torch.Generator | random.Random | numpy.random.Generator | numpy.random.RandomState
 
 
 def _generators(source: object) -> list[Source]:
-    """Random number generators among the attributes of a data source, its sampler, its dataset, ..., and in short lists and dicts there."""
+    """Random number generators among the attributes of a data source, its sampler, its dataset,
+    ..., and in short lists and dicts there.
+    """
     found: list[Source] = []
     seen: dict[int, object] = {}
 
     def visit(value: object, depth: int) -> None:
-        if id(value) in seen or len(seen) > SEARCH_OBJECTS or isinstance(value, Tensor | nn.Module | type | ModuleType | str | numpy.ndarray):
+        if (
+            id(value) in seen
+            or len(seen) > SEARCH_OBJECTS
+            or isinstance(value, Tensor | nn.Module | type | ModuleType | str | numpy.ndarray)
+        ):
             return
         seen[id(value)] = value
         if isinstance(value, Source):
@@ -124,14 +140,21 @@ def _seed(g: Source, seed: int) -> None:
 
 
 class _OwnRandom:
-    """Global and found generators, with states that are swapped in for as long as they are used here."""
+    """Global and found generators, with states that are swapped in for as long as they are used
+    here.
+    """
 
     def __init__(self, generators: list[Source]) -> None:
         self.generators = generators
         self._mine: tuple | None = None
 
     def _states(self) -> tuple:
-        return random.getstate(), numpy.random.get_state(), torch.get_rng_state(), [_state(g) for g in self.generators]
+        return (
+            random.getstate(),
+            numpy.random.get_state(),
+            torch.get_rng_state(),
+            [_state(g) for g in self.generators],
+        )
 
     def _put(self, states: tuple) -> None:
         random.setstate(states[0])
@@ -159,7 +182,8 @@ class _ChosenIndices:
         self.positions: deque[int] = deque()
 
     def __iter__(self) -> Iterator:
-        # Loading a batch reseeds the global generators; a sampler that draws from them as it goes must not notice, as it draws for every batch.
+        # Loading a batch reseeds the global generators; a sampler that draws from them as it goes
+        # must not notice, as it draws for every batch.
         own = _OwnRandom(_generators(self.batches))
         with own:
             iterator = iter(self.batches)
@@ -175,11 +199,14 @@ class _ChosenIndices:
 
 
 class _SeededDataset:
-    """A dataset whose batches, [position, *indices], draw the same random numbers in whatever process and beside whatever others they are loaded."""
+    """A dataset whose batches, [position, *indices], draw the same random numbers in whatever
+    process and beside whatever others they are loaded.
+    """
 
     def __init__(self, dataset: object, collate: object, seed: int) -> None:
         self.dataset, self.collate, self.seed = dataset, collate, seed
-        self._found: list[tuple[Source, int]] | None = None  # with their seeds, in the process that loads
+        # with their seeds, in the process that loads
+        self._found: list[tuple[Source, int]] | None = None
 
     def __getattr__(self, name: str) -> object:  # for a worker_init_fn that looks at its dataset
         if name.startswith("__") or "dataset" not in self.__dict__:
@@ -198,15 +225,22 @@ class _SeededDataset:
 
 
 class _Chosen:
-    """(position, batch) of those of the first `limit` batches of one pass that `keep` asks for; `total` is how many there were, once it is over. A
-    DataLoader over a dataset with indices loads no others."""
+    """(position, batch) of those of the first `limit` batches of one pass that `keep` asks for;
+    `total` is how many there were, once it is over. A DataLoader over a dataset with indices loads
+    no others."""
 
-    def __init__(self, source: Iterable, keep: Callable[[int], bool], limit: float, seed: int) -> None:
+    def __init__(
+        self, source: Iterable, keep: Callable[[int], bool], limit: float, seed: int
+    ) -> None:
         self.total, self._move, self._limit = 0, None, limit
         if isinstance(source, Moved):
             self._move, source = source.device, source.batches
         self._keep, self._indices = keep, None
-        if type(source) is DataLoader and source.batch_sampler is not None and not isinstance(source.dataset, IterableDataset):
+        if (
+            type(source) is DataLoader
+            and source.batch_sampler is not None
+            and not isinstance(source.dataset, IterableDataset)
+        ):
             self._indices = _ChosenIndices(source.batch_sampler, keep, limit)
             source = DataLoader(
                 _SeededDataset(source.dataset, source.collate_fn, seed),
@@ -248,15 +282,30 @@ def _set_epoch(source: object, number: int, depth: int = 2) -> None:
     for value in (source, *getattr(source, "__dict__", {}).values()):
         if callable(getattr(value, "set_epoch", None)):
             value.set_epoch(number)
-        elif value is not source and depth and hasattr(value, "__dict__") and not isinstance(value, Tensor | nn.Module | type):
+        elif (
+            value is not source
+            and depth
+            and hasattr(value, "__dict__")
+            and not isinstance(value, Tensor | nn.Module | type)
+        ):
             _set_epoch(value, number, depth - 1)
 
 
 class Pass:
-    """(position, batch) of one pass over a source. Its random numbers come from the source's own generators and the global ones, seeded with the
-    source's seeds, `seed` and `number`; to everyone else it looks as if none had been drawn. So a pass can be repeated, and passes may interleave."""
+    """(position, batch) of one pass over a source.
 
-    def __init__(self, source: Iterable, number: int, seed: int, keep: Callable[[int], bool], limit: float = math.inf) -> None:
+    Its random numbers come from the source's own generators and the global ones, seeded with the
+    source's seeds, `seed` and `number`; to everyone else it looks as if none had been drawn. So a
+    pass can be repeated, and passes may interleave."""
+
+    def __init__(
+        self,
+        source: Iterable,
+        number: int,
+        seed: int,
+        keep: Callable[[int], bool],
+        limit: float = math.inf,
+    ) -> None:
         self._random = _OwnRandom(_generators(source))
         with self._random:
             for g in self._random.generators:
@@ -285,9 +334,10 @@ def first_batch(source: Iterable) -> object:
 
 
 class Stream:
-    """Pass after pass over a source, `per_step` batches a step, shared out over the ranks of a world. Counted over all passes, batch g belongs to
-    step g // per_step and to rank (g % per_step) % size: so a step sees the same batches on any number of ranks. Ranks beyond per_step repeat what
-    others do, with weight 0."""
+    """Pass after pass over a source, `per_step` batches a step, shared out over the ranks of a
+    world. Counted over all passes, batch g belongs to step g // per_step and to rank (g % per_step)
+    % size: so a step sees the same batches on any number of ranks. Ranks beyond per_step repeat
+    what others do, with weight 0."""
 
     def __init__(self, source: Iterable, world: World, per_step: int, seed: int) -> None:
         self.source, self.world, self.per_step, self.seed = source, world, per_step, seed
@@ -299,12 +349,16 @@ class Stream:
     def _open(self, number: int, offset: int) -> None:
         """Pass `number`, whose first batch is the stream's batch `offset`."""
         self._number, self._offset = number, offset
-        place, per_step, size = self.place, self.per_step, self.world.size  # not self: a cycle would keep a DataLoader's workers alive
-        self._pass = Pass(self.source, number, self.seed, lambda k: (offset + k) % per_step % size == place)
+        # not self: a cycle would keep a DataLoader's workers alive
+        place, per_step, size = self.place, self.per_step, self.world.size
+        self._pass = Pass(
+            self.source, number, self.seed, lambda k: (offset + k) % per_step % size == place
+        )
 
     def _next(self) -> tuple[int, object]:
         """The next batch of this rank, with its number in the stream."""
-        for _ in range(self.per_step + 1):  # passes; some may be too short to have a batch for this rank
+        # passes; some may be too short to have a batch for this rank
+        for _ in range(self.per_step + 1):
             try:
                 k, batch = next(self._pass)
             except StopIteration:
@@ -316,8 +370,9 @@ class Stream:
         raise ValueError("expected at least one batch of data, found none")
 
     def next_step(self) -> list[tuple[int, object, float]]:
-        """(number, batch, weight) for this rank, as many on every rank: the gradient of the step is the mean over ranks of the sum of weight times
-        gradient. A rank with one batch less repeats its last with weight 0."""
+        """(number, batch, weight) for this rank, as many on every rank: the gradient of the step is
+        the mean over ranks of the sum of weight times gradient. A rank with one batch less repeats
+        its last with weight 0."""
         batches = []
         weight = self.world.size / self.per_step if self.place == self.world.rank else 0.0
         for _ in range(self.place, self.per_step, self.world.size):
@@ -330,19 +385,34 @@ class Stream:
 
     def position(self) -> dict[str, object]:
         """Where the next step begins, and what the first rank saw last."""
-        return {"step": self.step, "pass": self._number, "offset": self._offset, "digest": batch_digest(self._first)}
+        return {
+            "step": self.step,
+            "pass": self._number,
+            "offset": self._offset,
+            "digest": batch_digest(self._first),
+        }
 
     def seek(self, position: Mapping) -> None:
-        """To where another stream was, on any number of ranks; reads the pass up to there again. ValueError if the data are not the same any more."""
+        """To where another stream was, on any number of ranks; reads the pass up to there again.
+
+        ValueError if the data are not the same any more.
+        """
         self._open(int(position["pass"]), int(position["offset"]))
         start = int(position["step"]) * self.per_step
-        mine = sum(g % self.per_step % self.world.size == self.place for g in range(self._offset, start))
+        mine = sum(
+            g % self.per_step % self.world.size == self.place for g in range(self._offset, start)
+        )
         for _ in range(mine):
             g, batch = self._next()
-            if g == start - self.per_step and self.world.rank == 0 and position["digest"] not in (None, batch_digest(batch)):
+            if (
+                g == start - self.per_step
+                and self.world.rank == 0
+                and position["digest"] not in (None, batch_digest(batch))
+            ):
                 raise ValueError(
-                    f"the data do not come in the same order again: batch {g} differs from the one that the saved run saw. Seed what orders or "
-                    "changes them from the `seed` argument of the data function; or start anew, with --overwrite"
+                    f"the data do not come in the same order again: batch {g} differs from the one"
+                    " that the saved run saw. Seed what orders or changes them from the `seed`"
+                    " argument of the data function; or start anew, with --overwrite"
                 )
         self.step = int(position["step"])
 
@@ -368,9 +438,12 @@ def batch_digest(batch: object) -> str | None:
     return found.hexdigest()[:16] if count else None
 
 
-def shared_out(source: Iterable, world: World, limit: float = math.inf) -> Iterator[tuple[object, bool]]:
-    """This rank's batches of the first `limit` of a pass, in the order of pass 0, each with whether it counts; as many on every rank, as a sharded
-    model needs: a rank with one batch less gets one that does not count."""
+def shared_out(
+    source: Iterable, world: World, limit: float = math.inf
+) -> Iterator[tuple[object, bool]]:
+    """This rank's batches of the first `limit` of a pass, in the order of pass 0, each with whether
+    it counts; as many on every rank, as a sharded model needs: a rank with one batch less gets one
+    that does not count."""
     mine = Pass(source, 0, 0, lambda k: k % world.size == world.rank, limit)
     count, batch = 0, None
     for _, batch in mine:

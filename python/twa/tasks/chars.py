@@ -1,8 +1,9 @@
 """Character model of the Python standard library's own source text.
 
 Real text, megabytes of it, on every machine that runs Python: nothing is downloaded. The files are
-concatenated in the order of their names and cut into blocks; every 20 blocks in a row give 17 to training and
-one each to held-out, validation and test data, so that all four splits cover the whole library.
+concatenated in the order of their names and cut into blocks; every 20 blocks in a row give 17 to
+training and one each to held-out, validation and test data, so that all four splits cover the whole
+library.
 """
 
 from __future__ import annotations
@@ -47,16 +48,25 @@ def characters(text: bytes) -> Tensor:
 
 
 def whole_cycles(text: bytes) -> bytes:
-    """Without what is left after the last whole cycle of blocks. FileNotFoundError if it is not a library's worth of text."""
+    """Without what is left after the last whole cycle of blocks.
+
+    FileNotFoundError if it is not a library's worth of text.
+    """
     if len(text) < 100 * CYCLE * BLOCK:
         root = sysconfig.get_paths()["stdlib"]
-        raise FileNotFoundError(f"expected megabytes of .py files under {root}, found {len(text)} bytes: is the standard library zipped?")
+        raise FileNotFoundError(
+            f"expected megabytes of .py files under {root}, found {len(text)} bytes: is the"
+            " standard library zipped?"
+        )
     return text[: len(text) // (CYCLE * BLOCK) * CYCLE * BLOCK]
 
 
 def cut(tokens: Tensor, context: int, cycle: int, held: dict[str, int]) -> dict[str, Tensor]:
-    """{split: (windows, context + 1)} of the windows that follow each other in tokens (length,). Of every `cycle` blocks of 16 windows in a row, a
-    split in `held` gets the one at that position and "train" the others; less than a window is left over."""
+    """{split:
+
+    (windows, context + 1)} of the windows that follow each other in tokens (length,). Of every
+    `cycle` blocks of 16 windows in a row, a split in `held` gets the one at that position and
+    "train" the others; less than a window is left over."""
     windows = tokens[: len(tokens) // (context + 1) * (context + 1)].view(-1, context + 1)
     position = torch.arange(len(windows)) // BLOCK_WINDOWS % cycle  # (windows,)
     splits = {name: windows[position == p] for name, p in held.items()}
@@ -66,14 +76,26 @@ def cut(tokens: Tensor, context: int, cycle: int, held: dict[str, int]) -> dict[
 @functools.cache
 def _windows() -> dict[str, Tensor]:
     """The standard library's text as {split: uint8 (windows, CONTEXT + 1)}."""
-    return cut(characters(whole_cycles(b"".join(p.read_bytes() for p in files()))), CONTEXT, CYCLE, HELD)
+    return cut(
+        characters(whole_cycles(b"".join(p.read_bytes() for p in files()))), CONTEXT, CYCLE, HELD
+    )
 
 
 class Batches:
-    """Re-iterable batches (b, CONTEXT + 1) int64 of windows (n, CONTEXT + 1); a new random order, drawn from `seed`, at each pass."""
+    """Re-iterable batches (b, CONTEXT + 1) int64 of windows (n, CONTEXT + 1); a new random order,
+    drawn from `seed`, at each pass.
+    """
 
-    def __init__(self, data: Tensor, batch: int, limit: int | None = None, shuffle: bool = False, seed: int = 0) -> None:
-        if limit is not None and len(data) > limit:  # evenly spread over the text, not its beginning
+    def __init__(
+        self,
+        data: Tensor,
+        batch: int,
+        limit: int | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+    ) -> None:
+        # evenly spread over the text, not its beginning
+        if limit is not None and len(data) > limit:
             data = data[torch.linspace(0, len(data) - 1, limit).long()]
         self.data, self.batch, self.shuffle = data, batch, shuffle
         self.generator = torch.Generator().manual_seed(seed)

@@ -9,10 +9,12 @@ A task file defines
 
 and may define
 
-    heldout_data()          batches for TWA-v's gradient steps, disjoint from val_data. Without it, TWA-v takes every other batch of
-                            val_data and all choices are made on the rest.
+    heldout_data()          batches for TWA-v's gradient steps, disjoint from val_data. Without it,
+                            TWA-v takes every other batch of val_data and all choices are made on
+                            the rest.
     test_data()             batches for the report only
-    metric(model, batch)    mean over the batch of a second figure for the report, such as accuracy; METRIC names it
+    metric(model, batch)    mean over the batch of a second figure for the report, such as accuracy;
+                            METRIC names it
 
 Data functions may take a `seed` argument, which then orders the batches.
 """
@@ -56,7 +58,10 @@ def _same(a: object, b: object) -> bool:
 
 @dataclass
 class Task:
-    """A loaded task; see the module's text. Without `heldout`, `split_validation` makes it from `val`."""
+    """A loaded task; see the module's text.
+
+    Without `heldout`, `split_validation` makes it from `val`.
+    """
 
     name: str
     model: Callable[[], nn.Module]
@@ -70,28 +75,45 @@ class Task:
     fingerprint: str = ""  # of the file that defines it
 
     def first_batches(self) -> dict[str, str]:
-        """Digests of the first batch of each kind of data: what must be the same on all ranks, and when a run is continued."""
-        data = {"training": self.train, "validation": self.val, "held-out": self.heldout, "test": self.test}
-        return {f"first batch of the {name} data": str(batch_digest(first_batch(b))) for name, b in data.items() if b is not None}
+        """Digests of the first batch of each kind of data: what must be the same on all ranks, and
+        when a run is continued.
+        """
+        data = {
+            "training": self.train,
+            "validation": self.val,
+            "held-out": self.heldout,
+            "test": self.test,
+        }
+        return {
+            f"first batch of the {name} data": str(batch_digest(first_batch(b)))
+            for name, b in data.items()
+            if b is not None
+        }
 
     def on(self, device: torch.device) -> Task:
         """The same with model and batches on a device."""
         data = {name: getattr(self, name) for name in ("train", "val", "heldout", "test")}
-        moved = {name: None if batches is None else Moved(batches, device) for name, batches in data.items()}
+        moved = {
+            name: None if batches is None else Moved(batches, device)
+            for name, batches in data.items()
+        }
         return replace(self, model=lambda: self.model().to(device), **moved)
 
     def split_validation(self) -> None:
-        """Gives every other batch of the validation data to TWA-v, if the task has no held-out data of its own."""
+        """Gives every other batch of the validation data to TWA-v, if the task has no held-out data
+        of its own.
+        """
         if self.heldout is not None:
             return
         if sum(1 for _ in zip(self.val, range(2), strict=False)) < 2:
             raise TaskError(
-                f"task {self.name}: TWA-v needs heldout_data(), or a val_data() of at least 2 batches to take every other one from; found fewer"
+                f"task {self.name}: TWA-v needs heldout_data(), or a val_data() of at least 2"
+                " batches to take every other one from; found fewer"
             )
         if not _same(next(iter(self.val)), next(iter(self.val))):
             raise TaskError(
-                f"task {self.name}: val_data() gives other batches at each pass (shuffled?), so TWA-v cannot take every other one; "
-                "fix its order or define heldout_data()"
+                f"task {self.name}: val_data() gives other batches at each pass (shuffled?), so"
+                " TWA-v cannot take every other one; fix its order or define heldout_data()"
             )
         self.val, self.heldout = EveryOther(self.val, 1), EveryOther(self.val, 0)
 
@@ -103,7 +125,9 @@ def load_task(name: str, seed: int = 0) -> Task:
     else:
         module = _run_file(Path(name))
     if missing := [part for part in REQUIRED if not callable(getattr(module, part, None))]:
-        raise TaskError(f"task {name}: expected functions {', '.join(REQUIRED)}; {', '.join(missing)} missing")
+        raise TaskError(
+            f"task {name}: expected functions {', '.join(REQUIRED)}; {', '.join(missing)} missing"
+        )
 
     def data(function: str) -> Iterable | None:
         make = getattr(module, function, None)
@@ -111,10 +135,16 @@ def load_task(name: str, seed: int = 0) -> Task:
             return None
         batches = make(seed=seed) if "seed" in inspect.signature(make).parameters else make()
         if iter(batches) is batches:
-            raise TaskError(f"task {name}: {function}() returned an iterator, which can be read only once; return a DataLoader or a list of batches")
-        if (sampler := getattr(batches, "sampler", None)) is not None and getattr(sampler, "num_replicas", 1) > 1:
             raise TaskError(
-                f"task {name}: {function}() shares its data out over ranks (DistributedSampler); twa does that itself: return all of them"
+                f"task {name}: {function}() returned an iterator, which can be read only once;"
+                " return a DataLoader or a list of batches"
+            )
+        if (sampler := getattr(batches, "sampler", None)) is not None and getattr(
+            sampler, "num_replicas", 1
+        ) > 1:
+            raise TaskError(
+                f"task {name}: {function}() shares its data out over ranks (DistributedSampler);"
+                " twa does that itself: return all of them"
             )
         return batches
 
@@ -126,25 +156,38 @@ def load_task(name: str, seed: int = 0) -> Task:
         val=data("val_data"),
         heldout=data("heldout_data"),
         test=data("test_data"),
-        metric=_named(module.metric, f"task {name}: metric()") if hasattr(module, "metric") else None,
+        metric=(
+            _named(module.metric, f"task {name}: metric()") if hasattr(module, "metric") else None
+        ),
         metric_name=getattr(module, "METRIC", "metric"),
-        fingerprint=f"{Path(name).name} {hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()[:16]}",
+        fingerprint=(
+            f"{Path(name).name}"
+            f" {hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()[:16]}"
+        ),
     )
 
 
 def _run_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise TaskError(f"task {str(path)!r}: expected one of {', '.join(BUILT_IN)}, or a Python file; there is no such file")
+        raise TaskError(
+            f"task {str(path)!r}: expected one of {', '.join(BUILT_IN)}, or a Python file; there is"
+            " no such file"
+        )
     spec = importlib.util.spec_from_file_location(f"twa_task_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise TaskError(f"task {str(path)!r}: expected a file ending in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and worker processes look it up
-    sys.path.insert(0, str(path.parent.resolve()))  # modules beside the file, as when it is run as a script
+    # modules beside the file, as when it is run as a script
+    sys.path.insert(0, str(path.parent.resolve()))
     try:
         spec.loader.exec_module(module)
     except (ImportError, SyntaxError) as error:
-        hint = f"; for a file beside it: import its name, {path.parent} is on the path" if isinstance(error, ImportError) else ""
+        hint = (
+            f"; for a file beside it: import its name, {path.parent} is on the path"
+            if isinstance(error, ImportError)
+            else ""
+        )
         raise TaskError(f"task {str(path)!r}: {type(error).__name__}: {error}{hint}") from error
     return module
 

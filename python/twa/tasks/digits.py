@@ -1,7 +1,8 @@
-"""Convolutional network with BatchNorm on scikit-learn's bundled digits (1797 images of 8 x 8 pixels).
+"""Convolutional network with BatchNorm on scikit-learn's bundled digits (1797 images of 8 x 8
+pixels).
 
-Small and fast: it shows that BatchNorm statistics are treated right. It ranks no methods, all reach 98-99 %.
-Needs scikit-learn: `pip install twa-kernels[tasks]`.
+Small and fast: it shows that BatchNorm statistics are treated right. It ranks no methods, all reach
+98-99 %. Needs scikit-learn: `pip install twa-kernels[tasks]`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ def _splits() -> dict[str, TensorDataset]:
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16.0  # (1797, 1, 8, 8)
     labels = torch.tensor(digits.target)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    parts = {"train": order[:1000], "heldout": order[1000:1200], "val": order[1200:1400], "test": order[1400:]}
+    parts = {
+        "train": order[:1000],
+        "heldout": order[1000:1200],
+        "val": order[1200:1400],
+        "test": order[1400:],
+    }
     return {name: TensorDataset(images[index], labels[index]) for name, index in parts.items()}
 
 
@@ -42,11 +48,21 @@ def model() -> nn.Module:
 
 
 def train_data(seed: int = 0) -> DataLoader:
-    return DataLoader(_splits()["train"], batch_size=64, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(
+        _splits()["train"],
+        batch_size=64,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 def heldout_data(seed: int = 0) -> DataLoader:
-    return DataLoader(_splits()["heldout"], batch_size=64, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(
+        _splits()["heldout"],
+        batch_size=64,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 def val_data() -> DataLoader:

@@ -22,7 +22,11 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         b, t, w = h.shape
-        q, k, v = self.qkv(self.norm1(h)).view(b, t, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(self.norm1(h))
+            .view(b, t, 3, self.heads, w // self.heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         a = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (b, heads, t, w / heads)
         h = h + self.proj(a.transpose(1, 2).reshape(b, t, w))
         return h + self.down(F.gelu(self.up(self.norm2(h))))
@@ -31,12 +35,20 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Causal transformer over tokens; input and output embeddings share one (tied) matrix.
 
-    tokens (b, t) int64 in [0, vocabulary), t <= context -> logits (b, t, vocabulary) of the token that follows each.
-    The defaults have 360,288 parameters. Names, initialisation and the order of random draws are fixed: the demo's published figures depend on them.
-    ValueError if `width` is no multiple of `heads`, or t exceeds `context`.
+    tokens (b, t) int64 in [0, vocabulary), t <= context -> logits (b, t, vocabulary) of the token
+    that follows each. The defaults have 360,288 parameters. Names, initialisation and the order of
+    random draws are fixed: the demo's published figures depend on them. ValueError if `width` is no
+    multiple of `heads`, or t exceeds `context`.
     """
 
-    def __init__(self, vocabulary: int = 128, context: int = 128, width: int = 96, depth: int = 3, heads: int = 4) -> None:
+    def __init__(
+        self,
+        vocabulary: int = 128,
+        context: int = 128,
+        width: int = 96,
+        depth: int = 3,
+        heads: int = 4,
+    ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"expected a width that is a multiple of {heads} heads, found {width}")
@@ -52,7 +64,9 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if tokens.shape[1] > len(self.position):
-            raise ValueError(f"expected at most {len(self.position)} tokens in a row, found {tokens.shape[1]}")
+            raise ValueError(
+                f"expected at most {len(self.position)} tokens in a row, found {tokens.shape[1]}"
+            )
         h = self.embed(tokens) + self.position[: tokens.shape[1]]
         for block in self.blocks:
             h = block(h)
