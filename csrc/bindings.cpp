@@ -53,7 +53,7 @@ struct Basis {
 };
 
 py::object pack(const Addresses& rows, const Numbers& row_dtypes, const Addresses& center, const Numbers& center_dtypes, const Numbers& numel,
-                uintptr_t tile_segment, int64_t n, int64_t segments, int bits, bool absmax, uintptr_t codes, uintptr_t scales, uintptr_t sum_sq,
+                uintptr_t tile_segment, int64_t n, int64_t segments, int bits, uintptr_t codes, uintptr_t scales, uintptr_t sum_sq,
                 uintptr_t max_scale, uintptr_t errors, const std::vector<double>& weights, int threads) {
   const Table row_table(rows, numel, row_dtypes), center_table(center, numel, center_dtypes);
   if (rows.size() != numel.size() * n || (!center.empty() && center.size() != numel.size())) throw py::value_error("pack: tables of unequal length");
@@ -65,7 +65,7 @@ py::object pack(const Addresses& rows, const Numbers& row_dtypes, const Addresse
   {
     py::gil_scoped_release release;
     status = twa::pack_cpu(row_table.view(), c, weights.empty() ? nullptr : weights.data(), pointer<const int32_t>(tile_segment), n, segments, bits,
-                           absmax, pointer<uint8_t>(codes), pointer<uint16_t>(scales), pointer<double>(sum_sq), pointer<float>(max_scale),
+                           pointer<uint8_t>(codes), pointer<uint16_t>(scales), pointer<double>(sum_sq), pointer<float>(max_scale),
                            pointer<double>(errors), &where, threads);
   }
   if (status == twa::Status::not_finite) return py::make_tuple(where.row, where.tensor, where.column);
@@ -161,11 +161,11 @@ void check_cuda(const char* op, int error, int device) {
 }
 
 void pack_cuda(uintptr_t rows, uintptr_t center, uintptr_t numel, uintptr_t tile_begin, uintptr_t dtypes, int64_t count, int64_t tiles, int64_t n,
-               int bits, bool absmax, uintptr_t codes, uintptr_t scales, uintptr_t sum_sq_tiles, uintptr_t bad, int device, uintptr_t stream) {
+               int bits, uintptr_t codes, uintptr_t scales, uintptr_t sum_sq_tiles, uintptr_t bad, int device, uintptr_t stream) {
   if (!twa::valid_bits(bits)) throw py::value_error("bits must be 8, 4, 3, 2 or 1");
   const int error =
       twa::pack_cuda(pointer<const void* const>(rows), pointer<const void* const>(center), pointer<const int64_t>(numel),
-                     pointer<const int64_t>(tile_begin), pointer<const twa::Dtype>(dtypes), count, tiles, n, bits, absmax, pointer<uint8_t>(codes),
+                     pointer<const int64_t>(tile_begin), pointer<const twa::Dtype>(dtypes), count, tiles, n, bits, pointer<uint8_t>(codes),
                      pointer<uint16_t>(scales), pointer<double>(sum_sq_tiles), pointer<int32_t>(bad), device, pointer<void>(stream));
   check_cuda("pack", error, device);
 }

@@ -21,7 +21,7 @@
 // an exact integer one, in a stated order, so that all backends produce the same bytes:
 //
 //   1. e: the power of two with 2^(e-1) <= max|v| < 2^e;   u = v * 2^-e                      (exact)
-//   2. bits 8, or the absmax quantiser: s = max|u| / 127, rounded up to 4 significant bits: nothing is clipped
+//   2. bits 8: s = max|u| / 127, rounded up to 4 significant bits: nothing is clipped
 //      bits 4 .. 1: s = sqrt(sum u^2 / valid) * rms_share + max|u| * max_share; then s = sum(u * l) / sum(l * l) with l = level[code(u, s)],
 //                   rounded to nearest, 4 significant bits
 //   3. code(u, s) = number of j with 2 k > level[j] + level[j + 1], k = round-to-even(u * (1 / s)) clamped to [-127, 127]

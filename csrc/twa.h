@@ -53,12 +53,11 @@ Status average_cpu(const TensorTable& rows, const double* weights, float* out, i
 //   center    count tables, or data == nullptr for no center
 //   weights   null, or (n,) float64: center, float32, is then written first, as average_cpu does, in the same read of the rows
 //   codes     (num_tiles, n, row_bytes) and scales_bf16 (num_tiles, n) of these tensors: scales with 4 significant bits, as bf16
-//   absmax    scale from the largest number of a group (always so at 8 bits), else the least-squares scale for Gaussian levels
 //   sum_sq    (n, L) float64, added to: squared norms;  max_scale (n, L) float32, maximised
 //   errors    (count, 2) float64 or null, added to: squared quantisation error and squared norm of each tensor, all rows
 Status pack_cpu(const TensorTable& rows, const TensorTable& center, const double* weights, const int32_t* tile_segment, int64_t n,
-                int64_t num_segments, int bits, bool absmax, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq, float* max_scale, double* errors,
-                Where* where, int threads);
+                int64_t num_segments, int bits, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq, float* max_scale, double* errors, Where* where,
+                int threads);
 
 // out[k] (n, numel[k]) float32 = dequantised rows.
 Status unpack_cpu(const BasisView& basis, const TensorTable& out, int threads);
@@ -155,7 +154,7 @@ int table_cuda(const DeviceTensor* entries, int64_t count, DeviceTensor* to, int
 
 // As pack_cpu. sum_sq_tiles (num_tiles, n) receives squared norms per group; `bad` counts groups with a NaN or Inf.
 int pack_cuda(const void* const* rows, const void* const* center, const int64_t* numel, const int64_t* tile_begin, const Dtype* dtype, int64_t count,
-              int64_t tiles, int64_t n, int bits, bool absmax, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq_tiles, int32_t* bad, int device,
+              int64_t tiles, int64_t n, int bits, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq_tiles, int32_t* bad, int device,
               void* stream);
 
 // As project_cpu. Workspaces: partial (items, n), sums (groups, n).

@@ -1,8 +1,10 @@
-"""Low-bit subspace kernels: pack checkpoints into a few bits, project gradients into their span and weights out of it.
+"""Low-bit subspace kernels.
+
+They pack checkpoints into a few bits, project gradients into their span and weights out of it.
 
 basis = twa_kernels.pack(rows, bits=4, center=center)     # rows[k]: (n, *shape_k)
 c = twa_kernels.project(basis, grads)                     # (n, L)
-theta = twa_kernels.reconstruct(basis, x, center)         # one tensor per parameter; differentiable in x
+theta = twa_kernels.reconstruct(basis, x, center)         # one per parameter; differentiable in x
 """
 
 from . import native, reference

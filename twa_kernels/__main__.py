@@ -11,6 +11,7 @@ from . import __version__, dispatch, native
 
 
 def processor() -> str:
+    """Name of the CPU."""
     try:
         with open("/proc/cpuinfo") as f:
             names = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
@@ -20,20 +21,31 @@ def processor() -> str:
 
 
 def main() -> None:
-    print(f"twa_kernels {__version__}   torch {torch.__version__}   Python {platform.python_version()}")
+    """Prints the report."""
+    python = platform.python_version()
+    print(f"twa_kernels {__version__}   torch {torch.__version__}   Python {python}")
     print(f"CPU: {processor()}, {torch.get_num_threads()} threads")
     if native._C is not None:
         print(f"native module: {native._C.__file__}")
-        print(f"  instruction set: {native._C.cpu_isa() or 'not available here'} (TWA_KERNELS_ISA={os.environ.get('TWA_KERNELS_ISA', '')!r})")
-        print(f"  CUDA: {'compiled for sm_' + native._C.cuda_architectures.replace(' ', ', sm_') if native._C.with_cuda else 'not compiled'}")
+        isa = native._C.cpu_isa() or "not available here"
+        wanted = os.environ.get("TWA_KERNELS_ISA", "")
+        print(f"  instruction set: {isa} (TWA_KERNELS_ISA={wanted!r})")
+        cuda = "not compiled"
+        if native._C.with_cuda:
+            cuda = "compiled for sm_" + native._C.cuda_architectures.replace(" ", ", sm_")
+        print(f"  CUDA: {cuda}")
     print("backends:")
     for backend, devices in dispatch.DEVICES.items():
         reason = dispatch.why_unusable(backend)
-        print(f"  {backend:10s} {', '.join(devices):20s} {'usable' if reason is None else 'not usable: ' + reason}")
+        state = "usable" if reason is None else f"not usable: {reason}"
+        print(f"  {backend:10s} {', '.join(devices):20s} {state}")
     print(f"default per op ({dispatch.ENVIRONMENT}={os.environ.get(dispatch.ENVIRONMENT, '')!r}):")
     overrides = {device: dispatch.environment_backend(device) for device in ("cpu", "cuda")}
     for op in dispatch.OPS:
-        row = [f"{device}: {override or dispatch.default_backend(op, device) or 'none'}" for device, override in overrides.items()]
+        row = [
+            f"{device}: {override or dispatch.default_backend(op, device) or 'none'}"
+            for device, override in overrides.items()
+        ]
         print(f"  {op:12s} {'   '.join(row)}")
 
 

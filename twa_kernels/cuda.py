@@ -1,4 +1,7 @@
-"""Tensors to addresses for the CUDA C++ kernels (csrc/cuda). Operands as in ops.py, which has checked them."""
+"""Tensors to addresses for the CUDA C++ kernels (csrc/cuda).
+
+Operands as in ops.py, which has checked them.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ module = native._C
 
 
 def why_unusable() -> str | None:
+    """Reason why the CUDA kernels do not run here; None if they do."""
     if native._C is None:
         return native.why_unusable()
     if not module.with_cuda:
@@ -39,7 +43,11 @@ def why_unusable() -> str | None:
 
 
 def _has_code_for(device: int) -> bool:
-    """Machine code runs on devices of its major version and no lower minor one; code that has PTX (no "-real") on every later device."""
+    """Whether something was compiled that runs on devices of this number (90 for sm_90).
+
+    Machine code runs on devices of its major version and no lower minor one; code that has PTX (no
+    "-real") runs on every later device.
+    """
     for architecture in module.cuda_architectures.split():
         number = int("".join(c for c in architecture if c.isdigit()))
         if number <= device and (number // 10 == device // 10 or "-real" not in architecture):
@@ -49,7 +57,11 @@ def _has_code_for(device: int) -> bool:
 
 @functools.cache
 def _no_code_for_device() -> str | None:
-    """Asks every device, not only the current one. A launch on one without code, beside one that has it, is refused by CUDA, by name."""
+    """Reason, if no device of this machine has code; None if one has.
+
+    Every device is asked, not only the current one. A launch on one without code, beside one that
+    has it, is refused by CUDA, by name.
+    """
     if not torch.cuda.is_available():
         return None
     capabilities = [torch.cuda.get_device_capability(k) for k in range(torch.cuda.device_count())]
@@ -57,8 +69,12 @@ def _no_code_for_device() -> str | None:
     if any(_has_code_for(device) for device in devices):
         return None
     built = module.cuda_architectures.replace(" ", ", sm_")
-    found = f"the device is sm_{devices[0]}" if len(devices) == 1 else f"the devices are sm_{', sm_'.join(map(str, devices))}"
-    return f"compiled for sm_{built}, {found}: build with TWA_CUDA_ARCHITECTURES={';'.join(map(str, devices))}"
+    names = [str(device) for device in devices]
+    found = "the device is sm_" if len(devices) == 1 else "the devices are sm_"
+    return (
+        f"compiled for sm_{built}, {found}{', sm_'.join(names)}: "
+        f"build with TWA_CUDA_ARCHITECTURES={';'.join(names)}"
+    )
 
 
 def _place(device: torch.device) -> tuple[int, int]:
@@ -74,17 +90,27 @@ def _address(t: Tensor | None) -> int:
 
 
 def tensor_table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """(tensors, 2) int64 on the device: address and dtype number, 0 for an empty tensor. Written by a kernel whose arguments they are, so that
-    no memory of the host has to outlive the call. Training loops pass the same tensors again and again, so most calls write nothing; a CUDA
-    graph gets a table of its own, which every replay writes, since it knows only its address. The caller must hold the table until its kernel
-    is launched: memory of a table that nobody holds goes to the next one."""
+    """(tensors, 2) int64 on the device: address and dtype number, 0 for an empty tensor.
+
+    A kernel whose arguments they are writes the table, so that no memory of the host has to outlive
+    the call. Training loops pass the same tensors again and again, so most calls write nothing. A
+    CUDA graph gets a table of its own, which every replay writes, since it knows only its address.
+
+    The caller must hold the table until its kernel is launched: memory of a table that nobody holds
+    goes to the next one.
+    """
     entries = tuple(v for t in tensors for v in (t.data_ptr() if t.numel() else 0, DTYPES[t.dtype]))
-    return _write_table(entries, device) if capturing(device) else _tensor_table(entries, device, _place(device)[1])
+    if capturing(device):
+        return _write_table(entries, device)
+    return _tensor_table(entries, device, _place(device)[1])
 
 
 @functools.lru_cache(maxsize=64)
 def _tensor_table(entries: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """Per stream: the kernel is not waited for, and only its own stream is sure to come after it."""
+    """Table of these entries, one per stream.
+
+    The kernel that writes it is not waited for, and only its own stream is sure to come after it.
+    """
     return _write_table(entries, device)
 
 
@@ -99,38 +125,57 @@ class Work:
     """Work items of one basis (csrc/twa.h, DeviceWork), on its device."""
 
     arrays: list[Tensor]  # keeps what `native` points to
-    host: object
-    native: object
+    host: native._C.HostWork
+    native: native._C.Work
     items: int
     groups: int
-    tasks: dict[int, Tensor | None]  # window -> order of a step's tasks, None where it cannot be fused
+    #: window -> order of a step's tasks, None where it cannot be fused
+    tasks: dict[int, Tensor | None]
 
 
 def _build(tile_segment: Tensor, numels: Sequence[int], num_segments: int, bits: int) -> Work:
     segments = tile_segment.cpu()
     host = module.HostWork(list(numels), segments.data_ptr(), num_segments, bits)
     dtypes = [torch.int32, torch.int64, *[torch.int32] * 5, torch.int64]
-    arrays = [torch.frombuffer(bytearray(b), dtype=d) if b else torch.empty(0, dtype=d) for b, d in zip(host.arrays, dtypes, strict=True)]
+    arrays = [
+        torch.frombuffer(bytearray(b), dtype=d) if b else torch.empty(0, dtype=d)
+        for b, d in zip(host.arrays, dtypes, strict=True)
+    ]
     arrays.insert(7, torch.tensor(list(numels), dtype=torch.int64))
     items, groups = len(arrays[0]), len(arrays[5]) - 1
     arrays = [a.to(tile_segment.device) for a in arrays]  # waits: used by every stream from here on
-    return Work(arrays, host, module.Work([a.data_ptr() for a in arrays], items, groups), items, groups, {})
+    view = module.Work([a.data_ptr() for a in arrays], items, groups)
+    return Work(arrays, host, view, items, groups, {})
 
 
 def work_items(tile_segment: Tensor, numels: Sequence[int], num_segments: int, bits: int) -> Work:
-    """Reading tile_segment back waits for the device: the first time only."""
+    """Work items of a basis, made on the first call.
+
+    That call reads tile_segment back, which waits for the device.
+    """
     key = ("cuda", tuple(numels), num_segments, bits)
     return kept(tile_segment, key, lambda: _build(tile_segment, numels, num_segments, bits))
 
 
-def _basis(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, bits: int):
+def _basis(
+    codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, bits: int
+) -> native._C.Basis:
     if codes.data_ptr() % 16:
-        raise ValueError(f"codes begin at address {codes.data_ptr():#x}, expected a multiple of 16, which asynchronous copies need: clone() them")
+        raise ValueError(
+            f"codes begin at address {codes.data_ptr():#x}, expected a multiple of 16, "
+            "which asynchronous copies need: clone() them"
+        )
     return native._basis(codes, scales, row_scale, tile_segment, bits, module)
 
 
 def project(
-    codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, grads: Sequence[Tensor], numels: Sequence[int], bits: int
+    codes: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    tile_segment: Tensor,
+    grads: Sequence[Tensor],
+    numels: Sequence[int],
+    bits: int,
 ) -> Tensor:
     device, (n, num_segments) = codes.device, row_scale.shape
     grads = _contiguous(grads)
@@ -165,7 +210,10 @@ def reconstruct(
 ) -> list[Tensor]:
     device, (n, num_segments) = codes.device, row_scale.shape
     if out is None:
-        out = [codes.new_empty(numel, dtype=center[k].dtype if center else torch.float32) for k, numel in enumerate(numels)]
+        out = [
+            codes.new_empty(numel, dtype=center[k].dtype if center else torch.float32)
+            for k, numel in enumerate(numels)
+        ]
     targets, center, x = _targets(out), _contiguous(center), x.contiguous()
     work = work_items(tile_segment, numels, num_segments, bits)
     x_rows = torch.empty(num_segments, n, device=device)
@@ -195,7 +243,9 @@ def step_tasks(work: Work, window: int, device: torch.device) -> Tensor | None:
     if window not in work.tasks:
         refuse_capture(device)
         order = bytearray(work.host.tasks(window))
-        work.tasks[window] = torch.frombuffer(order, dtype=torch.int32).to(device) if order else None
+        work.tasks[window] = (
+            torch.frombuffer(order, dtype=torch.int32).to(device) if order else None
+        )
     return work.tasks[window]
 
 
@@ -227,10 +277,13 @@ def step(
             torch.empty(work.items, n, device=device),
             torch.empty(work.groups, n, dtype=torch.float64, device=device),
             torch.empty(num_segments, n, device=device),
-            torch.empty(module.step_counters(work.groups, num_segments), dtype=torch.int32, device=device),
+            torch.empty(
+                module.step_counters(work.groups, num_segments), dtype=torch.int32, device=device
+            ),
         ]
         corrections = torch.empty(2, device=device)
         steps_before = state[-1] if count == 0 else None
+        first, second = [*state, x, x][:2]  # what the rule does not keep, the kernel does not touch
         grad_table = tensor_table(grads, device)
         center_table = tensor_table(center, device) if center else None
         target_table = tensor_table(targets, device)
@@ -241,7 +294,8 @@ def step(
             list(options),
             max(count, 1),
             x.data_ptr(),
-            *[s.data_ptr() for s in [*state, x, x][:2]],  # what the rule does not keep, the kernel does not touch
+            first.data_ptr(),
+            second.data_ptr(),
             _address(center_table),
             target_table.data_ptr(),
             work.native,
@@ -261,7 +315,6 @@ def pack(
     numels: Sequence[int],
     tile_segment: Tensor,
     bits: int,
-    quantiser: str,
     codes: Tensor,
     scales: Tensor,
     sum_sq: Tensor,
@@ -273,35 +326,43 @@ def pack(
     offsets = tile_offsets(numels)
     row_addresses, row_dtypes = _addresses(rows)
     center_addresses, center_dtypes = _addresses(center)
-    tables = [torch.tensor(v, dtype=torch.int64, device=device) for v in (row_addresses, center_addresses, list(numels), offsets)]
-    tables.append(torch.tensor(row_dtypes + center_dtypes, dtype=torch.int32, device=device))
+    row_table, center_table, sizes, begins = (
+        torch.tensor(v, dtype=torch.int64, device=device)
+        for v in (row_addresses, center_addresses, list(numels), offsets)
+    )
+    dtypes = torch.tensor(row_dtypes + center_dtypes, dtype=torch.int32, device=device)
     squares = torch.empty(offsets[-1], n, dtype=torch.float64, device=device)
     bad = torch.zeros((), dtype=torch.int32, device=device)
     with on_device(device):
-        at = [_address(t) for t in tables]
         module.pack_cuda(
-            at[0],
-            at[1] if center else 0,
-            *at[2:],
+            row_table.data_ptr(),
+            center_table.data_ptr() if center else 0,
+            sizes.data_ptr(),
+            begins.data_ptr(),
+            dtypes.data_ptr(),
             len(numels),
             offsets[-1],
             n,
             bits,
-            quantiser == "absmax",
             codes.data_ptr(),
             scales.data_ptr(),
             squares.data_ptr(),
             bad.data_ptr(),
             *_place(device),
         )
-    squares.masked_fill_(bad.bool(), torch.nan)  # some group was not finite: finish_pack finds out which
-    return finish_pack(rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, errors, squares)
+    squares.masked_fill_(bad.bool(), torch.nan)  # some group was not finite: see finish_pack
+    return finish_pack(
+        rows, center, numels, tile_segment, bits, codes, scales, sum_sq, max_scale, errors, squares
+    )
 
 
 @functools.lru_cache(maxsize=64)
 def _chunks(numels: tuple[int, ...], device: torch.device, stream: int) -> tuple[Tensor, int]:
-    """(2, tensors) int64 on the device: sizes, and the first chunk of each tensor; and the number of chunks. Per stream: what the cache drops,
-    the same stream may still be reading when its memory is used again, and no other one."""
+    """(2, tensors) int64 on the device, and the number of chunks.
+
+    The rows are the tensors' sizes, and the first chunk of each tensor. Per stream: what the cache
+    drops, the same stream may still be reading when its memory is used again, and no other one.
+    """
     begin = [0]
     for numel in numels:
         begin.append(begin[-1] - -numel // module.orthonormalize_chunk)
@@ -319,7 +380,7 @@ def orthonormalize_pass(
     fast: bool,
     out: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Float64, `fast` or not; products with probes as on the CPU."""
+    """One read of the rows, in float64, `fast` or not; products with probes as on the CPU."""
     rows, center = _contiguous(rows), _contiguous(center)
     device, n, r = parent.device, len(parent), 0 if transform is None else len(transform)
     m = n if transform is None else r
@@ -327,12 +388,18 @@ def orthonormalize_pass(
     norms = torch.empty(n, dtype=torch.float64, device=device)
     with on_device(device):
         sizes, chunks = _chunks(tuple(numels), device, _place(device)[1])
-        parts, stride, space = module.orthonormalize_plan(n, r, chunks, transform is not None, bool(out))
+        parts, stride, space = module.orthonormalize_plan(
+            n, r, chunks, transform is not None, bool(out)
+        )
         partials = torch.empty(parts, stride, dtype=torch.float64, device=device)
         workspace = torch.empty(space, dtype=torch.float64, device=device)
-        tables = [tensor_table(t, device) if t else None for t in (rows, center, out)]
+        row_table, center_table, out_table = (
+            tensor_table(t, device) if t else None for t in (rows, center, out)
+        )
         module.orthonormalize_pass_cuda(
-            *[_address(t) for t in tables],
+            _address(row_table),
+            _address(center_table),
+            _address(out_table),
             sizes[0].data_ptr(),
             sizes[1].data_ptr(),
             len(numels),

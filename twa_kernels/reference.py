@@ -1,7 +1,7 @@
 """The specification, in plain PyTorch: every other backend is tested against these functions.
 
-`pack` follows csrc/packing.h step by step and gives the same bytes as every other backend. `project` and `reconstruct`
-compute in float64 on the dequantised rows and are differentiable.
+`pack` follows csrc/packing.h step by step and gives the same bytes as every other backend.
+`project` and `reconstruct` compute in float64 on the dequantised rows and are differentiable.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch import Tensor
 
 TILE = 128  # columns of a tile = quantisation group
 BITS = (8, 4, 3, 2, 1)
-QUANTISERS = ("gaussian", "absmax")  # least-squares scale of a group, or its largest number's; at 8 bits always the latter
 MAX_ROWS = 4096
 
 #: Lloyd-Max levels of a unit Gaussian, outermost scaled to 127, rounded; 8 bits: uniform
@@ -26,11 +25,17 @@ LEVELS: dict[int, list[int]] = {
     1: [-127, 127],
 }
 #: first scale of a group = rms * share + largest * share: csrc/packing.h says why
-RMS_SHARE = {4: 0.5 * 2.732589571 / 127, 3: 0.75 * 2.151945705 / 127, 2: 1.510417608 / 127, 1: 0.7978845608 / 127}
+RMS_SHARE = {
+    4: 0.5 * 2.732589571 / 127,
+    3: 0.75 * 2.151945705 / 127,
+    2: 1.510417608 / 127,
+    1: 0.7978845608 / 127,
+}
 MAX_SHARE = {4: 0.5 / 127, 3: 0.25 / 127, 2: 0.0, 1: 0.0}
 
 
 def num_tiles(numel: int) -> int:
+    """Tiles of 128 columns that a tensor of so many elements takes."""
     return -(-numel // TILE)
 
 
@@ -42,17 +47,21 @@ def tile_offsets(numels: Sequence[int]) -> list[int]:
     return offsets
 
 
-# Codes <-> bytes -------------------------------------------------------------------------------------------------
+# Codes <-> bytes ----------------------------------------------------------------------------------
 
 
 def _plane_to_bytes(codes: Tensor, bits: int) -> Tensor:
-    """(..., 128) codes of `bits` (a power of two) -> (..., 16 * bits) bytes; column c is field c // B of byte c % B."""
+    """(..., 128) codes of `bits`, a power of two -> (..., 16 * bits) bytes.
+
+    Column c is field c // B of byte c % B, B = 16 * bits.
+    """
     fields = codes.unflatten(-1, (8 // bits, 16 * bits))  # (..., field, byte)
     weights = 2 ** (bits * torch.arange(8 // bits, device=codes.device))
     return (fields.long() * weights[:, None]).sum(-2).to(torch.uint8)
 
 
 def _plane_from_bytes(packed: Tensor, bits: int) -> Tensor:
+    """(..., 16 * bits) bytes -> (..., 128) codes: the inverse of `_plane_to_bytes`."""
     shifts = bits * torch.arange(8 // bits, device=packed.device)
     fields = (packed.long().unsqueeze(-2) >> shifts[:, None]) & (2**bits - 1)  # (..., field, byte)
     return fields.flatten(-2)
@@ -68,11 +77,13 @@ def codes_to_bytes(codes: Tensor, bits: int) -> Tensor:
 def bytes_to_codes(packed: Tensor, bits: int) -> Tensor:
     """(..., 16 * bits) bytes -> (..., 128) codes, int64."""
     if bits == 3:
-        return _plane_from_bytes(packed[..., :32], 2) | (_plane_from_bytes(packed[..., 32:], 1) << 2)
+        return _plane_from_bytes(packed[..., :32], 2) | (
+            _plane_from_bytes(packed[..., 32:], 1) << 2
+        )
     return _plane_from_bytes(packed, bits)
 
 
-# pack ------------------------------------------------------------------------------------------------------------
+# pack ---------------------------------------------------------------------------------------------
 
 
 def _tree_sum(v: Tensor) -> Tensor:
@@ -103,9 +114,12 @@ def _encode(u: Tensor, s: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return code, levels[code]
 
 
-def quantise(v: Tensor, valid: Tensor, bits: int, quantiser: str = "gaussian") -> tuple[Tensor, Tensor, Tensor]:
-    """Groups v (..., 128) float32, zero past `valid` (...,) columns -> codes (..., 128), scales (...,) float32 of 4
-    significant bits, squared norms (...,) float64. See csrc/packing.h for the steps."""
+def quantise(v: Tensor, valid: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantises groups of 128 columns; csrc/packing.h lists the steps.
+
+    v (..., 128) float32, zero past `valid` (...,) columns -> codes (..., 128) int64,
+    scales (...,) float32 of 4 significant bits, squared norms (...,) float64.
+    """
     m = v.abs().amax(-1, keepdim=True)
     zero = m < 2.0**-126
     e = torch.where(zero, torch.zeros_like(m, dtype=torch.int32), (m.view(torch.int32) >> 23) - 126)
@@ -113,11 +127,15 @@ def quantise(v: Tensor, valid: Tensor, bits: int, quantiser: str = "gaussian") -
     down, down2 = torch.exp2(-half.float()), torch.exp2(-(e - half).float())
     u = torch.where(zero, torch.zeros_like(v), v * down * down2)
     sum_sq = _tree_sum(u * u)
-    if bits == 8 or quantiser == "absmax":
+    if bits == 8:
         s = _round_scale(m * down * down2 / 127.0, up=True)
     else:
-        rms_share, max_share = (torch.tensor(share[bits], dtype=torch.float32, device=v.device) for share in (RMS_SHARE, MAX_SHARE))
-        s = torch.sqrt(sum_sq / valid[..., None].float()) * rms_share + (m * down * down2) * max_share
+        rms_share, max_share = (
+            torch.tensor(share[bits], dtype=torch.float32, device=v.device)
+            for share in (RMS_SHARE, MAX_SHARE)
+        )
+        rms = torch.sqrt(sum_sq / valid[..., None].float())
+        s = rms * rms_share + (m * down * down2) * max_share
         real = torch.arange(TILE, device=v.device) < valid[..., None]
         _, lev = _encode(u, s, bits)
         s = _tree_sum(u * lev) / (lev * lev * real).sum(-1, keepdim=True)
@@ -132,7 +150,8 @@ def quantise(v: Tensor, valid: Tensor, bits: int, quantiser: str = "gaussian") -
 def _pad_columns(flat: Tensor) -> Tensor:
     """(..., numel) -> (..., tiles, 128), zero past the end."""
     tiles = num_tiles(flat.shape[-1])
-    return torch.nn.functional.pad(flat, (0, tiles * TILE - flat.shape[-1])).unflatten(-1, (tiles, TILE))
+    padded = torch.nn.functional.pad(flat, (0, tiles * TILE - flat.shape[-1]))
+    return padded.unflatten(-1, (tiles, TILE))
 
 
 def pack(
@@ -141,17 +160,22 @@ def pack(
     numels: Sequence[int],
     tile_segment: Tensor,
     bits: int,
-    quantiser: str,
     codes: Tensor,
     scales: Tensor,
     sum_sq: Tensor,
     max_scale: Tensor,
     errors: Tensor | None,
 ) -> tuple[int, int, int] | None:
-    """Packs rows - center into codes (tiles, n, 16 bits) and scales (tiles, n) bfloat16; adds squared norms to sum_sq (n, L)
-    float64 and maximises max_scale (n, L) float32; errors (count, 2) float64 adds up each
-    tensor's squared quantisation error and squared norm. rows: the n rows of tensor 0, then of tensor 1, ... Returns (row, tensor,
-    column) of a NaN or Inf, None if there is none."""
+    """Packs rows - center; returns (row, tensor, column) of a NaN or Inf, None if there is none.
+
+    rows       the n rows of tensor 0, then those of tensor 1, ...
+    codes      (tiles, n, 16 * bits) uint8, written
+    scales     (tiles, n) bfloat16, written
+    sum_sq     (n, L) float64: squared norms are added
+    max_scale  (n, L) float32: maximised with the scales
+    errors     (count, 2) float64: each tensor's squared quantisation error and squared norm are
+               added
+    """
     n = sum_sq.shape[0]
     offsets = tile_offsets(numels)
     for k, numel in enumerate(numels):
@@ -164,8 +188,9 @@ def pack(
             row, column = torch.nonzero(~torch.isfinite(v))[0].tolist()
             return row, k, column
         v = _pad_columns(v).transpose(0, 1).contiguous()  # (tiles, n, 128)
-        valid = (numel - TILE * torch.arange(len(v), device=v.device)).clamp(max=TILE)[:, None].expand(-1, n)
-        code, scale, squares = quantise(v, valid, bits, quantiser)
+        valid = (numel - TILE * torch.arange(len(v), device=v.device)).clamp(max=TILE)  # (tiles,)
+        valid = valid[:, None].expand(-1, n)
+        code, scale, squares = quantise(v, valid, bits)
         at = slice(offsets[k], offsets[k + 1])
         codes[at] = codes_to_bytes(code, bits)
         scales[at] = scale.to(torch.bfloat16)
@@ -185,24 +210,33 @@ def squared_error(v: Tensor, code: Tensor, scale: Tensor, valid: Tensor, bits: i
     return (((v.double() - scale.double()[..., None] * levels) ** 2) * real).sum()
 
 
-# unpack, project, reconstruct --------------------------------------------------------------------------------------
+# unpack, project, reconstruct ---------------------------------------------------------------------
 
 
-def dequantise(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, bits: int) -> Tensor:
+def dequantise(
+    codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, bits: int
+) -> Tensor:
     """value = row_scale * scale * level in float64: (num_tiles, n, 128)."""
     levels = torch.tensor(LEVELS[bits], dtype=torch.float64, device=codes.device)
-    scale = scales.view(torch.float8_e4m3fn).float().double() * row_scale.double()[:, tile_segment.long()].T  # (num_tiles, n)
+    scale = scales.view(torch.float8_e4m3fn).float().double()  # (num_tiles, n)
+    scale = scale * row_scale.double()[:, tile_segment.long()].T
     return levels[bytes_to_codes(codes, bits)] * scale[..., None]
 
 
 def _split(columns: Tensor, numels: Sequence[int]) -> list[Tensor]:
     """(..., num_tiles, 128) -> one (..., numel) tensor per tensor of the model."""
     offsets = tile_offsets(numels)
-    return [columns[..., a:b, :].flatten(-2)[..., :numel] for a, b, numel in zip(offsets, offsets[1:], numels, strict=False)]
+    return [
+        columns[..., a:b, :].flatten(-2)[..., :numel]
+        for a, b, numel in zip(offsets, offsets[1:], numels, strict=False)
+    ]
 
 
 def average(rows: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
-    """out = sum_i weights[i] * rows[i], summed in float64 in order; rows of weight 0 do not count."""
+    """out = sum_i weights[i] * rows[i], summed in float64 in order.
+
+    Rows of weight 0 do not count.
+    """
     total = torch.zeros(out.shape, dtype=torch.float64, device=out.device)
     for w, row in zip(weights, rows, strict=True):
         if w != 0.0:
@@ -210,17 +244,37 @@ def average(rows: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> No
     out.copy_(total)
 
 
-def unpack(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, numels: Sequence[int], bits: int) -> list[Tensor]:
-    dense = dequantise(codes, scales, row_scale, tile_segment, bits).transpose(0, 1)  # (n, num_tiles, 128)
-    return [t.float().contiguous() for t in _split(dense, numels)]
+def unpack(
+    codes: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    tile_segment: Tensor,
+    numels: Sequence[int],
+    bits: int,
+) -> list[Tensor]:
+    """Dequantised rows: one (n, numel) float32 tensor per tensor of the model."""
+    dense = dequantise(codes, scales, row_scale, tile_segment, bits)  # (num_tiles, n, 128)
+    return [t.float().contiguous() for t in _split(dense.transpose(0, 1), numels)]
 
 
 def project(
-    codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, grads: Sequence[Tensor], numels: Sequence[int], bits: int
+    codes: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    tile_segment: Tensor,
+    grads: Sequence[Tensor],
+    numels: Sequence[int],
+    bits: int,
 ) -> Tensor:
-    """c[i, l] = sum over columns j of segment l of P[i, j] g[j]; float64 inside; an empty gradient counts as zero."""
+    """c[i, l] = sum over columns j of segment l of P[i, j] g[j]; float64 inside.
+
+    An empty gradient counts as zero.
+    """
     p = dequantise(codes, scales, row_scale, tile_segment, bits)  # (num_tiles, n, 128)
-    flat = [g.reshape(-1) if g.numel() == numel else codes.new_zeros(numel, dtype=torch.float32) for g, numel in zip(grads, numels, strict=True)]
+    flat = [
+        g.reshape(-1) if g.numel() == numel else codes.new_zeros(numel, dtype=torch.float32)
+        for g, numel in zip(grads, numels, strict=True)
+    ]
     g = torch.cat([_pad_columns(f.double()) for f in flat])  # (num_tiles, 128)
     per_tile = (p @ g[:, :, None])[..., 0]  # (num_tiles, n)
     c = per_tile.new_zeros(row_scale.shape).index_add(1, tile_segment.long(), per_tile.T)
@@ -238,8 +292,11 @@ def reconstruct(
     bits: int,
     out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """out[j] = center[j] + sum_i x[i, l] P[i, j]; float64 inside, rounded to float32 and then to the dtype of `out`
-    (of the center without `out`; float32 without both)."""
+    """out[j] = center[j] + sum_i x[i, l] P[i, j]; float64 inside.
+
+    Rounded to float32 and then to the dtype of `out` (of the center without `out`; float32 without
+    both).
+    """
     p = dequantise(codes, scales, row_scale, tile_segment, bits)
     weights = x.double()[:, tile_segment.long()].T  # (num_tiles, n)
     flat = _split((weights[:, None, :] @ p)[:, 0], numels)
@@ -269,7 +326,10 @@ def step(
     count: int,
     out: Sequence[Tensor],
 ) -> Tensor:
-    """project, the update of torch.optim.SGD ("sgd") or AdamW ("adamw") on x and its state, in place, and reconstruct. Returns c."""
+    """project, the update of torch.optim.SGD ("sgd") or AdamW ("adamw"), and reconstruct.
+
+    x, its state and `out` are written in place. Returns c.
+    """
     c = project(codes, scales, row_scale, tile_segment, grads, numels, bits).float()
     maximize, lr, weight_decay, *rest = options
     g = -c if maximize else c
@@ -279,7 +339,8 @@ def step(
         x.mul_(1 - lr * weight_decay)
         mean.lerp_(g, 1 - beta1)
         square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        x.addcdiv_(mean, (square.sqrt() / math.sqrt(1 - beta2**count)).add_(eps), value=-lr / (1 - beta1**count))
+        root = (square.sqrt() / math.sqrt(1 - beta2**count)).add_(eps)
+        x.addcdiv_(mean, root, value=-lr / (1 - beta1**count))
     else:
         momentum, dampening, nesterov = rest
         g = g + weight_decay * x
@@ -292,7 +353,14 @@ def step(
     return c
 
 
-def gram(codes: Tensor, scales: Tensor, row_scale: Tensor, tile_segment: Tensor, numels: Sequence[int], bits: int) -> Tensor:
+def gram(
+    codes: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    tile_segment: Tensor,
+    numels: Sequence[int],
+    bits: int,
+) -> Tensor:
     """G[l, i, k] = sum over columns j of segment l of P[i, j] P[k, j]: (L, n, n) float64."""
     p = dequantise(codes, scales, row_scale, tile_segment, bits)  # (num_tiles, n, 128)
     offsets = tile_offsets(numels)
@@ -317,10 +385,19 @@ def orthonormalize_pass(
     fast: bool,
     out: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """V = rows minus parents (or minus the center); V = transform @ V; rounded into `out`. Returns V V^T, its rows from `first` on and lower
-    triangle, or with `out` V V^T probes^T; and the rows' squared norms. Float64 throughout, `fast` or not."""
+    """One read of the rows for block Gram-Schmidt, in float64 throughout, `fast` or not.
+
+    V = rows minus parents (or minus the center); V = transform @ V; rounded into `out`. Returns
+
+    - V V^T, its rows from `first` on and lower triangle; with `out` instead V V^T probes^T;
+    - the rows' squared norms.
+
+    `out` comes with a transform and probes.
+    """
     n, parents = len(parent), parent.tolist()
-    gram, norms = 0.0, torch.zeros(n, dtype=torch.float64, device=parent.device)
+    m = n if transform is None else len(transform)
+    gram = torch.zeros(m, PROBES if out else m, dtype=torch.float64, device=parent.device)
+    norms = torch.zeros(n, dtype=torch.float64, device=parent.device)
     for k in range(len(numels)):
         w = torch.stack([r.reshape(-1).double() for r in rows[k * n : (k + 1) * n]])  # (n, numel)
         c = center[k].reshape(-1).double() if center else torch.zeros_like(w[0])
@@ -328,26 +405,38 @@ def orthonormalize_pass(
         v = torch.stack([w[i] - (w[p] if p >= 0 else c) for i, p in enumerate(parents)])
         if transform is not None:
             v = transform @ v
-        if out:
-            r = len(transform)
-            targets = out[k * r : (k + 1) * r]
-            v = v.float().to(targets[0].dtype) if r else v
+        if out and probes is not None:
+            targets = out[k * m : (k + 1) * m]
+            v = v.float().to(targets[0].dtype) if m else v
             for o, q in list(zip(targets, v, strict=True))[first:]:
                 o.copy_(q.view_as(o))
             v = v.double()
             gram = gram + v @ (v.T @ probes.T)
         else:
             gram = gram + (v @ v.T).tril()
-    if not isinstance(gram, Tensor):
-        gram = norms.new_zeros((len(transform), PROBES) if out else (n, n))
     if not out:
         gram[:first] = 0
     return gram, norms
 
 
-def relative_error(v: Tensor, bits: int, quantiser: str = "gaussian") -> float:
-    """||v - dequantised v|| / ||v|| of a 1-D tensor packed alone, before row_scale: the quantiser's error on this data."""
+def relative_error(v: Tensor, bits: int) -> float:
+    """The quantiser's error on this data: ||v - dequantised v|| / ||v||, v packed alone.
+
+    Args:
+        v: tensor of any shape and floating dtype on the CPU, taken as one row; not all zero.
+        bits: 8, 4, 3, 2 or 1.
+
+    Returns:
+        The relative error, before row_scale, without a unit.
+
+    Raises:
+        KeyError: `bits` is another number.
+        ZeroDivisionError: v is zero.
+    """
     groups = _pad_columns(v.float().reshape(1, -1))[0]
     valid = (v.numel() - TILE * torch.arange(len(groups))).clamp(max=TILE)
-    codes, scale, _ = quantise(groups, valid, bits, quantiser)
-    return math.sqrt(squared_error(groups, codes, scale, valid, bits).item() / (groups.double() ** 2).sum().item())
+    codes, scale, _ = quantise(groups, valid, bits)
+    return math.sqrt(
+        squared_error(groups, codes, scale, valid, bits).item()
+        / (groups.double() ** 2).sum().item()
+    )

@@ -1,9 +1,11 @@
-"""`python -m twa_kernels.tune`: measures launch configurations of the Triton kernels on this GPU and prints those that beat the shipped ones.
+"""`python -m twa_kernels.tune`: launch configurations of the Triton kernels that beat the shipped.
 
-Nothing is tuned at import or in use: the shipped numbers (`_triton/config.py`) stay until someone puts others there. A line that this
-prints goes into OVERRIDES of that file.
+They are measured on this GPU. Nothing is tuned at import or in use: the shipped numbers
+(`_triton/config.py`) stay until someone puts others there. A line that this prints goes into
+OVERRIDES of that file.
 
-    python -m twa_kernels.tune                          project and reconstruct, all bits, n = 64, 1 GB of packed rows
+    python -m twa_kernels.tune
+        project and reconstruct, all bits, n = 64, 1 GB of packed rows
     python -m twa_kernels.tune --op project --bits 4 2 --n 256 --gigabytes 2
 """
 
@@ -23,9 +25,16 @@ from . import api, dispatch
 from .packed import PackedBasis
 from .reference import BITS
 
-#: op -> number -> values to try; reconstruct's tiles follow from its warps, because a thread owns 16 bytes of a row
+#: op -> number -> values to try; reconstruct's tiles follow from its warps, because a thread owns
+#: 16 bytes of a row
 CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
-    "project": {"rows": (32, 64, 128), "tiles": (2, 4, 8), "warps": (4, 8), "stages": (2, 3, 4), "item": (32, 64, 128)},
+    "project": {
+        "rows": (32, 64, 128),
+        "tiles": (2, 4, 8),
+        "warps": (4, 8),
+        "stages": (2, 3, 4),
+        "item": (32, 64, 128),
+    },
     "reconstruct": {"rows": (4, 8, 16), "warps": (2, 4, 8)},
     "pack": {"tiles": (2, 4, 8, 16), "warps": (1, 2, 4)},
     "unpack": {"tiles": (8, 16, 32), "warps": (2, 4, 8)},
@@ -33,6 +42,7 @@ CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 def candidates(op: str, bits: int) -> Iterator[dict[str, int]]:
+    """Every combination of the values in CANDIDATES."""
     names = CANDIDATES[op]
     for values in itertools.product(*names.values()):
         config = dict(zip(names, values, strict=True))
@@ -41,18 +51,24 @@ def candidates(op: str, bits: int) -> Iterator[dict[str, int]]:
         yield config
 
 
-def random_case(n: int, columns: int, bits: int, device: str) -> tuple[PackedBasis, list[torch.Tensor]]:
+def random_case(
+    n: int, columns: int, bits: int, device: str
+) -> tuple[PackedBasis, list[torch.Tensor]]:
     """A basis of random codes and scales, one segment, and a gradient; never zeros."""
     tiles = -(-columns // 128)
     codes = torch.randint(0, 256, (tiles, n, 16 * bits), dtype=torch.uint8, device=device)
-    scales = torch.randint(40, 100, (tiles, n), dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    scales = torch.randint(40, 100, (tiles, n), dtype=torch.uint8, device=device).view(
+        torch.float8_e4m3fn
+    )
     segment = torch.zeros(tiles, dtype=torch.int32, device=device)
     ones = torch.ones(n, 1, device=device)
-    return PackedBasis(codes, scales, ones, segment, ones.double(), (torch.Size((columns,)),), bits), [torch.randn(columns, device=device)]
+    shapes = (torch.Size((columns,)),)
+    basis = PackedBasis(codes, scales, ones, segment, ones.double(), shapes, bits)
+    return basis, [torch.randn(columns, device=device)]
 
 
 def seconds(run: Callable[[], object], device: str, budget: float) -> float:
-    """Median time of a call after one to compile and one to warm up."""
+    """Median time of a call in seconds, after one to compile and one to warm up."""
     run(), run()
     times: list[float] = []
     while len(times) < 5 or sum(times) < budget:
@@ -74,17 +90,29 @@ def calls(op: str, basis: PackedBasis, g: list[torch.Tensor]) -> tuple[Callable[
     """The call to time, and the bytes that it must move."""
     packed = basis.codes.numel() + basis.scales.numel()
     x, out = torch.randn(basis.n, 1, device=basis.device), [torch.empty_like(t) for t in g]
-    rows = [torch.randn(basis.n, *s, device=basis.device) for s in basis.shapes] if op == "pack" else []
+    shapes = basis.shapes if op == "pack" else ()
+    rows = [torch.randn(basis.n, *s, device=basis.device) for s in shapes]
     return {
         "project": (lambda: api.project(basis, g, "triton"), packed + 4 * basis.num_columns),
-        "reconstruct": (lambda: api.reconstruct(basis, x, g, out=out, backend="triton"), packed + 8 * basis.num_columns),
-        "pack": (lambda: api.pack(rows, basis.bits, backend="triton"), packed + 4 * basis.n * basis.num_columns),
+        "reconstruct": (
+            lambda: api.reconstruct(basis, x, g, out=out, backend="triton"),
+            packed + 8 * basis.num_columns,
+        ),
+        "pack": (
+            lambda: api.pack(rows, basis.bits, backend="triton"),
+            packed + 4 * basis.n * basis.num_columns,
+        ),
         "unpack": (lambda: api.unpack(basis, "triton"), packed + 4 * basis.n * basis.num_columns),
     }[op]
 
 
-def tune(op: str, bits: int, n: int, columns: int, device: str, budget: float, most: int | None) -> str:
-    """Measures every candidate; prints a line each and returns the line for OVERRIDES, "" where the shipped numbers are the best."""
+def tune(
+    op: str, bits: int, n: int, columns: int, device: str, budget: float, most: int | None
+) -> str:
+    """Line for OVERRIDES, "" where the shipped numbers are the best.
+
+    Measures every candidate, and prints a line for each.
+    """
     from ._triton import config as shipped
 
     arch = shipped.architecture(torch.device(device))
@@ -96,34 +124,52 @@ def tune(op: str, bits: int, n: int, columns: int, device: str, budget: float, m
         try:
             with shipped.overridden(op, bits, arch, candidate):
                 took = seconds(run, device, budget)
-        except Exception as error:  # a configuration that the compiler or the device refuses is a result too
-            print(f"  {op} {bits} bits {candidate}: {type(error).__name__}: {str(error).splitlines()[0][:90]}")
+        except Exception as error:  # what the compiler or the device refuses is a result too
+            why = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
+            print(f"  {op} {bits} bits {candidate}: {why}")
             continue
         results.append((took, k, candidate))
         name = "shipped" if not k else " ".join(f"{a} {b}" for a, b in candidate.items())
-        print(f"  {op} {bits} bits  {1e3 * took:9.3f} ms  {moved / took / 1e9:8.1f} GB/s  {name}", flush=True)
+        print(
+            f"  {op} {bits} bits  {1e3 * took:9.3f} ms  {moved / took / 1e9:8.1f} GB/s  {name}",
+            flush=True,
+        )
     if not results:
         print(f"{op} {bits} bits: no configuration runs here")
         return ""
-    shipped_time = next((took for took, k, _ in results if not k), math.inf)  # it too may be refused
+    # It too may be refused.
+    shipped_time = next((took for took, k, _ in results if not k), math.inf)
     took, _, best = min(results, key=lambda r: r[:2])
     if took > 0.98 * shipped_time:  # less than two percent is noise
         print(f"{op} {bits} bits: the shipped {current} is the best of {len(results)}")
         return ""
-    beside = (
-        f"{took / shipped_time:.2f} of the shipped time" if shipped_time < math.inf else f"{1e3 * took:.3f} ms; the shipped {current} did not run"
-    )
+    beside = f"{took / shipped_time:.2f} of the shipped time"
+    if shipped_time == math.inf:
+        beside = f"{1e3 * took:.3f} ms; the shipped {current} did not run"
     print(f"{op} {bits} bits: {best} takes {beside}")
     return f"    {(op, bits, arch)!r}: {best!r},"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m twa_kernels.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", nargs="+", choices=sorted(CANDIDATES), default=["project", "reconstruct"])
+    parser = argparse.ArgumentParser(
+        prog="python -m twa_kernels.tune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--op", nargs="+", choices=sorted(CANDIDATES), default=["project", "reconstruct"]
+    )
     parser.add_argument("--bits", nargs="+", type=int, choices=BITS, default=list(BITS))
     parser.add_argument("--n", type=int, default=64)
-    parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the packed rows (pack and unpack: of the dense ones)")
-    parser.add_argument("--seconds", type=float, default=0.05, help="time spent on each configuration, at least")
+    parser.add_argument(
+        "--gigabytes",
+        type=float,
+        default=1.0,
+        help="size of the packed rows (pack and unpack: of the dense ones)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.05, help="time spent on each configuration, at least"
+    )
     parser.add_argument("--most", type=int, help="configurations per op and bits, at most")
     args = parser.parse_args()
     device = "cpu" if dispatch.interpreting() else "cuda"
@@ -135,9 +181,10 @@ def main() -> None:
         columns = max(1000, int(args.gigabytes * 1e9 / bytes_per_column))
         lines.append(tune(op, bits, args.n, columns, device, args.seconds, args.most))
     found = [line for line in lines if line]
-    print(
-        "\n".join(["", "For OVERRIDES in twa_kernels/_triton/config.py:", *found]) if found else "\nThe shipped configurations are the best measured."
-    )
+    if found:
+        print("\n".join(["", "For OVERRIDES in twa_kernels/_triton/config.py:", *found]))
+    else:
+        print("\nThe shipped configurations are the best measured.")
 
 
 if __name__ == "__main__":

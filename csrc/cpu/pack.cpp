@@ -7,7 +7,7 @@
 //            over groups in order, blocks in order: same bits for any thread count, tier, or split of a tensor at
 //            multiples of kBlockTiles tiles.
 // Bytes      n * D * input read, n * D * (bits / 8 + 2 / 128) written.
-// Speed      the Gaussian quantiser is bound by arithmetic, not memory: two encodings and a least-squares sum a group, most of it
+// Speed      bound by arithmetic, not memory, below 8 bits: two encodings and a least-squares sum a group, most of it
 //            one chain of dependent operations, so AVX-512 works on two groups at a time.
 #include <algorithm>
 
@@ -64,7 +64,7 @@ struct Group {
 
 // Quantises v[0 .. 127] (zero past valid) into 16 * bits bytes.
 template <int kBits>
-TWA_INLINE Group quantise(const float* __restrict__ v, int valid, bool absmax, uint8_t* __restrict__ out) {
+TWA_INLINE Group quantise(const float* __restrict__ v, int valid, uint8_t* __restrict__ out) {
   alignas(64) float u[kTileColumns], work[kTileColumns];
   alignas(64) uint8_t code[kTileColumns];
   alignas(64) int8_t lev[kTileColumns];
@@ -82,7 +82,7 @@ TWA_INLINE Group quantise(const float* __restrict__ v, int valid, bool absmax, u
   for (int c = 0; c < kTileColumns; ++c) work[c] = u[c] * u[c];
   const float sum_sq = tree_sum(work);
   float s;
-  if (kBits == 8 || absmax) {
+  if (kBits == 8) {
     s = round_scale(bits_float(static_cast<uint32_t>(m)) * down * down2 / 127.0f, true);
   } else {
     const float largest = bits_float(static_cast<uint32_t>(m)) * down * down2;
@@ -101,10 +101,10 @@ TWA_INLINE Group quantise(const float* __restrict__ v, int valid, bool absmax, u
 }
 
 template <int kBits>
-TWA_INLINE Group quantise_difference(const float* __restrict__ row, const float* __restrict__ center, int valid, bool absmax, uint8_t* out) {
+TWA_INLINE Group quantise_difference(const float* __restrict__ row, const float* __restrict__ center, int valid, uint8_t* out) {
   alignas(64) float v[kTileColumns];
   for (int c = 0; c < kTileColumns; ++c) v[c] = row[c] - center[c];
-  return quantise<kBits>(v, valid, absmax, out);
+  return quantise<kBits>(v, valid, out);
 }
 
 #ifdef TWA_X86
@@ -208,8 +208,8 @@ TWA_AVX512 inline void put_codes_avx512(const __m512i* code, uint8_t* out) {
 // kGroups groups of row - center, one after the other; `next`: where input that is needed soon begins. Steps are taken for all of them together, so
 // that their chains overlap.
 template <int kBits, int kGroups>
-TWA_AVX512 inline void quantise_avx512(const float* row, const float* center, const int* valid, bool absmax, const BucketTables<kBits>& tables,
-                                       const char* next, uint8_t* const* out, Group* groups) {
+TWA_AVX512 inline void quantise_avx512(const float* row, const float* center, const int* valid, const BucketTables<kBits>& tables, const char* next,
+                                       uint8_t* const* out, Group* groups) {
   __m512 u[kGroups][8], work[8];
   int32_t m[kGroups];
   int e[kGroups];
@@ -227,7 +227,7 @@ TWA_AVX512 inline void quantise_avx512(const float* row, const float* center, co
     usual = usual && e[g] >= -100 && e[g] <= 100;
   }
   if (!usual) {  // a group that is zero, extreme or not finite
-    for (int g = 0; g < kGroups; ++g) groups[g] = quantise_difference<kBits>(row + 128 * g, center + 128 * g, valid[g], absmax, out[g]);
+    for (int g = 0; g < kGroups; ++g) groups[g] = quantise_difference<kBits>(row + 128 * g, center + 128 * g, valid[g], out[g]);
     return;
   }
   float sum_sq[kGroups], s[kGroups];
@@ -238,11 +238,11 @@ TWA_AVX512 inline void quantise_avx512(const float* row, const float* center, co
     for (int j = 0; j < 8; ++j) work[j] = _mm512_mul_ps(u[g][j], u[g][j]);
     sum_sq[g] = tree_sum128(work);
     const float largest = bits_float(static_cast<uint32_t>(m[g])) * pow2f(-e[g]);
-    s[g] = kBits == 8 || absmax ? round_scale(largest / 127.0f, true)
-                                : std::sqrt(sum_sq[g] / static_cast<float>(valid[g])) * rms_share(kBits) + largest * max_share(kBits);
+    s[g] = kBits == 8 ? round_scale(largest / 127.0f, true)
+                      : std::sqrt(sum_sq[g] / static_cast<float>(valid[g])) * rms_share(kBits) + largest * max_share(kBits);
   }
   __m512i k[2];
-  if (kBits != 8 && !absmax) {
+  if (kBits != 8) {
 #pragma GCC unroll 2
     for (int g = 0; g < kGroups; ++g) {
       const __mmask64 real[2] = {valid[g] >= 64 ? ~0ull : (1ull << valid[g]) - 1, valid[g] == 128  ? ~0ull
@@ -288,7 +288,6 @@ struct Job {
   const TensorTable& center;
   const double* weights;  // null: center is given; else it is the rows' weighted average, which is written
   int64_t n;
-  bool absmax;
   bool report;
   uint8_t* codes;
   uint16_t* scales;
@@ -362,7 +361,7 @@ TWA_INLINE void pack_block(const Job& job, const Block& block, Sums* sums, const
         const int64_t ahead = i + 1 < n ? source + 1 : block.tensor * n, skip = i + 1 < n ? 0 : chunk;
         const char* next =
             static_cast<const char*>(job.rows.data[ahead]) + (column + (t + skip) * kTileColumns) * (job.rows.dtype[ahead] == Dtype::f32 ? 4 : 2);
-        quantiser.quantise(row, from, valid + t, job.absmax, count, next, out, groups);
+        quantiser.quantise(row, from, valid + t, count, next, out, groups);
         for (int g = 0; g < count; ++g) {
           if (!groups[g].finite) {
             if (sums->bad_row < 0) sums->bad_row = i, sums->bad_tile = t0 + t + g;
@@ -382,10 +381,9 @@ TWA_INLINE void pack_block(const Job& job, const Block& block, Sums* sums, const
 
 template <int kBits>
 struct PlainQuantiser {
-  TWA_INLINE void quantise(const float* row, const float* center, const int* valid, bool absmax, int count, const char*, uint8_t* const* out,
+  TWA_INLINE void quantise(const float* row, const float* center, const int* valid, int count, const char*, uint8_t* const* out,
                            Group* groups) const {
-    for (int g = 0; g < count; ++g)
-      groups[g] = quantise_difference<kBits>(row + g * kTileColumns, center + g * kTileColumns, valid[g], absmax, out[g]);
+    for (int g = 0; g < count; ++g) groups[g] = quantise_difference<kBits>(row + g * kTileColumns, center + g * kTileColumns, valid[g], out[g]);
   }
   TWA_INLINE void copy(const uint8_t* from, uint8_t* to, int64_t bytes) const { std::memcpy(to, from, static_cast<size_t>(bytes)); }
 };
@@ -402,10 +400,10 @@ template <int kBits>
 struct VectorQuantiser {
   BucketTables<kBits> tables;
   TWA_AVX512 VectorQuantiser() {}
-  TWA_AVX512 void quantise(const float* row, const float* center, const int* valid, bool absmax, int count, const char* next, uint8_t* const* out,
+  TWA_AVX512 void quantise(const float* row, const float* center, const int* valid, int count, const char* next, uint8_t* const* out,
                            Group* groups) const {
-    if (count == 2) return quantise_avx512<kBits, 2>(row, center, valid, absmax, tables, next, out, groups);
-    quantise_avx512<kBits, 1>(row, center, valid, absmax, tables, next, out, groups);
+    if (count == 2) return quantise_avx512<kBits, 2>(row, center, valid, tables, next, out, groups);
+    quantise_avx512<kBits, 1>(row, center, valid, tables, next, out, groups);
   }
   TWA_AVX512 void copy(const uint8_t* from, uint8_t* to, int64_t bytes) const { stream_out(from, to, bytes); }
 };
@@ -443,12 +441,12 @@ int64_t first_bad_column(const Job& job, const Block& block, int64_t row, int64_
 }  // namespace
 
 Status pack_cpu(const TensorTable& rows, const TensorTable& center, const double* weights, const int32_t* tile_segment, int64_t n,
-                int64_t num_segments, int bits, bool absmax, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq, float* max_scale, double* errors,
-                Where* where, int threads) {
+                int64_t num_segments, int bits, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq, float* max_scale, double* errors, Where* where,
+                int threads) {
   if (!valid_bits(bits) || n < 1 || n > kMaxRows || rows.count != center.count * n || total_tiles(center) < 0) return Status::bad_argument;
   if (weights && (!center.data || std::any_of(center.dtype, center.dtype + center.count, [](Dtype d) { return d != Dtype::f32; })))
     return Status::bad_argument;
-  const Job job{rows, center, weights, n, absmax, errors != nullptr, codes, scales_bf16};
+  const Job job{rows, center, weights, n, errors != nullptr, codes, scales_bf16};
   // Blocks of the center's geometry; an absent center still has sizes.
   std::vector<void*> present(center.count, codes);
   const std::vector<Block> blocks = make_blocks({present.data(), center.numel, center.dtype, center.count}, tile_segment);

@@ -21,7 +21,6 @@ struct PackArguments {
   const int64_t* tile_begin;  // (count)
   const Dtype* dtype;         // (count * n) of rows, then (count) of center
   int64_t count, n;
-  bool absmax;
   uint8_t* codes;    // (num_tiles, n, 16 * bits)
   uint16_t* scales;  // (num_tiles, n)
   double* sum_sq;    // (num_tiles, n)
@@ -80,7 +79,7 @@ pack_kernel(PackArguments a) {
   const float total = tree_sum(u[0] * u[0], u[1] * u[1], u[2] * u[2], u[3] * u[3]);
   float s = 0.0f;
   if (!zero && finite) {
-    if (kBits == 8 || a.absmax) {
+    if (kBits == 8) {
       s = round_scale(bits_float(static_cast<uint32_t>(m)) * down * down2 / 127.0f, true);
     } else {
       s = square_root(divide(total, static_cast<float>(valid))) * rms_share(kBits) +
@@ -114,9 +113,9 @@ pack_kernel(PackArguments a) {
 }  // namespace
 
 int pack_cuda(const void* const* rows, const void* const* center, const int64_t* numel, const int64_t* tile_begin, const Dtype* dtype, int64_t count,
-              int64_t tiles, int64_t n, int bits, bool absmax, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq_tiles, int32_t* bad, int device,
+              int64_t tiles, int64_t n, int bits, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq_tiles, int32_t* bad, int device,
               void* stream) {
-  const PackArguments a{rows, center, numel, tile_begin, dtype, count, n, absmax, codes, scales_bf16, sum_sq_tiles, bad};
+  const PackArguments a{rows, center, numel, tile_begin, dtype, count, n, codes, scales_bf16, sum_sq_tiles, bad};
   const int64_t blocks = tiles * ((n + kPackWarps - 1) / kPackWarps);
   const auto run = [&](auto kernel) { return launch(kernel, blocks, 32 * kPackWarps, kPackWarps * kTileColumns, device, stream, a); };
   switch (bits) {

@@ -50,7 +50,7 @@ bool pack(const std::vector<std::vector<float>>& rows, Basis& basis) {  // rows[
   const twa::Status status =
       twa::pack_cpu({data.data(), kNumel.data(), dtype.data(), static_cast<int64_t>(data.size())},
                     {nullptr, kNumel.data(), dtype.data(), static_cast<int64_t>(kNumel.size())}, nullptr, basis.tile_segment.data(), kRows, kSegments,
-                    kBits, false, basis.codes.data(), scales.data(), sum_sq.data(), most.data(), nullptr, &where, 1);
+                    kBits, basis.codes.data(), scales.data(), sum_sq.data(), most.data(), nullptr, &where, 1);
   if (status != twa::Status::ok) return false;
   for (int64_t i = 0; i < kRows; ++i) basis.row_scale.push_back(most[i] > 0 ? std::exp2(std::floor(std::log2(most[i])) - 8.0f) : 1.0f);
   for (int64_t k = 0; k < tiles * kRows; ++k) basis.scales[k] = to_e4m3(twa::bf16_to_float(scales[k]) / basis.row_scale[k % kRows]);

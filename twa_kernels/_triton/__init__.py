@@ -1,4 +1,5 @@
-"""Triton kernels of every op, for NVIDIA and AMD GPUs; and for CPU tensors under the interpreter (TRITON_INTERPRET=1).
+"""Triton kernels of every op, for NVIDIA and AMD GPUs.
 
-words.py has the pieces (decode, byte_perm, dp4a, fixed point), <op>.py the kernels, ops.py the launches, config.py their numbers.
+Under the interpreter (TRITON_INTERPRET=1) they run on CPU tensors. words.py has the pieces (decode,
+byte_perm, dp4a, fixed point), <op>.py the kernels, ops.py the launches, config.py their numbers.
 """

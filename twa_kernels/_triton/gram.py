@@ -1,7 +1,11 @@
-"""G[l, i, k] = sum over columns j of segment l of P[i, j] P[k, j], before row_scale, on packed words.
+"""G[l, i, k] = sum over columns j of segment l of P[i, j] P[k, j], on packed words.
 
-Work map   program (work item, block of ROWS rows i, block of ROWS rows k); int8 levels meet on the matrix units, a tile at a time.
-Sums       a tile's exact int32 sums times both scales are added in float32 over the tiles of an item; items in float64, in their order.
+Before row_scale.
+
+Work map   program (work item, block of ROWS rows i, block of ROWS rows k); int8 levels meet on the
+           matrix units, a tile at a time.
+Sums       a tile's exact int32 sums times both scales are added in float32 over the tiles of an
+           item; items in float64, in their order.
 Bytes      n * D * (bits / 8 + 1 / 128), once per pair of blocks.
 """
 
@@ -31,7 +35,8 @@ def gram_kernel(
     item = tl.program_id(0)
     tensor = tl.load(item_tensor + item)
     first = tl.load(item_tile + item)
-    left = tl.load(numel + tensor) - (first - tl.load(tile_begin + tensor)) * 128  # columns from here to the tensor's end
+    # Columns from here to the tensor's end.
+    left = tl.load(numel + tensor) - (first - tl.load(tile_begin + tensor)) * 128
     row_i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_k = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     i = tl.minimum(row_i, n - 1)
@@ -42,8 +47,10 @@ def gram_kernel(
         tile = (first + done) * n
         a = levels_at(codes + (tile + i)[:, None] * (16 * BITS), column[None, :], BITS)
         b = levels_at(codes + (tile + k)[None, :] * (16 * BITS), column[:, None], BITS)
-        a = tl.where((column < left - done * 128)[None, :], a, 0).to(tl.int8)  # padding counts once: zero on one side is enough
+        # Zero on one side is enough: padding then counts for nothing.
+        a = tl.where((column < left - done * 128)[None, :], a, 0).to(tl.int8)
         exact = tl.dot(a, b, out_dtype=tl.int32).to(tl.float32)
-        acc += exact * (scale_of(tl.load(scales + tile + i))[:, None] * scale_of(tl.load(scales + tile + k))[None, :])
+        scale_i = scale_of(tl.load(scales + tile + i))[:, None]
+        acc += exact * (scale_i * scale_of(tl.load(scales + tile + k))[None, :])
     at = (item.to(tl.int64) * n + row_i[:, None]) * n + row_k[None, :]
     tl.store(partial + at, acc, mask=(row_i < n)[:, None] & (row_k < n)[None, :])

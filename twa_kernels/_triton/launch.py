@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import triton.language as tl
@@ -14,12 +16,22 @@ from ..native import capturing, kept, on_device
 from ..reference import tile_offsets
 from .config import architecture, configuration, isa
 
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
+K = TypeVar("K", bound=Hashable)
+
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
+}
 
 
 @dataclass(frozen=True)
 class Work:
-    """Work items of one basis, on its device. An item is up to `size` tiles of one tensor and one segment; items are ordered by segment."""
+    """Work items of one basis, on its device.
+
+    An item is up to `size` tiles of one tensor and one segment; items are ordered by segment.
+    """
 
     tensor: Tensor  # (items,) int32
     tile: Tensor  # (items,) int64: first tile in the basis
@@ -50,7 +62,8 @@ def _build(tile_segment: Tensor, numels: Sequence[int], num_segments: int, size:
     count = torch.minimum(length[which] - piece * size, torch.tensor(size))
     order = torch.argsort(segment[tile], stable=True) if tiles else torch.empty(0, dtype=torch.long)
     tile, count = tile[order], count[order]
-    tensor = torch.searchsorted(offsets[1:], tile, right=True)  # tensors without columns have no tile
+    # Tensors without columns have no tile.
+    tensor = torch.searchsorted(offsets[1:], tile, right=True)
     begin = torch.searchsorted(segment[tile].contiguous(), torch.arange(num_segments + 1))
     put = functools.partial(Tensor.to, device=tile_segment.device)
     return Work(
@@ -65,18 +78,26 @@ def _build(tile_segment: Tensor, numels: Sequence[int], num_segments: int, size:
 
 
 def work_items(tile_segment: Tensor, numels: Sequence[int], num_segments: int, size: int) -> Work:
-    """Reading tile_segment back waits for the device: the first time only."""
+    """Work items of a basis, made on the first call.
+
+    That call reads tile_segment back, which waits for the device.
+    """
     key = ("triton", tuple(numels), num_segments, size)
     return kept(tile_segment, key, lambda: _build(tile_segment, numels, num_segments, size))
 
 
 def current_stream(device: torch.device) -> int:
+    """Handle of the device's current stream; 0 for CPU tensors."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def address_table(addresses: Sequence[int], device: torch.device) -> Tensor:
-    """(tensors,) int64 on the device. Training loops pass the same tensors again and again, so most calls copy nothing. A CUDA graph knows only
-    the table's address, so it gets one of its own, made by kernels that have the addresses as arguments."""
+    """(tensors,) int64 on the device.
+
+    Training loops pass the same tensors again and again, so most calls copy nothing. A CUDA graph
+    knows only the table's address, so it gets one of its own, made by kernels that have the
+    addresses as arguments.
+    """
     if capturing(device):
         table = torch.zeros(len(addresses), dtype=torch.int64, device=device)
         torch._foreach_add_(list(table.unbind()), list(addresses))
@@ -86,14 +107,20 @@ def address_table(addresses: Sequence[int], device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _address_table(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """Per stream: the copy is not waited for, and only its own stream is sure to come after it."""
+    """Table of these addresses, one per stream.
+
+    The copy is not waited for, and only its own stream is sure to come after it.
+    """
     table = torch.tensor(addresses, dtype=torch.int64)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Work items that are ranges of the columns of all tensors joined: items of as many pieces as there are tensors in the range."""
+    """Work items that are ranges of the columns of all tensors joined.
+
+    An item has as many pieces as there are tensors in its range.
+    """
 
     tensor: Tensor  # (pieces,) int64
     column: Tensor  # (pieces,) int64: first column in the tensor, a multiple of a block
@@ -110,11 +137,19 @@ class Columns:
 
 
 @functools.lru_cache(maxsize=64)
-def column_items(numels: tuple[int, ...], block: int, least: int, most: int, device: torch.device, stream: int) -> Columns:
-    """At most about `most` items, the same on every device, of at least about `least` columns, cut at multiples of `block` in a tensor. Per
-    stream: what the cache drops, the same stream may still be reading when its memory is used again, and no other one."""
+def column_items(
+    numels: tuple[int, ...], block: int, least: int, most: int, device: torch.device, stream: int
+) -> Columns:
+    """At most about `most` items of at least about `least` columns, the same on every device.
+
+    They are cut at multiples of `block` in a tensor. Per stream: what the cache drops, the same
+    stream may still be reading when its memory is used again, and no other one.
+    """
     per_item = max(least, -(-sum(numels) // most))
-    tensor, column, ends, piece, room = [], [], [], [0], per_item
+    tensor: list[int] = []
+    column: list[int] = []
+    ends: list[int] = []
+    piece, room = [0], per_item
     for t, numel in enumerate(numels):
         at = 0
         while at < numel:
@@ -128,13 +163,17 @@ def column_items(numels: tuple[int, ...], block: int, least: int, most: int, dev
             at, room = at + take, room - take
     if tensor:
         piece.append(len(tensor))
-    lists = [torch.tensor(v, dtype=torch.int64, device=device) for v in (tensor, column, ends)]
-    return Columns(*lists, torch.tensor(piece, dtype=torch.int32, device=device))
+    put = functools.partial(torch.tensor, dtype=torch.int64, device=device)
+    begins = torch.tensor(piece, dtype=torch.int32, device=device)
+    return Columns(put(tensor), put(column), put(ends), begins)
 
 
-def by_dtype(tensors: Sequence[Tensor], keys: Sequence) -> dict:
-    """key -> addresses, 0 where a tensor has another key: one launch per key leaves the other tensors alone."""
-    groups: dict = {}
+def by_dtype(tensors: Sequence[Tensor], keys: Sequence[K]) -> dict[K, list[int]]:
+    """Addresses of the tensors per key, 0 where a tensor has another one.
+
+    One launch per key leaves the other tensors alone.
+    """
+    groups: dict[K, list[int]] = {}
     for k, (t, key) in enumerate(zip(tensors, keys, strict=True)):
         if t.numel():
             groups.setdefault(key, [0] * len(tensors))[k] = t.data_ptr()
@@ -142,16 +181,20 @@ def by_dtype(tensors: Sequence[Tensor], keys: Sequence) -> dict:
 
 
 class Launch:
-    """What a kernel's launch needs besides its operands: configuration, ISA, options of the compiler."""
+    """What a kernel's launch needs besides its operands.
+
+    Configuration, ISA, options of the compiler.
+    """
 
     def __init__(self, op: str, bits: int, device: torch.device) -> None:
         arch = architecture(device)
         self.device, self.isa = device, isa(arch)
         self.config = configuration(op, bits, arch)
 
-    def options(self, fuse: bool = True) -> dict:
-        """fuse: a * b + c may be rounded once."""
+    def options(self, fuse: bool = True) -> dict[str, int | bool]:
+        """Options of the compiler. fuse: a * b + c may be rounded once."""
         return {"num_warps": self.config["warps"], "enable_fp_fusion": fuse}
 
-    def on_device(self):
+    def on_device(self) -> AbstractContextManager[object]:
+        """Context in which this device is the current one."""
         return on_device(self.device)

@@ -1,4 +1,7 @@
-"""From tensors to the kernels of orthonormalize.py. Operands as in twa_kernels/ops.py, which has checked them."""
+"""From tensors to the kernels of orthonormalize.py.
+
+Operands as in twa_kernels/ops.py, which has checked them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from ..native import _contiguous
@@ -42,7 +46,8 @@ class _Rows:
         return self.rows[0].device
 
     @property
-    def flags(self) -> dict:
+    def flags(self) -> dict[str, tl.dtype | bool]:
+        """Constants that all kernels of rows have."""
         return {"DTYPE": DTYPES[self.dtype], "HAS_CENTER": bool(self.center)}
 
     @functools.cached_property
@@ -51,24 +56,34 @@ class _Rows:
 
     @functools.cached_property
     def center_table(self) -> Tensor:
-        return address_table([t.data_ptr() for t in self.center], self.device) if self.center else self.table
+        """Addresses of the centers; where there are none, what is not read."""
+        if not self.center:
+            return self.table
+        return address_table([t.data_ptr() for t in self.center], self.device)
 
     def items(self, launch: Launch, bytes_per_item: int) -> Columns:
+        """Work items, so few that their partial sums fit."""
         most = min(max(PARTIAL_BYTES // bytes_per_item, 1), launch.config["items"])
-        return column_items(self.numels, launch.config["columns"], LEAST_COLUMNS, most, self.device, current_stream(self.device))
+        block, stream = launch.config["columns"], current_stream(self.device)
+        return column_items(self.numels, block, LEAST_COLUMNS, most, self.device, stream)
 
 
-def _options(launch: Launch, rows: int, staged: bool = True, **kind: bool) -> dict:
-    """staged: of a kernel whose loads are staged; kind: as in warps_and_stages."""
+def _options(launch: Launch, rows: int, staged: bool = True, **kind: bool) -> dict[str, int | bool]:
+    """Options of a launch. staged: the kernel's loads are; kind: as in warps_and_stages."""
     warps, stages = warps_and_stages(launch.config, rows, **kind)
     return launch.options() | {"num_warps": warps} | ({"STAGES": stages} if staged else {})
 
 
 def _block_rows(launch: Launch, n: int) -> int:
-    return max(16, 1 << (n - 1).bit_length()) if n <= launch.config["rows"] else launch.config["many"]
+    """Rows of a block: all of them, if a program can hold so many."""
+    if n <= launch.config["rows"]:
+        return max(16, 1 << (n - 1).bit_length())
+    return launch.config["many"]
 
 
-def _products(w: _Rows, fast: bool, others: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+def _products(
+    w: _Rows, fast: bool, others: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """V V^T (lower triangle), or V others^T; and squared norms of rows and differences (2, n)."""
     launch = Launch("orthonormalize", 4, w.device)
     n, m = w.n, len(others or w.rows) // len(w.numels)
@@ -121,8 +136,15 @@ def _norms(w: _Rows) -> Tensor:
     return squares.sum(0)
 
 
-def _transformed(w: _Rows, transform: Tensor, probes: Tensor | None, first: int, fast: bool, out: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows that a program can hold: in one read."""
+def _transformed(
+    w: _Rows,
+    transform: Tensor,
+    probes: Tensor | None,
+    first: int,
+    fast: bool,
+    out: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Products of transformed rows, in one read: for rows that a program can hold."""
     launch = Launch("orthonormalize", 4, w.device)
     n, r, rows = w.n, len(transform), _block_rows(launch, w.n)
     width = PROBES if out else r
@@ -159,7 +181,16 @@ def _transformed(w: _Rows, transform: Tensor, probes: Tensor | None, first: int,
     return partial.sum(0), squares.sum(0)
 
 
-def _transform(w: _Rows, tensor: int, begin: int, end: int, transform: Tensor, extent: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
+def _transform(
+    w: _Rows,
+    tensor: int,
+    begin: int,
+    end: int,
+    transform: Tensor,
+    extent: Tensor,
+    dtype: torch.dtype,
+    fast: bool,
+) -> Tensor:
     """(r, end - begin): the transform of some columns of one tensor, rounded to `dtype`."""
     launch = Launch("orthonormalize", 4, w.device)
     config, r = launch.config, len(transform)
@@ -191,7 +222,10 @@ def _transform(w: _Rows, tensor: int, begin: int, end: int, transform: Tensor, e
 
 
 def _extents(transform: Tensor) -> Tensor:
-    """Per block of rows that transform_kernel makes: the column from which on all of them are zero."""
+    """Column from which on all rows of a block are zero, (blocks,) int32.
+
+    A block is the rows that a program of transform_kernel makes.
+    """
     made = Launch("orthonormalize", 4, transform.device).config["made"]
     r, n = transform.shape
     last = ((transform != 0) * torch.arange(1, n + 1, device=transform.device)).amax(1)
@@ -199,25 +233,37 @@ def _extents(transform: Tensor) -> Tensor:
 
 
 def _transformed_through_a_workspace(
-    w: _Rows, transform: Tensor, probes: Tensor | None, first: int, fast: bool, out: Sequence[Tensor]
+    w: _Rows,
+    transform: Tensor,
+    probes: Tensor | None,
+    first: int,
+    fast: bool,
+    out: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """More rows than a program can hold: some columns of one tensor at a time, all rows of the result in a workspace before any is stored."""
-    r, extent, gram = len(transform), _extents(transform), 0.0
+    """Products of transformed rows, some columns of one tensor at a time: for more rows.
+
+    All rows of the result are in a workspace before any is stored.
+    """
+    r, extent = len(transform), _extents(transform)
+    gram = torch.zeros(r, PROBES if out else r, dtype=torch.float64, device=w.device)
     norms = _norms(w)  # now: `out` may be the rows
     flat = [o.view(-1) for o in out]
     wide = max(WORKSPACE_BYTES // (8 * r) // 1024, 1) * 1024
     for tensor, numel in enumerate(w.numels):
         for begin in range(0, numel, wide):
             end = min(begin + wide, numel)
-            made = _transform(w, tensor, begin, end, transform, extent, out[0].dtype if out else torch.float64, fast)
+            dtype = out[0].dtype if out else torch.float64
+            made = _transform(w, tensor, begin, end, transform, extent, dtype, fast)
             v = _Rows(made.unbind(0), (), None, (end - begin,))
-            if not out:
+            if not out or probes is None:
                 gram = gram + _products(v, False)[0]
                 continue
-            onto = _transform(v, 0, 0, end - begin, probes, _extents(probes), torch.float32 if fast else torch.float64, fast)
+            sums = torch.float32 if fast else torch.float64
+            onto = _transform(v, 0, 0, end - begin, probes, _extents(probes), sums, fast)
             gram = gram + _products(v, fast, onto.unbind(0))[0]
             if first < r:
-                torch._foreach_copy_([o[begin:end] for o in flat[tensor * r + first : (tensor + 1) * r]], list(made[first:].unbind(0)))
+                targets = flat[tensor * r + first : (tensor + 1) * r]
+                torch._foreach_copy_([o[begin:end] for o in targets], list(made[first:].unbind(0)))
     return gram, norms
 
 
@@ -235,21 +281,25 @@ def orthonormalize_pass(
     n, m = len(parent), len(parent) if transform is None else len(transform)
     rows, center = _contiguous(rows), _contiguous(center)
     # Tensors of one dtype (and one of `out`) are one pass: their sums are added.
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[torch.dtype, ...], list[int]] = {}
     for k in (k for k, numel in enumerate(numels) if numel):
         of = [*rows[k * n : (k + 1) * n], *center[k : k + 1]]
         if len({t.dtype for t in of}) > 1:  # copies in float32: a kernel reads one dtype
             rows[k * n : (k + 1) * n] = [t.float() for t in of[:n]]
             center[k : k + 1] = [t.float() for t in of[n:]]
-        written = {o.dtype for o in out[k * m : (k + 1) * m]} if out else set()
+        written = {o.dtype for o in out[k * m : (k + 1) * m]}
         if len(written) > 1:
-            raise TypeError(f"out: expected one dtype for the rows of tensor {k}, found {sorted(map(str, written))}")
+            raise TypeError(
+                f"out: expected one dtype for the rows of tensor {k}, "
+                f"found {sorted(map(str, written))}"
+            )
         groups.setdefault((rows[k * n].dtype, *written), []).append(k)
     gram = torch.zeros(m, PROBES if out else m, dtype=torch.float64, device=parent.device)
     norms = torch.zeros(n, dtype=torch.float64, device=parent.device)
     for which in groups.values():
         mine = [t for k in which for t in rows[k * n : (k + 1) * n]]
-        w = _Rows(mine, [center[k] for k in which] if center else (), parent, tuple(numels[k] for k in which))
+        centers = [center[k] for k in which] if center else ()
+        w = _Rows(mine, centers, parent, tuple(numels[k] for k in which))
         if transform is None:
             products, squares = _products(w, fast)
             if fast:
@@ -258,9 +308,11 @@ def orthonormalize_pass(
         elif m == 0:
             products, squares = gram, _norms(w)
         else:
-            run = _transformed if n <= Launch("orthonormalize", 4, w.device).config["rows"] else _transformed_through_a_workspace
+            held = n <= Launch("orthonormalize", 4, w.device).config["rows"]
+            run = _transformed if held else _transformed_through_a_workspace
             targets = [o for k in which for o in out[k * m : (k + 1) * m]] if out else ()
-            # What is not stored is float64, `fast` or not: it is asked for where float32 is not enough.
+            # What is not stored is float64, `fast` or not: it is asked for where float32 is not
+            # enough.
             products, squares = run(w, transform, probes, first, fast and bool(out), targets)
         gram, norms = gram + products, norms + squares
     if not out:

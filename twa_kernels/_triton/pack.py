@@ -1,9 +1,11 @@
 """The quantiser of csrc/packing.h, step by step, so that every byte equals the other backends'.
 
 Work map   program (work item, row): TILES tiles of one tensor, one group of 128 columns each.
-Rounding   every float operation rounds once: launched without fused multiply-add, with div_rn and sqrt_rn; sums run as the halving tree, each
-           level an addition of two halves, so that no compiler's order of reduction matters.
-Bytes      n * D * input read, n * D * (bits / 8 + 2 / 128) written; the center is read once per row.
+Rounding   every float operation rounds once: launched without fused multiply-add, with div_rn and
+           sqrt_rn; sums run as the halving tree, each level an addition of two halves, so that no
+           compiler's order of reduction matters.
+Bytes      n * D * input read, n * D * (bits / 8 + 2 / 128) written; the center is read once per
+           row.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from .words import magnitude
 
 # The positive levels, as bytes of one number; the others mirror them.
 POSITIVE_4, POSITIVE_3, POSITIVE_2, POSITIVE_1 = (
-    tl.constexpr(sum(level << (8 * j) for j, level in enumerate(LEVELS[bits][2**bits // 2 :]))) for bits in (4, 3, 2, 1)
+    tl.constexpr(sum(level << (8 * j) for j, level in enumerate(LEVELS[bits][2**bits // 2 :])))
+    for bits in (4, 3, 2, 1)
 )
 RMS_4, RMS_3, RMS_2, RMS_1 = (tl.constexpr(RMS_SHARE[bits]) for bits in (4, 3, 2, 1))
 MAX_4, MAX_3 = (tl.constexpr(MAX_SHARE[bits]) for bits in (4, 3))
@@ -32,7 +35,10 @@ def _tree_sum(v, TILES: tl.constexpr):
 
 @triton.jit
 def _nearest(k, POSITIVE: tl.constexpr, HALF: tl.constexpr):
-    """Code and level of integers k in [-127, 127]: the nearest level, the lower one at a tie. HALF positive levels."""
+    """Code and level of integers k in [-127, 127]: the nearest level, the lower one at a tie.
+
+    There are HALF positive levels.
+    """
     twice = tl.where(k > 0, 2 * k, 1 - 2 * k)  # of a negative number, a tie goes outwards
     steps = tl.zeros_like(k)
     size = tl.full(k.shape, POSITIVE & 255, tl.int32)
@@ -46,9 +52,11 @@ def _nearest(k, POSITIVE: tl.constexpr, HALF: tl.constexpr):
 @triton.jit
 def _encode(u, s, BITS: tl.constexpr):
     """Codes and int32 levels of u / s."""
-    inverse = tl.where(s > 0, tl.div_rn(tl.full(s.shape, 1.0, tl.float32), tl.where(s > 0, s, 1.0)), 0.0)
+    one = tl.full(s.shape, 1.0, tl.float32)
+    inverse = tl.where(s > 0, tl.div_rn(one, tl.where(s > 0, s, 1.0)), 0.0)
     v = tl.minimum(tl.maximum(u * inverse[:, None], -127.0), 127.0)
-    k = ((v + 12582912.0) - 12582912.0).to(tl.int32)  # 1.5 * 2^23: rounds to an integer, ties to even
+    # 1.5 * 2^23: rounds to an integer, ties to even.
+    k = ((v + 12582912.0) - 12582912.0).to(tl.int32)
     if BITS == 8:
         return k + 128, k
     elif BITS == 4:
@@ -95,7 +103,6 @@ def pack_kernel(
     DTYPE: tl.constexpr,
     CENTER: tl.constexpr,
     HAS_CENTER: tl.constexpr,
-    ABSMAX: tl.constexpr,
     TILES: tl.constexpr,
 ):
     item = tl.program_id(0)
@@ -112,7 +119,8 @@ def pack_kernel(
         real = live[:, None] & (at < columns)
         v = tl.load(address.to(tl.pointer_type(DTYPE)) + at, mask=real, other=0).to(tl.float32)
         if HAS_CENTER:
-            v -= tl.load(tl.load(center + tensor).to(tl.pointer_type(CENTER)) + at, mask=real, other=0).to(tl.float32)
+            of_center = tl.load(center + tensor).to(tl.pointer_type(CENTER)) + at
+            v -= tl.load(of_center, mask=real, other=0).to(tl.float32)
 
         m = tl.max(magnitude(v), 1)
         finite = m < 0x7F800000
@@ -124,7 +132,7 @@ def pack_kernel(
         u = tl.where(usable[:, None], v * down[:, None] * down2[:, None], 0.0)
         largest = m.to(tl.float32, bitcast=True) * down * down2
         total = _tree_sum(u * u, TILES)
-        if BITS == 8 or ABSMAX:
+        if BITS == 8:
             s = _round_scale(tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32)), True)
         else:
             valid = tl.minimum(tl.maximum(columns - begin, 1), 128).to(tl.float32)
@@ -138,8 +146,10 @@ def pack_kernel(
             else:
                 s = rms * RMS_1
             _, level = _encode(u, s, BITS)
-            norm = tl.maximum(tl.sum(tl.where(real, level * level, 0), 1), 1)  # 0 only past the end of the item
-            s = _round_scale(tl.div_rn(_tree_sum(u * level.to(tl.float32), TILES), norm.to(tl.float32)), False)
+            # At least 1: it is 0 only past the end of the item.
+            norm = tl.maximum(tl.sum(tl.where(real, level * level, 0), 1), 1)
+            product = _tree_sum(u * level.to(tl.float32), TILES)
+            s = _round_scale(tl.div_rn(product, norm.to(tl.float32)), False)
         s = tl.where(usable, s, 0.0)
         code, _ = _encode(u, s, BITS)
 
@@ -148,15 +158,18 @@ def pack_kernel(
             field = tl.arange(0, 4)[None, :, None]
             low = tl.sum((code & 3).reshape(TILES, 4, 32) << (2 * field), 1)
             high = tl.sum((code >> 2).reshape(TILES, 8, 16) << tl.arange(0, 8)[None, :, None], 1)
-            tl.store(codes + group[:, None] * 48 + tl.arange(0, 32)[None, :], low.to(tl.uint8), mask=live[:, None])
-            tl.store(codes + group[:, None] * 48 + 32 + tl.arange(0, 16)[None, :], high.to(tl.uint8), mask=live[:, None])
+            to = codes + group[:, None] * 48
+            tl.store(to + tl.arange(0, 32)[None, :], low.to(tl.uint8), mask=live[:, None])
+            tl.store(to + 32 + tl.arange(0, 16)[None, :], high.to(tl.uint8), mask=live[:, None])
         else:
             BYTES: tl.constexpr = 16 * BITS
             field = tl.arange(0, 8 // BITS)[None, :, None]
             byte = tl.sum(code.reshape(TILES, 8 // BITS, BYTES) << (BITS * field), 1)
-            tl.store(codes + group[:, None] * BYTES + tl.arange(0, BYTES)[None, :], byte.to(tl.uint8), mask=live[:, None])
+            to = codes + group[:, None] * BYTES
+            tl.store(to + tl.arange(0, BYTES)[None, :], byte.to(tl.uint8), mask=live[:, None])
         scale = s * _power(half) * _power(e - half)
-        scale = tl.where(scale.to(tl.int32, bitcast=True) < 0x00800000, 0.0, scale)  # exact in bfloat16: 4 significant bits
+        # Exact in bfloat16: 4 significant bits.
+        scale = tl.where(scale.to(tl.int32, bitcast=True) < 0x00800000, 0.0, scale)
         tl.store(scales + group, scale.to(tl.bfloat16), mask=live)
         wide = ((2 * e + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)  # 2^(2 e)
         nan = tl.full(m.shape, 0x7FC00000, tl.int32).to(tl.float32, bitcast=True).to(tl.float64)

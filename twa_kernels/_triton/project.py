@@ -1,12 +1,14 @@
 """c[i, l] = sum over columns j of segment l of P[i, j] g[j], on packed words.
 
-Work map   program (work item, block of ROWS rows). An item is up to `tiles` tiles of one tensor and one segment; a program takes TILES of
-           them at a time. Packed rows stream through shared memory (cp.async, 16 bytes a thread) and are decoded in registers.
-Product    level (int8) x three int8 limbs of the tile's gradient in 24-bit fixed point, on the matrix units: exact int32 sums, one tile a warp.
-           1 and 3 bits have 16 columns a field, half of what the units contract at once: two rows lie side by side, and each meets
-           the gradient in its own half of the limb columns.
-Sums       a tile's exact sums times scale and unit are added in float32 over the tiles of an item; items are then added in
-           float64 in their order. No atomics: the same bits every time.
+Work map   program (work item, block of ROWS rows). An item is up to `tiles` tiles of one tensor and
+           one segment; a program takes TILES of them at a time. Packed rows stream through shared
+           memory (cp.async, 16 bytes a thread) and are decoded in registers.
+Product    level (int8) x three int8 limbs of the tile's gradient in 24-bit fixed point, on the
+           matrix units: exact int32 sums, one tile a warp. 1 and 3 bits have 16 columns a field,
+           half of what the units contract at once: two rows lie side by side, and each meets the
+           gradient in its own half of the limb columns.
+Sums       a tile's exact sums times scale and unit are added in float32 over the tiles of an item;
+           items are then added in float64 in their order. No atomics: the same bits every time.
 Bytes      n * D * (bits / 8 + 1 / 128) + gradients, which are read once per block of rows.
 """
 
@@ -19,8 +21,13 @@ from .words import decode, exponent_of, limbs, magnitude, scale_of, to_fixed, un
 
 
 @triton.jit
-def _load_fields(g_ptr, tile_column, inside, columns, byte, WIDTH: tl.constexpr, FIELDS: tl.constexpr):
-    """Gradient of TILES tiles, each from column tile_column (TILES, 1) on: FIELDS tensors (TILES, K) float32, zero past the tensor's end."""
+def _load_fields(
+    g_ptr, tile_column, inside, columns, byte, WIDTH: tl.constexpr, FIELDS: tl.constexpr
+):
+    """Gradient of TILES tiles, each from column tile_column (TILES, 1) on.
+
+    FIELDS tensors (TILES, K) float32, zero past the tensor's end.
+    """
     out = ()
     for f in tl.static_range(FIELDS):
         at = tile_column + (f * WIDTH + byte % WIDTH)[None, :]
@@ -30,12 +37,16 @@ def _load_fields(g_ptr, tile_column, inside, columns, byte, WIDTH: tl.constexpr,
 
 @triton.jit
 def _limb_columns(q, byte, PAIRED: tl.constexpr):
-    """(TILES, K) int32 -> (TILES, K, 4) int8: three limbs and a zero. Paired: (TILES, K, 8), the first four columns for the row in the
-    first half of K and zero in the second, the last four the other way round."""
+    """(TILES, K) int32 -> (TILES, K, 4) int8: three limbs and a zero.
+
+    Paired: (TILES, K, 8), the first four columns for the row in the first half of K and zero in the
+    second, the last four the other way round.
+    """
     v = limbs(q)
     if PAIRED:
         v = tl.join(tl.where(byte[None, :] < 16, v, 0), tl.where(byte[None, :] < 16, 0, v))
-    x = tl.join(tl.join(v.to(tl.int8), (v >> 16).to(tl.int8)), tl.join((v >> 8).to(tl.int8), (v >> 24).to(tl.int8)))
+    even = tl.join(v.to(tl.int8), (v >> 16).to(tl.int8))
+    x = tl.join(even, tl.join((v >> 8).to(tl.int8), (v >> 24).to(tl.int8)))
     return x.reshape(q.shape[0], q.shape[1], 8 if PAIRED else 4)
 
 
@@ -82,19 +93,28 @@ def project_kernel(
         row0 = tl.program_id(1) * ROWS
         if FULL > 0:
             row0 += n // FULL * FULL
-        row = row0 + GROUP * tl.arange(0, UNITS)[None, :, None] + byte // (WIDTH // GROUP)  # (1, UNITS, WIDTH)
+        # (1, UNITS, WIDTH) and (1, UNITS, LIMBS)
+        row = row0 + GROUP * tl.arange(0, UNITS)[None, :, None] + byte // (WIDTH // GROUP)
         limb = tl.arange(0, LIMBS)[None, None, :]
-        scale_row = row0 + GROUP * tl.arange(0, UNITS)[None, :, None] + limb // 4  # (1, UNITS, LIMBS)
+        scale_row = row0 + GROUP * tl.arange(0, UNITS)[None, :, None] + limb // 4
         live = row < n
-        # Addresses within TILES tiles stay far below 2^31: the 64-bit part moves from iteration to iteration.
+        # Addresses within TILES tiles stay far below 2^31: the 64-bit part moves from iteration to
+        # iteration.
         inside = (t[:, None, None] * n + row) * row_bytes + byte % (WIDTH // GROUP)
         scale_inside = t[:, None, None] * n + scale_row
 
         acc = tl.zeros((TILES, UNITS, LIMBS), tl.float32)
-        # Gradient and scales of the next tiles are loaded while this one's are used; codes are further ahead, by STAGES.
+        # Gradient and scales of the next tiles are loaded while this one's are used; codes are
+        # further ahead, by STAGES.
         at = begin + t[:, None] * 128
-        g = _load_fields(g_ptr, at, t[:, None] < count, columns, tl.arange(0, WIDTH), 128 // FIELDS, FIELDS)
-        s = tl.load(scales + first * n + scale_inside, mask=(scale_row < n) & (t[:, None, None] < count), other=0)
+        g = _load_fields(
+            g_ptr, at, t[:, None] < count, columns, tl.arange(0, WIDTH), 128 // FIELDS, FIELDS
+        )
+        s = tl.load(
+            scales + first * n + scale_inside,
+            mask=(scale_row < n) & (t[:, None, None] < count),
+            other=0,
+        )
         for done in tl.range(0, count, TILES, num_stages=STAGES):
             here = codes + (first + done) * n * row_bytes
             mask = live & (t[:, None, None] < count - done)
@@ -115,17 +135,38 @@ def project_kernel(
             for f in tl.static_range(FIELDS):
                 q = q + (to_fixed(g[f], e[:, None]),)
             at += TILES * 128
-            g = _load_fields(g_ptr, at, t[:, None] < count - done - TILES, columns, tl.arange(0, WIDTH), 128 // FIELDS, FIELDS)
+            g = _load_fields(
+                g_ptr,
+                at,
+                t[:, None] < count - done - TILES,
+                columns,
+                tl.arange(0, WIDTH),
+                128 // FIELDS,
+                FIELDS,
+            )
             ahead = scales + (first + done + TILES) * n
-            s = tl.load(ahead + scale_inside, mask=(scale_row < n) & (t[:, None, None] < count - done - TILES), other=0)
+            s = tl.load(
+                ahead + scale_inside,
+                mask=(scale_row < n) & (t[:, None, None] < count - done - TILES),
+                other=0,
+            )
 
             levels = decode(w, w1, w2, BITS, ISA)
             exact = tl.zeros((TILES, UNITS, LIMBS), tl.int32)
             for f in tl.static_range(FIELDS):
-                exact = tl.dot(levels[f], _limb_columns(q[f], tl.arange(0, WIDTH), PAIRED), acc=exact, out_dtype=tl.int32)
+                exact = tl.dot(
+                    levels[f],
+                    _limb_columns(q[f], tl.arange(0, WIDTH), PAIRED),
+                    acc=exact,
+                    out_dtype=tl.int32,
+                )
             acc += (exact.to(tl.float32) * scale) * unit[:, None, None]
 
-        weight = tl.where(limb % 4 == 0, 1.0, tl.where(limb % 4 == 1, 256.0, tl.where(limb % 4 == 2, 65536.0, 0.0)))
+        weight = tl.where(
+            limb % 4 == 0,
+            1.0,
+            tl.where(limb % 4 == 1, 256.0, tl.where(limb % 4 == 2, 65536.0, 0.0)),
+        )
         sums = tl.sum((acc * weight).reshape(TILES, ROWS, 4), 2)
         out_row = row0 + tl.arange(0, ROWS)
         tl.store(partial + item.to(tl.int64) * n + out_row, tl.sum(sums, 0), mask=out_row < n)
@@ -140,7 +181,9 @@ def segment_sums(partial, segment_begin, segment, rows, n, ITEMS: tl.constexpr, 
     for first in tl.range(begin, end, ITEMS):
         item = first + tl.arange(0, ITEMS)
         mask = (item < end)[:, None] & (rows < n)[None, :]
-        total += tl.load(partial + item[:, None].to(tl.int64) * n + rows[None, :], mask=mask, other=0).to(tl.float64)
+        total += tl.load(
+            partial + item[:, None].to(tl.int64) * n + rows[None, :], mask=mask, other=0
+        ).to(tl.float64)
     return tl.sum(total, 0)
 
 

@@ -1,11 +1,14 @@
 """out[j] = center[j] + sum_i x[i, l] P[i, j], on packed words.
 
-Work map   program = work item: up to TILES tiles of one tensor and one segment, all n rows. A thread owns 16 bytes of every row of its tile, so
-           its columns never leave its registers; loads of ROWS rows are in flight together.
-Product    four rows at a time. Their words are regrouped so that a word holds one column of the four rows, looked up as int8 levels, and
-           multiplied by `dp2a` and `dp4a` with the low 16 and the high 8 bits of the rows' coefficients: x row_scale scale in 24-bit fixed point
-           per tile. int32 sums, exact: over all rows at 8, 4 and 2 bits, and at 1 bit up to 255 rows; else over ROWS rows, then float32. The
-           matrix units would contract more rows at once, but their operand wants the rows next to each other: bytes would have to be
+Work map   program = work item: up to TILES tiles of one tensor and one segment, all n rows. A
+           thread owns 16 bytes of every row of its tile, so its columns never leave its registers;
+           loads of ROWS rows are in flight together.
+Product    four rows at a time. Their words are regrouped so that a word holds one column of the
+           four rows, looked up as int8 levels, and multiplied by `dp2a` and `dp4a` with the low 16
+           and the high 8 bits of the rows' coefficients: x row_scale scale in 24-bit fixed point
+           per tile. int32 sums, exact: over all rows at 8, 4 and 2 bits, and at 1 bit up to 255
+           rows; else over ROWS rows, then float32. The matrix units would contract more rows at
+           once, but their operand wants the rows next to each other: bytes would have to be
            transposed through shared memory.
 Bytes      n * D * (bits / 8 + 1 / 128) + center + weights.
 """
@@ -15,7 +18,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .words import byte_perm, coefficient_words, dot_low, dp4a, exponent_of, magnitude, scale_of, to_fixed, unit_of
+from .words import (
+    byte_perm,
+    coefficient_words,
+    dot_low,
+    dp4a,
+    exponent_of,
+    magnitude,
+    scale_of,
+    to_fixed,
+    unit_of,
+)
 
 
 @triton.jit
@@ -38,7 +51,8 @@ def _look_up(selector, tables, BITS: tl.constexpr, ISA: tl.constexpr):
     """Eight codes, a nibble each -> two words: int8 levels of the low four and of the high four."""
     if BITS == 4:
         index = selector & 0x77777777
-        top = ((selector >> 1) & 0x44444444) | 0x32103210  # picks from the upper levels where bit 3 is set
+        # Picks from the upper levels where bit 3 is set.
+        top = ((selector >> 1) & 0x44444444) | 0x32103210
         low = byte_perm(tables[0], tables[1], index, ISA)
         high = byte_perm(tables[2], tables[3], index, ISA)
         first = byte_perm(low, high, top, ISA)
@@ -46,12 +60,16 @@ def _look_up(selector, tables, BITS: tl.constexpr, ISA: tl.constexpr):
         high = byte_perm(tables[2], tables[3], index >> 16, ISA)
         return first, byte_perm(low, high, top >> 16, ISA)
     else:
-        return byte_perm(tables[0], tables[1], selector, ISA), byte_perm(tables[0], tables[1], selector >> 16, ISA)
+        first = byte_perm(tables[0], tables[1], selector, ISA)
+        return first, byte_perm(tables[0], tables[1], selector >> 16, ISA)
 
 
 @triton.jit
 def _four_nibbles(a, b, c, d, tables, HIGH: tl.constexpr, BITS: tl.constexpr, ISA: tl.constexpr):
-    """Codes in the low (or high) nibbles of four rows' words -> four words: int8 levels of bytes 0, 1, 2, 3 in the four rows."""
+    """Codes in the low (or high) nibbles of four rows' words -> four words.
+
+    The words hold int8 levels of bytes 0, 1, 2, 3 in the four rows.
+    """
     if HIGH:
         ab = ((a >> 4) & 0x0F0F0F0F) | (b & -252645136)  # 0xf0f0f0f0
         cd = ((c >> 4) & 0x0F0F0F0F) | (d & -252645136)
@@ -65,7 +83,10 @@ def _four_nibbles(a, b, c, d, tables, HIGH: tl.constexpr, BITS: tl.constexpr, IS
 
 @triton.jit
 def _codes_of(low, top, FIELD: tl.constexpr, BITS: tl.constexpr):
-    """Words whose low nibbles (fields of the first half) or high nibbles (of the second) hold the codes of field FIELD."""
+    """Words whose nibbles hold the codes of field FIELD.
+
+    The low nibbles for fields of the first half, the high ones for those of the second.
+    """
     if BITS == 4:
         return low
     elif BITS == 2:
@@ -80,11 +101,27 @@ def _codes_of(low, top, FIELD: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _levels(raw, columns, tables, GROUP: tl.constexpr, FIELD: tl.constexpr, BITS: tl.constexpr, ISA: tl.constexpr):
-    """int8 levels of field FIELD of bytes 0, 1, 2, 3 of each word, for the four rows of a group; 1 bit: 0 or 1 (level = 254 b - 127)."""
+def _levels(
+    raw,
+    columns,
+    tables,
+    GROUP: tl.constexpr,
+    FIELD: tl.constexpr,
+    BITS: tl.constexpr,
+    ISA: tl.constexpr,
+):
+    """int8 levels of field FIELD of bytes 0, 1, 2, 3 of each word, for the four rows of a group.
+
+    1 bit: 0 or 1 (level = 254 b - 127).
+    """
     if BITS == 8:
         flip: tl.constexpr = -2139062144  # 0x80808080: code - 128
-        return columns[4 * GROUP] ^ flip, columns[4 * GROUP + 1] ^ flip, columns[4 * GROUP + 2] ^ flip, columns[4 * GROUP + 3] ^ flip
+        return (
+            columns[4 * GROUP] ^ flip,
+            columns[4 * GROUP + 1] ^ flip,
+            columns[4 * GROUP + 2] ^ flip,
+            columns[4 * GROUP + 3] ^ flip,
+        )
     elif BITS == 1:
         return (
             (columns[4 * GROUP] >> FIELD) & 0x01010101,
@@ -110,7 +147,10 @@ def _levels(raw, columns, tables, GROUP: tl.constexpr, FIELD: tl.constexpr, BITS
 
 @triton.jit
 def _accumulate(sums, c0, c1, c2, c3, first, second, high, ISA: tl.constexpr):
-    """Adds the products of four columns (four rows each) with the coefficients: sums[2 k] low, sums[2 k + 1] high part, int32."""
+    """Adds the products of four columns (four rows each) with the coefficients.
+
+    sums[2 k] is the low, sums[2 k + 1] the high part, int32.
+    """
     return (
         dot_low(c0, first, second, sums[0], ISA),
         dp4a(c0, high, sums[1], ISA),
@@ -141,9 +181,13 @@ def _add_rows(
     EXACT: tl.constexpr,
     SINGLE: tl.constexpr,
 ):
-    """acc and total with rows row0 .. row0 + ROWS - 1 added; past the last row some row once more, whose coefficient is zero."""
+    """acc and total with rows row0 .. row0 + ROWS - 1 added.
+
+    Past the last row some row once more, whose coefficient is zero.
+    """
     FIELDS: tl.constexpr = 8 if BITS == 3 else 8 // BITS
-    PLANES: tl.constexpr = 3 if BITS == 3 else 1  # 3 bits: two halves of the 2-bit plane, the 1-bit plane
+    # 3 bits: two halves of the 2-bit plane, the 1-bit plane.
+    PLANES: tl.constexpr = 3 if BITS == 3 else 1
     GROUPS: tl.constexpr = ROWS // 4
     raw = ()
     for r in tl.static_range(ROWS):
@@ -157,14 +201,18 @@ def _add_rows(
     coefficients = ()
     sum_q = tl.zeros_like(e)
     for group in tl.static_range(GROUPS):
-        coefficients = coefficients + coefficient_words(q[4 * group], q[4 * group + 1], q[4 * group + 2], q[4 * group + 3], ISA)
+        coefficients = coefficients + coefficient_words(
+            q[4 * group], q[4 * group + 1], q[4 * group + 2], q[4 * group + 3], ISA
+        )
         sum_q += q[4 * group] + q[4 * group + 1] + q[4 * group + 2] + q[4 * group + 3]
     if SINGLE:
         total += sum_q
     columns = ()  # 8 and 1 bits: bytes of four rows, regrouped
     if BITS == 8 or BITS == 1:
         for group in tl.static_range(GROUPS):
-            columns = columns + _four_bytes(raw[4 * group], raw[4 * group + 1], raw[4 * group + 2], raw[4 * group + 3], ISA)
+            columns = columns + _four_bytes(
+                raw[4 * group], raw[4 * group + 1], raw[4 * group + 2], raw[4 * group + 3], ISA
+            )
     new = ()
     for f in tl.static_range(FIELDS):
         sums = ()
@@ -179,7 +227,9 @@ def _add_rows(
             c0, c1, c2, c3 = _levels(raw, columns, table, group, f, BITS, ISA)
             first = coefficients[3 * group][:, None]
             second = coefficients[3 * group + 1][:, None]
-            sums = _accumulate(sums, c0, c1, c2, c3, first, second, coefficients[3 * group + 2][:, None], ISA)
+            sums = _accumulate(
+                sums, c0, c1, c2, c3, first, second, coefficients[3 * group + 2][:, None], ISA
+            )
         if EXACT:
             new = new + sums
         elif SINGLE:
@@ -187,11 +237,13 @@ def _add_rows(
                 new = new + (sums[2 * k] + (sums[2 * k + 1] << 16),)
         elif BITS == 1:
             for k in tl.static_range(4):
-                group_sum = sums[2 * k] + (sums[2 * k + 1] << 16)  # of bits; the levels are 127 (2 b - 1)
+                # Sum of bits; the levels are 127 (2 b - 1).
+                group_sum = sums[2 * k] + (sums[2 * k + 1] << 16)
                 new = new + (acc[4 * f + k] + (2 * group_sum - sum_q[:, None]).to(tl.float32),)
         else:
             for k in tl.static_range(4):
-                new = new + (acc[4 * f + k] + (sums[2 * k + 1].to(tl.float32) * 65536.0 + sums[2 * k].to(tl.float32)),)
+                both = sums[2 * k + 1].to(tl.float32) * 65536.0 + sums[2 * k].to(tl.float32)
+                new = new + (acc[4 * f + k] + both,)
     return new, total
 
 
@@ -199,7 +251,9 @@ def _add_rows(
 def reconstruct_kernel(
     codes,  # (num_tiles, n, 4 * BITS) int32
     scales,  # (num_tiles, n) uint8
-    x,  # (L, padded) float32: coefficient times row_scale; zero from n to padded, a multiple of ROWS and of 16
+    # (L, padded) float32: coefficient times row_scale; zero from n to padded, a multiple of ROWS
+    # and of 16
+    x,
     tables,  # (TILES, 4) int32: the levels' bytes, once per tile
     center,  # (tensors,) int64: addresses; not read without HAS_CENTER
     out,  # (tensors,) int64: addresses, 0 for a tensor that this launch leaves alone
@@ -232,18 +286,25 @@ def reconstruct_kernel(
         count = tl.load(item_tiles + item)
         x_row = x + tl.load(item_segment + item).to(tl.int64) * padded
         live = tl.arange(0, TILES) < count
-        t = tl.minimum(tl.arange(0, TILES), count - 1)  # past the end the last tile once more, which is not stored
+        # Past the end the last tile once more, which is not stored.
+        t = tl.minimum(tl.arange(0, TILES), count - 1)
         word = tl.arange(0, WORDS)[None, :]
-        # One copy a tile: what all threads read at one address would go to uniform registers, and be
-        # moved from there at every use.
+        # One copy a tile: what all threads read at one address would go to uniform registers, and
+        # be moved from there at every use.
         copy = tables + 4 * t
-        table = (tl.load(copy)[:, None], tl.load(copy + 1)[:, None], tl.load(copy + 2)[:, None], tl.load(copy + 3)[:, None])
-        tile_codes = codes + (tile * n) * (4 * BITS) + (t[:, None] * n) * (4 * BITS) + word  # (TILES, WORDS)
+        table = (
+            tl.load(copy)[:, None],
+            tl.load(copy + 1)[:, None],
+            tl.load(copy + 2)[:, None],
+            tl.load(copy + 3)[:, None],
+        )
+        # (TILES, WORDS)
+        tile_codes = codes + (tile * n) * (4 * BITS) + (t[:, None] * n) * (4 * BITS) + word
         tile_scales = scales + tile * n + t * n  # (TILES,)
 
         # The WORDS // 4 threads that hold a tile's words read one scale each, so that they have its
-        # largest product. With more or fewer threads a tile, all coefficients of the main loop would
-        # go through shared memory.
+        # largest product. With more or fewer threads a tile, all coefficients of the main loop
+        # would go through shared memory.
         AT_ONCE: tl.constexpr = WORDS // 4
         largest = tl.zeros((TILES,), tl.int32)
         for row0 in tl.range(0, n, 16):
@@ -254,8 +315,9 @@ def reconstruct_kernel(
                 largest = tl.maximum(largest, tl.max(magnitude(y), 1))
         e = exponent_of(largest)
 
-        # 8, 4, 2 bits: int32 sums (low, high) of every column over all rows. 3 and 1 bits have too many columns a thread for two registers each: at
-        # 1 bit and up to 255 rows the whole sum of coefficients times 0 or 1 is one int32 (255 * 0x7f7f7f < 2^31); else int32 sums over ROWS
+        # 8, 4, 2 bits: int32 sums (low, high) of every column over all rows. 3 and 1 bits have too
+        # many columns a thread for two registers each: at 1 bit and up to 255 rows the whole sum of
+        # coefficients times 0 or 1 is one int32 (255 * 0x7f7f7f < 2^31); else int32 sums over ROWS
         # rows are added in float32.
         EXACT: tl.constexpr = BITS == 8 or BITS == 4 or BITS == 2
         SINGLE: tl.constexpr = BITS == 1 and FEW
@@ -264,25 +326,61 @@ def reconstruct_kernel(
             acc = acc + (tl.zeros((TILES, WORDS), tl.int32 if EXACT or SINGLE else tl.float32),)
         total = tl.zeros((TILES,), tl.int32)  # SINGLE: sum of the coefficients
         if EXACT:
-            for chunk in tl.range(0, n, 256):  # low sums of 256 rows stay below 2^31: 256 * 128 * 2^15 + 2^16
+            # Low sums of 256 rows stay below 2^31: 256 * 128 * 2^15 + 2^16.
+            for chunk in tl.range(0, n, 256):
                 for row0 in tl.range(chunk, tl.minimum(chunk + 256, n), ROWS):
-                    acc, total = _add_rows(acc, total, row0, tile_codes, tile_scales, x_row, table, e, n, BITS, ISA, ROWS, EVEN, EXACT, SINGLE)
+                    acc, total = _add_rows(
+                        acc,
+                        total,
+                        row0,
+                        tile_codes,
+                        tile_scales,
+                        x_row,
+                        table,
+                        e,
+                        n,
+                        BITS,
+                        ISA,
+                        ROWS,
+                        EVEN,
+                        EXACT,
+                        SINGLE,
+                    )
                 carried = ()
                 for k in tl.static_range(4 * FIELDS):
                     carried = carried + (acc[2 * k] & 0xFFFF, acc[2 * k + 1] + (acc[2 * k] >> 16))
                 acc = carried
             values = ()
             for k in tl.static_range(4 * FIELDS):
-                values = values + (acc[2 * k + 1].to(tl.float32) * 65536.0 + acc[2 * k].to(tl.float32),)
+                value = acc[2 * k + 1].to(tl.float32) * 65536.0 + acc[2 * k].to(tl.float32)
+                values = values + (value,)
         else:
             for row0 in tl.range(0, n, ROWS):
-                acc, total = _add_rows(acc, total, row0, tile_codes, tile_scales, x_row, table, e, n, BITS, ISA, ROWS, EVEN, EXACT, SINGLE)
+                acc, total = _add_rows(
+                    acc,
+                    total,
+                    row0,
+                    tile_codes,
+                    tile_scales,
+                    x_row,
+                    table,
+                    e,
+                    n,
+                    BITS,
+                    ISA,
+                    ROWS,
+                    EVEN,
+                    EXACT,
+                    SINGLE,
+                )
             values = acc
 
         unit = unit_of(largest, e)[:, None]
-        begin = (tile - tl.load(tile_begin + tensor)) * 128 + tl.arange(0, TILES)[:, None] * 128 + tl.arange(0, 4 * WORDS)[None, :]
+        begin = (tile - tl.load(tile_begin + tensor)) * 128 + tl.arange(0, TILES)[:, None] * 128
+        begin += tl.arange(0, 4 * WORDS)[None, :]
         for f in tl.static_range(FIELDS):
-            both = tl.join(tl.join(values[4 * f], values[4 * f + 2]), tl.join(values[4 * f + 1], values[4 * f + 3]))
+            even = tl.join(values[4 * f], values[4 * f + 2])
+            both = tl.join(even, tl.join(values[4 * f + 1], values[4 * f + 3]))
             value = both.reshape(TILES, 4 * WORDS)
             if SINGLE:  # sum of q (2 b - 1), which again is below 2^31
                 value = (value + value - total[:, None]).to(tl.float32)
@@ -292,6 +390,6 @@ def reconstruct_kernel(
             mask = live[:, None] & (column < tl.load(numel + tensor))
             value *= unit
             if HAS_CENTER:
-                c = tl.load(tl.load(center + tensor).to(tl.pointer_type(CENTER)) + column, mask=mask, other=0)
-                value += c.to(tl.float32)
+                of_center = tl.load(center + tensor).to(tl.pointer_type(CENTER)) + column
+                value += tl.load(of_center, mask=mask, other=0).to(tl.float32)
             tl.store(address.to(tl.pointer_type(OUT)) + column, value.to(OUT), mask=mask)

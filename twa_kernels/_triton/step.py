@@ -1,8 +1,11 @@
-"""The middle of a fused step: c = row_scale * sum of partial sums, the optimizer's update of x and its state, and x times row_scale, transposed,
-for reconstruct. `project` and `reconstruct` are the kernels of those ops.
+"""The middle of a fused step, between the kernels of `project` and of `reconstruct`.
+
+c = row_scale * sum of partial sums, the optimizer's update of x and its state, and x times
+row_scale, transposed, for reconstruct.
 
 Work map   program (segment, block of ROWS rows).
-Update     torch.optim.SGD and AdamW in float32; what all coefficients share is computed once in float64 on the host.
+Update     torch.optim.SGD and AdamW in float32; what all coefficients share is computed once in
+           float64 on the host.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ import triton.language as tl
 from .project import segment_sums
 
 
-@triton.jit(do_not_specialize=["n", "num_segments"], do_not_specialize_on_alignment=["x", "first", "second"])
+@triton.jit(
+    do_not_specialize=["n", "num_segments"], do_not_specialize_on_alignment=["x", "first", "second"]
+)
 def update_kernel(
     partial,  # (items, n) float32
     segment_begin,  # (L + 1,) int32
@@ -55,9 +60,11 @@ def update_kernel(
         mean = tl.load(first + at, mask=live, other=0)
         square = tl.load(second + at, mask=live, other=0)
         value *= decay
-        mean = tl.where(w1 < 0.5, mean + w1 * (g - mean), g - (g - mean) * (1.0 - w1))  # torch.lerp, exact at both ends
+        # torch.lerp, exact at both ends.
+        mean = tl.where(w1 < 0.5, mean + w1 * (g - mean), g - (g - mean) * (1.0 - w1))
         square = square * beta2 + w2 * g * g
-        value -= tl.div_rn(lr * mean, tl.div_rn(tl.sqrt_rn(square), tl.zeros_like(square) + root) + eps)
+        step = lr * mean
+        value -= tl.div_rn(step, tl.div_rn(tl.sqrt_rn(square), tl.zeros_like(square) + root) + eps)
         tl.store(first + at, mean, mask=live)
         tl.store(second + at, square, mask=live)
     else:
@@ -70,4 +77,8 @@ def update_kernel(
             g = g + w1 * buffer if NESTEROV else buffer
         value -= lr * g
     tl.store(x + at, value, mask=live)
-    tl.store(x_rows + segment.to(tl.int64) * padded + rows, tl.where(live, value * scale, 0.0), mask=rows < padded)
+    tl.store(
+        x_rows + segment.to(tl.int64) * padded + rows,
+        tl.where(live, value * scale, 0.0),
+        mask=rows < padded,
+    )

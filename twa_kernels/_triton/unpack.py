@@ -1,7 +1,9 @@
-"""out[i, j] = row_scale[i, l] scales[t, i] level[code(t, i, c)], float32; the product of the two scales is rounded first.
+"""out[i, j] = row_scale[i, l] scales[t, i] level[code(t, i, c)], float32.
 
-Work map   program (work item, row): TILES tiles of one tensor. Each column fetches its own byte: this op writes 4 bytes a weight and is bound
-           by that.
+The product of the two scales is rounded first.
+
+Work map   program (work item, row): TILES tiles of one tensor. Each column fetches its own byte:
+           this op writes 4 bytes a weight and is bound by that.
 Bytes      n * D * (bits / 8 + 1 / 128) read, n * D * 4 written.
 """
 
@@ -15,7 +17,10 @@ from .words import level_of, scale_of
 
 @triton.jit
 def levels_at(row, column, BITS: tl.constexpr):
-    """int8 levels of columns [0, 128) of packed rows: row points to the first byte of each, and broadcasts with column."""
+    """int8 levels of columns [0, 128) of packed rows.
+
+    row points to the first byte of each, and broadcasts with column.
+    """
     if BITS == 3:
         low = tl.load(row + column % 32).to(tl.int32) >> (2 * (column // 32))
         high = tl.load(row + 32 + column % 16).to(tl.int32) >> (column // 16)
@@ -49,9 +54,11 @@ def unpack_kernel(
     first = tl.load(item_tile + item)
     count = tl.load(item_tiles + item)
     live = tl.arange(0, TILES) < count
-    t = tl.minimum(tl.arange(0, TILES), count - 1)  # past the end the last tile once more, which is not stored
+    # Past the end the last tile once more, which is not stored.
+    t = tl.minimum(tl.arange(0, TILES), count - 1)
     group = (first + t) * n + row
-    scale = tl.load(row_scale + row.to(tl.int64) * num_segments + tl.load(item_segment + item)) * scale_of(tl.load(scales + group))
+    of_row = row_scale + row.to(tl.int64) * num_segments + tl.load(item_segment + item)
+    scale = tl.load(of_row) * scale_of(tl.load(scales + group))
     column = tl.arange(0, 128)[None, :]
     level = levels_at(codes + group[:, None] * (16 * BITS), column, BITS).to(tl.float32)
     at = (first - tl.load(tile_begin + tensor) + tl.arange(0, TILES))[:, None] * 128 + column

@@ -1,13 +1,16 @@
 """Packed words to levels and back to sums: the pieces that every kernel is made of.
 
-A GPU decodes four codes at a time: `byte_perm` picks four bytes out of eight by four 4-bit selectors, so a 16-bit half of a packed word, whose
-nibbles are codes, *is* the selector that fetches four int8 levels from a table in two registers. ISA says how a piece is expressed:
+A GPU decodes four codes at a time: `byte_perm` picks four bytes out of eight by four 4-bit
+selectors, so a 16-bit half of a packed word, whose nibbles are codes, *is* the selector that
+fetches four int8 levels from a table in two registers. ISA says how a piece is expressed:
 
-    "ptx"      NVIDIA: one instruction (PTX `prmt`, `dp4a`), or a short block of them, as inline assembly
+    "ptx"      NVIDIA: one instruction (PTX `prmt`, `dp4a`), or a short block of them, as inline
+               assembly
     "gcn"      AMD: `v_perm_b32` and `v_dot4_i32_i8`, whose selectors are whole bytes
     "generic"  plain Triton arithmetic: the interpreter, and any other GPU
 
-Tables of levels come from reference.LEVELS; tests run each assembly block in a small emulator against them.
+Tables of levels come from reference.LEVELS; tests run each assembly block in a small emulator
+against them.
 """
 
 from __future__ import annotations
@@ -30,14 +33,20 @@ T3_0, T3_1 = (tl.constexpr(t) for t in TABLES[3][:2])
 T2_0 = tl.constexpr(TABLES[2][0])
 T1_0 = tl.constexpr(TABLES[1][0])
 
-# Decoding for tl.dot ---------------------------------------------------------------------------------------------
-# Four bytes in, four int8 levels out per field: field f of byte b is column f * (bytes of a row) + b (csrc/packing.h).
-# 0x6420 and 0x7531 separate what low and high nibbles gave, so that output k belongs to byte k whatever layout the compiler chose.
+# Decoding for tl.dot ------------------------------------------------------------------------------
+# Four bytes in, four int8 levels out per field: field f of byte b is column
+# f * (bytes of a row) + b (csrc/packing.h). 0x6420 and 0x7531 separate what low and high nibbles
+# gave, so that output k belongs to byte k whatever layout the compiler chose.
 
-_LOOK_UP_4 = "prmt.b32 a, 0x{:08x}, 0x{:08x}, {{m}}; prmt.b32 b, 0x{:08x}, 0x{:08x}, {{m}}; prmt.b32 {{to}}, a, b, {{s}};".format(*TABLES[4])
+_LOOK_UP_4 = (
+    "prmt.b32 a, 0x{:08x}, 0x{:08x}, {{m}}; prmt.b32 b, 0x{:08x}, 0x{:08x}, {{m}}; "
+    "prmt.b32 {{to}}, a, b, {{s}};"
+).format(*TABLES[4])
 _PTX_4 = (
     "{ .reg .b32 m, s, a, b, x, y;"
-    "and.b32 m, $2, 0x77777777; shr.u32 s, $2, 1; and.b32 s, s, 0x44444444; or.b32 s, s, 0x32103210;"  # s takes b where bit 3 is set
+    # s takes b where bit 3 is set.
+    "and.b32 m, $2, 0x77777777; shr.u32 s, $2, 1; and.b32 s, s, 0x44444444; "
+    "or.b32 s, s, 0x32103210;"
     + _LOOK_UP_4.format(m="m", s="s", to="x")
     + "shr.u32 m, m, 16; shr.u32 s, s, 16;"
     + _LOOK_UP_4.format(m="m", s="s", to="y")
@@ -46,7 +55,10 @@ _PTX_4 = (
 
 
 def _nibble_pair(bits: int, low: int, high: int) -> str:
-    """Levels of the low and high nibbles of m into outputs `low` and `high`; m < 8 in every nibble."""
+    """Assembly: levels of the low and high nibbles of m into outputs `low` and `high`.
+
+    m < 8 in every nibble.
+    """
     look_up = "prmt.b32 {}, 0x{:08x}, 0x{:08x}, m;"
     t = TABLES[bits]
     return (
@@ -67,25 +79,32 @@ _PTX_2 = (
 
 
 def _shift(amount: int) -> str:
-    """Right by `amount` bits, left if it is negative."""
+    """Assembly: h is operand 10, shifted right by `amount` bits, left if that is negative."""
     return f"shr.u32 h, $10, {amount};" if amount >= 0 else f"shl.b32 h, $10, {-amount};"
 
 
-# 3 bits: $8 and $9 are the halves of the 2-bit plane, $10 the 1-bit plane; output 2 f + half. Low nibbles hold field k, high ones field k + 2.
+# 3 bits: $8 and $9 are the halves of the 2-bit plane, $10 the 1-bit plane; output 2 f + half. Low
+# nibbles hold field k, high ones field k + 2.
 _PTX_3 = (
     "{ .reg .b32 m, h, x, y;"
     + "".join(
-        f"shr.u32 m, ${8 + half}, {2 * k}; and.b32 m, m, 0x33333333; {_shift(2 * k + half - 2)} and.b32 h, h, 0x44444444; or.b32 m, m, h;"
+        f"shr.u32 m, ${8 + half}, {2 * k}; and.b32 m, m, 0x33333333; "
+        f"{_shift(2 * k + half - 2)} and.b32 h, h, 0x44444444; or.b32 m, m, h;"
         + _nibble_pair(3, 2 * k + half, 2 * (k + 2) + half)
         for half in (0, 1)
         for k in (0, 1)
     )
     + "}"
 )
-# 1 bit: prmt's sign mode (selectors 8 to 11) turns the top bit of each byte into 0x00 or 0xff; xor and mask make that -127 or 127.
+# 1 bit: prmt's sign mode (selectors 8 to 11) turns the top bit of each byte into 0x00 or 0xff; xor
+# and mask make that -127 or 127.
 _PTX_1 = (
     "{ .reg .b32 m;"
-    + "".join(f"shl.b32 m, $8, {7 - f}; prmt.b32 m, m, 0, 0xba98; and.b32 m, m, 0xfefefefe; xor.b32 ${f}, m, 0x81818181;" for f in range(8))
+    + "".join(
+        f"shl.b32 m, $8, {7 - f}; prmt.b32 m, m, 0, 0xba98; and.b32 m, m, 0xfefefefe; "
+        f"xor.b32 ${f}, m, 0x81818181;"
+        for f in range(8)
+    )
     + "}"
 )
 PTX_8 = tl.constexpr("xor.b32 $0, $1, 0x80808080;")
@@ -102,7 +121,8 @@ def level_of(code, BITS: tl.constexpr):
     if BITS == 4:
         low: tl.constexpr = T4_1.value << 32 | T4_0.value
         high: tl.constexpr = T4_3.value << 32 | T4_2.value
-        table = tl.where((code & 8) != 0, tl.full(code.shape, high, tl.uint64), tl.full(code.shape, low, tl.uint64))
+        upper = tl.full(code.shape, high, tl.uint64)
+        table = tl.where((code & 8) != 0, upper, tl.full(code.shape, low, tl.uint64))
     elif BITS == 3:
         three: tl.constexpr = T3_1.value << 32 | T3_0.value
         table = tl.full(code.shape, three, tl.uint64)
@@ -115,14 +135,19 @@ def level_of(code, BITS: tl.constexpr):
 
 @triton.jit
 def decode(w, w1, w2, BITS: tl.constexpr, ISA: tl.constexpr):
-    """Packed bytes (..., K) uint8 -> tuple of int8 levels (..., K), one tensor per field. 3 bits: w and w1 are the first and second
-    16 bytes of the 2-bit plane, w2 the 1-bit plane, and output 2 f + half is columns 32 f + 16 half + byte; else w1 and w2 are not used."""
+    """Packed bytes (..., K) uint8 -> tuple of int8 levels (..., K), one tensor per field.
+
+    3 bits: w and w1 are the first and second 16 bytes of the 2-bit plane, w2 the 1-bit plane, and
+    output 2 f + half is columns 32 f + 16 half + byte; else w1 and w2 are not used.
+    """
     i = tl.int8
     if ISA == "ptx":
         if BITS == 8:
             return (tl.inline_asm_elementwise(PTX_8, "=r,r", [w], dtype=i, is_pure=True, pack=4),)
         elif BITS == 4:
-            return tl.inline_asm_elementwise(PTX_4, OUT_2 + ",r", [w], dtype=(i, i), is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(
+                PTX_4, OUT_2 + ",r", [w], dtype=(i, i), is_pure=True, pack=4
+            )
         elif BITS == 3:
             return tl.inline_asm_elementwise(
                 PTX_3,
@@ -133,9 +158,13 @@ def decode(w, w1, w2, BITS: tl.constexpr, ISA: tl.constexpr):
                 pack=4,
             )
         elif BITS == 2:
-            return tl.inline_asm_elementwise(PTX_2, OUT_4 + ",r", [w], dtype=(i, i, i, i), is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(
+                PTX_2, OUT_4 + ",r", [w], dtype=(i, i, i, i), is_pure=True, pack=4
+            )
         else:
-            return tl.inline_asm_elementwise(PTX_1, OUT_8 + ",r", [w], dtype=(i, i, i, i, i, i, i, i), is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(
+                PTX_1, OUT_8 + ",r", [w], dtype=(i, i, i, i, i, i, i, i), is_pure=True, pack=4
+            )
     else:
         out = ()
         if BITS == 3:
@@ -151,21 +180,39 @@ def decode(w, w1, w2, BITS: tl.constexpr, ISA: tl.constexpr):
 
 GCN_DOT4 = tl.constexpr("v_dot4_i32_i8 $0, $1, $2, $3\n\ts_nop 2")
 
-# Words of 32 bits, for reconstruct -------------------------------------------------------------------------------
+# Words of 32 bits, for reconstruct ----------------------------------------------------------------
 
 
 @triton.jit
 def byte_perm(a, b, selector, ISA: tl.constexpr):
-    """Byte k of the result is byte (selector >> 4 k) & 7 of the eight bytes of a (0 to 3) and b (4 to 7); int32."""
+    """Four bytes picked from the eight of a (0 to 3) and b (4 to 7), int32.
+
+    Byte k of the result is byte (selector >> 4 k) & 7.
+    """
     if ISA == "ptx":
-        return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], dtype=tl.int32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [a, b, selector],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
     elif ISA == "gcn":
         wide = (selector & 0xFF) | ((selector & 0xFF00) << 8)
         wide = (wide & 0x000F000F) | ((wide & 0x00F000F0) << 4)
-        return tl.inline_asm_elementwise("v_perm_b32 $0, $1, $2, $3", "=v,v,v,v", [b, a, wide], dtype=tl.int32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "v_perm_b32 $0, $1, $2, $3",
+            "=v,v,v,v",
+            [b, a, wide],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
     else:
         selector += tl.zeros_like(a)
-        both = (b.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | a.to(tl.uint32, bitcast=True).to(tl.uint64)
+        both = b.to(tl.uint32, bitcast=True).to(tl.uint64) << 32
+        both |= a.to(tl.uint32, bitcast=True).to(tl.uint64)
         out = tl.zeros_like(a)
         for k in tl.static_range(4):
             byte = both >> (8 * ((selector >> (4 * k)) & 7)).to(tl.uint64)
@@ -177,10 +224,20 @@ def byte_perm(a, b, selector, ISA: tl.constexpr):
 def dp4a(a, b, c, ISA: tl.constexpr):
     """c + the sum of products of the four int8 bytes of a and b; int32."""
     if ISA == "ptx":
-        return tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [a, b, c],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
     elif ISA == "gcn":
-        # Three wait states before another instruction may read the result: the compiler inserts them for its own products, not in assembly.
-        return tl.inline_asm_elementwise(GCN_DOT4, "=v,v,v,v", [a, b, c], dtype=tl.int32, is_pure=True, pack=1)
+        # Three wait states before another instruction may read the result: the compiler inserts
+        # them for its own products, not in assembly.
+        return tl.inline_asm_elementwise(
+            GCN_DOT4, "=v,v,v,v", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+        )
     else:
         for k in tl.static_range(4):
             c += ((a << (24 - 8 * k)) >> 24) * ((b << (24 - 8 * k)) >> 24)
@@ -189,8 +246,11 @@ def dp4a(a, b, c, ISA: tl.constexpr):
 
 @triton.jit
 def coefficient_words(q0, q1, q2, q3, ISA: tl.constexpr):
-    """Fixed-point coefficients of four rows -> the words that dot_low (two) and dp4a (one) multiply four rows' levels by, such that
-    q = 65536 high + low. AMD has no product of 16-bit and 8-bit numbers: there the first two words are the lower and the middle limbs."""
+    """Fixed-point coefficients of four rows -> the words that their levels are multiplied by.
+
+    dot_low takes the first two, dp4a the third, such that q = 65536 high + low. AMD has no product
+    of 16-bit and 8-bit numbers: there the first two words are the lower and the middle limbs.
+    """
     if ISA == "gcn":
         v0, v1, v2, v3 = limbs(q0), limbs(q1), limbs(q2), limbs(q3)
         ab = byte_perm(v0, v1, 0x5140, ISA)
@@ -198,18 +258,37 @@ def coefficient_words(q0, q1, q2, q3, ISA: tl.constexpr):
         first = byte_perm(ab, cd, 0x5410, ISA)
         second = byte_perm(ab, cd, 0x7632, ISA)
     else:
-        v0, v1, v2, v3 = q0 + 0x8000, q1 + 0x8000, q2 + 0x8000, q3 + 0x8000  # byte 2 is then the high part
+        # Byte 2 is then the high part.
+        v0, v1, v2, v3 = q0 + 0x8000, q1 + 0x8000, q2 + 0x8000, q3 + 0x8000
         first = byte_perm(q0, q1, 0x5410, ISA)
         second = byte_perm(q2, q3, 0x5410, ISA)
-    return first, second, byte_perm(byte_perm(v0, v1, 0x6262, ISA), byte_perm(v2, v3, 0x6262, ISA), 0x5410, ISA)
+    high01 = byte_perm(v0, v1, 0x6262, ISA)
+    return first, second, byte_perm(high01, byte_perm(v2, v3, 0x6262, ISA), 0x5410, ISA)
 
 
 @triton.jit
 def dot_low(c, first, second, total, ISA: tl.constexpr):
-    """total + the sum over four rows of level (the int8 bytes of c) times the low part of the coefficient; int32."""
+    """total + the sum over four rows of level times the low part of the coefficient; int32.
+
+    The levels are the int8 bytes of c.
+    """
     if ISA == "ptx":
-        half = tl.inline_asm_elementwise("dp2a.lo.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [first, c, total], dtype=tl.int32, is_pure=True, pack=1)
-        return tl.inline_asm_elementwise("dp2a.hi.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [second, c, half], dtype=tl.int32, is_pure=True, pack=1)
+        half = tl.inline_asm_elementwise(
+            "dp2a.lo.s32.s32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [first, c, total],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        return tl.inline_asm_elementwise(
+            "dp2a.hi.s32.s32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [second, c, half],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
     elif ISA == "gcn":
         return dp4a(c, first, total, ISA) + (dp4a(c, second, 0, ISA) << 8)
     else:
@@ -219,13 +298,17 @@ def dot_low(c, first, second, total, ISA: tl.constexpr):
         return total
 
 
-# Fixed point -----------------------------------------------------------------------------------------------------
+# Fixed point --------------------------------------------------------------------------------------
 
 
 @triton.jit
 def exponent_of(largest):
-    """Bits of max|v| as int32 -> e with 2^(23 - e) |v| <= 0x7f7f7f, the largest integer with three balanced int8 limbs."""
-    return ((largest + 65793) >> 23) - 126  # the addend carries into the exponent where the mantissa is above that
+    """Bits of max|v| as int32 -> e with 2^(23 - e) |v| <= 0x7f7f7f.
+
+    That is the largest integer with three balanced int8 limbs.
+    """
+    # The addend carries into the exponent where the mantissa is above that.
+    return ((largest + 65793) >> 23) - 126
 
 
 @triton.jit
@@ -237,17 +320,24 @@ def power_of_two(e):
 
 @triton.jit
 def to_fixed(v, e):
-    """round(v * 2^(23 - e)), ties away from zero: float32 -> int32. v and e broadcast; the factor may pass float32's range, so it is two."""
+    """round(v * 2^(23 - e)), ties away from zero: float32 -> int32. v and e broadcast.
+
+    The factor may pass float32's range, so it is two.
+    """
     up = 23 - e
     half = up >> 1
     scaled = v * power_of_two(half) * power_of_two(up - half)
-    away = ((scaled.to(tl.int32, bitcast=True) & -2147483648) | 0x3F000000).to(tl.float32, bitcast=True)  # 0.5 with its sign
+    sign = scaled.to(tl.int32, bitcast=True) & -2147483648
+    away = (sign | 0x3F000000).to(tl.float32, bitcast=True)  # 0.5 with its sign
     return (scaled + away).to(tl.int32)
 
 
 @triton.jit
 def limbs(q):
-    """q = 65536 a + 256 b + c with a, b, c in [-128, 127]: bytes 2, 1, 0 of the result; byte 3 is 0."""
+    """q = 65536 a + 256 b + c with a, b, c in [-128, 127]: bytes 2, 1, 0 of the result.
+
+    Byte 3 is 0.
+    """
     return (q + 0x808080) ^ 0x808080
 
 
@@ -260,7 +350,10 @@ def unit_of(largest, e):
 
 @triton.jit
 def scale_of(bits):
-    """e4m3 bytes (no sign, no NaN) -> float32, exact: the bits moved up give the number times 2^-120, subnormal ones too."""
+    """e4m3 bytes (no sign, no NaN) -> float32, exact.
+
+    The bits moved up give the number times 2^-120, subnormal ones too.
+    """
     return (bits.to(tl.int32) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
 
 
