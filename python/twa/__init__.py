@@ -1,31 +1,46 @@
-"""Trainable weight averaging: the best weighted average of a heap of checkpoints, found by gradient
-descent.
+"""Trainable weight averaging: the best weighted average of many checkpoints, by gradient descent.
 
-subspace = twa.Subspace.from_candidates(model, twa.Candidates("run/*.safetensors"))
-optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.01)
-for batch in loader:
-    loss(model, batch).backward(); optimizer.step(); optimizer.zero_grad()
-twa.update_bn(loader, model); subspace.save("out/")
+    subspace = twa.Subspace.from_candidates(model, twa.Candidates("run/*.safetensors"))
+    optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.01)
+    for batch in loader:
+        loss(model, batch).backward(); optimizer.step(); optimizer.zero_grad()
+    twa.update_bn(loader, model); subspace.save("out/")
+
+docs/architecture.md has the rooms of this package and who may import whom.
 """
 
-from . import averages as schemes
+from . import averages
 from .batchnorm import update_bn
 from .distributed.ranks import DistributedError
-from .io.candidates import CandidateError, Candidates
+from .io.candidates import Candidates
+from .io.errors import (
+    BasisError,
+    CandidateError,
+    OutputError,
+    StateError,
+    TaskError,
+    TwaError,
+)
 from .iterate_average import IterateAverage
 from .optimizer import SubspaceOptimizer
 from .presets import conference_method
 from .subspace import Subspace
+from .version import __version__
 
 __all__ = [
+    "BasisError",
     "CandidateError",
     "Candidates",
     "DistributedError",
     "IterateAverage",
+    "OutputError",
+    "StateError",
     "Subspace",
     "SubspaceOptimizer",
+    "TaskError",
+    "TwaError",
+    "__version__",
+    "averages",
     "conference_method",
-    "schemes",
     "update_bn",
 ]
-__version__ = "0.1.0"

@@ -1,7 +1,9 @@
-"""Classical averages as merge weights beta (n,), sum 1, over candidates in order; float64.
+"""Classical averages as merge weights over candidates in order.
 
-theta = sum_i beta_i w_i. `Subspace.set_merge_weights` turns them into coefficients of the same
-space that TWA searches.
+    theta = sum_i beta_i w_i
+
+beta is (n,) float64 with sum 1, on the CPU. `Subspace.set_merge_weights` turns it into coefficients
+of the same space that TWA searches.
 """
 
 from __future__ import annotations
@@ -11,62 +13,109 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .io.errors import TwaError
+
 
 def candidate(n: int, k: int) -> Tensor:
-    """Candidate k alone; negative k counts from the end."""
+    """Candidate k alone.
+
+    Args:
+        n: number of candidates
+        k: index; a negative one counts from the end
+
+    Returns:
+        beta (n,) float64
+
+    Raises:
+        TwaError: k is out of range
+    """
     if not -n <= k < n:
-        raise ValueError(f"k: expected -{n} to {n - 1}, found {k}")
+        raise TwaError(f"k: expected -{n} to {n - 1}, found {k}")
     beta = torch.zeros(n, dtype=torch.float64)
     beta[k] = 1.0
     return beta
 
 
 def uniform(n: int) -> Tensor:
-    """Plain mean of all candidates: SWA (Izmailov et al., 2018), uniform soup."""
+    """The plain mean of all n candidates: SWA (Izmailov et al., 2018), uniform soup.
+
+    Returns:
+        beta (n,) float64
+    """
     return torch.full((n,), 1.0 / n, dtype=torch.float64)
 
 
 def lawa(n: int, k: int) -> Tensor:
-    """Mean of the last k candidates: LAWA (Kaddour, 2022)."""
+    """The mean of the last k candidates: LAWA (Kaddour, 2022).
+
+    Args:
+        n: number of candidates
+        k: how many of them are averaged
+
+    Returns:
+        beta (n,) float64
+
+    Raises:
+        TwaError: k is not 1 to n
+    """
     if not 1 <= k <= n:
-        raise ValueError(f"k: expected 1 to {n}, found {k}")
+        raise TwaError(f"k: expected 1 to {n}, found {k}")
     beta = torch.zeros(n, dtype=torch.float64)
     beta[n - k :] = 1.0 / k
     return beta
 
 
 def ema(n: int, decay: float) -> Tensor:
-    """Exponential moving average a <- decay * a + (1 - decay) * w_i, started at the first
-    candidate.
+    """The exponential moving average, started at the first candidate.
+
+        a <- decay * a + (1 - decay) * w_i
+
+    Args:
+        n: number of candidates
+        decay: 0 <= decay < 1
+
+    Returns:
+        beta (n,) float64
+
+    Raises:
+        TwaError: decay is out of range
     """
     if not 0.0 <= decay < 1.0:
-        raise ValueError(f"decay: expected 0 <= decay < 1, found {decay}")
+        raise TwaError(f"decay: expected 0 <= decay < 1, found {decay}")
     beta = (1.0 - decay) * decay ** torch.arange(n - 1, -1, -1, dtype=torch.float64)
     beta[0] = decay ** (n - 1)
     return beta
 
 
 def wsm(n: int, k: int, decay: str = "linear") -> Tensor:
-    """Mean of the last k candidates that stands for a decay of the learning rate over them:
+    """An average of the last k candidates that stands for a decay of the learning rate over them.
 
-    WSM (Tian et al., arXiv 2507.17634).
+    WSM (Tian et al., arXiv 2507.17634). Training goes from candidate j - 1 to j by the sum of its
+    updates, which are proportional to the learning rate. Had the rate been w_j times as high, and
+    the gradients the same, then the run from candidate m = n - k on (k of them are left, itself
+    included) would have ended at
 
-    Training goes from candidate j - 1 to j by the sum of its updates, which are proportional to the
-    learning rate. Had the rate been w_j times as high, and the gradients the same, then the run
-    from candidate m = n - k on (k of them are left, itself included) would have ended at
+        theta = theta_m + sum_{m < j < n} w_j (theta_j - theta_{j-1})
+              = sum_{m <= j < n} (w_j - w_{j+1}) theta_j                 w_m = 1, w_n = 0
 
-        theta = theta_m + sum_{m < j < n} w_j (theta_j - theta_{j-1}) = sum_{m <= j < n} (w_j -
-        w_{j+1}) theta_j, w_m = 1, w_n = 0
+    so beta_j = w_j - w_{j+1}, with w_{m+i} = f(i / k), where f falls from f(0) = 1 to f(1) = 0.
 
-    so beta_j = w_j - w_{j+1}, with w_{m+i} = f(i / k). f falls from f(0) = 1 to f(1) = 0:
+    Args:
+        n: number of candidates
+        k: how many of them are averaged
+        decay: f. "linear": 1 - t, which is the plain mean, LAWA; "sqrt": 1 - sqrt(t), with more of
+            the earlier ones; "cosine": (1 + cos(pi t)) / 2, with more of those in the middle
 
-    decay   "linear": 1 - t, which is the plain mean, LAWA; "sqrt": 1 - sqrt(t), with more of the
-            earlier ones; "cosine": (1 + cos(pi t)) / 2, with more of those in the middle
+    Returns:
+        beta (n,) float64
+
+    Raises:
+        TwaError: k is not 1 to n, or decay is none of these
     """
     if not 1 <= k <= n:
-        raise ValueError(f"k: expected 1 to {n}, found {k}")
+        raise TwaError(f"k: expected 1 to {n}, found {k}")
     if decay not in DECAYS:
-        raise ValueError(f"decay: expected one of {', '.join(DECAYS)}, found {decay!r}")
+        raise TwaError(f"decay: expected one of {', '.join(DECAYS)}, found {decay!r}")
     w = DECAYS[decay](torch.arange(k + 1, dtype=torch.float64) / k)
     beta = torch.zeros(n, dtype=torch.float64)
     beta[n - k :] = w[:-1] - w[1:]
@@ -81,11 +130,16 @@ DECAYS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def greedy_soup(losses: Sequence[float], evaluate: Callable[[Tensor], float]) -> Tensor:
-    """Greedy soup (Wortsman et al., 2022): candidates in order of their own loss join the uniform
-    mean if it does not get worse.
+    """The greedy soup (Wortsman et al., 2022).
 
-    losses     each candidate's own validation loss, (n,)
-    evaluate   merge weights -> validation loss
+    In order of their own loss, candidates join the uniform mean if it does not get worse.
+
+    Args:
+        losses: (n,), each candidate's own validation loss
+        evaluate: merge weights (n,) -> validation loss
+
+    Returns:
+        beta (n,) float64
     """
     n = len(losses)
     order = sorted(range(n), key=lambda i: losses[i])
@@ -98,6 +152,36 @@ def greedy_soup(losses: Sequence[float], evaluate: Callable[[Tensor], float]) ->
 
 
 def _mean_of(n: int, members: Sequence[int]) -> Tensor:
+    """The mean of some of n candidates."""
     beta = torch.zeros(n, dtype=torch.float64)
     beta[list(members)] = 1.0 / len(members)
     return beta
+
+
+def of_center(center: str | int | Tensor, n: int) -> Tensor:
+    """The merge weights of a center.
+
+    Args:
+        center: "mean", "last", an index, weights (n,) that sum to 1, or "zero"
+        n: number of candidates
+
+    Returns:
+        beta (n,) float64; zeros for "zero"
+
+    Raises:
+        TwaError: it is none of these
+    """
+    if isinstance(center, str) and center in ("mean", "zero", "last"):
+        zero = torch.zeros(n, dtype=torch.float64)
+        return {"mean": uniform(n), "last": candidate(n, -1), "zero": zero}[center]
+    if isinstance(center, int):
+        return candidate(n, center)
+    if isinstance(center, Tensor) and center.shape == (n,):
+        total = float(center.double().sum())
+        if abs(total - 1.0) < 1e-6:
+            return center.double().cpu()
+    raise TwaError(
+        f"expected 'mean', 'last', 'zero', an index below {n} or {n} merge weights that sum to 1,"
+        f" found {center!r}",
+        "center",
+    )

@@ -11,20 +11,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .distributed.ranks import World
+from .distributed.ranks import Ranks
+from .io.errors import TwaError
 
 
 def batch_size(batch: object) -> int:
     """Samples in a batch: the first dimension of its first tensor."""
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else 1
-    items = (
-        batch.values()
-        if isinstance(batch, Mapping)
-        else batch
-        if isinstance(batch, list | tuple)
-        else ()
-    )
+    items: Iterable[object] = ()
+    if isinstance(batch, Mapping):
+        items = batch.values()
+    elif isinstance(batch, list | tuple):
+        items = batch
     for item in items:
         if isinstance(item, Tensor) and item.dim():
             return item.shape[0]
@@ -35,8 +34,11 @@ def batch_size(batch: object) -> int:
 
 
 def run_model(model: nn.Module, batch: object) -> object:
-    """Forward pass on a batch as loaders give it: model(**batch) for a dict (keys that forward does
-    not take are left out), model(batch[0]) for a tuple or list, model(batch) for a tensor."""
+    """Forward pass on a batch as loaders give it.
+
+    It is model(**batch) for a dict, without the keys that forward does not take; model(batch[0])
+    for a tuple or list; model(batch) for a tensor.
+    """
     if isinstance(batch, Mapping):
         accepted = inspect.signature(model.forward).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
@@ -46,25 +48,12 @@ def run_model(model: nn.Module, batch: object) -> object:
 
 
 def tracked_batchnorms(model: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorm layers of a model that keep running statistics."""
     return [
         m
         for m in model.modules()
         if isinstance(m, _BatchNorm) and m.track_running_stats and m.running_mean is not None
     ]
-
-
-def _statistics(norms: list[_BatchNorm]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    return [
-        (m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.clone())
-        for m in norms
-    ]
-
-
-def _restore(norms: list[_BatchNorm], saved: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-    for m, (mean, variance, tracked) in zip(norms, saved, strict=True):
-        m.running_mean.copy_(mean)
-        m.running_var.copy_(variance)
-        m.num_batches_tracked.copy_(tracked)
 
 
 def update_bn(
@@ -74,29 +63,32 @@ def update_bn(
     max_batches: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> int:
-    """Sets every BatchNorm's running mean and variance to their averages over all its calls, each
-    weighted by the size of the batch.
+    """Re-estimates the running statistics of every BatchNorm in the model.
 
-    loader       tensors, tuples or lists (model input first), or dicts (passed by keyword)
-    forward      how to run the model on a batch, if that guess is wrong
-    max_batches  stop after so many
-    group        process group whose ranks each bring their own batches: all get the statistics of
-                 all of them
+    Running mean and variance become their averages over all calls of the layer, each weighted by
+    the size of the batch. A batch that leaves a BatchNorm one value per channel, such as a last
+    batch of one sample, has no variance and is left out. A BatchNorm that no forward pass calls
+    keeps its statistics. Training mode and momenta are restored; Dropout is off meanwhile.
 
-    Returns the number of batches used: 0, without reading any, if the model has no BatchNorm with
-    running statistics. A batch that leaves a BatchNorm one value per channel, such as a last batch
-    of one sample, has no variance and is left out. A BatchNorm that no forward pass calls keeps its
-    statistics. Training mode and momenta are restored; Dropout is off meanwhile. Raises ValueError
-    if no batch could be used; after any error the statistics are as they were.
+    Args:
+        loader: batches: tensors, tuples or lists (model input first), or dicts (passed by keyword)
+        model: its running statistics are written
+        forward: how to run the model on a batch, where that guess is wrong
+        max_batches: stop after so many; None: read all
+        group: process group whose ranks each bring their own batches: all get the statistics of all
+            of them
+
+    Returns:
+        the number of batches used, of all ranks: 0, without reading any, if the model has no
+        BatchNorm with running statistics
+
+    Raises:
+        TwaError: no batch could be used; after any error the statistics are as they were
     """
-    world = World(group)
-    with world.together("re-estimating BatchNorm"):
-        return update_bn_of(
-            ((batch, True) for batch in itertools.islice(loader, max_batches)),
-            model,
-            forward,
-            world,
-        )
+    ranks = Ranks(group)
+    batches = ((batch, True) for batch in itertools.islice(loader, max_batches))
+    with ranks.fail_together("re-estimating BatchNorm"):
+        return update_bn_of(batches, model, forward, ranks)
 
 
 @torch.no_grad()
@@ -104,70 +96,26 @@ def update_bn_of(
     batches: Iterable[tuple[object, bool]],
     model: nn.Module,
     forward: Callable[[nn.Module, object], object],
-    world: World,
+    ranks: Ranks,
 ) -> int:
-    """update_bn on batches that say whether they count; those that do not only keep a sharded
-    model's ranks in step.
+    """`update_bn` on batches that say whether they count.
+
+    Those that do not count only keep a sharded model's ranks in step.
     """
     norms = tracked_batchnorms(model)
     if not norms:
         return 0
     modes = {m: m.training for m in model.modules()}
     momenta = {m: m.momentum for m in norms}
-    before = _statistics(norms)
-    sums = [
-        (
-            torch.zeros_like(mean, dtype=torch.float64),
-            torch.zeros_like(variance, dtype=torch.float64),
-        )
-        for mean, variance, _ in before
-    ]
-    # of each: samples (once a call), calls
-    counted = torch.zeros(len(norms), 2, dtype=torch.float64)
-    used, done = 0, False
+    before = [[t.clone() for t in _statistics(m)] for m in norms]
+    totals, done = _Totals(norms), False
     try:
-        model.train()
-        for m in model.modules():
-            if isinstance(m, nn.modules.dropout._DropoutNd):
-                m.eval()
-        for m in norms:
-            m.train()
-            # running = mean over the calls since reset_running_stats: a shared module has several
-            # in a pass
-            m.momentum = None
+        _prepare(model, norms)
         for batch, counts in batches:
             size = batch_size(batch)
-            for m in norms:
-                m.reset_running_stats()
-            try:
-                forward(model, batch)
-            except ValueError as error:
-                if size > 1 or "more than 1 value per channel" not in str(error):
-                    raise
-                continue
-            if not counts:
-                continue
-            used += 1
-            calls = [int(m.num_batches_tracked) for m in norms]
-            counted += torch.tensor([[size * c, c] for c in calls])
-            for m, c, (mean, variance) in zip(norms, calls, sums, strict=True):
-                mean.add_(m.running_mean, alpha=size * c)
-                variance.add_(m.running_var, alpha=size * c)
-        used = int(world.sum_(torch.tensor([used])))
-        if not used:
-            raise ValueError(
-                "update_bn: expected at least one batch with more than one value per channel, found"
-                " none: is the loader used up?"
-            )
-        _restore(norms, before)
-        for m, (samples, calls), (mean, variance) in zip(
-            norms, world.sum_(counted).tolist(), sums, strict=True
-        ):
-            world.sum_(mean), world.sum_(variance)
-            if calls:
-                m.running_mean.copy_(mean / samples)
-                m.running_var.copy_(variance / samples)
-                m.num_batches_tracked.fill_(int(calls))
+            if _measure(model, norms, forward, batch, size) and counts:
+                totals.add(norms, size)
+        used = totals.write(norms, before, ranks)
         done = True
         return used
     finally:
@@ -175,5 +123,97 @@ def update_bn_of(
             _restore(norms, before)
         for m, momentum in momenta.items():
             m.momentum = momentum
-        for m, training in modes.items():
-            m.training = training
+        for module, training in modes.items():
+            module.training = training
+
+
+def _prepare(model: nn.Module, norms: list[_BatchNorm]) -> None:
+    """Modes in which a forward pass leaves each layer's mean over its calls since the last reset.
+
+    A shared layer has several calls in a pass.
+    """
+    model.train()
+    for m in model.modules():
+        if isinstance(m, nn.modules.dropout._DropoutNd):
+            m.eval()
+    for m in norms:
+        m.train()
+        m.momentum = None
+
+
+def _measure(
+    model: nn.Module,
+    norms: list[_BatchNorm],
+    forward: Callable[[nn.Module, object], object],
+    batch: object,
+    size: int,
+) -> bool:
+    """Puts the statistics of one batch into the layers; False if it has no variance."""
+    for m in norms:
+        m.reset_running_stats()
+    try:
+        forward(model, batch)
+    except ValueError as error:
+        if size > 1 or "more than 1 value per channel" not in str(error):
+            raise
+        return False
+    return True
+
+
+class _Totals:
+    """Sums over batches of each layer's statistics, weighted by the size of the batch."""
+
+    def __init__(self, norms: list[_BatchNorm]) -> None:
+        self.batches = 0
+        # of each layer: samples (once a call), calls
+        self.counted = torch.zeros(len(norms), 2, dtype=torch.float64)
+        self.sums = [
+            [torch.zeros_like(t, dtype=torch.float64) for t in _statistics(m)[:2]] for m in norms
+        ]
+
+    def add(self, norms: list[_BatchNorm], size: int) -> None:
+        """Adds what one batch has left in the layers."""
+        self.batches += 1
+        for m, counted, sums in zip(norms, self.counted, self.sums, strict=True):
+            *moments, tracked = _statistics(m)
+            calls = int(tracked)
+            counted += torch.tensor([size * calls, calls])
+            for total, t in zip(sums, moments, strict=True):
+                total.add_(t, alpha=size * calls)
+
+    def write(self, norms: list[_BatchNorm], before: list[list[Tensor]], ranks: Ranks) -> int:
+        """Writes the averages of all ranks to the layers, where there were calls.
+
+        Returns:
+            the number of batches of all ranks; TwaError if there are none
+        """
+        used = int(ranks.all_reduce_(torch.tensor([self.batches])))
+        if not used:
+            raise TwaError(
+                "update_bn: expected at least one batch with more than one value per channel, found"
+                " none: is the loader used up?"
+            )
+        _restore(norms, before)
+        counted = ranks.all_reduce_(self.counted).tolist()
+        for m, (samples, calls), sums in zip(norms, counted, self.sums, strict=True):
+            mean, variance = (ranks.all_reduce_(t) for t in sums)
+            if calls:
+                running_mean, running_var, tracked = _statistics(m)
+                running_mean.copy_(mean / samples)
+                running_var.copy_(variance / samples)
+                tracked.fill_(int(calls))
+        return used
+
+
+def _statistics(m: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """Running mean, running variance and number of calls of a layer that keeps them."""
+    mean, variance, tracked = m.running_mean, m.running_var, m.num_batches_tracked
+    assert mean is not None and variance is not None and tracked is not None
+    return mean, variance, tracked
+
+
+def _restore(norms: list[_BatchNorm], saved: list[list[Tensor]]) -> None:
+    """The statistics as they were."""
+    for m, tensors in zip(norms, saved, strict=True):
+        for t, value in zip(_statistics(m), tensors, strict=True):
+            t.copy_(value)

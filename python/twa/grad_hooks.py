@@ -1,10 +1,12 @@
-"""`low_memory`: each gradient is projected and freed as soon as backward has it; on several ranks
-the sums start while backward goes on.
+"""`low_memory`: each gradient is projected and freed as soon as backward has it.
+
+On several ranks the sums start while backward goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -14,34 +16,42 @@ from torch.autograd import Variable
 
 from .subspace import Subspace
 
-# messages that the coefficients' gradient is cut into, each sent when its columns are complete
+#: messages that the coefficients' gradient is cut into, each sent when its columns are complete
 BUCKETS = 4
 
 
 class GradientHooks:
-    """Hooks on the model's parameters that turn gradients into coefficients.grad, for as long as
-    they are not removed.
+    """Hooks on the model's parameters that turn gradients into coefficients.grad.
 
-    One process: each hook adds its projection. Several ranks: hooks add to this rank's addend. With
-    `replicate` the columns of segments whose parameters are all done are sent as soon as backward
-    has passed them, in an order that is the same on all ranks; at the end of backward the rest is
-    sent (with `columns` all of it, behind FSDP's own messages), and the sums are added to
-    coefficients.grad, which then is what it would be in one process. In `no_sync()` addends are
-    kept for a later backward; `clear()` drops them.
+    They do so until they are removed. In one process each hook adds its projection.
+
+    On several ranks hooks add to this rank's addend. With `replicate` the columns of segments whose
+    parameters are all done are sent as soon as backward has passed them, in an order that is the
+    same on all ranks. At the end of backward the rest is sent; with `columns` that is all of it,
+    behind FSDP's own messages. The sums are added to coefficients.grad, which then is what it would
+    be in one process. In `no_sync()` addends are kept for a later backward; `clear()` drops them.
     """
+
+    # the state of a backward on several ranks
+    _next: int  # message to send
+    _under_way: int | None  # the backward whose end will send the rest
+    _added: torch.cuda.Event | None  # behind the last addition
+    _done: set[int]  # parameters that have their gradient
+    _sums: list[Callable[[], list[Tensor]]]  # finish the messages under way
 
     def __init__(self, subspace: Subspace) -> None:
         self._subspace = weakref.ref(subspace)
         self._sync = True
-        self._shared = subspace.placement.world.group is not None
+        self._shared = subspace.sharding.ranks.group is not None
         if self._shared:
             coefficients = subspace.coefficients.detach()
             self._mine = torch.zeros_like(coefficients)  # this rank's addend since the last sum
-            count = BUCKETS if subspace.placement.name == "replicate" else 1
+            count = BUCKETS if subspace.sharding.name == "replicate" else 1
             segments = [
-                list(subspace.parts.of_tensor(k, p.numel()))
+                list(subspace.segments.of_tensor(k, p.numel()))
                 for k, p in enumerate(subspace.parameters)
             ]
+            # of each message: its columns, and the parameters that have a part in them
             self._buckets = _buckets(segments, coefficients.shape[1], count)
             self._members = [
                 {k for k, mine in enumerate(segments) if not columns.isdisjoint(mine)}
@@ -51,7 +61,7 @@ class GradientHooks:
                 torch.tensor(columns, device=coefficients.device) for columns in self._buckets
             ]
             self._reset()
-        me = weakref.ref(self)
+        me = weakref.ref(self)  # the hooks must not keep this object alive
 
         def absorb(k: int) -> None:
             if (alive := me()) is not None:
@@ -63,11 +73,13 @@ class GradientHooks:
         ]
 
     def remove(self) -> None:
+        """Leaves the parameters their gradients again."""
         for handle in self._handles:
             handle.remove()
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
+        """A context in which backward sends nothing."""
         self._sync, before = False, self._sync
         try:
             yield
@@ -76,6 +88,7 @@ class GradientHooks:
 
     @torch.no_grad()
     def _absorb(self, k: int) -> None:
+        """Takes the gradient of parameter k, and sends what is complete with it."""
         subspace = self._subspace()
         if subspace is None:
             return
@@ -119,24 +132,22 @@ class GradientHooks:
 
     def _send(self) -> None:
         """Begins the sum of the next bucket; the last one carries the stamp of the coefficients."""
-        subspace, columns = self._subspace(), self._columns[self._next]
+        subspace, columns = self._alive(), self._columns[self._next]
         if self._added:
             torch.cuda.current_stream(self._mine.device).wait_event(self._added)
         last = self._next == len(self._buckets) - 1
-        part = self._mine[:, columns]
-        self._sums.append(
-            subspace.placement.start_sum([part], subspace.coefficients if last else None)
-        )
+        stamped = subspace.coefficients if last else None
+        finish = subspace.sharding.all_reduce_async([self._mine[:, columns]], stamped)
+        self._sums.append(finish)
         self._next += 1
 
     @torch.no_grad()
     def _end(self) -> None:
-        """Backward is over: what is not sent yet, and all sums into coefficients.grad."""
-        subspace = self._subspace()
+        """Sends what is not sent yet, and adds all sums to coefficients.grad: backward is over."""
         try:
             while self._next < len(self._buckets):
                 self._send()
-            total = _accumulate(subspace.coefficients)
+            total = _accumulate(self._alive().coefficients)
             for columns, finish in zip(self._columns, self._sums, strict=True):
                 total[:, columns] += finish()[0]
             self._mine.zero_()
@@ -152,12 +163,19 @@ class GradientHooks:
             self._mine.zero_()
             self._reset()
 
+    def _alive(self) -> Subspace:
+        """The subspace, while a backward through its model goes on."""
+        subspace = self._subspace()
+        assert subspace is not None
+        return subspace
+
     def _reset(self) -> None:
+        """Forgets a backward that is over."""
         self._next = 0
-        self._under_way: int | None = None  # the backward whose end will send the rest
-        self._added: torch.cuda.Event | None = None  # behind the last addition
-        self._done: set[int] = set()
-        self._sums: list[Callable[[], list[Tensor]]] = []
+        self._under_way = None
+        self._added = None
+        self._done = set()
+        self._sums = []
 
 
 def _accumulate(coefficients: Tensor) -> Tensor:
@@ -168,12 +186,20 @@ def _accumulate(coefficients: Tensor) -> Tensor:
 
 
 def _buckets(segments: list[list[int]], num_segments: int, most: int) -> list[list[int]]:
-    """Columns of the coefficients in the order in which backward completes them (a segment with its
-    first parameter), in at most so many parts.
+    """Columns of the coefficients in the order in which backward completes them.
+
+    A segment is complete with its first parameter.
+
+    Args:
+        segments: of each parameter
+        num_segments: number of columns
+        most: parts at most
+
+    Returns:
+        the columns, in parts of about the same size
     """
     first = {l: k for k, mine in reversed(list(enumerate(segments))) for l in mine}
     order = sorted(range(num_segments), key=lambda l: -first[l])
     count = min(most, num_segments)
-    return [
-        order[num_segments * b // count : num_segments * (b + 1) // count] for b in range(count)
-    ]
+    ends = [num_segments * b // count for b in range(count + 1)]
+    return [order[a:b] for a, b in itertools.pairwise(ends)]

@@ -1,21 +1,25 @@
-"""`IterateAverage`: the running average of the coefficients while they are trained, which is what
-to evaluate and to keep.
+"""`IterateAverage`: the running average of the coefficients while they are trained.
+
+It is what to evaluate and to keep.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
+from .io.errors import TwaError
 from .subspace import Subspace
 
 
 class IterateAverage:
-    """The average of the coefficients over the steps so far, later ones weighing more: after step t
-    the weight of x_t is (1 + eta) / (t + eta), so that the last 1 / eta or so of the steps count
-    (polynomial-decay averaging: Shamir and Zhang, ICML 2013).
+    """The average of the coefficients over the steps so far, later ones weighing more.
+
+    After step t the weight of x_t is (1 + eta) / (t + eta), so that the last 1 / eta or so of the
+    steps count (polynomial-decay averaging: Shamir and Zhang, ICML 2013).
 
         average = twa.IterateAverage(subspace)
         for batch in loader:
@@ -28,31 +32,41 @@ class IterateAverage:
     A training step is noisy, the average over steps is not: a constant learning rate then does as
     well as one that falls to zero, for any number of steps, and little depends on its size
     (docs/claims.md). Ranks of a job that call the same hold the same.
+
+    Args:
+        subspace: whose coefficients are averaged
+        eta: at least 0; 0 weighs all steps alike
+
+    Attributes:
+        coefficients: the average, in shape and dtype of the subspace's coefficients
+        steps: how many steps are in it
+
+    Raises:
+        TwaError: eta is negative or NaN
     """
 
     def __init__(self, subspace: Subspace, eta: float = 3.0) -> None:
         if not eta >= 0:
-            raise ValueError(f"eta: expected at least 0, found {eta}")
+            raise TwaError(f"eta: expected at least 0, found {eta}")
         self.subspace, self.eta, self.steps = subspace, eta, 0
         self.coefficients = subspace.coefficients.detach().clone()  # (n, L)
 
     @torch.no_grad()
     def update(self) -> None:
-        """To be called after each optimizer.step()."""
+        """Takes in the coefficients as they are; call it after each optimizer.step()."""
         self.steps += 1
-        self.coefficients.lerp_(
-            self.subspace.coefficients.detach(), (1 + self.eta) / (self.steps + self.eta)
-        )
+        weight = (1 + self.eta) / (self.steps + self.eta)
+        self.coefficients.lerp_(self.subspace.coefficients.detach(), weight)
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Coefficients and model at the average."""
+        """Sets coefficients and model to the average."""
         self.subspace.coefficients.copy_(self.coefficients)
         self.subspace.write_weights()
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The model at the average; afterwards where training was."""
+        """A context with the model at the average; afterwards it is where training was."""
         now = self.subspace.coefficients.detach().clone()
         self.apply()
         try:
@@ -61,3 +75,20 @@ class IterateAverage:
             with torch.no_grad():
                 self.subspace.coefficients.copy_(now)
             self.subspace.write_weights()
+
+    def state_dict(self) -> dict[str, object]:
+        """What `load_state_dict` takes."""
+        return {"eta": self.eta, "steps": self.steps, "coefficients": self.coefficients.clone()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Sets the average to what it was when `state_dict` was called.
+
+        Raises:
+            TwaError: it is of coefficients of another shape
+        """
+        if state["coefficients"].shape != self.coefficients.shape:
+            found, expected = tuple(state["coefficients"].shape), tuple(self.coefficients.shape)
+            raise TwaError(f"expected shape {expected}, found {found}", "coefficients")
+        self.eta, self.steps = float(state["eta"]), int(state["steps"])
+        self.coefficients.copy_(state["coefficients"])

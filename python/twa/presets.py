@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import averages as schemes
+from . import averages
 from .basis.segments import Granularity
 from .distributed.weights import load_untrained
 from .io.candidates import Candidates
+from .io.errors import TwaError
 from .optimizer import SubspaceOptimizer
 from .subspace import Subspace
 
@@ -25,9 +26,11 @@ def conference_method(
     granularity: Granularity = "model",
     bits: int = 32,
 ) -> tuple[Subspace, SubspaceOptimizer, torch.optim.lr_scheduler.MultiStepLR]:
-    """The conference version of trainable weight averaging (Li et al., ICLR 2023; defaults as in
-    the authors' code): SGD with momentum on gradients that are projected onto the span of the
-    candidates, weight decay, a rate that falls to a tenth after 1/2 and 3/4 of the steps.
+    """The conference version of trainable weight averaging (Li et al., ICLR 2023).
+
+    SGD with momentum on gradients that are projected onto the span of the candidates, weight decay,
+    a rate that falls to a tenth after 1/2 and 3/4 of the steps. Defaults are as in the authors'
+    code.
 
         subspace, optimizer, schedule = twa.conference_method(model, candidates, steps=1000)
         for batch in loader:
@@ -37,22 +40,34 @@ def conference_method(
     theta = P^T x and x = optimizer(x, P g): the same step by step, as theta never leaves the span;
     weight decay on x is weight decay on theta.
 
-    start   candidate to start from, or merge weights (n,) that sum to 1; None: the mean of all, as
-            for the published tables
-    bits    32: dense, as published. Packed bits keep the center at the start, whose rounding does
+    Args:
+        model: its trainable parameters are in the subspace
+        candidates: the n checkpoints
+        steps: of the training, after which the rate is at a hundredth
+        lr: the rate at the start
+        momentum: of SGD
+        weight_decay: of SGD
+        start: candidate to start from, or merge weights (n,) that sum to 1; None: the mean of all,
+            as for the published tables
+        granularity: see `Subspace.from_candidates`
+        bits: 32: dense, as published. Packed bits keep the center at the start, whose rounding does
             not matter then, and pull towards it: weight decay is then on the distance from the
-            start.
+            start
+
+    Returns:
+        the subspace with the model at the start, the optimizer, and the schedule of its rate
+
+    Raises:
+        TwaError: steps is less than 1, or another argument is none of what it can be
+        CandidateError: files and model do not fit
     """
     if steps < 1:
-        raise ValueError(f"steps: expected at least 1, found {steps}")
+        raise TwaError(f"steps: expected at least 1, found {steps}")
     n = len(candidates)
-    weights = (
-        schemes.uniform(n)
-        if start is None
-        else schemes.candidate(n, start)
-        if isinstance(start, int)
-        else start
-    )
+    if start is None:
+        weights = averages.uniform(n)
+    else:
+        weights = averages.candidate(n, start) if isinstance(start, int) else start
     center = "zero" if bits == 32 else weights
     subspace = Subspace.from_candidates(
         model,
@@ -65,11 +80,10 @@ def conference_method(
     )
     if bits == 32:
         subspace.set_merge_weights(weights)
-        load_untrained(subspace.placement, weights)
+        load_untrained(subspace.sharding, weights)
     optimizer = SubspaceOptimizer(
         subspace, torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay
     )
-    schedule = torch.optim.lr_scheduler.MultiStepLR(
-        optimizer, [max(1, steps // 2), max(1, int(steps * 0.75))], gamma=0.1
-    )
+    milestones = [max(1, steps // 2), max(1, int(steps * 0.75))]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
     return subspace, optimizer, schedule

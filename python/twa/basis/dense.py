@@ -14,14 +14,19 @@ from torch import Tensor
 from twa_kernels import NotFiniteError, Packer, average
 from twa_kernels.packed import row_divisor
 
+from ..io.errors import TwaError
 from .segments import Segments
 
 
 class DenseBasis:
-    """P as one (n, numel_k) matrix per tensor (float32, or float64 for checks); the counterpart of
-    twa_kernels.PackedBasis.
+    """P as one matrix per tensor; the counterpart of twa_kernels.PackedBasis.
 
-    segment  of each tensor, or its first one if `chunk` columns each make one
+    Args:
+        rows: for each tensor k (n, numel_k); float32, or float64 for checks
+        segment: of each tensor, or its first one if `chunk` columns each make one
+        divisor: (n, L) float64, what the rows were divided by
+        shapes: of the tensors
+        chunk: see `Segments`
     """
 
     bits = 32
@@ -34,53 +39,48 @@ class DenseBasis:
         shapes: tuple[torch.Size, ...],
         chunk: int = 0,
     ) -> None:
-        self.rows, self.segment, self.divisor, self.shapes, self.chunk = (
-            rows,
-            segment,
-            divisor,
-            shapes,
-            chunk,
-        )
+        self.rows, self.segment, self.chunk = rows, segment, chunk
+        self.divisor, self.shapes = divisor, shapes
 
     @property
     def n(self) -> int:
+        """Number of rows."""
         return self.divisor.shape[0]
 
     @property
     def num_segments(self) -> int:
+        """Number of segments, L."""
         return self.divisor.shape[1]
 
     @property
     def device(self) -> torch.device:
+        """Where all tensors of the basis are."""
         return self.divisor.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the rows."""
         return self.rows[0].dtype
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the rows."""
         return sum(r.numel() * r.element_size() for r in self.rows)
 
     def to(self, device: torch.device | str) -> DenseBasis:
-        return DenseBasis(
-            [r.to(device) for r in self.rows],
-            self.segment,
-            self.divisor.to(device),
-            self.shapes,
-            self.chunk,
-        )
+        """The basis on another device."""
+        rows, divisor = [r.to(device) for r in self.rows], self.divisor.to(device)
+        return DenseBasis(rows, self.segment, divisor, self.shapes, self.chunk)
 
     def _runs(self, k: int) -> list[tuple[int, slice]]:
-        """(segment, its columns) of tensor k."""
+        """(segment, its columns) for each segment of tensor k."""
         numel = self.rows[k].shape[1]
-        return [
-            (self.segment[k] + j, slice(a, a + (self.chunk or numel)))
-            for j, a in enumerate(range(0, numel, self.chunk or max(1, numel)))
-        ]
+        width = self.chunk or max(1, numel)
+        starts = enumerate(range(0, numel, width))
+        return [(self.segment[k] + j, slice(a, a + width)) for j, a in starts]
 
     def project(self, grads: Sequence[Tensor | None]) -> Tensor:
-        """c (n, L) = P @ g, per segment."""
+        """c (n, L) = P @ g, per segment; a gradient of None counts as zero."""
         c = torch.zeros(self.n, self.num_segments, device=self.device, dtype=self.dtype)
         for k, (p, g) in enumerate(zip(self.rows, grads, strict=True)):
             if g is not None:
@@ -89,30 +89,16 @@ class DenseBasis:
                     c[:, l] += p[:, at] @ flat[at]
         return c
 
-    def gram(self) -> Tensor:
-        """G (L, n, n) float64: P_l @ P_l.T."""
-        total = torch.zeros(
-            self.num_segments, self.n, self.n, dtype=torch.float64, device=self.device
-        )
-        for k, p in enumerate(self.rows):
-            for l, at in self._runs(k):
-                total[l] += (p[:, at] @ p[:, at].T).double()
-        return total
-
     def select(self, k: int) -> tuple[DenseBasis, slice]:
         """The basis of tensor k alone, and which segments its coefficients are."""
         columns = slice(self.segment[k], self.segment[k] + max(1, len(self._runs(k))))
-        return (
-            DenseBasis(
-                [self.rows[k]], [0], self.divisor[:, columns], (self.shapes[k],), self.chunk
-            ),
-            columns,
-        )
+        divisor, shapes = self.divisor[:, columns], (self.shapes[k],)
+        return DenseBasis([self.rows[k]], [0], divisor, shapes, self.chunk), columns
 
     def reconstruct(
         self, x: Tensor, center: Sequence[Tensor] | None, out: Sequence[Tensor]
     ) -> None:
-        """out = center + x^T P, per segment, in place."""
+        """Writes center + x^T P to `out`, per segment, in the dtypes that are there."""
         for k, (p, o) in enumerate(zip(self.rows, out, strict=True)):
             parts = [x[:, l] @ p[:, at] for l, at in self._runs(k)]
             delta = torch.cat(parts) if parts else p.new_empty(0)
@@ -120,7 +106,13 @@ class DenseBasis:
 
 
 class DensePacker:
-    """Collects rows one tensor at a time, as twa_kernels.Packer does."""
+    """Collects rows one tensor at a time, as twa_kernels.Packer does.
+
+    Args:
+        n: number of rows
+        shapes: of the tensors
+        segments: of the tensors
+    """
 
     def __init__(self, n: int, shapes: Sequence[torch.Size], segments: Segments) -> None:
         self.shapes, self.segments, self.chunk = tuple(shapes), list(segments.first), segments.chunk
@@ -136,8 +128,14 @@ class DensePacker:
         center: Tensor | None = None,
         weights: Sequence[float] | None = None,
     ) -> None:
-        """Columns from `begin` on of the next tensor, minus center: n rows of as many elements;
-        then `end_tensor`. weights: center is written first, as the rows' weighted average."""
+        """Takes columns of the next tensor; `end_tensor` follows the last of them.
+
+        Args:
+            rows: n rows of as many elements
+            begin: the first column
+            center: subtracted from each row
+            weights: (n,); the center is written first, as the rows' average with these weights
+        """
         if weights is not None:
             average(list(rows), weights, center)
         k, count = len(self.rows), rows[0].numel()
@@ -161,31 +159,42 @@ class DensePacker:
         return self.segments[k] + torch.arange(begin, begin + count) // self.chunk
 
     def end_tensor(self) -> None:
-        """The tensor that `add_columns` was filling is complete."""
+        """Completes the tensor that `add_columns` was filling."""
         if self.filling is None:
             self.filling = torch.empty(len(self.sum_sq), 0)
         self.rows.append(self.filling)
         self.filling = None
 
     def skip(self) -> None:
-        """Leaves the next tensor to another process; `storage` then says what to receive before
-        `finish`.
+        """Leaves the next tensor to another process.
+
+        `storage` then says what to receive before `finish`.
         """
         self.rows.append(torch.empty(len(self.sum_sq), self.shapes[len(self.rows)].numel()))
 
     def storage(self, k: int) -> list[Tensor]:
+        """What `add_columns` writes for tensor k, to send or receive."""
         return [self.rows[k]]
 
     def finish(self, normalize: str, divisor: Tensor | None = None) -> DenseBasis:
+        """The basis; its rows are divided in place.
+
+        Args:
+            normalize: "row" or "none"
+            divisor: (n, L), in the place of what normalize gives
+        """
         divisor = row_divisor(self.sum_sq, normalize) if divisor is None else divisor
         inverse = torch.where(divisor > 0, 1.0 / divisor, 0.0).float()
         for k, p in enumerate(self.rows):
-            p *= (
-                inverse[:, self._of_columns(k, 0, p.shape[1])]
-                if self.chunk
-                else inverse[:, self.segments[k], None]
-            )
+            if self.chunk:
+                p *= inverse[:, self._of_columns(k, 0, p.shape[1])]
+            else:
+                p *= inverse[:, self.segments[k], None]
         return DenseBasis(self.rows, self.segments, divisor, self.shapes, self.chunk)
+
+
+#: what collects the rows of a basis of any bits
+AnyPacker = Packer | DensePacker
 
 
 def new_packer(
@@ -194,27 +203,27 @@ def new_packer(
     bits: int,
     segments: Segments,
     begins: Sequence[int] | None = None,
-) -> Packer | DensePacker:
-    """For a packed basis, or for bits=32 a dense one. begins: where the parts of tensors that have
-    these shapes begin in them.
+) -> AnyPacker:
+    """A packer for a packed basis, or for bits=32 a dense one.
+
+    Args:
+        n: number of rows
+        shapes: of the tensors, or of the parts of them that are packed here
+        bits: of the basis
+        segments: of the tensors
+        begins: where these parts begin in the tensors; None: at 0
     """
     numels = [s.numel() for s in shapes]
     if bits != 32:
-        return Packer(
-            n, shapes, bits, segments.of_tiles(numels, begins), num_segments=len(segments.labels)
-        )
+        tiles = segments.of_tiles(numels, begins)
+        return Packer(n, shapes, bits, tiles, num_segments=len(segments.labels))
     if segments.chunk and begins:
-        if any(
-            begin % segments.chunk for begin, numel in zip(begins, numels, strict=True) if numel
-        ):
-            raise ValueError(
-                f"bits=32 with granularity {segments.chunk}: expected shards that begin at"
+        chunk = segments.chunk
+        if any(begin % chunk for begin, numel in zip(begins, numels, strict=True) if numel):
+            raise TwaError(
+                f"bits=32 with granularity {chunk}: expected shards that begin at"
                 " multiples of it; use packed bits, or another"
             )
-        segments = replace(
-            segments,
-            first=[
-                f + begin // segments.chunk for f, begin in zip(segments.first, begins, strict=True)
-            ],
-        )
+        first = [f + begin // chunk for f, begin in zip(segments.first, begins, strict=True)]
+        segments = replace(segments, first=first)
     return DensePacker(n, shapes, segments)

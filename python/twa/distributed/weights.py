@@ -1,79 +1,72 @@
-"""A model's weights, whichever part of it this rank holds: merged exactly from candidates, rounded
-as files store them, kept, exported.
+"""A model's weights, whichever part of them this rank holds.
+
+They are merged exactly from candidates, rounded as files store them, kept in memory, and made whole
+for an export.
 """
 
 from __future__ import annotations
 
-import errno
-import shutil
 import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from .. import averages as schemes
-from ..io.atomic import replace_folder, write_stream
-from ..io.candidates import Candidate, CandidateError, Candidates, average_into
+from .. import averages
+from ..dtensors import is_dtensor, local, reshard
+from ..io.candidates import Candidates, average_into, not_finite
+from ..io.errors import TwaError
 from ..spectral_norm import refresh_spectral_norms
-from .ranks import World
-from .sharding import Placement, local, reshard
+from .ranks import Ranks
+from .sharding import Sharding
 
 
-def not_finite(candidates: Sequence[Candidate], name: str, rows: list[Tensor]) -> CandidateError:
-    """The error that says which file holds the NaN or Inf of this tensor."""
-    for candidate, row in zip(candidates, rows, strict=True):
-        bad = ~torch.isfinite(row)
-        if bad.any():
-            where = torch.nonzero(bad)[0].tolist()
-            return CandidateError(
-                f"{candidate.path}: tensor {name!r} has {int(bad.sum())} NaN or Inf of"
-                f" {row.numel()} values (the first at {where}): expected finite weights"
-            )
-    return CandidateError(
-        f"tensor {name!r}: the candidates' mean or their distance from it overflows float32"
-    )
+def _state(sharding: Sharding) -> dict[str, Tensor]:
+    """The model's own tensors by name, to read or to write."""
+    reshard(sharding.model)
+    return sharding.model.state_dict(keep_vars=True)
 
 
-def _state(placement: Placement) -> dict[str, Tensor]:
-    """The model's own tensors, to read or to write."""
-    reshard(placement.model)
-    return placement.model.state_dict(keep_vars=True)
+def check_range(sharding: Sharding) -> None:
+    """Checks that the model's weights, which were finite, are so in the dtypes of its parameters.
 
-
-def check_range(placement: Placement) -> None:
-    """ValueError if finite weights have become Inf in the dtype of the model's parameter."""
-    for name, t in zip(placement.layout.trained, placement.tensors, strict=True):
+    Raises:
+        TwaError: some have become Inf
+    """
+    for name, t in zip(sharding.key_map.trained, sharding.tensors, strict=True):
         _check_range(name, local(t), local(t).numel())
 
 
 def _check_range(name: str, written: Tensor, finite: int) -> None:
+    """Raises TwaError if fewer values than `finite` are so in the dtype they were written in."""
     if (lost := finite - int(torch.isfinite(written).sum())) > 0:
-        raise ValueError(
+        raise TwaError(
             f"model: tensor {name!r}: {lost} of {written.numel()} values of the candidates' average"
             f" overflow {written.dtype}"
         )
 
 
 @torch.no_grad()
-def load_untrained(placement: Placement, weights: Tensor) -> None:
-    """Frozen parameters and float buffers: the candidates' weighted mean (zero weights, those of a
-    center at zero: their mean); integer and bool buffers: the last candidate's, or those of the one
-    that has all the weight."""
-    candidates, state = placement.candidates, placement.model.state_dict(keep_vars=True)
-    weights = weights if weights.any() else schemes.uniform(len(candidates))
-    for name, key in placement.layout.fixed.items():
-        rows = candidates.tensors(key, part=placement.part_of(name, state[name]))
+def load_untrained(sharding: Sharding, weights: Tensor) -> None:
+    """Loads what is not trained.
+
+    Frozen parameters and float buffers get the candidates' weighted mean; where all weights are
+    zero, as for a center at zero, their plain mean. Integer and bool buffers get the last
+    candidate's values, or those of the one that has all the weight.
+
+    Args:
+        sharding: of the model
+        weights: of the candidates (n,)
+    """
+    candidates, state = sharding.candidates, sharding.model.state_dict(keep_vars=True)
+    weights = weights if weights.any() else averages.uniform(len(candidates))
+    for name, key in sharding.key_map.fixed.items():
+        rows = candidates.tensors(key, part=sharding.part_of(name, state[name]))
         if all(torch.equal(rows[0], r) for r in rows[1:]):  # a mask of -Inf stays, too
             value, bad = rows[0], torch.isnan(rows[0])
         else:
-            value = average_into(
-                torch.empty(rows[0].shape, dtype=torch.promote_types(rows[0].dtype, torch.float32)),
-                rows,
-                weights,
-            )
+            dtype = torch.promote_types(rows[0].dtype, torch.float32)
+            value = average_into(torch.empty(rows[0].shape, dtype=dtype), rows, weights)
             bad = ~torch.isfinite(value)
         if bad.any():
             raise not_finite(candidates, key, rows)
@@ -82,164 +75,125 @@ def load_untrained(placement: Placement, weights: Tensor) -> None:
         _check_range(name, mine, int(torch.isfinite(value).sum()))
     single = torch.nonzero(weights == 1.0).flatten().tolist()
     at = single[0] if single else len(candidates) - 1
-    for name, key in placement.layout.copied.items():
-        local(state[name]).copy_(
-            candidates.tensors(
-                key, rows=slice(at, at + 1), part=placement.part_of(name, state[name])
-            )[0]
-        )
+    for name, key in sharding.key_map.copied.items():
+        part = sharding.part_of(name, state[name])
+        local(state[name]).copy_(candidates.tensors(key, slice(at, at + 1), part)[0])
 
 
 @torch.no_grad()
-def load_merge(placement: Placement, beta: Tensor) -> None:
-    """model = sum_i beta[i] w_i, exactly (no basis, no quantisation), streamed tensor by tensor."""
-    with placement.world.together("averaging the candidates"):
-        reshard(placement.model)
-        for k, t in enumerate(placement.tensors):
-            local(t).copy_(placement.average(k, beta))
-        load_untrained(placement, beta)
-        refresh_spectral_norms(placement.model)
+def load_merge(sharding: Sharding, beta: Tensor) -> None:
+    """Loads sum_i beta[i] w_i exactly: without a basis and its quantisation, tensor by tensor.
 
-
-@torch.no_grad()
-def round_to_files(placement: Placement) -> None:
-    """Rounds the model's weights to the dtypes of the candidate files, so that what is measured is
-    what is exported.
+    Args:
+        sharding: of the model
+        beta: merge weights (n,)
     """
-    state = _state(placement)
-    for name, key in (placement.layout.trained | placement.layout.fixed).items():
-        dtype = placement.candidates.info[key].dtype
+    with sharding.ranks.fail_together("averaging the candidates"):
+        reshard(sharding.model)
+        for k, t in enumerate(sharding.tensors):
+            local(t).copy_(sharding.average(k, beta))
+        load_untrained(sharding, beta)
+        refresh_spectral_norms(sharding.model)
+
+
+@torch.no_grad()
+def round_to_files(sharding: Sharding) -> None:
+    """Rounds the model's weights to the dtypes of the candidate files.
+
+    So what is measured is what is exported.
+    """
+    state = _state(sharding)
+    for name, key in (sharding.key_map.trained | sharding.key_map.fixed).items():
+        dtype = sharding.candidates.info[key].dtype
         if dtype != state[name].dtype:
             mine = local(state[name])
             mine.copy_(mine.to(dtype))
 
 
-def share_buffers(model: nn.Module, world: World) -> None:
-    """The first rank's, on every rank: what the saved state holds."""
+def share_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """Makes the buffers of rank 0 those of every rank: they are what a saved state holds."""
     with torch.no_grad():
         for b in model.buffers():
-            b.copy_(
-                world.broadcast_(b.reshape(-1).view(torch.uint8), 0).view(b.dtype).view(b.shape)
-            )
+            sent = ranks.broadcast_(b.reshape(-1).view(torch.uint8), 0)
+            b.copy_(sent.view(b.dtype).view(b.shape))
 
 
 def load_buffers(model: nn.Module, saved: dict[str, Tensor]) -> None:
+    """Copies saved values, by name, into the model's buffers."""
     with torch.no_grad():
         for name, b in model.named_buffers():
             b.copy_(saved[name])
 
 
-# In and out, under the keys and in the dtypes of the candidate files
-# -------------------------------------------------------------------------------------------------
+# In and out, under the keys and in the dtypes of the candidate files -----------------------------
 
 
 @torch.no_grad()
-def kept(placement: Placement) -> dict[str, Tensor]:
+def snapshot(sharding: Sharding) -> dict[str, Tensor]:
     """A copy in CPU memory of this rank's part of every tensor."""
-    state, names = _state(placement), placement.layout.names
+    state, names = _state(sharding), sharding.key_map.names
     return {
         key: local(state[names[key]]).to("cpu", info.dtype, copy=True)
-        for key, info in placement.candidates.info.items()
+        for key, info in sharding.candidates.info.items()
     }
 
 
 @torch.no_grad()
-def put_back(placement: Placement, parts: dict[str, Tensor]) -> None:
-    """The model as `kept` or `parts_of` gave it."""
-    state, names = _state(placement), placement.layout.names
+def restore(sharding: Sharding, parts: dict[str, Tensor]) -> None:
+    """Makes the model what `snapshot` or `parts_of` gave."""
+    state, names = _state(sharding), sharding.key_map.names
     for key, part in parts.items():
         local(state[names[key]]).copy_(part)
 
 
 @torch.no_grad()
-def parts_of(placement: Placement, exported: Candidates | None) -> dict[str, Tensor]:
-    """This rank's part of every tensor of an exported model, which the first rank reads and sends;
-    None on the others.
+def parts_of(sharding: Sharding, exported: Candidates | None) -> dict[str, Tensor]:
+    """This rank's part of every tensor of an exported model, by key.
+
+    Rank 0 reads the tensors and sends them to the others.
+
+    Args:
+        sharding: of the model
+        exported: the model's file on rank 0; None on the others
     """
-    state, parts = placement.model.state_dict(keep_vars=True), {}
-    for key, info in placement.candidates.info.items():
-        whole = (
-            exported[0].tensor(key).clone()
-            if exported is not None
-            else torch.empty(info.shape, dtype=info.dtype)
-        )
-        sent = (
-            placement.world.broadcast_(whole.reshape(-1).view(torch.uint8), 0)
-            .view(info.dtype)
-            .view(info.shape)
-        )
-        name = placement.layout.names[key]
-        part = placement.part_of(name, state[name])
+    state, parts = sharding.model.state_dict(keep_vars=True), {}
+    for key, info in sharding.candidates.info.items():
+        whole = torch.empty(info.shape, dtype=info.dtype)
+        if exported is not None:
+            whole = exported[0].tensor(key).clone()
+        sent = sharding.ranks.broadcast_(whole.reshape(-1).view(torch.uint8), 0)
+        sent = sent.view(info.dtype).view(info.shape)
+        name = sharding.key_map.names[key]
+        part = sharding.part_of(name, state[name])
         parts[key] = sent if part is None else sent[part].clone()
     return parts
 
 
 @torch.no_grad()
-def export(placement: Placement) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor whole, one at a time, on every rank: all ranks must read it to its end."""
-    placement.world.meet()
-    state, names = _state(placement), placement.layout.names
-    for key, info in placement.candidates.info.items():
+def whole_tensors(sharding: Sharding) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor whole, by key, one at a time: all ranks must read the iterator to its end."""
+    sharding.ranks.barrier()
+    state, names = _state(sharding), sharding.key_map.names
+    for key, info in sharding.candidates.info.items():
         t = state[names[key]]
-        whole = t.full_tensor() if isinstance(t, DTensor) else t.detach()
+        whole = t.full_tensor() if is_dtensor(t) else t.detach()
         written = whole.to("cpu", info.dtype, copy=True).contiguous()
-        narrower = (
-            info.dtype.is_floating_point and torch.finfo(info.dtype).max < torch.finfo(t.dtype).max
-        )
-        if narrower and (
-            lost := int(torch.isfinite(whole).sum()) - int(torch.isfinite(written).sum())
-        ):
-            warnings.warn(
-                f"tensor {key!r}: {lost} of {written.numel()} values overflow {info.dtype}, the"
-                " candidates' dtype",
-                stacklevel=2,
-            )
+        if info.dtype.is_floating_point and torch.finfo(info.dtype).max < torch.finfo(t.dtype).max:
+            lost = int(torch.isfinite(whole).sum()) - int(torch.isfinite(written).sum())
+            if lost:
+                warnings.warn(
+                    f"tensor {key!r}: {lost} of {written.numel()} values overflow {info.dtype}, the"
+                    " candidates' dtype",
+                    stacklevel=2,
+                )
         yield key, written
 
 
 @torch.no_grad()
-def sharded(placement: Placement) -> dict[str, Tensor]:
+def sharded_tensors(sharding: Sharding) -> dict[str, Tensor]:
     """Every tensor as it lies on the ranks, for torch.distributed.checkpoint."""
-    state, names = _state(placement), placement.layout.names
+    state, names = _state(sharding), sharding.key_map.names
     return {
         key: state[names[key]].detach().to(info.dtype)
-        for key, info in placement.candidates.info.items()
+        for key, info in sharding.candidates.info.items()
     }
-
-
-def write_export(path: Path, placement: Placement) -> None:
-    """A safetensors file of the whole model, written by the first rank, one tensor in memory at a
-    time; all ranks call it.
-    """
-    info = {key: (i.dtype, i.shape) for key, i in placement.candidates.info.items()}
-    write_stream(path if placement.world.is_writer else None, info, export(placement))
-
-
-def write_dcp(folder: Path, placement: Placement) -> None:
-    """A torch.distributed.checkpoint directory; every rank writes its own shards.
-
-    It replaces an older one when it is complete.
-    """
-    import torch.distributed.checkpoint as dcp
-
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    world = placement.world
-    if world.is_writer:
-        shutil.rmtree(temporary, ignore_errors=True)
-    world.gather(None)  # not before the old one is gone
-    try:
-        dcp.save(
-            sharded(placement),
-            checkpoint_id=str(temporary),
-            process_group=world.group,
-            no_dist=world.group is None,
-        )
-    except dcp.CheckpointException as error:  # no Exception, and without the file's name
-        first = next(iter(error.failures.values()))[0]
-        raise OSError(
-            getattr(first, "errno", None) or errno.EIO,
-            getattr(first, "strerror", None) or str(first),
-            str(folder),
-        ) from error
-    if world.is_writer:
-        replace_folder(temporary, folder)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from ..io.atomic import write_bytes, write_json, write_text
-from ..merge.report import markdown_table
-from .samples import SEVERITIES, many
+from ..io.errors import TwaError
+from ..io.tables import markdown_table
+from .findings import SEVERITIES, many
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
     from .geometry import Geometry
-    from .run import Barrier, Inspection, Row
+    from .results import Barrier, Inspection, Row
 
 FILES = ("inspect.md", "inspect.json", "inspect.png")
 MOST_TICKS = 20  # candidates named along an axis
@@ -24,13 +29,13 @@ LABEL = 22  # characters
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ValueError for something that is no directory."""
+    """Raises TwaError for something that is no directory."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: expected a directory for the output, found a file")
+        raise TwaError("expected a directory for the output, found a file", folder)
 
 
 def table(result: Inspection) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: one row per file."""
+    """Header and cells of the table: one row per file."""
     header = ["candidate", "#", "format", "MB", "tensors", "parameters", "dtypes"]
     g, b = result.geometry, result.barrier
     if g is not None:
@@ -41,26 +46,19 @@ def table(result: Inspection) -> tuple[list[str], list[list[str]]]:
 
 
 def _cells(result: Inspection, k: int, row: Row) -> list[str]:
-    opened = row.candidate is not None
-    cells = [
-        row.candidate.name if opened else row.path.name,
-        str(k + 1),
-        row.format,
-        f"{row.bytes / 1e6:.1f}" if opened else "-",
-    ]
-    cells += (
-        [str(len(row.candidate.info)), f"{row.parameters:,}", row.dtypes]
-        if opened
-        else ["-", "-", "-"]
-    )
+    """One row of the table, that of file k."""
+    candidate = row.candidate
+    if candidate is None:
+        cells = [row.path.name, str(k + 1), row.format, "-", "-", "-", "-"]
+    else:
+        cells = [candidate.name, str(k + 1), row.format, f"{row.bytes / 1e6:.1f}"]
+        cells += [str(len(candidate.info)), f"{row.parameters:,}", row.dtypes]
     g, b = result.geometry, result.barrier
-    at = next((i for i, path in enumerate(result.members) if path == row.path), None)
-    if g is not None:
-        cells += (
-            ["-", "-", "-"]
-            if at is None
-            else [f"{g.norms[at]:.2f}", f"{g.from_center[at]:.4f}", _nearest(g, at)]
-        )
+    at = result.members.index(row.path) if row.path in result.members else None
+    if g is not None and at is not None:
+        cells += [f"{g.norms[at]:.2f}", f"{g.from_center[at]:.4f}", _nearest(g, at)]
+    elif g is not None:
+        cells += ["-", "-", "-"]
     if b is not None:
         cells += ["-" if at is None else f"{b.losses[at]:.4f}"]
     return [*cells, shortened(row.problem, 60)]
@@ -73,19 +71,21 @@ def _nearest(g: Geometry, at: int) -> str:
 
 
 def shortened(text: str, most: int) -> str:
+    """The beginning of a text, so that it has at most so many characters."""
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def text(result: Inspection) -> str:
-    """For a terminal."""
+    """What a terminal shows: table, findings, explanations."""
     lines = [markdown_table(*table(result)), ""]
-    lines += [f"- {finding}" for finding in result.findings] or [
-        "Nothing was found that speaks against averaging these candidates."
-    ]
+    lines += [f"- {finding}" for finding in result.findings]
+    if not result.findings:
+        lines.append("Nothing was found that speaks against averaging these candidates.")
     return "\n".join([*lines, "", *_explanations(result)])
 
 
 def _explanations(result: Inspection) -> list[str]:
+    """What the table's figures mean."""
     lines = []
     if g := result.geometry:
         lines.append(
@@ -93,11 +93,10 @@ def _explanations(result: Inspection) -> list[str]:
             " the nearest other candidate."
         )
     if b := result.barrier:
-        settled = (
-            f"; BatchNorm re-estimated on {b.bn_batches} training batches for every average"
-            if b.bn_batches
-            else ""
-        )
+        settled = ""
+        if b.bn_batches:
+            settled = f"; BatchNorm re-estimated on {b.bn_batches} training batches"
+            settled += " for every average"
         lines.append(
             f"Validation losses: uniform mean {b.mean:.4f}, best candidate"
             f" {min(b.losses):.4f}{settled}."
@@ -106,6 +105,7 @@ def _explanations(result: Inspection) -> list[str]:
 
 
 def markdown(result: Inspection) -> str:
+    """The page inspect.md."""
     counts = {s: sum(f.severity == s for f in result.findings) for s in SEVERITIES}
     total = ", ".join(many(count, severity) for severity, count in counts.items())
     lines = [
@@ -121,7 +121,7 @@ def markdown(result: Inspection) -> str:
 
 
 def as_json(result: Inspection) -> dict[str, object]:
-    """Everything that was measured; None for NaN and Inf."""
+    """What inspect.json holds: everything that was measured; None for NaN and Inf."""
     g, b = result.geometry, result.barrier
     files = [
         {
@@ -156,12 +156,17 @@ def as_json(result: Inspection) -> dict[str, object]:
 
 
 def _finite(value: float) -> float | None:
+    """The value, or None for NaN and Inf, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
 def write_outputs(folder: Path, result: Inspection) -> None:
-    """inspect.md, inspect.json and, where there are weights to draw, inspect.png; each appears
-    whole. Raises ValueError where that fails.
+    """Writes inspect.md, inspect.json and, where there are weights to draw, inspect.png.
+
+    Each appears whole.
+
+    Raises:
+        TwaError: one cannot be written
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,17 +177,26 @@ def write_outputs(folder: Path, result: Inspection) -> None:
             (folder / "inspect.png").unlink(missing_ok=True)  # of other candidates
         write_text(folder / "inspect.md", markdown(result))
     except OSError as error:
-        raise ValueError(
-            f"{folder}: the result could not be written ({error.strerror}): {error.filename or ''}"
+        raise TwaError(
+            f"the result could not be written ({error.strerror}): {error.filename or ''}", folder
         ) from error
 
 
 # Picture -----------------------------------------------------------------------------------------
 
 
+class Scale(NamedTuple):
+    """Values at the ends of a colour map."""
+
+    low: float
+    high: float
+    colours: str = "viridis"
+
+
 def picture(result: Inspection) -> bytes:
-    """PNG: distances, cosine similarities of weights and of differences from the center; with a
-    task losses, too.
+    """The PNG inspect.png: distances, cosine similarities and, with a task, losses.
+
+    Similarities are those of weights, and of differences from the center. There must be a geometry.
     """
     import matplotlib
 
@@ -190,52 +204,17 @@ def picture(result: Inspection) -> bytes:
     import matplotlib.pyplot as plt
 
     g, b = result.geometry, result.barrier
-    layout = (
-        [["a", "a", "b", "b", "c", "c"], ["d", "d", "d", "e", "e", "e"]]
-        if b is not None
-        else [["a", "a", "b", "b", "c", "c"]]
-    )
-    size, heights = ((16, 9.6), [5.4, 4]) if b is not None else ((16, 5), None)
+    assert g is not None
+    mosaic, height = ("aabbcc", 5.0) if b is None else ("aabbcc;dddeee", 9.6)
     figure, axes = plt.subplot_mosaic(
-        layout, figsize=size, height_ratios=heights, layout="constrained"
+        mosaic,
+        figsize=(16, height),
+        height_ratios=None if b is None else [5.4, 4],
+        layout="constrained",
     )
-    distances = dict(cmap="viridis", vmin=0.0, vmax=_upper(g.distances))
     paths = [row.path for row in result.rows]
     numbers = [str(paths.index(path) + 1) for path in result.members]  # as in the table
-    names = [f"{_label(name)}  {number}" for name, number in zip(g.names, numbers, strict=True)]
-    _heat_map(
-        figure,
-        axes["a"],
-        g.distances,
-        numbers,
-        names,
-        "Distance (1 = mean norm of a candidate)",
-        **distances,
-    )
-    low = min(0.0, float(g.cosines.min()))
-    _heat_map(
-        figure,
-        axes["b"],
-        g.cosines,
-        numbers,
-        numbers,
-        "Cosine similarity of weights (matrices)",
-        cmap="viridis",
-        vmin=low,
-        vmax=1.0,
-    )
-    title = f"Cosine similarity of differences from {_label(g.center)}"
-    _heat_map(
-        figure,
-        axes["c"],
-        g.delta_cosines,
-        numbers,
-        numbers,
-        title,
-        cmap="RdBu_r",
-        vmin=-1.0,
-        vmax=1.0,
-    )
+    _heat_maps(figure, axes, g, numbers)
     if b is not None:
         _losses(axes["d"], b, numbers)
         _line(axes["e"], b)
@@ -243,6 +222,19 @@ def picture(result: Inspection) -> bytes:
     figure.savefig(buffer, format="png", dpi=80, pil_kwargs={"optimize": True})
     plt.close(figure)
     return buffer.getvalue()
+
+
+def _heat_maps(figure: Figure, axes: dict[str, Axes], g: Geometry, numbers: list[str]) -> None:
+    """Draws distances and both kinds of cosine similarities."""
+    names = [f"{_label(name)}  {number}" for name, number in zip(g.names, numbers, strict=True)]
+    title, scale = "Distance (1 = mean norm of a candidate)", Scale(0.0, _upper(g.distances))
+    _heat_map(figure, axes["a"], title, g.distances, scale, names, numbers)
+    lowest = min(0.0, float(g.cosines.min()))
+    title, scale = "Cosine similarity of weights (matrices)", Scale(lowest, 1.0)
+    _heat_map(figure, axes["b"], title, g.cosines, scale, numbers, numbers)
+    title = f"Cosine similarity of differences from {_label(g.center)}"
+    scale = Scale(-1.0, 1.0, colours="RdBu_r")
+    _heat_map(figure, axes["c"], title, g.delta_cosines, scale, numbers, numbers)
 
 
 def _upper(distances: Tensor) -> float:
@@ -257,49 +249,49 @@ def _label(name: str) -> str:
 
 
 def _heat_map(
-    figure, axes, values: Tensor, columns: list[str], rows: list[str], title: str, **scale
+    figure: Figure,
+    axes: Axes,
+    title: str,
+    values: Tensor,
+    scale: Scale,
+    rows: list[str],
+    columns: list[str],
 ) -> None:
+    """Draws values (n, n) as colours; of few candidates as numbers, too."""
     n = len(values)
-    image = axes.imshow(values.numpy(), interpolation="nearest", **scale)
+    image = axes.imshow(
+        values.numpy(),
+        interpolation="nearest",
+        cmap=scale.colours,
+        vmin=scale.low,
+        vmax=scale.high,
+    )
     axes.set_title(title, fontsize=11)
     ticks = range(0, n, -(-n // MOST_TICKS))
-    size = 10 if n <= MOST_NUMBERS else 8
-    axes.set_xticks(
-        ticks, columns[:: ticks.step], fontsize=size, rotation=0 if n <= MOST_NUMBERS else 90
-    )
+    size, turned = (10, 0) if n <= MOST_NUMBERS else (8, 90)
+    axes.set_xticks(ticks, columns[:: ticks.step], fontsize=size, rotation=turned)
     axes.set_yticks(ticks, rows[:: ticks.step], fontsize=size)
     if n <= MOST_NUMBERS:
         _write_numbers(axes, image, values)
-    cut = float(values.max()) > scale["vmax"] + 1e-9
+    cut = float(values.max()) > scale.high + 1e-9
     figure.colorbar(image, ax=axes, shrink=0.75, extend="max" if cut else "neither")
 
 
-def _write_numbers(axes, image, values: Tensor) -> None:
+def _write_numbers(axes: Axes, image: AxesImage, values: Tensor) -> None:
+    """Writes each cell's number, white on dark colours."""
     for i, row in enumerate(values.tolist()):
         for j, value in enumerate(row):
-            r, green, blue, _ = image.cmap(image.norm(value))
-            dark = 0.3 * r + 0.6 * green + 0.1 * blue < 0.5
-            axes.text(
-                j,
-                i,
-                f"{round(value, 2) + 0.0:.2f}",
-                ha="center",
-                va="center",
-                fontsize=9,
-                color="white" if dark else "black",
-            )
+            red, green, blue, _ = image.cmap(image.norm(value))
+            colour = "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "black"
+            text = f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no "-0.00"
+            axes.text(j, i, text, ha="center", va="center", fontsize=9, color=colour)
 
 
-def _losses(axes, b: Barrier, numbers: list[str]) -> None:
-    """Every candidate's own loss; the uniform mean's as a line."""
+def _losses(axes: Axes, b: Barrier, numbers: list[str]) -> None:
+    """Draws every candidate's own loss; the uniform mean's is a line."""
     n = len(numbers)
-    axes.plot(
-        range(n),
-        [v if math.isfinite(v) else math.nan for v in b.losses],
-        "o-",
-        markersize=4,
-        label="candidates",
-    )
+    losses = [v if math.isfinite(v) else math.nan for v in b.losses]
+    axes.plot(range(n), losses, "o-", markersize=4, label="candidates")
     _references(axes, b)
     axes.set_title("Validation loss of each candidate", fontsize=11)
     axes.set_xlabel("candidate")
@@ -309,29 +301,22 @@ def _losses(axes, b: Barrier, numbers: list[str]) -> None:
     axes.legend(fontsize=9)
 
 
-def _references(axes, b: Barrier) -> None:
+def _references(axes: Axes, b: Barrier) -> None:
+    """Draws the losses of the uniform mean and of the best candidate as lines."""
+    best = min(b.losses)
     if math.isfinite(b.mean):
-        axes.axhline(
-            b.mean, color="tab:orange", linestyle="--", label=f"uniform mean of all, {b.mean:.4f}"
-        )
-    if math.isfinite(min(b.losses)):
-        axes.axhline(
-            min(b.losses),
-            color="tab:green",
-            linestyle=":",
-            label=f"best candidate, {min(b.losses):.4f}",
-        )
+        label = f"uniform mean of all, {b.mean:.4f}"
+        axes.axhline(b.mean, color="tab:orange", linestyle="--", label=label)
+    if math.isfinite(best):
+        axes.axhline(best, color="tab:green", linestyle=":", label=f"best candidate, {best:.4f}")
 
 
-def _line(axes, b: Barrier) -> None:
+def _line(axes: Axes, b: Barrier) -> None:
+    """Draws the loss along the straight line between two candidates."""
     first, last = (b.names[k] for k in b.ends)
     shares = [share for share, _ in b.line]
-    axes.plot(
-        shares,
-        [v if math.isfinite(v) else math.nan for _, v in b.line],
-        "o-",
-        label="on the straight line",
-    )
+    losses = [v if math.isfinite(v) else math.nan for _, v in b.line]
+    axes.plot(shares, losses, "o-", label="on the straight line")
     _references(axes, b)
     axes.set_title("Validation loss between the two candidates farthest apart", fontsize=11)
     axes.set_xticks(shares, [f"{share:.0%}" for share in shares])

@@ -1,5 +1,6 @@
-"""Output files appear whole or not at all: written beside their place under a temporary name,
-synced, renamed.
+"""Output files that appear whole or not at all.
+
+They are written beside their place under a temporary name, synced, renamed.
 """
 
 from __future__ import annotations
@@ -10,31 +11,14 @@ import fcntl
 import glob
 import io
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
 
@@ -49,8 +33,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock(file: BinaryIO) -> bool:
-    """Makes this process the only one that writes the open file, until it closes it or is killed;
-    False if another one does. True where the file system has no locks."""
+    """Makes this process the only one that writes the open file.
+
+    It is so until the process closes the file or is killed.
+
+    Returns:
+        False if another process writes it; True also where the file system has no locks
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -92,7 +81,13 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Puts a file at `path`, in the place of an older one, when `write` has written it whole.
+
+    Args:
+        path: where the file goes
+        write: called with the temporary path to write to
+    """
     temporary = temporary_of(path)
     try:
         with naming(path):
@@ -105,51 +100,10 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_stream(
-    path: Path | None,
-    info: Mapping[str, tuple[torch.dtype, Sequence[int]]],
-    tensors: Iterable[tuple[str, Tensor]],
-) -> None:
-    """A safetensors file from tensors that come one at a time, in the order of `info`, as
-    contiguous CPU tensors. The tensors are read to the end even if writing fails, since other ranks
-    may take part in making them. path None: only that."""
-    stream = iter(tensors)
-    try:
-        if path is not None:
-            _replace(path, lambda p: _write_stream(p, info, stream))
-    finally:
-        for _ in stream:
-            pass
-
-
-def _write_stream(
-    path: Path,
-    info: Mapping[str, tuple[torch.dtype, Sequence[int]]],
-    stream: Iterator[tuple[str, Tensor]],
-) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    # so that all are aligned
-    for key, (dtype, shape) in sorted(info.items(), key=lambda item: -item[1][0].itemsize):
-        begin, end = end, end + dtype.itemsize * math.prod(shape)
-        header[key] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for key, t in stream:
-            f.seek(8 + len(text) + header[key]["data_offsets"][0])
-            f.write(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
-        f.truncate(8 + len(text) + end)
-
-
 def clear_unfinished(folder: Path, names: Iterable[str]) -> None:
-    """Removes what a killed process was writing under these names in `folder`, and puts back a
-    directory that it was replacing.
+    """Removes what a killed process was writing under these names in `folder`.
+
+    A directory that it was replacing is put back.
     """
     for name in names:
         for path in [*folder.glob(f".{name}.*.tmp"), folder / f".{name}.tmp"]:
@@ -160,13 +114,19 @@ def clear_unfinished(folder: Path, names: Iterable[str]) -> None:
 
 
 def _remove(path: Path) -> None:
-    """A file, a link, or a directory and all in it."""
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    """Removes a file, a link, or a directory and all in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Puts a complete directory in the place of an older one, in one step where the system can swap
-    two paths. Elsewhere the older one is moved aside first and removed last."""
+    """Puts a complete directory in the place of an older one.
+
+    That is one step where the system can swap two paths. Elsewhere the older one is moved aside
+    first and removed last.
+    """
     for path in (*temporary.rglob("*"), temporary):
         if path.is_dir():
             sync_folder(path)
@@ -187,34 +147,34 @@ def replace_folder(temporary: Path, folder: Path) -> None:
 
 
 def _swap(a: Path, b: Path) -> bool:
-    """Exchanges two paths, so that each is there at any time; False where the system or the file
-    system cannot.
+    """Exchanges two paths, so that each is there at any time.
+
+    Returns:
+        False where the system or the file system cannot
     """
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    return (
-        rename is not None
-        and rename(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
-    )
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    _replace(path, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
+    if rename is None:
+        return False
+    return rename(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
 
 
 def write_torch(path: Path, value: object) -> None:
-    """For torch.load(weights_only=True): tensors and plain Python values."""
+    """Writes tensors and plain Python values for torch.load(weights_only=True)."""
     buffer = io.BytesIO()  # a file that cannot be written is then an OSError
     torch.save(value, buffer)
     write_bytes(path, buffer.getvalue())
 
 
 def write_json(path: Path, value: object) -> None:
+    """Writes a value as JSON, one item a line."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    _replace(path, lambda p: p.write_text(text, encoding="utf-8"))
+    """Writes a text as UTF-8."""
+    replace(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    _replace(path, lambda p: p.write_bytes(data))
+    """Writes bytes."""
+    replace(path, lambda p: p.write_bytes(data))

@@ -1,5 +1,6 @@
-"""Files mapped into memory, read only, and where in them tensors lie: what every checkpoint format
-comes down to.
+"""Files mapped into memory, read only, and where in them tensors lie.
+
+Every checkpoint format comes down to this.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import errno
 import math
 import mmap
 import os
-import reprlib
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,35 +19,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-try:
+from .errors import CandidateError
+
+if sys.platform != "win32":
     import resource
-except ImportError:  # not on Windows
-    resource = None
 
 # Tensors over a mapping that may not be written: nothing here writes them.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 #: one slice per dimension of a tensor
 Part = tuple[slice, ...]
-MAX_ELEMENTS = 1 << 60  # of a tensor, before its size is multiplied out in fixed-width integers
-MAX_DIMENSIONS = 64
-MAX_NAME = 1000  # characters of a tensor's name
-MAX_CUTS = 8  # of blocks into blocks; shards are cut once in each dimension
-
-
-class CandidateError(ValueError):
-    """Something is wrong with the candidates; the message names file, tensor, what was expected and
-    what was found.
-    """
 
 
 @dataclass(frozen=True)
 class TensorInfo:
+    """What a header says of a tensor."""
+
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
@@ -60,7 +54,8 @@ class MappedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._map = path, None
+        self.path = path
+        self._map: mmap.mmap | None = None
         status = os.stat(path)
         self.size, self._stamp = status.st_size, (status.st_ino, status.st_mtime_ns)
 
@@ -69,22 +64,25 @@ class MappedFile:
 
     @property
     def map(self) -> mmap.mmap:
+        """The mapping, made at the first use; CandidateError if the file has changed since."""
         if self._map is None:
             try:
                 self._map = _map(self.path)
             except (OSError, ValueError) as error:
-                raise CandidateError(f"{self.path}: cannot be mapped ({error})") from error
+                raise CandidateError(f"cannot be mapped ({error})", self.path) from error
             status = os.stat(self.path)
             if (status.st_size, status.st_ino, status.st_mtime_ns) != (self.size, *self._stamp):
                 raise CandidateError(
-                    f"{self.path}: changed since its header was read; is it still being written?"
+                    "changed since its header was read; is it still being written?", self.path
                 )
         return self._map
 
     def check(self) -> None:
-        """Raises CandidateError if the file is not what it was when its header was read: touching
-        bytes that are gone would end the process. A file that was removed or replaced by another is
-        still there for the mapping."""
+        """Raises CandidateError if the file is not what it was when its header was read.
+
+        Touching bytes that are gone would end the process. A file that was removed or replaced by
+        another is still there for the mapping.
+        """
         try:
             status = os.stat(self.path)
             rewritten = status.st_ino == self._stamp[0] and status.st_mtime_ns != self._stamp[1]
@@ -92,35 +90,39 @@ class MappedFile:
             rewritten = False
         if rewritten or self.map.size() != self.size:
             raise CandidateError(
-                f"{self.path}: changed while it was being read: expected {self.size} bytes as at"
-                " first; is it still being written?"
+                f"changed while it was being read: expected {self.size} bytes as at"
+                " first; is it still being written?",
+                self.path,
             )
 
     def tensor(self, dtype: torch.dtype, offset: int, count: int) -> Tensor:
-        """`count` elements from byte `offset` on, (count,); the file's own memory if they are
-        aligned, else a copy.
+        """Elements from a byte of the file on, (count,).
+
+        They are the file's own memory if they are aligned, else a copy.
+
+        Args:
+            dtype: of the elements
+            offset: first byte
+            count: number of elements
         """
         if count == 0:
             return torch.empty(0, dtype=dtype)
-        if offset % dtype.itemsize:
-            return (
-                torch.frombuffer(
-                    self.map, dtype=torch.uint8, offset=offset, count=count * dtype.itemsize
-                )
-                .clone()
-                .view(dtype)
-            )
-        return torch.frombuffer(self.map, dtype=dtype, offset=offset, count=count)
+        if offset % dtype.itemsize == 0:
+            return torch.frombuffer(self.map, dtype=dtype, offset=offset, count=count)
+        nbytes = count * dtype.itemsize
+        plain = torch.frombuffer(self.map, dtype=torch.uint8, offset=offset, count=nbytes)
+        return plain.clone().view(dtype)
 
     def drop(self) -> None:
-        """Gives the memory of all touched pages back; tensors over them stay valid and are read
-        again when they are touched.
+        """Gives the memory of all touched pages back.
+
+        Tensors over them stay valid, and are read again when they are touched.
         """
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
     def prefetch(self, offset: int, count: int) -> None:
-        """Asks the system to read these bytes soon.
+        """Asks the system to read `count` bytes from `offset` on soon.
 
         Other threads go on meanwhile, which they would not with a call on the mapping.
         """
@@ -134,6 +136,7 @@ class MappedFile:
 
 
 def _map(path: Path) -> mmap.mmap:
+    """A mapping of a whole file; the limit on open files is raised if it is reached."""
     try:
         file = open(path, "rb")  # noqa: SIM115 (closed below)
     except OSError as error:
@@ -154,7 +157,7 @@ def _map(path: Path) -> mmap.mmap:
 
 def _raise_file_limit() -> bool:
     """Lets this process open as many files as the system allows it; False if it does already."""
-    if resource is None:
+    if sys.platform == "win32":
         return False
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == hard:
@@ -165,15 +168,20 @@ def _raise_file_limit() -> bool:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: elements from byte `offset` on, of which `strides` makes the shape (None:
-    contiguous).
+    """A tensor in a file.
+
+    Attributes:
+        file: where it lies
+        info: shape and dtype
+        offset: byte of its first element
+        strides: of the shape, in elements; None: contiguous
+        negated: whether the elements are those in the file times -1
     """
 
     file: MappedFile
     info: TensorInfo
     offset: int
     strides: tuple[int, ...] | None = None
-    swapped: bool = False  # of the other byte order
     negated: bool = False
 
     def _within(self, part: Part | None) -> tuple[tuple[int, ...], tuple[int, ...], int]:
@@ -187,38 +195,41 @@ class Stored:
         return shape, strides, self.offset + first * self.info.dtype.itemsize
 
     def read(self, part: Part | None = None) -> Tensor:
+        """The tensor, or a part of it; a view of the file where that can be."""
         shape, strides, at = self._within(part)
         flat = self.file.tensor(self.info.dtype, at, span(shape, strides))
-        t = (swap_bytes(flat) if self.swapped else flat).as_strided(shape, strides)
+        t = flat.as_strided(shape, strides)
         return -t if self.negated else t
 
     def prefetch(self, part: Part | None) -> None:
+        """Asks the system to read what `read` will."""
         shape, strides, at = self._within(part)
         if count := span(shape, strides):
             self.file.prefetch(at, count * self.info.dtype.itemsize)
 
     @property
     def files(self) -> tuple[MappedFile, ...]:
+        """The files that it lies in."""
         return (self.file,)
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """A tensor in blocks, each with its place in the whole: what ranks have written of their
-    shards. The blocks cover it, without overlap.
+    """A tensor in blocks: what ranks have written of their shards.
+
+    Attributes:
+        info: shape and dtype of the whole
+        blocks: (offsets in the whole, block); they cover it, without overlap
     """
 
     info: TensorInfo
-    blocks: tuple[tuple[tuple[int, ...], Stored], ...]  # (offsets, block)
+    blocks: tuple[tuple[tuple[int, ...], Stored], ...]
 
     def _within(self, part: Part | None) -> list[tuple[Part, Part, Stored]]:
         """(slices of the result, slices of the block, block) for each block that `part` needs."""
-        wanted = [
-            s.indices(size)[:2]
-            for s, size in zip(
-                part or (slice(None),) * len(self.info.shape), self.info.shape, strict=True
-            )
-        ]
+        part = part or (slice(None),) * len(self.info.shape)
+        wanted = [s.indices(size)[:2] for s, size in zip(part, self.info.shape, strict=True)]
+        starts = [start for start, _ in wanted]
         found = []
         for offsets, block in self.blocks:
             common = [
@@ -226,22 +237,11 @@ class Pieces:
                 for (a, b), o, size in zip(wanted, offsets, block.info.shape, strict=True)
             ]
             if all(a < b for a, b in common):
-                to = tuple(
-                    slice(a - w, b - w) for (a, b), (w, _) in zip(common, wanted, strict=True)
-                )
-                found.append(
-                    (
-                        to,
-                        tuple(
-                            slice(a - o, b - o) for (a, b), o in zip(common, offsets, strict=True)
-                        ),
-                        block,
-                    )
-                )
+                found.append((_relative(common, starts), _relative(common, offsets), block))
         return found
 
     def read(self, part: Part | None = None) -> Tensor:
-        """A view of the file if one block has it all, else a copy."""
+        """The tensor, or a part of it: a view of the file if one block has it all, else a copy."""
         shape = shape_of(self.info.shape, part)
         needed = self._within(part)
         if len(needed) == 1:
@@ -252,123 +252,57 @@ class Pieces:
         return out
 
     def prefetch(self, part: Part | None) -> None:
+        """Asks the system to read what `read` will."""
         for _, of_block, block in self._within(part):
             block.prefetch(of_block or None)
 
     @property
     def files(self) -> tuple[MappedFile, ...]:
+        """The files that it lies in."""
         return tuple(block.file for _, block in self.blocks)
 
 
 Source = Stored | Pieces
 
 
+def _relative(spans: Sequence[tuple[int, int]], origin: Sequence[int]) -> Part:
+    """Slices of these spans, counted from an origin."""
+    return tuple(slice(a - o, b - o) for (a, b), o in zip(spans, origin, strict=True))
+
+
 def shape_of(shape: tuple[int, ...], part: Part | None) -> tuple[int, ...]:
-    """Of these slices of a tensor, or of all of it."""
-    return (
-        shape
-        if part is None
-        else tuple(len(range(*s.indices(size))) for s, size in zip(part, shape, strict=True))
-    )
+    """Shape of these slices of a tensor, or of all of it."""
+    if part is None:
+        return shape
+    return tuple(len(range(*s.indices(size))) for s, size in zip(part, shape, strict=True))
 
 
 def span(shape: Sequence[int], strides: Sequence[int]) -> int:
     """Elements of storage from a strided tensor's first to its last."""
-    return (
-        0
-        if 0 in shape
-        else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    )
-
-
-def swap_bytes(flat: Tensor) -> Tensor:
-    """A copy in the other byte order."""
-    width = flat.dtype.itemsize // (2 if flat.dtype.is_complex else 1)
-    return flat.view(torch.uint8).view(-1, width).flip(1).reshape(-1).view(flat.dtype)
-
-
-def are_sizes(value: object) -> bool:
-    """Whether a file's value can be the sizes, offsets or strides of a tensor: few enough to be
-    multiplied in no time.
-    """
-    return (
-        isinstance(value, list | tuple)
-        and len(value) <= MAX_DIMENSIONS
-        and all(type(v) is int and 0 <= v < MAX_ELEMENTS for v in value)
-    )
-
-
-def is_file_name(name: str) -> bool:
-    """Whether this names a file in a directory, and nothing outside it; and can be printed.
-
-    (The file may be a link: Hugging Face's cache is made of links to ../../blobs, and what a link
-    leads to is only read.)"""
-    if not name.isprintable() or len(name.encode()) > 255 or name in ("", ".", ".."):
-        return False
-    return "/" not in name and "\\" not in name and Path(name).name == name
-
-
-def check_name(name: str, where: Path) -> None:
-    """CandidateError for a tensor's name that no message should quote."""
-    if len(name) > MAX_NAME:
-        raise CandidateError(
-            f"{where}: expected names of at most {MAX_NAME} characters, found one of {len(name)}"
-        )
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 def covered(shape: Sequence[int], blocks: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
-    """Whether blocks (offsets, sizes) lie within `shape`, do not overlap and leave nothing out;
-    they must be what cuts through all of it make, as shards are."""
-    boxes = []
-    for offsets, sizes in blocks:
-        if len(offsets) != len(shape) or len(sizes) != len(shape):
+    """Whether blocks are the cells of a grid over a shape, each once.
+
+    That is what shards are, whatever mesh they were made on.
+
+    Args:
+        shape: of the whole
+        blocks: (offsets, sizes) of each
+    """
+    if not math.prod(shape):
+        return all(not math.prod(sizes) for _, sizes in blocks)
+    cells = {(tuple(o), tuple(s)) for o, s in blocks if math.prod(s)}
+    if any(len(o) != len(shape) or len(s) != len(shape) for o, s in cells):
+        return False
+    count = 1
+    for axis, size in enumerate(shape):
+        sides = sorted({(o[axis], o[axis] + s[axis]) for o, s in cells})
+        begins, ends = [begin for begin, _ in sides], [end for _, end in sides]
+        if [*begins, size] != [0, *ends]:  # a gap, an overlap, or not to the end
             return False
-        if any(
-            o < 0 or s < 0 or o + s > size for o, s, size in zip(offsets, sizes, shape, strict=True)
-        ):
-            return False
-        if math.prod(sizes):
-            boxes.append([(o, o + s) for o, s in zip(offsets, sizes, strict=True)])
-    return not math.prod(shape) or _cut([(0, size) for size in shape], boxes, MAX_CUTS)
-
-
-def _cut(whole: list[tuple[int, int]], boxes: list[list[tuple[int, int]]], cuts: int) -> bool:
-    """Whether boxes fill a box, by as many rounds of cuts."""
-    if len(boxes) <= 1 or not cuts:
-        return boxes == [whole]
-    for axis, (at, end) in enumerate(whole):
-        groups: list[list] = []
-        for box in sorted(boxes, key=lambda b: b[axis]):
-            begin, after = box[axis]
-            if begin > at:
-                return False  # a gap
-            if begin == at:
-                groups.append([])
-            if not groups:
-                return False
-            groups[-1].append(box)
-            at = max(at, after)
-        if at != end:
-            return False
-        if len(groups) > 1:
-            sides = [(g[0][axis][0], max(b[axis][1] for b in g)) for g in groups]
-            return all(
-                _cut([*whole[:axis], side, *whole[axis + 1 :]], g, cuts - 1)
-                for g, side in zip(groups, sides, strict=True)
-            )
-    return False
-
-
-def shown(value: object) -> str:
-    """A file's value for a message: printable, not long, and not looked into deeply."""
-    return reprlib.repr(value)
-
-
-def printable(text: str) -> str:
-    """A file's text as a terminal can show it."""
-    return text[:200] if text[:200].isprintable() else ascii(text[:200])
-
-
-def first_line(error: BaseException) -> str:
-    """Of its message."""
-    return printable((str(error).splitlines() or [""])[0])
+        count *= len(sides)
+    return len(cells) == count == sum(1 for _, s in blocks if math.prod(s))

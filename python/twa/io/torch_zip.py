@@ -1,6 +1,8 @@
-"""What torch.save writes: a zip archive of a pickle and plain records, or, before torch 1.6,
-pickles and then plain bytes. The pickle is interpreted without running anything (see `unpickle`);
-tensors are mapped where their bytes lie."""
+"""What torch.save writes: a zip archive of a pickle and plain records.
+
+The pickle is interpreted without running anything (see `unpickle`); tensors are mapped where their
+bytes lie. Files from before torch 1.6 are not read.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +11,31 @@ import io
 import math
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from .mapped import (
-    CandidateError,
-    MappedFile,
-    Stored,
-    TensorInfo,
-    are_sizes,
-    check_name,
-    first_line,
-    span,
-)
-from .unpickle import INERT, MAX_PICKLE, Made, Name, Refused, checked_key, unpickle
+from .checks import check_name, first_line
+from .errors import CandidateError, TwaError
+from .mapped import MappedFile, Stored, TensorInfo, span
+from .torch_pickle import NAMES, Described, NotDense, parse_storage
+from .unpickle import MAX_PICKLE, Refused, unpickle
 
-# elements of a tensor that has fewer of its own: an expanded one may claim any shape
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+#: elements of a tensor that has fewer of its own: an expanded one may claim any shape
 MAX_EXPANDED = 1 << 24
-MAX_DEPTH = 16  # of dicts
-DIRECTORY = 0x10  # attribute of a zip archive's entry, for which PyTorch gives uninitialised memory
-MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before torch 1.6
+MAX_DEPTH = 16  # of dicts in dicts
+#: attribute of a zip archive's entry, for which PyTorch gives uninitialised memory
+DIRECTORY = 0x10
+LOCAL_HEADER, LOCAL_HEADER_BYTES = b"PK\3\4", 30  # before each record of a zip archive
 
 
 class Window(io.RawIOBase):
-    """Some bytes of an open file as a file."""
+    """Some bytes of an open file, as a file."""
 
     def __init__(self, file: io.BufferedReader, begin: int, length: int) -> None:
         self.file, self.begin, self.length, self.at = file, begin, length, 0
@@ -53,243 +52,18 @@ class Window(io.RawIOBase):
     def seek(self, offset: int, whence: int = 0) -> int:
         at = offset + (0, self.at, self.length)[whence]
         if at < 0:
-            raise ValueError(f"seek before the begin: {at}")
+            raise TwaError(f"seek before the begin: {at}")
         self.at = at
         return at
 
-    def readinto(self, buffer: memoryview) -> int:
-        count = max(0, min(len(buffer), self.length - self.at))
-        self.file.seek(self.begin + self.at)
-        data = self.file.read(count)
-        buffer[: len(data)] = data
+    def readinto(self, buffer: Buffer) -> int:
+        with memoryview(buffer) as view:
+            count = max(0, min(len(view), self.length - self.at))
+            self.file.seek(self.begin + self.at)
+            data = self.file.read(count)
+            view[: len(data)] = data
         self.at += len(data)
         return len(data)
-
-
-# What the pickles of torch.save ask for ----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Storage:
-    """key: of its bytes in the file;  count: elements of this dtype"""
-
-    dtype: torch.dtype
-    key: object
-    count: int
-
-
-@dataclass(frozen=True, eq=False)
-class Described:
-    """A tensor as a pickle describes it: nothing of it is checked but its dtype."""
-
-    storage: Storage
-    dtype: torch.dtype
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    negated: bool
-
-
-@dataclass(frozen=True, eq=False)
-class NotDense:
-    """A sparse, quantised or nested tensor, or one of a subclass."""
-
-    kind: str
-
-
-def _tensor(storage: Storage, offset: int, shape: tuple, strides: tuple) -> Described:
-    return _tensor_v3(storage, offset, shape, strides, False, None, storage.dtype)
-
-
-def _tensor_v2(
-    storage: Storage,
-    offset: int,
-    shape: tuple,
-    strides: tuple,
-    requires_grad: bool,
-    hooks: object,
-    metadata=None,
-) -> Described:
-    return _tensor_v3(
-        storage, offset, shape, strides, requires_grad, hooks, storage.dtype, metadata
-    )
-
-
-def _tensor_v3(
-    storage: Storage,
-    offset: int,
-    shape: tuple,
-    strides: tuple,
-    requires_grad: bool,
-    hooks: object,
-    dtype: torch.dtype,
-    metadata: object = None,
-) -> Described:
-    if (
-        type(storage) is not Storage
-        or type(dtype) is not torch.dtype
-        or type(requires_grad) is not bool
-    ):
-        raise ValueError("expected a tensor's storage and dtype")
-    if metadata and (
-        type(metadata) is not dict
-        or not {"neg": True, "conj": False}.items() >= metadata.items()
-        or not dtype.is_floating_point
-    ):
-        raise ValueError("expected a plain tensor, or one that is negated when it is read")
-    if not (
-        type(shape) is type(strides) is tuple
-        and are_sizes((offset, *shape))
-        and are_sizes(strides)
-        and len(shape) == len(strides)
-    ):
-        raise ValueError("expected a tensor's sizes and strides")
-    return Described(storage, dtype, offset, shape, strides, bool(metadata) and "neg" in metadata)
-
-
-def _parameter(data: object, *_: object) -> object:
-    if type(data) not in (Described, NotDense):
-        raise ValueError("expected the tensor of a parameter")
-    return data
-
-
-def _of_type(rebuild: object, kind: object, arguments: tuple, state: object) -> object:
-    """A tensor with attributes of its own, which are left out."""
-    if (
-        type(rebuild) is not Name
-        or type(arguments) is not tuple
-        or kind not in (_TENSOR, _PARAMETER)
-    ):
-        raise Refused("it makes a tensor of another class")
-    return _parameter(rebuild.make(*arguments))
-
-
-def ordered(pairs: list = ()) -> dict:
-    """An OrderedDict's."""
-    return {checked_key(key): value for key, value in pairs}
-
-
-def _latin(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes for Python 2."""
-    if encoding != "latin1":
-        raise ValueError("expected bytes as latin1")
-    return text.encode("latin1")
-
-
-_TENSOR, _PARAMETER = (
-    Name(Made),
-    Name(
-        lambda *arguments: (
-            arguments[0] if arguments and type(arguments[0]) is Described else Made(*arguments)
-        )
-    ),
-)
-_DENSE = (
-    "float64",
-    "float32",
-    "float16",
-    "bfloat16",
-    "int64",
-    "int32",
-    "int16",
-    "int8",
-    "uint64",
-    "uint32",
-    "uint16",
-    "uint8",
-    "bool",
-)
-_DENSE += (
-    "complex128",
-    "complex64",
-    "float8_e4m3fn",
-    "float8_e5m2",
-    "float8_e4m3fnuz",
-    "float8_e5m2fnuz",
-)
-_STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexDoubleStorage": torch.complex128,
-    "ComplexFloatStorage": torch.complex64,
-    "UntypedStorage": torch.uint8,
-}
-_NOT_DENSE = {
-    "_rebuild_sparse_tensor": "a sparse one",
-    "_rebuild_qtensor": "a quantised one",
-    "_rebuild_nested_tensor": "a nested one",
-    "_rebuild_meta_tensor_no_storage": "one without data",
-    "_rebuild_wrapper_subclass": "one of a subclass",
-    "_rebuild_device_tensor_from_numpy": "one of another device",
-    "_rebuild_device_tensor_from_cpu_tensor": "one of another device",
-}
-NAMES: dict[str, object] = {
-    "torch._utils._rebuild_tensor": Name(_tensor),
-    "torch._utils._rebuild_tensor_v2": Name(_tensor_v2),
-    "torch._utils._rebuild_tensor_v3": Name(_tensor_v3),
-    "torch._utils._rebuild_parameter": Name(_parameter),
-    "torch._utils._rebuild_parameter_with_state": Name(_parameter),
-    "torch._tensor._rebuild_from_type_v2": Name(_of_type),
-    "torch.Tensor": _TENSOR,
-    "torch.nn.parameter.Parameter": _PARAMETER,
-    "torch.Size": Name(tuple),
-    "collections.OrderedDict": Name(ordered),
-    "_codecs.encode": Name(_latin),
-    "argparse.Namespace": INERT,  # timm and many scripts store their arguments
-    "collections.Counter": INERT,  # of learning-rate schedulers
-    "builtins.bytearray": INERT,
-    "builtins.complex": INERT,
-    "builtins.set": INERT,
-    "torch.device": INERT,
-    "torch.serialization._get_layout": INERT,
-}
-NAMES |= {
-    f"torch._utils.{name}": Name(lambda *_, kind=kind: NotDense(kind))
-    for name, kind in _NOT_DENSE.items()
-}
-NAMES |= {
-    f"{module}.{name}": Storage(dtype, None, 0)
-    for module in ("torch", "torch.cuda", "torch.storage")
-    for name, dtype in _STORAGES.items()
-}
-# of quantised tensors
-NAMES |= {
-    f"torch.{name}": Storage(torch.uint8, None, 0)
-    for name in ("QInt8Storage", "QUInt8Storage", "QInt32Storage")
-}
-NAMES |= {
-    f"torch.{name}": INERT
-    for name in (
-        "per_tensor_affine",
-        "per_tensor_symmetric",
-        "per_channel_affine",
-        "per_channel_symmetric",
-    )
-}
-NAMES |= {f"torch.{name}": getattr(torch, name) for name in _DENSE if hasattr(torch, name)}
-
-
-def _storage(id_: object) -> Storage:
-    """("storage", type, key, device, elements), and in old files what part of it"""
-    if (
-        type(id_) is not tuple
-        or len(id_) not in (5, 6)
-        or id_[0] != "storage"
-        or type(id_[1]) is not Storage
-        or id_[5:] not in ((), (None,))
-    ):
-        raise ValueError("expected a storage")
-    if type(id_[2]) not in (str, int) or not are_sizes((id_[4],)):
-        raise ValueError("expected the key and the size of a storage")
-    return Storage(id_[1].dtype, str(id_[2]), id_[4])
 
 
 @contextlib.contextmanager
@@ -301,13 +75,13 @@ def explained(where: str) -> Iterator[None]:
         raise
     except Refused as error:
         raise CandidateError(
-            f"{where}: refused: loading it would run code from the file; save the state_dict alone,"
-            f" for example as safetensors ({error})"
+            f"refused: loading it would run code from the file; save the state_dict alone,"
+            f" for example as safetensors ({error})",
+            where,
         ) from error
     except Exception as error:
         raise CandidateError(
-            f"{where}: not a complete torch checkpoint ({type(error).__name__}:"
-            f" {first_line(error)})"
+            f"not a complete torch checkpoint ({type(error).__name__}: {first_line(error)})", where
         ) from error
 
 
@@ -315,49 +89,57 @@ def explained(where: str) -> Iterator[None]:
 
 
 class Archive:
-    """A zip archive in `length` bytes of a file.
+    """A zip archive in some bytes of a file.
 
-    content  of its pickle, with a Described for each tensor
+    Args:
+        file: the file
+        begin: first byte of the archive
+        length: bytes of the archive
+        where: how messages name it
+
+    Attributes:
+        records: name of each record -> (first byte in the file, bytes)
+        content: what its pickle describes, with a Described for each tensor
     """
 
     def __init__(self, file: MappedFile, begin: int, length: int, where: str) -> None:
         self.file, self.where = file, where
         self.records = zip_records(file.path, begin, length, where)
-        order = (
-            bytes_of(file.path, *self.records["byteorder"])[:8]
-            if "byteorder" in self.records
-            else b"little"
-        )
+        order = bytes_of(file.path, *self.records.get("byteorder", (0, 0)))[:8] or b"little"
         if order not in (b"little", b"big") or "data.pkl" not in self.records:
             raise CandidateError(
-                f"{where}: not a complete torch checkpoint: expected records data.pkl and byteorder"
-                " as torch.save writes them"
+                "not a complete torch checkpoint: expected records data.pkl and byteorder"
+                " as torch.save writes them",
+                where,
             )
-        self.swapped = order != sys.byteorder.encode()
-        if self.records["data.pkl"][1] > MAX_PICKLE:
+        if order != sys.byteorder.encode():
             raise CandidateError(
-                f"{where}: expected at most {MAX_PICKLE} bytes in data.pkl, found"
-                f" {self.records['data.pkl'][1]}"
+                f"written on a machine of the other byte order ({order.decode()}-endian); load it"
+                " with torch.load(weights_only=True) and save it again",
+                where,
+            )
+        at, size = self.records["data.pkl"]
+        if size > MAX_PICKLE:
+            raise CandidateError(
+                f"expected at most {MAX_PICKLE} bytes in data.pkl, found {size}", where
             )
         with explained(where):
-            self.content, _ = unpickle(
-                bytes_of(file.path, *self.records["data.pkl"]), NAMES, _storage
-            )
+            self.content, _ = unpickle(bytes_of(file.path, at, size), NAMES, parse_storage)
 
     def place(self, t: Described) -> Stored:
+        """Where a tensor lies; CandidateError if it is not in the archive."""
         at = self.records.get(f"data/{t.storage.key}")
         if at is None:
             raise CandidateError(
-                f"{self.where}: not a complete torch checkpoint: it has no record"
-                f" {t.storage.key[:100]!r} for a tensor"
+                f"not a complete torch checkpoint: it has no record"
+                f" {t.storage.key[:100]!r} for a tensor",
+                self.where,
             )
-        return stored(t, self.file, *at, self.swapped, self.where)
+        return stored(t, self.file, *at, self.where)
 
 
-def stored(
-    t: Described, file: MappedFile, begin: int, size: int, swapped: bool, where: str
-) -> Stored:
-    """A tensor whose storage has `size` bytes from `begin` on."""
+def stored(t: Described, file: MappedFile, begin: int, size: int, where: str) -> Stored:
+    """Where a tensor lies whose storage is `size` bytes of the file from `begin` on."""
     info = TensorInfo(t.shape, t.dtype)
     if math.prod(t.shape) == 0:
         return Stored(file, info, 0)
@@ -365,127 +147,89 @@ def stored(
     needed = (t.offset + own) * t.dtype.itemsize
     if needed > size or t.storage.count * t.storage.dtype.itemsize != size:
         raise CandidateError(
-            f"{where}: not a complete torch checkpoint: a tensor {info} needs {needed} bytes of its"
-            f" record, found {size}"
+            f"not a complete torch checkpoint: a tensor {info} needs {needed} bytes of its"
+            f" record, found {size}",
+            where,
         )
     if math.prod(t.shape) > max(own, MAX_EXPANDED):
         raise CandidateError(
-            f"{where}: a tensor {info} is expanded from {own} elements: expected at most"
-            f" {MAX_EXPANDED} then"
+            f"a tensor {info} is expanded from {own} elements: expected at most"
+            f" {MAX_EXPANDED} then",
+            where,
         )
     contiguous = t.strides == tuple(math.prod(t.shape[d + 1 :]) for d in range(len(t.shape)))
-    return Stored(
-        file,
-        info,
-        begin + t.offset * t.dtype.itemsize,
-        None if contiguous else t.strides,
-        swapped,
-        t.negated,
-    )
+    at = begin + t.offset * t.dtype.itemsize
+    return Stored(file, info, at, None if contiguous else t.strides, t.negated)
 
 
-def _open(path: Path) -> tuple[object, Callable[[Described], Stored]]:
-    """The content of a checkpoint with a Described for each tensor, and where these are."""
+def _open(path: Path) -> Archive:
+    """The archive that is a whole file."""
     file = MappedFile(path)
     if not file.size:
-        raise CandidateError(f"{path}: not a complete torch checkpoint: it is empty")
-    if bytes_of(path, 0, 4) == b"PK\3\4":
-        archive = Archive(file, 0, file.size, str(path))
-        return archive.content, archive.place
-    with explained(str(path)):
-        return _legacy(file)
-
-
-def _legacy(file: MappedFile) -> tuple[object, Callable[[Described], Stored]]:
-    """Before torch 1.6: five pickles, of which the last has the storages' keys, then each storage's
-    elements and bytes.
-    """
-    data, storages = memoryview(file.map)[:MAX_PICKLE], {}
-
-    def seen(id_: object) -> Storage:
-        storage = _storage(id_)
-        storages.setdefault(storage.key, storage)
-        return storage
-
-    magic, at = unpickle(data, {})
-    if magic != MAGIC:
-        raise ValueError("it is no zip archive, and does not begin as files before torch 1.6 do")
-    protocol, at = unpickle(data, {}, at=at)
-    if protocol != PROTOCOL:
-        raise ValueError("unknown version")
-    _, at = unpickle(data, {}, at=at)
-    content, at = unpickle(data, NAMES, seen, at)
-    keys, at = unpickle(data, {}, at=at)
-    places: dict[str, tuple[int, int]] = {}
-    for key in keys:
-        if type(key) is not str or key in places:
-            raise ValueError("expected the keys of its storages")
-        count, size = int.from_bytes(file.map[at : at + 8], "little"), storages[key].dtype.itemsize
-        places[key], at = (at + 8, count * size), at + 8 + count * size
-    if at != file.size:
-        raise ValueError(f"expected {at} bytes, found {file.size}")
-
-    def place(t: Described) -> Stored:
-        if t.storage.key not in places:
-            raise CandidateError(
-                f"{file.path}: not a complete torch checkpoint: it has no bytes for a tensor"
-                f" {list(t.shape)}"
-            )
-        return stored(t, file, *places[t.storage.key], sys.byteorder != "little", str(file.path))
-
-    return content, place
+        raise CandidateError("not a complete torch checkpoint: it is empty", path)
+    if bytes_of(path, 0, 4) != LOCAL_HEADER:
+        raise CandidateError(
+            "not a torch checkpoint: expected a zip archive as torch.save writes it; a file from"
+            " before PyTorch 1.6 must be loaded with torch.load(weights_only=True) and saved again",
+            path,
+        )
+    return Archive(file, 0, file.size, str(path))
 
 
 def read_torch(path: Path) -> object:
-    """The nested dicts of a checkpoint with a Source in the place of each tensor; what else is in
-    it is left out.
+    """The nested dicts of a checkpoint, with a Source in the place of each tensor.
+
+    What else is in it is left out.
     """
-    content, place = _open(path)
-    done: dict[int, object] = {}  # a dict may occur many times, even in itself
+    archive = _open(path)
+    done: dict[int, dict[str, object]] = {}  # a dict may occur many times, even in itself
 
     def replaced(value: object, depth: int) -> object:
         if isinstance(value, NotDense):
-            raise CandidateError(f"{path}: expected dense tensors, found {value.kind}")
+            raise CandidateError(f"expected dense tensors, found {value.kind}", path)
         if isinstance(value, Described):
-            return place(value)
+            return archive.place(value)
         if not isinstance(value, dict) or depth == MAX_DEPTH:
             return None
         if id(value) not in done:
-            done[id(value)] = out = {}
+            out: dict[str, object] = {}
+            done[id(value)] = out
             for k, v in value.items():
                 if (found := replaced(v, depth + 1)) is not None:
                     name = str(k)  # keys are plain values: see unpickle
                     check_name(name, path)
                     if name in out:
-                        raise CandidateError(f"{path}: {name!r} occurs twice")
+                        raise CandidateError(f"{name!r} occurs twice", path)
                     out[name] = found
         return done[id(value)]
 
-    return replaced(content, 0)
+    return replaced(archive.content, 0)
 
 
 def read_values(path: Path) -> object:
-    """All of a small file of plain values: dicts, lists, tuples, numbers, texts, with its tensors
-    in memory.
+    """The content of a small file of plain values, with its tensors in memory.
+
+    Plain are dicts, lists, tuples, numbers and texts.
     """
-    content, place = _open(path)
+    archive = _open(path)
     done: dict[int, tuple[object, object]] = {}
     # tensors may share their bytes, but not to make much out of little
     left = 4 * path.stat().st_size
 
     def tensor(t: Described) -> Tensor:
         nonlocal left
-        source = place(t)
+        source = archive.place(t)
         left -= source.info.nbytes
         if left < 0:
-            raise CandidateError(f"{path}: its tensors claim more bytes than it has")
+            raise CandidateError("its tensors claim more bytes than it has", path)
         return source.read().clone()
 
     def replaced(value: object, depth: int) -> object:
         if depth > MAX_DEPTH:
-            raise CandidateError(f"{path}: expected at most {MAX_DEPTH} levels")
+            raise CandidateError(f"expected at most {MAX_DEPTH} levels", path)
         if id(value) in done:
             return done[id(value)][0]
+        found: object
         if isinstance(value, dict):
             found = {k: replaced(v, depth + 1) for k, v in value.items()}
         elif isinstance(value, list | tuple):
@@ -495,81 +239,108 @@ def read_values(path: Path) -> object:
         done[id(value)] = found, value  # kept, so that its id stays its own
         return found
 
-    return replaced(content, 0)
+    return replaced(archive.content, 0)
 
 
 def bytes_of(path: Path, offset: int, count: int) -> bytes:
+    """Some bytes of a file."""
     with open(path, "rb") as f:
         f.seek(offset)
         return f.read(count)
 
 
 def zip_records(path: Path, begin: int, length: int, where: str) -> dict[str, tuple[int, int]]:
-    """Records of a torch archive in `length` bytes of a file: name without the archive's own ->
-    (offset in the file, size). All must be uncompressed, within the file and apart from each other.
+    """The records of a torch archive in some bytes of a file.
+
+    All must be uncompressed, within the file and apart from each other.
+
+    Args:
+        path: the file
+        begin: first byte of the archive
+        length: bytes of the archive
+        where: how messages name it
+
+    Returns:
+        name without the archive's own -> (first byte in the file, bytes)
+
+    Raises:
+        CandidateError: it is no such archive
     """
-    found: dict[str, tuple[int, int]] = {}
-    prefix = None
     try:
         with open(path, "rb") as f, zipfile.ZipFile(Window(f, begin, length)) as archive:
-            directory = archive.infolist()
-            if directory and min(record.header_offset for record in directory):
-                raise CandidateError(
-                    f"{where}: not a complete torch checkpoint: expected its first record at its"
-                    " begin"
-                )
-            for record in directory:
-                if record.is_dir():
-                    continue
-                if record.volume or record.external_attr & DIRECTORY:
-                    raise CandidateError(
-                        f"{where}: record {record.filename!r} claims to be in another file or a"
-                        " directory"
-                    )
-                if (
-                    record.compress_type != zipfile.ZIP_STORED
-                    or record.file_size != record.compress_size
-                    or record.flag_bits & 1
-                ):
-                    raise CandidateError(
-                        f"{where}: record {record.filename!r} is compressed or encrypted, as"
-                        " torch.save never writes it"
-                    )
-                f.seek(begin + record.header_offset)
-                local = f.read(30)
-                if local[:4] != b"PK\3\4":
-                    raise CandidateError(
-                        f"{where}: record {record.filename!r} is not where the archive's directory"
-                        " says"
-                    )
-                at = (
-                    begin
-                    + record.header_offset
-                    + 30
-                    + int.from_bytes(local[26:28], "little")
-                    + int.from_bytes(local[28:30], "little")
-                )
-                if at + record.file_size > begin + length:
-                    raise CandidateError(
-                        f"{where}: record {record.filename!r} goes beyond the end of the file"
-                    )
-                folder, _, name = record.filename.partition("/")
-                if folder != (prefix := folder if prefix is None else prefix):
-                    continue  # what another program has added
-                if name in found:
-                    raise CandidateError(f"{where}: record {record.filename!r} occurs twice")
-                found[name] = (at, record.file_size)
-        at = begin
-        for offset, size in sorted(found.values()):
-            if offset < at and size:
-                raise CandidateError(
-                    f"{where}: not a complete torch checkpoint: its records overlap"
-                )
-            at = max(at, offset + size)
+            found = _records(f, archive.infolist(), begin, begin + length, where)
+        end = begin
+        for at, size in sorted(found.values()):
+            if at < end and size:
+                raise CandidateError("not a complete torch checkpoint: its records overlap", where)
+            end = max(end, at + size)
     except CandidateError:
         raise
     except Exception as error:  # whatever a damaged directory sets off in zipfile
         raise CandidateError(
-            f"{where}: not a complete torch checkpoint ({first_line(error)})"
+            f"not a complete torch checkpoint ({first_line(error)})", where
         ) from error
     return found
+
+
+def _records(
+    file: io.BufferedReader, directory: list[zipfile.ZipInfo], begin: int, end: int, where: str
+) -> dict[str, tuple[int, int]]:
+    """What `zip_records` returns, for the entries of an archive's directory.
+
+    Records are in the folder of the first of them; those elsewhere are what another program has
+    added.
+    """
+    if directory and min(record.header_offset for record in directory) != 0:
+        raise CandidateError(
+            "not a complete torch checkpoint: expected its first record at its begin", where
+        )
+    found: dict[str, tuple[int, int]] = {}
+    own_folder: str | None = None
+    for record in directory:
+        if record.is_dir():
+            continue
+        at = _begin_of(file, record, begin, end, where)
+        folder, _, name = record.filename.partition("/")
+        own_folder = folder if own_folder is None else own_folder
+        if folder != own_folder:
+            continue
+        if name in found:
+            raise CandidateError(f"record {record.filename!r} occurs twice", where)
+        found[name] = (at, record.file_size)
+    return found
+
+
+def _begin_of(
+    file: io.BufferedReader, record: zipfile.ZipInfo, begin: int, end: int, where: str
+) -> int:
+    """First byte in the file of a record of the archive in bytes [begin, end).
+
+    CandidateError if the record is not plain bytes there.
+    """
+    if record.volume or record.external_attr & DIRECTORY:
+        raise CandidateError(
+            f"record {record.filename!r} claims to be in another file or a directory", where
+        )
+    encrypted = record.flag_bits & 1
+    if (
+        record.compress_type != zipfile.ZIP_STORED
+        or record.file_size != record.compress_size
+        or encrypted
+    ):
+        raise CandidateError(
+            f"record {record.filename!r} is compressed or encrypted, as torch.save never writes it",
+            where,
+        )
+    file.seek(begin + record.header_offset)
+    local = file.read(LOCAL_HEADER_BYTES)
+    if local[:4] != LOCAL_HEADER:
+        raise CandidateError(
+            f"record {record.filename!r} is not where the archive's directory says", where
+        )
+    name_length = int.from_bytes(local[26:28], "little")
+    extra_length = int.from_bytes(local[28:30], "little")
+    at = begin + record.header_offset + LOCAL_HEADER_BYTES + name_length + extra_length
+    if at + record.file_size > end:
+        raise CandidateError(f"record {record.filename!r} goes beyond the end of the file", where)
+    return at

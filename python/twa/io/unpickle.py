@@ -36,7 +36,8 @@ class Made:
     __slots__ = ("arguments", "state")
 
     def __init__(self, *arguments: object) -> None:
-        self.arguments, self.state = arguments, None
+        self.arguments = arguments
+        self.state: object = None
 
     def __repr__(self) -> str:
         return "an object"
@@ -47,8 +48,7 @@ class Made:
 
 
 INERT = Name(Made)
-# instructions that make them, and bytes of the length that follows
-PYTHON2_STRINGS = {ord("U"): 1, ord("T"): 4}
+Instruction = Callable[["Machine"], None]
 KEYS = (str, int, float, bool, bytes, type(None), torch.dtype, Made)  # of dicts; and tuples of them
 
 
@@ -57,30 +57,36 @@ def unpickle(
     names: Mapping[str, object],
     storage: Callable[[object], object] | None = None,
     at: int = 0,
-    python2: bool = False,
+    instructions: Mapping[int, Instruction] | None = None,
 ) -> tuple[object, int]:
-    """The value that the pickle from byte `at` on describes, and where it ends.
+    """The value that a pickle describes, and where it ends.
 
-    names     "module.name" -> a Name, or a value;  storage: called with persistent ids
-    python2   strings of Python 2, which may hold anything, become bytes
-    Raises Refused for any other name; ValueError, KeyError, ... if the pickle is damaged.
+    Args:
+        data: bytes with a pickle in them
+        names: "module.name" -> a Name, or a value
+        storage: called with persistent ids
+        at: the byte where the pickle begins
+        instructions: in place of OPS
+
+    Raises:
+        Refused: the pickle asks for any other name
+        ValueError: the pickle is damaged; or KeyError, IndexError, ...
     """
-    machine = _Machine(data, names, storage, at)
+    machine, known = Machine(data, names, storage, at), instructions or OPS
     while True:
         op = data[machine.at]
         machine.at += 1
         if op == _STOP:
             return machine.stack.pop(), machine.at
-        if python2 and op in PYTHON2_STRINGS:
-            machine.stack.append(machine.take(machine.number(PYTHON2_STRINGS[op])))
-            continue
-        run = _OPS.get(op)
+        run = known.get(op)
         if run is None:
             raise ValueError(f"unexpected instruction {bytes([op])!r} at byte {machine.at - 1}")
         run(machine)
 
 
-class _Machine:
+class Machine:
+    """The stack machine, with an instruction as a method where it is more than a push."""
+
     def __init__(
         self,
         data: bytes | memoryview,
@@ -94,43 +100,52 @@ class _Machine:
         self.memo: dict[int, object] = {}
 
     def take(self, count: int) -> bytes:
+        """The next bytes of the pickle."""
         begin, self.at = self.at, self.at + count
         if self.at > len(self.data):
             raise EOFError("the pickle is cut off")
         return bytes(self.data[begin : self.at])
 
     def number(self, count: int) -> int:
+        """The next bytes as a number without sign."""
         return int.from_bytes(self.take(count), "little")
 
     def line(self) -> str:
+        """The rest of a line of at most 256 bytes."""
         text = bytes(self.data[self.at : self.at + 256])
         self.at += text.index(b"\n") + 1
         return text[: text.index(b"\n")].decode()
 
     def mark(self) -> None:
+        """Begins a stack on top of the one so far."""
         self.outer.append(self.stack)
         self.stack = []
 
     def since_mark(self) -> list[object]:
+        """What was pushed since the last mark, which is taken away."""
         items, self.stack = self.stack, self.outer.pop()
         return items
 
-    def look_up(self, module: object, name: object) -> None:
+    def look_up(self, module: str, name: str) -> None:
+        """Pushes what a name stands for."""
         full = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if full not in self.names:
             raise Refused(f"it asks for {full[:100] if full.isprintable() else ascii(full[:100])}")
         self.stack.append(self.names[full])
 
     def global_(self) -> None:
+        """Looks up a module and a name that are two lines."""
         self.look_up(self.line(), self.line())
 
     def stack_global(self) -> None:
+        """Looks up a module and a name that are on the stack."""
         name, module = self.stack.pop(), self.stack.pop()
         if type(name) is not str or type(module) is not str:
             raise ValueError("expected the name of a function or class")
         self.look_up(module, name)
 
     def call(self) -> None:
+        """Calls what stands for a function or class."""
         arguments, name = self.stack.pop(), self.stack.pop()
         if type(name) is not Name:
             raise Refused(f"it calls a {type(name).__name__}")
@@ -139,24 +154,29 @@ class _Machine:
         self.stack.append(name.make(*arguments))
 
     def build(self) -> None:
-        state = self.stack.pop()
-        if type(self.stack[-1]) is Made:
-            self.stack[-1].state = state
+        """Gives the object on the stack its state."""
+        state, target = self.stack.pop(), self.stack[-1]
+        if type(target) is Made:
+            target.state = state
         # attributes of an OrderedDict, such as _metadata, are left out
-        elif type(self.stack[-1]) is not dict:
-            raise ValueError(f"attributes of a {type(self.stack[-1]).__name__}")
+        elif type(target) is not dict:
+            raise ValueError(f"attributes of a {type(target).__name__}")
 
     def persistent(self) -> None:
+        """Replaces a persistent id by the storage that it names."""
         if self.storage is None:
             raise ValueError("a storage where none is expected")
         self.stack.append(self.storage(self.stack.pop()))
 
     def add(self, items: list[object]) -> None:
-        if type(self.stack[-1]) is not list:
-            raise ValueError(f"items of a {type(self.stack[-1]).__name__}")
-        self.stack[-1].extend(items)
+        """Puts items at the end of the list on the stack."""
+        target = self.stack[-1]
+        if type(target) is not list:
+            raise ValueError(f"items of a {type(target).__name__}")
+        target.extend(items)
 
     def set_items(self, items: list[object]) -> None:
+        """Puts keys and values, in turn, into the dict on the stack."""
         target = self.stack[-1]
         if type(target) is not dict:
             raise ValueError(f"items of a {type(target).__name__}")
@@ -164,13 +184,14 @@ class _Machine:
             target[checked_key(key)] = value
 
     def tuple_of(self, count: int) -> None:
+        """Replaces the last items by a tuple of them."""
         if len(self.stack) < count:
             raise ValueError(f"expected {count} items for a tuple")
         self.stack[-count:] = [tuple(self.stack[-count:])]
 
 
 def checked_key(key: object) -> object:
-    """Of a dict: what is hashed in no time.
+    """The key of a dict, if it is one that is hashed in no time; else ValueError.
 
     Tuples in tuples may take for ever, and large numbers may all have one hash.
     """
@@ -180,46 +201,54 @@ def checked_key(key: object) -> object:
     return key
 
 
-def _push(value: Callable[[_Machine], object]) -> Callable[[_Machine], None]:
-    def run(m: _Machine) -> None:
+def _push(value: Callable[[Machine], object]) -> Instruction:
+    """The instruction that pushes this value."""
+
+    def run(m: Machine) -> None:
         found = value(m)  # which may change what m.stack is
         m.stack.append(found)
 
     return run
 
 
-def _remember(index: Callable[[_Machine], int]) -> Callable[[_Machine], None]:
-    def run(m: _Machine) -> None:
+def _remember(index: Callable[[Machine], int]) -> Instruction:
+    """The instruction that puts the last value into the memo."""
+
+    def run(m: Machine) -> None:
         m.memo[index(m)] = m.stack[-1]
 
     return run
 
 
-def _frame(m: _Machine) -> None:
+def _frame(m: Machine) -> None:
+    """Passes over a length that is of no use here."""
     m.take(8)
 
 
-def _protocol(m: _Machine) -> None:
+def _protocol(m: Machine) -> None:
+    """ValueError for a protocol that is newer than this machine."""
     if m.number(1) > 5:
         raise ValueError("a pickle of an unknown protocol")
 
 
-def _text(size: int) -> Callable[[_Machine], None]:
+def _text(size: int) -> Instruction:
+    """The instruction that pushes a text, whose length is a number of `size` bytes."""
     return _push(lambda m: m.take(m.number(size)).decode("utf-8"))
 
 
-def _bytes(size: int) -> Callable[[_Machine], None]:
+def bytes_of_length(size: int) -> Instruction:
+    """The instruction that pushes bytes, whose length is a number of `size` bytes."""
     return _push(lambda m: m.take(m.number(size)))
 
 
 _STOP = ord(".")
 #: names and meanings as in Python's pickletools; sets are lists here
-_OPS: dict[int, Callable[[_Machine], None]] = {
+OPS: dict[int, Instruction] = {
     code[0]: run
     for code, run in {
         b"\x80": _protocol,
         b"\x95": _frame,
-        b"(": _Machine.mark,
+        b"(": Machine.mark,
         b"N": _push(lambda m: None),
         b"\x88": _push(lambda m: True),
         b"\x89": _push(lambda m: False),
@@ -231,11 +260,9 @@ _OPS: dict[int, Callable[[_Machine], None]] = {
         b"X": _text(4),
         b"\x8c": _text(1),
         b"\x8d": _text(8),
-        b"U": _text(1),  # of Python 2
-        b"T": _text(4),
-        b"B": _bytes(4),
-        b"C": _bytes(1),
-        b"\x8e": _bytes(8),
+        b"B": bytes_of_length(4),
+        b"C": bytes_of_length(1),
+        b"\x8e": bytes_of_length(8),
         b"}": _push(lambda m: {}),
         b"]": _push(lambda m: []),
         b"\x8f": _push(lambda m: []),
@@ -255,11 +282,11 @@ _OPS: dict[int, Callable[[_Machine], None]] = {
         b"q": _remember(lambda m: m.number(1)),
         b"r": _remember(lambda m: m.number(4)),
         b"\x94": _remember(lambda m: len(m.memo)),
-        b"c": _Machine.global_,
-        b"\x93": _Machine.stack_global,
-        b"R": _Machine.call,
-        b"\x81": _Machine.call,
-        b"b": _Machine.build,
-        b"Q": _Machine.persistent,
+        b"c": Machine.global_,
+        b"\x93": Machine.stack_global,
+        b"R": Machine.call,
+        b"\x81": Machine.call,
+        b"b": Machine.build,
+        b"Q": Machine.persistent,
     }.items()
 }

@@ -1,5 +1,6 @@
-"""`Store`: the state of an unfinished run on disk, saved so that there is always a whole one, and
-continued by another process.
+"""`Store`: the state of an unfinished run on disk, to be continued by another process.
+
+It is saved so that there is always a whole one.
 """
 
 from __future__ import annotations
@@ -7,201 +8,178 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..distributed.ranks import World
-from ..distributed.sharding import Placement
-from ..distributed.weights import parts_of, write_export
+from ..distributed.ranks import Ranks
+from ..distributed.sharding import Sharding
+from ..distributed.weights import parts_of
+from ..export.weights import write_export
 from ..io.atomic import write_torch
-from ..io.candidates import CandidateError, Candidates
-from ..io.mapped import is_file_name, printable
+from ..io.candidates import Candidates
+from ..io.checks import (
+    fits,
+    is_count,
+    is_dict,
+    is_file_name,
+    is_number,
+    is_tensor,
+    is_text,
+    optional,
+    printable,
+)
+from ..io.errors import CandidateError, StateError
 from ..io.torch_zip import read_values
-from .settings import Result
 
-FORMAT = "twa-state-1"
-
-
-class StateError(ValueError):
-    """The saved state cannot be continued; the message says why."""
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 53
-
-
-def _is_curves(curve: object, val_curve: object) -> bool:
-    """Losses of steps; and pairs of a step and a loss."""
-    pairs = isinstance(val_curve, list) and all(
-        isinstance(p, tuple) and len(p) == 2 and _is_count(p[0]) and _is_number(p[1])
-        for p in val_curve
-    )
-    return isinstance(curve, list) and all(map(_is_number, curve)) and pairs
-
-
-def _is_result(row: object) -> bool:
-    return (
-        isinstance(row, dict)
-        and row.keys() == {f.name for f in fields(Result)}
-        and isinstance(row["method"], str)
-        and isinstance(row["note"], str)
-        and all(_is_count(row[name]) for name in ("candidates", "steps", "memory", "evaluations"))
-        and all(_is_number(row[name]) for name in ("seconds", "val_loss"))
-        and all(
-            row[name] is None or _is_number(row[name])
-            for name in ("test_loss", "test_metric", "averaged_bn_loss")
-        )
-        and _is_curves(row["curve"], row["val_curve"])
-        and (
-            row["beta"] is None
-            or (isinstance(row["beta"], Tensor) and row["beta"].is_floating_point())
-        )
-        and (row["coefficients"] is None or isinstance(row["coefficients"], dict))
-        and isinstance(row["is_average"], bool)
-    )
-
-
-def _is_loss(pair: object) -> bool:
-    """Merge weights, and the validation loss there."""
-    weights, loss = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
-    return (
-        isinstance(weights, Tensor)
-        and weights.dtype == torch.float64
-        and weights.dim() == 1
-        and _is_number(loss)
-    )
-
-
-def _is_under_way(value: object) -> bool:
-    if value is None:
-        return True
-    names = {
-        "curve",
-        "val_curve",
-        "best_loss",
-        "best_x",
-        "average",
-        "seconds",
-        "optimizer",
-        "schedule",
-        "buffers",
-        "position",
-    }
-    if (
-        not isinstance(value, dict)
-        or value.keys() != names
-        or not _is_curves(value["curve"], value["val_curve"])
-    ):
-        return False
-    optimizer, position = value["optimizer"], value["position"]
-    return (
-        _is_number(value["best_loss"])
-        and _is_number(value["seconds"])
-        and isinstance(value["best_x"], Tensor)
-        and isinstance(value["average"], Tensor)
-        and isinstance(optimizer, dict)
-        and optimizer.keys() == {"state", "param_groups", "coefficients", "subspace"}
-        and isinstance(optimizer["subspace"], dict)
-        and isinstance(optimizer["state"], dict)
-        and all(
-            isinstance(of, dict) and all(_is_moment(t, value["best_x"]) for t in of.values())
-            for of in optimizer["state"].values()
-        )
-        and isinstance(position, dict)
-        and position.keys() == {"step", "pass", "offset", "digest"}
-        and all(_is_count(position[name]) for name in ("step", "pass", "offset"))
-        and position["step"] == len(value["curve"])
-    )
-
-
-def _is_moment(value: object, x: Tensor) -> bool:
-    """Of an optimizer's state: of the shape of the coefficients, or a number."""
-    return (
-        value is None
-        or _is_number(value)
-        or (isinstance(value, Tensor) and value.shape in (x.shape, ()))
-    )
-
-
-def _alike(found: object, expected: object) -> bool:
-    if isinstance(expected, dict):
-        return (
-            isinstance(found, dict)
-            and found.keys() == expected.keys()
-            and all(_alike(found[k], v) for k, v in expected.items())
-        )
-    if isinstance(expected, list | tuple):
-        return (
-            type(found) is type(expected)
-            and len(found) == len(expected)
-            and all(map(_alike, found, expected))
-        )
-    if isinstance(expected, Tensor):
-        return isinstance(found, Tensor) and (found.shape, found.dtype) == (
-            expected.shape,
-            expected.dtype,
-        )
-    return type(found) is type(expected)
+FORMAT = "twa-state-2"
 
 
 def _is_run(facts: object) -> bool:
-    """Facts of the run; of the number of batches, since it is used before the facts are compared."""
-    texts = isinstance(facts, dict) and all(
-        isinstance(k, str) and isinstance(v, str) for k, v in facts.items()
-    )
+    """Whether these are facts of a run.
+
+    The number of batches must be one: it is used before the facts are compared.
+    """
+    if not isinstance(facts, dict):
+        return False
+    texts = all(isinstance(k, str) and isinstance(v, str) for k, v in facts.items())
     return texts and bool(re.fullmatch("[0-9]{1,6}", facts.get("batches per step", "0")))
 
 
-#: of what a state holds: whether it is what a run saves
-_SOUND = {
+def _is_best_file(name: object) -> bool:
+    """Whether this is "" or a name that `Store.save_best` gives; a state may name no other file."""
+    if not isinstance(name, str):
+        return False
+    return not name or (fnmatch(name, Store.BEST) and is_file_name(name))
+
+
+def _is_beta(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _is_vector(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float64 and value.dim() == 1
+
+
+def _is_moments(value: object) -> bool:
+    """Whether this is an optimizer's state of its parameters: tensors and numbers by name."""
+    if not isinstance(value, dict) or not all(isinstance(of, dict) for of in value.values()):
+        return False
+    return all(is_tensor(m) or is_number(m) for of in value.values() for m in of.values())
+
+
+_CURVES = {"curve": [is_number], "val_curve": [(is_count, is_number)]}
+_RESULT = _CURVES | {
+    "method": is_text,
+    "candidates": is_count,
+    "steps": is_count,
+    "seconds": is_number,
+    "memory": is_count,
+    "val_loss": is_number,
+    "test_loss": optional(is_number),
+    "test_metric": optional(is_number),
+    "evaluations": is_count,
+    "note": is_text,
+    "beta": optional(_is_beta),
+    "coefficients": optional(is_dict),
+    "is_average": lambda value: isinstance(value, bool),
+    "averaged_bn_loss": optional(is_number),
+}
+#: `Trainer.state_dict`, and the seconds that it took
+_TRAINER = _CURVES | {
+    "best_loss": is_number,
+    "best": is_tensor,
+    "average": {"eta": is_number, "steps": is_count, "coefficients": is_tensor},
+    "optimizer": {
+        "state": _is_moments,
+        "param_groups": lambda value: isinstance(value, list),
+        "coefficients": is_tensor,
+        "subspace": is_dict,
+    },
+    "schedule": is_dict,
+    "buffers": is_dict,
+    "position": {
+        "step": is_count,
+        "pass": is_count,
+        "offset": is_count,
+        "digest": optional(is_text),
+    },
+    "seconds": is_number,
+}
+
+
+def _is_under_way(value: object) -> bool:
+    """Whether this is None or a trainer's state that agrees with itself.
+
+    It has as many steps everywhere, and moments of the coefficients' shape.
+    """
+    if value is None:
+        return True
+    if not fits(value, _TRAINER) or not isinstance(value, dict):
+        return False
+    moments = [m for of in value["optimizer"]["state"].values() for m in of.values()]
+    shapes = (value["best"].shape, ())
+    if not all(m.shape in shapes for m in moments if isinstance(m, Tensor)):
+        return False
+    return value["position"]["step"] == value["average"]["steps"] == len(value["curve"])
+
+
+#: what is in a state, beside its format
+_STATE: dict[str, object] = {
     "run": _is_run,
-    "best_file": (
-        lambda name: (
-            isinstance(name, str)
-            and (not name or (fnmatch(name, Store.BEST) and is_file_name(name)))
-        )
-    ),
-    "best_digest": lambda digest: isinstance(digest, str),
-    "results": lambda rows: isinstance(rows, list) and all(map(_is_result, rows)),
-    "losses": lambda pairs: isinstance(pairs, list) and all(map(_is_loss, pairs)),
-    "best": lambda index: index is None or _is_count(index),
-    "method": _is_count,
+    "best_file": _is_best_file,
+    "best_digest": is_text,
+    "results": [_RESULT],
+    "losses": [(_is_vector, is_number)],
+    "best": optional(is_count),
+    "method": is_count,
     "under_way": _is_under_way,
 }
 
 
 class Store:
-    """state.pt (results, coefficients, optimizer, position in the data) and
-    state-best-K.safetensors (weights of the best trained average so far, by method K) in a
-    directory; see `docs/distributed.md`. The first rank reads and writes; files appear whole."""
+    """The state of a run in a directory; see `docs/distributed.md`.
+
+    state.pt has results, coefficients, optimizer and position in the data;
+    state-best-K.safetensors the weights of the best trained average so far, result K. Rank 0 reads
+    and writes; files appear whole.
+
+    Args:
+        folder: the directory
+        resume: whether a state that is there is to be continued
+
+    Attributes:
+        path: of state.pt
+        resumed: whether a saved state was taken over
+        best: name of the file that holds the best weights, or ""
+        best_digest: that file's fingerprint
+        best_lost: whether it could not be written: no state may name it then
+        saved: what the last saved state holds, for messages
+    """
 
     NAME, BEST = "state.pt", "state-best-*.safetensors"
 
     def __init__(self, folder: Path, resume: bool) -> None:
         self.folder, self.path, self.resume = folder, folder / self.NAME, resume
         self.resumed = False
-        self.best = self.best_digest = ""  # file that holds the best weights, and its fingerprint
-        self.best_lost = False  # it could not be written: no state may name it
-        self.saved = ""  # what the last saved state holds, for messages
+        self.best = self.best_digest = ""
+        self.best_lost = False
+        self.saved = ""
 
-    def save(self, state: dict) -> None:
-        """A state that cannot be written costs a warning, not the run: the one before it stays."""
+    def save(self, state: dict[str, Any]) -> None:
+        """Writes a state.
+
+        One that cannot be written costs a warning, not the run: the one before it stays.
+        """
         if self.best_lost:
             return
+        names = {"format": FORMAT, "best_file": self.best, "best_digest": self.best_digest}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_torch(
-                self.path,
-                {"format": FORMAT, "best_file": self.best, "best_digest": self.best_digest} | state,
-            )
+            write_torch(self.path, names | state)
         except OSError as error:
             print(
                 f"twa: warning: {self.path}: the state could not be saved ({error.strerror});"
@@ -210,19 +188,22 @@ class Store:
             )
             return
         at = state["under_way"]
-        self.saved = (
-            f"the one of {'step ' + str(at['position']['step']) + ' of ' if at else ''}method"
-            f" {state['method'] + 1} is intact"
-        )
+        step = f"step {at['position']['step']} of " if at else ""
+        self.saved = f"the one of {step}method {state['method'] + 1} is intact"
         for other in self.folder.glob(self.BEST):
             if other.name != self.best:
                 other.unlink(missing_ok=True)
 
-    def save_best(self, placement: Placement, method: int) -> None:
-        """The model's weights, before the state that names them. All ranks call it."""
+    def save_best(self, sharding: Sharding, method: int) -> None:
+        """Writes the model's weights, before the state that names them. All ranks call it.
+
+        Args:
+            sharding: of the model, which is at its best
+            method: number for the file's name
+        """
         name = self.BEST.replace("*", str(method))
         try:
-            write_export(self.folder / name, placement)
+            write_export(self.folder / name, sharding)
         except OSError as error:
             self.best_lost = True
             print(
@@ -233,71 +214,72 @@ class Store:
             )
         else:
             self.best, self.best_lost = name, False
-            if placement.world.is_writer:
+            if sharding.ranks.is_rank_zero:
                 self.best_digest = Candidates(self.folder / name)[0].fingerprint()
 
-    def read(self, world: World) -> dict | None:
-        """The saved state, on every rank; None if there is none or it is not asked for."""
+    def read(self, ranks: Ranks) -> dict[str, Any] | None:
+        """The saved state, on every rank; None if there is none, or none is to be continued.
+
+        Raises:
+            StateError: the file is not a whole state
+        """
         if not self.resume:
             return None
-        with world.together("reading the saved state"):
-            return world.share(self._read() if world.is_writer else None)
+        with ranks.fail_together("reading the saved state"):
+            return ranks.broadcast_object(self._read() if ranks.is_rank_zero else None)
 
-    def _read(self) -> dict | None:
+    def _read(self) -> dict[str, Any] | None:
+        """The saved state, checked."""
         if not self.path.exists():
             return None
         if not self.path.is_file():
-            raise StateError(f"{self.path}: not a saved state: expected a regular file")
+            raise StateError("not a saved state: expected a regular file", self.path)
         try:
             state = read_values(self.path)
         except (CandidateError, OSError) as error:
-            raise StateError(f"{self.path}: not a saved state ({error})") from error
+            raise StateError(f"not a saved state ({error})", self.path) from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise StateError(
-                f"{self.path}: expected a state of format {FORMAT!r}, found {type(state).__name__}"
+                f"expected a state of format {FORMAT!r}, found {type(state).__name__}", self.path
             )
-        if odd := [
-            name for name, sound in _SOUND.items() if name not in state or not sound(state[name])
-        ]:
+        if odd := [k for k, good in _STATE.items() if k not in state or not fits(state[k], good)]:
             raise StateError(
-                f"{self.path}: not a whole state: {odd[0]!r} is missing or not what a run saves"
+                f"not a whole state: {odd[0]!r} is missing or not what a run saves", self.path
             )
         if state["best"] is not None and not 0 <= state["best"] < len(state["results"]):
             raise StateError(
-                f"{self.path}: not a whole state: the best of {len(state['results'])} results is"
-                f" number {state['best']}"
+                f"not a whole state: the best of {len(state['results'])} results is"
+                f" number {state['best']}",
+                self.path,
             )
         return state
 
-    def accept(self, state: dict, facts: Mapping[str, str]) -> None:
-        """StateError if the state is of another run than the one with these facts."""
+    def accept(self, state: dict[str, Any], facts: Mapping[str, str]) -> None:
+        """Takes over a state that `read` gave.
+
+        Raises:
+            StateError: it is of another run than the one with these facts
+        """
         for name in {**facts, **state["run"]}:
             ours, theirs = facts.get(name, "nothing"), state["run"].get(name, "nothing")
             if ours != theirs:
                 what, found = printable(name), printable(theirs)
                 raise StateError(
-                    f"{self.path}: the state of another run: {what}: expected {ours}, found {found}"
+                    f"the state of another run: {what}: expected {ours}, found {found}", self.path
                 )
         self.resumed, self.best, self.best_digest = True, state["best_file"], state["best_digest"]
 
-    def check_like(self, found: Mapping[str, object], expected: Mapping[str, object]) -> None:
-        """StateError unless these parts of the state have the keys, shapes and types that a run
-        would save now.
-        """
-        if odd := [name for name, value in expected.items() if not _alike(found[name], value)]:
-            raise StateError(
-                f"{self.path}: not a state of this run: {odd[0]!r} has other names, shapes or types"
-                " than expected"
-            )
-
-    def load_best(self, placement: Placement) -> dict[str, Tensor]:
+    def load_best(self, sharding: Sharding) -> dict[str, Tensor]:
         """This rank's part of the best weights so far.
 
-        Ranks that do not see the first one's disk get them from it.
+        Ranks get them from rank 0, whose disk they may not see.
+
+        Raises:
+            StateError: the file cannot be read, or is not the one that the state belongs to
         """
-        with placement.world.together("reading the best weights so far"):
+        with sharding.ranks.fail_together("reading the best weights so far"):
             exported = None
-            if placement.world.is_writer:
+            if sharding.ranks.is_rank_zero:
                 try:
                     exported = Candidates(self.folder / self.best)
                 except CandidateError as error:
@@ -307,14 +289,17 @@ class Store:
                     ) from error
                 if exported[0].fingerprint() != self.best_digest:
                     raise StateError(
-                        f"{self.folder / self.best}: not the weights that {self.path} belongs to;"
-                        " start again with --overwrite"
+                        f"not the weights that {self.path} belongs to;"
+                        " start again with --overwrite",
+                        self.folder / self.best,
                     )
-            return parts_of(placement, exported)
+            return parts_of(sharding, exported)
 
     def remove(self, unless_resumed: bool = False) -> None:
-        """The run is finished, or cannot be continued. unless_resumed: not if another run has begun
-        it.
+        """Removes the state of a run that is finished, or cannot be continued.
+
+        Args:
+            unless_resumed: whether a state stays that another run has begun
         """
         if not (unless_resumed and self.resumed):
             for path in [self.path, *self.folder.glob(self.BEST)]:

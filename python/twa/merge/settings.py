@@ -1,19 +1,25 @@
-"""What `twa average` is asked to do, and what comes of it."""
+"""What `twa average` is asked to do."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-
-from torch import Tensor
+from dataclasses import dataclass, fields
 
 from ..basis.segments import parse_granularity
-from ..distributed.sharding import Placement
-from ..distributed.weights import export
+from ..io.errors import TwaError
+from .evaluate import BN_BATCHES
 
 
 @dataclass(frozen=True)
 class TwaMethod:
-    """kind "t": trained on training data; "v": on held-out data."""
+    """A way to train an average.
+
+    Attributes:
+        kind: "t": on training data; "v": on held-out data
+        granularity: segments with their own coefficients, as in Subspace.from_candidates
+        bits: of the packed candidates; 32: dense float32
+        basis: "deltas" or "orthonormal"
+        constraint: "none" or "simplex"
+    """
 
     kind: str
     granularity: str | int
@@ -23,47 +29,50 @@ class TwaMethod:
 
     @property
     def name(self) -> str:
-        options = "".join(
-            f", {option}" for option in (self.basis, self.constraint) if option in OPTIONS
-        )
-        segments = (
-            "fine"
-            if self.granularity == "fine"
-            else f"per {self.granularity}{' weights' if isinstance(self.granularity, int) else ''}"
-        )
-        return (
-            f"TWA-{self.kind} {segments},"
-            f" {'float32' if self.bits == 32 else f'{self.bits} bits'}{options}"
-        )
+        """What the table calls it, such as "TWA-t per tensor, 4 bits"."""
+        chosen = [option for option in (self.basis, self.constraint) if option in OPTIONS]
+        options = "".join(f", {option}" for option in chosen)
+        segments = f"per {self.granularity}"
+        if isinstance(self.granularity, int):
+            segments += " weights"
+        if self.granularity == "fine":
+            segments = "fine"
+        bits = "float32" if self.bits == 32 else f"{self.bits} bits"
+        return f"TWA-{self.kind} {segments}, {bits}{options}"
 
     @classmethod
     def parse(cls, text: str) -> TwaMethod:
-        """ "t:tensor:4", "t:1024:4", "t:tensor:4:orthonormal", "v:model:4:simplex" """
+        """Reads a method from a text such as "t:tensor:4" or "v:model:4:simplex".
+
+        Args:
+            text: KIND:GRANULARITY:BITS[:OPTION...]
+
+        Raises:
+            TwaError: it is no such text
+        """
         parts = text.split(":")
+        kind, granularity, bits, *options = parts + [""] * (3 - len(parts))
         try:
-            if (
-                len(parts) not in (3, 4)
-                or parts[0] not in ("t", "v")
-                or parts[2] not in ("32", "8", "4", "3", "2", "1")
-            ):
-                raise ValueError("kind t or v, bits 32, 8, 4, 3, 2 or 1")
-            segments = parse_granularity(parts[1])
-            if parts[3:] and parts[3] not in (*OPTIONS, "deltas"):
-                raise ValueError(f"option {' or '.join(OPTIONS)}")
-        except ValueError as error:
-            expected = str(error).removeprefix(
-                f"granularity {parts[min(1, len(parts) - 1)]!r}: expected "
-            )
-            raise ValueError(
-                f"method {text!r}: expected KIND:GRANULARITY:BITS[:OPTION] such as t:tensor:4;"
-                f" {expected}"
+            if kind not in ("t", "v") or bits not in ("32", "8", "4", "3", "2", "1"):
+                raise TwaError("expected kind t or v, bits 32, 8, 4, 3, 2 or 1")
+            if not set(options) <= {*OPTIONS, "deltas"}:
+                raise TwaError(f"expected option {' or '.join(OPTIONS)}")
+            chosen: dict[str, str] = {}
+            for key, value in (pair for o in options for pair in OPTIONS.get(o, {}).items()):
+                if key in chosen:
+                    raise TwaError(f"expected one {key}, found {chosen[key]} and {value}")
+                chosen[key] = value
+            segments = parse_granularity(granularity)
+        except TwaError as error:
+            raise TwaError(
+                "expected KIND:GRANULARITY:BITS[:OPTION] such as t:tensor:4;"
+                f" {error.problem.removeprefix('expected ')}",
+                f"method {text!r}",
             ) from error
-        return cls(
-            parts[0], segments, int(parts[2]), **OPTIONS.get(parts[3] if parts[3:] else "", {})
-        )
+        return cls(kind, segments, int(bits), **chosen)
 
 
-#: last parts of a method's text
+#: what the options in a method's text mean
 OPTIONS = {"orthonormal": {"basis": "orthonormal"}, "simplex": {"constraint": "simplex"}}
 
 DEFAULT_METHODS = (TwaMethod("t", "fine", 4), TwaMethod("v", "model", 4))
@@ -71,71 +80,43 @@ DEFAULT_METHODS = (TwaMethod("t", "fine", 4), TwaMethod("v", "model", 4))
 
 @dataclass(frozen=True)
 class Settings:
-    """patience: looks at the validation data (of six) in a row without a new best after which a
-    trained average is stopped; 0: none. batches_per_step: over all ranks; 0: one per rank.
-    placement: see Subspace.from_candidates; "columns" shards the task's model."""
+    """How trained averages are trained.
+
+    Attributes:
+        methods: the trained averages to try, in turn
+        steps: gradient steps of each
+        lr: learning rate of the coefficients
+        weight_decay: pulls coefficients to zero, the best fixed average
+        bn_batches: training batches that BatchNorm is re-estimated on
+        batches_per_step: over all ranks; 0: one per rank
+        seed: of the order of the data, and of Dropout
+        sharding: as in Subspace.from_candidates; "columns" shards the task's model
+        low_memory: whether gradients are projected and freed inside backward
+        save_every: steps between saved states
+        patience: looks at the validation data (of six) in a row without a new best, after which a
+            trained average is stopped; 0: never
+    """
 
     methods: tuple[TwaMethod, ...] = DEFAULT_METHODS
     steps: int = 100
     lr: float = 0.01
     weight_decay: float = 0.0
-    bn_batches: int = 100
+    bn_batches: int = BN_BATCHES
     batches_per_step: int = 0
     seed: int = 0
-    placement: str = "auto"
+    sharding: str = "auto"
     low_memory: bool = False
     save_every: int = 10
     patience: int = 3
 
     def facts(self) -> dict[str, str]:
-        """What a run may not change when it is continued: not the placement, nor the number of
-        ranks.
+        """What a run may not change when it is continued, as texts by name.
+
+        It may change the sharding, and the number of ranks.
         """
-        free = {"placement", "low_memory", "save_every"}
+        free = {"sharding", "low_memory", "save_every"}
         return {
             f.name.replace("_", " "): str(getattr(self, f.name))
             for f in fields(self)
             if f.name not in free
         }
-
-
-@dataclass
-class Result:
-    """One row of the table.
-
-    Losses are means per batch sample; memory is the process's peak in bytes while the method ran.
-    """
-
-    method: str
-    candidates: int
-    steps: int
-    seconds: float
-    memory: int
-    val_loss: float
-    test_loss: float | None = None
-    test_metric: float | None = None
-    # passes over the validation data that it takes on its own, BatchNorm re-estimated before each
-    evaluations: int = 0
-    note: str = ""
-    curve: list[float] = field(default_factory=list)  # training loss per step
-    val_curve: list[tuple[int, float]] = field(default_factory=list)
-    beta: Tensor | None = None  # (n,) or (n, L) merge weights
-    coefficients: dict | None = None
-    is_average: bool = True  # False: a comparison that is no weighted average (annealing)
-    # validation loss with BatchNorm statistics averaged, not re-estimated; None where that is no
-    # question
-    averaged_bn_loss: float | None = None
-
-
-@dataclass
-class Outcome:
-    """All results; the model is at the winner's weights until it is used for something else."""
-
-    results: list[Result]
-    winner: Result
-    placement: Placement
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """The winner's weights as they are exported."""
-        return dict(export(self.placement))

@@ -1,11 +1,10 @@
-"""The basis of a subspace, or this rank's part of it, from the candidates in one stream of tensors
-(an orthonormal one in three).
-"""
+"""From candidates to a basis, in one stream of their tensors; an orthonormal one takes three."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,73 +14,125 @@ from twa_kernels.packed import row_divisor
 
 from ..basis.dense import new_packer
 from ..basis.segments import Segments
-from ..distributed.sharding import Basis, Placement
-from ..distributed.weights import not_finite
+from ..coordinates import Coordinates, Deltas
+from ..distributed.sharding import Basis, Sharding
+from ..io.candidates import Block, not_finite
 from . import orthonormal
-from .orthonormal import Coordinates
+
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A basis, or this rank's rows and columns of it.
+
+    Attributes:
+        basis: the rows of P
+        coordinates: how coefficients, rows of P and merge weights make each other
+        center: float32, of this rank's columns; None on a rank that adds none
+    """
+
+    basis: Basis
+    coordinates: Coordinates
+    center: list[Tensor] | None
 
 
 @torch.no_grad()  # a .pt file may hold parameters, which ask for gradients
 def build(
-    place: Placement,
+    sharding: Sharding,
     segments: Segments,
     bits: int,
-    kind: str,
+    basis: str,
     normalize: str,
     weights: Tensor,
-    progress: Callable[[str, int], None] | None,
-) -> tuple[Basis, Tensor, list[Tensor] | None, Coordinates | None]:
-    """Basis of this rank's rows and columns; divisors of all rows (n, L); center of this rank's
-    columns, float32 (None on a rank that adds none); coordinates of an orthonormal basis. Ranks
-    call it together."""
-    shapes = [h.shape for h in place.held]
+    progress: Progress | None = None,
+) -> Built:
+    """The basis of some candidates around a center; ranks call it together.
+
+    Args:
+        sharding: the candidates, and which part of the basis this rank holds
+        segments: of the trained tensors
+        bits: of the basis
+        basis: what its rows are, "deltas" or "orthonormal"
+        normalize: "row" or "none", see `Subspace.from_candidates`
+        weights: (n,), the merge weights of the center
+        progress: called with (key of the tensor, bytes read)
+    """
+    if basis == "deltas":
+        return build_deltas(sharding, segments, bits, normalize, weights, progress)
+    centers = _centers(sharding, weights, progress)
+    made, rows = orthonormal.build(sharding, centers, segments, bits, normalize, weights)
+    return Built(made, rows, sharding.local_center(centers))
+
+
+def build_deltas(
+    sharding: Sharding,
+    segments: Segments,
+    bits: int,
+    normalize: str,
+    weights: Tensor,
+    progress: Progress | None,
+) -> Built:
+    """The basis of the candidates' distances from the center.
+
+    Each block of columns goes once through one kernel, which makes the center, too.
+    """
+    shapes = [shard.shape for shard in sharding.shards]
+    n, begins = len(sharding.candidates[sharding.rows]), None
+    if segments.chunk:
+        begins = [sharding.begin(k, segments.chunk) for k in range(len(shapes))]
+    packer = new_packer(n, shapes, bits, segments, begins)
     centers = [torch.empty(shape) for shape in shapes]
-    # An orthonormal basis is packed once its rank is known.
-    begins = (
-        [place.begin(k, segments.chunk) for k in range(len(shapes))] if segments.chunk else None
-    )
-    packer = (
-        new_packer(len(place.candidates[place.rows]), shapes, bits, segments, begins)
-        if kind == "deltas"
-        else None
-    )
-    tensors = itertools.groupby(
-        place.stream([k for k in range(len(shapes)) if place.packs(k)]), key=lambda kb: kb[0]
-    )
-    for k, key in enumerate(place.keys):
-        if not place.packs(k):
-            if packer:
-                packer.skip()
+    for k, blocks in _tensors(sharding, progress):
+        if blocks is None:
+            packer.skip()
             continue
-        before = packer.sum_sq.clone() if packer and not place.held[k].counts else None
-        for _, block in next(tensors)[1]:
+        before = packer.sum_sq.clone()
+        for block in blocks:
             center = centers[k].view(-1)[block.begin : block.end]
             try:
-                if packer:
-                    place.pack(packer, k, block, weights, center)
-                else:
-                    center.copy_(place.center(k, block.rows, weights))
+                sharding.pack(packer, k, block, weights, center)
             except tk.NotFiniteError as error:
-                raise not_finite(place.candidates[place.rows], key, place.read(k)) from error
+                raise _where(sharding, k) from error
+        packer.end_tensor()
+        if not sharding.shards[k].counts:  # another rank holds these columns, too
+            packer.sum_sq.copy_(before)
+    sharding.exchange(packer, centers)
+    divisor = row_divisor(sharding.sum_sq(packer), normalize)
+    basis = packer.finish(normalize, divisor[sharding.rows])
+    return Built(basis, Deltas(weights, divisor), sharding.local_center(centers))
+
+
+def _centers(sharding: Sharding, weights: Tensor, progress: Progress | None) -> list[Tensor]:
+    """The center of this rank's columns, float32."""
+    centers = [torch.empty(shard.shape) for shard in sharding.shards]
+    for k, blocks in _tensors(sharding, progress):
+        for block in blocks or ():
+            try:
+                made = sharding.center(k, block.rows, weights)
+            except tk.NotFiniteError as error:
+                raise _where(sharding, k) from error
+            centers[k].view(-1)[block.begin : block.end] = made
+    return centers
+
+
+def _tensors(
+    sharding: Sharding, progress: Progress | None
+) -> Iterator[tuple[int, Iterator[Block] | None]]:
+    """Each tensor with its blocks, to be read in order; None if another rank packs it."""
+    mine = [k for k in range(len(sharding.keys)) if sharding.is_packer(k)]
+    groups = itertools.groupby(sharding.stream(mine), key=lambda k_block: k_block[0])
+
+    def counted(k: int, blocks: Iterator[tuple[int, Block]]) -> Iterator[Block]:
+        for _, block in blocks:
+            yield block
             if progress:
-                progress(key, sum(r.numel() * r.element_size() for r in block.rows))
-        if packer:
-            packer.end_tensor()
-            if before is not None:  # another rank holds these columns, too, and counts them
-                packer.sum_sq.copy_(before)
-    if packer:
-        place.exchange(packer, centers)
-        divisor = row_divisor(place.sum_sq(packer), normalize)
-        return (
-            packer.finish(normalize, divisor[place.rows]),
-            divisor,
-            place.own_center(centers),
-            None,
-        )
-    made, coordinates = orthonormal.build(place, centers, segments, bits, normalize)
-    return (
-        made,
-        torch.ones(coordinates.transform.shape[1::-1], dtype=torch.float64),
-        place.own_center(centers),
-        coordinates,
-    )
+                progress(sharding.keys[k], sum(r.numel() * r.element_size() for r in block.rows))
+
+    for k in range(len(sharding.keys)):
+        yield k, counted(*next(groups)) if sharding.is_packer(k) else None
+
+
+def _where(sharding: Sharding, k: int) -> Exception:
+    """The error that says which candidate's tensor k holds NaN or Inf."""
+    return not_finite(sharding.candidates[sharding.rows], sharding.keys[k], sharding.read(k))

@@ -1,10 +1,10 @@
-"""`twa pack`: candidates straight into a packed basis on disk, in one stream that can be
-interrupted.
+"""`twa pack`: candidates straight into a packed basis on disk.
+
+It is one stream, which can be interrupted and continued.
 """
 
 from __future__ import annotations
 
-import argparse
 import glob
 import json
 import os
@@ -13,28 +13,29 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import twa_kernels as tk
 from twa_kernels.packed import Scaling, lost_groups
 from twa_kernels.reference import BITS
 
-from ..basis.file import LARGEST_SCALE, NAME, BasisError, Writer
-from ..basis.segments import GRANULARITIES, layout_of, parse_granularity
-from ..distributed.ranks import World
-from ..distributed.sharding import Placement
-from ..distributed.weights import load_untrained, not_finite
+from .. import averages
+from ..basis.file import LARGEST_SCALE, Writer
+from ..basis.segments import Granularity, segments_of
+from ..distributed.ranks import Ranks
+from ..distributed.sharding import Sharding
+from ..distributed.weights import load_untrained
 from ..io.atomic import clear_unfinished, lock, write_json
-from ..io.candidates import Candidates
-from ..io.formats import read_json
-from ..io.memory import limit_memory, parse_bytes
+from ..io.candidates import Candidates, not_finite
+from ..io.checks import read_json
+from ..io.errors import BasisError, TwaError
+from ..io.key_map import match_keys
 from ..io.progress import PeakMemory
-from ..subspace import choices
-from ..tasks.contract import load_task
-from .load import contents_of, find_basis, untrained
+from ..io.safetensors import raw_bytes
+from .save import contents_of, untrained
 
 SAVE_SECONDS = 10.0  # between saved positions
 MAX_POSITION = 1 << 30  # bytes: two numbers as text for each candidate and segment
@@ -44,10 +45,16 @@ MAX_POSITION = 1 << 30  # bytes: two numbers as text for each candidate and segm
 
 
 def unfinished_parts(path: Path) -> tuple[Path, Path, Path]:
-    """Beside a basis that is being packed: the position to continue from, which the others are on
-    the disk before; the scales as bfloat16, before all of a segment is known; the basis so far."""
-    return tuple(
-        path.with_name(f"{path.name}{kind}.partial") for kind in (".position", ".scales", "")
+    """The files beside a basis that is being packed.
+
+    Returns:
+        the position to continue from, written when the other two are on the disk; the scales as
+        bfloat16, as long as not all of a segment is known; the basis so far
+    """
+    return (
+        path.with_name(f"{path.name}.position.partial"),
+        path.with_name(f"{path.name}.scales.partial"),
+        path.with_name(f"{path.name}.partial"),
     )
 
 
@@ -57,7 +64,10 @@ def is_unfinished(path: Path) -> bool:
 
 
 def remove_parts(path: Path, but: Path | None = None) -> None:
-    """The position first: nothing may be continued from half of the rest."""
+    """Removes what an interrupted run has left beside `path`, but for the file `but`.
+
+    The position goes first: nothing may be continued from half of the rest.
+    """
     position = unfinished_parts(path)[0]
     clear_unfinished(path.parent, [glob.escape(position.name)])
     for part in unfinished_parts(path):
@@ -66,8 +76,9 @@ def remove_parts(path: Path, but: Path | None = None) -> None:
 
 
 def remove_left_over(path: Path) -> None:
-    """What a run has left that was killed when its basis was in place already, or before there was
-    a position to continue from.
+    """Removes what a killed run has left, if there is nothing to continue.
+
+    Its basis was in place already, or there was no position to continue from yet.
     """
     partial = unfinished_parts(path)[-1]
     if not partial.exists():
@@ -83,8 +94,14 @@ def remove_left_over(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """read: bytes of the candidates; written: of the file; seconds: of this process alone; memory:
-    highest resident bytes.
+    """What a run took.
+
+    Attributes:
+        read: bytes of the candidates
+        written: bytes of the file
+        seconds: of this process alone
+        memory: highest resident bytes
+        resumed: whether it went on with what another had begun
     """
 
     read: int
@@ -98,7 +115,21 @@ class PackToFile:
     """Packs candidates straight into a file, whose size is not limited by memory.
 
     Interrupted, it goes on where it was (resume=True), with the bits of an undisturbed run: the
-    file is the same whatever the interruptions and the memory."""
+    file is the same whatever the interruptions and the memory.
+
+    Args:
+        path: where the basis goes
+        model: its trainable parameters are in the subspace
+        candidates: the n checkpoints
+        bits: 8, 4, 3, 2 or 1
+        granularity: see `Subspace.from_candidates`
+        center: see `Subspace.from_candidates`
+        normalize: "row" or "none"
+
+    Raises:
+        CandidateError: candidates and model do not fit
+        TwaError: another argument is none of what it can be
+    """
 
     def __init__(
         self,
@@ -107,26 +138,29 @@ class PackToFile:
         candidates: Candidates,
         *,
         bits: int = 4,
-        granularity: object = "tensor",
+        granularity: Granularity = "tensor",
         center: str | int | Tensor = "mean",
         normalize: str = "row",
     ) -> None:
         self.path, self.candidates = Path(path), candidates
-        layout = layout_of(model, candidates)
-        self.weights, segments = choices(layout, candidates, granularity, center)
+        key_map = match_keys(model, candidates)
+        self.weights = averages.of_center(center, len(candidates))
+        numels = key_map.numels(candidates.info)
+        segments = segments_of(list(key_map.trained), numels, granularity)
         if bits not in BITS:
-            raise ValueError(
+            raise TwaError(
                 f"bits: expected one of {BITS}, found {bits!r}; the dense basis (32) is not"
                 " written: it is the candidates"
             )
-        self.place = Placement(World(), model, candidates, layout)
-        self.contents = contents_of(layout, candidates, bits, segments, normalize)
+        self.sharding = Sharding(Ranks(), model, candidates, key_map)
+        self.contents = contents_of(key_map, candidates, bits, segments, normalize)
         self.writer = Writer(self.path, self.contents)
         self.position, self.raw, _ = unfinished_parts(self.path)
         self.finished = False
 
     @property
     def unfinished(self) -> bool:
+        """Whether an interrupted run can be continued."""
         return is_unfinished(self.path)
 
     def clear(self) -> None:
@@ -134,17 +168,25 @@ class PackToFile:
         remove_parts(self.path)
 
     def run(self, resume: bool = False, progress: Callable[[int], None] | None = None) -> Report:
-        """progress: called with the bytes read since the last call.
+        """Packs all that is not packed yet.
 
-        Raises OSError if the disk is full (what is saved stays, to be resumed), BasisError if
-        another process is packing to the same place."""
+        Args:
+            resume: go on with what an interrupted run has left, if there is something
+            progress: called with the bytes read since the last call
+
+        Raises:
+            CandidateError: a candidate holds NaN or Inf, or changes meanwhile
+            OSError: the disk is full; what is saved stays, to be resumed
+            BasisError: another process is packing to the same place, or what is left there is of
+                another run
+        """
         memory, begun, resumed = PeakMemory(), time.perf_counter(), resume and self.unfinished
         c, writer = self.contents, self.writer
         packer = tk.Packer(
             len(self.candidates),
             c.shapes,
             c.bits,
-            c.parts.of_tiles(c.numels),
+            c.tensor_segments.of_tiles(c.numels),
             sink=self._keep,
             num_segments=len(c.labels),
         )
@@ -159,7 +201,7 @@ class PackToFile:
                 if progress and resumed:
                     progress(self._bytes_before(*begin))
                 self._stream(packer, begin, progress)
-                load_untrained(self.place, self.weights)
+                load_untrained(self.sharding, self.weights)
                 self._finish(packer)
         finally:
             self.finished = writer.finished
@@ -175,26 +217,30 @@ class PackToFile:
         )
 
     def _keep(self, first: int, codes: Tensor, scales: Tensor) -> None:
+        """Writes tiles as they are packed, from tile `first` on."""
         self.writer.put("codes", codes, first * codes[0].numel() if len(codes) else 0)
         self.raw_file.seek(first * scales.shape[1] * 2)
-        self.raw_file.write(memoryview(scales.reshape(-1).view(torch.uint8).numpy()))
+        self.raw_file.write(raw_bytes(scales))
 
     @torch.no_grad()
     def _stream(
         self, packer: tk.Packer, begin: tuple[int, int], progress: Callable[[int], None] | None
     ) -> None:
+        """Packs the candidates from (tensor, column) `begin` on."""
         numels, saved = self.contents.numels, time.perf_counter()
         starts = [sum(numels[:k]) for k in range(len(numels))]
         if begin[0] < len(numels) and begin[1] and begin[1] == numels[begin[0]]:
-            raise BasisError(f"{self.position}: expected a position inside a tensor, found its end")
-        for k, block in self.place.stream(range(len(numels)), begin=begin):
+            raise BasisError("expected a position inside a tensor, found its end", self.position)
+        for k, block in self.sharding.stream(range(len(numels)), begin=begin):
             try:
                 center = torch.empty(block.end - block.begin)
-                self.place.pack(packer, k, block, self.weights, center)
+                self.sharding.pack(packer, k, block, self.weights, center)
                 self.writer.put("center", center, starts[k] + block.begin)
             except tk.NotFiniteError as error:
                 self.clear()  # other files will make another basis
-                raise not_finite(self.candidates, self.place.keys[k], self.place.read(k)) from error
+                raise not_finite(
+                    self.candidates, self.sharding.keys[k], self.sharding.read(k)
+                ) from error
             at = (k, block.end)
             if block.end == numels[k]:
                 packer.end_tensor()
@@ -206,236 +252,92 @@ class PackToFile:
                 saved = time.perf_counter()
 
     def _finish(self, packer: tk.Packer) -> None:
-        n, writer, segment = len(self.candidates), self.writer, packer.tile_segment
-        scaling, lost = Scaling.of(packer.sum_sq, packer.max_scale, self.contents.normalize), 0
-        step = max(1, self.candidates.block_bytes // (8 * n))
-        self.raw_file.flush()
-        for first in range(0, len(segment), step):
-            at = slice(first, min(first + step, len(segment)))
-            self.raw_file.seek(first * n * 2)
-            data = self.raw_file.read((at.stop - first) * n * 2)
-            whole = len(data) == (at.stop - first) * n * 2
-            if whole:
-                scales, zeros = scaling.apply(
-                    torch.frombuffer(bytearray(data), dtype=torch.bfloat16).view(-1, n), segment[at]
-                )
-            if not whole or (scales.view(torch.uint8) > LARGEST_SCALE).any():
-                raise BasisError(
-                    f"{self.raw}: not the scales of an unfinished basis of these candidates; pass"
-                    " --overwrite to start anew"
-                )
-            writer.put("scales", scales, first * n)
-            lost += zeros
-        if lost:
-            print(f"twa: warning: {lost_groups(lost, len(segment) * n)}", file=sys.stderr)
+        """Writes all but codes and center, and puts the file at its place."""
+        scaling = Scaling.of(packer.sum_sq, packer.max_scale, self.contents.normalize)
+        self._write_scales(scaling, packer.tile_segment)
         small = {
             "row_scale": scaling.row_scale,
             "divisor": scaling.divisor,
             "center_weights": self.weights,
+            "coefficients": torch.zeros(packer.sum_sq.shape),
         }
-        small["coefficients"] = torch.zeros(packer.sum_sq.shape)
-        for name, t in (small | untrained(self.place.model, self.contents)).items():
-            writer.put(name, t)
+        for name, t in (small | untrained(self.sharding.model, self.contents)).items():
+            self.writer.put(name, t)
         self.candidates.check()
-        writer.finish()
+        self.writer.finish()
+
+    def _write_scales(self, scaling: Scaling, segment: Tensor) -> None:
+        """Makes the scales of the basis from those that were kept while it was packed.
+
+        Args:
+            scaling: how, now that all of every segment is known
+            segment: of each tile
+        """
+        n, lost = len(self.candidates), 0
+        step = max(1, self.candidates.block_bytes // (8 * n))
+        self.raw_file.flush()
+        for first in range(0, len(segment), step):
+            tiles = segment[first : first + step]
+            self.raw_file.seek(first * n * 2)
+            data = self.raw_file.read(len(tiles) * n * 2)
+            whole = len(data) == len(tiles) * n * 2
+            if whole:
+                raw = torch.frombuffer(bytearray(data), dtype=torch.bfloat16).view(-1, n)
+                scales, zeros = scaling.apply(raw, tiles)
+            if not whole or (scales.view(torch.uint8) > LARGEST_SCALE).any():
+                raise BasisError(
+                    "not the scales of an unfinished basis of these candidates; pass"
+                    " --overwrite to start anew",
+                    self.raw,
+                )
+            self.writer.put("scales", scales, first * n)
+            lost += zeros
+        if lost:
+            print(f"twa: warning: {lost_groups(lost, len(segment) * n)}", file=sys.stderr)
 
     def _bytes_before(self, index: int, column: int) -> int:
+        """Bytes of all candidates before a column of a tensor."""
         keys = list(self.contents.trained.values())
         whole = sum(c.info[key].nbytes for c in self.candidates for key in keys[:index])
-        return whole + (
-            sum(c.info[keys[index]].dtype.itemsize for c in self.candidates) * column
-            if index < len(keys)
-            else 0
-        )
+        if index >= len(keys):
+            return whole
+        return whole + sum(c.info[keys[index]].dtype.itemsize for c in self.candidates) * column
 
     # Position of an interrupted run --------------------------------------------------------------
 
     def _save_position(self, packer: tk.Packer, at: tuple[int, int]) -> None:
-        """After the parts before it are on the disk."""
+        """Writes (tensor, column) to go on from, when the parts before it are on the disk."""
         self.writer.sync()
         self.raw_file.flush()
         os.fsync(self.raw_file.fileno())
         sums = {"sum_sq": packer.sum_sq.tolist(), "max_scale": packer.max_scale.tolist()}
-        options = {"contents": self.contents.as_json(), "center_weights": self.weights.tolist()}
-        write_json(
-            self.position, {"tensor": at[0], "column": at[1], **sums, "of": json.dumps(options)}
-        )
+        place = {"tensor": at[0], "column": at[1]}
+        write_json(self.position, {**place, **sums, "of": json.dumps(self._options())})
+
+    def _options(self) -> dict[str, Any]:
+        """What must be the same in a run that goes on."""
+        return {"contents": self.contents.as_json(), "center_weights": self.weights.tolist()}
 
     def _read_position(self, packer: tk.Packer) -> tuple[int, int]:
-        value = read_json(
-            self.position, "expected the position of an interrupted run", MAX_POSITION
-        )
+        """The (tensor, column) to go on from; the packer is as it was there."""
+        expected = "expected the position of an interrupted run"
+        value: Any = read_json(self.position, expected, MAX_POSITION)  # of any type, caught below
         try:
-            of, ours = (
-                json.loads(value["of"]),
-                json.loads(
-                    json.dumps(
-                        {
-                            "contents": self.contents.as_json(),
-                            "center_weights": self.weights.tolist(),
-                        }
-                    )
-                ),
-            )
+            of, ours = json.loads(value["of"]), json.loads(json.dumps(self._options()))
             for theirs, mine in ((of["contents"], ours["contents"]), (of, ours)):
                 if odd := [name for name in mine if mine[name] != theirs.get(name)]:
                     raise BasisError(
-                        f"{self.position}: of another run: {odd[0]} differs; pass --overwrite to"
-                        " start anew"
+                        f"of another run: {odd[0]} differs; pass --overwrite to start anew",
+                        self.position,
                     )
-            sums = (
-                torch.tensor(value["sum_sq"], dtype=torch.float64),
-                torch.tensor(value["max_scale"], dtype=torch.float32),
-            )
-            packer.resume(value["tensor"], value["column"], *sums)
+            sum_sq = torch.tensor(value["sum_sq"], dtype=torch.float64)
+            max_scale = torch.tensor(value["max_scale"], dtype=torch.float32)
+            packer.resume(value["tensor"], value["column"], sum_sq, max_scale)
             return value["tensor"], value["column"]
         except BasisError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise BasisError(
-                f"{self.position}: not the position of an interrupted run ({type(error).__name__}:"
-                f" {error})"
+                f"not the position of an interrupted run ({type(error).__name__}: {error})",
+                self.position,
             ) from error
-
-
-# Command line ------------------------------------------------------------------------------------
-
-
-def _granularity(text: str) -> str | int:
-    try:
-        return parse_granularity(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "task",
-        metavar="TASK",
-        help="a built-in task, or a Python file that defines the model (as for twa average)",
-    )
-    parser.add_argument(
-        "candidates",
-        metavar="CANDIDATES",
-        nargs="+",
-        help="checkpoint files, glob patterns or directories, oldest first",
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="FILE",
-        type=Path,
-        required=True,
-        help=f"the packed basis (in a directory: {NAME})",
-    )
-    parser.add_argument("--bits", type=int, choices=BITS, default=4, help="(default: %(default)s)")
-    parser.add_argument(
-        "--granularity",
-        type=_granularity,
-        default="tensor",
-        help=f"of the coefficients: {GRANULARITIES} (default: %(default)s)",
-        metavar="KIND",
-    )
-    parser.add_argument(
-        "--center",
-        metavar="CENTER",
-        default="mean",
-        help="mean, last, zero, or a candidate's index (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--normalize",
-        choices=tk.packed.NORMALIZE,
-        default="row",
-        help="see Subspace.from_candidates (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--entry",
-        help="key under which torch and DCP checkpoints hold the weights, such as state_dict_ema",
-    )
-    parser.add_argument(
-        "--max-memory",
-        metavar="SIZE",
-        type=parse_bytes,
-        help="most that the process may hold in memory, such as 2GB",
-    )
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace a file that is there, or an unfinished one",
-    )
-    existing.add_argument(
-        "--resume", action="store_true", help="go on with an unfinished file, if there is one"
-    )
-
-
-def run_pack(args: argparse.Namespace) -> None:
-    """Packs candidates into a file that Subspace.load maps: every later run starts at once, without
-    the candidates.
-    """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError("twa pack runs as one process: start it without torchrun")
-    path = find_basis(args.output)
-    if path.exists() and args.resume and not is_unfinished(path):
-        remove_left_over(path)
-        print(f"{path} is finished: there is nothing to resume (--overwrite packs it again)")
-        return
-    if path.exists() and not args.overwrite and not args.resume:
-        raise BasisError(f"{path}: exists; pass --overwrite to replace it")
-    candidates = Candidates(args.candidates, entry=args.entry)
-    center = int(args.center) if args.center.lstrip("-").isdecimal() else args.center
-    model = load_task(args.task).model()
-    job = PackToFile(
-        path,
-        model,
-        candidates,
-        bits=args.bits,
-        granularity=args.granularity,
-        center=center,
-        normalize=args.normalize,
-    )
-    if job.unfinished and not args.resume and not args.overwrite:
-        raise BasisError(
-            f"{job.position}: of an unfinished run; pass --resume to continue it, or --overwrite to"
-            " start anew"
-        )
-    args.how_to_go_on = lambda: _how_to_go_on(job, args.overwrite)
-    if args.max_memory:
-        limit_memory(candidates, args.max_memory)
-    total = sum(c.info[key].nbytes for c in candidates for key in job.contents.trained.values())
-    with tqdm(
-        total=total,
-        desc=f"packing {len(candidates)} candidates",
-        unit="B",
-        unit_scale=True,
-        mininterval=0.5,
-        file=sys.stderr,
-    ) as bar:
-        try:
-            report = job.run(args.resume, bar.update)
-        except OSError as error:
-            raise BasisError(
-                f"{path}: could not be written ({error.strerror});"
-                f" {_how_to_go_on(job, args.overwrite)}"
-            ) from error
-    done = "continued and finished" if report.resumed else "packed"
-    weights, rate = sum(job.contents.numels), report.read / 1e9 / report.seconds
-    print(
-        f"{done} {len(candidates)} candidates of {weights:,} weights: {report.read / 1e9:.2f} GB"
-        f" read in {report.seconds:.1f} s ({rate:.2f} GB/s), {report.written / 1e9:.2f} GB written"
-        f" to {path}, highest memory {report.memory / 1e9:.2f} GB"
-    )
-    print(f"load it with twa.Subspace.load({str(path)!r}, model)")
-
-
-def _how_to_go_on(job: PackToFile, overwrite: bool) -> str:
-    if job.unfinished:
-        return (
-            "continue with the same command and"
-            f" --resume{' in place of --overwrite' if overwrite else ''} ({job.position})"
-        )
-    return (
-        f"{job.path} is finished"
-        if job.finished
-        else "nothing of it is kept: start again with the same command"
-    )

@@ -29,8 +29,6 @@ CYCLE = 20
 HELD = {"heldout": 9, "val": 14, "test": 19}  # positions in a cycle; the other 17 are training data
 VAL_WINDOWS, TEST_WINDOWS = 192, 512
 
-CharTransformer = GPT  # the benchmarks' name for it
-
 
 @functools.cache
 def files() -> tuple[Path, ...]:
@@ -41,16 +39,17 @@ def files() -> tuple[Path, ...]:
 
 
 def characters(text: bytes) -> Tensor:
-    """(len(text),) uint8, every byte beyond ASCII as 127."""
+    """The text's bytes (len(text),) uint8, each one beyond ASCII as 127."""
     if not text:  # frombuffer refuses it
         return torch.empty(0, dtype=torch.uint8)
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).clamp_(max=VOCABULARY - 1)
 
 
 def whole_cycles(text: bytes) -> bytes:
-    """Without what is left after the last whole cycle of blocks.
+    """The text without what is left after the last whole cycle of blocks.
 
-    FileNotFoundError if it is not a library's worth of text.
+    Raises:
+        FileNotFoundError: it is not a library's worth of text
     """
     if len(text) < 100 * CYCLE * BLOCK:
         root = sysconfig.get_paths()["stdlib"]
@@ -62,11 +61,17 @@ def whole_cycles(text: bytes) -> bytes:
 
 
 def cut(tokens: Tensor, context: int, cycle: int, held: dict[str, int]) -> dict[str, Tensor]:
-    """{split:
+    """Windows that follow each other in a text, by split: {split: (windows, context + 1)}.
 
-    (windows, context + 1)} of the windows that follow each other in tokens (length,). Of every
-    `cycle` blocks of 16 windows in a row, a split in `held` gets the one at that position and
-    "train" the others; less than a window is left over."""
+    Of every `cycle` blocks of 16 windows in a row, a split in `held` gets the one at that position,
+    and "train" the others; less than a window is left over.
+
+    Args:
+        tokens: the text (length,)
+        context: a window has one token more
+        cycle: blocks of a cycle
+        held: the position in a cycle, of each split but "train"
+    """
     windows = tokens[: len(tokens) // (context + 1) * (context + 1)].view(-1, context + 1)
     position = torch.arange(len(windows)) // BLOCK_WINDOWS % cycle  # (windows,)
     splits = {name: windows[position == p] for name, p in held.items()}
@@ -76,14 +81,19 @@ def cut(tokens: Tensor, context: int, cycle: int, held: dict[str, int]) -> dict[
 @functools.cache
 def _windows() -> dict[str, Tensor]:
     """The standard library's text as {split: uint8 (windows, CONTEXT + 1)}."""
-    return cut(
-        characters(whole_cycles(b"".join(p.read_bytes() for p in files()))), CONTEXT, CYCLE, HELD
-    )
+    text = whole_cycles(b"".join(p.read_bytes() for p in files()))
+    return cut(characters(text), CONTEXT, CYCLE, HELD)
 
 
 class Batches:
-    """Re-iterable batches (b, CONTEXT + 1) int64 of windows (n, CONTEXT + 1); a new random order,
-    drawn from `seed`, at each pass.
+    """Re-iterable batches (b, CONTEXT + 1) int64 of windows (n, CONTEXT + 1).
+
+    Args:
+        data: the windows
+        batch: windows of a batch
+        limit: so many windows, evenly spread over the text; None: all of them
+        shuffle: a new random order at each pass, drawn from `seed`
+        seed: of the orders
     """
 
     def __init__(
@@ -94,8 +104,7 @@ class Batches:
         shuffle: bool = False,
         seed: int = 0,
     ) -> None:
-        # evenly spread over the text, not its beginning
-        if limit is not None and len(data) > limit:
+        if limit is not None and len(data) > limit:  # evenly spread, not the text's beginning
             data = data[torch.linspace(0, len(data) - 1, limit).long()]
         self.data, self.batch, self.shuffle = data, batch, shuffle
         self.generator = torch.Generator().manual_seed(seed)
@@ -111,6 +120,7 @@ class Batches:
 
 
 def model() -> nn.Module:
+    """The transformer at its own initialisation."""
     return GPT()
 
 

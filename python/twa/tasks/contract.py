@@ -9,12 +9,12 @@ A task file defines
 
 and may define
 
-    heldout_data()          batches for TWA-v's gradient steps, disjoint from val_data. Without it,
-                            TWA-v takes every other batch of val_data and all choices are made on
-                            the rest.
+    heldout_data()          batches for TWA-v's gradient steps, disjoint from val_data; without it,
+                            TWA-v takes every other batch of val_data, and all choices are made on
+                            the rest
     test_data()             batches for the report only
-    metric(model, batch)    mean over the batch of a second figure for the report, such as accuracy;
-                            METRIC names it
+    metric(model, batch)    mean over the batch of a second figure for the report, such as accuracy
+    METRIC                  that figure's name
 
 Data functions may take a `seed` argument, which then orders the batches.
 """
@@ -31,22 +31,20 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..io.errors import TaskError, TwaError
 from .batches import EveryOther, Moved, batch_digest, first_batch
 
 BUILT_IN = ("chars", "digits")
 REQUIRED = ("model", "train_data", "val_data", "loss")
 
 
-class TaskError(ValueError):
-    """The task cannot be loaded or does not keep the contract."""
-
-
 def _same(a: object, b: object) -> bool:
-    """Whether two batches hold equal tensors."""
+    """Whether two batches hold equal tensors; anything else in them is not compared."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.equal(a, b)
     if isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -58,9 +56,21 @@ def _same(a: object, b: object) -> bool:
 
 @dataclass
 class Task:
-    """A loaded task; see the module's text.
+    """A model, its data and its loss. `load_task` makes one of a task file.
 
-    Without `heldout`, `split_validation` makes it from `val`.
+    Data are batches that can be read again and again.
+
+    Attributes:
+        name: for messages
+        model: makes a new model
+        loss: scalar mean loss over a batch; runs the model
+        train: batches for TWA-t and BatchNorm re-estimation
+        val: batches on which every choice is made
+        heldout: batches for TWA-v; None: `split_validation` makes them from `val`
+        test: batches for the report only, or None
+        metric: mean over a batch of a second figure for the report, or None
+        metric_name: that figure's name
+        fingerprint: of the file that defines the task: what a continued run may not change
     """
 
     name: str
@@ -72,11 +82,12 @@ class Task:
     test: Iterable | None
     metric: Callable[[nn.Module, object], float] | None
     metric_name: str
-    fingerprint: str = ""  # of the file that defines it
+    fingerprint: str = ""
 
     def first_batches(self) -> dict[str, str]:
-        """Digests of the first batch of each kind of data: what must be the same on all ranks, and
-        when a run is continued.
+        """Digests of the first batch of each kind of data.
+
+        They must be the same on all ranks, and when a run is continued.
         """
         data = {
             "training": self.train,
@@ -91,17 +102,23 @@ class Task:
         }
 
     def on(self, device: torch.device) -> Task:
-        """The same with model and batches on a device."""
-        data = {name: getattr(self, name) for name in ("train", "val", "heldout", "test")}
-        moved = {
-            name: None if batches is None else Moved(batches, device)
-            for name, batches in data.items()
-        }
-        return replace(self, model=lambda: self.model().to(device), **moved)
+        """The same task with model and batches on a device."""
+        return replace(
+            self,
+            model=lambda: self.model().to(device),
+            train=Moved(self.train, device),
+            val=Moved(self.val, device),
+            heldout=None if self.heldout is None else Moved(self.heldout, device),
+            test=None if self.test is None else Moved(self.test, device),
+        )
 
     def split_validation(self) -> None:
-        """Gives every other batch of the validation data to TWA-v, if the task has no held-out data
-        of its own.
+        """Gives every other batch of the validation data to TWA-v.
+
+        A task with held-out data of its own stays as it is.
+
+        Raises:
+            TaskError: the validation data are too few, or come in another order at each pass
         """
         if self.heldout is not None:
             return
@@ -119,55 +136,65 @@ class Task:
 
 
 def load_task(name: str, seed: int = 0) -> Task:
-    """A built-in task by name, or a Python file (which is run)."""
+    """Loads a task.
+
+    Args:
+        name: of a built-in task, or path of a Python file, which is run
+        seed: orders the batches, where the task's data functions take it
+
+    Returns:
+        the task, with its data made and its model yet to be made
+
+    Raises:
+        TaskError: there is no such task, or it does not keep the contract
+    """
     if name in BUILT_IN:
         module = importlib.import_module(f"twa.tasks.{name}")
     else:
         module = _run_file(Path(name))
     if missing := [part for part in REQUIRED if not callable(getattr(module, part, None))]:
         raise TaskError(
-            f"task {name}: expected functions {', '.join(REQUIRED)}; {', '.join(missing)} missing"
+            f"expected functions {', '.join(REQUIRED)}; {', '.join(missing)} missing",
+            f"task {name}",
         )
 
-    def data(function: str) -> Iterable | None:
-        make = getattr(module, function, None)
-        if make is None:
-            return None
+    def named(function: str) -> Callable[..., Any]:
+        return _named(getattr(module, function), f"task {name}: {function}()")
+
+    def data(function: str) -> Iterable:
+        make = named(function)
         batches = make(seed=seed) if "seed" in inspect.signature(make).parameters else make()
         if iter(batches) is batches:
             raise TaskError(
                 f"task {name}: {function}() returned an iterator, which can be read only once;"
                 " return a DataLoader or a list of batches"
             )
-        if (sampler := getattr(batches, "sampler", None)) is not None and getattr(
-            sampler, "num_replicas", 1
-        ) > 1:
+        sampler = getattr(batches, "sampler", None)
+        if getattr(sampler, "num_replicas", 1) > 1:
             raise TaskError(
                 f"task {name}: {function}() shares its data out over ranks (DistributedSampler);"
                 " twa does that itself: return all of them"
             )
         return batches
 
+    assert module.__file__ is not None  # it was loaded from there
+    digest = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
     return Task(
         name=name,
-        model=module.model,
-        loss=_named(module.loss, f"task {name}: loss()"),
+        model=named("model"),
+        loss=named("loss"),
         train=data("train_data"),
         val=data("val_data"),
-        heldout=data("heldout_data"),
-        test=data("test_data"),
-        metric=(
-            _named(module.metric, f"task {name}: metric()") if hasattr(module, "metric") else None
-        ),
+        heldout=data("heldout_data") if hasattr(module, "heldout_data") else None,
+        test=data("test_data") if hasattr(module, "test_data") else None,
+        metric=named("metric") if hasattr(module, "metric") else None,
         metric_name=getattr(module, "METRIC", "metric"),
-        fingerprint=(
-            f"{Path(name).name}"
-            f" {hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()[:16]}"
-        ),
+        fingerprint=f"{Path(name).name} {digest[:16]}",
     )
 
 
 def _run_file(path: Path) -> ModuleType:
+    """The module that a task file is, run."""
     if not path.is_file():
         raise TaskError(
             f"task {str(path)!r}: expected one of {', '.join(BUILT_IN)}, or a Python file; there is"
@@ -178,28 +205,31 @@ def _run_file(path: Path) -> ModuleType:
         raise TaskError(f"task {str(path)!r}: expected a file ending in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and worker processes look it up
-    # modules beside the file, as when it is run as a script
+    # Modules beside the file can be imported, as when it is run as a script.
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         spec.loader.exec_module(module)
     except (ImportError, SyntaxError) as error:
-        hint = (
-            f"; for a file beside it: import its name, {path.parent} is on the path"
-            if isinstance(error, ImportError)
-            else ""
-        )
+        hint = ""
+        if isinstance(error, ImportError):
+            hint = f"; for a file beside it: import its name, {path.parent} is on the path"
         raise TaskError(f"task {str(path)!r}: {type(error).__name__}: {error}{hint}") from error
     return module
 
 
-def _named(function: Callable, name: str) -> Callable:
-    """The task's function; a ValueError says whose it is, and keeps its traceback."""
+def _named(function: Callable[..., Any], where: str) -> Callable[..., Any]:
+    """The task's function; a ValueError from it becomes a TaskError that says whose it is.
+
+    The ValueError is its cause, and keeps its traceback.
+    """
 
     @functools.wraps(function)
-    def run(model: nn.Module, batch: object):
+    def run(*arguments: Any, **options: Any) -> Any:
         try:
-            return function(model, batch)
+            return function(*arguments, **options)
+        except TwaError:
+            raise
         except ValueError as error:
-            raise TaskError(f"{name}: {error}") from error
+            raise TaskError(str(error), where) from error
 
     return run

@@ -1,10 +1,12 @@
-"""Small causal transformer."""
+"""A small causal transformer."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..io.errors import TwaError
 
 
 class Block(nn.Module):
@@ -37,8 +39,17 @@ class GPT(nn.Module):
 
     tokens (b, t) int64 in [0, vocabulary), t <= context -> logits (b, t, vocabulary) of the token
     that follows each. The defaults have 360,288 parameters. Names, initialisation and the order of
-    random draws are fixed: the demo's published figures depend on them. ValueError if `width` is no
-    multiple of `heads`, or t exceeds `context`.
+    random draws are fixed: the demo's published figures depend on them.
+
+    Args:
+        vocabulary: how many tokens there are
+        context: longest row of tokens
+        width: of the embeddings, a multiple of `heads`
+        depth: number of blocks
+        heads: of attention in each block
+
+    Raises:
+        TwaError: `width` is no multiple of `heads`, or, from `forward`, t exceeds `context`
     """
 
     def __init__(
@@ -51,7 +62,7 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         if width % heads:
-            raise ValueError(f"expected a width that is a multiple of {heads} heads, found {width}")
+            raise TwaError(f"expected a width that is a multiple of {heads} heads, found {width}")
         self.embed = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(torch.randn(context, width) * 0.02)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -64,7 +75,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if tokens.shape[1] > len(self.position):
-            raise ValueError(
+            raise TwaError(
                 f"expected at most {len(self.position)} tokens in a row, found {tokens.shape[1]}"
             )
         h = self.embed(tokens) + self.position[: tokens.shape[1]]

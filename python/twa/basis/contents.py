@@ -1,0 +1,239 @@
+"""`Contents`: what a packed basis is of, as the metadata of its file say; and their checks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from twa_kernels.packed import NORMALIZE
+from twa_kernels.reference import BITS, MAX_ROWS, TILE, tile_offsets
+
+from ..coordinates import BASES, CONSTRAINTS, trained_count
+from ..io.checks import is_shape, is_text, shown
+from ..io.key_map import KeyMap
+from ..io.mapped import TensorInfo
+from ..io.safetensors import SAFETENSORS_DTYPES
+from .segments import Segments
+
+FORMAT = "twa-basis-1"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a packed basis is of: the metadata of its file.
+
+    Attributes:
+        bits: of the codes
+        basis: what the rows of P are, see `Coordinates`
+        normalize: see `Subspace.from_candidates`
+        rows: of the basis: the candidates, or the rank of an orthonormal one
+        candidates: path and fingerprint of each source, in order
+        kind: format of the sources
+        info: key in the sources -> [shape, dtype as safetensors names it]
+        trained: as in `KeyMap`, like fixed, copied, aliases and names
+        segments: of each trained tensor, see `Segments.first`
+        labels: names of the segments
+        chunk: see `Segments`
+        constraint: what the coefficients are kept to, see `Coordinates`
+        dropped: of an orthonormal basis: per segment, [candidate, relative distance] of those that
+            depend on earlier ones
+        format: FORMAT
+    """
+
+    bits: int
+    basis: str
+    normalize: str
+    rows: int
+    candidates: list[list[str]]
+    kind: str
+    info: dict[str, list[Any]]
+    trained: dict[str, str]
+    fixed: dict[str, str]
+    copied: dict[str, str]
+    aliases: dict[str, str]
+    names: dict[str, str]
+    segments: list[int]
+    labels: list[str]
+    chunk: int = 0
+    constraint: str = "none"
+    dropped: list[list[list[float]]] = field(default_factory=list)
+    format: str = FORMAT
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """Shapes of the trained tensors."""
+        return [torch.Size(self.info[key][0]) for key in self.trained.values()]
+
+    @property
+    def numels(self) -> list[int]:
+        """Number of weights of each trained tensor."""
+        return [shape.numel() for shape in self.shapes]
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values; what is trained as pairs, since their order is that of the codes."""
+        return asdict(self) | {"trained": [list(pair) for pair in self.trained.items()]}
+
+    @property
+    def tensor_segments(self) -> Segments:
+        """The segments of the trained tensors."""
+        return Segments(self.labels, self.segments, self.chunk)
+
+    @property
+    def key_map(self) -> KeyMap:
+        """Which tensor of the model is which of the sources."""
+        return KeyMap(
+            dict(self.trained),
+            dict(self.fixed),
+            dict(self.copied),
+            dict(self.aliases),
+            dict(self.names),
+        )
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Names, shapes and dtypes of the tensors in the file, the large ones first."""
+        n, rows, L = len(self.candidates), self.rows, len(self.labels)
+        tiles = tile_offsets(self.numels)[-1]
+        trained = trained_count(self.constraint, n, rows)
+        found = {
+            "codes": TensorInfo((tiles, rows, 16 * self.bits), torch.uint8),
+            "center": TensorInfo((sum(self.numels),), torch.float32),
+            "scales": TensorInfo((tiles, rows), torch.float8_e4m3fn),
+            "row_scale": TensorInfo((rows, L), torch.float32),
+            "divisor": TensorInfo((n if self.basis == "deltas" else rows, L), torch.float64),
+            "center_weights": TensorInfo((n,), torch.float64),
+            "coefficients": TensorInfo((trained, L), torch.float32),
+        }
+        if self.basis == "orthonormal":
+            found |= {
+                "transform": TensorInfo((L, rows, n), torch.float64),
+                "R": TensorInfo((L, n, rows), torch.float64),
+                "scale": TensorInfo((L,), torch.float64),
+            }
+        for key in (self.fixed | self.copied).values():
+            shape, dtype = self.info[key]
+            found[f"state.{key}"] = TensorInfo(tuple(shape), unrounded(SAFETENSORS_DTYPES[dtype]))
+        return found
+
+
+def unrounded(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which an average is kept until it is exported: float32 or float64."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+
+
+def parse_contents(value: object) -> Contents:
+    """Contents from parsed JSON; ValueError says what is wrong."""
+    found = value.get("format") if isinstance(value, dict) else value
+    if not isinstance(value, dict) or found != FORMAT:
+        raise ValueError(f"expected format {FORMAT!r}, found {shown(found)}")
+    fields = set(Contents.__dataclass_fields__)
+    given: dict[str, Any] = {"chunk": 0, "constraint": "none"} | value  # early files have none
+    if odd := sorted(fields ^ given.keys()):
+        raise ValueError(
+            f"metadata: {odd[0]!r} is {'missing' if odd[0] in fields else 'unexpected'}"
+        )
+    pairs = given["trained"]
+    _want(_is_list(pairs, _is_pair), "trained", "pairs of a name and a key", pairs)
+    _want(len({name for name, _ in pairs}) == len(pairs), "trained", "each name once", pairs)
+    contents = Contents(**given | {"trained": dict(pairs)})
+    # each of these relies on those before it
+    _check_options(contents)
+    _check_candidates(contents)
+    _check_tensors(contents)
+    _check_segments(contents)
+    return contents
+
+
+def _check_options(c: Contents) -> None:
+    _want(c.bits in BITS and type(c.bits) is int, "bits", f"one of {BITS}", c.bits)
+    _want(c.basis in BASES, "basis", f"one of {BASES}", c.basis)
+    _want(c.constraint in CONSTRAINTS, "constraint", f"one of {CONSTRAINTS}", c.constraint)
+    _want(c.normalize in NORMALIZE, "normalize", f"one of {NORMALIZE}", c.normalize)
+
+
+def _check_candidates(c: Contents) -> None:
+    _want(isinstance(c.kind, str), "kind", "a text", c.kind)
+    good = _is_list(c.candidates, _is_pair)
+    _want(good, "candidates", "paths and fingerprints", c.candidates)
+    n = len(c.candidates)
+    _want(1 <= n <= MAX_ROWS, "candidates", f"1 to {MAX_ROWS}", n)
+    good = type(c.rows) is int and 1 <= c.rows <= n
+    good = good and (c.basis == "orthonormal" or c.rows == n)
+    _want(good, "rows", "one per candidate, or the rank", c.rows)
+
+
+def _check_tensors(c: Contents) -> None:
+    for name in ("fixed", "copied", "trained", "aliases", "names"):
+        mapping = getattr(c, name)
+        good = isinstance(mapping, dict) and all(map(is_text, mapping.values()))
+        _want(good, name, "names", mapping)
+    good = isinstance(c.info, dict) and all(map(_is_info, c.info.values()))
+    _want(good, "info", "a shape and a dtype for each key", c.info)
+    keys = [*c.trained.values(), *c.fixed.values(), *c.copied.values()]
+    good = len(set(keys)) == len(keys) and set(keys) <= c.info.keys()
+    _want(good, "keys", "each key in use once, with its shape", keys)
+    _want(c.names.keys() == c.info.keys(), "names", "a name for each key", c.names)
+    dtypes = [SAFETENSORS_DTYPES[c.info[key][1]] for key in c.trained.values()]
+    good = bool(dtypes) and all(dtype.is_floating_point for dtype in dtypes)
+    _want(good, "trained", "float tensors", c.trained)
+
+
+def _check_segments(c: Contents) -> None:
+    _want(
+        _is_list(c.labels, is_text) and len(c.labels) >= 1, "labels", "names of segments", c.labels
+    )
+    num_segments = len(c.labels)
+    good = _is_list(c.segments, lambda s: type(s) is int and 0 <= s < num_segments)
+    good = good and len(c.segments) == len(c.trained)
+    expected = f"an index below {num_segments} for each trained tensor"
+    _want(good, "segments", expected, c.segments)
+    good = type(c.chunk) is int and 0 <= c.chunk < 1 << 62 and c.chunk % TILE == 0
+    good = good and (not c.chunk or _counts_up(c))
+    expected = f"0, or a multiple of {TILE} that makes {num_segments} segments of the tensors"
+    _want(good, "chunk", expected, c.chunk)
+    n = len(c.candidates)
+    good = _is_list(c.dropped, lambda pairs: _is_list(pairs, lambda p: _is_distance(p, n)))
+    good = good and len(c.dropped) == (num_segments if c.basis == "orthonormal" else 0)
+    _want(good, "dropped", "candidates and distances for each segment", c.dropped)
+
+
+def _want(good: bool, name: str, expected: str, found: object) -> None:
+    """ValueError unless this is good."""
+    if not good:
+        raise ValueError(f"metadata: {name}: expected {expected}, found {shown(found)}")
+
+
+def _is_list(value: object, good: Callable[[Any], bool]) -> bool:
+    """Whether this is a list of good items."""
+    return isinstance(value, list) and all(map(good, value))
+
+
+def _is_pair(value: object) -> bool:
+    """Whether this is a list of two texts."""
+    return isinstance(value, list) and len(value) == 2 and all(map(is_text, value))
+
+
+def _is_info(value: object) -> bool:
+    """Whether this is a list of a shape and the name of a dtype."""
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    shape, dtype = value
+    if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
+        return False
+    return isinstance(shape, list) and is_shape(shape)
+
+
+def _is_distance(pair: object, n: int) -> bool:
+    """Whether this is one of n candidates and its distance from the others' span."""
+    if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) is not int:
+        return False
+    return 0 <= pair[0] < n and type(pair[1]) in (int, float) and 0 <= pair[1] < 1e9
+
+
+def _counts_up(c: Contents) -> bool:
+    """Whether segments are those that `chunk` makes, tensor after tensor."""
+    ends = list(itertools.accumulate((-(-numel // c.chunk) for numel in c.numels), initial=0))
+    return c.basis == "deltas" and [*c.segments, len(c.labels)] == ends

@@ -1,0 +1,26 @@
+"""Advice on what to do after an error or Ctrl-C: a command gives it, `main` prints it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def advising(how_to_go_on: Callable[[], str]) -> Iterator[None]:
+    """Gives advice to whatever exception leaves this context, unless an inner one has.
+
+    Args:
+        how_to_go_on: is asked for the advice; "" if there is none
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not advice_of(error):
+            vars(error)["twa_advice"] = how_to_go_on()  # vars: it may be any exception
+        raise
+
+
+def advice_of(error: BaseException) -> str:
+    """The advice that an exception carries, or ""."""
+    return getattr(error, "twa_advice", "")

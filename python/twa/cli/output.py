@@ -1,0 +1,105 @@
+"""The output directory of a run, and what is printed of its result."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+from ..export.hugging_face import FOLDER
+from ..io.candidates import Candidates
+from ..io.errors import OutputError
+from ..io.tables import markdown_table
+from ..merge.report import table_rows, write_outputs
+from ..merge.results import Outcome
+from ..merge.resume import Store
+from ..tasks.contract import Task
+
+
+def check_output(folder: Path, overwrite: bool, resume: bool = False) -> None:
+    """Checks that a run may write its output here.
+
+    Args:
+        folder: is made if it does not exist
+        overwrite: whether what is in it may be replaced
+        resume: whether a state in it may be continued
+
+    Raises:
+        OutputError: it cannot be made or written, or holds something that must not be lost
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError("expected a directory for the output, found a file", folder)
+    has_state = (folder / Store.NAME).exists()
+    is_full = folder.is_dir() and any(not _is_left_over(p) for p in folder.iterdir())
+    if is_full and not overwrite and not (resume and has_state):
+        if has_state:
+            raise OutputError(
+                "holds the state of an unfinished run; pass --resume to continue it, or --overwrite"
+                " to start anew",
+                folder,
+            )
+        raise OutputError(
+            "the output directory is not empty; pass --overwrite to replace what is in it, or"
+            " choose another",
+            folder,
+        )
+    existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"the output directory cannot be written ({error.strerror})", folder
+        ) from error
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether a killed process may have left it before there was a state to continue from."""
+    return (path.name.startswith(".") and path.suffix == ".tmp") or path.match(Store.BEST)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has ended there."""
+    names = ("averaged.safetensors", "results.json")
+    return all((folder / name).exists() for name in names) and not (folder / Store.NAME).exists()
+
+
+def finish(
+    folder: Path, outcome: Outcome, task: Task, candidates: Candidates, dcp: bool = False
+) -> None:
+    """Writes the files of a result, and prints its table.
+
+    All ranks call it; rank 0 writes.
+
+    Raises:
+        OutputError: a file cannot be written
+    """
+    ranks = outcome.sharding.ranks
+    with ranks.fail_together(f"writing {folder}"):
+        command = shlex.join(["twa", *sys.argv[1:]])
+        try:
+            if ranks.is_rank_zero:
+                folder.mkdir(parents=True, exist_ok=True)
+            ranks.barrier()
+            names = [str(c.path) for c in candidates]
+            written = write_outputs(folder, outcome, task, names, command, dcp)
+        except OSError as error:
+            raise OutputError(
+                f"the result could not be written ({error.strerror}): {error.filename or ''}",
+                folder,
+            ) from error
+    if not ranks.is_rank_zero:
+        return
+    print()
+    print(markdown_table(*table_rows(outcome.results, task)))
+    print()
+    winner = outcome.winner
+    test = f", test loss {winner.test_loss:.6f}" if winner.test_loss is not None else ""
+    print(
+        f"winner on the validation data: {winner.method}, validation loss"
+        f" {winner.val_loss:.6f}{test}"
+    )
+    print(f"written to {folder}/: {', '.join(written)}")
+    if f"{FOLDER}/" in written:
+        print(f"from_pretrained loads {folder / FOLDER}/")

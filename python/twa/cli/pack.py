@@ -1,0 +1,119 @@
+"""`twa pack`: packs candidates into a file that Subspace.load maps.
+
+So every later run starts at once, without the candidates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from twa_kernels.packed import NORMALIZE
+from twa_kernels.reference import BITS
+
+from ..basis.file import NAME
+from ..basis.segments import GRANULARITIES
+from ..io.candidates import Candidates
+from ..io.errors import BasisError, TwaError
+from ..io.memory import limit_memory
+from ..io.progress import progress_bar
+from ..packing.load import find_basis
+from ..packing.to_file import PackToFile, Report, is_unfinished, remove_left_over
+from ..tasks.contract import load_task
+from . import arguments
+from .advice import advising
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command and its options."""
+    p = commands.add_parser(
+        "pack", help="pack checkpoints into a file that later runs map", description=__doc__
+    )
+    p.set_defaults(run=run)
+    add = p.add_argument
+    task = "a built-in task, or a Python file that defines the model (as for twa average)"
+    add("task", metavar="TASK", help=task)
+    arguments.add_candidates(p)
+    output = f"the packed basis (in a directory: {NAME})"
+    add("-o", "--output", metavar="FILE", type=Path, required=True, help=output)
+    add("--bits", type=int, choices=BITS, default=4, help="(default: %(default)s)")
+    segments = f"of the coefficients: {GRANULARITIES} (default: %(default)s)"
+    kind = arguments.granularity
+    add("--granularity", type=kind, default="tensor", metavar="KIND", help=segments)
+    center = "mean, last, zero, or a candidate's index (default: %(default)s)"
+    add("--center", metavar="CENTER", type=arguments.center, default="mean", help=center)
+    norms = "see Subspace.from_candidates (default: %(default)s)"
+    add("--normalize", choices=NORMALIZE, default="row", help=norms)
+    memory = "most that the process may hold in memory, such as 2GB"
+    add("--max-memory", metavar="SIZE", type=arguments.amount_of_memory, help=memory)
+    existing = p.add_mutually_exclusive_group()
+    overwrite = "replace a file that is there, or an unfinished one"
+    existing.add_argument("--overwrite", action="store_true", help=overwrite)
+    resume = "go on with an unfinished file, if there is one"
+    existing.add_argument("--resume", action="store_true", help=resume)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Packs the candidates, or goes on with an unfinished file."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise TwaError("twa pack runs as one process: start it without torchrun")
+    path = find_basis(args.output)
+    if path.exists() and args.resume and not is_unfinished(path):
+        remove_left_over(path)
+        print(f"{path} is finished: there is nothing to resume (--overwrite packs it again)")
+        return
+    if path.exists() and not args.overwrite and not args.resume:
+        raise BasisError("exists; pass --overwrite to replace it", path)
+    candidates = Candidates(args.candidates, entry=args.entry)
+    job = PackToFile(
+        path,
+        load_task(args.task).model(),
+        candidates,
+        bits=args.bits,
+        granularity=args.granularity,
+        center=args.center,
+        normalize=args.normalize,
+    )
+    if job.unfinished and not args.resume and not args.overwrite:
+        raise BasisError(
+            "of an unfinished run; pass --resume to continue it, or --overwrite to start anew",
+            job.position,
+        )
+    with advising(lambda: how_to_go_on(job, args.overwrite)):
+        if args.max_memory:
+            limit_memory(candidates, args.max_memory)
+        total = sum(c.info[key].nbytes for c in candidates for key in job.contents.trained.values())
+        text = f"packing {len(candidates)} candidates"
+        with progress_bar(text, total, unit="B", unit_scale=True) as bar:
+            try:
+                report = job.run(args.resume, bar.update)
+            except OSError as error:
+                raise BasisError(
+                    f"could not be written ({error.strerror}); {how_to_go_on(job, args.overwrite)}",
+                    path,
+                ) from error
+        print(summary(job, report))
+
+
+def summary(job: PackToFile, report: Report) -> str:
+    """What is printed of a finished job."""
+    done = "continued and finished" if report.resumed else "packed"
+    read, written, memory = report.read / 1e9, report.written / 1e9, report.memory / 1e9
+    rate = read / report.seconds
+    return (
+        f"{done} {len(job.candidates)} candidates of {sum(job.contents.numels):,} weights:"
+        f" {read:.2f} GB read in {report.seconds:.1f} s ({rate:.2f} GB/s), {written:.2f} GB written"
+        f" to {job.path}, highest memory {memory:.2f} GB\n"
+        f"load it with twa.Subspace.load({str(job.path)!r}, model)"
+    )
+
+
+def how_to_go_on(job: PackToFile, overwrite: bool) -> str:
+    """Advice after an interruption."""
+    if job.unfinished:
+        instead = " in place of --overwrite" if overwrite else ""
+        return f"continue with the same command and --resume{instead} ({job.position})"
+    if job.finished:
+        return f"{job.path} is finished"
+    return "nothing of it is kept: start again with the same command"

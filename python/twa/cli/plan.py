@@ -1,0 +1,157 @@
+"""`twa plan`: prints memory per rank and bytes per step of every sharding, and a choice."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import replace
+
+from ..distributed.cost import (
+    SHARDINGS,
+    Job,
+    choose,
+    memory,
+    obstacle,
+    payload,
+    sent,
+    whole_model_limit,
+)
+from ..io.errors import TwaError
+from ..io.tables import markdown_table
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command and its options."""
+    p = commands.add_parser("plan", help="memory and bytes of each sharding", description=__doc__)
+    p.set_defaults(run=run)
+    add = p.add_argument
+    add("--params", type=float, required=True, help="trained weights of the model, such as 7e9")
+    add("--candidates", type=int, required=True, help="number of candidates")
+    bits = "of the packed basis: 8, 4, 3, 2, 1, or 32 for dense float32 (default: %(default)s)"
+    add("--bits", type=int, default=4, help=bits)
+    add("--ranks", type=int, default=8, help="processes, one per GPU (default: %(default)s)")
+    segments = "sets of coefficients: about one per tensor of a large model (default: %(default)s)"
+    add("--segments", type=int, default=200, help=segments)
+    width = "per weight and per gradient: 2 bfloat16, 4 float32 (default: %(default)s)"
+    add("--weight-bytes", type=int, default=Job.weight_bytes, help=width)
+    low = "as in twa average: gradients are projected and freed inside backward"
+    add("--low-memory", action="store_true", help=low)
+    limit = "gigabytes that a rank may fill: marks what fits"
+    add("--device-memory", metavar="GB", type=float, help=limit)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the table and the choice.
+
+    Raises:
+        TwaError: the numbers make no job
+    """
+    fields = ("params", "candidates", "bits", "segments", "ranks", "weight_bytes", "low_memory")
+    job = Job(**{name: getattr(args, name) for name in fields})
+    limit = None if args.device_memory is None else args.device_memory * 1e9
+    if limit is not None and not 0 < limit < math.inf:
+        raise TwaError(f"expected gigabytes above 0, found {args.device_memory}", "--device-memory")
+    header = ["sharding", "memory", "basis", "center", "weights", "gradients", "buffers"]
+    header += ["our bytes", "sent", "FSDP bytes", "fits" if limit else "note"]
+    ranks = f"{job.ranks} rank{'s' if job.ranks > 1 else ''}"
+    print(
+        f"{quantity(job.params)} weights, {job.candidates} candidates, {_bits(job)},"
+        f" {job.segments} segments, {ranks}"
+    )
+    print(
+        "Memory of a rank and its parts; of a step: bytes of our messages, what each rank sends of"
+        " them, bytes that FSDP moves anyway"
+    )
+    print()
+    print(markdown_table(header, [_cells(job, sharding, limit) for sharding in SHARDINGS]))
+    print()
+    print(_choice(job, limit))
+    print(_assumptions(job))
+
+
+def _cells(job: Job, sharding: str, limit: float | None) -> list[str]:
+    """One row of the table."""
+    if reason := obstacle(job, sharding):
+        return [sharding, *["-"] * 9, reason]
+    m, p = memory(job, sharding), payload(job, sharding)
+    parts = [m["total"], m["basis"], m["center"], m["weights"], m["gradients"]]
+    parts += [m["gathered"] + m["buffer"], p["twa"], sent(job, sharding)["twa"], p["model"]]
+    fits = "" if limit is None else _fits(m["total"], limit)
+    return [sharding, *(quantity(b, "B") for b in parts), fits]
+
+
+def _fits(total: float, limit: float) -> str:
+    """Whether so many bytes fit, and what is left or too much."""
+    if total <= limit:
+        return f"yes, {quantity(limit - total, 'B')} left"
+    return f"no, {quantity(total - limit, 'B')} too much"
+
+
+def quantity(value: float, unit: str = "") -> str:
+    """A number in three digits with a decimal prefix, such as 7.11 GB or 51.2 kB."""
+    for prefix, factor in {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0}.items():
+        if value >= 0.9995 * factor:
+            digits = f"{value / factor:.3g}" if value < 999.5 * factor else f"{value / factor:.0f}"
+            return f"{digits} {prefix}{unit}".strip()
+    return f"0 {unit}".strip()
+
+
+def _bits(job: Job) -> str:
+    """The basis's bits in words."""
+    return "float32" if job.bits == 32 else f"{job.bits} bit{'s' if job.bits > 1 else ''}"
+
+
+def _choice(job: Job, limit: float | None) -> str:
+    """One line on which sharding to take, and why."""
+    sharding = choose(job, limit)
+    total = {p: memory(job, p)["total"] for p in SHARDINGS if not obstacle(job, p)}
+    needs = {p: f"needs {quantity(b, 'B')}" for p, b in total.items()}
+    if sharding is None:
+        assert limit is not None  # without a limit replicate fits
+        return _no_choice(job, total, limit)
+    if job.ranks == 1:
+        return "Choice: single, since one rank has nothing to send."
+    message = f"a sum of {quantity(payload(job, sharding)['twa'], 'B')}"
+    if sharding == "replicate":
+        fits = "fits" if limit else "needs to fit (--device-memory says whether it does)"
+        return (
+            f"Choice: replicate, since {message} is all it sends, and it {fits};"
+            f" {_auto(job, limit)}."
+        )
+    why = f"Choice: {sharding}, since replicate {needs['replicate']} and does not fit"
+    if sharding == "columns":
+        return f"{why}; {message} is all it sends beyond FSDP's own; {_auto(job, limit)}."
+    return f"{why}, nor does columns, which {needs['columns']}; {_auto(job, limit)}."
+
+
+def _no_choice(job: Job, total: dict[str, float], limit: float) -> str:
+    """The same where no sharding fits: what would. `total` has the bytes of those possible."""
+    least = min(total, key=lambda name: total[name])
+    enough = "no number of ranks up to 65536"
+    for ranks in (2**k for k in range(17) if 2**k > job.ranks):
+        if memory(replace(job, ranks=ranks), "columns")["total"] <= limit:
+            enough = f"{ranks} ranks"
+            break
+    return (
+        f"Choice: none. {least} needs least, {quantity(total[least], 'B')} of"
+        f" {quantity(limit, 'B')}; columns fits on {enough}; fewer bits or candidates need less."
+    )
+
+
+def _auto(job: Job, limit: float | None) -> str:
+    """What sharding="auto" takes, in words."""
+    if limit is None:
+        other = "replicate if that fits, else rows"
+    else:
+        free = limit - job.params * job.weight_bytes
+        other = choose(job, whole_model_limit(job, free), may_shard=False) or "an error"
+    return f"`auto`: columns for a model sharded by fully_shard, else {other}"
+
+
+def _assumptions(job: Job) -> str:
+    """What the figures assume."""
+    return (
+        "Assumed: ring collectives (a sum of m bytes: each of K ranks sends 2 (K - 1) / K m), FSDP"
+        f" in blocks of 1/{1 / job.block_share:g} of the model, no activations; see"
+        " docs/distributed.md."
+    )

@@ -1,0 +1,246 @@
+"""`Coordinates`: how trained coefficients, rows of P and candidates make each other.
+
+    theta = center + sum_r x[r, l] P[r, :]                x = to_basis(y), y are trained
+          = center + sum_i s[i, l] (w_i - center)         s = shares(x)
+          = sum_i beta[i, l] w_i                          beta = merge_weights(y)
+
+One object per subspace answers for all of them. `Deltas` and `Orthonormal` say what the rows of P
+are, and train the coefficients of the rows themselves: y = x. `Simplex` stands on either of them
+and trains merge weights that are positive and sum to 1. l is the segment; all arithmetic is
+float64.
+
+New rows are a class here, a name in `BASES`, and a builder in `twa.packing`. Another way to train
+the same rows, any map from y to x, is an `OnRows` in `ON_ROWS`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+BASES = ("deltas", "orthonormal")
+LEAST = 1e-3  # of 1 / n: the merge weight at which a simplex starts where it should be zero
+
+
+class Coordinates:
+    """Coefficients of the rows of P, trained as they are; what the rows are is up to the subclass.
+
+    Attributes:
+        basis: name of what the rows are, as basis files store it
+        constraint: name of what is trained in the place of the rows' coefficients
+        rows: what the rows of P are, whatever is trained: this object, or the one it stands on
+        center_weights: (n,) float64, of the candidates in the center
+        shape: (rows of P, L), of the trained coefficients
+    """
+
+    basis = ""
+    constraint = "none"
+
+    def __init__(self, center_weights: Tensor, shape: tuple[int, int]) -> None:
+        self.center_weights, self.shape = center_weights, shape
+
+    @property
+    def rows(self) -> Coordinates:
+        return self
+
+    # Rows of P and candidates --------------------------------------------------------------------
+
+    def shares(self, x: Tensor) -> Tensor:
+        """The shares s (n, L), float64 on the CPU, of the rows' coefficients x (rows, L)."""
+        raise NotImplementedError
+
+    def from_shares(self, s: Tensor) -> Tensor:
+        """The rows' coefficients x (rows, L) of shares s (n, L)."""
+        raise NotImplementedError
+
+    def pull_shares(self, c: Tensor, columns: slice) -> Tensor:
+        """The gradient dL/ds of these columns from dL/dx: the transpose of `from_shares`."""
+        raise NotImplementedError
+
+    # Trained coefficients ------------------------------------------------------------------------
+
+    @property
+    def trains_rows(self) -> bool:
+        """Whether the trained coefficients y are those of the rows, x."""
+        return self.rows is self
+
+    def to_basis(self, y: Tensor) -> Tensor:
+        """The rows' coefficients x (rows, L) of the trained ones y, in their dtype."""
+        return y.detach()
+
+    def pull_back(self, y: Tensor, c: Tensor, columns: slice) -> Tensor:
+        """The gradient dL/dy of these columns from c = dL/dx of them."""
+        return c
+
+    def merge_weights(self, y: Tensor) -> Tensor:
+        """The merge weights beta (n, L), float64 on the CPU, of the trained coefficients y.
+
+        Columns sum to 1 unless the center is zero.
+        """
+        s = self.shares(self.to_basis(y))
+        return s + self.center_weights[:, None] * (1.0 - s.sum(0, keepdim=True))
+
+    def from_merge_weights(self, beta: Tensor) -> Tensor:
+        """The trained coefficients whose merge weights are beta (n, L); columns sum to 1."""
+        return self.from_shares(beta)
+
+    def start(self) -> Tensor:
+        """The trained coefficients of the center."""
+        return torch.zeros(self.shape)
+
+
+class Deltas(Coordinates):
+    """P[i] = (w_i - center) / divisor[i, l]: a row for each candidate.
+
+    Args:
+        center_weights: (n,)
+        divisor: (n, L) float64; 0 where a candidate is equal to the center
+    """
+
+    basis = "deltas"
+
+    def __init__(self, center_weights: Tensor, divisor: Tensor) -> None:
+        super().__init__(center_weights, (divisor.shape[0], divisor.shape[1]))
+        self.divisor = divisor
+
+    def shares(self, x: Tensor) -> Tensor:
+        known = self.divisor > 0
+        return torch.where(known, x.double().cpu() / torch.where(known, self.divisor, 1.0), 0.0)
+
+    def from_shares(self, s: Tensor) -> Tensor:
+        return s * self.divisor.to(s.device)
+
+    def pull_shares(self, c: Tensor, columns: slice) -> Tensor:
+        return c.double() * self.divisor[:, columns].to(c.device)
+
+
+class Orthonormal(Coordinates):
+    """P_l = scale_l * Q_l: in each segment an orthonormal basis of the deltas' span.
+
+    Rows beyond a segment's rank are zero.
+
+    Args:
+        center_weights: (n,)
+        transform: (L, r, n) float64: Q_l = transform_l @ (W_l - center_l)
+        R: (L, n, r) float64: W_l - center_l = R_l @ Q_l
+        scale: (L,)
+        dropped: per segment, the candidates that depend on earlier ones there, with their relative
+            distances
+    """
+
+    basis = "orthonormal"
+
+    def __init__(
+        self,
+        center_weights: Tensor,
+        transform: Tensor,
+        R: Tensor,
+        scale: Tensor,
+        dropped: tuple[tuple[tuple[int, float], ...], ...],
+    ) -> None:
+        super().__init__(center_weights, (transform.shape[1], transform.shape[0]))
+        self.transform, self.R, self.scale, self.dropped = transform, R, scale, dropped
+        self.inverse = torch.where(scale > 0, 1 / scale, 0.0)
+
+    def shares(self, x: Tensor) -> Tensor:
+        return torch.einsum("lri,rl->il", self.transform, x.double().cpu() * self.scale)
+
+    def from_shares(self, s: Tensor) -> Tensor:
+        """The rows' coefficients: exact for candidates that were dropped, too."""
+        x = torch.einsum("lir,il->rl", self.R.to(s.device), s.double())
+        return x * self.inverse.to(s.device)
+
+    def pull_shares(self, c: Tensor, columns: slice) -> Tensor:
+        scaled = c.double() * self.inverse[columns].to(c.device)
+        return torch.einsum("lir,rl->il", self.R[columns].to(c.device), scaled)
+
+
+class OnRows(Coordinates):
+    """Trained coefficients of another kind than the rows', over rows of any kind.
+
+    Args:
+        rows: what the rows of P are
+    """
+
+    def __init__(self, rows: Coordinates) -> None:
+        n, (count, num_segments) = len(rows.center_weights), rows.shape
+        super().__init__(rows.center_weights, (self.count(n, count), num_segments))
+        self._rows, self.basis = rows, rows.basis
+
+    @staticmethod
+    def count(n: int, rows: int) -> int:
+        """How many coefficients are trained a segment, for n candidates and so many rows of P."""
+        return rows
+
+    @property
+    def rows(self) -> Coordinates:
+        return self._rows
+
+    def shares(self, x: Tensor) -> Tensor:
+        return self.rows.shares(x)
+
+    def from_shares(self, s: Tensor) -> Tensor:
+        return self.rows.from_shares(s)
+
+    def pull_shares(self, c: Tensor, columns: slice) -> Tensor:
+        return self.rows.pull_shares(c, columns)
+
+
+class Simplex(OnRows):
+    """beta = softmax(sqrt(n) y), whatever the rows of P are: learned soup.
+
+    With the factor, a learning rate for unconstrained coefficients fits here, too: merge weights
+    near 1 / n move by lr / sqrt(n) a step.
+    """
+
+    constraint = "simplex"
+
+    @staticmethod
+    def count(n: int, rows: int) -> int:
+        return n
+
+    @property
+    def factor(self) -> float:
+        return math.sqrt(self.shape[0])
+
+    def _beta(self, y: Tensor) -> Tensor:
+        return (y.detach().double() * self.factor).softmax(0)
+
+    def to_basis(self, y: Tensor) -> Tensor:
+        return self.from_shares(self._beta(y)).to(y.dtype)
+
+    def pull_back(self, y: Tensor, c: Tensor, columns: slice) -> Tensor:
+        beta, g = self._beta(y[:, columns]), self.pull_shares(c, columns)
+        return (self.factor * beta * (g - (beta * g).sum(0))).to(c.dtype)
+
+    def merge_weights(self, y: Tensor) -> Tensor:
+        return self._beta(y).cpu()
+
+    def from_merge_weights(self, beta: Tensor) -> Tensor:
+        """The trained coefficients; where beta is not positive, LEAST / n is taken."""
+        return beta.double().clamp(min=LEAST / len(beta)).log() / self.factor
+
+    def start(self) -> Tensor:
+        return self.from_merge_weights(self.center_weights[:, None].expand(self.shape))
+
+
+#: what can be trained in the place of the rows' coefficients, by the name in files and options
+ON_ROWS: dict[str, type[OnRows]] = {"simplex": Simplex}
+CONSTRAINTS = ("none", *ON_ROWS)
+
+
+def constrained(rows: Coordinates, constraint: str) -> Coordinates:
+    """The coordinates of these rows with what a constraint of this name trains; KeyError for none.
+
+    Args:
+        rows: what the rows of P are
+        constraint: one of CONSTRAINTS
+    """
+    return rows if constraint == "none" else ON_ROWS[constraint](rows)
+
+
+def trained_count(constraint: str, n: int, rows: int) -> int:
+    """Trained coefficients a segment, for n candidates and so many rows of P."""
+    return rows if constraint == "none" else ON_ROWS[constraint].count(n, rows)

@@ -1,0 +1,41 @@
+"""What a result is in files: one writer for `Subspace.save` and `twa average`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..distributed.sharding import Sharding
+from ..io.atomic import write_json
+from . import hugging_face
+from .weights import write_dcp, write_export
+
+WEIGHTS, DCP, COEFFICIENTS = "averaged.safetensors", "averaged_dcp", "coefficients.json"
+#: all that may be written
+FILES = (WEIGHTS, DCP, COEFFICIENTS, *hugging_face.OUTPUTS)
+
+
+def write_bundle(
+    folder: Path, sharding: Sharding, coefficients: Mapping[str, object], *, dcp: bool = False
+) -> list[str]:
+    """The model as it is now, its coefficients, and what suits Hugging Face candidates.
+
+    All ranks call it, the first writes; each file appears whole.
+
+    Args:
+        folder: where they go; it exists
+        sharding: the model
+        coefficients: what coefficients.json is to hold
+        dcp: also a torch.distributed.checkpoint, to which each rank writes what it holds
+
+    Returns:
+        what is written, for messages; nothing on other ranks than the first
+    """
+    write_export(folder / WEIGHTS, sharding)  # first: no fault elsewhere may cost a model
+    if dcp:
+        write_dcp(folder / DCP, sharding)
+    if not sharding.ranks.is_rank_zero:
+        return []
+    write_json(folder / COEFFICIENTS, coefficients)
+    beside = hugging_face.write_beside(folder, sharding, coefficients)
+    return [WEIGHTS, *([f"{DCP}/"] if dcp else []), *beside, COEFFICIENTS]

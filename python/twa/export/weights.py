@@ -1,0 +1,51 @@
+"""The model's weights as files, whichever part of them each rank holds. All ranks call these."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+
+from ..distributed.sharding import Sharding
+from ..distributed.weights import sharded_tensors, whole_tensors
+from ..io.atomic import replace_folder
+from ..io.safetensors import write_stream
+
+
+def write_export(path: Path, sharding: Sharding) -> None:
+    """Writes a safetensors file of the whole model; all ranks call it, the first writes.
+
+    One tensor is in memory at a time.
+    """
+    info = sharding.candidates.info
+    write_stream(path if sharding.ranks.is_rank_zero else None, info, whole_tensors(sharding))
+
+
+def write_dcp(folder: Path, sharding: Sharding) -> None:
+    """Writes a torch.distributed.checkpoint directory; every rank writes its own shards.
+
+    It replaces an older one when it is complete.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    ranks = sharding.ranks
+    if ranks.is_rank_zero:
+        shutil.rmtree(temporary, ignore_errors=True)
+    ranks.barrier()  # not before the old one is gone
+    try:
+        dcp.save(
+            sharded_tensors(sharding),
+            checkpoint_id=str(temporary),
+            process_group=ranks.group,
+            no_dist=ranks.group is None,
+        )
+    except dcp.CheckpointException as error:  # no Exception, and without the file's name
+        first = next(iter(error.failures.values()))[0]
+        raise OSError(
+            getattr(first, "errno", None) or errno.EIO,
+            getattr(first, "strerror", None) or str(first),
+            str(folder),
+        ) from error
+    if ranks.is_rank_zero:
+        replace_folder(temporary, folder)

@@ -1,0 +1,130 @@
+"""`Candidate`: one checkpoint, whose tensors are mapped into memory where they lie."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from .errors import CandidateError
+from .formats import open_checkpoint
+from .mapped import Part, Source, shape_of
+
+#: places of a file that its fingerprint looks at, and bytes of each
+SAMPLES, SAMPLE_BYTES = 16, 4096
+#: prefixes that wrappers (DataParallel, torch.compile) put before every key
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+
+class Candidate:
+    """One checkpoint.
+
+    A file, or a directory as Hugging Face, PEFT or torch.distributed.checkpoint write it.
+
+    Args:
+        path: the file or directory
+        entry: the key under which a torch or DCP checkpoint holds the weights, such as
+            "state_dict_ema"; None: the usual ones
+
+    Attributes:
+        kind: format of the checkpoint, see `formats.Checkpoint`
+        files: the files that it is made of
+        info: shape and dtype of each tensor, by key
+
+    Raises:
+        CandidateError: it cannot be read, or holds no weights
+    """
+
+    def __init__(self, path: Path, entry: str | None = None) -> None:
+        found = open_checkpoint(path, entry)
+        self.path, self.entry, self.kind, self.files = path, entry, found.kind, found.files
+        if not found.tensors:
+            raise CandidateError("expected a checkpoint, found no tensors", path)
+        tensors = _without_wrappers(found.tensors)
+        self._tensors = tensors
+        self.info = {key: t.info for key, t in tensors.items()}
+        for key, info in self.info.items():
+            if info.dtype.is_floating_point and info.dtype.itemsize == 1:
+                raise CandidateError(
+                    f"tensor {key!r} is {info.dtype}: expected weights of at least 16 bits;"
+                    " convert the checkpoint first",
+                    path,
+                )
+        self._maps = tuple(dict.fromkeys(file for t in tensors.values() for file in t.files))
+
+    @property
+    def name(self) -> str:
+        """File name without suffix, or name of the directory."""
+        return self.path.stem if self.path.is_file() else self.path.name
+
+    def tensor(self, key: str, part: Part | None = None) -> Tensor:
+        """The tensor, or a part of it: one slice per dimension.
+
+        It is mapped from the file where the format allows, and is to be read only.
+        """
+        return self._tensors[key].read(part)
+
+    def columns(self, key: str, begin: int, end: int, part: Part | None = None) -> Tensor:
+        """Elements [begin, end) of the flat tensor, or of a part of it: (end - begin,)."""
+        slab, skip = _slab(self.info[key].shape, part, begin, end)
+        return self.tensor(key, slab).reshape(-1)[skip : skip + end - begin]
+
+    def prefetch(self, key: str, begin: int, end: int, part: Part | None = None) -> None:
+        """Asks the system to read what `columns` will."""
+        self._tensors[key].prefetch(_slab(self.info[key].shape, part, begin, end)[0])
+
+    def fingerprint(self) -> str:
+        """Digest of the files' sizes, of samples of each, and of the entry that is read."""
+        digest = hashlib.sha256((self.entry or "").encode())
+        for path in self.files:
+            with open(path, "rb") as f:
+                size = os.fstat(f.fileno()).st_size
+                digest.update(size.to_bytes(8, "little"))
+                for k in range(SAMPLES):
+                    f.seek(max(0, size - SAMPLE_BYTES) * k // (SAMPLES - 1))
+                    digest.update(f.read(SAMPLE_BYTES))
+        return digest.hexdigest()[:16]
+
+    def check(self) -> None:
+        """Raises CandidateError if a file has been written to since it was opened."""
+        for file in self._maps:
+            file.check()
+
+    def release(self) -> None:
+        """Gives back the memory of what was read; tensors still held stay valid."""
+        for file in self._maps:
+            file.drop()
+
+
+def _without_wrappers(tensors: Mapping[str, Source]) -> Mapping[str, Source]:
+    """Keys without the prefixes that all of them have from wrappers around the model."""
+    for prefix in WRAPPER_PREFIXES:
+        if all(key.startswith(prefix) for key in tensors):
+            # another wrapper may be inside
+            return _without_wrappers({key.removeprefix(prefix): t for key, t in tensors.items()})
+    return tensors
+
+
+def _slab(
+    shape: tuple[int, ...], part: Part | None, begin: int, end: int
+) -> tuple[Part | None, int]:
+    """Slices that hold elements [begin, end) of the flat part, and how many come before those.
+
+    The slices are the fewest rows of the first dimension that is longer than 1.
+    """
+    if not shape:
+        return part, begin
+    sizes = shape_of(shape, part)
+    axis = next((d for d, size in enumerate(sizes) if size != 1), 0)
+    inner = math.prod(sizes[axis + 1 :])
+    if not inner:
+        return part, begin
+    first, last = begin // inner, -(-end // inner)
+    start = part[axis].indices(shape[axis])[0] if part else 0
+    slab = list(part) if part else [slice(0, size) for size in shape]
+    slab[axis] = slice(start + first, start + last)
+    return tuple(slab), begin - first * inner

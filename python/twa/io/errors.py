@@ -1,0 +1,39 @@
+"""Errors about what was given, as one family: `except twa.TwaError` catches all of them.
+
+Anything else that is raised is a fault of this package, or of the user's own functions.
+"""
+
+from __future__ import annotations
+
+
+class TwaError(ValueError):
+    """Something that was given is wrong; the message says what was expected and what was found.
+
+    Attributes:
+        problem: what is wrong
+        where: the file, argument or setting that it is about; "" if `problem` says so itself
+    """
+
+    def __init__(self, problem: str, where: object = "") -> None:
+        self.problem, self.where = problem, str(where)
+        super().__init__(f"{self.where}: {problem}" if self.where else problem)
+
+
+class CandidateError(TwaError):
+    """A checkpoint cannot be read, or does not fit the others or the model."""
+
+
+class BasisError(TwaError):
+    """A file is no packed basis, or none that fits."""
+
+
+class TaskError(TwaError):
+    """A task cannot be loaded, or does not keep its contract."""
+
+
+class StateError(TwaError):
+    """A saved state cannot be continued."""
+
+
+class OutputError(TwaError):
+    """An output cannot be written where it was asked for."""

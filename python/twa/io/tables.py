@@ -1,0 +1,23 @@
+"""Tables that are as readable on a terminal as they are as Markdown."""
+
+from __future__ import annotations
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table in columns of equal width.
+
+    The first and the last column are aligned to the left, those between, numbers, to the right.
+    """
+    widths = [max(len(row[c]) for row in [header, *rows]) for c in range(len(header))]
+    left = {0, len(header) - 1}
+
+    def line(cells: list[str]) -> str:
+        padded = [
+            cell.ljust(w) if c in left else cell.rjust(w)
+            for c, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    dashes = ["-" * (w + 2) if c in left else "-" * (w + 1) + ":" for c, w in enumerate(widths)]
+    rule = "|" + "|".join(dashes) + "|"
+    return "\n".join([line(header), rule, *(line(row) for row in rows)])

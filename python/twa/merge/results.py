@@ -1,0 +1,78 @@
+"""What comes of the main job: a row of the table for each method, and the winner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..distributed.sharding import Sharding
+from ..distributed.weights import whole_tensors
+
+
+@dataclass
+class Result:
+    """One row of the table. Losses are means per sample.
+
+    Attributes:
+        method: its name
+        candidates: how many have a weight
+        steps: gradient steps
+        seconds: wall time to build and choose, without the test
+        memory: the process's peak in bytes while the method ran
+        val_loss: on the validation data
+        test_loss: on the test data; None without them
+        test_metric: the task's metric on the test data
+        evaluations: passes over the validation data that it takes on its own; BatchNorm is
+            re-estimated before each
+        note: what was chosen, or how it went
+        curve: training loss of each step
+        val_curve: (step, validation loss) of each look
+        beta: merge weights (n,) or (n, L)
+        coefficients: what coefficients.json holds, of a trained average
+        is_average: False for a comparison that is no weighted average (annealing)
+        averaged_bn_loss: validation loss with averaged BatchNorm statistics in the place of
+            re-estimated ones; None where that is no question
+    """
+
+    method: str
+    candidates: int
+    steps: int
+    seconds: float
+    memory: int
+    val_loss: float
+    test_loss: float | None = None
+    test_metric: float | None = None
+    evaluations: int = 0
+    note: str = ""
+    curve: list[float] = field(default_factory=list)
+    val_curve: list[tuple[int, float]] = field(default_factory=list)
+    beta: Tensor | None = None
+    coefficients: dict[str, object] | None = None
+    is_average: bool = True
+    averaged_bn_loss: float | None = None
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is a trained average."""
+        return self.coefficients is not None
+
+
+@dataclass
+class Outcome:
+    """All results of a run. The model is at the winner's weights until it is used otherwise.
+
+    Attributes:
+        results: rows of the table
+        winner: the one with the lowest validation loss
+        sharding: holds the model
+    """
+
+    results: list[Result]
+    winner: Result
+    sharding: Sharding
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The winner's weights by key, as they are exported."""
+        return dict(whole_tensors(self.sharding))

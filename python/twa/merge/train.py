@@ -1,0 +1,222 @@
+"""`Trainer`: the coefficients of one average trained by gradient descent, step by step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..distributed.weights import load_buffers, share_buffers
+from ..io.checks import alike
+from ..io.errors import StateError
+from ..iterate_average import IterateAverage
+from ..optimizer import SubspaceOptimizer
+from ..subspace import Subspace
+from ..tasks.batches import Stream, mix, seed_all
+from .evaluate import Evaluator
+from .settings import Settings
+
+#: looks at the validation data after the first; the best coefficients are kept
+VALIDATIONS = 6
+
+
+class Trainer:
+    """Trains the coefficients of a subspace from where they are.
+
+    What is looked at and kept is their average over the steps. Ranks call all of it together.
+
+    Args:
+        evaluator: of the model that the subspace is attached to
+        subspace: at its start
+        data: batches that the gradients are of
+        settings: steps, rate, patience and so on
+        keep: "best": the coefficients of the best look at the validation data, and a stop after
+            `settings.patience` looks in a row without a new best; "last": those of the last look
+        on_look: called with the step at each look, with the model as it would be exported
+
+    Attributes:
+        curve: training loss of each step so far
+        val_curve: (step, validation loss) of each look so far
+        note: why it stopped before the last step; "" if it did not
+        diverged: whether that was because the loss was NaN or Inf
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        subspace: Subspace,
+        data: Iterable,
+        settings: Settings,
+        *,
+        keep: str = "best",
+        on_look: Callable[[int], None] | None = None,
+    ) -> None:
+        self.evaluator, self.subspace, self.settings = evaluator, subspace, settings
+        self.model, self.ranks = evaluator.model, evaluator.ranks
+        self.keep, self.on_look = keep, on_look
+        self.optimizer = SubspaceOptimizer(
+            subspace,
+            torch.optim.AdamW,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            low_memory=settings.low_memory,
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: warmup(step, settings.steps)
+        )
+        self.average = IterateAverage(subspace)
+        self.stream = Stream(data, self.ranks, settings.batches_per_step, settings.seed)
+        self.looks = {round(settings.steps * k / VALIDATIONS) for k in range(VALIDATIONS + 1)}
+        self.curve: list[float] = []
+        self.val_curve: list[tuple[int, float]] = []
+        self.best_loss, self.best = math.inf, subspace.coefficients.detach().clone()
+        self.note, self.diverged = "", False
+
+    @property
+    def step(self) -> int:
+        """Number of steps so far."""
+        return len(self.curve)
+
+    def run(self, bar: tqdm, save: Callable[[], None] | None = None) -> None:
+        """Takes all steps that are left, then calls `finish`.
+
+        Args:
+            bar: moves with the steps
+            save: called every `settings.save_every` steps, when `state_dict` may be called
+        """
+        resumed_at, last = self.step, self.settings.steps
+        bar.update(self.step)
+        while not self.note:
+            if save and self.step % self.settings.save_every == 0 and self.step > resumed_at:
+                save()
+            if self.step in self.looks:
+                self.look()
+            if self.step == last or self.is_stale():
+                break
+            loss = self.backward()
+            if not math.isfinite(loss):
+                self.diverged = True
+                self.note = (
+                    f"stopped: loss {loss} at step {self.step}; best coefficients so far kept"
+                )
+                break
+            self.optimizer.step()
+            self.schedule.step()
+            self.average.update()
+            self.curve.append(loss)
+            bar.set_postfix(loss=f"{loss:.4f}", val=f"{self.val_curve[-1][1]:.4f}", refresh=False)
+            bar.update(1)
+        self.finish()
+
+    def backward(self) -> float:
+        """Computes one step's gradients from this rank's batches.
+
+        Returns:
+            the step's loss, of all ranks
+        """
+        self.model.train()
+        self.optimizer.zero_grad()
+        total = torch.zeros(1, dtype=torch.float64)
+        batches = self.stream.next_step()
+        for k, (number, batch, weight) in enumerate(batches):
+            seed_all(mix(self.settings.seed, number))  # the same Dropout on any number of ranks
+            loss = self.evaluator.task.loss(self.model, batch)
+            is_last = k + 1 == len(batches)
+            with contextlib.nullcontext() if is_last else self.optimizer.no_sync():
+                (loss if weight == 1.0 else loss * weight).backward()
+            if weight:
+                total += loss.item() * weight / self.ranks.world_size
+        return float(self.ranks.all_reduce_(total))
+
+    def look(self) -> None:
+        """Measures the average over the steps, and keeps it if it is the best."""
+        with self.average.applied():
+            self.evaluator.settle()
+            loss = self.evaluator.loss()
+            if self.on_look:
+                self.on_look(self.step)
+        self.val_curve.append((self.step, loss))
+        if loss < self.best_loss or self.keep == "last":
+            self.best_loss, self.best = loss, self.average.coefficients.clone()
+
+    def is_stale(self) -> bool:
+        """Whether too many looks in a row brought nothing better; `note` then says so."""
+        if self.keep != "best" or not 0 < self.settings.patience <= stale(self.val_curve):
+            return False
+        best = step_of_best(self.val_curve)
+        self.note = f"stopped at step {self.step}: no better on validation since step {best}"
+        return True
+
+    def finish(self) -> None:
+        """Moves the model to the coefficients that are kept, as it would be exported."""
+        with torch.no_grad():
+            self.subspace.coefficients.copy_(self.best)
+        self.ranks.check_drift()
+        self.subspace.write_weights()
+        self.evaluator.settle()
+
+    def close(self) -> None:
+        """Lets go of the model: its hooks and gradients."""
+        self.optimizer.close()
+        self.optimizer.zero_grad()
+
+    # State ---------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that another process needs to go on with the same bits."""
+        self.ranks.check_drift()
+        share_buffers(self.model, self.ranks)
+        return {
+            "curve": self.curve,
+            "val_curve": self.val_curve,
+            "best_loss": self.best_loss,
+            "best": self.best,
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "buffers": dict(self.model.named_buffers()),
+            "position": self.stream.position(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes to where another trainer was, with the same settings.
+
+        Raises:
+            StateError: a part has other names, shapes or types than this trainer's
+            TaskError: the data do not come in the same order again
+        """
+        mine = self.state_dict()
+        fixed = ("best", "average", "schedule", "buffers")
+        if odd := [name for name in fixed if not alike(state[name], mine[name])]:
+            raise StateError(f"{odd[0]!r} has other names, shapes or types than expected")
+        for name in ("coefficients", "param_groups"):  # moments are there from the first step on
+            if not alike(state["optimizer"][name], mine["optimizer"][name]):
+                raise StateError(f"{name!r} has other names, shapes or types than expected")
+        self.curve, self.val_curve = list(state["curve"]), list(state["val_curve"])
+        self.best_loss = state["best_loss"]
+        self.best.copy_(state["best"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        load_buffers(self.model, state["buffers"])
+        self.stream.seek(state["position"])
+
+
+def step_of_best(val_curve: list[tuple[int, float]]) -> int:
+    """Step of the best look."""
+    return min(val_curve, key=lambda look: look[1])[0]
+
+
+def stale(val_curve: list[tuple[int, float]]) -> int:
+    """Number of looks since the best one."""
+    best = step_of_best(val_curve)
+    return sum(step > best for step, _ in val_curve)
+
+
+def warmup(step: int, steps: int) -> float:
+    """Factor of the learning rate: it rises over the first twentieth of the steps, then is 1."""
+    return min(1.0, (step + 1) / max(1, steps // 20))
