@@ -21,15 +21,8 @@ def many_segments(n: int, columns: int, bits: int, segments: int) -> tk.PackedBa
     tiles = len(one.tile_segment) // segments
     segment = torch.arange(segments, dtype=torch.int32).repeat_interleave(tiles)
     scale = torch.rand(n, segments) + 0.5
-    return tk.PackedBasis(
-        one.codes,
-        one.scales,
-        scale,
-        segment,
-        torch.ones(n, segments, dtype=torch.float64),
-        one.shapes,
-        bits,
-    )
+    divisor = torch.ones(n, segments, dtype=torch.float64)
+    return tk.PackedBasis(one.codes, one.scales, scale, segment, divisor, one.shapes, bits)
 
 
 @pytest.mark.benchmark(group="step")
@@ -39,12 +32,8 @@ def many_segments(n: int, columns: int, bits: int, segments: int) -> tk.PackedBa
 def test_step(benchmark, bits, segments, fused, n, columns):
     basis = many_segments(n, columns, bits, segments)
     grads, center = [torch.randn(s) for s in basis.shapes], [torch.randn(s) for s in basis.shapes]
-    out, x, options = (
-        [torch.empty(s) for s in basis.shapes],
-        torch.zeros(n, basis.num_segments),
-        {"lr": 1e-3},
-    )
-    state, parameter = {}, torch.nn.Parameter(x.clone())
+    out, x = [torch.empty(s) for s in basis.shapes], torch.zeros(n, basis.num_segments)
+    options, state, parameter = {"lr": 1e-3}, {}, torch.nn.Parameter(x.clone())
     optimizer = torch.optim.AdamW([parameter], **options)
 
     def three_calls():
@@ -52,20 +41,10 @@ def test_step(benchmark, bits, segments, fused, n, columns):
         optimizer.step()
         tk.reconstruct(basis, parameter.detach(), center, out)
 
-    benchmark(
-        lambda: (
-            tk.step(basis, grads, x, out, center, rule="adamw", options=options, state=state)
-            if fused
-            else three_calls()
-        )
-    )
+    def one_call():
+        tk.step(basis, grads, x, out, center, rule="adamw", options=options, state=state)
+
+    benchmark(one_call if fused else three_calls)
     moved = int(2 * n * columns * (bits / 8 + 1 / 128)) + 12 * columns
-    record(
-        benchmark,
-        "step",
-        f"{bits} bits, {segments} segments" + ("" if fused else ", three calls"),
-        n,
-        columns,
-        moved,
-        "read",
-    )
+    what = f"{bits} bits, {segments} segments" + ("" if fused else ", three calls")
+    record(benchmark, "step", what, n, columns, moved, "read")

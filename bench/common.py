@@ -29,15 +29,8 @@ def random_basis(n: int, columns: int, bits: int, tensors: int = 1) -> tk.Packed
     scales = torch.randint(40, 100, (tiles, n), dtype=torch.uint8).view(torch.float8_e4m3fn)
     segment = torch.zeros(tiles, dtype=torch.int32)
     shapes = tuple(torch.Size((part,)) for _ in range(tensors))
-    return tk.PackedBasis(
-        codes,
-        scales,
-        torch.rand(n, 1) + 0.5,
-        segment,
-        torch.ones(n, 1, dtype=torch.float64),
-        shapes,
-        bits,
-    )
+    row_scale, divisor = torch.rand(n, 1) + 0.5, torch.ones(n, 1, dtype=torch.float64)
+    return tk.PackedBasis(codes, scales, row_scale, segment, divisor, shapes, bits)
 
 
 def median_seconds(run, at_least: int = 5, seconds: float = 1.0) -> float:
@@ -54,7 +47,8 @@ def median_seconds(run, at_least: int = 5, seconds: float = 1.0) -> float:
 @functools.cache
 def bandwidth() -> dict[str, float]:
     """GB/s of reading 1 GB by a plain loop, of reading it with software prefetch, and of copying it
-    (memcpy; read + write), with the threads that the kernels use."""
+    (memcpy; read + write), with the threads that the kernels use.
+    """
     native, threads = tk.native._C, torch.get_num_threads()
     source, target = empty_for_streaming((1 << 30,), "cpu"), empty_for_streaming((1 << 30,), "cpu")
     source.random_(0, 256), target.zero_()
@@ -103,9 +97,8 @@ def publish(name: str, lines: list[str], save: bool) -> None:
     """Prints a result with the hardware it comes from; with `save` also writes
     bench/results/NAME.md.
     """
-    text = "\n".join(
-        [*lines, "", ", ".join(f"{key} {value}" for key, value in hardware().items()), ""]
-    )
+    machine = ", ".join(f"{key} {value}" for key, value in hardware().items())
+    text = "\n".join([*lines, "", machine, ""])
     print(text)
     if save:
         RESULTS.mkdir(exist_ok=True)

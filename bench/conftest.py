@@ -36,25 +36,17 @@ def pytest_generate_tests(metafunc) -> None:
 def record(
     benchmark, op: str, what: str, n: int, columns: int, moved: int, bound: str | None = None
 ) -> None:
-    """A row of the final table.
+    """Adds a row to the final table.
 
-    `moved`: bytes by the op's formula. `bound`: the bandwidth to compare with, "read" or "copy".
+    Args:
+        moved: bytes by the op's formula
+        bound: the bandwidth to compare with, "read" or "copy"
     """
     seconds = benchmark.stats.stats.median if benchmark.stats else float("nan")
     rate = moved / seconds / 1e9
     percent = 100 * rate / common.bandwidth()[bound] if bound else None
-    ROWS.append(
-        {
-            "op": op,
-            "what": what,
-            "n": n,
-            "D": columns,
-            "ms": 1e3 * seconds,
-            "GB/s": rate,
-            "percent": percent,
-            "bound": bound,
-        }
-    )
+    row = {"op": op, "what": what, "n": n, "D": columns, "ms": 1e3 * seconds}
+    ROWS.append(row | {"GB/s": rate, "percent": percent, "bound": bound})
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:
@@ -73,11 +65,8 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
     ]
     ours = {(r["op"], r["n"], r["D"]): r["ms"] for r in ROWS if r["what"] == "4 bits"}
     for r in sorted(ROWS, key=lambda r: (r["op"], r["n"], r["D"])):
-        ratio = (
-            f"{r['ms'] / ours[r['op'], r['n'], r['D']]:.2f}"
-            if (r["op"], r["n"], r["D"]) in ours
-            else ""
-        )
+        fours = ours.get((r["op"], r["n"], r["D"]))
+        ratio = f"{r['ms'] / fours:.2f}" if fours else ""
         percent = f"{r['percent']:.0f} % of {r['bound']}" if r["percent"] else ""
         lines.append(
             f"| {r['op']} | {r['what']} | {r['n']} | {r['D']:.0e} | {r['ms']:.2f} | {r['GB/s']:.1f}"
@@ -90,6 +79,5 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
         common.RESULTS.mkdir(exist_ok=True)
         result = {"hardware": common.hardware(), "bandwidth": common.bandwidth(), "rows": ROWS}
         (common.RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (common.RESULTS / f"{name}.md").write_text(
-            "\n".join(["# CPU kernels", "", *lines[:6], "", *lines[6:], ""]) + "\n"
-        )
+        page = ["# CPU kernels", "", *lines[:6], "", *lines[6:], ""]
+        (common.RESULTS / f"{name}.md").write_text("\n".join(page) + "\n")

@@ -1,9 +1,9 @@
 """Other ways to project and reconstruct on a GPU, for bench/gpucheck/speed.py: what PyTorch and
 public 4-bit kernels do with the same n and D.
 
-make(op, n, D, device) -> (run, bytes of codes and scales): run(g) of project, run(x, center, out)
-of reconstruct; g, center and the result are float32, converted inside. A peer raises what keeps it
-from running; the table shows that.
+A peer is make(op, n, D, device) -> (run, bytes of codes and scales): run(g) of project,
+run(x, center, out) of reconstruct. g, center and the result are float32, converted inside. A peer
+raises what keeps it from running; the table shows that.
 """
 
 from __future__ import annotations
@@ -29,29 +29,27 @@ def dense_bfloat16(op: str, n: int, columns: int, device: torch.device):
 
 
 def compiled(bits: int):
-    """Dequantise, then multiply, in the form that inductor can fuse into one kernel (a product with
-    a vector as multiply and sum, which is what it makes of such a product itself): a group of 128
-    columns has bfloat16 scale; byte b holds column b, and at 4 bits column 64 + b above."""
+    """Peers that dequantise, then multiply, in the form that inductor can fuse into one kernel: a
+    product with a vector as multiply and sum, which is what it makes of such a product itself.
+
+    A group of 128 columns has a bfloat16 scale; byte b holds column b, and at 4 bits column 64 + b
+    above.
+    """
 
     def make(op: str, n: int, columns: int, device: torch.device):
         groups, fields = columns // 128, 8 // bits
-        codes = torch.empty(n, groups, 128 // fields, dtype=torch.uint8, device=device).random_(
-            0, 256
-        )
+        shape = (n, groups, 128 // fields)
+        codes = torch.empty(shape, dtype=torch.uint8, device=device).random_(0, 256)
         scales = (torch.rand(n, groups, 1, device=device) + 0.5).bfloat16()
 
         def dequantise() -> list[Tensor]:  # fields of (n, groups, 128 // fields)
-            return [
-                (((codes >> (bits * f)) & (2**bits - 1)).bfloat16() - 2 ** (bits - 1)) * scales
-                for f in range(fields)
-            ]
+            found = [(codes >> (bits * f)) & (2**bits - 1) for f in range(fields)]
+            return [(field.bfloat16() - 2 ** (bits - 1)) * scales for field in found]
 
         def project(g: Tensor) -> Tensor:
             parts = g.view(groups, fields, -1).bfloat16()
-            return sum(
-                (p * parts[None, :, f]).sum((1, 2), dtype=torch.float32)
-                for f, p in enumerate(dequantise())
-            )
+            products = (p * parts[None, :, f] for f, p in enumerate(dequantise()))
+            return sum(p.sum((1, 2), dtype=torch.float32) for p in products)
 
         def reconstruct(x: Tensor, center: Tensor, out: Tensor) -> Tensor:
             w = x.bfloat16()[:, :, None]
@@ -59,9 +57,8 @@ def compiled(bits: int):
             sums = [(w * p).sum(0, dtype=torch.float32) for p in dequantise()]
             return out.copy_(center + torch.stack(sums, 1).view(-1))
 
-        run = torch.compile(
-            project if op == "project" else reconstruct, dynamic=False, fullgraph=True
-        )
+        chosen = project if op == "project" else reconstruct
+        run = torch.compile(chosen, dynamic=False, fullgraph=True)
         return run, codes.numel() + 2 * scales.numel()
 
     return make
@@ -76,8 +73,8 @@ def published(op: str, n: int, columns: int, device: torch.device):
 
 
 def product(make: Callable, dtype: torch.dtype = torch.bfloat16):
-    """Kernels for y = W v with W (outputs, inputs) stored by rows: reconstruct needs a transposed
-    copy of the codes.
+    """A peer of a kernel for y = W v with W (outputs, inputs) stored by rows: reconstruct needs a
+    transposed copy of the codes.
     """
 
     def peer(op: str, n: int, columns: int, device: torch.device):
@@ -99,17 +96,17 @@ def need(outputs: int, outputs_multiple: int, inputs: int, inputs_multiple: int)
 
 
 def torch_int4(outputs: int, inputs: int, device: torch.device):
-    """torch.ops.aten._weight_int4pack_mm, the GPU twin of the CPU page's int4 product."""
+    """Kernel torch.ops.aten._weight_int4pack_mm, the GPU twin of the CPU page's int4 product."""
     need(outputs, 8, inputs, 32)
     group, inner = next(g for g in (128, 64, 32) if inputs % g == 0), 8 if inputs % 128 == 0 else 2
-    codes = torch.empty(
-        outputs // 8, inputs // (16 * inner), 32, inner // 2, dtype=torch.int32, device=device
-    ).random_(-(2**31), 2**31)
+    shape = (outputs // 8, inputs // (16 * inner), 32, inner // 2)
+    codes = torch.empty(shape, dtype=torch.int32, device=device).random_(-(2**31), 2**31)
     scales = (torch.rand(inputs // group, outputs, 2, device=device) + 0.5).bfloat16()
-    return (
-        lambda v: torch.ops.aten._weight_int4pack_mm(v, codes, group, scales),
-        4 * codes.numel() + 2 * scales.numel(),
-    )
+
+    def run(v: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm(v, codes, group, scales)
+
+    return run, 4 * codes.numel() + 2 * scales.numel()
 
 
 def bitsandbytes_nf4(outputs: int, inputs: int, device: torch.device):
@@ -118,14 +115,8 @@ def bitsandbytes_nf4(outputs: int, inputs: int, device: torch.device):
     need(outputs, 1, inputs, 64)
     codes = torch.empty(outputs * inputs // 2, 1, dtype=torch.uint8, device=device).random_(0, 256)
     absmax = torch.rand(outputs * inputs // 64, device=device) + 0.5
-    state = QuantState(
-        absmax,
-        torch.Size((outputs, inputs)),
-        get_4bit_type("nf4", device=device),
-        64,
-        "nf4",
-        torch.bfloat16,
-    )
+    code, shape = get_4bit_type("nf4", device=device), torch.Size((outputs, inputs))
+    state = QuantState(absmax, shape, code, 64, "nf4", torch.bfloat16)
     return lambda v: gemv_4bit(v, codes.t(), state=state), codes.numel() + 4 * absmax.numel()
 
 
@@ -133,14 +124,8 @@ def gemlite_int4(outputs: int, inputs: int, device: torch.device):
     from gemlite import DType, GemLiteLinear
 
     need(outputs, 128, inputs, 128)
-    layer = GemLiteLinear(
-        4,
-        group_size=128,
-        in_features=inputs,
-        out_features=outputs,
-        input_dtype=DType.FP16,
-        output_dtype=DType.FP16,
-    )
+    size = {"group_size": 128, "in_features": inputs, "out_features": outputs}
+    layer = GemLiteLinear(4, input_dtype=DType.FP16, output_dtype=DType.FP16, **size)
     codes = torch.empty(outputs, inputs, dtype=torch.uint8, device=device).random_(0, 16)
     scales = torch.rand(outputs * inputs // 128, 1, dtype=torch.float16, device=device) + 0.5
     layer.pack(codes, scales, torch.full_like(scales, 7.5), None)
@@ -151,9 +136,8 @@ def marlin_int4(outputs: int, inputs: int, device: torch.device):
     import marlin
 
     need(outputs, 256, inputs, 128)
-    codes = torch.empty(inputs // 16, outputs * 2, dtype=torch.int32, device=device).random_(
-        -(2**31), 2**31
-    )
+    codes = torch.empty(inputs // 16, outputs * 2, dtype=torch.int32, device=device)
+    codes.random_(-(2**31), 2**31)
     scales = torch.rand(inputs // 128, outputs, dtype=torch.float16, device=device) + 0.5
     result = torch.empty(1, outputs, dtype=torch.float16, device=device)
     workspace = torch.zeros(outputs // 128 * 8, dtype=torch.int32, device=device)
@@ -167,33 +151,33 @@ def marlin_int4(outputs: int, inputs: int, device: torch.device):
 
 @dataclass
 class Peer:
+    """A row of the table.
+
+    Args:
+        bits: shown; n and D are those of our basis of as many bits (16: of 4 bits)
+        memory: bytes per weight at the peak
+        module: to import; "" if PyTorch has it
+        largest: n * D
+    """
+
     name: str
-    bits: int  # shown; n and D are those of our basis of as many bits (16: of 4 bits)
+    bits: int
     make: Callable
-    memory: float  # bytes per weight at the peak
-    module: str = ""  # to import; "" if PyTorch has it
-    largest: int = 1 << 62  # n * D
+    memory: float
+    module: str = ""
+    largest: int = 1 << 62
 
 
+NF4, TORCH_INT4 = product(bitsandbytes_nf4), product(torch_int4)
+GEMLITE, MARLIN = product(gemlite_int4, torch.float16), product(marlin_int4, torch.float16)
 PEERS = (
     Peer("torch bfloat16 matmul", 16, dense_bfloat16, 2),
     # room for the product not being fused
     Peer("dequantise and multiply, torch.compile", 4, compiled(4), 3),
     Peer("dequantise and multiply, torch.compile", 8, compiled(8), 4),
     Peer("published arithmetic", 4, published, 9),
-    Peer("torch int4 (bfloat16)", 4, product(torch_int4), 1, largest=SMALL_INDEX),
-    Peer(
-        "bitsandbytes NF4 (bfloat16)", 4, product(bitsandbytes_nf4), 1, "bitsandbytes", SMALL_INDEX
-    ),
-    Peer(
-        "GemLite 4 bits (float16)",
-        4,
-        product(gemlite_int4, torch.float16),
-        8,
-        "gemlite",
-        SMALL_INDEX,
-    ),
-    Peer(
-        "Marlin 4 bits (float16)", 4, product(marlin_int4, torch.float16), 1, "marlin", SMALL_INDEX
-    ),
+    Peer("torch int4 (bfloat16)", 4, TORCH_INT4, 1, largest=SMALL_INDEX),
+    Peer("bitsandbytes NF4 (bfloat16)", 4, NF4, 1, "bitsandbytes", SMALL_INDEX),
+    Peer("GemLite 4 bits (float16)", 4, GEMLITE, 8, "gemlite", SMALL_INDEX),
+    Peer("Marlin 4 bits (float16)", 4, MARLIN, 1, "marlin", SMALL_INDEX),
 )

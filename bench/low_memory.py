@@ -1,12 +1,15 @@
 """Peak memory of SubspaceOptimizer steps with and without low_memory=True.
 
+    python bench/low_memory.py [--save]        --save writes bench/results/low_memory.md
+
 A model of 16 equal Linear layers (41 M parameters, 164 MB of float32 gradients), 8 candidates at 4
 bits. low_memory projects each gradient inside backward and frees it, so it should save all
-gradients but one. Each variant runs in a process of its own, with the allocator as it is and with
+gradients but one.
+
+Each variant runs in a process of its own, with the allocator as it is and with
 MALLOC_MMAP_THRESHOLD_=1048576: glibc otherwise takes tensors below 32 MB from its heap once one has
 been freed, and keeps the holes they leave. The peak is that of the steps, after the subspace is
-built; the median of RUNS runs. Run: python bench/low_memory.py [--save]. --save writes
-bench/results/low_memory.md.
+built; the median of RUNS runs.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import torch
 from common import publish
 from safetensors.torch import save_file
 from torch import nn
-from twa.merge.report import markdown_table
+from twa.io.tables import markdown_table
 
 CANDIDATES, BITS, STEPS, RUNS = 8, 4, 10, 5
 ALLOCATORS = {"default": {}, "mmap from 1 MB": {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}}
@@ -51,6 +54,15 @@ def steps(folder: str, low_memory: bool) -> None:
     print(json.dumps({"before": before, "peak": memory.bytes(), "packed": subspace.basis.nbytes}))
 
 
+def measure(folder: str, low: str, environment: dict[str, str]) -> list[dict[str, int]]:
+    """What RUNS child processes have printed, the least peak first."""
+    command = [sys.executable, __file__, "--steps", folder, low]
+    options = {"check": True, "stdout": subprocess.PIPE, "text": True}
+    options["env"] = os.environ | environment
+    found = [json.loads(subprocess.run(command, **options).stdout) for _ in range(RUNS)]
+    return sorted(found, key=lambda run: run["peak"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,71 +72,40 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps:
         return steps(args.steps[0], args.steps[1] == "True")
-    m, rows, saved = model(), [], {}
+    m, rows, saved, middle = model(), [], {}, RUNS // 2
     sizes = [4 * p.numel() for p in m.parameters()]
     with tempfile.TemporaryDirectory() as folder:
         for k in range(CANDIDATES):
             torch.manual_seed(k)
-            save_file(
-                {name: p.detach() + 0.01 * torch.randn_like(p) for name, p in m.named_parameters()},
-                Path(folder) / f"c{k}.safetensors",
-            )
+            changed = {n: p.detach() + 0.01 * torch.randn_like(p) for n, p in m.named_parameters()}
+            save_file(changed, Path(folder) / f"c{k}.safetensors")
         for allocator, environment in ALLOCATORS.items():
             peaks = {}
             for low in ("False", "True"):
-                command = [sys.executable, __file__, "--steps", folder, low]
-                runs = [
-                    subprocess.run(
-                        command,
-                        check=True,
-                        stdout=subprocess.PIPE,
-                        text=True,
-                        env=os.environ | environment,
-                    )
-                    for _ in range(RUNS)
-                ]
-                found = sorted(
-                    (json.loads(run.stdout) for run in runs), key=lambda run: run["peak"]
-                )
+                found = measure(folder, low, environment)
                 peaks[low] = [run["peak"] for run in found]
-                before, peak, packed = (
-                    found[RUNS // 2][key] for key in ("before", "peak", "packed")
-                )
-                rows.append(
-                    [
-                        f"low_memory={low}",
-                        *(f"{v / 1e6:.0f}" for v in (before, peak, peak - before)),
-                        allocator,
-                    ]
-                )
-            saved[allocator] = [
-                peaks["False"][RUNS // 2] - peak for peak in reversed(peaks["True"])
-            ]
-    publish(
-        "low_memory",
-        [
-            f"# Peak memory of {STEPS} optimizer steps",
-            "",
-            (
-                f"{sum(sizes) / 4e6:.1f} M parameters in {len(sizes)} tensors, {CANDIDATES}"
-                f" candidates at {BITS} bits, {packed / 1e6:.0f} MB packed. Resident MB of the"
-                " whole process."
-            ),
-            "",
-            markdown_table(
-                ["optimizer", "before the steps", "peak", "added by the steps", "allocator"], rows
-            ),
-            "",
-            f"- gradients: {sum(sizes) / 1e6:.0f} MB in all, the largest {max(sizes) / 1e6:.0f} MB",
-            *(
-                f"- low_memory saves, allocator {name}: {s[RUNS // 2] / 1e6:.0f} MB,"
-                f" {100 * s[RUNS // 2] / sum(sizes):.0f} % of the gradients ({s[0] / 1e6:.0f} to"
-                f" {s[-1] / 1e6:.0f} MB in {RUNS} runs)"
-                for name, s in saved.items()
-            ),
-        ],
-        args.save,
-    )
+                before, peak, packed = (found[middle][k] for k in ("before", "peak", "packed"))
+                megabytes = [f"{v / 1e6:.0f}" for v in (before, peak, peak - before)]
+                rows.append([f"low_memory={low}", *megabytes, allocator])
+            saved[allocator] = [peaks["False"][middle] - peak for peak in reversed(peaks["True"])]
+    header = ["optimizer", "before the steps", "peak", "added by the steps", "allocator"]
+    lines = [
+        f"# Peak memory of {STEPS} optimizer steps",
+        "",
+        f"{sum(sizes) / 4e6:.1f} M parameters in {len(sizes)} tensors, {CANDIDATES} candidates at"
+        f" {BITS} bits, {packed / 1e6:.0f} MB packed. Resident MB of the whole process.",
+        "",
+        markdown_table(header, rows),
+        "",
+        f"- gradients: {sum(sizes) / 1e6:.0f} MB in all, the largest {max(sizes) / 1e6:.0f} MB",
+    ]
+    lines += [
+        f"- low_memory saves, allocator {name}: {s[middle] / 1e6:.0f} MB,"
+        f" {100 * s[middle] / sum(sizes):.0f} % of the gradients ({s[0] / 1e6:.0f} to"
+        f" {s[-1] / 1e6:.0f} MB in {RUNS} runs)"
+        for name, s in saved.items()
+    ]
+    publish("low_memory", lines, args.save)
 
 
 if __name__ == "__main__":

@@ -23,18 +23,26 @@ def tool(name: str, *arguments: str, folder: str | None = None) -> str:
     import triton
 
     path = Path(triton.__file__).parent / TOOLS / name
-    return subprocess.run(
-        [path, *arguments], capture_output=True, text=True, check=True, cwd=folder
-    ).stdout
+    options = {"capture_output": True, "text": True, "check": True, "cwd": folder}
+    return subprocess.run([path, *arguments], **options).stdout
 
 
 @dataclass
 class Function:
-    name: str  # mangled
-    arch: str  # sm_90
-    code: list[tuple[list[str], str]]  # (labels before it, instruction)
+    """A compiled kernel.
+
+    Args:
+        name: mangled
+        arch: such as sm_90
+        code: (labels before it, instruction) of each
+        stack: bytes: spills, and arrays in memory
+    """
+
+    name: str
+    arch: str
+    code: list[tuple[list[str], str]]
     registers: int
-    stack: int  # bytes: spills, and arrays in memory
+    stack: int
 
 
 def functions(library: Path) -> list[Function]:
@@ -44,10 +52,8 @@ def functions(library: Path) -> list[Function]:
         tool("cuobjdump", "-xelf", "all", str(library.resolve()), folder=folder)
         for cubin in sorted(Path(folder).glob("*.cubin")):
             arch = re.search(r"sm_\d+a?", cubin.name)[0]
-            table = re.findall(
-                r"Function (\S+):\s+REG:(\d+) STACK:(\d+)",
-                tool("cuobjdump", "--dump-resource-usage", str(cubin)),
-            )
+            resources = tool("cuobjdump", "--dump-resource-usage", str(cubin))
+            table = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", resources)
             usage = {name: (int(registers), int(stack)) for name, registers, stack in table}
             for name, code in parse(tool("nvdisasm", "-c", str(cubin))).items():
                 found.append(Function(name, arch, code, *usage[name]))
@@ -55,7 +61,7 @@ def functions(library: Path) -> list[Function]:
 
 
 def parse(text: str) -> dict[str, list[tuple[list[str], str]]]:
-    """Output of nvdisasm to {function: [(labels, instruction)]}."""
+    """{function: [(labels, instruction)]} of nvdisasm's output."""
     out: dict = {}
     code, labels = None, []
     for line in text.splitlines():
@@ -72,10 +78,7 @@ def parse(text: str) -> dict[str, list[tuple[list[str], str]]]:
 
 
 def successors(code: list[tuple[list[str], str]]) -> list[list[int]]:
-    """Where control may go after each instruction.
-
-    Branches for diverged warps (BRA.DIV) are left out.
-    """
+    """Where control may go after each instruction; branches for diverged warps are left out."""
     at = {label: k for k, (labels, _) in enumerate(code) for label in labels}
     out = []
     for k, (_, text) in enumerate(code):
@@ -103,14 +106,12 @@ def main_loop(code: list[tuple[list[str], str]], after: list[list[int]]) -> tupl
         for first in targets
         if first <= last
     ]
-    loops = [
-        loop
-        for loop in loops
-        if loop[1] <= products[0]
-        and loop[2] >= products[-1]
-        and not any(loop[1] < end < loop[2] for end in ends)
-    ]
-    return min(loops)[1:]
+
+    def holds(first: int, last: int) -> bool:
+        whole = first <= products[0] and last >= products[-1]
+        return whole and not any(first < end < last for end in ends)
+
+    return min(loop for loop in loops if holds(*loop[1:]))[1:]
 
 
 def usual_path(code: list[tuple[list[str], str]]) -> list[str]:

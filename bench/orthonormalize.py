@@ -1,7 +1,7 @@
 """Block Gram-Schmidt beside its peers: loss of orthogonality, error of the directions, time, and
 what it does with dependent rows.
 
-python bench/orthonormalize.py [--save] [--quick] [--rows 64] [--columns 1e6]
+    python bench/orthonormalize.py [--save] [--quick] [--rows 64] [--columns 1e6]
 
 Peers, from their definitions: torch.linalg.qr (Householder, LAPACK), the published row loop
 (classical Gram-Schmidt), CholeskyQR2 in float32 and with float64 Gram matrices, TSQR (Householder
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from common import RESULTS, bandwidth, median_seconds, publish
@@ -22,6 +24,8 @@ import twa_kernels as tk
 
 F64 = torch.float64
 CONDITIONS = (1e1, 1e3, 1e5, 1e7)
+SIZES = [(16, 200_000), (16, 1_000_000), (64, 200_000), (64, 1_000_000)]
+SIZES += [(512, 200_000), (64, 20_000_000)]  # n, D of the table of sizes
 
 
 # Peers -------------------------------------------------------------------------------------------
@@ -44,15 +48,11 @@ def published(W: Tensor, Q: Tensor) -> Tensor:
 def cholesky_qr2(W: Tensor, Q: Tensor, accumulate: torch.dtype = torch.float32) -> Tensor:
     x = W
     for _ in range(2):
-        gram = (
-            x @ x.T
-            if accumulate == torch.float32
-            else sum(b.double() @ b.double().T for b in x.split(1 << 14, 1))
-        )
-        factor = torch.linalg.cholesky(gram)
-        inverse = torch.linalg.solve_triangular(
-            factor, torch.eye(len(x), dtype=gram.dtype), upper=False
-        ).to(x.dtype)
+        gram = x @ x.T
+        if accumulate != torch.float32:
+            gram = sum(b.double() @ b.double().T for b in x.split(1 << 14, 1))
+        factor, identity = torch.linalg.cholesky(gram), torch.eye(len(x), dtype=gram.dtype)
+        inverse = torch.linalg.solve_triangular(factor, identity, upper=False).to(x.dtype)
         x = torch.mm(inverse, x, out=Q) if x is W else inverse @ x
     return x
 
@@ -68,11 +68,11 @@ def tsqr(W: Tensor, Q: Tensor) -> Tensor:
     at = 0
     for block, t in zip(blocks, top, strict=True):
         columns = len(block.Q)
-        (
-            torch.mm(t.T, block.Q.T, out=Q[:, at : at + columns])
-            if Q.is_contiguous() and len(W) == columns
-            else Q[:, at : at + columns].copy_((block.Q @ t).T)
-        )
+        to = Q[:, at : at + columns]
+        if Q.is_contiguous() and len(W) == columns:
+            torch.mm(t.T, block.Q.T, out=to)
+        else:
+            to.copy_((block.Q @ t).T)
         at += columns
     return Q
 
@@ -100,7 +100,7 @@ METHODS = {
 
 
 def conditioned(n: int, columns: int, condition: float) -> Tensor:
-    """Singular values from 1 to 1 / condition, evenly in the logarithm."""
+    """Rows (n, columns) with singular values from 1 to 1 / condition, evenly in the logarithm."""
     g = torch.Generator().manual_seed(0)
     u = torch.linalg.qr(torch.randn(n, n, generator=g, dtype=F64)).Q
     v = torch.linalg.qr(torch.randn(columns, n, generator=g, dtype=F64)).Q.T
@@ -127,15 +127,15 @@ def recorded(n: int, optimizer: str, every: int = 4) -> Tensor:
     """
     from twa.tasks import chars
     from twa.tasks.batches import forever
+    from twa.tasks.gpt import GPT
 
     torch.manual_seed(0)
-    model = chars.CharTransformer(width=160)
-    parameters = list(model.parameters())
-    make = {
-        "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-        "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3),
-    }[optimizer]
-    trainer, rows = make(parameters), []
+    model = GPT(width=160)
+    parameters, rows = list(model.parameters()), []
+    if optimizer == "SGD":
+        trainer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    else:
+        trainer = torch.optim.AdamW(parameters, lr=1e-3)
     for step, batch in zip(range(60 + n * every), forever(chars.train_data()), strict=False):
         if step >= 60 and step % every == 0:
             rows.append(torch.nn.utils.parameters_to_vector(parameters).detach().clone())
@@ -153,15 +153,13 @@ def gram64(Q: Tensor) -> Tensor:
 
 
 def loss(Q: Tensor) -> float:
-    return float(
-        torch.linalg.matrix_norm(gram64(Q) - torch.eye(len(Q), dtype=F64, device=Q.device), 2)
-    )
+    identity = torch.eye(len(Q), dtype=F64, device=Q.device)
+    return float(torch.linalg.matrix_norm(gram64(Q) - identity, 2))
 
 
 def exact(W: Tensor) -> Tensor:
-    """Gram-Schmidt in float64:
-
-    Householder's QR of the float64 differences, signs made positive, twice.
+    """Gram-Schmidt in float64: Householder's QR of the float64 differences, signs made positive,
+    twice.
     """
     d = W.double()
     d[1:] -= d[:-1].clone()
@@ -216,9 +214,7 @@ def time_table(W: Tensor) -> tuple[list[str], dict[str, float]]:
     seconds = {}
     for name, method in METHODS.items():
         try:
-            seconds[name] = median_seconds(
-                lambda method=method: method(W, Q), 5 if "ours" in name else 3
-            )
+            seconds[name] = median_seconds(partial(method, W, Q), 5 if "ours" in name else 3)
         except torch.linalg.LinAlgError:
             seconds[name] = math.nan
         print(f"{name} {seconds[name] * 1e3:.1f} ms", flush=True)
@@ -236,17 +232,13 @@ def time_table(W: Tensor) -> tuple[list[str], dict[str, float]]:
         lines.append(f"| {name} | {s * 1e3:.1f} | {ratios} | {100 * floor / s:.0f} % |")
     lines += [
         "",
-        (
-            "Floor: 2 reads and 1 write of n D float32 at the measured copy bandwidth of"
-            f" {bandwidth()['copy']:.1f} GB/s: {floor * 1e3:.1f} ms."
-        ),
-        (
-            "Arithmetic: n^2 D multiply-adds (half for the Gram matrix, half for the triangular"
-            " factor) at the rate of PyTorch's matrix products in this run,"
-            f" {rates[torch.float32] / 1e9:.0f} and {rates[F64] / 1e9:.0f} billion a second in"
-            f" float32 and float64: {arithmetic[torch.float32] * 1e3:.1f} and"
-            f" {arithmetic[F64] * 1e3:.1f} ms."
-        ),
+        "Floor: 2 reads and 1 write of n D float32 at the measured copy bandwidth of"
+        f" {bandwidth()['copy']:.1f} GB/s: {floor * 1e3:.1f} ms.",
+        "Arithmetic: n^2 D multiply-adds (half for the Gram matrix, half for the triangular factor)"
+        " at the rate of PyTorch's matrix products in this run,"
+        f" {rates[torch.float32] / 1e9:.0f} and {rates[F64] / 1e9:.0f} billion a second in"
+        f" float32 and float64: {arithmetic[torch.float32] * 1e3:.1f} and"
+        f" {arithmetic[F64] * 1e3:.1f} ms.",
     ]
     return lines, seconds
 
@@ -259,21 +251,17 @@ def multiply_adds(dtype: torch.dtype) -> float:
 
 def scaling_table(sizes: list[tuple[int, int]]) -> list[str]:
     lines = [
-        (
-            "| n x D | fast ms | high ms | fast, of the floor | high, of the floor |"
-            " torch.linalg.qr ms | qr / fast | qr / high |"
-        ),
+        "| n x D | fast ms | high ms | fast, of the floor | high, of the floor |"
+        " torch.linalg.qr ms | qr / fast | qr / high |",
         "|---|" + "--:|" * 7,
     ]
     for n, columns in sizes:
         W = walk(n, columns)
         Q = torch.empty_like(W).zero_()
-        f, h = (median_seconds(lambda m=m, W=W, Q=Q: m(W, Q), 3) for m in (fast, high))
-        q = (
-            median_seconds(lambda W=W, Q=Q: householder(W, Q), 1, 0.1)
-            if n * columns <= 6.5e7
-            else math.nan
-        )
+        f, h = (median_seconds(partial(method, W, Q), 3) for method in (fast, high))
+        q = math.nan
+        if n * columns <= 6.5e7:
+            q = median_seconds(partial(householder, W, Q), 1, 0.1)
         floor = floor_seconds(n, columns)
         lines.append(
             f"| {n} x {columns:.0e} | {f * 1e3:.1f} | {h * 1e3:.1f} | {100 * floor / f:.0f} % |"
@@ -297,10 +285,8 @@ def kinds_table(n: int, columns: int) -> list[str]:
         "exponential moving average": ema,
     }
     lines = [
-        (
-            "| trajectory | mode | loss | directions | reads | condition of rows, of differences |"
-            " certificate |"
-        ),
+        "| trajectory | mode | loss | directions | reads | condition of rows, of differences |"
+        " certificate |",
         "|---" * 7 + "|",
     ]
     for name, V in kinds.items():
@@ -325,17 +311,10 @@ def dependent_table(n: int, columns: int) -> list[str]:
         13: "twice 12",
         20: "0 - 6 + 9, rounded",
     }
-    W[3], W[7], W[11], W[13], W[20] = (
-        W[1],
-        0,
-        0.5 * W[2] + 0.5 * W[5],
-        2 * W[12],
-        W[0] - W[6] + W[9],
-    )
-    lines = [
-        f"Planted among {n} rows: {', '.join(f'row {i} ({what})' for i, what in planted.items())}.",
-        "",
-    ]
+    W[3], W[7], W[11] = W[1], 0, 0.5 * W[2] + 0.5 * W[5]
+    W[13], W[20] = 2 * W[12], W[0] - W[6] + W[9]
+    named = ", ".join(f"row {i} ({what})" for i, what in planted.items())
+    lines = [f"Planted among {n} rows: {named}.", ""]
     lines += ["| method | result |", "|---|---|"]
     for name, method in METHODS.items():
         if name.startswith("ours"):
@@ -345,80 +324,73 @@ def dependent_table(n: int, columns: int) -> list[str]:
             continue
         try:
             Q = method(W, torch.empty_like(W))
-            lines.append(
-                f"| {name} | {n} rows, loss"
-                f" {number(loss(torch.nan_to_num(Q)) if Q.isfinite().all() else math.nan)}; nothing"
-                " named |"
-            )
+            lost = loss(Q) if Q.isfinite().all() else math.nan
+            lines.append(f"| {name} | {n} rows, loss {number(lost)}; nothing named |")
         except torch.linalg.LinAlgError:
             lines.append(f"| {name} | fails |")
     return lines
 
 
 def gpu_tables(n: int, sizes: list[int]) -> list[str]:
+    """A table for each size, or why there is none."""
+    lines = []
+    for columns in sizes:
+        if 8 * n * columns < torch.cuda.mem_get_info()[0]:
+            lines += gpu_table(n, columns)
+        else:
+            lines.append(f"{n} x {columns:.0e}: not run, the device has no memory for W and Q")
+        lines.append("")
+        torch.cuda.empty_cache()
+    return lines
+
+
+def gpu_table(n: int, columns: int) -> list[str]:
     """Every usable GPU backend beside torch.linalg.qr (cuSOLVER) and the floor at the speed of a
     device-to-device copy.
     """
-    lines = []
-    for columns in sizes:
-        W = (
-            torch.randn(columns, device="cuda").mul_(0.05).repeat(n, 1)
-            if 8 * n * columns < torch.cuda.mem_get_info()[0]
-            else None
-        )
-        if W is None:
-            lines += [f"{n} x {columns:.0e}: not run, the device has no memory for W and Q", ""]
-            continue
-        for i in range(1, n):  # a walk
-            W[i] = W[i - 1] + 5e-5 * torch.randn(columns, device="cuda")
-        Q = torch.empty_like(W)
-
-        def milliseconds(run, repeats: int = 5) -> float:
-            run()
-            times = []
-            for _ in range(repeats):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record(), run(), end.record()
-                torch.cuda.synchronize()
-                times.append(start.elapsed_time(end))
-            return sorted(times)[len(times) // 2]
-
-        copy = milliseconds(lambda W=W, Q=Q: Q.copy_(W))
-        lines += [
-            (
-                f"{n} x {columns:.0e}; floor (2 reads, 1 write at copy speed,"
-                f" {8 * n * columns / copy / 1e9:.2f} TB/s): {1.5 * copy:.2f} ms"
-            ),
-            "",
-        ]
-        lines += ["| method | ms | of the floor | loss of orthogonality |", "|---|--:|--:|--:|"]
-        runs = {
-            f"{backend}, {mode}": (
-                lambda b=backend, m=mode, W=W, Q=Q: (
-                    tk.orthonormalize(W, out=Q, accuracy=m, backend=b).Q
-                )
-            )
-            for backend in ("cuda", "triton")
-            if tk.dispatch.why_unusable(backend) is None
-            and ("orthonormalize_pass", backend) in tk.dispatch.IMPLEMENTATIONS
-            for mode in ("fast", "high")
-        }
-        runs["torch.linalg.qr"] = lambda W=W, Q=Q: householder(W, Q)
-        for name, run in runs.items():
-            try:
-                ms = milliseconds(run, 1 if name.startswith("torch") else 5)
-                lines.append(
-                    f"| {name} | {ms:.2f} | {150 * copy / ms:.0f} % | {number(loss(run()))} |"
-                )
-            except RuntimeError as error:  # cuSOLVER's sizes end before ours, and so may the memory
-                lines.append(
-                    f"| {name} | {type(error).__name__}: {str(error).splitlines()[0][:60]} | | |"
-                )
-            print(lines[-1], flush=True)
-        lines.append("")
-        del W, Q, runs
-        torch.cuda.empty_cache()
+    W = torch.randn(columns, device="cuda").mul_(0.05).repeat(n, 1)
+    for i in range(1, n):  # a walk
+        W[i] = W[i - 1] + 5e-5 * torch.randn(columns, device="cuda")
+    Q = torch.empty_like(W)
+    copy = milliseconds(lambda: Q.copy_(W))
+    lines = [
+        f"{n} x {columns:.0e}; floor (2 reads, 1 write at copy speed,"
+        f" {8 * n * columns / copy / 1e9:.2f} TB/s): {1.5 * copy:.2f} ms",
+        "",
+        "| method | ms | of the floor | loss of orthogonality |",
+        "|---|--:|--:|--:|",
+    ]
+    runs = {}
+    for backend in ("cuda", "triton"):
+        built = ("orthonormalize_pass", backend) in tk.dispatch.IMPLEMENTATIONS
+        if built and tk.dispatch.why_unusable(backend) is None:
+            for mode in ("fast", "high"):
+                ours = partial(tk.orthonormalize, W, out=Q, accuracy=mode, backend=backend)
+                runs[f"{backend}, {mode}"] = lambda ours=ours: ours().Q
+    runs["torch.linalg.qr"] = partial(householder, W, Q)
+    for name, run in runs.items():
+        try:
+            ms = milliseconds(run, 1 if name.startswith("torch") else 5)
+            cells = f"{ms:.2f} | {150 * copy / ms:.0f} % | {number(loss(run()))}"
+        except RuntimeError as error:  # cuSOLVER's sizes end before ours, and so may the memory
+            cells = f"{type(error).__name__}: {str(error).splitlines()[0][:60]} | |"
+        lines.append(f"| {name} | {cells} |")
+        print(lines[-1], flush=True)
     return lines
+
+
+def milliseconds(run: Callable[[], object], repeats: int = 5) -> float:
+    """Median of runs on the GPU, after one to warm up."""
+    run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
 
 
 def picture(seconds: dict[str, float], losses: dict[str, list[float]], cases: list[str]) -> None:
@@ -431,21 +403,28 @@ def picture(seconds: dict[str, float], losses: dict[str, list[float]], cases: li
     for name, values in losses.items():
         width = 2.5 if name.startswith("ours") else 1.2
         left.plot(cases, [v if v == v else None for v in values], marker="o", label=name, lw=width)
-    (
-        left.set_yscale("log"),
-        left.set_ylabel("loss of orthogonality, 2-norm of Q Q^T - I"),
-        left.legend(fontsize=7),
-        left.tick_params(axis="x", labelsize=8),
-    )
+    left.set_yscale("log")
+    left.set_ylabel("loss of orthogonality, 2-norm of Q Q^T - I")
+    left.legend(fontsize=7)
+    left.tick_params(axis="x", labelsize=8)
     names = list(seconds)[::-1]
-    right.barh(
-        names,
-        [seconds[k] * 1e3 for k in names],
-        color=["tab:blue" if k.startswith("ours") else "0.7" for k in names],
-    )
-    right.set_xlabel("ms"), right.tick_params(axis="y", labelsize=8)
+    colours = ["tab:blue" if k.startswith("ours") else "0.7" for k in names]
+    right.barh(names, [seconds[k] * 1e3 for k in names], color=colours)
+    right.set_xlabel("ms")
+    right.tick_params(axis="y", labelsize=8)
     RESULTS.mkdir(exist_ok=True)
     figure.savefig(RESULTS / "orthonormalize.png", dpi=110)
+
+
+def losses_of(table: list[str]) -> dict[str, list[float]]:
+    """Losses of orthogonality by method, from the lines of `accuracy_table`."""
+    losses = {}
+    for row in table[2:]:
+        name, *cells = [c.strip() for c in row.strip("|").split("|")]
+        losses[name] = [
+            math.nan if c.startswith(("fails", "NaN")) else float(c.split("/")[0]) for c in cells
+        ]
+    return losses
 
 
 def main() -> None:
@@ -454,22 +433,17 @@ def main() -> None:
     )
     p.add_argument("--rows", type=int, default=64)
     p.add_argument("--columns", type=float, default=1e6)
-    p.add_argument(
-        "--save", action="store_true", help="write bench/results/orthonormalize.md and .png"
-    )
+    save = "write bench/results/orthonormalize.md and .png"
+    p.add_argument("--save", action="store_true", help=save)
     p.add_argument("--quick", action="store_true", help="one case of each table")
-    p.add_argument(
-        "--gpu", action="store_true", help="on a GPU: each backend, torch.linalg.qr, the floor"
-    )
+    gpu = "on a GPU: each backend, torch.linalg.qr, the floor"
+    p.add_argument("--gpu", action="store_true", help=gpu)
     a = p.parse_args()
     if a.gpu:
         name = torch.cuda.get_device_name()
+        tables = gpu_tables(a.rows, [10**6, 10**7, 10**8])
         page = "orthonormalize_" + "_".join(name.lower().split())
-        publish(
-            page,
-            [f"# Orthonormal bases on {name}", "", *gpu_tables(a.rows, [10**6, 10**7, 10**8])],
-            save=True,
-        )
+        publish(page, [f"# Orthonormal bases on {name}", "", *tables], save=True)
         return
     n, columns = a.rows, int(a.columns)
     if a.quick:
@@ -477,51 +451,20 @@ def main() -> None:
     else:
         cases = {f"condition {c:.0e}": conditioned(n, columns, c) for c in CONDITIONS}
         cases |= {f"{o} run": recorded(n, o) for o in ("SGD", "AdamW")}
-    lines = [f"# Orthonormal bases of {n} rows x {columns:.0e} columns", "", "## Accuracy", ""]
     table = accuracy_table(cases, METHODS)
-    lines += [
-        *table,
-        "",
-        "Runs: weights of a character transformer of 0.97 million parameters, every 4 steps.",
-        "",
-        "## Time",
-        "",
-    ]
-    W = walk(n, columns)
-    times, seconds = time_table(W)
+    lines = [f"# Orthonormal bases of {n} rows x {columns:.0e} columns", "", "## Accuracy", ""]
+    runs = "Runs: weights of a character transformer of 0.97 million parameters, every 4 steps."
+    lines += [*table, "", runs, "", "## Time", ""]
+    times, seconds = time_table(walk(n, columns))
     lines += times
     if not a.quick:
-        lines += [
-            "",
-            "## Sizes",
-            "",
-            *scaling_table(
-                [
-                    (16, 200_000),
-                    (16, 1_000_000),
-                    (64, 200_000),
-                    (64, 1_000_000),
-                    (512, 200_000),
-                    (64, 20_000_000),
-                ]
-            ),
-        ]
-        lines += [
-            "",
-            f"## Kinds of trajectories (random walk with momentum, {n} x {columns:.0e})",
-            "",
-            *kinds_table(n, columns),
-        ]
+        lines += ["", "## Sizes", "", *scaling_table(SIZES)]
+        kinds = f"## Kinds of trajectories (random walk with momentum, {n} x {columns:.0e})"
+        lines += ["", kinds, "", *kinds_table(n, columns)]
         lines += ["", "## Dependent rows", "", *dependent_table(n, columns)]
-        losses = {}
-        for row in table[2:]:
-            name, *cells = [c.strip() for c in row.strip("|").split("|")]
-            losses[name] = [
-                math.nan if c.startswith(("fails", "NaN")) else float(c.split("/")[0])
-                for c in cells
-            ]
         if a.save:
-            picture(seconds, losses, [c.replace("condition ", "") for c in cases])
+            shown = [c.replace("condition ", "") for c in cases]
+            picture(seconds, losses_of(table), shown)
     publish("orthonormalize", lines, a.save)
 
 

@@ -1,9 +1,10 @@
 """Gram-Schmidt of 64 candidates x 20 M parameters that are read from safetensors files, Q written
 to a file: memory and reads.
 
-Bound: 1 GB of resident memory beyond the interpreter with torch, 2 reads of the files. Run: python
-bench/orthonormalize_stream.py [--save] [--candidates 64] [--accuracy high]. Needs twice the files'
-size on disk (10 GB). The work runs in a process of its own.
+    python bench/orthonormalize_stream.py [--save] [--candidates 64] [--accuracy high]
+
+Bound: 1 GB of resident memory beyond the interpreter with torch, 2 reads of the files. Needs twice
+the files' size on disk (10 GB). The work runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import publish
 from peak_memory import model
 from safetensors.torch import save_file
 
@@ -36,6 +38,7 @@ class Counted:
 
 
 def work(folder: str, accuracy: str) -> None:
+    """The child: orthonormalizes the files of a folder, and prints what it took."""
     import twa
     from twa.io.progress import PeakMemory
 
@@ -50,8 +53,7 @@ def work(folder: str, accuracy: str) -> None:
 
     def sink(_: int, q: torch.Tensor) -> None:
         nonlocal done
-        # (r, columns of the block) at its place in a file of r rows, without keeping the file in
-        # memory.
+        # q (r, columns of the block) to its place in a file of r rows; the file stays out of memory
         for j, row in enumerate(q):
             out.seek(4 * (j * columns + done))
             out.write(row.numpy().data)
@@ -62,11 +64,10 @@ def work(folder: str, accuracy: str) -> None:
     seconds, peak = time.perf_counter() - start, memory.bytes() - before
     size = 4 * len(candidates) * columns
     q = np.memmap(Path(folder) / "Q.f32", dtype=np.float32, mode="r", shape=(o.rank, columns))
-    gram = sum(
-        torch.from_numpy(q[:, a : a + (1 << 18)].astype(np.float64))
-        @ torch.from_numpy(q[:, a : a + (1 << 18)].astype(np.float64)).T
-        for a in range(0, columns, 1 << 18)
-    )
+    gram = torch.zeros(o.rank, o.rank, dtype=torch.float64)
+    for a in range(0, columns, 1 << 18):
+        part = torch.from_numpy(q[:, a : a + (1 << 18)].astype(np.float64))
+        gram += part @ part.T
     loss = float(torch.linalg.matrix_norm(gram - torch.eye(o.rank, dtype=torch.float64), 2))
     print(
         f"candidates {len(candidates)} x {columns / 1e6:.1f} M parameters, {size / 1e9:.2f} GB of"
@@ -97,9 +98,8 @@ def main() -> None:
     )
     p.add_argument("--candidates", type=int, default=64)
     p.add_argument("--accuracy", default="high", choices=["high", "fast"])
-    p.add_argument(
-        "--save", action="store_true", help="write bench/results/orthonormalize_stream.md"
-    )
+    save = "write bench/results/orthonormalize_stream.md"
+    p.add_argument("--save", action="store_true", help=save)
     p.add_argument("--folder", help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.folder:
@@ -113,17 +113,8 @@ def main() -> None:
         command = [sys.executable, __file__, "--folder", folder, "--accuracy", a.accuracy]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     print(done.stderr, file=sys.stderr, end="")
-    from common import publish
-
-    publish(
-        "orthonormalize_stream",
-        [
-            "# Gram-Schmidt from files to a file",
-            "",
-            *(f"    {line}" for line in done.stdout.splitlines()),
-        ],
-        a.save,
-    )
+    said = [f"    {line}" for line in done.stdout.splitlines()]
+    publish("orthonormalize_stream", ["# Gram-Schmidt from files to a file", "", *said], a.save)
     sys.exit(done.returncode or "MISSED" in done.stdout)
 
 

@@ -1,13 +1,15 @@
 """Packing 64 candidates x 100 M parameters from safetensors files at 4 bits: memory, and time
 against reading the files once.
 
+    python bench/pack_stream.py [--save] [--candidates 64] [--dtype bfloat16] [--bits 4]
+                                [--folder DIR]
+
 Bounds: 2 GB of resident memory beyond the packed size; 70 % of the rate of a plain read of the same
 files, both with the files in the page cache and with them on the disk alone. Two ways: into memory
 (Subspace.from_candidates) and into a file (`twa pack`, which also writes the packed bytes).
 
-Run: python bench/pack_stream.py [--save] [--candidates 64] [--dtype bfloat16] [--bits 4] [--folder
-DIR]. Needs the files' size on the disk (13 GB in bfloat16, with float32 26 GB) and the packed size
-once more. Each measurement is a process of its own.
+Needs the files' size on the disk (13 GB in bfloat16, with float32 26 GB) and the packed size once
+more. Each measurement is a process of its own.
 """
 
 from __future__ import annotations
@@ -25,10 +27,20 @@ import torch
 from common import RESULTS
 from safetensors.torch import save_file
 from torch import nn
+from twa.io.tables import markdown_table
+
+from twa_kernels.__main__ import processor
 
 BOUND, SHARE = 2e9, 0.7
 LIMIT = 1_300_000_000  # of the whole process, of which 0.7 GB are taken before it begins
 WIDTH, LAYERS, TOKENS = 768, 12, 20_000
+SHAPES = {
+    "qkv": (3 * WIDTH, WIDTH),
+    "out": (WIDTH, WIDTH),
+    "up": (4 * WIDTH, WIDTH),
+    "down": (WIDTH, 4 * WIDTH),
+    "norm": (WIDTH,),
+}
 
 
 class Model(nn.Module):
@@ -38,18 +50,12 @@ class Model(nn.Module):
         super().__init__()
         self.embed = nn.Parameter(torch.zeros(int(TOKENS * share), WIDTH))
         for k in range(int(LAYERS * share)):
-            for name, shape in {
-                "qkv": (3 * WIDTH, WIDTH),
-                "out": (WIDTH, WIDTH),
-                "up": (4 * WIDTH, WIDTH),
-                "down": (WIDTH, 4 * WIDTH),
-                "norm": (WIDTH,),
-            }.items():
+            for name, shape in SHAPES.items():
                 self.register_parameter(f"layer{k}_{name}", nn.Parameter(torch.zeros(shape)))
 
 
 def generate(folder: Path, n: int, dtype: torch.dtype, share: float) -> list[Path]:
-    """A walk in small steps: neighbouring candidates are near each other, as those of a run are."""
+    """Files of a walk in small steps: neighbours are near each other, as those of a run are."""
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: 0.02 * torch.randn(p.shape, generator=generator)
@@ -100,32 +106,19 @@ def work(folder: str, way: str, bits: int, limit: int, share: float) -> None:
     if way == "file":
         if limit:
             limit_memory(candidates, limit)
-        report = PackToFile(
-            Path(folder) / "out" / "basis.packed", model, candidates, bits=bits
-        ).run()
-        packed = report.written
+        path = Path(folder) / "out" / "basis.packed"
+        packed = PackToFile(path, model, candidates, bits=bits).run().written
     else:
         packed = twa.Subspace.from_candidates(model, candidates, bits=bits).basis.nbytes
-    seconds = time.perf_counter() - start
-    print(
-        json.dumps(
-            {
-                "seconds": seconds,
-                "peak": memory.bytes(),
-                "before": before,
-                "packed": packed,
-                "read": candidates.bytes_read,
-            }
-        )
-    )
+    found = {"seconds": time.perf_counter() - start, "peak": memory.bytes(), "before": before}
+    print(json.dumps(found | {"packed": packed, "read": candidates.bytes_read}))
 
 
 def run(folder: Path, way: str, bits: int, limit: int, share: float) -> dict[str, float]:
-    done = subprocess.run(
-        [sys.executable, __file__, "--work", str(folder), way, str(bits), str(limit), str(share)],
-        capture_output=True,
-        text=True,
-    )
+    """What `work` prints, of a child process."""
+    options = [str(folder), way, str(bits), str(limit), str(share)]
+    command = [sys.executable, __file__, "--work", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -134,8 +127,8 @@ def run(folder: Path, way: str, bits: int, limit: int, share: float) -> dict[str
 def once(
     folder: Path, paths: list[Path], where: str, way: str, bits: int, limit: int, size: float
 ) -> tuple[float, dict[str, float], float]:
-    """Share of the plain read, what was measured, the plain read: before and after the packing,
-    since the machine's rate changes all the time.
+    """Share of the plain read, what was measured, and the plain read, which is taken before and
+    after the packing, since the machine's rate changes all the time.
     """
     prepare = evict if where == "disk" else read_all
     prepare(paths)
@@ -146,20 +139,15 @@ def once(
         left.unlink()
     prepare(paths)
     plain = (before + read_all(paths)) / 2
-    share = result["read"] / result["seconds"] / plain
-    print(
-        f"{where}, {way}, {limit}: {result['read'] / result['seconds'] / 1e9:.2f} of"
-        f" {plain / 1e9:.2f} GB/s: {100 * share:.0f} %",
-        file=sys.stderr,
-    )
-    return share, result, plain
+    rate = result["read"] / result["seconds"]
+    rates = f"{rate / 1e9:.2f} of {plain / 1e9:.2f} GB/s: {100 * rate / plain:.0f} %"
+    print(f"{where}, {way}, {limit}: {rates}", file=sys.stderr)
+    return rate / plain, result, plain
 
 
 def measure(args: argparse.Namespace, folder: Path, where: str, size: float) -> list[list[str]]:
-    """Rows of the table.
-
-    In the page cache a quarter of the model, so that nothing is pushed out of it; on the disk all
-    of it.
+    """Rows of the table: in the page cache of a quarter of the model, so that nothing is pushed out
+    of it; on the disk of all of it.
     """
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
@@ -167,102 +155,56 @@ def measure(args: argparse.Namespace, folder: Path, where: str, size: float) -> 
         paths = generate(folder, args.candidates, getattr(torch, args.dtype), size)
     total, rows = sum(path.stat().st_size for path in paths), []
     for way, limit in (("memory", 0), ("file", 0), ("file", LIMIT)):
-        found = sorted(
-            (once(folder, paths, where, way, args.bits, limit, size) for _ in range(args.rounds)),
-            key=lambda f: f[0],
-        )
-        share, result, plain = found[len(found) // 2]
+        found = [
+            once(folder, paths, where, way, args.bits, limit, size) for _ in range(args.rounds)
+        ]
+        share, result, plain = sorted(found, key=lambda f: f[0])[len(found) // 2]
         beyond = result["peak"] - (result["packed"] if way == "memory" else 0)
-        name = f"into {'memory' if way == 'memory' else 'a file'}" + (
-            f", --max-memory {LIMIT / 1e9:g}GB" if limit else ""
-        )
-        gigabytes = (
-            result["read"] / result["seconds"],
-            plain,
-            result["packed"],
-            result["peak"],
-            beyond,
-        )
-        rate, plain, packed, peak, beyond = (f"{v / 1e9:.2f}" for v in gigabytes)
-        rows.append(
-            [
-                where,
-                f"{total / 1e9:.1f} GB",
-                name,
-                f"{result['seconds']:.1f}",
-                rate,
-                plain,
-                f"{100 * share:.0f} %",
-                packed,
-                peak,
-                beyond,
-            ]
-        )
+        name = "into memory" if way == "memory" else "into a file"
+        name += f", --max-memory {LIMIT / 1e9:g}GB" if limit else ""
+        rates = [f"{v / 1e9:.2f}" for v in (result["read"] / result["seconds"], plain)]
+        sizes = [f"{v / 1e9:.2f}" for v in (result["packed"], result["peak"], beyond)]
+        row = [where, f"{total / 1e9:.1f} GB", name, f"{result['seconds']:.1f}"]
+        rows.append([*row, *rates, f"{100 * share:.0f} %", *sizes])
     return rows
 
 
 def page(args: argparse.Namespace, rows: list[list[str]]) -> str:
-    from twa.merge.report import markdown_table, processor_name
-
     weights = sum(p.numel() for p in Model().parameters())
-    header = [
-        "files in",
-        "size",
-        "packed",
-        "seconds",
-        "GB/s",
-        "plain read GB/s",
-        "share",
-        "packed GB",
-        "peak GB",
-        "peak beyond packed GB",
-    ]
+    header = ["files in", "size", "packed", "seconds", "GB/s", "plain read GB/s", "share"]
+    header += ["packed GB", "peak GB", "peak beyond packed GB"]
     lines = [
         f"## {args.dtype}",
         "",
-        (
-            f"{args.candidates} candidates x {weights / 1e6:.1f} M parameters, in the page cache a"
-            f" quarter of them; {args.bits} bits; {processor_name()}, {os.cpu_count()} cores, torch"
-            f" {torch.__version__}."
-        ),
-        (
-            f"`python bench/pack_stream.py --dtype {args.dtype}`: median of {args.rounds} rounds by"
-            " share; each rate beside the mean of plain"
-        ),
-        "reads of the same files before and after it.",
+        f"{args.candidates} candidates x {weights / 1e6:.1f} M parameters, in the page cache a"
+        f" quarter of them; {args.bits} bits; {processor()}, {os.cpu_count()} cores, torch"
+        f" {torch.__version__}.",
+        f"`python bench/pack_stream.py --dtype {args.dtype}`: median of {args.rounds} rounds by"
+        " share; each rate beside the mean of plain reads of the same files before and after it.",
         "",
         markdown_table(header, rows),
         "",
-        (
-            "Peak: resident memory of the whole process; the interpreter with PyTorch and the model"
-            " (0.4 GB) are 0.7 GB of it. In memory the center"
-        ),
-        (
-            f"takes {4 * weights / 1e9:.1f} GB. Into a file: packed bytes, center and scales are"
-            " written and synced, too."
-        ),
-        (
-            f"Targets: {100 * SHARE:.0f} % of the plain read, {BOUND / 1e9:.0f} GB beyond the"
-            " packed size."
-        ),
+        "Peak: resident memory of the whole process; the interpreter with PyTorch and the model"
+        " (0.4 GB) are 0.7 GB of it.",
+        f"In memory the center takes {4 * weights / 1e9:.1f} GB. Into a file: packed bytes, center"
+        " and scales are written and synced, too.",
+        f"Targets: {100 * SHARE:.0f} % of the plain read, {BOUND / 1e9:.0f} GB beyond the packed"
+        " size.",
         "",
     ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--candidates", type=int, default=64)
     p.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
     p.add_argument("--bits", type=int, default=4)
     p.add_argument("--rounds", type=int, default=3)
-    p.add_argument(
-        "--folder",
-        type=Path,
-        help=(
-            "where the files are made, and kept for the next time (default: a temporary directory)"
-        ),
-    )
+    folder = "where the files are made, and kept for the next time (default: a temporary directory)"
+    p.add_argument("--folder", type=Path, help=folder)
     p.add_argument("--save", action="store_true")
     p.add_argument("--work", nargs=5)
     args = p.parse_args()
@@ -271,11 +213,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
-        rows = [
-            row
-            for where, size in (("page cache", 0.25), ("disk", 1.0))
-            for row in measure(args, folder / f"{args.dtype}-{size:g}", where, size)
-        ]
+        rows = measure(args, folder / f"{args.dtype}-0.25", "page cache", 0.25)
+        rows += measure(args, folder / f"{args.dtype}-1", "disk", 1.0)
         text = page(args, rows)
     print(text)
     if args.save:

@@ -1,9 +1,10 @@
 """Peak memory while a 4-bit subspace of 32 candidates x 20 M parameters is built from safetensors
 files.
 
+    python bench/peak_memory.py [--candidates 32] [--bits 4]
+
 Bound: packed size + 32 x the largest tensor in float32 + the model + 100 MB, beyond what the
-interpreter with torch takes. Run: python bench/peak_memory.py [--candidates 32] [--bits 4]. The
-build runs in a process of its own.
+interpreter with torch takes. The build runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -22,24 +23,18 @@ from torch import nn
 
 def model(width: int = 512, depth: int = 6, vocabulary: int = 2048) -> nn.Module:
     """Shapes of a 20 M parameter transformer."""
-    blocks = [
-        nn.ModuleDict(
-            {
-                "qkv": nn.Linear(width, 3 * width),
-                "proj": nn.Linear(width, width),
-                "up": nn.Linear(width, 4 * width),
-                "down": nn.Linear(4 * width, width),
-                "norm": nn.LayerNorm(width),
-            }
-        )
-        for _ in range(depth)
-    ]
-    return nn.ModuleDict(
-        {"embed": nn.Embedding(vocabulary, width), "blocks": nn.ModuleList(blocks)}
-    )
+
+    def block() -> nn.Module:
+        parts = {"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)}
+        parts |= {"up": nn.Linear(width, 4 * width), "down": nn.Linear(4 * width, width)}
+        return nn.ModuleDict(parts | {"norm": nn.LayerNorm(width)})
+
+    blocks, embed = nn.ModuleList(block() for _ in range(depth)), nn.Embedding(vocabulary, width)
+    return nn.ModuleDict({"embed": embed, "blocks": blocks})
 
 
 def build(folder: str, bits: int) -> None:
+    """Builds the subspace, prints what it took, and ends the process."""
     import twa
     from twa.io.progress import PeakMemory
 
@@ -74,7 +69,9 @@ def build(folder: str, bits: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--candidates", type=int, default=32)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--build", help=argparse.SUPPRESS)
@@ -85,10 +82,8 @@ def main() -> None:
         base = {name: p.detach() for name, p in model().named_parameters()}
         for k in range(args.candidates):
             torch.manual_seed(k)
-            save_file(
-                {name: p + 0.01 * torch.randn_like(p) for name, p in base.items()},
-                Path(folder) / f"c{k}.safetensors",
-            )
+            changed = {name: p + 0.01 * torch.randn_like(p) for name, p in base.items()}
+            save_file(changed, Path(folder) / f"c{k}.safetensors")
         command = [sys.executable, __file__, "--build", folder, "--bits", str(args.bits)]
         sys.exit(subprocess.run(command, check=False).returncode)
 

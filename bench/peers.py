@@ -1,16 +1,20 @@
 """Public 4-bit CPU kernels beside project and reconstruct: bitsandbytes' NF4 product and PyTorch's
 int4 product (which torchao calls).
 
+    python bench/peers.py [--n 64] [--columns 1e6] [--save]     --save writes bench/results/peers.md
+
 Both are products with a vector, y = W v, of a matrix stored by rows, so they need a second,
 transposed copy of the codes for reconstruct: twice our memory. Both take and return bfloat16; the
 timings include converting g and x to it, and adding the center, into buffers made once. The
 product's own result they allocate in every call: neither has an `out` on CPUs. Data are random.
+bitsandbytes is optional: `pip install bitsandbytes`.
+
 Kernels take turns, ROUNDS times; the table has the best of each kernel's medians, so that other
 load on the machine hits no kernel alone. It must be idle all the same: threads that wait in OpenMP
-make a busy core cost the peers far more than our kernels. Bytes moved = codes + scales + g
-(project) or center + result (reconstruct) = n * D * (1 / 2 + scale bytes / group) + 4 * D or 8 * D.
-Run: python bench/peers.py [--n 64] [--columns 1e6] [--save]. --save writes bench/results/peers.md.
-bitsandbytes is optional: `pip install bitsandbytes`.
+make a busy core cost the peers far more than our kernels.
+
+Bytes moved = codes + scales + g (project) or center + result (reconstruct)
+= n * D * (1 / 2 + scale bytes / group) + 4 * D or 8 * D.
 """
 
 from __future__ import annotations
@@ -18,11 +22,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+from functools import partial
 
 import torch
 from common import bandwidth, median_seconds, publish, random_basis
 from torch import Tensor
-from twa.merge.report import markdown_table
+from twa.io.tables import markdown_table
 
 import twa_kernels as tk
 from twa_kernels.native import empty_for_streaming
@@ -33,10 +38,11 @@ ROUNDS = 5
 class TorchInt4:
     """`torch.ops.aten._weight_int4pack_mm_for_cpu`, torchao's int4 weight-only path on CPUs.
 
-    One thread for each 64 rows, so project of n = 64 rows runs on one."""
+    One thread for each 64 rows, so project of n = 64 rows runs on one.
+    """
 
-    # scale and zero point, bfloat16
-    name, groups, rows, scale_bytes = "torch int4 (bfloat16)", (128, 64, 32), 16, 4
+    name, groups, rows = "torch int4 (bfloat16)", (128, 64, 32), 16
+    scale_bytes = 4  # scale and zero point, bfloat16
 
     @classmethod
     def why_unusable(cls, n: int, columns: int) -> str | None:
@@ -89,7 +95,10 @@ class TorchInt4:
 
 class BitsAndBytes(TorchInt4):
     """`bitsandbytes.functional.gemv_4bit` on NF4 codes in its CPU order, the path of its Linear4bit
-    in inference; AVX-512 BF16 only. One thread for each 32 rows at most."""
+    in inference.
+
+    AVX-512 BF16 only. One thread for each 32 rows at most.
+    """
 
     name, groups, rows, scale_bytes = "bitsandbytes NF4 (bfloat16)", (128, 64), 32, 2
 
@@ -130,62 +139,40 @@ def main() -> None:
     args = parser.parse_args()
     n, columns = args.n, int(args.columns)
     torch.manual_seed(0)
-    basis, g, x, center = (
-        random_basis(n, columns, 4),
-        torch.randn(columns),
-        torch.randn(n, 1),
-        torch.randn(columns),
-    )
-    out = torch.empty(columns)
+    basis, g, x = random_basis(n, columns, 4), torch.randn(columns), torch.randn(n, 1)
+    center, out = torch.randn(columns), torch.empty(columns)
+
+    def our_project():
+        tk.project(basis, [g])
+
+    def our_reconstruct():
+        tk.reconstruct(basis, x, [center], [out])
+
     # name, project, reconstruct, bytes of codes and scales that each reads
-    table = [
-        (
-            "ours, 4 bits",
-            lambda: tk.project(basis, [g]),
-            lambda: tk.reconstruct(basis, x, [center], [out]),
-            [basis.nbytes] * 2,
-        )
-    ]
+    table = [("ours, 4 bits", our_project, our_reconstruct, [basis.nbytes] * 2)]
     for peer in filter(None, (make.create(n, columns) for make in PEERS)):
-        table.append(
-            (
-                peer.name,
-                lambda p=peer: p.project(g),
-                lambda p=peer: p.reconstruct(x, center),
-                peer.nbytes,
-            )
-        )
+        runs = partial(peer.project, g), partial(peer.reconstruct, x, center)
+        table.append((peer.name, *runs, peer.nbytes))
     best = [[math.inf, math.inf] for _ in table]
     for _ in range(ROUNDS):
         for seconds, (_, project, reconstruct, _) in zip(best, table, strict=True):
-            seconds[:] = [
-                min(s, median_seconds(run, seconds=0.5))
-                for s, run in zip(seconds, (project, reconstruct), strict=True)
-            ]
-    rows = [
-        [
-            op,
-            f"{1e3 * seconds[k]:.2f}",
-            f"{(stored[k] + vectors * columns) / seconds[k] / 1e9:.1f}",
-            f"{seconds[k] / best[0][k]:.2f}",
-            name,
-        ]
-        for k, (op, vectors) in enumerate((("project", 4), ("reconstruct", 8)))
-        for seconds, (name, _, _, stored) in zip(best, table, strict=True)
+            for k, run in enumerate((project, reconstruct)):
+                seconds[k] = min(seconds[k], median_seconds(run, seconds=0.5))
+    rows = []
+    for k, (op, vectors) in enumerate((("project", 4), ("reconstruct", 8))):
+        for seconds, (name, _, _, stored) in zip(best, table, strict=True):
+            rate = (stored[k] + vectors * columns) / seconds[k] / 1e9
+            figures = f"{1e3 * seconds[k]:.2f}", f"{rate:.1f}", f"{seconds[k] / best[0][k]:.2f}"
+            rows.append([op, *figures, name])
+    read, copy = bandwidth()["read"], bandwidth()["copy"]
+    lines = [
+        f"# 4-bit kernels, n = {n}, D = {columns:.3g}",
+        "",
+        f"measured bandwidth: read {read:.1f} GB/s, copy {copy:.1f} GB/s (read + write)",
+        "",
+        markdown_table(["op", "median ms", "GB/s", "time / ours", "kernel"], rows),
     ]
-    publish(
-        "peers",
-        [
-            f"# 4-bit kernels, n = {n}, D = {columns:.3g}",
-            "",
-            "measured bandwidth: read {read:.1f} GB/s, copy {copy:.1f} GB/s (read + write)".format(
-                **bandwidth()
-            ),
-            "",
-            markdown_table(["op", "median ms", "GB/s", "time / ours", "kernel"], rows),
-        ],
-        args.save,
-    )
+    publish("peers", lines, args.save)
 
 
 if __name__ == "__main__":

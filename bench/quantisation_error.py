@@ -1,8 +1,13 @@
-"""Relative error of the packed basis per bit width, beside the published per-tensor min/max quantiser and a rotated variant.
+"""Relative error of the packed basis per bit width.
 
-||P - dequantised P|| / ||P|| on Gaussian rows, Student-t(4) rows, and the deltas of the demo's own checkpoints (candidate - mean, all
-tensors of two dimensions). "rotated": a 128-column Hadamard rotation before and after, which makes heavy tails Gaussian.
-Run: python bench/quantisation_error.py [--checkpoints 'twa-demo/checkpoints/*.safetensors']. Writes bench/results/quantisation_error.md.
+Beside it the published per-tensor min/max quantiser, and a rotated variant: a 128-column Hadamard
+rotation before and after, which makes heavy tails Gaussian.
+
+||P - dequantised P|| / ||P|| on Gaussian rows, Student-t(4) rows, and the deltas of the demo's own
+checkpoints (candidate - mean, all tensors of two dimensions).
+
+Run: python bench/quantisation_error.py [--checkpoints 'twa-demo/checkpoints/*.safetensors'].
+Writes bench/results/quantisation_error.md.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import torch
 import twa
 from common import RESULTS
 from torch import Tensor
-from twa.merge.report import markdown_table
+from twa.io.tables import markdown_table
 
 import twa_kernels as tk
 
@@ -38,7 +43,10 @@ def hadamard(size: int) -> Tensor:
 
 
 def rotated(v: Tensor) -> Tensor:
-    """Rotates whole groups of 128 columns. The rotation is orthonormal, so errors are the same before and after turning back."""
+    """Rotates whole groups of 128 columns.
+
+    The rotation is orthonormal, so errors are the same before and after turning back.
+    """
     groups = v[: v.numel() // 128 * 128].view(-1, 128)
     return (groups @ hadamard(128)).flatten()
 
@@ -52,12 +60,14 @@ def samples(pattern: str) -> dict[str, list[Tensor]]:
     if not glob.glob(pattern):
         sys.exit(f"no checkpoints match {pattern}: run `make demo` first, or pass --checkpoints")
     candidates = twa.Candidates(pattern)
-    mean = twa.schemes.uniform(len(candidates))
+    mean = twa.averages.uniform(len(candidates))
     deltas = []
     for key, info in candidates.info.items():
         if len(info.shape) == 2:
             center = candidates.average(key, mean)
-            deltas += [(c.tensor(key).float() - center).flatten() for c in (candidates[0], candidates[-1])]
+            deltas += [
+                (c.tensor(key).float() - center).flatten() for c in (candidates[0], candidates[-1])
+            ]
     return data | {"checkpoint deltas": deltas}
 
 
@@ -69,7 +79,6 @@ def main() -> None:
     for name, vectors in samples(args.checkpoints).items():
         for quantiser, error in (
             ("packed (ours)", tk.relative_error),
-            ("packed, absmax", lambda v, b: tk.relative_error(v, b, "absmax")),
             ("packed, rotated", lambda v, b: tk.relative_error(rotated(v), b)),
             ("published min/max", min_max_error),
         ):

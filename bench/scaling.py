@@ -1,12 +1,14 @@
 """Scaling of project and reconstruct at every bit width: percent of the measured bandwidth over
 candidates n, columns D and threads.
 
+    python bench/scaling.py [--quick] [--output FOLDER]
+
+writes cpu_scaling.json, .md and .png there (bench/results/).
+
 Over n with n * D = 64 * 8e6, so that the packed size stays the same; over D at n = 64; over threads
 at n = 64, D = 8e6. Bytes moved: project n * D * (bits / 8 + 1 / 128) + 4 * D, reconstruct 4 * D
 more. Bounds, measured in this run with the same number of threads: reading for project, copying for
-reconstruct. Above 100 %: the packed bytes fit into the processor's cache. Run: python
-bench/scaling.py [--quick] [--output FOLDER]. Writes cpu_scaling.json, .md and .png there
-(bench/results/).
+reconstruct. Above 100 %: the packed bytes fit into the processor's cache.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import torch
 from common import RESULTS, bandwidth, hardware, median_seconds, random_basis
-from twa.merge.report import markdown_table
+from twa.io.tables import markdown_table
 
 import twa_kernels as tk
 
@@ -51,15 +53,8 @@ def measure(n: int, columns: int, threads: int, bits: int) -> list[dict]:
     for op, bound in BOUNDS.items():
         moved = basis.nbytes + (4 if op == "project" else 8) * columns
         rate = moved / seconds[op] / 1e9
-        row = {
-            "op": op,
-            "bits": bits,
-            "n": n,
-            "D": columns,
-            "threads": threads,
-            "ms": 1e3 * seconds[op],
-            "GB/s": rate,
-        }
+        row = {"op": op, "bits": bits, "n": n, "D": columns, "threads": threads}
+        row |= {"ms": 1e3 * seconds[op], "GB/s": rate}
         rows.append(row | {"percent": 100 * rate / bandwidth()[bound], "bound": bound})
     return rows
 
@@ -68,34 +63,20 @@ def markdown(
     rows: list[dict], machine: dict[str, str], measured: dict[int, dict[str, float]]
 ) -> str:
     lines = [f"{key}: {value}" for key, value in machine.items() if key != "threads"]
-    lines += [
-        "",
-        *(
-            f"bandwidth, threads {t}: read {b['read']:.1f} GB/s, copy {b['copy']:.1f} GB/s (read +"
-            " write)"
-            for t, b in measured.items()
-        ),
-    ]
+    lines.append("")
+    for t, b in measured.items():
+        rates = f"read {b['read']:.1f} GB/s, copy {b['copy']:.1f} GB/s (read + write)"
+        lines.append(f"bandwidth, threads {t}: {rates}")
     header = ["op", "bits", "n", "D", "threads", "median ms", "GB/s", "percent", "of"]
     shown = "{op} {bits} {n} {D:.3g} {threads} {ms:.2f} {GB/s:.1f} {percent:.0f} {bound}"
     ordered = sorted(rows, key=lambda r: (r["op"], r["threads"], r["n"], r["D"], -r["bits"]))
     table = markdown_table(header, [shown.format(**r).split() for r in ordered])
-    return "\n".join(
-        [
-            "# Scaling of the CPU kernels",
-            "",
-            "![percent of bandwidth](cpu_scaling.png)",
-            "",
-            *lines,
-            "",
-            table,
-            "",
-        ]
-    )
+    title = ["# Scaling of the CPU kernels", "", "![percent of bandwidth](cpu_scaling.png)", ""]
+    return "\n".join([*title, *lines, "", table, ""])
 
 
 def short(v: float) -> str:
-    """64 -> "64", 32000000 -> "3.2e7"."""
+    """A number for an axis: 64 -> "64", 32000000 -> "3.2e7"."""
     return f"{v:.0f}" if v < 1e4 else f"{v:.1e}".replace(".0e", "e").replace("e+0", "e")
 
 
@@ -125,20 +106,13 @@ def picture(
             panel = axes[down][across]
             ticks = [point[("n", "D", "threads").index(axis)] for point in along]
             for k, bits in enumerate(BITS):
+                keys = [(op, bits, *point) for point in along]
                 line = [
-                    (tick, percent[key])
-                    for tick, key in zip(
-                        ticks, [(op, bits, *point) for point in along], strict=True
-                    )
-                    if key in percent
+                    (t, percent[key]) for t, key in zip(ticks, keys, strict=True) if key in percent
                 ]
-                panel.plot(
-                    *zip(*line, strict=True),
-                    color=f"C{k}",
-                    marker="o",
-                    markersize=4,
-                    label=f"{bits} bit" + "s" * (bits > 1),
-                )
+                style = {"color": f"C{k}", "marker": "o", "markersize": 4}
+                label = f"{bits} bit" + "s" * (bits > 1)
+                panel.plot(*zip(*line, strict=True), label=label, **style)
             panel.axhline(100, color="0.4", linewidth=1, linestyle="--", zorder=1)
             panel.grid(axis="y", color="0.9")
             panel.set_axisbelow(True)
@@ -153,17 +127,10 @@ def picture(
                 panel.set_ylabel(f"{op}: percent of {bound} bandwidth")
     for row in axes:
         row[0].set_ylim(bottom=0)  # after all lines of the row, which share the axis
-    figure.legend(
-        *axes[0][0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=len(BITS),
-        frameon=False,
-    )
-    figure.suptitle(
-        f"Percent of the measured bandwidth, {machine['processor']} ({machine['isa']}), commit"
-        f" {machine['commit']}",
-        fontsize=11,
-    )
+    labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=len(BITS), frameon=False)
+    where = f"{machine['processor']} ({machine['isa']}), commit {machine['commit']}"
+    figure.suptitle(f"Percent of the measured bandwidth, {where}", fontsize=11)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -172,11 +139,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="a hundredth of the columns: shows that it runs, measures nothing of use",
-    )
+    quick = "a hundredth of the columns: shows that it runs, measures nothing of use"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -192,14 +156,11 @@ def main() -> None:
             for bits in BITS:
                 rows += measure(n, columns, threads, bits)
                 for r in rows[-2:]:
-                    print(
-                        "{op:12} {bits} bits  n {n:4}  D {D:9}  threads {threads:3}  {ms:8.2f} ms "
-                        " {percent:4.0f} % of {bound}".format(**r)
-                    )
+                    size = "{op:12} {bits} bits  n {n:4}  D {D:9}  threads {threads:3}".format(**r)
+                    print(size + "  {ms:8.2f} ms  {percent:4.0f} % of {bound}".format(**r))
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "cpu_scaling.json").write_text(
-        json.dumps({"hardware": machine, "bandwidth": measured, "rows": rows}, indent=1) + "\n"
-    )
+    found = {"hardware": machine, "bandwidth": measured, "rows": rows}
+    (args.output / "cpu_scaling.json").write_text(json.dumps(found, indent=1) + "\n")
     (args.output / "cpu_scaling.md").write_text(markdown(rows, machine, measured))
     picture(args.output / "cpu_scaling.png", rows, curves, machine)
 

@@ -3,16 +3,17 @@ needed.
 
 Per kernel: registers, bytes of stack (spills), and of project and reconstruct the instructions of
 one tile (machine_code.py), all of them: decoding, products, the gradient's or the coefficients'
-fixed point, scales, waiting, copies, center and store. Two measures:
+fixed point, scales, waiting, copies, center and store. Three measures:
 
-    per weight   thread-instructions / (rows x 128), against the budget of the packed bytes alone: 7
-                 / 3.7 / 2.8 / 1.8 / 0.9 on an H200
+    per weight   thread-instructions / (rows x 128), against the budget of the packed bytes alone:
+                 7 / 3.7 / 2.8 / 1.8 / 0.9 on an H200
     issue        share of the instructions that an H200 can issue (7.2 a byte at 4.1 TB/s) while it
                  moves the tile's bytes: packed words, scales, float32 gradient or center and weight
     pipe         share of what the pipe for integers, logic, shifts and permutations can do
                  meanwhile: half as many (64 a cycle and multiprocessor, CUDA C++ programming guide,
-                 "Throughput of native arithmetic instructions") Below 1 in both a kernel can run at
-                 the speed of memory; how far below is its slack.
+                 "Throughput of native arithmetic instructions")
+
+Below 1 in issue and pipe a kernel can run at the speed of memory; how far below is its slack.
 
     python bench/static_cost_cuda.py           writes bench/results/cuda_static_cost.{md,json,png}
     python bench/static_cost_cuda.py --check   exit status 1 if a kernel has a stack frame or spends
@@ -22,9 +23,11 @@ fixed point, scales, waiting, copies, center and store. Two measures:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import machine_code
@@ -70,54 +73,35 @@ OPS = ("pack", "project", "sum", "update", "reconstruct", "scale", "step")
 
 
 def tile_bytes(op: str, bits: int, rows: int) -> int:
-    """That one tile moves: packed words and scales of its rows, and 128 columns of float32
+    """Bytes that one tile moves: packed words and scales of its rows, and 128 columns of float32
     gradient, or of center and weight.
     """
     return rows * (16 * bits + 1) + (512 if op == "project" else 1024)
 
 
 def measure(function: machine_code.Function) -> dict | None:
-    found = re.search(
-        r"\d(pack|project|sum|update|reconstruct|scale|step)_kernel(ILi(\d)E)?(Li(\d+)E)?(Lb(\d)E)?",
-        function.name,
-    )
-    if not found:
+    """A row of what a kernel costs; None for a kernel that is none of OPS."""
+    name = rf"\d({'|'.join(OPS)})_kernel(ILi(\d)E)?(Li(\d+)E)?(Lb(\d)E)?"
+    if not (found := re.search(name, function.name)):
         return None
     op, bits, units, many = found[1], int(found[3] or 0), int(found[5] or 0), found[7] == "1"
-    row = {
-        "op": op,
-        "bits": bits,
-        "rows": 16 * units,
-        "many": many,
-        "arch": function.arch,
-        "registers": function.registers,
-    }
-    row |= {"stack": function.stack, "instructions": len(function.code)}
-    if op in ("project", "reconstruct") and not many:
-        path = machine_code.usual_path(function.code)
-        names = machine_code.counts(path)
-        thread_instructions = 32 * len(path)
-        # of one tile
-        products = sum(
-            {"16832": 512, "16816": 256}[op.split(".")[1]] for op in path if op.startswith("IMMA")
-        )
-        row |= {
-            "path": len(path),
-            "per_weight": thread_instructions / (row["rows"] * 128),
-            "products": products,
-        }
-        row["alu"] = 64 * sum(name in ALU for name in (op.split(".")[0] for op in path))
-        row["alu"] /= tile_bytes(op, bits, row["rows"]) * PER_BYTE.get(
-            function.arch, PER_BYTE["sm_90"]
-        )
-        row["share"] = thread_instructions / (
-            tile_bytes(op, bits, row["rows"]) * PER_BYTE.get(function.arch, PER_BYTE["sm_90"])
-        )
-        row |= {
-            "shared_access": names.get("LDS", 0) + names.get("STS", 0),
-            "barriers": names.get("BAR", 0),
-        }
-        row["copies"] = sum("UBLKCP" in text or "LDGSTS" in text for _, text in function.code)
+    row = {"op": op, "bits": bits, "rows": 16 * units, "many": many, "arch": function.arch}
+    row |= {"registers": function.registers, "stack": function.stack}
+    row["instructions"] = len(function.code)
+    if op not in ("project", "reconstruct") or many:
+        return row
+    path = machine_code.usual_path(function.code)
+    names, instructions = machine_code.counts(path), 32 * len(path)
+    row |= {"path": len(path), "per_weight": instructions / (row["rows"] * 128)}
+    shapes = [text.split(".")[1] for text in path if text.startswith("IMMA")]
+    row["products"] = sum({"16832": 512, "16816": 256}[shape] for shape in shapes)  # of one tile
+    per_byte = PER_BYTE.get(function.arch, PER_BYTE["sm_90"])
+    available = tile_bytes(op, bits, row["rows"]) * per_byte
+    row["alu"] = 64 * sum(text.split(".")[0] in ALU for text in path) / available
+    row["share"] = instructions / available
+    row["shared_access"] = names.get("LDS", 0) + names.get("STS", 0)
+    row["barriers"] = names.get("BAR", 0)
+    row["copies"] = sum("UBLKCP" in text or "LDGSTS" in text for _, text in function.code)
     return row
 
 
@@ -135,7 +119,9 @@ def predicted(
     streaming kernels do, less where issue slots or the integer pipe would be more than 0.9 full.
     None where no whole tile was counted.
 
-    per_byte   thread-instructions that the GPU can issue while it copies a byte: an H200's
+    Args:
+        per_byte: thread-instructions that the GPU can issue while it copies a byte; default: an
+            H200's
     """
     built = {
         r["rows"]: r
@@ -152,97 +138,80 @@ def predicted(
 
 
 def problems(row: dict) -> list[str]:
-    label = f"{row['arch']} {row['op']} {row['bits']} bits, {row['rows']} rows"
-    found = []
+    """What is not as it should be."""
+    op, bits, rows, found = row["op"], row["bits"], row["rows"], []
     if row["stack"]:
-        found.append(f"{label}: {row['stack']} bytes of stack (spills)")
+        found.append(f"{row['stack']} bytes of stack (spills)")
     if "path" in row and row["barriers"]:
-        found.append(f"{label}: {row['barriers']} barriers of the block in the main loop")
+        found.append(f"{row['barriers']} barriers of the block in the main loop")
     if "path" in row and not row["copies"]:
-        found.append(f"{label}: no asynchronous copies")
-    if row["arch"] == "sm_90" and "path" in row and row["rows"] >= 64 and row["share"] > 1:
-        found.append(
-            f"{label}: {100 * row['share']:.0f} % of the instructions that memory's speed leaves"
-        )
-    if row["arch"] == "sm_90" and "path" in row and row["rows"] >= 64 and row["alu"] > 1:
-        found.append(
-            f"{label}: {100 * row['alu']:.0f} % of the integer and logic pipe that memory's speed"
-            " leaves"
-        )
-    enough = "path" in row and row["rows"] >= ROWS.get((row["op"], row["bits"]), 64)
-    # the budget has one digit
-    if row["arch"] == "sm_90" and enough and round(row["per_weight"], 1) > BUDGET[row["bits"]]:
-        found.append(
-            f"{label}: {row['per_weight']:.2f} instructions per weight, budget"
-            f" {BUDGET[row['bits']]}"
-        )
-    return found
+        found.append("no asynchronous copies")
+    if row["arch"] == "sm_90" and "path" in row:
+        what = {"share": "instructions", "alu": "integer and logic pipe"}
+        for key, name in what.items():
+            if rows >= 64 and row[key] > 1:
+                found.append(f"{100 * row[key]:.0f} % of the {name} that memory's speed leaves")
+        # the budget has one digit
+        if rows >= ROWS.get((op, bits), 64) and round(row["per_weight"], 1) > BUDGET[bits]:
+            cost = row["per_weight"]
+            found.append(f"{cost:.2f} instructions per weight, budget {BUDGET[bits]}")
+    return [f"{row['arch']} {op} {bits} bits, {rows} rows: {problem}" for problem in found]
 
 
 def markdown(rows: list[dict]) -> list[str]:
-    lines = [
+    archs, stack = sorted({r["arch"] for r in rows}), max(r["stack"] for r in rows)
+    return [
         "# Static cost of the CUDA kernels",
         "",
         "![instructions per weight](cuda_static_cost.png)",
         "",
-    ]
-    lines += [
         "Read from the machine code in the native module; no GPU took part. Instructions of a whole"
-        " tile on its usual path: float32"
-    ]
-    lines += [
+        " tile on its usual path: float32",
         "gradient, center and weight, aligned. *Issue* and *pipe*: shares of the instructions, and"
-        " of those of the integer and logic pipe, that"
-    ]
-    lines += [
+        " of those of the integer and logic pipe, that",
         "an H200 can do while it moves the tile's bytes; below 1, memory is the limit. Budget:"
-        " instructions per weight while the packed bytes"
+        " instructions per weight while the packed bytes",
+        "alone are moved.",
+        "",
+        *_tiles(rows),
+        "",
+        f"{len(rows)} kernels ({', '.join(archs)}); largest stack frame {stack} bytes. The others,"
+        f" on {archs[-1]}:",
+        "",
+        *_others([r for r in rows if r["arch"] == archs[-1] and "path" not in r]),
+        "",
     ]
-    lines += ["alone are moved.", ""]
-    lines += [
-        "| op | bits | budget | rows | instructions | per weight | issue | pipe | sm_80, A100:"
-        " issue | pipe | registers | stack |"
-    ]
-    lines += ["|" + "---|" * 12]
+
+
+def _line(cells: Iterable[object]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _tiles(rows: list[dict]) -> list[str]:
+    """What a whole tile costs on sm_90, and beside it on sm_80."""
+    head = ["op", "bits", "budget", "rows", "instructions", "per weight", "issue", "pipe"]
+    head += ["sm_80, A100: issue", "pipe", "registers", "stack"]
+    lines = [_line(head), "|" + "---|" * len(head)]
     by = {(r["arch"], r["op"], r["bits"], r["rows"], r["many"]): r for r in rows}
     for r in rows:
         if r["arch"] == "sm_90" and "path" in r:
             other = by.get(("sm_80", r["op"], r["bits"], r["rows"], False))
-            cells = [
-                r["op"],
-                r["bits"],
-                BUDGET[r["bits"]],
-                r["rows"],
-                r["path"],
-                f"{r['per_weight']:.2f}",
-                f"{r['share']:.2f}",
-            ]
-            cells += [
-                f"{r['alu']:.2f}",
-                *([f"{other[key]:.2f}" for key in ("share", "alu")] if other else ["", ""]),
-                r["registers"],
-                r["stack"],
-            ]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    archs = sorted({r["arch"] for r in rows})
-    stack = max(r["stack"] for r in rows)
-    lines += [
-        "",
-        (
-            f"{len(rows)} kernels ({', '.join(archs)}); largest stack frame {stack} bytes. The"
-            f" others, on {archs[-1]}:"
-        ),
-        "",
-    ]
-    lines += ["| kernel | bits | rows | registers | stack | instructions |", "|" + "---|" * 6]
+            cells = [r["op"], r["bits"], BUDGET[r["bits"]], r["rows"], r["path"]]
+            cells += [f"{r[key]:.2f}" for key in ("per_weight", "share", "alu")]
+            cells += [f"{other[key]:.2f}" if other else "" for key in ("share", "alu")]
+            lines.append(_line([*cells, r["registers"], r["stack"]]))
+    return lines
+
+
+def _others(rows: list[dict]) -> list[str]:
+    """A line for each kernel whose tile is not counted."""
+    head = ["kernel", "bits", "rows", "registers", "stack", "instructions"]
+    lines = [_line(head), "|" + "---|" * len(head)]
     for r in rows:
-        if r["arch"] == archs[-1] and "path" not in r:
-            size = f"more than {r['rows']}" if r["many"] else r["rows"] or ""
-            lines.append(
-                f"| {r['op']} | {r['bits'] or ''} | {size} | {r['registers']} | {r['stack']} |"
-                f" {r['instructions']} |"
-            )
-    return [*lines, ""]
+        size = f"more than {r['rows']}" if r["many"] else r["rows"] or ""
+        figures = r["registers"], r["stack"], r["instructions"]
+        lines.append(_line([r["op"], r["bits"] or "", size, *figures]))
+    return lines
 
 
 def picture(path: Path, rows: list[dict]) -> None:
@@ -251,64 +220,37 @@ def picture(path: Path, rows: list[dict]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    bits = list(BUDGET)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for k, (op, n) in enumerate(
-        [("project", 64), ("project", 128), ("reconstruct", 64), ("reconstruct", 128)]
-    ):
-        chosen = {
-            r["bits"]: r
-            for r in rows
-            if (r["arch"], r["op"], r["rows"], r["many"]) == ("sm_90", op, n, False)
-        }
-        at = [i + 0.2 * k - 0.3 for i in range(len(bits))]
-        for axis, key in zip(axes, ("per_weight", "most"), strict=True):
-            values = [
-                (
-                    (
-                        chosen[b][key]
-                        if key == "per_weight"
-                        else max(chosen[b]["share"], chosen[b]["alu"])
-                    )
-                    if b in chosen
-                    else 0.0
-                )
-                for b in bits
-            ]
-            shade = {"color": f"C{k // 2}", "alpha": 0.55 if n == 64 else 1.0}
-            bars = axis.bar(at, values, 0.18, label=f"{op}, {n} rows", **shade)
-            axis.bar_label(
-                bars,
-                [
-                    f"{v:.1f}" if v and key == "per_weight" else f"{v:.2f}"[1:] if v else ""
-                    for v in values
-                ],
-                fontsize=6.5,
-            )
-    for i, b in enumerate(bits):
-        axes[0].hlines(
-            BUDGET[b],
-            i - 0.42,
-            i + 0.42,
-            color="0.2",
-            linewidth=1.5,
-            label=None if i else "budget, packed bytes alone",
+    for k, (op, n) in enumerate(itertools.product(("project", "reconstruct"), (64, 128))):
+        wanted = ("sm_90", op, n, False)
+        chosen = [r for r in rows if (r["arch"], r["op"], r["rows"], r["many"]) == wanted]
+        by = {r["bits"]: r for r in chosen}
+        at = [i + 0.2 * k - 0.3 for i in range(len(BUDGET))]
+        costs = [by[b]["per_weight"] if b in by else 0.0 for b in BUDGET]
+        shares = [max(by[b]["share"], by[b]["alu"]) if b in by else 0.0 for b in BUDGET]
+        labels = (
+            [f"{v:.1f}" if v else "" for v in costs],
+            [f"{v:.2f}"[1:] if v else "" for v in shares],
         )
+        style = {"color": f"C{k // 2}", "alpha": 0.55 if n == 64 else 1.0}
+        for axis, values, texts in zip(axes, (costs, shares), labels, strict=True):
+            bars = axis.bar(at, values, 0.18, label=f"{op}, {n} rows", **style)
+            axis.bar_label(bars, texts, fontsize=6.5)
+    for i, budget in enumerate(BUDGET.values()):
+        label = None if i else "budget, packed bytes alone"
+        axes[0].hlines(budget, i - 0.42, i + 0.42, color="0.2", linewidth=1.5, label=label)
     axes[1].axhline(1.0, color="0.2", linewidth=1.5, label="speed of memory")
     axes[0].set_ylabel("thread-instructions per packed weight")
     axes[1].set_ylabel("share of issue slots or integer pipe")
     for axis in axes:
-        axis.set_xticks(range(len(bits)), [f"{b} bit" + "s" * (b > 1) for b in bits])
+        axis.set_xticks(range(len(BUDGET)), [f"{b} bit" + "s" * (b > 1) for b in BUDGET])
         axis.spines[["top", "right"]].set_visible(False)
     axes[1].set_ylim(0, 1.35)
     axes[0].legend(frameon=False, fontsize=8)
-    axes[1].legend(
-        *(v[:1] for v in axes[1].get_legend_handles_labels()),
-        frameon=False,
-        fontsize=8,
-        loc="upper right",
-    )
-    figure.suptitle("CUDA kernels on sm_90, from their machine code (lower is better)", fontsize=11)
+    memory = [v[:1] for v in axes[1].get_legend_handles_labels()]
+    axes[1].legend(*memory, frameon=False, fontsize=8, loc="upper right")
+    title = "CUDA kernels on sm_90, from their machine code (lower is better)"
+    figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -318,11 +260,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="write nothing, report problems")
-    parser.add_argument(
-        "--library",
-        type=Path,
-        help="object, archive or library with the kernels (default: the native module)",
-    )
+    library = "object, archive or library with the kernels (default: the native module)"
+    parser.add_argument("--library", type=Path, help=library)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     if args.library is None:
@@ -340,10 +279,8 @@ def main() -> None:
         picture(args.output / "cuda_static_cost.png", rows)
         print(text)
     found = [problem for row in rows for problem in problems(row)]
-    print(
-        "\n".join(found)
-        or f"{len(rows)} kernels: no stack, no barrier in a main loop, within the budget"
-    )
+    fine = "no stack, no barrier in a main loop, within the budget"
+    print("\n".join(found) or f"{len(rows)} kernels: {fine}")
     sys.exit(bool(found))
 
 

@@ -25,8 +25,8 @@ CACHES = (50e6, 30e6)
 
 
 def clip() -> list[int]:
-    """Sizes of a CLIP-like model's tensors: 12 layers of width 768 and 12 of width 512, embeddings;
-    1.25e8 weights.
+    """Sizes of a CLIP-like model's tensors: 12 layers of width 768 and 12 of width 512, and
+    embeddings; 1.25e8 weights.
     """
     sizes = []
     for width in (768, 512):
@@ -41,11 +41,9 @@ def reuse(
     sizes: list[int], segments: list[int], n: int, bits: int, cache: float
 ) -> tuple[float, float]:
     """(packed bytes, share of them that the second read finds in the cache)."""
-    tile_segment = torch.cat(
-        [
-            torch.full((-(-size // 128),), l, dtype=torch.int32)
-            for size, l in zip(sizes, segments, strict=True)
-        ]
+    tiles_of = [-(-size // 128) for size in sizes]
+    tile_segment = torch.repeat_interleave(
+        torch.tensor(segments, dtype=torch.int32), torch.tensor(tiles_of)
     )
     host = native._C.HostWork(sizes, tile_segment.data_ptr(), max(segments) + 1, bits)
     tiles = torch.frombuffer(bytearray(host.arrays[2]), dtype=torch.int32).tolist()
@@ -87,10 +85,8 @@ def main() -> None:
         "",
     ]
     lines += [
-        (
-            "| n | bits | packed | coefficients | 50 MB | 30 MB | bytes of P that memory moves, of"
-            " two reads (50 MB) |"
-        ),
+        "| n | bits | packed | coefficients | 50 MB | 30 MB |"
+        " bytes of P that memory moves, of two reads (50 MB) |",
         "|--:|--:|--:|---|--:|--:|--:|",
     ]
     for n, bits in ((16, 4), (72, 4), (72, 2), (72, 1), (72, 8)):

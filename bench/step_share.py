@@ -1,9 +1,11 @@
 """What the optimizer's step costs in the demo's training step: project + update + reconstruct,
 fused and as three calls.
 
-Medians over interleaved steps on the demo's model and its own checkpoints, at 4 bits. "share" is
-step / (forward + backward + step). Run: make demo; python bench/step_share.py [--checkpoints
-'twa-demo/checkpoints/*.safetensors']. Writes bench/results/step_share.md.
+    make demo
+    python bench/step_share.py [--checkpoints 'twa-demo/checkpoints/*.safetensors']
+
+writes bench/results/step_share.md. Medians over interleaved steps on the demo's model and its own
+checkpoints, at 4 bits. "share" is step / (forward + backward + step).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import time
 import torch
 import twa
 from common import RESULTS, hardware
-from twa.merge.report import markdown_table
+from twa.io.tables import markdown_table
 from twa.tasks.batches import forever
 from twa.tasks.contract import load_task
 
@@ -44,19 +46,10 @@ def measure(pattern: str, granularity: str) -> list[str]:
         times["fused" if fused else "three calls"].append(end - middle)
     work, fused, three = (sorted(times[name])[len(times[name]) // 2] for name in times)
     share = [f"{100 * t / (work + t):.1f} %" for t in (fused, three)]
-    packed = (
-        f"{subspace.basis.n} x {subspace.basis.num_columns / 1e6:.2f} M,"
-        f" {subspace.basis.nbytes / 1e6:.0f} MB"
-    )
-    return [
-        granularity,
-        packed,
-        f"{1e3 * work:.1f}",
-        f"{1e3 * fused:.2f}",
-        share[0],
-        f"{1e3 * three:.2f}",
-        share[1],
-    ]
+    basis = subspace.basis
+    packed = f"{basis.n} x {basis.num_columns / 1e6:.2f} M, {basis.nbytes / 1e6:.0f} MB"
+    calls = [f"{1e3 * fused:.2f}", share[0], f"{1e3 * three:.2f}", share[1]]
+    return [granularity, packed, f"{1e3 * work:.1f}", *calls]
 
 
 def main() -> None:
@@ -68,23 +61,13 @@ def main() -> None:
     if not glob.glob(pattern):
         sys.exit(f"no checkpoints match {pattern}: run `make demo` first, or pass --checkpoints")
     torch.manual_seed(0)
-    header = [
-        "granularity",
-        "basis (4 bits)",
-        "forward + backward, ms",
-        "fused step, ms",
-        "share",
-        "three calls, ms",
-        "share",
-    ]
-    table = markdown_table(
-        header, [measure(pattern, granularity) for granularity in ("tensor", "model")]
-    )
+    header = ["granularity", "basis (4 bits)", "forward + backward, ms"]
+    header += ["fused step, ms", "share", "three calls, ms", "share"]
+    table = markdown_table(header, [measure(pattern, g) for g in ("tensor", "model")])
     print(table)
-    lines = [f"{k}: {v}" for k, v in hardware().items()]
-    (RESULTS / "step_share.md").write_text(
-        "\n".join(["# The step's share of the demo's training step", "", *lines, "", table, ""])
-    )
+    machine = [f"{k}: {v}" for k, v in hardware().items()]
+    lines = ["# The step's share of the demo's training step", "", *machine, "", table, ""]
+    (RESULTS / "step_share.md").write_text("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,16 @@ _WHOLE = {
 
 
 class Traffic(TorchDispatchMode):
-    """Between enter and exit:
+    """Counts between enter and exit.
 
-    `bytes` of all messages, and `messages` [(name, bytes)]. Every collective of torch.distributed
-    and of FSDP2 is a torch op in the namespace c10d, with the tensors as its operands. An
-    all-reduce of m bytes counts m, an all-gather to m bytes m, a reduce-scatter from m bytes m."""
+    Every collective of torch.distributed and of FSDP2 is a torch op in the namespace c10d, with the
+    tensors as its operands. An all-reduce of m bytes counts m, an all-gather to m bytes m, a
+    reduce-scatter from m bytes m.
+
+    Attributes:
+        messages: (name, bytes) of each
+        bytes: of all of them
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -54,7 +54,8 @@ def compile_from(arch: str, first: int) -> Iterator[dict]:
 def measured(version: str, arch: str) -> list[dict]:
     """One row per variant, as static_cost.measure gives it, or with "failed": why.
 
-    A child that the compiler takes down is started anew after the variant that did it."""
+    A child that the compiler takes down is started anew after the variant that did it.
+    """
     folder = installed(version)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(folder), "TRITON_CACHE_DIR": str(folder / "cache")}
@@ -68,22 +69,13 @@ def measured(version: str, arch: str) -> list[dict]:
             for line in child.stdout:
                 rows.append(json.loads(line) | {"triton": version})
                 label = f"{rows[-1]['op']} {rows[-1]['bits']} bits, {rows[-1]['variant']}"
-                print(
-                    f"triton {version} {arch} {len(rows)}:"
-                    f" {label}{'  FAILED' * ('failed' in rows[-1])}",
-                    file=sys.stderr,
-                )
+                label += "  FAILED" * ("failed" in rows[-1])
+                print(f"triton {version} {arch} {len(rows)}: {label}", file=sys.stderr)
         ended = child.returncode
         if ended:
-            label = {"op": "unknown", "bits": 0, "variant": f"number {len(rows)}"}
-            rows.append(
-                label
-                | {
-                    "arch": arch,
-                    "triton": version,
-                    "failed": f"the compiler's process ended with status {ended}",
-                }
-            )
+            failed = f"the compiler's process ended with status {ended}"
+            row = {"op": "unknown", "bits": 0, "variant": f"number {len(rows)}"}
+            rows.append(row | {"arch": arch, "triton": version, "failed": failed})
             if len(rows) > 1000:
                 raise RuntimeError(f"triton {version} does not start: {' '.join(command)}")
     return rows
@@ -120,10 +112,8 @@ def problems(rows: list[dict]) -> list[str]:
 def markdown(rows: list[dict]) -> list[str]:
     lines = ["# The Triton kernels under several versions of Triton", ""]
     lines += [
-        (
-            "Every shipped variant, compiled ahead of time on a CPU (`make triton-versions`); no"
-            " GPU took part."
-        ),
+        "Every shipped variant, compiled ahead of time on a CPU (`make triton-versions`);"
+        " no GPU took part.",
         "",
     ]
     lines += [
@@ -156,18 +146,15 @@ def main() -> None:
         return
     args.output.mkdir(parents=True, exist_ok=True)
     rows, text = [], ""
-    for more in measure_each(
-        tuple(args.versions.split(",")), tuple(args.architectures.split(",")), args.workers
-    ):
+    versions, architectures = tuple(args.versions.split(",")), tuple(args.architectures.split(","))
+    for more in measure_each(versions, architectures, args.workers):
         rows += more
         text = "\n".join(markdown(rows))
         (args.output / "triton_versions.md").write_text(text)  # after each: a run may be cut short
     print(text)
     found = problems(rows)
-    print(
-        "\n".join(found)
-        or "every kernel compiles with every version; none spills on sm_90 with the oldest and the newest"
-    )
+    fine = "every kernel compiles with every version; none spills on sm_90 with the oldest and the"
+    print("\n".join(found) or f"{fine} newest")
     sys.exit(bool(found))
 
 

@@ -1,1 +1,19 @@
-"""Ready-made tasks and models to train candidates on."""
+"""Published claims about trainable weight averaging, each tested by an experiment of its own.
+
+    python bench/claims head        # or tail, soup, boundary, bits, beyond, all
+
+A claim is a module with TITLE, CLAIM, `run(job)`, which makes the rows of its table,
+`findings(rows)` and `picture(figure, rows)`; METRIC, PIVOT and FIGURE if they are not the usual.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+CLAIMS = ("head", "tail", "soup", "boundary", "bits", "beyond")
+
+
+def claim(name: str) -> ModuleType:
+    """The module of a claim, imported when it is asked for."""
+    return importlib.import_module(f"claims.{name}")

@@ -1,9 +1,9 @@
 """Beyond the paper: what Li et al. (arXiv 2205.13104v4) leave to future work, tried at small scale.
 
-LoRA            adapters averaged, as factors and multiplied into the weights (lora.py)
-bfloat16, int8  a run whose weights have few bits, averaged
-unlabelled      merge weights trained on images without labels (unlabelled.py)
-warm start      what a trained average starts from
+LoRA              adapters averaged, as factors and multiplied into the weights (lora.py)
+bfloat16, int8    a run whose weights have few bits, averaged
+unlabelled        merge weights trained on images without labels (unlabelled.py)
+warm start        what a trained average starts from
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from twa import averages as schemes
-from twa.io.progress import measure_test
-from twa.merge.run import EMA_DECAYS, LAWA_LENGTHS, Average
-from twa.merge.settings import Result, TwaMethod
+from twa import averages
+from twa.merge.baselines import EMA_DECAYS, lawa_lengths
+from twa.merge.results import Result
+from twa.merge.run import Merge
+from twa.merge.settings import TwaMethod
 from twa.tasks.contract import Task
 
 from .job import Job
@@ -55,64 +56,57 @@ def run(job: Job) -> Rows:
     if job.data is not None:
         return Rows(stored(job, workload) + warm_start(job, workload))
     (images,) = job.workloads("vit")
-    return Rows(
-        lora(job, workload)
-        + stored(job, workload)
-        + unlabelled(job, images)
-        + warm_start(job, workload)
-    )
+    rows = lora(job, workload) + stored(job, workload)
+    return Rows(rows + unlabelled(job, images) + warm_start(job, workload))
 
 
 # Weights of few bits -----------------------------------------------------------------------------
 
 
 def stored(job: Job, workload: Workload) -> Rows:
-    """Half of the usual run at a constant rate, with weights in float32, bfloat16 or on a grid of 8
-    bits after every step. Averages of bfloat16 files are in bfloat16, as `twa average` exports
-    them; those of the grid are in float32, or rounded to it again."""
+    """Rows of half of the usual run at a constant rate, with weights in float32, bfloat16 or on a
+    grid of 8 bits after every step.
+
+    Averages of bfloat16 files are in bfloat16, as `twa average` exports them; those of the grid are
+    in float32, or rounded to it again.
+    """
     task, rows = job.task(workload), Rows()
     for setting, kind in STORED.items():
         plan = replace(workload.usual, steps=half_of(workload.usual), schedule="constant", **kind)
-        trained = job.run(
-            workload,
-            "constant-" + setting.split()[0],
-            of_dtype(task, getattr(torch, plan.dtype)),
-            plan,
-        )
-        candidates = trained.candidates(count=CANDIDATES)
-        average = job.average(task, candidates, workload.twa_steps)
+        name, data = "constant-" + setting.split()[0], of_dtype(task, getattr(torch, plan.dtype))
+        candidates = job.run(workload, name, data, plan).candidates(count=CANDIDATES)
+        merge = job.merge(task, candidates, workload.twa_steps)
         n, where = len(candidates), {"task": workload.label, "setting": setting}
         options = {
-            "last": [(schemes.candidate(n, -1), "")],
-            "uniform": [(schemes.uniform(n), "")],
-            "EMA": [(schemes.ema(n, d), f"decay {d}") for d in EMA_DECAYS],
-            "LAWA": [(schemes.lawa(n, k), f"last {k}") for k in lengths(n)],
+            "last": [(averages.candidate(n, -1), "")],
+            "uniform": [(averages.uniform(n), "")],
+            "EMA": [(averages.ema(n, d), f"decay {d}") for d in EMA_DECAYS],
+            "LAWA": [(averages.lawa(n, k), f"last {k}") for k in lawa_lengths(n)],
         }
         for name, betas in options.items():
-            rows += stored_rows(job, where, task, chosen(average, name, betas), average, plan.grid)
-        rows += stored_rows(job, where, task, average.train(DEFAULT), average, plan.grid)
+            result = chosen(merge, name, betas)
+            rows += stored_rows(job, where, task, result, merge, plan.grid)
+        rows += stored_rows(job, where, task, merge.train(DEFAULT), merge, plan.grid)
     return rows
 
 
 def stored_rows(
-    job: Job, where: dict, task: Task, result: Result, average: Average, grid: int
+    job: Job, where: dict, task: Task, result: Result, merge: Merge, grid: int
 ) -> list[dict]:
     """The result that the model is at; and the same rounded, if it is an average of weights on a
     grid.
     """
-    row = job.row(where, task, result, average)
+    row = job.row(where, task, result, merge)
     if not grid or result.method == "last":
         return [row]
-    round_to_grid(average.model, grid)
-    average.settle()
-    return [
-        row,
-        row | {"method": f"{result.method}, rounded to int{grid}"} | measured(task, average.model),
-    ]
+    round_to_grid(merge.model, grid)
+    merge.evaluator.settle()
+    rounded = {"method": f"{result.method}, rounded to int{grid}"}
+    return [row, row | rounded | measured(task, merge.model)]
 
 
 def half_of(plan: Plan) -> int:
-    """Steps, with a checkpoint after the last."""
+    """Half of a plan's steps, with a checkpoint after the last."""
     return max(1, plan.steps // 2 // plan.every) * plan.every
 
 
@@ -131,59 +125,41 @@ def of_dtype(task: Task, dtype: torch.dtype) -> Task:
 
 
 def warm_start(job: Job, workload: Workload) -> Rows:
-    """The same training from different fixed averages of the first half of the usual run."""
+    """Rows of the same training from different fixed averages of the first half of the usual
+    run.
+    """
     task = job.task(workload)
-    candidates = job.usual(workload, task).candidates(
-        until=half_of(workload.usual), count=CANDIDATES
-    )
-    average = job.average(task, candidates, workload.twa_steps)
-    n = len(candidates)
-    average.baselines()
-    chosen(average, "WSM, 1-sqrt", [(schemes.wsm(n, k, "sqrt"), f"last {k}") for k in lengths(n)])
+    usual = job.usual(workload, task)
+    candidates = usual.candidates(until=half_of(workload.usual), count=CANDIDATES)
+    merge, n = job.merge(task, candidates, workload.twa_steps), len(candidates)
+    merge.baselines()
+    wsm = [(averages.wsm(n, k, "sqrt"), f"last {k}") for k in lawa_lengths(n)]
+    chosen(merge, "WSM, 1-sqrt", wsm)
     where, rows = {"task": workload.label, "setting": "warm start"}, Rows()
-    for start in [r for r in average.results if r.method in STARTS]:
-        result = average.train(DEFAULT, start=start.beta, start_name=f"{start.method} {start.note}")
+    for start in [r for r in merge.results if r.method in STARTS]:
+        result = merge.train(DEFAULT, start=start.beta, start_name=f"{start.method} {start.note}")
         name = "LAWA (WSM, linear)" if start.method == "LAWA" else start.method
-        rows += [
-            job.row(where, task, start, average, name),
-            job.row(where, task, result, average, f"TWA from {name}"),
-        ]
+        rows.append(job.row(where, task, start, merge, name))
+        rows.append(job.row(where, task, result, merge, f"TWA from {name}"))
     return rows
 
 
-def chosen(average: Average, name: str, options: Sequence[tuple[Tensor, str]]) -> Result:
-    """The fixed average, (merge weights, note), with the lowest validation loss, added to the
+def chosen(merge: Merge, name: str, options: Sequence[tuple[Tensor, str]]) -> Result:
+    """Of some (merge weights, note) the fixed average with the lowest validation loss, added to the
     results; the model is at it.
     """
-    losses = []
-    for beta, _ in options:
-        average.load(beta)
-        losses.append(average.validation_loss())
+    losses = [merge.evaluator.at(beta) for beta, _ in options]
     loss, (beta, note) = min(zip(losses, options, strict=True), key=lambda pair: pair[0])
-    if len(options) > 1:
-        average.load(beta)
-    result = Result(
-        name,
-        int((beta != 0).sum()),
-        0,
-        0.0,
-        0,
-        loss,
-        note=note,
-        beta=beta,
-        evaluations=len(options),
-    )
-    measure_test(result, average.model, average.task)
-    average.results.append(result)
+    merge.evaluator.load(beta)
+    members = int((beta != 0).sum())
+    result = Result(name, members, 0, 0.0, 0, loss, note=note, beta=beta)
+    result.evaluations = len(options)
+    result.test_loss, result.test_metric = merge.evaluator.test()
+    merge.results.append(result)
     return result
 
 
-def lengths(n: int) -> list[int]:
-    """Of what LAWA and WSM take from n candidates."""
-    return [k for k in LAWA_LENGTHS if k < n] or [1]
-
-
-# What comes of it --------------------------------------------------------------------------------
+# What is shown -----------------------------------------------------------------------------------
 
 
 def findings(rows: Rows) -> list[str]:

@@ -1,9 +1,9 @@
 """Bits and granularity: what a low-bit basis loses, and whether coefficients of their own for each
 layer make up for it.
 
-The candidates are the last 32 checkpoints of the first half of the usual run, as in the recipe
-head, and every trained average starts at the fixed average of them that is best on validation data,
-which no quantiser changes. What they gain from there is what rounding of the basis can spoil.
+The candidates are the last 32 checkpoints of the first half of the usual run, as in the claim
+`head`, and every trained average starts at the fixed average of them that is best on validation
+data, which no quantiser changes. What they gain from there is what rounding of the basis can spoil.
 
     packed    this package's: Lloyd-Max levels of a Gaussian (8 bits: uniform ones), a scale for
               each 128 columns of a candidate
@@ -20,8 +20,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from twa.merge.run import Average
-from twa.merge.settings import Result, TwaMethod
+from twa.merge.results import Result
+from twa.merge.run import Merge
+from twa.merge.settings import TwaMethod
 from twa.subspace import Subspace
 
 import twa_kernels as tk
@@ -52,42 +53,30 @@ def run(job: Job) -> Rows:
         task = job.task(workload)
         usual = job.usual(workload, task)
         stop = usual.plan.nearest(PART)
-        average = job.average(
-            task, usual.candidates(until=stop, count=CANDIDATES), max(1, workload.twa_steps // 2)
-        )
-        average.baselines()
-        start = min(average.results, key=lambda r: r.val_loss)
-        where = {"task": workload.label, "stopped": stop}
-        rows.append(job.row(where | {"setting": "start"}, task, start, average, FIXED))
+        candidates = usual.candidates(until=stop, count=CANDIDATES)
+        merge = job.merge(task, candidates, max(1, workload.twa_steps // 2))
+        merge.baselines()
+        start = min(merge.results, key=lambda r: r.val_loss)
+        label = {"task": workload.label, "stopped": stop}
+        rows.append(job.row(label | {"setting": "start"}, task, start, merge, FIXED))
         errors: dict[tuple[str, int], float] = {}
         for bits in (*BITS, RANDOM):
             for quantiser, granularity in grid(bits):
-                result = train(average, quantiser, granularity, bits, errors, job.seed)
-                kind = {"setting": setting(bits), "error": errors.get((quantiser, bits))} | at(
-                    granularity, bits, quantiser
-                )
-                rows.append(
-                    job.row(
-                        where | kind,
-                        task,
-                        result,
-                        average,
-                        f"TWA-t {named(granularity)}, {quantiser}",
-                    )
-                )
+                result = train(merge, quantiser, granularity, bits, errors, job.seed)
+                where = label | {"setting": setting(bits), "error": errors.get((quantiser, bits))}
+                where |= at(granularity, bits, quantiser)
+                name = f"TWA-t {named(granularity)}, {quantiser}"
+                rows.append(job.row(where, task, result, merge, name))
     return rows
 
 
 def grid(bits: int) -> list[tuple[str, str]]:
     """(quantiser, granularity) of each trained average at so many bits."""
-    if bits == 32:
-        return [("float32", granularity) for granularity in GRANULARITIES]
-    if bits == RANDOM:
-        return [("random", granularity) for granularity in GRANULARITIES]
-    return [
-        *(("packed", granularity) for granularity in GRANULARITIES),
-        *(("min/max", granularity) for granularity in PUBLISHED),
-    ]
+    if bits in (32, RANDOM):
+        quantiser = "float32" if bits == 32 else "random"
+        return [(quantiser, granularity) for granularity in GRANULARITIES]
+    packed = [("packed", granularity) for granularity in GRANULARITIES]
+    return packed + [("min/max", granularity) for granularity in PUBLISHED]
 
 
 def setting(bits: int) -> str:
@@ -99,32 +88,42 @@ def named(granularity: str) -> str:
 
 
 def train(
-    average: Average,
+    merge: Merge,
     quantiser: str,
     granularity: str,
     bits: int,
     errors: dict[tuple[str, int], float],
     seed: int,
 ) -> Result:
-    """From the best fixed average. errors: filled at the first basis of float32; its rows are the
-    same for every granularity.
+    """A trained average, from the best fixed one.
+
+    Args:
+        errors: filled at the first basis of float32; its rows are the same for every granularity
     """
+
+    def measure(subspace: Subspace) -> None:
+        if not errors:
+            errors.update(relative_errors(subspace.basis.rows))
+
     prepare = {
-        "float32": (
-            None if errors else lambda subspace: errors.update(relative_errors(subspace.basis.rows))
-        ),
+        "float32": measure,
         "packed": None,
         "min/max": partial(quantise, bits=bits),
         "random": partial(randomise, seed=seed),
     }[quantiser]
-    return average.train(
-        TwaMethod("t", granularity, bits if quantiser == "packed" else 32), prepare=prepare
-    )
+    method = TwaMethod("t", granularity, bits if quantiser == "packed" else 32)
+    return merge.train(method, prepare=prepare)
+
+
+# Quantisers --------------------------------------------------------------------------------------
 
 
 def minmax(rows: Tensor, bits: int) -> Tensor:
-    """The published quantiser's: each of the rows (n, numel) as codes of so many bits over [its
-    minimum, its maximum], dequantised. 1 bit: one of the two. A row of one value stays as it is."""
+    """The published quantiser's result: each of the rows (n, numel) as codes of so many bits over
+    [its minimum, its maximum], dequantised.
+
+    1 bit: one of the two. A row of one value stays as it is.
+    """
     if not rows.numel():
         return rows
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)  # (n, 1)
@@ -146,9 +145,8 @@ def randomise(subspace: Subspace, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for p in subspace.basis.rows:
         drawn = torch.randn(p.shape, generator=generator).to(p)
-        p.copy_(
-            drawn * (p.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True).clamp(min=1e-12))
-        )
+        norm = p.norm(dim=1, keepdim=True)
+        p.copy_(drawn * (norm / drawn.norm(dim=1, keepdim=True).clamp(min=1e-12)))
 
 
 def relative_errors(tensors: list[Tensor]) -> dict[tuple[str, int], float]:
@@ -172,59 +170,54 @@ def relative_errors(tensors: list[Tensor]) -> dict[tuple[str, int], float]:
     return found
 
 
+# What is shown -----------------------------------------------------------------------------------
+
+
 def findings(rows: Rows) -> list[str]:
-    """Per task: what each quantiser loses against float32, how large its error is, and what
-    coefficients per tensor gain at each number of bits.
+    """What each quantiser loses against float32, how large its error is, and what coefficients per
+    tensor gain at each number of bits; all by task.
     """
     found = []
     for task in rows.of("task"):
-        mine = rows.where(task=task)
+        mine, start = rows.where(task=task), {"method": FIXED}
         gains = ", ".join(
-            f"{named(g)} {spread(paired(mine, {'method': FIXED}, at(g, 32)))}"
-            for g in GRANULARITIES
+            f"{named(g)} {spread(paired(mine, start, at(g, 32)))}" for g in GRANULARITIES
         )
         found.append(
             f"{task}: in float32 TWA lowers the test loss of the best fixed average,"
-            f" {mine.mean(method=FIXED):.4f}, by: {gains}"
+            f" {mine.mean(**start):.4f}, by: {gains}"
         )
         gains = ", ".join(
-            f"{named(g)} {spread(paired(mine, {'method': FIXED}, at(g, RANDOM, 'random')))}"
+            f"{named(g)} {spread(paired(mine, start, at(g, RANDOM, 'random')))}"
             for g in GRANULARITIES
         )
         found.append(f"{task}: by random rows in place of the candidates': {gains}")
         for quantiser, granularities in (("packed", GRANULARITIES), ("min/max", PUBLISHED)):
             for g in granularities:
-                lost = [
+                lost = ", ".join(
                     f"{setting(b)} {spread(paired(mine, at(g, b, quantiser), at(g, 32)), '+')}"
                     for b in BITS[1:]
-                ]
-                found.append(
-                    f"{task}: {quantiser}, {named(g)}: test loss above float32's: {', '.join(lost)}"
                 )
+                found.append(f"{task}: {quantiser}, {named(g)}: test loss above float32's: {lost}")
         for quantiser in ("packed", "min/max"):
-            errors = ", ".join(
-                f"{setting(b)} {mine.mean('error', quantiser=quantiser, bits=b):.3f}"
-                for b in BITS[1:]
-            )
+            one = mine.where(quantiser=quantiser)
+            errors = ", ".join(f"{setting(b)} {one.mean('error', bits=b):.3f}" for b in BITS[1:])
             found.append(f"{task}: {quantiser}: relative error of the rows: {errors}")
         for quantiser in ("packed", "min/max"):
-            full = paired(mine, at("model", 32), at("tensor", 32))
-            helped = {
-                b: paired(mine, at("model", b, quantiser), at("tensor", b, quantiser))
-                for b in BITS[1:]
-            }
-            more = {
-                b: sum(g > f for g, f in zip(gain, full, strict=True)) for b, gain in helped.items()
-            }
-            text = ", ".join(
-                f"{setting(b)} {spread(gain)} (more on {more[b]} of {len(full)} seeds)"
-                for b, gain in helped.items()
-            )
-            found.append(
-                f"{task}: {quantiser}: per tensor below per model by: float32 {spread(full)},"
-                f" {text}"
-            )
+            found.append(f"{task}: {quantiser}: {_finer_gains(mine, quantiser)}")
     return found
+
+
+def _finer_gains(rows: Rows, quantiser: str) -> str:
+    """What coefficients per tensor gain over those per model, in float32 and at each number of
+    bits.
+    """
+    full, texts = paired(rows, at("model", 32), at("tensor", 32)), []
+    for b in BITS[1:]:
+        gain = paired(rows, at("model", b, quantiser), at("tensor", b, quantiser))
+        more = sum(g > f for g, f in zip(gain, full, strict=True))
+        texts.append(f"{setting(b)} {spread(gain)} (more on {more} of {len(full)} seeds)")
+    return f"per tensor below per model by: float32 {spread(full)}, {', '.join(texts)}"
 
 
 def paired(rows: Rows, of: dict[str, object], than: dict[str, object]) -> list[float]:
@@ -235,12 +228,12 @@ def paired(rows: Rows, of: dict[str, object], than: dict[str, object]) -> list[f
 
 def spread(values: list[float], sign: str = "") -> str:
     """Mean and sample standard deviation."""
-    return f"{statistics.fmean(values):{sign}.4f}" + (
-        f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    )
+    sd = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{sign}.4f}{sd}"
 
 
 def at(granularity: str, bits: int, quantiser: str = "float32") -> dict[str, object]:
+    """What the rows of a trained average are found by."""
     return {"granularity": granularity, "bits": bits, "quantiser": quantiser}
 
 
@@ -252,19 +245,14 @@ def picture(figure, rows: Rows) -> None:
         axes.axhline(mine.mean(method=FIXED), color="0.5", linestyle=":", label=FIXED)
         for k, granularity in enumerate(GRANULARITIES):
             for quantiser, style in (("packed", "-"), ("min/max", "--")):
-                y = mine.where(granularity=granularity, quantiser=(quantiser, "float32"))
-                shown = [b for b in BITS if y.where(bits=b)]
+                one = mine.where(granularity=granularity, quantiser=(quantiser, "float32"))
+                shown = [b for b in BITS if one.where(bits=b)]
                 if len(shown) > 1:
+                    x, y = [BITS.index(b) for b in shown], [one.mean(bits=b) for b in shown]
                     label = f"{named(granularity)}, {quantiser}"
-                    axes.plot(
-                        [BITS.index(b) for b in shown],
-                        [y.mean(bits=b) for b in shown],
-                        style,
-                        marker="o",
-                        color=f"C{k}",
-                        label=label,
-                    )
-            axes.plot(len(BITS), mine.mean(**at(granularity, RANDOM, "random")), "x", color=f"C{k}")
+                    axes.plot(x, y, style, marker="o", color=f"C{k}", label=label)
+            random = mine.mean(**at(granularity, RANDOM, "random"))
+            axes.plot(len(BITS), random, "x", color=f"C{k}")
         axes.set_xticks(range(len(BITS) + 1), [setting(b) for b in (*BITS, RANDOM)])
         axes.set_ylabel("test loss")
         axes.set_title(task)

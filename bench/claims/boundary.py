@@ -2,7 +2,7 @@
 coefficients need.
 
 Li et al. leave open where TWA-v begins to overfit. Here the held-out set is varied from a handful
-of windows on, the number of coefficients by the granularity, and with both: weight decay on the
+of windows on, and the number of coefficients by the granularity; with both: weight decay on the
 coefficients, merge weights on the simplex, stopping at the best look at the validation data.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from twa.merge.run import Average
+from twa.merge.run import Merge
 from twa.merge.settings import TwaMethod
 
 from .job import Job
@@ -32,6 +32,7 @@ CANDIDATES = 32
 GRANULARITIES = ("model", "tensor", "fine")
 SIZES = (16, 64, 256, 1024, 4096)  # samples of held-out data: windows of 64 characters
 BATCH = 16  # at most, of held-out samples a step
+#: settings of the training, and the option of the method
 VARIANTS = {
     "plain": ({}, ""),
     "weight decay": ({"weight_decay": 2.0}, ""),
@@ -41,78 +42,51 @@ ALL = "training data"
 
 
 def run(job: Job) -> Rows:
-    rows = Rows()
     (workload,) = job.workloads("gpt")
     task = job.task(workload)
     usual = job.usual(workload, task)
-    stop = usual.plan.nearest(PART)
-    candidates = usual.candidates(until=stop, count=CANDIDATES)
-    start = job.average(task, candidates, 1)
+    candidates = usual.candidates(until=usual.plan.nearest(PART), count=CANDIDATES)
+    start = job.merge(task, candidates, 1)
     start.baselines()
     best = min(start.results, key=lambda r: r.val_loss)
     label = {"task": workload.label}
-    rows.append(
-        job.row(
-            label | {"setting": "start", "windows": 0, "coefficients": 0, "variant": ""},
-            task,
-            best,
-            start,
-            "best fixed average",
-        )
-    )
+    where = label | {"setting": "start", "windows": 0, "coefficients": 0, "variant": ""}
+    rows = Rows([job.row(where, task, best, start, "best fixed average")])
     batches = list(task.heldout)
     total = sum(len(_first(b)) for b in batches)
     sizes = SIZES[::2] if job.scale == "quick" else SIZES
     for size in [s for s in sizes if s <= total] + [None]:
         data = task if size is None else replace(task, heldout=first_samples(batches, size))
-        setting = ALL if size is None else f"{size} held-out"
+        setting, kind = (ALL, "t") if size is None else (f"{size} held-out", "v")
         for granularity in GRANULARITIES:
             for variant, (settings, option) in VARIANTS.items():
                 if size is None and variant != "plain":
                     continue
-                method = TwaMethod.parse(f"{'t' if size is None else 'v'}:{granularity}:4{option}")
-                average = job.average(data, candidates, workload.twa_steps, **settings)
-                where = label | {
-                    "setting": setting,
-                    "windows": size,
-                    "variant": variant,
-                    "granularity": granularity,
-                }
-                rows += trained(job, where, average, method, best.beta)
+                method = TwaMethod.parse(f"{kind}:{granularity}:4{option}")
+                merge = job.merge(data, candidates, workload.twa_steps, **settings)
+                where = label | {"setting": setting, "windows": size}
+                where |= {"variant": variant, "granularity": granularity}
+                rows += trained(job, where, merge, method, best.beta)
     return rows
 
 
-def trained(job: Job, where: dict, average: Average, method: TwaMethod, start: Tensor) -> Rows:
+def trained(job: Job, where: dict, merge: Merge, method: TwaMethod, start: Tensor) -> Rows:
     """Two rows of one training: its last coefficients, and those at its best look at the validation
     data.
     """
     looks: list[dict] = []
-    result = average.train(
-        method,
-        start=start,
-        start_name="start",
-        keep="last",
-        on_look=lambda step: looks.append({"step": step} | measured(average.task, average.model)),
-    )
+
+    def on_look(step: int) -> None:
+        looks.append({"steps": step} | measured(merge.task, merge.model))
+
+    result = merge.train(method, start=start, start_name="start", keep="last", on_look=on_look)
     count = len(result.coefficients["x"]) * len(result.coefficients["segments"])
     name = f"{method.name.split(',')[0]}, {where['variant']}"
+    best = min(looks, key=lambda look: look["val"])
     found = Rows()
-    for text, look in (
-        ("last", looks[-1]),
-        ("early stopping", min(looks, key=lambda look: look["val"])),
-    ):
-        row = job.row(
-            where | {"coefficients": count, "stop": text},
-            average.task,
-            result,
-            average,
-            f"{name}, {text}",
-        )
-        found.append(
-            row
-            | {"steps": look["step"], "val": look["val"], "test": look["test"]}
-            | ({"metric": look["metric"]} if "metric" in look else {})
-        )
+    for stop, look in (("last", looks[-1]), ("early stopping", best)):
+        at = where | {"coefficients": count, "stop": stop}
+        found.append(job.row(at, merge.task, result, merge, f"{name}, {stop}") | look)
     return found
 
 
@@ -129,46 +103,40 @@ def first_samples(batches: list, size: int) -> list:
     return [p[0] if hasattr(batches[0], "shape") else p for p in pieces]
 
 
+# What is shown -----------------------------------------------------------------------------------
+
+
 def findings(rows: Rows) -> list[str]:
-    """Per granularity: from how much held-out data on TWA-v helps; and what each regularisation
+    """From how much held-out data on TWA-v helps, by granularity; and what each regularisation
     changes.
     """
     found = []
     start = rows.mean(setting="start")
     sizes = [s for s in rows.of("windows") if s]
     for granularity in GRANULARITIES:
-        plain = {"granularity": granularity, "variant": "plain", "stop": "last"}
-        enough = next((s for s in sizes if rows.mean(windows=s, **plain) < start), None)
-        text = (
-            f"with {enough} samples or more it is below its start ({start:.4f})"
-            if enough
-            else f"it is never below its start ({start:.4f})"
-        )
-        end = (
-            f"TWA-v with all {sizes[-1]} {rows.mean(windows=sizes[-1], **plain):.4f}, TWA-t"
-            f" {rows.mean(setting=ALL, **plain):.4f}"
-        )
+        plain = rows.where(granularity=granularity, variant="plain", stop="last")
+        enough = next((s for s in sizes if plain.mean(windows=s) < start), None)
+        text = f"it is never below its start ({start:.4f})"
+        if enough:
+            text = f"with {enough} samples or more it is below its start ({start:.4f})"
         found.append(
-            f"{granularity}, {rows.mean('coefficients', **plain):.0f} coefficients, no"
-            f" regularisation: {text}; {end}"
+            f"{granularity}, {plain.mean('coefficients'):.0f} coefficients, no regularisation:"
+            f" {text}; TWA-v with all {sizes[-1]} {plain.mean(windows=sizes[-1]):.4f},"
+            f" TWA-t {plain.mean(setting=ALL):.4f}"
         )
-    for stop, variant in (
-        ("early stopping", "plain"),
-        ("last", "weight decay"),
-        ("last", "simplex"),
-    ):
-        cells = [{"windows": s, "granularity": g} for s in sizes for g in GRANULARITIES]
-        differences = [
-            rows.mean(variant=variant, stop=stop, **c)
-            - rows.mean(variant="plain", stop="last", **c)
-            for c in cells
-        ]
-        lower = (
-            f"lower test loss in {sum(d < 0 for d in differences)} of {len(cells)} cells, by up to"
-            f" {-min(differences):.4f}"
-        )
+    plain = rows.where(variant="plain", stop="last")
+    cells = [{"windows": s, "granularity": g} for s in sizes for g in GRANULARITIES]
+    regularised = {
+        "early stopping": {"variant": "plain", "stop": "early stopping"},
+        "weight decay": {"variant": "weight decay", "stop": "last"},
+        "simplex": {"variant": "simplex", "stop": "last"},
+    }
+    for name, wanted in regularised.items():
+        other = rows.where(**wanted)
+        differences = [other.mean(**c) - plain.mean(**c) for c in cells]
+        lower = f"lower test loss in {sum(d < 0 for d in differences)} of {len(cells)} cells"
         found.append(
-            f"{stop if variant == 'plain' else variant} instead of nothing: {lower}; at worst"
+            f"{name} instead of nothing: {lower}, by up to {-min(differences):.4f}; at worst"
             f" {max(differences):+.4f}"
         )
     return found
@@ -180,26 +148,17 @@ def picture(figure, rows: Rows) -> None:
     sizes = [s for s in rows.of("windows") if s]
     panels = figure.subplots(1, len(GRANULARITIES), sharey=True)
     for axes, granularity in zip(panels, GRANULARITIES, strict=True):
-        count = rows.mean("coefficients", granularity=granularity)
+        mine = rows.where(granularity=granularity)
         axes.axhline(start, color="0.6", linestyle=":", label="start: best fixed average")
-        axes.axhline(
-            rows.mean(setting=ALL, granularity=granularity, stop="last"), color="k", label="TWA-t"
-        )
+        axes.axhline(mine.mean(setting=ALL, stop="last"), color="k", label="TWA-t")
         for k, variant in enumerate(VARIANTS):
             for stop, style in (("last", "-"), ("early stopping", "--")):
-                y = [
-                    rows.mean(windows=s, granularity=granularity, variant=variant, stop=stop)
-                    for s in sizes
-                ]
-                axes.plot(
-                    sizes, y, style, marker="o", color=f"C{k}", label=f"TWA-v, {variant}, {stop}"
-                )
+                one, label = mine.where(variant=variant, stop=stop), f"TWA-v, {variant}, {stop}"
+                y = [one.mean(windows=s) for s in sizes]
+                axes.plot(sizes, y, style, marker="o", color=f"C{k}", label=label)
         axes.set_xscale("log", base=2)
-        axes.set_title(
-            f"per {granularity}: {count:.0f} coefficients"
-            if granularity != "fine"
-            else f"fine: {count:.0f} coefficients"
-        )
+        name = "fine" if granularity == "fine" else f"per {granularity}"
+        axes.set_title(f"{name}: {mine.mean('coefficients'):.0f} coefficients")
         axes.set_xlabel("held-out samples")
     ts = [rows.mean(setting=ALL, granularity=g, stop="last") for g in GRANULARITIES]
     low, high = min(ts), start

@@ -1,10 +1,11 @@
 """Head stage: stop the usual run early and average its checkpoints, instead of training to the end.
 
 Li et al. (arXiv 2205.13104v4) report that TWA on the checkpoints of the first half or so reaches
-the accuracy of the whole run: over 40 % of the epochs saved on CIFAR, over 30 % on ImageNet. Beside
-it: SWA, EMA, LAWA and greedy soup of the same checkpoints, and annealing from there, for as many
-steps as TWA takes and for what TWA costs in all, with its looks at the validation data and those
-that chose its center.
+the accuracy of the whole run: over 40 % of the epochs saved on CIFAR, over 30 % on ImageNet.
+
+Beside it: SWA, EMA, LAWA and greedy soup of the same checkpoints; and annealing from there, for as
+many steps as TWA takes, and for what TWA costs in all, with its looks at the validation data and
+those that chose its center.
 """
 
 from __future__ import annotations
@@ -31,29 +32,15 @@ def run(job: Job) -> Rows:
     for workload in job.workloads("gpt", "resnet"):
         task = job.task(workload)
         usual = job.usual(workload, task)
-        steps = usual.plan.steps
-        label = {"task": workload.label, "full": steps}
-        rows.append(
-            job.measure(
-                label | {"setting": "100 %", "stopped": steps},
-                "whole run",
-                task,
-                usual.load(task, usual.last),
-                0,
-                0,
-            )
-        )
+        full = usual.plan.steps
+        label = {"task": workload.label, "full": full}
+        where = label | {"setting": "100 %", "stopped": full}
+        rows.append(job.measure(where, "whole run", task, usual.load(task, usual.last), 0, 0))
         for part in PARTS:
             stop = usual.plan.nearest(part)
             where = label | {"setting": f"{part:.0%}", "stopped": stop}
-            found = job.averages(
-                where,
-                task,
-                usual.candidates(until=stop, count=CANDIDATES),
-                workload.twa_steps,
-                METHODS,
-                FIXED,
-            )
+            candidates = usual.candidates(until=stop, count=CANDIDATES)
+            found = job.averages(where, task, candidates, workload.twa_steps, METHODS, FIXED)
             rows += [r | {"method": "SWA"} if r["method"] == "uniform" else r for r in found]
             cost = round(max(r["cost"] for r in found if r["method"].startswith("TWA")))
             for name, extra in (("annealing", workload.twa_steps), ("annealing, same cost", cost)):
@@ -61,61 +48,29 @@ def run(job: Job) -> Rows:
     return rows
 
 
+# What is shown -----------------------------------------------------------------------------------
+
+
 def findings(rows: Rows) -> list[str]:
-    """Per task and method: the smallest part of the run from which it reaches the whole run's test
-    loss, its own steps included.
-    """
+    """What each method saves of the whole run, and how TWA compares with the others, by task."""
     found = []
     for task in rows.of("task"):
         mine = rows.where(task=task)
-        whole, full, texts = mine.mean(method="whole run"), mine[0]["full"], []
-        for method in mine.of("method"):
-            if method == "whole run":
-                continue
-            reached = [
-                (
-                    mine.mean("stopped", method=method, setting=s)
-                    + mine.mean("cost", method=method, setting=s)
-                )
-                / full
-                for s in mine.of("setting")
-                if mine.where(method=method, setting=s)
-                and mine.mean(method=method, setting=s) <= whole
-            ]
-            best = min(
-                (mine.mean(method=method, setting=s), s)
-                for s in mine.of("setting")
-                if mine.where(method=method, setting=s)
-            )
-            text = (
-                f"{1 - min(reached):.0%} of the steps saved"
-                if reached
-                else f"not reached (best {best[0]:.4f}, stopped at {best[1]})"
-            )
-            texts.append(f"{method} {text}")
+        whole = mine.mean(method="whole run")
+        texts = [f"{m} {_saved(mine, m, whole)}" for m in mine.of("method") if m != "whole run"]
         found.append(f"{task}: the whole run's test loss, {whole:.4f}: {'; '.join(texts)}")
         trained = [m for m in mine.of("method") if m.startswith("TWA")]
+        others = [m for m in mine.of("method") if m not in ("whole run", *trained)]
         for method in trained:
-            others = [m for m in mine.of("method") if m != "whole run" and m not in trained]
-            pairs = {
-                m: [
-                    mine.mean(method=method, setting=s) - mine.mean(method=m, setting=s)
-                    for s in mine.where(method=m).of("setting")
-                ]
-                for m in others
-            }
-            text = ", ".join(
-                f"{m} {sum(d < 0 for d in ds)} ({sum(ds) / len(ds):+.4f} on average)"
-                for m, ds in pairs.items()
-            )
+            text = ", ".join(f"{m} {_below(mine, method, m)}" for m in others)
             found.append(
                 f"{task}: {method}: lower mean test loss, at how many of the {len(PARTS)} stops,"
                 f" than {text}"
             )
         if mine.of("metric"):
+            at_half = mine.where(setting="50%")
             accuracy = ", ".join(
-                f"{m} {mine.mean('metric', method=m, setting='50%'):.4f}"
-                for m in mine.where(setting="50%").of("method")
+                f"{m} {at_half.mean('metric', method=m):.4f}" for m in at_half.of("method")
             )
             found.append(
                 f"{task}: accuracy of the whole run {mine.mean('metric', method='whole run'):.4f};"
@@ -124,31 +79,46 @@ def findings(rows: Rows) -> list[str]:
     return found
 
 
+def _steps_in_all(rows: Rows) -> float:
+    """Steps before the stop, and the method's own cost."""
+    return rows.mean("stopped") + rows.mean("cost")
+
+
+def _saved(rows: Rows, method: str, whole: float) -> str:
+    """The most of the whole run's steps that a method saves where it reaches its test loss."""
+    mine, full = rows.where(method=method), rows[0]["full"]
+    stops = {s: mine.where(setting=s) for s in mine.of("setting")}
+    reached = [_steps_in_all(at) / full for at in stops.values() if at.mean() <= whole]
+    if reached:
+        return f"{1 - min(reached):.0%} of the steps saved"
+    best, stop = min((at.mean(), s) for s, at in stops.items())
+    return f"not reached (best {best:.4f}, stopped at {stop})"
+
+
+def _below(rows: Rows, method: str, other: str) -> str:
+    """At how many stops one method is below another, and by how much on average."""
+    differences = [
+        rows.mean(method=method, setting=s) - rows.mean(method=other, setting=s)
+        for s in rows.where(method=other).of("setting")
+    ]
+    mean = sum(differences) / len(differences)
+    return f"{sum(d < 0 for d in differences)} ({mean:+.4f} on average)"
+
+
 def picture(figure, rows: Rows) -> None:
     """Test loss against steps in all."""
     tasks = rows.of("task")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         mine = rows.where(task=task)
-        whole = mine.mean(method="whole run")
-        axes.axhline(whole, color="0.5", linestyle=":", label="whole run")
+        axes.axhline(mine.mean(method="whole run"), color="0.5", linestyle=":", label="whole run")
         for method in mine.of("method"):
             if method in ("whole run", "SWA", "last"):
                 continue
-            settings = [s for s in mine.of("setting") if mine.where(method=method, setting=s)]
-            x = [
-                mine.mean("stopped", method=method, setting=s)
-                + mine.mean("cost", method=method, setting=s)
-                for s in settings
-            ]
-            y = [mine.mean(method=method, setting=s) for s in settings]
-            axes.plot(
-                x,
-                y,
-                marker="o",
-                label=method,
-                linewidth=2 if method.startswith("TWA") else 1,
-                linestyle="-" if "TWA" in method else "--",
-            )
+            one, is_ours = mine.where(method=method), method.startswith("TWA")
+            stops = [one.where(setting=s) for s in one.of("setting")]
+            style = {"linewidth": 2 if is_ours else 1, "linestyle": "-" if is_ours else "--"}
+            x, y = [_steps_in_all(at) for at in stops], [at.mean() for at in stops]
+            axes.plot(x, y, marker="o", label=method, **style)
         axes.axvline(mine[0]["full"], color="0.8", linestyle=":")
         axes.set_xlabel("steps of training and averaging (cost)")
         axes.set_ylabel("test loss")

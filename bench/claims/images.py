@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from twa.io.candidates import Candidates
+from twa.io.errors import TaskError
 from twa.tasks.batches import Moved
-from twa.tasks.contract import Task, TaskError
+from twa.tasks.contract import Task
 
 from .image_files import (
     CLIP,
@@ -64,8 +65,10 @@ class Batches:
     leaves out what does not fill a batch: BatchNorm's statistics of one or two images are worth
     nothing.
 
-    images (n, h, w, c) uint8, labels (n,) int64, on the device of the batches; augment: needs a
-    generator
+    Args:
+        images: (n, h, w, c) uint8, on the device of the batches
+        labels: (n,) int64, there too
+        augment: needs a generator
     """
 
     def __init__(
@@ -77,14 +80,8 @@ class Batches:
         generator: torch.Generator | None = None,
         augment: bool = False,
     ) -> None:
-        self.images, self.labels, self.look, self.batch, self.generator, self.augment = (
-            images,
-            labels,
-            look,
-            batch,
-            generator,
-            augment,
-        )
+        self.images, self.labels, self.look, self.batch = images, labels, look, batch
+        self.generator, self.augment = generator, augment
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.labels), self.batch)
@@ -95,17 +92,22 @@ class Batches:
         order = torch.arange(n) if g is None else torch.randperm(n, generator=g)
         for rows in order.split(self.batch)[: len(self)]:
             rows = rows.to(self.images.device)
-            images = self.images[rows]
-            x = self.look.normalised(self.look.changed(images, g) if self.augment else images)
-            yield (self.look.disturbed(x, g) if self.augment else x), self.labels[rows]
+            images, labels = self.images[rows], self.labels[rows]
+            if self.augment:
+                x = self.look.normalised(self.look.changed(images, g))
+                yield self.look.disturbed(x, g), labels
+            else:
+                yield self.look.normalised(images), labels
 
 
 # Tasks -------------------------------------------------------------------------------------------
 
 
 def _cut(n: int, heldout: int, val: int, among: numpy.ndarray | None = None) -> dict[str, Tensor]:
-    """Which of n training images each part has; held-out and validation images are from `among`, if
-    given, and training images from the rest.
+    """Which of n training images each part has.
+
+    Held-out and validation images are from `among`, if it is given, and training images from the
+    rest.
     """
     g = torch.Generator().manual_seed(0)
     pool = torch.arange(n) if among is None else torch.from_numpy(numpy.flatnonzero(among))
@@ -115,34 +117,17 @@ def _cut(n: int, heldout: int, val: int, among: numpy.ndarray | None = None) -> 
             f" images; found {val} and {heldout}"
         )
     order = pool[torch.randperm(len(pool), generator=g)]
-    train = (
-        order[heldout + val :] if among is None else torch.from_numpy(numpy.flatnonzero(among == 0))
-    )
+    train = order[heldout + val :]
+    if among is not None:
+        train = torch.from_numpy(numpy.flatnonzero(among == 0))
     return {"heldout": order[:heldout], "val": order[heldout : heldout + val], "train": train}
 
 
 def _own_model(name: str, kind: str, classes: int, size: int) -> Callable[[], nn.Module]:
     """What makes the model; kind: "digits", "cifar" or "folder" (of images of `size` pixels)."""
-    channels = 1 if kind == "digits" else 3
     library, _, inner = name.partition(":")
     if inner and library in ("timm", "torchvision"):
-        try:
-            module = importlib.import_module("timm" if library == "timm" else "torchvision.models")
-        except ImportError as error:
-            raise TaskError(
-                f"model {name!r}: needs {library}: pip install {library}; or one of"
-                f" {', '.join(MODELS)}"
-            ) from error
-        if library == "timm":
-            return functools.partial(
-                module.create_model, inner, pretrained=False, num_classes=classes, in_chans=channels
-            )
-        if channels != 3:
-            raise TaskError(
-                f"model {name!r}: torchvision's models take colour images, the digits are grey;"
-                f" expected one of {', '.join(MODELS)}"
-            )
-        return functools.partial(module.get_model, inner, weights=None, num_classes=classes)
+        return _library_model(name, 1 if kind == "digits" else 3, classes)
     made: dict[tuple[str, str], Callable[[], nn.Module]] = {
         ("resnet", "digits"): lambda: ResNet(classes),
         ("resnet", "cifar"): lambda: preresnet(20, classes),
@@ -159,29 +144,52 @@ def _own_model(name: str, kind: str, classes: int, size: int) -> Callable[[], nn
     if (name, kind) not in made:
         names = ", ".join(own for own, of in made if of == kind)
         raise TaskError(
-            f"model: expected {names}, timm:NAME or torchvision:NAME for {kind} images, found"
-            f" {name!r}"
+            f"expected {names}, timm:NAME or torchvision:NAME for {kind} images, found {name!r}",
+            "model",
         )
     return made[name, kind]
+
+
+def _library_model(name: str, channels: int, classes: int) -> Callable[[], nn.Module]:
+    """What makes a model of timm or torchvision, with random weights."""
+    library, _, inner = name.partition(":")
+    where, own = f"model {name!r}", ", ".join(MODELS)
+    try:
+        module = importlib.import_module("timm" if library == "timm" else "torchvision.models")
+    except ImportError as error:
+        raise TaskError(
+            f"needs {library}: pip install {library}; or one of {own}", where
+        ) from error
+    if library == "timm":
+        options = {"pretrained": False, "num_classes": classes, "in_chans": channels}
+        return functools.partial(module.create_model, inner, **options)
+    if channels != 3:
+        raise TaskError(
+            f"torchvision's models take colour images, the digits are grey; expected one of {own}",
+            where,
+        )
+    return functools.partial(module.get_model, inner, weights=None, num_classes=classes)
 
 
 def _memory_parts(
     data: Arrays, cut: dict[str, Tensor], batch: int, seed: int, augment: bool, device: torch.device
 ) -> dict[str, Iterable | None]:
+    """Batches of each part of a data set in memory."""
+
     def batches(
         pair: Sequence[Tensor], size: int, shuffle: bool = False, augment: bool = False
     ) -> Batches | None:
         images, labels = (t.to(device) for t in pair)
+        if not len(labels):
+            return None
         generator = torch.Generator().manual_seed(seed) if shuffle else None
-        return Batches(images, labels, data.look, size, generator, augment) if len(labels) else None
+        return Batches(images, labels, data.look, size, generator, augment)
 
-    train, heldout, val = (
-        [t[cut[part]] for t in data.train] for part in ("train", "heldout", "val")
-    )
+    of = {part: [t[rows] for t in data.train] for part, rows in cut.items()}
     return {
-        "train": batches(train, batch, True, augment),
-        "heldout": batches(heldout, batch, True),
-        "val": batches(val, 4 * batch),
+        "train": batches(of["train"], batch, True, augment),
+        "heldout": batches(of["heldout"], batch, True),
+        "val": batches(of["val"], 4 * batch),
         "test": batches(data.test, 4 * batch),
     }
 
@@ -197,7 +205,11 @@ def _folder_parts(
     workers: int,
     device: torch.device,
 ) -> dict[str, Iterable | None]:
-    """view: makes Pictures of root, files, labels and augment."""
+    """Batches of each part of a folder of pictures.
+
+    Args:
+        view: makes Pictures of root, files, labels and augment
+    """
 
     def batches(
         pair: Sequence[numpy.ndarray], shuffle: bool = False, augment: bool = False
@@ -217,13 +229,11 @@ def _folder_parts(
         )
         return loader if device.type == "cpu" else Moved(loader, device)
 
-    train, heldout, val = (
-        [a[cut[part].numpy()] for a in data.train] for part in ("train", "heldout", "val")
-    )
+    of = {part: [a[rows.numpy()] for a in data.train] for part, rows in cut.items()}
     return {
-        "train": batches(train, True, augment),
-        "heldout": batches(heldout, True),
-        "val": batches(val),
+        "train": batches(of["train"], True, augment),
+        "heldout": batches(of["heldout"], True),
+        "val": batches(of["val"]),
         "test": batches(data.test),
     }
 
@@ -262,20 +272,24 @@ def image_task(
 ) -> Task:
     """Classification of images; see the module's text.
 
-    model    "resnet" (digits: 43 thousand parameters; CIFAR: PreResNet-20; folder: ResNet-18),
-             "vgg", "vit", "preresnet164" (CIFAR), "resnet50" (folder), "timm:NAME" or
-             "torchvision:NAME", all with random weights
-    path     None: scikit-learn's digits. Else CIFAR-10 or -100, pickles or binary, as torchvision
-             leaves it, or a folder with train/CLASS/ and val/CLASS/ of picture files; the folder
-             itself, or the one above CIFAR's
-    seed     of the order of the training and held-out batches, and of changes to images in memory
-    batch    images; default 64 for the digits, else 128
-    augment  change training images at random: digits are shifted, noisy and partly erased, CIFAR is
-             shifted and flipped, pictures are cut and flipped
-    heldout, val  images cut from the training set. Default: 200 each of the digits' 1297, else 5 %
-                  of CIFAR's and 1 % of a folder's. heldout=0: none
-    size     of pictures, in pixels; workers: processes that read them
-    Raises TaskError if the data or a library are missing or wrong.
+    Args:
+        model: "resnet" (digits: 43 thousand parameters; CIFAR: PreResNet-20; folder: ResNet-18),
+            "vgg", "vit", "preresnet164" (CIFAR), "resnet50" (folder), "timm:NAME" or
+            "torchvision:NAME", all with random weights
+        path: None: scikit-learn's digits. Else CIFAR-10 or -100, pickles or binary, as torchvision
+            leaves it, or a folder with train/CLASS/ and val/CLASS/ of picture files; the folder
+            itself, or the one above CIFAR's
+        seed: of the order of the training and held-out batches, and of changes to images in memory
+        batch: images; default 64 for the digits, else 128
+        augment: change training images at random: digits are shifted, noisy and partly erased,
+            CIFAR is shifted and flipped, pictures are cut and flipped
+        heldout, val: images cut from the training set. Default: 200 each of the digits' 1297, else
+            5 % of CIFAR's and 1 % of a folder's. heldout=0: none
+        size: of pictures, in pixels
+        workers: processes that read pictures
+
+    Raises:
+        TaskError: the data or a library are missing or wrong
     """
     device = torch.device(device)
     batch = batch or (64 if path is None else 128)
@@ -284,36 +298,29 @@ def image_task(
             f"expected a positive batch and size, and workers of at least 0; found {batch}, {size},"
             f" {workers}"
         )
-    root, layout = (None, "digits") if path is None else find_images(Path(path))
-    data = (
-        read_digits()
-        if root is None
-        else read_folder(root)
-        if layout == "folder"
-        else read_cifar(root, layout)
-    )
-    kind, classes = (
-        ("folder", len(data.classes)) if isinstance(data, Folder) else (data.kind, data.classes)
-    )
+    layout, data = _read(path)
+    kind, classes = data.kind, len(data.classes) if isinstance(data, Folder) else data.classes
     n = len(data.train[1])
     share = 200 if kind == "digits" else max(1, n // (20 if kind == "cifar" else 100))
     cut = _cut(n, share if heldout is None else heldout, share if val is None else val)
     make = _own_model(model, kind, classes, size)
     if isinstance(data, Folder):
         view = functools.partial(Pictures, size=size, edge=size * 256 // 224, bicubic=False)
-        parts = _folder_parts(
-            data, cut, Look(*IMAGENET), view, batch, seed, augment, workers, device
-        )
+        look = Look(*IMAGENET)
+        parts = _folder_parts(data, cut, look, view, batch, seed, augment, workers, device)
     else:
         parts = _memory_parts(data, cut, batch, seed, augment, device)
     sizes = {name: len(index) for name, index in cut.items()}
-    return _task(
-        f"images:{layout}:{model}",
-        make,
-        parts,
-        device,
-        (model, layout, seed, batch, augment, sizes, size),
-    )
+    settings = (model, layout, seed, batch, augment, sizes, size)
+    return _task(f"images:{layout}:{model}", make, parts, device, settings)
+
+
+def _read(path: str | Path | None) -> tuple[str, Arrays | Folder]:
+    """The layout of the images at a path, and the data set; None: the digits."""
+    if path is None:
+        return "digits", read_digits()
+    root, layout = find_images(Path(path))
+    return layout, read_folder(root) if layout == "folder" else read_cifar(root, layout)
 
 
 def clip_task(
@@ -332,20 +339,24 @@ def clip_task(
     """Fine-tunes of CLIP's image side, and a folder of pictures that they classify: the task, and
     the files in numeric order.
 
-    finetunes     what `twa.Candidates` takes: a folder of .pt or .safetensors state dicts, as those
-                  of "Model soups" (see models/clip.py)
-    images        a folder with train/CLASS/ and val/CLASS/; ImageNet's classes in the order of
-                  their names, n01440764 first
-    augment       cut training images at random and flip them; else they are prepared as CLIP
-                  prepares all images
-    heldout, val  training images; default 1 % each
-    heldout_file  which training images the fine-tunes have not seen: an .npy of 0 and 1 (unseen),
-                  one for each in the order of their paths, such as imagenet_98_idxs.npy of "Model
-                  soups". heldout and val are cut from those (default: halves of them). Without it,
-                  they are images that the fine-tunes may have been trained on, and figures on them
-                  are too good
-    The rest as for `image_task`. Raises TaskError, CandidateError or ValueError (tensors that do
-    not make a CLIP classifier).
+    Args:
+        finetunes: what `twa.Candidates` takes: a folder of .pt or .safetensors state dicts, as
+            those of "Model soups" (see models/clip.py)
+        images: a folder with train/CLASS/ and val/CLASS/; ImageNet's classes in the order of their
+            names, n01440764 first
+        augment: cut training images at random and flip them; else they are prepared as CLIP
+            prepares all images
+        heldout, val: training images; default 1 % each
+        heldout_file: which training images the fine-tunes have not seen: an .npy of 0 and 1
+            (unseen), one for each in the order of their paths, such as imagenet_98_idxs.npy of
+            "Model soups". heldout and val are cut from those (default: halves of them). Without
+            it, they are images that the fine-tunes may have been trained on, and figures on them
+            are too good
+        seed, device, batch, workers: as for `image_task`
+
+    Raises:
+        TaskError: images or `heldout_file` are missing or wrong
+        CandidateError: files cannot be read, or do not make a CLIP classifier
     """
     device = torch.device(device)
     candidates = Candidates(finetunes)
@@ -354,11 +365,11 @@ def clip_task(
     size, classes = probe.image, probe.classification_head.out_features
     root, layout = find_images(Path(images))
     if layout != "folder":
-        raise TaskError(f"{images}: expected folders train/ and val/ of pictures, found {layout}")
+        raise TaskError(f"expected folders train/ and val/ of pictures, found {layout}", images)
     data = read_folder(root)
     if len(data.classes) != classes:
         raise TaskError(
-            f"{root}: expected {classes} classes, as the fine-tunes have, found {len(data.classes)}"
+            f"expected {classes} classes, as the fine-tunes have, found {len(data.classes)}", root
         )
     n, among = len(data.train[1]), None
     share = max(1, n // 100), max(1, n // 100)
@@ -366,19 +377,17 @@ def clip_task(
         among = numpy.load(heldout_file, allow_pickle=False)
         if among.shape != (n,) or not numpy.isin(among, (0, 1)).all():
             raise TaskError(
-                f"{heldout_file}: expected 0 or 1 for each of {n} training images, found"
-                f" {among.dtype} {list(among.shape)}"
+                f"expected 0 or 1 for each of {n} training images, found {among.dtype}"
+                f" {list(among.shape)}",
+                heldout_file,
             )
-        share = int(among.sum()) // 2, int(among.sum()) - int(among.sum()) // 2
+        half = int(among.sum()) // 2
+        share = half, int(among.sum()) - half
     cut = _cut(n, share[0] if heldout is None else heldout, share[1] if val is None else val, among)
     view = functools.partial(Pictures, size=size, edge=size, bicubic=True)
     parts = _folder_parts(data, cut, Look(*CLIP), view, batch, seed, augment, workers, device)
     sizes = {name: len(index) for name, index in cut.items()}
-    task = _task(
-        "images:folder:clip",
-        lambda: CLIPClassifier.from_shapes(shapes),
-        parts,
-        device,
-        (shapes, seed, batch, augment, sizes),
-    )
+    make = functools.partial(CLIPClassifier.from_shapes, shapes)
+    settings = (shapes, seed, batch, augment, sizes)
+    task = _task("images:folder:clip", make, parts, device, settings)
     return task, [c.path for c in candidates]

@@ -1,4 +1,4 @@
-"""`Job`: one seed of a recipe, with what recipes share: workloads, training runs, averages and how
+"""`Job`: one seed of a claim, with what claims share: workloads, training runs, averages, and how
 they become rows.
 """
 
@@ -10,8 +10,9 @@ from pathlib import Path
 
 from torch import nn
 from twa.io.candidates import Candidates
-from twa.merge.run import Average
-from twa.merge.settings import Result, Settings, TwaMethod
+from twa.merge.results import Result
+from twa.merge.run import Merge
+from twa.merge.settings import Settings, TwaMethod
 from twa.tasks.contract import Task
 
 from .rows import Rows
@@ -24,11 +25,13 @@ SCALES = {"quick": 0.2, "small": 1.0, "full": 1.0}
 
 @dataclass
 class Job:
-    """
-    folder   of the suite: runs-SCALE/ in it is shared by recipes
-    scale    "quick", "small", or "full" where data is given
-    data     path to data of the user's; None: what every machine has
-    options  what else was given on the command line: model, epochs, batch, finetunes
+    """One seed of a claim.
+
+    Args:
+        folder: of the suite; claims share the training runs in its runs-SCALE/
+        scale: "quick", "small", or "full" where data is given
+        data: path to data of the user's; None: what every machine has
+        options: what else was given on the command line: model, epochs, batch, finetunes
     """
 
     seed: int
@@ -40,27 +43,26 @@ class Job:
     options: dict[str, object] = field(default_factory=dict)
     _costs: list[tuple[Task, int, Cost]] = field(default_factory=list)
 
+    # Workloads and training runs -----------------------------------------------------------------
+
     def workloads(self, *names: str) -> list[Workload]:
         """The built-in ones of these names (quick: the first), or the one that the data makes."""
         if self.data is not None:
-            made = of_path(
-                self.data,
-                self.options.get("model"),
-                int(self.options.get("epochs") or 0),
-                int(self.options.get("batch") or 0),
-            )
-            return [made]
-        return [
-            BUILT_IN[name]().scaled(SCALES[self.scale])
-            for name in (names[:1] if self.scale == "quick" else names)
-        ]
+            epochs, batch = (int(self.options.get(name) or 0) for name in ("epochs", "batch"))
+            return [of_path(self.data, self.options.get("model"), epochs, batch)]
+        wanted = names[:1] if self.scale == "quick" else names
+        return [BUILT_IN[name]().scaled(SCALES[self.scale]) for name in wanted]
 
     def scaled(self, count: int, least: int = 1) -> int:
-        """So many steps at full scale."""
+        """As many steps as `count` are at full scale."""
         return max(least, round(count * SCALES[self.scale]))
 
     def task(self, workload: Workload, **options: object) -> Task:
         return workload.task(self.seed, self.device, **options)
+
+    def folder_of(self, workload: Workload) -> Path:
+        """Where this seed's training runs of a workload are."""
+        return self.folder / f"runs-{self.scale}" / workload.name / f"seed-{self.seed}"
 
     def run(
         self,
@@ -72,14 +74,16 @@ class Job:
         seed: int | None = None,
         **options: object,
     ) -> Run:
-        """Trained once for all recipes; seed: of its own, instead of the job's; options: see
-        `train`.
+        """A training run, made once for all claims.
+
+        Args:
+            seed: of its own, instead of the job's
+            options: see `train`
         """
-        folder = self.folder / f"runs-{self.scale}" / workload.name / f"seed-{self.seed}" / name
         return train(
             task,
             plan,
-            folder,
+            self.folder_of(workload) / name,
             self.seed if seed is None else seed,
             title=f"{workload.name} {name}",
             progress=self.progress,
@@ -92,6 +96,8 @@ class Job:
         keep = {plan.nearest(k / 10) for k in range(1, 10)}
         return self.run(workload, "usual", task, plan, keep=sorted(keep))
 
+    # Rows ----------------------------------------------------------------------------------------
+
     def measure(
         self,
         where: dict,
@@ -103,17 +109,9 @@ class Job:
         evaluations: float = 0,
     ) -> dict:
         """A row for a model that is no average."""
-        return (
-            where
-            | {
-                "seed": self.seed,
-                "method": method,
-                "steps": steps,
-                "evaluations": evaluations,
-                "cost": cost,
-            }
-            | measured(task, model)
-        )
+        row = where | {"seed": self.seed, "method": method}
+        row |= {"steps": steps, "evaluations": evaluations, "cost": cost}
+        return row | measured(task, model)
 
     def anneal(
         self,
@@ -125,20 +123,13 @@ class Job:
         steps: int,
         name: str = "annealing",
     ) -> dict:
-        """Goes on from a state of the run with the rate falling linearly from what it was to zero:
-        what as many steps give without averaging.
+        """What as many steps give without averaging: goes on from a state of the run, with the rate
+        falling linearly from what it was to zero.
         """
-        plan = replace(
-            run.plan,
-            steps=steps,
-            every=steps,
-            lr=run.plan.rate(step - run.first - 1),
-            schedule="linear",
-            warmup=0,
-        )
-        made = self.run(
-            workload, f"{run.folder.name}-anneal-{step}-{steps}", task, plan, start=(run, step)
-        )
+        rate = run.plan.rate(step - run.first - 1)
+        plan = replace(run.plan, steps=steps, every=steps, lr=rate, schedule="linear", warmup=0)
+        title = f"{run.folder.name}-anneal-{step}-{steps}"
+        made = self.run(workload, title, task, plan, start=(run, step))
         return self.measure(where, name, task, made.load(task, made.last), steps, steps)
 
     def averages(
@@ -151,28 +142,33 @@ class Job:
         fixed: Sequence[str] | None = None,
         **settings,
     ) -> Rows:
-        """The fixed averages and trained ones of `twa average`, as it makes them; fixed: of the
-        fixed ones only these in the table. The cost of a trained one includes that of the fixed
-        average it starts from."""
-        average = self.average(task, candidates, steps, methods, **settings)
-        average.run()
+        """The fixed and the trained averages of `twa average`, as it makes them.
+
+        The cost of a trained one includes that of the fixed average it starts from.
+
+        Args:
+            fixed: which of the fixed averages are in the table; None: all
+        """
+        merge = self.merge(task, candidates, steps, methods, **settings)
+        merge.run()
         return Rows(
-            self.row(where, task, r, average)
-            for r in average.results
-            if fixed is None or r.coefficients is not None or r.method in fixed
+            self.row(where, task, r, merge)
+            for r in merge.results
+            if fixed is None or r.is_trained or r.method in fixed
         )
 
-    def average(
+    def merge(
         self,
         task: Task,
         candidates: Candidates,
         steps: int,
         methods: Sequence[TwaMethod | str] = (),
         **settings: object,
-    ) -> Average:
+    ) -> Merge:
+        """What makes averages one by one."""
         methods = tuple(TwaMethod.parse(m) if isinstance(m, str) else m for m in methods)
-        made = {"bn_batches": BN_BATCHES, "seed": self.seed, "placement": "single"} | settings
-        return Average(task, candidates, Settings(methods, steps, **made), progress=self.progress)
+        made = {"bn_batches": BN_BATCHES, "seed": self.seed, "sharding": "single"} | settings
+        return Merge(task, candidates, Settings(methods, steps, **made), progress=self.progress)
 
     def cost(self, task: Task, bn_batches: int) -> Cost:
         """Made once for a task, since it reads all of the validation data."""
@@ -187,21 +183,25 @@ class Job:
         where: dict,
         task: Task,
         result: Result,
-        average: Average,
+        merge: Merge,
         name: str = "",
         *,
         start: float | None = None,
     ) -> dict:
-        """start: what a trained average's start has cost; None: what the fixed average which its
-        note names has.
+        """A row for an average.
+
+        Args:
+            name: in place of the result's method
+            start: what a trained average's start has cost; None: what the fixed average has that
+                its note names
         """
-        cost = self.cost(task, average.settings.bn_batches)
-        if start is None and result.coefficients is not None:
+        cost = self.cost(task, merge.settings.bn_batches)
+        if start is None and result.is_trained:
             start = next(
                 (
                     cost(0, r.evaluations)
-                    for r in average.results
-                    if r.coefficients is None and result.note.startswith(f"from {r.method}")
+                    for r in merge.results
+                    if not r.is_trained and result.note.startswith(f"from {r.method}")
                 ),
                 0.0,
             )
@@ -211,13 +211,11 @@ class Job:
             "steps": result.steps,
             "evaluations": result.evaluations,
             "note": result.note,
-        }
-        found |= {
             "cost": (start or 0.0) + cost(result.steps, result.evaluations),
             "val": result.val_loss,
             "test": result.test_loss,
             "seconds": result.seconds,
         }
-        return (
-            where | found | ({} if result.test_metric is None else {"metric": result.test_metric})
-        )
+        if result.test_metric is not None:
+            found["metric"] = result.test_metric
+        return where | found

@@ -1,6 +1,6 @@
 """Fine-tunes by LoRA (Hu et al., arXiv 2106.09685), averaged as factors and as full weights.
 
-A part of the recipe `beyond`.
+A part of the claim `beyond`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import itertools
 from dataclasses import replace
 
 from torch import nn
-from twa.io.atomic import write_safetensors
 from twa.io.candidates import Candidates
+from twa.io.safetensors import write_safetensors
 from twa.tasks.batches import mix
 
 from .job import Job
@@ -26,9 +26,11 @@ SOUPS = ("best single", "uniform", "greedy soup")
 
 
 def lora(job: Job, workload: Workload) -> Rows:
-    """Trained on code, then fine-tuned on the interpreter's help at several rates, lengths and
-    orders of the data, all from the same A. The best of them is also trained on for as long as the
-    averages are."""
+    """Rows of adapters to a model that was trained on code, fine-tuned on the interpreter's help.
+
+    They differ in rate, length and order of the data, and start from the same A. The best of them
+    is also trained on for as long as the averages are.
+    """
     task = job.task(workload, domain="help")
     usual = job.usual(workload, job.task(workload))
     pretrained = usual.load(task, usual.last)
@@ -38,51 +40,34 @@ def lora(job: Job, workload: Workload) -> Rows:
     def adapted() -> nn.Module:
         return add_lora(copy.deepcopy(pretrained), RANK, job.seed)
 
-    runs, folder = (
-        [],
-        job.folder / f"runs-{job.scale}" / workload.name / f"seed-{job.seed}" / "lora-merged",
-    )
+    runs, folder = [], job.folder_of(workload) / "lora-merged"
     folder.mkdir(exist_ok=True)
-    orders = [
-        workload.task(mix(job.seed, order), job.device, domain="help") for order in range(ORDERS)
-    ]
+    seeds = [mix(job.seed, order) for order in range(ORDERS)]
+    orders = [workload.task(seed, job.device, domain="help") for seed in seeds]
     options = list(itertools.product(orders, map(job.scaled, STEPS), RATES))
     for k, (data, steps, lr) in enumerate(options):
-        runs.append(
-            job.run(
-                workload,
-                f"lora-{k}",
-                data,
-                Plan(steps, steps, lr, "linear", warmup=steps // 20),
-                model=adapted(),
-            )
-        )
+        plan = Plan(steps, steps, lr, "linear", warmup=steps // 20)
+        runs.append(job.run(workload, f"lora-{k}", data, plan, model=adapted()))
         model = adapted()
         model.load_state_dict(runs[k].state(runs[k].last)["model"])
         write_safetensors(folder / f"lora-{k}.safetensors", merged_lora(model))
     task = replace(task, model=adapted)
-    average = job.average(
-        task, Candidates([r.path(r.last) for r in runs]), workload.twa_steps, METHODS
-    )
-    average.run()
-    rows += [
-        job.row(where, task, r, average)
-        for r in average.results
-        if r.method in SOUPS or r.coefficients is not None
-    ]
+    adapters = Candidates([r.path(r.last) for r in runs])
+    merge = job.merge(task, adapters, workload.twa_steps, METHODS)
+    merge.run()
+    shown = [r for r in merge.results if r.method in SOUPS or r.is_trained]
+    rows += [job.row(where, task, r, merge) for r in shown]
 
-    single = next(r for r in average.results if r.method == "best single")
-    best = runs[k := int(single.beta.argmax())]
+    single = next(r for r in merge.results if r.method == "best single")
+    k = int(single.beta.argmax())
+    best, data = runs[k], options[k][0]
     plan = Plan(workload.twa_steps, workload.twa_steps, best.plan.lr, "linear")
-    longer = job.run(
-        workload, f"lora-{k}-longer", options[k][0], plan, start=(best, best.last), model=adapted()
-    )
+    start = (best, best.last)
+    longer = job.run(workload, f"lora-{k}-longer", data, plan, start=start, model=adapted())
     cost = rows.mean("cost", method="best single") + plan.steps
-    rows.append(
-        job.measure(
-            where, "best single, trained on", task, longer.load(task, longer.last), plan.steps, cost
-        )
-    )
+    model, name = longer.load(task, longer.last), "best single, trained on"
+    rows.append(job.measure(where, name, task, model, plan.steps, cost))
+
     merged = Candidates([folder / f"lora-{k}.safetensors" for k in range(len(runs))])
     where, whole = where | {"setting": "LoRA, merged"}, job.task(workload, domain="help")
     return rows + job.averages(where, whole, merged, workload.twa_steps, METHODS, SOUPS)

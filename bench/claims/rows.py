@@ -1,4 +1,4 @@
-"""Rows of a claim's table: one per seed, task, setting and method; means and paired differences of
+"""Rows of a claim's table, one per seed, task, setting and method; means and paired differences of
 them.
 """
 
@@ -7,7 +7,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 
-from twa.merge.report import markdown_table
+from twa.io.tables import markdown_table
 
 KEYS = ("task", "setting", "method")  # what makes a line of the table
 
@@ -19,27 +19,28 @@ class Rows(list):
 
     def where(self, **wanted: object) -> Rows:
         """Those with these values; a value may be a tuple of several."""
-        return Rows(
-            r
-            for r in self
-            if all(
-                r.get(k) in v if isinstance(v, tuple) else r.get(k) == v for k, v in wanted.items()
-            )
-        )
+
+        def fits(row: dict, key: str, value: object) -> bool:
+            return row.get(key) in value if isinstance(value, tuple) else row.get(key) == value
+
+        return Rows(r for r in self if all(fits(r, *pair) for pair in wanted.items()))
 
     def of(self, key: str) -> list:
         """The values of a key, each once, in the order in which they come."""
         return list(dict.fromkeys(r[key] for r in self if r.get(key) is not None))
 
+    def values(self, key: str, **wanted: object) -> list:
+        """The values of a key in the rows with these values, as often as they come."""
+        return [r[key] for r in self.where(**wanted) if r.get(key) is not None]
+
     def mean(self, key: str = "test", **wanted: object) -> float:
-        values = [r[key] for r in self.where(**wanted) if r.get(key) is not None]
-        if not values:
+        if not (values := self.values(key, **wanted)):
             raise KeyError(f"no rows with {wanted}")
         return statistics.fmean(values)
 
     def spread(self, key: str = "test", **wanted: object) -> float:
         """Sample standard deviation over the seeds; 0 for one seed."""
-        values = [r[key] for r in self.where(**wanted) if r.get(key) is not None]
+        values = self.values(key, **wanted)
         return statistics.stdev(values) if len(values) > 1 else 0.0
 
     def by_seed(self, key: str = "test", **wanted: object) -> dict[int, float]:
@@ -51,21 +52,20 @@ class Rows(list):
         return found
 
     def against(self, ours: dict, theirs: dict, key: str = "test") -> str:
-        """ "-0.0123 ± 0.0010, lower on 3 of 3 seeds": paired differences of the lowest values."""
+        """Paired differences of the lowest values: "-0.0123 ± 0.0010, lower on 3 of 3 seeds"."""
         a, b = self.by_seed(key, **ours), self.by_seed(key, **theirs)
         differences = [a[s] - b[s] for s in sorted(a.keys() & b.keys())]
         if not differences:
             return "not measured"
-        wins = sum(d < 0 for d in differences)
         sd = f" ± {statistics.stdev(differences):.4f}" if len(differences) > 1 else ""
-        return (
-            f"{statistics.fmean(differences):+.4f}{sd}, lower on {wins} of {len(differences)} seeds"
-        )
+        wins = f"lower on {sum(d < 0 for d in differences)} of {len(differences)} seeds"
+        return f"{statistics.fmean(differences):+.4f}{sd}, {wins}"
 
 
 def table(rows: Rows, metric: str = "") -> str:
-    """A line per task, setting and method: means over seeds, with the sample standard deviation;
-    the lowest test loss of a setting in bold.
+    """A line per task, setting and method: means over seeds, with the sample standard deviation.
+
+    The lowest test loss of a setting is in bold.
     """
     groups: dict[tuple, Rows] = {}
     for r in rows:
@@ -74,38 +74,23 @@ def table(rows: Rows, metric: str = "") -> str:
     for key, members in groups.items():
         best[key[:2]] = min(best.get(key[:2], float("inf")), members.mean())
     shown = metric and any(r.get("metric") is not None for r in rows)
-    header = [
-        "task",
-        "setting",
-        "method",
-        "steps",
-        "evaluations",
-        "cost",
-        "val loss",
-        "test loss",
-        *([f"test {metric}"] if shown else []),
-        "",
-    ]
+    header = [*KEYS, "steps", "evaluations", "cost", "val loss", "test loss"]
+    header += [f"test {metric}"] if shown else []
     lines = []
     for key, members in groups.items():
-        test = f"{members.mean():.4f}" + (f" ± {members.spread():.4f}" if len(members) > 1 else "")
-        if members.mean() == best[key[:2]]:
-            test = f"**{test}**"
-        line = [
-            *map(str, key),
-            *(number(members.mean(k)) for k in ("steps", "evaluations", "cost")),
-            f"{members.mean('val'):.4f}",
-            test,
-        ]
+        line = [*map(str, key)]
+        line += [number(members.mean(k)) for k in ("steps", "evaluations", "cost")]
+        line += [f"{members.mean('val'):.4f}", loss_of(members, best[key[:2]])]
         if shown:
             line.append(f"{members.mean('metric'):.4f}" if members.of("metric") else "")
         lines.append([*line, ""])
-    return markdown_table(header, lines)
+    return markdown_table([*header, ""], lines)
 
 
 def pivot(rows: Rows) -> str:
-    """Test losses with a line per method and a column per setting, a table per task; the lowest of
-    a column in bold. cost: least and most.
+    """Test losses with a line per method and a column per setting; a table per task.
+
+    The lowest of a column is in bold. cost: the least and the most.
     """
     parts = []
     for task in rows.of("task"):
@@ -117,24 +102,24 @@ def pivot(rows: Rows) -> str:
         }
         lines = []
         for method in mine.of("method"):
-            cells = []
-            for s in settings:
-                members = mine.where(setting=s, method=method)
-                text = (
-                    f"{members.mean():.4f}"
-                    + (f" ± {members.spread():.4f}" if len(members) > 1 else "")
-                    if members
-                    else ""
-                )
-                cells.append(f"**{text}**" if members and members.mean() == best[s] else text)
-            costs = [
-                number(mine.mean("cost", setting=s, method=method))
-                for s in mine.where(method=method).of("setting")
+            one = mine.where(method=method)
+            cells = [
+                loss_of(members, best[s]) if (members := one.where(setting=s)) else ""
+                for s in settings
             ]
+            costs = [number(one.mean("cost", setting=s)) for s in one.of("setting")]
             least, most = min(costs, key=float), max(costs, key=float)
             lines.append([method, *cells, least if least == most else f"{least} to {most}", ""])
         parts.append(markdown_table([task, *settings, "cost", ""], lines))
     return "\n\n".join(parts)
+
+
+def loss_of(members: Rows, best: float) -> str:
+    """Test loss of a cell; in bold if it is the best."""
+    text = f"{members.mean():.4f}"
+    if len(members) > 1:
+        text += f" ± {members.spread():.4f}"
+    return f"**{text}**" if members.mean() == best else text
 
 
 def number(value: float) -> str:

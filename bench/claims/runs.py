@@ -1,4 +1,4 @@
-"""Training runs that leave checkpoints, made once and shared by the recipes; ways to go on from
+"""Training runs that leave checkpoints, made once and shared by the claims; ways to go on from
 them; what is measured of a model.
 """
 
@@ -16,14 +16,17 @@ from pathlib import Path
 import torch
 from torch import nn
 from twa.batchnorm import batch_size, tracked_batchnorms
-from twa.distributed.ranks import World
-from twa.io.atomic import write_json, write_safetensors, write_torch
+from twa.distributed.ranks import Ranks
+from twa.io.atomic import write_json, write_torch
 from twa.io.candidates import Candidates
-from twa.io.progress import mean_over, progress_bar
+from twa.io.errors import StateError, TaskError
+from twa.io.progress import progress_bar
+from twa.io.safetensors import write_safetensors
+from twa.merge.evaluate import mean_over
 from twa.tasks.batches import Stream, batch_digest, first_batch, mix, seed_all
 from twa.tasks.contract import Task
 
-# of the arithmetic of a training step on the same batch: backward takes twice as much as forward
+#: share of a training step's arithmetic that its forward pass has: backward takes twice as much
 FORWARD = 1 / 3
 
 
@@ -31,14 +34,16 @@ FORWARD = 1 / 3
 class Plan:
     """How a model is trained, and how often a checkpoint is kept.
 
-    steps, every   gradient steps in all, and between checkpoints
-    schedule       of the learning rate: "constant"; "cosine" and "linear" to zero; "step": a tenth
-                   from 1/2, a hundredth from 3/4 of the steps on; "thirds": from 1/3 and 2/3;
-                   "cyclic": falls linearly from lr to lr / 10 between any two checkpoints (SWA's)
-    optimizer      "adamw" or "sgd" (momentum 0.9)
-    dtype          of the weights: "float32", or "bfloat16"
-    grid           0; or so many bits: weights are rounded to a grid of that many bits per output
-                   row after every step
+    Args:
+        steps: gradient steps in all
+        every: gradient steps between checkpoints
+        schedule: of the learning rate: "constant"; "cosine" and "linear" to zero; "step": a tenth
+            from 1/2, a hundredth from 3/4 of the steps on; "thirds": from 1/3 and 2/3; "cyclic":
+            falls linearly from lr to lr / 10 between any two checkpoints (SWA's)
+        optimizer: "adamw", or "sgd" (momentum 0.9)
+        dtype: of the weights: "float32" or "bfloat16"
+        grid: 0, or so many bits: weights are rounded to a grid of that many bits per output row
+            after every step
     """
 
     steps: int
@@ -70,16 +75,18 @@ class Plan:
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         trained = [p for p in model.parameters() if p.requires_grad]
+        options = {"lr": self.lr, "weight_decay": self.weight_decay}
         if self.optimizer == "sgd":
-            return torch.optim.SGD(
-                trained, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay
-            )
-        return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay)
+            return torch.optim.SGD(trained, momentum=0.9, **options)
+        return torch.optim.AdamW(trained, **options)
+
+
+# A run on disk -----------------------------------------------------------------------------------
 
 
 class Run:
-    """A finished training run: step-NNNNNN.safetensors every `plan.every` steps, state-NNNNNN.pt
-    where it was asked for and at the end.
+    """A finished training run: step-NNNNNN.safetensors every `plan.every` steps, and
+    state-NNNNNN.pt at the end and where it was asked for.
     """
 
     def __init__(self, folder: Path, plan: Plan, first: int = 0) -> None:
@@ -97,6 +104,9 @@ class Run:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}.safetensors"
 
+    def state_path(self, step: int) -> Path:
+        return self.folder / f"state-{step:06d}.pt"
+
     def candidates(
         self, after: int = 0, until: int | None = None, count: int | None = None
     ) -> Candidates:
@@ -111,23 +121,13 @@ class Run:
         return model
 
     def state(self, step: int) -> dict:
-        return torch.load(self.folder / f"state-{step:06d}.pt", weights_only=True)
+        return torch.load(self.state_path(step), weights_only=True)
 
 
 def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """What a checkpoint holds: every parameter once, tied ones too, and buffers."""
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     return {name: t.detach().contiguous() for name, t in named.items()}
-
-
-@torch.no_grad()
-def round_to_grid(model: nn.Module, bits: int) -> None:
-    """Every matrix's rows to multiples of their largest magnitude / (2^(bits - 1) - 1)."""
-    for p in model.parameters():
-        if p.dim() > 1:
-            rows = p.reshape(len(p), -1)
-            unit = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
-            p.copy_(((rows / unit).round() * unit).view_as(p))
 
 
 @contextlib.contextmanager
@@ -137,6 +137,9 @@ def alone(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+# Training ----------------------------------------------------------------------------------------
 
 
 def train(
@@ -152,39 +155,40 @@ def train(
     title: str = "training",
     progress: bool = False,
 ) -> Run:
-    """Trains, or returns the run if it is there already; one that was interrupted goes on from its
-    last checkpoint. ValueError if what is there is a run of another plan, model or data.
+    """Trains, or returns the run if it is there already.
 
-    start            (run, step) to go on from: weights, optimizer (unless optimizer_state is
-                     False), position in the data
-    model            what is trained; None: task.model(), newly initialised from `seed`
-    keep             steps whose state is kept for `start`, beside the last
+    One that was interrupted goes on from its last checkpoint.
+
+    Args:
+        start: (run, step) to go on from: weights, optimizer (unless optimizer_state is False) and
+            position in the data
+        model: what is trained; None: task.model(), newly initialised from `seed`
+        keep: steps whose state is kept for `start`, beside the last
+
+    Raises:
+        StateError: what is there is a run of another plan, model or data
+        TaskError: the loss became NaN or Inf
     """
-    first = start[1] if start and optimizer_state else 0
     seed_all(mix(seed, 1))
     model = (task.model() if model is None else model).to(getattr(torch, plan.dtype))
     facts = facts_of(task, plan, seed, start, model)
-    run, done = Run(folder, plan, first), folder / "run.json"
+    run = Run(folder, plan, start[1] if start and optimizer_state else 0)
+    done, unfinished = folder / "run.json", folder / "unfinished.pt"
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):  # another process may be at it
         if done.exists():
             check_same(folder, json.loads(done.read_text()), facts)
             return run
-        _train(
-            task,
-            plan,
-            run,
-            facts,
-            seed,
-            start,
-            optimizer_state,
-            model,
-            {*keep, run.last},
-            title,
-            progress,
-        )
+        training = Training(task, plan, model, seed, run.first, title)
+        if unfinished.exists():
+            state = torch.load(unfinished, weights_only=True)
+            check_same(folder, state["facts"], facts)
+            training.load(state)
+        elif start is not None:
+            training.load(start[0].state(start[1]), optimizer_state)
+        finish(training, run, facts, {*keep, run.last}, progress)
         write_json(done, facts)
-        (folder / "unfinished.pt").unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     return run
 
 
@@ -193,87 +197,115 @@ def facts_of(
 ) -> dict[str, object]:
     """What a run is of."""
     shapes = str([(name, tuple(t.shape), str(t.dtype)) for name, t in model.state_dict().items()])
-    begun = f"{start[0].folder.name}, step {start[1]}" if start else ""
-    batch = str(batch_digest(first_batch(task.train)))
     return {
         "plan": asdict(plan),
         "model": hashlib.sha256(shapes.encode()).hexdigest()[:16],
-        "first batch": batch,
+        "first batch": str(batch_digest(first_batch(task.train))),
         "seed": seed,
-        "start": begun,
+        "start": f"{start[0].folder.name}, step {start[1]}" if start else "",
     }
 
 
 def check_same(folder: Path, found: dict, expected: dict) -> None:
+    """StateError if a run that was found is not of the expected facts."""
     if odd := [name for name, value in expected.items() if found.get(name) != value]:
-        raise ValueError(
-            f"{folder}: holds a training run with another {odd[0]}; choose another output"
-            " directory, or remove this one"
+        raise StateError(
+            f"holds a training run with another {odd[0]}; choose another output directory, or"
+            " remove this one",
+            folder,
         )
 
 
-def _train(
-    task: Task,
-    plan: Plan,
-    run: Run,
-    facts: dict[str, object],
-    seed: int,
-    start: tuple[Run, int] | None,
-    optimizer_state: bool,
-    model: nn.Module,
-    keep: set[int],
-    title: str,
-    progress: bool,
+class Training:
+    """A training run under way: model, optimizer, place in the data.
+
+    Args:
+        first: steps before this run's own, which counts go on from
+        title: for messages
+
+    Attributes:
+        at: steps so far, `first` included
+    """
+
+    def __init__(
+        self, task: Task, plan: Plan, model: nn.Module, seed: int, first: int, title: str
+    ) -> None:
+        self.task, self.plan, self.model, self.seed, self.first = task, plan, model, seed, first
+        self.title, self.at = title, first
+        self.optimizer = plan.make_optimizer(model)
+        self.stream = Stream(task.train, Ranks(), 1, seed)
+
+    def load(self, state: dict, optimizer_state: bool = True) -> None:
+        """Goes to where another one was, or only to its weights."""
+        self.model.load_state_dict(state["model"])
+        if optimizer_state:
+            self.at = state["step"]
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.stream.seek(state["position"])
+
+    def state(self) -> dict:
+        """What another process goes on from."""
+        return {
+            "step": self.at,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "position": self.stream.position(),
+        }
+
+    def step(self) -> float:
+        """One gradient step; its loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.rate(self.at - self.first)
+            group["weight_decay"] = self.plan.weight_decay
+        ((_, batch, _),) = self.stream.next_step()
+        seed_all(mix(self.seed, 2, self.stream.step))
+        loss = self.task.loss(self.model, batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        if self.plan.grid:
+            round_to_grid(self.model, self.plan.grid)
+        self.at += 1
+        if not math.isfinite(loss.item()):
+            raise TaskError(
+                f"the loss is {loss.item()} at step {self.at}: expected a learning rate below"
+                f" {self.plan.lr} for this task",
+                self.title,
+            )
+        return loss.item()
+
+
+def finish(
+    training: Training, run: Run, facts: dict[str, object], keep: set[int], progress: bool
 ) -> None:
-    optimizer = plan.make_optimizer(model)
-    stream = Stream(task.train, World(), 1, seed)
-    at, unfinished = run.first, run.folder / "unfinished.pt"
-    state = None
-    if unfinished.exists():
-        state = torch.load(unfinished, weights_only=True)
-        check_same(run.folder, state["facts"], facts)
-        at = state["step"]
-    elif start is not None:
-        state = start[0].state(start[1])
-    if state is not None:
-        model.load_state_dict(state["model"])
-        if optimizer_state or unfinished.exists():
-            optimizer.load_state_dict(state["optimizer"])
-            stream.seek(state["position"])
-    model.train()
-    with progress_bar(title, plan.steps, progress) as bar:
-        bar.update(at - run.first)
-        for step in range(at - run.first, plan.steps):
-            for group in optimizer.param_groups:
-                group |= {"lr": plan.rate(step), "weight_decay": plan.weight_decay}
-            ((_, batch, _),) = stream.next_step()
-            seed_all(mix(seed, 2, stream.step))
-            loss = task.loss(model, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if plan.grid:
-                round_to_grid(model, plan.grid)
+    """All steps that are left, with checkpoints, and states at the steps in `keep`."""
+    plan = run.plan
+    training.model.train()
+    with progress_bar(training.title, plan.steps, progress) as bar:
+        bar.update(training.at - run.first)
+        while training.at < run.last:
+            loss = training.step()
             bar.update(1)
-            now = run.first + step + 1
-            if not math.isfinite(loss.item()):
-                raise ValueError(
-                    f"{title}: the loss is {loss.item()} at step {now}: expected a learning rate"
-                    f" below {plan.lr} for this task"
-                )
-            if (step + 1) % plan.every == 0:
-                write_safetensors(run.path(now), saved_tensors(model))
-            if (step + 1) % plan.every == 0 or now in keep:
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-                state = {
-                    "step": now,
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "position": stream.position(),
-                }
-                write_torch(unfinished, state | {"facts": facts})
-                if now in keep:
-                    write_torch(run.folder / f"state-{now:06d}.pt", state)
+            at = training.at
+            is_checkpoint = (at - run.first) % plan.every == 0
+            if is_checkpoint:
+                write_safetensors(run.path(at), saved_tensors(training.model))
+            if is_checkpoint or at in keep:
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                state = training.state()
+                write_torch(run.folder / "unfinished.pt", state | {"facts": facts})
+                if at in keep:
+                    write_torch(run.state_path(at), state)
+
+
+@torch.no_grad()
+def round_to_grid(model: nn.Module, bits: int) -> None:
+    """Every matrix's rows to multiples of their largest magnitude / (2^(bits - 1) - 1)."""
+    for p in model.parameters():
+        if p.dim() > 1:
+            rows = p.reshape(len(p), -1)
+            unit = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
+            p.copy_(((rows / unit).round() * unit).view_as(p))
 
 
 # What is measured --------------------------------------------------------------------------------
@@ -289,20 +321,23 @@ def measured(task: Task, model: nn.Module, loss: Callable | None = None) -> dict
 
 
 class Cost:
-    """Counts what methods take in training steps: a step is one training batch forward and
-    backward, a batch forward only a third of it. Reading and packing the candidates is not counted
-    (seconds are)."""
+    """Counts what methods take in training steps.
+
+    A step is one training batch forward and backward; a batch forward only is a third of it.
+    Reading and packing the candidates is not counted (seconds are).
+
+    Attributes:
+        batch: samples in a training batch
+        look: cost of a pass over the validation data, BatchNorm re-estimated before
+    """
 
     def __init__(self, task: Task, bn_batches: int) -> None:
-        batches = [
-            batch_size(batch)
-            for batch, _ in zip(task.train, range(max(1, bn_batches)), strict=False)
-        ]
+        wanted = range(max(1, bn_batches))
+        batches = [batch_size(batch) for batch, _ in zip(task.train, wanted, strict=False)]
         self.batch = batches[0]
         forward = sum(batch_size(batch) for batch in task.val)
         if tracked_batchnorms(task.model()):
             forward += sum(batches[:bn_batches])
-        # of a pass over the validation data, BatchNorm re-estimated before
         self.look = FORWARD * forward / self.batch
 
     def __call__(self, steps: float, evaluations: float = 0) -> float:

@@ -1,46 +1,55 @@
-"""`twa recipe`: runs recipes seed by seed, keeps what is done, and writes a table, a picture and
-findings for each.
+"""`python bench/claims NAME ...`: runs claims seed by seed, keeps what is done, and writes a page
+for each.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
-import io
 import json
 import multiprocessing
 import os
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
-from twa.io.atomic import write_bytes, write_json, write_text
-from twa.merge.report import processor_name
+import twa
+from twa.io.atomic import write_json
+from twa.io.errors import TwaError
 
+from twa_kernels.__main__ import processor
+
+from . import CLAIMS, claim
 from .job import SCALES, Job
-from .rows import Rows, merged, pivot, table
+from .page import write_page
+from .rows import merged
 
-RECIPES = ("head", "tail", "soup", "boundary", "bits", "beyond")
+COMMAND = "python bench/claims"
+#: modules of this package that only run claims or show rows: no row depends on them
+ONLY_SHOW = ("__main__", "page", "rows", "suite")
 
 
-def recipe(name: str) -> ModuleType:
-    return importlib.import_module(f"twa.recipes.{name}")
+# One seed of one claim ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One seed of one recipe."""
+    """One seed of one claim, and the file that holds its rows.
+
+    Args:
+        code: digest of the sources that the rows depend on, as they were when the command began
+    """
 
     name: str
     job: Job
     threads: int
+    code: str
 
     @property
     def path(self) -> Path:
@@ -50,22 +59,13 @@ class Unit:
     def facts(self) -> dict[str, object]:
         """What the rows depend on."""
         job = self.job
-        # all of twa: what a default is, too
-        sources = sorted(Path(__file__).parents[1].rglob("*.py"))
-        code = hashlib.sha256(
-            b"".join(
-                p.read_bytes()
-                for p in sources
-                if p.stem not in ("suite", "rows") and p.stem not in {*RECIPES} - {self.name}
-            )
-        )
         options = {k: str(v) for k, v in job.options.items() if v is not None}
         return {
             "scale": job.scale,
             "data": str(job.data or ""),
             "device": job.device,
             "options": options,
-            "code": code.hexdigest()[:16],
+            "code": self.code,
         }
 
     def finished(self) -> dict | None:
@@ -76,13 +76,29 @@ class Unit:
         return found if found["facts"] == self.facts else None
 
     def run(self) -> float:
+        """Makes the rows and writes them; the seconds that it took."""
         torch.set_num_threads(self.threads)
         begun = time.perf_counter()
-        rows = recipe(self.name).run(self.job)
+        rows = claim(self.name).run(self.job)
         seconds = time.perf_counter() - begun
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, {"facts": self.facts, "seconds": seconds, "rows": rows})
         return seconds
+
+
+def sources_of(name: str) -> list[Path]:
+    """Files that a claim's rows depend on: all of twa, which any default may be in, and this
+    package without the other claims and what only shows rows.
+    """
+    here, package = Path(__file__).parent, Path(twa.__file__).parent
+    others = {here / f"{other}.py" for other in (*ONLY_SHOW, *CLAIMS) if other != name}
+    return [*sorted(package.rglob("*.py")), *sorted(set(here.rglob("*.py")) - others)]
+
+
+def code_of(name: str) -> str:
+    """A digest of those files."""
+    content = b"".join(path.read_bytes() for path in sources_of(name))
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _run(unit: Unit) -> float:
@@ -95,7 +111,7 @@ def run_units(units: list[Unit], jobs: int) -> Iterator[tuple[Unit, float | Base
         for unit in units:
             try:
                 yield unit, unit.run()
-            except (ValueError, RuntimeError, OSError) as error:
+            except Exception as error:
                 yield unit, error
         return
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -109,196 +125,145 @@ def run_units(units: list[Unit], jobs: int) -> Iterator[tuple[Unit, float | Base
             raise
 
 
-def write_page(
-    folder: Path, name: str, rows: Rows, command: str, seconds: float, machine: str
-) -> str:
-    """NAME.md, NAME.png and NAME.json in the folder; returns the page."""
-    module = recipe(name)
-    whole = table(rows, getattr(module, "METRIC", ""))
-    pivoted = getattr(module, "PIVOT", False)
-    text = [
-        f"# {module.TITLE}",
-        "",
-        f"Claim: {module.CLAIM}",
-        "",
-        pivot(rows) if pivoted else whole,
-        "",
-    ]
-    text += [f"- {finding}" for finding in module.findings(rows)]
-    text += ["", f"![{module.TITLE}]({name}.png)", "", f"    {command}", ""]
-    seeds = ", ".join(map(str, rows.of("seed")))
-    text += [
-        (
-            f"Seeds {seeds}, mean ± sample standard deviation; {seconds / 60:.1f} minutes of one"
-            f" process in all; {machine}."
-        ),
-        (
-            "cost: in training steps, where a batch that is only evaluated counts a third. Every"
-            " choice was made on validation data."
-        ),
-        "",
-    ]
-    text += ["Every row:", "", whole, ""] if pivoted else []
-    write_text(folder / f"{name}.md", "\n".join(text))
-    write_bytes(folder / f"{name}.png", draw(module, rows))
-    write_json(
-        folder / f"{name}.json",
-        {"command": command, "hardware": machine, "seconds": seconds, "rows": rows},
-    )
-    return "\n".join(text)
+# The command -------------------------------------------------------------------------------------
 
 
-def draw(module: ModuleType, rows: Rows) -> bytes:
-    import matplotlib
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; only what is wrong with what was given becomes one line and status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(argv)
+    try:
+        run(args, argv)
+    except TwaError as error:
+        print(f"claims: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        done = f"what is done is in {args.output}/; the same command goes on from there"
+        print(f"claims: stopped; {done}", file=sys.stderr)
+        return 130
+    return 0
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=getattr(module, "FIGURE", (14, 5)), layout="constrained")
-    module.picture(figure, rows)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90)
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def run_recipe(args: argparse.Namespace) -> None:
-    """Runs experiments that test the published claims, on data that is on every machine or at
-    --data.
-    """
-    names = RECIPES if "all" in args.names else tuple(dict.fromkeys(args.names))
-    data = args.data.absolute() if args.data else None
-    if data is not None and not data.exists():
-        raise ValueError(f"--data {args.data}: there is no such file or directory")
-    scale = args.scale or ("full" if data else "small")
-    if (scale == "full") != (data is not None):
-        raise ValueError("--scale: expected full with --data, quick or small without")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA device is available")
-    options = {name: getattr(args, name) for name in ("model", "epochs", "batch")}
-    options["finetunes"] = str(args.finetunes.absolute()) if args.finetunes else None
-    if args.finetunes and names != ("soup",):
-        raise ValueError("--finetunes: expected the recipe soup alone")
-    if any(n is not None and n < 1 for n in (args.seeds, args.jobs, args.epochs, args.batch)):
-        raise ValueError("--seeds, --jobs, --epochs, --batch: expected at least 1")
-    seeds = args.seeds or (1 if scale == "quick" else 3)
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    jobs = args.jobs or (1 if args.device == "cuda" or data else cores)
-    threads = max(1, cores // jobs)
-    made = [
-        Unit(
-            name,
-            Job(seed, args.output.absolute(), scale, data, args.device, jobs == 1, options),
-            threads,
-        )
+def run(args: argparse.Namespace, argv: list[str]) -> None:
+    """Runs what is not done yet of the claims that were asked for, and writes their pages."""
+    names = CLAIMS if "all" in args.names else tuple(dict.fromkeys(args.names))
+    check(args, names)
+    seeds = args.seeds or (1 if scale_of(args) == "quick" else 3)
+    jobs = args.jobs or (1 if args.device == "cuda" or args.data else cores())
+    threads, code = max(1, cores() // jobs), {name: code_of(name) for name in names}
+    units = [
+        Unit(name, job_of(args, seed, progress=jobs == 1), threads, code[name])
         for name in names
         for seed in range(seeds)
     ]
-    todo = [unit for unit in made if unit.finished() is None]
-    args.how_to_go_on = lambda: (
-        f"what is done is in {args.output}/; the same command goes on from there"
-    )
-    begun, failed = time.perf_counter(), []
+    todo = [unit for unit in units if unit.finished() is None]
     print(
-        f"{len(made)} runs ({len(names)} recipes, {seeds} seeds), {len(made) - len(todo)} of them"
-        f" done before; {jobs} at a time",
+        f"{len(units)} runs ({len(names)} claims, {seeds} seeds),"
+        f" {len(units) - len(todo)} of them done before; {jobs} at a time",
         flush=True,
     )
-    for count, (unit, result) in enumerate(run_units(todo, min(jobs, max(1, len(todo)))), 1):
-        minutes = (time.perf_counter() - begun) / 60
-        if isinstance(result, BaseException):
-            failed.append(unit)
-            print(f"twa: error: {unit.name}, seed {unit.job.seed}: {result}", file=sys.stderr)
-        else:
-            print(
-                f"{count} of {len(todo)}: {unit.name}, seed {unit.job.seed}: {result:.0f} s"
-                f" ({minutes:.1f} minutes so far)",
-                flush=True,
-            )
-    machine = f"{processor_name()}, torch {torch.__version__}"
+    failed = run_and_say(todo, min(jobs, max(1, len(todo))))
+    machine = f"{processor()}, torch {torch.__version__}"
     for name in names:
-        found = [done for unit in made if unit.name == name and (done := unit.finished())]
+        found = [done for unit in units if unit.name == name and (done := unit.finished())]
         if found:
-            rows = merged(done["rows"] for done in found)
-            command = (
-                shlex.join(["twa", *sys.argv[1:]])
-                if len(names) == 1
-                else f"twa recipe {name}" + (f" --scale {scale}" if scale == "quick" else "")
-            )
-            print(
-                "\n"
-                + write_page(
-                    args.output,
-                    name,
-                    rows,
-                    command,
-                    sum(done["seconds"] for done in found),
-                    machine,
-                )
-            )
+            rows, seconds = merged(f["rows"] for f in found), sum(f["seconds"] for f in found)
+            command = command_for(name, names, argv, scale_of(args))
+            print("\n" + write_page(args.output, name, rows, command, seconds, machine))
     print(f"written to {args.output}/: " + ", ".join(f"{name}.md" for name in names))
     if failed:
-        raise ValueError(
-            f"{len(failed)} of {len(todo)} runs failed; the same command does them again, and only"
-            " them"
-        )
+        again = "the same command does them again, and only them"
+        raise TwaError(f"{failed} of {len(todo)} runs failed; {again}")
 
 
-def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "names",
-        metavar="NAME",
-        nargs="+",
-        choices=(*RECIPES, "all"),
-        help=f"{', '.join(RECIPES)}, or all",
-    )
-    p.add_argument(
-        "-o",
-        "--output",
-        metavar="OUT",
-        type=Path,
-        default=Path("twa-recipes"),
-        help="directory for runs and results (default: %(default)s)",
-    )
-    p.add_argument(
-        "--data",
-        metavar="PATH",
-        type=Path,
-        help=(
-            "CIFAR as torchvision unpacks it, an ImageFolder (train/CLASS, val/CLASS), text, or a"
-            " saved Hugging Face dataset; nothing is downloaded"
+def check(args: argparse.Namespace, names: tuple[str, ...]) -> None:
+    """TwaError if arguments do not go together."""
+    if args.data is not None and not args.data.exists():
+        raise TwaError("there is no such file or directory", f"--data {args.data}")
+    if (scale_of(args) == "full") != (args.data is not None):
+        raise TwaError("expected full with --data, quick or small without", "--scale")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise TwaError("no CUDA device is available", "--device cuda")
+    if args.finetunes and names != ("soup",):
+        raise TwaError("expected the claim soup alone", "--finetunes")
+    if any(n is not None and n < 1 for n in (args.seeds, args.jobs, args.epochs, args.batch)):
+        raise TwaError("expected at least 1", "--seeds, --jobs, --epochs, --batch")
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def scale_of(args: argparse.Namespace) -> str:
+    return args.scale or ("full" if args.data else "small")
+
+
+def job_of(args: argparse.Namespace, seed: int, progress: bool) -> Job:
+    options = {name: getattr(args, name) for name in ("model", "epochs", "batch")}
+    options["finetunes"] = str(args.finetunes.absolute()) if args.finetunes else None
+    data = args.data.absolute() if args.data else None
+    folder = args.output.absolute()
+    return Job(seed, folder, scale_of(args), data, args.device, progress, options)
+
+
+def run_and_say(todo: list[Unit], jobs: int) -> int:
+    """Runs units and says how they end; how many failed."""
+    begun, failed = time.perf_counter(), 0
+    for count, (unit, result) in enumerate(run_units(todo, jobs), 1):
+        label = f"{unit.name}, seed {unit.job.seed}"
+        if isinstance(result, BaseException):
+            failed += 1
+            if not isinstance(result, TwaError):
+                traceback.print_exception(result)
+            print(f"claims: error: {label}: {result}", file=sys.stderr)
+        else:
+            minutes = (time.perf_counter() - begun) / 60
+            so_far = f"{result:.0f} s ({minutes:.1f} minutes so far)"
+            print(f"{count} of {len(todo)}: {label}: {so_far}", flush=True)
+    return failed
+
+
+def command_for(name: str, names: tuple[str, ...], argv: list[str], scale: str) -> str:
+    """What makes this claim's page again."""
+    if len(names) == 1:
+        return f"{COMMAND} {shlex.join(argv)}"
+    return f"{COMMAND} {name}" + (" --scale quick" if scale == "quick" else "")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        COMMAND,
+        description=(
+            "Runs experiments that test the published claims, on data that is on every machine or"
+            " at --data."
         ),
+        epilog=f"{COMMAND} page [DIR]: writes pages and docs/claims.md from results in DIR.",
     )
-    p.add_argument(
-        "--finetunes",
-        metavar="DIR",
-        type=Path,
-        help="for soup: a directory of fine-tunes of CLIP ViT-B/32, with --data their images",
+    add = p.add_argument
+    names = f"{', '.join(CLAIMS)}, or all"
+    add("names", metavar="NAME", nargs="+", choices=(*CLAIMS, "all"), help=names)
+    output = "directory for runs and results (default: %(default)s)"
+    add("-o", "--output", metavar="OUT", type=Path, default=Path("twa-claims"), help=output)
+    data = (
+        "CIFAR as torchvision unpacks it, an ImageFolder (train/CLASS, val/CLASS), text, or a saved"
+        " Hugging Face dataset; nothing is downloaded"
     )
-    p.add_argument(
-        "--model",
-        help=(
-            "with --data: resnet, vgg, vit, timm:NAME, torchvision:NAME; gpt, transformers:DIR for"
-            " text"
-        ),
-    )
-    p.add_argument("--seeds", type=int, help="how many (default: 3; quick: 1)")
-    p.add_argument(
-        "--scale",
-        choices=tuple(SCALES),
-        help="quick: a fifth of the steps, one task a recipe; small (default); full: with --data",
-    )
-    p.add_argument(
-        "--epochs", type=int, help="with --data: of the usual run, instead of the published number"
-    )
-    p.add_argument("--batch", type=int, help="with --data: batch size")
-    p.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)"
-    )
-    p.add_argument(
-        "--jobs",
-        type=int,
-        help="runs side by side (default: one per core; one with --data or a GPU)",
-    )
+    add("--data", metavar="PATH", type=Path, help=data)
+    finetunes = "for soup: a directory of fine-tunes of CLIP ViT-B/32, with --data their images"
+    add("--finetunes", metavar="DIR", type=Path, help=finetunes)
+    models = "resnet, vgg, vit, timm:NAME, torchvision:NAME; gpt, transformers:DIR for text"
+    add("--model", help=f"with --data: {models}")
+    add("--seeds", type=int, help="how many (default: 3; quick: 1)")
+    scales = "quick: a fifth of the steps, one task a claim; small (default); full: with --data"
+    add("--scale", choices=tuple(SCALES), help=scales)
+    epochs = "with --data: of the usual run, instead of the published number"
+    add("--epochs", type=int, help=epochs)
+    add("--batch", type=int, help="with --data: batch size")
+    device = "(default: %(default)s)"
+    add("--device", choices=("cpu", "cuda"), default="cpu", help=device)
+    jobs = "runs side by side (default: one per core; one with --data or a GPU)"
+    add("--jobs", type=int, help=jobs)
+    return p

@@ -3,10 +3,11 @@ explore, and is averaged away. SWA's setting.
 
 Li et al. (arXiv 2205.13104v4; first ICLR 2023) report that TWA of such checkpoints is better than
 SWA, their mean, and depends less on the rate. Tails begin at 60 % of the usual run and end at 80 %.
-Beside SWA: EMA, LAWA, greedy soup, the best single checkpoint, the usual run, which ends at 100 %,
-and annealing from the tail's end, the rate falling linearly from the tail's highest: for as many
-steps as TWA takes, and for what TWA costs in all, with its looks at the validation data and those
-that chose its center. TWA-v trains on held-out data that nothing else sees.
+
+Beside SWA: EMA, LAWA, greedy soup and the best single checkpoint; the usual run, which ends at
+100 %; and annealing from the tail's end, the rate falling linearly from the tail's highest: for as
+many steps as TWA takes, and for what TWA costs in all, with its looks at the validation data and
+those that chose its center. TWA-v trains on held-out data that nothing else sees.
 """
 
 from __future__ import annotations
@@ -43,16 +44,12 @@ def run(job: Job) -> Rows:
         task = job.task(workload)
         usual = job.usual(workload, task)
         label = {"task": workload.label, "full": usual.plan.steps}
-        whole = label | {"setting": "usual run", "stopped": usual.last}
-        rows.append(job.measure(whole, "whole run", task, usual.load(task, usual.last), 0, 0))
+        where = label | {"setting": "usual run", "stopped": usual.last}
+        rows.append(job.measure(where, "whole run", task, usual.load(task, usual.last), 0, 0))
         for schedule, rate in settings(workload.tail_rates):
             tail = tail_of(job, workload, task, usual, schedule, rate)
-            where = label | {
-                "setting": f"{schedule} {rate:g}",
-                "stopped": tail.last,
-                "schedule": schedule,
-                "rate": rate,
-            }
+            where = label | {"setting": f"{schedule} {rate:g}", "stopped": tail.last}
+            where |= {"schedule": schedule, "rate": rate}
             found = job.averages(where, task, tail.candidates(), workload.twa_steps, METHODS, FIXED)
             rows += [r | {"method": "SWA"} if r["method"] == "uniform" else r for r in found]
             highest = Run(tail.folder, replace(tail.plan, schedule="constant"), tail.first)
@@ -65,47 +62,38 @@ def run(job: Job) -> Rows:
 def settings(rates: Iterable[float]) -> list[tuple[str, float]]:
     """(schedule, rate) of each tail: cyclic ones at the lowest and the highest rate."""
     rates = sorted(rates)
-    return [
-        *(("constant", rate) for rate in rates),
-        *(("cyclic", rate) for rate in sorted({rates[0], rates[-1]})),
-    ]
+    constant = [("constant", rate) for rate in rates]
+    return constant + [("cyclic", rate) for rate in sorted({rates[0], rates[-1]})]
 
 
 def tail_of(
     job: Job, workload: Workload, task: Task, usual: Run, schedule: str, rate: float
 ) -> Run:
-    """Goes on from the state kept at 60 % of the usual run, with its optimizer's state."""
+    """The run that goes on from 60 % of the usual run, with its optimizer's state."""
     start = usual.plan.nearest(BEGIN)
     every = max(1, round(usual.plan.steps * LENGTH / CHECKPOINTS))
-    plan = replace(
-        usual.plan, steps=CHECKPOINTS * every, every=every, lr=rate, schedule=schedule, warmup=0
-    )
+    size = {"steps": CHECKPOINTS * every, "every": every, "warmup": 0}
+    plan = replace(usual.plan, lr=rate, schedule=schedule, **size)
     return job.run(workload, f"tail-{schedule}-{rate:g}", task, plan, start=(usual, start))
 
 
-def findings(rows: Rows) -> list[str]:
-    """Per task:
+# What is shown -----------------------------------------------------------------------------------
 
-    TWA against SWA and against the others, tail by tail; what the rate changes; the tails against
-    the usual run.
+
+def findings(rows: Rows) -> list[str]:
+    """TWA against SWA and the others, tail by tail; what the rate changes; the tails against the
+    usual run; all by task.
     """
     found = []
     for task in rows.of("task"):
         mine = rows.where(task=task)
         tails = [s for s in mine.of("setting") if s != "usual run"]
         trained = [m for m in mine.of("method") if m.startswith("TWA")]
+        start = "the best fixed average on validation data, which it starts from"
+        others = {"SWA": ("SWA",), start: ("best single", *AVERAGES)}
+        others |= {name: (name,) for name in ANNEALING}
         for method in trained:
-            others = {
-                "SWA": ("SWA",),
-                "the best fixed average on validation data, which it starts from": (
-                    "best single",
-                    *AVERAGES,
-                ),
-            } | {name: (name,) for name in ANNEALING}
-            texts = [
-                f"{other} {below(mine, tails, method, members)}"
-                for other, members in others.items()
-            ]
+            texts = [f"{name} {below(mine, tails, method, m)}" for name, m in others.items()]
             found.append(
                 f"{task}: {method}: lower test loss (tails x seeds) than {'; than '.join(texts)}"
             )
@@ -113,18 +101,10 @@ def findings(rows: Rows) -> list[str]:
             f"{task}: test loss over constant rates, highest - lowest:"
             f" {', '.join(sensitivity(mine, trained))}"
         )
-        whole = mine.mean(setting="usual run")
-        best = {
-            m: min((mine.mean(method=m, setting=s), s) for s in tails)
-            for m in (*AVERAGES, *trained, *ANNEALING)
-        }
-        full = mine[0]["full"]
-        ends = ", ".join(
-            f"{m} {loss:.4f} ({s}, {part(mine, m, s, full)})" for m, (loss, s) in best.items()
-        )
+        ends = ", ".join(best_tail(mine, m, tails) for m in (*AVERAGES, *trained, *ANNEALING))
         found.append(
-            f"{task}: the usual run ends at {whole:.4f}; best tail of each (of its steps, cost"
-            f" included): {ends}"
+            f"{task}: the usual run ends at {mine.mean(setting='usual run'):.4f}; best tail of each"
+            f" (of its steps, cost included): {ends}"
         )
     return found
 
@@ -137,32 +117,32 @@ def chosen(rows: Rows, *methods: str) -> float:
 
 
 def below(rows: Rows, tails: list[str], method: str, others: tuple[str, ...]) -> str:
-    """ "in 4 of 5, -0.0123 on average": a method against the best of others, one seed and tail at a
-    time.
+    """A method against the best of others, one seed and tail at a time: "in 4 of 5, -0.0123 on
+    average".
     """
     pairs = [rows.where(setting=s, seed=seed) for s in tails for seed in rows.of("seed")]
     differences = [chosen(one, method) - chosen(one, *others) for one in pairs if one]
-    return (
-        f"in {sum(d < 0 for d in differences)} of {len(differences)},"
-        f" {sum(differences) / len(differences):+.4f} on average"
-    )
+    wins = f"in {sum(d < 0 for d in differences)} of {len(differences)}"
+    return f"{wins}, {sum(differences) / len(differences):+.4f} on average"
 
 
 def sensitivity(rows: Rows, trained: list[str]) -> list[str]:
     """What the rate of the tail changes in the mean test loss of each method."""
-    found = []
+    found, constant = [], rows.where(schedule="constant")
     for method in (*AVERAGES, *trained, *ANNEALING):
-        losses = [
-            rows.mean(method=method, setting=s)
-            for s in rows.where(schedule="constant").of("setting")
-        ]
+        losses = [constant.mean(method=method, setting=s) for s in constant.of("setting")]
         found.append(f"{method} {max(losses) - min(losses):.4f}")
     return found
 
 
-def part(rows: Rows, method: str, setting: str, full: int) -> str:
-    """Of the usual run's steps: those before and in the tail, and the method's own cost."""
-    return f"{(rows.mean('stopped', method=method, setting=setting) + rows.mean('cost', method=method, setting=setting)) / full:.0%}"
+def best_tail(rows: Rows, method: str, tails: list[str]) -> str:
+    """A method's lowest loss, in which tail, and for what part of the usual run's steps: those
+    before and in the tail, and the method's own cost.
+    """
+    loss, setting = min((rows.mean(method=method, setting=s), s) for s in tails)
+    at = rows.where(method=method, setting=setting)
+    part = (at.mean("stopped") + at.mean("cost")) / rows[0]["full"]
+    return f"{method} {loss:.4f} ({setting}, {part:.0%})"
 
 
 def picture(figure, rows: Rows) -> None:
@@ -170,25 +150,16 @@ def picture(figure, rows: Rows) -> None:
     tasks = rows.of("task")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         mine = rows.where(task=task)
-        axes.axhline(
-            mine.mean(setting="usual run"), color="0.5", linestyle=":", label="usual run's end"
-        )
-        for k, method in enumerate(
-            m for m in mine.of("method") if m not in ("whole run", "best single")
-        ):
+        usual = mine.mean(setting="usual run")
+        axes.axhline(usual, color="0.5", linestyle=":", label="usual run's end")
+        shown = [m for m in mine.of("method") if m not in ("whole run", "best single")]
+        for k, method in enumerate(shown):
+            width = 2 if "TWA" in method else 1
             for schedule, style in (("constant", "-"), ("cyclic", "--")):
                 line = mine.where(method=method, schedule=schedule)
-                y = [line.mean(rate=rate) for rate in line.of("rate")]
+                x, y = line.of("rate"), [line.mean(rate=rate) for rate in line.of("rate")]
                 label = method if schedule == "constant" else None
-                axes.plot(
-                    line.of("rate"),
-                    y,
-                    style,
-                    marker="o",
-                    color=f"C{k}",
-                    label=label,
-                    linewidth=2 if "TWA" in method else 1,
-                )
+                axes.plot(x, y, style, marker="o", color=f"C{k}", label=label, linewidth=width)
         axes.set_xscale("log")
         rates = mine.of("rate")
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])

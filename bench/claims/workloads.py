@@ -1,4 +1,4 @@
-"""What recipes train: a model, its data, and how it is usually trained.
+"""What claims train: a model, its data, and how it is usually trained.
 
 Small ones on data that every machine has; the published ones on a path.
 """
@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from twa.tasks.contract import Task, TaskError
+from twa.io.errors import TaskError
+from twa.tasks.contract import Task
 
 from .images import image_task
 from .runs import Plan
@@ -19,12 +20,14 @@ from .text import text_task
 
 @dataclass(frozen=True)
 class Workload:
-    """
-    make        seed, keyword arguments of the data's loader -> task
-    usual       the run as it is usually done: its steps, learning rate, schedule, spacing of
-                checkpoints
-    tail_rates  learning rates of an SWA tail, in place of the end of the usual run
-    twa_steps   gradient steps of a trained average
+    """A model, its data and its usual training.
+
+    Args:
+        make: seed, and keyword arguments of the data's loader -> task
+        usual: the run as it is usually done: its steps, learning rate, schedule and spacing of
+            checkpoints
+        tail_rates: learning rates of an SWA tail, in place of the end of the usual run
+        twa_steps: gradient steps of a trained average
     """
 
     name: str
@@ -51,7 +54,7 @@ class Workload:
 
 
 def gpt(domain: str = "code", path: Path | None = None, **size: int) -> Workload:
-    """Small character transformer on the standard library's source."""
+    """A small character transformer on the standard library's source, or on a path."""
     size = size or {"width": 64, "depth": 2, "context": 64}
     return Workload(
         "gpt",
@@ -65,95 +68,80 @@ def gpt(domain: str = "code", path: Path | None = None, **size: int) -> Workload
 
 def digits(model: str) -> Workload:
     """8 x 8 digits; 14 batches an epoch."""
-    plan = Plan(
-        steps=40 * 14, every=14, lr=0.1, schedule="step", optimizer="sgd", weight_decay=5e-4
-    )
     if model == "vit":
-        plan = Plan(
-            steps=60 * 14, every=14, lr=3e-3, schedule="cosine", weight_decay=0.1, warmup=28
-        )
+        size = {"steps": 60 * 14, "every": 14, "warmup": 28}
+        plan = Plan(**size, lr=3e-3, schedule="cosine", weight_decay=0.1)
+    else:
+        size = {"steps": 40 * 14, "every": 14}
+        plan = Plan(**size, lr=0.1, schedule="step", optimizer="sgd", weight_decay=5e-4)
     rates = (1e-3, 3e-3, 6e-3) if model == "vit" else (0.02, 0.05, 0.1)
     name = {"resnet": "ResNet", "vgg": "VGG", "vit": "ViT"}[model]
-    return Workload(
-        model,
-        f"{name}, digits",
-        lambda **options: image_task(model, **options),
-        plan,
-        rates,
-        twa_steps=56,
-    )
+    make = lambda **options: image_task(model, **options)  # noqa: E731
+    return Workload(model, f"{name}, digits", make, plan, rates, twa_steps=56)
 
 
 def images(path: Path, model: str, epochs: int = 0, batch: int = 0) -> Workload:
-    """As published by Li et al.
+    """Images as Li et al. train on them, by the code of their conference version.
 
-    (code of their conference version): CIFAR, 200 epochs of SGD at 0.1, a tenth from 100 and from
-    150, batch 128; ImageNet, 90 epochs, a tenth from 30 and from 60, batch 256. TWA for 10 and 2
-    epochs. epochs, batch: others instead."""
+    CIFAR: 200 epochs of SGD at 0.1, a tenth of it from epoch 100 and again from 150; TWA for 10
+    epochs. ImageNet: 90 epochs, a tenth from 30 and from 60; TWA for 2. Batches are of 128 images
+    for both, where the published ones of ImageNet are of 256.
+
+    Args:
+        epochs, batch: others instead
+    """
     options: dict[str, object] = {"path": path} | ({"batch": batch} if batch else {})
-    task = image_task(model, seed=0, **options)
-    per_epoch = len(task.train)
-    folder = (path / "train").is_dir()
-    epochs = epochs or (90 if folder else 200)
+    per_epoch = len(image_task(model, seed=0, **options).train)
+    is_folder = (path / "train").is_dir()
+    epochs = epochs or (90 if is_folder else 200)
+    steps = epochs * per_epoch
     # an epoch, or less where there are few
-    every = max(1, min(per_epoch, epochs * per_epoch // 20))
-    plan = Plan(
-        epochs * per_epoch,
-        every,
-        lr=0.1,
-        schedule="thirds" if folder else "step",
-        optimizer="sgd",
-        weight_decay=1e-4,
-    )
+    size = {"steps": steps, "every": max(1, min(per_epoch, steps // 20))}
     if model == "vit":
-        plan = Plan(
-            epochs * per_epoch,
-            every,
-            lr=1e-3,
-            schedule="cosine",
-            weight_decay=0.1,
-            warmup=8 * per_epoch,
-        )
-    rates = (5e-4, 1e-3, 2e-3) if model == "vit" else (0.02, 0.05, 0.1)
-    twa_steps = min((2 if folder else 10) * per_epoch, plan.steps // 10)
+        warmup = 8 * per_epoch
+        plan = Plan(**size, lr=1e-3, schedule="cosine", weight_decay=0.1, warmup=warmup)
+    else:
+        schedule = "thirds" if is_folder else "step"
+        plan = Plan(**size, lr=0.1, schedule=schedule, optimizer="sgd", weight_decay=1e-4)
     return Workload(
         model,
         f"{model}, {path.name}",
         lambda **o: image_task(model, **options | o),
         plan,
-        rates,
-        twa_steps,
+        tail_rates=(5e-4, 1e-3, 2e-3) if model == "vit" else (0.02, 0.05, 0.1),
+        twa_steps=max(1, min((2 if is_folder else 10) * per_epoch, steps // 10)),
     )
 
 
 def of_path(path: Path, model: str | None, epochs: int = 0, batch: int = 0) -> Workload:
     """Images if they are there, else text."""
     if not path.exists():
-        raise TaskError(f"--data {path}: there is no such file or directory")
-    looks = path.is_dir() and (
-        (path / "train").is_dir()
-        or any(p.name.startswith(("cifar", "data_batch", "test")) for p in path.iterdir())
-    )
-    if looks:
+        raise TaskError("there is no such file or directory", f"--data {path}")
+    if _has_images(path):
         return images(path, model or "resnet", epochs, batch)
-    if model not in (None, "gpt") and not model.startswith("transformers:"):
+    is_transformers = model is not None and model.startswith("transformers:")
+    if model not in (None, "gpt") and not is_transformers:
         raise TaskError(
-            f"--data {path}: looks like text, and --model {model} is none for text: expected gpt or"
-            " transformers:DIR"
+            f"looks like text, and --model {model} is none for text: expected gpt or"
+            " transformers:DIR",
+            f"--data {path}",
         )
-    named = {"model": model} if model and model.startswith("transformers:") else {}
-    workload = gpt(path=path, width=96, depth=3, context=128)
-    made = (
-        replace(workload, make=lambda **o: text_task(path, **{"batch": batch or 16} | named | o))
-        if named
-        else workload
-    )
+    options = {"batch": batch or 16}
+    made = gpt(path=path, width=96, depth=3, context=128, **options)
+    if is_transformers:
+        made = replace(made, make=lambda **o: text_task(path, **options | {"model": model} | o))
     if epochs:
         per_epoch = len(made.task(0).train)
-        made = replace(
-            made, usual=replace(made.usual, steps=epochs * per_epoch, every=max(1, per_epoch // 2))
-        )
+        plan = replace(made.usual, steps=epochs * per_epoch, every=max(1, per_epoch // 2))
+        made = replace(made, usual=plan)
     return made
+
+
+def _has_images(path: Path) -> bool:
+    if not path.is_dir():
+        return False
+    cifar = any(p.name.startswith(("cifar", "data_batch", "test")) for p in path.iterdir())
+    return cifar or (path / "train").is_dir()
 
 
 BUILT_IN: dict[str, Callable[[], Workload]] = {

@@ -154,7 +154,7 @@ def call(op: str, operands: Operands, backend: str, k: int = 0) -> list[Tensor]:
     if op == "pack":
         sum_sq, max_scale = torch.zeros_like(basis.divisor), torch.zeros_like(basis.row_scale)
         out = (basis.codes, operands.scales, sum_sq, max_scale)
-        options = (basis.numels, basis.tile_segment, basis.bits, "gaussian")
+        options = (basis.numels, basis.tile_segment, basis.bits)
         torch.ops.twa_kernels.pack(operands.rows, [], *options, *out, None, backend)
         return list(out)
     grads, center, out = operands.sets[k % len(operands.sets)]

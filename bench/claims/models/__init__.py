@@ -1,1 +1,1 @@
-"""Models of the recipes, one file each."""
+"""Models of the claims, one file each."""

@@ -7,12 +7,9 @@ and `classification_head.`:
 
     model.visual.{class_embedding, positional_embedding, proj, conv1.weight, ln_pre, ln_post}
     model.visual.transformer.resblocks.K.{ln_1, attn.in_proj_weight, attn.in_proj_bias,
-    attn.out_proj, ln_2, mlp.c_fc, mlp.c_proj}
-    model.{token_embedding.weight, positional_embedding, ln_final, text_projection, logit_scale}    of
-                                                                                                    the
-                                                                                                    text
-                                                                                                    side,
-                                                                                                    unused
+        attn.out_proj, ln_2, mlp.c_fc, mlp.c_proj}
+    model.{token_embedding.weight, positional_embedding, ln_final, text_projection, logit_scale},
+        of the text side, unused
     classification_head.{weight, bias}
 
     logits = head(f / |f|),  f = proj^T ln_post(class token)
@@ -29,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from twa.io.errors import CandidateError
 
 HEAD_WIDTH = 64  # of an attention head, in all of CLIP's models
 TEXT = (
@@ -42,23 +40,22 @@ TEXT = (
 
 
 class LayerNorm(nn.LayerNorm):
-    """In float32, whatever the dtype of input and weights."""
+    """Normalisation in float32, whatever the dtype of input and weights."""
 
     def forward(self, h: Tensor) -> Tensor:
-        return F.layer_norm(
-            h.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
-        ).to(h.dtype)
+        weights = self.weight.float(), self.bias.float()
+        return F.layer_norm(h.float(), self.normalized_shape, *weights, self.eps).to(h.dtype)
 
 
 class QuickGELU(nn.Module):
-    """h * sigmoid(1.702 h)"""
+    """An approximation of GELU: h * sigmoid(1.702 h)."""
 
     def forward(self, h: Tensor) -> Tensor:
         return h * torch.sigmoid(1.702 * h)
 
 
 class Block(nn.Module):
-    """(b, t, width) -> the same"""
+    """Pre-norm transformer block: (b, t, width) -> the same."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -88,7 +85,7 @@ class Transformer(nn.Module):
 
 
 class Visual(nn.Module):
-    """(b, 3, image, image) -> features (b, features), in the weights' dtype"""
+    """Image side: (b, 3, image, image) -> features (b, features), in the weights' dtype."""
 
     def __init__(
         self, image: int, patch: int, width: int, depth: int, heads: int, features: int
@@ -97,9 +94,8 @@ class Visual(nn.Module):
         scale = width**-0.5
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(
-            scale * torch.randn((image // patch) ** 2 + 1, width)
-        )
+        positions = (image // patch) ** 2 + 1
+        self.positional_embedding = nn.Parameter(scale * torch.randn(positions, width))
         self.ln_pre = LayerNorm(width)
         self.transformer = Transformer(width, depth, heads)
         self.ln_post = LayerNorm(width)
@@ -117,7 +113,8 @@ class Visual(nn.Module):
 class Body(nn.Module):
     """The image side, and what is left of the text side: frozen, as nothing uses it.
 
-    text   shapes of those of the TEXT tensors that the checkpoints have
+    Args:
+        text: shapes of those of the TEXT tensors that the checkpoints have
     """
 
     def __init__(self, visual: Visual, text: Mapping[str, Sequence[int]]) -> None:
@@ -130,13 +127,13 @@ class Body(nn.Module):
                 if not hasattr(owner, part):
                     owner.add_module(part, nn.Module())
                 owner = getattr(owner, part)
-            owner.register_parameter(
-                name, nn.Parameter(torch.zeros(tuple(shape)), requires_grad=False)
-            )
+            frozen = nn.Parameter(torch.zeros(tuple(shape)), requires_grad=False)
+            owner.register_parameter(name, frozen)
 
 
 class CLIPClassifier(nn.Module):
-    """(b, 3, image, image) float, normalised as CLIP's -> logits (b, classes) in the head's dtype.
+    """Classifier of images that are normalised as CLIP's: (b, 3, image, image) float -> logits
+    (b, classes) in the head's dtype.
 
     ViT-B/32: image 224, patch 32, width 768, depth 12, heads 12, features 512; 88 million
     parameters, and 26 million left of the text side.
@@ -168,63 +165,60 @@ class CLIPClassifier(nn.Module):
         """The model whose state dict has these shapes, in float32 with random weights (call .half()
         for float16).
 
-        info   key -> shape, or anything with a .shape, such as a tensor or twa.Candidates' info
-        Raises ValueError if a key is missing, or one is there that does not belong, or shapes
-        contradict each other.
+        Args:
+            info: key -> shape, or anything with a .shape, such as a tensor or twa.Candidates' info
+
+        Raises:
+            CandidateError: a key is missing, or one is there that does not belong, or shapes
+                contradict each other
         """
         shapes = {key: tuple(getattr(value, "shape", value)) for key, value in info.items()}
-
-        def shape(key: str, dims: int) -> tuple[int, ...]:
-            if key not in shapes or len(shapes[key]) != dims:
-                found = (
-                    f"shape {list(shapes[key])}"
-                    if key in shapes
-                    else (
-                        f"none of that name among {len(shapes)} (first: {next(iter(shapes), None)})"
-                    )
-                )
-                raise ValueError(
-                    f"expected a CLIP vision transformer with a head, with a tensor {key!r} of"
-                    f" {dims} dimensions; found {found}"
-                )
-            return shapes[key]
-
-        width, _, patch, _ = shape("model.visual.conv1.weight", 4)
-        positions, _ = shape("model.visual.positional_embedding", 2)
-        _, features = shape("model.visual.proj", 2)
-        classes, _ = shape("classification_head.weight", 2)
-        if (
-            (grid := math.isqrt(max(0, positions - 1))) ** 2 + 1 != positions
-            or not patch
-            or not grid
-        ):
-            raise ValueError(
-                "model.visual.positional_embedding: expected grid^2 + 1 positions, found"
-                f" {positions}"
-            )
-        heads = max(1, width // HEAD_WIDTH)
-        if not width or width % heads:
-            raise ValueError(
-                f"model.visual.conv1.weight: expected a width that is a multiple of {HEAD_WIDTH},"
-                f" or less, found {width}"
-            )
-        depth = sum(
-            bool(
-                re.fullmatch(
-                    r"model\.visual\.transformer\.resblocks\.\d+\.attn\.in_proj_weight", key
-                )
-            )
-            for key in shapes
-        )
-        text = {key: shapes[f"model.{key}"] for key in TEXT if f"model.{key}" in shapes}
-        sizes = (grid * patch, patch, width, depth, heads, features, classes, text)
+        sizes = sizes_of(shapes)
         with torch.device("meta"):
             expected = {key: tuple(t.shape) for key, t in cls(*sizes).state_dict().items()}
         for key in sorted(expected.keys() | shapes.keys()):
             if expected.get(key) != shapes.get(key):
                 wanted, found = (list(s[key]) if key in s else "none" for s in (expected, shapes))
-                raise ValueError(
-                    f"tensor {key!r}: expected shape {wanted} for a width of {width} and {depth}"
-                    f" blocks, found {found}"
+                _, _, width, depth, *_ = sizes
+                raise CandidateError(
+                    f"expected shape {wanted} for a width of {width} and {depth} blocks, found"
+                    f" {found}",
+                    f"tensor {key!r}",
                 )
         return cls(*sizes)
+
+
+def sizes_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, ...]:
+    """Arguments of `CLIPClassifier` from the shapes of its tensors."""
+    width, _, patch, _ = _shape_of(shapes, "model.visual.conv1.weight", 4)
+    positions, _ = _shape_of(shapes, "model.visual.positional_embedding", 2)
+    _, features = _shape_of(shapes, "model.visual.proj", 2)
+    classes, _ = _shape_of(shapes, "classification_head.weight", 2)
+    grid = math.isqrt(max(0, positions - 1))
+    if grid**2 + 1 != positions or not patch or not grid:
+        raise CandidateError(
+            f"expected grid^2 + 1 positions, found {positions}",
+            "model.visual.positional_embedding",
+        )
+    heads = max(1, width // HEAD_WIDTH)
+    if not width or width % heads:
+        raise CandidateError(
+            f"expected a width that is a multiple of {HEAD_WIDTH}, or less, found {width}",
+            "model.visual.conv1.weight",
+        )
+    in_block = re.compile(r"model\.visual\.transformer\.resblocks\.\d+\.attn\.in_proj_weight")
+    depth = sum(bool(in_block.fullmatch(key)) for key in shapes)
+    text = {key: shapes[f"model.{key}"] for key in TEXT if f"model.{key}" in shapes}
+    return grid * patch, patch, width, depth, heads, features, classes, text
+
+
+def _shape_of(shapes: Mapping[str, tuple[int, ...]], key: str, dims: int) -> tuple[int, ...]:
+    if len(shapes.get(key, ())) == dims:
+        return shapes[key]
+    found = f"none of that name among {len(shapes)} (first: {next(iter(shapes), None)})"
+    if key in shapes:
+        found = f"shape {list(shapes[key])}"
+    raise CandidateError(
+        f"expected a CLIP vision transformer with a head, with a tensor {key!r} of {dims}"
+        f" dimensions; found {found}"
+    )

@@ -1,4 +1,4 @@
-"""Low-rank adapters, after Hu et al., arXiv:2106.09685, inside the recipes' own transformers; for
+"""Low-rank adapters, after Hu et al., arXiv:2106.09685, inside the claims' own transformers; for
 models of transformers there is peft.
 """
 
@@ -7,15 +7,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from twa.io.errors import TwaError
 
 
 class LoRALinear(nn.Linear):
-    """y = x (W + B A)^T + b:
+    """y = x (W + B A)^T + b: (..., in) -> (..., out).
 
-    (..., in) -> (..., out). W (out, in) and b are frozen, A (rank, in) and B (out, rank) trained.
-    The layer's own weights keep their names; y is that of the layer as long as B is zero.
+    W (out, in) and b are frozen, A (rank, in) and B (out, rank) trained. The layer's own weights
+    keep their names; y is that of the layer as long as B is zero.
 
-    A   drawn from the generator with standard deviation 1 / sqrt(in), so that A x has that of x
+    A is drawn from the generator with standard deviation 1 / sqrt(in), so that A x has that of x.
     """
 
     def __init__(self, base: nn.Linear, rank: int, generator: torch.Generator) -> None:
@@ -33,10 +34,11 @@ class LoRALinear(nn.Linear):
 def add_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
     """The same model, with adapters at every linear layer in model.blocks and all else frozen.
 
-    Models made with equal seeds have equal A. ValueError if rank is below 1, or there are no such
-    layers."""
+    Models made with equal seeds have equal A. TwaError if rank is below 1, or there are no such
+    layers.
+    """
     if rank < 1:
-        raise ValueError(f"rank: expected at least 1, found {rank}")
+        raise TwaError(f"expected at least 1, found {rank}", "rank")
     layers = [
         (m, name, child)
         for m in getattr(model, "blocks", nn.Identity()).modules()
@@ -44,7 +46,7 @@ def add_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
         if type(child) is nn.Linear
     ]
     if not layers:
-        raise ValueError("model: expected linear layers in model.blocks, found none")
+        raise TwaError("expected linear layers in model.blocks, found none", "model")
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     for parent, name, child in layers:
@@ -54,9 +56,8 @@ def add_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
 
 @torch.no_grad()
 def merged_lora(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of the model without adapters:
-
-    W + B A in place of each W; every tied parameter once, under its first name.
+    """Tensors of the model without adapters: W + B A in place of each W; every tied parameter once,
+    under its first name.
     """
     found = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
     for name, layer in model.named_modules():

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from twa.io.errors import TwaError
 
 EXPANSION = 4  # output channels of a bottleneck block, over those of its 3 x 3 convolution
 
@@ -25,8 +26,9 @@ class Block(nn.Module):
 
     (b, inputs, h, w) -> (b, outputs, h / stride, w / stride)
 
-    preact   f is BN-ReLU-conv repeated and nothing follows the sum; else conv-BN-ReLU repeated,
-             with the last ReLU after the sum
+    Args:
+        preact: f is BN-ReLU-conv repeated and nothing follows the sum; else conv-BN-ReLU repeated,
+            with the last ReLU after the sum
     """
 
     def __init__(
@@ -70,13 +72,16 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """Residual network for images: (b, channels, h, w) float -> logits (b, classes).
 
-    widths      channels of each stage; every stage but the first halves the image
-    blocks      per stage: one number, or one for each stage
-    stem        "small": a 3 x 3 convolution. "imagenet": a 7 x 7 one and a pooling, which quarter
-                the image
-    bottleneck  blocks of three convolutions with EXPANSION * width output channels
-    preact      pre-activation blocks
-    Raises ValueError for an unknown stem, or blocks that do not fit the widths.
+    Args:
+        widths: channels of each stage; every stage but the first halves the image
+        blocks: per stage: one number, or one for each stage
+        stem: "small": a 3 x 3 convolution; "imagenet": a 7 x 7 one and a pooling, which quarter the
+            image
+        bottleneck: blocks of three convolutions with EXPANSION * width output channels
+        preact: pre-activation blocks
+
+    Raises:
+        TwaError: the stem is unknown, or blocks do not fit the widths
     """
 
     def __init__(
@@ -92,18 +97,14 @@ class ResNet(nn.Module):
         super().__init__()
         blocks = [blocks] * len(widths) if isinstance(blocks, int) else list(blocks)
         if stem not in ("small", "imagenet"):
-            raise ValueError(f"stem: expected 'small' or 'imagenet', found {stem!r}")
+            raise TwaError(f"expected 'small' or 'imagenet', found {stem!r}", "stem")
         if len(blocks) != len(widths) or not widths or min(blocks) < 1:
-            raise ValueError(
-                f"blocks: expected a positive number for each of {len(widths)} stages, found"
-                f" {blocks}"
+            raise TwaError(
+                f"expected a positive number for each of {len(widths)} stages, found {blocks}",
+                "blocks",
             )
-        outputs = widths[0]
-        self.conv1 = (
-            nn.Conv2d(channels, outputs, 7, 2, 3, bias=False)
-            if stem == "imagenet"
-            else _conv(channels, outputs, 3)
-        )
+        outputs, kernel, stride = widths[0], *((7, 2) if stem == "imagenet" else (3, 1))
+        self.conv1 = _conv(channels, outputs, kernel, stride)
         self.bn1 = None if preact else nn.BatchNorm2d(outputs)
         self.pool = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else None
         self.stages = len(widths)
@@ -135,15 +136,15 @@ class ResNet(nn.Module):
 def preresnet(depth: int, classes: int, channels: int = 3) -> ResNet:
     """Pre-activation network for 32 x 32 images with widths 16, 32, 64.
 
-    As in the paper's figures: basic blocks up to a depth of 110, 6 k + 2; bottlenecks above, 9 k +
-    2 (164: 18 blocks a stage, 1.7 million parameters). Raises ValueError for another depth."""
+    As in the paper's figures: basic blocks up to a depth of 110, 6 k + 2; bottlenecks above,
+    9 k + 2 (164: 18 blocks a stage, 1.7 million parameters). TwaError for another depth.
+    """
     bottleneck = depth > 110
     layers = 9 if bottleneck else 6
     if depth < 8 or (depth - 2) % layers:
-        raise ValueError(f"depth: expected {layers} k + 2, such as 20 or 164, found {depth}")
-    return ResNet(
-        classes, channels, (16, 32, 64), (depth - 2) // layers, bottleneck=bottleneck, preact=True
-    )
+        raise TwaError(f"expected {layers} k + 2, such as 20 or 164, found {depth}", "depth")
+    blocks, kind = (depth - 2) // layers, {"bottleneck": bottleneck, "preact": True}
+    return ResNet(classes, channels, (16, 32, 64), blocks, **kind)
 
 
 def resnet18(classes: int, channels: int = 3) -> ResNet:

@@ -6,21 +6,22 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-#: channels of 3 x 3 convolutions; 0: halve the image
-# 32 x 32 -> 1 x 1
+#: channels of 3 x 3 convolutions; 0: halve the image. 32 x 32 -> 1 x 1
 VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
-VGG_DIGITS = (16, 16, 0, 32, 32, 0)  # 8 x 8 -> 2 x 2
+#: the same; 8 x 8 -> 2 x 2
+VGG_DIGITS = (16, 16, 0, 32, 32, 0)
 
 
 class VGG(nn.Module):
-    """Convolution-BN-ReLU repeated, pooling, fully connected layers:
+    """Convolution-BN-ReLU repeated, pooling, fully connected layers.
 
-    (b, channels, h, w) float -> logits (b, classes).
+    (b, channels, h, w) float -> logits (b, classes). What the poolings leave of the image is
+    averaged, so any size of at least 2^poolings does.
 
-    plan     channels of each convolution, 0 for a pooling
-    hidden   widths of the fully connected layers before the last, each followed by ReLU
-    dropout  probability, before each fully connected layer if there are hidden ones
-    What the poolings leave of the image is averaged, so any size of at least 2^poolings does.
+    Args:
+        plan: channels of each convolution, 0 for a pooling
+        hidden: widths of the fully connected layers before the last, each followed by ReLU
+        dropout: probability, before each fully connected layer if there are hidden ones
     """
 
     def __init__(
@@ -37,19 +38,15 @@ class VGG(nn.Module):
             if not width:
                 self.features.append(nn.MaxPool2d(2))
                 continue
-            self.features.extend(
-                [
-                    nn.Conv2d(inputs, width, 3, padding=1, bias=False),
-                    nn.BatchNorm2d(width),
-                    nn.ReLU(inplace=True),
-                ]
-            )
+            self.features.append(nn.Conv2d(inputs, width, 3, padding=1, bias=False))
+            self.features.append(nn.BatchNorm2d(width))
+            self.features.append(nn.ReLU(inplace=True))
             inputs = width
         self.classifier = nn.Sequential()
         for width in hidden:
-            self.classifier.extend(
-                [nn.Dropout(dropout), nn.Linear(inputs, width), nn.ReLU(inplace=True)]
-            )
+            self.classifier.append(nn.Dropout(dropout))
+            self.classifier.append(nn.Linear(inputs, width))
+            self.classifier.append(nn.ReLU(inplace=True))
             inputs = width
         if hidden:
             self.classifier.append(nn.Dropout(dropout))
