@@ -40,11 +40,13 @@ import twa
 from mutations import damage, damage_json, damage_metadata, damage_pickle, damage_zip, patch_header
 from safetensors.torch import load_file, save_file
 from torch import nn
-from twa.basis.file import BasisError, read_basis
-from twa.distributed.ranks import World
-from twa.io.candidates import CandidateError, Candidates
+from twa.basis.file import read_basis
+from twa.distributed.ranks import Ranks
+from twa.io.candidates import Candidates
+from twa.io.errors import BasisError, CandidateError, StateError
 from twa.io.formats import _weights_of
-from twa.merge.resume import FORMAT, StateError, Store
+from twa.merge.results import Result
+from twa.merge.resume import FORMAT, Store
 from twa.packing import to_file as pack
 
 import twa_kernels as tk
@@ -87,9 +89,9 @@ class Model(nn.Module):
         )
 
 
-def saved(value, old=False):
+def saved(value):
     buffer = BytesIO()
-    torch.save(value, buffer, _use_new_zipfile_serialization=not old)
+    torch.save(value, buffer)
     return buffer.getvalue()
 
 
@@ -124,7 +126,7 @@ def run_state():
         "steps": "10",
     }
     row = vars(
-        twa.methods.Result(
+        Result(
             "uniform",
             2,
             0,
@@ -146,8 +148,8 @@ def run_state():
         "curve": [0.5, 0.4],
         "val_curve": [(0, 0.5)],
         "best_loss": 0.5,
-        "best_x": x,
-        "average": x,
+        "best": x,
+        "average": {"eta": 3.0, "steps": 2, "coefficients": x},
         "seconds": 1.0,
         "optimizer": moments,
     }
@@ -217,7 +219,6 @@ def make_seeds():
     ]
     for value in torch_values():
         seeds["torch"].append({"x.pt": saved(value)})
-        seeds["legacy"].append({"x.pt": saved(value, old=True)})
     for k in range(2):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -467,7 +468,7 @@ def check_position(folder):
 
 def check_state(folder):
     store = Store(folder, resume=True)
-    state = store.read(World())
+    state = store.read(Ranks())
     if state is None:
         raise Wrong("no state is seen")
     store.accept(state, run_state()["run"])
@@ -478,7 +479,6 @@ CHECKS = {
     "safetensors": lambda case: check_safetensors(case / "x.safetensors"),
     "index": check_index,
     "torch": lambda case: check_torch(case / "x.pt"),
-    "legacy": lambda case: check_torch(case / "x.pt"),
     "dcp": check_dcp,
     "basis": lambda case: check_basis(case / "basis.safetensors"),
     "position": check_position,

@@ -1,10 +1,14 @@
-"""Triton's interpreter, for a test suite: with the kernels' inline assembly, and quick enough. conftest.py installs it where there is no GPU.
+"""Triton's interpreter, for a test suite: with the kernels' inline assembly, and quick enough.
 
-Assembly   The interpreter has none. Here each block is parsed and run on NumPy arrays, instruction by instruction as the manuals of PTX and of
-           the CDNA 3 instruction set define them, so that the very strings that ship are what the tests run.
-Rounding   The interpreter truncates float32 to bfloat16; compiled code rounds to nearest even, and so does this.
-Speed      The interpreter prepares the language module anew at every call of a helper function, which would be half of the suite's time; once per
-           kernel launch is enough.
+conftest.py installs it where there is no GPU.
+
+Assembly   The interpreter has none. Here each block is parsed and run on NumPy arrays, instruction
+           by instruction as the manuals of PTX and of the CDNA 3 instruction set define them, so
+           that the very strings that ship are what the tests run.
+Rounding   The interpreter truncates float32 to bfloat16; compiled code rounds to nearest even, and
+           so does this.
+Speed      The interpreter prepares the language module anew at every call of a helper function,
+           which would be half of the suite's time; once per kernel launch is enough.
 Indices    Triton before 3.8 takes int() of an array of one element, which NumPy refuses from 2.4
            on. `mend_indices` alone will do for a script that runs kernels without the assembly.
 """
@@ -16,7 +20,7 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-# Assembly --------------------------------------------------------------------------------------------------------
+# Assembly -----------------------------------------------------------------------------------------
 
 
 def _byte(word, k):
@@ -51,7 +55,9 @@ def v_perm(high, low, selector):
 def dp4a(a, b, c):
     total = c.view(np.int32).astype(np.int64)
     for k in range(4):
-        total = total + _byte(a, k).astype(np.uint8).view(np.int8).astype(np.int64) * _byte(b, k).astype(np.uint8).view(np.int8)
+        total = total + _byte(a, k).astype(np.uint8).view(np.int8).astype(np.int64) * _byte(
+            b, k
+        ).astype(np.uint8).view(np.int8)
     assert (np.abs(total) < 2**31).all(), "an int32 sum overflowed"
     return total.astype(np.int32).view(np.uint32)
 
@@ -62,7 +68,12 @@ def dp2a(first_byte):
     def run(a, b, c):
         total = c.view(np.int32).astype(np.int64)
         for k in range(2):
-            half = ((a >> np.uint32(16 * k)) & np.uint32(0xFFFF)).astype(np.uint16).view(np.int16).astype(np.int64)
+            half = (
+                ((a >> np.uint32(16 * k)) & np.uint32(0xFFFF))
+                .astype(np.uint16)
+                .view(np.int16)
+                .astype(np.int64)
+            )
             total = total + half * _byte(b, first_byte + k).astype(np.uint8).view(np.int8)
         assert (np.abs(total) < 2**31).all(), "an int32 sum overflowed"
         return total.astype(np.int32).view(np.uint32)
@@ -88,7 +99,11 @@ INSTRUCTIONS = {
 @functools.cache
 def _parse(asm):
     """[(instruction, destination, sources)]"""
-    lines = [line.strip() for line in re.split(r"[;\n]", asm.replace("{", "").replace("}", "")) if line.strip()]
+    lines = [
+        line.strip()
+        for line in re.split(r"[;\n]", asm.replace("{", "").replace("}", ""))
+        if line.strip()
+    ]
     parsed = []
     for line in lines:
         name, _, operands = line.partition(" ")
@@ -115,13 +130,22 @@ def run_assembly(asm, outputs, words):
 
 def _inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack, _semantic=None):
     asm, constraints = (v.value if isinstance(v, tl.constexpr) else v for v in (asm, constraints))
-    arrays = [a.handle.data if isinstance(a, tl.tensor) else np.array(a.value if isinstance(a, tl.constexpr) else a) for a in args]
+    arrays = [
+        a.handle.data
+        if isinstance(a, tl.tensor)
+        else np.array(a.value if isinstance(a, tl.constexpr) else a)
+        for a in args
+    ]
     shape = np.broadcast_shapes(*(a.shape for a in arrays))
     size = 4 // pack  # bytes of an element
     assert size in (1, 4) and is_pure
     words = []
     for array in arrays:
-        bits = array.astype({1: np.uint8, 4: np.int64}[size]) if array.dtype.itemsize != size else array
+        bits = (
+            array.astype({1: np.uint8, 4: np.int64}[size])
+            if array.dtype.itemsize != size
+            else array
+        )
         bits = bits.astype(np.uint32) if size == 4 and bits.dtype.itemsize == 8 else bits
         words.append(np.ascontiguousarray(np.broadcast_to(bits, shape)).reshape(-1).view(np.uint32))
     results = run_assembly(asm, constraints.count("="), words)
@@ -129,11 +153,16 @@ def _inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack, _seman
     out = []
     for word, kind in zip(results, dtypes, strict=True):
         data = word.view({1: np.int8, 4: np.int32}[size]).reshape(shape)
-        out.append(tl.tensor(interpreter.TensorHandle(data, kind), tl.block_type(kind, list(shape)) if shape else kind))
+        out.append(
+            tl.tensor(
+                interpreter.TensorHandle(data, kind),
+                tl.block_type(kind, list(shape)) if shape else kind,
+            )
+        )
     return out[0] if len(out) == 1 else tuple(out)
 
 
-# Rounding --------------------------------------------------------------------------------------------------------
+# Rounding -----------------------------------------------------------------------------------------
 
 
 def to_bfloat16(v):
@@ -143,7 +172,7 @@ def to_bfloat16(v):
     return np.where(np.isnan(v), np.uint64(0x7FC0), rounded).astype(np.uint16)
 
 
-# Speed -----------------------------------------------------------------------------------------------------------
+# Speed --------------------------------------------------------------------------------------------
 
 
 class _Nothing:
@@ -183,7 +212,9 @@ def install():
 
     def launch_afresh(self, *args, **kwargs):
         prepared.clear()
-        with np.errstate(invalid="ignore"):  # NaN to an integer: any number will do, since the unit is NaN
+        with np.errstate(
+            invalid="ignore"
+        ):  # NaN to an integer: any number will do, since the unit is NaN
             return launch(self, *args, **kwargs)
 
     interpreter._patch_lang = prepare_once

@@ -309,16 +309,22 @@ def damage_zip(rng, data):
 # Pickles -----------------------------------------------------------------------------------------
 
 NAMES = [
-    "os system", "posix system", "builtins exec", "builtins eval", "builtins print", "builtins getattr", "builtins set", "builtins bytearray",
-    "builtins complex", "collections OrderedDict", "collections Counter", "torch Tensor", "torch FloatTensor", "torch.sparse FloatTensor",
-    "torch Size", "torch device", "torch.nn.parameter Parameter", "torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_tensor_v3", "torch._utils _rebuild_qtensor", "torch._utils _rebuild_sparse_tensor",
-    "torch._utils _rebuild_nested_tensor", "torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state",
-    "torch._utils _rebuild_meta_tensor_no_storage", "torch._utils _rebuild_wrapper_subclass", "torch._utils _rebuild_device_tensor_from_numpy",
-    "torch._tensor _rebuild_from_type_v2", "torch float16", "torch float64", "torch quint8", "torch complex64", "torch FloatStorage",
-    "torch DoubleStorage", "torch ByteStorage", "torch.storage UntypedStorage", "torch.storage TypedStorage", "argparse Namespace",
-    "_codecs encode", "torch.serialization _get_layout", "pathlib PosixPath", "a\x1b[2J b",
-    "torch.distributed.checkpoint.metadata ChunkStorageMetadata", "torch.distributed.checkpoint.metadata TensorProperties",
+    "os system", "posix system", "builtins exec", "builtins eval", "builtins print",
+    "builtins getattr", "builtins set", "builtins bytearray", "builtins complex",
+    "collections OrderedDict", "collections Counter", "torch Tensor", "torch FloatTensor",
+    "torch.sparse FloatTensor", "torch Size", "torch device", "torch.nn.parameter Parameter",
+    "torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_tensor_v3", "torch._utils _rebuild_qtensor",
+    "torch._utils _rebuild_sparse_tensor", "torch._utils _rebuild_nested_tensor",
+    "torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state",
+    "torch._utils _rebuild_meta_tensor_no_storage", "torch._utils _rebuild_wrapper_subclass",
+    "torch._utils _rebuild_device_tensor_from_numpy", "torch._tensor _rebuild_from_type_v2",
+    "torch float16", "torch float64", "torch quint8", "torch complex64", "torch FloatStorage",
+    "torch DoubleStorage", "torch ByteStorage", "torch.storage UntypedStorage",
+    "torch.storage TypedStorage", "argparse Namespace", "_codecs encode",
+    "torch.serialization _get_layout", "pathlib PosixPath", "a\x1b[2J b",
+    "torch.distributed.checkpoint.metadata ChunkStorageMetadata",
+    "torch.distributed.checkpoint.metadata TensorProperties",
 ]  # fmt: skip
 LAUGHS = b")" + b"".join(
     b"r" + struct.pack("<I", 900 + k) + b"j" + struct.pack("<I", 900 + k) + b"\x86"

@@ -7,7 +7,7 @@ import torch
 import twa
 from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
-from twa import averages as schemes
+from twa import averages
 
 
 @pytest.fixture
@@ -50,14 +50,14 @@ def close(ours, theirs):
 
 def test_uniform_is_swa(run):
     make, states, _ = run
-    close(averaged(states, schemes.uniform(7)), swa_utils(make, states, get_swa_multi_avg_fn()))
+    close(averaged(states, averages.uniform(7)), swa_utils(make, states, get_swa_multi_avg_fn()))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
 def test_ema(run, decay):
     make, states, _ = run
     close(
-        averaged(states, schemes.ema(7, decay)),
+        averaged(states, averages.ema(7, decay)),
         swa_utils(make, states, get_ema_multi_avg_fn(decay)),
     )
 
@@ -66,11 +66,11 @@ def test_ema(run, decay):
 @pytest.mark.parametrize(
     "beta",
     [
-        schemes.uniform(7),
-        schemes.ema(7, 0.7),
-        schemes.lawa(7, 3),
-        schemes.candidate(7, 0),
-        schemes.candidate(7, -1),
+        averages.uniform(7),
+        averages.ema(7, 0.7),
+        averages.lawa(7, 3),
+        averages.candidate(7, 0),
+        averages.candidate(7, -1),
     ],
     ids=["uniform", "ema", "lawa", "first", "last"],
 )
@@ -92,31 +92,31 @@ def test_every_scheme_is_a_point_of_the_subspace(run, beta, bits, center):
 
 def test_sums_are_one():
     for beta in (
-        schemes.uniform(9),
-        schemes.ema(9, 0.95),
-        schemes.lawa(9, 9),
-        schemes.candidate(9, 4),
+        averages.uniform(9),
+        averages.ema(9, 0.95),
+        averages.lawa(9, 9),
+        averages.candidate(9, 4),
     ):
         assert float(beta.sum()) == pytest.approx(1.0, abs=1e-12)
 
 
 def test_wsm_of_a_linear_decay_is_the_plain_mean_of_the_last():
     for n, k in ((7, 1), (7, 4), (9, 9)):
-        torch.testing.assert_close(schemes.wsm(n, k), schemes.lawa(n, k), rtol=0, atol=1e-15)
+        torch.testing.assert_close(averages.wsm(n, k), averages.lawa(n, k), rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("decay", schemes.DECAYS)
+@pytest.mark.parametrize("decay", averages.DECAYS)
 @pytest.mark.parametrize("k", [1, 2, 5, 7])
 def test_wsm_is_a_run_whose_rate_decays(decay, k):
     """Updates that do not depend on where the run is, scaled by the decay: the run's end is the
     merge.
     """
-    n, m, f = 7, 7 - k, schemes.DECAYS[decay]
+    n, m, f = 7, 7 - k, averages.DECAYS[decay]
     theta = torch.randn(n, 11, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
     end = theta[m].clone()
     for j in range(m + 1, n):
         end += f(torch.tensor((j - m) / k, dtype=torch.float64)) * (theta[j] - theta[j - 1])
-    beta = schemes.wsm(n, k, decay)
+    beta = averages.wsm(n, k, decay)
     torch.testing.assert_close(beta @ theta, end)
     assert (
         (beta >= 0).all()
@@ -134,7 +134,7 @@ def test_greedy_soup():
         tried.append(beta)
         return float(((beta * w).sum() - 2.0) ** 2)
 
-    beta = schemes.greedy_soup([loss(schemes.candidate(3, k)) for k in range(3)], loss)
+    beta = averages.greedy_soup([loss(averages.candidate(3, k)) for k in range(3)], loss)
     assert beta.tolist() == [0.0, 0.5, 0.5]
     assert len(tried) == 3 + 2
 
@@ -142,13 +142,13 @@ def test_greedy_soup():
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: schemes.lawa(3, 4),
-        lambda: schemes.lawa(3, 0),
-        lambda: schemes.ema(3, 1.0),
-        lambda: schemes.candidate(3, 3),
-        lambda: schemes.wsm(3, 4),
-        lambda: schemes.wsm(3, 0),
-        lambda: schemes.wsm(3, 2, "exponential"),
+        lambda: averages.lawa(3, 4),
+        lambda: averages.lawa(3, 0),
+        lambda: averages.ema(3, 1.0),
+        lambda: averages.candidate(3, 3),
+        lambda: averages.wsm(3, 4),
+        lambda: averages.wsm(3, 0),
+        lambda: averages.wsm(3, 2, "exponential"),
     ],
 )
 def test_bad_input(call):

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from twa.basis.dense import DenseBasis
 from twa.basis.segments import Segments
+from twa.coordinates import Deltas
 
 
 def make():
@@ -47,7 +48,7 @@ def test_projected_sgd_is_sgd_on_coefficients(candidates, momentum):
     )
     shapes = [p.shape for p in ours.parameters()]
     W = torch.stack(
-        [torch.cat([c.tensor(n).flatten() for n in subspace.layout.trained]) for c in candidates]
+        [torch.cat([c.tensor(n).flatten() for n in subspace.key_map.trained]) for c in candidates]
     ).double()
     Q = torch.linalg.qr(W.T)[0].T  # (n, D)
     pieces = list(Q.split([s.numel() for s in shapes], dim=1))
@@ -56,12 +57,11 @@ def test_projected_sgd_is_sgd_on_coefficients(candidates, momentum):
     )
     center = [c.double() for c in subspace.center]
     subspace = twa.Subspace(
-        subspace.placement,
+        subspace.sharding,
         basis,
         center,
-        subspace.center_weights,
         Segments(["model"], [0] * len(pieces)),
-        basis.divisor,
+        Deltas(subspace.coordinates.center_weights, basis.divisor),
     )
     subspace.write_weights()
     theirs.load_state_dict(ours.state_dict())
@@ -361,7 +361,8 @@ def test_copies_with_a_scheduler(candidates, low_memory):
 
 
 @pytest.mark.parametrize(
-    "change", [{"precondition": True}, {"normalize": "none"}, {"granularity": "model"}, {"bits": 8}]
+    "change",
+    [{"constraint": "simplex"}, {"normalize": "none"}, {"granularity": "model"}, {"bits": 8}],
 )
 def test_state_of_another_subspace_is_refused(candidates, change):
     saved = twa.SubspaceOptimizer(

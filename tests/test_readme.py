@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from twa.io.candidates import Candidates
-from twa.merge.run import Average
+from twa.merge.run import Merge
 from twa.merge.settings import Settings, TwaMethod
 from twa.tasks.contract import load_task
 
@@ -91,7 +91,7 @@ def test_task_example(tmp_path):
         torch.manual_seed(k)
         save_file(torch.nn.Linear(10, 1).state_dict(), tmp_path / f"c{k}.safetensors")
     methods = (TwaMethod("t", "tensor", 4), TwaMethod("v", "model", 4))
-    job = Average(
+    job = Merge(
         load_task(str(task_file)),
         Candidates(tmp_path / "c*.safetensors"),
         Settings(methods, steps=30),

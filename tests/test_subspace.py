@@ -10,11 +10,11 @@ import twa
 from safetensors.torch import load_file, save_file
 from torch import nn
 from twa.basis.segments import segment_labels
-from twa.io.candidates import CandidateError
+from twa.io.errors import CandidateError
 
 
 class Zoo(nn.Module):
-    """Tied embedding, frozen layer, BatchNorm with its integer buffer, 0-d and constant parameters."""
+    """Tied embedding, frozen layer, BatchNorm and its integer buffer, 0-d and constant tensors."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ def test_every_kind_of_tensor(tmp_path, bits, tied_name):
         k: torch.stack([zoo_state(i, tied_name)[k].double() for i in range(3)]).mean(0)
         for k in candidates.info
     }
-    assert list(subspace.layout.trained) == [
+    assert list(subspace.key_map.trained) == [
         "scale",
         "constant",
         "embed.weight",
@@ -111,7 +111,7 @@ def test_every_kind_of_tensor(tmp_path, bits, tied_name):
     written = json.loads((tmp_path / "out" / "coefficients.json").read_text())
     assert (
         torch.equal(torch.tensor(written["x"]), subspace.coefficients)
-        and written["segments"] == subspace.labels
+        and written["segments"] == subspace.segments.labels
     )
 
 
@@ -122,7 +122,7 @@ def test_dense_export_is_the_weighted_sum_of_the_files(tmp_path):
         subspace.coefficients.normal_()
     subspace.write_weights()
     beta = subspace.merge_weights()
-    for l, name in enumerate(subspace.layout.trained):
+    for l, name in enumerate(subspace.key_map.trained):
         direct = sum(beta[i, l] * zoo_state(i)[name].double() for i in range(3))
         torch.testing.assert_close(
             dict(model.named_parameters())[name].double(), direct, rtol=1e-5, atol=1e-5
@@ -262,7 +262,7 @@ def test_granularity(tmp_path):
             subspace = twa.Subspace.from_candidates(
                 Zoo(), candidates, bits=bits, granularity=granularity
             )
-            assert subspace.coefficients.shape == (3, count) == (3, len(subspace.labels))
+            assert subspace.coefficients.shape == (3, count) == (3, len(subspace.segments.labels))
 
 
 @pytest.mark.parametrize("center", ["first", 3, torch.tensor([1.0, 1.0, 1.0]), torch.ones(2) / 2])

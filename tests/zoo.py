@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 import twa_kernels as tk
 
 N = 4
-CENTER = twa.schemes.ema(N, 0.6)
+CENTER = twa.averages.ema(N, 0.6)
 
 
 def save_candidates(new_model, folder, count):
@@ -231,20 +231,23 @@ class Reference:
     """
 
     def __init__(self, make, states, subspace, lr=0.05):
-        self.model, names = make().double(), list(subspace.layout.trained)
+        self.model, names = make().double(), list(subspace.key_map.trained)
         for m in self.model.modules():
             if isinstance(m, nn.Embedding):
                 m.sparse = False  # a sparse gradient finds no way back to x
         self.segments, self.names, self.w = (
-            subspace.segments,
+            subspace.segments.first,
             names,
             {name: torch.stack([s[name].double() for s in states]) for name in names},
         )
         self.center = {
-            name: torch.tensordot(subspace.center_weights, w, 1) for name, w in self.w.items()
+            name: torch.tensordot(subspace.coordinates.center_weights, w, 1)
+            for name, w in self.w.items()
         }
-        self.bits, self.divisor = subspace.basis.bits, subspace.divisor
-        divisor = torch.where(subspace.divisor > 0, subspace.divisor, torch.inf)
+        self.bits, self.divisor = subspace.basis.bits, subspace.coordinates.divisor
+        divisor = torch.where(
+            subspace.coordinates.divisor > 0, subspace.coordinates.divisor, torch.inf
+        )
         exact = [
             flat(self.w[n] - self.center[n]) / divisor[:, [l]]
             for n, l in zip(names, self.segments, strict=True)
@@ -320,8 +323,8 @@ def walk(
     subspace = twa.Subspace.from_candidates(
         model, candidates, bits=bits, granularity=granularity, center=center
     )
-    layout, state = subspace.layout, model.state_dict()
-    for name in layout.fixed:
+    key_map, state = subspace.key_map, model.state_dict()
+    for name in key_map.fixed:
         if not name.endswith(("_u", "_v")):
             rows = [s[name].double() for s in states]
             equal = all(torch.equal(rows[0], r) for r in rows)
@@ -331,7 +334,7 @@ def walk(
                 rtol=1e-6,
                 atol=1e-7,
             )
-    assert all(torch.equal(state[name], states[-1][name]) for name in layout.copied)
+    assert all(torch.equal(state[name], states[-1][name]) for name in key_map.copied)
     assert {id(p) for p in subspace.parameters} == {
         id(p) for p in model.parameters() if p.requires_grad
     }
@@ -349,7 +352,7 @@ def walk(
     near(subspace.coefficients.detach(), reference.x.detach(), 1e-4)
     beta, parameters = subspace.merge_weights(), dict(model.named_parameters())
     slack = reference.slack(subspace.x().double())
-    for k, (name, l) in enumerate(zip(reference.names, subspace.segments, strict=True)):
+    for k, (name, l) in enumerate(zip(reference.names, subspace.segments.first, strict=True)):
         exact = (
             torch.tensordot(beta[:, l], reference.w[name], 1)
             if bits == 32

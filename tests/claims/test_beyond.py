@@ -1,4 +1,4 @@
-"""Beyond the paper: adapters, and the recipe on tiny workloads."""
+"""Beyond the paper: adapters, and the claim on tiny workloads."""
 
 import copy
 import io
@@ -13,18 +13,11 @@ from claims.models.lora import LoRALinear, add_lora, merged_lora
 from claims.rows import Rows
 from claims.runs import Plan
 from claims.text import text_task
+from stand_ins import digits, little_digits, little_text
 from torch import nn
 from twa.tasks.gpt import GPT
 
-SETTINGS = (
-    "LoRA",
-    "LoRA, merged",
-    "float32 weights",
-    "bfloat16 weights",
-    "int8 weights",
-    "unlabelled",
-    "warm start",
-)
+SETTINGS = ("LoRA", "LoRA, merged", *beyond.STORED, "unlabelled", "warm start")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,7 +84,7 @@ def test_bad_adapters(model, rank):
         add_lora(model(), rank, 0)
 
 
-# The recipe --------------------------------------------------------------------------------------
+# The claim ---------------------------------------------------------------------------------------
 
 
 def small_gpt():
@@ -110,17 +103,16 @@ def few(task):
 
 
 def small_vit():
-    made = workloads.digits("vit")
-    return replace(
-        made, usual=Plan(steps=10, every=1, lr=3e-3, schedule="cosine", warmup=2), twa_steps=3
-    )
+    plan = Plan(steps=10, every=1, lr=3e-3, schedule="cosine", warmup=2)
+    return digits("vit", plan, twa_steps=3)
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workloads, "BUILT_IN", {"gpt": small_gpt, "vit": small_vit})
-        patch.setattr("twa.recipes.job.BUILT_IN", {"gpt": small_gpt, "vit": small_vit})
+        little_text(patch)
+        little_digits(patch)
+        patch.setattr("claims.job.BUILT_IN", {"gpt": small_gpt, "vit": small_vit})
         for module, name, value in (
             (lora, "STEPS", (2, 4)),
             (lora, "RATES", (1e-2,)),
@@ -128,9 +120,8 @@ def rows(tmp_path_factory):
             (unlabelled, "EPOCHS", 1),
         ):
             patch.setattr(module, name, value)
-        patch.setitem(
-            unlabelled.UNLABELLED, unlabelled.LONG, ("v:fine:4", 2, ("labels", "entropy"))
-        )
+        long = ("v:fine:4", 2, ("labels", "entropy"))
+        patch.setitem(unlabelled.UNLABELLED, unlabelled.LONG, long)
         yield Rows(beyond.run(Job(0, tmp_path_factory.mktemp("suite"))))
 
 
@@ -138,36 +129,27 @@ def test_rows(rows):
     assert tuple(rows.of("setting")) == SETTINGS
     for setting in SETTINGS:
         methods = rows.where(setting=setting).of("method")
-        assert len(methods) == len(rows.where(setting=setting)) and any(
-            m.startswith("TWA") for m in methods
-        )
+        assert len(methods) == len(rows.where(setting=setting))
+        assert any(m.startswith("TWA") for m in methods)
     for row in rows:
-        assert (
-            row["seed"] == 0
-            and row["cost"] >= 0
-            and all(0 < row[key] < 20 for key in ("val", "test"))
-        )
+        assert row["seed"] == 0 and row["cost"] >= 0
+        assert all(0 < row[key] < 20 for key in ("val", "test"))
 
 
 def test_data_of_the_user_s(tmp_path, monkeypatch):
     """Only what needs no data of its own; what is built in is not touched."""
-    monkeypatch.setattr(workloads, "BUILT_IN", {})
-    monkeypatch.setattr("twa.recipes.job.BUILT_IN", {})
-    monkeypatch.setattr("twa.recipes.job.of_path", lambda *_: small_gpt())
+    little_text(monkeypatch)
+    monkeypatch.setattr("claims.job.BUILT_IN", {})
+    monkeypatch.setattr("claims.job.of_path", lambda *_: small_gpt())
     monkeypatch.setattr(beyond, "STORED", {"int8 weights": {"grid": 8}})
     found = Rows(beyond.run(Job(0, tmp_path, "full", data=tmp_path)))
     assert found.of("setting") == ["int8 weights", "warm start"]
     assert "left out" in beyond.findings(found)[-1]
-    pairs = [
-        (m, f"{m}, rounded to int8")
-        for m in found.of("method")
-        if f"{m}, rounded to int8" in found.of("method")
-    ]
+    methods = found.of("method")
+    pairs = [(m, f"{m}, rounded to int8") for m in methods if f"{m}, rounded to int8" in methods]
     assert [m for m, _ in pairs] == ["uniform", "EMA", "LAWA", "TWA-t fine, 4 bits"]
-    assert all(
-        0 < abs(found.mean(method=a, setting="int8 weights") - found.mean(method=b)) < 0.1
-        for a, b in pairs
-    )
+    stored = found.where(setting="int8 weights")
+    assert all(0 < abs(stored.mean(method=a) - stored.mean(method=b)) < 0.1 for a, b in pairs)
 
 
 def test_what_is_chosen_on_validation_data_is_never_worse_there(rows):
@@ -178,15 +160,12 @@ def test_what_is_chosen_on_validation_data_is_never_worse_there(rows):
     warm = rows.where(setting="warm start")
     starts = [m for m in warm.of("method") if not m.startswith("TWA")]
     assert len(starts) == 6
-    assert all(
-        warm.mean("val", method=f"TWA from {m}") <= warm.mean("val", method=m) for m in starts
-    )
+    for m in starts:
+        assert warm.mean("val", method=f"TWA from {m}") <= warm.mean("val", method=m)
 
 
 def test_single_candidates_are_the_same_as_factors_and_merged(rows):
-    single = [
-        r["test"] for r in rows.where(method="best single") if r["setting"].startswith("LoRA")
-    ]
+    single = rows.where(method="best single", setting=("LoRA", "LoRA, merged")).values("test")
     assert single[0] == pytest.approx(single[1], rel=1e-4)
 
 
@@ -198,44 +177,35 @@ def test_the_unlabelled_choose_by_what_they_train_on(rows):
         if "objective" in row:
             assert row["objective"] <= row["objective at start"]
     looks = {r["method"]: (r["cost"] - r["steps"]) / r["evaluations"] for r in mine}
-    assert (
-        looks["TWA-v model, experts"]
-        > looks["TWA-v model, entropy"]
-        == pytest.approx(looks["TWA-v model, labels"])
-    )
+    assert looks["TWA-v model, experts"] > looks["TWA-v model, entropy"]
+    assert looks["TWA-v model, entropy"] == pytest.approx(looks["TWA-v model, labels"])
 
 
 def test_objectives_have_their_minimum_where_they_should():
     model, images = nn.Flatten(), torch.randn(5, 7)
     target = images.softmax(1)
     assert float(unlabelled.by_experts(model, (images, None, target))) == pytest.approx(0, abs=1e-6)
-    assert float(unlabelled.by_entropy(model, (100 * images, None, target))) < float(
-        unlabelled.by_entropy(model, (images, None, target))
-    )
-    assert float(unlabelled.by_entropy(model, (torch.zeros(5, 7), None, None))) == pytest.approx(
-        torch.tensor(7.0).log().item()
-    )
+
+    def entropy(images):
+        return float(unlabelled.by_entropy(model, (images, None, None)))
+
+    assert entropy(100 * images) < entropy(images)
+    assert entropy(torch.zeros(5, 7)) == pytest.approx(torch.tensor(7.0).log().item())
 
 
 def test_batches_in_bfloat16():
     seen = []
-    task = replace(
-        text_task(domain="help", context=16, width=16, depth=1),
-        loss=lambda model, batch: seen.append(batch),
-    )
-    beyond.of_dtype(task, torch.bfloat16).loss(
-        None, (torch.zeros(2), torch.zeros(2, dtype=torch.int64))
-    )
+    task = text_task(domain="help", context=16, width=16, depth=1)
+    task = replace(task, loss=lambda model, batch: seen.append(batch))
+    batch = (torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+    beyond.of_dtype(task, torch.bfloat16).loss(None, batch)
     assert [t.dtype for t in seen[0]] == [torch.bfloat16, torch.int64]
 
 
 def test_findings(rows):
     found = "\n".join(beyond.findings(rows))
-    assert (
-        all(setting in found for setting in SETTINGS)
-        and "left out" not in found
-        and "nan" not in found
-    )
+    assert all(setting in found for setting in SETTINGS)
+    assert "left out" not in found and "nan" not in found
     mine = rows.where(setting="warm start")
     assert f"{min(r['test'] for r in mine if r['method'].startswith('TWA')):.4f}" in found
     without = beyond.findings(rows.where(setting=("float32 weights", "int8 weights", "warm start")))

@@ -1,10 +1,8 @@
-"""Image recipes: their models, and data in the formats that are on disk, made small; see
-python/twa/recipes/images.py.
-"""
+"""Images: models, and data in the formats that are on disk, made small (bench/claims/images.py)."""
 
+import itertools
 import os
 import pickle
-import struct
 import sys
 from types import SimpleNamespace
 
@@ -12,13 +10,26 @@ import numpy
 import pytest
 import torch
 import twa
-from claims.images import CLIP, Look, Pictures, clip_task, image_task
+from claims import images
+from claims.image_files import CLIP, Look, Pictures
+from claims.images import clip_task, image_task
 from claims.models import resnet, vgg, vit
 from claims.models.clip import CLIPClassifier
 from PIL import Image
 from safetensors.torch import save_file
+from stand_ins import (
+    BATCHES,
+    binary,
+    cifar10,
+    cifar100,
+    clip_files,
+    clip_state,
+    folder_of,
+    pictures_of,
+    python2,
+)
+from twa.io.errors import CandidateError, TaskError, TwaError
 from twa.tasks.batches import Pass
-from twa.tasks.contract import TaskError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,184 +37,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-# Stand-ins in the real formats -------------------------------------------------------------------
-
-
-def python2(value):
-    """A protocol 2 pickle as Python 2's cPickle writes it: bytes as strings, arrays by numpy 1's
-    names.
-    """
-
-    def put(v):
-        if isinstance(v, bytes):
-            return (
-                b"U" + bytes([len(v)]) if len(v) < 256 else b"T" + struct.pack("<I", len(v))
-            ) + v
-        if isinstance(v, bool):
-            return b"\x88" if v else b"\x89"
-        if isinstance(v, int):
-            return (
-                b"K" + bytes([v])
-                if 0 <= v < 256
-                else b"M" + struct.pack("<H", v)
-                if 0 <= v < 65536
-                else b"J" + struct.pack("<i", v)
-            )
-        if v is None:
-            return b"N"
-        if isinstance(v, tuple):
-            return b"(" + b"".join(map(put, v)) + b"t"
-        if isinstance(v, list):
-            return b"](" + b"".join(map(put, v)) + b"e"
-        if isinstance(v, dict):
-            return b"}(" + b"".join(put(k) + put(x) for k, x in v.items()) + b"u"
-        kind = (
-            b"cnumpy\ndtype\n"
-            + put((v.dtype.str[1:].encode(), 0, 1))
-            + b"R"
-            + put((3, b"|", None, None, None, -1, -1, 0))
-            + b"b"
-        )
-        empty = (
-            b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n"
-            + put((0,))
-            + put(b"b")
-            + b"tR"
-        )
-        return empty + b"(" + put(1) + put(v.shape) + kind + put(False) + put(v.tobytes()) + b"tb"
-
-    return b"\x80\x02" + put(value) + b"."
-
-
-def pictures_of(n, classes, seed):
-    """Pixels (n, 3072) uint8, red, green, blue, of noise that is brighter the higher the label;
-    labels.
-    """
-    r = numpy.random.default_rng(seed)
-    labels = r.integers(0, classes, n)
-    labels[0] = classes - 1
-    return (r.integers(0, 100, (n, 3072)) + labels[:, None] * (150 // classes)).astype(
-        numpy.uint8
-    ), labels.tolist()
-
-
-def cifar10(root, write, n=24):
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    for k, name in enumerate([f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]):
-        pixels, labels = pictures_of(n, 10, k)
-        content = {
-            b"batch_label": b"batch",
-            b"labels": labels,
-            b"data": pixels,
-            b"filenames": [b"a.png"] * n,
-        }
-        (folder / name).write_bytes(write(content))
-    return folder
-
-
-def cifar100(root, n=60):
-    folder = root / "cifar-100-python"
-    folder.mkdir(parents=True)
-    for name, seed in (("train", 0), ("test", 1)):
-        pixels, labels = pictures_of(n, 100, seed)
-        content = {
-            b"filenames": [b"a.png"] * n,
-            b"coarse_labels": [0] * n,
-            b"fine_labels": labels,
-            b"data": pixels,
-        }
-        (folder / name).write_bytes(python2(content))
-    return folder
-
-
-def binary(root, layout, names, classes, before, n=24):
-    folder = root / layout
-    folder.mkdir(parents=True)
-    for k, name in enumerate(names):
-        pixels, labels = pictures_of(n, classes, k)
-        head = numpy.zeros((n, before), numpy.uint8)
-        head[:, -1] = labels  # the fine label is the last byte before the pixels
-        numpy.concatenate([head, pixels], 1).tofile(folder / name)
-    return folder
-
-
-BATCHES = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
-
-
-def folder_of(root, classes=3, each=6):
-    r = numpy.random.default_rng(0)
-    for part, count in (("train", each), ("val", 2)):
-        for c in range(classes):
-            (root / part / f"n{c:03}").mkdir(parents=True)
-            for i in range(count):
-                # upright and across, some grey
-                shape = (20 + 3 * i, 31 - i) if i % 2 else (25, 20, 3)
-                pixels = (r.integers(0, 60, shape) + 90 * c).astype(numpy.uint8)
-                Image.fromarray(pixels).save(
-                    root / part / f"n{c:03}" / f"{i}.{'png' if i % 2 else 'JPEG'}"
-                )
-    return root
-
-
-#: of the ViT-B/32 fine-tunes, with 768 -> 8, 224 -> 16, 32 -> 8, 512 -> 6, 77 -> 5, 49408 -> 11
-def clip_state(depth=2, classes=3):
-    def norm(name):
-        return {f"{name}.weight": (8,), f"{name}.bias": (8,)}
-
-    shapes = {
-        "positional_embedding": (5, 6),
-        "text_projection": (6, 6),
-        "logit_scale": (),
-        "visual.class_embedding": (8,),
-    }
-    shapes |= {
-        "visual.positional_embedding": (5, 8),
-        "visual.proj": (8, 6),
-        "visual.conv1.weight": (8, 3, 8, 8),
-    } | norm("visual.ln_pre")
-    for k in range(depth):
-        b = f"visual.transformer.resblocks.{k}"
-        shapes |= {
-            f"{b}.attn.in_proj_weight": (24, 8),
-            f"{b}.attn.in_proj_bias": (24,),
-            f"{b}.attn.out_proj.weight": (8, 8),
-        }
-        shapes |= (
-            {f"{b}.attn.out_proj.bias": (8,)}
-            | norm(f"{b}.ln_1")
-            | {f"{b}.mlp.c_fc.weight": (32, 8), f"{b}.mlp.c_fc.bias": (32,)}
-        )
-        shapes |= {f"{b}.mlp.c_proj.weight": (8, 32), f"{b}.mlp.c_proj.bias": (8,)} | norm(
-            f"{b}.ln_2"
-        )
-    shapes |= norm("visual.ln_post") | {
-        "token_embedding.weight": (11, 6),
-        "ln_final.weight": (6,),
-        "ln_final.bias": (6,),
-    }
-    shapes = {f"model.{key}": shape for key, shape in shapes.items()}
-    return shapes | {
-        "classification_head.weight": (classes, 6),
-        "classification_head.bias": (classes,),
-    }
-
-
-def clip_files(folder, n=3):
-    folder.mkdir()
-    base = {key: torch.randn(shape) for key, shape in clip_state().items()}
-    for i in range(n):
-        text = ("model.token", "model.pos", "model.ln_final", "model.text", "model.logit")
-        torch.save(
-            {
-                k: t if k.startswith(text) else t + 0.1 * torch.randn(t.shape)
-                for k, t in base.items()
-            },
-            folder / f"model_{i}.pt",
-        )
-    return folder
 
 
 # Models ------------------------------------------------------------------------------------------
@@ -264,11 +97,11 @@ def test_published_sizes():
         "fc.bias",
     } <= keys.keys()
     assert len(keys) == 122
-    with pytest.raises(ValueError, match="9 k \\+ 2"):
+    with pytest.raises(TwaError, match="9 k \\+ 2"):
         resnet.preresnet(163, 10)
-    with pytest.raises(ValueError, match="stem"):
+    with pytest.raises(TwaError, match="stem"):
         resnet.ResNet(10, stem="big")
-    with pytest.raises(ValueError, match="multiple of the patch"):
+    with pytest.raises(TwaError, match="multiple of the patch"):
         vit.ViT(9, 2, 1, 10, 16, 1, 2)
 
 
@@ -323,21 +156,16 @@ def test_clip_shapes():
     assert model.image == 16
     assert {key: tuple(t.shape) for key, t in model.state_dict().items()} == state
     assert not model.model.token_embedding.weight.requires_grad
-    with pytest.raises(ValueError, match=r"'model.visual.proj'.*none of that name"):
+    with pytest.raises(CandidateError, match=r"'model.visual.proj'.*none of that name"):
         CLIPClassifier.from_shapes({k: v for k, v in state.items() if k != "model.visual.proj"})
-    with pytest.raises(
-        ValueError, match=r"resblocks.1.ln_1.bias': expected shape \[8\].*found none"
-    ):
-        CLIPClassifier.from_shapes(
-            {
-                k: v
-                for k, v in state.items()
-                if k != "model.visual.transformer.resblocks.1.ln_1.bias"
-            }
-        )
-    with pytest.raises(ValueError, match=r"'extra': expected shape none .* found \[2\]"):
+    without = dict(state)
+    del without["model.visual.transformer.resblocks.1.ln_1.bias"]
+    message = r"resblocks.1.ln_1.bias': expected shape \[8\].*found none"
+    with pytest.raises(CandidateError, match=message):
+        CLIPClassifier.from_shapes(without)
+    with pytest.raises(CandidateError, match=r"'extra': expected shape none .* found \[2\]"):
         CLIPClassifier.from_shapes(state | {"extra": (2,)})
-    with pytest.raises(ValueError, match=r"grid\^2 \+ 1 positions, found 7"):
+    with pytest.raises(CandidateError, match=r"grid\^2 \+ 1 positions, found 7"):
         CLIPClassifier.from_shapes(state | {"model.visual.positional_embedding": (7, 8)})
 
 
@@ -372,11 +200,8 @@ def check_task(task, channels, size, classes):
     assert not parts[0] & parts[1]
     model = task.model().eval()
     batch = next(iter(task.val))
-    assert (
-        task.loss(model, batch).dim() == 0
-        and 0 <= task.metric(model, batch) <= 1
-        and task.metric_name == "accuracy"
-    )
+    assert task.loss(model, batch).dim() == 0 and 0 <= task.metric(model, batch) <= 1
+    assert task.metric_name == "accuracy"
 
 
 def test_digits():
@@ -403,31 +228,20 @@ def test_augmentation_by_its_words():
         images, torch.Generator().manual_seed(3)
     )
     padded = torch.nn.functional.pad(images, (0, 0, 2, 2, 2, 2))
-    seen = set()
+    seen, places = set(), list(itertools.product(range(5), range(5), (0, 1)))
     for image, out in zip(padded, changed, strict=True):
-        cuts = {
-            (y, x, flip): c.flip(1) if flip else c
-            for y in range(5)
-            for x in range(5)
-            for flip in (0, 1)
-            for c in [image[y : y + 6, x : x + 7]]
-        }
+        cuts = {(y, x, flip): image[y : y + 6, x : x + 7] for y, x, flip in places}
+        cuts = {where: cut.flip(1) if where[2] else cut for where, cut in cuts.items()}
         match = [where for where, cut in cuts.items() if torch.equal(cut, out)]
         assert len(match) == 1
         seen |= set(match)
-    assert {y for y, _, _ in seen} == set(range(5)) == {x for _, x, _ in seen} and {
-        f for _, _, f in seen
-    } == {0, 1}
+    assert [set(part) for part in zip(*seen, strict=True)] == [set(range(5)), set(range(5)), {0, 1}]
     erased = Look((0.0,), (1.0,), erase=True).disturbed(
         torch.ones(50, 2, 8, 8), torch.Generator().manual_seed(0)
     )
     gone = (erased == 0).sum((2, 3))
-    assert torch.equal(gone[:, 0], gone[:, 1]) and {0, 9} <= set(gone[:, 0].tolist()) <= {
-        0,
-        4,
-        6,
-        9,
-    }
+    assert torch.equal(gone[:, 0], gone[:, 1])
+    assert {0, 9} <= set(gone[:, 0].tolist()) <= {0, 4, 6, 9}
 
 
 def test_normalised():
@@ -455,27 +269,17 @@ def test_cifar10(tmp_path, write):
     pixels, labels = pictures_of(24, 10, 5)
     images, found = next(iter(image_task(path=folder, batch=24).test))
     assert found.tolist() == labels
-    mean, std = (
-        torch.tensor((0.4914, 0.4822, 0.4465)).view(3, 1, 1),
-        torch.tensor((0.2470, 0.2435, 0.2616)).view(3, 1, 1),
-    )
-    torch.testing.assert_close(
-        images * std + mean,
-        torch.from_numpy(pixels.reshape(24, 3, 32, 32) / 255).float(),
-        atol=1e-5,
-        rtol=1e-5,
-    )
+    mean = torch.tensor((0.4914, 0.4822, 0.4465)).view(3, 1, 1)
+    std = torch.tensor((0.2470, 0.2435, 0.2616)).view(3, 1, 1)
+    expected = torch.from_numpy(pixels.reshape(24, 3, 32, 32) / 255).float()
+    torch.testing.assert_close(images * std + mean, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_cifar100_and_binary(tmp_path):
     check_task(image_task("resnet", cifar100(tmp_path), batch=16, heldout=10, val=10), 3, 32, 100)
-    pairs = [(cifar10(tmp_path, python2), binary(tmp_path, "cifar-10-batches-bin", BATCHES, 10, 1))]
-    pairs += [
-        (
-            tmp_path / "cifar-100-python",
-            binary(tmp_path, "cifar-100-binary", ["train.bin", "test.bin"], 100, 2, 60),
-        )
-    ]
+    ten = binary(tmp_path, "cifar-10-batches-bin", BATCHES, 10, 1)
+    hundred = binary(tmp_path, "cifar-100-binary", ["train.bin", "test.bin"], 100, 2, 60)
+    pairs = [(cifar10(tmp_path, python2), ten), (tmp_path / "cifar-100-python", hundred)]
     for pickled, plain in pairs:
         a, b = (image_task(path=p, batch=20, heldout=5, val=5) for p in (pickled, plain))
         for x, y in zip(
@@ -560,10 +364,7 @@ def test_folder(tmp_path):
     root = folder_of(tmp_path)
     task = image_task("vit", root, batch=4, heldout=3, val=3, size=32)
     check_task(task, 3, 32, 3)
-    assert sum(len(y) for _, y in task.test) == 6 and [y.tolist() for _, y in task.test] == [
-        [0, 0, 1, 1],
-        [2, 2],
-    ]
+    assert [y.tolist() for _, y in task.test] == [[0, 0, 1, 1], [2, 2]]
     lazy = image_task("resnet", root, batch=4, heldout=0, val=1, size=32, workers=1)
     with_none = image_task("resnet", root, batch=4, heldout=0, val=1, size=32)
     assert lazy.heldout is None
@@ -575,10 +376,8 @@ def test_folder(tmp_path):
     )
     image, label = pictures[0]
     with Image.open(root / "train/n002/0.JPEG") as whole:  # 20 x 25 -> 18 x 22 -> its middle
-        expected = numpy.asarray(whole.convert("RGB").resize((18, 22), Image.Resampling.BILINEAR))[
-            3:19, 1:17
-        ]
-    assert label == 2 and numpy.array_equal(image.numpy(), expected)
+        resized = whole.convert("RGB").resize((18, 22), Image.Resampling.BILINEAR)
+    assert label == 2 and numpy.array_equal(image.numpy(), numpy.asarray(resized)[3:19, 1:17])
 
 
 def test_wrong_folders(tmp_path):
@@ -656,7 +455,10 @@ def averages(task, files):
         ("resnet", "folder"),
     ],
 )
-def test_candidates_to_subspace(tmp_path, model, data):
+def test_candidates_to_subspace(tmp_path, monkeypatch, model, data):
+    small = {"widths": (4, 8), "blocks": 1, "stem": "imagenet"}
+    monkeypatch.setattr(images, "resnet18", lambda classes: resnet.ResNet(classes, 3, **small))
+    monkeypatch.setattr(images, "ViT", lambda *sizes: vit.ViT(*sizes[:4], 48, 2, 3))
     make = {"cifar10": lambda p: cifar10(p, python2), "cifar100": cifar100, "folder": folder_of}
     path = None if data is None else make[data](tmp_path / "data")
     task = image_task(model, path, batch=8, size=32)
@@ -678,11 +480,8 @@ def test_clip_task(tmp_path):
     check_task(task, 3, 16, 3)
     task.model().load_state_dict(torch.load(files[0]), strict=True)
     averages(task, files)
-    changed, _ = clip_task(finetunes, root, batch=4, augment=True)
-    assert not torch.equal(
-        images_of(passes(changed.train, 0)),
-        images_of(passes(clip_task(finetunes, root, batch=4)[0].train, 0)),
-    )
+    plain, changed = (clip_task(finetunes, root, batch=4, augment=a)[0] for a in (False, True))
+    assert not torch.equal(images_of(passes(changed.train, 0)), images_of(passes(plain.train, 0)))
 
     unseen = numpy.zeros(18)
     unseen[[0, 4, 8, 17]] = 1
@@ -692,11 +491,8 @@ def test_clip_task(tmp_path):
         {image.numpy().tobytes() for image in images_of(passes(data, 0))}
         for data in (held.train, held.val, held.heldout)
     ]
-    assert (
-        [len(p) for p in parts] == [12, 2, 2]
-        and not parts[1] & parts[2]
-        and not parts[0] & (parts[1] | parts[2])
-    )
+    assert [len(p) for p in parts] == [12, 2, 2] and not parts[1] & parts[2]
+    assert not parts[0] & (parts[1] | parts[2])
     numpy.save(tmp_path / "unseen.npy", unseen[1:])
     with pytest.raises(TaskError, match="0 or 1 for each of 18 training images, found float64"):
         clip_task(finetunes, root, heldout_file=tmp_path / "unseen.npy")

@@ -1,4 +1,4 @@
-"""The recipes tail and bits: the published quantiser, and both from end to end on a model of a few
+"""The claims tail and bits: the published quantiser, and both from end to end on a model of a few
 thousand weights.
 """
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 from claims import bits, tail, text, workloads
 from claims.job import Job
+from claims.page import draw
 from claims.rows import Rows, table
 from claims.runs import Plan
-from claims.suite import draw
 
 KEYS = {"seed", "task", "setting", "method", "steps", "evaluations", "cost", "val", "test"}
 
@@ -24,7 +24,7 @@ def tiny():
         made,
         usual=Plan(steps=80, every=4, lr=3e-3, schedule="cosine"),
         tail_rates=(3e-3, 1e-3),
-        twa_steps=10,
+        twa_steps=6,
     )
 
 
@@ -32,13 +32,10 @@ def tiny():
 def job(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "EVAL_WINDOWS", 64)
+        other = replace(tiny(), name="vgg", label="another", tail_rates=(2e-3,))
         patch.setitem(workloads.BUILT_IN, "gpt", tiny)
-        patch.setitem(
-            workloads.BUILT_IN,
-            "vgg",
-            lambda: replace(tiny(), name="vgg", label="another", tail_rates=(2e-3,)),
-        )
-        yield Job(0, tmp_path_factory.mktemp("recipes"))
+        patch.setitem(workloads.BUILT_IN, "vgg", lambda: other)
+        yield Job(0, tmp_path_factory.mktemp("claims"))
 
 
 def seeds(rows):
@@ -50,7 +47,7 @@ def check_shown(module, rows):
     for some in seeds(rows):
         assert all(isinstance(found, str) and "nan" not in found for found in module.findings(some))
         assert table(some).count("\n") > 10
-        assert draw(module, some).startswith(b"\x89PNG")
+    assert draw(module, some).startswith(b"\x89PNG")
 
 
 # The published quantiser -------------------------------------------------------------------------
@@ -66,12 +63,10 @@ def plain(row, count):
 @pytest.mark.parametrize("count", [1, 2, 129])
 @pytest.mark.parametrize("width", [8, 4, 3, 2, 1])
 def test_minmax_takes_the_nearest_level(width, count):
-    rows = torch.randn(3, count, generator=torch.Generator().manual_seed(count)) * torch.tensor(
-        [[1.0], [1e-6], [1e3]]
-    )
-    expected = torch.tensor(
-        [plain(row, 2**width) for row in rows.double().tolist()], dtype=torch.float64
-    )
+    rows = torch.randn(3, count, generator=torch.Generator().manual_seed(count))
+    rows *= torch.tensor([[1.0], [1e-6], [1e3]])
+    nearest = [plain(row, 2**width) for row in rows.double().tolist()]
+    expected = torch.tensor(nearest, dtype=torch.float64)
     size = rows.abs().amax(1, keepdim=True).double()
     assert ((bits.minmax(rows, width).double() - expected).abs() <= 1e-5 * size).all()
 
@@ -90,16 +85,11 @@ def test_one_bit_is_minimum_or_maximum():
 
 
 def test_relative_errors():
-    p = [
-        torch.randn(4, 300, generator=torch.Generator().manual_seed(0)),
-        torch.zeros(4, 5),
-        torch.ones(4, 7),
-    ]
+    drawn = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
+    p = [drawn, torch.zeros(4, 5), torch.ones(4, 7)]
     found = bits.relative_errors(p)
-    assert set(found) == {
-        ("float32", 32),
-        *((q, b) for q in ("packed", "min/max") for b in (8, 4, 3, 2, 1)),
-    }
+    kinds = [(q, b) for q in ("packed", "min/max") for b in (8, 4, 3, 2, 1)]
+    assert set(found) == {("float32", 32), *kinds}
     norm = torch.cat(p, 1).norm()
     for b in (8, 4, 3, 2, 1):
         error = torch.cat([bits.minmax(t, b) - t for t in p], 1).norm()
@@ -110,39 +100,25 @@ def test_relative_errors():
 # From end to end ---------------------------------------------------------------------------------
 
 
-def test_tail(job):
+def test_tail(job, monkeypatch):
+    monkeypatch.setattr(tail, "CHECKPOINTS", 4)
     rows = tail.run(job)
     tails = {
         "GPT, source text": ["constant 0.001", "constant 0.003", "cyclic 0.001", "cyclic 0.003"],
         "another": ["constant 0.002", "cyclic 0.002"],
     }
     assert rows.of("task") == list(tails) and all(r.keys() >= KEYS for r in rows)
-    for task, setting in [
-        (task, setting) for task, settings in tails.items() for setting in settings
-    ]:
-        mine = rows.where(task=task, setting=setting)
-        averages = [
-            "best single",
-            "SWA",
-            "EMA",
-            "LAWA",
-            "greedy soup",
-            "TWA-t fine, 4 bits",
-            "TWA-t per tensor, 4 bits",
-            "TWA-v per tensor, 4 bits",
-        ]
-        assert mine.of("method") == [*averages, *tail.ANNEALING]
-        equal = mine.where(method="annealing, same cost")[0]
-        assert (
-            equal["cost"]
-            == equal["steps"]
-            == round(max(r["cost"] for r in mine if r["method"].startswith("TWA")))
-        )
-        assert mine.of("stopped") == [64]  # 16 checkpoints, one a step, after step 48
-    assert all(
-        rows.where(task=task).of("setting") == ["usual run", *settings]
-        for task, settings in tails.items()
-    )
+    fixed = ["best single", "SWA", "EMA", "LAWA", "greedy soup"]
+    trained = ["TWA-t fine, 4 bits", "TWA-t per tensor, 4 bits", "TWA-v per tensor, 4 bits"]
+    for task, settings in tails.items():
+        assert rows.where(task=task).of("setting") == ["usual run", *settings]
+        for setting in settings:
+            mine = rows.where(task=task, setting=setting)
+            assert mine.of("method") == [*fixed, *trained, *tail.ANNEALING]
+            equal = mine.where(method="annealing, same cost")[0]
+            most = max(r["cost"] for r in mine if r["method"] in trained)
+            assert equal["cost"] == equal["steps"] == round(most)
+            assert mine.of("stopped") == [64]  # 4 checkpoints, 4 steps apart, after step 48
     check_shown(tail, rows)
 
 
@@ -155,9 +131,8 @@ def test_tail_goes_on_from_the_usual_run(job):
     a, b = usual.candidates(after=48, until=64), made.candidates()
     assert made.steps == list(range(49, 65)) and len(b) == 16
     key = "embed.weight"
-    assert torch.equal(a[-1].tensor(key), b[-1].tensor(key)) and not torch.equal(
-        b[0].tensor(key), b[-1].tensor(key)
-    )
+    assert torch.equal(a[-1].tensor(key), b[-1].tensor(key))
+    assert not torch.equal(b[0].tensor(key), b[-1].tensor(key))
 
 
 def test_bits(job, monkeypatch):
@@ -169,14 +144,8 @@ def test_bits(job, monkeypatch):
     start = rows.where(method=bits.FIXED)[0]
     assert all(r["val"] <= start["val"] + 1e-5 and r["cost"] > start["cost"] for r in rows[1:])
     errors = {(r["quantiser"], r["bits"]): r["error"] for r in rows[1:]}
-    assert (
-        errors["float32", 32]
-        == 0
-        < errors["packed", 2]
-        < errors["packed", 1]
-        < errors["min/max", 1]
-        and errors["random", 0] is None
-    )
+    assert 0 < errors["packed", 2] < errors["packed", 1] < errors["min/max", 1]
+    assert errors["float32", 32] == 0 and errors["random", 0] is None
     check_shown(bits, rows)
 
 
@@ -184,12 +153,12 @@ def test_a_basis_that_prepare_has_altered_is_trained(job):
     """With rows of zero nothing can be gained: every look sees the center."""
     workload = tiny()
     task = job.task(workload)
-    average = job.average(task, job.usual(workload, task).candidates(count=4), 5)
-    average.baselines()
+    merge = job.merge(task, job.usual(workload, task).candidates(count=4), 5)
+    merge.baselines()
 
     def zero(subspace):
         for p in subspace.basis.rows:
             p.zero_()
 
-    result = average.train(bits.TwaMethod("t", "tensor", 32), prepare=zero)
+    result = merge.train(bits.TwaMethod("t", "tensor", 32), prepare=zero)
     assert len({loss for _, loss in result.val_curve}) == 1

@@ -13,12 +13,15 @@ import twa
 from conftest import run_python
 from safetensors.torch import load_file, save_file
 from twa.cli import main as cli
-from twa.io.progress import mean_over
+from twa.io.errors import TaskError
 from twa.merge import report
-from twa.merge.run import Average, warmup
+from twa.merge.baselines import BASELINES
+from twa.merge.evaluate import mean_over
+from twa.merge.run import Merge
 from twa.merge.settings import Settings, TwaMethod
+from twa.merge.train import warmup
 from twa.tasks import digits
-from twa.tasks.contract import TaskError, load_task
+from twa.tasks.contract import load_task
 
 FILES = {"averaged.safetensors", "coefficients.json", "report.md", "report.png", "results.json"}
 
@@ -65,16 +68,7 @@ def test_outputs(finished):
     assert {p.name for p in out.iterdir()} == FILES
     results = json.loads((out / "results.json").read_text())
     names = [r["method"] for r in results]
-    assert names == [
-        "last",
-        "best single",
-        "uniform",
-        "EMA",
-        "LAWA",
-        "greedy soup",
-        "TWA-t fine, 4 bits",
-        "TWA-v per model, 4 bits",
-    ]
+    assert names == [*BASELINES, "TWA-t fine, 4 bits", "TWA-v per model, 4 bits"]
     for r in results:
         assert (
             f"| {r['method']}" in printed and f"| {r['method']}" in (out / "report.md").read_text()
@@ -203,7 +197,7 @@ def test_task_file_and_a_loss_that_turns_nan(checkpoints, tmp_path, capsys):
     task = load_task(str(tmp_path / "task.py"))
     assert task.test is None and task.metric is None
     method = TwaMethod("t", "tensor", 4)
-    outcome = Average(
+    outcome = Merge(
         task,
         twa.Candidates(checkpoints / "epoch_*.safetensors"),
         Settings((method,), steps=20),
@@ -221,7 +215,7 @@ def test_validation_data_is_split_for_twa_v_only(checkpoints, tmp_path):
     (tmp_path / "task.py").write_text(TASK.format(limit=10**9))
     candidates = twa.Candidates(checkpoints / "epoch_[789].safetensors")
     with pytest.raises(TaskError, match="at least 2 batches"):
-        Average(load_task(str(tmp_path / "task.py")), candidates, Settings(steps=2), progress=False)
+        Merge(load_task(str(tmp_path / "task.py")), candidates, Settings(steps=2), progress=False)
     (tmp_path / "task.py").write_text(
         TASK.format(limit=10**9).replace("digits.val_data", "lambda: list(digits.train_data())[:5]")
     )
@@ -259,14 +253,14 @@ def test_candidates_with_nan_loss_never_win(checkpoints, tmp_path):
         save_file(state, tmp_path / f"c{k}.safetensors")
     task = load_task(str(tmp_path / "task.py"))
     candidates = twa.Candidates(tmp_path / "c*.safetensors")
-    outcome = Average(
+    outcome = Merge(
         task, candidates, Settings((TwaMethod("t", "tensor", 4),), steps=4), progress=False
     ).run()
     assert outcome.winner.val_loss < 1 and outcome.results[1].note in ("c1", "c2", "c3")
     report.write_outputs(tmp_path, outcome, task, candidates.names, "command")
     assert (tmp_path / "report.png").exists()
     with pytest.raises(ValueError, match="every method is NaN or Inf"):
-        Average(task, twa.Candidates(tmp_path / "c0.safetensors"), Settings(), progress=False).run()
+        Merge(task, twa.Candidates(tmp_path / "c0.safetensors"), Settings(), progress=False).run()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -280,7 +274,7 @@ def test_measured_is_exported_in_half_precision(checkpoints, tmp_path, dtype):
             tmp_path / path.name,
         )
     task = load_task("digits")
-    outcome = Average(
+    outcome = Merge(
         task,
         twa.Candidates(tmp_path / "*.safetensors"),
         Settings((TwaMethod("t", "tensor", 4),), steps=5),

@@ -1,4 +1,4 @@
-"""NCCL with one rank: every placement on CUDA tensors, a replicate step in a CUDA graph.
+"""NCCL with one rank: every sharding on CUDA tensors, a replicate step in a CUDA graph.
 
 Needs a GPU; tests/test_distributed.py runs gloo on CPUs.
 """
@@ -55,15 +55,15 @@ X, Y = (
 )
 
 
-def train(candidates, placement, group, low_memory=False, steps=20, **options):
+def train(candidates, sharding, group, low_memory=False, steps=20, **options):
     model = new_model().cuda()
-    if placement == "columns":
+    if sharding == "columns":
         fully_shard(model, mesh=DeviceMesh.from_group(group, "cuda"))
     subspace = twa.Subspace.from_candidates(
         model,
         candidates,
-        placement=placement,
-        group=group if placement != "single" else None,
+        sharding=sharding,
+        group=group if sharding != "single" else None,
         **options,
     )
     optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.02, low_memory=low_memory)
@@ -81,14 +81,14 @@ def train(candidates, placement, group, low_memory=False, steps=20, **options):
     [{}, {"low_memory": True}, {"bits": 2, "granularity": "model"}, {"basis": "orthonormal"}],
     ids=str,
 )
-@pytest.mark.parametrize("placement", ["replicate", "rows", "columns"])
-def test_one_rank_is_one_process(group, candidates, placement, options):
-    if placement == "rows" and "low_memory" in options:
-        with pytest.raises(ValueError, match="low_memory: not with placement='rows'"):
-            train(candidates, placement, group, **options)
+@pytest.mark.parametrize("sharding", ["replicate", "rows", "columns"])
+def test_one_rank_is_one_process(group, candidates, sharding, options):
+    if sharding == "rows" and "low_memory" in options:
+        with pytest.raises(ValueError, match="low_memory: not with sharding='rows'"):
+            train(candidates, sharding, group, **options)
         return
     ours, alone = (
-        train(candidates, placement, group, **options),
+        train(candidates, sharding, group, **options),
         train(candidates, "single", None, **options),
     )
     assert ours.coefficients.is_cuda and ours.coefficients.abs().max() > 0.03
@@ -96,16 +96,16 @@ def test_one_rank_is_one_process(group, candidates, placement, options):
 
 
 def test_export(group, candidates, tmp_path):
-    for placement in ("replicate", "rows", "columns"):
-        subspace = train(candidates, placement, group, steps=2)
-        subspace.save(tmp_path / placement, sharded=True)
-        exported = twa.Candidates(tmp_path / placement / "averaged.safetensors")
+    for sharding in ("replicate", "rows", "columns"):
+        subspace = train(candidates, sharding, group, steps=2)
+        subspace.save(tmp_path / sharding, sharded=True)
+        exported = twa.Candidates(tmp_path / sharding / "averaged.safetensors")
         assert all(torch.isfinite(exported[0].tensor(key)).all() for key in exported.info)
 
 
 def test_a_model_on_the_cpu_is_refused(group, candidates):
     with pytest.raises(ValueError, match="NCCL needs the model on a CUDA device, found cpu"):
-        twa.Subspace.from_candidates(new_model(), candidates, placement="replicate", group=group)
+        twa.Subspace.from_candidates(new_model(), candidates, sharding="replicate", group=group)
 
 
 def test_replicate_step_in_a_graph(group, candidates):
@@ -116,7 +116,7 @@ def test_replicate_step_in_a_graph(group, candidates):
     def make():
         model = new_model().cuda()
         subspace = twa.Subspace.from_candidates(
-            model, candidates, placement="replicate", group=group
+            model, candidates, sharding="replicate", group=group
         )
         optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.02, capturable=True)
         for k, p in enumerate(model.parameters()):
@@ -143,4 +143,4 @@ def test_replicate_step_in_a_graph(group, candidates):
         torch.testing.assert_close(
             subspace.coefficients.detach(), expected[k], rtol=1e-6, atol=1e-7
         )
-    subspace.placement.world.check()
+    subspace.sharding.ranks.check_drift()

@@ -1,6 +1,8 @@
-"""The CUDA kernels on a CPU: csrc/cuda compiled against emulator.h instead of device.h's instructions. For machines without a GPU.
+"""The CUDA kernels on a CPU, for machines without a GPU.
 
-Built by `cmake --build build/cmake-* --target _emulated`, in the build folder of the native module, or in TWA_EMULATOR_BUILD (`make sanitize`).
+csrc/cuda is compiled against emulator.h instead of device.h's instructions. Built by `cmake --build
+build/cmake-* --target _emulated`, in the build folder of the native module, or in
+TWA_EMULATOR_BUILD (`make sanitize`).
 """
 
 import fcntl
@@ -11,18 +13,30 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-BUILD = Path(os.environ.get("TWA_EMULATOR_BUILD", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"))
+BUILD = Path(
+    os.environ.get("TWA_EMULATOR_BUILD", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}")
+)
 
 
 def build(target: str, folder: Path = BUILD) -> None:
-    """Builds a target of CMakeLists.txt with this Python's cmake, without the sanitizers that may be loaded into this process."""
+    """Builds a target of CMakeLists.txt with this Python's cmake.
+
+    Without the sanitizers that may be loaded into this process.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     with open(folder / ".building", "w") as lock:  # test processes that run side by side build once
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = subprocess.run(["cmake", "--build", folder, "--target", target], capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            ["cmake", "--build", folder, "--target", target],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
     if done.returncode:
-        raise RuntimeError(f"{target} does not build in {folder}:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"{target} does not build in {folder}:\n{done.stdout[-4000:]}{done.stderr[-2000:]}"
+        )
 
 
 def load():

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from twa.cli import main as cli
 from twa.distributed import weights
 from twa.export import hugging_face
-from twa.io import formats
-from twa.io.candidates import CandidateError
+from twa.export.weights import write_export
+from twa.io import peft as peft_io
+from twa.io.checks import MAX_HEADER
+from twa.io.errors import CandidateError
 
 SHAPE = dict(
     vocab_size=128,
@@ -178,7 +180,8 @@ def model():
 
 def data(seed):
     generator = torch.Generator().manual_seed(seed)
-    return [[(torch.randint(128, (8, 1), generator=generator) + torch.arange(16)) % 128] for _ in range(4)]
+    starts = [torch.randint(128, (8, 1), generator=generator) for _ in range(4)]
+    return [[(start + torch.arange(16)) % 128] for start in starts]
 
 def train_data():
     return data(50)
@@ -240,7 +243,7 @@ def test_average_of_adapters_loads(transformers, peft, adapters, tmp_path, kind)
         transformers.LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(**ADAPTERS[kind])
     )
     subspace = train(model, pattern, steps=4)
-    assert all("default" in name or "lora" in name for name in subspace.layout.trained)
+    assert all("default" in name or "lora" in name for name in subspace.key_map.trained)
     subspace.save(tmp_path)
     source = (
         load_file(Path(pattern).parent / "adapter_0" / "adapter_model.safetensors")
@@ -268,7 +271,7 @@ def test_uniform_average_of_adapters_is_the_mean_of_their_factors(
     model = peft.get_peft_model(
         transformers.LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(**ADAPTERS["lora"])
     )
-    place = twa.Subspace.from_candidates(model, twa.Candidates(pattern), bits=32).placement
+    place = twa.Subspace.from_candidates(model, twa.Candidates(pattern), bits=32).sharding
     sources = [
         load_file(Path(pattern).parent / f"adapter_{k}" / "adapter_model.safetensors")
         for k in range(3)
@@ -279,16 +282,16 @@ def test_uniform_average_of_adapters_is_the_mean_of_their_factors(
             t.double(), sum(s[name].double() for s in sources) / 3, rtol=1e-6, atol=1e-9
         )
     # out and in, as a run that is killed and continued does
-    weights.write_export(tmp_path / "w.safetensors", place)
+    write_export(tmp_path / "w.safetensors", place)
     kept, read = (
-        weights.kept(place),
+        weights.snapshot(place),
         weights.parts_of(place, twa.Candidates(tmp_path / "w.safetensors")),
     )
     assert kept.keys() == read.keys() == found.keys() and all(
         torch.equal(kept[k], read[k]) and torch.equal(kept[k], found[k]) for k in kept
     )
-    weights.put_back(place, {k: t + 1 for k, t in kept.items()})
-    assert all(torch.equal(weights.kept(place)[k], t + 1) for k, t in kept.items())
+    weights.restore(place, {k: t + 1 for k, t in kept.items()})
+    assert all(torch.equal(weights.snapshot(place)[k], t + 1) for k, t in kept.items())
 
 
 def test_command_writes_an_adapter(transformers, peft, adapters, tmp_path, capsys):
@@ -383,7 +386,7 @@ def test_what_adapters_cannot_be_averaged(transformers, peft, adapters):
         ('{"r": 4', "expected JSON"),
         ("[" * 100_000, "expected JSON"),
         ('{"r": 4, "r": 4}', "'r' occurs twice"),
-        ('{"r": 4}' + " " * formats.MAX_HEADER, "of at most 33554432 bytes"),
+        ('{"r": 4}' + " " * MAX_HEADER, "of at most 33554432 bytes"),
         (None, "expected the adapter's configuration"),
     ],
 )
@@ -406,7 +409,7 @@ def test_adapter_configurations_must_agree(tmp_path, other, message):
         save_file({"w": torch.ones(3)}, folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(text)
     candidates = twa.Candidates(str(tmp_path / "adapter_*"))
-    hugging_face.check_configs(
+    peft_io.check_configs(
         candidates, {"r": 4, "lora_alpha": 8, "target_modules": "a|b"}, {"group_size": 16}
     )
     (
@@ -415,7 +418,7 @@ def test_adapter_configurations_must_agree(tmp_path, other, message):
         else (folder / "adapter_config.json").write_text(other)
     )
     with pytest.raises(CandidateError, match=message):
-        hugging_face.check_configs(candidates, first, {"group_size": 16})
+        peft_io.check_configs(candidates, first, {"group_size": 16})
 
 
 def test_small_files_beside_the_weights(tmp_path):

@@ -201,7 +201,7 @@ def module_of(shapes, tied):
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
 def merged(request, tmp_path):
-    """Three Llama directories, an average of them saved, its folder and the exact merge in float64."""
+    """Three Llama directories, a saved average of them, its folder, the exact merge in float64."""
     shapes, generator = llama_shapes(request.param), torch.Generator().manual_seed(0)
     for k in range(3):
         (folder := tmp_path / f"model+{k}").mkdir()  # a plus is a LoRA to mergekit
@@ -220,7 +220,7 @@ def merged(request, tmp_path):
         bits=32,
         center=torch.tensor([0.5, 0.5, 0.0]),
     )
-    beta = torch.randn(3, len(subspace.labels), generator=generator, dtype=torch.float64)
+    beta = torch.randn(3, len(subspace.segments.labels), generator=generator, dtype=torch.float64)
     beta[1, ::3] = 0.0  # exact zeros
     subspace.set_merge_weights(
         beta + (1 - beta.sum(0)) * torch.tensor([[1.0], [0.0], [0.0]], dtype=torch.float64)

@@ -8,16 +8,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from twa import averages as schemes
+from twa import averages
 from twa.cli import main as cli
 from twa.inspection import report as inspect_report
 from twa.inspection import run as inspect
 from twa.inspection import samples as heap
+from twa.inspection.barrier import barrier_findings, bump
+from twa.inspection.contents import read_contents
+from twa.inspection.findings import Finding
 from twa.inspection.geometry import Geometry
-from twa.inspection.run import Barrier, barrier_findings, bump
-from twa.inspection.samples import Finding, heap_findings, read_heap, take_sample
-from twa.io.candidates import CandidateError, Candidates
-from twa.merge.run import Average
+from twa.inspection.results import Barrier
+from twa.inspection.samples import sample_findings, take_sample
+from twa.io.candidates import Candidates
+from twa.io.errors import CandidateError
+from twa.merge.run import Merge
 from twa.merge.settings import Settings
 from twa.tasks.contract import Task
 
@@ -36,7 +40,7 @@ SCALAR = Finding(
 
 
 def state(seed, spread=1.0, base=None):
-    """Weights of an initialisation, or at a distance from another; norm weights are near 1 in each."""
+    """Weights of an initialisation, or at a distance from another; norm weights are near 1."""
     g = torch.Generator().manual_seed(seed)
     drawn = {key: torch.randn(shape, generator=g) * spread for key, shape in SHAPES.items()}
     drawn["norm.weight"] = 1.0 + 0.01 * drawn["norm.weight"]
@@ -79,20 +83,20 @@ def only(findings, kind):
 
 def test_a_sound_heap_gives_no_finding(tmp_path):
     candidates = Candidates(written(tmp_path, run(5)))
-    assert heap_findings(candidates) == []
+    assert sample_findings(candidates) == []
     assert inspect.inspect([str(tmp_path)], progress=False).findings == [SCALAR]
 
 
 def test_unrelated_groups_are_named(tmp_path):
     candidates = Candidates(written(tmp_path, run(3, seed=0) + run(2, seed=7)))
-    (found,) = heap_findings(candidates)
+    (found,) = sample_findings(candidates)
     assert (found.severity, found.kind) == ("error", "unrelated")
     assert "(1) c_0, c_1, c_2; (2) c_3, c_4" in found.message
 
 
 def test_strays_beside_a_large_group_are_no_error(tmp_path):
     candidates = Candidates(written(tmp_path, [state(50), *run(4)]))
-    (found,) = heap_findings(candidates)
+    (found,) = sample_findings(candidates)
     assert (found.severity, found.kind) == ("warning", "stray") and found.message.startswith(
         "c_0: "
     )
@@ -100,7 +104,7 @@ def test_strays_beside_a_large_group_are_no_error(tmp_path):
 
 def test_adapters_of_different_factors_are_no_error(tmp_path):
     states = [{f"lora_A.{key}": t for key, t in state(k).items()} for k in range(3)]
-    (found,) = heap_findings(Candidates(written(tmp_path, states)))
+    (found,) = sample_findings(Candidates(written(tmp_path, states)))
     assert (found.severity, found.kind) == ("warning", "unrelated")
 
 
@@ -114,7 +118,7 @@ def test_chains_link_what_is_far_apart(tmp_path):
     ]
     candidates = Candidates(written(tmp_path, turn))
     assert take_sample(candidates).related[0, -1] < heap.RELATED
-    assert heap_findings(candidates) == []
+    assert sample_findings(candidates) == []
 
 
 def test_few_weights_tell_nothing(tmp_path):
@@ -122,7 +126,7 @@ def test_few_weights_tell_nothing(tmp_path):
         {"weight": torch.randn(10, 10, generator=torch.Generator().manual_seed(k))}
         for k in range(4)
     ]
-    assert heap_findings(Candidates(written(tmp_path, states))) == []
+    assert sample_findings(Candidates(written(tmp_path, states))) == []
 
 
 def test_norm_weights_do_not_hide_unrelated_matrices(tmp_path):
@@ -135,7 +139,7 @@ def test_norm_weights_do_not_hide_unrelated_matrices(tmp_path):
         }
         for k in range(3)
     ]
-    assert kinds(heap_findings(Candidates(written(tmp_path, states)))) == ["unrelated"]
+    assert kinds(sample_findings(Candidates(written(tmp_path, states)))) == ["unrelated"]
 
 
 @pytest.mark.parametrize("new_head", [True, False])
@@ -156,12 +160,12 @@ def test_one_tensor_of_another_scale_does_not_decide(tmp_path, new_head):
         }
         for k in range(3)
     ]
-    assert heap_findings(Candidates(written(tmp_path, states))) == []
+    assert sample_findings(Candidates(written(tmp_path, states))) == []
 
 
 def test_what_is_the_same_everywhere_does_not_hide_unrelated_weights(tmp_path):
     table = {"position": 100 * torch.randn(30, 30)}
-    (found,) = heap_findings(Candidates(written(tmp_path, [state(k) | table for k in range(3)])))
+    (found,) = sample_findings(Candidates(written(tmp_path, [state(k) | table for k in range(3)])))
     assert found.kind == "unrelated"
 
 
@@ -172,9 +176,9 @@ def test_other_dtypes(tmp_path, dtype):
 
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    assert heap_findings(Candidates(written(tmp_path / "a", cast(run(3))))) == []
+    assert sample_findings(Candidates(written(tmp_path / "a", cast(run(3))))) == []
     assert kinds(
-        heap_findings(
+        sample_findings(
             Candidates(written(tmp_path / "b", cast([state(k) for k in range(3)]), ".pt"))
         )
     ) == ["unrelated"]
@@ -204,7 +208,7 @@ def test_sample_is_small_and_spread(tmp_path, monkeypatch):
 def test_sampled_nan(tmp_path, value):
     states = run(3)
     states[1]["norm.weight"][7] = value
-    (found,) = heap_findings(Candidates(written(tmp_path, states)))
+    (found,) = sample_findings(Candidates(written(tmp_path, states)))
     assert (
         found.kind == "not-finite"
         and found.severity == "error"
@@ -213,9 +217,9 @@ def test_sampled_nan(tmp_path, value):
 
 
 def test_identical_candidates(tmp_path):
-    (found,) = heap_findings(Candidates(written(tmp_path, [state(0)] * 3)))
+    (found,) = sample_findings(Candidates(written(tmp_path, [state(0)] * 3)))
     assert found.kind == "identical"
-    assert heap_findings(Candidates(written(tmp_path, [state(0)])[:1])) == []
+    assert sample_findings(Candidates(written(tmp_path, [state(0)])[:1])) == []
 
 
 # The whole read ----------------------------------------------------------------------------------
@@ -234,7 +238,7 @@ def flat(states, matrices=False):
 def test_geometry_agrees_with_whole_vectors(tmp_path, reference):
     states = run(6)
     candidates = Candidates(written(tmp_path, states), block_bytes=1 << 16)
-    content = read_heap(candidates, progress=False)
+    content = read_contents(candidates, progress=False)
     # and a sample
     assert candidates.bytes_read < 2.1 * sum(i.nbytes for i in candidates.info.values()) * 6
     g = Geometry(candidates.names, content.matrices, content.others, reference)
@@ -593,7 +597,7 @@ def test_losses_are_those_of_twa_average(tmp_path):
     models = [Normed().half() for _ in range(3)]  # rounded to the files' dtype
     paths = written(tmp_path, [m.state_dict() for m in models])
     b = inspect.inspect(paths, task=task, progress=False).barrier
-    average = Average(task, Candidates(paths), Settings(methods=()), progress=False)
+    average = Merge(task, Candidates(paths), Settings(methods=()), progress=False)
     results = {r.method: r for r in average.run() and average.results}
     assert (
         b.mean == results["uniform"].val_loss
@@ -601,8 +605,10 @@ def test_losses_are_those_of_twa_average(tmp_path):
         and b.losses[-1] == results["last"].val_loss
     )
     assert b.bn_batches == 3
-    average.load(0.75 * schemes.candidate(3, b.ends[0]) + 0.25 * schemes.candidate(3, b.ends[1]))
-    assert b.line[1][1] == average.validation_loss()
+    average.evaluator.load(
+        0.75 * averages.candidate(3, b.ends[0]) + 0.25 * averages.candidate(3, b.ends[1])
+    )
+    assert b.line[1][1] == average.evaluator.loss()
 
 
 # Output ------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""average: every backend against float64, mixed dtypes, sizes around the tile and the work item, threads and instruction sets, bad input."""
+"""average: every backend against float64, mixed dtypes, sizes around the tile and the work item,
+threads and instruction sets, bad input.
+"""
 
 from pathlib import Path
 
@@ -68,7 +70,10 @@ for threads in (1, 2, 3, 8):
 print(*found)
 """
     tiers = [isa for isa in ("portable", "avx2", "avx512") if has_isa(isa)]
-    found = {run_python(code, TWA_KERNELS_ISA=isa, PYTHONPATH=str(Path(__file__).parents[1])) for isa in tiers}
+    found = {
+        run_python(code, TWA_KERNELS_ISA=isa, PYTHONPATH=str(Path(__file__).parents[1]))
+        for isa in tiers
+    }
     assert len(found) == 1 and len(found.pop().split()) == 1
 
 
@@ -77,7 +82,12 @@ print(*found)
     [
         ([], [], ValueError, "at least one"),
         ([torch.zeros(3)], [1.0, 2.0], ValueError, "found 2 for 1 rows"),
-        ([torch.zeros(3), torch.zeros(4)], [1.0, 2.0], ValueError, r"rows\[1\]: expected 3 elements"),
+        (
+            [torch.zeros(3), torch.zeros(4)],
+            [1.0, 2.0],
+            ValueError,
+            r"rows\[1\]: expected 3 elements",
+        ),
         ([torch.zeros(3, dtype=torch.float64)], [1.0], TypeError, "float64"),
     ],
 )
@@ -88,4 +98,6 @@ def test_bad_input(rows, weights, error, message):
 
 def test_opcheck():
     rows, weights = heap(3, 200)
-    torch.library.opcheck(torch.ops.twa_kernels.average.default, (rows, weights.tolist(), torch.empty(200), ""))
+    torch.library.opcheck(
+        torch.ops.twa_kernels.average.default, (rows, weights.tolist(), torch.empty(200), "")
+    )

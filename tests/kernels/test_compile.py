@@ -1,4 +1,7 @@
-"""The Triton kernels through the compiler, for architectures that need not be present: every kernel in every shipped configuration."""
+"""The Triton kernels through the compiler, for architectures that need not be present.
+
+Every kernel in every shipped configuration.
+"""
 
 import importlib.util
 import json
@@ -17,10 +20,21 @@ specification.loader.exec_module(static_cost)
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """In a process of its own: this one may hold the kernels as the interpreter's. A cache of its own: nothing compiled before counts."""
+    """Static cost of all kernels, measured in a process and with a cache of its own.
+
+    This process may hold the kernels as the interpreter's; nothing compiled before counts.
+    """
     folder = tmp_path_factory.mktemp("static_cost")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder / "cache")}
-    command = [sys.executable, str(ROOT / "bench/static_cost.py"), "--output", str(folder), "--brief"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(folder / "cache")
+    }
+    command = [
+        sys.executable,
+        str(ROOT / "bench/static_cost.py"),
+        "--output",
+        str(folder),
+        "--brief",
+    ]
     done = processes.run(command, env=environment)
     assert (folder / "triton_static_cost.json").exists(), done.stdout[-2000:] + done.stderr[-2000:]
     assert (folder / "triton_static_cost.png").stat().st_size > 10_000
@@ -42,7 +56,11 @@ def test_no_spills_wide_loads_and_within_the_budget(rows):
 
 def test_matrix_units_and_no_barriers_where_meant(rows):
     for row in rows:
-        if row["op"] in ("project", "gram") or (row["op"] == "orthonormalize" and "products of" in row["variant"] and "float64" in row["variant"]):
+        if row["op"] in ("project", "gram") or (
+            row["op"] == "orthonormalize"
+            and "products of" in row["variant"]
+            and "float64" in row["variant"]
+        ):
             assert row["matrix"] > 0, row
         if row["op"] == "reconstruct" and row["arch"].startswith("sm_"):
             assert row["barriers"] == row["shared_access"] == 0, row  # registers only
@@ -60,7 +78,13 @@ def test_instructions_at_72_rows(rows):
 
 def test_float64_products_of_16_bit_rows_suit_older_tritons(rows):
     """Versions before 3.9 are only tried by `make triton-versions`; this is what they need."""
-    narrow = [row for row in rows if row["op"] == "orthonormalize" and "bf16" in row["variant"] and "float64" in row["variant"]]
+    narrow = [
+        row
+        for row in rows
+        if row["op"] == "orthonormalize"
+        and "bf16" in row["variant"]
+        and "float64" in row["variant"]
+    ]
     assert {row["variant"].split()[0].strip(",") for row in narrow} == {"products", "transformed"}
     assert [row for row in narrow if row["behind"]] == []
 
@@ -70,12 +94,17 @@ def test_what_is_behind_products_is_found():
       %w = tt.load %p, %mask, %zero : tensor<64x16x!tt.ptr<bf16>>
       %a = arith.extf %w : tensor<64x16xbf16> to tensor<64x16xf64>
       %b = tt.trans %a {order = array<i32: 1, 0>} : tensor<64x16xf64> -> tensor<16x64xf64>
-      %c = tt.dot %a, %b, %acc, inputPrecision = tf32 : tensor<64x16xf64> * tensor<16x64xf64> -> tensor<64x64xf64>
+      %c = tt.dot %a, %b, %acc, inputPrecision = tf32 : \
+      tensor<64x16xf64> * tensor<16x64xf64> -> tensor<64x64xf64>
       %d = arith.addf %c, %c : tensor<64x64xf64>
       %e = tt.dot %d, %d, %acc : tensor<64x64xf64> * tensor<64x64xf64> -> tensor<64x64xf64>
     """
     assert static_cost.behind_products(ttir) == ["16 bits", "product", "tf32"]
-    apart = ttir.replace("%a = arith.extf %w", '%a = "tt.reduce"(%w)').replace("arith.addf", '"tt.reduce"').replace("= tf32", "= ieee")
+    apart = (
+        ttir.replace("%a = arith.extf %w", '%a = "tt.reduce"(%w)')
+        .replace("arith.addf", '"tt.reduce"')
+        .replace("= tf32", "= ieee")
+    )
     assert static_cost.behind_products(apart) == []
 
 
@@ -91,7 +120,16 @@ def test_what_is_behind_products_is_found():
     ],
 )
 def test_a_problem_is_reported(change, message):
-    row = {"op": "project", "bits": 4, "variant": "64 rows, fp32", "arch": "sm_90", "spills": 0, "shared": 0, "wide": 1.0, "per_weight": 3.6}
+    row = {
+        "op": "project",
+        "bits": 4,
+        "variant": "64 rows, fp32",
+        "arch": "sm_90",
+        "spills": 0,
+        "shared": 0,
+        "wide": 1.0,
+        "per_weight": 3.6,
+    }
     assert static_cost.problems(row) == []
     (found,) = static_cost.problems(row | change)
     assert message in found

@@ -1,4 +1,7 @@
-"""CUDA C++ kernels beyond the tests that every GPU backend shares: the kernels run on the GPU, or compiled for the CPU (tests/emulator)."""
+"""CUDA C++ kernels beyond the tests that every GPU backend shares.
+
+The kernels run on the GPU, or compiled for the CPU (tests/emulator).
+"""
 
 import pytest
 import torch
@@ -8,7 +11,9 @@ import twa_kernels as tk
 from twa_kernels import cuda, dispatch, native
 
 DEVICE = "cuda" if ON_GPU else "cpu"
-pytestmark = [pytest.mark.skipif(cuda.why_unusable() is not None, reason=str(cuda.why_unusable()))] + [pytest.mark.gpu] * ON_GPU
+pytestmark = [
+    pytest.mark.skipif(cuda.why_unusable() is not None, reason=str(cuda.why_unusable()))
+] + [pytest.mark.gpu] * ON_GPU
 
 
 def put(value):
@@ -37,7 +42,10 @@ def copies(request, monkeypatch):
 @pytest.mark.parametrize("n", [1, 16, 31, 33, 64, 72, 97, 128, 129, 200, 300])
 @pytest.mark.parametrize("bits", BITS)
 def test_any_number_of_rows(bits, n, copies, monkeypatch):
-    """Each kernel that is built (groups of 32 rows, several blocks of rows), and rows that fill no group; threads in another order each time."""
+    """Each kernel that is built (groups of 32 rows, several blocks of rows).
+
+    And rows that fill no group; threads in another order each time.
+    """
     monkeypatch.setenv("TWA_EMULATOR_SEED", str(n))
     torch.manual_seed(n)
     basis = tk.pack(rows_of(n, SHAPES), bits, segments=SEGMENTS)
@@ -48,7 +56,8 @@ def test_any_number_of_rows(bits, n, copies, monkeypatch):
     weights = tk.reconstruct(put(basis), put(x), put(center), backend="cuda")
     for w, middle, row, l in zip(weights, center, tk.unpack(basis), SEGMENTS, strict=True):
         exact = middle.double() + torch.tensordot(x[:, l].double(), row.double(), 1)
-        # Fixed point is relative to the coefficients, not to a sum of 300 terms that happens to be small.
+        # Fixed point is relative to the coefficients, not to a sum of 300 terms that happens to be
+        # small.
         size = torch.tensordot(x[:, l].double().abs(), row.double().abs(), 1)
         assert ((w.cpu() - exact).abs() <= 1e-6 * exact.abs().max() + 2.0**-24 * size).all()
 
@@ -57,15 +66,23 @@ def test_4096_rows():
     basis = tk.pack([torch.randn(4096, 130)], 1)
     g, x = torch.randn(130), torch.randn(4096, 1)
     truth = truth_of(basis, [g], [0])
-    assert ((tk.project(put(basis), put(g), "cuda").cpu() - truth).abs() <= 1e-6 * truth.abs().max()).all()
+    assert (
+        (tk.project(put(basis), put(g), "cuda").cpu() - truth).abs() <= 1e-6 * truth.abs().max()
+    ).all()
     exact = x[:, 0].double() @ tk.unpack(basis)[0].double()
-    assert ((tk.reconstruct(put(basis), put(x), backend="cuda")[0].cpu() - exact).abs() <= 2e-6 * exact.abs().max()).all()
+    assert (
+        (tk.reconstruct(put(basis), put(x), backend="cuda")[0].cpu() - exact).abs()
+        <= 2e-6 * exact.abs().max()
+    ).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("offset", [1, 2, 4])
 def test_views_at_any_address(offset, dtype):
-    """Gradients, centers and weights that begin in the middle of a buffer, as in flattened parameters."""
+    """Gradients, centers and weights that begin in the middle of a buffer.
+
+    As in flattened parameters.
+    """
     basis = tk.pack(rows_of(5, SHAPES), 4, segments=SEGMENTS)
     center, grads, x = tensors(SHAPES, 9, dtype), tensors(SHAPES, 7, dtype), torch.randn(5, 3)
 
@@ -76,42 +93,74 @@ def test_views_at_any_address(offset, dtype):
         return inside
 
     basis, center, grads, x = put(basis), put(center), put(grads), put(x)
-    assert torch.equal(tk.project(basis, [view(g) for g in grads], "cuda"), tk.project(basis, grads, "cuda"))
+    assert torch.equal(
+        tk.project(basis, [view(g) for g in grads], "cuda"), tk.project(basis, grads, "cuda")
+    )
     out = [view(torch.zeros_like(m)) for m in center]
     tk.reconstruct(basis, x, [view(m) for m in center], out=out, backend="cuda")
     for o, expected in zip(out, tk.reconstruct(basis, x, center, backend="cuda"), strict=True):
         assert torch.equal(o, expected)
         around = o.untyped_storage()
         flat = torch.empty(0, dtype=dtype, device=DEVICE).set_(around)
-        assert (flat[:offset] == 7).all() and (flat[-offset:] == 7).all()  # nothing beside the view was written
+        assert (flat[:offset] == 7).all() and (
+            flat[-offset:] == 7
+        ).all()  # nothing beside the view was written
 
 
 def test_codes_that_no_copy_can_start_from():
     basis = put(tk.pack([torch.randn(2, 300)], 4))
-    codes = torch.empty(basis.codes.numel() + 1, dtype=torch.uint8, device=DEVICE)[1:].view(basis.codes.shape)
+    codes = torch.empty(basis.codes.numel() + 1, dtype=torch.uint8, device=DEVICE)[1:].view(
+        basis.codes.shape
+    )
     codes.copy_(basis.codes)
-    moved = tk.PackedBasis(codes, basis.scales, basis.row_scale, basis.tile_segment, basis.divisor, basis.shapes, basis.bits)
-    with pytest.raises(ValueError, match="expected a multiple of 16, which asynchronous copies need"):
+    moved = tk.PackedBasis(
+        codes,
+        basis.scales,
+        basis.row_scale,
+        basis.tile_segment,
+        basis.divisor,
+        basis.shapes,
+        basis.bits,
+    )
+    with pytest.raises(
+        ValueError, match="expected a multiple of 16, which asynchronous copies need"
+    ):
         tk.project(moved, torch.randn(300, device=DEVICE), "cuda")
 
 
-# The fused step ----------------------------------------------------------------------------------------------------
+# The fused step -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(("bits", "n"), [(4, 5), (1, 33), (8, 100), (2, 140)])
 def test_fused_step_has_the_bits_of_the_separate_calls(bits, n, seed, monkeypatch):
-    """Many segments, several groups of items in one of them; threads, warps and blocks in another order each time."""
+    """Many segments, several groups of items in one of them.
+
+    Threads, warps and blocks in another order each time.
+    """
     monkeypatch.setenv("TWA_EMULATOR_SEED", str(seed))
     shapes = [(128 * 70,), (1,), (3000,), (129,), (128 * 16 * 66,) if n == 5 else (77,), (40, 40)]
     segments = [2, 0, 1, 2, 3, 1]
-    basis, grads, center = put(tk.pack(rows_of(n, shapes), bits, segments=segments)), put(tensors(shapes, 7)), put(tensors(shapes, 9))
+    basis, grads, center = (
+        put(tk.pack(rows_of(n, shapes), bits, segments=segments)),
+        put(tensors(shapes, 7)),
+        put(tensors(shapes, 9)),
+    )
     options = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-    x, state, out = torch.randn(n, 4, device=DEVICE), {}, [torch.full(s, torch.nan, device=DEVICE) for s in shapes]
+    x, state, out = (
+        torch.randn(n, 4, device=DEVICE),
+        {},
+        [torch.full(s, torch.nan, device=DEVICE) for s in shapes],
+    )
     for _ in range(2):
-        c = tk.step(basis, grads, x, out, center, rule="adamw", options=options, state=state, backend="cuda")
+        c = tk.step(
+            basis, grads, x, out, center, rule="adamw", options=options, state=state, backend="cuda"
+        )
     assert torch.equal(c, tk.project(basis, grads, "cuda"))
-    assert all(torch.equal(o, w) for o, w in zip(out, tk.reconstruct(basis, x, center, backend="cuda"), strict=True))
+    assert all(
+        torch.equal(o, w)
+        for o, w in zip(out, tk.reconstruct(basis, x, center, backend="cuda"), strict=True)
+    )
 
 
 def test_step_with_an_empty_segment():
@@ -119,26 +168,46 @@ def test_step_with_an_empty_segment():
     shapes = [(300,), (0,), (200,)]
     basis = put(tk.pack([torch.randn(3, *s) for s in shapes], 4, segments=[0, 1, 2]))
     x, out = torch.ones(3, 3, device=DEVICE), [torch.empty(s, device=DEVICE) for s in shapes]
-    c = tk.step(basis, put(tensors(shapes, 3)), x, out, rule="sgd", options={"lr": 0.5, "weight_decay": 0.1}, state={}, backend="cuda")
+    c = tk.step(
+        basis,
+        put(tensors(shapes, 3)),
+        x,
+        out,
+        rule="sgd",
+        options={"lr": 0.5, "weight_decay": 0.1},
+        state={},
+        backend="cuda",
+    )
     assert c[:, 1].tolist() == [0, 0, 0] and torch.allclose(x[:, 1].cpu(), torch.full((3,), 0.95))
 
 
-# Streams, graphs, devices ------------------------------------------------------------------------------------------
+# Streams, graphs, devices -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["cuda", "cpp", "reference"])
 def test_steps_counted_on_the_device(backend):
-    """options["capturable"]: the same update, with the number of steps in a tensor that the host does not read."""
+    """options["capturable"]: the same update.
+
+    The number of steps is in a tensor that the host does not read.
+    """
     if ON_GPU and backend == "cpp":
         pytest.skip("C++ runs on the CPU")
     basis, grads = put(tk.pack(rows_of(5, SHAPES), 4, segments=SEGMENTS)), put(tensors(SHAPES, 7))
     results = []
     for capturable in (False, True):
-        x, state, out = torch.zeros(5, 3, device=DEVICE), {}, [torch.empty(s, device=DEVICE) for s in SHAPES]
+        x, state, out = (
+            torch.zeros(5, 3, device=DEVICE),
+            {},
+            [torch.empty(s, device=DEVICE) for s in SHAPES],
+        )
         options = {"lr": 0.1, "betas": (0.9, 0.99), "capturable": capturable}
         for k in range(3):
-            tk.step(basis, grads, x, out, rule="adamw", options=options, state=state, backend=backend)
-            assert int(state["step"]) == k + 1 and (state["step"].device.type == DEVICE or not capturable)
+            tk.step(
+                basis, grads, x, out, rule="adamw", options=options, state=state, backend=backend
+            )
+            assert int(state["step"]) == k + 1 and (
+                state["step"].device.type == DEVICE or not capturable
+            )
         results.append(x)
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-8)
 
@@ -151,23 +220,37 @@ def test_a_basis_made_in_inference_mode():
 
 def test_tables_of_many_tensors():
     """More than the arguments of one kernel hold."""
-    many = [torch.empty(k % 3, dtype=(torch.float32, torch.bfloat16, torch.float16)[k % 3], device=DEVICE) for k in range(700)]
-    table = cuda.tensor_table(many, torch.device(DEVICE, 0) if ON_GPU else torch.device("cpu")).tolist()
+    many = [
+        torch.empty(
+            k % 3, dtype=(torch.float32, torch.bfloat16, torch.float16)[k % 3], device=DEVICE
+        )
+        for k in range(700)
+    ]
+    table = cuda.tensor_table(
+        many, torch.device(DEVICE, 0) if ON_GPU else torch.device("cpu")
+    ).tolist()
     assert table == [[t.data_ptr() if t.numel() else 0, native.DTYPES[t.dtype]] for t in many]
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU: streams and CUDA graphs")
-@pytest.mark.parametrize(("backend", "rule"), [("cuda", "sgd"), ("cuda", "adamw"), ("triton", "sgd")])
+@pytest.mark.parametrize(
+    ("backend", "rule"), [("cuda", "sgd"), ("cuda", "adamw"), ("triton", "sgd")]
+)
 @pytest.mark.parametrize("own_stream", [True, False])
 def test_other_stream_and_graph_replay(backend, rule, own_stream):
-    """On a stream of its own or the one that PyTorch captures on; gradients made inside the graph; other tables made before it is replayed."""
+    """Replay of a graph, on a stream of its own or the one that PyTorch captures on.
+
+    Gradients made inside the graph; other tables made before it is replayed.
+    """
     basis, center = put(tk.pack(rows_of(9, SHAPES), 4, segments=SEGMENTS)), put(tensors(SHAPES, 9))
     fixed = put(tensors(SHAPES, 7))
     options = {"lr": 0.1, "capturable": True} if rule == "adamw" else {"lr": 0.1, "momentum": 0.9}
 
     def run(x, out, state):
         grads = [2.0 * g for g in fixed]
-        return tk.step(basis, grads, x, out, center, rule=rule, options=options, state=state, backend=backend)
+        return tk.step(
+            basis, grads, x, out, center, rule=rule, options=options, state=state, backend=backend
+        )
 
     def fresh():
         return torch.zeros(9, 3, device=DEVICE), [torch.empty(s, device=DEVICE) for s in SHAPES], {}
@@ -197,21 +280,44 @@ def test_other_stream_and_graph_replay(backend, rule, own_stream):
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU: streams and CUDA graphs")
 def test_what_a_graph_would_repeat_is_refused():
     basis, grads = put(tk.pack(rows_of(3, SHAPES), 4)), put(tensors(SHAPES, 7))
-    x, state, out = torch.zeros(3, len(SHAPES), device=DEVICE), {}, [torch.empty(s, device=DEVICE) for s in SHAPES]
+    x, state, out = (
+        torch.zeros(3, len(SHAPES), device=DEVICE),
+        {},
+        [torch.empty(s, device=DEVICE) for s in SHAPES],
+    )
     tk.step(basis, grads, x, out, rule="adamw", options={"lr": 0.1}, state=state, backend="cuda")
-    with pytest.raises(RuntimeError, match="needs options\\['capturable'\\]=True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        tk.step(basis, grads, x, out, rule="adamw", options={"lr": 0.1}, state=state, backend="cuda")
+    with (
+        pytest.raises(RuntimeError, match="needs options\\['capturable'\\]=True"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        tk.step(
+            basis, grads, x, out, rule="adamw", options={"lr": 0.1}, state=state, backend="cuda"
+        )
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_a_captured_step_that_a_graph_would_repeat_wrongly_is_refused(backend, capture, monkeypatch):
+def test_a_captured_step_that_a_graph_would_repeat_wrongly_is_refused(
+    backend, capture, monkeypatch
+):
     if dispatch.why_unusable(backend):
         pytest.skip(str(dispatch.why_unusable(backend)))
     basis, grads = put(tk.pack(rows_of(3, SHAPES), 4)), put(tensors(SHAPES, 7))
-    x, out = torch.zeros(3, len(SHAPES), device=DEVICE), [torch.empty(s, device=DEVICE) for s in SHAPES]
+    x, out = (
+        torch.zeros(3, len(SHAPES), device=DEVICE),
+        [torch.empty(s, device=DEVICE) for s in SHAPES],
+    )
 
     def step(rule, state, **options):
-        tk.step(basis, grads, x, out, rule=rule, options={"lr": 0.1} | options, state=state, backend=backend)
+        tk.step(
+            basis,
+            grads,
+            x,
+            out,
+            rule=rule,
+            options={"lr": 0.1} | options,
+            state=state,
+            backend=backend,
+        )
 
     adamw: dict = {}
     step("adamw", adamw)
@@ -219,7 +325,9 @@ def test_a_captured_step_that_a_graph_would_repeat_wrongly_is_refused(backend, c
     before = x.clone()
     with pytest.raises(RuntimeError, match="needs options\\['capturable'\\]=True"):
         step("adamw", adamw)
-    with pytest.raises(RuntimeError, match="cannot capture the first step of an optimizer with momentum"):
+    with pytest.raises(
+        RuntimeError, match="cannot capture the first step of an optimizer with momentum"
+    ):
         step("sgd", {}, momentum=0.9)
     if backend == "triton":
         with pytest.raises(RuntimeError, match="cannot read the number of steps back"):
@@ -233,15 +341,25 @@ def test_a_captured_step_that_a_graph_would_repeat_wrongly_is_refused(backend, c
 def test_a_first_call_in_a_real_graph_says_what_to_do(op, backend):
     """Before anything that a capture does not allow: the device is as it was."""
     shapes = [(700,), (1000,)]
-    basis, g, x = put(tk.pack(rows_of(3, shapes), 2)), put(tensors(shapes, 7)), torch.ones(3, 2, device=DEVICE)
+    basis, g, x = (
+        put(tk.pack(rows_of(3, shapes), 2)),
+        put(tensors(shapes, 7)),
+        torch.ones(3, 2, device=DEVICE),
+    )
     tk.project(put(tk.pack(rows_of(3, shapes), 4)), g, backend)  # the kernel is loaded
-    out, sgd = [torch.empty(s, device=DEVICE) for s in shapes], {"rule": "sgd", "options": {"lr": 0.1}, "state": {}}
+    out, sgd = (
+        [torch.empty(s, device=DEVICE) for s in shapes],
+        {"rule": "sgd", "options": {"lr": 0.1}, "state": {}},
+    )
     calls = {
         "project": lambda: tk.project(basis, g, backend),
         "reconstruct": lambda: tk.reconstruct(basis, x, out=out, backend=backend),
         "step": lambda: tk.step(basis, g, x, out, backend=backend, **sgd),
     }
-    with pytest.raises(RuntimeError, match="make the same call once"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with (
+        pytest.raises(RuntimeError, match="make the same call once"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
         calls[op]()
     expected = tk.project(basis.to("cpu"), [t.cpu() for t in g])
     torch.testing.assert_close(tk.project(basis, g, backend).cpu(), expected, rtol=1e-5, atol=1e-6)
@@ -262,11 +380,16 @@ def test_what_reads_back_is_refused_under_capture(backend, capture):
     if dispatch.why_unusable(backend):
         pytest.skip(str(dispatch.why_unusable(backend)))
     rows = torch.randn(3, 300, device=DEVICE)
-    basis, parent = put(tk.pack([torch.randn(3, 300)], 4)), torch.tensor([-1, 0, 1], dtype=torch.int32, device=DEVICE)
+    basis, parent = (
+        put(tk.pack([torch.randn(3, 300)], 4)),
+        torch.tensor([-1, 0, 1], dtype=torch.int32, device=DEVICE),
+    )
     capture()
     with pytest.raises(RuntimeError, match="pack: reads results back"):
         tk.pack([rows], 4, backend=backend)
     with pytest.raises(RuntimeError, match="gram: reads results back"):
         basis.gram(backend="triton" if backend == "triton" else "reference")
     with pytest.raises(RuntimeError, match="orthonormalize_pass: reads results back"):
-        torch.ops.twa_kernels.orthonormalize_pass(list(rows), [], [300], parent, None, None, 0, False, [], backend)
+        torch.ops.twa_kernels.orthonormalize_pass(
+            list(rows), [], [300], parent, None, None, 0, False, [], backend
+        )

@@ -1,4 +1,6 @@
-"""bench/gpu_check.py as far as it goes without a GPU: the rehearsal with its planted faults, and its parts."""
+"""bench/gpu_check.py as far as it goes without a GPU: the rehearsal with its planted faults, and
+its parts.
+"""
 
 import importlib.util
 import json
@@ -30,7 +32,9 @@ def run(*command, **environment):
 def test_stops_with_a_clear_message_without_a_gpu(tmp_path):
     done = run("bench/gpu_check.py", "--out", str(tmp_path / "out"))
     assert done.returncode == 2 and torch.__version__ in done.stderr
-    assert "torch.cuda.is_available() is False" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (
+        "torch.cuda.is_available() is False" in done.stderr and len(done.stderr.splitlines()) == 1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +65,18 @@ def test_the_page_says_what_is_wrong_and_why(rehearsed):
     text = (out / "page.md").read_text()
     assert text in done.stdout
     wrong = text[text.index("## Wrong") : text.index("## Not run")]
-    for line in ("project triton 4 5 fp32: hang", "step cuda 1 5 fp32: fault: signal SIGABRT", "relative error", "this stage raises"):
+    for line in (
+        "project triton 4 5 fp32: hang",
+        "step cuda 1 5 fp32: fault: signal SIGABRT",
+        "relative error",
+        "this stage raises",
+    ):
         assert line in wrong
-    assert "test_dies: fault" in wrong and "test_hangs: hang" in wrong and "No space left on device" in wrong
+    assert (
+        "test_dies: fault" in wrong
+        and "test_hangs: hang" in wrong
+        and "No space left on device" in wrong
+    )
     assert "hang in smoke: no word for" in text[text.index("## Not run") :]
     assert "missing tools: nvcc, g++, git" in text and (out / "page.png").stat().st_size > 5000
 
@@ -73,7 +86,9 @@ def test_misses_finds_what_is_not_reported(rehearsed):
     for stage, op in (("smoke", "project"), ("speed", "pack"), ("tests", None), ("counters", None)):
         fewer = [r for r in rows if r["stage"] != stage or r.get("op") != op]
         assert rehearsal.misses(fewer), (stage, op)
-    other = [r | {"result": "wrong"} if r.get("op") == "step" and r.get("bits") == 8 else r for r in rows]
+    other = [
+        r | {"result": "wrong"} if r.get("op") == "step" and r.get("bits") == 8 else r for r in rows
+    ]
     assert any("though nothing was planted" in m for m in rehearsal.misses(other))
 
 
@@ -84,12 +99,17 @@ def test_a_second_round_takes_what_was_not_right(rehearsed):
     gpu_check = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(gpu_check)
     failed = gpu_check.failed_cases(out / "events.jsonl")
-    assert ("smoke", "project triton 4 5 fp32") in failed and ("smoke", "project triton 4 5 fp32 unaligned") in failed
-    assert failed == {(r["stage"], r["case"]) for r in rows if "case" in r and r["result"] not in events.GOOD}
+    assert ("smoke", "project triton 4 5 fp32") in failed and (
+        "smoke",
+        "project triton 4 5 fp32 unaligned",
+    ) in failed
+    assert failed == {
+        (r["stage"], r["case"]) for r in rows if "case" in r and r["result"] not in events.GOOD
+    }
     assert ("smoke", "project triton 8 5 fp32") not in failed
 
 
-# Parts -------------------------------------------------------------------------------------------------------------
+# Parts -------------------------------------------------------------------------------------------
 
 
 def test_events_survive_a_full_disk_and_a_cut_line(tmp_path, capsys):
@@ -108,23 +128,34 @@ def test_events_survive_a_full_disk_and_a_cut_line(tmp_path, capsys):
 
 def test_a_worker_that_never_starts_is_not_tried_for_ever(tmp_path):
     log = events.Events(tmp_path / "events.jsonl")
-    workers = Supervisor(log, Log(tmp_path / "log.txt"), os.environ | {"PYTHONPATH": str(ROOT / "bench")})
+    workers = Supervisor(
+        log, Log(tmp_path / "log.txt"), os.environ | {"PYTHONPATH": str(ROOT / "bench")}
+    )
     cases = [plan.packed("project", "cuda", bits) for bits in (4, 8)]
     workers.run("smoke", "no_such_worker", cases, time.monotonic() + 600, 300)
     assert [r["result"] for r in log.of("smoke")] == ["not run", "not run"]
     errors = [r["note"] for r in log.rows if r["result"] == "error"]
-    assert len(errors) == 2 and all("No module named gpucheck.no_such_worker" in note for note in errors)
+    assert len(errors) == 2 and all(
+        "No module named gpucheck.no_such_worker" in note for note in errors
+    )
 
 
 def test_no_time_left_is_said_for_each_case(tmp_path):
     log = events.Events(tmp_path / "events.jsonl")
-    Supervisor(log, Log(tmp_path / "log.txt"), dict(os.environ)).run("smoke", "smoke", plan.counted(), time.monotonic(), 9)
+    Supervisor(log, Log(tmp_path / "log.txt"), dict(os.environ)).run(
+        "smoke", "smoke", plan.counted(), time.monotonic(), 9
+    )
     assert {(r["result"], r["note"]) for r in log.of("smoke")} == {("not run", "no time was left")}
 
 
 def test_cases_have_names_of_their_own():
     sanitized = [c for g in plan.sanitized("memcheck") for c in g]
-    for cases in ([c for g in plan.smoke(False) for c in g], plan.speed(False), sanitized, plan.variants()):
+    for cases in (
+        [c for g in plan.smoke(False) for c in g],
+        plan.speed(False),
+        sanitized,
+        plan.variants(),
+    ):
         assert len({label(c) for c in cases}) == len(cases)
     found = {(c["op"], c["backend"], c.get("bits")) for c in EVERY}
     for op in ("project", "reconstruct", "step", "pack"):
@@ -132,8 +163,12 @@ def test_cases_have_names_of_their_own():
 
 
 def test_direct_build_knows_the_flags_of_cmake():
-    """The build for machines without CMake takes its flags from CMakeLists.txt; those that fix bits must be among them."""
-    assert "-ffp-contract=off" in build.cmake_flags("twa_core") and "-fmad=false" in build.cmake_flags("twa_cuda")
+    """The build for machines without CMake takes its flags from CMakeLists.txt; those that fix bits
+    must be among them.
+    """
+    assert "-ffp-contract=off" in build.cmake_flags(
+        "twa_core"
+    ) and "-fmad=false" in build.cmake_flags("twa_cuda")
 
 
 def test_objects_are_used_for_the_sources_they_were_made_from(tmp_path, monkeypatch, capsys):
@@ -149,17 +184,22 @@ def test_objects_are_used_for_the_sources_they_were_made_from(tmp_path, monkeypa
     assert build.usable_objects(tmp_path, "90") == {} and "not used" in capsys.readouterr().out
 
 
-CSV = """\
-"ID","Kernel Name","gpu__time_duration.sum","dram__throughput.avg.pct_of_peak_sustained_elapsed","dram__bytes.sum"
-"","","ns","%","byte"
-"0","sum_kernel","4,100","3.5","1,500,000"
-"1","project_kernel","512,300","91.25","1,480,000,000"
-"""
+CSV = (
+    '"ID","Kernel Name","gpu__time_duration.sum",'
+    '"dram__throughput.avg.pct_of_peak_sustained_elapsed","dram__bytes.sum"\n'
+    '"","","ns","%","byte"\n'
+    '"0","sum_kernel","4,100","3.5","1,500,000"\n'
+    '"1","project_kernel","512,300","91.25","1,480,000,000"\n'
+)
 
 
 def test_counters_of_the_longest_launch():
     values = counters.table(["==PROF== Connected", *CSV.splitlines()])
-    assert values == {"ms": pytest.approx(0.5123), "dram % of peak": 91.25, "dram GB": pytest.approx(1.48)}
+    assert values == {
+        "ms": pytest.approx(0.5123),
+        "dram % of peak": 91.25,
+        "dram GB": pytest.approx(1.48),
+    }
     assert counters.table(["==ERROR== LibraryNotLoaded"]) == {}
     assert "dram % of peak 91.2" in counters.brief(values)
 
@@ -178,10 +218,33 @@ MEMCHECK = """\
         ("memcheck", MEMCHECK, "wrong", "Invalid __global__ read of size 16 bytes"),
         ("memcheck", "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors", "right", ""),
         ("memcheck", "========= ERROR SUMMARY: 7 errors", "wrong", "7 errors"),
-        ("racecheck", "========= Error: Race reported between Write access\n========= RACECHECK SUMMARY: 1 hazard displayed", "wrong", "Race"),
-        ("racecheck", "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "right", ""),
-        ("racecheck", "========= Warning: Detected overflow of tracked cuda::barrier structures", "wrong", "overflow of tracked"),
-        ("memcheck", "========= Error: Target application terminated before first instrumented API call", "not run", "no summary"),
+        (
+            "racecheck",
+            (
+                "========= Error: Race reported between Write access\n========= RACECHECK SUMMARY:"
+                " 1 hazard displayed"
+            ),
+            "wrong",
+            "Race",
+        ),
+        (
+            "racecheck",
+            "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)",
+            "right",
+            "",
+        ),
+        (
+            "racecheck",
+            "========= Warning: Detected overflow of tracked cuda::barrier structures",
+            "wrong",
+            "overflow of tracked",
+        ),
+        (
+            "memcheck",
+            "========= Error: Target application terminated before first instrumented API call",
+            "not run",
+            "no summary",
+        ),
         ("memcheck", "========= Device not supported", "not run", "not supported"),
         ("memcheck", "Traceback", "not run", "no summary"),
     ],
@@ -195,29 +258,54 @@ def test_a_sanitizers_options_are_those_that_it_knows(tmp_path):
     program = tmp_path / "compute-sanitizer"
     program.write_text("#!/bin/sh\necho '--print-limit --num-cuda-barriers --report-api-errors'\n")
     program.chmod(0o755)
-    assert sanitizer.options(str(program), "racecheck") == ["--print-limit", "0", "--num-cuda-barriers", "64"]
-    assert sanitizer.options(str(program), "memcheck") == ["--print-limit", "0", "--report-api-errors", "no"]
+    assert sanitizer.options(str(program), "racecheck") == [
+        "--print-limit",
+        "0",
+        "--num-cuda-barriers",
+        "64",
+    ]
+    assert sanitizer.options(str(program), "memcheck") == [
+        "--print-limit",
+        "0",
+        "--report-api-errors",
+        "no",
+    ]
     assert sanitizer.options(str(tmp_path / "none"), "memcheck") == []
 
 
 def measured(op, backend, ms, nbytes, bits=4, n=72):
     case = plan.packed(op, backend, bits, n)
-    more = {"result": "measured", "note": "", "ms": ms, "bytes": nbytes, "host_us": 9.0, "D": 1000, "at": 1}
+    more = {
+        "result": "measured",
+        "note": "",
+        "ms": ms,
+        "bytes": nbytes,
+        "host_us": 9.0,
+        "D": 1000,
+        "at": 1,
+    }
     return {"stage": "speed", "case": label(case)} | case | more
 
 
 def test_gaps_are_shares_of_the_copy_below_what_is_expected():
     rows = [measured("copy", "torch", 1.0, 3e9, 8, 1), measured("copy", "torch", 1.1, 3e9, 8, 2)]
-    rows += [measured("project", "cuda", 0.5, 1.44e9), measured("step", "cuda", 1.0, 1.5e9), measured("gram", "triton", 1.0, 0.9e9)]
+    rows += [
+        measured("project", "cuda", 0.5, 1.44e9),
+        measured("step", "cuda", 1.0, 1.5e9),
+        measured("gram", "triton", 1.0, 0.9e9),
+    ]
     rows += [measured("project", "published arithmetic", 9.0, 1e9)]
     h100 = {"multiprocessors": 132, "name": "a GPU"}
     assert page.copy_rate(rows) == pytest.approx(3e12)
-    assert [g["of"]["op"] for g in page.gaps(rows, h100)] == ["gram", "step"]  # 30 %, 50 %; project has 96 %
+    # 30 %, 50 %; project has 96 %
+    assert [g["of"]["op"] for g in page.gaps(rows, h100)] == ["gram", "step"]
     assert 80 < page.predicted(rows[2], h100, 3e12) <= 93
     # Less time per byte, fewer instructions: what an H200 can hope for is no more than an H100 can.
     one_bit = measured("project", "cuda", 1.0, 1e9, bits=1)
     assert page.predicted(one_bit, h100, 4.3e12) < page.predicted(one_bit, h100, 3.0e12)
-    text = page.page([*rows, {"stage": "check", "event": "end", "seconds": 3, "budget": 400.0}], h100)
+    text = page.page(
+        [*rows, {"stage": "check", "event": "end", "seconds": 3, "budget": 400.0}], h100
+    )
     assert "gram triton 4 72 fp32: 30 % of a copy, expected 90 %" in text
 
 

@@ -48,7 +48,9 @@ def cost(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cost")
     command = [sys.executable, str(ROOT / "bench/static_cost_cuda.py"), "--output", str(folder)]
     done = processes.run(command)
-    assert (folder / "cuda_static_cost.png").stat().st_size > 10_000, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (folder / "cuda_static_cost.png").stat().st_size > 10_000, (
+        done.stdout[-2000:] + done.stderr[-2000:]
+    )
     assert "| project | 4 |" in (folder / "cuda_static_cost.md").read_text()
     return json.loads((folder / "cuda_static_cost.json").read_text())
 
@@ -63,8 +65,10 @@ def test_static_cost_of_the_shipped_kernels(cost):
             assert {bits for a, o, bits in built if (a, o) == (f"sm_{arch}", op)} == set(BITS)
     for row in cost:
         if "path" in row:  # the matrix units contract every column of every row, and nothing more
-            padded = row["rows"] + 16 * (row["op"] == "reconstruct" and row["bits"] == 8 and row["rows"] % 32 == 16)
-            assert row["products"] == padded * 128 * (2 if row["bits"] == 4 else 1)  # 4 bits: lower and upper levels
+            half = row["op"] == "reconstruct" and row["bits"] == 8 and row["rows"] % 32 == 16
+            padded = row["rows"] + 16 * half
+            times = 2 if row["bits"] == 4 else 1  # 4 bits: lower and upper levels
+            assert row["products"] == padded * 128 * times
 
 
 @pytest.mark.parametrize(
@@ -102,5 +106,8 @@ def test_a_problem_is_reported(change, message):
 
 def test_the_native_module_names_its_architectures():
     """`python -m twa_kernels` says what was built."""
-    shown = run_python("import runpy, sys; sys.argv = ['twa_kernels']; runpy.run_module('twa_kernels', run_name='__main__')")
+    shown = run_python(
+        "import runpy, sys; sys.argv = ['twa_kernels']; "
+        "runpy.run_module('twa_kernels', run_name='__main__')"
+    )
     assert not native._C.with_cuda or "sm_" in shown

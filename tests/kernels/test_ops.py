@@ -1,4 +1,4 @@
-"""The ops as torch.library entries: opcheck, gradcheck, torch.compile, backend selection, imports."""
+"""The ops as torch.library entries: opcheck, gradcheck, torch.compile, backends, imports."""
 
 import ast
 from pathlib import Path
@@ -28,7 +28,6 @@ def pack_arguments(bits):
         numels,
         torch.tensor([0, 0, 1], dtype=torch.int32),
         bits,
-        "gaussian",
         torch.zeros(3, n, 16 * bits, dtype=torch.uint8),
         torch.zeros(3, n, dtype=torch.bfloat16),
         torch.zeros(n, 2, dtype=torch.float64),
@@ -39,10 +38,15 @@ def pack_arguments(bits):
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3])
-@pytest.mark.parametrize("op", ["pack", "unpack", "project", "reconstruct", "reconstruct_out", "gram"])
+@pytest.mark.parametrize(
+    "op", ["pack", "unpack", "project", "reconstruct", "reconstruct_out", "gram"]
+)
 def test_opcheck(op, bits):
     basis = operands(bits)
-    x, center = torch.randn(3, 2, requires_grad=True), [torch.randn(s, requires_grad=True) for s in SHAPES]
+    x, center = (
+        torch.randn(3, 2, requires_grad=True),
+        [torch.randn(s, requires_grad=True) for s in SHAPES],
+    )
     arguments = {
         "pack": lambda: pack_arguments(bits),
         "unpack": lambda: (*basis.operands, basis.numels, bits, ""),
@@ -69,9 +73,24 @@ def test_opcheck_of_orthonormalize(form):
     rows = [torch.randn(m) for m in numels for _ in range(n)]
     transform = None if form == "gram" else torch.randn(r, n, dtype=torch.float64).tril()
     write = form == "write"
-    probes, out = (torch.randn(6, r, dtype=torch.float64), [torch.empty(m) for m in numels for _ in range(r)]) if write else (None, [])
+    probes, out = (
+        (torch.randn(6, r, dtype=torch.float64), [torch.empty(m) for m in numels for _ in range(r)])
+        if write
+        else (None, [])
+    )
     parent = torch.tensor([-1, 0, 0], dtype=torch.int32)
-    arguments = (rows, [torch.randn(m) for m in numels], numels, parent, transform, probes, 0, False, out, "")
+    arguments = (
+        rows,
+        [torch.randn(m) for m in numels],
+        numels,
+        parent,
+        transform,
+        probes,
+        0,
+        False,
+        out,
+        "",
+    )
     torch.library.opcheck(torch.ops.twa_kernels.orthonormalize_pass.default, arguments)
 
 
@@ -82,7 +101,10 @@ def test_opcheck_on_gpu_backends(op, gpu):
     x = torch.randn(3, 2, device=gpu.device).requires_grad_()
     center = [torch.randn(s, device=gpu.device).requires_grad_() for s in SHAPES]
     between = {"unpack": (), "gram": (), "project": (center,), "reconstruct": (x, center)}[op]
-    torch.library.opcheck(getattr(torch.ops.twa_kernels, op).default, (*basis.operands, *between, basis.numels, 4, gpu.backend))
+    torch.library.opcheck(
+        getattr(torch.ops.twa_kernels, op).default,
+        (*basis.operands, *between, basis.numels, 4, gpu.backend),
+    )
 
 
 def test_gpu_backends_compile_without_graph_break(gpu):
@@ -90,7 +112,9 @@ def test_gpu_backends_compile_without_graph_break(gpu):
     basis = gpu.put(operands())
 
     def both(grads, x, center):
-        return tk.reconstruct(basis, x - 0.1 * tk.project(basis, grads, gpu.backend), center, backend=gpu.backend)
+        return tk.reconstruct(
+            basis, x - 0.1 * tk.project(basis, grads, gpu.backend), center, backend=gpu.backend
+        )
 
     grads, center = ([torch.randn(s, device=gpu.device) for s in SHAPES] for _ in range(2))
     x = torch.randn(3, 2, device=gpu.device)
@@ -103,7 +127,10 @@ def test_gpu_backends_are_differentiable(gpu):
     gpu.needs("project").needs("reconstruct")
     basis, x = gpu.put(operands()), torch.randn(3, 2, device=gpu.device).requires_grad_()
     weights = [torch.randn(s, device=gpu.device) for s in SHAPES]
-    sum((t * w).sum() for t, w in zip(tk.reconstruct(basis, x, backend=gpu.backend), weights, strict=True)).backward()
+    sum(
+        (t * w).sum()
+        for t, w in zip(tk.reconstruct(basis, x, backend=gpu.backend), weights, strict=True)
+    ).backward()
     assert torch.equal(x.grad, tk.project(basis, weights, gpu.backend))
 
 
@@ -112,8 +139,12 @@ def test_gradcheck_of_the_reference(bits):
     basis = operands(bits)
     grads = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in SHAPES]
     x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *g: reference.project(*basis.operands, g, basis.numels, bits), grads)
-    assert torch.autograd.gradcheck(lambda x, *c: reference.reconstruct(*basis.operands, x, c, basis.numels, bits), (x, *grads))
+    assert torch.autograd.gradcheck(
+        lambda *g: reference.project(*basis.operands, g, basis.numels, bits), grads
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, *c: reference.reconstruct(*basis.operands, x, c, basis.numels, bits), (x, *grads)
+    )
 
 
 def test_second_derivative():
@@ -129,7 +160,11 @@ def test_second_derivative():
 
 def test_compile_without_graph_break():
     basis = operands()
-    grads, center, x = [torch.randn(s) for s in SHAPES], [torch.randn(s) for s in SHAPES], torch.randn(3, 2)
+    grads, center, x = (
+        [torch.randn(s) for s in SHAPES],
+        [torch.randn(s) for s in SHAPES],
+        torch.randn(3, 2),
+    )
 
     def both(grads, x, center):
         return tk.project(basis, grads), tk.reconstruct(basis, x, center)
@@ -161,22 +196,33 @@ def test_an_override_per_device(monkeypatch):
     assert dispatch.select("project", "cuda") is dispatch.IMPLEMENTATIONS["project", "triton"]
     assert dispatch.select("pack", "cpu") is tk.native.pack
     monkeypatch.setenv("TWA_KERNELS_BACKEND", "cpu:reference, cuda:cuda")
-    assert dispatch.select("pack", "cpu") is reference.pack and dispatch.select("step", "cuda") is dispatch.IMPLEMENTATIONS["step", "cuda"]
+    assert (
+        dispatch.select("pack", "cpu") is reference.pack
+        and dispatch.select("step", "cuda") is dispatch.IMPLEMENTATIONS["step", "cuda"]
+    )
     assert dispatch.select("pack", "cpu", "cpp") is tk.native.pack  # the argument comes first
     monkeypatch.setenv("TWA_KERNELS_BACKEND", "triton")  # every device
-    with pytest.raises(RuntimeError, match="on CPU tensors only in Triton's interpreter"), monkeypatch.context() as m:
+    with (
+        pytest.raises(RuntimeError, match="on CPU tensors only in Triton's interpreter"),
+        monkeypatch.context() as m,
+    ):
         m.delenv("TRITON_INTERPRET", raising=False)
         dispatch.select("pack", "cpu")
     for wrong in ("tritn", "gpu:triton", "cuda:", "cuda=triton"):
         monkeypatch.setenv("TWA_KERNELS_BACKEND", wrong)
-        with pytest.raises(RuntimeError, match=r"TWA_KERNELS_BACKEND: expected a backend \(.*\) or device:backend pairs"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"TWA_KERNELS_BACKEND: expected a backend \(.*\) or device:backend pairs",
+        ):
             dispatch.select("project", "cpu")
 
 
 def test_triton_without_its_package_or_a_gpu_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="on CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1"):
+    with pytest.raises(
+        RuntimeError, match="on CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1"
+    ):
         dispatch.select("project", "cpu", "triton")
     with pytest.raises(RuntimeError, match="no GPU that PyTorch can use"):
         dispatch.select("project", "cuda", "triton")
@@ -191,7 +237,9 @@ def test_gpus_prefer_the_cuda_module(monkeypatch):
         **dict.fromkeys(("pack", "project", "reconstruct", "step", "orthonormalize_pass"), "cuda"),
         **dict.fromkeys(("unpack", "gram"), "triton"),
     }
-    monkeypatch.setattr(dispatch, "why_unusable", lambda backend: "absent" if backend == "cuda" else None)
+    monkeypatch.setattr(
+        dispatch, "why_unusable", lambda backend: "absent" if backend == "cuda" else None
+    )
     assert {dispatch.default_backend(op, "cuda") for op in dispatch.OPS} == {"triton"}
 
 
@@ -205,14 +253,18 @@ expected = tk.project(basis, grads)
 child = os.fork()
 if not child:
     os._exit(0 if torch.equal(tk.project(basis, grads), expected) else 1)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), torch.equal(tk.project(basis, grads), expected))
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(status, torch.equal(tk.project(basis, grads), expected))
 """
     assert run_python(code).strip() == "0 True"
 
 
 def test_lazily_negated_gradients():
     basis, grads = operands(), [torch.randn(s) for s in SHAPES]
-    assert torch.equal(tk.project(basis, [torch._neg_view(g) for g in grads]), tk.project(basis, [-g for g in grads]))
+    assert torch.equal(
+        tk.project(basis, [torch._neg_view(g) for g in grads]),
+        tk.project(basis, [-g for g in grads]),
+    )
 
 
 def test_unknown_instruction_set_is_an_error():
@@ -232,10 +284,13 @@ def test_diagnostics():
         assert word in text
 
 
-@pytest.mark.skipif(not (tk.native._C and tk.native._C.with_cuda), reason="the native module was built without CUDA")
+@pytest.mark.skipif(
+    not (tk.native._C and tk.native._C.with_cuda), reason="the native module was built without CUDA"
+)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_cuda_without_a_device_says_so():
-    code = "from twa_kernels import dispatch; print(dispatch.why_unusable('cuda'))"  # in this process the kernels run emulated
+    # In this process the kernels run emulated.
+    code = "from twa_kernels import dispatch; print(dispatch.why_unusable('cuda'))"
     assert run_python(code).strip() == "no CUDA device on this machine"
 
 

@@ -1,4 +1,7 @@
-"""orthonormalize_pass in CUDA C++ beyond what every GPU backend is tested for: sizes around its tiles and panels, addresses, dtypes, order."""
+"""orthonormalize_pass in CUDA C++ beyond what every GPU backend is tested for.
+
+Sizes around its tiles and panels, addresses, dtypes, order.
+"""
 
 import pytest
 import torch
@@ -9,7 +12,9 @@ from twa_kernels import cuda
 from twa_kernels.gram_schmidt import probes
 
 DEVICE = "cuda" if ON_GPU else "cpu"
-pytestmark = [pytest.mark.skipif(cuda.why_unusable() is not None, reason=str(cuda.why_unusable()))] + [pytest.mark.gpu] * ON_GPU
+pytestmark = [
+    pytest.mark.skipif(cuda.why_unusable() is not None, reason=str(cuda.why_unusable()))
+] + [pytest.mark.gpu] * ON_GPU
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 FORMS = ("gram", "again", "write")
 
@@ -23,9 +28,14 @@ def instructions(request, monkeypatch):
 
 
 def problem(n, r, numels, seed=0, offset=0, dtypes=(F32,), center=True):
-    """Rows that begin `offset` elements into their memory, dtypes in turn; a transform whose rows reach beyond the diagonal."""
+    """Rows that begin `offset` elements into their memory, dtypes in turn.
+
+    And a transform whose rows reach beyond the diagonal.
+    """
     g = torch.Generator().manual_seed(seed)
-    parent = torch.tensor([-1] + [int(torch.randint(-1, i, (), generator=g)) for i in range(1, n)], dtype=torch.int32)
+    parent = torch.tensor(
+        [-1] + [int(torch.randint(-1, i, (), generator=g)) for i in range(1, n)], dtype=torch.int32
+    )
     transform = torch.randn(r, n, generator=g, dtype=F64).tril(n - r)
 
     def placed(t, k):
@@ -34,8 +44,16 @@ def problem(n, r, numels, seed=0, offset=0, dtypes=(F32,), center=True):
         memory[offset:] = t.to(dtype)
         return memory[offset:]
 
-    rows = [placed(torch.randn(numel, generator=g), i + k) for k, numel in enumerate(numels) for i in range(n)]
-    centers = [placed(t, k) for k, t in enumerate(tensors([(m,) for m in numels], seed + 1))] if center else []
+    rows = [
+        placed(torch.randn(numel, generator=g), i + k)
+        for k, numel in enumerate(numels)
+        for i in range(n)
+    ]
+    centers = (
+        [placed(t, k) for k, t in enumerate(tensors([(m,) for m in numels], seed + 1))]
+        if center
+        else []
+    )
     return rows, centers, parent.to(DEVICE), transform.to(DEVICE)
 
 
@@ -46,7 +64,15 @@ def run(backend, given, numels, form, first=0, out=None, dtype=F32):
         out = [torch.full((m,), 7.0, dtype=dtype, device=DEVICE) for m in numels for _ in range(r)]
     by = (None if form == "gram" else transform, probes(r).to(DEVICE) if form == "write" else None)
     gram, norms = torch.ops.twa_kernels.orthonormalize_pass(
-        rows, center, list(numels), parent, *by, first, False, out or [], "reference" if backend == "reference" else "cuda"
+        rows,
+        center,
+        list(numels),
+        parent,
+        *by,
+        first,
+        False,
+        out or [],
+        "reference" if backend == "reference" else "cuda",
     )
     return gram.cpu(), norms.cpu(), [o.cpu() for o in out or []]
 
@@ -77,7 +103,10 @@ def test_several_panels_of_columns(form="write"):
     """More columns than the workspace holds at once."""
     n, r, numels = 1025, 3, [6000, 2000]
     plan, chunks = cuda.module.orthonormalize_plan, sum(-(-m // 32) for m in numels)
-    assert plan(n, r, chunks, True, form == "write")[2] == plan(n, r, 10 * chunks, True, form == "write")[2]
+    assert (
+        plan(n, r, chunks, True, form == "write")[2]
+        == plan(n, r, 10 * chunks, True, form == "write")[2]
+    )
     given = problem(n, r, numels)
     given[3][:, 20:1010] = 0.0  # tiles without a number take no time
     agree(given, numels, form)
@@ -94,7 +123,7 @@ def test_rows_at_any_address(offset, center, n):
 @pytest.mark.parametrize(("n", "offset"), [(9, 0), (9, 1), (9, 4), (66, 1)])
 @pytest.mark.parametrize("dtypes", [(BF16,), (F16,), (BF16, F16), (F32, BF16, F16)])
 def test_dtypes(dtypes, offset, n):
-    """Of one kind, or mixed among the rows; results in each."""
+    """Rows of one dtype, or of several; results in each."""
     numels = [66, 64] if n == 9 else [33]
     given = problem(n, n, numels, offset=offset, dtypes=dtypes)
     for form in ("gram", "again"):
@@ -139,7 +168,12 @@ def test_the_same_bits_in_any_order(n, monkeypatch):
             monkeypatch.setenv("TWA_EMULATOR_SEED", str(seed))
             results.append(run("cuda", given, numels, form))
         for found in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip([*found[:2], *found[2]], [*results[0][:2], *results[0][2]], strict=True))
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(
+                    [*found[:2], *found[2]], [*results[0][:2], *results[0][2]], strict=True
+                )
+            )
 
 
 def test_workspaces_are_bounded():
@@ -148,4 +182,9 @@ def test_workspaces_are_bounded():
         for chunks in (0, 1, 1000, 10**8):
             for transform, write in ((False, False), (True, False), (True, True)):
                 parts, stride, space = plan(n, n, chunks, transform, write)
-                assert parts * stride * 8 <= 72 << 20 and space * 8 <= 64 << 20, (n, chunks, transform, write)
+                assert parts * stride * 8 <= 72 << 20 and space * 8 <= 64 << 20, (
+                    n,
+                    chunks,
+                    transform,
+                    write,
+                )

@@ -24,7 +24,10 @@ def same_bytes(a, b):
 @pytest.mark.parametrize("bits", BITS)
 def test_bytes_equal_reference(bits, n):
     rows, center = rows_of(n, SHAPES), tensors(SHAPES)
-    same_bytes(tk.pack(rows, bits, center, SEGMENTS), tk.pack(rows, bits, center, SEGMENTS, backend="reference"))
+    same_bytes(
+        tk.pack(rows, bits, center, SEGMENTS),
+        tk.pack(rows, bits, center, SEGMENTS, backend="reference"),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -44,16 +47,22 @@ def test_many_rows():
 def test_scales_as_e4m3_at_every_boundary():
     """Every scale of 4 significant bits, at every exponent, against PyTorch's own conversion."""
     mantissa, exponent = torch.arange(8, 16)[:, None], torch.arange(-126, 120)[None, :]
-    values = torch.cat([torch.zeros(1), (mantissa / 8 * 2.0 ** exponent.double()).flatten()]).bfloat16()
+    values = torch.cat(
+        [torch.zeros(1), (mantissa / 8 * 2.0 ** exponent.double()).flatten()]
+    ).bfloat16()
     for unit in range(-134, 112):
         ours = tk.packed._e4m3(values, torch.full_like(values, unit, dtype=torch.int16))
         exact = values.double() * 2.0**-unit
         fits = exact < 256
-        assert torch.equal(ours[fits], exact[fits].float().to(torch.float8_e4m3fn).view(torch.uint8))
+        assert torch.equal(
+            ours[fits], exact[fits].float().to(torch.float8_e4m3fn).view(torch.uint8)
+        )
 
 
 def test_a_zero_tensor_in_a_tiny_segment_is_zero():
-    basis = tk.pack([1e-36 * torch.randn(3, 300), torch.zeros(3, 200)], 4, segments=[0, 0], normalize="none")
+    basis = tk.pack(
+        [1e-36 * torch.randn(3, 300), torch.zeros(3, 200)], 4, segments=[0, 0], normalize="none"
+    )
     assert not tk.unpack(basis)[1].any() and tk.unpack(basis)[0].any()
 
 
@@ -79,29 +88,32 @@ def test_many_rows_of_many_tiles(bits, n):
     same_bytes(tk.pack(rows, bits), tk.pack(rows, bits, backend="reference"))
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_absmax_clips_nothing(bits):
+def test_8_bits_clip_nothing():
     rows = [torch.distributions.StudentT(2.0).sample((3, 128 * 9 + 40))]
-    packed = tk.pack(rows, bits, normalize="none", quantiser="absmax")
-    same_bytes(packed, tk.pack(rows, bits, normalize="none", quantiser="absmax", backend="reference"))
-    groups = torch.nn.functional.pad(rows[0], (0, 88)).view(3, 10, 128)
-    largest = groups.abs().amax(-1, keepdim=True)
-    gaps = torch.tensor(reference.LEVELS[bits]).diff().max().item() if bits > 1 else 254
+    packed = tk.pack(rows, 8, normalize="none")
+    same_bytes(packed, tk.pack(rows, 8, normalize="none", backend="reference"))
+    largest = (
+        torch.nn.functional.pad(rows[0], (0, 88)).view(3, 10, 128).abs().amax(-1, keepdim=True)
+    )
     error = torch.nn.functional.pad(tk.unpack(packed)[0] - rows[0], (0, 88)).view(3, 10, 128).abs()
-    # half a gap, plus half a level for rounding to one, of a scale that is rounded up by at most 1 / 8
-    assert (error <= (gaps / 2 + 1) / 127 * 1.125 * largest).all()
+    # Half a level for rounding to one, and a share for rounding u / s before that,
+    # of a scale that is rounded up by at most 1 / 8.
+    assert (error <= 0.51 / 127 * 1.125 * largest).all()
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
-@pytest.mark.parametrize("quantiser", ["gaussian", "absmax"])
 @pytest.mark.parametrize("bits", BITS)
-def test_reported_error_is_the_measured_one(bits, quantiser, backend):
+def test_reported_error_is_the_measured_one(bits, backend):
     rows, center = rows_of(4, SHAPES), tensors(SHAPES)
     rows[2][:] = center[2]  # a tensor that is equal in all rows
-    packed = tk.pack(rows, bits, center, normalize="none", quantiser=quantiser, report=True, backend=backend)
-    for back, row, c, error in zip(tk.unpack(packed), rows, center, packed.relative_error, strict=True):
+    packed = tk.pack(rows, bits, center, normalize="none", report=True, backend=backend)
+    for back, row, c, error in zip(
+        tk.unpack(packed), rows, center, packed.relative_error, strict=True
+    ):
         delta = (row - c).double()
-        assert error == pytest.approx(float((back.double() - delta).norm() / delta.norm()) if delta.any() else 0.0, rel=1e-4)
+        assert error == pytest.approx(
+            float((back.double() - delta).norm() / delta.norm()) if delta.any() else 0.0, rel=1e-4
+        )
     assert tk.pack(rows, bits, center).relative_error is None
 
 
@@ -114,7 +126,8 @@ def test_any_magnitude(bits, scale):
     assert torch.isfinite(tk.unpack(a)[0]).all()
 
 
-#: relative error on Gaussian data; published min/max per tensor at 4, 3, 2, 1 bits: .20, .43, 1.1, 4.4
+#: relative error on Gaussian data; published min/max per tensor at 4, 3, 2, 1 bits: .20, .43, 1.1,
+#: 4.4
 GAUSSIAN_ERROR = {8: 0.0075, 4: 0.098, 3: 0.186, 2: 0.345, 1: 0.61}
 
 
@@ -136,7 +149,7 @@ def test_unpack_is_the_formula(bits, basis_of):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_code_bit_map(bits):
-    """Byte packing and unpacking are inverse, and column c is where the layout says, for every column."""
+    """Byte packing and unpacking are inverse, and every column is where the layout says."""
     codes = torch.randint(0, 2**bits, (7, 128), generator=torch.Generator().manual_seed(bits))
     packed = reference.codes_to_bytes(codes, bits)
     assert packed.shape == (7, 16 * bits)
@@ -153,21 +166,25 @@ def test_levels_agree():
 
 @pytest.mark.parametrize("bits", BITS)
 def test_normalize(bits):
-    rows = [torch.randn(6, 300) * torch.tensor([0.01, 0.1, 1, 2, 3, 100.0])[:, None], torch.randn(6, 77)]
+    rows = [
+        torch.randn(6, 300) * torch.tensor([0.01, 0.1, 1, 2, 3, 100.0])[:, None],
+        torch.randn(6, 77),
+    ]
     norms = torch.cat(rows, 1).norm(dim=1).double()
     row = tk.pack(rows, bits, normalize="row")
-    torch.testing.assert_close(row.divisor, (norms / norms.sort().values[1])[:, None].expand(-1, 2), rtol=1e-6, atol=0)
-    segment = tk.pack(rows, bits, normalize="segment")
-    parts = torch.stack([r.norm(dim=1).double() for r in rows], 1)
-    torch.testing.assert_close(segment.divisor, parts / parts.sort(0).values[1], rtol=1e-6, atol=0)
-    assert torch.equal(tk.pack(rows, bits, normalize="none").divisor, torch.ones(6, 2, dtype=torch.float64))
+    torch.testing.assert_close(
+        row.divisor, (norms / norms.sort().values[1])[:, None].expand(-1, 2), rtol=1e-6, atol=0
+    )
+    assert torch.equal(
+        tk.pack(rows, bits, normalize="none").divisor, torch.ones(6, 2, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_zero_rows_and_constant_tensors(bits):
     rows = [torch.zeros(3, 200), torch.randn(3, 200)]
     rows[1][1] = 0
-    for normalize in ("row", "segment", "none"):
+    for normalize in ("row", "none"):
         basis = tk.pack(rows, bits, normalize=normalize)
         dense = tk.unpack(basis)
         assert all(torch.isfinite(t).all() for t in dense)
@@ -203,12 +220,13 @@ for bits in (8, 4, 3, 2, 1):
     b = tk.pack(rows_of(6, SHAPES), bits, tensors(SHAPES), SEGMENTS)
     x = torch.randn(6, 5, generator=torch.Generator().manual_seed(5))
     packed = [b.codes, b.scales.view(torch.uint8), b.row_scale]
-    for t in [*packed, *tk.unpack(b), tk.project(b, tensors(SHAPES, 9)), *tk.reconstruct(b, x, tensors(SHAPES))]:
+    theta = tk.reconstruct(b, x, tensors(SHAPES))
+    for t in [*packed, *tk.unpack(b), tk.project(b, tensors(SHAPES, 9)), *theta]:
         h.update(t.contiguous().numpy().tobytes())
     out, options = [torch.empty(s) for s in SHAPES], dict(lr=0.1, momentum=0.9)
-    c = tk.step(b, tensors(SHAPES, 9), x, out, tensors(SHAPES), rule="sgd", options=options, state=dict())
-    a = tk.pack(rows_of(6, SHAPES), bits, tensors(SHAPES), SEGMENTS, quantiser="absmax")
-    for t in [c, x, *out, a.codes, a.scales.view(torch.uint8)]:
+    sgd = dict(rule="sgd", options=options, state=dict())
+    c = tk.step(b, tensors(SHAPES, 9), x, out, tensors(SHAPES), **sgd)
+    for t in [c, x, *out]:
         h.update(t.contiguous().numpy().tobytes())
 print(h.hexdigest())
 """
@@ -229,7 +247,9 @@ def test_every_tier_and_thread_count_gives_the_same_bits(isa, expected_digest):
 
 def test_repeats_give_the_same_bits(basis_of):
     basis, grads = basis_of(5, 4), tensors(SHAPES, 9)
-    digests = {hashlib.sha256(tk.project(basis, grads).numpy().tobytes()).hexdigest() for _ in range(12)}
+    digests = {
+        hashlib.sha256(tk.project(basis, grads).numpy().tobytes()).hexdigest() for _ in range(12)
+    }
     assert len(digests) == 1
 
 
@@ -247,16 +267,23 @@ def test_not_finite_is_located():
     [
         (dict(bits=5), ValueError, "bits must be one of"),
         (dict(rows=[]), ValueError, "at least one tensor"),
-        (dict(rows=[torch.zeros(2, 3, dtype=torch.int32)]), TypeError, r"rows\[0\]: expected one of .* found torch.int32"),
+        (
+            dict(rows=[torch.zeros(2, 3, dtype=torch.int32)]),
+            TypeError,
+            r"rows\[0\]: expected one of .* found torch.int32",
+        ),
         (dict(rows=[torch.zeros(2, 3, dtype=torch.float64)]), TypeError, "float64"),
-        (dict(rows=[[torch.zeros(3), torch.zeros(4)]]), ValueError, r"row 1: expected shape \(3,\), found \(4,\)"),
+        (
+            dict(rows=[[torch.zeros(3), torch.zeros(4)]]),
+            ValueError,
+            r"row 1: expected shape \(3,\), found \(4,\)",
+        ),
         (dict(center=[torch.zeros(4)]), ValueError, r"center: expected shape \(3,\), found \(4,\)"),
         (dict(center=[torch.zeros(3)] * 2), ValueError, "center: expected 1 tensors, found 2"),
         (dict(segments=[0, 1]), ValueError, "segments: expected 1 entries"),
         (dict(segments=[-1]), ValueError, "at least 0"),
         (dict(segments=[0.5]), TypeError, "integers"),
-        (dict(quantiser="minmax"), ValueError, r"quantiser must be one of \('gaussian', 'absmax'\), found 'minmax'"),
-        (dict(normalize="rows"), ValueError, "normalize"),
+        (dict(normalize="segment"), ValueError, "normalize: expected one of"),
         (dict(backend="fpga"), RuntimeError, "unknown backend 'fpga'"),
     ],
 )
@@ -266,26 +293,30 @@ def test_bad_input(change, error, message):
         tk.pack(**arguments)
 
 
-# GPU kernels -------------------------------------------------------------------------------------------------------
+# GPU kernels --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantiser", ["gaussian", "absmax"])
 @pytest.mark.parametrize("bits", BITS)
-def test_gpu_bytes_equal_reference(bits, quantiser, gpu):
+def test_gpu_bytes_equal_reference(bits, gpu):
     rows, center = rows_of(3, SHAPES), tensors(SHAPES)
     rows[3][1] = rows[3][0]
     rows[4][2] = center[4]  # a zero row
-    ours = tk.pack(gpu.put(rows), bits, gpu.put(center), SEGMENTS, backend=gpu.backend, quantiser=quantiser, report=True)
-    truth = tk.pack(rows, bits, center, SEGMENTS, backend="reference", quantiser=quantiser, report=True)
+    ours = tk.pack(gpu.put(rows), bits, gpu.put(center), SEGMENTS, backend=gpu.backend, report=True)
+    truth = tk.pack(rows, bits, center, SEGMENTS, backend="reference", report=True)
     same_bytes(ours.to("cpu"), truth)
-    torch.testing.assert_close(torch.tensor(ours.relative_error), torch.tensor(truth.relative_error), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(ours.relative_error), torch.tensor(truth.relative_error), rtol=1e-9, atol=0
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-37, 1e-20, 1e37])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_gpu_any_magnitude(bits, scale, gpu):
     rows = [r * scale for r in rows_of(2, [(300,), (5, 7)])]
-    same_bytes(tk.pack(gpu.put(rows), bits, backend=gpu.backend).to("cpu"), tk.pack(rows, bits, backend="reference"))
+    same_bytes(
+        tk.pack(gpu.put(rows), bits, backend=gpu.backend).to("cpu"),
+        tk.pack(rows, bits, backend="reference"),
+    )
 
 
 def test_gpu_input_dtypes(gpu):
@@ -315,7 +346,10 @@ def test_gpu_unpack(bits, basis_of, gpu):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("numel", [1, 127, 129, 1024, 1025, 8192 + 77, 30_000])
 def test_the_center_in_the_same_read(dtype, numel):
-    """Packing with weights is averaging, then packing: the same bits of center and basis, for rows whose weight is 0, too."""
+    """Packing with weights is averaging, then packing: the same bits of center and basis.
+
+    For rows whose weight is 0, too.
+    """
     generator = torch.Generator().manual_seed(numel)
     rows = [torch.randn(numel, generator=generator).to(dtype) for _ in range(5)]
     weights = [0.25, 0.0, -0.5, 1.0, 0.25]
@@ -330,7 +364,11 @@ def test_the_center_in_the_same_read(dtype, numel):
         packer.end_tensor()
         made.append((packer.finish(), center))
     (a, center), (b, expected) = made
-    assert torch.equal(center, expected) and torch.equal(a.codes, b.codes) and torch.equal(a.scales.view(torch.uint8), b.scales.view(torch.uint8))
+    assert (
+        torch.equal(center, expected)
+        and torch.equal(a.codes, b.codes)
+        and torch.equal(a.scales.view(torch.uint8), b.scales.view(torch.uint8))
+    )
     assert torch.equal(a.row_scale, b.row_scale) and torch.equal(a.divisor, b.divisor)
 
 
@@ -341,4 +379,6 @@ def test_the_center_in_the_same_read_refuses():
     with pytest.raises(TypeError, match=r"out: expected torch\.float32"):
         packer.add_columns(rows, 0, torch.zeros(200, dtype=torch.bfloat16), [1.0, 1.0])
     with pytest.raises(tk.NotFiniteError):
-        packer.add_columns([torch.full((200,), torch.nan), rows[0]], 0, torch.zeros(200), [1.0, 1.0])
+        packer.add_columns(
+            [torch.full((200,), torch.nan), rows[0]], 0, torch.zeros(200), [1.0, 1.0]
+        )

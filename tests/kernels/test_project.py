@@ -9,7 +9,8 @@ from conftest import BITS, SHAPES, rows_of, tensors
 import twa_kernels as tk
 from twa_kernels import reference
 
-#: dtype, bound relative to |P| |g| of the same dtype's values: the docstring's 2^-23 and the result's own rounding
+#: dtype, bound relative to |P| |g| of the same dtype's values: the docstring's 2^-23 and the
+#: result's own rounding
 BOUNDS = [(torch.float32, 2**-22), (torch.bfloat16, 2**-22), (torch.float16, 2**-22)]
 
 
@@ -22,9 +23,15 @@ def exact(basis, grads):
 @pytest.mark.parametrize("bits", BITS)
 def test_against_float64(bits, n, dtype, bound, basis_of):
     basis, grads = basis_of(n, bits), tensors(SHAPES, 7, dtype)
-    norm_p = torch.cat([t.reshape(n, -1) for t in tk.unpack(basis)], 1).double().norm(dim=1, keepdim=True)
+    norm_p = (
+        torch.cat([t.reshape(n, -1) for t in tk.unpack(basis)], 1)
+        .double()
+        .norm(dim=1, keepdim=True)
+    )
     norm_g = torch.cat([g.flatten() for g in grads]).double().norm()
-    assert ((tk.project(basis, grads).double() - exact(basis, grads)).abs() <= bound * norm_p * norm_g).all()
+    assert (
+        (tk.project(basis, grads).double() - exact(basis, grads)).abs() <= bound * norm_p * norm_g
+    ).all()
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -35,7 +42,9 @@ def test_worst_case_of_the_bound(bits):
     basis, grads = tk.pack([row], bits, normalize="none"), [torch.full((128,), 2.0**-24 * 1.01)]
     grads[0][0] = 1.0
     p = tk.unpack(basis)[0].double()
-    assert (tk.project(basis, grads).double() - exact(basis, grads)).abs().item() <= 2.0**-23 * p.abs().sum().item() + 1e-7 * p[0, 0].abs().item()
+    assert (
+        tk.project(basis, grads).double() - exact(basis, grads)
+    ).abs().item() <= 2.0**-23 * p.abs().sum().item() + 1e-7 * p[0, 0].abs().item()
 
 
 def test_no_worse_than_plain_pytorch():
@@ -44,7 +53,9 @@ def test_no_worse_than_plain_pytorch():
     basis, grads = tk.pack(rows, 4), tensors([(100_000,)], 7)
     truth = exact(basis, grads)
     plain = tk.unpack(basis)[0] @ grads[0]
-    assert (tk.project(basis, grads)[:, 0] - truth[:, 0]).abs().max() <= 2 * (plain - truth[:, 0]).abs().max() + 1e-7
+    assert (tk.project(basis, grads)[:, 0] - truth[:, 0]).abs().max() <= 2 * (
+        plain - truth[:, 0]
+    ).abs().max() + 1e-7
 
 
 @pytest.mark.parametrize("factor", [1e-38, 1e-30, 1e30])
@@ -64,7 +75,9 @@ def test_missing_gradients_count_as_zero(bits, basis_of):
 
 def test_strided_gradients(basis_of):
     basis, grads = basis_of(5, 4), tensors(SHAPES, 7)
-    strided = [g.t().contiguous().t() if g.dim() == 2 else torch.stack([g, g], -1)[..., 0] for g in grads]
+    strided = [
+        g.t().contiguous().t() if g.dim() == 2 else torch.stack([g, g], -1)[..., 0] for g in grads
+    ]
     assert not strided[-1].is_contiguous() and not strided[1].is_contiguous()
     assert torch.equal(tk.project(basis, strided), tk.project(basis, grads))
 
@@ -82,11 +95,18 @@ def test_non_finite_gradient_makes_its_segment_nan(bits, value, basis_of):
 
 
 def test_beyond_2_to_the_31_columns():
-    """Two tensors, the second past column 2^31, on memory of which only the pages that are written exist."""
+    """Two tensors, the second past column 2^31.
+
+    They are on memory of which only the pages that are written exist.
+    """
     first, second = 2**31 + 128, 300
 
     def sparse(count, dtype):
-        memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+        memory = mmap.mmap(
+            -1,
+            count * dtype.itemsize,
+            flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0),
+        )
         return torch.frombuffer(memory, dtype=dtype, count=count)
 
     tiles = first // 128 + 3
@@ -95,7 +115,9 @@ def test_beyond_2_to_the_31_columns():
     segment = torch.zeros(tiles, dtype=torch.int32)
     segment[-3:] = 1
     shapes = (torch.Size((first,)), torch.Size((second,)))
-    basis = tk.PackedBasis(codes, scales, torch.ones(1, 2), segment, torch.ones(1, 2, dtype=torch.float64), shapes, 1)
+    basis = tk.PackedBasis(
+        codes, scales, torch.ones(1, 2), segment, torch.ones(1, 2, dtype=torch.float64), shapes, 1
+    )
     grads = [sparse(first, torch.bfloat16), torch.arange(300.0)]
     grads[0][-1], grads[0][5] = 2.0, 0.5
     codes[-1, 0, 0] = 1  # column 256 of the second tensor: +127 instead of -127
@@ -107,9 +129,17 @@ def test_beyond_2_to_the_31_columns():
     ("grads", "error", "message"),
     [
         ([torch.zeros(3)], ValueError, "grads: expected 9 tensors, found 1"),
-        ([torch.zeros(s) for s in SHAPES[:-1]] + [torch.zeros(7)], ValueError, r"grads\[8\]: expected 3300 elements"),
+        (
+            [torch.zeros(s) for s in SHAPES[:-1]] + [torch.zeros(7)],
+            ValueError,
+            r"grads\[8\]: expected 3300 elements",
+        ),
         ([torch.zeros(s, dtype=torch.float64) for s in SHAPES], TypeError, r"grads\[0\].*float64"),
-        ([torch.zeros(s, device="meta") for s in SHAPES], ValueError, r"grads\[0\]: expected device cpu, found meta"),
+        (
+            [torch.zeros(s, device="meta") for s in SHAPES],
+            ValueError,
+            r"grads\[0\]: expected device cpu, found meta",
+        ),
     ],
 )
 def test_bad_input(grads, error, message, basis_of):
@@ -117,17 +147,22 @@ def test_bad_input(grads, error, message, basis_of):
         tk.project(basis_of(5, 4), grads)
 
 
-# GPU kernels -------------------------------------------------------------------------------------------------------
+# GPU kernels --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("bits", "n", "dtype"),
-    [(bits, n, torch.float32) for bits in BITS for n in (1, 17, 33)] + [(bits, 5, d) for bits in (4, 1) for d in (torch.bfloat16, torch.float16)],
+    [(bits, n, torch.float32) for bits in BITS for n in (1, 17, 33)]
+    + [(bits, 5, d) for bits in (4, 1) for d in (torch.bfloat16, torch.float16)],
 )
 def test_gpu_against_float64(bits, n, dtype, basis_of, gpu):
     gpu.needs("project")
     basis, grads = basis_of(n, bits), tensors(SHAPES, 7, dtype)
-    norm_p = torch.cat([t.reshape(n, -1) for t in tk.unpack(basis)], 1).double().norm(dim=1, keepdim=True)
+    norm_p = (
+        torch.cat([t.reshape(n, -1) for t in tk.unpack(basis)], 1)
+        .double()
+        .norm(dim=1, keepdim=True)
+    )
     norm_g = torch.cat([g.flatten() for g in grads]).double().norm()
     ours = tk.project(gpu.put(basis), gpu.put(grads), gpu.backend).cpu().double()
     assert ((ours - exact(basis, grads)).abs() <= 2**-22 * norm_p * norm_g).all()
@@ -160,7 +195,10 @@ def test_gpu_any_gradient_magnitude(factor, basis_of, gpu):
     gpu.needs("project")
     basis, grads = basis_of(5, 4), [g * factor for g in tensors(SHAPES, 7)]
     truth = exact(basis, grads)
-    assert ((tk.project(gpu.put(basis), gpu.put(grads), gpu.backend).cpu() - truth).abs() <= 1e-5 * truth.abs().max()).all()
+    assert (
+        (tk.project(gpu.put(basis), gpu.put(grads), gpu.backend).cpu() - truth).abs()
+        <= 1e-5 * truth.abs().max()
+    ).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -178,7 +216,10 @@ def test_gpu_repeats_give_the_same_bits(basis_of, gpu):
     gpu.needs("project")
     basis, grads = gpu.put(basis_of(5, 4)), gpu.put(tensors(SHAPES, 7))
     first = tk.project(basis, grads, gpu.backend)
-    assert all(torch.equal(first, tk.project(basis, grads, gpu.backend)) for _ in range(11 if gpu.device == "cuda" else 1))
+    assert all(
+        torch.equal(first, tk.project(basis, grads, gpu.backend))
+        for _ in range(11 if gpu.device == "cuda" else 1)
+    )
 
 
 def test_gpu_segments_inside_a_tensor(gpu):
@@ -186,27 +227,37 @@ def test_gpu_segments_inside_a_tensor(gpu):
     tiles = torch.tensor([0, 0, 1, 1, 1, 0, 2, 2])
     basis, g = tk.pack([torch.randn(4, 1000)], 4, segments=tiles), torch.randn(1000)
     truth = exact(basis, [g])
-    assert ((tk.project(gpu.put(basis), gpu.put(g), gpu.backend).cpu() - truth).abs() <= 2e-6 * truth.abs().max()).all()
+    assert (
+        (tk.project(gpu.put(basis), gpu.put(g), gpu.backend).cpu() - truth).abs()
+        <= 2e-6 * truth.abs().max()
+    ).all()
 
 
 def test_gpu_beyond_2_to_the_31_columns(gpu):
-    """As above, on a GPU's memory; the interpreter would take hours."""
+    """A tensor past column 2^31, on a GPU's memory; the interpreter would take hours."""
     gpu.needs("project")
     if gpu.device != "cuda":
         pytest.skip("needs a GPU: 16.8 million tiles are too many for Triton's interpreter")
     first, second = 2**31 + 128, 300
     tiles = first // 128 + 3
     codes = torch.zeros(tiles, 1, 16, dtype=torch.uint8, device="cuda")
-    scales = torch.full((tiles, 1), 0x38, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
+    scales = torch.full((tiles, 1), 0x38, dtype=torch.uint8, device="cuda").view(
+        torch.float8_e4m3fn
+    )
     segment = torch.zeros(tiles, dtype=torch.int32)
     segment[-3:] = 1
     shapes = (torch.Size((first,)), torch.Size((second,)))
     one = torch.ones(1, 2, device="cuda")
     basis = tk.PackedBasis(codes, scales, one, segment.cuda(), one.double(), shapes, 1)
-    grads = [torch.zeros(first, dtype=torch.bfloat16, device="cuda"), torch.arange(300.0, device="cuda")]
+    grads = [
+        torch.zeros(first, dtype=torch.bfloat16, device="cuda"),
+        torch.arange(300.0, device="cuda"),
+    ]
     grads[0][-1], grads[0][5] = 2.0, 0.5
     codes[-1, 0, 0] = 1
-    assert tk.project(basis, grads, gpu.backend).tolist() == [[-127 * 2.5, -127.0 * (sum(range(300)) - 2 * 256)]]
+    assert tk.project(basis, grads, gpu.backend).tolist() == [
+        [-127 * 2.5, -127.0 * (sum(range(300)) - 2 * 256)]
+    ]
     out = [torch.empty_like(g) for g in grads]
     tk.reconstruct(basis, one, out=out, backend=gpu.backend)
     assert out[0][-1] == -127 and out[1][0] == -127 and out[1][256] == 127

@@ -13,7 +13,9 @@ def coefficients(basis, seed=3):
 
 
 def exact(basis, x, center=()):
-    return reference.reconstruct(*basis.operands, x.double(), [c.double() for c in center], basis.numels, basis.bits)
+    return reference.reconstruct(
+        *basis.operands, x.double(), [c.double() for c in center], basis.numels, basis.bits
+    )
 
 
 @pytest.mark.parametrize("n", [1, 3, 5, 16, 33])
@@ -47,7 +49,10 @@ def test_adjoint_of_project(bits, n, basis_of):
     left = (x.double() * tk.project(basis, grads).double()).sum()
     theta = tk.reconstruct(basis, x)
     right = sum((t.double() * g.double()).sum() for t, g in zip(theta, grads, strict=True))
-    size = torch.cat([t.flatten() for t in theta]).double().norm() * torch.cat([g.flatten() for g in grads]).double().norm()
+    size = (
+        torch.cat([t.flatten() for t in theta]).double().norm()
+        * torch.cat([g.flatten() for g in grads]).double().norm()
+    )
     assert (left - right).abs() <= 1e-6 * size
 
 
@@ -69,7 +74,10 @@ def test_many_rows(bits, n):
 @pytest.mark.parametrize("n", [256, 257, 4096])
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_the_largest_sums_do_not_overflow(n, sign):
-    """All levels and all coefficients at their extremes, at the row counts where the kernels change their integers and end."""
+    """All levels and all coefficients at their extremes.
+
+    At the row counts where the kernels change their integers and end.
+    """
     basis = tk.pack([torch.ones(n, 130)], 8, normalize="none")
     x = torch.full((n, 1), sign)
     assert (tk.reconstruct(basis, x)[0] - exact(basis, x)[0]).abs().max() <= 2**-21 * n
@@ -96,7 +104,9 @@ def test_differentiable_in_x_and_center(basis_of):
     basis, weights = basis_of(5, 4), tensors(SHAPES, 13)
     x = coefficients(basis).requires_grad_()
     center = [c.requires_grad_() for c in tensors(SHAPES, 11)]
-    sum((w * t).sum() for w, t in zip(weights, tk.reconstruct(basis, x, center), strict=True)).backward()
+    sum(
+        (w * t).sum() for w, t in zip(weights, tk.reconstruct(basis, x, center), strict=True)
+    ).backward()
     assert torch.equal(x.grad, tk.project(basis, weights))
     assert all(torch.equal(c.grad, w) for c, w in zip(center, weights, strict=True))
 
@@ -118,7 +128,11 @@ def test_inside_functional_call():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (dict(x=torch.zeros(5, 4)), ValueError, r"x: expected shape \(n, L\) = \(5, 5\), found \(5, 4\)"),
+        (
+            dict(x=torch.zeros(5, 4)),
+            ValueError,
+            r"x: expected shape \(n, L\) = \(5, 5\), found \(5, 4\)",
+        ),
         (dict(x=torch.zeros(5, 5, dtype=torch.float64)), TypeError, "x: expected torch.float32"),
         (dict(center=tensors(SHAPES[:-1])), ValueError, "center: expected 9 tensors.*found 8"),
         (dict(out=tensors(SHAPES, dtype=torch.float64)), TypeError, r"out\[0\].*float64"),
@@ -136,7 +150,7 @@ def test_outputs_that_share_memory_are_refused():
         tk.reconstruct(basis, torch.zeros(2, 2), out=[memory[:10], memory[5:]])
 
 
-# GPU kernels -------------------------------------------------------------------------------------------------------
+# GPU kernels --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("bits", "n"), [(bits, n) for bits in BITS for n in (1, 17)] + [(4, 48)])
@@ -158,15 +172,22 @@ def test_gpu_dtypes_of_center_and_out(basis_of, gpu):
     x = gpu.put(coefficients(basis_of(5, 4)))
     center = gpu.put([t.to(kinds[k % 3]) for k, t in enumerate(tensors(SHAPES, 11))])
     wide = tk.reconstruct(basis, x, [c.float() for c in center], backend=gpu.backend)
-    out = [torch.full(s, torch.nan, dtype=kinds[k // 3], device=gpu.device) for k, s in enumerate(SHAPES)]
+    out = [
+        torch.full(s, torch.nan, dtype=kinds[k // 3], device=gpu.device)
+        for k, s in enumerate(SHAPES)
+    ]
     tk.reconstruct(basis, x, center, out=out, backend=gpu.backend)
-    assert all(torch.equal(o, w.to(o.dtype)) for o, w in zip(out, wide, strict=True))  # rounded once from float32
+    for o, w in zip(out, wide, strict=True):
+        assert torch.equal(o, w.to(o.dtype))  # rounded once from float32
 
 
 @pytest.mark.parametrize("n", [260, 520])
 @pytest.mark.parametrize("bits", [8, 3, 1])
 def test_gpu_many_rows(bits, n, gpu):
-    """More rows than one run of integer sums holds; no worse than products that are rounded to float32 and added exactly."""
+    """More rows than one run of integer sums holds.
+
+    No worse than products that are rounded to float32 and added exactly.
+    """
     gpu.needs("reconstruct")
     if n > 260 and bits == 3 and gpu.device == "cpu":
         n = 300  # the interpreter is slow here
@@ -174,7 +195,8 @@ def test_gpu_many_rows(bits, n, gpu):
     basis = tk.pack([torch.randn(n, 120, generator=generator)], bits, normalize="none")
     x = torch.randn(n, 1, generator=generator)
     truth = exact(basis, x)[0]
-    products = 2.0**-24 * x.norm() * tk.unpack(basis)[0].norm(dim=0).max()  # n roundings that are independent
+    # n roundings that are independent.
+    products = 2.0**-24 * x.norm() * tk.unpack(basis)[0].norm(dim=0).max()
     ours = tk.reconstruct(gpu.put(basis), gpu.put(x), backend=gpu.backend)[0].cpu()
     assert (ours - truth).abs().max() <= products + 2**-23 * truth.abs().max()
 
@@ -182,7 +204,10 @@ def test_gpu_many_rows(bits, n, gpu):
 @pytest.mark.parametrize(("bits", "n"), [(8, 130), (1, 255)])
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_gpu_largest_sums_do_not_overflow(bits, n, sign, gpu):
-    """Levels, coefficients and scales at their ends, all of one sign. The emulated products refuse to overflow."""
+    """Levels, coefficients and scales at their ends, all of one sign.
+
+    The emulated products refuse to overflow.
+    """
     gpu.needs("reconstruct")
     basis = gpu.put(tk.pack([sign * torch.ones(n, 200)], bits, normalize="none"))
     x = torch.ones(n, 1, device=gpu.device)
@@ -205,6 +230,17 @@ def test_gpu_nan_coefficient_shows_in_its_segment_only(value, basis_of, gpu):
 def test_gpu_strided_out_and_zero_coefficients(basis_of, gpu):
     gpu.needs("reconstruct")
     center = gpu.put(tensors(SHAPES, 11))
-    out = [torch.full(s[::-1], torch.nan, device=gpu.device).t() if len(s) == 2 else torch.full(s, torch.nan, device=gpu.device) for s in SHAPES]
-    tk.reconstruct(gpu.put(basis_of(5, 4)), torch.zeros(5, 5, device=gpu.device), center, out=out, backend=gpu.backend)
+    out = [
+        torch.full(s[::-1], torch.nan, device=gpu.device).t()
+        if len(s) == 2
+        else torch.full(s, torch.nan, device=gpu.device)
+        for s in SHAPES
+    ]
+    tk.reconstruct(
+        gpu.put(basis_of(5, 4)),
+        torch.zeros(5, 5, device=gpu.device),
+        center,
+        out=out,
+        backend=gpu.backend,
+    )
     assert all(torch.equal(o, c) for o, c in zip(out, center, strict=True))

@@ -64,7 +64,9 @@ def test_every_configuration_covers_16_bytes_a_thread():
             assert torch.tensor(c["rows"]) % 4 == 0 and 64 % c["rows"] == 0
 
 
-@pytest.mark.parametrize(("n", "rows"), [(1, 16), (16, 16), (17, 32), (64, 64), (72, 32), (120, 64), (256, 64)])
+@pytest.mark.parametrize(
+    ("n", "rows"), [(1, 16), (16, 16), (17, 32), (64, 64), (72, 32), (120, 64), (256, 64)]
+)
 def test_rows_per_program(n, rows):
     assert config.rows_per_program(n, 64) == rows
 

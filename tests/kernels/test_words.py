@@ -1,4 +1,8 @@
-"""The pieces of the Triton kernels: every assembly block against the tables of levels, the three ways to express them against each other."""
+"""The pieces of the Triton kernels.
+
+Every assembly block against the tables of levels, the three ways to express them against each
+other.
+"""
 
 import re
 
@@ -14,7 +18,9 @@ import twa_kernels as tk
 from twa_kernels import reference
 from twa_kernels._triton import launch, words
 
-interpreted = pytest.mark.skipif(ON_GPU, reason="runs in Triton's interpreter, which a session on a GPU does not load")
+interpreted = pytest.mark.skipif(
+    ON_GPU, reason="runs in Triton's interpreter, which a session on a GPU does not load"
+)
 BLOCKS = {8: words.PTX_8, 4: words.PTX_4, 3: words.PTX_3, 2: words.PTX_2, 1: words.PTX_1}
 
 
@@ -26,7 +32,10 @@ def packed_words(bits, count=4096, seed=0):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_ptx_blocks_decode_every_field_of_every_byte(bits):
-    """The strings that ship, run by an emulator of PTX: output f, byte b is the level of column f * K + b, K bytes contracted at once."""
+    """The strings that ship, run by an emulator of PTX.
+
+    Output f, byte b is the level of column f * K + b, K bytes contracted at once.
+    """
     codes, packed = packed_words(bits)
     levels = np.array(reference.LEVELS[bits])[codes.numpy()]
     fields = 8 // bits if bits != 3 else 8
@@ -34,12 +43,17 @@ def test_ptx_blocks_decode_every_field_of_every_byte(bits):
     arrays = [np.ascontiguousarray(i).reshape(-1).view(np.uint32) for i in inputs]
     for f, out in enumerate(interpreter.run_assembly(BLOCKS[bits].value, fields, arrays)):
         width = 128 // fields
-        assert (out.view(np.int8).reshape(len(codes), width) == levels[:, f * width : (f + 1) * width]).all()
+        assert (
+            out.view(np.int8).reshape(len(codes), width) == levels[:, f * width : (f + 1) * width]
+        ).all()
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_assembly_declares_what_it_uses(bits):
-    """One output per field in the constraints, registers written before they are read (else the emulator raises), nothing left over."""
+    """One output per field in the constraints, nothing left over.
+
+    Registers are written before they are read, else the emulator raises.
+    """
     asm = BLOCKS[bits].value
     operands = {int(k) for k in re.findall(r"\$(\d+)", asm)}
     fields, inputs = (8 // bits if bits != 3 else 8), (3 if bits == 3 else 1)
@@ -66,7 +80,9 @@ def test_byte_perm_and_dp4a(how, selector):
     _pieces[(1,)](a, b, s, out, K=64, SELECTOR=selector, ISA=how)
     both = torch.cat([a.view(torch.uint8).view(64, 4), b.view(torch.uint8).view(64, 4)], 1)
     for row, selectors in ((0, torch.full((64,), selector)), (1, s & 0x7777)):
-        picked = torch.stack([both.gather(1, ((selectors >> 4 * k) & 7).long()[:, None])[:, 0] for k in range(4)], 1)
+        picked = torch.stack(
+            [both.gather(1, ((selectors >> 4 * k) & 7).long()[:, None])[:, 0] for k in range(4)], 1
+        )
         assert torch.equal(out[row], picked.view(torch.int32)[:, 0])
     products = a.view(torch.int8).view(64, 4).long() * b.view(torch.int8).view(64, 4).long()
     assert torch.equal(out[2].long(), products.sum(1) + s)
@@ -87,14 +103,25 @@ def _fixed(v, q, limbs, units, K: tl.constexpr):
 @interpreted
 @pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-30, 1.0, 3e38])
 def test_fixed_point(scale):
-    """v = q * unit to half a unit, |q| <= 0x7f7f7f, q = 65536 a + 256 b + c in signed bytes, at every magnitude that float32 has."""
-    v = torch.randn(128, generator=torch.Generator().manual_seed(2)).double().clamp(-1, 1).mul(scale).float()
+    """v = q * unit to half a unit, |q| <= 0x7f7f7f, q = 65536 a + 256 b + c in signed bytes.
+
+    At every magnitude that float32 has.
+    """
+    v = (
+        torch.randn(128, generator=torch.Generator().manual_seed(2))
+        .double()
+        .clamp(-1, 1)
+        .mul(scale)
+        .float()
+    )
     q, limbs = torch.empty(128, dtype=torch.int32), torch.empty(128, dtype=torch.int32)
     units = torch.empty(128)
     _fixed[(1,)](v, q, limbs, units, K=128)
     unit = units[0].double()
     assert q.abs().max() <= 0x7F7F7F and unit > 0
-    assert ((q.double() * unit - v.double()).abs() <= unit / 2).all() and unit <= max(v.abs().max().double() * 2.0**-22, 2.0**-149)
+    assert ((q.double() * unit - v.double()).abs() <= unit / 2).all() and unit <= max(
+        v.abs().max().double() * 2.0**-22, 2.0**-149
+    )
     c, b, a, top = limbs.view(torch.int8).view(128, 4).long().T
     assert torch.equal(65536 * a + 256 * b + c, q.long()) and not top.any()
 
@@ -105,7 +132,11 @@ def test_fixed_point_at_the_largest_integer(mantissa):
     """A number whose 24 bits are just below, at and above three limbs of 127."""
     v = torch.zeros(16)
     v[3], v[4] = float(mantissa), -float(mantissa) - 0.5 * (mantissa < 2**22)
-    q, limbs, units = torch.empty(16, dtype=torch.int32), torch.empty(16, dtype=torch.int32), torch.empty(16)
+    q, limbs, units = (
+        torch.empty(16, dtype=torch.int32),
+        torch.empty(16, dtype=torch.int32),
+        torch.empty(16),
+    )
     _fixed[(1,)](v, q, limbs, units, K=16)
     assert q.abs().max() <= 0x7F7F7F
     assert (q.double() * units[0].double() - v.double()).abs().max() <= units[0].double() / 2
@@ -114,14 +145,22 @@ def test_fixed_point_at_the_largest_integer(mantissa):
 @interpreted
 @pytest.mark.parametrize("bits", BITS)
 def test_every_isa_gives_the_same_bits(bits, monkeypatch):
-    """project and reconstruct with NVIDIA's assembly, AMD's, and none: exact integer sums, so equal bits."""
+    """project and reconstruct with NVIDIA's assembly, AMD's, and none.
+
+    Exact integer sums, so equal bits.
+    """
     shapes, numbers = SHAPES[3:6], SEGMENTS[3:6]
     basis = tk.pack(rows_of(5, shapes), bits, segments=[numbers.index(s) for s in numbers])
-    grads, x = tensors(shapes, 7), torch.randn(5, basis.num_segments, generator=torch.Generator().manual_seed(0))
+    grads, x = (
+        tensors(shapes, 7),
+        torch.randn(5, basis.num_segments, generator=torch.Generator().manual_seed(0)),
+    )
     results = []
     for how in ("ptx", "gcn", "generic"):
         monkeypatch.setattr(launch, "isa", lambda arch, how=how: how)
-        results.append([tk.project(basis, grads, "triton"), *tk.reconstruct(basis, x, backend="triton")])
+        results.append(
+            [tk.project(basis, grads, "triton"), *tk.reconstruct(basis, x, backend="triton")]
+        )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -130,10 +169,21 @@ def test_work_items_cover_every_tile_once():
     generator = torch.Generator().manual_seed(3)
     numels = [1, 5000, 0, 128, 300, 64 * 128 + 1, 0]
     tiles = reference.tile_offsets(numels)[-1]
-    segment = torch.randint(0, 3, (tiles,), generator=generator).sort(stable=True).values[torch.randperm(tiles, generator=generator)].int()
+    segment = (
+        torch.randint(0, 3, (tiles,), generator=generator)
+        .sort(stable=True)
+        .values[torch.randperm(tiles, generator=generator)]
+        .int()
+    )
     work = launch.work_items(segment, numels, 5, 4)
     offsets, seen = reference.tile_offsets(numels), []
-    for tensor, first, count, s in zip(work.tensor.tolist(), work.tile.tolist(), work.tiles.tolist(), work.segment.tolist(), strict=True):
+    for tensor, first, count, s in zip(
+        work.tensor.tolist(),
+        work.tile.tolist(),
+        work.tiles.tolist(),
+        work.segment.tolist(),
+        strict=True,
+    ):
         covered = range(first, first + count)
         assert 1 <= count <= 4 and offsets[tensor] <= first and first + count <= offsets[tensor + 1]
         assert all(segment[t] == s for t in covered)

@@ -189,7 +189,7 @@ class Export(Job):
         assert code == 0, text
 
 
-class Average(Job):
+class Merge(Job):
     def __init__(self, server, heap, *options):
         super().__init__(server)
         self.heap, self.options = heap, options
@@ -228,14 +228,14 @@ class Average(Job):
             if name in self.expected:
                 assert value == self.expected[name]
             elif name == "state.pt":
-                assert torch.load(folder / name, weights_only=True)["format"] == "twa-state-1"
+                assert torch.load(folder / name, weights_only=True)["format"] == "twa-state-2"
 
     def go_on(self, folder):
         code, text = self.server(argv=self.argv(folder, "--resume"))
         assert code == 0, text
 
 
-JOBS = {"pack": Pack, "pack over": PackOver, "export": Export, "average": Average}
+JOBS = {"pack": Pack, "pack over": PackOver, "export": Export, "average": Merge}
 
 
 @pytest.fixture(scope="module")
@@ -425,7 +425,7 @@ def sample(calls, count, kinds):
     "name, count", [("pack", 5), ("pack over", 3), ("export", 6), ("average", 3)]
 )
 def test_no_space_from_a_call_on(jobs, tmp_path, name, count):
-    """A clear error, and what was there before still is; when there is space again, the same bits."""
+    """A clear error, and what was there before still is; with space again, the same bits."""
     job = jobs(name)
     for point in sample(job.calls, count, ("write", "create", "link", "sync", "rename", "swap")):
         folder = tmp_path / str(point)
@@ -456,7 +456,7 @@ def test_no_space_from_a_call_on(jobs, tmp_path, name, count):
 
 @pytest.mark.parametrize("share", [0.3, 0.8, 0.99])
 def test_a_small_file_system(jobs, tmp_path, share):
-    """A tmpfs of less than the basis and its scales take: full among the codes, or at the finish."""
+    """A tmpfs too small for the basis and its scales: full among the codes, or at the finish."""
     job, folder = jobs("pack"), tmp_path / "disk"
     folder.mkdir()
     size = len(job.expected[NAME])

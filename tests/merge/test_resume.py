@@ -19,11 +19,13 @@ import pytest
 import torch
 import twa
 from safetensors.torch import save_file
+from twa.cli import average
 from twa.cli import main as cli
-from twa.distributed.ranks import World
+from twa.distributed.ranks import Ranks
 from twa.merge import resume as state
-from twa.merge import run as average
+from twa.merge.evaluate import Evaluator
 from twa.tasks.batches import EveryOther, Stream, shared_out
+from twa.tasks.contract import load_task
 
 TASK = """
     import torch
@@ -32,13 +34,16 @@ TASK = """
 
     class Net(nn.Sequential):
         def __init__(self):
-            super().__init__(nn.Linear(8, 30), nn.BatchNorm1d(30), nn.Tanh(), nn.Dropout(0.2), nn.Linear(30, 1))
+            first = nn.Linear(8, 30), nn.BatchNorm1d(30), nn.Tanh(), nn.Dropout(0.2)
+            super().__init__(*first, nn.Linear(30, 1))
             self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
     def data(seed, count, shuffle):
         g = torch.Generator().manual_seed(seed)
         x = torch.randn(count, 8, generator=g)
-        return DataLoader(TensorDataset(x, x.sum(1, keepdim=True).sin()), batch_size=10, shuffle=shuffle)  # order: torch's own generator
+        y = x.sum(1, keepdim=True).sin()
+        # The order is drawn from torch's own generator.
+        return DataLoader(TensorDataset(x, y), batch_size=10, shuffle=shuffle)
 
     def model():
         return Net()
@@ -65,7 +70,7 @@ def job(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("job")
     (folder / "task.py").write_text(textwrap.dedent(TASK))
-    task = twa.tasks.load_task(str(folder / "task.py"))
+    task = load_task(str(folder / "task.py"))
     torch.manual_seed(0)
     model = task.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -103,7 +108,7 @@ STRUCK = """
     import torch
     import torch.distributed as dist
     import twa
-    from twa import cli
+    from twa.cli import main as cli
 
     step, count = twa.SubspaceOptimizer.step, 0
 
@@ -192,7 +197,7 @@ def test_killed_again_and_again_and_continued(job, undisturbed, tmp_path):
         assert ends[victim][0] == -signal.SIGKILL
         assert code == 1 and "another rank died or does not answer" in error, error
         assert "continue with the same command and --resume" in error
-        assert torch.load(state, weights_only=True)["format"] == "twa-state-1"
+        assert torch.load(state, weights_only=True)["format"] == "twa-state-2"
     for code, error in wait(launch(2, arguments(job, out, "--resume"))):
         assert code == 0, error
     assert {p.name for p in out.iterdir()} == FILES
@@ -296,12 +301,14 @@ def test_disk_full_keeps_the_state_before(job, tmp_path):
     out = tmp_path / "out"
     code = f"""
     import resource, sys
-    from twa import cli, state
+    from twa.cli import main as cli
+    from twa.merge import resume as state
     save, count = state.Store.save, 0
     def limited(self, value):
         global count
         count += 1
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000 if count >= 20 else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        most = 3000 if count >= 20 else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
         save(self, value)
     state.Store.save = limited
     sys.exit(cli.main({arguments(job, out)!r}))
@@ -328,23 +335,23 @@ def test_best_weights_that_could_not_be_saved(job, tmp_path, monkeypatch, capsys
     killed: what is continued must not take the weights of the first for those of the second."""
     losses = itertools.count(1.0, -1e-4)
     # each look finds something better
-    monkeypatch.setattr(average.Average, "validation_loss", lambda self: next(losses))
+    monkeypatch.setattr(Evaluator, "loss", lambda self: next(losses))
     assert cli.main(arguments(job, tmp_path / "whole")) == 0
     out, writes = tmp_path / "out", 0
-    original, finish = state.write_export, cli.finish
+    original, finish = state.write_export, average.finish
 
-    def full(path, placement):
+    def full(path, sharding):
         nonlocal writes
         writes += 1
         if writes == 2:
             raise OSError(28, "No space left on device", str(path))
-        original(path, placement)
+        original(path, sharding)
 
     def killed(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(state, "write_export", full)
-    monkeypatch.setattr(cli, "finish", killed)
+    monkeypatch.setattr(average, "finish", killed)
     assert cli.main(arguments(job, out)) == 130
     error = capsys.readouterr().err
     assert (
@@ -353,7 +360,7 @@ def test_best_weights_that_could_not_be_saved(job, tmp_path, monkeypatch, capsys
         and "is intact" in error
     )
     monkeypatch.setattr(state, "write_export", original)
-    monkeypatch.setattr(cli, "finish", finish)
+    monkeypatch.setattr(average, "finish", finish)
     assert cli.main(arguments(job, out, "--resume")) == 0
     assert result(out) == result(tmp_path / "whole")
 
@@ -369,42 +376,51 @@ def test_a_finished_run_has_nothing_to_resume(job, tmp_path, capsys):
 
 
 class Rank:
-    """A world of `size` seen from one rank, without any others."""
+    """Ranks seen from one of them, without any others."""
 
     def __init__(self, rank, size):
-        self.rank, self.size = rank, size
+        self.rank, self.world_size = rank, size
 
 
 class Noisy(torch.utils.data.Dataset):
-    """Items drawn from every kind of generator there is."""
-
-    def __init__(self):
-        self.generators = [random.Random(3), {"torch": torch.Generator().manual_seed(5)}]
-        self.numpy = numpy.random.default_rng(4)
-        self.legacy = numpy.random.RandomState(6)
+    """Items drawn from every generator that everyone shares."""
 
     def __len__(self):
         return 22
 
     def __getitem__(self, k):
-        own = [
-            self.generators[0].random(),
-            float(torch.rand((), generator=self.generators[1]["torch"])),
-            self.numpy.random(),
-            self.legacy.random(),
-        ]
         return torch.tensor(
-            [k, random.random(), numpy.random.random(), float(torch.rand(())), *own],
+            [k, random.random(), numpy.random.random(), float(torch.rand(()))],
             dtype=torch.float64,
         )
 
 
-class Collate:
-    def __init__(self):
-        self.generator = torch.Generator().manual_seed(7)
+def collate(items):
+    return torch.stack(items) + torch.rand(())
 
-    def __call__(self, items):
-        return torch.stack(items) + torch.rand((), generator=self.generator)
+
+class Lazy(torch.utils.data.Sampler):
+    """Draws each index when it is asked for, from a generator of Python's own."""
+
+    def __iter__(self):
+        return (random.randrange(22) for _ in range(22))
+
+    def __len__(self):
+        return 22
+
+
+class Epochs:
+    """Data with an order of their own, which set_epoch chooses."""
+
+    def __init__(self):
+        self.epoch = None
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = numpy.random.default_rng(self.epoch).permutation(11)
+        return iter([torch.tensor([float(k), self.epoch]) for k in order])
 
 
 def loaders():
@@ -414,24 +430,28 @@ def loaders():
     )
     return {
         "shuffle": torch.utils.data.DataLoader(
-            data, batch_size=2, shuffle=True, collate_fn=Collate()
+            data, batch_size=2, shuffle=True, collate_fn=collate
         ),
         "own generator": torch.utils.data.DataLoader(
             data,
             batch_size=2,
             shuffle=True,
             generator=torch.Generator().manual_seed(1),
-            collate_fn=Collate(),
+            collate_fn=collate,
         ),
         "sampler": torch.utils.data.DataLoader(
-            data, batch_size=2, sampler=replaced, collate_fn=Collate()
+            data, batch_size=2, sampler=replaced, collate_fn=collate
         ),
         "workers": torch.utils.data.DataLoader(
-            data, batch_size=2, shuffle=True, num_workers=2, collate_fn=Collate()
+            data, batch_size=2, shuffle=True, num_workers=2, collate_fn=collate
         ),
+        "lazy sampler": torch.utils.data.DataLoader(
+            data, batch_size=2, sampler=Lazy(), collate_fn=collate
+        ),
+        "set_epoch": Epochs(),
         "list": list(torch.arange(22.0).view(11, 2)),
         "other": EveryOther(
-            torch.utils.data.DataLoader(data, batch_size=1, shuffle=True, collate_fn=Collate()), 1
+            torch.utils.data.DataLoader(data, batch_size=1, shuffle=True, collate_fn=collate), 1
         ),
     }
 
@@ -506,8 +526,8 @@ def test_what_ranks_must_have_in_common(job, tmp_path):
     ), error
     sampler = "torch.utils.data.DistributedSampler(range(130), num_replicas=2, rank=0)"
     other.write_text((job / "task.py").read_text().replace("shuffle=shuffle", f"sampler={sampler}"))
-    with pytest.raises(twa.tasks.TaskError, match="shares its data out over ranks"):
-        twa.tasks.load_task(str(other))
+    with pytest.raises(twa.TaskError, match="shares its data out over ranks"):
+        load_task(str(other))
 
 
 def test_errors_of_the_task_are_named(job, tmp_path, capsys):
@@ -550,13 +570,13 @@ def test_data_that_do_not_come_again_are_noticed(job):
             calls += 1
             return iter([torch.full((3,), calls * 10.0 + k) for k in range(5)])
 
-    stream = Stream(Loose(), World(), 2, seed=0)
+    stream = Stream(Loose(), Ranks(), 2, seed=0)
     for _ in range(4):
         stream.next_step()
     position = stream.position()
     assert position["pass"] == 1 and position["offset"] == 5
     with pytest.raises(ValueError, match="do not come in the same order again: batch 6 differs"):
-        Stream(Loose(), World(), 2, seed=0).seek(position)
+        Stream(Loose(), Ranks(), 2, seed=0).seek(position)
 
 
 def test_a_state_of_something_else_is_refused(job, tmp_path, capsys):
@@ -568,7 +588,7 @@ def test_a_state_of_something_else_is_refused(job, tmp_path, capsys):
         assert "not a saved state" in capsys.readouterr().err
     torch.save({"format": "other"}, out / "state.pt")
     assert cli.main(arguments(job, out, "--resume")) == 2
-    assert "expected a state of format 'twa-state-1'" in capsys.readouterr().err
+    assert "expected a state of format 'twa-state-2'" in capsys.readouterr().err
     torch.save(os.system, out / "state.pt")
     assert cli.main(arguments(job, out, "--resume")) == 2
     assert "not a saved state" in capsys.readouterr().err

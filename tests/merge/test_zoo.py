@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrizations
 from twa.distributed.weights import load_merge
-from twa.io.candidates import CandidateError
-from twa.io.progress import mean_over
+from twa.io.errors import CandidateError
+from twa.merge.evaluate import mean_over
 from twa.merge.report import AVERAGED_BN, table_rows
-from twa.merge.run import Average
+from twa.merge.run import Merge
 from twa.merge.settings import Settings, TwaMethod
 from twa.tasks.contract import load_task
 from zoo import (
@@ -103,7 +103,7 @@ def test_512_candidates_with_few_file_descriptors(tmp_path, bits, suffix):
             "tensor",
             suffix,
             False,
-            center=twa.schemes.ema(512, 0.99),
+            center=twa.averages.ema(512, 0.99),
         )
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -116,9 +116,9 @@ def test_512_candidates_with_few_file_descriptors(tmp_path, bits, suffix):
     "options",
     [
         {},
-        {"precondition": True},
+        {"constraint": "simplex"},
         {"basis": "orthonormal"},
-        {"normalize": "segment"},
+        {"normalize": "none"},
         {"center": "last"},
     ],
     ids=str,
@@ -139,12 +139,13 @@ def test_identical_candidates_stay(tmp_path, bits, options):
     assert all(torch.equal(t, only.state_dict()[k]) for k, t in model.state_dict().items())
     assert torch.isfinite(subspace.coefficients).all() and not subspace.coefficients.grad.any()
     torch.testing.assert_close(
-        subspace.merge_weights().sum(0), torch.ones(len(subspace.labels), dtype=torch.float64)
+        subspace.merge_weights().sum(0),
+        torch.ones(len(subspace.segments.labels), dtype=torch.float64),
     )
 
 
 @pytest.mark.parametrize(
-    "center", [twa.schemes.uniform(5), twa.schemes.candidate(5, 0)], ids=["mean", "at the copies"]
+    "center", [twa.averages.uniform(5), twa.averages.candidate(5, 0)], ids=["mean", "at the copies"]
 )
 @pytest.mark.parametrize("bits", [4, 32])
 def test_duplicates_share_their_gradient(tmp_path, bits, center):
@@ -156,7 +157,7 @@ def test_duplicates_share_their_gradient(tmp_path, bits, center):
         tmp_path, GPT, ZOO["gpt"][1], models, bits, "tensor", ".pt", False, center=center, lr=1e-3
     )
     assert all(torch.equal(subspace.coefficients[0], row) for row in subspace.coefficients[1:4])
-    subspace.set_merge_weights(twa.schemes.candidate(5, 4))
+    subspace.set_merge_weights(twa.averages.candidate(5, 4))
     for name, p in subspace.model.named_parameters():
         near(
             p.detach(),
@@ -188,7 +189,7 @@ def test_mixed_dtypes(tmp_path, bits, suffix):
         model, twa.Candidates(tmp_path / f"c*{suffix}"), bits=bits, center=CENTER
     )
     states = [m.state_dict() for m in models]
-    for load in (lambda: None, lambda: load_merge(subspace.placement, CENTER)):
+    for load in (lambda: None, lambda: load_merge(subspace.sharding, CENTER)):
         load()
         for name, t in model.state_dict().items():
             if t.is_floating_point():
@@ -235,7 +236,7 @@ def test_half_precision_is_rounded_once(tmp_path, dtype, bits):
     )
     w = torch.stack(rows).double()
     off = rounded_once(model.weight.detach(), w.mean(0), 2.0**-24)
-    load_merge(subspace.placement, twa.schemes.uniform(64))
+    load_merge(subspace.sharding, twa.averages.uniform(64))
     off += rounded_once(model.weight.detach(), w.mean(0), 2.0**-24)
     assert off < 20  # of 12800; only the sum's own rounding to float32
     still = rows[0]
@@ -321,8 +322,7 @@ def test_complex_is_refused_by_name(tmp_path, kind, dtype, n):
 # Memory and wrappers -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_views_and_parameters_in_files(tmp_path, zipped):
+def test_views_and_parameters_in_files(tmp_path):
     """Transposed, strided, expanded, negated views and tensors that ask for gradients: a .pt file
     keeps all that.
     """
@@ -335,11 +335,7 @@ def test_views_and_parameters_in_files(tmp_path, zipped):
         "parameter": [nn.Parameter(b.clone()) for b in base],
     }
     for k in range(3):
-        torch.save(
-            {name: rows[k] for name, rows in kinds.items()},
-            tmp_path / f"c{k}.pt",
-            _use_new_zipfile_serialization=zipped,
-        )
+        torch.save({name: rows[k] for name, rows in kinds.items()}, tmp_path / f"c{k}.pt")
     for bits in (4, 32):
         model = nn.ParameterDict({name: torch.empty(rows[0].shape) for name, rows in kinds.items()})
         subspace = twa.Subspace.from_candidates(
@@ -456,8 +452,8 @@ def test_spectral_norm_in_evaluation_mode(tmp_path, wrap, bits):
     subspace = twa.Subspace.from_candidates(model, twa.Candidates(tmp_path / "c*.pt"), bits=bits)
     for change in (
         lambda: None,
-        lambda: subspace.set_merge_weights(twa.schemes.ema(N, 0.5)),
-        lambda: load_merge(subspace.placement, CENTER),
+        lambda: subspace.set_merge_weights(twa.averages.ema(N, 0.5)),
+        lambda: load_merge(subspace.sharding, CENTER),
     ):
         change()
         model(VECTORS)
@@ -512,7 +508,7 @@ def test_both_losses_of_a_model_with_batchnorm(tmp_path):
         save(m, tmp_path / f"c{k}.pt")
     task = load_task(str(tmp_path / "task.py"))
     method = TwaMethod("t", "tensor", 4)
-    outcome = Average(
+    outcome = Merge(
         task, twa.Candidates(tmp_path / "c*.pt"), Settings((method,), steps=3), progress=False
     ).run()
     results = {r.method: r for r in outcome.results}

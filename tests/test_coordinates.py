@@ -1,0 +1,110 @@
+"""Coordinates against autograd and a float64 merge: what is trained, rows of P, merge weights."""
+
+import pytest
+import torch
+from twa.coordinates import CONSTRAINTS, Deltas, Orthonormal, constrained, trained_count
+
+N, D, L = 4, 50, 2
+COLUMNS = (slice(0, 20), slice(20, D))  # of the segments
+
+
+def rows_of(basis):
+    """Weights (n, D), a center of them, rows of P (rows, D), and what the rows are."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(N, D, generator=g, dtype=torch.float64)
+    weights = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    deltas = w - weights @ w
+    if basis == "deltas":
+        divisor = torch.tensor([[1.0, 2.0], [3.0, 0.5], [1.5, 1.0], [2.0, 4.0]]).double()
+        P = torch.cat([deltas[:, at] / divisor[:, l, None] for l, at in enumerate(COLUMNS)], 1)
+        return w, weights, P, Deltas(weights, divisor)
+    rank, scale = N - 1, torch.tensor([2.0, 0.5]).double()  # deltas from a mean depend
+    Q = [torch.linalg.qr(deltas[:rank, at].T)[0].T for at in COLUMNS]
+    R = torch.stack([deltas[:, at] @ q.T for at, q in zip(COLUMNS, Q, strict=True)])  # (L, n, r)
+    transform = torch.zeros(L, rank, N, dtype=torch.float64)
+    transform[:, :, :rank] = torch.linalg.inv(R[:, :rank])
+    P = torch.cat([q * s for q, s in zip(Q, scale, strict=True)], 1)
+    return w, weights, P, Orthonormal(weights, transform, R, scale, ((), ()))
+
+
+@pytest.fixture(params=[(b, c) for b in ("deltas", "orthonormal") for c in CONSTRAINTS], ids=str)
+def case(request):
+    basis, constraint = request.param
+    w, weights, P, rows = rows_of(basis)
+    coordinates = constrained(rows, constraint)
+    assert (coordinates.basis, coordinates.constraint, coordinates.rows) == (
+        basis,
+        constraint,
+        rows,
+    )
+    return w, weights, P, coordinates
+
+
+def theta_of(P, center, x):
+    """center + sum_r x[r, l] P[r, :]"""
+    return center + torch.cat([x[:, l] @ P[:, at] for l, at in enumerate(COLUMNS)])
+
+
+def merged(w, beta):
+    return torch.cat([beta[:, l] @ w[:, at] for l, at in enumerate(COLUMNS)])
+
+
+def trained(coordinates):
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(coordinates.shape, generator=g, dtype=torch.float64) * 0.3
+
+
+def test_shape_is_what_files_say(case):
+    _, _, P, coordinates = case
+    count = trained_count(coordinates.constraint, N, len(P))
+    assert coordinates.shape == (count, L) == tuple(coordinates.start().shape)
+    assert coordinates.trains_rows == (coordinates.constraint == "none")
+
+
+def test_merge_weights_make_the_same_weights(case):
+    w, weights, P, coordinates = case
+    y = trained(coordinates)
+    beta = coordinates.merge_weights(y)
+    torch.testing.assert_close(beta.sum(0), torch.ones(L).double())
+    theta = theta_of(P, weights @ w, coordinates.to_basis(y))
+    torch.testing.assert_close(merged(w, beta), theta, rtol=1e-10, atol=1e-10)
+
+
+def test_merge_weights_there_and_back(case):
+    w, weights, P, coordinates = case
+    g = torch.Generator().manual_seed(2)
+    beta = torch.rand(N, L, generator=g, dtype=torch.float64).add(0.1)
+    beta /= beta.sum(0)
+    x = coordinates.to_basis(coordinates.from_merge_weights(beta))
+    theta = theta_of(P, weights @ w, x)
+    torch.testing.assert_close(merged(w, beta), theta, rtol=1e-10, atol=1e-10)
+
+
+def test_start_is_the_center(case):
+    w, weights, P, coordinates = case
+    theta = theta_of(P, weights @ w, coordinates.to_basis(coordinates.start().double()))
+    torch.testing.assert_close(theta, weights @ w, rtol=1e-6, atol=1e-6)
+
+
+def test_pull_back_is_the_gradient(case):
+    """Of every column, and of one column at a time, as low_memory takes them."""
+    _, _, _, coordinates = case
+    y, h = trained(coordinates), 1e-6
+    g = torch.Generator().manual_seed(3)
+    c = torch.randn(coordinates.rows.shape, generator=g, dtype=torch.float64)  # dL/dx
+    expected = torch.zeros_like(y)
+    for k in range(y.numel()):
+        step = torch.zeros(y.numel(), dtype=torch.float64)
+        step[k] = h
+        up, down = (coordinates.to_basis(y + s * step.view_as(y)) for s in (1, -1))
+        expected.view(-1)[k] = ((up - down) * c).sum() / (2 * h)
+    found = coordinates.pull_back(y, c, slice(None))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    for l in range(L):
+        at = slice(l, l + 1)
+        torch.testing.assert_close(coordinates.pull_back(y, c[:, at], at), found[:, at])
+
+
+def test_a_name_that_nobody_knows():
+    with pytest.raises(KeyError):
+        constrained(rows_of("deltas")[-1], "convex")
