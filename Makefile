@@ -6,14 +6,20 @@ STACK := .venv-stack
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 
-.PHONY: demo test test-stack bench lint format build clean sanitize gpu-check gpu-objects static-cost triton-versions
+.PHONY: demo test test-all test-stack bench lint format build clean sanitize gpu-check gpu-objects static-cost triton-versions
 
-demo: build
+# CUDA code takes minutes to compile: for the demo only where there is a GPU, or a whole build.
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -o -m 1 GPU)
+demo: $(VENV)/$(if $(HAS_GPU)$(wildcard $(VENV)/.built),.built,.built-cpu)
 	$(BIN)/twa demo -o twa-demo --overwrite
 
 # Two processes; a file's tests stay together, in order.
 test: build
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# And what takes long: every crash point, many damaged files, every combination of options.
+test-all: build
+	TWA_CRASH_POINTS=all $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ""
 
 # The same tests under an older PyTorch, Triton and Python 3.12, as on GPU machines: PyPI's build of
 # that PyTorch takes 5 GB of disk with its CUDA libraries, so this is no part of `make test`.
@@ -59,6 +65,7 @@ sanitize: build
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulator/*.h' 'tests/emulator/*.cpp')
 
 format: build
@@ -78,6 +85,10 @@ $(VENV)/.built: $(VENV)/.requirements $(NATIVE) pyproject.toml
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
 	touch $@
 
+$(VENV)/.built-cpu: $(VENV)/.requirements $(NATIVE) pyproject.toml
+	PATH="$(CURDIR)/$(BIN):$$PATH" TWA_CUDA=off $(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
+	touch $@
+
 $(STACK)/.requirements: requirements-stack.txt
 	$(STACK_PYTHON) -c 'import sys; v = sys.version; sys.exit(v[:5] != "3.12." and "STACK_PYTHON: not 3.12: " + v)'
 	$(STACK_PYTHON) -m venv $(STACK)
@@ -89,4 +100,4 @@ $(STACK)/.built: $(STACK)/.requirements $(NATIVE) pyproject.toml
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info twa_kernels/*.so $(VENV)/.built $(STACK)/.built
+	rm -rf build dist *.egg-info twa_kernels/*.so $(VENV)/.built $(VENV)/.built-cpu $(STACK)/.built
