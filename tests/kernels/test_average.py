@@ -2,6 +2,7 @@
 threads and instruction sets, bad input.
 """
 
+import os
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,6 @@ def test_one_rounding_where_a_float32_sum_is_lost():
 def test_threads_and_instruction_sets_give_the_same_bits():
     code = """
 import hashlib, torch, twa_kernels as tk
-import sys; sys.path.insert(0, sys.path[0] + "/kernels")
 from test_average import heap
 rows, weights = heap(33, 30_001)
 found = set()
@@ -71,7 +71,11 @@ print(*found)
 """
     tiers = [isa for isa in ("portable", "avx2", "avx512") if has_isa(isa)]
     found = {
-        run_python(code, TWA_KERNELS_ISA=isa, PYTHONPATH=str(Path(__file__).parents[1]))
+        run_python(
+            code,
+            TWA_KERNELS_ISA=isa,
+            PYTHONPATH=os.pathsep.join(map(str, Path(__file__).parents[:2])),
+        )
         for isa in tiers
     }
     assert len(found) == 1 and len(found.pop().split()) == 1
