@@ -105,6 +105,13 @@ def test_published_sizes():
         vit.ViT(9, 2, 1, 10, 16, 1, 2)
 
 
+def test_the_class_token_of_a_vit_sees_every_patch():
+    torch.manual_seed(0)
+    image = torch.randn(1, 1, 8, 8, requires_grad=True)
+    vit.ViT(8, 2, 1, 10, 16, 1, 2)(image)[0, 0].backward()
+    assert (image.grad != 0).all()
+
+
 def test_clip_is_the_equation():
     """Against the network written out in float64."""
     model = CLIPClassifier.from_shapes(clip_state(depth=1)).eval()

@@ -5,37 +5,9 @@ learned positions. No BatchNorm.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from twa.io.errors import TwaError
-
-
-class Block(nn.Module):
-    """Self-attention, then a perceptron of four times the width, each with its LayerNorm before it.
-
-    (b, t, width) -> the same
-    """
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, h: Tensor) -> Tensor:
-        b, t, w = h.shape
-        q, k, v = (
-            self.qkv(self.norm1(h))
-            .view(b, t, 3, self.heads, w // self.heads)
-            .permute(2, 0, 3, 1, 4)
-        )
-        a = F.scaled_dot_product_attention(q, k, v)  # (b, heads, t, w / heads)
-        h = h + self.proj(a.transpose(1, 2).reshape(b, t, w))
-        return h + self.down(F.gelu(self.up(self.norm2(h))))
+from twa.tasks.gpt import Block
 
 
 class ViT(nn.Module):
@@ -69,7 +41,7 @@ class ViT(nn.Module):
         self.position = nn.Parameter(
             torch.randn((image // patch) ** 2 + 1, width) * (0.3 if narrow else 0.02)
         )
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, causal=False) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
         for module in self.modules():

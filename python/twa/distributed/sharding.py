@@ -25,12 +25,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import twa_kernels as tk
-from twa_kernels.ops import FLOATS
 from twa_kernels.reference import TILE
 
 from ..basis.dense import AnyPacker, DenseBasis
 from ..dtensors import is_dtensor, local, reshard
-from ..io.candidates import UNIT, Block, Candidates, average_into
+from ..io.candidates import UNIT, Block, Candidates, average_into, readable
 from ..io.errors import TwaError
 from ..io.key_map import KeyMap
 from ..io.mapped import Part
@@ -97,11 +96,6 @@ def reconstruct(
             o.copy_(t)
 
 
-def _readable(rows: Sequence[Tensor]) -> list[Tensor]:
-    """Rows in a dtype that the kernels read: only float64 is converted."""
-    return [r if r.dtype in FLOATS else r.float() for r in rows]
-
-
 class Sharding:
     """One process that holds everything; the other shardings change what has to change.
 
@@ -161,13 +155,13 @@ class Sharding:
 
     def can_cut(self, chunk: int) -> bool:
         """Whether all ranks' parts can have segments of `chunk` weights. Ranks call it together."""
-        odd = 0.0
+        odd = 0
         try:
             for k in range(len(self.shards)):
                 self.begin(k, chunk)
         except TwaError:
-            odd = 1.0
-        return not float(self.ranks.all_reduce_max_(torch.tensor([odd]))[0])
+            odd = 1
+        return not self.ranks.most(odd)
 
     def is_packer(self, k: int) -> bool:
         """Whether this rank packs tensor k, rather than another that sends the result."""
@@ -195,7 +189,7 @@ class Sharding:
             rows: other candidates than this rank's
         """
         chosen = self.rows if rows is None else rows
-        return _readable(self.candidates.tensors(self.keys[k], chosen, self.shards[k].part))
+        return readable(self.candidates.tensors(self.keys[k], chosen, self.shards[k].part))
 
     def stream(
         self, wanted: Sequence[int], rows: slice | None = None, begin: tuple[int, int] = (0, 0)
@@ -212,7 +206,7 @@ class Sharding:
         asked = [(self.keys[k], self.shards[k].part) for k in wanted]
         chosen = self.rows if rows is None else rows
         for block in self.candidates.stream(asked, chosen, self.block_columns, begin):
-            yield wanted[block.index], replace(block, rows=_readable(block.rows))
+            yield wanted[block.index], replace(block, rows=readable(block.rows))
 
     @property
     def block_columns(self) -> int:

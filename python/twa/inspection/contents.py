@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import twa_kernels as tk
-from twa_kernels.ops import FLOATS, NotFiniteError
+from twa_kernels.ops import NotFiniteError
 
-from ..io.candidates import Candidates
+from ..io.candidates import Candidates, readable
 from ..io.mapped import TensorInfo
 from .findings import Finding, many, some
 from .geometry import SAME, Geometry
@@ -67,7 +67,7 @@ class Scan:
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         for number, block in enumerate(self.candidates.stream([(key, None) for key in self.keys])):
-            rows = [row if row.dtype in FLOATS else row.float() for row in block.rows]
+            rows = readable(block.rows)
             if number == len(self._bad):
                 self._note(self.keys[block.index], rows)
             for i in self._bad[number]:

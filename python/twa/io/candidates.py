@@ -305,7 +305,12 @@ class Blocks:
         wanted = [(key, None) for key in self.keys]
         for block in self.candidates.stream(wanted, columns=self.columns):
             if block.rows[0].numel():
-                yield [row if row.dtype in FLOATS else row.float() for row in block.rows]
+                yield readable(block.rows)
+
+
+def readable(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Rows in a dtype that the kernels read: only float64 is converted, to float32."""
+    return [row if row.dtype in FLOATS else row.float() for row in rows]
 
 
 CHUNK = 1 << 20  # columns of a float64 accumulator: 8 MB

@@ -120,8 +120,7 @@ class Evaluator:
             return None
         saved = {name: b.clone() for name, b in self.model.named_buffers()}
         load_untrained(self.sharding, weights)
-        refresh_spectral_norms(self.model)
-        round_to_files(self.sharding)
+        self.settle(own_statistics=True)
         value = self.loss()
         load_buffers(self.model, saved)
         return value

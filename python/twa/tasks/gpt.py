@@ -10,11 +10,19 @@ from ..io.errors import TwaError
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with causal self-attention: (b, t, width) -> the same shape."""
+    """Pre-norm transformer block with self-attention: (b, t, width) -> the same shape.
 
-    def __init__(self, width: int, heads: int) -> None:
+    The perceptron has four times the width.
+
+    Args:
+        width: of the embeddings, a multiple of `heads`
+        heads: of attention
+        causal: whether a place sees only itself and those before it
+    """
+
+    def __init__(self, width: int, heads: int, causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -29,7 +37,8 @@ class Block(nn.Module):
             .view(b, t, 3, self.heads, w // self.heads)
             .permute(2, 0, 3, 1, 4)
         )
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (b, heads, t, w / heads)
+        # (b, heads, t, w / heads)
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         h = h + self.proj(a.transpose(1, 2).reshape(b, t, w))
         return h + self.down(F.gelu(self.up(self.norm2(h))))
 
