@@ -56,6 +56,16 @@ class Shard:
     counts: bool
 
 
+def begin_of(part: Part | None, shape: torch.Size) -> int | None:
+    """Where a part of a tensor begins in it, as it lies flat; None if it is no run of weights."""
+    if part is None:
+        return 0
+    for cut, size in zip(part[1:], shape[1:], strict=True):
+        if (cut.start, cut.stop) != (0, size):
+            return None
+    return part[0].start * shape[1:].numel()
+
+
 def spread(sizes: Sequence[int], ranks: int) -> list[int]:
     """A rank for each of these sizes: the largest first, each to the rank with the least so far."""
     load, owner = [0] * ranks, [0] * len(sizes)
@@ -139,13 +149,11 @@ class Sharding:
         Raises:
             TwaError: the tensor is more than one segment, and the part no run of whole tiles
         """
-        part, whole = self.shards[k].part, self.tensors[k].shape
-        if part is None or not self.shards[k].shape.numel() or whole.numel() <= chunk:
+        held, whole = self.shards[k], self.tensors[k].shape
+        if not held.shape.numel() or whole.numel() <= chunk:
             return 0
-        begin = part[0].start * whole[1:].numel()
-        inner = zip(part[1:], whole[1:], strict=True)
-        is_run = all((s.start, s.stop) == (0, size) for s, size in inner)
-        if begin % TILE or not is_run:
+        begin = begin_of(held.part, whole)
+        if begin is None or begin % TILE:
             raise TwaError(
                 f"sharding 'columns': this rank's shard of {list(self.key_map.trained)[k]!r} is no"
                 f" run of whole groups of {TILE} weights, which a granularity below tensors needs;"

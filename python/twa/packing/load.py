@@ -13,10 +13,9 @@ from twa_kernels.reference import TILE, num_tiles, tile_offsets
 
 from ..basis.contents import Contents
 from ..basis.file import NAME, Loaded
-from ..distributed.sharding import Basis, ColumnsSharding, Sharding
+from ..distributed.sharding import Basis, ColumnsSharding, Sharding, begin_of
 from ..dtensors import local
 from ..io.errors import BasisError
-from ..io.mapped import Part
 
 
 def find_basis(path: str | Path) -> Path:
@@ -85,7 +84,7 @@ def _columns_of(
     """Basis and center of this rank's shards of the trained tensors."""
     tiles, centers, offsets = [], [], tile_offsets(contents.numels)
     for k, (name, held) in enumerate(zip(contents.trained, sharding.shards, strict=True)):
-        begin, count = _begin_of(held.part, contents.shapes[k]), held.shape.numel()
+        begin, count = begin_of(held.part, contents.shapes[k]), held.shape.numel()
         if begin is None or (begin % TILE and count):
             raise BasisError(
                 f"sharding 'columns': this rank's shard of {name!r} is no run of whole groups of"
@@ -104,16 +103,6 @@ def _columns_of(
         shapes=tuple(held.shape for held in sharding.shards),
     )
     return cut, centers
-
-
-def _begin_of(part: Part | None, shape: torch.Size) -> int | None:
-    """Where a part of a tensor begins in it, as it lies flat; None if it is no run of weights."""
-    if part is None:
-        return 0
-    for cut, size in zip(part[1:], shape[1:], strict=True):
-        if (cut.start, cut.stop) != (0, size):
-            return None
-    return part[0].start * shape[1:].numel()
 
 
 @torch.no_grad()
