@@ -1,6 +1,6 @@
 """A packed basis on disk: a safetensors file with all that a subspace needs besides the model.
 
-It is mapped when it is loaded, and everything in it is checked before it is used. docs/formats.md
+It is mapped when it is loaded, and everything in it is checked before it is used. docs/format.md
 has the layout.
 """
 

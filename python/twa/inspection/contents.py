@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from twa_kernels.ops import NotFiniteError
 
 from ..io.candidates import Candidates, readable
 from ..io.mapped import TensorInfo
+from ..io.progress import progress_bar
 from .findings import Finding, many, some
 from .geometry import SAME, Geometry
 from .samples import floats, groups_of, is_matrix, numel
@@ -123,15 +123,7 @@ def _read_once(
 ) -> tuple[Scan, Tensor]:
     """Reads some tensors, with or without a look for NaN and Inf, under a bar."""
     size = sum(c.info[key].nbytes for c in candidates for key in keys)
-    with tqdm(
-        total=size,
-        desc=f"{text:32.32s}",
-        unit="B",
-        unit_scale=True,
-        disable=not progress,
-        mininterval=0.5,
-        file=sys.stderr,
-    ) as bar:
+    with progress_bar(text, size, progress, unit="B", unit_scale=True) as bar:
         scan = Scan(candidates, keys, bar, check)
         return scan, tk.orthonormalize(scan, form="implicit").R
 

@@ -18,7 +18,7 @@ from ..export import bundle
 from ..io.atomic import write_bytes, write_json, write_text
 from ..io.tables import markdown_table
 from ..tasks.contract import Task
-from .results import Outcome, Result
+from .results import Outcome, Result, best_fixed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -191,11 +191,10 @@ def _weights(axes: Axes, outcome: Outcome, trained: list[Result]) -> None:
     axes.set_title("Merge weight of each candidate")
     axes.set_xlabel("candidate (in order)")
     axes.axhline(0, color="0.85", linewidth=1)
-    fixed = [r for r in outcome.results if r.beta is not None and not r.is_trained]
-    best = min(fixed, key=lambda r: r.val_loss)
+    best = best_fixed(outcome.results)
     if best.beta is not None:
-        name = " ".join(filter(None, (best.method, best.note)))
-        axes.step(range(1, len(best.beta) + 1), best.beta, where="mid", color="0.5", label=name)
+        at = range(1, len(best.beta) + 1)
+        axes.step(at, best.beta, where="mid", color="0.5", label=best.title)
     if trained:
         shown = min(trained, key=lambda r: r.val_loss)
         beta = shown.beta if shown.beta is not None else torch.zeros(1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -56,6 +57,17 @@ class Result:
     def is_trained(self) -> bool:
         """Whether it is a trained average."""
         return self.coefficients is not None
+
+    @property
+    def title(self) -> str:
+        """Its name and what was chosen, such as "EMA decay 0.9"."""
+        return " ".join(filter(None, (self.method, self.note)))
+
+
+def best_fixed(results: Iterable[Result]) -> Result:
+    """The fixed average with the lowest validation loss."""
+    fixed = (r for r in results if r.beta is not None and not r.is_trained)
+    return min(fixed, key=lambda r: r.val_loss)
 
 
 @dataclass

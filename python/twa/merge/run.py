@@ -24,7 +24,7 @@ from ..subspace import Subspace
 from ..tasks.contract import Task
 from .baselines import baselines_for, measure, number_of_looks
 from .evaluate import Evaluator
-from .results import Outcome, Result
+from .results import Outcome, Result, best_fixed
 from .resume import Store
 from .settings import Settings, TwaMethod
 from .train import Trainer
@@ -195,7 +195,9 @@ class Merge:
         """
         begun, memory = time.perf_counter() - (saved["seconds"] if saved else 0.0), PeakMemory()
         if start is None:
-            start, start_name = self._best_fixed()
+            best = best_fixed(self.results)
+            start, start_name = best.beta, best.title
+            assert start is not None  # as it is a fixed average
         method, why = self._method_for_shards(method)
         subspace = self._subspace(method, start)
         if prepare:
@@ -245,13 +247,6 @@ class Merge:
             beta=trainer.subspace.merge_weights(),
             coefficients=trainer.subspace.coefficients_json(),
         )
-
-    def _best_fixed(self) -> tuple[Tensor, str]:
-        """Merge weights and name of the best fixed average so far."""
-        fixed = [r for r in self.results if r.beta is not None and not r.is_trained]
-        best = min(fixed, key=lambda r: r.val_loss)
-        assert best.beta is not None
-        return best.beta, " ".join(filter(None, (best.method, best.note)))
 
     def _method_for_shards(self, method: TwaMethod) -> tuple[TwaMethod, str]:
         """The method as shards can have it, and a note where that is another.
