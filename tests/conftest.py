@@ -64,6 +64,11 @@ def no_process_stays():
     processes.end(*processes.RUNNING - before)
 
 
+def exhaustive(*values):
+    """Parameters for `make test-all`: of a kind that others already are, and slow."""
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
+
+
 def tensors(shapes, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(s, generator=generator).to(dtype) for s in shapes]

@@ -29,7 +29,8 @@ class Ranks:
         self.processes = []
 
     def start(self):
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")  # what is slow to import, once for all ranks
+        context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "twa"])
         self.queues = [context.Queue() for _ in range(SIZE)]
         self.results = context.Queue()
         self.store = tempfile.mktemp(prefix="twa-ranks-")

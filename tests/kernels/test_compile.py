@@ -1,6 +1,6 @@
 """The Triton kernels through the compiler, for architectures that need not be present.
 
-Every kernel in every shipped configuration.
+One of each kind; `make test-all`: every kernel in every shipped configuration.
 """
 
 import importlib.util
@@ -18,16 +18,18 @@ static_cost = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(static_cost)
 
 
+def compiler_environment(cache):
+    """Without the interpreter, and with a cache of its own: nothing compiled before counts."""
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return kept | {"TRITON_CACHE_DIR": str(cache)}
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Static cost of all kernels, measured in a process and with a cache of its own.
-
-    This process may hold the kernels as the interpreter's; nothing compiled before counts.
+    """Static cost of kernels, measured in a process of its own: this one may hold them as the
+    interpreter's.
     """
     folder = tmp_path_factory.mktemp("static_cost")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
-        "TRITON_CACHE_DIR": str(folder / "cache")
-    }
     command = [
         sys.executable,
         str(ROOT / "bench/static_cost.py"),
@@ -35,7 +37,7 @@ def rows(tmp_path_factory):
         str(folder),
         "--brief",
     ]
-    done = processes.run(command, env=environment)
+    done = processes.run(command, env=compiler_environment(folder / "cache"))
     assert (folder / "triton_static_cost.json").exists(), done.stdout[-2000:] + done.stderr[-2000:]
     assert (folder / "triton_static_cost.png").stat().st_size > 10_000
     return json.loads((folder / "triton_static_cost.json").read_text())
@@ -48,6 +50,13 @@ def test_every_op_compiles_for_every_architecture(rows):
             found = {bits for a, o, bits in compiled if (a, o) == (arch, op)}
             assert found == ({8, 4, 3, 2, 1} if arch == "sm_90" else set(static_cost.BRIEF_BITS))
         assert {(arch, op, 4) for op in ("step", "sum", "orthonormalize")} <= compiled
+
+
+@pytest.mark.exhaustive
+def test_every_configuration(tmp_path):
+    command = [sys.executable, str(ROOT / "bench/static_cost.py"), "--check"]
+    done = processes.run(command, env=compiler_environment(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
 def test_no_spills_wide_loads_and_within_the_budget(rows):

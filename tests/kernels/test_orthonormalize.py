@@ -11,7 +11,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from conftest import has_isa, rows_of, run_python, tensors
+from conftest import exhaustive, has_isa, rows_of, run_python, tensors
 
 import twa_kernels as tk
 from twa_kernels.gram_schmidt import (
@@ -192,7 +192,8 @@ def test_pass_on_gpus_every_dtype(gpu, dtype):
 
 @pytest.mark.parametrize("form", ["gram", "again", "write"])
 @pytest.mark.parametrize(
-    "n, r, first", [(2, 1, 0), (64, 60, 7), (65, 1, 0), (70, 66, 9), (130, 130, 0), (130, 70, 70)]
+    "n, r, first",
+    [(2, 1, 0), (64, 60, 7), (65, 1, 0), (70, 66, 9), (130, 130, 0), exhaustive(130, 70, 70)],
 )
 @pytest.mark.parametrize("fast", [False, True])
 def test_pass_on_gpus_sizes(gpu, n, r, first, form, fast):
@@ -273,8 +274,9 @@ def test_squares_on_gpus_are_not_biased(gpu):
     assert torch.allclose(norms.cpu(), W.double().square().sum(1), rtol=1e-12)
 
 
-@pytest.mark.parametrize("accuracy", ["high", "fast"])
-@pytest.mark.parametrize("n", [12, 66])
+@pytest.mark.parametrize(
+    ("n", "accuracy"), [(12, "high"), (12, "fast"), (66, "high"), exhaustive(66, "fast")]
+)
 def test_basis_on_gpus(gpu, n, accuracy):
     gpu.needs("orthonormalize_pass")
     W = trajectory(n, 3001)

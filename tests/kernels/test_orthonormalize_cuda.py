@@ -5,7 +5,7 @@ Sizes around its tiles and panels, addresses, dtypes, order.
 
 import pytest
 import torch
-from conftest import ON_GPU, tensors
+from conftest import ON_GPU, exhaustive, tensors
 from test_orthonormalize import compare
 
 from twa_kernels import cuda
@@ -92,7 +92,7 @@ def test_rows_around_the_tiles(n, r, form, instructions, monkeypatch):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("n", "r"), [(65, 65), (70, 41), (130, 130), (300, 20)])
+@pytest.mark.parametrize(("n", "r"), [exhaustive(65, 65), (70, 41), (130, 130), (300, 20)])
 def test_more_rows_than_one_warp_holds(n, r, form, monkeypatch):
     monkeypatch.setenv("TWA_EMULATOR_SEED", str(n))
     numels = [0, 33, 1] if n == 300 else [40, 0, 1, 130]
@@ -120,8 +120,10 @@ def test_rows_at_any_address(offset, center, n):
     agree(problem(n, n, numels, offset=offset, center=center), numels, "write")
 
 
-@pytest.mark.parametrize(("n", "offset"), [(9, 0), (9, 1), (9, 4), (66, 1)])
-@pytest.mark.parametrize("dtypes", [(BF16,), (F16,), (BF16, F16), (F32, BF16, F16)])
+@pytest.mark.parametrize("offset, n", [(0, 9), (1, 9), (4, 9), (1, 66)])
+@pytest.mark.parametrize(
+    "dtypes", [(BF16,), exhaustive((F16,)), exhaustive((BF16, F16)), (F32, BF16, F16)]
+)
 def test_dtypes(dtypes, offset, n):
     """Rows of one dtype, or of several; results in each."""
     numels = [66, 64] if n == 9 else [33]
@@ -144,7 +146,7 @@ def test_no_columns(n):
         assert not gram.any() and not norms.any()
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, exhaustive(2), exhaustive(3)])
 @pytest.mark.parametrize(("n", "r"), [(7, 5), (64, 60), (72, 70)])
 def test_in_place(n, r, seed, monkeypatch):
     """V takes the place of the first rows, whatever runs first."""
@@ -158,7 +160,7 @@ def test_in_place(n, r, seed, monkeypatch):
         assert all(torch.equal(given[0][k * n + j], out[k * r + j]) for j in range(r))
 
 
-@pytest.mark.parametrize("n", [20, 66])
+@pytest.mark.parametrize("n", [20, exhaustive(66)])
 def test_the_same_bits_in_any_order(n, monkeypatch):
     numels = [3000, 5, 700] if n == 20 else [300, 5]
     given = problem(n, n, numels)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import BITS, SEGMENTS, SHAPES, rows_of, tensors
+from conftest import BITS, SEGMENTS, SHAPES, exhaustive, rows_of, tensors
 
 import twa_kernels as tk
 from twa_kernels import reference
@@ -181,16 +181,16 @@ def test_gpu_dtypes_of_center_and_out(basis_of, gpu):
         assert torch.equal(o, w.to(o.dtype))  # rounded once from float32
 
 
-@pytest.mark.parametrize("n", [260, 520])
-@pytest.mark.parametrize("bits", [8, 3, 1])
+@pytest.mark.parametrize(
+    ("bits", "n"),
+    [(8, 260), (8, 520), (3, 260), (1, 260), exhaustive(3, 520), exhaustive(1, 520)],
+)
 def test_gpu_many_rows(bits, n, gpu):
     """More rows than one run of integer sums holds.
 
     No worse than products that are rounded to float32 and added exactly.
     """
     gpu.needs("reconstruct")
-    if n > 260 and bits == 3 and gpu.device == "cpu":
-        n = 300  # the interpreter is slow here
     generator = torch.Generator().manual_seed(n)
     basis = tk.pack([torch.randn(n, 120, generator=generator)], bits, normalize="none")
     x = torch.randn(n, 1, generator=generator)

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -177,12 +178,20 @@ def undisturbed(job, tmp_path_factory):
     return result(out)
 
 
+@pytest.fixture(scope="module")
+def alone(job, tmp_path_factory):
+    """The output folder of one process that nothing disturbs."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    assert cli.main(arguments(job, out)) == 0
+    return out
+
+
 def test_killed_again_and_again_and_continued(job, undisturbed, tmp_path):
-    """kill -9 of one rank at random points, five times (TWA_KILLS: as often as that); every time
+    """kill -9 of one rank at random points, three times (TWA_KILLS: as often as that); every time
     the other rank stops with a reason, and the state is whole."""
     out, state = tmp_path / "out", tmp_path / "out" / "state.pt"
     choose = random.Random(0)
-    for _ in range(int(os.environ.get("TWA_KILLS", "5"))):
+    for _ in range(int(os.environ.get("TWA_KILLS", "3"))):
         before = changed(state)
         ranks = launch(2, arguments(job, out, "--resume"))
         # it has begun
@@ -204,13 +213,12 @@ def test_killed_again_and_again_and_continued(job, undisturbed, tmp_path):
     assert result(out) == undisturbed
 
 
-def test_alone_interrupted_and_continued(job, tmp_path, capsys, monkeypatch):
+def test_alone_interrupted_and_continued(job, alone, tmp_path, capsys, monkeypatch):
     """One process:
 
     Ctrl-C in the middle of each method; the same bits as without. The report's training curves are
     whole.
     """
-    assert cli.main(arguments(job, tmp_path / "whole")) == 0
     out = tmp_path / "out"
     steps = 0
     original = twa.SubspaceOptimizer.step
@@ -233,7 +241,7 @@ def test_alone_interrupted_and_continued(job, tmp_path, capsys, monkeypatch):
     (out / ".state.pt.123.tmp").write_bytes(b"half")  # of a process that was killed while it wrote
     (out / ".averaged_dcp.tmp").mkdir()
     assert cli.main(arguments(job, out, "--resume")) == 0
-    assert result(out) == result(tmp_path / "whole")
+    assert result(out) == result(alone)
     assert {p.name for p in out.iterdir()} == FILES
     drop = ("seconds", "peak MB")
     ours, theirs = (
@@ -241,27 +249,43 @@ def test_alone_interrupted_and_continued(job, tmp_path, capsys, monkeypatch):
             {k: v for k, v in r.items() if k not in drop}
             for r in json.loads((o / "results.json").read_text())
         ]
-        for o in (out, tmp_path / "whole")
+        for o in (out, alone)
     )
     assert ours == theirs
 
 
-@pytest.mark.parametrize("sizes", [(2, 1), (2, 3)])
-def test_continued_on_another_number_of_ranks(job, tmp_path, sizes):
+IN_SIXES = ["--batches-per-step", "6", "--resume"]
+
+
+@pytest.fixture(scope="module")
+def struck_on_two_ranks(job, tmp_path_factory):
+    """The output folder of two ranks, one of which is killed in the middle of a method."""
+    out = tmp_path_factory.mktemp("struck") / "out"
+    dies = struck(STEPS // 2, "os.kill(os.getpid(), signal.SIGKILL)")
+    ends = wait(launch(2, arguments(job, out, *IN_SIXES), programs={1: dies}))
+    assert ends[-1][0] == -signal.SIGKILL
+    done = torch.load(out / "state.pt", weights_only=True)["under_way"]
+    assert done and 0 < done["position"]["step"] < STEPS
+    return out
+
+
+@pytest.fixture(scope="module")
+def in_sixes(job, tmp_path_factory):
+    """What one process makes of the same batches, from the start."""
+    out = tmp_path_factory.mktemp("in-sixes") / "out"
+    assert cli.main(arguments(job, out, *IN_SIXES)) == 0
+    return result(out)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_continued_on_another_number_of_ranks(job, struck_on_two_ranks, in_sixes, tmp_path, size):
     """The same batches make the same steps: the coefficients agree to rounding with those of one
     process from the start.
     """
-    more = ["--batches-per-step", "6", "--resume"]
-    assert cli.main(arguments(job, tmp_path / "whole", *more)) == 0
-    out, state = tmp_path / "out", tmp_path / "out" / "state.pt"
-    dies = struck(STEPS // 2, "os.kill(os.getpid(), signal.SIGKILL)")
-    ends = wait(launch(sizes[0], arguments(job, out, *more), programs={sizes[0] - 1: dies}))
-    assert ends[-1][0] == -signal.SIGKILL
-    done = torch.load(state, weights_only=True)["under_way"]
-    assert done and 0 < done["position"]["step"] < STEPS
-    for code, error in wait(launch(sizes[1], arguments(job, out, *more))):
+    out = shutil.copytree(struck_on_two_ranks, tmp_path / "out")
+    for code, error in wait(launch(size, arguments(job, out, *IN_SIXES))):
         assert code == 0, error
-    (x, beta, _), (expected, expected_beta, _) = result(out), result(tmp_path / "whole")
+    (x, beta, _), (expected, expected_beta, _) = result(out), in_sixes
     torch.testing.assert_close(torch.tensor(x), torch.tensor(expected), rtol=0, atol=1e-4)
     torch.testing.assert_close(torch.tensor(beta), torch.tensor(expected_beta), rtol=0, atol=1e-4)
 
@@ -293,11 +317,10 @@ def test_ranks_with_other_files_or_tasks_are_refused(job, tmp_path):
     assert "the ranks do not have the same task: rank 0 has task.py" in error, error
 
 
-def test_disk_full_keeps_the_state_before(job, tmp_path):
+def test_disk_full_keeps_the_state_before(job, alone, tmp_path):
     """Writes fail in the middle of a file (a limit on its size, which the system enforces as it
     does a full disk): the run goes on, the last state that fitted stays, and the run can be
     continued."""
-    assert cli.main(arguments(job, tmp_path / "whole")) == 0
     out = tmp_path / "out"
     code = f"""
     import resource, sys
@@ -327,7 +350,7 @@ def test_disk_full_keeps_the_state_before(job, tmp_path):
     saved = torch.load(out / "state.pt", weights_only=True)
     assert saved["under_way"]["position"]["step"] > 5
     assert cli.main(arguments(job, out, "--resume")) == 0
-    assert result(out) == result(tmp_path / "whole")
+    assert result(out) == result(alone)
 
 
 def test_best_weights_that_could_not_be_saved(job, tmp_path, monkeypatch, capsys):
