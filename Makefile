@@ -19,7 +19,7 @@ test: build
 
 # And what takes long: every crash point, many damaged files, every combination of options.
 test-all: build
-	TWA_CRASH_POINTS=all $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ""
+	TWA_CRASH_POINTS=all TWA_KILLS=10 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ""
 
 # The same tests under an older PyTorch, Triton and Python 3.12, as on GPU machines: PyPI's build of
 # that PyTorch takes 5 GB of disk with its CUDA libraries, so this is no part of `make test`.

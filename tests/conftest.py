@@ -5,6 +5,10 @@ import signal
 import sys
 from pathlib import Path
 
+# Read when torch is imported. Several test processes share the cores: a thread that waits for
+# the others of its own process must not keep those of another from their turn.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import processes
 import pytest
 import torch

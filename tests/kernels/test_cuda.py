@@ -5,7 +5,7 @@ The kernels run on the GPU, or compiled for the CPU (tests/emulator).
 
 import pytest
 import torch
-from conftest import BITS, ON_GPU, rows_of, tensors
+from conftest import BITS, ON_GPU, exhaustive, rows_of, tensors
 
 import twa_kernels as tk
 from twa_kernels import cuda, dispatch, native
@@ -39,7 +39,7 @@ def copies(request, monkeypatch):
     monkeypatch.setenv("TWA_EMULATOR_BULK", "1" if request.param == "bulk" else "0")
 
 
-@pytest.mark.parametrize("n", [1, 16, 31, 33, 64, 72, 97, 128, 129, 200, 300])
+@pytest.mark.parametrize("n", [1, 16, 33, 64, 72, 128, 129, 300, *map(exhaustive, (31, 97, 200))])
 @pytest.mark.parametrize("bits", BITS)
 def test_any_number_of_rows(bits, n, copies, monkeypatch):
     """Each kernel that is built (groups of 32 rows, several blocks of rows).

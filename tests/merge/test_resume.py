@@ -187,11 +187,11 @@ def alone(job, tmp_path_factory):
 
 
 def test_killed_again_and_again_and_continued(job, undisturbed, tmp_path):
-    """kill -9 of one rank at random points, three times (TWA_KILLS: as often as that); every time
+    """kill -9 of one rank at random points, twice (TWA_KILLS: as often as that); every time
     the other rank stops with a reason, and the state is whole."""
     out, state = tmp_path / "out", tmp_path / "out" / "state.pt"
     choose = random.Random(0)
-    for _ in range(int(os.environ.get("TWA_KILLS", "3"))):
+    for _ in range(int(os.environ.get("TWA_KILLS", "2"))):
         before = changed(state)
         ranks = launch(2, arguments(job, out, "--resume"))
         # it has begun
