@@ -33,8 +33,9 @@ SHAPES = [(1,), (127,), (128,), (129,), (151,), (9, 126), (64 * 128 + 1,), (), (
 SEGMENTS = [0, 1, 1, 2, 0, 3, 3, 4, 2]
 
 
-# first, so that of two processes neither is left with one of them at the end
-LONGEST = ("test_compile.py", "test_resume.py")
+# First, so that of two processes neither is left with one of them at the end. The first uses all
+# cores, the second mostly waits.
+LONGEST = ("test_compile.py", "test_gpu_check.py", "test_resume.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -611,7 +611,7 @@ def test_a_state_of_something_else_is_refused(job, tmp_path, capsys):
         assert "not a saved state" in capsys.readouterr().err
     torch.save({"format": "other"}, out / "state.pt")
     assert cli.main(arguments(job, out, "--resume")) == 2
-    assert "expected a state of format 'twa-state-2'" in capsys.readouterr().err
+    assert "expected a state of format 'twa-state-2', found 'other'" in capsys.readouterr().err
     torch.save(os.system, out / "state.pt")
     assert cli.main(arguments(job, out, "--resume")) == 2
     assert "not a saved state" in capsys.readouterr().err

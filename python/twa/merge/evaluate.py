@@ -42,12 +42,14 @@ def mean_over(
     training = model.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)  # sum, samples
-    for batch, counts in shared_out(data, ranks):
-        value = float(function(model, batch))
-        if counts:
-            size = batch_size(batch)
-            total += torch.tensor([value * size, size], dtype=torch.float64)
-    model.train(training)
+    try:
+        for batch, counts in shared_out(data, ranks):
+            value = float(function(model, batch))
+            if counts:
+                size = batch_size(batch)
+                total += torch.tensor([value * size, size], dtype=torch.float64)
+    finally:
+        model.train(training)
     total, samples = ranks.all_reduce_(total).tolist()
     if not samples:
         raise TaskError("expected at least one batch to evaluate on, found none")

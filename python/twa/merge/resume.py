@@ -31,6 +31,7 @@ from ..io.checks import (
     is_text,
     optional,
     printable,
+    shown,
 )
 from ..io.errors import CandidateError, StateError
 from ..io.torch_zip import read_values
@@ -239,9 +240,8 @@ class Store:
         except (CandidateError, OSError) as error:
             raise StateError(f"not a saved state ({error})", self.path) from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise StateError(
-                f"expected a state of format {FORMAT!r}, found {type(state).__name__}", self.path
-            )
+            found = shown(state.get("format") if isinstance(state, dict) else state)
+            raise StateError(f"expected a state of format {FORMAT!r}, found {found}", self.path)
         if odd := [k for k, good in _STATE.items() if k not in state or not fits(state[k], good)]:
             raise StateError(
                 f"not a whole state: {odd[0]!r} is missing or not what a run saves", self.path
