@@ -233,6 +233,17 @@ def is_main(row: dict) -> bool:
     )
 
 
+def is_narrow(row: dict) -> bool:
+    """Whether it is of Gram-Schmidt with float64 sums of 16-bit rows."""
+    name = row["variant"]
+    return row["op"] == "orthonormalize" and "bf16" in name and "float64" in name
+
+
+def form_of(variant: str) -> str:
+    """Which pass of Gram-Schmidt a variant is: "products", "transformed", ..."""
+    return variant.split()[0].strip(",")
+
+
 def _job(job: tuple[str, int]) -> dict:
     from twa_kernels._triton.aot import variants
 
@@ -253,12 +264,11 @@ def chosen(arch: str, brief: bool) -> list[int]:
         kind = (v.op, v.bits)
         mine = kind not in seen and v.bits in BRIEF_BITS
         if arch == "sm_90":
-            if v.op == "orthonormalize":  # its first word is the form, its last the accuracy
-                kind += (v.name.split()[0].strip(","), v.name.split()[-1])
-            main = is_main({"op": v.op, "variant": v.name})
-            narrow = v.op == "orthonormalize" and "bf16" in v.name and "float64" in v.name
+            if v.op == "orthonormalize":  # its last word is the accuracy
+                kind += (form_of(v.name), v.name.split()[-1])
+            row = {"op": v.op, "variant": v.name}
             table = v.bits in (8, 4) and v.name.endswith((" rows, fp32", "out fp32, n any"))
-            mine = kind not in seen or main or narrow or table
+            mine = kind not in seen or is_main(row) or is_narrow(row) or table
         seen.add(kind)
         if not brief or mine:
             found.append(index)

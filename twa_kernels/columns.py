@@ -305,15 +305,7 @@ class Target:
     in_place = False
     first = 0  # row of Q from which on it is written
 
-    def __init__(
-        self,
-        source: Source,
-        dtype: torch.dtype,
-        out: Out,
-        bits: int,
-        segments: Segments,
-        extend: Orthonormal | None,
-    ) -> None:
+    def __init__(self, source: Source, dtype: torch.dtype, extend: Orthonormal | None) -> None:
         self.source, self.dtype, self.extend = source, dtype, extend
         self.tensors: list[Tensor] = []  # that Q is written to, if it is
 
@@ -342,7 +334,7 @@ class Dense(Target):
         segments: Segments,
         extend: Orthonormal | None,
     ) -> None:
-        super().__init__(source, dtype, out, bits, segments, extend)
+        super().__init__(source, dtype, extend)
         self.sink: Sink | None = out if callable(out) else None
         self.earlier: list[Tensor] | None = None  # rows of Q that an extended result holds
         if (
@@ -477,7 +469,6 @@ class Dense(Target):
 class Packed(Target):
     """Q as codes: some columns in float32 at a time, packed while they are in the cache."""
 
-    dtype = torch.float32
     packer: Packer  # made by `begin`
 
     def __init__(
@@ -489,7 +480,7 @@ class Packed(Target):
         segments: Segments,
         extend: Orthonormal | None,
     ) -> None:
-        super().__init__(source, torch.float32, out, bits, segments, extend)
+        super().__init__(source, torch.float32, extend)
         self.bits, self.segments = bits, segments
         self.device = source.device
 
@@ -516,7 +507,7 @@ class Packed(Target):
         return self.packer.finish("none")
 
 
-TARGETS: dict[str, type[Target]] = {"explicit": Dense, "packed": Packed}
+TARGETS: dict[str, type[Dense] | type[Packed]] = {"explicit": Dense, "packed": Packed}
 
 
 def _span(t: Tensor) -> tuple[int, int]:

@@ -143,7 +143,7 @@ def _pickled(path: Path, classes: int) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Pixels (n, 3072) uint8 and labels of a CIFAR pickle."""
     data = path.read_bytes()
     try:
-        return _parsed(unpickle(data, _ARRAY_NAMES, instructions=_PYTHON2)[0], classes)
+        return _parsed(unpickle(data, _ARRAY_NAMES, instructions=_PYTHON2), classes)
     except Refused as error:
         raise TaskError(
             f"refused: reading it would run code from the file ({error})", path

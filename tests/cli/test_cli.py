@@ -106,7 +106,7 @@ print(total / count)
     assert float(run_python(code)) == pytest.approx(reported, abs=1e-6)
 
 
-def test_coefficients_file(finished, checkpoints):
+def test_coefficients_file(finished):
     written = json.loads((finished[0] / "coefficients.json").read_text())
     beta = torch.tensor(written["beta"], dtype=torch.float64)
     assert beta.shape == (10, len(written["segments"])) and [
@@ -192,7 +192,7 @@ def loss(model, batch):
 """
 
 
-def test_task_file_and_a_loss_that_turns_nan(checkpoints, tmp_path, capsys):
+def test_task_file_and_a_loss_that_turns_nan(checkpoints, tmp_path):
     (tmp_path / "task.py").write_text(TASK.format(limit=8))
     task = load_task(str(tmp_path / "task.py"))
     assert task.test is None and task.metric is None

@@ -279,7 +279,7 @@ def test_dcp_without_nesting(tmp_path):
     same(Candidates(tmp_path / "c")[0], state(1))
 
 
-def test_dcp_files_missing_or_cut(saved, tmp_path):
+def test_dcp_files_missing_or_cut(saved):
     file = next(saved.glob("*.distcp"))
     whole = file.read_bytes()
     file.write_bytes(whole[:-500])

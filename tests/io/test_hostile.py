@@ -374,7 +374,7 @@ def test_links_beside_the_index_are_followed(tmp_path):
 
 
 @pytest.fixture
-def odd_files(tmp_path):
+def odd_files():
     """Functions that put something there that is no regular file."""
 
     def listen(path):

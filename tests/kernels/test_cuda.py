@@ -296,9 +296,7 @@ def test_what_a_graph_would_repeat_is_refused():
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_a_captured_step_that_a_graph_would_repeat_wrongly_is_refused(
-    backend, capture, monkeypatch
-):
+def test_a_captured_step_that_a_graph_would_repeat_wrongly_is_refused(backend, capture):
     if dispatch.why_unusable(backend):
         pytest.skip(str(dispatch.why_unusable(backend)))
     basis, grads = put(tk.pack(rows_of(3, SHAPES), 4)), put(tensors(SHAPES, 7))

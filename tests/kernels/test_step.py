@@ -339,7 +339,7 @@ def test_plain_sgd_keeps_no_state(candidates):
 
 
 @pytest.mark.parametrize(("rule", "options"), RULES)
-def test_gpu_equals_the_separate_calls(rule, options, basis_of, gpu):
+def test_gpu_equals_the_separate_calls(rule, options, gpu):
     gpu.needs("step")
     basis = gpu.put(tk.pack(rows_of(5, STEP_SHAPES), 4, segments=[0, 1, 0]))
     center = gpu.put(tensors(STEP_SHAPES, 11))

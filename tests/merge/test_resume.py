@@ -584,7 +584,7 @@ def test_errors_of_the_task_are_named(job, tmp_path, capsys):
         assert "no CUDA device is available" in capsys.readouterr().err
 
 
-def test_data_that_do_not_come_again_are_noticed(job):
+def test_data_that_do_not_come_again_are_noticed():
     calls = 0
 
     class Loose:

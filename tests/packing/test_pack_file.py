@@ -282,7 +282,7 @@ def packed(candidates, tmp_path):
     return tmp_path / "b.safetensors"
 
 
-def test_other_candidates(packed, candidates, tmp_path):
+def test_other_candidates(packed, candidates):
     with pytest.raises(
         BasisError,
         match=r"candidate 0: expected the one that the basis was packed from .*, found c4 ",

@@ -72,7 +72,7 @@ class Sources(Candidates):
             for key, (shape, dtype) in c.info.items()
         }
         sources = [Source(Path(p), digest, c.kind, info, loaded.path) for p, digest in c.candidates]
-        self._hold(sources, entry=None, block_bytes=BLOCK_BYTES)
+        self._hold(sources, BLOCK_BYTES)
 
 
 def check_sources(contents: Contents, candidates: Candidates) -> None:

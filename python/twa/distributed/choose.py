@@ -13,6 +13,7 @@ from ..dtensors import device_meshes, is_sharded, local, reshard
 from ..io.candidates import Candidates
 from ..io.errors import TwaError
 from ..io.key_map import KeyMap
+from ..io.memory import proc_bytes
 from . import cost
 from .ranks import Ranks
 from .rows import RowsSharding
@@ -206,11 +207,8 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    try:
-        with open("/proc/meminfo") as f:
-            line = next(line for line in f if line.startswith("MemAvailable"))
-        available = int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
+    available = proc_bytes("/proc/meminfo", "MemAvailable")
+    if available is None:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return available // max(1, ranks_here)
 

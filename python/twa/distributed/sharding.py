@@ -17,6 +17,7 @@ Projection is linear, so a rank may project its own gradient before anything is 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -215,6 +216,19 @@ class Sharding:
         chosen = self.rows if rows is None else rows
         for block in self.candidates.stream(asked, chosen, self.block_columns, begin):
             yield wanted[block.index], replace(block, rows=readable(block.rows))
+
+    def packed_tensors(
+        self, rows: slice | None = None
+    ) -> Iterator[tuple[int, Iterator[Block] | None]]:
+        """Each tensor with its blocks, to be read in order; None if another rank packs it.
+
+        Args:
+            rows: other candidates than this rank's
+        """
+        mine = [k for k in range(len(self.keys)) if self.is_packer(k)]
+        groups = itertools.groupby(self.stream(mine, rows), key=lambda k_block: k_block[0])
+        for k in range(len(self.keys)):
+            yield k, (block for _, block in next(groups)[1]) if self.is_packer(k) else None
 
     @property
     def block_columns(self) -> int:

@@ -89,14 +89,14 @@ class Candidates(Sequence[Candidate]):
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
         found = find_checkpoints([paths] if isinstance(paths, str | os.PathLike) else paths)
-        self._hold([Candidate(path, entry) for path in found], entry, block_bytes)
+        self._hold([Candidate(path, entry) for path in found], block_bytes)
         for candidate in self[1:]:
             check_same(self[0], candidate)
 
-    def _hold(self, candidates: Sequence[Candidate], entry: str | None, block_bytes: int) -> None:
+    def _hold(self, candidates: Sequence[Candidate], block_bytes: int) -> None:
         """Makes this object out of candidates that are open."""
         self._candidates = list(candidates)
-        self.entry, self.block_bytes = entry, block_bytes
+        self.block_bytes = block_bytes
         self.bytes_read = 0
         self._touched = 0  # bytes read since memory was last given back
         self._fingerprints: dict[str, str] | None = None

@@ -62,7 +62,7 @@ def read(folder: Path) -> tuple[dict[str, object], tuple[Path, ...]]:
             f"expected at most {MAX_PICKLE} bytes, found {path.stat().st_size}", path
         )
     try:
-        metadata, _ = unpickle(path.read_bytes(), _NAMES)
+        metadata = unpickle(path.read_bytes(), _NAMES)
     except Refused as error:
         raise CandidateError(
             f"refused: {error}, which the metadata of a torch.distributed.checkpoint never do", path

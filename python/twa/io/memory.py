@@ -68,6 +68,11 @@ def limit_memory(candidates: Candidates, limit: int, fixed: int = 0) -> None:
 
 def resident() -> int:
     """Bytes of memory that this process holds now."""
-    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmRSS"))
-    return 0
+    return proc_bytes("/proc/self/status", "VmRSS") or 0
+
+
+def proc_bytes(file: str, field: str) -> int | None:
+    """Bytes that a file of /proc says of a field; None where it does not."""
+    with contextlib.suppress(OSError, StopIteration), open(file) as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field))
+    return None

@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .memory import proc_bytes
+
 
 class PeakMemory:
     """Highest resident memory of this process since the object was made.
@@ -25,11 +27,10 @@ class PeakMemory:
 
     def bytes(self) -> int:
         """The peak in bytes."""
-        try:
-            with open("/proc/self/status") as f:
-                return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
-        except (OSError, StopIteration):
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = proc_bytes("/proc/self/status", "VmHWM")
+        if peak is None:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak
 
 
 def progress_bar(text: str, total: int, shown: bool = True, **options: Any) -> tqdm:

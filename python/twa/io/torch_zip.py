@@ -124,7 +124,7 @@ class Archive:
                 f"expected at most {MAX_PICKLE} bytes in data.pkl, found {size}", where
             )
         with explained(where):
-            self.content, _ = unpickle(bytes_of(file.path, at, size), NAMES, parse_storage)
+            self.content = unpickle(bytes_of(file.path, at, size), NAMES, parse_storage)
 
     def place(self, t: Described) -> Stored:
         """Where a tensor lies; CandidateError if it is not in the archive."""

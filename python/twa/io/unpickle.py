@@ -53,31 +53,29 @@ KEYS = (str, int, float, bool, bytes, type(None), torch.dtype, Made)  # of dicts
 
 
 def unpickle(
-    data: bytes | memoryview,
+    data: bytes,
     names: Mapping[str, object],
     storage: Callable[[object], object] | None = None,
-    at: int = 0,
     instructions: Mapping[int, Instruction] | None = None,
-) -> tuple[object, int]:
-    """The value that a pickle describes, and where it ends.
+) -> object:
+    """The value that a pickle describes.
 
     Args:
-        data: bytes with a pickle in them
+        data: the pickle; what follows its end is not looked at
         names: "module.name" -> a Name, or a value
         storage: called with persistent ids
-        at: the byte where the pickle begins
         instructions: in place of OPS
 
     Raises:
         Refused: the pickle asks for any other name
         ValueError: the pickle is damaged; or KeyError, IndexError, ...
     """
-    machine, known = Machine(data, names, storage, at), instructions or OPS
+    machine, known = Machine(data, names, storage), instructions or OPS
     while True:
         op = data[machine.at]
         machine.at += 1
         if op == _STOP:
-            return machine.stack.pop(), machine.at
+            return machine.stack.pop()
         run = known.get(op)
         if run is None:
             raise ValueError(f"unexpected instruction {bytes([op])!r} at byte {machine.at - 1}")
@@ -89,12 +87,11 @@ class Machine:
 
     def __init__(
         self,
-        data: bytes | memoryview,
+        data: bytes,
         names: Mapping[str, object],
         storage: Callable[[object], object] | None,
-        at: int,
     ) -> None:
-        self.data, self.names, self.storage, self.at = data, names, storage, at
+        self.data, self.names, self.storage, self.at = data, names, storage, 0
         self.stack: list[object] = []
         self.outer: list[list[object]] = []  # stacks below a mark
         self.memo: dict[int, object] = {}
@@ -104,7 +101,7 @@ class Machine:
         begin, self.at = self.at, self.at + count
         if self.at > len(self.data):
             raise EOFError("the pickle is cut off")
-        return bytes(self.data[begin : self.at])
+        return self.data[begin : self.at]
 
     def number(self, count: int) -> int:
         """The next bytes as a number without sign."""
@@ -112,7 +109,7 @@ class Machine:
 
     def line(self) -> str:
         """The rest of a line of at most 256 bytes."""
-        text = bytes(self.data[self.at : self.at + 256])
+        text = self.data[self.at : self.at + 256]
         self.at += text.index(b"\n") + 1
         return text[: text.index(b"\n")].decode()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -119,18 +118,16 @@ def _centers(sharding: Sharding, weights: Tensor, progress: Progress | None) -> 
 def _tensors(
     sharding: Sharding, progress: Progress | None
 ) -> Iterator[tuple[int, Iterator[Block] | None]]:
-    """Each tensor with its blocks, to be read in order; None if another rank packs it."""
-    mine = [k for k in range(len(sharding.keys)) if sharding.is_packer(k)]
-    groups = itertools.groupby(sharding.stream(mine), key=lambda k_block: k_block[0])
+    """`packed_tensors`, with progress as its blocks are read."""
 
-    def counted(k: int, blocks: Iterator[tuple[int, Block]]) -> Iterator[Block]:
-        for _, block in blocks:
+    def counted(k: int, blocks: Iterator[Block]) -> Iterator[Block]:
+        for block in blocks:
             yield block
             if progress:
                 progress(sharding.keys[k], sum(r.numel() * r.element_size() for r in block.rows))
 
-    for k in range(len(sharding.keys)):
-        yield k, counted(*next(groups)) if sharding.is_packer(k) else None
+    for k, blocks in sharding.packed_tensors():
+        yield k, None if blocks is None else counted(k, blocks)
 
 
 def _where(sharding: Sharding, k: int) -> Exception:

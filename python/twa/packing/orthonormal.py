@@ -5,7 +5,6 @@ They are the distances from the center, which the basis of deltas has as its row
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -117,14 +116,11 @@ def _pack(
         packer: takes Q
         rows_of_q: called with a tensor's index, columns of the candidates and the first column
     """
-    mine = [k for k in range(len(sharding.keys)) if sharding.is_packer(k)]
-    blocks = sharding.stream(mine, slice(0, len(sharding.candidates)))
-    tensors = itertools.groupby(blocks, key=lambda k_block: k_block[0])
-    for k in range(len(sharding.keys)):
-        if not sharding.is_packer(k):
+    for k, blocks in sharding.packed_tensors(slice(0, len(sharding.candidates))):
+        if blocks is None:
             packer.skip()
             continue
-        for _, block in next(tensors)[1]:
+        for block in blocks:
             count = block.end - block.begin
             for first in range(0, count, PACK_COLUMNS):
                 at = slice(first, min(first + PACK_COLUMNS, count))
@@ -155,9 +151,10 @@ def _of_segment(sharding: Sharding, flat: list[Tensor], tensors: list[int]) -> t
             yield [torch.zeros(0)] * len(sharding.candidates)
 
     def center() -> Iterator[Tensor]:
+        step = sharding.block_columns
         for k in fed:
-            for begin in range(0, max(1, flat[k].numel()), sharding.block_columns):
-                yield flat[k][begin : begin + sharding.block_columns]
+            for begin in range(0, max(1, flat[k].numel()), step):
+                yield flat[k][begin : begin + step]
         if not fed:
             yield torch.zeros(0)
 

@@ -6,6 +6,7 @@ It is one stream, which can be interrupted and continued.
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import os
 import sys
@@ -228,7 +229,7 @@ class PackToFile:
     ) -> None:
         """Packs the candidates from (tensor, column) `begin` on."""
         numels, saved = self.contents.numels, time.perf_counter()
-        starts = [sum(numels[:k]) for k in range(len(numels))]
+        starts = [0, *itertools.accumulate(numels)]
         if begin[0] < len(numels) and begin[1] and begin[1] == numels[begin[0]]:
             raise BasisError("expected a position inside a tensor, found its end", self.position)
         for k, block in self.sharding.stream(range(len(numels)), begin=begin):
