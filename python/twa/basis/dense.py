@@ -65,7 +65,7 @@ class DenseBasis:
     @property
     def nbytes(self) -> int:
         """Bytes of the rows."""
-        return sum(r.numel() * r.element_size() for r in self.rows)
+        return sum(r.nbytes for r in self.rows)
 
     def to(self, device: torch.device | str) -> DenseBasis:
         """The basis on another device."""

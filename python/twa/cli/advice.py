@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 
 @contextlib.contextmanager
@@ -19,6 +20,12 @@ def advising(how_to_go_on: Callable[[], str]) -> Iterator[None]:
         if not advice_of(error):
             vars(error)["twa_advice"] = how_to_go_on()  # vars: it may be any exception
         raise
+
+
+def to_resume(overwrite: bool, state: Path) -> str:
+    """Advice to continue from a saved state."""
+    instead = " in place of --overwrite" if overwrite else ""
+    return f"continue with the same command and --resume{instead} ({state})"
 
 
 def advice_of(error: BaseException) -> str:

@@ -29,7 +29,7 @@ from ..merge.settings import DEFAULT_METHODS, Settings, TwaMethod
 from ..tasks.batches import seed_all
 from ..tasks.contract import BUILT_IN, load_task
 from . import arguments
-from .advice import advising
+from .advice import advising, to_resume
 from .output import check_output, finish, is_finished
 
 
@@ -170,10 +170,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 def how_to_resume(store: Store, overwrite: bool) -> str:
     """Advice after an interruption; "" if nothing is saved."""
-    if not store.path.exists():
-        return ""
-    instead = " in place of --overwrite" if overwrite else ""
-    return f"continue with the same command and --resume{instead} ({store.path})"
+    return to_resume(overwrite, store.path) if store.path.exists() else ""
 
 
 def check_candidates(candidates: Candidates, force: bool) -> None:

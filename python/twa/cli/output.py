@@ -95,11 +95,7 @@ def finish(
     print(markdown_table(*table_rows(outcome.results, task)))
     print()
     winner = outcome.winner
-    test = f", test loss {winner.test_loss:.6f}" if winner.test_loss is not None else ""
-    print(
-        f"winner on the validation data: {winner.method}, validation loss"
-        f" {winner.val_loss:.6f}{test}"
-    )
+    print(f"winner on the validation data: {winner.method}, {winner.losses}")
     print(f"written to {folder}/: {', '.join(written)}")
     if f"{FOLDER}/" in written:
         print(f"from_pretrained loads {folder / FOLDER}/")

@@ -22,7 +22,7 @@ from ..packing.load import find_basis
 from ..packing.to_file import PackToFile, Report, is_unfinished, remove_left_over
 from ..tasks.contract import load_task
 from . import arguments
-from .advice import advising
+from .advice import advising, to_resume
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -112,8 +112,7 @@ def summary(job: PackToFile, report: Report) -> str:
 def how_to_go_on(job: PackToFile, overwrite: bool) -> str:
     """Advice after an interruption."""
     if job.unfinished:
-        instead = " in place of --overwrite" if overwrite else ""
-        return f"continue with the same command and --resume{instead} ({job.position})"
+        return to_resume(overwrite, job.position)
     if job.finished:
         return f"{job.path} is finished"
     return "nothing of it is kept: start again with the same command"

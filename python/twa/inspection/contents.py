@@ -17,7 +17,7 @@ from ..io.mapped import TensorInfo
 from ..io.progress import progress_bar
 from .findings import Finding, many, some
 from .geometry import SAME, Geometry
-from .samples import floats, groups_of, is_matrix, numel
+from .samples import floats, groups_of, is_matrix
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Scan:
             self.broken[i, key] = self.broken.get((i, key), 0) + counts[i]
         if key not in self.varying and not all(torch.equal(rows[0], r) for r in rows[1:]):
             self.varying.add(key)
-        self.bar.update(sum(r.numel() * r.element_size() for r in rows))
+        self.bar.update(sum(r.nbytes for r in rows))
 
 
 def read_contents(candidates: Candidates, progress: bool = True) -> Content:
@@ -130,7 +130,7 @@ def _read_once(
 
 def content_findings(candidates: Candidates, content: Content) -> list[Finding]:
     """Findings of NaN and Inf, and of tensors that are the same everywhere."""
-    names, sizes = candidates.names, {key: numel(i) for key, i in candidates.info.items()}
+    names, sizes = candidates.names, {key: i.numel for key, i in candidates.info.items()}
     found = []
     for i in sorted({i for i, _ in content.broken}):
         counts = {key: count for (j, key), count in content.broken.items() if j == i}
@@ -152,7 +152,7 @@ def content_findings(candidates: Candidates, content: Content) -> list[Finding]:
 def geometry_findings(candidates: Candidates, geometry: Geometry) -> list[Finding]:
     """Findings of duplicates, of candidates that are averages of others, and of outliers."""
     found, names = duplicates(candidates, geometry), geometry.names
-    matrices = [i for i in candidates.info.values() if numel(i) and is_matrix(i)]
+    matrices = [i for i in candidates.info.values() if i.numel and is_matrix(i)]
     unit = max((torch.finfo(i.dtype).eps / 2 for i in matrices), default=2.0**-24)
     for i, others in geometry.weighted_means(unit):
         which = some([f"{names[j]} ({beta:.2f})" for j, beta in others if beta > 0.005])
@@ -223,14 +223,14 @@ def tensor_findings(candidates: Candidates) -> list[Finding]:
 
 def _is_odd(info: TensorInfo) -> bool:
     """Whether a tensor is empty, or a single float."""
-    return not numel(info) or (not info.shape and info.dtype.is_floating_point)
+    return not info.numel or (not info.shape and info.dtype.is_floating_point)
 
 
 def _integer_finding(candidates: Candidates, integers: dict[str, TensorInfo]) -> Finding:
     """What there is to say of tensors that are not floating point."""
     shown = some([f"{key} ({info})" for key, info in integers.items()])
-    weights = sum(numel(candidates.info[key]) for key in floats(candidates))
-    if sum(map(numel, integers.values())) > weights:
+    weights = sum(candidates.info[key].numel for key in floats(candidates))
+    if sum(i.numel for i in integers.values()) > weights:
         message = f"most numbers are in tensors that are not floating point: {shown}"
         advice = "convert quantised checkpoints to floating point first"
         return Finding("error", "integers", message, advice)
@@ -246,7 +246,7 @@ def tied(candidates: Candidates) -> list[list[str]]:
     """
     alike: dict[object, list[str]] = {}
     for key in (key for key in floats(candidates) if is_matrix(candidates.info[key])):
-        size = numel(candidates.info[key])
+        size = candidates.info[key].numel
         begin = candidates[0].columns(key, 0, min(64, size))
         end = candidates[0].columns(key, max(0, size - 64), size)
         ends = (*begin.tolist(), *end.tolist())

@@ -9,7 +9,6 @@ from pathlib import Path
 from ..io.candidate import Candidate
 from .findings import Finding
 from .geometry import Geometry
-from .samples import numel
 
 
 @dataclass
@@ -39,7 +38,7 @@ class Row:
     @property
     def parameters(self) -> int:
         """Numbers in its tensors."""
-        return sum(numel(i) for i in self.candidate.info.values()) if self.candidate else 0
+        return sum(i.numel for i in self.candidate.info.values()) if self.candidate else 0
 
     @property
     def dtypes(self) -> str:

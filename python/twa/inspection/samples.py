@@ -48,13 +48,8 @@ def is_matrix(info: TensorInfo) -> bool:
 def floats(candidates: Candidates) -> list[str]:
     """Keys of the float tensors that are not empty."""
     return [
-        key for key, info in candidates.info.items() if info.dtype.is_floating_point and numel(info)
+        key for key, info in candidates.info.items() if info.dtype.is_floating_point and info.numel
     ]
-
-
-def numel(info: TensorInfo) -> int:
-    """How many numbers a tensor has."""
-    return torch.Size(info.shape).numel()
 
 
 # A look at samples -------------------------------------------------------------------------------
@@ -110,13 +105,13 @@ def sample_findings(candidates: Candidates, sample_bytes: int = SAMPLE_BYTES) ->
 def take_sample(candidates: Candidates, sample_bytes: int = SAMPLE_BYTES) -> Sample:
     """Reads about `sample_bytes` of each candidate; sums are in float64."""
     n, keys = len(candidates), floats(candidates)
-    total = sum(numel(candidates.info[key]) for key in keys)
+    total = sum(candidates.info[key].numel for key in keys)
     run = min(SAMPLE_RUN, max(64, sample_bytes // 4 // max(1, len(keys))))
     broken: list[list[str]] = [[] for _ in range(n)]
     whole, mean = torch.zeros(n, n).double(), torch.zeros(n, n).double()
     weights, identical = 0, True
     for key in keys:
-        size = numel(candidates.info[key])
+        size = candidates.info[key].numel
         count = max(1, sample_bytes // 4 * size // (total * run))
         x = _runs(candidates, key, run, count)  # (n, columns)
         if size > 1 << 20:  # a run of a large file may bring megabytes into memory
@@ -151,7 +146,7 @@ def _runs(candidates: Candidates, key: str, run: int, count: int) -> Tensor:
         run: weights of a run; a tensor of no more is read whole
         count: number of runs
     """
-    size = numel(candidates.info[key])
+    size = candidates.info[key].numel
     starts = [0] if size <= run else torch.linspace(0, size - run, count).long().tolist()
     places = [(start, min(start + run, size)) for start in starts]
     rows = [torch.cat([c.columns(key, *place) for place in places]) for c in candidates]

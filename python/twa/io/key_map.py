@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +43,7 @@ class KeyMap:
 
     def numels(self, info: Mapping[str, TensorInfo]) -> list[int]:
         """Number of weights of each trained tensor."""
-        return [math.prod(info[key].shape) for key in self.trained.values()]
+        return [info[key].numel for key in self.trained.values()]
 
 
 def match_keys(model: nn.Module, candidates: Candidates) -> KeyMap:

@@ -73,7 +73,6 @@ def markdown(outcome: Outcome, task: Task, command: str) -> str:
     """The page report.md. `command` is what was run."""
     winner = outcome.winner
     note = f" ({winner.note})" if winner.note else ""
-    test = f", test loss {winner.test_loss:.6f}" if winner.test_loss is not None else ""
     remarks = [REMARKS]
     if any(r.averaged_bn_loss is not None for r in outcome.results):
         remarks.append(AVERAGED_BN_REMARK)
@@ -82,8 +81,7 @@ def markdown(outcome: Outcome, task: Task, command: str) -> str:
         "",
         markdown_table(*table_rows(outcome.results, task)),
         "",
-        f"Winner on the validation data: **{winner.method}**{note}, validation loss"
-        f" {winner.val_loss:.6f}{test}.",
+        f"Winner on the validation data: **{winner.method}**{note}, {winner.losses}.",
         "",
         *remarks,
         "",

@@ -63,6 +63,12 @@ class Result:
         """Its name and what was chosen, such as "EMA decay 0.9"."""
         return " ".join(filter(None, (self.method, self.note)))
 
+    @property
+    def losses(self) -> str:
+        """Its losses in words."""
+        test = "" if self.test_loss is None else f", test loss {self.test_loss:.6f}"
+        return f"validation loss {self.val_loss:.6f}{test}"
+
 
 def best_fixed(results: Iterable[Result]) -> Result:
     """The fixed average with the lowest validation loss."""

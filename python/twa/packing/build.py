@@ -124,7 +124,7 @@ def _tensors(
         for block in blocks:
             yield block
             if progress:
-                progress(sharding.keys[k], sum(r.numel() * r.element_size() for r in block.rows))
+                progress(sharding.keys[k], sum(r.nbytes for r in block.rows))
 
     for k, blocks in sharding.packed_tensors():
         yield k, None if blocks is None else counted(k, blocks)

@@ -247,7 +247,7 @@ class PackToFile:
                 packer.end_tensor()
                 at = (k + 1, 0)
             if progress:
-                progress(sum(r.numel() * r.element_size() for r in block.rows))
+                progress(sum(r.nbytes for r in block.rows))
             if time.perf_counter() - saved > SAVE_SECONDS:
                 self._save_position(packer, at)
                 saved = time.perf_counter()

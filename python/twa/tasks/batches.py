@@ -160,7 +160,7 @@ class Pass:
         begin_pass(inner, number, seed)
         wanted = _Wanted(number, seed, keep, limit)
         # Neither iterator knows this object: a cycle would keep a DataLoader's workers alive.
-        found = _load(inner, wanted) if _has_indices(inner) else _read(inner, wanted)
+        found = _load(inner, wanted) if _has_indices(inner) else wanted.of(inner)
         if device is not None:
             found = ((k, to_device(batch, device)) for k, batch in found)
         self._wanted, self._found = wanted, found
@@ -200,11 +200,6 @@ class _Wanted:
             k, self.total = self.total, self.total + 1
             if self.keep(k):
                 yield k, item
-
-
-def _read(source: Iterable, wanted: _Wanted) -> Iterator[tuple[int, Any]]:
-    """Takes every batch of the data, and drops those that are not wanted."""
-    return wanted.of(source)
 
 
 def _load(loader: DataLoader, wanted: _Wanted) -> Iterator[tuple[int, Any]]:
