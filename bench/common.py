@@ -14,8 +14,9 @@ from gpucheck.machine import commit
 from torch import Tensor
 
 import twa_kernels as tk
-from twa_kernels.__main__ import processor
-from twa_kernels.native import empty_for_streaming
+from twa_kernels.backends import native as native_backend
+from twa_kernels.backends.native import empty_for_streaming
+from twa_kernels.machine import processor
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -49,7 +50,7 @@ def bandwidth() -> dict[str, float]:
     """GB/s of reading 1 GB by a plain loop, of reading it with software prefetch, and of copying it
     (memcpy; read + write), with the threads that the kernels use.
     """
-    native, threads = tk.native._C, torch.get_num_threads()
+    native, threads = native_backend._C, torch.get_num_threads()
     source, target = empty_for_streaming((1 << 30,), "cpu"), empty_for_streaming((1 << 30,), "cpu")
     source.random_(0, 256), target.zero_()
     read = median_seconds(lambda: native.read_bytes(source.data_ptr(), source.numel(), threads))
@@ -86,7 +87,7 @@ def hardware() -> dict[str, str]:
     return {
         "processor": processor(),
         "threads": str(torch.get_num_threads()),
-        "isa": str(tk.native._C.cpu_isa()) if tk.native._C else "native module not built",
+        "isa": str(native_backend._C.cpu_isa()) if native_backend._C else "native module not built",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit(),

@@ -33,7 +33,7 @@ from twa.distributed import cost
 from twa.distributed.cost import SHARDINGS
 from twa.io.tables import markdown_table
 
-from twa_kernels.__main__ import processor
+from twa_kernels.machine import processor
 
 ROOT = Path(__file__).parents[1]
 CANDIDATES, STEPS, BATCH = 48, 40, 16

@@ -362,8 +362,8 @@ def gpu_table(n: int, columns: int) -> list[str]:
     ]
     runs = {}
     for backend in ("cuda", "triton"):
-        built = ("orthonormalize_pass", backend) in tk.dispatch.IMPLEMENTATIONS
-        if built and tk.dispatch.why_unusable(backend) is None:
+        built = tk.registry.has("orthonormalize_pass", backend)
+        if built and tk.registry.why_unusable(backend) is None:
             for mode in ("fast", "high"):
                 ours = partial(tk.orthonormalize, W, out=Q, accuracy=mode, backend=backend)
                 runs[f"{backend}, {mode}"] = lambda ours=ours: ours().Q

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import nn
 from twa.io.tables import markdown_table
 
-from twa_kernels.__main__ import processor
+from twa_kernels.machine import processor
 
 BOUND, SHARE = 2e9, 0.7
 LIMIT = 1_300_000_000  # of the whole process, of which 0.7 GB are taken before it begins

@@ -88,7 +88,7 @@ def per_weight(rows: list[dict], op: str, bits: int, n: int) -> float | None:
     """Instructions of the main loops per packed weight of a basis of n rows, rows of padding
     included; None: not among the (compiled) variants.
     """
-    from twa_kernels._triton.config import configuration, least_rows, row_blocks
+    from twa_kernels.backends.triton.config import configuration, least_rows, row_blocks
 
     by = {(r["op"], r["bits"], r["variant"]): r.get("per_weight") for r in rows}
     size = configuration(op, bits, rows[0]["arch"])["rows"]
@@ -173,7 +173,7 @@ def measure(variant, arch: str) -> dict:
     """A row: what a variant costs on an architecture."""
     import triton
 
-    from twa_kernels._triton.aot import compile_variant, specialised
+    from twa_kernels.backends.triton.aot import compile_variant, specialised
 
     kernel = compile_variant(variant, arch)
     lines, row = (gcn if arch.startswith("gfx") else sass)(kernel)
@@ -245,7 +245,7 @@ def form_of(variant: str) -> str:
 
 
 def _job(job: tuple[str, int]) -> dict:
-    from twa_kernels._triton.aot import variants
+    from twa_kernels.backends.triton.aot import variants
 
     arch, index = job
     return measure(list(variants(arch))[index], arch)
@@ -257,7 +257,7 @@ def chosen(arch: str, brief: bool) -> list[int]:
     Brief: for sm_90 the first of each kind of kernel and what the tests read; of other
     architectures the first of each op at the widths in BRIEF_BITS.
     """
-    from twa_kernels._triton.aot import variants
+    from twa_kernels.backends.triton.aot import variants
 
     found, seen = [], set()
     for index, v in enumerate(variants(arch)):

@@ -18,7 +18,7 @@ import sys
 import torch
 from common import RESULTS
 
-from twa_kernels import native
+from twa_kernels.backends import native
 
 WINDOW = 3 * 132  # blocks of the step kernel on an H200
 CACHES = (50e6, 30e6)
@@ -45,7 +45,9 @@ def reuse(
     tile_segment = torch.repeat_interleave(
         torch.tensor(segments, dtype=torch.int32), torch.tensor(tiles_of)
     )
-    host = native._C.HostWork(sizes, tile_segment.data_ptr(), max(segments) + 1, bits)
+    host = native._C.HostWork(
+        numel=sizes, tile_segment=tile_segment, segments=max(segments) + 1, bits=bits
+    )
     tiles = torch.frombuffer(bytearray(host.arrays[2]), dtype=torch.int32).tolist()
     kept: collections.OrderedDict = collections.OrderedDict()
     used = hit = total = 0.0

@@ -40,7 +40,7 @@ def compile_from(arch: str, first: int) -> Iterator[dict]:
     """In a child: one row per variant from the `first` on."""
     import static_cost
 
-    from twa_kernels._triton.aot import variants
+    from twa_kernels.backends.triton.aot import variants
 
     for v in list(variants(arch))[first:]:
         row = {"op": v.op, "bits": v.bits, "variant": v.name, "arch": arch}

@@ -36,6 +36,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define TWA_HD __host__ __device__ __forceinline__
@@ -55,6 +56,23 @@ TWA_HD constexpr bool valid_bits(int bits) { return bits == 8 || (bits >= 1 && b
 TWA_HD constexpr int row_bytes(int bits) { return kTileColumns / 8 * bits; }
 static_assert(row_bytes(8) == 128 && row_bytes(4) == 64 && row_bytes(3) == 48 && row_bytes(2) == 32 && row_bytes(1) == 16,
               "a row of a tile has 16 * bits bytes");
+
+// f(std::integral_constant<int, bits>): every launcher's one switch over bit widths.
+template <class F>
+auto with_bits(int bits, const F& f) {
+  switch (bits) {
+    case 8:
+      return f(std::integral_constant<int, 8>());
+    case 4:
+      return f(std::integral_constant<int, 4>());
+    case 3:
+      return f(std::integral_constant<int, 3>());
+    case 2:
+      return f(std::integral_constant<int, 2>());
+    default:
+      return f(std::integral_constant<int, 1>());
+  }
+}
 
 TWA_HD constexpr int64_t num_tiles(int64_t numel) { return (numel + kTileColumns - 1) / kTileColumns; }
 

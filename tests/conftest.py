@@ -24,7 +24,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import twa_kernels as tk
-from twa_kernels import dispatch
+import twa_kernels.capture
+from twa_kernels import registry
 
 BITS = (8, 4, 3, 2, 1)
 #: tensors of one model: single elements, odd sizes, tile - 1, tile, tile + 1, a block of 64 tiles +
@@ -116,7 +117,7 @@ class Gpu:
         )
 
     def needs(self, op):
-        if (op, self.backend) not in dispatch.IMPLEMENTATIONS:
+        if not registry.has(op, self.backend):
             pytest.skip(f"backend {self.backend} does not implement {op}")
         return self
 
@@ -126,7 +127,7 @@ if not ON_GPU:  # CUDA kernels then run compiled for the CPU
     import emulator
 
     emulator.install()
-GPU_BACKENDS = [name for name in ("cuda", "triton") if dispatch.why_unusable(name) is None]
+GPU_BACKENDS = [name for name in ("cuda", "triton") if registry.why_unusable(name) is None]
 
 
 @pytest.fixture(
@@ -138,7 +139,7 @@ def gpu(request, monkeypatch):
     The interpreter is given NVIDIA's assembly, which tests/interpreter.py runs.
     """
     if not ON_GPU:
-        from twa_kernels._triton import launch
+        from twa_kernels.backends.triton import launch
 
         monkeypatch.setattr(launch, "isa", lambda arch: "ptx")
     return Gpu(request.param, "cuda" if ON_GPU else "cpu")
@@ -151,8 +152,9 @@ def capture(monkeypatch):
     """
 
     def begin(device_type="cuda" if ON_GPU else "cpu"):
-        for module in (tk.native, tk.cuda):
-            monkeypatch.setattr(module, "capturing", lambda device: device.type == device_type)
+        monkeypatch.setattr(
+            twa_kernels.capture, "capturing", lambda device: device.type == device_type
+        )
 
     return begin
 

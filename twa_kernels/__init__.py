@@ -7,13 +7,18 @@ c = twa_kernels.project(basis, grads)                     # (n, L)
 theta = twa_kernels.reconstruct(basis, x, center)         # one per parameter; differentiable in x
 """
 
-from . import native, reference
-from .api import average, pack, project, reconstruct, step, unpack
-from .columns import StreamError
-from .ops import NotFiniteError
-from .orthonormalize import Orthonormal, orthonormalize
-from .packed import PackedBasis, Packer
-from .reference import relative_error
+from . import layout, registry
+from .backends import reference
+from .backends.reference import relative_error
+from .basis import PackedBasis
+from .ops.average import average
+from .ops.pack import NotFiniteError
+from .ops.project import project
+from .ops.reconstruct import reconstruct
+from .ops.step import step
+from .ops.unpack import unpack
+from .orthonormalize import Orthonormal, StreamError, orthonormalize
+from .packer import Packer, pack
 
 __all__ = [
     "NotFiniteError",
@@ -22,12 +27,13 @@ __all__ = [
     "Packer",
     "StreamError",
     "average",
-    "native",
+    "layout",
     "orthonormalize",
     "pack",
     "project",
     "reconstruct",
     "reference",
+    "registry",
     "relative_error",
     "step",
     "unpack",

@@ -7,17 +7,9 @@ import platform
 
 import torch
 
-from . import __version__, dispatch, native
-
-
-def processor() -> str:
-    """Name of the CPU."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            names = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
+from . import __version__, ops, registry
+from .backends import native
+from .machine import processor
 
 
 def main() -> None:
@@ -35,18 +27,18 @@ def main() -> None:
             cuda = "compiled for sm_" + native._C.cuda_architectures.replace(" ", ", sm_")
         print(f"  CUDA: {cuda}")
     print("backends:")
-    for backend, devices in dispatch.DEVICES.items():
-        reason = dispatch.why_unusable(backend)
+    for name, backend in registry.BACKENDS.items():
+        reason = backend.why_unusable()
         state = "usable" if reason is None else f"not usable: {reason}"
-        print(f"  {backend:10s} {', '.join(devices):20s} {state}")
-    print(f"default per op ({dispatch.ENVIRONMENT}={os.environ.get(dispatch.ENVIRONMENT, '')!r}):")
-    overrides = {device: dispatch.environment_backend(device) for device in ("cpu", "cuda")}
-    for op in dispatch.OPS:
+        print(f"  {name:10s} {', '.join(backend.devices):20s} {state}")
+    print(f"default per op ({registry.ENVIRONMENT}={os.environ.get(registry.ENVIRONMENT, '')!r}):")
+    overrides = {device: registry.environment_backend(device) for device in ("cpu", "cuda")}
+    for op in ops.__all__:
         row = [
-            f"{device}: {override or dispatch.default_backend(op, device) or 'none'}"
+            f"{device}: {override or registry.default_backend(op, device) or 'none'}"
             for device, override in overrides.items()
         ]
-        print(f"  {op:12s} {'   '.join(row)}")
+        print(f"  {op:20s} {'   '.join(row)}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """`python -m twa_kernels.tune`: launch configurations of the Triton kernels that beat the shipped.
 
 They are measured on this GPU. Nothing is tuned at import or in use: the shipped numbers
-(`_triton/config.py`) stay until someone puts others there. A line that this prints goes into
-OVERRIDES of that file.
+(`backends/triton/config.py`) stay until someone puts others there. A line that this prints goes
+into OVERRIDES of that file.
 
     python -m twa_kernels.tune
         project and reconstruct, all bits, n = 64, 1 GB of packed rows
@@ -21,9 +21,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from . import api, dispatch
-from .packed import PackedBasis
-from .reference import BITS
+from . import registry
+from .basis import PackedBasis
+from .layout import BITS
+from .ops.project import project
+from .ops.reconstruct import reconstruct
+from .ops.unpack import unpack
+from .packer import pack
 
 #: op -> number -> values to try; reconstruct's tiles follow from its warps, because a thread owns
 #: 16 bytes of a row
@@ -93,16 +97,16 @@ def calls(op: str, basis: PackedBasis, g: list[torch.Tensor]) -> tuple[Callable[
     shapes = basis.shapes if op == "pack" else ()
     rows = [torch.randn(basis.n, *s, device=basis.device) for s in shapes]
     return {
-        "project": (lambda: api.project(basis, g, "triton"), packed + 4 * basis.num_columns),
+        "project": (lambda: project(basis, g, "triton"), packed + 4 * basis.num_columns),
         "reconstruct": (
-            lambda: api.reconstruct(basis, x, g, out=out, backend="triton"),
+            lambda: reconstruct(basis, x, g, out=out, backend="triton"),
             packed + 8 * basis.num_columns,
         ),
         "pack": (
-            lambda: api.pack(rows, basis.bits, backend="triton"),
+            lambda: pack(rows, basis.bits, backend="triton"),
             packed + 4 * basis.n * basis.num_columns,
         ),
-        "unpack": (lambda: api.unpack(basis, "triton"), packed + 4 * basis.n * basis.num_columns),
+        "unpack": (lambda: unpack(basis, "triton"), packed + 4 * basis.n * basis.num_columns),
     }[op]
 
 
@@ -113,7 +117,7 @@ def tune(
 
     Measures every candidate, and prints a line for each.
     """
-    from ._triton import config as shipped
+    from .backends.triton import config as shipped
 
     arch = shipped.architecture(torch.device(device))
     basis, g = random_case(n, columns, bits, device)
@@ -172,8 +176,8 @@ def main() -> None:
     )
     parser.add_argument("--most", type=int, help="configurations per op and bits, at most")
     args = parser.parse_args()
-    device = "cpu" if dispatch.interpreting() else "cuda"
-    if reason := dispatch.why_unusable("triton"):
+    device = "cpu" if registry.interpreting() else "cuda"
+    if reason := registry.why_unusable("triton"):
         sys.exit(f"twa_kernels.tune: expected a GPU to measure on, found none: {reason}")
     lines = []
     for op, bits in itertools.product(args.op, args.bits):
@@ -182,7 +186,7 @@ def main() -> None:
         lines.append(tune(op, bits, args.n, columns, device, args.seconds, args.most))
     found = [line for line in lines if line]
     if found:
-        print("\n".join(["", "For OVERRIDES in twa_kernels/_triton/config.py:", *found]))
+        print("\n".join(["", "For OVERRIDES in twa_kernels/backends/triton/config.py:", *found]))
     else:
         print("\nThe shipped configurations are the best measured.")
 

@@ -23,7 +23,7 @@ import twa
 from twa.io.atomic import write_json
 from twa.io.errors import TwaError
 
-from twa_kernels.__main__ import processor
+from twa_kernels.machine import processor
 
 from . import CLAIMS, claim
 from .job import SCALES, Job

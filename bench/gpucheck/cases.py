@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import twa_kernels as tk
-from twa_kernels.reference import tile_offsets
+from twa_kernels.layout import tile_offsets
 
 #: the check on a CPU, without a GPU: what stands in for each GPU backend
 STAND_INS = {"cuda": "cpp", "triton": "reference"}

@@ -12,7 +12,7 @@ import math
 import torch
 
 import twa_kernels as tk
-from twa_kernels import dispatch
+from twa_kernels import registry
 
 from . import rehearsal
 from .cases import DEVICE, DTYPES, Operands, backend_of, call, error_of, make, poison, wait, walk
@@ -33,7 +33,7 @@ def operands(n: int, bits: int, dtype: str, dense: bool) -> Operands:
 @functools.lru_cache(maxsize=4)
 def expected(op: str, n: int, bits: int, dtype: str) -> list[torch.Tensor]:
     """C++ has the bits of the reference and is quick; the reference where it is not built (yet)."""
-    truth = "cpp" if dispatch.why_unusable("cpp") is None else "reference"
+    truth = "cpp" if registry.why_unusable("cpp") is None else "reference"
     return call(op, operands(n, bits, dtype, op == "pack").copy("cpu"), truth)
 
 

@@ -20,7 +20,7 @@ from .children import label, one_line, serve
 from .events import emit
 from .speed import tiles_of, timer
 
-import twa_kernels.cuda  # isort: skip
+import twa_kernels.backends.cuda  # isort: skip
 from twa_kernels import tune  # isort: skip
 
 ROUNDS, MOST = 3, 8
@@ -28,7 +28,7 @@ Variants = Iterator[tuple[str, Callable[[], AbstractContextManager]]]
 
 
 def triton(op: str, bits: int) -> Variants:
-    from twa_kernels._triton import config
+    from twa_kernels.backends.triton import config
 
     arch = config.architecture(DEVICE)
     shipped = config.configuration(op, bits, arch)
@@ -45,7 +45,7 @@ def triton(op: str, bits: int) -> Variants:
 @contextlib.contextmanager
 def separate_launches() -> Iterator[None]:
     """A step as project, update and reconstruct, instead of one kernel."""
-    cuda, build = twa_kernels.cuda, twa_kernels.cuda.step_tasks
+    cuda, build = twa_kernels.backends.cuda, twa_kernels.backends.cuda.step_tasks
     cuda.step_tasks = lambda work, window, device: None
     try:
         yield

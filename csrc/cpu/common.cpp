@@ -7,6 +7,7 @@
 #include <dlfcn.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
@@ -162,29 +163,19 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>
   get_pool().run(count, threads, fn);
 }
 
-int64_t total_tiles(const TensorTable& tensors) {
+int64_t total_tiles(const int64_t* numel, int64_t count) {
   int64_t tiles = 0;
-  for (int64_t k = 0; k < tensors.count; ++k) {
-    if (tensors.numel[k] < 0) return -1;
-    tiles += num_tiles(tensors.numel[k]);
+  for (int64_t k = 0; k < count; ++k) {
+    if (numel[k] < 0) return -1;
+    tiles += num_tiles(numel[k]);
   }
   return tiles;
 }
 
-std::vector<Block> make_blocks(const TensorTable& tensors, const int32_t* tile_segment) {
-  std::vector<Block> blocks;
-  int64_t tile = 0;
-  for (int64_t k = 0; k < tensors.count; ++k) {
-    const int64_t tiles = num_tiles(tensors.numel[k]);
-    for (int64_t t = 0; t < tiles;) {
-      const int32_t segment = tile_segment[tile + t];
-      int64_t end = t + 1;
-      while (end < tiles && end - t < kBlockTiles && tile_segment[tile + end] == segment) ++end;
-      if (tensors.data[k]) blocks.push_back({k, t * kTileColumns, tile + t, end - t, segment});
-      t = end;
-    }
-    tile += tiles;
-  }
+std::vector<Block> blocks_of(const TensorTable& tensors, const int32_t* tile_segment) {
+  std::vector<Block> blocks = make_blocks(tensors.numel, tensors.count, tile_segment, kBlockTiles);
+  const auto absent = [&](const Block& b) { return tensors.data[b.tensor] == nullptr; };
+  blocks.erase(std::remove_if(blocks.begin(), blocks.end(), absent), blocks.end());
   return blocks;
 }
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <functional>
-#include <type_traits>
 #include <vector>
 
 #include "../twa.h"
@@ -22,21 +21,15 @@ namespace twa {
 enum class Isa { portable, avx2, avx512 };
 Isa isa();  // decided once; see cpu_isa() in twa.h
 
-// f(std::integral_constant<int, bits>): a kernel's one switch over bit widths.
-template <class F>
-auto with_bits(int bits, const F& f) {
-  switch (bits) {
-    case 8:
-      return f(std::integral_constant<int, 8>());
-    case 4:
-      return f(std::integral_constant<int, 4>());
-    case 3:
-      return f(std::integral_constant<int, 3>());
-    case 2:
-      return f(std::integral_constant<int, 2>());
-    default:
-      return f(std::integral_constant<int, 1>());
-  }
+// One kernel for each instruction set; those that this build lacks are empty.
+template <class Kernel>
+struct Tiers {
+  Kernel portable, avx2 = {}, avx512 = {};
+};
+// The kernel for the instruction set in use.
+template <class Kernel>
+Kernel pick(const Tiers<Kernel>& tiers) {
+  return isa() == Isa::avx512 ? tiers.avx512 : isa() == Isa::avx2 ? tiers.avx2 : tiers.portable;
 }
 
 // Runs fn(item) for item in [0, count) on `threads` threads (the caller is one of them). Which thread takes which item is
@@ -58,18 +51,12 @@ constexpr int kPrefetchInput = 2048, kScalesAhead = 16;
 TWA_AVX512 inline void prefetch_input(const void* p, __m512i* after) { prefetch_near(static_cast<const char*>(p) + kPrefetchInput, after); }
 #endif
 
-// Up to kBlockTiles tiles of one tensor and one segment: the unit of work and of reduction.
-struct Block {
-  int64_t tensor;
-  int64_t first_column;  // within the tensor
-  int64_t first_tile;    // within the basis
-  int64_t tiles;
-  int32_t segment;
-};
-std::vector<Block> make_blocks(const TensorTable& tensors, const int32_t* tile_segment);
+// Blocks of kBlockTiles tiles whose tensor is not absent.
+std::vector<Block> blocks_of(const TensorTable& tensors, const int32_t* tile_segment);
 
 // Total tiles of a tensor list, or -1 if a size is negative.
-int64_t total_tiles(const TensorTable& tensors);
+int64_t total_tiles(const int64_t* numel, int64_t count);
+inline int64_t total_tiles(const TensorTable& t) { return total_tiles(t.numel, t.count); }
 
 // The kernels of one block for the instruction set in use, shared by the single ops and step().
 // project: acc[i] += sum over the block's columns of scales * level * g, for the n rows (row_scale is the caller's).
@@ -91,8 +78,8 @@ TWA_INLINE void each_tile(const BasisView& basis, const Block& block, const Tile
 }
 
 // Real columns of tile `tile` of a block; the rest of the tile is padding.
-inline int valid_columns(const TensorTable& tensors, const Block& b, int64_t tile) {
-  const int64_t left = tensors.numel[b.tensor] - (b.first_column + tile * kTileColumns);
+inline int valid_columns(const int64_t* numel, const Block& b, int64_t tile) {
+  const int64_t left = numel[b.tensor] - (b.first_column + tile * kTileColumns);
   return left < kTileColumns ? static_cast<int>(left) : kTileColumns;
 }
 

@@ -34,11 +34,10 @@ constexpr int kRowMultiple = 12;             // rows of a buffer: a multiple of 
 constexpr int64_t round_up(int64_t v, int64_t multiple) { return (v + multiple - 1) / multiple * multiple; }
 
 struct Problem {
-  const TensorTable& rows;  // count * n
-  const TensorTable& center;
+  const RowTable& rows;
   const TensorTable& out;  // count * r
-  const int32_t* parent;
-  int64_t n, r, tensors, first;
+  const GramSchmidtPass& pass;
+  int64_t n, r;  // r: 0 without a transform
 };
 
 // Rows of a block in cache: Real numbers, `stride` apart, more than a power of two so that rows do not share cache sets.
@@ -98,18 +97,17 @@ int64_t block_columns(int64_t n) {
   return std::clamp(kBuffer / (n * size) / panel * panel, kMostColumns / 2 / size, kMostColumns / size);
 }
 
-// Row k of tensor t from `column` on as float32: in place, or converted into scratch.
-const float* as_float(const TensorTable& table, int64_t at, int64_t column, int64_t count, float* scratch) {
-  const Dtype dtype = table.dtype[at];
-  if (dtype == Dtype::f32) return static_cast<const float*>(table.data[at]) + column;
-  const auto* half = static_cast<const uint16_t*>(table.data[at]) + column;
+// A row from `column` on as float32: in place, or converted into scratch.
+const float* as_float(const void* data, Dtype dtype, int64_t column, int64_t count, float* scratch) {
+  if (dtype == Dtype::f32) return static_cast<const float*>(data) + column;
+  const auto* half = static_cast<const uint16_t*>(data) + column;
   for (int64_t c = 0; c < count; ++c) scratch[c] = dtype == Dtype::bf16 ? bf16_to_float(half[c]) : f16_to_float(half[c]);
   return scratch;
 }
 
 // Where the next block's rows lie, for prefetches: row by row, then nothing more.
 struct Ahead {
-  const TensorTable* rows = nullptr;
+  const RowTable* rows = nullptr;
   int64_t at = 0, end = 0, column = 0;  // entries [at, end) of the table
   const void* next(const void* otherwise) {
     if (at >= end) return otherwise;
@@ -155,7 +153,10 @@ struct Transform {
 
 // Real: differences and the transform; Made: what the transform makes, whose products are summed (float32 for stored results).
 template <class Real, class Made>
-void run(const Problem& p, const Transform<Real>* transform, const Transform<Made>* probes, double* gram, double* norms, int threads) {
+void run(const Problem& p, const Transform<Real>* transform, const Transform<Made>* probes, int threads) {
+  const RowTable& rows_in = p.rows;
+  const int64_t lowest = p.pass.first;
+  double *gram = p.pass.gram, *norms = p.pass.norms;
   const Kernels<Real> kernel = kernels<Real>();
   const Kernels<Made> made_kernel = kernels<Made>();
   constexpr int64_t kPanel = kPanelBytes / static_cast<int64_t>(sizeof(Real)), kMadePanel = kPanelBytes / static_cast<int64_t>(sizeof(Made));
@@ -163,7 +164,7 @@ void run(const Problem& p, const Transform<Real>* transform, const Transform<Mad
   const int64_t m = transform ? r : n, height = round_up(m, kRowMultiple), width = probes ? kProbeRows : height;
   int64_t total = 0;
   std::vector<int64_t> begin;  // first column of each tensor, all joined
-  for (int64_t t = 0; t < p.tensors; ++t) begin.push_back(total), total += p.rows.numel[t];
+  for (int64_t t = 0; t < rows_in.count; ++t) begin.push_back(total), total += rows_in.numel[t];
   const int64_t partial = height * width + round_up(2 * n, 8);
   const int64_t most = std::clamp<int64_t>(kPartialBytes / (partial * 8), 2, kMostItems);
   const int64_t per_item = std::max(round_up((total + most - 1) / most, block), block), items = (total + per_item - 1) / per_item;
@@ -183,21 +184,22 @@ void run(const Problem& p, const Transform<Real>* transform, const Transform<Mad
     const int64_t end = std::min(total, (item + 1) * per_item);
     int64_t t = std::upper_bound(begin.begin(), begin.end(), item * per_item) - begin.begin() - 1;
     for (int64_t at = item * per_item; at < end;) {
-      while (at >= begin[t] + p.rows.numel[t]) ++t;  // past empty tensors, too
-      const int64_t column = at - begin[t], count = std::min({block, end - at, p.rows.numel[t] - column}), padded = round_up(count, kPanel);
+      while (at >= begin[t] + rows_in.numel[t]) ++t;  // past empty tensors, too
+      const int64_t column = at - begin[t], count = std::min({block, end - at, rows_in.numel[t] - column}), padded = round_up(count, kPanel);
       for (int64_t i = 0; i < n; ++i) {
-        const float* a = as_float(p.rows, t * n + i, column, count, scratch.data());
-        const int32_t parent = p.parent[i];
-        const float* b = parent >= 0      ? as_float(p.rows, t * n + parent, column, count, scratch.data() + block)
-                         : p.center.count ? as_float(p.center, t, column, count, scratch.data() + block)
+        const auto row = [&](int64_t k, float* to) { return as_float(rows_in.data[t * n + k], rows_in.dtype[t * n + k], column, count, to); };
+        const float* a = row(i, scratch.data());
+        const int32_t parent = p.pass.parent[i];
+        const float* b = parent >= 0      ? row(parent, scratch.data() + block)
+                         : rows_in.center ? as_float(rows_in.center[t], rows_in.center_dtype[t], column, count, scratch.data() + block)
                                           : nullptr;
         kernel.difference(a, b, count, rows.row(i), !transform, squares + 2 * i);
         std::fill(rows.row(i) + count, rows.row(i) + padded, Real(0));
       }
       Ahead ahead;
-      if (column + count + block <= p.rows.numel[t]) ahead = {&p.rows, t * n, t * n + n, column + count};
+      if (column + count + block <= rows_in.numel[t]) ahead = {&rows_in, t * n, t * n + n, column + count};
       if (!transform) {
-        add_products(kernel, rows.data, rows.data, rows.stride, p.first, n, n, true, padded, sums, width, ahead);
+        add_products(kernel, rows.data, rows.data, rows.stride, lowest, n, n, true, padded, sums, width, ahead);
       } else {
         for (size_t tile = 0; tile < transform->tiles.size(); ++tile) {
           const auto [from, extent] = transform->tiles[tile];
@@ -211,7 +213,7 @@ void run(const Problem& p, const Transform<Real>* transform, const Transform<Mad
           if constexpr (std::is_same_v<Made, float>)
             for (int64_t j = j0; j < std::min(j0 + kTransformRows, r) && p.out.count; ++j) {
               const Dtype dtype = p.out.dtype[t * r + j];
-              char* out = j >= p.first ? static_cast<char*>(p.out.data[t * r + j]) : nullptr;
+              char* out = j >= lowest ? static_cast<char*>(p.out.data[t * r + j]) : nullptr;
               if (out) out += column * (dtype == Dtype::f32 ? 4 : 2);
               kernel.finish(to + (j - j0) * stride, count, dtype, out, made.row(j), past_cache);
               std::fill(made.row(j) + count, made.row(j) + round_up(count, kMadePanel), 0.0f);
@@ -224,7 +226,7 @@ void run(const Problem& p, const Transform<Real>* transform, const Transform<Mad
                                   made.data);
           add_products(made_kernel, made.data, made.row(height), made.stride, 0, r, kProbeRows, false, columns, sums, width, ahead);
         } else {
-          add_products(made_kernel, made.data, made.data, made.stride, p.first, r, r, true, columns, sums, width, ahead);
+          add_products(made_kernel, made.data, made.data, made.stride, lowest, r, r, true, columns, sums, width, ahead);
         }
       }
       at += count;
@@ -245,42 +247,42 @@ void run(const Problem& p, const Transform<Real>* transform, const Transform<Mad
   const int64_t columns = probes ? kProbes : m;
   std::fill(gram, gram + m * columns, 0.0);
   parallel_for(m, threads, [&](int64_t i) {
-    if (probes || i >= p.first) sum_over_items(i * width, probes ? kProbes : i + 1, gram + i * columns);
-    if (std::is_same_v<Real, float> && !transform && i >= p.first) gram[i * columns + i] = squares[2 * i + 1];
+    if (probes || i >= lowest) sum_over_items(i * width, probes ? kProbes : i + 1, gram + i * columns);
+    if (std::is_same_v<Real, float> && !transform && i >= lowest) gram[i * columns + i] = squares[2 * i + 1];
   });
 }
 
 }  // namespace
 
-Status orthonormalize_pass_cpu(const TensorTable& rows, const TensorTable& center, int64_t n, const int32_t* parent, const double* transform,
-                               int64_t r, const double* probes, int64_t first, bool fast, const TensorTable& out, double* gram, double* norms,
-                               int threads) {
-  if (n < 1 || n > kMaxRows || rows.count % n != 0 || first < 0 || (transform && (r < 0 || r > n))) return Status::bad_argument;
-  const int64_t tensors = rows.count / n;
-  if ((center.count && center.count != tensors) || (out.count && (!transform || out.count != tensors * r))) return Status::bad_argument;
-  if ((probes != nullptr) != (out.count > 0)) return Status::bad_argument;
+Status orthonormalize_pass_cpu(const RowTable& rows, const GramSchmidtPass& pass,
+                               const TensorTable& out, int threads) {
+  const int64_t n = rows.n, r = pass.transform ? pass.r : 0;
+  if (n < 1 || n > kMaxRows || pass.first < 0 || r < 0 || r > n) return Status::bad_argument;
+  if (out.count && (!pass.transform || out.count != rows.count * r)) return Status::bad_argument;
+  if ((pass.probes != nullptr) != (out.count > 0)) return Status::bad_argument;
   for (int64_t i = 0; i < n; ++i)
-    if (parent[i] < -1 || parent[i] >= i) return Status::bad_argument;
-  for (int64_t t = 0; t < tensors; ++t)
-    if (rows.numel[t] < 0) return Status::bad_argument;
-  const Problem p{rows, center, out, parent, n, transform ? r : 0, tensors, first};
-  if (!transform) {
-    if (fast)
-      run<float, float>(p, nullptr, nullptr, gram, norms, threads);
+    if (pass.parent[i] < -1 || pass.parent[i] >= i) return Status::bad_argument;
+  if (total_tiles(rows.numel, rows.count) < 0) return Status::bad_argument;
+  const Problem p{rows, out, pass, n, r};
+  if (!pass.transform) {
+    if (pass.fast)
+      run<float, float>(p, nullptr, nullptr, threads);
     else
-      run<double, double>(p, nullptr, nullptr, gram, norms, threads);
-  } else if (!out.count) {
-    const Transform<double> by(transform, r, n);
-    run<double, double>(p, &by, nullptr, gram, norms, threads);
+      run<double, double>(p, nullptr, nullptr, threads);
+    return Status::ok;
+  }
+  if (!out.count) {
+    const Transform<double> by(pass.transform, r, n);
+    run<double, double>(p, &by, nullptr, threads);
+    return Status::ok;
+  }
+  const Transform<float> combined(pass.probes, kProbes, r);
+  if (pass.fast) {
+    const Transform<float> by(pass.transform, r, n);
+    run<float, float>(p, &by, &combined, threads);
   } else {
-    const Transform<float> combined(probes, kProbes, r);
-    if (fast) {
-      const Transform<float> by(transform, r, n);
-      run<float, float>(p, &by, &combined, gram, norms, threads);
-    } else {
-      const Transform<double> by(transform, r, n);
-      run<double, float>(p, &by, &combined, gram, norms, threads);
-    }
+    const Transform<double> by(pass.transform, r, n);
+    run<double, float>(p, &by, &combined, threads);
   }
   return Status::ok;
 }

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kPanelBytes = 256;        // of a row in the transform: 4 AVX-512 registers
 constexpr int64_t kMostColumns = 2048;  // bytes of a row of a block: 12 rows and 4 stay in the first-level cache
-constexpr int kTransformRows = 6, kProbes = 6, kProbeRows = 8;
+constexpr int kTransformRows = 6, kProbeRows = 8;
 
 // The innermost loops for one instruction set. Strides in elements.
 template <class Real>
@@ -322,13 +322,19 @@ TWA_AVX512 void finish_avx512(const Real* from, int64_t count, Dtype dtype, void
 
 template <class Real>
 Kernels<Real> kernels() {
+  constexpr Kernels<Real> portable{2, 2, product_portable<Real>, transform_portable<Real>,
+                                   difference_portable<Real>, finish_portable<Real>};
 #ifdef TWA_X86
   using Wide = std::conditional_t<sizeof(Real) == 8, Double8, Float16>;
   using Narrow = std::conditional_t<sizeof(Real) == 8, Double4, Float8>;
-  if (isa() == Isa::avx512) return {6, 4, product_avx512<Wide>, transform_avx512<Wide>, difference_avx512<Real>, finish_avx512<Real>};
-  if (isa() == Isa::avx2) return {3, 4, product_avx2<Narrow>, transform_avx2<Narrow>, difference_avx2<Real>, finish_avx2<Real>};
+  constexpr Kernels<Real> avx2{3, 4, product_avx2<Narrow>, transform_avx2<Narrow>,
+                               difference_avx2<Real>, finish_avx2<Real>};
+  constexpr Kernels<Real> avx512{6, 4, product_avx512<Wide>, transform_avx512<Wide>,
+                                 difference_avx512<Real>, finish_avx512<Real>};
+  return pick(Tiers<Kernels<Real>>{portable, avx2, avx512});
+#else
+  return portable;
 #endif
-  return {2, 2, product_portable<Real>, transform_portable<Real>, difference_portable<Real>, finish_portable<Real>};
 }
 
 }  // namespace

@@ -284,13 +284,9 @@ TWA_AVX512 inline void stream_out(const uint8_t* from, uint8_t* to, int64_t byte
 #endif  // TWA_X86
 
 struct Job {
-  const TensorTable& rows;
-  const TensorTable& center;
-  const double* weights;  // null: center is given; else it is the rows' weighted average, which is written
-  int64_t n;
-  bool report;
-  uint8_t* codes;
-  uint16_t* scales;
+  const RowTable& rows;
+  const double* weights;  // null: the center is given; else it is the rows' average, and written
+  const PackTarget& target;
 };
 
 // What one block adds up, for its n rows.
@@ -324,23 +320,23 @@ TWA_INLINE void pack_block(const Job& job, const Block& block, Sums* sums, const
   constexpr int kBytes = row_bytes(kBits);
   alignas(64) float center[kChunk * kTileColumns] = {}, loaded[2 * kTileColumns];
   static thread_local std::vector<uint8_t> buffer;
-  const int64_t n = job.n, chunk = std::clamp<int64_t>(kBufferBytes / (n * kBytes), 1, kChunk);
+  const RowTable& rows = job.rows;
+  const int64_t n = rows.n, chunk = std::clamp<int64_t>(kBufferBytes / (n * kBytes), 1, kChunk);
   buffer.resize(static_cast<size_t>(chunk * n * kBytes));
   sums->sum_sq.assign(static_cast<size_t>(n), 0.0);
   sums->max_scale.assign(static_cast<size_t>(n), 0.0f);
-  const TensorTable sizes{nullptr, job.center.numel, nullptr, job.center.count};
   for (int64_t t0 = 0; t0 < block.tiles; t0 += chunk) {
     const int64_t tiles = std::min(chunk, block.tiles - t0), column = block.first_column + t0 * kTileColumns;
     int valid[kChunk];
     for (int64_t t = 0; t < tiles; ++t) {
-      valid[t] = valid_columns(sizes, block, t0 + t);
-      if (job.center.data && !job.weights)
-        load_tile(job.center.dtype[block.tensor], job.center.data[block.tensor], column + t * kTileColumns, valid[t], center + t * kTileColumns);
+      valid[t] = valid_columns(rows.numel, block, t0 + t);
+      if (rows.center && !job.weights)
+        load_tile(rows.center_dtype[block.tensor], rows.center[block.tensor], column + t * kTileColumns, valid[t], center + t * kTileColumns);
     }
     if (job.weights) {  // the rows are then read again from the second-level cache
       const int count = static_cast<int>((tiles - 1) * kTileColumns + valid[tiles - 1]);
-      average_span(job.rows, block.tensor * n, n, job.weights, column, count, center);
-      std::memcpy(static_cast<float*>(job.center.data[block.tensor]) + column, center, static_cast<size_t>(count) * sizeof(float));
+      average_span(rows.data + block.tensor * n, rows.dtype + block.tensor * n, n, job.weights, column, count, center);
+      std::memcpy(static_cast<float*>(rows.center[block.tensor]) + column, center, static_cast<size_t>(count) * sizeof(float));
       std::fill(center + count, center + tiles * kTileColumns, 0.0f);
     }
     for (int64_t i = 0; i < n; ++i) {
@@ -349,33 +345,33 @@ TWA_INLINE void pack_block(const Job& job, const Block& block, Sums* sums, const
         const int count = t + 1 < tiles ? 2 : 1;
         uint8_t* out[2];
         Group groups[2];
-        const bool direct = job.rows.dtype[source] == Dtype::f32 && valid[t + count - 1] == kTileColumns;
-        const float* row = direct ? static_cast<const float*>(job.rows.data[source]) + column + t * kTileColumns : loaded;
+        const bool direct = rows.dtype[source] == Dtype::f32 && valid[t + count - 1] == kTileColumns;
+        const float* row = direct ? static_cast<const float*>(rows.data[source]) + column + t * kTileColumns : loaded;
         const float* from = center + t * kTileColumns;
         for (int g = 0; g < count; ++g) {
           if (!direct)
-            load_tile(job.rows.dtype[source], job.rows.data[source], column + (t + g) * kTileColumns, valid[t + g], loaded + g * kTileColumns);
+            load_tile(rows.dtype[source], rows.data[source], column + (t + g) * kTileColumns, valid[t + g], loaded + g * kTileColumns);
           out[g] = buffer.data() + ((t + g) * n + i) * kBytes;
         }
         // The same columns of the next row; after the last row, of the first row's next chunk. An address that is only prefetched.
         const int64_t ahead = i + 1 < n ? source + 1 : block.tensor * n, skip = i + 1 < n ? 0 : chunk;
         const char* next =
-            static_cast<const char*>(job.rows.data[ahead]) + (column + (t + skip) * kTileColumns) * (job.rows.dtype[ahead] == Dtype::f32 ? 4 : 2);
+            static_cast<const char*>(rows.data[ahead]) + (column + (t + skip) * kTileColumns) * (rows.dtype[ahead] == Dtype::f32 ? 4 : 2);
         quantiser.quantise(row, from, valid + t, count, next, out, groups);
         for (int g = 0; g < count; ++g) {
           if (!groups[g].finite) {
             if (sums->bad_row < 0) sums->bad_row = i, sums->bad_tile = t0 + t + g;
             continue;
           }
-          job.scales[(block.first_tile + t0 + t + g) * n + i] = static_cast<uint16_t>(float_bits(groups[g].scale) >> 16);
+          job.target.scales[(block.first_tile + t0 + t + g) * n + i] = static_cast<uint16_t>(float_bits(groups[g].scale) >> 16);
           sums->sum_sq[i] += groups[g].sum_sq;
           sums->max_scale[i] = std::max(sums->max_scale[i], groups[g].scale);
-          if (job.report)
+          if (job.target.errors)
             sums->error_sq += squared_error<kBits>(row + g * kTileColumns, from + g * kTileColumns, valid[t + g], groups[g].scale, out[g]);
         }
       }
     }
-    quantiser.copy(buffer.data(), job.codes + (block.first_tile + t0) * n * kBytes, tiles * n * kBytes);
+    quantiser.copy(buffer.data(), job.target.codes + (block.first_tile + t0) * n * kBytes, tiles * n * kBytes);
   }
 }
 
@@ -414,25 +410,22 @@ TWA_AVX512 void block_avx512(const Job& job, const Block& block, Sums* sums) {
 #endif
 
 template <int kBits>
-BlockKernel pick() {
+constexpr Tiers<BlockKernel> tiers() {
 #ifdef TWA_X86
-  if (isa() == Isa::avx512) return block_avx512<kBits>;
-  if (isa() == Isa::avx2) return block_avx2<kBits>;
+  return {block_portable<kBits>, block_avx2<kBits>, block_avx512<kBits>};
+#else
+  return {block_portable<kBits>};
 #endif
-  return block_portable<kBits>;
-}
-BlockKernel pick(int bits) {
-  return with_bits(bits, [](auto b) { return pick<b()>(); });
 }
 
 // Column of the first NaN or Inf of row - center in one tile.
 int64_t first_bad_column(const Job& job, const Block& block, int64_t row, int64_t tile) {
   alignas(64) float v[kTileColumns], center[kTileColumns] = {};
-  const TensorTable sizes{nullptr, job.center.numel, nullptr, job.center.count};
-  const int valid = valid_columns(sizes, block, tile);
-  const int64_t column = block.first_column + tile * kTileColumns, source = block.tensor * job.n + row;
-  load_tile(job.rows.dtype[source], job.rows.data[source], column, valid, v);
-  if (job.center.data) load_tile(job.center.dtype[block.tensor], job.center.data[block.tensor], column, valid, center);
+  const RowTable& rows = job.rows;
+  const int valid = valid_columns(rows.numel, block, tile);
+  const int64_t column = block.first_column + tile * kTileColumns, source = block.tensor * rows.n + row;
+  load_tile(rows.dtype[source], rows.data[source], column, valid, v);
+  if (rows.center) load_tile(rows.center_dtype[block.tensor], rows.center[block.tensor], column, valid, center);
   int c = 0;
   while (c + 1 < valid && std::isfinite(v[c] - center[c])) ++c;
   return column + c;
@@ -440,29 +433,32 @@ int64_t first_bad_column(const Job& job, const Block& block, int64_t row, int64_
 
 }  // namespace
 
-Status pack_cpu(const TensorTable& rows, const TensorTable& center, const double* weights, const int32_t* tile_segment, int64_t n,
-                int64_t num_segments, int bits, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq, float* max_scale, double* errors, Where* where,
+Status pack_cpu(const RowTable& rows, const double* weights, const PackTarget& target, Where* where,
                 int threads) {
-  if (!valid_bits(bits) || n < 1 || n > kMaxRows || rows.count != center.count * n || total_tiles(center) < 0) return Status::bad_argument;
-  if (weights && (!center.data || std::any_of(center.dtype, center.dtype + center.count, [](Dtype d) { return d != Dtype::f32; })))
+  const int64_t n = rows.n, count = rows.count;
+  if (!valid_bits(target.bits) || n < 1 || n > kMaxRows || total_tiles(rows.numel, count) < 0)
     return Status::bad_argument;
-  const Job job{rows, center, weights, n, errors != nullptr, codes, scales_bf16};
-  // Blocks of the center's geometry; an absent center still has sizes.
-  std::vector<void*> present(center.count, codes);
-  const std::vector<Block> blocks = make_blocks({present.data(), center.numel, center.dtype, center.count}, tile_segment);
+  const auto is_float = [](Dtype d) { return d == Dtype::f32; };
+  if (weights && (!rows.center || !std::all_of(rows.center_dtype, rows.center_dtype + count, is_float)))
+    return Status::bad_argument;
+  const Job job{rows, weights, target};
+  const std::vector<Block> blocks = make_blocks(rows.numel, count, target.tile_segment, kBlockTiles);
   std::vector<Sums> sums(blocks.size());
-  const BlockKernel kernel = pick(bits);
-  parallel_for(static_cast<int64_t>(blocks.size()), threads, [&](int64_t k) { kernel(job, blocks[k], &sums[k]); });
+  const BlockKernel kernel = with_bits(target.bits, [](auto b) { return pick(tiers<b()>()); });
+  parallel_for(static_cast<int64_t>(blocks.size()), threads,
+               [&](int64_t k) { kernel(job, blocks[k], &sums[k]); });
   for (size_t k = 0; k < blocks.size(); ++k)  // before anything is added up
     if (sums[k].bad_row >= 0) {
-      *where = {sums[k].bad_row, blocks[k].tensor, first_bad_column(job, blocks[k], sums[k].bad_row, sums[k].bad_tile)};
+      *where = {sums[k].bad_row, blocks[k].tensor,
+                first_bad_column(job, blocks[k], sums[k].bad_row, sums[k].bad_tile)};
       return Status::not_finite;
     }
+  double* errors = target.errors;
   for (size_t k = 0; k < blocks.size(); ++k) {
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t at = i * num_segments + blocks[k].segment;
-      sum_sq[at] += sums[k].sum_sq[i];
-      max_scale[at] = std::max(max_scale[at], sums[k].max_scale[i]);
+      const int64_t at = i * target.num_segments + blocks[k].segment;
+      target.sum_sq[at] += sums[k].sum_sq[i];
+      target.max_scale[at] = std::max(target.max_scale[at], sums[k].max_scale[i]);
       if (errors) errors[2 * blocks[k].tensor + 1] += sums[k].sum_sq[i];
     }
     if (errors) errors[2 * blocks[k].tensor] += sums[k].error_sq;

@@ -23,7 +23,7 @@ struct alignas(64) TileGradient {
 
 TWA_INLINE void load_gradient(const TensorTable& grads, const Block& block, int64_t tile, TileGradient* g) {
   alignas(64) float v[kTileColumns];
-  load_tile(grads.dtype[block.tensor], grads.data[block.tensor], block.first_column + tile * kTileColumns, valid_columns(grads, block, tile), v);
+  load_tile(grads.dtype[block.tensor], grads.data[block.tensor], block.first_column + tile * kTileColumns, valid_columns(grads.numel, block, tile), v);
   g->unit = to_fixed(v, kTileColumns, g->q);
 }
 TWA_INLINE void split_gradient_int16(TileGradient* g) {
@@ -129,7 +129,7 @@ struct Prepared {
 TWA_AVX512 inline double load_fixed(const TensorTable& grads, const Block& block, int64_t tile, int32_t* q) {
   alignas(64) float v[kTileColumns];
   const int64_t column = block.first_column + tile * kTileColumns;
-  const int valid = valid_columns(grads, block, tile);
+  const int valid = valid_columns(grads.numel, block, tile);
   const Dtype dtype = grads.dtype[block.tensor];
   const float* from = v;
   if (dtype == Dtype::f32 && valid == kTileColumns) {
@@ -337,18 +337,18 @@ TWA_AVX512 void block_avx512(const BasisView& basis, const TensorTable& grads, c
 #endif  // TWA_X86
 
 template <int kBits>
-ProjectBlock pick() {
+constexpr Tiers<ProjectBlock> tiers() {
 #ifdef TWA_X86
-  if (isa() == Isa::avx512) return block_avx512<kBits>;
-  if (isa() == Isa::avx2) return block_avx2<kBits>;
+  return {block_portable<kBits>, block_avx2<kBits>, block_avx512<kBits>};
+#else
+  return {block_portable<kBits>};
 #endif
-  return block_portable<kBits>;
 }
 
 }  // namespace
 
 ProjectBlock project_block(int bits) {
-  return with_bits(bits, [](auto b) { return pick<b()>(); });
+  return with_bits(bits, [](auto b) { return pick(tiers<b()>()); });
 }
 
 void project_partial(ProjectBlock kernel, const BasisView& basis, const TensorTable& grads, const Block& block, double* partial) {
@@ -361,7 +361,7 @@ void project_partial(ProjectBlock kernel, const BasisView& basis, const TensorTa
 Status project_cpu(const BasisView& basis, const TensorTable& grads, float* c, int threads) {
   const int64_t n = basis.n, segments = basis.num_segments;
   if (!valid_bits(basis.bits) || n < 1 || n > kMaxRows || total_tiles(grads) != basis.num_tiles) return Status::bad_argument;
-  const std::vector<Block> blocks = make_blocks(grads, basis.tile_segment);
+  const std::vector<Block> blocks = blocks_of(grads, basis.tile_segment);
   std::vector<double> partial(blocks.size() * n), total(segments * n, 0.0);
   const ProjectBlock kernel = project_block(basis.bits);
   parallel_for(static_cast<int64_t>(blocks.size()), threads,

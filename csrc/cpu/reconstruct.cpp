@@ -37,7 +37,7 @@ TWA_INLINE int64_t load_coefficients(const float* x_row, const uint8_t* scales, 
 TWA_INLINE void finish_tile(const TensorTable& center, const TensorTable& out, const Block& block, int64_t tile, double unit,
                             const double* __restrict__ sum) {
   alignas(64) float base[kTileColumns], value[kTileColumns];
-  const int valid = valid_columns(out, block, tile);
+  const int valid = valid_columns(out.numel, block, tile);
   const int64_t column = block.first_column + tile * kTileColumns;
   if (center.data) {
     load_tile(center.dtype[block.tensor], center.data[block.tensor], column, valid, base);
@@ -238,7 +238,7 @@ TWA_AVX512 inline void sum_half(const uint8_t* codes, int64_t n, const int32_t* 
 TWA_AVX512 inline void finish_avx512(const TensorTable& center, const TensorTable& out, const Block& block, int64_t tile, int64_t n, double unit,
                                      double offset, const __m512i* a, const __m512i* b, const __m512i* c) {
   alignas(64) float base[kTileColumns], value[kTileColumns];
-  const int valid = valid_columns(out, block, tile);
+  const int valid = valid_columns(out.numel, block, tile);
   const int64_t column = block.first_column + tile * kTileColumns;
   const auto direct = [&](const TensorTable& t) { return valid == kTileColumns && t.dtype[block.tensor] == Dtype::f32; };
   float* to = direct(out) ? static_cast<float*>(out.data[block.tensor]) + column : value;
@@ -309,24 +309,24 @@ TWA_AVX512 void block_avx512(const BasisView& basis, const float* x_row, const T
 #endif  // TWA_X86
 
 template <int kBits>
-ReconstructBlock pick() {
+constexpr Tiers<ReconstructBlock> tiers() {
 #ifdef TWA_X86
-  if (isa() == Isa::avx512) return block_avx512<kBits>;
-  if (isa() == Isa::avx2) return block_avx2<kBits>;
+  return {block_portable<kBits>, block_avx2<kBits>, block_avx512<kBits>};
+#else
+  return {block_portable<kBits>};
 #endif
-  return block_portable<kBits>;
 }
 
 }  // namespace
 
 ReconstructBlock reconstruct_block(int bits) {
-  return with_bits(bits, [](auto b) { return pick<b()>(); });
+  return with_bits(bits, [](auto b) { return pick(tiers<b()>()); });
 }
 
 Status reconstruct_cpu(const BasisView& basis, const float* x, const TensorTable& center, const TensorTable& out, int threads) {
   const int64_t n = basis.n, segments = basis.num_segments;
   if (!valid_bits(basis.bits) || n < 1 || n > kMaxRows || total_tiles(out) != basis.num_tiles) return Status::bad_argument;
-  const std::vector<Block> blocks = make_blocks(out, basis.tile_segment);
+  const std::vector<Block> blocks = blocks_of(out, basis.tile_segment);
   // x * row_scale by segment, so that a block reads n consecutive numbers.
   std::vector<float> scaled(segments * n);
   for (int64_t i = 0; i < n; ++i)

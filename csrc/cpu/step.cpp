@@ -59,13 +59,16 @@ struct Rule {
 
 }  // namespace
 
-Status step_cpu(const BasisView& basis, const TensorTable& grads, const Update& update, float* x, float* first, float* second,
-                const TensorTable& center, const TensorTable& out, float* c, int threads) {
+Status step_cpu(const BasisView& basis, const TensorTable& grads, const Update& update,
+                const Coefficients& coefficients, const TensorTable& center, const TensorTable& out,
+                float* c, int threads) {
   const int64_t n = basis.n, segments = basis.num_segments;
-  if (!valid_bits(basis.bits) || n < 1 || n > kMaxRows || total_tiles(out) != basis.num_tiles || grads.count != out.count || update.step < 1 ||
-      (!first && (update.rule == Update::Rule::adamw || update.momentum != 0.0)) || (!second && update.rule == Update::Rule::adamw))
+  float *const x = coefficients.x, *const first = coefficients.first, *const second = coefficients.second;
+  if (!valid_bits(basis.bits) || n < 1 || n > kMaxRows || total_tiles(out) != basis.num_tiles ||
+      grads.count != out.count || update.step < 1 || (!first && update.keeps_first()) ||
+      (!second && update.keeps_second()))
     return Status::bad_argument;
-  const std::vector<Block> blocks = make_blocks(out, basis.tile_segment);
+  const std::vector<Block> blocks = make_blocks(out.numel, out.count, basis.tile_segment, kBlockTiles);
   std::vector<std::vector<int64_t>> of_segment(segments);  // blocks in order
   std::vector<int64_t> bytes(segments, 0);
   int64_t total_bytes = 0;

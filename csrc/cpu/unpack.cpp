@@ -26,7 +26,7 @@ TWA_INLINE void unpack_block(const BasisView& basis, const TensorTable& out, con
         decode(basis.codes + group * row_bytes(kBits), lev);
         const float scale = basis.row_scale[i * basis.num_segments + block.segment] * e4m3_to_float(basis.scales[group]);
         float* to = static_cast<float*>(out.data[block.tensor]) + i * columns + block.first_column + t * kTileColumns;
-        const int valid = valid_columns(out, block, t), full = valid == kTileColumns ? kTileColumns : 0;
+        const int valid = valid_columns(out.numel, block, t), full = valid == kTileColumns ? kTileColumns : 0;
         for (int c = 0; c < full; ++c) to[c] = scale * static_cast<float>(lev[c]);
         for (int c = full; c < valid; ++c) to[c] = scale * static_cast<float>(lev[c]);
       }
@@ -71,20 +71,20 @@ TWA_AVX512 void block_avx512(const BasisView& basis, const TensorTable& out, con
 
 using UnpackBlock = void (*)(const BasisView& basis, const TensorTable& out, const Block& block);
 template <int kBits>
-UnpackBlock pick() {
+constexpr Tiers<UnpackBlock> tiers() {
 #ifdef TWA_X86
-  if (isa() == Isa::avx512) return block_avx512<kBits>;
-  if (isa() == Isa::avx2) return block_avx2<kBits>;
+  return {block_portable<kBits>, block_avx2<kBits>, block_avx512<kBits>};
+#else
+  return {block_portable<kBits>};
 #endif
-  return block_portable<kBits>;
 }
 
 }  // namespace
 
 Status unpack_cpu(const BasisView& basis, const TensorTable& out, int threads) {
   if (!valid_bits(basis.bits) || basis.n < 1 || basis.n > kMaxRows || total_tiles(out) != basis.num_tiles) return Status::bad_argument;
-  const std::vector<Block> blocks = make_blocks(out, basis.tile_segment);
-  const UnpackBlock kernel = with_bits(basis.bits, [](auto b) { return pick<b()>(); });
+  const std::vector<Block> blocks = blocks_of(out, basis.tile_segment);
+  const UnpackBlock kernel = with_bits(basis.bits, [](auto b) { return pick(tiers<b()>()); });
   parallel_for(static_cast<int64_t>(blocks.size()), threads, [&](int64_t k) { kernel(basis, out, blocks[k]); });
   return Status::ok;
 }

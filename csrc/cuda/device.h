@@ -196,15 +196,15 @@ cudaError_t on_device(int device, const F& f) {
 }
 // Runs kernel(arguments) in `blocks` blocks; the CUDA error, 0 if the launch succeeded. No block, no launch.
 template <class Arguments>
-int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_bytes, int device, void* stream, const Arguments& arguments) {
-  return static_cast<int>(on_device(device, [&] {
+int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_bytes, const Place& where, const Arguments& arguments) {
+  return static_cast<int>(on_device(where.device, [&] {
     if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
     cudaError_t error = cudaSuccess;
     if (shared_bytes > 48 << 10) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess || blocks == 0) return error;
     void* pointers[] = {const_cast<Arguments*>(&arguments)};
     return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), pointers,
-                            static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream));
+                            static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(where.stream));
   }));
 }
 // Blocks of a kernel that the device runs at once, or minus the CUDA error.
@@ -220,8 +220,10 @@ int resident_blocks(void (*kernel)(Arguments), int threads, int shared_bytes, in
   return error == cudaSuccess ? per * count : -static_cast<int>(error);
 }
 // Sets device memory to zero, in the stream's order.
-inline int clear(void* p, int64_t bytes, int device, void* stream) {
-  return static_cast<int>(on_device(device, [&] { return cudaMemsetAsync(p, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)); }));
+inline int clear(void* p, int64_t bytes, const Place& where) {
+  return static_cast<int>(on_device(where.device, [&] {
+    return cudaMemsetAsync(p, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(where.stream));
+  }));
 }
 
 }  // namespace twa

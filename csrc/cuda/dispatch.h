@@ -39,7 +39,7 @@ inline bool fits_cache(const BasisView& basis) { return basis.num_tiles * basis.
 // f(integral_constant bits, integral_constant units).
 template <class F>
 int with_bits_and_units(int bits, int units, const F& f) {
-  const auto with_units = [&](auto b) {
+  return with_bits(bits, [&](auto b) {
     using std::integral_constant;
     switch (units) {
       case 1:
@@ -60,27 +60,15 @@ int with_bits_and_units(int bits, int units, const F& f) {
         }
         return f(b, integral_constant<int, 8>());
     }
-  };
-  switch (bits) {
-    case 8:
-      return with_units(std::integral_constant<int, 8>());
-    case 4:
-      return with_units(std::integral_constant<int, 4>());
-    case 3:
-      return with_units(std::integral_constant<int, 3>());
-    case 2:
-      return with_units(std::integral_constant<int, 2>());
-    default:
-      return with_units(std::integral_constant<int, 1>());
-  }
+  });
 }
 
 // The stages that step() shares with project and reconstruct.
 struct ProjectArguments;
 struct ReconstructArguments;
 struct UpdateArguments;
-int launch_project(const ProjectArguments& arguments, int bits, int device, void* stream);
-int launch_update(const UpdateArguments& arguments, int device, void* stream);
-int launch_reconstruct(const ReconstructArguments& arguments, int bits, int device, void* stream);
+int launch_project(const ProjectArguments& arguments, int bits, const Place& where);
+int launch_update(const UpdateArguments& arguments, const Place& where);
+int launch_reconstruct(const ReconstructArguments& arguments, int bits, const Place& where);
 
 }  // namespace twa

@@ -68,8 +68,8 @@ orthonormalize_total_kernel(TotalArguments a) {
 }
 
 template <int kForm>
-int run_small(const Arguments& a, int64_t blocks, int device, void* stream) {
-  const auto run = [&](auto kernel, int bytes) { return launch(kernel, blocks, kThreads, bytes, device, stream, a); };
+int run_small(const Arguments& a, int64_t blocks, const Place& where) {
+  const auto run = [&](auto kernel, int bytes) { return launch(kernel, blocks, kThreads, bytes, where, a); };
   constexpr Form form = static_cast<Form>(kForm);
   switch (divide_up(a.n, 16)) {
     case 1:
@@ -84,10 +84,10 @@ int run_small(const Arguments& a, int64_t blocks, int device, void* stream) {
 }
 
 // Panels of columns, one after the other.
-int run_large(Arguments a, int64_t most, int device, void* stream) {
-  int error = clear(a.partials, a.slices * a.stride * 8, device, stream);
+int run_large(Arguments a, int64_t most, const Place& where) {
+  int error = clear(a.partials, a.slices * a.stride * 8, where);
   const auto run = [&](auto kernel, int64_t warps) {
-    if (error == 0) error = launch(kernel, divide_up(warps, kWarps), kThreads, 0, device, stream, a);
+    if (error == 0) error = launch(kernel, divide_up(warps, kWarps), kThreads, 0, where, a);
   };
   for (a.from = 0; a.from < a.chunks; a.from += most) {
     a.panel = a.chunks - a.from < most ? a.chunks - a.from : most;
@@ -106,8 +106,8 @@ int run_large(Arguments a, int64_t most, int device, void* stream) {
 
 }  // namespace
 
-OrthonormalizePlan orthonormalize_plan(int64_t n, int64_t r, int64_t chunks, bool transform, bool write) {
-  OrthonormalizePlan plan{};
+GramSchmidtPlan orthonormalize_plan(int64_t n, int64_t r, int64_t chunks, bool transform, bool write) {
+  GramSchmidtPlan plan{};
   const int64_t m = transform ? r : n, rows = round_up(n, 16);
   if (n <= kSmallRows) {
     plan.stride = (write ? rows * 8 : triangle(rows / 8)) + rows;
@@ -127,32 +127,37 @@ OrthonormalizePlan orthonormalize_plan(int64_t n, int64_t r, int64_t chunks, boo
   return plan;
 }
 
-int orthonormalize_pass_cuda(const DeviceTensor* rows, const DeviceTensor* center, const DeviceTensor* out, const int64_t* numel,
-                             const int64_t* chunk_begin, int64_t count, int64_t chunks, int64_t n, const int32_t* parent, const double* transform,
-                             int64_t r, const double* probes, int64_t first, double* partials, double* space, double* gram, double* norms, int device,
-                             void* stream) {
-  const OrthonormalizePlan plan = orthonormalize_plan(n, r, chunks, transform != nullptr, out != nullptr);
-  const int64_t m = transform ? r : n, tiles = round_up(n, 16) / 8;
+int orthonormalize_pass_cuda(const DeviceRows& rows, const GramSchmidtPass& pass,
+                             const DeviceTensor* out, const GramSchmidtWorkspace& space,
+                             const Place& where) {
+  const int64_t n = rows.n, r = pass.transform ? pass.r : 0, m = pass.transform ? r : n;
+  const GramSchmidtPlan plan =
+      orthonormalize_plan(n, r, space.chunks, pass.transform != nullptr, out != nullptr);
+  const int64_t tiles = round_up(n, 16) / 8;
   Arguments a{};
-  a.rows = rows, a.center = center, a.out = out, a.numel = numel, a.chunk_begin = chunk_begin, a.parent = parent, a.transform = transform;
-  a.probes = probes, a.count = count, a.chunks = chunks, a.n = n, a.r = transform ? r : 0, a.first = first, a.per_block = plan.per_block;
-  a.partials = partials, a.stride = plan.stride, a.fragments = space, a.slices = plan.parts;
+  a.rows = rows.rows, a.center = rows.center, a.out = out, a.numel = rows.numel;
+  a.chunk_begin = space.chunk_begin, a.parent = pass.parent, a.transform = pass.transform;
+  a.probes = pass.probes, a.count = rows.count, a.chunks = space.chunks, a.n = n, a.r = r;
+  a.first = pass.first, a.per_block = plan.per_block, a.partials = space.partials;
+  a.stride = plan.stride, a.fragments = space.space, a.slices = plan.parts;
   int error = 0;
   if (n <= kSmallRows) {
-    if (transform) error = launch(orthonormalize_operands_kernel, tiles * tiles, 32, 0, device, stream, a);
+    if (pass.transform) error = launch(orthonormalize_operands_kernel, tiles * tiles, 32, 0, where, a);
     if (error == 0)
-      error = out         ? run_small<kWrite>(a, plan.parts, device, stream)
-              : transform ? run_small<kAgain>(a, plan.parts, device, stream)
-                          : run_small<kGram>(a, plan.parts, device, stream);
+      error = out         ? run_small<kWrite>(a, plan.parts, where)
+              : pass.transform ? run_small<kAgain>(a, plan.parts, where)
+                          : run_small<kGram>(a, plan.parts, where);
   } else {
     const int64_t columns = plan.per_block * kChunk;
-    a.v = space, a.u = space + round_up(n, kBlock) * columns, a.s = a.u + (transform ? round_up(r, kBlock) * columns : 0);
-    error = run_large(a, plan.per_block, device, stream);
+    a.v = space.space, a.u = a.v + round_up(n, kBlock) * columns;
+    a.s = a.u + round_up(r, kBlock) * columns;
+    error = run_large(a, plan.per_block, where);
   }
   if (error != 0) return error;
-  const TotalArguments total{partials,       plan.parts, plan.stride, plan.stride - round_up(n, 16), m, out ? kProbes : m, n, first,
-                             out == nullptr, gram,       norms};
-  return launch(orthonormalize_total_kernel, divide_up(total.m * total.width + n, 32), kTotalThreads, 8 * kTotalThreads, device, stream, total);
+  const TotalArguments total{space.partials, plan.parts,      plan.stride, plan.stride - round_up(n, 16),
+                             m,              out ? kProbes : m, n,         pass.first,
+                             out == nullptr, pass.gram,       pass.norms};
+  return launch(orthonormalize_total_kernel, divide_up(total.m * total.width + n, 32), kTotalThreads, 8 * kTotalThreads, where, total);
 }
 
 }  // namespace twa

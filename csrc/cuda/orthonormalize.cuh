@@ -13,7 +13,6 @@ constexpr int kRowBytes = 4 * kChunk;
 constexpr int kSlots = 2;              // of a warp: one is worked on while the other is filled; 8 warps then have 64 KiB on their way
 constexpr int kSmallRows = 64;         // whose triangle fits in the registers of a warp: 36 tiles, 144 registers
 constexpr int64_t kMostBlocks = 1056;  // four times what 132 multiprocessors run at once, so that other numbers of them have little left over
-constexpr int kProbes = 6;             // of the certificate: fixed by the op
 constexpr int kSlices = 32;            // n > 64: parts of a panel's columns, each with its own sums
 constexpr int64_t kPartialBytes = 64 << 20, kPanelBytes = 64 << 20;  // workspaces for n > 64: as much as the second-level cache, about
 constexpr int kTotalThreads = 256, kTotalWays = 8;                   // second kernel: 32 sums a block, 8 threads each

@@ -1,13 +1,14 @@
 // pack on a GPU: the quantiser of packing.h, one warp per (tile, row).
 //
-// Operands   rows: count * n device pointers, center: count pointers or null; codes (num_tiles, n, 16 * bits) bytes, scales
-//            (num_tiles, n) as bf16 bits, sum_sq_tiles (num_tiles, n) float64.
-// Work map   block = 8 warps = 8 rows of one tile; blocks of a tile follow each other. Lane r holds columns r, r + 32, r + 64,
-//            r + 96, so the halving tree is: two additions inside the lane, then butterflies over 16, 8, 4, 2, 1 lanes.
+// Operands   DeviceRows and DevicePackTarget of twa.h.
+// Work map   block = 8 warps = 8 rows of one tile; blocks of a tile follow each other. Lane r holds
+//            columns r, r + 32, r + 64, r + 96, so the halving tree is: two additions inside the lane,
+//            then butterflies over 16, 8, 4, 2, 1 lanes.
 // Shared     128 bytes of codes per warp, from which each lane assembles whole bytes.
 // Bytes      n * D * input read, n * D * (bits / 8 + 2 / 128) written.
 // Compiled with -fmad=false: every float operation rounds once, as on the CPU.
 #include "device.h"
+#include "dispatch.h"
 
 namespace twa {
 namespace {
@@ -15,26 +16,18 @@ namespace {
 constexpr int kPackWarps = 8;  // rows of a tile per block: enough warps to hide a load, 1 KiB of shared memory
 
 struct PackArguments {
-  const void* const* rows;    // (count * n)
-  const void* const* center;  // (count) or null
-  const int64_t* numel;       // (count)
-  const int64_t* tile_begin;  // (count)
-  const Dtype* dtype;         // (count * n) of rows, then (count) of center
-  int64_t count, n;
-  uint8_t* codes;    // (num_tiles, n, 16 * bits)
-  uint16_t* scales;  // (num_tiles, n)
-  double* sum_sq;    // (num_tiles, n)
-  int32_t* bad;      // counts groups that are not finite
+  DeviceRows in;
+  DevicePackTarget out;
 };
 
-TWA_DEVICE float load(Dtype dtype, const void* p, int64_t j) {
-  switch (dtype) {
+TWA_DEVICE float load(const DeviceTensor& t, int64_t j) {
+  switch (t.dtype) {
     case Dtype::f32:
-      return static_cast<const float*>(p)[j];
+      return static_cast<const float*>(t.data)[j];
     case Dtype::bf16:
-      return bf16_to_float(static_cast<const uint16_t*>(p)[j]);
+      return bf16_to_float(static_cast<const uint16_t*>(t.data)[j]);
     default:
-      return f16_to_float(static_cast<const uint16_t*>(p)[j]);
+      return f16_to_float(static_cast<const uint16_t*>(t.data)[j]);
   }
 }
 
@@ -48,27 +41,30 @@ TWA_DEVICE float tree_sum(float v0, float v1, float v2, float v3) {
 template <int kBits>
 TWA_KERNEL(32 * kPackWarps, 1)
 pack_kernel(PackArguments a) {
+  const int64_t n = a.in.n;
   uint8_t* shared_codes = shared_memory() + warp_index() * kTileColumns;
   const int lane = lane_index();
-  const int64_t blocks = (a.n + kPackWarps - 1) / kPackWarps, tile = block_index() / blocks, i = block_index() % blocks * kPackWarps + warp_index();
-  if (i >= a.n) return;
-  int64_t k = 0, end = a.count;  // tensor of this tile: the last k with tile_begin[k] <= tile
+  const int64_t blocks = (n + kPackWarps - 1) / kPackWarps, tile = block_index() / blocks, i = block_index() % blocks * kPackWarps + warp_index();
+  if (i >= n) return;
+  int64_t k = 0, end = a.in.count;  // tensor of this tile: the last k with tile_begin[k] <= tile
   while (k + 1 < end) {
     const int64_t mid = (k + end) / 2;
-    if (a.tile_begin[mid] <= tile)
+    if (a.out.tile_begin[mid] <= tile)
       k = mid;
     else
       end = mid;
   }
-  const int64_t column = (tile - a.tile_begin[k]) * kTileColumns, left = a.numel[k] - column;
+  const int64_t column = (tile - a.out.tile_begin[k]) * kTileColumns, left = a.in.numel[k] - column;
   const int valid = left < kTileColumns ? static_cast<int>(left) : kTileColumns;
 
+  const DeviceTensor from = a.in.rows[k * n + i];
+  const DeviceTensor center = a.in.center ? a.in.center[k] : DeviceTensor{};
   float u[4];
   int m = 0;
   for (int r = 0; r < 4; ++r) {
     const int c = lane + 32 * r;
-    u[r] = c < valid ? load(a.dtype[k * a.n + i], a.rows[k * a.n + i], column + c) : 0.0f;
-    if (a.center && c < valid) u[r] -= load(a.dtype[a.count * a.n + k], a.center[k], column + c);
+    u[r] = c < valid ? load(from, column + c) : 0.0f;
+    if (center.data && c < valid) u[r] -= load(center, column + c);
     m = max(m, static_cast<int>(float_bits(u[r]) & 0x7fffffffu));
   }
   m = static_cast<int>(warp_max(static_cast<uint32_t>(m)));
@@ -100,36 +96,26 @@ pack_kernel(PackArguments a) {
   const float inverse = s > 0.0f ? 1.0f / s : 0.0f;
   for (int r = 0; r < 4; ++r) shared_codes[lane + 32 * r] = static_cast<uint8_t>(nearest_code_of<kBits>(to_level(u[r], inverse)));
   sync_warp();
-  const int64_t group = tile * a.n + i;
-  for (int b = lane; b < row_bytes(kBits); b += 32) a.codes[group * row_bytes(kBits) + b] = pack_byte(kBits, shared_codes, b);
+  const int64_t group = tile * n + i;
+  for (int b = lane; b < row_bytes(kBits); b += 32) a.out.codes[group * row_bytes(kBits) + b] = pack_byte(kBits, shared_codes, b);
   if (lane == 0) {
     const float up = s * pow2f(e / 2) * pow2f(e - e / 2);
-    a.scales[group] = static_cast<uint16_t>((up < 0x1p-126f ? 0u : float_bits(up)) >> 16);
-    a.sum_sq[group] = ldexp(static_cast<double>(total), 2 * e);
-    if (!finite) counter_add(a.bad, 1);  // an integer count: its order does not matter
+    a.out.scales[group] = static_cast<uint16_t>((up < 0x1p-126f ? 0u : float_bits(up)) >> 16);
+    a.out.squares[group] = ldexp(static_cast<double>(total), 2 * e);
+    if (!finite) counter_add(a.out.bad, 1);  // an integer count: its order does not matter
   }
 }
 
 }  // namespace
 
-int pack_cuda(const void* const* rows, const void* const* center, const int64_t* numel, const int64_t* tile_begin, const Dtype* dtype, int64_t count,
-              int64_t tiles, int64_t n, int bits, uint8_t* codes, uint16_t* scales_bf16, double* sum_sq_tiles, int32_t* bad, int device,
-              void* stream) {
-  const PackArguments a{rows, center, numel, tile_begin, dtype, count, n, codes, scales_bf16, sum_sq_tiles, bad};
-  const int64_t blocks = tiles * ((n + kPackWarps - 1) / kPackWarps);
-  const auto run = [&](auto kernel) { return launch(kernel, blocks, 32 * kPackWarps, kPackWarps * kTileColumns, device, stream, a); };
-  switch (bits) {
-    case 8:
-      return run(pack_kernel<8>);
-    case 4:
-      return run(pack_kernel<4>);
-    case 3:
-      return run(pack_kernel<3>);
-    case 2:
-      return run(pack_kernel<2>);
-    default:
-      return run(pack_kernel<1>);
-  }
+int pack_cuda(const DeviceRows& rows, const DevicePackTarget& target, const Place& where) {
+  if (!valid_bits(target.bits) || rows.n < 1 || rows.n > kMaxRows) return kInvalidValue;
+  const int64_t blocks = target.tiles * ((rows.n + kPackWarps - 1) / kPackWarps);
+  return with_bits(target.bits, [&](auto b) {
+    constexpr int kBits = decltype(b)::value;
+    return launch(pack_kernel<kBits>, blocks, 32 * kPackWarps, kPackWarps * kTileColumns, where,
+                  PackArguments{rows, target});
+  });
 }
 
 }  // namespace twa

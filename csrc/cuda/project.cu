@@ -42,7 +42,7 @@ TWA_KERNEL(kThreads, 8) update_kernel(UpdateArguments a) {
 
 }  // namespace
 
-int launch_project(const ProjectArguments& arguments, int bits, int device, void* stream) {
+int launch_project(const ProjectArguments& arguments, int bits, const Place& where) {
   return with_bits_and_units(bits, project_units(arguments.n, bits), [&](auto b, auto g) {
     constexpr int kBits = decltype(b)::value, kUnits = decltype(g)::value;
     if constexpr (is_built_for_project(kBits, kUnits)) {
@@ -51,37 +51,36 @@ int launch_project(const ProjectArguments& arguments, int bits, int device, void
       ProjectArguments a = arguments;
       a.slots = ring_slots(P::kSlot);
       a.row_blocks = static_cast<int>((a.n + P::kRows - 1) / P::kRows);
-      return launch(project_kernel<kBits, kUnits>, a.work.items * a.row_blocks, kThreads, kWarps * P::warp_bytes(a.slots), device, stream, a);
+      return launch(project_kernel<kBits, kUnits>, a.work.items * a.row_blocks, kThreads, kWarps * P::warp_bytes(a.slots), where, a);
     }
     return kInvalidValue;
   });
 }
 
-int table_cuda(const DeviceTensor* entries, int64_t count, DeviceTensor* to, int device, void* stream) {
+int table_cuda(const DeviceTensor* entries, int64_t count, DeviceTensor* to, const Place& where) {
   for (int64_t begin = 0; begin < count; begin += kTableEntries) {
     TableArguments a{};
     a.to = to + begin, a.count = static_cast<int>(count - begin < kTableEntries ? count - begin : kTableEntries);
     for (int k = 0; k < a.count; ++k) a.entries[k] = entries[begin + k];
-    if (const int error = launch(table_kernel, 1, kThreads, 0, device, stream, a)) return error;
+    if (const int error = launch(table_kernel, 1, kThreads, 0, where, a)) return error;
   }
   return 0;
 }
 
-int launch_update(const UpdateArguments& a, int device, void* stream) {
+int launch_update(const UpdateArguments& a, const Place& where) {
   const int64_t chunks = row_chunks(a.n);
-  const int error = launch(sum_kernel, a.work.groups * chunks, kThreads, kThreads * 8, device, stream, a);
+  const int error = launch(sum_kernel, a.work.groups * chunks, kThreads, kThreads * 8, where, a);
   if (error != 0) return error;
-  return launch(update_kernel, (a.num_segments * a.n + kThreads - 1) / kThreads, kThreads, 0, device, stream, a);
+  return launch(update_kernel, (a.num_segments * a.n + kThreads - 1) / kThreads, kThreads, 0, where, a);
 }
 
-int project_cuda(const BasisView& basis, const DeviceTensor* grads, const DeviceWork& work, float* partial, double* sums, float* c, int device,
-                 void* stream) {
+int project_cuda(const BasisView& basis, const DeviceTensor* grads, const DeviceWork& work, float* partial, double* sums, float* c, const Place& where) {
   if (!is_valid(basis)) return kInvalidValue;
-  const int error = launch_project({basis.codes, basis.scales, grads, work, partial, basis.n, 0, 1, fits_cache(basis)}, basis.bits, device, stream);
+  const int error = launch_project({basis.codes, basis.scales, grads, work, partial, basis.n, 0, 1, fits_cache(basis)}, basis.bits, where);
   if (error != 0) return error;
   UpdateArguments a{};
   a.partial = partial, a.sums = sums, a.row_scale = basis.row_scale, a.c = c, a.work = work, a.n = basis.n, a.num_segments = basis.num_segments;
-  return launch_update(a, device, stream);
+  return launch_update(a, where);
 }
 
 }  // namespace twa

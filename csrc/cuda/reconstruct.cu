@@ -29,7 +29,7 @@ TWA_KERNEL(kThreads, 8) scale_kernel(ScaleArguments a) {
 
 }  // namespace
 
-int launch_reconstruct(const ReconstructArguments& arguments, int bits, int device, void* stream) {
+int launch_reconstruct(const ReconstructArguments& arguments, int bits, const Place& where) {
   return with_bits_and_units(bits, reconstruct_units(arguments.n, bits), [&](auto b, auto g) {
     constexpr int kBits = decltype(b)::value, kUnits = decltype(g)::value;
     using R = Reconstruct<kBits, kUnits>;
@@ -38,20 +38,20 @@ int launch_reconstruct(const ReconstructArguments& arguments, int bits, int devi
     static_assert(R::x_count(kMaxRows) * 4 + kWarps * R::warp_bytes(ring_slots(R::kSlot)) <= kMostShared, "shared memory of the smaller devices");
     const int shared = R::x_count(a.n) * 4 + kWarps * R::warp_bytes(a.slots);
     if constexpr (kUnits == most_units(kBits)) {
-      if (a.n > 16 * kUnits) return launch(reconstruct_kernel<kBits, kUnits, true>, a.work.items, kThreads, shared, device, stream, a);
+      if (a.n > 16 * kUnits) return launch(reconstruct_kernel<kBits, kUnits, true>, a.work.items, kThreads, shared, where, a);
     }
-    return launch(reconstruct_kernel<kBits, kUnits, false>, a.work.items, kThreads, shared, device, stream, a);
+    return launch(reconstruct_kernel<kBits, kUnits, false>, a.work.items, kThreads, shared, where, a);
   });
 }
 
 int reconstruct_cuda(const BasisView& basis, const float* x, const DeviceTensor* center, const DeviceTensor* out, const DeviceWork& work,
-                     float* x_rows, int device, void* stream) {
+                     float* x_rows, const Place& where) {
   if (!is_valid(basis)) return kInvalidValue;
   const int64_t threads = basis.num_segments * basis.n;
   const ScaleArguments scale{x, basis.row_scale, x_rows, basis.n, basis.num_segments};
-  const int error = launch(scale_kernel, (threads + kThreads - 1) / kThreads, kThreads, 0, device, stream, scale);
+  const int error = launch(scale_kernel, (threads + kThreads - 1) / kThreads, kThreads, 0, where, scale);
   if (error != 0) return error;
-  return launch_reconstruct({basis.codes, basis.scales, x_rows, center, out, work, basis.n, 0, fits_cache(basis)}, basis.bits, device, stream);
+  return launch_reconstruct({basis.codes, basis.scales, x_rows, center, out, work, basis.n, 0, fits_cache(basis)}, basis.bits, where);
 }
 
 }  // namespace twa

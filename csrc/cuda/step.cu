@@ -148,34 +148,35 @@ UpdateArguments update_arguments(const Update& u) {
 
 }  // namespace
 
-int step_cuda(const BasisView& basis, const DeviceTensor* grads, const Update& update, float* x, float* first, float* second,
-              const DeviceTensor* center, const DeviceTensor* out, const DeviceWork& work, const StepWorkspace& space, float* c, int device,
-              void* stream) {
-  const bool adamw = update.rule == Update::Rule::adamw, momentum = !adamw && update.momentum != 0.0;
-  if (!is_valid(basis) || update.step < 1 || (!first && (adamw || momentum)) || (!second && adamw)) return kInvalidValue;
+int step_cuda(const BasisView& basis, const DeviceTensor* grads, const Update& update,
+              const Coefficients& coefficients, const DeviceTensor* center, const DeviceTensor* out,
+              const DeviceWork& work, const StepWorkspace& space, float* c, const Place& where) {
+  if (!is_valid(basis) || update.step < 1 || (!coefficients.first && update.keeps_first()) ||
+      (!coefficients.second && update.keeps_second()))
+    return kInvalidValue;
   UpdateArguments u = update_arguments(update);
-  u.partial = space.partial, u.sums = space.sums, u.row_scale = basis.row_scale, u.c = c, u.x = x, u.x_rows = space.x_rows, u.work = work,
+  u.partial = space.partial, u.sums = space.sums, u.row_scale = basis.row_scale, u.c = c, u.x = coefficients.x, u.x_rows = space.x_rows, u.work = work,
   u.n = basis.n;
-  u.first = adamw || momentum ? first : nullptr, u.second = adamw ? second : nullptr, u.num_segments = basis.num_segments;
+  u.first = update.keeps_first() ? coefficients.first : nullptr, u.second = update.keeps_second() ? coefficients.second : nullptr, u.num_segments = basis.num_segments;
   ProjectArguments p{basis.codes, basis.scales, grads, work, space.partial, basis.n, 0, 1, fits_cache(basis)};
   const ReconstructArguments r{basis.codes, basis.scales, space.x_rows, center, out, work, basis.n, 0, fits_cache(basis)};
-  if (adamw && space.steps_before) {
+  if (u.adamw && space.steps_before) {
     const CorrectionArguments correction{space.steps_before, space.corrections, update.lr, update.beta1, update.beta2};
-    if (const int error = launch(correction_kernel, 1, 32, 0, device, stream, correction)) return error;
+    if (const int error = launch(correction_kernel, 1, 32, 0, where, correction)) return error;
     u.corrections = space.corrections;
   }
   if (space.tasks == nullptr) {
-    int error = launch_project(p, basis.bits, device, stream);
-    if (error == 0) error = launch_update(u, device, stream);
-    return error == 0 ? launch_reconstruct(r, basis.bits, device, stream) : error;
+    int error = launch_project(p, basis.bits, where);
+    if (error == 0) error = launch_update(u, where);
+    return error == 0 ? launch_reconstruct(r, basis.bits, where) : error;
   }
   return with_kernel(basis.n, basis.bits, [&](auto kernel, int shared, int slots, int rows) {
     StepArguments a{p, r, u, space.tasks, space.counters, 2 * work.items};
     a.project.slots = a.reconstruct.slots = slots;
     a.project.row_blocks = static_cast<int>((basis.n + rows - 1) / rows);
     if (space.window < 1) return kInvalidValue;  // no block would take a task
-    const int error = clear(space.counters, step_counters(work.groups, basis.num_segments) * 4, device, stream);
-    return error != 0 ? error : launch(kernel, a.count < space.window ? a.count : space.window, kThreads, shared, device, stream, a);
+    const int error = clear(space.counters, step_counters(work.groups, basis.num_segments) * 4, where);
+    return error != 0 ? error : launch(kernel, a.count < space.window ? a.count : space.window, kThreads, shared, where, a);
   });
 }
 

@@ -11,7 +11,7 @@ from typing import Any, overload
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from twa_kernels.ops import UNSUPPORTED_OPTIONS
+from twa_kernels.ops.step import UNSUPPORTED_OPTIONS
 
 from .grad_hooks import GradientHooks
 from .io.errors import TwaError

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import twa_kernels as tk
-from twa_kernels.ops import FLOATS
-from twa_kernels.packed import NORMALIZE
+from twa_kernels.layout import FLOATS
+from twa_kernels.scaling import NORMALIZE
 
 from . import averages
 from .basis.dense import DenseBasis
@@ -279,7 +279,7 @@ class Subspace:
             return False
         if not self.coordinates.trains_rows:
             return False
-        if not tk.dispatch.default_backend("step", self.basis.device.type):
+        if not tk.registry.default_backend("step", self.basis.device.type):
             return False
         grads = [p.grad for p in self.parameters if p.grad is not None]
         plain = all(g.layout == torch.strided and g.dtype in FLOATS for g in grads)

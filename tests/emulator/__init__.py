@@ -10,6 +10,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -51,7 +52,9 @@ def load():
 
 def install() -> None:
     """Backend "cuda" runs on CPU tensors in this process."""
-    from twa_kernels import cuda, dispatch
+    from twa_kernels import registry
+    from twa_kernels.backends import cuda
 
     cuda.module = load()
-    dispatch.DEVICES["cuda"] = ("cuda", "cpu")
+    backend = registry.BACKENDS["cuda"]
+    registry.BACKENDS["cuda"] = replace(backend, devices=("cuda", "cpu"))

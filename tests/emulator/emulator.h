@@ -5,6 +5,7 @@
 // warp that call different functions, misaligned copies and blocks that wait for ever are errors.
 #pragma once
 
+#include "twa.h"
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -376,8 +377,8 @@ inline int counter_read(const int* counter) { return *counter; }
 inline void pause() { emulator::wait(nullptr, 0); }
 
 template <class Arguments>
-int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_bytes, int device, void*, const Arguments& arguments) {
-  if (device != 0) return 101;             // cudaErrorInvalidDevice
+int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_bytes, const Place& where, const Arguments& arguments) {
+  if (where.device != 0) return 101;             // cudaErrorInvalidDevice
   if (shared_bytes > 227 << 10) return 1;  // cudaErrorInvalidValue
   if (blocks > 0) emulator::run(blocks, threads, shared_bytes, [&] { kernel(arguments); });
   return 0;
@@ -387,8 +388,8 @@ int resident_blocks(void (*)(Arguments), int, int, int device) {
   const char* blocks = std::getenv("TWA_EMULATOR_RESIDENT");
   return device != 0 ? -101 : blocks ? std::atoi(blocks) : 3;
 }
-inline int clear(void* p, int64_t bytes, int device, void*) {
-  if (device != 0) return 101;
+inline int clear(void* p, int64_t bytes, const Place& where) {
+  if (where.device != 0) return 101;
   std::memset(p, 0, static_cast<size_t>(bytes));
   return 0;
 }

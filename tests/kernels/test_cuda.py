@@ -8,7 +8,8 @@ import torch
 from conftest import BITS, ON_GPU, exhaustive, rows_of, tensors
 
 import twa_kernels as tk
-from twa_kernels import cuda, dispatch, native
+from twa_kernels import registry
+from twa_kernels.backends import cuda, native
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [
@@ -226,10 +227,10 @@ def test_tables_of_many_tensors():
         )
         for k in range(700)
     ]
-    table = cuda.tensor_table(
-        many, torch.device(DEVICE, 0) if ON_GPU else torch.device("cpu")
-    ).tolist()
-    assert table == [[t.data_ptr() if t.numel() else 0, native.DTYPES[t.dtype]] for t in many]
+    device = torch.device(DEVICE, 0) if ON_GPU else torch.device("cpu")
+    table = cuda.tensor_table(native.read(many, cuda.module), device).tolist()
+    number = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+    assert table == [[t.data_ptr() if t.numel() else 0, number[t.dtype]] for t in many]
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU: streams and CUDA graphs")
@@ -297,8 +298,8 @@ def test_what_a_graph_would_repeat_is_refused():
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_a_captured_step_that_a_graph_would_repeat_wrongly_is_refused(backend, capture):
-    if dispatch.why_unusable(backend):
-        pytest.skip(str(dispatch.why_unusable(backend)))
+    if registry.why_unusable(backend):
+        pytest.skip(str(registry.why_unusable(backend)))
     basis, grads = put(tk.pack(rows_of(3, SHAPES), 4)), put(tensors(SHAPES, 7))
     x, out = (
         torch.zeros(3, len(SHAPES), device=DEVICE),
@@ -365,8 +366,8 @@ def test_a_first_call_in_a_real_graph_says_what_to_do(op, backend):
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_a_first_call_under_capture_says_what_to_do(backend, capture):
-    if dispatch.why_unusable(backend):
-        pytest.skip(str(dispatch.why_unusable(backend)))
+    if registry.why_unusable(backend):
+        pytest.skip(str(registry.why_unusable(backend)))
     basis, grads = put(tk.pack(rows_of(3, SHAPES), 4)), put(tensors(SHAPES, 7))
     capture()
     with pytest.raises(RuntimeError, match="make the same call once before the capture"):
@@ -375,8 +376,8 @@ def test_a_first_call_under_capture_says_what_to_do(backend, capture):
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_what_reads_back_is_refused_under_capture(backend, capture):
-    if dispatch.why_unusable(backend):
-        pytest.skip(str(dispatch.why_unusable(backend)))
+    if registry.why_unusable(backend):
+        pytest.skip(str(registry.why_unusable(backend)))
     rows = torch.randn(3, 300, device=DEVICE)
     basis, parent = (
         put(tk.pack([torch.randn(3, 300)], 4)),

@@ -10,7 +10,10 @@ import torch
 from conftest import BITS, ON_GPU, rows_of, tensors
 
 import twa_kernels as tk
-from twa_kernels import cuda, native
+from twa_kernels.backends import cuda, native
+from twa_kernels.backends.tensors import Recent
+from twa_kernels.capture import capturing
+from twa_kernels.operands import BasisView
 
 emulated = pytest.mark.skipif(
     ON_GPU, reason="runs the emulated module, which a session on a GPU does not load"
@@ -31,7 +34,16 @@ def work_of(numels, segments, bits=4):
             for numel, l in zip(numels, segments, strict=True)
         ]
     )
-    return cuda.work_items(tile_segment, numels, max(segments) + 1, bits), tile_segment
+    n, tiles = 2, len(tile_segment)
+    view = BasisView(
+        torch.zeros(tiles, n, 16 * bits, dtype=torch.uint8),
+        torch.zeros(tiles, n, dtype=torch.uint8),
+        torch.ones(n, max(segments) + 1),
+        tile_segment,
+        tuple(numels),
+        bits,
+    )
+    return cuda.work_items(view), tile_segment
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -39,7 +51,7 @@ def test_work_items_cover_every_tile_once(bits):
     numels, segments = [128 * 200 + 1, 5, 128 * 64, 0, 700], [1, 0, 1, 2, 2]
     work, tile_segment = work_of(numels, segments, bits)
     tensor, tile, tiles, segment, group, group_begin, segment_groups, numel, tile_begin = (
-        a.cpu() for a in work.arrays
+        a.cpu() for a in work.arrays.values()
     )
     most = {8: 16, 4: 16, 3: 32, 2: 32, 1: 64}[bits]
     assert (
@@ -68,7 +80,7 @@ def test_work_items_cover_every_tile_once(bits):
 def test_order_of_a_steps_tasks(window):
     work, _ = work_of([128 * 100, 50, 128 * 40, 900], [0, 1, 2, 1])
     tasks = torch.frombuffer(bytearray(work.host.tasks(window)), dtype=torch.int32).tolist()
-    segment = work.arrays[3].tolist()
+    segment = work.arrays["item_segment"].tolist()
     assert sorted(tasks) == sorted([*range(work.items), *(-1 - k for k in range(work.items))])
     for l in set(segment):
         items = [k for k, s in enumerate(segment) if s == l]
@@ -129,99 +141,144 @@ def launch_on(device, module, window=4):
 
     project, reconstruct, step, pack and orthonormalize_pass; and the outputs.
     """
-    n, tiles = 3, 2
-    codes, scales = (
-        torch.zeros(tiles, n, 64, dtype=torch.uint8),
-        torch.full((tiles, n), 0x38, dtype=torch.uint8),
-    )
-    row_scale, segment, c, x = (
-        torch.ones(n, 1),
-        torch.zeros(tiles, dtype=torch.int32),
+    n, tiles, f64 = 3, 2, torch.float64
+    codes = torch.zeros(tiles, n, 64, dtype=torch.uint8)
+    scales = torch.full((tiles, n), 0x38, dtype=torch.uint8)
+    row_scale, segment = torch.ones(n, 1), torch.zeros(tiles, dtype=torch.int32)
+    c, x, out, g = (
         torch.full((n, 1), 7.0),
         torch.zeros(n, 1),
+        torch.full((256,), 7.0),
+        torch.ones(256),
     )
-    out, g = torch.full((256,), 7.0), torch.ones(256)
     basis = module.Basis(
-        codes.data_ptr(),
-        scales.data_ptr(),
-        row_scale.data_ptr(),
-        segment.data_ptr(),
-        n,
-        tiles,
-        1,
-        4,
+        codes=codes, scales=scales, row_scale=row_scale, tile_segment=segment, numel=[256], bits=4
     )
-    tables = [torch.tensor([t.data_ptr(), 0]) for t in (g, out)]
-    grad, weights, sgd = tables[0].data_ptr(), tables[1].data_ptr(), [0.0, 0.1, 0.0, 0.0, 0.0, 0.0]
-    arrays = [torch.zeros(2, dtype=torch.int64) for _ in range(9)]
-    work = module.Work([a.data_ptr() for a in arrays], 1, 1)
-    space = [torch.zeros(64, dtype=torch.float64) for _ in range(7)]
-    at = [s.data_ptr() for s in space]
+    grad, weights = (torch.tensor([[t.data_ptr(), 0]]) for t in (g, out))
+    arrays = {
+        "item_tensor": torch.zeros(1, dtype=torch.int32),
+        "item_tile": torch.zeros(1, dtype=torch.int64),
+        "item_tiles": torch.full((1,), 2, dtype=torch.int32),
+        "item_segment": torch.zeros(1, dtype=torch.int32),
+        "item_group": torch.zeros(1, dtype=torch.int32),
+        "group_begin": torch.tensor([0, 1], dtype=torch.int32),
+        "segment_groups": torch.tensor([0, 1], dtype=torch.int32),
+        "numel": torch.tensor([256]),
+        "tile_begin": torch.zeros(1, dtype=torch.int64),
+    }
+    work = module.Work(**arrays)
+    partial, sums, x_rows = torch.zeros(1, n), torch.zeros(1, n, dtype=f64), torch.zeros(1, n)
+    space = module.StepWorkspace(
+        basis=basis,
+        work=work,
+        partial=partial,
+        sums=sums,
+        x_rows=x_rows,
+        counters=torch.zeros(module.step_counters(1, 1), dtype=torch.int32),
+        tasks=torch.tensor([0, -1], dtype=torch.int32),
+        window=window,
+        steps_before=None,
+        corrections=torch.zeros(2),
+    )
+    update = module.Update(
+        rule="sgd",
+        maximize=False,
+        lr=0.1,
+        weight_decay=0.0,
+        momentum=0.0,
+        dampening=0.0,
+        nesterov=False,
+        beta1=0.0,
+        beta2=0.0,
+        eps=0.0,
+        step=1,
+    )
+    rows = torch.tensor([[g.data_ptr(), 0]] * n)
+    table = module.DeviceRows(rows=rows, center=None, numel=arrays["numel"], n=n)
+    where = {"device": device, "stream": 0}
+    parts, stride, room = module.orthonormalize_plan(n, 0, 8, False, False)
+    partials, workspace = torch.zeros(parts, stride, dtype=f64), torch.zeros(room, dtype=f64)
+    gram = torch.full((n, n), 7.0, dtype=f64)
+    half = torch.zeros(tiles, n, dtype=torch.bfloat16)
     calls = {
         "project": lambda: module.project_cuda(
-            basis, grad, work, at[0], at[1], c.data_ptr(), device, 0
+            basis=basis, grads=grad, work=work, partial=partial, sums=sums, c=c, **where
         ),
         "reconstruct": lambda: module.reconstruct_cuda(
-            basis, x.data_ptr(), 0, weights, work, at[0], device, 0
+            basis=basis, x=x, center=None, out=weights, work=work, x_rows=x_rows, **where
         ),
         "step": lambda: module.step_cuda(
-            basis,
-            grad,
-            False,
-            sgd,
-            1,
-            x.data_ptr(),
-            0,
-            0,
-            0,
-            weights,
-            work,
-            at,
-            window,
-            c.data_ptr(),
-            device,
-            0,
+            basis=basis,
+            grads=grad,
+            update=update,
+            x=x,
+            first=None,
+            second=None,
+            center=None,
+            out=weights,
+            work=work,
+            workspace=space,
+            c=c,
+            **where,
         ),
         "pack": lambda: module.pack_cuda(
-            at[0],
-            0,
-            at[1],
-            at[2],
-            at[3],
-            1,
-            tiles,
-            n,
-            4,
-            codes.data_ptr(),
-            at[4],
-            at[4],
-            at[4],
-            device,
-            0,
+            rows=table,
+            tile_begin=arrays["tile_begin"],
+            bits=4,
+            codes=codes,
+            scales=half,
+            squares=torch.zeros(tiles, n, dtype=f64),
+            bad=torch.zeros((), dtype=torch.int32),
+            **where,
         ),
         "orthonormalize_pass": lambda: module.orthonormalize_pass_cuda(
-            grad,
-            0,
-            weights,
-            at[1],
-            at[2],
-            1,
-            8,
-            1,
-            at[3],
-            at[4],
-            1,
-            at[5],
-            0,
-            at[0],
-            at[6],
-            c.data_ptr(),
-            c.data_ptr(),
-            device,
-            0,
+            rows=table,
+            parent=torch.tensor([-1, 0, 1], dtype=torch.int32),
+            transform=None,
+            probes=None,
+            first=0,
+            out=None,
+            chunk_begin=arrays["tile_begin"],
+            chunks=8,
+            partials=partials,
+            space=workspace,
+            gram=gram,
+            norms=torch.zeros(n, dtype=f64),
+            **where,
         ),
     }
-    return calls, (out, c, codes), (tables, arrays, space, g)  # the last are pointed to
+    kept = (grad, weights, arrays, partial, sums, x_rows, rows, g, scales, row_scale, segment, x)
+    return calls, (out, c, codes), kept
+
+
+@emulated
+def test_a_swapped_or_short_operand_is_refused():
+    """By its dtype or its size, before a kernel runs; and operands have names."""
+    calls, _, (grad, _, _, partial, sums, *_) = launch_on(0, cuda.module)
+    calls["project"]()
+    basis = tk.pack([torch.randn(3, 256)], 4)
+    handle = native.basis_handle(basis.view, cuda.module)
+    given = {
+        "basis": handle,
+        "grads": grad,
+        "work": cuda.work_items(basis.view).native,
+        "partial": partial,
+        "sums": sums,
+        "c": torch.zeros(3, 1),
+        "device": 0,
+        "stream": 0,
+    }
+    cuda.module.project_cuda(**given)
+    for change, error in [
+        ({"partial": sums}, "partial: expected float32, found torch.float64"),
+        ({"c": torch.zeros(2)}, "c: expected 3 numbers, found 2"),
+        ({"c": torch.zeros(3, 2)[:, :1]}, "c: expected a contiguous tensor"),
+        ({"grads": torch.zeros(3, 2, dtype=torch.int64)}, "grads: expected 2 numbers, found 6"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=error):
+            cuda.module.project_cuda(**given | change)
+    with pytest.raises(TypeError):
+        cuda.module.project_cuda(*given.values())
 
 
 on_a_gpu_too = pytest.mark.gpu if ON_GPU else lambda test: test
@@ -261,37 +318,32 @@ def test_wrong_device_number(op):
 def tables_at_launch(monkeypatch):
     """[(op, how many different tables were alive when it was launched)], of the emulated module."""
     made, seen, module = {}, [], cuda.module  # address -> the latest table there
-    where = {
-        "project_cuda": (1,),
-        "reconstruct_cuda": (2, 3),
-        "step_cuda": (1, 8, 9),
-    }  # arguments that are tables
-    cuda._tensor_table.cache_clear()
+    names = ("grads", "center", "out")
+    monkeypatch.setattr(cuda, "_tables", Recent())
 
     class Watched:
         def __getattr__(self, name):
             call = getattr(module, name)
-            if name not in where:
+            if name == "write_table":
+
+                def write(**given):
+                    made[given["to"].data_ptr()] = weakref.ref(given["to"])
+                    return call(**given)
+
+                return write
+            if name not in ("project_cuda", "reconstruct_cuda", "step_cuda"):
                 return call
 
-            def launch(*arguments):
-                passed = {arguments[k] for k in where[name]}
+            def launch(**given):
+                passed = {given[k].data_ptr() for k in names if given.get(k) is not None}
                 assert all(made[at]() is not None for at in passed), (
                     f"{name}: a table that nobody holds is passed"
                 )
                 seen.append((name, len(passed)))
-                return call(*arguments)
+                return call(**given)
 
             return launch
 
-    write = cuda._write_table
-
-    def write_and_watch(entries, device):
-        table = write(entries, device)
-        made[table.data_ptr()] = weakref.ref(table)
-        return table
-
-    monkeypatch.setattr(cuda, "_write_table", write_and_watch)
     monkeypatch.setattr(cuda, "module", Watched())
     return seen
 
@@ -351,10 +403,8 @@ def test_capture_is_asked_of_the_devices_own_stream(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", OnDevice)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
-    assert native.capturing(torch.device("cuda", 1)) and not native.capturing(
-        torch.device("cuda", 0)
-    )
-    assert not native.capturing(torch.device("cpu"))
+    assert capturing(torch.device("cuda", 1)) and not capturing(torch.device("cuda", 0))
+    assert not capturing(torch.device("cpu"))
 
 
 @emulated

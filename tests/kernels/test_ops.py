@@ -8,7 +8,8 @@ import torch
 from conftest import BITS, run_python
 
 import twa_kernels as tk
-from twa_kernels import dispatch, reference
+from twa_kernels import registry
+from twa_kernels.backends import cpu, cuda, native, reference
 
 SHAPES = [(130,), (3, 5), (257,)]
 ROOT = Path(__file__).parents[2]
@@ -49,16 +50,14 @@ def test_opcheck(op, bits):
     )
     arguments = {
         "pack": lambda: pack_arguments(bits),
-        "unpack": lambda: (*basis.operands, basis.numels, bits, ""),
-        "gram": lambda: (*basis.operands, basis.numels, bits, ""),
-        "project": lambda: (*basis.operands, center, basis.numels, bits, ""),
-        "reconstruct": lambda: (*basis.operands, x, center, basis.numels, bits, ""),
+        "unpack": lambda: (*basis.operands, ""),
+        "gram": lambda: (*basis.operands, ""),
+        "project": lambda: (*basis.operands, center, ""),
+        "reconstruct": lambda: (*basis.operands, x, center, ""),
         "reconstruct_out": lambda: (
             *basis.operands,
             x.detach(),
             [c.detach() for c in center],
-            basis.numels,
-            bits,
             [torch.empty(s) for s in SHAPES],
             "",
         ),
@@ -103,7 +102,7 @@ def test_opcheck_on_gpu_backends(op, gpu):
     between = {"unpack": (), "gram": (), "project": (center,), "reconstruct": (x, center)}[op]
     torch.library.opcheck(
         getattr(torch.ops.twa_kernels, op).default,
-        (*basis.operands, *between, basis.numels, 4, gpu.backend),
+        (*basis.operands, *between, gpu.backend),
     )
 
 
@@ -139,11 +138,9 @@ def test_gradcheck_of_the_reference(bits):
     basis = operands(bits)
     grads = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in SHAPES]
     x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *g: reference.project(basis.view, g), grads)
     assert torch.autograd.gradcheck(
-        lambda *g: reference.project(*basis.operands, g, basis.numels, bits), grads
-    )
-    assert torch.autograd.gradcheck(
-        lambda x, *c: reference.reconstruct(*basis.operands, x, c, basis.numels, bits), (x, *grads)
+        lambda x, *c: reference.reconstruct(basis.view, x, c, None), (x, *grads)
     )
 
 
@@ -174,47 +171,47 @@ def test_compile_without_graph_break():
 
 
 def test_dispatch_never_falls_back(monkeypatch):
-    assert dispatch.select("project", "cpu") is tk.native.project
-    assert dispatch.select("project", "cpu", "reference") is reference.project
+    assert registry.select("project", "cpu") is cpu.project
+    assert registry.select("project", "cpu", "reference") is reference.project
     with pytest.raises(RuntimeError, match="no kernel for mps tensors yet"):
-        dispatch.select("project", "mps")
-    assert dispatch.default_backend("gram", "cuda") == "triton"
+        registry.select("project", "mps")
+    assert registry.default_backend("gram", "cuda") == "triton"
     with pytest.raises(RuntimeError, match="does not implement"):
-        dispatch.select("project", "cuda", "cpp")
+        registry.select("project", "cuda", "cpp")
     monkeypatch.setenv("TWA_KERNELS_BACKEND", "reference")
-    assert dispatch.select("project", "cpu") is reference.project
-    monkeypatch.setattr(tk.native, "_C", None)
-    monkeypatch.setattr(tk.native, "_import_error", "no such file", raising=False)
+    assert registry.select("project", "cpu") is reference.project
+    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setattr(native, "_import_error", "no such file", raising=False)
     with pytest.raises(RuntimeError, match="the native module is not built"):
-        dispatch.select("project", "cpu", "cpp")
+        registry.select("project", "cpu", "cpp")
 
 
 def test_an_override_per_device(monkeypatch):
     """A backend for GPUs leaves the CPU's packing alone."""
-    monkeypatch.setattr(dispatch, "why_unusable", lambda backend: None)
+    monkeypatch.setattr(registry, "why_unusable", lambda backend: None)
     monkeypatch.setenv("TWA_KERNELS_BACKEND", "cuda:triton")
-    assert dispatch.select("project", "cuda") is dispatch.IMPLEMENTATIONS["project", "triton"]
-    assert dispatch.select("pack", "cpu") is tk.native.pack
+    assert registry.select("project", "cuda") is registry.BACKENDS["triton"].kernel("project")
+    assert registry.select("pack", "cpu") is cpu.pack
     monkeypatch.setenv("TWA_KERNELS_BACKEND", "cpu:reference, cuda:cuda")
     assert (
-        dispatch.select("pack", "cpu") is reference.pack
-        and dispatch.select("step", "cuda") is dispatch.IMPLEMENTATIONS["step", "cuda"]
+        registry.select("pack", "cpu") is reference.pack
+        and registry.select("step", "cuda") is cuda.step
     )
-    assert dispatch.select("pack", "cpu", "cpp") is tk.native.pack  # the argument comes first
+    assert registry.select("pack", "cpu", "cpp") is cpu.pack  # the argument comes first
     monkeypatch.setenv("TWA_KERNELS_BACKEND", "triton")  # every device
     with (
         pytest.raises(RuntimeError, match="on CPU tensors only in Triton's interpreter"),
         monkeypatch.context() as m,
     ):
         m.delenv("TRITON_INTERPRET", raising=False)
-        dispatch.select("pack", "cpu")
+        registry.select("pack", "cpu")
     for wrong in ("tritn", "gpu:triton", "cuda:", "cuda=triton"):
         monkeypatch.setenv("TWA_KERNELS_BACKEND", wrong)
         with pytest.raises(
             RuntimeError,
             match=r"TWA_KERNELS_BACKEND: expected a backend \(.*\) or device:backend pairs",
         ):
-            dispatch.select("project", "cpu")
+            registry.select("project", "cpu")
 
 
 def test_triton_without_its_package_or_a_gpu_says_so(monkeypatch):
@@ -223,24 +220,25 @@ def test_triton_without_its_package_or_a_gpu_says_so(monkeypatch):
     with pytest.raises(
         RuntimeError, match="on CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1"
     ):
-        dispatch.select("project", "cpu", "triton")
+        registry.select("project", "cpu", "triton")
     with pytest.raises(RuntimeError, match="no GPU that PyTorch can use"):
-        dispatch.select("project", "cuda", "triton")
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+        registry.select("project", "cuda", "triton")
+    monkeypatch.setattr(registry, "_has_triton", lambda: False)
     with pytest.raises(RuntimeError, match="triton is not installed"):
-        dispatch.select("project", "cuda", "triton")
+        registry.select("project", "cuda", "triton")
 
 
 def test_gpus_prefer_the_cuda_module(monkeypatch):
-    monkeypatch.setattr(dispatch, "why_unusable", lambda backend: None)
-    assert {op: dispatch.default_backend(op, "cuda") for op in dispatch.OPS} == {
+    monkeypatch.setattr(registry, "why_unusable", lambda backend: None)
+    assert {op: registry.default_backend(op, "cuda") for op in tk.ops.__all__} == {
         **dict.fromkeys(("pack", "project", "reconstruct", "step", "orthonormalize_pass"), "cuda"),
         **dict.fromkeys(("unpack", "gram"), "triton"),
+        **dict.fromkeys(("average", "average_and_pack"), ""),  # candidates are read on the CPU
     }
     monkeypatch.setattr(
-        dispatch, "why_unusable", lambda backend: "absent" if backend == "cuda" else None
+        registry, "why_unusable", lambda backend: "absent" if backend == "cuda" else None
     )
-    assert {dispatch.default_backend(op, "cuda") for op in dispatch.OPS} == {"triton"}
+    assert {registry.default_backend(op, "cuda") for op in tk.ops.__all__} == {"triton", ""}
 
 
 def test_a_forked_child_has_threads_of_its_own():
@@ -285,12 +283,12 @@ def test_diagnostics():
 
 
 @pytest.mark.skipif(
-    not (tk.native._C and tk.native._C.with_cuda), reason="the native module was built without CUDA"
+    not (native._C and native._C.with_cuda), reason="the native module was built without CUDA"
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_cuda_without_a_device_says_so():
     # In this process the kernels run emulated.
-    code = "from twa_kernels import dispatch; print(dispatch.why_unusable('cuda'))"
+    code = "from twa_kernels import registry; print(registry.why_unusable('cuda'))"
     assert run_python(code).strip() == "no CUDA device on this machine"
 
 
@@ -307,6 +305,6 @@ def test_imports_point_one_way():
     for path in (ROOT / "twa_kernels").rglob("*.py"):
         assert not [name for name in imports_of(path) if name.split(".")[0] == "twa"], path
     for path in (ROOT / "csrc").rglob("*"):
-        if path.is_file() and path.name != "bindings.cpp":
+        if path.is_file() and path.parent.name != "bindings":
             text = path.read_text()
             assert "pybind11" not in text and "Python.h" not in text and "torch/" not in text, path

@@ -14,21 +14,22 @@ import torch
 from conftest import exhaustive, has_isa, rows_of, run_python, tensors
 
 import twa_kernels as tk
-from twa_kernels.gram_schmidt import (
+from twa_kernels import registry
+from twa_kernels.layout import FLOATS
+from twa_kernels.orthonormalize.gram_schmidt import (
     choose_parents,
     probes,
     rounded_inverse,
     row_cholesky,
     schatten4,
 )
-from twa_kernels.ops import FLOATS
 
 #: where a child process finds this file, and conftest.py
 PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 F64 = torch.float64
 SHAPES = [(1,), (127,), (0,), (9, 126), (2049,), (), (33, 100)]
-BACKENDS = [b for b in ("cpp", "reference") if tk.dispatch.why_unusable(b) is None]
+BACKENDS = [b for b in ("cpp", "reference") if registry.why_unusable(b) is None]
 
 
 def trajectory(n, columns, seed=0, step=1e-3, dtype=torch.float32):
@@ -330,7 +331,7 @@ def test_same_bits_for_any_number_of_threads(accuracy):
 def test_every_instruction_set(isa):
     code = """
     import torch, test_orthonormalize as t
-    assert t.tk.native._C.cpu_isa() == "{isa}"
+    assert t.native._C.cpu_isa() == "{isa}"
     for n, r in ((1, 1), (13, 9), (70, 66)):
         for form in ("gram", "again", "write"):
             for fast in (False, True):

@@ -8,8 +8,8 @@ import torch
 from conftest import ON_GPU, exhaustive, tensors
 from test_orthonormalize import compare
 
-from twa_kernels import cuda
-from twa_kernels.gram_schmidt import probes
+from twa_kernels.backends import cuda
+from twa_kernels.orthonormalize.gram_schmidt import probes
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [

@@ -8,7 +8,8 @@ import torch
 from conftest import BITS, SEGMENTS, SHAPES, has_isa, rows_of, run_python, tensors
 
 import twa_kernels as tk
-from twa_kernels import reference
+from twa_kernels import scaling
+from twa_kernels.backends import native, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,7 +52,7 @@ def test_scales_as_e4m3_at_every_boundary():
         [torch.zeros(1), (mantissa / 8 * 2.0 ** exponent.double()).flatten()]
     ).bfloat16()
     for unit in range(-134, 112):
-        ours = tk.packed._e4m3(values, torch.full_like(values, unit, dtype=torch.int16))
+        ours = scaling._e4m3(values, torch.full_like(values, unit, dtype=torch.int16))
         exact = values.double() * 2.0**-unit
         fits = exact < 256
         assert torch.equal(
@@ -155,13 +156,13 @@ def test_code_bit_map(bits):
     assert packed.shape == (7, 16 * bits)
     assert torch.equal(reference.bytes_to_codes(packed, bits), codes)
     for row, expected in zip(packed, codes, strict=True):
-        found = [tk.native._C.get_code(bits, bytes(row.tolist()), c) for c in range(128)]
+        found = [native._C.get_code(bits, bytes(row.tolist()), c) for c in range(128)]
         assert found == expected.tolist()
 
 
 def test_levels_agree():
     for bits in BITS:
-        assert [tk.native._C.level(bits, c) for c in range(2**bits)] == reference.LEVELS[bits]
+        assert [native._C.level(bits, c) for c in range(2**bits)] == tk.layout.LEVELS[bits]
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -339,7 +340,7 @@ def test_gpu_input_dtypes(gpu):
 def test_gpu_not_finite_is_located(gpu):
     rows = rows_of(3, [(10,), (300,)])
     rows[1][2, 7] = torch.inf
-    with pytest.raises(tk.ops.NotFiniteError, match="row 2 of tensor 1 at column 7"):
+    with pytest.raises(tk.NotFiniteError, match="row 2 of tensor 1 at column 7"):
         tk.pack(gpu.put(rows), 4, backend=gpu.backend)
 
 

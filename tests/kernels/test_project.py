@@ -7,7 +7,7 @@ import torch
 from conftest import BITS, SHAPES, exhaustive, rows_of, tensors
 
 import twa_kernels as tk
-from twa_kernels import reference
+from twa_kernels.backends import reference
 
 #: dtype, bound relative to |P| |g| of the same dtype's values: the docstring's 2^-23 and the
 #: result's own rounding
@@ -15,7 +15,7 @@ BOUNDS = [(torch.float32, 2**-22), (torch.bfloat16, 2**-22), (torch.float16, 2**
 
 
 def exact(basis, grads):
-    return reference.project(*basis.operands, [g.double() for g in grads], basis.numels, basis.bits)
+    return reference.project(basis.view, [g.double() for g in grads])
 
 
 @pytest.mark.parametrize(("dtype", "bound"), BOUNDS)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import twa_kernels as tk
-from twa_kernels.packed import PackedBasis
+from twa_kernels import PackedBasis
 
 RULES = [
     ("sgd", {"lr": 0.1}),
@@ -40,7 +40,7 @@ def large_segments(bits=8, n=5):
     scales = torch.randint(40, 100, (tiles, n), dtype=torch.uint8, generator=generator).view(
         torch.float8_e4m3fn
     )
-    segment = tk.packed.segments_to_tiles([1, 0, 1, 2], [s[0] for s in shapes])
+    segment = tk.layout.segments_to_tiles([1, 0, 1, 2], [s[0] for s in shapes])
     return PackedBasis(
         codes,
         scales,
@@ -132,15 +132,13 @@ def test_opcheck(basis_of):
     arguments = (
         *basis.operands,
         tensors(SHAPES, 20),
+        [],
+        out,
         torch.zeros(5, 5),
         state,
-        [],
-        basis.numels,
-        4,
         "adamw",
         options,
         1,
-        out,
         "",
     )
     torch.library.opcheck(torch.ops.twa_kernels.step.default, arguments)

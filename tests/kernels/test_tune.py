@@ -8,7 +8,7 @@ import torch
 from conftest import ON_GPU
 
 from twa_kernels import tune
-from twa_kernels._triton import config
+from twa_kernels.backends.triton import config
 
 
 @pytest.mark.parametrize("op", sorted(tune.CANDIDATES))

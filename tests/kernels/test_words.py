@@ -15,8 +15,9 @@ import triton.language as tl
 from conftest import BITS, ON_GPU, SEGMENTS, SHAPES, rows_of, tensors
 
 import twa_kernels as tk
-from twa_kernels import reference
-from twa_kernels._triton import launch, words
+from twa_kernels import layout
+from twa_kernels.backends import reference
+from twa_kernels.backends.triton import launch, words
 
 interpreted = pytest.mark.skipif(
     ON_GPU, reason="runs in Triton's interpreter, which a session on a GPU does not load"
@@ -168,15 +169,15 @@ def test_every_isa_gives_the_same_bits(bits, monkeypatch):
 def test_work_items_cover_every_tile_once():
     generator = torch.Generator().manual_seed(3)
     numels = [1, 5000, 0, 128, 300, 64 * 128 + 1, 0]
-    tiles = reference.tile_offsets(numels)[-1]
+    tiles = layout.tile_offsets(numels)[-1]
     segment = (
         torch.randint(0, 3, (tiles,), generator=generator)
         .sort(stable=True)
         .values[torch.randperm(tiles, generator=generator)]
         .int()
     )
-    work = launch.work_items(segment, numels, 5, 4)
-    offsets, seen = reference.tile_offsets(numels), []
+    work = launch.items_of(segment, numels, 5, 4)
+    offsets, seen = layout.tile_offsets(numels), []
     for tensor, first, count, s in zip(
         work.tensor.tolist(),
         work.tile.tolist(),
@@ -192,6 +193,6 @@ def test_work_items_cover_every_tile_once():
     assert work.segment.tolist() == sorted(work.segment.tolist())
     counts = torch.diff(work.segment_begin).tolist()
     assert counts == [work.segment.tolist().count(s) for s in range(5)]
-    assert launch.work_items(segment, numels, 5, 4) is work  # kept
+    assert launch.items_of(segment, numels, 5, 4) is work  # kept
     segment[0] += 1
-    assert launch.work_items(segment, numels, 5, 4) is not work  # and noticed when the map changes
+    assert launch.items_of(segment, numels, 5, 4) is not work  # and noticed when the map changes

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from twa_kernels.packed import NORMALIZE
-from twa_kernels.reference import BITS, MAX_ROWS, TILE, tile_offsets
+from twa_kernels.layout import BITS, MAX_ROWS, TILE, tile_offsets
+from twa_kernels.scaling import NORMALIZE
 
 from ..coordinates import BASES, CONSTRAINTS, trained_count
 from ..io.checks import is_shape, is_text, shown

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from twa_kernels import NotFiniteError, Packer, average
-from twa_kernels.packed import row_divisor
+from twa_kernels.scaling import row_divisor
 
 from ..io.errors import TwaError
 from .segments import Segments

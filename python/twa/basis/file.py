@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import twa_kernels as tk
-from twa_kernels.packed import segments_to_tiles
+from twa_kernels.layout import segments_to_tiles
 
 from ..coordinates import Coordinates, Deltas, Orthonormal, constrained
 from ..io.atomic import lock, sync_folder

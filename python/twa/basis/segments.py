@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from twa_kernels.reference import TILE, num_tiles
+from twa_kernels.layout import TILE, num_tiles
 
 from ..io.errors import TwaError
 

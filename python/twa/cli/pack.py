@@ -9,8 +9,8 @@ import argparse
 import os
 from pathlib import Path
 
-from twa_kernels.packed import NORMALIZE
-from twa_kernels.reference import BITS
+from twa_kernels.layout import BITS
+from twa_kernels.scaling import NORMALIZE
 
 from ..basis.file import NAME
 from ..basis.segments import GRANULARITIES

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import twa_kernels as tk
-from twa_kernels.reference import TILE
+from twa_kernels.layout import TILE
 
 from ..basis.dense import AnyPacker, DenseBasis
 from ..dtensors import is_dtensor, local, reshard

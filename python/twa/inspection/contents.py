@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import twa_kernels as tk
-from twa_kernels.ops import NotFiniteError
+from twa_kernels import NotFiniteError
 
 from ..io.candidates import Candidates, readable
 from ..io.mapped import TensorInfo

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import twa_kernels as tk
-from twa_kernels.ops import FLOATS
+from twa_kernels.layout import FLOATS
 
 from .candidate import Candidate
 from .compare import check_same

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from twa_kernels.__main__ import processor
+from twa_kernels.machine import processor
 
 from ..export import bundle
 from ..io.atomic import write_bytes, write_json, write_text

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import twa_kernels as tk
-from twa_kernels.packed import row_divisor
+from twa_kernels.scaling import row_divisor
 
 from ..basis.dense import new_packer
 from ..basis.segments import Segments

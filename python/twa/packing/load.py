@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import twa_kernels as tk
-from twa_kernels.reference import TILE, num_tiles, tile_offsets
+from twa_kernels.layout import TILE, num_tiles, tile_offsets
 
 from ..basis.contents import Contents
 from ..basis.file import NAME, Loaded

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import twa_kernels as tk
-from twa_kernels.columns import PACK_COLUMNS
-from twa_kernels.packed import row_divisor
+from twa_kernels.orthonormalize import PACK_COLUMNS
+from twa_kernels.scaling import row_divisor
 
 from ..basis.dense import AnyPacker, new_packer
 from ..basis.segments import Segments

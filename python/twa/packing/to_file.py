@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import twa_kernels as tk
-from twa_kernels.packed import Scaling, lost_groups
-from twa_kernels.reference import BITS
+from twa_kernels.layout import BITS
+from twa_kernels.scaling import Scaling, lost_groups
 
 from .. import averages
 from ..basis.file import LARGEST_SCALE, Writer

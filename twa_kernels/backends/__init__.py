@@ -1,0 +1,1 @@
+"""Implementations of the ops: plain PyTorch (the specification), C++, CUDA C++, Triton."""

@@ -1,0 +1,161 @@
+"""Launch configurations that ship: (op, bits, architecture) -> numbers.
+
+Nothing is tuned at import; `python -m twa_kernels.tune` measures others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from ...layout import BITS
+
+#: op -> bits -> configuration, for every architecture that has no row of its own in OVERRIDES.
+#: rows: rows of P a program takes at most; tiles: tiles it takes at a time; item: tiles of a work
+#: item; warps; stages of the copy pipeline.
+DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
+    "project": {
+        8: {"rows": 64, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
+        4: {"rows": 64, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
+        3: {"rows": 64, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
+        2: {"rows": 128, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
+        1: {"rows": 128, "tiles": 4, "item": 64, "warps": 4, "stages": 4},
+    },
+    # 16 bytes a thread and row: `tiles` is what the threads of a program cover. rows: in flight.
+    "reconstruct": {
+        8: {"tiles": 16, "rows": 8, "warps": 4},
+        4: {"tiles": 32, "rows": 8, "warps": 4},
+        3: {"tiles": 128, "rows": 4, "warps": 4},
+        2: {"tiles": 64, "rows": 8, "warps": 4},
+        1: {"tiles": 128, "rows": 4, "warps": 4},
+    },
+    "pack": {bits: {"tiles": 4, "warps": 1} for bits in BITS},
+    "unpack": {bits: {"tiles": 16, "warps": 4} for bits in BITS},
+    "gram": {bits: {"rows": 64, "item": 1024, "warps": 4} for bits in BITS},
+    # second stage of project and the update of a step: items and rows that a program adds at a time
+    "sum": {bits: {"items": 128, "rows": 16, "warps": 4} for bits in BITS},
+    # rows of W that a program holds at most, columns of a block, work items at most, probes with
+    # padding; many: rows of a block where W has more; made, of: transform_kernel makes so many rows
+    # at a time, of so many, in blocks of `wide` columns
+    "orthonormalize": {
+        bits: {
+            "rows": 64,
+            "columns": 16,
+            "warps": 8,
+            "stages": 3,
+            "items": 1024,
+            "probes": 8,
+            "many": 32,
+            "made": 64,
+            "of": 16,
+            "wide": 64,
+        }
+        for bits in BITS
+    },
+}
+
+#: (op, bits, architecture) -> what differs from DEFAULTS there
+OVERRIDES: dict[tuple[str, int, str], dict[str, int]] = {
+    ("project", 8, "gfx942"): {"rows": 32},  # 64 KB of shared memory
+    ("project", 2, "gfx942"): {"rows": 64},
+    **{("gram", bits, "gfx942"): {"rows": 32} for bits in BITS},
+    **{
+        ("orthonormalize", bits, "gfx942"): {"probes": 16} for bits in BITS
+    },  # its matrix units have no narrower tiles
+}
+
+ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
+
+
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ...; "interpreter" for CPU tensors."""
+    if device.type == "cpu":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def isa(arch: str) -> str:
+    """How words.py expresses its pieces on an architecture."""
+    return "ptx" if arch.startswith("sm_") else "gcn" if arch.startswith("gfx") else "generic"
+
+
+def configuration(op: str, bits: int, arch: str) -> dict[str, int]:
+    """Numbers of the op's launch on an architecture."""
+    config = DEFAULTS[op][bits] | OVERRIDES.get((op, bits, arch), {})
+    if arch.startswith("gfx9"):  # 64 lanes a warp: as many threads in half as many warps
+        config["warps"] = max(1, config["warps"] // 2)
+    return config
+
+
+@contextlib.contextmanager
+def overridden(op: str, bits: int, arch: str, change: dict[str, int]) -> Iterator[None]:
+    """Other numbers for a while: to measure them."""
+    key = (op, bits, arch)
+    before = OVERRIDES.get(key)
+    OVERRIDES[key] = (before or {}) | change
+    try:
+        yield
+    finally:
+        OVERRIDES.pop(key)
+        if before is not None:
+            OVERRIDES[key] = before
+
+
+def rows_per_program(n: int, most: int, least: int = 16) -> int:
+    """Power of two from `least` to `most` that wastes least.
+
+    Waste is rows of padding, and 16 rows' worth of gradient work for each block of rows.
+    """
+    sizes = [size for size in (16, 32, 64, 128) if least <= size <= most]
+    return min(sizes, key=lambda size: -(-n // size) * (size + 16))
+
+
+def row_blocks(n: int, most: int, least: int = 16) -> list[tuple[int, int, int]]:
+    """[(rows of a block, those of the launch before or 0, blocks)] per launch of project.
+
+    One launch, or a second one with smaller blocks for what is left. Chosen as in rows_per_program:
+    64 + 16 rows for n = 72.
+    """
+    sizes = [size for size in (16, 32, 64, 128) if least <= size <= most]
+    choices = []
+    for size in sizes:
+        full, rest = divmod(n, size)
+        for other in sizes[: sizes.index(size)] if full and rest else []:
+            choices.append([(size, 0, full), (other, size, -(-rest // other))])
+        choices.append([(size, 0, -(-n // size))])
+    return min(choices, key=lambda c: (sum(blocks * (size + 16) for size, _, blocks in c), len(c)))
+
+
+def warps_and_stages(
+    config: dict[str, int],
+    rows: int,
+    fast: bool = False,
+    transformed: bool = False,
+    in_place: bool = False,
+) -> tuple[int, int]:
+    """Warps and stages of orthonormalize's kernels: fewer rows, fewer warps.
+
+    The exceptions are what keeps everything in registers with Triton 3.6 and 3.9 alike (`make
+    triton-versions`).
+    """
+    warps = max(1, config["warps"] * rows // config["rows"])
+    if rows == 16 and not transformed:
+        return 2 * warps, 2
+    if fast and transformed and rows == 32:
+        return 2 * warps, 1
+    if fast and in_place and rows == 64:
+        return warps // 2, config["stages"]
+    return warps, config["stages"] if rows > 16 else 2
+
+
+def least_rows(bits: int) -> int:
+    """Least rows of a program of project.
+
+    Below that, its threads would load less than 16 bytes each at 3 bits and 1.
+    """
+    return 32 if bits in (3, 1) else 16
