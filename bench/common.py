@@ -14,9 +14,9 @@ from gpucheck.machine import commit
 from torch import Tensor
 
 import twa_kernels as tk
-from twa_kernels.backends import native as native_backend
-from twa_kernels.backends.native import empty_for_streaming
+from twa_kernels import native as native_backend
 from twa_kernels.machine import processor
+from twa_kernels.native import empty_for_streaming
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from twa.io.tables import markdown_table
 
 import twa_kernels as tk
-from twa_kernels.backends.native import empty_for_streaming
+from twa_kernels.native import empty_for_streaming
 
 ROUNDS = 5
 

@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     if args.library is None:
-        from twa_kernels.backends import native
+        from twa_kernels import native
 
         if native._C is None or not native._C.with_cuda:
             sys.exit("the native module was built without CUDA: nothing to count")

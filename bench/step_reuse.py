@@ -18,7 +18,7 @@ import sys
 import torch
 from common import RESULTS
 
-from twa_kernels.backends import native
+from twa_kernels import native
 
 WINDOW = 3 * 132  # blocks of the step kernel on an H200
 CACHES = (50e6, 30e6)

@@ -1,6 +1,7 @@
 // The packed layout and its quantiser: everything that fixes a bit of a packed basis.
 //
-// A basis P (n, D) is stored in tiles of kTileColumns columns; every tensor of a model starts on a tile boundary and
+// A basis P (n, D) is stored in tiles of kTileColumns columns; every tensor of a model starts on a
+// tile boundary and
 // its last tile is padded. One (tile, row) is a quantisation group:
 //
 //   value(i, column c of tile t) = row_scale[i, segment(t)] * scales[t, i] * level[code(t, i, c)]
@@ -9,28 +10,38 @@
 //   scales    e4m3   (num_tiles, n)
 //   row_scale fp32   (n, L)
 //
-// Bit map of one row of one tile, B = 16 * bits bytes; column c is field c / B of byte c % B, fields from the low bits up:
+// Bit map of one row of one tile, B = 16 * bits bytes; column c is field c / B of byte c % B,
+// fields from the low bits up:
 //
-//   bits 8   byte b: [ c = b                                       ]                                B = 128
-//   bits 4   byte b: [ c = b + 64        | c = b           ]                                        B = 64
-//   bits 2   byte b: [ b + 96 | b + 64 | b + 32 | b ]                                               B = 32
-//   bits 1   byte b: [ b + 112 | ... | b + 16 | b ]                                                 B = 16
-//   bits 3   a 2-bit plane (32 bytes: the low two bits of each code), then a 1-bit plane (16 bytes: bit 2)
+//   bits 8   byte b: [ c = b                                       ]
+//            B = 128
+//   bits 4   byte b: [ c = b + 64        | c = b           ]
+//            B = 64
+//   bits 2   byte b: [ b + 96 | b + 64 | b + 32 | b ]
+//            B = 32
+//   bits 1   byte b: [ b + 112 | ... | b + 16 | b ]
+//            B = 16
+//   bits 3   a 2-bit plane (32 bytes: the low two bits of each code), then a 1-bit plane (16 bytes:
+//            bit 2)
 //
-// Quantiser of one group v[0..127] (`valid` real columns, the rest zero). Every step is a single IEEE float32 operation or
-// an exact integer one, in a stated order, so that all backends produce the same bytes:
+// Quantiser of one group v[0..127] (`valid` real columns, the rest zero). Every step is a single
+// IEEE float32 operation or an exact integer one, in a stated order, so that all backends produce
+// the same bytes:
 //
-//   1. e: the power of two with 2^(e-1) <= max|v| < 2^e;   u = v * 2^-e                      (exact)
+//   1. e: the power of two with 2^(e-1) <= max|v| < 2^e;   u = v * 2^-e
+//   (exact)
 //   2. bits 8: s = max|u| / 127, rounded up to 4 significant bits: nothing is clipped
-//      bits 4 .. 1: s = sqrt(sum u^2 / valid) * rms_share + max|u| * max_share; then s = sum(u * l) / sum(l * l) with l = level[code(u, s)],
+//      bits 4 .. 1: s = sqrt(sum u^2 / valid) * rms_share + max|u| * max_share; then s = sum(u * l)
+//      / sum(l * l) with l = level[code(u, s)],
 //                   rounded to nearest, 4 significant bits
-//   3. code(u, s) = number of j with 2 k > level[j] + level[j + 1], k = round-to-even(u * (1 / s)) clamped to [-127, 127]
+//   3. code(u, s) = number of j with 2 k > level[j] + level[j + 1], k = round-to-even(u * (1 / s))
+//   clamped to [-127, 127]
 //
-// Float sums run as a halving tree: v[c] += v[c + h] for h = 64, 32, ..., 1. A scale of 4 significant bits is an e4m3 number up
-// to a power of two, which row_scale carries.
+// Float sums run as a halving tree: v[c] += v[c + h] for h = 64, 32, ..., 1. A scale of 4
+// significant bits is an e4m3 number up to a power of two, which row_scale carries.
 //
-// Levels: Lloyd-Max levels of a unit Gaussian (S. P. Lloyd, "Least squares quantization in PCM", 1982) scaled so that the
-// outermost is 127, rounded to integers.
+// Levels: Lloyd-Max levels of a unit Gaussian (S. P. Lloyd, "Least squares quantization in PCM",
+// 1982) scaled so that the outermost is 127, rounded to integers.
 #pragma once
 
 #include <cmath>
@@ -46,15 +57,18 @@
 
 namespace twa {
 
-constexpr int kTileColumns = 128;  // one AVX-512 row at 4 bits is 64 bytes, one warp holds 4 columns a lane
-constexpr int kBlockTiles = 64;    // tiles per work item: 8192 columns, a 32 KiB float32 gradient
-constexpr int kMaxRows = 4096;     // int32 sums of (level * coefficient limb) over rows stay below 2^31
+constexpr int kTileColumns =
+    128;  // one AVX-512 row at 4 bits is 64 bytes, one warp holds 4 columns a lane
+constexpr int kBlockTiles = 64;  // tiles per work item: 8192 columns, a 32 KiB float32 gradient
+constexpr int kMaxRows =
+    4096;  // int32 sums of (level * coefficient limb) over rows stay below 2^31
 
 enum class Dtype : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
 TWA_HD constexpr bool valid_bits(int bits) { return bits == 8 || (bits >= 1 && bits <= 4); }
 TWA_HD constexpr int row_bytes(int bits) { return kTileColumns / 8 * bits; }
-static_assert(row_bytes(8) == 128 && row_bytes(4) == 64 && row_bytes(3) == 48 && row_bytes(2) == 32 && row_bytes(1) == 16,
+static_assert(row_bytes(8) == 128 && row_bytes(4) == 64 && row_bytes(3) == 48 &&
+                  row_bytes(2) == 32 && row_bytes(1) == 16,
               "a row of a tile has 16 * bits bytes");
 
 // f(std::integral_constant<int, bits>): every launcher's one switch over bit widths.
@@ -74,11 +88,14 @@ auto with_bits(int bits, const F& f) {
   }
 }
 
-TWA_HD constexpr int64_t num_tiles(int64_t numel) { return (numel + kTileColumns - 1) / kTileColumns; }
+TWA_HD constexpr int64_t num_tiles(int64_t numel) {
+  return (numel + kTileColumns - 1) / kTileColumns;
+}
 
 // level of a code. Arrays live inside the function so that host and device share one definition.
 TWA_HD constexpr int level(int bits, int code) {
-  constexpr int8_t k4[16] = {-127, -96, -75, -58, -44, -31, -18, -6, 6, 18, 31, 44, 58, 75, 96, 127};
+  constexpr int8_t k4[16] = {-127, -96, -75, -58, -44, -31, -18, -6,
+                             6,    18,  31,  44,  58,  75,  96,  127};
   constexpr int8_t k3[8] = {-127, -79, -45, -14, 14, 45, 79, 127};
   constexpr int8_t k2[4] = {-127, -38, 38, 127};
   constexpr int8_t k1[2] = {-127, 127};
@@ -96,9 +113,10 @@ TWA_HD constexpr int level(int bits, int code) {
   }
 }
 
-// First scale of a group, from which one least-squares step is taken: a mixture of the rms, which is right for Gaussian numbers, and
-// the largest number, which is right for heavy tails. Shares of the largest: 1/2, 1/4, 0, 0 at 4, 3, 2, 1 bits; the rms is
-// multiplied by sigma / 127 of the outermost Lloyd-Max level.
+// First scale of a group, from which one least-squares step is taken: a mixture of the rms, which
+// is right for Gaussian numbers, and the largest number, which is right for heavy tails. Shares of
+// the largest: 1/2, 1/4, 0, 0 at 4, 3, 2, 1 bits; the rms is multiplied by sigma / 127 of the
+// outermost Lloyd-Max level.
 TWA_HD float rms_share(int bits) {
   switch (bits) {
     case 4:
@@ -111,7 +129,9 @@ TWA_HD float rms_share(int bits) {
       return 0.7978845608f / 127.0f;
   }
 }
-TWA_HD float max_share(int bits) { return bits == 4 ? 0.5f / 127.0f : bits == 3 ? 0.25f / 127.0f : 0.0f; }
+TWA_HD float max_share(int bits) {
+  return bits == 4 ? 0.5f / 127.0f : bits == 3 ? 0.25f / 127.0f : 0.0f;
+}
 
 // code of an integer k in [-127, 127]: the nearest level, the lower one at a tie.
 TWA_HD constexpr int nearest_code(int bits, int k) {
@@ -122,7 +142,8 @@ TWA_HD constexpr int nearest_code(int bits, int k) {
   return code;
 }
 
-// Integer level nearest to u / s, given 1 / s: adding and subtracting 1.5 * 2^23 rounds to an integer, ties to even.
+// Integer level nearest to u / s, given 1 / s: adding and subtracting 1.5 * 2^23 rounds to an
+// integer, ties to even.
 TWA_HD int to_level(float u, float inverse) {
   float t = u * inverse;
   t = t < -127.0f ? -127.0f : t;
@@ -132,7 +153,8 @@ TWA_HD int to_level(float u, float inverse) {
 
 // Code of column c read from the packed bytes of one row of one tile.
 TWA_HD int get_code(int bits, const uint8_t* row, int c) {
-  if (bits == 3) return ((row[c % 32] >> (c / 32 * 2)) & 3) | (((row[32 + c % 16] >> (c / 16)) & 1) << 2);
+  if (bits == 3)
+    return ((row[c % 32] >> (c / 32 * 2)) & 3) | (((row[32 + c % 16] >> (c / 16)) & 1) << 2);
   const int b = row_bytes(bits);
   return (row[c % b] >> (c / b * bits)) & ((1 << bits) - 1);
 }
@@ -161,7 +183,8 @@ TWA_HD float bits_float(uint32_t u) {
   return f;
 }
 
-// Positive float with 4 significant bits: nearest (ties to even) or, for `up`, the next one not below.
+// Positive float with 4 significant bits: nearest (ties to even) or, for `up`, the next one not
+// below.
 TWA_HD float round_scale(float s, bool up) {
   const uint32_t u = float_bits(s);
   const uint32_t add = up ? 0xfffffu : 0x7ffffu + ((u >> 20) & 1u);
@@ -206,7 +229,8 @@ TWA_HD float f16_to_float(uint16_t h) {
   return bits_float(sign | ((m << 13) + (112u << 23)));
 #endif
 }
-TWA_HD uint16_t float_to_f16(float f) {  // round to nearest even; overflow to infinity; NaN stays NaN
+TWA_HD uint16_t
+float_to_f16(float f) {  // round to nearest even; overflow to infinity; NaN stays NaN
 #if defined(__CUDA_ARCH__)
   uint16_t h;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
@@ -214,9 +238,10 @@ TWA_HD uint16_t float_to_f16(float f) {  // round to nearest even; overflow to i
 #else
   const uint32_t u = float_bits(f), sign = (u >> 16) & 0x8000u, m = u & 0x7fffffffu;
   if (m > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
-  if (m >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more round to infinity
-  if (m < 0x38800000u) {                                               // below 2^-14: a multiple of 2^-24
-    const float r = bits_float(m) + 0.5f;                              // 0.5f's last place is 2^-24
+  if (m >= 0x477ff000u)
+    return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more round to infinity
+  if (m < 0x38800000u) {                           // below 2^-14: a multiple of 2^-24
+    const float r = bits_float(m) + 0.5f;          // 0.5f's last place is 2^-24
     return static_cast<uint16_t>(sign | (float_bits(r) - 0x3f000000u));
   }
   return static_cast<uint16_t>(sign | ((m - (112u << 23) + 0xfffu + ((m >> 13) & 1u)) >> 13));

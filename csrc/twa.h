@@ -50,7 +50,7 @@ struct BasisView {
   int bits;
 };
 
-// Work items ----------------------------------------------------------------------------------------
+// Work items --------------------------------------------------------------------------------------
 
 // Up to `most` tiles of one tensor and one segment: the unit of work and of reduction.
 struct Block {
@@ -76,11 +76,12 @@ struct HostWork {
 HostWork make_work(const int64_t* numel, int64_t count, const int32_t* tile_segment,
                    int64_t num_segments, int bits);
 // Tasks of a step, in order: item i's projection is i, its reconstruction is -1 - i. A segment's
-// reconstruction begins `window` tasks after its last projection, last item first. Empty if a segment
+// reconstruction begins `window` tasks after its last projection, last item first. Empty if a
+// segment
 // has no item: such a step runs without tasks.
 std::vector<int32_t> make_tasks(const HostWork& work, int64_t window);
 
-// CPU -----------------------------------------------------------------------------------------------
+// CPU ---------------------------------------------------------------------------------------------
 
 // out[j] = sum_i weights[i] * rows[i][j]; rows: tables of equal length, weights (n,), out float32.
 // Summed in float64, in order, rounded once. Rows of weight 0 are not read.
@@ -158,18 +159,19 @@ struct GramSchmidtPass {
   int64_t r;
   const double* probes;  // (kProbes, r) with `out`, else null
   int64_t first;         // rows of V below it are neither stored nor in gram
-  bool fast;             // float32 differences, transform and products, these summed in float64 after
-                         // at most 64 columns a lane; else float64 (products with probes: float32)
-  double* gram;          // without `out`: (m, m), m = r with a transform, else n: V V^T for rows
-                         // i >= first and k <= i, 0 elsewhere;
-                         // with `out`: (r, 6), V V^T probes^T of the rounded V
-  double* norms;         // (n,): squared norms of the rows as they are
+  bool fast;      // float32 differences, transform and products, these summed in float64 after
+                  // at most 64 columns a lane; else float64 (products with probes: float32)
+  double* gram;   // without `out`: (m, m), m = r with a transform, else n: V V^T for rows
+                  // i >= first and k <= i, 0 elsewhere;
+                  // with `out`: (r, 6), V V^T probes^T of the rounded V
+  double* norms;  // (n,): squared norms of the rows as they are
 };
 // out: count * r tensors, or count == 0; may be the rows: a block is read before it is written.
 Status orthonormalize_pass_cpu(const RowTable& rows, const GramSchmidtPass& pass,
                                const TensorTable& out, int threads);
 
-// Memory bandwidth with the same threads: sum of the 64-bit words (bytes moved = bytes; `ahead`: with
+// Memory bandwidth with the same threads: sum of the 64-bit words (bytes moved = bytes; `ahead`:
+// with
 // the kernels' software prefetch, on AVX-512), and a copy (2 * bytes).
 uint64_t read_bytes(const void* data, int64_t bytes, int threads, bool ahead);
 void copy_bytes(const void* from, void* to, int64_t bytes, int threads);
@@ -182,11 +184,15 @@ void advise_huge_pages(void* data, int64_t bytes);
 // null if it is not available).
 const char* cpu_isa();
 
-// CUDA ----------------------------------------------------------------------------------------------
-// All pointers are device pointers (the tables too), on device `where.device`, and work is queued on
-// its stream. Nothing waits and nothing is allocated: the caller brings the workspaces. Each function
-// returns the CUDA error, 0 when everything was launched; if it is not 0, no output has been written
-// (a step without tasks may have updated x, if its last kernel was the one that failed). Repeats give
+// CUDA --------------------------------------------------------------------------------------------
+// All pointers are device pointers (the tables too), on device `where.device`, and work is queued
+// on
+// its stream. Nothing waits and nothing is allocated: the caller brings the workspaces. Each
+// function
+// returns the CUDA error, 0 when everything was launched; if it is not 0, no output has been
+// written
+// (a step without tasks may have updated x, if its last kernel was the one that failed). Repeats
+// give
 // the same bits: no sum depends on which block ran first.
 #if defined(TWA_WITH_CUDA)
 struct Place {
@@ -213,7 +219,8 @@ struct DeviceWork {
   int64_t items, groups;
 };
 
-// to[k] = entries[k], entries (count,) in host memory. A table by way of kernel arguments: nothing of
+// to[k] = entries[k], entries (count,) in host memory. A table by way of kernel arguments: nothing
+// of
 // the host is read later, nor by a captured graph.
 int table_cuda(const DeviceTensor* entries, int64_t count, DeviceTensor* to, const Place& where);
 
@@ -246,18 +253,19 @@ int reconstruct_cuda(const BasisView& basis, const float* x, const DeviceTensor*
                      const DeviceTensor* out, const DeviceWork& work, float* x_rows,
                      const Place& where);
 
-// As step_cpu, in one kernel: segments are projected, updated and reconstructed in an order in which
+// As step_cpu, in one kernel: segments are projected, updated and reconstructed in an order in
+// which
 // the second read of a segment's codes finds in the second-level cache what fits there.
 struct StepWorkspace {
-  float* partial;             // (items, n)
-  double* sums;               // (groups, n)
-  float* x_rows;              // (L, n)
-  int32_t* counters;          // (step_counters(groups, L),)
-  const int32_t* tasks;       // (2 * items,) from make_tasks(); null: project, update and reconstruct
-                              // run one after the other, with the same results
-  int64_t window;             // from step_window()
-  const float* steps_before;  // AdamW: number of steps before this one, in device memory, in place of
-                              // Update::step: for captured graphs; or null
+  float* partial;        // (items, n)
+  double* sums;          // (groups, n)
+  float* x_rows;         // (L, n)
+  int32_t* counters;     // (step_counters(groups, L),)
+  const int32_t* tasks;  // (2 * items,) from make_tasks(); null: project, update and reconstruct
+                         // run one after the other, with the same results
+  int64_t window;        // from step_window()
+  const float* steps_before;  // AdamW: number of steps before this one, in device memory, in place
+                              // of Update::step: for captured graphs; or null
   float* corrections;         // (2,), with steps_before
 };
 int step_cuda(const BasisView& basis, const DeviceTensor* grads, const Update& update,
@@ -266,11 +274,13 @@ int step_cuda(const BasisView& basis, const DeviceTensor* grads, const Update& u
 constexpr int64_t step_counters(int64_t groups, int64_t num_segments) {
   return 1 + groups + 2 * num_segments;
 }
-// Blocks of the step kernel that a device runs at once, which is the window that make_tasks() wants;
+// Blocks of the step kernel that a device runs at once, which is the window that make_tasks()
+// wants;
 // or minus the CUDA error.
 int step_window(int64_t n, int bits, int device);
 
-// As orthonormalize_pass_cpu without `fast`: float64, products with probes float32 (n > 64: float64).
+// As orthonormalize_pass_cpu without `fast`: float64, products with probes float32 (n > 64:
+// float64).
 // out may be null; r counts only with a transform. Columns of each tensor come in chunks of
 // kOrthonormalizeChunk; tensor k begins with chunk chunk_begin[k], and there are `chunks` in all.
 constexpr int kOrthonormalizeChunk = 32;

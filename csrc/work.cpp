@@ -15,7 +15,8 @@ std::vector<Block> make_blocks(const int64_t* numel, int64_t count, const int32_
     while (tile < end) {
       const int64_t first = tile++;
       while (tile < end && tile - first < most && tile_segment[tile] == tile_segment[first]) ++tile;
-      blocks.push_back({k, (first - begin) * kTileColumns, first, tile - first, tile_segment[first]});
+      blocks.push_back(
+          {k, (first - begin) * kTileColumns, first, tile - first, tile_segment[first]});
     }
   }
   return blocks;

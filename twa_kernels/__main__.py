@@ -7,8 +7,7 @@ import platform
 
 import torch
 
-from . import __version__, ops, registry
-from .backends import native
+from . import __version__, native, ops, registry
 from .machine import processor
 
 

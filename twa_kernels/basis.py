@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import native
 from .layout import tile_offsets
 from .operands import BasisView
 
@@ -106,6 +108,18 @@ class PackedBasis:
         """The same as backends are given it."""
         return BasisView(*self.operands)
 
+    def takes(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether kernels take these tensors as they are.
+
+        Args:
+            tensors: one per tensor of the basis; one without elements counts as absent.
+
+        Returns:
+            True if each is dense, of that tensor's size, on the basis's device, and float32,
+            bfloat16 or float16. False also where the native module is not there to look.
+        """
+        return native.are_usual(tensors, self.numels, self.device, absent=True)
+
     def gram(self, backend: str = "") -> Tensor:
         """Inner products of the dequantised rows within each segment, `P_l @ P_l.T`.
 
@@ -121,7 +135,7 @@ class PackedBasis:
         Raises:
             RuntimeError: the backend does not run here, or a CUDA graph is being captured.
         """
-        return torch.ops.twa_kernels.gram(*self.operands, backend)
+        return torch.ops.twa_kernels.gram.default(*self.operands, backend)
 
     def select(self, k: int) -> tuple[PackedBasis, slice]:
         """The basis of tensor k alone, a view of the codes.

@@ -7,15 +7,13 @@ once, for real and for fake tensors.
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter, methodcaller
 
 import torch
 from torch import Tensor
 
+from . import native
 from .layout import FLOATS, MAX_ROWS, check_bits, total_tiles
 
 #: Gaussian vectors of orthonormalize's certificate
@@ -246,10 +244,6 @@ class PassArgs:
 
 # Rules --------------------------------------------------------------------------------------------
 
-_kind = attrgetter("dtype", "device", "layout")
-_numel = methodcaller("numel")
-_address = methodcaller("data_ptr")
-
 
 def repeated(numels: Sequence[int], times: int) -> tuple[int, ...]:
     """Each of these numbers so many times in a row."""
@@ -287,14 +281,10 @@ def check_list(
             f"{name}: expected {len(numels)} tensors, one per tensor of the basis, "
             f"found {len(tensors)}"
         )
-    dtypes = (*FLOATS, torch.float64) if backend == "reference" else FLOATS
     # The usual case first, and fast: this runs for every tensor of every call.
-    kinds = set(map(_kind, tensors))
-    if all(
-        dtype in dtypes and where == device and layout == torch.strided
-        for dtype, where, layout in kinds
-    ) and list(map(_numel, tensors)) == list(numels):
+    if native.are_usual(tensors, numels, device, absent):
         return
+    dtypes = (*FLOATS, torch.float64) if backend == "reference" else FLOATS
     for k, (t, numel) in enumerate(zip(tensors, numels, strict=True)):
         if absent and t.numel() == 0:
             continue
@@ -317,23 +307,8 @@ def check_disjoint(tensors: Sequence[Tensor], name: str = "out") -> None:
     """Raises ValueError if two of the tensors, which are all written, share memory."""
     if len(tensors) < 2:
         return
-    shared = _first_shared(tuple(map(_address, tensors)), tuple(t.nbytes for t in tensors))
-    if shared:
+    if shared := native.first_shared(tensors):
         raise ValueError(
             f"{name}[{min(shared)}] and {name}[{max(shared)}] share memory: "
             "pass each tied weight once"
         )
-
-
-@functools.lru_cache(maxsize=16)  # training loops write the same tensors again and again
-def _first_shared(addresses: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, int] | None:
-    """Two of the tensors that share memory; None if none do."""
-    spans = sorted(
-        (begin, begin + size, k)
-        for k, (begin, size) in enumerate(zip(addresses, sizes, strict=True))
-        if size
-    )
-    for (_, end, a), (begin, _, b) in itertools.pairwise(spans):
-        if begin < end:
-            return a, b
-    return None

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .backends.native import empty_for_streaming
 from .basis import PackedBasis
 from .layout import MAX_ROWS, TILE, check_bits, num_tiles, segments_to_tiles, tile_offsets
+from .native import empty_for_streaming
 from .ops.pack import NotFiniteError
 from .scaling import Scaling, lost_groups
 
@@ -330,9 +330,9 @@ class Packer:
         ops = torch.ops.twa_kernels
         try:
             if weights is None:
-                ops.pack(*operands, self.backend)
+                ops.pack.default(*operands, self.backend)
             else:
-                ops.average_and_pack(*operands, list(weights), self.backend)
+                ops.average_and_pack.default(*operands, list(weights), self.backend)
         except NotFiniteError as error:
             raise NotFiniteError(error.row, k, begin + error.column) from None
         if self.sink is not None:

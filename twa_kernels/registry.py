@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from .backends import cuda, native
+from . import native
+from .backends import cuda
 
 #: an op's implementation; its operands are those of backends/reference.py's function of that name
 Kernel = Callable[..., Any]
@@ -116,8 +117,13 @@ def environment_backend(device: str) -> str:
     One backend for every device ("reference"), or one per device ("cuda:triton,cpu:reference").
     A device that is not named keeps its default. Raises RuntimeError on anything else.
     """
+    return _asked_for(os.environ.get(ENVIRONMENT, ""), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _asked_for(value: str, device: str) -> str:
     chosen = ""
-    for entry in filter(None, (e.strip() for e in os.environ.get(ENVIRONMENT, "").split(","))):
+    for entry in filter(None, (e.strip() for e in value.split(","))):
         where, colon, backend = entry.rpartition(":")
         if backend not in BACKENDS or (colon and where not in KNOWN_DEVICES):
             raise RuntimeError(

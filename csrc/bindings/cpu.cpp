@@ -14,7 +14,8 @@ void run(const F& f) {
     status = f();
   }
   if (status != Status::ok)
-    throw py::value_error("kernel refused its arguments: sizes, bits or tensors do not fit the basis");
+    throw py::value_error(
+        "kernel refused its arguments: sizes, bits or tensors do not fit the basis");
 }
 
 void average(const Tensors& rows, const std::vector<double>& weights, py::handle out, int threads) {
@@ -90,15 +91,13 @@ void reconstruct(const Basis& basis, py::handle x, const Tensors* center, const 
 }
 
 void step(const Basis& basis, const Tensors& grads, const Update& update, py::handle x,
-          py::handle first, py::handle second, const Tensors* center, const Tensors& out, py::handle c,
-          int threads) {
+          py::handle first, py::handle second, const Tensors* center, const Tensors& out,
+          py::handle c, int threads) {
   const Coefficients coefficients = coefficients_of(basis, x, first, second);
   const TensorTable g = basis.table(grads, "grads");
   const TensorTable from = basis.table(center, "center"), to = basis.table(out, "out");
   auto* projected = array<float>(c, basis.coefficients(), "c");
-  run([&] {
-    return step_cpu(basis.view, g, update, coefficients, from, to, projected, threads);
-  });
+  run([&] { return step_cpu(basis.view, g, update, coefficients, from, to, projected, threads); });
 }
 
 void orthonormalize_pass(const Rows& rows, py::handle parent, py::handle transform,
@@ -130,10 +129,10 @@ void bind_cpu(py::module_& m) {
   m.def("pack", &pack, py::kw_only(), "rows"_a, "weights"_a, "target"_a, "threads"_a);
   m.def("unpack", &unpack, py::kw_only(), "basis"_a, "out"_a, "threads"_a);
   m.def("project", &project, py::kw_only(), "basis"_a, "grads"_a, "c"_a, "threads"_a);
-  m.def("reconstruct", &reconstruct, py::kw_only(), "basis"_a, "x"_a, "center"_a.none(true), "out"_a,
-        "threads"_a);
-  m.def("step", &step, py::kw_only(), "basis"_a, "grads"_a, "update"_a, "x"_a, "first"_a, "second"_a,
-        "center"_a.none(true), "out"_a, "c"_a, "threads"_a);
+  m.def("reconstruct", &reconstruct, py::kw_only(), "basis"_a, "x"_a, "center"_a.none(true),
+        "out"_a, "threads"_a);
+  m.def("step", &step, py::kw_only(), "basis"_a, "grads"_a, "update"_a, "x"_a, "first"_a,
+        "second"_a, "center"_a.none(true), "out"_a, "c"_a, "threads"_a);
   m.def("orthonormalize_pass", &orthonormalize_pass, py::kw_only(), "rows"_a, "parent"_a,
         "transform"_a, "probes"_a, "first"_a, "fast"_a, "out"_a.none(true), "gram"_a, "norms"_a,
         "threads"_a);
@@ -149,9 +148,8 @@ void bind_cpu(py::module_& m) {
     py::gil_scoped_release release;
     copy_bytes(pointer<const void>(from), pointer<void>(to), bytes, threads);
   });
-  m.def("advise_huge_pages", [](uintptr_t data, int64_t bytes) {
-    advise_huge_pages(pointer<void>(data), bytes);
-  });
+  m.def("advise_huge_pages",
+        [](uintptr_t data, int64_t bytes) { advise_huge_pages(pointer<void>(data), bytes); });
 }
 
 }  // namespace bindings

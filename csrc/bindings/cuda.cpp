@@ -62,8 +62,8 @@ struct RowsOnDevice {
   }
 };
 
-void pack(const RowsOnDevice& rows, py::handle tile_begin, int bits, py::handle codes, py::handle scales,
-          py::handle squares, py::handle bad, int device, uintptr_t stream) {
+void pack(const RowsOnDevice& rows, py::handle tile_begin, int bits, py::handle codes,
+          py::handle scales, py::handle squares, py::handle bad, int device, uintptr_t stream) {
   if (!valid_bits(bits)) throw py::value_error("bits must be 8, 4, 3, 2 or 1");
   const int64_t n = rows.view.n, tiles = size_of(codes, 0);
   const DevicePackTarget target{array<int64_t>(tile_begin, rows.view.count, "tile_begin"),
@@ -113,8 +113,8 @@ struct Workspace {
   }
 };
 
-void step(const Basis& basis, py::handle grads, const Update& update, py::handle x, py::handle first,
-          py::handle second, py::handle center, py::handle out, const Work& work,
+void step(const Basis& basis, py::handle grads, const Update& update, py::handle x,
+          py::handle first, py::handle second, py::handle center, py::handle out, const Work& work,
           const Workspace& workspace, py::handle c, int device, uintptr_t stream) {
   const int error =
       step_cuda(basis.view, table(grads, work.tensors, "grads"), update,
@@ -156,13 +156,13 @@ void bind_cuda(py::module_& m) {
       .def(py::init<handle, handle, handle, int64_t>(), py::kw_only(), "rows"_a, "center"_a,
            "numel"_a, "n"_a);
   py::class_<Workspace>(m, "StepWorkspace", py::module_local())
-      .def(py::init<const Basis&, const Work&, handle, handle, handle, handle, handle, int64_t, handle,
-                    handle>(),
+      .def(py::init<const Basis&, const Work&, handle, handle, handle, handle, handle, int64_t,
+                    handle, handle>(),
            py::kw_only(), "basis"_a, "work"_a, "partial"_a, "sums"_a, "x_rows"_a, "counters"_a,
            "tasks"_a, "window"_a, "steps_before"_a, "corrections"_a);
   m.def("write_table", &write_table, py::kw_only(), "tensors"_a, "to"_a, "device"_a, "stream"_a);
-  m.def("pack_cuda", &pack, py::kw_only(), "rows"_a, "tile_begin"_a, "bits"_a, "codes"_a, "scales"_a,
-        "squares"_a, "bad"_a, "device"_a, "stream"_a);
+  m.def("pack_cuda", &pack, py::kw_only(), "rows"_a, "tile_begin"_a, "bits"_a, "codes"_a,
+        "scales"_a, "squares"_a, "bad"_a, "device"_a, "stream"_a);
   m.def("project_cuda", &project, py::kw_only(), "basis"_a, "grads"_a, "work"_a, "partial"_a,
         "sums"_a, "c"_a, "device"_a, "stream"_a);
   m.def("reconstruct_cuda", &reconstruct, py::kw_only(), "basis"_a, "x"_a, "center"_a, "out"_a,
@@ -173,10 +173,11 @@ void bind_cuda(py::module_& m) {
         "transform"_a, "probes"_a, "first"_a, "out"_a, "chunk_begin"_a, "chunks"_a, "partials"_a,
         "space"_a, "gram"_a, "norms"_a, "device"_a, "stream"_a);
   // Rows and columns of the partial sums, and numbers of the other workspace.
-  m.def("orthonormalize_plan", [](int64_t n, int64_t r, int64_t chunks, bool transform, bool write) {
-    const GramSchmidtPlan plan = orthonormalize_plan(n, r, chunks, transform, write);
-    return py::make_tuple(plan.parts, plan.stride, plan.space);
-  });
+  m.def("orthonormalize_plan",
+        [](int64_t n, int64_t r, int64_t chunks, bool transform, bool write) {
+          const GramSchmidtPlan plan = orthonormalize_plan(n, r, chunks, transform, write);
+          return py::make_tuple(plan.parts, plan.stride, plan.space);
+        });
   m.def("step_counters", &step_counters);
   m.def("step_window", [](int64_t n, int bits, int device) {
     const int window = step_window(n, bits, device);

@@ -36,12 +36,12 @@ HostWork host_work(const std::vector<int64_t>& numel, py::handle tile_segment, i
 
 // Arrays as bytes, under the names of DeviceWork's members.
 py::dict arrays_of(const HostWork& w) {
-  return py::dict("item_tensor"_a = bytes_of(w.item_tensor), "item_tile"_a = bytes_of(w.item_tile),
-                  "item_tiles"_a = bytes_of(w.item_tiles),
-                  "item_segment"_a = bytes_of(w.item_segment),
-                  "item_group"_a = bytes_of(w.item_group), "group_begin"_a = bytes_of(w.group_begin),
-                  "segment_groups"_a = bytes_of(w.segment_groups), "numel"_a = bytes_of(w.numel),
-                  "tile_begin"_a = bytes_of(w.tile_begin));
+  return py::dict(
+      "item_tensor"_a = bytes_of(w.item_tensor), "item_tile"_a = bytes_of(w.item_tile),
+      "item_tiles"_a = bytes_of(w.item_tiles), "item_segment"_a = bytes_of(w.item_segment),
+      "item_group"_a = bytes_of(w.item_group), "group_begin"_a = bytes_of(w.group_begin),
+      "segment_groups"_a = bytes_of(w.segment_groups), "numel"_a = bytes_of(w.numel),
+      "tile_begin"_a = bytes_of(w.tile_begin));
 }
 
 }  // namespace
@@ -67,7 +67,11 @@ PYBIND11_MODULE(TWA_MODULE, m) {
   py::class_<HostWork>(m, "HostWork", py::module_local())
       .def(py::init(&host_work), py::kw_only(), "numel"_a, "tile_segment"_a, "segments"_a, "bits"_a)
       .def_property_readonly("arrays", &arrays_of)
-      .def("tasks", [](const HostWork& w, int64_t window) { return bytes_of(make_tasks(w, window)); });
+      .def("tasks",
+           [](const HostWork& w, int64_t window) { return bytes_of(make_tasks(w, window)); });
+  m.def("are_usual", &are_usual, py::kw_only(), "tensors"_a, "numels"_a, "device"_a, "index"_a,
+        "absent"_a);
+  m.def("first_shared", &first_shared, "tensors"_a);
   m.def("get_code", [](int bits, const std::string& row, int column) {
     return get_code(bits, reinterpret_cast<const uint8_t*>(row.data()), column);
   });

@@ -1,91 +1,89 @@
 // What the bindings make of Python's objects: arrays, lists of tensors, a basis.
 //
-// The module does not link torch, so that one build serves every version of it: a tensor is asked for
-// its address, dtype and size through Python. An operand of the wrong dtype or size, or one that is
-// not contiguous, raises before a kernel runs; all arguments are passed by name.
+// An operand of the wrong dtype or size, or one that is not contiguous, raises before a kernel
+// runs;
+// all arguments are passed by name.
 #pragma once
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
 #include "../twa.h"
+#include "facts.h"
 
 namespace twa {
 namespace bindings {
 
-namespace py = pybind11;
 using namespace pybind11::literals;
 
-// Asking a tensor -----------------------------------------------------------------------------------
-
-// A method's name, made once.
-inline PyObject* name_of(const char* text) { return PyUnicode_InternFromString(text); }
-
-inline py::object ask(py::handle tensor, PyObject* method) {
-  PyObject* answer = PyObject_CallMethodNoArgs(tensor.ptr(), method);
-  if (!answer) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(answer);
-}
-inline void* address_of(py::handle tensor) {
-  static PyObject* const name = name_of("data_ptr");
-  return PyLong_AsVoidPtr(ask(tensor, name).ptr());
-}
-inline int64_t numel_of(py::handle tensor) {
-  static PyObject* const name = name_of("numel");
-  return PyLong_AsLongLong(ask(tensor, name).ptr());
-}
-// Whether the numbers lie in memory as they are, one after the other.
-inline bool is_plain(py::handle tensor) {
-  static PyObject* const contiguous = name_of("is_contiguous");
-  static PyObject* const negated = name_of("is_neg");
-  return ask(tensor, contiguous).is(py::bool_(true)) && ask(tensor, negated).is(py::bool_(false));
-}
-inline py::object dtype_of(py::handle tensor) { return tensor.attr("dtype"); }
-inline py::object torch_dtype(const char* name) {
-  static const py::handle torch = py::module_::import("torch").release();
-  return torch.attr(name);
-}
+// Arrays ------------------------------------------------------------------------------------------
 
 template <class T>
-constexpr const char* dtype_name();
+struct Expected;
 template <>
-constexpr const char* dtype_name<float>() { return "float32"; }
+struct Expected<float> {
+  static constexpr Kind kind = kFloat32;
+  static constexpr const char* name = "float32";
+};
 template <>
-constexpr const char* dtype_name<double>() { return "float64"; }
+struct Expected<double> {
+  static constexpr Kind kind = kFloat64;
+  static constexpr const char* name = "float64";
+};
 template <>
-constexpr const char* dtype_name<uint8_t>() { return "uint8"; }
+struct Expected<uint8_t> {
+  static constexpr Kind kind = kUint8;
+  static constexpr const char* name = "uint8";
+};
 template <>
-constexpr const char* dtype_name<uint16_t>() { return "bfloat16"; }
+struct Expected<uint16_t> {
+  static constexpr Kind kind = kBfloat16;
+  static constexpr const char* name = "bfloat16";
+};
 template <>
-constexpr const char* dtype_name<int32_t>() { return "int32"; }
+struct Expected<int32_t> {
+  static constexpr Kind kind = kInt32;
+  static constexpr const char* name = "int32";
+};
 template <>
-constexpr const char* dtype_name<int64_t>() { return "int64"; }
+struct Expected<int64_t> {
+  static constexpr Kind kind = kInt64;
+  static constexpr const char* name = "int64";
+};
 
 // Address of a tensor of `count` numbers of type T (uint16_t: bfloat16).
 template <class T>
 T* array(py::handle tensor, int64_t count, const char* name) {
-  if (!dtype_of(tensor).is(torch_dtype(dtype_name<T>())))
-    throw py::type_error(std::string(name) + ": expected " + dtype_name<T>() + ", found " +
-                         py::str(dtype_of(tensor)).cast<std::string>());
-  if (numel_of(tensor) != count)
+  const Facts f = facts_of(tensor);
+  if (!(f.kind == Expected<T>::kind))
+    throw py::type_error(std::string(name) + ": expected " + Expected<T>::name + ", found " +
+                         py::str(tensor.attr("dtype")).cast<std::string>());
+  if (f.numel != count)
     throw py::value_error(std::string(name) + ": expected " + std::to_string(count) +
-                          " numbers, found " + std::to_string(numel_of(tensor)));
-  if (!is_plain(tensor)) throw py::value_error(std::string(name) + ": expected a contiguous tensor");
-  return static_cast<T*>(address_of(tensor));
+                          " numbers, found " + std::to_string(f.numel));
+  if (!f.contiguous) throw py::value_error(std::string(name) + ": expected a contiguous tensor");
+  return static_cast<T*>(f.data);
 }
 // The same, or null for None.
 template <class T>
 T* array_or_null(py::handle tensor, int64_t count, const char* name) {
   return tensor.is_none() ? nullptr : array<T>(tensor, count, name);
 }
+inline int64_t numel_of(py::handle tensor) { return facts_of(tensor).numel; }
 inline int64_t size_of(py::handle tensor, int dimension) {
   return tensor.attr("shape").attr("__getitem__")(dimension).cast<int64_t>();
 }
 
-// Lists of tensors ----------------------------------------------------------------------------------
+// Lists of tensors --------------------------------------------------------------------------------
+
+// Number of a dtype that gradients, centers and weights may have; -1: another one.
+inline int number_of(Kind kind) {
+  return kind == kFloat32 ? 0 : kind == kBfloat16 ? 1 : kind == kFloat16 ? 2 : -1;
+}
 
 // Addresses, dtypes and sizes of a list of tensors, which it keeps alive.
 struct Tensors {
@@ -96,18 +94,14 @@ struct Tensors {
   py::list owner;
 
   explicit Tensors(const py::list& tensors) : owner(tensors) {
-    const py::object kinds[] = {torch_dtype("float32"), torch_dtype("bfloat16"),
-                                torch_dtype("float16")};
     const size_t count = tensors.size();
     data.reserve(count), numel.reserve(count), dtype.reserve(count);
     for (const py::handle t : tensors) {
-      const py::object kind = dtype_of(t);
-      int number = 0;
-      while (number < 3 && !kind.is(kinds[number])) ++number;
-      if (number == 3) throw py::type_error("expected float32, bfloat16 or float16 tensors");
-      if (!is_plain(t)) odd.push_back(static_cast<int64_t>(data.size()));
-      data.push_back(address_of(t)), numel.push_back(numel_of(t));
-      dtype.push_back(static_cast<Dtype>(number));
+      const Facts f = facts_of(t);
+      const int number = number_of(f.kind);
+      if (number < 0) throw py::type_error("expected float32, bfloat16 or float16 tensors");
+      if (!f.contiguous) odd.push_back(static_cast<int64_t>(data.size()));
+      data.push_back(f.data), numel.push_back(f.numel), dtype.push_back(static_cast<Dtype>(number));
     }
   }
   int64_t count() const { return static_cast<int64_t>(data.size()); }
@@ -123,6 +117,48 @@ struct Tensors {
                             "]: expected a contiguous tensor");
   }
 };
+
+// Whether these are dense tensors of these sizes and of dtypes that kernels take, on one device:
+// what a list usually is. False does not say what is wrong. absent: empty ones may stand for
+// others.
+inline bool are_usual(const py::list& tensors, const py::tuple& numels, int device, int index,
+                      bool absent) {
+  if (tensors.size() != numels.size()) return false;
+  Py_ssize_t k = 0;
+  for (const py::handle t : tensors) {
+    Facts f{};
+    try {
+      f = facts_of(t);
+    } catch (const py::error_already_set&) {
+      return false;  // sparse, or without memory
+    }
+    const int64_t expected = PyLong_AsLongLong(PyTuple_GET_ITEM(numels.ptr(), k++));
+    if (number_of(f.kind) < 0 || f.device != device || (device != kDeviceCpu && f.index != index) ||
+        (f.numel != expected && !(absent && f.numel == 0)))
+      return false;
+  }
+  return true;
+}
+
+// Numbers of two of the tensors that share memory; none if none do.
+inline py::object first_shared(const py::list& tensors) {
+  struct Span {
+    uintptr_t begin, end;
+    size_t k;
+  };
+  std::vector<Span> spans;
+  for (size_t k = 0; k < tensors.size(); ++k) {
+    const Facts f = facts_of(tensors[k]);
+    const auto begin = reinterpret_cast<uintptr_t>(f.data);
+    const auto bytes = static_cast<uintptr_t>(f.numel) * f.kind.bits / 8;
+    if (bytes) spans.push_back({begin, begin + bytes, k});
+  }
+  std::sort(spans.begin(), spans.end(),
+            [](const Span& a, const Span& b) { return a.begin < b.begin; });
+  for (size_t k = 1; k < spans.size(); ++k)
+    if (spans[k].begin < spans[k - 1].end) return py::make_tuple(spans[k - 1].k, spans[k].k);
+  return py::none();
+}
 
 // Table of a list with `each` tensors for each of these sizes; empty ones may be absent.
 inline void check_sizes(const Tensors& t, const std::vector<int64_t>& numel, int64_t each,
@@ -203,9 +239,9 @@ inline Coefficients coefficients_of(const Basis& basis, py::handle x, py::handle
           array_or_null<float>(second, basis.coefficients(), "second")};
 }
 
-inline GramSchmidtPass pass_of(int64_t n, py::handle parent, py::handle transform, py::handle probes,
-                               int64_t first, bool fast, py::handle gram, py::handle norms,
-                               bool write) {
+inline GramSchmidtPass pass_of(int64_t n, py::handle parent, py::handle transform,
+                               py::handle probes, int64_t first, bool fast, py::handle gram,
+                               py::handle norms, bool write) {
   GramSchmidtPass pass{};
   pass.r = transform.is_none() ? 0 : size_of(transform, 0);
   const int64_t m = transform.is_none() ? n : pass.r;

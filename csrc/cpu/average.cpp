@@ -1,9 +1,11 @@
 // average:  out[j] = sum_i weights[i] * rows[i][j], summed in float64 in the order of the rows,
 // rounded once to float32.
 //
-// Operands   rows: n tables of equal length, each float32, bfloat16 or float16; weights (n,) float64,
+// Operands   rows: n tables of equal length, each float32, bfloat16 or float16; weights (n,)
+//            float64,
 //            rows of weight 0 are not read; out (D,) float32.
-// Work map   one item = kSpan columns; an item's float64 sums stay in the first-level cache while it
+// Work map   one item = kSpan columns; an item's float64 sums stay in the first-level cache while
+//            it
 //            goes over the rows.
 // Bytes      n * D * input read, D * 4 written.
 #include "average.h"
@@ -13,14 +15,17 @@ namespace {
 
 constexpr int64_t kSpansPerItem = 8;
 
-void average_portable(const TensorTable& rows, const double* weights, int64_t begin, int count, float* out) {
+void average_portable(const TensorTable& rows, const double* weights, int64_t begin, int count,
+                      float* out) {
   average_span(rows.data, rows.dtype, rows.count, weights, begin, count, out);
 }
 #ifdef TWA_X86
-TWA_AVX2 void average_avx2(const TensorTable& rows, const double* weights, int64_t begin, int count, float* out) {
+TWA_AVX2 void average_avx2(const TensorTable& rows, const double* weights, int64_t begin, int count,
+                           float* out) {
   average_span(rows.data, rows.dtype, rows.count, weights, begin, count, out);
 }
-TWA_AVX512 void average_avx512(const TensorTable& rows, const double* weights, int64_t begin, int count, float* out) {
+TWA_AVX512 void average_avx512(const TensorTable& rows, const double* weights, int64_t begin,
+                               int count, float* out) {
   average_span(rows.data, rows.dtype, rows.count, weights, begin, count, out);
 }
 #endif
@@ -45,7 +50,8 @@ Status average_cpu(const TensorTable& rows, const double* weights, float* out, i
   parallel_for((columns + per_item - 1) / per_item, threads, [&](int64_t item) {
     const int64_t end = std::min(columns, (item + 1) * per_item);
     for (int64_t begin = item * per_item; begin < end; begin += kSpan)
-      kernel(rows, weights, begin, static_cast<int>(std::min<int64_t>(kSpan, end - begin)), out + begin);
+      kernel(rows, weights, begin, static_cast<int>(std::min<int64_t>(kSpan, end - begin)),
+             out + begin);
   });
   return Status::ok;
 }

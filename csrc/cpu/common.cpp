@@ -19,15 +19,18 @@ namespace {
 
 #ifdef TWA_X86
 bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
 }
 #endif
 Isa best_isa() {
 #ifdef TWA_X86
   __builtin_cpu_init();
   if (has_avx512()) return Isa::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma")) return Isa::avx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
+      __builtin_cpu_supports("fma"))
+    return Isa::avx2;
 #endif
   return Isa::portable;
 }
@@ -55,7 +58,8 @@ class Pool {
   void run(int64_t count, int threads, const std::function<void(int64_t)>& fn) {
     std::lock_guard<std::mutex> one_call(call_mutex_);
     const int helpers = threads - 1;
-    while (static_cast<int>(workers_.size()) < helpers) workers_.emplace_back([this, id = static_cast<int>(workers_.size())] { work(id); });
+    while (static_cast<int>(workers_.size()) < helpers)
+      workers_.emplace_back([this, id = static_cast<int>(workers_.size())] { work(id); });
     {
       std::lock_guard<std::mutex> lock(mutex_);
       fn_ = &fn;
@@ -101,8 +105,9 @@ class Pool {
 };
 
 #ifdef __linux__
-// The OpenMP runtime that the process has loaded already, such as PyTorch's, if there is one (libgomp, libiomp5 and libomp have this entry).
-// Its threads have just run the backward pass and spin for a while afterwards: threads of our own would have to wait for their cores.
+// The OpenMP runtime that the process has loaded already, such as PyTorch's, if there is one
+// (libgomp, libiomp5 and libomp have this entry). Its threads have just run the backward pass and
+// spin for a while afterwards: threads of our own would have to wait for their cores.
 using OpenMp = void (*)(void (*region)(void*), void* data, unsigned threads, unsigned flags);
 OpenMp openmp() {
   static std::atomic<OpenMp> found{nullptr};
@@ -113,7 +118,8 @@ OpenMp openmp() {
   }
   return f;
 }
-// After a fork that runtime's threads are gone, and it does not know. Watched from the moment the library is loaded.
+// After a fork that runtime's threads are gone, and it does not know. Watched from the moment the
+// library is loaded.
 std::atomic<bool> forked{false};
 const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
@@ -128,7 +134,8 @@ struct Region {
 };
 #endif
 
-// Never destroyed: its threads may outlive static destruction. A forked child has none of them, so it starts a new pool.
+// Never destroyed: its threads may outlive static destruction. A forked child has none of them, so
+// it starts a new pool.
 std::atomic<Pool*> pool{nullptr};
 Pool& get_pool() {
   static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });

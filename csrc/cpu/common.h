@@ -1,4 +1,5 @@
-// Shared by the CPU kernels: instruction-set choice, thread pool, work blocks, dtype conversion, fixed point.
+// Shared by the CPU kernels: instruction-set choice, thread pool, work blocks, dtype conversion,
+// fixed point.
 #pragma once
 
 #include <functional>
@@ -9,11 +10,16 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define TWA_X86 1
 #include <immintrin.h>
-// Kernels of the higher tiers carry their target in the function, so one object file serves every machine.
+// Kernels of the higher tiers carry their target in the function, so one object file serves every
+// machine.
 #define TWA_AVX2 __attribute__((target("avx2,f16c,fma")))
-#define TWA_AVX512 __attribute__((target("avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi")))  // Ice Lake, Zen 4
+#define TWA_AVX512       \
+  __attribute__((target( \
+      "avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi")))  // Ice Lake, Zen
+                                                                                   // 4
 #endif
-// Bodies written once in plain C++ and compiled for each tier by being inlined into a function with that target.
+// Bodies written once in plain C++ and compiled for each tier by being inlined into a function with
+// that target.
 #define TWA_INLINE inline __attribute__((always_inline))
 
 namespace twa {
@@ -32,23 +38,29 @@ Kernel pick(const Tiers<Kernel>& tiers) {
   return isa() == Isa::avx512 ? tiers.avx512 : isa() == Isa::avx2 ? tiers.avx2 : tiers.portable;
 }
 
-// Runs fn(item) for item in [0, count) on `threads` threads (the caller is one of them). Which thread takes which item is
-// not fixed, so fn must write only what belongs to its item.
+// Runs fn(item) for item in [0, count) on `threads` threads (the caller is one of them). Which
+// thread takes which item is not fixed, so fn must write only what belongs to its item.
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& fn);
 
 #ifdef TWA_X86
-// Asks for the cache line that lies kPrefetch bytes after p: hardware prefetchers stop at each 4 KiB page. Past the end of the data the
-// instruction does nothing. Codes go to the second-level cache, one line at a time between other work: in a burst, prefetches fill
-// the core's line buffers and stall it. So that the compiler does not gather them, it is told that `after` changes here.
+// Asks for the cache line that lies kPrefetch bytes after p: hardware prefetchers stop at each 4
+// KiB page. Past the end of the data the instruction does nothing. Codes go to the second-level
+// cache, one line at a time between other work: in a burst, prefetches fill the core's line buffers
+// and stall it. So that the compiler does not gather them, it is told that `after` changes here.
 constexpr int kPrefetch = 8192;
-TWA_AVX512 inline void prefetch_line(const uint8_t* p, __m512i* after) { asm volatile("prefetcht1 %c2(%1)" : "+v"(*after) : "r"(p), "i"(kPrefetch)); }
+TWA_AVX512 inline void prefetch_line(const uint8_t* p, __m512i* after) {
+  asm volatile("prefetcht1 %c2(%1)" : "+v"(*after) : "r"(p), "i"(kPrefetch));
+}
 // The same into the first-level cache, of the line at p itself.
 TWA_AVX512 inline void prefetch_near(const void* p, __m512i* after) {
   asm volatile("prefetcht0 %1" : "+v"(*after) : "m"(*static_cast<const char*>(p)));
 }
-// The small streams beside the codes, gradient and center, which are read in one go per tile; and the scales, in tiles.
+// The small streams beside the codes, gradient and center, which are read in one go per tile; and
+// the scales, in tiles.
 constexpr int kPrefetchInput = 2048, kScalesAhead = 16;
-TWA_AVX512 inline void prefetch_input(const void* p, __m512i* after) { prefetch_near(static_cast<const char*>(p) + kPrefetchInput, after); }
+TWA_AVX512 inline void prefetch_input(const void* p, __m512i* after) {
+  prefetch_near(static_cast<const char*>(p) + kPrefetchInput, after);
+}
 #endif
 
 // Blocks of kBlockTiles tiles whose tensor is not absent.
@@ -59,13 +71,20 @@ int64_t total_tiles(const int64_t* numel, int64_t count);
 inline int64_t total_tiles(const TensorTable& t) { return total_tiles(t.numel, t.count); }
 
 // The kernels of one block for the instruction set in use, shared by the single ops and step().
-// project: acc[i] += sum over the block's columns of scales * level * g, for the n rows (row_scale is the caller's).
-using ProjectBlock = void (*)(const BasisView& basis, const TensorTable& grads, const Block& block, double* acc);
+// project: acc[i] += sum over the block's columns of scales * level * g, for the n rows (row_scale
+// is the caller's).
+using ProjectBlock = void (*)(const BasisView& basis, const TensorTable& grads, const Block& block,
+                              double* acc);
 ProjectBlock project_block(int bits);
-// The same, assigned to partial (n,), by way of numbers of this thread: neighbouring partial sums share cache lines with other threads.
-void project_partial(ProjectBlock kernel, const BasisView& basis, const TensorTable& grads, const Block& block, double* partial);
-// reconstruct: out = center + sum_i x_row[i] * scales * level on the block's columns; x_row (n,) is x * row_scale of its segment.
-using ReconstructBlock = void (*)(const BasisView& basis, const float* x_row, const TensorTable& center, const TensorTable& out, const Block& block);
+// The same, assigned to partial (n,), by way of numbers of this thread: neighbouring partial sums
+// share cache lines with other threads.
+void project_partial(ProjectBlock kernel, const BasisView& basis, const TensorTable& grads,
+                     const Block& block, double* partial);
+// reconstruct: out = center + sum_i x_row[i] * scales * level on the block's columns; x_row (n,) is
+// x * row_scale of its segment.
+using ReconstructBlock = void (*)(const BasisView& basis, const float* x_row,
+                                  const TensorTable& center, const TensorTable& out,
+                                  const Block& block);
 ReconstructBlock reconstruct_block(int bits);
 
 // tile(codes, scales, t) for each tile t of a block, in order.
@@ -84,8 +103,10 @@ inline int valid_columns(const int64_t* numel, const Block& b, int64_t tile) {
 }
 
 // out[0..127] = data[column .. column + valid) as float32, zero past `valid`.
-TWA_INLINE void load_tile(Dtype dtype, const void* data, int64_t column, int valid, float* __restrict__ out) {
-  const int full = valid == kTileColumns ? kTileColumns : 0;  // a constant trip count for all but the last tile
+TWA_INLINE void load_tile(Dtype dtype, const void* data, int64_t column, int valid,
+                          float* __restrict__ out) {
+  const int full =
+      valid == kTileColumns ? kTileColumns : 0;  // a constant trip count for all but the last tile
   switch (dtype) {
     case Dtype::f32: {
       const float* p = static_cast<const float*>(data) + column;
@@ -110,7 +131,8 @@ TWA_INLINE void load_tile(Dtype dtype, const void* data, int64_t column, int val
 }
 
 // data[column .. column + valid) = in, rounded to nearest even.
-TWA_INLINE void store_tile(Dtype dtype, void* data, int64_t column, int valid, const float* __restrict__ in) {
+TWA_INLINE void store_tile(Dtype dtype, void* data, int64_t column, int valid,
+                           const float* __restrict__ in) {
   switch (dtype) {
     case Dtype::f32: {
       float* p = static_cast<float*>(data) + column;
@@ -140,8 +162,9 @@ TWA_INLINE int32_t max_abs_bits(const float* v, int count) {
   return m;
 }
 
-// Fixed point. v[c] = q[c] * unit with unit a power of two and |q| <= kMaxFixed, the largest integer with three balanced int8
-// limbs. |v - q * unit| <= max|v| * 2^-23. NaN or Inf anywhere in v makes unit NaN. Returns unit.
+// Fixed point. v[c] = q[c] * unit with unit a power of two and |q| <= kMaxFixed, the largest
+// integer with three balanced int8 limbs. |v - q * unit| <= max|v| * 2^-23. NaN or Inf anywhere in
+// v makes unit NaN. Returns unit.
 constexpr int32_t kMaxFixed = 127 * 65536 + 127 * 256 + 127;
 TWA_INLINE double to_fixed(const float* __restrict__ v, int count, int32_t* __restrict__ q) {
   const int32_t m = max_abs_bits(v, count);
@@ -150,14 +173,17 @@ TWA_INLINE double to_fixed(const float* __restrict__ v, int count, int32_t* __re
     return m == 0 ? 0.0 : static_cast<double>(NAN);
   }
   int e = (m >> 23) - 126;  // 2^(e-1) <= max|v| < 2^e for normal numbers
-  if (std::ldexp(static_cast<double>(bits_float(static_cast<uint32_t>(m))), 23 - e) > kMaxFixed) ++e;
+  if (std::ldexp(static_cast<double>(bits_float(static_cast<uint32_t>(m))), 23 - e) > kMaxFixed)
+    ++e;
   const double factor = std::ldexp(1.0, 23 - e);
   // Adding and subtracting 1.5 * 2^52 rounds a double to the nearest integer, ties to even.
-  for (int c = 0; c < count; ++c) q[c] = static_cast<int32_t>((static_cast<double>(v[c]) * factor + 0x1.8p52) - 0x1.8p52);
+  for (int c = 0; c < count; ++c)
+    q[c] = static_cast<int32_t>((static_cast<double>(v[c]) * factor + 0x1.8p52) - 0x1.8p52);
   return std::ldexp(1.0, e - 23);
 }
 
-// Limbs of a fixed-point number: q = 4096 high + low (decode.h has the int8 limbs of AVX-512: q = 65536 a + 256 b + c).
+// Limbs of a fixed-point number: q = 4096 high + low (decode.h has the int8 limbs of AVX-512: q =
+// 65536 a + 256 b + c).
 TWA_INLINE void split_int16(int32_t q, int16_t* high, int16_t* low) {
   *low = static_cast<int16_t>(((q + 2048) & 4095) - 2048);
   *high = static_cast<int16_t>((q - *low) >> 12);

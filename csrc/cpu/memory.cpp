@@ -1,6 +1,8 @@
-// Huge pages, and memory bandwidth with the kernels' own threads: what benchmarks compare themselves with.
+// Huge pages, and memory bandwidth with the kernels' own threads: what benchmarks compare
+// themselves with.
 //
-// read_bytes   sums 64-bit words; bytes moved = bytes.      copy_bytes   one read and one write per byte.
+// read_bytes   sums 64-bit words; bytes moved = bytes.      copy_bytes   one read and one write per
+//              byte.
 // Work map     items of 1 MiB, taken by the threads in order, as the kernels take their blocks.
 #include <algorithm>
 #include <atomic>
@@ -26,13 +28,15 @@ uint64_t sum_portable(const uint64_t* p, int64_t count) { return sum_words(p, co
 #ifdef TWA_X86
 template <bool kAhead>
 TWA_AVX512 uint64_t sum_avx512(const uint64_t* p, int64_t count) {
-  __m512i s[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
+  __m512i s[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
+                  _mm512_setzero_si512()};
   for (int64_t k = 0; k + 32 <= count; k += 32)
     for (int j = 0; j < 4; ++j) {
       if (kAhead) prefetch_line(reinterpret_cast<const uint8_t*>(p + k + 8 * j), &s[j]);
       s[j] = _mm512_add_epi64(s[j], _mm512_loadu_si512(p + k + 8 * j));
     }
-  return static_cast<uint64_t>(_mm512_reduce_add_epi64(_mm512_add_epi64(_mm512_add_epi64(s[0], s[1]), _mm512_add_epi64(s[2], s[3]))));
+  return static_cast<uint64_t>(_mm512_reduce_add_epi64(
+      _mm512_add_epi64(_mm512_add_epi64(s[0], s[1]), _mm512_add_epi64(s[2], s[3]))));
 }
 #endif
 
@@ -56,7 +60,8 @@ uint64_t read_bytes(const void* data, int64_t bytes, int threads, bool ahead) {
 void copy_bytes(const void* from, void* to, int64_t bytes, int threads) {
   parallel_for((bytes + kItem - 1) / kItem, threads, [&](int64_t item) {
     const int64_t begin = item * kItem;
-    std::memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin, static_cast<size_t>(std::min(kItem, bytes - begin)));
+    std::memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin,
+                static_cast<size_t>(std::min(kItem, bytes - begin)));
   });
 }
 
@@ -65,7 +70,9 @@ void advise_huge_pages(void* data, int64_t bytes) {
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage,
                   end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: failure changes nothing
+  if (begin < end)
+    madvise(reinterpret_cast<void*>(begin), end - begin,
+            MADV_HUGEPAGE);  // a hint: failure changes nothing
 #else
   (void)data, (void)bytes;
 #endif

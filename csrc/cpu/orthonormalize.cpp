@@ -1,20 +1,29 @@
 // orthonormalize_pass:  one read of the rows, for each of the three uses of block Gram-Schmidt.
 //
-//   V = differences of rows;  if a transform is given: V = round(transform * V), stored in `out` where that is given;  gram += V V^T
+//   V = differences of rows;  if a transform is given: V = round(transform * V), stored in `out`
+//   where that is given;  gram += V V^T
 //
 //   parents only                 Gram matrix of the differences
-//   with a transform             Gram matrix of what it makes of them, unrounded (float64): the second look at badly conditioned rows
-//   with a transform and `out`   Q = transform * differences, rounded and stored, and Q Q^T of what was stored: the certificate
+//   with a transform             Gram matrix of what it makes of them, unrounded (float64): the
+//   second look at badly conditioned rows
+//   with a transform and `out`   Q = transform * differences, rounded and stored, and Q Q^T of what
+//   was stored: the certificate
 //
-// Operands   rows: count * n tensors (the n rows of tensor 0 first), center: count tensors or none, parent (n,): row i becomes w_i - w_parent, or
-//            w_i - center where parent is -1. transform (r, n) float64, row j nonzero only up to its extent. out: count * r tensors or null pointers.
-// Work map   item = a range of columns of all tensors joined, at most kMostItems of them, fewer where n is large; its Gram matrix is its own. Inside,
-//            blocks of columns that stay in the second-level cache: (a) differences of all rows, (b) transform, 6 rows x 256 bytes at a time,
-//            (c) products, 6 x 4 rows at a time (AVX-512).
-// Sums       float64; `fast`: float32 over at most 32 columns a lane, then float64. But squares in float64: float32 differences of float32 weights
-//            are multiples of a coarse unit, residues of their squares are not symmetric, and roundings add up (2e-8 of the sum). Lanes, blocks
-//            and items in a fixed order: the same bits for any number of threads (not for any instruction set).
-// Bytes      n * D * input read; r * D * output written. n^2 D / 2 multiply-adds for gram, n r D / 2 for the transform.
+// Operands   rows: count * n tensors (the n rows of tensor 0 first), center: count tensors or none,
+//            parent (n,): row i becomes w_i - w_parent, or w_i - center where parent is -1.
+//            transform (r, n) float64, row j nonzero only up to its extent. out: count * r tensors
+//            or null pointers.
+// Work map   item = a range of columns of all tensors joined, at most kMostItems of them, fewer
+//            where n is large; its Gram matrix is its own. Inside, blocks of columns that stay in
+//            the second-level cache: (a) differences of all rows, (b) transform, 6 rows x 256 bytes
+//            at a time, (c) products, 6 x 4 rows at a time (AVX-512).
+// Sums       float64; `fast`: float32 over at most 32 columns a lane, then float64. But squares in
+//            float64: float32 differences of float32 weights are multiples of a coarse unit,
+//            residues of their squares are not symmetric, and roundings add up (2e-8 of the sum).
+//            Lanes, blocks and items in a fixed order: the same bits for any number of threads (not
+//            for any instruction set).
+// Bytes      n * D * input read; r * D * output written. n^2 D / 2 multiply-adds for gram, n r D /
+//            2 for the transform.
 #include <algorithm>
 #include <memory>
 #include <mutex>
@@ -24,14 +33,17 @@
 namespace twa {
 namespace {
 
-constexpr int64_t kBuffer = 1 << 20;         // bytes of a block's rows, at most, where that leaves rows of a useful length
+constexpr int64_t kBuffer =
+    1 << 20;  // bytes of a block's rows, at most, where that leaves rows of a useful length
 constexpr int64_t kMostItems = 128;          // enough for every thread to have several
 constexpr int64_t kPartialBytes = 64 << 20;  // of all items' Gram matrices
 constexpr int kRowMultiple = 12;             // rows of a buffer: a multiple of every tile height
 
-// The pass ----------------------------------------------------------------------------------------------------------
+// The pass ----------------------------------------------------------------------------------------
 
-constexpr int64_t round_up(int64_t v, int64_t multiple) { return (v + multiple - 1) / multiple * multiple; }
+constexpr int64_t round_up(int64_t v, int64_t multiple) {
+  return (v + multiple - 1) / multiple * multiple;
+}
 
 struct Problem {
   const RowTable& rows;
@@ -40,7 +52,8 @@ struct Problem {
   int64_t n, r;  // r: 0 without a transform
 };
 
-// Rows of a block in cache: Real numbers, `stride` apart, more than a power of two so that rows do not share cache sets.
+// Rows of a block in cache: Real numbers, `stride` apart, more than a power of two so that rows do
+// not share cache sets.
 template <class Real>
 struct Buffer {
   int64_t stride;
@@ -49,7 +62,8 @@ struct Buffer {
   Buffer(int64_t rows, int64_t columns)
       : stride(columns + kPanelBytes / static_cast<int64_t>(sizeof(Real))),
         storage(static_cast<size_t>(rows * stride + 64), Real(0)),
-        data(storage.data() + (64 - reinterpret_cast<uintptr_t>(storage.data()) % 64) % 64 / sizeof(Real)) {}
+        data(storage.data() +
+             (64 - reinterpret_cast<uintptr_t>(storage.data()) % 64) % 64 / sizeof(Real)) {}
   Real* row(int64_t i) { return data + i * stride; }
 };
 
@@ -94,14 +108,17 @@ class Idle {
 template <class Real>
 int64_t block_columns(int64_t n) {
   constexpr int64_t size = sizeof(Real), panel = kPanelBytes / size;
-  return std::clamp(kBuffer / (n * size) / panel * panel, kMostColumns / 2 / size, kMostColumns / size);
+  return std::clamp(kBuffer / (n * size) / panel * panel, kMostColumns / 2 / size,
+                    kMostColumns / size);
 }
 
 // A row from `column` on as float32: in place, or converted into scratch.
-const float* as_float(const void* data, Dtype dtype, int64_t column, int64_t count, float* scratch) {
+const float* as_float(const void* data, Dtype dtype, int64_t column, int64_t count,
+                      float* scratch) {
   if (dtype == Dtype::f32) return static_cast<const float*>(data) + column;
   const auto* half = static_cast<const uint16_t*>(data) + column;
-  for (int64_t c = 0; c < count; ++c) scratch[c] = dtype == Dtype::bf16 ? bf16_to_float(half[c]) : f16_to_float(half[c]);
+  for (int64_t c = 0; c < count; ++c)
+    scratch[c] = dtype == Dtype::bf16 ? bf16_to_float(half[c]) : f16_to_float(half[c]);
   return scratch;
 }
 
@@ -112,21 +129,25 @@ struct Ahead {
   const void* next(const void* otherwise) {
     if (at >= end) return otherwise;
     const int64_t k = at++;
-    return static_cast<const char*>(rows->data[k]) + column * (rows->dtype[k] == Dtype::f32 ? 4 : 2);
+    return static_cast<const char*>(rows->data[k]) +
+           column * (rows->dtype[k] == Dtype::f32 ? 4 : 2);
   }
 };
 
-// 12 rows a at a time, which stay in the first-level cache: total[i, k] += products of rows a[i], i in [first, count), and b[k], k <= i where
-// `triangular` (and some more of the same tile, which nobody reads), else k < width.
+// 12 rows a at a time, which stay in the first-level cache: total[i, k] += products of rows a[i], i
+// in [first, count), and b[k], k <= i where `triangular` (and some more of the same tile, which
+// nobody reads), else k < width.
 template <class Real>
-void add_products(const Kernels<Real>& kernel, const Real* a, const Real* b, int64_t stride, int64_t first, int64_t count, int64_t width,
-                  bool triangular, int64_t columns, double* total, int64_t ld, Ahead& ahead) {
+void add_products(const Kernels<Real>& kernel, const Real* a, const Real* b, int64_t stride,
+                  int64_t first, int64_t count, int64_t width, bool triangular, int64_t columns,
+                  double* total, int64_t ld, Ahead& ahead) {
   for (int64_t i0 = first / kRowMultiple * kRowMultiple; i0 < count; i0 += kRowMultiple) {
     const int64_t i1 = std::min(i0 + kRowMultiple, count);
     for (int64_t k = 0; k < (triangular ? i1 : width); k += kernel.rows_b)
       for (int64_t i = i0; i < i1; i += kernel.rows_a)
         if (!triangular || k < i + kernel.rows_a)
-          kernel.product(a + i * stride, b + k * stride, stride, columns, total + i * ld + k, ld, ahead.next(a + i * stride));
+          kernel.product(a + i * stride, b + k * stride, stride, columns, total + i * ld + k, ld,
+                         ahead.next(a + i * stride));
   }
 }
 
@@ -146,28 +167,34 @@ struct Transform {
           if (transform[j * n + k] != 0.0) extent = std::max(extent, k + 1);
       tiles.push_back({static_cast<int64_t>(values.size()), extent});
       for (int64_t k = 0; k < extent; ++k)
-        for (int64_t j = j0; j < j0 + kTransformRows; ++j) values.push_back(j < r ? static_cast<Real>(transform[j * n + k]) : Real(0));
+        for (int64_t j = j0; j < j0 + kTransformRows; ++j)
+          values.push_back(j < r ? static_cast<Real>(transform[j * n + k]) : Real(0));
     }
   }
 };
 
-// Real: differences and the transform; Made: what the transform makes, whose products are summed (float32 for stored results).
+// Real: differences and the transform; Made: what the transform makes, whose products are summed
+// (float32 for stored results).
 template <class Real, class Made>
-void run(const Problem& p, const Transform<Real>* transform, const Transform<Made>* probes, int threads) {
+void run(const Problem& p, const Transform<Real>* transform, const Transform<Made>* probes,
+         int threads) {
   const RowTable& rows_in = p.rows;
   const int64_t lowest = p.pass.first;
   double *gram = p.pass.gram, *norms = p.pass.norms;
   const Kernels<Real> kernel = kernels<Real>();
   const Kernels<Made> made_kernel = kernels<Made>();
-  constexpr int64_t kPanel = kPanelBytes / static_cast<int64_t>(sizeof(Real)), kMadePanel = kPanelBytes / static_cast<int64_t>(sizeof(Made));
+  constexpr int64_t kPanel = kPanelBytes / static_cast<int64_t>(sizeof(Real)),
+                    kMadePanel = kPanelBytes / static_cast<int64_t>(sizeof(Made));
   const int64_t n = p.n, r = p.r, block = block_columns<Real>(n);
-  const int64_t m = transform ? r : n, height = round_up(m, kRowMultiple), width = probes ? kProbeRows : height;
+  const int64_t m = transform ? r : n, height = round_up(m, kRowMultiple),
+                width = probes ? kProbeRows : height;
   int64_t total = 0;
   std::vector<int64_t> begin;  // first column of each tensor, all joined
   for (int64_t t = 0; t < rows_in.count; ++t) begin.push_back(total), total += rows_in.numel[t];
   const int64_t partial = height * width + round_up(2 * n, 8);
   const int64_t most = std::clamp<int64_t>(kPartialBytes / (partial * 8), 2, kMostItems);
-  const int64_t per_item = std::max(round_up((total + most - 1) / most, block), block), items = (total + per_item - 1) / per_item;
+  const int64_t per_item = std::max(round_up((total + most - 1) / most, block), block),
+                items = (total + per_item - 1) / per_item;
   const std::unique_ptr<double[]> partials(new double[static_cast<size_t>(items * partial)]);
   const bool past_cache = total * r * 4 > 8 << 20;
 
@@ -175,8 +202,10 @@ void run(const Problem& p, const Transform<Real>* transform, const Transform<Mad
   parallel_for(items, threads, [&](int64_t item) {
     double *sums = partials.get() + item * partial, *squares = sums + height * width;
     std::fill(sums, sums + partial, 0.0);
-    auto workspace =
-        idle.take([&] { return std::make_unique<Workspace<Real, Made>>(n, transform ? height + (probes ? kRowMultiple : 0) : 0, block); });
+    auto workspace = idle.take([&] {
+      return std::make_unique<Workspace<Real, Made>>(
+          n, transform ? height + (probes ? kRowMultiple : 0) : 0, block);
+    });
     Buffer<Real>& rows = workspace->rows;
     Buffer<Made>& made = workspace->made;
     std::vector<float>& scratch = workspace->scratch;
@@ -185,21 +214,28 @@ void run(const Problem& p, const Transform<Real>* transform, const Transform<Mad
     int64_t t = std::upper_bound(begin.begin(), begin.end(), item * per_item) - begin.begin() - 1;
     for (int64_t at = item * per_item; at < end;) {
       while (at >= begin[t] + rows_in.numel[t]) ++t;  // past empty tensors, too
-      const int64_t column = at - begin[t], count = std::min({block, end - at, rows_in.numel[t] - column}), padded = round_up(count, kPanel);
+      const int64_t column = at - begin[t],
+                    count = std::min({block, end - at, rows_in.numel[t] - column}),
+                    padded = round_up(count, kPanel);
       for (int64_t i = 0; i < n; ++i) {
-        const auto row = [&](int64_t k, float* to) { return as_float(rows_in.data[t * n + k], rows_in.dtype[t * n + k], column, count, to); };
+        const auto row = [&](int64_t k, float* to) {
+          return as_float(rows_in.data[t * n + k], rows_in.dtype[t * n + k], column, count, to);
+        };
         const float* a = row(i, scratch.data());
         const int32_t parent = p.pass.parent[i];
         const float* b = parent >= 0      ? row(parent, scratch.data() + block)
-                         : rows_in.center ? as_float(rows_in.center[t], rows_in.center_dtype[t], column, count, scratch.data() + block)
+                         : rows_in.center ? as_float(rows_in.center[t], rows_in.center_dtype[t],
+                                                     column, count, scratch.data() + block)
                                           : nullptr;
         kernel.difference(a, b, count, rows.row(i), !transform, squares + 2 * i);
         std::fill(rows.row(i) + count, rows.row(i) + padded, Real(0));
       }
       Ahead ahead;
-      if (column + count + block <= rows_in.numel[t]) ahead = {&rows_in, t * n, t * n + n, column + count};
+      if (column + count + block <= rows_in.numel[t])
+        ahead = {&rows_in, t * n, t * n + n, column + count};
       if (!transform) {
-        add_products(kernel, rows.data, rows.data, rows.stride, lowest, n, n, true, padded, sums, width, ahead);
+        add_products(kernel, rows.data, rows.data, rows.stride, lowest, n, n, true, padded, sums,
+                     width, ahead);
       } else {
         for (size_t tile = 0; tile < transform->tiles.size(); ++tile) {
           const auto [from, extent] = transform->tiles[tile];
@@ -209,7 +245,8 @@ void run(const Problem& p, const Transform<Real>* transform, const Transform<Mad
           int64_t stride = block;
           if constexpr (std::is_same_v<Real, Made>) to = made.row(j0), stride = made.stride;
           for (int64_t c = 0; c < padded; c += kPanel)
-            kernel.transform(transform->values.data() + from, extent, rows.data + c, rows.stride, to + c, stride, ahead.next(rows.data));
+            kernel.transform(transform->values.data() + from, extent, rows.data + c, rows.stride,
+                             to + c, stride, ahead.next(rows.data));
           if constexpr (std::is_same_v<Made, float>)
             for (int64_t j = j0; j < std::min(j0 + kTransformRows, r) && p.out.count; ++j) {
               const Dtype dtype = p.out.dtype[t * r + j];
@@ -222,11 +259,13 @@ void run(const Problem& p, const Transform<Real>* transform, const Transform<Mad
         const int64_t columns = round_up(count, kMadePanel);
         if (probes) {
           for (int64_t c = 0; c < columns; c += kMadePanel)
-            made_kernel.transform(probes->values.data(), probes->tiles[0].extent, made.data + c, made.stride, made.row(height) + c, made.stride,
-                                  made.data);
-          add_products(made_kernel, made.data, made.row(height), made.stride, 0, r, kProbeRows, false, columns, sums, width, ahead);
+            made_kernel.transform(probes->values.data(), probes->tiles[0].extent, made.data + c,
+                                  made.stride, made.row(height) + c, made.stride, made.data);
+          add_products(made_kernel, made.data, made.row(height), made.stride, 0, r, kProbeRows,
+                       false, columns, sums, width, ahead);
         } else {
-          add_products(made_kernel, made.data, made.data, made.stride, lowest, r, r, true, columns, sums, width, ahead);
+          add_products(made_kernel, made.data, made.data, made.stride, lowest, r, r, true, columns,
+                       sums, width, ahead);
         }
       }
       at += count;
@@ -247,8 +286,10 @@ void run(const Problem& p, const Transform<Real>* transform, const Transform<Mad
   const int64_t columns = probes ? kProbes : m;
   std::fill(gram, gram + m * columns, 0.0);
   parallel_for(m, threads, [&](int64_t i) {
-    if (probes || i >= lowest) sum_over_items(i * width, probes ? kProbes : i + 1, gram + i * columns);
-    if (std::is_same_v<Real, float> && !transform && i >= lowest) gram[i * columns + i] = squares[2 * i + 1];
+    if (probes || i >= lowest)
+      sum_over_items(i * width, probes ? kProbes : i + 1, gram + i * columns);
+    if (std::is_same_v<Real, float> && !transform && i >= lowest)
+      gram[i * columns + i] = squares[2 * i + 1];
   });
 }
 

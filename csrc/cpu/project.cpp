@@ -1,12 +1,17 @@
-// project:  c[i, l] = row_scale[i, l] * sum_{t in segment l} scales[t, i] * sum_c level[code(t, i, c)] * g[t, c]
+// project:  c[i, l] = row_scale[i, l] * sum over tiles t of segment l of
+//                     scales[t, i] * sum_c level[code(t, i, c)] * g[t, c]
 //
-// Operands   codes (num_tiles, n, 16 * bits) bytes, scales (num_tiles, n) e4m3, g a list of float32/bf16/f16 tensors, c (n, L) fp32.
-// Work map   one item = one Block (up to 64 tiles of one tensor and segment). Per tile the gradient becomes 24-bit fixed point, so
-//            the dot product with the int8 levels is an exact integer below 2^38 and no order of summation can change it. Tiles
-//            are added in float64 in order within a block, blocks in float64 in order: same bits for any thread count and tier.
+// Operands   codes (num_tiles, n, 16 * bits) bytes, scales (num_tiles, n) e4m3, g a list of
+//            float32/bf16/f16 tensors, c (n, L) fp32.
+// Work map   one item = one Block (up to 64 tiles of one tensor and segment). Per tile the gradient
+//            becomes 24-bit fixed point, so the dot product with the int8 levels is an exact
+//            integer below 2^38 and no order of summation can change it. Tiles are added in float64
+//            in order within a block, blocks in float64 in order: same bits for any thread count
+//            and tier.
 // Bytes      n * D * (bits / 8 + 1 / 128) read once as one stream, plus the gradient once.
-// Products   AVX-512: gradient in three int8 limbs, vpdpbusd against (level + 128), corrected by 128 * sum(q); 1 bit: table look-ups.
-//            AVX2: two int16 limbs of 12 bits, vpmaddwd. Portable: the same in plain C++.
+// Products   AVX-512: gradient in three int8 limbs, vpdpbusd against (level + 128), corrected by
+//            128 * sum(q); 1 bit: table look-ups. AVX2: two int16 limbs of 12 bits, vpmaddwd.
+//            Portable: the same in plain C++.
 #include <algorithm>
 
 #include "decode.h"
@@ -21,9 +26,11 @@ struct alignas(64) TileGradient {
   double unit;
 };
 
-TWA_INLINE void load_gradient(const TensorTable& grads, const Block& block, int64_t tile, TileGradient* g) {
+TWA_INLINE void load_gradient(const TensorTable& grads, const Block& block, int64_t tile,
+                              TileGradient* g) {
   alignas(64) float v[kTileColumns];
-  load_tile(grads.dtype[block.tensor], grads.data[block.tensor], block.first_column + tile * kTileColumns, valid_columns(grads.numel, block, tile), v);
+  load_tile(grads.dtype[block.tensor], grads.data[block.tensor],
+            block.first_column + tile * kTileColumns, valid_columns(grads.numel, block, tile), v);
   g->unit = to_fixed(v, kTileColumns, g->q);
 }
 TWA_INLINE void split_gradient_int16(TileGradient* g) {
@@ -31,7 +38,8 @@ TWA_INLINE void split_gradient_int16(TileGradient* g) {
 }
 
 template <int kBits>
-TWA_INLINE void tile_portable(const uint8_t* codes, const uint8_t* scales, int64_t n, const TensorTable& grads, const Block& block, int64_t tile,
+TWA_INLINE void tile_portable(const uint8_t* codes, const uint8_t* scales, int64_t n,
+                              const TensorTable& grads, const Block& block, int64_t tile,
                               double* acc) {
   TileGradient g;
   load_gradient(grads, block, tile, &g);
@@ -47,7 +55,8 @@ TWA_INLINE void tile_portable(const uint8_t* codes, const uint8_t* scales, int64
 }
 
 template <int kBits>
-void block_portable(const BasisView& basis, const TensorTable& grads, const Block& block, double* acc) {
+void block_portable(const BasisView& basis, const TensorTable& grads, const Block& block,
+                    double* acc) {
   each_tile<kBits>(basis, block, [&](const uint8_t* codes, const uint8_t* scales, int64_t t) {
     tile_portable<kBits>(codes, scales, basis.n, grads, block, t, acc);
   });
@@ -56,21 +65,28 @@ void block_portable(const BasisView& basis, const TensorTable& grads, const Bloc
 #ifdef TWA_X86
 
 template <int kBits>
-TWA_AVX2 inline void tile_avx2(const uint8_t* codes, const uint8_t* scales, int64_t n, const TensorTable& grads, const Block& block, int64_t tile,
+TWA_AVX2 inline void tile_avx2(const uint8_t* codes, const uint8_t* scales, int64_t n,
+                               const TensorTable& grads, const Block& block, int64_t tile,
                                double* acc) {
   TileGradient g;
   load_gradient(grads, block, tile, &g);
   split_gradient_int16(&g);
   const __m256i table = level_table_avx2<kBits>();
-  const auto operand = [](const int16_t* p, int k) TWA_AVX2 { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p) + k); };
+  const auto operand = [](const int16_t* p, int k) TWA_AVX2 {
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(p) + k);
+  };
   for (int64_t i = 0; i < n; ++i) {
     const uint8_t* row = codes + i * row_bytes(kBits);
     __m256i high = _mm256_setzero_si256(), low = high;
     const auto add = [&](__m256i lev, int k) TWA_AVX2 {
-      const __m256i l0 = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(lev)), l1 = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(lev, 1));
-      high =
-          _mm256_add_epi32(high, _mm256_add_epi32(_mm256_madd_epi16(l0, operand(g.high, 2 * k)), _mm256_madd_epi16(l1, operand(g.high, 2 * k + 1))));
-      low = _mm256_add_epi32(low, _mm256_add_epi32(_mm256_madd_epi16(l0, operand(g.low, 2 * k)), _mm256_madd_epi16(l1, operand(g.low, 2 * k + 1))));
+      const __m256i l0 = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(lev)),
+                    l1 = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(lev, 1));
+      high = _mm256_add_epi32(high,
+                              _mm256_add_epi32(_mm256_madd_epi16(l0, operand(g.high, 2 * k)),
+                                               _mm256_madd_epi16(l1, operand(g.high, 2 * k + 1))));
+      low =
+          _mm256_add_epi32(low, _mm256_add_epi32(_mm256_madd_epi16(l0, operand(g.low, 2 * k)),
+                                                 _mm256_madd_epi16(l1, operand(g.low, 2 * k + 1))));
     };
     add(decode_avx2<kBits, 0>(row, table), 0);
     add(decode_avx2<kBits, 1>(row, table), 1);
@@ -78,7 +94,8 @@ TWA_AVX2 inline void tile_avx2(const uint8_t* codes, const uint8_t* scales, int6
     add(decode_avx2<kBits, 3>(row, table), 3);
     // [high x4 | low x4 pairs] -> one sum each
     const __m256i pairs = _mm256_hadd_epi32(high, low);
-    const __m128i quads = _mm_hadd_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));  // [h, l, h, l]
+    const __m128i quads = _mm_hadd_epi32(_mm256_castsi256_si128(pairs),
+                                         _mm256_extracti128_si256(pairs, 1));  // [h, l, h, l]
     const __m128i sums = _mm_add_epi32(quads, _mm_shuffle_epi32(quads, 0x4e));
     const int64_t dot = int64_t{4096} * _mm_extract_epi32(sums, 0) + _mm_extract_epi32(sums, 1);
     acc[i] += static_cast<double>(dot) * (e4m3_to_float(scales[i]) * g.unit);
@@ -86,31 +103,40 @@ TWA_AVX2 inline void tile_avx2(const uint8_t* codes, const uint8_t* scales, int6
 }
 
 template <int kBits>
-TWA_AVX2 void block_avx2(const BasisView& basis, const TensorTable& grads, const Block& block, double* acc) {
-  each_tile<kBits>(basis, block, [&](const uint8_t* codes, const uint8_t* scales, int64_t t) TWA_AVX2 {
-    tile_avx2<kBits>(codes, scales, basis.n, grads, block, t, acc);
-  });
+TWA_AVX2 void block_avx2(const BasisView& basis, const TensorTable& grads, const Block& block,
+                         double* acc) {
+  each_tile<kBits>(basis, block,
+                   [&](const uint8_t* codes, const uint8_t* scales, int64_t t) TWA_AVX2 {
+                     tile_avx2<kBits>(codes, scales, basis.n, grads, block, t, acc);
+                   });
 }
 
-// AVX-512. 16 rows at a time; transposing 4 x 4 dwords in each 128-bit lane gives vectors U[m] whose elements are rows, so that
-// vpdpbusd adds 4 columns of a row and few lanes are left to sum. Which columns lie in lane k of U[m], field f:
+// AVX-512. 16 rows at a time; transposing 4 x 4 dwords in each 128-bit lane gives vectors U[m]
+// whose elements are rows, so that vpdpbusd adds 4 columns of a row and few lanes are left to sum.
+// Which columns lie in lane k of U[m], field f:
 //
-//   bits 8  two vectors a row:  half h, 64 h + 16 k + 4 m ..+3          4 rows per transposition, element e = row e
+//   bits 8  two vectors a row:  half h, 64 h + 16 k + 4 m ..+3          4 rows per transposition,
+//           element e = row e
 //   bits 4  one vector a row:   64 f + 16 k + 4 m ..+3                  the same
-//   bits 2  two rows a vector:  32 f + 16 (k % 2) + 4 m ..+3            8 rows, lane k element e = row 2 e + k / 2
+//   bits 2  two rows a vector:  32 f + 16 (k % 2) + 4 m ..+3            8 rows, lane k element e =
+//           row 2 e + k / 2
 //   bits 3  as 2 bits, with the 1-bit plane's 16 bytes in both lanes of a row
-//   bits 1  four rows a vector: 16 f + 4 m ..+3                         16 rows, lane k element e = row 4 e + k
+//   bits 1  four rows a vector: 16 f + 4 m ..+3                         16 rows, lane k element e =
+//           row 4 e + k
 //
 // The gradient's limbs are laid out to match: one vector for each (field, limb, m).
 //
-// 1 bit needs no product: a nibble of U[m] names 4 columns of a row, and their 16 possible sums, whole 24-bit numbers, are a table
-// that vpermd reads for 16 rows at once. sum(level * q) = 254 * sum(bit * q) - 127 * sum(q).
+// 1 bit needs no product: a nibble of U[m] names 4 columns of a row, and their 16 possible sums,
+// whole 24-bit numbers, are a table that vpermd reads for 16 rows at once. sum(level * q) = 254 *
+// sum(bit * q) - 127 * sum(q).
 template <int kBits>
-struct alignas(64) Operands {  // 128 columns: 64 of half 0 or field 0, then of 1; 2 and 3 bits: 32 of each field, which all pairs of lanes share
+struct alignas(64) Operands {  // 128 columns: 64 of half 0 or field 0, then of 1; 2 and 3 bits: 32
+                               // of each field, which all pairs of lanes share
   int8_t v[2][3][4][64];
   TWA_AVX512 __m512i get(int f, int limb, int m) const {
     if constexpr (kBits == 8 || kBits == 4) return _mm512_load_si512(v[f][limb][m]);
-    return _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(v[f / 2][limb][m] + 32 * (f % 2))));
+    return _mm512_broadcast_i64x4(
+        _mm256_load_si256(reinterpret_cast<const __m256i*>(v[f / 2][limb][m] + 32 * (f % 2))));
   }
 };
 template <>
@@ -126,7 +152,8 @@ struct Prepared {
 };
 
 // One tile's gradient in fixed point. Returns its unit.
-TWA_AVX512 inline double load_fixed(const TensorTable& grads, const Block& block, int64_t tile, int32_t* q) {
+TWA_AVX512 inline double load_fixed(const TensorTable& grads, const Block& block, int64_t tile,
+                                    int32_t* q) {
   alignas(64) float v[kTileColumns];
   const int64_t column = block.first_column + tile * kTileColumns;
   const int valid = valid_columns(grads.numel, block, tile);
@@ -149,12 +176,15 @@ TWA_AVX512 inline double load_fixed(const TensorTable& grads, const Block& block
 }
 
 template <int kBits>
-TWA_AVX512 inline void prepare(const TensorTable& grads, const Block& block, int64_t tile, Prepared<kBits>* out) {
+TWA_AVX512 inline void prepare(const TensorTable& grads, const Block& block, int64_t tile,
+                               Prepared<kBits>* out) {
   alignas(64) int32_t q[kTileColumns];
   out->unit = load_fixed(grads, block, tile, q);
   __m512i total = _mm512_setzero_si512();
-  for (int c = 0; c < kTileColumns; c += 16) total = _mm512_add_epi32(total, _mm512_load_si512(q + c));
-  out->offset = (kBits == 1 ? -127.0 : -128.0) * _mm512_reduce_add_epi32(total);  // |sum| <= 128 * 2^23
+  for (int c = 0; c < kTileColumns; c += 16)
+    total = _mm512_add_epi32(total, _mm512_load_si512(q + c));
+  out->offset =
+      (kBits == 1 ? -127.0 : -128.0) * _mm512_reduce_add_epi32(total);  // |sum| <= 128 * 2^23
   if constexpr (kBits == 1) {
     for (int b = 0; b < 16; ++b)
       for (int h = 0; h < 2; ++h) {
@@ -174,9 +204,12 @@ TWA_AVX512 inline void prepare(const TensorTable& grads, const Block& block, int
       transpose_lanes(lane);
 #pragma GCC unroll 4
       for (int m = 0; m < 4; ++m) {
-        _mm512_store_si512(out->operands.v[f][0][m], _mm512_shuffle_epi32(lane[m], static_cast<_MM_PERM_ENUM>(0xaa)));
-        _mm512_store_si512(out->operands.v[f][1][m], _mm512_shuffle_epi32(lane[m], static_cast<_MM_PERM_ENUM>(0x55)));
-        _mm512_store_si512(out->operands.v[f][2][m], _mm512_shuffle_epi32(lane[m], static_cast<_MM_PERM_ENUM>(0x00)));
+        _mm512_store_si512(out->operands.v[f][0][m],
+                           _mm512_shuffle_epi32(lane[m], static_cast<_MM_PERM_ENUM>(0xaa)));
+        _mm512_store_si512(out->operands.v[f][1][m],
+                           _mm512_shuffle_epi32(lane[m], static_cast<_MM_PERM_ENUM>(0x55)));
+        _mm512_store_si512(out->operands.v[f][2][m],
+                           _mm512_shuffle_epi32(lane[m], static_cast<_MM_PERM_ENUM>(0x00)));
       }
     }
   }
@@ -184,7 +217,8 @@ TWA_AVX512 inline void prepare(const TensorTable& grads, const Block& block, int
 
 // acc[g][limb] += products of field f, dword m, for two groups of rows that share the operands.
 template <int kBits>
-TWA_AVX512 inline void multiply(__m512i levels0, __m512i levels1, const Operands<kBits>& operands, int f, int m, __m512i (*acc)[3]) {
+TWA_AVX512 inline void multiply(__m512i levels0, __m512i levels1, const Operands<kBits>& operands,
+                                int f, int m, __m512i (*acc)[3]) {
 #pragma GCC unroll 3
   for (int limb = 0; limb < 3; ++limb) {
     const __m512i k = operands.get(f, limb, m);
@@ -195,15 +229,18 @@ TWA_AVX512 inline void multiply(__m512i levels0, __m512i levels1, const Operands
 
 // Sums of lanes 0..3 of four vectors: lane k of the result = sum of the lanes of v[k].
 TWA_AVX512 inline __m512i add_lanes4(__m512i v0, __m512i v1, __m512i v2, __m512i v3) {
-  const __m512i a = _mm512_add_epi32(_mm512_shuffle_i32x4(v0, v1, 0x88), _mm512_shuffle_i32x4(v0, v1, 0xdd));
-  const __m512i b = _mm512_add_epi32(_mm512_shuffle_i32x4(v2, v3, 0x88), _mm512_shuffle_i32x4(v2, v3, 0xdd));
+  const __m512i a =
+      _mm512_add_epi32(_mm512_shuffle_i32x4(v0, v1, 0x88), _mm512_shuffle_i32x4(v0, v1, 0xdd));
+  const __m512i b =
+      _mm512_add_epi32(_mm512_shuffle_i32x4(v2, v3, 0x88), _mm512_shuffle_i32x4(v2, v3, 0xdd));
   return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
 }
 
 // Exact sums over the tile's columns for 16 rows, element r = row r, as add_rows16 takes them.
 // `stream` is where the rows lie in memory, to prefetch what follows them; `codes` may be a copy.
 template <int kBits>
-TWA_AVX512 inline void sum_rows16(const uint8_t* codes, const uint8_t* stream, const LevelTables<kBits>& tables, const Operands<kBits>& operands,
+TWA_AVX512 inline void sum_rows16(const uint8_t* codes, const uint8_t* stream,
+                                  const LevelTables<kBits>& tables, const Operands<kBits>& operands,
                                   __m512i* high, __m512i* low) {
   constexpr int kBytes = row_bytes(kBits);
   __m512i sums[3];
@@ -216,23 +253,28 @@ TWA_AVX512 inline void sum_rows16(const uint8_t* codes, const uint8_t* stream, c
       for (int h = 0; h < kBytes / 64; ++h) {
         __m512i u[8];
 #pragma GCC unroll 8
-        for (int e = 0; e < 8; ++e) u[e] = _mm512_loadu_si512(codes + (4 * g + e) * kBytes + 64 * h);
+        for (int e = 0; e < 8; ++e)
+          u[e] = _mm512_loadu_si512(codes + (4 * g + e) * kBytes + 64 * h);
         transpose_dwords(u);
         transpose_dwords(u + 4);
 #pragma GCC unroll 4
         for (int m = 0; m < 4; ++m) {
           __m512i levels0[2], levels1[2];
-          const uint8_t* lines = stream + (4 * g + 2 * m) * kBytes + 128 * h;  // two of the 8 that these rows' halves have
+          const uint8_t* lines = stream + (4 * g + 2 * m) * kBytes +
+                                 128 * h;  // two of the 8 that these rows' halves have
           prefetch_line(kBits == 8 ? stream + (4 * g + 4 * h + m) * kBytes : lines, &acc[g][0]);
-          prefetch_line(kBits == 8 ? stream + (4 * g + 4 * h + m) * kBytes + 64 : lines + kBytes, &acc[g + 1][0]);
+          prefetch_line(kBits == 8 ? stream + (4 * g + 4 * h + m) * kBytes + 64 : lines + kBytes,
+                        &acc[g + 1][0]);
           expand_avx512<kBits>(u[m], tables, levels0);
           expand_avx512<kBits>(u[4 + m], tables, levels1);
           multiply<kBits>(levels0[0], levels1[0], operands, h, m, acc + g);
-          if constexpr (kBits == 4) multiply<kBits>(levels0[1], levels1[1], operands, 1, m, acc + g);
+          if constexpr (kBits == 4)
+            multiply<kBits>(levels0[1], levels1[1], operands, 1, m, acc + g);
         }
       }
     }
-    for (int limb = 0; limb < 3; ++limb) sums[limb] = add_lanes4(acc[0][limb], acc[1][limb], acc[2][limb], acc[3][limb]);
+    for (int limb = 0; limb < 3; ++limb)
+      sums[limb] = add_lanes4(acc[0][limb], acc[1][limb], acc[2][limb], acc[3][limb]);
   } else if constexpr (kBits == 1) {
     __m512i u[4], acc[4];
     for (int e = 0; e < 4; ++e) u[e] = _mm512_loadu_si512(codes + 64 * e);
@@ -244,10 +286,13 @@ TWA_AVX512 inline void sum_rows16(const uint8_t* codes, const uint8_t* stream, c
 #pragma GCC unroll 8
       for (int k = 0; k < 8; ++k)
         acc[m] = _mm512_add_epi32(
-            acc[m], _mm512_permutexvar_epi32(_mm512_srli_epi32(u[m], static_cast<unsigned>(4 * k)), _mm512_load_si512(operands.v[m][k / 2][k % 2])));
+            acc[m], _mm512_permutexvar_epi32(_mm512_srli_epi32(u[m], static_cast<unsigned>(4 * k)),
+                                             _mm512_load_si512(operands.v[m][k / 2][k % 2])));
     }
-    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);  // row 4 e + k <- lane k element e
-    *high = _mm512_permutexvar_epi32(order, _mm512_add_epi32(_mm512_add_epi32(acc[0], acc[1]), _mm512_add_epi32(acc[2], acc[3])));
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4,
+                                           0);  // row 4 e + k <- lane k element e
+    *high = _mm512_permutexvar_epi32(order, _mm512_add_epi32(_mm512_add_epi32(acc[0], acc[1]),
+                                                             _mm512_add_epi32(acc[2], acc[3])));
     return;
   } else {
     __m512i acc[2][3], u[2][4], w[2][4];
@@ -267,9 +312,11 @@ TWA_AVX512 inline void sum_rows16(const uint8_t* codes, const uint8_t* stream, c
     for (int m = 0; m < 4; ++m) {
       __m512i levels0[4], levels1[4];
 #pragma GCC unroll 3
-      for (int line = m * kBits; line < (m + 1) * kBits; ++line) prefetch_line(stream + 64 * line, &acc[line % 2][line / 2 % 3]);
+      for (int line = m * kBits; line < (m + 1) * kBits; ++line)
+        prefetch_line(stream + 64 * line, &acc[line % 2][line / 2 % 3]);
       if constexpr (kBits == 3) {
-        const __m512i odd_lanes = _mm512_set_epi64(0x0001000100010001, 0x0001000100010001, 0, 0, 0x0001000100010001, 0x0001000100010001, 0, 0);
+        const __m512i odd_lanes = _mm512_set_epi64(0x0001000100010001, 0x0001000100010001, 0, 0,
+                                                   0x0001000100010001, 0x0001000100010001, 0, 0);
         expand3_avx512(u[0][m], _mm512_srlv_epi16(w[0][m], odd_lanes), tables, levels0);
         expand3_avx512(u[1][m], _mm512_srlv_epi16(w[1][m], odd_lanes), tables, levels1);
       } else {
@@ -283,33 +330,42 @@ TWA_AVX512 inline void sum_rows16(const uint8_t* codes, const uint8_t* stream, c
     const __m512i order = _mm512_set_epi32(15, 11, 14, 10, 13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0);
     for (int limb = 0; limb < 3; ++limb) {
       const __m512i pairs =
-          _mm512_add_epi32(_mm512_shuffle_i32x4(acc[0][limb], acc[1][limb], 0x88), _mm512_shuffle_i32x4(acc[0][limb], acc[1][limb], 0xdd));
+          _mm512_add_epi32(_mm512_shuffle_i32x4(acc[0][limb], acc[1][limb], 0x88),
+                           _mm512_shuffle_i32x4(acc[0][limb], acc[1][limb], 0xdd));
       sums[limb] = _mm512_permutexvar_epi32(order, pairs);
     }
   }
   *high = sums[0];
-  *low = _mm512_add_epi32(_mm512_slli_epi32(sums[1], 8), sums[2]);  // below 2^31: 128 * 255 * 128 * 257
+  *low = _mm512_add_epi32(_mm512_slli_epi32(sums[1], 8),
+                          sums[2]);  // below 2^31: 128 * 255 * 128 * 257
 }
 
-// acc[i] += scale[i] * unit * (65536 high[i] + low[i] + offset) for up to 16 rows; 1 bit: (254 high[i] + offset).
+// acc[i] += scale[i] * unit * (65536 high[i] + low[i] + offset) for up to 16 rows; 1 bit: (254
+// high[i] + offset).
 template <int kBits>
-TWA_AVX512 inline void add_rows16(__m512i high, __m512i low, __m512d offset, __m512d unit, const uint8_t* scales, int64_t rows, double* acc) {
+TWA_AVX512 inline void add_rows16(__m512i high, __m512i low, __m512d offset, __m512d unit,
+                                  const uint8_t* scales, int64_t rows, double* acc) {
   const __mmask16 mask = static_cast<__mmask16>(rows >= 16 ? 0xffff : (1 << rows) - 1);
   const __m512 scale = e4m3_to_float_avx512(_mm_maskz_loadu_epi8(mask, scales));
   const auto add = [&](__m256i h, __m256i l, __m256 s, __mmask8 m, double* out) TWA_AVX512 {
     // Exact: the dot product has 38 bits, the scale 4.
-    const __m512d dot = kBits == 1 ? _mm512_fmadd_pd(_mm512_cvtepi32_pd(h), _mm512_set1_pd(254.0), offset)
-                                   : _mm512_add_pd(_mm512_fmadd_pd(_mm512_cvtepi32_pd(h), _mm512_set1_pd(65536.0), _mm512_cvtepi32_pd(l)), offset);
+    const __m512d dot =
+        kBits == 1 ? _mm512_fmadd_pd(_mm512_cvtepi32_pd(h), _mm512_set1_pd(254.0), offset)
+                   : _mm512_add_pd(_mm512_fmadd_pd(_mm512_cvtepi32_pd(h), _mm512_set1_pd(65536.0),
+                                                   _mm512_cvtepi32_pd(l)),
+                                   offset);
     const __m512d term = _mm512_mul_pd(dot, _mm512_mul_pd(_mm512_cvtps_pd(s), unit));
     _mm512_mask_storeu_pd(out, m, _mm512_add_pd(_mm512_maskz_loadu_pd(m, out), term));
   };
-  add(_mm512_castsi512_si256(high), _mm512_castsi512_si256(low), _mm512_castps512_ps256(scale), static_cast<__mmask8>(mask), acc);
-  add(_mm512_extracti64x4_epi64(high, 1), _mm512_extracti64x4_epi64(low, 1), _mm512_extractf32x8_ps(scale, 1), static_cast<__mmask8>(mask >> 8),
-      acc + 8);
+  add(_mm512_castsi512_si256(high), _mm512_castsi512_si256(low), _mm512_castps512_ps256(scale),
+      static_cast<__mmask8>(mask), acc);
+  add(_mm512_extracti64x4_epi64(high, 1), _mm512_extracti64x4_epi64(low, 1),
+      _mm512_extractf32x8_ps(scale, 1), static_cast<__mmask8>(mask >> 8), acc + 8);
 }
 
 template <int kBits>
-TWA_AVX512 void block_avx512(const BasisView& basis, const TensorTable& grads, const Block& block, double* acc) {
+TWA_AVX512 void block_avx512(const BasisView& basis, const TensorTable& grads, const Block& block,
+                             double* acc) {
   constexpr int kBytes = row_bytes(kBits);
   const LevelTables<kBits> tables;
   const int64_t n = basis.n;
@@ -351,7 +407,8 @@ ProjectBlock project_block(int bits) {
   return with_bits(bits, [](auto b) { return pick(tiers<b()>()); });
 }
 
-void project_partial(ProjectBlock kernel, const BasisView& basis, const TensorTable& grads, const Block& block, double* partial) {
+void project_partial(ProjectBlock kernel, const BasisView& basis, const TensorTable& grads,
+                     const Block& block, double* partial) {
   static thread_local std::vector<double> acc;
   acc.assign(static_cast<size_t>(basis.n), 0.0);
   kernel(basis, grads, block, acc.data());
@@ -360,16 +417,20 @@ void project_partial(ProjectBlock kernel, const BasisView& basis, const TensorTa
 
 Status project_cpu(const BasisView& basis, const TensorTable& grads, float* c, int threads) {
   const int64_t n = basis.n, segments = basis.num_segments;
-  if (!valid_bits(basis.bits) || n < 1 || n > kMaxRows || total_tiles(grads) != basis.num_tiles) return Status::bad_argument;
+  if (!valid_bits(basis.bits) || n < 1 || n > kMaxRows || total_tiles(grads) != basis.num_tiles)
+    return Status::bad_argument;
   const std::vector<Block> blocks = blocks_of(grads, basis.tile_segment);
   std::vector<double> partial(blocks.size() * n), total(segments * n, 0.0);
   const ProjectBlock kernel = project_block(basis.bits);
-  parallel_for(static_cast<int64_t>(blocks.size()), threads,
-               [&](int64_t k) { project_partial(kernel, basis, grads, blocks[k], partial.data() + k * n); });
+  parallel_for(static_cast<int64_t>(blocks.size()), threads, [&](int64_t k) {
+    project_partial(kernel, basis, grads, blocks[k], partial.data() + k * n);
+  });
   for (size_t k = 0; k < blocks.size(); ++k)
     for (int64_t i = 0; i < n; ++i) total[blocks[k].segment * n + i] += partial[k * n + i];
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t l = 0; l < segments; ++l) c[i * segments + l] = static_cast<float>(total[l * n + i] * basis.row_scale[i * segments + l]);
+    for (int64_t l = 0; l < segments; ++l)
+      c[i * segments + l] =
+          static_cast<float>(total[l * n + i] * basis.row_scale[i * segments + l]);
   return Status::ok;
 }
 

@@ -1,9 +1,12 @@
 // step:  c = project(g);  x = optimizer(x, c);  out = center + x^T P, segment by segment.
 //
-// Operands   as project and reconstruct; x and the optimizer's state (n, L) fp32, updated in place; c (n, L) fp32, written.
-// Work map   first pass: a resident segment, of at most kResidentBytes of codes and a thread's share of all of them, is one item, in
-//            which one thread projects, updates and reconstructs, so that the second read of its codes hits the core's cache; other
-//            segments are projected by blocks. Second pass: the others' blocks are reconstructed, the most recently read first.
+// Operands   as project and reconstruct; x and the optimizer's state (n, L) fp32, updated in place;
+//            c (n, L) fp32, written.
+// Work map   first pass: a resident segment, of at most kResidentBytes of codes and a thread's
+//            share of all of them, is one item, in which one thread projects, updates and
+//            reconstructs, so that the second read of its codes hits the core's cache; other
+//            segments are projected by blocks. Second pass: the others' blocks are reconstructed,
+//            the most recently read first.
 // Bytes      codes of resident segments once, of others twice; gradient, center and out once.
 // Bits       the same as project_cpu, the update, and reconstruct_cpu one after the other.
 #include <algorithm>
@@ -14,9 +17,11 @@
 namespace twa {
 namespace {
 
-constexpr int64_t kResidentBytes = int64_t{1} << 20;  // half of the second-level cache of a current server core
+constexpr int64_t kResidentBytes =
+    int64_t{1} << 20;  // half of the second-level cache of a current server core
 
-// torch.optim.SGD and AdamW on one number, in float32 as they compute, with what all numbers share computed once in float64.
+// torch.optim.SGD and AdamW on one number, in float32 as they compute, with what all numbers share
+// computed once in float64.
 struct Rule {
   bool adamw, maximize, nesterov, fresh;
   float lr, decay, momentum, dampened;        // sgd; decay: weight decay
@@ -43,7 +48,8 @@ struct Rule {
     if (maximize) g = -g;
     if (adamw) {
       *x *= shrink;
-      *first = w1 < 0.5f ? *first + w1 * (g - *first) : g - (g - *first) * (1.0f - w1);  // torch.lerp, exact at both ends
+      *first = w1 < 0.5f ? *first + w1 * (g - *first)
+                         : g - (g - *first) * (1.0f - w1);  // torch.lerp, exact at both ends
       *second = *second * b2 + w2 * g * g;
       *x -= size * *first / (std::sqrt(*second) / root + eps);
       return;
@@ -63,12 +69,14 @@ Status step_cpu(const BasisView& basis, const TensorTable& grads, const Update& 
                 const Coefficients& coefficients, const TensorTable& center, const TensorTable& out,
                 float* c, int threads) {
   const int64_t n = basis.n, segments = basis.num_segments;
-  float *const x = coefficients.x, *const first = coefficients.first, *const second = coefficients.second;
+  float *const x = coefficients.x, *const first = coefficients.first,
+               *const second = coefficients.second;
   if (!valid_bits(basis.bits) || n < 1 || n > kMaxRows || total_tiles(out) != basis.num_tiles ||
       grads.count != out.count || update.step < 1 || (!first && update.keeps_first()) ||
       (!second && update.keeps_second()))
     return Status::bad_argument;
-  const std::vector<Block> blocks = make_blocks(out.numel, out.count, basis.tile_segment, kBlockTiles);
+  const std::vector<Block> blocks =
+      make_blocks(out.numel, out.count, basis.tile_segment, kBlockTiles);
   std::vector<std::vector<int64_t>> of_segment(segments);  // blocks in order
   std::vector<int64_t> bytes(segments, 0);
   int64_t total_bytes = 0;
@@ -116,7 +124,8 @@ Status step_cpu(const BasisView& basis, const TensorTable& grads, const Update& 
     if (block >= 0) return project_one(block);
     for (const int64_t k : of_segment[l]) project_one(k);
     update_segment(l);
-    for (auto k = of_segment[l].rbegin(); k != of_segment[l].rend(); ++k) reconstruct(basis, scaled.data() + l * n, center, out, blocks[*k]);
+    for (auto k = of_segment[l].rbegin(); k != of_segment[l].rend(); ++k)
+      reconstruct(basis, scaled.data() + l * n, center, out, blocks[*k]);
   });
   std::vector<int64_t> rest;
   for (const int64_t l : shared) {

@@ -1,5 +1,6 @@
-// What the kernels ask of a GPU, one small function per instruction, and the launch. tests/emulator/emulator.h has the same functions for a CPU, so
-// that the kernels themselves, not copies of them, run in tests on machines without a GPU (compiled with -DTWA_EMULATE).
+// What the kernels ask of a GPU, one small function per instruction, and the launch.
+// tests/emulator/emulator.h has the same functions for a CPU, so that the kernels themselves, not
+// copies of them, run in tests on machines without a GPU (compiled with -DTWA_EMULATE).
 #pragma once
 
 #include "../twa.h"
@@ -32,53 +33,69 @@ TWA_DEVICE int warp_sum(int v) { return __reduce_add_sync(0xffffffffu, v); }
 TWA_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 TWA_DEVICE double shuffle_xor(double v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 
-TWA_DEVICE int dot4(uint32_t a, uint32_t b, int c) { return __dp4a(static_cast<int>(a), static_cast<int>(b), c); }
+TWA_DEVICE int dot4(uint32_t a, uint32_t b, int c) {
+  return __dp4a(static_cast<int>(a), static_cast<int>(b), c);
+}
 TWA_DEVICE int round_to_int(float v) { return __float2int_rn(v); }
 
-// d += a (16 x 32) * b (32 x 8), 8-bit integers (b signed; a signed, or unsigned for kUnsigned), int32 sums. Lane 4 g + t holds, in order,
-// a: row g bytes 4 t .. 4 t + 3, row g + 8 the same bytes, row g bytes 16 + 4 t .., row g + 8 bytes 16 + 4 t ..;
-// b: column g, rows 4 t .. 4 t + 3, then rows 16 + 4 t ..;   d: row g columns 2 t, 2 t + 1, then row g + 8.
+// d += a (16 x 32) * b (32 x 8), 8-bit integers (b signed; a signed, or unsigned for kUnsigned),
+// int32 sums. Lane 4 g + t holds, in order, a: row g bytes 4 t .. 4 t + 3, row g + 8 the same
+// bytes, row g bytes 16 + 4 t .., row g + 8 bytes 16 + 4 t ..;
+// b: column g, rows 4 t .. 4 t + 3, then rows 16 + 4 t ..;   d: row g columns 2 t, 2 t + 1, then
+// row g + 8.
 template <bool kUnsigned>
-TWA_DEVICE void multiply_add(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+TWA_DEVICE void multiply_add(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                             uint32_t b0, uint32_t b1) {
   if constexpr (kUnsigned) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
+        "%9}, {%0, %1, %2, %3};"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   } else {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
+        "%9}, {%0, %1, %2, %3};"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   }
 }
 
-// The same with half as many products: a (16 x 16), b (16 x 8); the first two words of a and the first of b.
+// The same with half as many products: a (16 x 16), b (16 x 8); the first two words of a and the
+// first of b.
 template <bool kUnsigned>
 TWA_DEVICE void multiply_add_half(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
   if constexpr (kUnsigned) {
-    asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, "
+        "%1, %2, %3};"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a0), "r"(a1), "r"(b0));
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, "
+        "%1, %2, %3};"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a0), "r"(a1), "r"(b0));
   }
 }
 
-// d += a (8 x 4) * b (4 x 8) in float64. Lane 4 g + t holds a: row g, column t;   b: row t, column g;   d: row g, columns 2 t, 2 t + 1.
+// d += a (8 x 4) * b (4 x 8) in float64. Lane 4 g + t holds a: row g, column t;   b: row t, column
+// g;   d: row g, columns 2 t, 2 t + 1.
 TWA_DEVICE void multiply_add_f64(double (&d)[2], double a, double b) {
-  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+d"(d[0]), "+d"(d[1]) : "d"(a), "d"(b));
+  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+      : "+d"(d[0]), "+d"(d[1])
+      : "d"(a), "d"(b));
 }
-// The same for two blocks of 8 rows of a, and 8 columns of it: what element e of an operand holds belongs together, e = 0 and 1. One instruction from
-// sm_90 on, which feeds the matrix units with fewer reads of registers.
-TWA_DEVICE void multiply_add_f64(double (&upper)[2], double (&lower)[2], const double (&a_upper)[2], const double (&a_lower)[2],
-                                 const double (&b)[2]) {
+// The same for two blocks of 8 rows of a, and 8 columns of it: what element e of an operand holds
+// belongs together, e = 0 and 1. One instruction from sm_90 on, which feeds the matrix units with
+// fewer reads of registers.
+TWA_DEVICE void multiply_add_f64(double (&upper)[2], double (&lower)[2], const double (&a_upper)[2],
+                                 const double (&a_lower)[2], const double (&b)[2]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
+      "%9}, {%0, %1, %2, %3};"
       : "+d"(upper[0]), "+d"(upper[1]), "+d"(lower[0]), "+d"(lower[1])
       : "d"(a_upper[0]), "d"(a_lower[0]), "d"(a_upper[1]), "d"(a_lower[1]), "d"(b[0]), "d"(b[1]));
 #else
-  for (int e = 0; e < 2; ++e) multiply_add_f64(upper, a_upper[e], b[e]), multiply_add_f64(lower, a_lower[e], b[e]);
+  for (int e = 0; e < 2; ++e)
+    multiply_add_f64(upper, a_upper[e], b[e]), multiply_add_f64(lower, a_lower[e], b[e]);
 #endif
 }
 
@@ -86,7 +103,8 @@ TWA_DEVICE void multiply_add_f64(double (&upper)[2], double (&lower)[2], const d
 TWA_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 TWA_DEVICE float square_root(float a) { return __fsqrt_rn(a); }
 
-// Loads and stores of global memory: pointers that come out of tables would else be taken for generic ones.
+// Loads and stores of global memory: pointers that come out of tables would else be taken for
+// generic ones.
 TWA_DEVICE uint4 load_16(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
 TWA_DEVICE uint2 load_8(const void* p) { return __ldg(static_cast<const uint2*>(p)); }
 TWA_DEVICE uint32_t load_4(const void* p) { return __ldg(static_cast<const uint32_t*>(p)); }
@@ -111,14 +129,16 @@ TWA_DEVICE uint64_t evict_normal() {
   return policy;
 }
 
-// After reading a slot and before the warp synchronises to let the copy engine write it again: the two see memory by different ways.
+// After reading a slot and before the warp synchronises to let the copy engine write it again: the
+// two see memory by different ways.
 TWA_DEVICE void release_to_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
-// Asynchronous copies into shared memory. A barrier completes a phase when the bytes announced to it have arrived.
+// Asynchronous copies into shared memory. A barrier completes a phase when the bytes announced to
+// it have arrived.
 // bulk_copies: one instruction for kilobytes (cp.async.bulk); else 16 bytes a lane (cp.async).
 TWA_DEVICE constexpr bool bulk_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -128,9 +148,12 @@ TWA_DEVICE constexpr bool bulk_copies() {
 #endif
 }
 
-TWA_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+TWA_DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 TWA_DEVICE void barrier_init(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
+               : "memory");
 }
 // Makes initialised barriers visible to the copy engine; then the warp must synchronise.
 TWA_DEVICE void barrier_publish() {
@@ -140,40 +163,57 @@ TWA_DEVICE void barrier_publish() {
 }
 TWA_DEVICE void barrier_expect(uint64_t* barrier, int bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
 #endif
 }
 TWA_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("{ .reg .pred done; wait: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra.uni wait; }" ::"r"(shared_address(barrier)),
-               "r"(parity)
-               : "memory");
+  asm volatile(
+      "{ .reg .pred done; wait: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra.uni "
+      "wait; }" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
 #else
-  asm volatile("{ .reg .pred done; wait: mbarrier.test_wait.parity.shared.b64 done, [%0], %1; @!done bra.uni wait; }" ::"r"(shared_address(barrier)),
-               "r"(parity)
-               : "memory");
+  asm volatile(
+      "{ .reg .pred done; wait: mbarrier.test_wait.parity.shared.b64 done, [%0], %1; @!done "
+      "bra.uni wait; }" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
 #endif
 }
 // to, from and bytes are multiples of 16.
-TWA_DEVICE void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier, uint64_t policy) {
+TWA_DEVICE void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier,
+                          uint64_t policy) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
 #endif
 }
 TWA_DEVICE void copy_16(void* to, const void* from, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "l"(policy) : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+      "l"(from), "l"(policy)
+      : "memory");
 }
 TWA_DEVICE void copy_4(void* to, const void* from, uint64_t policy) {
-  asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "l"(policy) : "memory");
+  asm volatile(
+      "cp.async.ca.shared.global.L2::cache_hint [%0], [%1], 4, %2;" ::"r"(shared_address(to)),
+      "l"(from), "l"(policy)
+      : "memory");
 }
 // Arrives at the barrier when this lane's copies so far have come.
 TWA_DEVICE void barrier_arrive_after_copies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier))
+               : "memory");
 }
 
-// Between blocks of one kernel: everything written before `publish` is seen by who reads the counter's new value.
+// Between blocks of one kernel: everything written before `publish` is seen by who reads the
+// counter's new value.
 TWA_DEVICE void fence() { __threadfence(); }
 TWA_DEVICE int counter_add(int* counter, int by) { return atomicAdd(counter, by); }
 TWA_DEVICE int counter_read(const int* counter) {
@@ -183,7 +223,8 @@ TWA_DEVICE int counter_read(const int* counter) {
 }
 TWA_DEVICE void pause() { __nanosleep(64); }
 
-// f() with `device` as the current device; the CUDA error of either. An error is not left for the next call to report.
+// f() with `device` as the current device; the CUDA error of either. An error is not left for the
+// next call to report.
 template <class F>
 cudaError_t on_device(int device, const F& f) {
   int before = 0;
@@ -194,17 +235,22 @@ cudaError_t on_device(int device, const F& f) {
   if (device != before) cudaSetDevice(before);
   return error;
 }
-// Runs kernel(arguments) in `blocks` blocks; the CUDA error, 0 if the launch succeeded. No block, no launch.
+// Runs kernel(arguments) in `blocks` blocks; the CUDA error, 0 if the launch succeeded. No block,
+// no launch.
 template <class Arguments>
-int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_bytes, const Place& where, const Arguments& arguments) {
+int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_bytes,
+           const Place& where, const Arguments& arguments) {
   return static_cast<int>(on_device(where.device, [&] {
     if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
     cudaError_t error = cudaSuccess;
-    if (shared_bytes > 48 << 10) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (shared_bytes > 48 << 10)
+      error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess || blocks == 0) return error;
     void* pointers[] = {const_cast<Arguments*>(&arguments)};
-    return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), pointers,
-                            static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(where.stream));
+    return cudaLaunchKernel(
+        kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), pointers,
+        static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(where.stream));
   }));
 }
 // Blocks of a kernel that the device runs at once, or minus the CUDA error.
@@ -213,8 +259,11 @@ int resident_blocks(void (*kernel)(Arguments), int threads, int shared_bytes, in
   int per = 0, count = 0;
   const cudaError_t error = on_device(device, [&] {
     cudaError_t e = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    if (e == cudaSuccess) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (e == cudaSuccess) e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per, kernel, threads, static_cast<size_t>(shared_bytes));
+    if (e == cudaSuccess)
+      e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (e == cudaSuccess)
+      e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per, kernel, threads,
+                                                        static_cast<size_t>(shared_bytes));
     return e;
   });
   return error == cudaSuccess ? per * count : -static_cast<int>(error);
@@ -222,7 +271,8 @@ int resident_blocks(void (*kernel)(Arguments), int threads, int shared_bytes, in
 // Sets device memory to zero, in the stream's order.
 inline int clear(void* p, int64_t bytes, const Place& where) {
   return static_cast<int>(on_device(where.device, [&] {
-    return cudaMemsetAsync(p, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(where.stream));
+    return cudaMemsetAsync(p, 0, static_cast<size_t>(bytes),
+                           static_cast<cudaStream_t>(where.stream));
   }));
 }
 

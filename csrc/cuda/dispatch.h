@@ -10,18 +10,24 @@ namespace twa {
 constexpr int kInvalidValue = 1;            // cudaErrorInvalidValue
 constexpr int kLaunchOutOfResources = 701;  // cudaErrorLaunchOutOfResources
 
-// Kernels are built for blocks of 16, 32, 48, 64, 80, 96, 128 rows, in units of 16, and at 1 bit, where a row is 16 bytes, 256.
+// Kernels are built for blocks of 16, 32, 48, 64, 80, 96, 128 rows, in units of 16, and at 1 bit,
+// where a row is 16 bytes, 256.
 constexpr int most_units(int bits) { return bits == 1 ? 16 : 8; }
 constexpr int built_units(int units) { return units <= 6 ? units : units <= 8 ? 8 : 16; }
-// project: two slots of 64 rows are 17 KiB at 8 bits, and a block must do with 99 KiB (sm_86, sm_89, sm_120); at 1 bit rows go in pairs, 32 to
-// an operand.
+// project: two slots of 64 rows are 17 KiB at 8 bits, and a block must do with 99 KiB (sm_86,
+// sm_89, sm_120); at 1 bit rows go in pairs, 32 to an operand.
 constexpr int project_most_units(int bits) { return bits == 8 ? 4 : most_units(bits); }
 constexpr int kMostShared = 99 << 10;
-constexpr int project_built_units(int bits, int units) { return built_units(bits == 1 ? (units + 1) / 2 * 2 : units); }
-constexpr bool is_built_for_project(int bits, int units) { return units <= project_most_units(bits) && units == project_built_units(bits, units); }
+constexpr int project_built_units(int bits, int units) {
+  return built_units(bits == 1 ? (units + 1) / 2 * 2 : units);
+}
+constexpr bool is_built_for_project(int bits, int units) {
+  return units <= project_most_units(bits) && units == project_built_units(bits, units);
+}
 // Rows are split evenly over as few blocks as hold them.
 inline int project_units(int64_t n, int bits) {
-  const int64_t units = (n + 15) / 16, most = project_most_units(bits), blocks = (units + most - 1) / most;
+  const int64_t units = (n + 15) / 16, most = project_most_units(bits),
+                blocks = (units + most - 1) / most;
   return project_built_units(bits, static_cast<int>((units + blocks - 1) / blocks));
 }
 inline int reconstruct_units(int64_t n, int bits) {
@@ -30,11 +36,15 @@ inline int reconstruct_units(int64_t n, int bits) {
 }
 
 inline bool is_valid(const BasisView& basis) {
-  return valid_bits(basis.bits) && basis.n >= 1 && basis.n <= kMaxRows && reinterpret_cast<uintptr_t>(basis.codes) % 16 == 0;
+  return valid_bits(basis.bits) && basis.n >= 1 && basis.n <= kMaxRows &&
+         reinterpret_cast<uintptr_t>(basis.codes) % 16 == 0;
 }
 
-// Small enough for the second-level cache of an A100 or later, half of it: what project reads, reconstruct finds there. Larger bases pass once.
-inline bool fits_cache(const BasisView& basis) { return basis.num_tiles * basis.n * row_bytes(basis.bits) <= 20 << 20; }
+// Small enough for the second-level cache of an A100 or later, half of it: what project reads,
+// reconstruct finds there. Larger bases pass once.
+inline bool fits_cache(const BasisView& basis) {
+  return basis.num_tiles * basis.n * row_bytes(basis.bits) <= 20 << 20;
+}
 
 // f(integral_constant bits, integral_constant units).
 template <class F>

@@ -1,32 +1,43 @@
-// orthonormalize_pass on a GPU:  one read of the rows, for each of the three uses of block Gram-Schmidt.
+// orthonormalize_pass on a GPU:  one read of the rows, for each of the three uses of block
+// Gram-Schmidt.
 //
 //   gram    V = differences of rows;                    gram = V V^T
 //   again   V = transform * differences, unrounded;     gram = V V^T
 //   write   V = round(transform * differences), stored; gram = V (V^T probes^T) of what was stored
 //
-// Operands   rows: count * n tensors, center: count or none, parent (n,): row i becomes w_i - w_parent, or w_i - center where parent is -1.
-//            transform (r, n) float64, probes (6, r) float64, out: count * r tensors. Columns of all tensors come in chunks of 32; a chunk does not
-//            cross tensors.
-// Work map   n <= 64: block = 4 warps and a range of chunks, which depends on sizes alone; each warp streams chunks of its own and holds the whole
-//            lower triangle of V V^T (8 x 8 tiles of the matrix units) in registers. So every number is read, converted and subtracted once, and no
-//            warp waits for another until the end, when the warps' sums are added in order; a second kernel adds the blocks', in order.
-//            n > 64: panels of columns, a launch for each step: differences to global memory, transform, products of 32 x 32 rows a warp.
-// Fragments  The order of a contracted index is free, so lane 4 g + t takes what lies together: in V V^T row g of a tile and two neighbours of its
-//            columns, an operand for both sides; in transform * V row t and four neighbours, whose results are eight neighbours in row g.
-// Shared     2 slots a warp: 65 rows (the last: center) of 32 float32 columns, filled by asynchronous copies one chunk ahead. 16-byte pieces of a row
-//            are exchanged by its number (row_code), so that no access below has bank conflicts but by parents. `write` puts V where W was.
-// Sums       float64 in a fixed order; differences too; transform and V V^T on the float64 matrix units; `fast` makes no difference here. The units
-//            run at the speed of float32 on sm_80 and sm_90; on chips whose float64 is slow (sm_86, sm_89, sm_120) all is right, and slow.
-//            Products with probes: float32 over the columns of a chunk, then float64, as on the CPU (n > 64: float64).
-// Bytes      n * D * input read; r * D * output written. At n = 64, for 4 columns of all rows: 36 products of 8 x 4 by 4 x 8 (m8n8k4, four of them
-//            one m16n8k8 from sm_90 on) for each of V V^T and the transform; 64 differences, of which each takes two conversions.
+// Operands   rows: count * n tensors, center: count or none, parent (n,): row i becomes w_i -
+//            w_parent, or w_i - center where parent is -1. transform (r, n) float64, probes (6, r)
+//            float64, out: count * r tensors. Columns of all tensors come in chunks of 32; a chunk
+//            does not cross tensors.
+// Work map   n <= 64: block = 4 warps and a range of chunks, which depends on sizes alone; each
+//            warp streams chunks of its own and holds the whole lower triangle of V V^T (8 x 8
+//            tiles of the matrix units) in registers. So every number is read, converted and
+//            subtracted once, and no warp waits for another until the end, when the warps' sums are
+//            added in order; a second kernel adds the blocks', in order. n > 64: panels of columns,
+//            a launch for each step: differences to global memory, transform, products of 32 x 32
+//            rows a warp.
+// Fragments  The order of a contracted index is free, so lane 4 g + t takes what lies together: in
+//            V V^T row g of a tile and two neighbours of its columns, an operand for both sides; in
+//            transform * V row t and four neighbours, whose results are eight neighbours in row g.
+// Shared     2 slots a warp: 65 rows (the last: center) of 32 float32 columns, filled by
+//            asynchronous copies one chunk ahead. 16-byte pieces of a row are exchanged by its
+//            number (row_code), so that no access below has bank conflicts but by parents. `write`
+//            puts V where W was.
+// Sums       float64 in a fixed order; differences too; transform and V V^T on the float64 matrix
+//            units; `fast` makes no difference here. The units run at the speed of float32 on sm_80
+//            and sm_90; on chips whose float64 is slow (sm_86, sm_89, sm_120) all is right, and
+//            slow. Products with probes: float32 over the columns of a chunk, then float64, as on
+//            the CPU (n > 64: float64).
+// Bytes      n * D * input read; r * D * output written. At n = 64, for 4 columns of all rows: 36
+//            products of 8 x 4 by 4 x 8 (m8n8k4, four of them one m16n8k8 from sm_90 on) for each
+//            of V V^T and the transform; 64 differences, of which each takes two conversions.
 #include "orthonormalize_panels.cuh"
 #include "orthonormalize_small.cuh"
 
 namespace twa {
 namespace {
 
-// Sum over partial sums ------------------------------------------------------------------------------------------------
+// Sum over partial sums ---------------------------------------------------------------------------
 
 struct TotalArguments {
   const double* partials;          // (count, stride)
@@ -55,7 +66,8 @@ orthonormalize_total_kernel(TotalArguments a) {
   double sum = 0.0;
   if (at >= 0) {
 #pragma unroll 4
-    for (int64_t b = warp_index(); b < a.count; b += kTotalWays) sum += a.partials[b * a.stride + at];
+    for (int64_t b = warp_index(); b < a.count; b += kTotalWays)
+      sum += a.partials[b * a.stride + at];
   }
   ways[thread_index()] = sum;
   sync_block();
@@ -69,7 +81,9 @@ orthonormalize_total_kernel(TotalArguments a) {
 
 template <int kForm>
 int run_small(const Arguments& a, int64_t blocks, const Place& where) {
-  const auto run = [&](auto kernel, int bytes) { return launch(kernel, blocks, kThreads, bytes, where, a); };
+  const auto run = [&](auto kernel, int bytes) {
+    return launch(kernel, blocks, kThreads, bytes, where, a);
+  };
   constexpr Form form = static_cast<Form>(kForm);
   switch (divide_up(a.n, 16)) {
     case 1:
@@ -106,12 +120,15 @@ int run_large(Arguments a, int64_t most, const Place& where) {
 
 }  // namespace
 
-GramSchmidtPlan orthonormalize_plan(int64_t n, int64_t r, int64_t chunks, bool transform, bool write) {
+GramSchmidtPlan orthonormalize_plan(int64_t n, int64_t r, int64_t chunks, bool transform,
+                                    bool write) {
   GramSchmidtPlan plan{};
   const int64_t m = transform ? r : n, rows = round_up(n, 16);
   if (n <= kSmallRows) {
     plan.stride = (write ? rows * 8 : triangle(rows / 8)) + rows;
-    const int64_t blocks = divide_up(chunks, 2 * kWarps) < kMostBlocks ? divide_up(chunks, 2 * kWarps) : kMostBlocks;  // two chunks a warp at least
+    const int64_t blocks = divide_up(chunks, 2 * kWarps) < kMostBlocks
+                               ? divide_up(chunks, 2 * kWarps)
+                               : kMostBlocks;  // two chunks a warp at least
     plan.per_block = blocks ? round_up(divide_up(chunks, blocks), kWarps) : kWarps;
     plan.parts = divide_up(chunks, plan.per_block);
     plan.space = transform ? (rows / 8) * (rows / 8) * 65 : 0;
@@ -120,7 +137,8 @@ GramSchmidtPlan orthonormalize_plan(int64_t n, int64_t r, int64_t chunks, bool t
   plan.stride = (write ? round_up(m, 8) * 8 : triangle(divide_up(m, 8))) + rows;
   plan.parts = kPartialBytes / 8 / plan.stride;
   plan.parts = plan.parts < 1 ? 1 : plan.parts > kSlices ? kSlices : plan.parts;
-  const int64_t per_chunk = kChunk * (round_up(n, kBlock) + (transform ? round_up(r, kBlock) : 0) + (write ? 8 : 0));
+  const int64_t per_chunk =
+      kChunk * (round_up(n, kBlock) + (transform ? round_up(r, kBlock) : 0) + (write ? 8 : 0));
   plan.per_block = kPanelBytes / 8 / per_chunk;
   plan.per_block = plan.per_block < 1 ? 1 : plan.per_block > chunks ? chunks : plan.per_block;
   plan.space = plan.per_block * per_chunk;
@@ -142,11 +160,12 @@ int orthonormalize_pass_cuda(const DeviceRows& rows, const GramSchmidtPass& pass
   a.stride = plan.stride, a.fragments = space.space, a.slices = plan.parts;
   int error = 0;
   if (n <= kSmallRows) {
-    if (pass.transform) error = launch(orthonormalize_operands_kernel, tiles * tiles, 32, 0, where, a);
+    if (pass.transform)
+      error = launch(orthonormalize_operands_kernel, tiles * tiles, 32, 0, where, a);
     if (error == 0)
-      error = out         ? run_small<kWrite>(a, plan.parts, where)
+      error = out              ? run_small<kWrite>(a, plan.parts, where)
               : pass.transform ? run_small<kAgain>(a, plan.parts, where)
-                          : run_small<kGram>(a, plan.parts, where);
+                               : run_small<kGram>(a, plan.parts, where);
   } else {
     const int64_t columns = plan.per_block * kChunk;
     a.v = space.space, a.u = a.v + round_up(n, kBlock) * columns;
@@ -154,10 +173,19 @@ int orthonormalize_pass_cuda(const DeviceRows& rows, const GramSchmidtPass& pass
     error = run_large(a, plan.per_block, where);
   }
   if (error != 0) return error;
-  const TotalArguments total{space.partials, plan.parts,      plan.stride, plan.stride - round_up(n, 16),
-                             m,              out ? kProbes : m, n,         pass.first,
-                             out == nullptr, pass.gram,       pass.norms};
-  return launch(orthonormalize_total_kernel, divide_up(total.m * total.width + n, 32), kTotalThreads, 8 * kTotalThreads, where, total);
+  const TotalArguments total{space.partials,
+                             plan.parts,
+                             plan.stride,
+                             plan.stride - round_up(n, 16),
+                             m,
+                             out ? kProbes : m,
+                             n,
+                             pass.first,
+                             out == nullptr,
+                             pass.gram,
+                             pass.norms};
+  return launch(orthonormalize_total_kernel, divide_up(total.m * total.width + n, 32),
+                kTotalThreads, 8 * kTotalThreads, where, total);
 }
 
 }  // namespace twa

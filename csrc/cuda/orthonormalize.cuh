@@ -1,4 +1,5 @@
-// What all kernels of orthonormalize_pass share (orthonormalize.cu has their header): constants, arguments, chunks of columns, elements of any dtype.
+// What all kernels of orthonormalize_pass share (orthonormalize.cu has their header): constants,
+// arguments, chunks of columns, elements of any dtype.
 #pragma once
 
 #include "common.h"
@@ -8,18 +9,26 @@ namespace {
 
 enum Form { kGram, kAgain, kWrite };
 
-constexpr int kChunk = kOrthonormalizeChunk;  // columns: a line of the cache from each row; 128-byte rows make 4 tiles of 8 columns
+constexpr int kChunk = kOrthonormalizeChunk;  // columns: a line of the cache from each row;
+                                              // 128-byte rows make 4 tiles of 8 columns
 constexpr int kRowBytes = 4 * kChunk;
-constexpr int kSlots = 2;              // of a warp: one is worked on while the other is filled; 8 warps then have 64 KiB on their way
-constexpr int kSmallRows = 64;         // whose triangle fits in the registers of a warp: 36 tiles, 144 registers
-constexpr int64_t kMostBlocks = 1056;  // four times what 132 multiprocessors run at once, so that other numbers of them have little left over
+constexpr int kSlots = 2;  // of a warp: one is worked on while the other is filled; 8 warps then
+                           // have 64 KiB on their way
+constexpr int kSmallRows =
+    64;  // whose triangle fits in the registers of a warp: 36 tiles, 144 registers
+constexpr int64_t kMostBlocks = 1056;  // four times what 132 multiprocessors run at once, so that
+                                       // other numbers of them have little left over
 constexpr int kSlices = 32;            // n > 64: parts of a panel's columns, each with its own sums
-constexpr int64_t kPartialBytes = 64 << 20, kPanelBytes = 64 << 20;  // workspaces for n > 64: as much as the second-level cache, about
-constexpr int kTotalThreads = 256, kTotalWays = 8;                   // second kernel: 32 sums a block, 8 threads each
+constexpr int64_t kPartialBytes = 64 << 20,
+                  kPanelBytes =
+                      64 << 20;  // workspaces for n > 64: as much as the second-level cache, about
+constexpr int kTotalThreads = 256,
+              kTotalWays = 8;  // second kernel: 32 sums a block, 8 threads each
 
 TWA_HD constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 TWA_HD constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-// Numbers in the tiles of the lower triangle of (8 blocks, 8 blocks). Tile (i, k), k <= i, is number i (i + 1) / 2 + k, row-major.
+// Numbers in the tiles of the lower triangle of (8 blocks, 8 blocks). Tile (i, k), k <= i, is
+// number i (i + 1) / 2 + k, row-major.
 TWA_HD constexpr int64_t triangle(int64_t blocks) { return blocks * (blocks + 1) / 2 * 64; }
 
 struct Arguments {
@@ -35,10 +44,11 @@ struct Arguments {
   int64_t per_block;  // chunks
   double* partials;   // (blocks, stride): tiles, then squares of rows
   int64_t stride;
-  double* fragments;  // n <= 64: the transform as operands, (row tile, tile of 8 rows of V, lane, 2), then a mask
+  double* fragments;  // n <= 64: the transform as operands, (row tile, tile of 8 rows of V, lane,
+                      // 2), then a mask
   // n > 64: a panel of columns
   int64_t from, panel;  // first chunk, chunks
-  double *v, *u, *s;    // (rows of n, or r, to a multiple of 32, columns of the panel); (6, columns)
+  double *v, *u, *s;  // (rows of n, or r, to a multiple of 32, columns of the panel); (6, columns)
   int64_t slices;
 };
 
@@ -48,7 +58,8 @@ struct Cursor {
   // Whether it is another tensor than before.
   TWA_DEVICE bool seek(const Arguments& a, int64_t chunk) {
     if (chunk < end) return false;
-    int64_t low = 0, high = a.count;  // the last tensor that begins at or before it: the empty ones before have no chunk
+    int64_t low = 0, high = a.count;  // the last tensor that begins at or before it: the empty ones
+                                      // before have no chunk
     while (low + 1 < high) {
       const int64_t mid = (low + high) / 2;
       if (a.chunk_begin[mid] <= chunk)
@@ -56,16 +67,25 @@ struct Cursor {
       else
         high = mid;
     }
-    tensor = low, begin = a.chunk_begin[low], end = low + 1 < a.count ? a.chunk_begin[low + 1] : a.chunks, numel = a.numel[low];
+    tensor = low, begin = a.chunk_begin[low],
+    end = low + 1 < a.count ? a.chunk_begin[low + 1] : a.chunks, numel = a.numel[low];
     return true;
   }
   TWA_DEVICE int64_t column(int64_t chunk) const { return (chunk - begin) * kChunk; }
-  TWA_DEVICE int columns(int64_t chunk) const { return numel - column(chunk) < kChunk ? static_cast<int>(numel - column(chunk)) : kChunk; }
+  TWA_DEVICE int columns(int64_t chunk) const {
+    return numel - column(chunk) < kChunk ? static_cast<int>(numel - column(chunk)) : kChunk;
+  }
 };
 
-TWA_DEVICE float from_half(Dtype dtype, uint16_t h) { return dtype == Dtype::bf16 ? bf16_to_float(h) : f16_to_float(h); }
-TWA_DEVICE uint16_t to_half(Dtype dtype, float v) { return dtype == Dtype::bf16 ? float_to_bf16(v) : float_to_f16(v); }
-TWA_DEVICE float rounded(Dtype dtype, float v) { return dtype == Dtype::f32 ? v : from_half(dtype, to_half(dtype, v)); }
+TWA_DEVICE float from_half(Dtype dtype, uint16_t h) {
+  return dtype == Dtype::bf16 ? bf16_to_float(h) : f16_to_float(h);
+}
+TWA_DEVICE uint16_t to_half(Dtype dtype, float v) {
+  return dtype == Dtype::bf16 ? float_to_bf16(v) : float_to_f16(v);
+}
+TWA_DEVICE float rounded(Dtype dtype, float v) {
+  return dtype == Dtype::f32 ? v : from_half(dtype, to_half(dtype, v));
+}
 TWA_DEVICE const uint8_t* element(const DeviceTensor& t, int64_t column) {
   return static_cast<const uint8_t*>(t.data) + column * (t.dtype == Dtype::f32 ? 4 : 2);
 }
@@ -82,9 +102,12 @@ TWA_DEVICE void store_element(const DeviceTensor& t, int64_t column, float v) {
 }
 TWA_DEVICE double widened(uint32_t bits) { return static_cast<double>(bits_float(bits)); }
 
-// A slot's row i begins at row_code(i) bytes, its 16-byte piece k at row_code(i) ^ 16 k: what a quarter of a warp reads or writes at once is in
-// different banks, be it four pieces of rows i and i + 1, two pieces of rows i .. i + 3 or one of rows i .. i + 7 (i even, or a multiple of 4 or 8).
-TWA_HD constexpr uint32_t row_code(uint32_t i) { return i * kRowBytes + (4 * (i & 1) + (i & 2) + ((i ^ i >> 2) & 1)) * 16; }
+// A slot's row i begins at row_code(i) bytes, its 16-byte piece k at row_code(i) ^ 16 k: what a
+// quarter of a warp reads or writes at once is in different banks, be it four pieces of rows i and
+// i + 1, two pieces of rows i .. i + 3 or one of rows i .. i + 7 (i even, or a multiple of 4 or 8).
+TWA_HD constexpr uint32_t row_code(uint32_t i) {
+  return i * kRowBytes + (4 * (i & 1) + (i & 2) + ((i ^ i >> 2) & 1)) * 16;
+}
 
 // What a warp knows about a tensor, in shared memory: registers are for sums.
 struct Tensors {
@@ -96,9 +119,11 @@ struct Tensors {
   TWA_DEVICE void open() {
     if (lane_index() == 0) at = Cursor{};
   }
-  // When chunk is in another tensor than before: table[i] = tensor(number of the tensor of the model, i), i < count.
+  // When chunk is in another tensor than before: table[i] = tensor(number of the tensor of the
+  // model, i), i < count.
   template <class Tensor>
-  TWA_DEVICE void seek(const Arguments& a, int64_t chunk, DeviceTensor* table, int count, const Tensor& tensor) {
+  TWA_DEVICE void seek(const Arguments& a, int64_t chunk, DeviceTensor* table, int count,
+                       const Tensor& tensor) {
     if (chunk < at.end) return;
     Cursor next;
     next.seek(a, chunk);
@@ -112,7 +137,8 @@ struct Tensors {
       other |= t.dtype != Dtype::f32;
     }
     odd = warp_max(odd), odd_half = warp_max(odd_half), other = warp_max(other);
-    if (lane_index() == 0) at = next, aligned = odd == 0, halves = odd_half == 0, mixed = other != 0;
+    if (lane_index() == 0)
+      at = next, aligned = odd == 0, halves = odd_half == 0, mixed = other != 0;
     sync_warp();
   }
 };

@@ -1,4 +1,5 @@
-// orthonormalize_pass for more than 64 rows: panels of columns by way of global memory, a kernel for each step (see orthonormalize.cu).
+// orthonormalize_pass for more than 64 rows: panels of columns by way of global memory, a kernel
+// for each step (see orthonormalize.cu).
 #pragma once
 
 #include "orthonormalize.cuh"
@@ -6,7 +7,7 @@
 namespace twa {
 namespace {
 
-// n > 64 --------------------------------------------------------------------------------------------------------------
+// n > 64 ------------------------------------------------------------------------------------------
 // Each launch leaves its results to the next one; a warp alone adds to its sums, launch by launch.
 
 constexpr int kBlock = 32;  // rows: 4 x 4 tiles of products are 64 registers
@@ -22,7 +23,9 @@ TWA_DEVICE Slice slice_of(const Arguments& a, int64_t z) {
 // V = rows minus parents, and squares of rows. Warp = one row, one slice; lane = column.
 TWA_KERNEL(kThreads, 4)
 orthonormalize_differences_kernel(Arguments a) {
-  const int64_t height = round_up(a.n, kBlock), i = block_index() % (height / kWarps) * kWarps + warp_index(), z = block_index() / (height / kWarps);
+  const int64_t height = round_up(a.n, kBlock),
+                i = block_index() % (height / kWarps) * kWarps + warp_index(),
+                z = block_index() / (height / kWarps);
   const int lane = lane_index();
   const int64_t parent = i < a.n ? a.parent[i] : -1;
   const Slice slice = slice_of(a, z);
@@ -49,7 +52,8 @@ orthonormalize_differences_kernel(Arguments a) {
 // U = transform * V; with `out` rounded and stored. Warp = 32 rows of U, one chunk.
 TWA_KERNEL(kThreads, 4)
 orthonormalize_transform_kernel(Arguments a) {
-  const int64_t height = divide_up(a.r, kBlock), task = block_index() * kWarps + warp_index(), c = task / height, j0 = task % height * kBlock;
+  const int64_t height = divide_up(a.r, kBlock), task = block_index() * kWarps + warp_index(),
+                c = task / height, j0 = task % height * kBlock;
   const int lane = lane_index(), g = lane / 4, t = lane % 4;
   if (c >= a.panel) return;
   const int64_t stride = a.panel * kChunk;
@@ -73,14 +77,16 @@ orthonormalize_transform_kernel(Arguments a) {
 #pragma unroll
     for (int j = 0; j < 4; j += 2)
 #pragma unroll
-      for (int b = 0; b < 4; ++b) multiply_add_f64(made[j][b], made[j + 1][b], x[j], x[j + 1], v[b]);
+      for (int b = 0; b < 4; ++b)
+        multiply_add_f64(made[j][b], made[j + 1][b], x[j], x[j + 1], v[b]);
   }
   Cursor at;
   at.seek(a, a.from + c);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const int64_t row = j0 + 8 * j + g;
-    const DeviceTensor out = a.out && row < a.r ? a.out[at.tensor * a.r + row] : DeviceTensor{nullptr, Dtype::f32, 0};
+    const DeviceTensor out =
+        a.out && row < a.r ? a.out[at.tensor * a.r + row] : DeviceTensor{nullptr, Dtype::f32, 0};
 #pragma unroll
     for (int e = 0; e < 2; ++e)
 #pragma unroll
@@ -89,7 +95,8 @@ orthonormalize_transform_kernel(Arguments a) {
         double v = made[j][b][e];
         if (a.out) {
           const float stored = rounded(out.dtype, static_cast<float>(v));
-          if (row >= a.first && row < a.r && column < at.columns(a.from + c)) store_element(out, at.column(a.from + c) + column, stored);
+          if (row >= a.first && row < a.r && column < at.columns(a.from + c))
+            store_element(out, at.column(a.from + c) + column, stored);
           v = static_cast<double>(stored);
         }
         a.u[row * stride + c * kChunk + column] = v;
@@ -100,7 +107,8 @@ orthonormalize_transform_kernel(Arguments a) {
 // sums += U U^T (of V where there is no transform). Warp = 32 x 32 of the products, one slice.
 TWA_KERNEL(kThreads, 2)
 orthonormalize_products_kernel(Arguments a) {
-  const int64_t m = a.transform ? a.r : a.n, blocks = divide_up(m, kBlock), pairs = blocks * (blocks + 1) / 2;
+  const int64_t m = a.transform ? a.r : a.n, blocks = divide_up(m, kBlock),
+                pairs = blocks * (blocks + 1) / 2;
   const int64_t task = block_index() * kWarps + warp_index(), z = task / pairs;
   const int lane = lane_index(), g = lane / 4, t = lane % 4;
   if (z >= a.slices) return;
@@ -122,7 +130,8 @@ orthonormalize_products_kernel(Arguments a) {
 #pragma unroll
     for (int i = 0; i < 4; i += 2)
 #pragma unroll
-      for (int k = 0; k < 4; ++k) multiply_add_f64(sums[i][k], sums[i + 1][k], x[i], x[i + 1], y[k]);
+      for (int k = 0; k < 4; ++k)
+        multiply_add_f64(sums[i][k], sums[i + 1][k], x[i], x[i + 1], y[k]);
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i)
@@ -138,7 +147,8 @@ orthonormalize_products_kernel(Arguments a) {
 // probes * U. Warp = one chunk; lane = column.
 TWA_KERNEL(kThreads, 4)
 orthonormalize_probe_kernel(Arguments a) {
-  const int64_t c = block_index() * kWarps + warp_index(), column = c * kChunk + lane_index(), stride = a.panel * kChunk;
+  const int64_t c = block_index() * kWarps + warp_index(), column = c * kChunk + lane_index(),
+                stride = a.panel * kChunk;
   if (c >= a.panel) return;
   double sum[kProbes] = {};
   for (int64_t j = 0; j < a.r; ++j) {
@@ -153,7 +163,8 @@ orthonormalize_probe_kernel(Arguments a) {
 // sums += U (probes * U)^T. Warp = one row, one slice.
 TWA_KERNEL(kThreads, 4)
 orthonormalize_probed_kernel(Arguments a) {
-  const int64_t task = block_index() * kWarps + warp_index(), j = task % a.r, z = task / a.r, stride = a.panel * kChunk;
+  const int64_t task = block_index() * kWarps + warp_index(), j = task % a.r, z = task / a.r,
+                stride = a.panel * kChunk;
   const int lane = lane_index();
   if (z >= a.slices) return;
   const Slice slice = slice_of(a, z);

@@ -2,7 +2,8 @@
 //
 // Operands   DeviceRows and DevicePackTarget of twa.h.
 // Work map   block = 8 warps = 8 rows of one tile; blocks of a tile follow each other. Lane r holds
-//            columns r, r + 32, r + 64, r + 96, so the halving tree is: two additions inside the lane,
+//            columns r, r + 32, r + 64, r + 96, so the halving tree is: two additions inside the
+//            lane,
 //            then butterflies over 16, 8, 4, 2, 1 lanes.
 // Shared     128 bytes of codes per warp, from which each lane assembles whole bytes.
 // Bytes      n * D * input read, n * D * (bits / 8 + 2 / 128) written.
@@ -13,7 +14,8 @@
 namespace twa {
 namespace {
 
-constexpr int kPackWarps = 8;  // rows of a tile per block: enough warps to hide a load, 1 KiB of shared memory
+constexpr int kPackWarps =
+    8;  // rows of a tile per block: enough warps to hide a load, 1 KiB of shared memory
 
 struct PackArguments {
   DeviceRows in;
@@ -44,7 +46,8 @@ pack_kernel(PackArguments a) {
   const int64_t n = a.in.n;
   uint8_t* shared_codes = shared_memory() + warp_index() * kTileColumns;
   const int lane = lane_index();
-  const int64_t blocks = (n + kPackWarps - 1) / kPackWarps, tile = block_index() / blocks, i = block_index() % blocks * kPackWarps + warp_index();
+  const int64_t blocks = (n + kPackWarps - 1) / kPackWarps, tile = block_index() / blocks,
+                i = block_index() % blocks * kPackWarps + warp_index();
   if (i >= n) return;
   int64_t k = 0, end = a.in.count;  // tensor of this tile: the last k with tile_begin[k] <= tile
   while (k + 1 < end) {
@@ -94,10 +97,13 @@ pack_kernel(PackArguments a) {
     }
   }
   const float inverse = s > 0.0f ? 1.0f / s : 0.0f;
-  for (int r = 0; r < 4; ++r) shared_codes[lane + 32 * r] = static_cast<uint8_t>(nearest_code_of<kBits>(to_level(u[r], inverse)));
+  for (int r = 0; r < 4; ++r)
+    shared_codes[lane + 32 * r] =
+        static_cast<uint8_t>(nearest_code_of<kBits>(to_level(u[r], inverse)));
   sync_warp();
   const int64_t group = tile * n + i;
-  for (int b = lane; b < row_bytes(kBits); b += 32) a.out.codes[group * row_bytes(kBits) + b] = pack_byte(kBits, shared_codes, b);
+  for (int b = lane; b < row_bytes(kBits); b += 32)
+    a.out.codes[group * row_bytes(kBits) + b] = pack_byte(kBits, shared_codes, b);
   if (lane == 0) {
     const float up = s * pow2f(e / 2) * pow2f(e - e / 2);
     a.out.scales[group] = static_cast<uint16_t>((up < 0x1p-126f ? 0u : float_bits(up)) >> 16);

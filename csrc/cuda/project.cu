@@ -1,4 +1,5 @@
-// project on a GPU: partial sums of items (project.cuh), then their sums in a fixed order (step.cuh).
+// project on a GPU: partial sums of items (project.cuh), then their sums in a fixed order
+// (step.cuh).
 #include "dispatch.h"
 #include "project.cuh"
 #include "step.cuh"
@@ -13,15 +14,19 @@ project_kernel(ProjectArguments a) {
   const int stride = P::warp_bytes(a.slots);
   uint8_t* mine = shared_memory() + warp_index() * stride;
   Ring ring;
-  ring.open(mine + P::kHeader, reinterpret_cast<uint64_t*>(mine), a.slots, P::kSlot, a.keep ? evict_normal() : evict_first());
-  const uint32_t block = static_cast<uint32_t>(block_index()), row_blocks = static_cast<uint32_t>(a.row_blocks);
-  project_item<kBits, kUnits>(a, ring, shared_memory(), stride, block / row_blocks, static_cast<int>(block % row_blocks));
+  ring.open(mine + P::kHeader, reinterpret_cast<uint64_t*>(mine), a.slots, P::kSlot,
+            a.keep ? evict_normal() : evict_first());
+  const uint32_t block = static_cast<uint32_t>(block_index()),
+                 row_blocks = static_cast<uint32_t>(a.row_blocks);
+  project_item<kBits, kUnits>(a, ring, shared_memory(), stride, block / row_blocks,
+                              static_cast<int>(block % row_blocks));
 }
 
 // Block = (group, 32 rows).
 TWA_KERNEL(kThreads, 8) sum_kernel(UpdateArguments a) {
   const int64_t chunks = row_chunks(a.n);
-  sum_group(a, block_index() / chunks, block_index() % chunks, reinterpret_cast<double*>(shared_memory()));
+  sum_group(a, block_index() / chunks, block_index() % chunks,
+            reinterpret_cast<double*>(shared_memory()));
 }
 
 constexpr int kTableEntries = 240;  // arguments of a kernel have 4 KiB
@@ -47,11 +52,13 @@ int launch_project(const ProjectArguments& arguments, int bits, const Place& whe
     constexpr int kBits = decltype(b)::value, kUnits = decltype(g)::value;
     if constexpr (is_built_for_project(kBits, kUnits)) {
       using P = Project<kBits, kUnits>;
-      static_assert(kWarps * P::warp_bytes(ring_slots(P::kSlot)) <= kMostShared, "shared memory of the smaller devices");
+      static_assert(kWarps * P::warp_bytes(ring_slots(P::kSlot)) <= kMostShared,
+                    "shared memory of the smaller devices");
       ProjectArguments a = arguments;
       a.slots = ring_slots(P::kSlot);
       a.row_blocks = static_cast<int>((a.n + P::kRows - 1) / P::kRows);
-      return launch(project_kernel<kBits, kUnits>, a.work.items * a.row_blocks, kThreads, kWarps * P::warp_bytes(a.slots), where, a);
+      return launch(project_kernel<kBits, kUnits>, a.work.items * a.row_blocks, kThreads,
+                    kWarps * P::warp_bytes(a.slots), where, a);
     }
     return kInvalidValue;
   });
@@ -60,7 +67,8 @@ int launch_project(const ProjectArguments& arguments, int bits, const Place& whe
 int table_cuda(const DeviceTensor* entries, int64_t count, DeviceTensor* to, const Place& where) {
   for (int64_t begin = 0; begin < count; begin += kTableEntries) {
     TableArguments a{};
-    a.to = to + begin, a.count = static_cast<int>(count - begin < kTableEntries ? count - begin : kTableEntries);
+    a.to = to + begin,
+    a.count = static_cast<int>(count - begin < kTableEntries ? count - begin : kTableEntries);
     for (int k = 0; k < a.count; ++k) a.entries[k] = entries[begin + k];
     if (const int error = launch(table_kernel, 1, kThreads, 0, where, a)) return error;
   }
@@ -71,15 +79,20 @@ int launch_update(const UpdateArguments& a, const Place& where) {
   const int64_t chunks = row_chunks(a.n);
   const int error = launch(sum_kernel, a.work.groups * chunks, kThreads, kThreads * 8, where, a);
   if (error != 0) return error;
-  return launch(update_kernel, (a.num_segments * a.n + kThreads - 1) / kThreads, kThreads, 0, where, a);
+  return launch(update_kernel, (a.num_segments * a.n + kThreads - 1) / kThreads, kThreads, 0, where,
+                a);
 }
 
-int project_cuda(const BasisView& basis, const DeviceTensor* grads, const DeviceWork& work, float* partial, double* sums, float* c, const Place& where) {
+int project_cuda(const BasisView& basis, const DeviceTensor* grads, const DeviceWork& work,
+                 float* partial, double* sums, float* c, const Place& where) {
   if (!is_valid(basis)) return kInvalidValue;
-  const int error = launch_project({basis.codes, basis.scales, grads, work, partial, basis.n, 0, 1, fits_cache(basis)}, basis.bits, where);
+  const int error = launch_project(
+      {basis.codes, basis.scales, grads, work, partial, basis.n, 0, 1, fits_cache(basis)},
+      basis.bits, where);
   if (error != 0) return error;
   UpdateArguments a{};
-  a.partial = partial, a.sums = sums, a.row_scale = basis.row_scale, a.c = c, a.work = work, a.n = basis.n, a.num_segments = basis.num_segments;
+  a.partial = partial, a.sums = sums, a.row_scale = basis.row_scale, a.c = c, a.work = work,
+  a.n = basis.n, a.num_segments = basis.num_segments;
   return launch_update(a, where);
 }
 

@@ -12,8 +12,10 @@ reconstruct_kernel(ReconstructArguments a) {
   float* x_row = reinterpret_cast<float*>(shared_memory());
   uint8_t* mine = shared_memory() + R::x_count(a.n) * 4 + warp_index() * R::warp_bytes(a.slots);
   Ring ring;
-  ring.open(mine + R::kHeader, reinterpret_cast<uint64_t*>(mine), a.slots, R::kSlot, a.keep ? evict_normal() : evict_first());
-  reconstruct_item<kBits, kUnits, kMany>(a, ring, mine, x_row, a.work.items - 1 - block_index());  // last first: project ended there
+  ring.open(mine + R::kHeader, reinterpret_cast<uint64_t*>(mine), a.slots, R::kSlot,
+            a.keep ? evict_normal() : evict_first());
+  reconstruct_item<kBits, kUnits, kMany>(
+      a, ring, mine, x_row, a.work.items - 1 - block_index());  // last first: project ended there
 }
 
 struct ScaleArguments {
@@ -24,7 +26,9 @@ struct ScaleArguments {
 };
 TWA_KERNEL(kThreads, 8) scale_kernel(ScaleArguments a) {
   const int64_t at = block_index() * kThreads + thread_index(), row = at % a.n, segment = at / a.n;
-  if (segment < a.num_segments) a.x_rows[at] = a.x[row * a.num_segments + segment] * a.row_scale[row * a.num_segments + segment];
+  if (segment < a.num_segments)
+    a.x_rows[at] =
+        a.x[row * a.num_segments + segment] * a.row_scale[row * a.num_segments + segment];
 }
 
 }  // namespace
@@ -35,23 +39,32 @@ int launch_reconstruct(const ReconstructArguments& arguments, int bits, const Pl
     using R = Reconstruct<kBits, kUnits>;
     ReconstructArguments a = arguments;
     a.slots = ring_slots(R::kSlot);
-    static_assert(R::x_count(kMaxRows) * 4 + kWarps * R::warp_bytes(ring_slots(R::kSlot)) <= kMostShared, "shared memory of the smaller devices");
+    static_assert(
+        R::x_count(kMaxRows) * 4 + kWarps * R::warp_bytes(ring_slots(R::kSlot)) <= kMostShared,
+        "shared memory of the smaller devices");
     const int shared = R::x_count(a.n) * 4 + kWarps * R::warp_bytes(a.slots);
     if constexpr (kUnits == most_units(kBits)) {
-      if (a.n > 16 * kUnits) return launch(reconstruct_kernel<kBits, kUnits, true>, a.work.items, kThreads, shared, where, a);
+      if (a.n > 16 * kUnits)
+        return launch(reconstruct_kernel<kBits, kUnits, true>, a.work.items, kThreads, shared,
+                      where, a);
     }
-    return launch(reconstruct_kernel<kBits, kUnits, false>, a.work.items, kThreads, shared, where, a);
+    return launch(reconstruct_kernel<kBits, kUnits, false>, a.work.items, kThreads, shared, where,
+                  a);
   });
 }
 
-int reconstruct_cuda(const BasisView& basis, const float* x, const DeviceTensor* center, const DeviceTensor* out, const DeviceWork& work,
-                     float* x_rows, const Place& where) {
+int reconstruct_cuda(const BasisView& basis, const float* x, const DeviceTensor* center,
+                     const DeviceTensor* out, const DeviceWork& work, float* x_rows,
+                     const Place& where) {
   if (!is_valid(basis)) return kInvalidValue;
   const int64_t threads = basis.num_segments * basis.n;
   const ScaleArguments scale{x, basis.row_scale, x_rows, basis.n, basis.num_segments};
-  const int error = launch(scale_kernel, (threads + kThreads - 1) / kThreads, kThreads, 0, where, scale);
+  const int error =
+      launch(scale_kernel, (threads + kThreads - 1) / kThreads, kThreads, 0, where, scale);
   if (error != 0) return error;
-  return launch_reconstruct({basis.codes, basis.scales, x_rows, center, out, work, basis.n, 0, fits_cache(basis)}, basis.bits, where);
+  return launch_reconstruct(
+      {basis.codes, basis.scales, x_rows, center, out, work, basis.n, 0, fits_cache(basis)},
+      basis.bits, where);
 }
 
 }  // namespace twa

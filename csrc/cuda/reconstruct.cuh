@@ -1,14 +1,19 @@
 // reconstruct, one item: out = center + sum over all rows, for the item's columns.
 //
-// Operands   codes, scales as in project; x_rows (L, n) float32: coefficient times row_scale; center and out by tensor.
-// Work map   block = item; warp w takes tiles w, w + 4, ... and all n rows, kGroups * 32 of them at a time.
-// Product    levels (columns x rows) times coefficients (rows x limbs) on the matrix units. The operand wants four rows in a word where packed
-//            words have four bytes of one row: 4 x 4 bytes (or nibbles) are transposed in registers before they are decoded, at 1 bit 0.06
-//            permutations a weight. Coefficients x row_scale scale are 24-bit fixed point with a unit per tile: three limbs, exact int32 sums
-//            over all rows.
-//            At 1 bit the operand is masked words, 0 or 2^field: sum (2 b - 1) q = 2 sum b q - sum q.
-// Shared     per warp: ring of packed rows, the coefficients' limbs, the tile's sums (2.5 KiB) on their way from the matrix layout to four columns a
-//            lane; per block x_rows of the segment.
+// Operands   codes, scales as in project; x_rows (L, n) float32: coefficient times row_scale;
+//            center and out by tensor.
+// Work map   block = item; warp w takes tiles w, w + 4, ... and all n rows, kGroups * 32 of them at
+//            a time.
+// Product    levels (columns x rows) times coefficients (rows x limbs) on the matrix units. The
+//            operand wants four rows in a word where packed words have four bytes of one row: 4 x 4
+//            bytes (or nibbles) are transposed in registers before they are decoded, at 1 bit 0.06
+//            permutations a weight. Coefficients x row_scale scale are 24-bit fixed point with a
+//            unit per tile: three limbs, exact int32 sums over all rows.
+//            At 1 bit the operand is masked words, 0 or 2^field: sum (2 b - 1) q = 2 sum b q - sum
+//            q.
+// Shared     per warp: ring of packed rows, the coefficients' limbs, the tile's sums (2.5 KiB) on
+//            their way from the matrix layout to four columns a lane; per block x_rows of the
+//            segment.
 // Bytes      n * D * (bits / 8 + 1 / 128) + D * (center + weight).
 #pragma once
 
@@ -28,20 +33,33 @@ struct ReconstructArguments {
   bool keep;  // as in project
 };
 
-// kUnits: 16 rows each; groups of 32 whose coefficients a lane holds, one row each. The last group may have 16 rows only.
+// kUnits: 16 rows each; groups of 32 whose coefficients a lane holds, one row each. The last group
+// may have 16 rows only.
 template <int kBits, int kUnits>
 struct Reconstruct {
   static constexpr int kGroups = (kUnits + 1) / 2;
-  static constexpr bool kHalf = kUnits % 2 != 0 && kBits != 8;  // at 8 bits the first 16 rows are not what the first words contract
+  static constexpr bool kHalf =
+      kUnits % 2 != 0 &&
+      kBits != 8;  // at 8 bits the first 16 rows are not what the first words contract
   static constexpr int kMost = kBits == 8 ? 1 : kBits == 4 || kBits == 3 ? 2 : kBits == 2 ? 4 : 8;
-  static constexpr int kSlotGroups = kGroups < kMost ? kGroups : kMost;  // of 32 rows in a slot: at most 4 KiB
-  static constexpr int kSlot = kSlotGroups * 32 * row_bytes(kBits) + (kBits == 8 ? 4 * kReconstructPad : 0);
-  static constexpr int kLimbBytes = 3 * kGroups * 32 + 32;  // and 32 bytes of zeros, for the columns of the operand that no limb has
-  static constexpr int kSumBytes = 160 * 16;                // 128 columns of four sums, one column of padding every four
-  static constexpr int kLimbAt = kMaxStages * 8, kSumAt = (kLimbAt + kLimbBytes + 15) / 16 * 16, kHeader = kSumAt + kSumBytes;
+  static constexpr int kSlotGroups =
+      kGroups < kMost ? kGroups : kMost;  // of 32 rows in a slot: at most 4 KiB
+  static constexpr int kSlot =
+      kSlotGroups * 32 * row_bytes(kBits) + (kBits == 8 ? 4 * kReconstructPad : 0);
+  static constexpr int kLimbBytes =
+      3 * kGroups * 32 +
+      32;  // and 32 bytes of zeros, for the columns of the operand that no limb has
+  static constexpr int kSumBytes =
+      160 * 16;  // 128 columns of four sums, one column of padding every four
+  static constexpr int kLimbAt = kMaxStages * 8, kSumAt = (kLimbAt + kLimbBytes + 15) / 16 * 16,
+                       kHeader = kSumAt + kSumBytes;
   // Floats of x_rows in shared memory: zeros as far as lanes read.
-  TWA_HD static constexpr int x_count(int64_t n) { return static_cast<int>((n + 32 * kGroups - 1) / (32 * kGroups) * (32 * kGroups)); }
-  TWA_HD static constexpr int warp_bytes(int slots) { return (kHeader + slots * kSlot + 127) / 128 * 128; }
+  TWA_HD static constexpr int x_count(int64_t n) {
+    return static_cast<int>((n + 32 * kGroups - 1) / (32 * kGroups) * (32 * kGroups));
+  }
+  TWA_HD static constexpr int warp_bytes(int slots) {
+    return (kHeader + slots * kSlot + 127) / 128 * 128;
+  }
 };
 
 // Adds 32 rows of a slot: sums[m] += levels of columns (reconstruct_column) times limbs b0, b1.
@@ -49,10 +67,12 @@ struct Reconstruct {
 template <int kBits, bool kHalf>
 TWA_DEVICE void add_rows(const uint8_t* rows, uint32_t b0, uint32_t b1, int (&sums)[8][4]) {
   const int g = lane_index() / 4, t = lane_index() % 4;
-  // Words of this lane's eight rows; each lane has as many bytes of a row as make 8 multiplications.
+  // Words of this lane's eight rows; each lane has as many bytes of a row as make 8
+  // multiplications.
   uint32_t w[2][2][4], top[2][4];  // word, half, row of the half
 #pragma unroll
-  for (int part = 0; part < (kBits == 8 ? 2 : 1); ++part) {  // at 8 bits half a tile at a time, so that its words fit into registers
+  for (int part = 0; part < (kBits == 8 ? 2 : 1);
+       ++part) {  // at 8 bits half a tile at a time, so that its words fit into registers
 #pragma unroll
     for (int j = 0; j < (kHalf ? 4 : 8); ++j) {
       const uint8_t* row = rows + reconstruct_offset<kBits>(reconstruct_row<kBits>(t, j));
@@ -60,8 +80,11 @@ TWA_DEVICE void add_rows(const uint8_t* rows, uint32_t b0, uint32_t b1, int (&su
         const Word2 x = *reinterpret_cast<const Word2*>(row + 64 * part + 8 * g);
         w[0][j / 4][j % 4] = x.w[0], w[1][j / 4][j % 4] = x.w[1];
       } else {
-        w[0][j / 4][j % 4] = *reinterpret_cast<const uint32_t*>(row + (kBits == 1 ? 4 * (g % 4) : 4 * g));
-        if constexpr (kBits == 3) top[j / 4][j % 4] = top_bits(*reinterpret_cast<const uint32_t*>(row + 32 + 4 * (g % 4)), g / 4);
+        w[0][j / 4][j % 4] =
+            *reinterpret_cast<const uint32_t*>(row + (kBits == 1 ? 4 * (g % 4) : 4 * g));
+        if constexpr (kBits == 3)
+          top[j / 4][j % 4] =
+              top_bits(*reinterpret_cast<const uint32_t*>(row + 32 + 4 * (g % 4)), g / 4);
       }
     }
     if constexpr (kBits == 1) {
@@ -94,7 +117,8 @@ TWA_DEVICE void add_rows(const uint8_t* rows, uint32_t b0, uint32_t b1, int (&su
     };
     using std::integral_constant;
     if constexpr (kBits == 8) {
-      multiply(integral_constant<int, 0>(), 0, 4 * part), multiply(integral_constant<int, 0>(), 1, 4 * part + 2);
+      multiply(integral_constant<int, 0>(), 0, 4 * part),
+          multiply(integral_constant<int, 0>(), 1, 4 * part + 2);
     } else if constexpr (kBits == 4) {
       multiply(integral_constant<int, 0>(), 0, 0), multiply(integral_constant<int, 0>(), 1, 2);
       multiply(integral_constant<int, 1>(), 0, 4), multiply(integral_constant<int, 1>(), 1, 6);
@@ -105,9 +129,11 @@ TWA_DEVICE void add_rows(const uint8_t* rows, uint32_t b0, uint32_t b1, int (&su
   }
 }
 
-// Coefficients of this lane's rows, row0 + 32 j + lane: x row_scale scale; loaded: scales that are here already.
+// Coefficients of this lane's rows, row0 + 32 j + lane: x row_scale scale; loaded: scales that are
+// here already.
 template <int kGroups>
-TWA_DEVICE void coefficients(const float* x_row, const uint8_t* scales, int row0, int n, const uint32_t* loaded, float* y) {
+TWA_DEVICE void coefficients(const float* x_row, const uint8_t* scales, int row0, int n,
+                             const uint32_t* loaded, float* y) {
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
     const int row = row0 + 32 * j + lane_index();
@@ -116,8 +142,10 @@ TWA_DEVICE void coefficients(const float* x_row, const uint8_t* scales, int row0
   }
 }
 
-// The tile's four columns of this lane, 4 lane .. 4 lane + 3: value += sum * unit. low, high: sum of all
-// coefficients, in limbs of 16 bits; 1 bit: subtracted from twice the sums, whose levels are 0 or 1; 4 bits: added.
+// The tile's four columns of this lane, 4 lane .. 4 lane + 3: value += sum * unit. low, high: sum
+// of all
+// coefficients, in limbs of 16 bits; 1 bit: subtracted from twice the sums, whose levels are 0 or
+// 1; 4 bits: added.
 template <int kBits>
 TWA_DEVICE void add_sums(const Word4* columns, int low, int high, TwoFactors unit, float* value) {
   const int lane = lane_index(), field = bit_field(4 * lane);
@@ -128,16 +156,21 @@ TWA_DEVICE void add_sums(const Word4* columns, int low, int high, TwoFactors uni
     int v[3];
 #pragma unroll
     for (int i = 0; i < 3; ++i) v[i] = static_cast<int>(limbs.w[i]);
-    if constexpr (kBits == 1) v[0] = 2 * v[0] - (low * (1 << field)), v[1] = 2 * v[1], v[2] = 2 * v[2] - (high * (1 << field));  // exact: below 2^30
+    if constexpr (kBits == 1)
+      v[0] = 2 * v[0] - (low * (1 << field)), v[1] = 2 * v[1],
+      v[2] = 2 * v[2] - (high * (1 << field));  // exact: below 2^30
     if constexpr (kShifted<kBits>) v[0] += low, v[2] += high;
-    const float q = fmaf(65536.0f, static_cast<float>(v[2]), fmaf(256.0f, static_cast<float>(v[1]), static_cast<float>(v[0])));
+    const float q = fmaf(65536.0f, static_cast<float>(v[2]),
+                         fmaf(256.0f, static_cast<float>(v[1]), static_cast<float>(v[0])));
     value[k] = fmaf(q * unit.first, unit.second, value[k]);
   }
 }
 
-// kMany: more than 16 * kUnits rows. `mine`: this warp's shared memory; x_row: the segment's x_rows in shared memory.
+// kMany: more than 16 * kUnits rows. `mine`: this warp's shared memory; x_row: the segment's x_rows
+// in shared memory.
 template <int kBits, int kUnits, bool kMany>
-TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint8_t* mine, float* x_row, int64_t at) {
+TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint8_t* mine,
+                                 float* x_row, int64_t at) {
   using R = Reconstruct<kBits, kUnits>;
   constexpr int kGroups = R::kGroups;
   const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4;
@@ -162,7 +195,8 @@ TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint
       copy_tile += kWarps;
     } else {
       const int rows = n - copy_row < kSlotRows ? n - copy_row : kSlotRows;
-      ring.template copy<kBits, kReconstructPad>(codes + copy_tile * tile_bytes + copy_row * row_bytes(kBits), rows);
+      ring.template copy<kBits, kReconstructPad>(
+          codes + copy_tile * tile_bytes + copy_row * row_bytes(kBits), rows);
       copy_row += kSlotRows;
       if (copy_row >= n) copy_row = 0, copy_tile += kWarps;
     }
@@ -170,11 +204,14 @@ TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint
   for (int k = 0; k < a.slots; ++k) copy_next();
 
   const float* x = a.x_rows + item.segment * a.n;
-  for (int i = thread_index(); i < R::x_count(n); i += kThreads) x_row[i] = i < n ? load_shared_by_all(x + i) : 0.0f;
+  for (int i = thread_index(); i < R::x_count(n); i += kThreads)
+    x_row[i] = i < n ? load_shared_by_all(x + i) : 0.0f;
   sync_block();
 
-  // Column g of the operand is limb g, or nothing; this lane's words of 32 rows follow each other every 32 bytes.
-  const uint8_t* my_limbs = g < 3 ? limbs + g * kGroups * 32 + 8 * t : limbs + 3 * kGroups * 32 + 8 * t;
+  // Column g of the operand is limb g, or nothing; this lane's words of 32 rows follow each other
+  // every 32 bytes.
+  const uint8_t* my_limbs =
+      g < 3 ? limbs + g * kGroups * 32 + 8 * t : limbs + 3 * kGroups * 32 + 8 * t;
   const int limb_step = g < 3 ? 32 : 0;
   uint32_t s[kGroups];
   float middle[4];
@@ -209,7 +246,8 @@ TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint
         const int q = round_to_int(y[j] * up.first * up.second);
         const uint32_t v = limbs3(q);
         if constexpr (kBits == 1 || kShifted<kBits>)
-          q_sum = static_cast<int>(static_cast<uint32_t>(q_sum) + static_cast<uint32_t>(q));  // may wrap where NaN follows anyway
+          q_sum = static_cast<int>(static_cast<uint32_t>(q_sum) +
+                                   static_cast<uint32_t>(q));  // may wrap where NaN follows anyway
         const int byte = j * 32 + reconstruct_byte<kBits>(lane);
         limbs[byte] = static_cast<uint8_t>(v);
         limbs[kGroups * 32 + byte] = static_cast<uint8_t>(v >> 8);
@@ -246,12 +284,14 @@ TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int column = reconstruct_column<kBits>(m, h, 0);
-          to[2 * (column + column / 4)] = Word2{{static_cast<uint32_t>(sums[m][2 * h]), static_cast<uint32_t>(sums[m][2 * h + 1])}};
+          to[2 * (column + column / 4)] = Word2{
+              {static_cast<uint32_t>(sums[m][2 * h]), static_cast<uint32_t>(sums[m][2 * h + 1])}};
         }
       }
     }
     int low = 0, high = 0;
-    if constexpr (kBits == 1 || kShifted<kBits>) low = warp_sum(q_sum & 0xffff), high = warp_sum(q_sum >> 16);
+    if constexpr (kBits == 1 || kShifted<kBits>)
+      low = warp_sum(q_sum & 0xffff), high = warp_sum(q_sum >> 16);
     sync_warp();
     float value[4];
 #pragma unroll

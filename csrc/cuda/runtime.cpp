@@ -6,7 +6,9 @@
 namespace twa {
 
 const char* cuda_error_name(int error) { return cudaGetErrorName(static_cast<cudaError_t>(error)); }
-const char* cuda_error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+const char* cuda_error_string(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
 
 int cuda_device_count() {
   int count = 0;

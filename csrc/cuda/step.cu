@@ -1,11 +1,14 @@
-// A training step on a GPU in one kernel: project, update and reconstruct by segment, so that the second read of a segment's codes finds in the
-// second-level cache what is still there.
+// A training step on a GPU in one kernel: project, update and reconstruct by segment, so that the
+// second read of a segment's codes finds in the second-level cache what is still there.
 //
-// Work map   as many blocks as the device runs at once take tasks in order from one counter: an item's projection or its reconstruction. The
-//            last projection of a group of items adds the group's partial sums, the last group of a segment updates the coefficients and raises
-//            the segment's flag; reconstructions wait for it. Nothing else waits: what is waited for was taken earlier by a block that is running.
-// Order      make_tasks(): segment after segment; a segment's reconstruction begins, last item first, when as many other tasks have been handed out
-//            since its last projection as blocks run at once, so that few blocks ever wait.
+// Work map   as many blocks as the device runs at once take tasks in order from one counter: an
+//            item's projection or its reconstruction. The last projection of a group of items adds
+//            the group's partial sums, the last group of a segment updates the coefficients and
+//            raises the segment's flag; reconstructions wait for it. Nothing else waits: what is
+//            waited for was taken earlier by a block that is running.
+// Order      make_tasks(): segment after segment; a segment's reconstruction begins, last item
+//            first, when as many other tasks have been handed out since its last projection as
+//            blocks run at once, so that few blocks ever wait.
 #include "dispatch.h"
 #include "project.cuh"
 #include "reconstruct.cuh"
@@ -27,12 +30,19 @@ constexpr int kStrandBytes = kThreads * 8, kTaskBytes = 128;
 
 template <int kBits, int kUnits, bool kMany>
 struct Step {
-  static constexpr int kProjectUnits = kUnits < project_most_units(kBits) ? project_built_units(kBits, kUnits) : project_most_units(kBits);
+  static constexpr int kProjectUnits = kUnits < project_most_units(kBits)
+                                           ? project_built_units(kBits, kUnits)
+                                           : project_most_units(kBits);
   using P = Project<kBits, kProjectUnits>;
   using R = Reconstruct<kBits, kUnits>;
-  static constexpr int kSlot = P::kSlot > R::kSlot ? P::kSlot : R::kSlot, kHeader = P::kHeader > R::kHeader ? P::kHeader : R::kHeader;
-  TWA_HD static constexpr int warp_bytes(int slots) { return (kHeader + slots * kSlot + 127) / 128 * 128; }
-  static constexpr int shared_bytes(int64_t n, int slots) { return kTaskBytes + kStrandBytes + R::x_count(n) * 4 + kWarps * warp_bytes(slots); }
+  static constexpr int kSlot = P::kSlot > R::kSlot ? P::kSlot : R::kSlot,
+                       kHeader = P::kHeader > R::kHeader ? P::kHeader : R::kHeader;
+  TWA_HD static constexpr int warp_bytes(int slots) {
+    return (kHeader + slots * kSlot + 127) / 128 * 128;
+  }
+  static constexpr int shared_bytes(int64_t n, int slots) {
+    return kTaskBytes + kStrandBytes + R::x_count(n) * 4 + kWarps * warp_bytes(slots);
+  }
 };
 
 // True in every thread of the last of `of` blocks that come here.
@@ -49,15 +59,20 @@ TWA_DEVICE bool is_last(int32_t* counter, int of, int32_t* shared) {
   return last;
 }
 
-TWA_DEVICE void finish_item(const StepArguments& a, int64_t item, int32_t* shared, double* strands) {
+TWA_DEVICE void finish_item(const StepArguments& a, int64_t item, int32_t* shared,
+                            double* strands) {
   const UpdateArguments& u = a.update;
   int32_t* items_done = a.counters + 1;
   int32_t* groups_done = items_done + u.work.groups;
   int32_t* flags = groups_done + u.num_segments;
   const int group = u.work.item_group[item], segment = u.work.item_segment[item];
-  if (!is_last(items_done + group, u.work.group_begin[group + 1] - u.work.group_begin[group], shared)) return;
+  if (!is_last(items_done + group, u.work.group_begin[group + 1] - u.work.group_begin[group],
+               shared))
+    return;
   for (int64_t chunk = 0; chunk < row_chunks(u.n); ++chunk) sum_group(u, group, chunk, strands);
-  if (!is_last(groups_done + segment, u.work.segment_groups[segment + 1] - u.work.segment_groups[segment], shared)) return;
+  if (!is_last(groups_done + segment,
+               u.work.segment_groups[segment + 1] - u.work.segment_groups[segment], shared))
+    return;
   for (int64_t row = thread_index(); row < u.n; row += kThreads) update_row(u, segment, row);
   sync_block();
   if (thread_index() == 0) {
@@ -77,17 +92,21 @@ step_kernel(StepArguments a) {
   const int stride = S::warp_bytes(a.project.slots);
   uint8_t* mine = base + warp_index() * stride;
   Ring ring;
-  ring.open(mine + S::kHeader, reinterpret_cast<uint64_t*>(mine), a.project.slots, S::kSlot, evict_normal());
+  ring.open(mine + S::kHeader, reinterpret_cast<uint64_t*>(mine), a.project.slots, S::kSlot,
+            evict_normal());
   const int32_t* flags = a.counters + 1 + a.update.work.groups + a.update.num_segments;
   if (thread_index() == 0) shared[1] = counter_add(a.counters, 1);
   sync_block();
   for (int64_t taken = shared[1]; taken < a.count; taken = shared[1]) {
-    // The next task is taken before this one is done: a task still waits for smaller numbers only, so the smallest unfinished one can run.
+    // The next task is taken before this one is done: a task still waits for smaller numbers only,
+    // so the smallest unfinished one can run.
     const int next = thread_index() == 0 ? counter_add(a.counters, 1) : 0;
     const int task = a.tasks[taken];
-    ring.policy = task >= 0 ? evict_normal() : evict_first();  // what is reconstructed is not read again
+    ring.policy =
+        task >= 0 ? evict_normal() : evict_first();  // what is reconstructed is not read again
     if (task >= 0) {
-      for (int block = 0; block < a.project.row_blocks; ++block) project_item<kBits, S::kProjectUnits>(a.project, ring, base, stride, task, block);
+      for (int block = 0; block < a.project.row_blocks; ++block)
+        project_item<kBits, S::kProjectUnits>(a.project, ring, base, stride, task, block);
       finish_item(a, task, shared, strands);
     } else {
       const int item = -1 - task;
@@ -110,8 +129,10 @@ int with_kernel(int64_t n, int bits, const F& f) {
     const auto run = [&](auto many) {
       using S = Step<kBits, kUnits, decltype(many)::value>;
       constexpr int slots = ring_slots(S::kSlot);
-      static_assert(S::shared_bytes(kMaxRows, slots) <= kMostShared, "shared memory of the smaller devices");
-      return f(step_kernel<kBits, kUnits, decltype(many)::value>, S::shared_bytes(n, slots), slots, 16 * S::kProjectUnits);
+      static_assert(S::shared_bytes(kMaxRows, slots) <= kMostShared,
+                    "shared memory of the smaller devices");
+      return f(step_kernel<kBits, kUnits, decltype(many)::value>, S::shared_bytes(n, slots), slots,
+               16 * S::kProjectUnits);
     };
     if constexpr (kUnits == most_units(kBits)) {
       if (n > 16 * kUnits) return run(std::true_type());
@@ -122,7 +143,8 @@ int with_kernel(int64_t n, int bits, const F& f) {
 
 struct CorrectionArguments {
   const float* steps_before;
-  float* corrections;  // (2,): learning rate over the first moment's correction, root of the second moment's
+  float* corrections;  // (2,): learning rate over the first moment's correction, root of the second
+                       // moment's
   double lr, beta1, beta2;
 };
 TWA_KERNEL(32, 1) correction_kernel(CorrectionArguments a) {
@@ -133,12 +155,15 @@ TWA_KERNEL(32, 1) correction_kernel(CorrectionArguments a) {
 
 UpdateArguments update_arguments(const Update& u) {
   UpdateArguments a{};
-  a.adamw = u.rule == Update::Rule::adamw, a.maximize = u.maximize, a.nesterov = u.nesterov, a.fresh = u.step == 1;
+  a.adamw = u.rule == Update::Rule::adamw, a.maximize = u.maximize, a.nesterov = u.nesterov,
+  a.fresh = u.step == 1;
   if (a.adamw) {
     a.lr = static_cast<float>(u.lr / (1.0 - std::pow(u.beta1, static_cast<double>(u.step))));
     a.decay = static_cast<float>(1.0 - u.lr * u.weight_decay);
-    a.w1 = static_cast<float>(1.0 - u.beta1), a.w2 = static_cast<float>(1.0 - u.beta2), a.beta2 = static_cast<float>(u.beta2);
-    a.root = static_cast<float>(std::sqrt(1.0 - std::pow(u.beta2, static_cast<double>(u.step)))), a.eps = static_cast<float>(u.eps);
+    a.w1 = static_cast<float>(1.0 - u.beta1), a.w2 = static_cast<float>(1.0 - u.beta2),
+    a.beta2 = static_cast<float>(u.beta2);
+    a.root = static_cast<float>(std::sqrt(1.0 - std::pow(u.beta2, static_cast<double>(u.step)))),
+    a.eps = static_cast<float>(u.eps);
   } else {
     a.lr = static_cast<float>(u.lr), a.decay = static_cast<float>(u.weight_decay);
     a.w1 = static_cast<float>(u.momentum), a.w2 = static_cast<float>(1.0 - u.dampening);
@@ -155,13 +180,18 @@ int step_cuda(const BasisView& basis, const DeviceTensor* grads, const Update& u
       (!coefficients.second && update.keeps_second()))
     return kInvalidValue;
   UpdateArguments u = update_arguments(update);
-  u.partial = space.partial, u.sums = space.sums, u.row_scale = basis.row_scale, u.c = c, u.x = coefficients.x, u.x_rows = space.x_rows, u.work = work,
-  u.n = basis.n;
-  u.first = update.keeps_first() ? coefficients.first : nullptr, u.second = update.keeps_second() ? coefficients.second : nullptr, u.num_segments = basis.num_segments;
-  ProjectArguments p{basis.codes, basis.scales, grads, work, space.partial, basis.n, 0, 1, fits_cache(basis)};
-  const ReconstructArguments r{basis.codes, basis.scales, space.x_rows, center, out, work, basis.n, 0, fits_cache(basis)};
+  u.partial = space.partial, u.sums = space.sums, u.row_scale = basis.row_scale, u.c = c,
+  u.x = coefficients.x, u.x_rows = space.x_rows, u.work = work, u.n = basis.n;
+  u.first = update.keeps_first() ? coefficients.first : nullptr,
+  u.second = update.keeps_second() ? coefficients.second : nullptr,
+  u.num_segments = basis.num_segments;
+  ProjectArguments p{basis.codes, basis.scales,     grads, work, space.partial, basis.n, 0,
+                     1,           fits_cache(basis)};
+  const ReconstructArguments r{
+      basis.codes, basis.scales, space.x_rows, center, out, work, basis.n, 0, fits_cache(basis)};
   if (u.adamw && space.steps_before) {
-    const CorrectionArguments correction{space.steps_before, space.corrections, update.lr, update.beta1, update.beta2};
+    const CorrectionArguments correction{space.steps_before, space.corrections, update.lr,
+                                         update.beta1, update.beta2};
     if (const int error = launch(correction_kernel, 1, 32, 0, where, correction)) return error;
     u.corrections = space.corrections;
   }
@@ -175,15 +205,19 @@ int step_cuda(const BasisView& basis, const DeviceTensor* grads, const Update& u
     a.project.slots = a.reconstruct.slots = slots;
     a.project.row_blocks = static_cast<int>((basis.n + rows - 1) / rows);
     if (space.window < 1) return kInvalidValue;  // no block would take a task
-    const int error = clear(space.counters, step_counters(work.groups, basis.num_segments) * 4, where);
-    return error != 0 ? error : launch(kernel, a.count < space.window ? a.count : space.window, kThreads, shared, where, a);
+    const int error =
+        clear(space.counters, step_counters(work.groups, basis.num_segments) * 4, where);
+    return error != 0 ? error
+                      : launch(kernel, a.count < space.window ? a.count : space.window, kThreads,
+                               shared, where, a);
   });
 }
 
 int step_window(int64_t n, int bits, int device) {
   return with_kernel(n, bits, [&](auto kernel, int shared, int, int) {
     const int blocks = resident_blocks(kernel, kThreads, shared, device);
-    return blocks == 0 ? -kLaunchOutOfResources : blocks;  // a kernel that fits on no multiprocessor
+    return blocks == 0 ? -kLaunchOutOfResources
+                       : blocks;  // a kernel that fits on no multiprocessor
   });
 }
 

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import twa_kernels as tk
-from twa_kernels.layout import FLOATS
 from twa_kernels.scaling import NORMALIZE
 
 from . import averages
@@ -281,9 +280,9 @@ class Subspace:
             return False
         if not tk.registry.default_backend("step", self.basis.device.type):
             return False
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        plain = all(g.layout == torch.strided and g.dtype in FLOATS for g in grads)
-        return plain and all(p.dtype in FLOATS for p in self.parameters)
+        absent = self.basis.row_scale.new_empty(0)
+        grads = [absent if p.grad is None else p.grad for p in self.parameters]
+        return self.basis.takes(grads) and self.basis.takes(self.parameters)
 
     @torch.no_grad()
     def step(self, rule: str, options: dict[str, Any], state: dict[str, Any]) -> None:

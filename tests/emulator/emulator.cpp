@@ -46,8 +46,9 @@ void enter() {
 Block& block() { return *current->block; }
 int thread() { return current->thread; }
 void fail(const std::string& what) {
-  throw std::runtime_error("emulator: " + what + " (block " + std::to_string(current->block->index) + ", thread " + std::to_string(current->thread) +
-                           ")");
+  throw std::runtime_error("emulator: " + what + " (block " +
+                           std::to_string(current->block->index) + ", thread " +
+                           std::to_string(current->thread) + ")");
 }
 bool bulk_copies() {
   const char* value = std::getenv("TWA_EMULATOR_BULK");
@@ -85,7 +86,8 @@ void run(int64_t blocks, int threads, int shared_bytes, const std::function<void
       Fiber& f = *fibers[slot * threads + t];
       f.block = b.get(), f.thread = t, f.waiting = f.done = false, f.counter = nullptr;
       getcontext(&f.context);
-      f.context.uc_stack.ss_sp = f.stack.get(), f.context.uc_stack.ss_size = kStack, f.context.uc_link = &scheduler;
+      f.context.uc_stack.ss_sp = f.stack.get(), f.context.uc_stack.ss_size = kStack,
+      f.context.uc_link = &scheduler;
       makecontext(&f.context, enter, 0);
     }
     running[slot] = std::move(b);
@@ -127,7 +129,8 @@ void run(int64_t blocks, int threads, int shared_bytes, const std::function<void
         for (const uint8_t* p = b.shared + b.shared_bytes; p < b.bytes.data() + b.bytes.size(); ++p)
           if (*p != 0xff) error = "emulator: a block wrote past the end of its shared memory";
         for (const auto& [address, barrier] : b.barriers)
-          if (!barrier.copies.empty()) error = "emulator: a block ended before its asynchronous copies";
+          if (!barrier.copies.empty())
+            error = "emulator: a block ended before its asynchronous copies";
         running[slot].reset();
         if (next < blocks)
           start(slot);
@@ -145,10 +148,14 @@ void run(int64_t blocks, int threads, int shared_bytes, const std::function<void
 }  // namespace emulator
 
 const char* cuda_error_name(int error) {
-  return error == 101 ? "cudaErrorInvalidDevice" : error == 701 ? "cudaErrorLaunchOutOfResources" : "cudaErrorInvalidValue";
+  return error == 101   ? "cudaErrorInvalidDevice"
+         : error == 701 ? "cudaErrorLaunchOutOfResources"
+                        : "cudaErrorInvalidValue";
 }
 const char* cuda_error_string(int error) {
-  return error == 101 ? "invalid device ordinal" : error == 701 ? "too many resources requested for launch" : "invalid argument";
+  return error == 101   ? "invalid device ordinal"
+         : error == 701 ? "too many resources requested for launch"
+                        : "invalid argument";
 }
 int cuda_device_count() { return 1; }
 

@@ -1,11 +1,13 @@
-// The functions of csrc/cuda/device.h on a CPU: the CUDA kernels themselves run in tests, block by block, a fiber a thread.
+// The functions of csrc/cuda/device.h on a CPU: the CUDA kernels themselves run in tests, block by
+// block, a fiber a thread.
 //
-// What a GPU does at once happens here in an order chosen at random (TWA_EMULATOR_SEED), and what it leaves undefined is made visible: shared memory
-// begins as garbage, an asynchronous copy makes its destination garbage until somebody waits for it, writing past a block's shared memory, lanes of a
-// warp that call different functions, misaligned copies and blocks that wait for ever are errors.
+// What a GPU does at once happens here in an order chosen at random (TWA_EMULATOR_SEED), and what
+// it leaves undefined is made visible: shared memory begins as garbage, an asynchronous copy makes
+// its destination garbage until somebody waits for it, writing past a block's shared memory, lanes
+// of a warp that call different functions, misaligned copies and blocks that wait for ever are
+// errors.
 #pragma once
 
-#include "twa.h"
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -16,6 +18,8 @@
 #include <type_traits>
 #include <unordered_map>
 #include <vector>
+
+#include "twa.h"
 
 #define TWA_DEVICE inline
 #define TWA_KERNEL(threads, blocks) static void
@@ -63,12 +67,14 @@ void complete(Barrier& barrier);
 
 // All 32 lanes bring kIn words; compute(in, out) makes each lane's kOut words.
 template <int kIn, int kOut, class F>
-void together(const char* function, const uint32_t (&in)[kIn], uint32_t (&out)[kOut], const F& compute) {
+void together(const char* function, const uint32_t (&in)[kIn], uint32_t (&out)[kOut],
+              const F& compute) {
   static_assert(kIn <= 20 && kOut <= 8);
   Warp& w = block().warps[thread() / 32];
   const int lane = thread() % 32;
   if (w.arrived == 0) w.function = function;
-  if (std::strcmp(w.function, function) != 0) fail(std::string("lanes of a warp call ") + w.function + " and " + function);
+  if (std::strcmp(w.function, function) != 0)
+    fail(std::string("lanes of a warp call ") + w.function + " and " + function);
   std::memcpy(w.in[lane], in, sizeof(in));
   if (++w.arrived == 32) {
     w.arrived = 0;
@@ -143,7 +149,9 @@ inline int warp_sum(int v) {
   });
   return static_cast<int>(out[0]);
 }
-inline float shuffle_xor(float v, int mask) { return emulator::exchange("shuffle_xor", v, mask, true); }
+inline float shuffle_xor(float v, int mask) {
+  return emulator::exchange("shuffle_xor", v, mask, true);
+}
 inline double shuffle_xor(double v, int mask) {
   uint32_t words[2];
   std::memcpy(words, &v, 8);
@@ -153,7 +161,8 @@ inline double shuffle_xor(double v, int mask) {
 }
 
 inline int dot4(uint32_t a, uint32_t b, int c) {
-  for (int k = 0; k < 4; ++k) c += static_cast<int8_t>(a >> (8 * k)) * static_cast<int8_t>(b >> (8 * k));
+  for (int k = 0; k < 4; ++k)
+    c += static_cast<int8_t>(a >> (8 * k)) * static_cast<int8_t>(b >> (8 * k));
   return c;
 }
 inline int round_to_int(float v) {  // as the instruction: saturated, NaN is 0
@@ -161,12 +170,14 @@ inline int round_to_int(float v) {  // as the instruction: saturated, NaN is 0
   return v >= 0x1p31f ? INT32_MAX : v <= -0x1p31f ? INT32_MIN : static_cast<int>(std::nearbyint(v));
 }
 
-// mma.m16n8k32 by the definition of its fragments in the PTX manual ("Matrix Fragments for mma.m16n8k32"): group = lane >> 2, member = lane % 4;
-// a[i]: row = group for 0 <= i < 4 and 8 <= i < 12, else group + 8; column = member * 4 + (i & 3), and 16 more for i >= 8;
-// b[i]: row = member * 4 + (i & 3), and 16 more for i >= 4; column = group;
+// mma.m16n8k32 by the definition of its fragments in the PTX manual ("Matrix Fragments for
+// mma.m16n8k32"): group = lane >> 2, member = lane % 4; a[i]: row = group for 0 <= i < 4 and 8 <= i
+// < 12, else group + 8; column = member * 4 + (i & 3), and 16 more for i >= 8; b[i]: row = member *
+// 4 + (i & 3), and 16 more for i >= 4; column = group;
 // c[i]: row = group for i < 2, else group + 8; column = member * 2 + (i & 1).
 template <bool kUnsigned>
-void multiply_add(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+void multiply_add(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                  uint32_t b1) {
   uint32_t in[10] = {a0, a1, a2, a3, b0, b1}, out[4];
   for (int i = 0; i < 4; ++i) in[6 + i] = static_cast<uint32_t>(d[i]);
   emulator::together(kUnsigned ? "mma.u8" : "mma.s8", in, out, [](auto& x, auto& y) {
@@ -175,18 +186,21 @@ void multiply_add(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
       const int group = lane >> 2, member = lane % 4;
       for (int i = 0; i < 16; ++i) {
         const uint32_t byte = x[lane][i / 4] >> (8 * (i & 3)) & 0xff;
-        const int row = (i < 4 || (i >= 8 && i < 12)) ? group : group + 8, column = member * 4 + (i & 3) + (i >= 8 ? 16 : 0);
+        const int row = (i < 4 || (i >= 8 && i < 12)) ? group : group + 8,
+                  column = member * 4 + (i & 3) + (i >= 8 ? 16 : 0);
         a[row][column] = kUnsigned ? static_cast<int>(byte) : static_cast<int8_t>(byte);
       }
       for (int i = 0; i < 8; ++i)
-        b[member * 4 + (i & 3) + (i >= 4 ? 16 : 0)][group] = static_cast<int8_t>(x[lane][4 + i / 4] >> (8 * (i & 3)) & 0xff);
+        b[member * 4 + (i & 3) + (i >= 4 ? 16 : 0)][group] =
+            static_cast<int8_t>(x[lane][4 + i / 4] >> (8 * (i & 3)) & 0xff);
     }
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < 4; ++i) {
         const int row = (lane >> 2) + (i < 2 ? 0 : 8), column = lane % 4 * 2 + (i & 1);
         int64_t sum = static_cast<int32_t>(x[lane][6 + i]);
         for (int k = 0; k < 32; ++k) sum += a[row][k] * b[k][column];
-        if (sum > INT32_MAX || sum < INT32_MIN) emulator::fail("an int32 sum of the matrix units overflows");
+        if (sum > INT32_MAX || sum < INT32_MIN)
+          emulator::fail("an int32 sum of the matrix units overflows");
         y[lane][i] = static_cast<uint32_t>(sum);
       }
     }
@@ -194,7 +208,8 @@ void multiply_add(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
   for (int i = 0; i < 4; ++i) d[i] = static_cast<int>(out[i]);
 }
 
-// mma.m16n8k16, 8-bit: a[i]: row = group for i < 4, else group + 8; column = member * 4 + (i & 3); b[i]: row = member * 4 + i, column = group.
+// mma.m16n8k16, 8-bit: a[i]: row = group for i < 4, else group + 8; column = member * 4 + (i & 3);
+// b[i]: row = member * 4 + i, column = group.
 template <bool kUnsigned>
 void multiply_add_half(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
   uint32_t in[7] = {a0, a1, b0}, out[4];
@@ -205,15 +220,19 @@ void multiply_add_half(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
       const int group = lane >> 2, member = lane % 4;
       for (int i = 0; i < 8; ++i) {
         const uint32_t byte = x[lane][i / 4] >> (8 * (i & 3)) & 0xff;
-        a[i < 4 ? group : group + 8][member * 4 + (i & 3)] = kUnsigned ? static_cast<int>(byte) : static_cast<int8_t>(byte);
+        a[i < 4 ? group : group + 8][member * 4 + (i & 3)] =
+            kUnsigned ? static_cast<int>(byte) : static_cast<int8_t>(byte);
       }
-      for (int i = 0; i < 4; ++i) b[member * 4 + i][group] = static_cast<int8_t>(x[lane][2] >> (8 * i) & 0xff);
+      for (int i = 0; i < 4; ++i)
+        b[member * 4 + i][group] = static_cast<int8_t>(x[lane][2] >> (8 * i) & 0xff);
     }
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < 4; ++i) {
         int64_t sum = static_cast<int32_t>(x[lane][3 + i]);
-        for (int k = 0; k < 16; ++k) sum += a[(lane >> 2) + (i < 2 ? 0 : 8)][k] * b[k][lane % 4 * 2 + (i & 1)];
-        if (sum > INT32_MAX || sum < INT32_MIN) emulator::fail("an int32 sum of the matrix units overflows");
+        for (int k = 0; k < 16; ++k)
+          sum += a[(lane >> 2) + (i < 2 ? 0 : 8)][k] * b[k][lane % 4 * 2 + (i & 1)];
+        if (sum > INT32_MAX || sum < INT32_MIN)
+          emulator::fail("an int32 sum of the matrix units overflows");
         y[lane][i] = static_cast<uint32_t>(sum);
       }
     }
@@ -221,7 +240,8 @@ void multiply_add_half(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
   for (int i = 0; i < 4; ++i) d[i] = static_cast<int>(out[i]);
 }
 
-// mma.m8n8k4, float64: a: row = group, column = member; b: row = member, column = group; c[i]: row = group, column = member * 2 + i.
+// mma.m8n8k4, float64: a: row = group, column = member; b: row = member, column = group; c[i]: row
+// = group, column = member * 2 + i.
 inline void multiply_add_f64(double (&d)[2], double a, double b) {
   const double operands[4] = {a, b, d[0], d[1]};
   uint32_t in[8], out[4];
@@ -242,28 +262,34 @@ inline void multiply_add_f64(double (&d)[2], double a, double b) {
   });
   std::memcpy(d, out, sizeof(out));
 }
-// mma.m16n8k8, float64: a[i]: row = group for even i, else group + 8; column = member for i < 2, else member + 4; b[i]: row = member + 4 i,
-// column = group; c[i]: row = group for i < 2, else group + 8; column = member * 2 + (i & 1). As before sm_90 with TWA_EMULATOR_BULK=0.
-inline void multiply_add_f64(double (&upper)[2], double (&lower)[2], const double (&a_upper)[2], const double (&a_lower)[2], const double (&b)[2]) {
+// mma.m16n8k8, float64: a[i]: row = group for even i, else group + 8; column = member for i < 2,
+// else member + 4; b[i]: row = member + 4 i, column = group; c[i]: row = group for i < 2, else
+// group + 8; column = member * 2 + (i & 1). As before sm_90 with TWA_EMULATOR_BULK=0.
+inline void multiply_add_f64(double (&upper)[2], double (&lower)[2], const double (&a_upper)[2],
+                             const double (&a_lower)[2], const double (&b)[2]) {
   if (!emulator::bulk_copies()) {
-    for (int e = 0; e < 2; ++e) multiply_add_f64(upper, a_upper[e], b[e]), multiply_add_f64(lower, a_lower[e], b[e]);
+    for (int e = 0; e < 2; ++e)
+      multiply_add_f64(upper, a_upper[e], b[e]), multiply_add_f64(lower, a_lower[e], b[e]);
     return;
   }
-  const double operands[10] = {a_upper[0], a_lower[0], a_upper[1], a_lower[1], b[0], b[1], upper[0], upper[1], lower[0], lower[1]};
+  const double operands[10] = {a_upper[0], a_lower[0], a_upper[1], a_lower[1], b[0],
+                               b[1],       upper[0],   upper[1],   lower[0],   lower[1]};
   uint32_t in[20], out[8];
   std::memcpy(in, operands, sizeof(in));
   emulator::together("mma.f64.m16n8k8", in, out, [](auto& x, auto& y) {
     double a[16][8], b[8][8];
     for (int lane = 0; lane < 32; ++lane) {
       const int group = lane >> 2, member = lane % 4;
-      for (int i = 0; i < 4; ++i) std::memcpy(&a[group + i % 2 * 8][member + i / 2 * 4], x[lane] + 2 * i, 8);
+      for (int i = 0; i < 4; ++i)
+        std::memcpy(&a[group + i % 2 * 8][member + i / 2 * 4], x[lane] + 2 * i, 8);
       for (int i = 0; i < 2; ++i) std::memcpy(&b[member + 4 * i][group], x[lane] + 8 + 2 * i, 8);
     }
     for (int lane = 0; lane < 32; ++lane) {
       double sum[4];
       std::memcpy(sum, x[lane] + 12, 32);
       for (int i = 0; i < 4; ++i)
-        for (int k = 0; k < 8; ++k) sum[i] += a[(lane >> 2) + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
+        for (int k = 0; k < 8; ++k)
+          sum[i] += a[(lane >> 2) + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
       std::memcpy(y[lane], sum, 32);
     }
   });
@@ -319,7 +345,8 @@ inline void barrier_publish() {}
 inline void release_to_copies() {}
 inline emulator::Barrier& barrier_at(uint64_t* barrier) {
   const auto found = emulator::block().barriers.find(barrier);
-  if (found == emulator::block().barriers.end()) emulator::fail("a barrier that was not initialised");
+  if (found == emulator::block().barriers.end())
+    emulator::fail("a barrier that was not initialised");
   return found->second;
 }
 inline void barrier_expect(uint64_t* barrier, int bytes) {
@@ -338,9 +365,12 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
 inline void start_copy(emulator::Copy copy, std::vector<emulator::Copy>& copies, int unit = 16) {
   const emulator::Block& b = emulator::block();
   const uint8_t* to = static_cast<const uint8_t*>(copy.to);
-  if (reinterpret_cast<uintptr_t>(copy.from) % unit || (to - b.shared) % unit || copy.bytes % unit || copy.bytes <= 0)
-    emulator::fail("an asynchronous copy is not of multiples of " + std::to_string(unit) + " bytes");
-  if (to < b.shared || to + copy.bytes > b.shared + b.shared_bytes) emulator::fail("an asynchronous copy past the end of shared memory");
+  if (reinterpret_cast<uintptr_t>(copy.from) % unit || (to - b.shared) % unit ||
+      copy.bytes % unit || copy.bytes <= 0)
+    emulator::fail("an asynchronous copy is not of multiples of " + std::to_string(unit) +
+                   " bytes");
+  if (to < b.shared || to + copy.bytes > b.shared + b.shared_bytes)
+    emulator::fail("an asynchronous copy past the end of shared memory");
   std::memset(copy.to, 0xff, copy.bytes);
   copies.push_back(copy);
 }
@@ -377,8 +407,9 @@ inline int counter_read(const int* counter) { return *counter; }
 inline void pause() { emulator::wait(nullptr, 0); }
 
 template <class Arguments>
-int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_bytes, const Place& where, const Arguments& arguments) {
-  if (where.device != 0) return 101;             // cudaErrorInvalidDevice
+int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_bytes,
+           const Place& where, const Arguments& arguments) {
+  if (where.device != 0) return 101;       // cudaErrorInvalidDevice
   if (shared_bytes > 227 << 10) return 1;  // cudaErrorInvalidValue
   if (blocks > 0) emulator::run(blocks, threads, shared_bytes, [&] { kernel(arguments); });
   return 0;

@@ -1,4 +1,5 @@
-// lanes.h against packing.h: every lane, bit width, row and column. Exit status 0 and the number of comparisons, or the first difference.
+// lanes.h against packing.h: every lane, bit width, row and column. Exit status 0 and the number of
+// comparisons, or the first difference.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -14,13 +15,16 @@ int64_t compared = 0;
 void equal(int found, int expected, const char* what, int bits, int lane, int k) {
   ++compared;
   if (found == expected) return;
-  std::printf("%s: %d bits, lane %d, number %d: found %d, expected %d\n", what, bits, lane, k, found, expected);
+  std::printf("%s: %d bits, lane %d, number %d: found %d, expected %d\n", what, bits, lane, k,
+              found, expected);
   std::exit(1);
 }
 
 int byte_of(uint32_t word, int k) { return static_cast<int>(word >> (8 * k) & 0xff); }
 // What byte k of an operand word stands for: a level, or at 1 bit the bit of a field.
-int value_of(int bits, uint32_t word, int k) { return bits == 1 ? byte_of(word, k) : static_cast<int8_t>(byte_of(word, k)); }
+int value_of(int bits, uint32_t word, int k) {
+  return bits == 1 ? byte_of(word, k) : static_cast<int8_t>(byte_of(word, k));
+}
 int expected_value(int bits, const uint8_t* row, int column) {
   const int code = get_code(bits, row, column);
   return bits == 1 ? code << bit_field(column) : level(bits, code);
@@ -39,7 +43,8 @@ void project(std::mt19937& random) {
       ++seen[column];
     }
   }
-  for (int column = 0; column < 128; ++column) equal(seen[column], 1, "times that a column is in the operand", kBits, 0, column);
+  for (int column = 0; column < 128; ++column)
+    equal(seen[column], 1, "times that a column is in the operand", kBits, 0, column);
   for (int trial = 0; trial < 8; ++trial) {
     alignas(16) uint8_t rows[2 * 128];  // 1 bit: a pair of rows
     for (uint8_t& byte : rows) byte = static_cast<uint8_t>(random());
@@ -48,18 +53,24 @@ void project(std::mt19937& random) {
       uint32_t a[kWords * kProjectPasses<kBits>];
       project_operand<kBits>(rows, t, a);
       const uint8_t* row = rows + (kBits == 1 ? t / 2 * 16 : 0);
-      const int first = kBits == 1 ? t % 2 * 16 : t * 8;  // words of the gradient's operand that meet this lane's
+      const int first =
+          kBits == 1 ? t % 2 * 16 : t * 8;  // words of the gradient's operand that meet this lane's
       for (int w = 0; w < kWords; ++w)
         for (int k = 0; k < 4; ++k)
-          equal(value_of(kBits, a[w], k) + (kShifted<kBits> ? value_of(kBits, a[kWords % (kWords * kProjectPasses<kBits>)+w], k) + 1 : 0),
-                expected_value(kBits, row, at[(first + w) * 4 + k]), "project", kBits, lane, 4 * w + k);
+          equal(value_of(kBits, a[w], k) +
+                    (kShifted<kBits>
+                         ? value_of(kBits, a[kWords % (kWords * kProjectPasses<kBits>)+w], k) + 1
+                         : 0),
+                expected_value(kBits, row, at[(first + w) * 4 + k]), "project", kBits, lane,
+                4 * w + k);
     }
   }
   // Rows of the operand are all rows of the block, each where it lies.
   std::vector<int> rows(kProjectRows<kBits>, 0);
   for (int g = 0; g < 16; ++g)
     for (int t = 0; t < 4; t += 2) ++rows[project_row<kBits>(g, t)];
-  for (int i = 0; i < kProjectRows<kBits>; ++i) equal(rows[i], kBits == 1 ? 1 : 2, "times that a row is in the operand", kBits, 0, i);
+  for (int i = 0; i < kProjectRows<kBits>; ++i)
+    equal(rows[i], kBits == 1 ? 1 : 2, "times that a row is in the operand", kBits, 0, i);
 }
 
 template <int kBits, int kPart>
@@ -69,7 +80,10 @@ void reconstruct_part(std::mt19937& random, std::vector<int>& seen) {
   for (int g = 0; g < 8; ++g) {
     for (uint8_t& byte : rows) byte = static_cast<uint8_t>(random());
     for (int word = 0; word < (kBits == 8 || kBits == 4 ? 2 : 1); ++word) {
-      const int from = kBits == 8 ? 64 * kPart + 8 * g + 4 * word : kBits == 4 ? 8 * g + 4 * word : kBits == 1 ? 4 * (g % 4) : 4 * g;
+      const int from = kBits == 8   ? 64 * kPart + 8 * g + 4 * word
+                       : kBits == 4 ? 8 * g + 4 * word
+                       : kBits == 1 ? 4 * (g % 4)
+                                    : 4 * g;
       uint32_t w[4], top[4], out[8];
       for (int j = 0; j < 4; ++j) {
         std::memcpy(&w[j], rows.data() + j * kStride + from, 4);
@@ -88,10 +102,13 @@ void reconstruct_part(std::mt19937& random, std::vector<int>& seen) {
         const int m = kBits == 8 || kBits == 4 ? 4 * kPart + 2 * word + p / 2 : 2 * kPart + p / 2;
         const int column = reconstruct_column<kBits>(m, p % 2, g);
         ++seen[column];
-        equal(column, reconstruct_column<kBits>(m, p % 2, 0) + reconstruct_column<kBits>(0, 0, g), "columns add up", kBits, g, p);
+        equal(column, reconstruct_column<kBits>(m, p % 2, 0) + reconstruct_column<kBits>(0, 0, g),
+              "columns add up", kBits, g, p);
         for (int j = 0; j < 4; ++j)
-          equal(value_of(kBits, out[p], j) + (kShifted<kBits> ? value_of(kBits, out[4 + p], j) + 1 : 0),
-                expected_value(kBits, rows.data() + j * kStride, column), "reconstruct", kBits, g, 4 * p + j);
+          equal(value_of(kBits, out[p], j) +
+                    (kShifted<kBits> ? value_of(kBits, out[4 + p], j) + 1 : 0),
+                expected_value(kBits, rows.data() + j * kStride, column), "reconstruct", kBits, g,
+                4 * p + j);
       }
     }
   }
@@ -102,22 +119,29 @@ void reconstruct(std::mt19937& random) {
   std::vector<int> seen(128, 0);
   reconstruct_part<kBits, 0>(random, seen);
   reconstruct_part<kBits, 1>(random, seen);
-  if constexpr (kBits <= 3) reconstruct_part<kBits, 2>(random, seen), reconstruct_part<kBits, 3>(random, seen);
-  for (int column = 0; column < 128; ++column) equal(seen[column], 1, "times that a column is computed", kBits, 0, column);
+  if constexpr (kBits <= 3)
+    reconstruct_part<kBits, 2>(random, seen), reconstruct_part<kBits, 3>(random, seen);
+  for (int column = 0; column < 128; ++column)
+    equal(seen[column], 1, "times that a column is computed", kBits, 0, column);
   for (int t = 0; t < 4; ++t)
-    for (int j = 0; j < 8; ++j) equal(reconstruct_byte<kBits>(reconstruct_row<kBits>(t, j)), 8 * t + j, "byte of a row", kBits, t, j);
+    for (int j = 0; j < 8; ++j)
+      equal(reconstruct_byte<kBits>(reconstruct_row<kBits>(t, j)), 8 * t + j, "byte of a row",
+            kBits, t, j);
 }
 
 template <int kBits>
 void codes() {
-  for (int k = -127; k <= 127; ++k) equal(nearest_code_of<kBits>(k), nearest_code(kBits, k), "nearest_code", kBits, 0, k);
-  for (int code = 0; code < 1 << kBits; ++code) equal(level_of<kBits>(code), level(kBits, code), "level", kBits, 0, code);
+  for (int k = -127; k <= 127; ++k)
+    equal(nearest_code_of<kBits>(k), nearest_code(kBits, k), "nearest_code", kBits, 0, k);
+  for (int code = 0; code < 1 << kBits; ++code)
+    equal(level_of<kBits>(code), level(kBits, code), "level", kBits, 0, code);
 }
 
 void fixed_point(std::mt19937& random) {
   for (int trial = 0; trial < 100000; ++trial) {
     const int most3 = 0x7f7f7f, most4 = most3 * 128;
-    const int q3 = static_cast<int>(random() % (2u * most3 + 1)) - most3, q4 = static_cast<int>(random() % (2u * most4 + 1)) - most4;
+    const int q3 = static_cast<int>(random() % (2u * most3 + 1)) - most3,
+              q4 = static_cast<int>(random() % (2u * most4 + 1)) - most4;
     int64_t sum3 = 0, sum4 = 0;
     for (int k = 3; k >= 0; --k) {
       sum3 = 256 * sum3 + static_cast<int8_t>(limbs3(q3) >> (8 * k));
@@ -125,23 +149,28 @@ void fixed_point(std::mt19937& random) {
     }
     equal(static_cast<int>(sum3), q3, "limbs3", 0, 0, trial);
     equal(static_cast<int>(sum4), q4, "limbs4", 0, 0, trial);
-    // The largest number becomes an integer below 0x7f7f7f, and loses nothing that float32 has but its last bit.
+    // The largest number becomes an integer below 0x7f7f7f, and loses nothing that float32 has but
+    // its last bit.
     const uint32_t bits = random() % 0x7f800000u;
     const float v = bits_float(bits);
     const double scaled = std::ldexp(static_cast<double>(v), 23 - fixed_exponent(bits));
     equal(scaled <= most3, 1, "fixed_exponent is large enough", 0, 0, trial);
-    if (bits >= 0x00800000u) equal(scaled > most3 / 2 - 1, 1, "fixed_exponent is small enough", 0, 0, trial);
+    if (bits >= 0x00800000u)
+      equal(scaled > most3 / 2 - 1, 1, "fixed_exponent is small enough", 0, 0, trial);
   }
   for (uint32_t byte = 0; byte <= 0x7e; ++byte)
-    equal(e4m3_shifted(byte) * 0x1p120f == e4m3_to_float(static_cast<uint8_t>(byte)), 1, "e4m3", 0, 0, byte);
+    equal(e4m3_shifted(byte) * 0x1p120f == e4m3_to_float(static_cast<uint8_t>(byte)), 1, "e4m3", 0,
+          0, byte);
 }
 
 }  // namespace
 
 int main() {
   std::mt19937 random(7);
-  project<8>(random), project<4>(random), project<3>(random), project<2>(random), project<1>(random);
-  reconstruct<8>(random), reconstruct<4>(random), reconstruct<3>(random), reconstruct<2>(random), reconstruct<1>(random);
+  project<8>(random), project<4>(random), project<3>(random), project<2>(random),
+      project<1>(random);
+  reconstruct<8>(random), reconstruct<4>(random), reconstruct<3>(random), reconstruct<2>(random),
+      reconstruct<1>(random);
   codes<8>(), codes<4>(), codes<3>(), codes<2>(), codes<1>();
   fixed_point(random);
   std::printf("%lld comparisons\n", static_cast<long long>(compared));

@@ -9,7 +9,7 @@ from conftest import BITS, ON_GPU, exhaustive, rows_of, tensors
 
 import twa_kernels as tk
 from twa_kernels import registry
-from twa_kernels.backends import cuda, native
+from twa_kernels.backends import cuda, handles
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [
@@ -228,7 +228,7 @@ def test_tables_of_many_tensors():
         for k in range(700)
     ]
     device = torch.device(DEVICE, 0) if ON_GPU else torch.device("cpu")
-    table = cuda.tensor_table(native.read(many, cuda.module), device).tolist()
+    table = cuda.tensor_table(handles.read(many, cuda.module), device).tolist()
     number = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
     assert table == [[t.data_ptr() if t.numel() else 0, number[t.dtype]] for t in many]
 

@@ -10,7 +10,8 @@ import torch
 from conftest import BITS, ON_GPU, rows_of, tensors
 
 import twa_kernels as tk
-from twa_kernels.backends import cuda, native
+from twa_kernels import native
+from twa_kernels.backends import cuda, handles
 from twa_kernels.backends.tensors import Recent
 from twa_kernels.capture import capturing
 from twa_kernels.operands import BasisView
@@ -257,7 +258,7 @@ def test_a_swapped_or_short_operand_is_refused():
     calls, _, (grad, _, _, partial, sums, *_) = launch_on(0, cuda.module)
     calls["project"]()
     basis = tk.pack([torch.randn(3, 256)], 4)
-    handle = native.basis_handle(basis.view, cuda.module)
+    handle = handles.basis_handle(basis.view, cuda.module)
     given = {
         "basis": handle,
         "grads": grad,

@@ -12,7 +12,7 @@ import processes
 import pytest
 from conftest import BITS, run_python
 
-from twa_kernels.backends import native
+from twa_kernels import native
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))  # static_cost_cuda imports machine_code

@@ -8,8 +8,8 @@ import torch
 from conftest import BITS, run_python
 
 import twa_kernels as tk
-from twa_kernels import registry
-from twa_kernels.backends import cpu, cuda, native, reference
+from twa_kernels import native, registry
+from twa_kernels.backends import cpu, cuda, reference
 
 SHAPES = [(130,), (3, 5), (257,)]
 ROOT = Path(__file__).parents[2]

@@ -8,8 +8,8 @@ import torch
 from conftest import BITS, SEGMENTS, SHAPES, has_isa, rows_of, run_python, tensors
 
 import twa_kernels as tk
-from twa_kernels import scaling
-from twa_kernels.backends import native, reference
+from twa_kernels import native, scaling
+from twa_kernels.backends import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

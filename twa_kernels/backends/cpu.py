@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..layout import TILE, tile_offsets
+from ..native import _C, empty_for_streaming
 from ..operands import BasisView, PackArgs, PassArgs, StepArgs
-from .native import _C, basis_handle, empty_for_streaming, read, read_or_none, update, write
+from .handles import basis_handle, read, read_or_none, update, write
 
 
 def average(rows: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import capture
+from .. import capture, native
 from ..layout import TILE
 from ..operands import BasisView, PackArgs, PassArgs, StepArgs
-from . import native
+from . import handles
 from .after_pack import finish_pack
 from .tensors import Recent, current_stream, kept, on_device
 
@@ -159,7 +159,7 @@ def _handle(basis: BasisView) -> Any:
             f"codes begin at address {basis.codes.data_ptr():#x}, expected a multiple of 16, "
             "which asynchronous copies need: clone() them"
         )
-    return native.basis_handle(basis, module)
+    return handles.basis_handle(basis, module)
 
 
 # Ops ----------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def _handle(basis: BasisView) -> Any:
 
 def project(basis: BasisView, grads: Sequence[Tensor]) -> Tensor:
     device, n = basis.device, basis.n
-    sources, work = native.read(grads, module), work_items(basis)
+    sources, work = handles.read(grads, module), work_items(basis)
     c = torch.empty_like(basis.row_scale)
     with on_device(device):
         module.project_cuda(
@@ -191,8 +191,8 @@ def reconstruct(
             basis.codes.new_empty(numel, dtype=center[k].dtype if center else torch.float32)
             for k, numel in enumerate(basis.numels)
         ]
-    work, sources = work_items(basis), native.read_or_none(center, module)
-    with native.write(out, module) as targets, on_device(device):
+    work, sources = work_items(basis), handles.read_or_none(center, module)
+    with handles.write(out, module) as targets, on_device(device):
         module.reconstruct_cuda(
             basis=_handle(basis),
             x=x.contiguous(),
@@ -230,9 +230,9 @@ def step(
 ) -> Tensor:
     device, n = basis.device, basis.n
     work, handle = work_items(basis), _handle(basis)
-    sources, centers = native.read(grads, module), native.read_or_none(center, module)
+    sources, centers = handles.read(grads, module), handles.read_or_none(center, module)
     c = torch.empty_like(basis.row_scale)
-    with native.write(out, module) as targets, on_device(device):
+    with handles.write(out, module) as targets, on_device(device):
         window = _window(n, basis.bits, _place(device)["device"])
         counters = module.step_counters(work.groups, basis.num_segments)
         space = {
@@ -247,7 +247,7 @@ def step(
         module.step_cuda(
             basis=handle,
             grads=tensor_table(sources, device),
-            update=native.update(args, module),
+            update=handles.update(args, module),
             x=args.x,
             first=args.first,
             second=args.second,
@@ -263,8 +263,8 @@ def step(
 
 def pack(args: PackArgs) -> tuple[int, int, int] | None:
     device = args.device
-    rows = native.read(args.rows, module)
-    center = native.read_or_none(args.center, module)
+    rows = handles.read(args.rows, module)
+    center = handles.read_or_none(args.center, module)
     squares = torch.empty(len(args.codes), args.n, dtype=torch.float64, device=device)
     bad = torch.zeros((), dtype=torch.int32, device=device)
     with on_device(device):
@@ -288,8 +288,8 @@ def pack(args: PackArgs) -> tuple[int, int, int] | None:
 def orthonormalize_pass(args: PassArgs) -> tuple[Tensor, Tensor]:
     """One read of the rows, in float64, `fast` or not; products with probes as on the CPU."""
     device, n = args.device, args.n
-    rows, centers = native.read(args.rows, module), native.read_or_none(args.center, module)
-    out = native.read_or_none(args.out, module)
+    rows, centers = handles.read(args.rows, module), handles.read_or_none(args.center, module)
+    out = handles.read_or_none(args.out, module)
     gram = torch.empty(args.gram_shape, dtype=torch.float64, device=device)
     norms = torch.empty(n, dtype=torch.float64, device=device)
     unit = module.orthonormalize_chunk

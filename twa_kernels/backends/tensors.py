@@ -19,14 +19,14 @@ T = TypeVar("T")
 
 def odd_ones(tensors: Sequence[Tensor]) -> list[int]:
     """Those whose numbers do not lie in memory as they are, one after the other."""
-    return [k for k, t in enumerate(tensors) if not t.is_contiguous() or t.is_neg()]
+    return [k for k, t in enumerate(tensors) if not t.is_contiguous()]
 
 
 def readable(tensors: Sequence[Tensor], odd: Sequence[int]) -> list[Tensor]:
     """The tensors, with copies in the place of the odd ones."""
     made = list(tensors)
     for k in odd:
-        made[k] = made[k].contiguous().resolve_neg()
+        made[k] = made[k].contiguous()
     return made
 
 

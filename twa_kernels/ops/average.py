@@ -47,7 +47,7 @@ def average(
         if not rows:
             raise ValueError("rows: expected at least one tensor, found none")
         out = torch.empty(rows[0].shape, device=rows[0].device)
-    torch.ops.twa_kernels.average(rows, weights, out, backend)
+    OP(rows, weights, out, backend)
     return out
 
 
@@ -67,7 +67,7 @@ def _run(rows: Sequence[Tensor], weights: Sequence[float], out: Tensor, backend:
     select("average", out.device.type, backend)(rows, weights, out)
 
 
-define(
+OP = define(
     "average",
     "(Tensor[] rows, float[] weights, Tensor(a!) out, str backend) -> ()",
     _run,

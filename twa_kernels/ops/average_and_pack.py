@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from ..operands import PackArgs
 from ..registry import implements, select
 from . import average, pack
@@ -28,11 +26,11 @@ def _run(args: PackArgs, weights: Sequence[float], backend: str) -> None:
     if implements("average_and_pack", where, backend):
         pack.call(select("average_and_pack", where, backend), args, weights)
         return
-    torch.ops.twa_kernels.average(args.rows, weights, args.center[0], backend)
+    average.OP(args.rows, weights, args.center[0], backend)
     pack.run(args, backend)
 
 
-define(
+OP = define(
     "average_and_pack",
     f"({pack.ARGS.format(center='Tensor(a!)[]')}, float[] weights, str backend) -> ()",
     _run,

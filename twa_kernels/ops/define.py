@@ -38,7 +38,7 @@ def define(
     run: Callable[..., object],
     fake: Callable[..., object],
     views: Callable[..., Flat] = with_basis,
-) -> None:
+) -> torch._ops.OpOverload:
     """Makes torch.ops.twa_kernels.<name>.
 
     Args:
@@ -47,12 +47,16 @@ def define(
         run: for real tensors on any device; it takes what `views` makes of the operands.
         fake: the same for fake tensors: the checks, and tensors like the results.
         views: from the schema's flat operands to those of `run` and `fake`.
+
+    Returns:
+        The op, to be called: its one overload, which need not be looked for at every call.
     """
     LIBRARY.define(f"{name}{schema}")
     torch.library.impl(LIBRARY, name, "CompositeExplicitAutograd")(lambda *flat: run(*views(*flat)))
     torch.library.register_fake(
         f"twa_kernels::{name}", lambda *flat: fake(*views(*flat)), lib=LIBRARY
     )
+    return getattr(torch.ops.twa_kernels, name).default
 
 
 class Context(Protocol):

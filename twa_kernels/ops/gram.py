@@ -23,4 +23,4 @@ def _fake(basis: BasisView, backend: str) -> Tensor:
     return basis.row_scale.new_empty(shape, dtype=torch.float64)
 
 
-define("gram", f"({BASIS}, str backend) -> Tensor", _run, _fake)
+OP = define("gram", f"({BASIS}, str backend) -> Tensor", _run, _fake)

@@ -29,7 +29,7 @@ def orthonormalize_pass(args: PassArgs, backend: str = "") -> tuple[Tensor, Tens
         TypeError: a dtype is not supported.
         RuntimeError: a CUDA graph is being captured.
     """
-    return torch.ops.twa_kernels.orthonormalize_pass(
+    return OP(
         args.rows,
         args.center,
         args.numels,
@@ -60,7 +60,7 @@ def _fake(args: PassArgs, backend: str) -> tuple[Tensor, Tensor]:
     return gram, args.parent.new_empty(args.n, dtype=torch.float64)
 
 
-define(
+OP = define(
     "orthonormalize_pass",
     "(Tensor[] rows, Tensor[] center, int[] numels, Tensor parent, Tensor? transform, "
     "Tensor? probes, int first, bool fast, Tensor(a!)[] out, str backend) -> (Tensor, Tensor)",

@@ -58,4 +58,6 @@ def run(args: PackArgs, backend: str) -> None:
 
 
 # Nothing is returned: the checks are all that the fake does.
-define("pack", f"({ARGS.format(center='Tensor[]')}, str backend) -> ()", run, _check, with_args)
+OP = define(
+    "pack", f"({ARGS.format(center='Tensor[]')}, str backend) -> ()", run, _check, with_args
+)

@@ -41,7 +41,7 @@ def project(
         ValueError: sizes or devices do not fit the basis.
         TypeError: a dtype is not one of those above.
     """
-    return torch.ops.twa_kernels.project(*basis.operands, present(basis, grads), backend)
+    return OP(*basis.operands, present(basis, grads), backend)
 
 
 def present(basis: PackedBasis, grads: Tensor | Sequence[Tensor | None]) -> list[Tensor]:
@@ -69,7 +69,7 @@ def _fake(basis: BasisView, grads: Sequence[Tensor], backend: str) -> Tensor:
     return basis.row_scale.new_empty(basis.row_scale.shape)
 
 
-define("project", f"({BASIS}, Tensor[] grads, str backend) -> Tensor", _run, _fake)
+OP = define("project", f"({BASIS}, Tensor[] grads, str backend) -> Tensor", _run, _fake)
 
 
 def _setup(
@@ -83,7 +83,7 @@ def _setup(
 
 
 def _backward(ctx: Context, grad_c: Tensor) -> tuple[list[Tensor] | None, ...]:
-    flat = torch.ops.twa_kernels.reconstruct(
+    flat = torch.ops.twa_kernels.reconstruct.default(
         *ctx.saved_tensors, ctx.numels, ctx.bits, grad_c.contiguous(), [], ctx.backend
     )
     grads = [

@@ -47,11 +47,11 @@ def reconstruct(
     """
     centers = [] if center is None else as_list(center)
     if out is None:
-        flat = torch.ops.twa_kernels.reconstruct(*basis.operands, x, centers, backend)
+        flat = OP(*basis.operands, x, centers, backend)
         return [f.view(shape) for f, shape in zip(flat, basis.shapes, strict=True)]
     targets = as_list(out)
     with torch.no_grad():
-        torch.ops.twa_kernels.reconstruct_out(*basis.operands, x, centers, targets, backend)
+        OUT(*basis.operands, x, centers, targets, backend)
     # So that autograd refuses to go back through the old values.
     torch.autograd.graph.increment_version(targets)
     return targets
@@ -83,7 +83,9 @@ def _fake(basis: BasisView, x: Tensor, center: Sequence[Tensor], backend: str) -
     ]
 
 
-define("reconstruct", f"({BASIS}, Tensor x, Tensor[] center, str backend) -> Tensor[]", _run, _fake)
+OP = define(
+    "reconstruct", f"({BASIS}, Tensor x, Tensor[] center, str backend) -> Tensor[]", _run, _fake
+)
 
 
 def _setup(
@@ -101,7 +103,9 @@ def _backward(
 ) -> tuple[Tensor | list[Tensor | None] | None, ...]:
     empty = ctx.saved_tensors[2].new_empty(0)
     given = [empty if g is None else g for g in grads]
-    c = torch.ops.twa_kernels.project(*ctx.saved_tensors, ctx.numels, ctx.bits, given, ctx.backend)
+    c = torch.ops.twa_kernels.project.default(
+        *ctx.saved_tensors, ctx.numels, ctx.bits, given, ctx.backend
+    )
     center = [
         None if g is None else g.view(shape).to(dtype)
         for g, (shape, dtype) in zip(grads, ctx.like, strict=False)
@@ -132,7 +136,7 @@ def _run_out(
     select("reconstruct", basis.device.type, backend)(basis, x, center, out)
 
 
-define(
+OUT = define(
     "reconstruct_out",
     f"({BASIS}, Tensor x, Tensor[] center, Tensor(a!)[] out, str backend) -> ()",
     _run_out,

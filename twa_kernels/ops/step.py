@@ -122,7 +122,7 @@ def step(
     held = [torch.zeros_like(x) if state.get(name) is None else state[name] for name in moments]
     targets = reconstruct.as_list(out)
     with torch.no_grad():
-        c = torch.ops.twa_kernels.step(
+        c = OP(
             *basis.operands,
             project.present(basis, grads),
             [] if center is None else reconstruct.as_list(center),
@@ -256,7 +256,7 @@ def _fake(
     return basis.row_scale.new_empty(basis.row_scale.shape)
 
 
-define(
+OP = define(
     "step",
     f"({BASIS}, Tensor[] grads, Tensor[] center, Tensor(a!)[] out, Tensor(b!) x, "
     "Tensor(c!)[] state, str rule, float[] options, int count, str backend) -> Tensor",

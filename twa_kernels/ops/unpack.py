@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..basis import PackedBasis
@@ -24,7 +23,7 @@ def unpack(basis: PackedBasis, backend: str = "") -> list[Tensor]:
     Raises:
         RuntimeError: the backend does not run here.
     """
-    flat = torch.ops.twa_kernels.unpack(*basis.operands, backend)
+    flat = OP(*basis.operands, backend)
     return [f.view(basis.n, *shape) for f, shape in zip(flat, basis.shapes, strict=True)]
 
 
@@ -38,4 +37,4 @@ def _fake(basis: BasisView, backend: str) -> list[Tensor]:
     return [basis.row_scale.new_empty(basis.n, numel) for numel in basis.numels]
 
 
-define("unpack", f"({BASIS}, str backend) -> Tensor[]", _run, _fake)
+OP = define("unpack", f"({BASIS}, str backend) -> Tensor[]", _run, _fake)

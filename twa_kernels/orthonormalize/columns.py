@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from ..backends.native import empty_for_streaming
 from ..basis import PackedBasis
 from ..layout import FLOATS, MAX_ROWS
+from ..native import empty_for_streaming
 from ..operands import PassArgs
 from ..ops.orthonormalize_pass import orthonormalize_pass
 from ..packer import Packer

@@ -1,4 +1,4 @@
-"""The native module `_C`: whether it is there, and its views of tensors (csrc/bindings).
+"""Views of tensors for the native module (csrc/bindings).
 
 Arguments are checked by the ops before this; the module checks dtypes and sizes once more.
 """
@@ -6,53 +6,18 @@ Arguments are checked by the ops before this; the module checks dtypes and sizes
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..operands import BasisView, StepArgs
 from .tensors import kept, readable, writable
 
-_import_error = ""
-_C: Any = None
-try:
-    _C = importlib.import_module("twa_kernels._C")
-except ImportError as error:
-    # Reported by why_unusable(), never hidden: selecting this backend raises it.
-    _import_error = str(error)
-
-
-def why_unusable() -> str | None:
-    """Reason why the module does not run here; None if it does."""
-    if _C is None:
-        return (
-            f"the native module is not built ({_import_error}); "
-            "run `pip install -e .` in the source tree"
-        )
-    if _C.cpu_isa() is None:
-        return (
-            "TWA_KERNELS_ISA asks for an instruction set that this machine lacks; "
-            "expected portable, avx2 or avx512"
-        )
-    return None
-
-
-def empty_for_streaming(
-    shape: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.uint8
-) -> Tensor:
-    """Uninitialised tensor, on huge pages where the system gives them."""
-    t = torch.empty(tuple(shape), dtype=dtype, device=device)
-    if _C is not None and t.device.type == "cpu":
-        _C.advise_huge_pages(t.data_ptr(), t.nbytes)
-    return t
-
 
 def read(tensors: Sequence[Tensor], module: Any) -> Any:
     """_C.Tensors of tensors to read, which it keeps alive; odd ones are copied, one by one."""
-    made = module.Tensors(list(tensors))
+    made = module.Tensors(tensors if type(tensors) is list else list(tensors))
     return module.Tensors(readable(tensors, made.odd)) if made.odd else made
 
 
@@ -64,7 +29,7 @@ def read_or_none(tensors: Sequence[Tensor], module: Any) -> Any:
 @contextlib.contextmanager
 def write(out: Sequence[Tensor], module: Any) -> Iterator[Any]:
     """_C.Tensors of tensors to write; into odd ones what was written is copied at the end."""
-    made = module.Tensors(list(out))
+    made = module.Tensors(out if type(out) is list else list(out))
     if not made.odd:
         yield made
         return

@@ -1,0 +1,81 @@
+"""The native module `_C` (csrc/bindings): whether it is there, and what needs no backend."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_import_error = ""
+_C: Any = None
+try:
+    _C = importlib.import_module("twa_kernels._C")
+except ImportError as error:
+    # Reported by why_unusable(), never hidden: selecting this backend raises it.
+    _import_error = str(error)
+
+
+def why_unusable() -> str | None:
+    """Reason why the module does not run here; None if it does."""
+    if _C is None:
+        return (
+            f"the native module is not built ({_import_error}); "
+            "run `pip install -e .` in the source tree"
+        )
+    if _C.cpu_isa() is None:
+        return (
+            "TWA_KERNELS_ISA asks for an instruction set that this machine lacks; "
+            "expected portable, avx2 or avx512"
+        )
+    return None
+
+
+def empty_for_streaming(
+    shape: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.uint8
+) -> Tensor:
+    """Uninitialised tensor, on huge pages where the system gives them."""
+    t = torch.empty(tuple(shape), dtype=dtype, device=device)
+    if _C is not None and t.device.type == "cpu":
+        _C.advise_huge_pages(t.data_ptr(), t.nbytes)
+    return t
+
+
+def are_usual(
+    tensors: Sequence[Tensor], numels: Sequence[int], device: torch.device, absent: bool = False
+) -> bool:
+    """Whether there is a dense tensor of each size on the device, of a dtype that kernels take.
+
+    False where that is not so, and where it cannot be told in a few nanoseconds a tensor.
+
+    absent: a tensor without elements stands for one that is not there.
+    """
+    if _C is None or device.type not in _DEVICES:
+        return False
+    return _C.are_usual(
+        tensors=tensors if type(tensors) is list else list(tensors),
+        numels=numels if type(numels) is tuple else tuple(numels),
+        device=_DEVICES[device.type],
+        index=device.index or 0,
+        absent=absent,
+    )
+
+
+#: DLPack's numbers of device types; AMD's GPUs count as NVIDIA's, as in PyTorch
+_DEVICES = {"cpu": 1, "cuda": 2}
+
+
+def first_shared(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
+    """Numbers of two of the tensors that share memory; None if none do."""
+    if _C is not None:
+        return _C.first_shared(list(tensors))
+    spans = sorted(
+        (t.data_ptr(), t.data_ptr() + t.nbytes, k) for k, t in enumerate(tensors) if t.nbytes
+    )
+    for (_, end, a), (begin, _, b) in itertools.pairwise(spans):
+        if begin < end:
+            return a, b
+    return None
