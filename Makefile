@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 STACK_PYTHON ?= python3.12
 STACK := .venv-stack
+DOCS := .venv-docs
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 
-.PHONY: demo test test-all test-stack bench lint format build clean sanitize gpu-check gpu-objects static-cost triton-versions
+.PHONY: demo test test-all test-stack bench docs lint format build clean sanitize gpu-check gpu-objects static-cost triton-versions
 
 # CUDA code takes minutes to compile: for the demo only where there is a GPU, or a whole build.
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -o -m 1 GPU)
@@ -48,6 +49,10 @@ static-cost: build
 triton-versions: build
 	$(BIN)/python bench/triton_versions.py
 
+# The documentation site in build/site, to be read from the disk: see mkdocs.yml.
+docs: $(DOCS)/.requirements
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+
 # The kernel tests once more, with a native module and emulated CUDA kernels built for AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED := build/sanitize
 sanitize: build
@@ -56,7 +61,7 @@ sanitize: build
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
 	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/$(SANITIZED)/twa_kernels
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZED)/cmake --target _C _emulated
-	cp -r twa_kernels/*.py twa_kernels/_triton $(SANITIZED)/twa_kernels/
+	cp -r twa_kernels/*.py twa_kernels/*/ $(SANITIZED)/twa_kernels/
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=halt_on_error=1 TWA_EMULATOR_BUILD=$(CURDIR)/$(SANITIZED)/cmake \
 	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
@@ -87,6 +92,11 @@ $(VENV)/.built: $(VENV)/.requirements $(NATIVE) pyproject.toml
 
 $(VENV)/.built-cpu: $(VENV)/.requirements $(NATIVE) pyproject.toml
 	PATH="$(CURDIR)/$(BIN):$$PATH" TWA_CUDA=off $(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
+	touch $@
+
+$(DOCS)/.requirements: requirements-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check -q -r requirements-docs.txt
 	touch $@
 
 $(STACK)/.requirements: requirements-stack.txt

@@ -84,12 +84,12 @@ def commands(architecture: str) -> dict[str, tuple[list[str], Path]]:
             *cmake_flags("twa_cuda"),
             "-lineinfo",
         ]
-        device += ["--split-compile=0", "-Xcompiler=-fPIC,-fvisibility=hidden", "-gencode", code]
+        device += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-gencode", code]
         device += ["-DTWA_WITH_CUDA", f"-I{ROOT / 'csrc'}", "-c"]
         sources = [s for s in ROOT.glob("csrc/cuda/*.c*") if s.suffix in (".cu", ".cpp")]
         for source in sorted(sources, key=lambda s: (s.name != "step.cu", s.name)):
             jobs[f"cuda_{source.name}.o"] = (device, source)
-    for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
+    for source in sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]):
         jobs[f"cpu_{source.name}.o"] = ([*host, *cmake_flags("twa_core")], source)
     return jobs
 
@@ -97,7 +97,7 @@ def commands(architecture: str) -> dict[str, tuple[list[str], Path]]:
 def digest(architecture: str) -> str:
     """Of every source and flag that an object depends on."""
     h = hashlib.sha256()
-    folders = ("csrc/*.h", "csrc/cpu/*", "csrc/cuda/*")
+    folders = ("csrc/*.h", "csrc/*.cpp", "csrc/cpu/*", "csrc/cuda/*")
     for path in sorted(p for folder in folders for p in ROOT.glob(folder)):
         h.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     for name, (command, _) in commands(architecture).items():
@@ -185,10 +185,11 @@ def link(folder: Path, architecture: str, objects: Path | None) -> None:
         "-fvisibility=hidden",
         f"-I{ROOT / 'csrc'}",
     ]
-    jobs["bindings.o"] = (
-        [*binding, *define, f"-I{include}", f"-I{python}", "-c"],
-        ROOT / "csrc/bindings.cpp",
-    )
+    for name in ("module", "cpu", "cuda") if architecture else ("module", "cpu"):
+        jobs[f"bindings_{name}.o"] = (
+            [*binding, *define, f"-I{include}", f"-I{python}", "-c"],
+            ROOT / f"csrc/bindings/{name}.cpp",
+        )
     module = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     with tempfile.TemporaryDirectory() as scratch:
         compile_into(Path(scratch), jobs)
