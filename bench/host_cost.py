@@ -229,7 +229,8 @@ def main() -> None:
         "# Host cost",
         "",
         "Microseconds of a call beside its kernel (`python bench/host_cost.py`).",
-        f"{COLUMNS} numbers a tensor, {ROWS} rows, 4 bits; kernels of GPUs are replaced by nothing.",
+        f"{COLUMNS} numbers a tensor, {ROWS} rows, 4 bits.",
+        "Kernels of GPUs are replaced by nothing.",
         "",
     ]
     publish("host_cost", head + table(), args.save)

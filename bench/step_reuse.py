@@ -1,7 +1,7 @@
 """How much of a fused step's second read of P finds its codes in the second-level cache: a model,
 not a measurement.
 
-The step kernel's own order of tasks (csrc/cuda/work.cpp) is played through a cache that forgets
+The step kernel's own order of tasks (csrc/work.cpp) is played through a cache that forgets
 what was used longest ago, item by item: codes and scales as they are projected, gradients, and the
 centers and weights that reconstruct moves. Concurrency is modelled by the order alone, whose window
 is the number of blocks that an H200 runs at once. What counts as available of its 60 MB (two

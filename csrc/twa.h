@@ -77,8 +77,7 @@ HostWork make_work(const int64_t* numel, int64_t count, const int32_t* tile_segm
                    int64_t num_segments, int bits);
 // Tasks of a step, in order: item i's projection is i, its reconstruction is -1 - i. A segment's
 // reconstruction begins `window` tasks after its last projection, last item first. Empty if a
-// segment
-// has no item: such a step runs without tasks.
+// segment has no item: such a step runs without tasks.
 std::vector<int32_t> make_tasks(const HostWork& work, int64_t window);
 
 // CPU ---------------------------------------------------------------------------------------------
@@ -171,8 +170,7 @@ Status orthonormalize_pass_cpu(const RowTable& rows, const GramSchmidtPass& pass
                                const TensorTable& out, int threads);
 
 // Memory bandwidth with the same threads: sum of the 64-bit words (bytes moved = bytes; `ahead`:
-// with
-// the kernels' software prefetch, on AVX-512), and a copy (2 * bytes).
+// with the kernels' software prefetch, on AVX-512), and a copy (2 * bytes).
 uint64_t read_bytes(const void* data, int64_t bytes, int threads, bool ahead);
 void copy_bytes(const void* from, void* to, int64_t bytes, int threads);
 
@@ -186,14 +184,10 @@ const char* cpu_isa();
 
 // CUDA --------------------------------------------------------------------------------------------
 // All pointers are device pointers (the tables too), on device `where.device`, and work is queued
-// on
-// its stream. Nothing waits and nothing is allocated: the caller brings the workspaces. Each
-// function
-// returns the CUDA error, 0 when everything was launched; if it is not 0, no output has been
-// written
-// (a step without tasks may have updated x, if its last kernel was the one that failed). Repeats
-// give
-// the same bits: no sum depends on which block ran first.
+// on its stream. Nothing waits and nothing is allocated: the caller brings the workspaces. Each
+// function returns the CUDA error, 0 when everything was launched; if it is not 0, no output has
+// been written (a step without tasks may have updated x, if its last kernel was the one that
+// failed). Repeats give the same bits: no sum depends on which block ran first.
 #if defined(TWA_WITH_CUDA)
 struct Place {
   int device;
@@ -220,8 +214,7 @@ struct DeviceWork {
 };
 
 // to[k] = entries[k], entries (count,) in host memory. A table by way of kernel arguments: nothing
-// of
-// the host is read later, nor by a captured graph.
+// of the host is read later, nor by a captured graph.
 int table_cuda(const DeviceTensor* entries, int64_t count, DeviceTensor* to, const Place& where);
 
 // n rows of each of `count` tensors, and what is subtracted from them.
@@ -254,8 +247,7 @@ int reconstruct_cuda(const BasisView& basis, const float* x, const DeviceTensor*
                      const Place& where);
 
 // As step_cpu, in one kernel: segments are projected, updated and reconstructed in an order in
-// which
-// the second read of a segment's codes finds in the second-level cache what fits there.
+// which the second read of a segment's codes finds in the second-level cache what fits there.
 struct StepWorkspace {
   float* partial;        // (items, n)
   double* sums;          // (groups, n)
@@ -275,14 +267,13 @@ constexpr int64_t step_counters(int64_t groups, int64_t num_segments) {
   return 1 + groups + 2 * num_segments;
 }
 // Blocks of the step kernel that a device runs at once, which is the window that make_tasks()
-// wants;
-// or minus the CUDA error.
+// wants; or minus the CUDA error.
 int step_window(int64_t n, int bits, int device);
 
 // As orthonormalize_pass_cpu without `fast`: float64, products with probes float32 (n > 64:
-// float64).
-// out may be null; r counts only with a transform. Columns of each tensor come in chunks of
-// kOrthonormalizeChunk; tensor k begins with chunk chunk_begin[k], and there are `chunks` in all.
+// float64). out may be null; r counts only with a transform. Columns of each tensor come in chunks
+// of kOrthonormalizeChunk; tensor k begins with chunk chunk_begin[k], and there are `chunks` in
+// all.
 constexpr int kOrthonormalizeChunk = 32;
 struct GramSchmidtPlan {
   int64_t parts, stride;  // partial sums

@@ -98,21 +98,27 @@ def readme(codes):
 def from_ema(codes):
     save_nets("ft", "abc")
     names = in_a_trainer()
+    names["loader"] *= 40  # 200 steps: a checkpoint every 50
     names["optimizer"] = torch.optim.SGD(names["model"].parameters(), lr=0.01)
     run(codes, names)
-    assert Path("ema/averaged.safetensors").exists() and Path("out/optimizer.pt").exists()
+    assert len(list(Path("run").glob("*.pt"))) == 4
+    assert Path("ema/averaged.safetensors").exists() and Path("out/state.pt").exists()
     assert names["soup"].sum() == pytest.approx(1.0)
 
 
 def own_trainer(codes):
     names = in_a_trainer()
-    names |= {"candidates": [net() for _ in range(3)], "W": torch.randn(3, 50)[[0, 1, 1, 2]]}
+    names |= {
+        "states": [net().state_dict() for _ in range(3)],
+        "W": torch.randn(3, 50)[[0, 1, 1, 2]],
+    }
     fused = next(k for k, code in enumerate(codes) if "tk.step(" in code)
     run(codes[:fused], names)
     before = names["model"][0].weight.detach().clone()
     run(codes[fused : fused + 1], names)
     assert not torch.equal(names["model"][0].weight, before) and int(names["state"]["step"]) == 5
     run(codes[fused + 1 :], names)
+    assert Path("averaged.pt").exists()
     assert names["x"].grad.shape == (3, 6) and names["x"].grad.abs().sum() > 0
     assert names["o"].rank == 3 and [row for row, _ in names["o"].dropped] == [2]
 

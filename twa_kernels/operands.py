@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from . import native
 from .layout import FLOATS, MAX_ROWS, check_bits, total_tiles
+
+T = TypeVar("T")
 
 #: Gaussian vectors of orthonormalize's certificate
 PROBES = 6
@@ -243,6 +246,11 @@ class PassArgs:
 
 
 # Rules --------------------------------------------------------------------------------------------
+
+
+def as_list(tensors: Tensor | Sequence[T]) -> list[Tensor | T]:
+    """A single tensor counts as a list of one."""
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
 def repeated(numels: Sequence[int], times: int) -> tuple[int, ...]:

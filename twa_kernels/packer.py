@@ -11,6 +11,7 @@ from torch import Tensor
 from .basis import PackedBasis
 from .layout import MAX_ROWS, TILE, check_bits, num_tiles, segments_to_tiles, tile_offsets
 from .native import empty_for_streaming
+from .operands import as_list
 from .ops.pack import NotFiniteError
 from .scaling import Scaling, lost_groups
 
@@ -53,14 +54,10 @@ def pack(
         TypeError: a dtype is not one of those above.
         NotFiniteError: rows or center hold NaN or Inf.
     """
-    rows = [rows] if isinstance(rows, Tensor) else list(rows)
+    rows = as_list(rows)
     if not rows:
         raise ValueError("rows: expected at least one tensor, found none")
-    centers = (
-        [None] * len(rows)
-        if center is None
-        else ([center] if isinstance(center, Tensor) else list(center))
-    )
+    centers = [None] * len(rows) if center is None else as_list(center)
     if len(centers) != len(rows):
         raise ValueError(f"center: expected {len(rows)} tensors, found {len(centers)}")
     first = rows[0][0]

@@ -22,7 +22,7 @@ void average(const Tensors& rows, const std::vector<double>& weights, py::handle
   rows.refuse_odd("rows");
   if (weights.size() != rows.data.size())
     throw py::value_error("average: as many weights as rows expected");
-  const TensorTable table{rows.data.data(), rows.numel.data(), rows.dtype.data(), rows.count()};
+  const TensorTable table = rows.table(rows.numel.data());
   auto* to = array<float>(out, rows.count() ? rows.numel[0] : 0, "out");
   run([&] { return average_cpu(table, weights.data(), to, threads); });
 }
@@ -73,12 +73,12 @@ void unpack(const Basis& basis, const Tensors& out, int threads) {
   std::vector<int64_t> sizes;
   for (const int64_t size : basis.numel) sizes.push_back(size * basis.view.n);
   check_sizes(out, sizes, 1, "out");
-  const TensorTable table{out.data.data(), basis.numel.data(), out.dtype.data(), out.count()};
+  const TensorTable table = out.table(basis.numel.data());
   run([&] { return unpack_cpu(basis.view, table, threads); });
 }
 
 void project(const Basis& basis, const Tensors& grads, py::handle c, int threads) {
-  const TensorTable table = basis.table(grads, "grads");
+  const TensorTable table = basis.table(grads, "grads", true);
   auto* to = array<float>(c, basis.coefficients(), "c");
   run([&] { return project_cpu(basis.view, table, to, threads); });
 }
@@ -94,7 +94,7 @@ void step(const Basis& basis, const Tensors& grads, const Update& update, py::ha
           py::handle first, py::handle second, const Tensors* center, const Tensors& out,
           py::handle c, int threads) {
   const Coefficients coefficients = coefficients_of(basis, x, first, second);
-  const TensorTable g = basis.table(grads, "grads");
+  const TensorTable g = basis.table(grads, "grads", true);
   const TensorTable from = basis.table(center, "center"), to = basis.table(out, "out");
   auto* projected = array<float>(c, basis.coefficients(), "c");
   run([&] { return step_cpu(basis.view, g, update, coefficients, from, to, projected, threads); });
@@ -108,7 +108,7 @@ void orthonormalize_pass(const Rows& rows, py::handle parent, py::handle transfo
   TensorTable table{};
   if (out) {
     check_sizes(*out, rows.numel, pass.r, "out");
-    table = {out->data.data(), out->numel.data(), out->dtype.data(), out->count()};
+    table = out->table(out->numel.data());
   }
   run([&] { return orthonormalize_pass_cpu(rows.view(), pass, table, threads); });
 }

@@ -1,9 +1,8 @@
 // What a torch tensor is: address, dtype, device, size, whether it is contiguous.
 //
 // The module does not link torch, so that one build serves every version of it. A tensor is asked
-// by
-// DLPack's C exchange functions where its type has them (30 ns), else by its Python methods.
-// The structs are those of DLPack 1.x: github.com/dmlc/dlpack.
+// by DLPack's C exchange functions where its type has them (30 ns), else by its Python methods. The
+// structs are those of DLPack 1.x: github.com/dmlc/dlpack.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -58,7 +57,7 @@ struct Functions {
 };
 }  // namespace exchange
 
-// torch, as far as it is needed; made once.
+// torch, as far as it is needed; made when the module is loaded.
 struct Torch {
   py::handle tensor, parameter;
   exchange::FromPython from_python = nullptr;
@@ -125,11 +124,15 @@ inline Facts facts_by_methods(py::handle t) {
   return f;
 }
 
+// Whether this is a torch.Tensor or a Parameter, and nothing derived from them.
+inline bool is_torchs_own(py::handle t) {
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(t.ptr()));
+  return type == torch().tensor.ptr() || type == torch().parameter.ptr();
+}
+
 inline Facts facts_of(py::handle t) {
   const Torch& names = torch();
-  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(t.ptr()));
-  if (!names.from_python || (type != names.tensor.ptr() && type != names.parameter.ptr()))
-    return facts_by_methods(t);
+  if (!names.from_python || !is_torchs_own(t)) return facts_by_methods(t);
   exchange::Tensor found{};
   if (names.from_python(t.ptr(), &found) != 0) throw py::error_already_set();
   Facts f{static_cast<char*>(found.data) + found.byte_offset,

@@ -1,4 +1,4 @@
-// The native module of twa_kernels: what CPU and CUDA share. twa_kernels/_C.pyi has the signatures.
+// The native module of twa_kernels: what CPU and CUDA share. help() of a function has its operands.
 #include "operands.h"
 
 #if !defined(TWA_MODULE)
@@ -47,6 +47,7 @@ py::dict arrays_of(const HostWork& w) {
 }  // namespace
 
 PYBIND11_MODULE(TWA_MODULE, m) {
+  torch();
   m.doc() = "Native kernels of twa_kernels. Use the functions of the package, not these.";
   py::class_<Tensors>(m, "Tensors", py::module_local())
       .def(py::init<const py::list&>(), "tensors"_a)

@@ -1,8 +1,7 @@
 // What the bindings make of Python's objects: arrays, lists of tensors, a basis.
 //
 // An operand of the wrong dtype or size, or one that is not contiguous, raises before a kernel
-// runs;
-// all arguments are passed by name.
+// runs; all arguments are passed by name.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -105,6 +104,10 @@ struct Tensors {
     }
   }
   int64_t count() const { return static_cast<int64_t>(data.size()); }
+  // sizes: (count,), those of the basis where tensors may be absent.
+  TensorTable table(const int64_t* sizes) const {
+    return {data.data(), sizes, dtype.data(), count()};
+  }
   // The same for the same tensors at the same addresses.
   py::bytes key() const {
     std::string bytes(reinterpret_cast<const char*>(data.data()), data.size() * sizeof(void*));
@@ -126,6 +129,7 @@ inline bool are_usual(const py::list& tensors, const py::tuple& numels, int devi
   if (tensors.size() != numels.size()) return false;
   Py_ssize_t k = 0;
   for (const py::handle t : tensors) {
+    if (!is_torchs_own(t)) return false;
     Facts f{};
     try {
       f = facts_of(t);
@@ -160,16 +164,16 @@ inline py::object first_shared(const py::list& tensors) {
   return py::none();
 }
 
-// Table of a list with `each` tensors for each of these sizes; empty ones may be absent.
+// Checks a list with `each` tensors for each of these sizes. absent: empty ones stand for others.
 inline void check_sizes(const Tensors& t, const std::vector<int64_t>& numel, int64_t each,
-                        const char* name) {
+                        const char* name, bool absent = false) {
   t.refuse_odd(name);
   if (t.count() != static_cast<int64_t>(numel.size()) * each)
     throw py::value_error(std::string(name) + ": expected " +
                           std::to_string(numel.size() * static_cast<size_t>(each)) +
                           " tensors, found " + std::to_string(t.count()));
   for (int64_t k = 0; k < t.count(); ++k)
-    if (t.numel[k] != numel[k / each] && t.numel[k] != 0)
+    if (t.numel[k] != numel[k / each] && !(absent && t.numel[k] == 0))
       throw py::value_error(std::string(name) + "[" + std::to_string(k) + "]: expected " +
                             std::to_string(numel[k / each]) + " elements, found " +
                             std::to_string(t.numel[k]));
@@ -221,9 +225,9 @@ struct Basis {
   }
   int64_t coefficients() const { return view.n * view.num_segments; }
   // The table of a list with one entry per tensor of the basis.
-  TensorTable table(const Tensors& t, const char* name) const {
-    check_sizes(t, numel, 1, name);
-    return {t.data.data(), numel.data(), t.dtype.data(), t.count()};
+  TensorTable table(const Tensors& t, const char* name, bool absent = false) const {
+    check_sizes(t, numel, 1, name, absent);
+    return t.table(numel.data());
   }
   TensorTable table(const Tensors* t, const char* name) const {
     if (t) return table(*t, name);

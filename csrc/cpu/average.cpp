@@ -2,11 +2,9 @@
 // rounded once to float32.
 //
 // Operands   rows: n tables of equal length, each float32, bfloat16 or float16; weights (n,)
-//            float64,
-//            rows of weight 0 are not read; out (D,) float32.
+//            float64, rows of weight 0 are not read; out (D,) float32.
 // Work map   one item = kSpan columns; an item's float64 sums stay in the first-level cache while
-//            it
-//            goes over the rows.
+//            it goes over the rows.
 // Bytes      n * D * input read, D * 4 written.
 #include "average.h"
 

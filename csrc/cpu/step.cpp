@@ -119,13 +119,17 @@ Status step_cpu(const BasisView& basis, const TensorTable& grads, const Update& 
       scaled[l * n + i] = x[at] * basis.row_scale[at];
     }
   };
+  const auto reconstruct_one = [&](const Block& b) {
+    if (!out.data[b.tensor]) return;  // an absent output: left alone
+    reconstruct(basis, scaled.data() + b.segment * n, center, out, b);
+  };
   parallel_for(static_cast<int64_t>(items.size()), threads, [&](int64_t item) {
     const auto [l, block] = items[item];
     if (block >= 0) return project_one(block);
     for (const int64_t k : of_segment[l]) project_one(k);
     update_segment(l);
     for (auto k = of_segment[l].rbegin(); k != of_segment[l].rend(); ++k)
-      reconstruct(basis, scaled.data() + l * n, center, out, blocks[*k]);
+      reconstruct_one(blocks[*k]);
   });
   std::vector<int64_t> rest;
   for (const int64_t l : shared) {
@@ -133,10 +137,8 @@ Status step_cpu(const BasisView& basis, const TensorTable& grads, const Update& 
     rest.insert(rest.end(), of_segment[l].begin(), of_segment[l].end());
   }
   const int64_t count = static_cast<int64_t>(rest.size());
-  parallel_for(count, threads, [&](int64_t item) {
-    const Block& b = blocks[rest[count - 1 - item]];
-    reconstruct(basis, scaled.data() + b.segment * n, center, out, b);
-  });
+  parallel_for(count, threads,
+               [&](int64_t item) { reconstruct_one(blocks[rest[count - 1 - item]]); });
   return Status::ok;
 }
 

@@ -3,8 +3,7 @@
 // Operands   DeviceRows and DevicePackTarget of twa.h.
 // Work map   block = 8 warps = 8 rows of one tile; blocks of a tile follow each other. Lane r holds
 //            columns r, r + 32, r + 64, r + 96, so the halving tree is: two additions inside the
-//            lane,
-//            then butterflies over 16, 8, 4, 2, 1 lanes.
+//            lane, then butterflies over 16, 8, 4, 2, 1 lanes.
 // Shared     128 bytes of codes per warp, from which each lane assembles whole bytes.
 // Bytes      n * D * input read, n * D * (bits / 8 + 2 / 128) written.
 // Compiled with -fmad=false: every float operation rounds once, as on the CPU.

@@ -143,9 +143,8 @@ TWA_DEVICE void coefficients(const float* x_row, const uint8_t* scales, int row0
 }
 
 // The tile's four columns of this lane, 4 lane .. 4 lane + 3: value += sum * unit. low, high: sum
-// of all
-// coefficients, in limbs of 16 bits; 1 bit: subtracted from twice the sums, whose levels are 0 or
-// 1; 4 bits: added.
+// of all coefficients, in limbs of 16 bits; 1 bit: subtracted from twice the sums, whose levels are
+// 0 or 1; 4 bits: added.
 template <int kBits>
 TWA_DEVICE void add_sums(const Word4* columns, int low, int high, TwoFactors unit, float* value) {
   const int lane = lane_index(), field = bit_field(4 * lane);

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import twa_kernels as tk
 from twa_kernels import native
+from twa_kernels.backends import handles
 from twa_kernels.backends.tensors import Recent
 
 pytestmark = pytest.mark.skipif(native._C is None, reason="the native module is not built")
@@ -43,9 +45,11 @@ def test_both_ways_of_asking_agree():
     assert odd == [2, 3] and ours.odd == theirs.odd == odd
     assert ours.key == theirs.key and len(ours) == len(tensors)
     sizes = tuple(t.numel() for t in tensors)
-    for given in (tensors, others):
-        assert native.are_usual(given, sizes, CPU)
-        assert not native.are_usual(given, (*sizes[:-1], 6), CPU)
+    assert native.are_usual(tensors, sizes, CPU)
+    assert not native.are_usual(tensors, (*sizes[:-1], 6), CPU)
+    assert not native.are_usual(others, sizes, CPU)  # Python looks at these
+    basis = tk.pack([torch.randn(2, t.numel()) for t in tensors], 4)
+    assert basis.takes(tensors) and basis.takes(others)
 
 
 def test_the_key_tells_addresses_and_dtypes_apart():
@@ -107,3 +111,29 @@ def test_recent_tables_are_few_by_their_tensors():
     table("more than there is room for", 100)
     table("more than there is room for", 100)
     assert made[-1] != made[-2]
+
+
+def test_an_absent_tensor_is_a_gradient_or_refused():
+    basis, empty = tk.pack([torch.randn(2, 300)], 4), native._C.Tensors([torch.empty(0)])
+    whole, x = native._C.Tensors([torch.zeros(300)]), torch.zeros(2, 1)
+    handle = handles.basis_handle(basis.view, native._C)
+    native._C.project(basis=handle, grads=empty, c=x, threads=1)
+    for center, out in ((empty, whole), (None, empty)):
+        with pytest.raises(ValueError, match="expected 300 elements, found 0"):
+            native._C.reconstruct(basis=handle, x=x, center=center, out=out, threads=1)
+
+
+def test_a_lazily_negated_x_is_refused_before_anything_changes():
+    basis, out, state = tk.pack([torch.randn(2, 300)], 4), torch.ones(300), {}
+    x = torch._neg_view(torch.ones(2, 1))
+    with pytest.raises(ValueError, match="x: expected a tensor to update in place"):
+        tk.step(basis, torch.ones(300), x, out, rule="sgd", options={}, state=state)
+    assert (out == 1).all() and not state
+
+
+def test_fake_tensors_are_not_asked_for_addresses(recwarn):
+    operands = tk.pack([torch.randn(2, 300)], 4).operands
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in operands]
+        c = torch.ops.twa_kernels.project(*fake, [torch.empty(300)], "")
+    assert c.shape == (2, 1) and not [w for w in recwarn if "data pointer" in str(w.message)]

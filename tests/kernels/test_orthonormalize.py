@@ -305,7 +305,7 @@ def test_rows_below_first_are_left_alone():
 @pytest.fixture(autouse=True)
 def _float32_sums_at_every_size(request, monkeypatch):
     """Else accuracy="fast" would not be what is tested at the sizes of these tests."""
-    monkeypatch.setattr(sys.modules["twa_kernels.orthonormalize"], "FEWEST_FAST", 0)
+    monkeypatch.setattr(sys.modules["twa_kernels.orthonormalize.job"], "FEWEST_FAST", 0)
 
 
 @pytest.mark.parametrize("accuracy", ["high", "fast"])

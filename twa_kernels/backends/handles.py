@@ -1,6 +1,7 @@
 """Views of tensors for the native module (csrc/bindings).
 
-Arguments are checked by the ops before this; the module checks dtypes and sizes once more.
+Arguments are checked by the ops before this; the module checks dtypes and sizes once more. Lazily
+negated tensors do not come here: torch resolves them on the way to an op.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..operands import BasisView, StepArgs
-from .tensors import kept, readable, writable
+from .tensors import readable, writable
 
 
 def read(tensors: Sequence[Tensor], module: Any) -> Any:
@@ -30,27 +31,19 @@ def read_or_none(tensors: Sequence[Tensor], module: Any) -> Any:
 def write(out: Sequence[Tensor], module: Any) -> Iterator[Any]:
     """_C.Tensors of tensors to write; into odd ones what was written is copied at the end."""
     made = module.Tensors(out if type(out) is list else list(out))
-    if not made.odd:
-        yield made
-        return
     with writable(out, made.odd) as targets:
-        yield module.Tensors(targets)
+        yield module.Tensors(targets) if made.odd else made
 
 
 def basis_handle(basis: BasisView, module: Any) -> Any:
-    """_C.Basis, made once per basis."""
-    tensors = {
-        "codes": basis.codes,
-        "scales": basis.scales,
-        "row_scale": basis.row_scale,
-        "tile_segment": basis.tile_segment,
-    }
-    addresses = tuple(t.data_ptr() for t in tensors.values())
-    key = (module.__name__, addresses, basis.row_scale.shape, basis.numels, basis.bits)
-    return kept(
-        basis.tile_segment,
-        key,
-        lambda: module.Basis(**tensors, numel=basis.numels, bits=basis.bits),
+    """_C.Basis. Making it costs less than looking for one made before."""
+    return module.Basis(
+        codes=basis.codes,
+        scales=basis.scales,
+        row_scale=basis.row_scale,
+        tile_segment=basis.tile_segment,
+        numel=basis.numels,
+        bits=basis.bits,
     )
 
 

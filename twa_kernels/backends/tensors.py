@@ -80,7 +80,7 @@ class Recent:
     def __init__(self, most: int = 1 << 16) -> None:
         self._most, self._size = most, 0
         self._tables: OrderedDict[Hashable, tuple[Tensor, int]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finaliser may call an op meanwhile
 
     def get(self, key: Hashable, size: int, make: Callable[[], Tensor]) -> Tensor:
         """The table of this key, made if it is not there. size: its tensors."""

@@ -46,18 +46,14 @@ def call(kernel: Callable[..., tuple[int, int, int] | None], *operands: object) 
         raise NotFiniteError(*bad)
 
 
-def _check(args: PackArgs, backend: str) -> None:
-    args.check(backend)
-
-
 def run(args: PackArgs, backend: str) -> None:
     """The op on real tensors."""
-    _check(args, backend)
+    args.check(backend)
     refuse_reading_back("pack", args.device)
     call(select("pack", args.device.type, backend), args)
 
 
 # Nothing is returned: the checks are all that the fake does.
 OP = define(
-    "pack", f"({ARGS.format(center='Tensor[]')}, str backend) -> ()", run, _check, with_args
+    "pack", f"({ARGS.format(center='Tensor[]')}, str backend) -> ()", run, PackArgs.check, with_args
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..basis import PackedBasis
-from ..operands import BasisView, check_list
+from ..operands import BasisView, as_list, check_list
 from ..registry import select
 from .define import BASIS, LIBRARY, Context, define
 
@@ -46,7 +46,7 @@ def project(
 
 def present(basis: PackedBasis, grads: Tensor | Sequence[Tensor | None]) -> list[Tensor]:
     """One tensor per tensor of the basis; absent ones are empty, which is what the ops know."""
-    given = [grads] if isinstance(grads, Tensor) else list(grads)
+    given = as_list(grads)
     if len(given) != len(basis.shapes):
         raise ValueError(f"grads: expected {len(basis.shapes)} tensors, found {len(given)}")
     empty = basis.row_scale.new_empty(0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..basis import PackedBasis
-from ..operands import BasisView, check_disjoint, check_list
+from ..operands import BasisView, as_list, check_disjoint, check_list
 from ..registry import select
 from .define import BASIS, LIBRARY, Context, define
 
@@ -55,11 +55,6 @@ def reconstruct(
     # So that autograd refuses to go back through the old values.
     torch.autograd.graph.increment_version(targets)
     return targets
-
-
-def as_list(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """A single tensor counts as a list of one."""
-    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
 def check(basis: BasisView, x: Tensor, center: Sequence[Tensor], backend: str) -> None:

@@ -11,9 +11,16 @@ from torch import Tensor
 
 from .. import capture
 from ..basis import PackedBasis
-from ..operands import BasisView, StepArgs, check_disjoint, check_list, check_tensor
-from ..registry import backend_of, select
-from . import project, reconstruct
+from ..operands import (
+    BasisView,
+    StepArgs,
+    as_list,
+    check_disjoint,
+    check_list,
+    check_tensor,
+)
+from ..registry import backend_of
+from . import project
 from .define import BASIS, Flat, define, with_basis
 
 #: torch.optim's state of a tensor: tensors and numbers of steps, which torch types no further
@@ -105,6 +112,8 @@ def step(
     betas = cast(Sequence[float], given.get("betas", (0.0, 0.0)))
     given["beta1"], given["beta2"] = betas
     numbers = [float(cast(SupportsFloat, given[name])) for name in RULES[rule][0]]
+    if x.is_neg():
+        raise ValueError("x: expected a tensor to update in place, found a lazily negated one")
     x = x.detach()
     moments = RULES[rule][1] if rule == "adamw" or given["momentum"] else ()
     # torch's SGD counts no steps: its first one is the one that finds no buffer.
@@ -120,12 +129,12 @@ def step(
             int(steps) if rule == "adamw" else int(state.get("momentum_buffer") is not None)
         )
     held = [torch.zeros_like(x) if state.get(name) is None else state[name] for name in moments]
-    targets = reconstruct.as_list(out)
+    targets = as_list(out)
     with torch.no_grad():
         c = OP(
             *basis.operands,
             project.present(basis, grads),
-            [] if center is None else reconstruct.as_list(center),
+            [] if center is None else as_list(center),
             targets,
             x,
             [*held, steps] if on_device else held,
@@ -234,14 +243,12 @@ def _run(
     _check(basis, grads, args, center, out, backend)
     check_disjoint(out)
     check_disjoint([t for t in (args.x, args.first, args.second) if t is not None], "x and state")
-    where = basis.device.type
-    kernel = select("step", where, backend)
-    counts_on_device = backend_of("step", where, backend).counts_steps_on_device
-    _check_capture(basis.device, args, counts_on_device)
-    if args.steps_before is not None and not counts_on_device:
+    chosen = backend_of("step", basis.device.type, backend)
+    _check_capture(basis.device, args, chosen.counts_steps_on_device)
+    if args.steps_before is not None and not chosen.counts_steps_on_device:
         # Such a kernel takes a number, and waits for it.
         args = replace(args, count=int(args.steps_before) + 1, steps_before=None)
-    return kernel(basis, grads, args, center, out)
+    return chosen.kernel("step")(basis, grads, args, center, out)
 
 
 def _fake(
