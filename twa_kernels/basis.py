@@ -130,7 +130,7 @@ class PackedBasis:
         float32 sums over up to 1024 tiles.
 
         Args:
-            backend: overrides the table in registry.py.
+            backend: the one to run; "": the default of the device (registry.py).
 
         Returns:
             G (L, n, n) float64.

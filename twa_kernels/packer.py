@@ -43,7 +43,7 @@ def pack(
         segments: segment index of each tensor (or of each tile of 128 columns); None: one segment
             per tensor.
         normalize: "row" or "none", see `Packer.finish`.
-        backend: overrides the table in registry.py.
+        backend: the one to run; "": the default of the device (registry.py).
         report: also measure the relative error of each tensor, `PackedBasis.relative_error`.
 
     Returns:
@@ -87,7 +87,7 @@ class Packer:
         segments: segment index of each tensor (or of each tile of 128 columns); None: one segment
             per tensor.
         device: where the basis and the rows are.
-        backend: overrides the table in registry.py.
+        backend: the one to run; "": the default of the device (registry.py).
         report: also measure the relative error of each tensor, `PackedBasis.relative_error`.
         sink: called with (first tile, codes (tiles, n, 16 * bits) uint8, scales (tiles, n)
             bfloat16) of each part as it is packed, instead of keeping them: memory is then one

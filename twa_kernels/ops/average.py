@@ -32,7 +32,7 @@ def average(
             not matter.
         out: contiguous float32 tensor of as many elements to write into; default: a new one of the
             rows' shape.
-        backend: overrides the table in registry.py.
+        backend: the one to run; "": the default of the device (registry.py).
 
     Returns:
         `out`.

@@ -18,7 +18,7 @@ def orthonormalize_pass(args: PassArgs, backend: str = "") -> tuple[Tensor, Tens
 
     Args:
         args: the rows and what is done with them.
-        backend: overrides the table in registry.py.
+        backend: the one to run; "": the default of the device (registry.py).
 
     Returns:
         V V^T, rows from `first` on, lower triangle: (m, m) float64, m = r with a transform, else n;

@@ -31,7 +31,7 @@ def project(
         basis: the packed rows.
         grads: one tensor of shape_k per tensor, float32, bfloat16 or float16, read in place; None
             counts as zero. A tensor that is not contiguous is copied, alone.
-        backend: overrides the table in registry.py.
+        backend: the one to run; "": the default of the device (registry.py).
 
     Returns:
         (n, L) float32, the gradient of the coefficients. NaN or Inf in a gradient makes its

@@ -35,7 +35,7 @@ def reconstruct(
         center: one tensor of shape_k per tensor, float32, bfloat16 or float16; None for zero.
         out: tensors to write, such as a model's parameters, each in its own dtype; without it new
             ones in the center's dtype.
-        backend: overrides the table in registry.py.
+        backend: the one to run; "": the default of the device (registry.py).
 
     Returns:
         One tensor of shape_k per tensor of the model. NaN or Inf in a coefficient makes its segment

@@ -93,7 +93,7 @@ def step(
         state: that optimizer's state of x, updated in place: {} at first, then step (a number or a
             0-d tensor) with exp_avg and exp_avg_sq, or momentum_buffer, tensors (n, L): torch's
             names, so that either may continue what the other began.
-        backend: overrides the table in registry.py.
+        backend: the one to run; "": the default of the device (registry.py).
 
     Returns:
         c (n, L) float32, the gradient of the coefficients, for clipping thresholds and logs.

@@ -15,7 +15,7 @@ def unpack(basis: PackedBasis, backend: str = "") -> list[Tensor]:
 
     Args:
         basis: the packed rows.
-        backend: overrides the table in registry.py.
+        backend: the one to run; "": the default of the device (registry.py).
 
     Returns:
         One (n, *shape_k) float32 tensor per tensor of the model: n * D * 4 bytes.

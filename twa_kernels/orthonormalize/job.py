@@ -154,7 +154,7 @@ class Orthonormal:
                 columns at a time.
             center: the same columns of the center, if there was one: one tensor of shape per block.
             dtype: of the result: float32, bfloat16 or float16.
-            backend: overrides the table in registry.py.
+            backend: the one to run; "": the default of the device (registry.py).
 
         Returns:
             (r, *shape), or a list of them if W is one.
@@ -238,7 +238,7 @@ def orthonormalize(
             sum in place over ranks, which hold different columns (perhaps none), pass the same
             options, and all write in place or none. An error in the arguments of one rank alone
             leaves the others waiting in `reduce`.
-        backend: overrides the table in registry.py.
+        backend: the one to run; "": the default of the device (registry.py).
 
     Returns:
         The basis, its factors, and a report of how it was made.
