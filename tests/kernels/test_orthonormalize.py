@@ -330,8 +330,8 @@ def test_same_bits_for_any_number_of_threads(accuracy):
 @pytest.mark.parametrize("isa", [i for i in ("portable", "avx2", "avx512") if has_isa(i)])
 def test_every_instruction_set(isa):
     code = """
-    import torch, test_orthonormalize as t
-    assert t.native._C.cpu_isa() == "{isa}"
+    import torch, twa_kernels.native, test_orthonormalize as t
+    assert twa_kernels.native._C.cpu_isa() == "{isa}"
     for n, r in ((1, 1), (13, 9), (70, 66)):
         for form in ("gram", "again", "write"):
             for fast in (False, True):
@@ -534,9 +534,7 @@ def test_in_place(accuracy):
 
 def test_in_place_when_the_certificate_fails(monkeypatch):
     """W is gone by then: the second try works on Q, and R is the product of both."""
-    from twa_kernels import orthonormalize  # noqa: F401
-
-    module = sys.modules["twa_kernels.orthonormalize"]
+    module = sys.modules["twa_kernels.orthonormalize.job"]
     monkeypatch.setitem(module.PREDICTED, "fast", 1.0)
     W = conditioned(10, 5000, 1e3)
     for target in ("new", "in place"):
@@ -876,7 +874,7 @@ def test_ranks_that_hold_different_columns(tmp_path):
 
 
 def test_a_hopeless_certificate_warns(monkeypatch):
-    module = sys.modules["twa_kernels.orthonormalize"]
+    module = sys.modules["twa_kernels.orthonormalize.job"]
     monkeypatch.setitem(module.LIMITS, "high", 0.0)
     monkeypatch.setattr(module, "UNIT", dict.fromkeys(FLOATS, 0.0))
     with pytest.warns(UserWarning, match="certificate"):

@@ -112,7 +112,7 @@ def step(
     betas = cast(Sequence[float], given.get("betas", (0.0, 0.0)))
     given["beta1"], given["beta2"] = betas
     numbers = [float(cast(SupportsFloat, given[name])) for name in RULES[rule][0]]
-    if x.is_neg():
+    if not torch.compiler.is_compiling() and x.is_neg():
         raise ValueError("x: expected a tensor to update in place, found a lazily negated one")
     x = x.detach()
     moments = RULES[rule][1] if rule == "adamw" or given["momentum"] else ()
