@@ -91,6 +91,15 @@ auto with_bits(int bits, const F& f) {
 TWA_HD constexpr int64_t num_tiles(int64_t numel) {
   return (numel + kTileColumns - 1) / kTileColumns;
 }
+// Tiles of all tensors of these sizes, or -1 if one is negative.
+inline int64_t total_tiles(const int64_t* numel, int64_t count) {
+  int64_t tiles = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    if (numel[k] < 0) return -1;
+    tiles += num_tiles(numel[k]);
+  }
+  return tiles;
+}
 
 // level of a code. Arrays live inside the function so that host and device share one definition.
 TWA_HD constexpr int level(int bits, int code) {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .layout import tile_offsets
-from .operands import BasisView, check_list
+from .operands import BasisView, check_list, or_empty
 
 
 @dataclass(frozen=True)
@@ -107,18 +107,19 @@ class PackedBasis:
         """The same as backends are given it."""
         return BasisView(*self.operands)
 
-    def takes(self, tensors: Sequence[Tensor]) -> bool:
+    def takes(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether kernels take these tensors as they are.
 
         Args:
-            tensors: one per tensor of the basis; one without elements counts as absent.
+            tensors: one per tensor of the basis; None and one without elements count as absent.
 
         Returns:
             True if each is dense, of that tensor's size, on the basis's device, and float32,
             bfloat16 or float16.
         """
         try:
-            check_list("tensors", tensors, self.numels, self.device, "", absent=True)
+            given = or_empty(tensors, self.device)
+            check_list("tensors", given, self.numels, self.device, "", absent=True)
         except (TypeError, ValueError):
             return False
         return True

@@ -56,8 +56,8 @@ def are_usual(
     if _C is None or device.type not in _DEVICES:
         return False
     return _C.are_usual(
-        tensors=tensors if type(tensors) is list else list(tensors),
-        numels=numels if type(numels) is tuple else tuple(numels),
+        tensors=tensors,
+        numels=numels,
         device=_DEVICES[device.type],
         index=device.index or 0,
         absent=absent,
@@ -71,7 +71,7 @@ _DEVICES = {"cpu": 1, "cuda": 2}
 def first_shared(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """Numbers of two of the tensors that share memory; None if none do."""
     if _C is not None:
-        return _C.first_shared(list(tensors))
+        return _C.first_shared(tensors)
     spans = sorted(
         (t.data_ptr(), t.data_ptr() + t.nbytes, k) for k, t in enumerate(tensors) if t.nbytes
     )

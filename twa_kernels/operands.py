@@ -253,6 +253,12 @@ def as_list(tensors: Tensor | Sequence[T]) -> list[Tensor | T]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
+def or_empty(tensors: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:
+    """The tensors; absent ones are empty, which is what the ops know."""
+    empty = torch.empty(0, device=device)
+    return [empty if t is None else t for t in tensors]
+
+
 def repeated(numels: Sequence[int], times: int) -> tuple[int, ...]:
     """Each of these numbers so many times in a row."""
     return tuple(numel for numel in numels for _ in range(times))

@@ -35,7 +35,7 @@ struct Target {
   Target(py::handle tile_segment, int bits, py::handle codes, py::handle scales, py::handle sum_sq,
          py::handle max_scale, py::handle errors)
       : n(size_of(sum_sq, 0)), tiles(numel_of(tile_segment)) {
-    if (!valid_bits(bits)) throw py::value_error("bits must be 8, 4, 3, 2 or 1");
+    check_bits(bits);
     const int64_t segments = size_of(sum_sq, 1);
     tensors = errors.is_none() ? 0 : static_cast<size_t>(size_of(errors, 0));
     view = {array<int32_t>(tile_segment, tiles, "tile_segment"),
@@ -51,9 +51,7 @@ struct Target {
 
 py::object pack(const Rows& rows, const std::vector<double>& weights, const Target& target,
                 int threads) {
-  int64_t tiles = 0;
-  for (const int64_t size : rows.numel) tiles += num_tiles(size);
-  if (rows.n != target.n || tiles != target.tiles ||
+  if (rows.n != target.n || tiles_of(rows.numel) != target.tiles ||
       (target.view.errors && target.tensors != rows.numel.size()))
     throw py::value_error("pack: rows and target of different sizes");
   if (!weights.empty() && weights.size() != static_cast<size_t>(rows.n))

@@ -64,7 +64,7 @@ struct RowsOnDevice {
 
 void pack(const RowsOnDevice& rows, py::handle tile_begin, int bits, py::handle codes,
           py::handle scales, py::handle squares, py::handle bad, int device, uintptr_t stream) {
-  if (!valid_bits(bits)) throw py::value_error("bits must be 8, 4, 3, 2 or 1");
+  check_bits(bits);
   const int64_t n = rows.view.n, tiles = size_of(codes, 0);
   const DevicePackTarget target{array<int64_t>(tile_begin, rows.view.count, "tile_begin"),
                                 tiles,

@@ -63,6 +63,7 @@ struct Torch {
   exchange::FromPython from_python = nullptr;
   PyObject *data_ptr, *numel, *is_contiguous, *dtype, *device, *type, *index;
   struct Named {
+    const char* name;
     py::handle dtype;
     Kind kind;
   } kinds[7];
@@ -75,7 +76,7 @@ struct Torch {
     data_ptr = text("data_ptr"), numel = text("numel"), is_contiguous = text("is_contiguous");
     dtype = text("dtype"), device = text("device"), type = text("type"), index = text("index");
     const auto named = [&](const char* name, Kind kind) {
-      return Named{py::object(torch.attr(name)).release(), kind};
+      return Named{name, py::object(torch.attr(name)).release(), kind};
     };
     const Named all[] = {named("float32", kFloat32), named("float64", kFloat64),
                          named("float16", kFloat16), named("bfloat16", kBfloat16),
@@ -89,6 +90,11 @@ struct Torch {
     const auto* functions =
         static_cast<const exchange::Functions*>(PyCapsule_GetPointer(capsule.ptr(), name));
     if (functions->major == 1) from_python = functions->from_python;
+  }
+  const char* name_of(Kind kind) const {
+    for (const Named& k : kinds)
+      if (k.kind == kind) return k.name;
+    return "another dtype";
   }
 };
 inline const Torch& torch() {

@@ -28,9 +28,7 @@ Update make_update(const std::string& rule, bool maximize, double lr, double wei
 
 HostWork host_work(const std::vector<int64_t>& numel, py::handle tile_segment, int64_t segments,
                    int bits) {
-  int64_t tiles = 0;
-  for (const int64_t size : numel) tiles += num_tiles(size);
-  const auto* of_tile = array<int32_t>(tile_segment, tiles, "tile_segment");
+  const auto* of_tile = array<int32_t>(tile_segment, tiles_of(numel), "tile_segment");
   return make_work(numel.data(), static_cast<int64_t>(numel.size()), of_tile, segments, bits);
 }
 
@@ -50,7 +48,7 @@ PYBIND11_MODULE(TWA_MODULE, m) {
   torch();
   m.doc() = "Native kernels of twa_kernels. Use the functions of the package, not these.";
   py::class_<Tensors>(m, "Tensors", py::module_local())
-      .def(py::init<const py::list&>(), "tensors"_a)
+      .def(py::init<const py::object&>(), "tensors"_a)
       .def_readonly("odd", &Tensors::odd)
       .def_property_readonly("key", &Tensors::key)
       .def("__len__", &Tensors::count);

@@ -21,45 +21,21 @@ using namespace pybind11::literals;
 
 // Arrays ------------------------------------------------------------------------------------------
 
-template <class T>
-struct Expected;
-template <>
-struct Expected<float> {
-  static constexpr Kind kind = kFloat32;
-  static constexpr const char* name = "float32";
-};
-template <>
-struct Expected<double> {
-  static constexpr Kind kind = kFloat64;
-  static constexpr const char* name = "float64";
-};
-template <>
-struct Expected<uint8_t> {
-  static constexpr Kind kind = kUint8;
-  static constexpr const char* name = "uint8";
-};
-template <>
-struct Expected<uint16_t> {
-  static constexpr Kind kind = kBfloat16;
-  static constexpr const char* name = "bfloat16";
-};
-template <>
-struct Expected<int32_t> {
-  static constexpr Kind kind = kInt32;
-  static constexpr const char* name = "int32";
-};
-template <>
-struct Expected<int64_t> {
-  static constexpr Kind kind = kInt64;
-  static constexpr const char* name = "int64";
-};
+// What an array of a C++ type is in torch; uint16_t holds the bits of bfloat16.
+constexpr Kind kind_of(const float*) { return kFloat32; }
+constexpr Kind kind_of(const double*) { return kFloat64; }
+constexpr Kind kind_of(const uint8_t*) { return kUint8; }
+constexpr Kind kind_of(const uint16_t*) { return kBfloat16; }
+constexpr Kind kind_of(const int32_t*) { return kInt32; }
+constexpr Kind kind_of(const int64_t*) { return kInt64; }
 
 // Address of a tensor of `count` numbers of type T (uint16_t: bfloat16).
 template <class T>
 T* array(py::handle tensor, int64_t count, const char* name) {
   const Facts f = facts_of(tensor);
-  if (!(f.kind == Expected<T>::kind))
-    throw py::type_error(std::string(name) + ": expected " + Expected<T>::name + ", found " +
+  constexpr Kind kind = kind_of(static_cast<const T*>(nullptr));
+  if (!(f.kind == kind))
+    throw py::type_error(std::string(name) + ": expected " + torch().name_of(kind) + ", found " +
                          py::str(tensor.attr("dtype")).cast<std::string>());
   if (f.numel != count)
     throw py::value_error(std::string(name) + ": expected " + std::to_string(count) +
@@ -77,6 +53,15 @@ inline int64_t size_of(py::handle tensor, int dimension) {
   return tensor.attr("shape").attr("__getitem__")(dimension).cast<int64_t>();
 }
 
+// Bits and sizes ----------------------------------------------------------------------------------
+
+inline void check_bits(int bits) {
+  if (!valid_bits(bits)) throw py::value_error("bits must be 8, 4, 3, 2 or 1");
+}
+inline int64_t tiles_of(const std::vector<int64_t>& numel) {
+  return total_tiles(numel.data(), static_cast<int64_t>(numel.size()));
+}
+
 // Lists of tensors --------------------------------------------------------------------------------
 
 // Number of a dtype that gradients, centers and weights may have; -1: another one.
@@ -92,10 +77,10 @@ struct Tensors {
   std::vector<int64_t> odd;  // those that no kernel can read or write as they lie in memory
   py::list owner;
 
-  explicit Tensors(const py::list& tensors) : owner(tensors) {
-    const size_t count = tensors.size();
+  explicit Tensors(const py::object& tensors) : owner(tensors) {  // a list as it is, no copy
+    const size_t count = owner.size();
     data.reserve(count), numel.reserve(count), dtype.reserve(count);
-    for (const py::handle t : tensors) {
+    for (const py::handle t : owner) {
       const Facts f = facts_of(t);
       const int number = number_of(f.kind);
       if (number < 0) throw py::type_error("expected float32, bfloat16 or float16 tensors");
@@ -124,8 +109,10 @@ struct Tensors {
 // Whether these are dense tensors of these sizes and of dtypes that kernels take, on one device:
 // what a list usually is. False does not say what is wrong. absent: empty ones may stand for
 // others.
-inline bool are_usual(const py::list& tensors, const py::tuple& numels, int device, int index,
+inline bool are_usual(const py::object& given, const py::object& sizes, int device, int index,
                       bool absent) {
+  const py::list tensors(given);
+  const py::tuple numels(sizes);
   if (tensors.size() != numels.size()) return false;
   Py_ssize_t k = 0;
   for (const py::handle t : tensors) {
@@ -145,7 +132,8 @@ inline bool are_usual(const py::list& tensors, const py::tuple& numels, int devi
 }
 
 // Numbers of two of the tensors that share memory; none if none do.
-inline py::object first_shared(const py::list& tensors) {
+inline py::object first_shared(const py::object& given) {
+  const py::list tensors(given);
   struct Span {
     uintptr_t begin, end;
     size_t k;
@@ -210,10 +198,9 @@ struct Basis {
   Basis(py::handle codes, py::handle scales, py::handle row_scale, py::handle tile_segment,
         std::vector<int64_t> sizes, int bits)
       : numel(std::move(sizes)) {
-    if (!valid_bits(bits)) throw py::value_error("bits must be 8, 4, 3, 2 or 1");
+    check_bits(bits);
     const int64_t n = size_of(row_scale, 0), segments = size_of(row_scale, 1);
-    int64_t tiles = 0;
-    for (const int64_t size : numel) tiles += num_tiles(size);
+    const int64_t tiles = tiles_of(numel);
     view = {array<uint8_t>(codes, tiles * n * row_bytes(bits), "codes"),
             array<uint8_t>(scales, tiles * n, "scales"),
             array<float>(row_scale, n * segments, "row_scale"),

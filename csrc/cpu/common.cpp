@@ -170,15 +170,6 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>
   get_pool().run(count, threads, fn);
 }
 
-int64_t total_tiles(const int64_t* numel, int64_t count) {
-  int64_t tiles = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    if (numel[k] < 0) return -1;
-    tiles += num_tiles(numel[k]);
-  }
-  return tiles;
-}
-
 std::vector<Block> blocks_of(const TensorTable& tensors, const int32_t* tile_segment) {
   std::vector<Block> blocks = make_blocks(tensors.numel, tensors.count, tile_segment, kBlockTiles);
   const auto absent = [&](const Block& b) { return tensors.data[b.tensor] == nullptr; };

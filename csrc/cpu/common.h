@@ -11,12 +11,11 @@
 #define TWA_X86 1
 #include <immintrin.h>
 // Kernels of the higher tiers carry their target in the function, so one object file serves every
-// machine.
+// machine. AVX-512: Ice Lake, Zen 4.
 #define TWA_AVX2 __attribute__((target("avx2,f16c,fma")))
-#define TWA_AVX512       \
-  __attribute__((target( \
-      "avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi")))  // Ice Lake, Zen
-                                                                                   // 4
+#define TWA_AVX512                                                                     \
+  __attribute__((target("avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni," \
+                        "avx512vbmi")))
 #endif
 // Bodies written once in plain C++ and compiled for each tier by being inlined into a function with
 // that target.
@@ -66,8 +65,7 @@ TWA_AVX512 inline void prefetch_input(const void* p, __m512i* after) {
 // Blocks of kBlockTiles tiles whose tensor is not absent.
 std::vector<Block> blocks_of(const TensorTable& tensors, const int32_t* tile_segment);
 
-// Total tiles of a tensor list, or -1 if a size is negative.
-int64_t total_tiles(const int64_t* numel, int64_t count);
+// Tiles of a tensor list, or -1 if a size is negative.
 inline int64_t total_tiles(const TensorTable& t) { return total_tiles(t.numel, t.count); }
 
 // The kernels of one block for the instruction set in use, shared by the single ops and step().
@@ -105,8 +103,8 @@ inline int valid_columns(const int64_t* numel, const Block& b, int64_t tile) {
 // out[0..127] = data[column .. column + valid) as float32, zero past `valid`.
 TWA_INLINE void load_tile(Dtype dtype, const void* data, int64_t column, int valid,
                           float* __restrict__ out) {
-  const int full =
-      valid == kTileColumns ? kTileColumns : 0;  // a constant trip count for all but the last tile
+  // A constant trip count for all but the last tile.
+  const int full = valid == kTileColumns ? kTileColumns : 0;
   switch (dtype) {
     case Dtype::f32: {
       const float* p = static_cast<const float*>(data) + column;

@@ -1,8 +1,8 @@
 // Huge pages, and memory bandwidth with the kernels' own threads: what benchmarks compare
 // themselves with.
 //
-// read_bytes   sums 64-bit words; bytes moved = bytes.      copy_bytes   one read and one write per
-//              byte.
+// read_bytes   sums 64-bit words; bytes moved = bytes.
+// copy_bytes   one read and one write per byte.
 // Work map     items of 1 MiB, taken by the threads in order, as the kernels take their blocks.
 #include <algorithm>
 #include <atomic>

@@ -1,13 +1,14 @@
 // orthonormalize_pass:  one read of the rows, for each of the three uses of block Gram-Schmidt.
 //
-//   V = differences of rows;  if a transform is given: V = round(transform * V), stored in `out`
-//   where that is given;  gram += V V^T
+//   V = differences of rows
+//   with a transform: V = round(transform * V), stored in `out` where that is given
+//   gram += V V^T
 //
 //   parents only                 Gram matrix of the differences
 //   with a transform             Gram matrix of what it makes of them, unrounded (float64): the
-//   second look at badly conditioned rows
+//                                second look at badly conditioned rows
 //   with a transform and `out`   Q = transform * differences, rounded and stored, and Q Q^T of what
-//   was stored: the certificate
+//                                was stored: the certificate
 //
 // Operands   rows: count * n tensors (the n rows of tensor 0 first), center: count tensors or none,
 //            parent (n,): row i becomes w_i - w_parent, or w_i - center where parent is -1.
@@ -33,8 +34,8 @@
 namespace twa {
 namespace {
 
-constexpr int64_t kBuffer =
-    1 << 20;  // bytes of a block's rows, at most, where that leaves rows of a useful length
+// Bytes of a block's rows, at most, where that leaves rows of a useful length.
+constexpr int64_t kBuffer = 1 << 20;
 constexpr int64_t kMostItems = 128;          // enough for every thread to have several
 constexpr int64_t kPartialBytes = 64 << 20;  // of all items' Gram matrices
 constexpr int kRowMultiple = 12;             // rows of a buffer: a multiple of every tile height

@@ -10,8 +10,8 @@ namespace twa {
 namespace {
 
 constexpr int kPanelBytes = 256;  // of a row in the transform: 4 AVX-512 registers
-constexpr int64_t kMostColumns =
-    2048;  // bytes of a row of a block: 12 rows and 4 stay in the first-level cache
+// Bytes of a row of a block: 12 rows and 4 stay in the first-level cache.
+constexpr int64_t kMostColumns = 2048;
 constexpr int kTransformRows = 6, kProbeRows = 8;
 
 // The innermost loops for one instruction set. Strides in elements.

@@ -280,8 +280,7 @@ class Subspace:
             return False
         if not tk.registry.default_backend("step", self.basis.device.type):
             return False
-        absent = self.basis.row_scale.new_empty(0)
-        grads = [absent if p.grad is None else p.grad for p in self.parameters]
+        grads = [p.grad for p in self.parameters]
         return self.basis.takes(grads) and self.basis.takes(self.parameters)
 
     @torch.no_grad()

@@ -103,8 +103,10 @@ def tensor_table(tensors: Any, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _sizes(numels: tuple[int, ...], unit: int, device: torch.device, stream: int) -> Tensor:
-    """(2, tensors) int64: sizes of the tensors, and the first unit of columns of each.
+def _sizes(
+    numels: tuple[int, ...], unit: int, device: torch.device, stream: int
+) -> tuple[Tensor, int]:
+    """(2, tensors) int64: sizes, and the first unit of columns of each tensor; and all units.
 
     Per stream: what the cache drops, the same stream may still be reading when its memory is used
     again, and no other one.
@@ -112,7 +114,7 @@ def _sizes(numels: tuple[int, ...], unit: int, device: torch.device, stream: int
     begin = [0]
     for numel in numels:
         begin.append(begin[-1] - -numel // unit)
-    return torch.tensor([numels, begin[:-1]], dtype=torch.int64, device=device)
+    return torch.tensor([numels, begin[:-1]], dtype=torch.int64, device=device), begin[-1]
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,8 @@ def step(
     sources, centers = handles.read(grads, module), handles.read_or_none(center, module)
     c = torch.empty_like(basis.row_scale)
     with handles.write(out, module) as targets, on_device(device):
-        window = _window(n, basis.bits, _place(device)["device"])
+        place = _place(device)
+        window = _window(n, basis.bits, place["device"])
         counters = module.step_counters(work.groups, basis.num_segments)
         space = {
             "partial": torch.empty(work.items, n, device=device),
@@ -256,7 +259,7 @@ def step(
             work=work.native,
             workspace=module.StepWorkspace(basis=handle, work=work.native, window=window, **space),
             c=c,
-            **_place(device),
+            **place,
         )
     return c
 
@@ -268,7 +271,7 @@ def pack(args: PackArgs) -> tuple[int, int, int] | None:
     squares = torch.empty(len(args.codes), args.n, dtype=torch.float64, device=device)
     bad = torch.zeros((), dtype=torch.int32, device=device)
     with on_device(device):
-        numel, tile_begin = _sizes(args.numels, TILE, device, current_stream(device))
+        (numel, tile_begin), _ = _sizes(args.numels, TILE, device, current_stream(device))
         row_table = tensor_table(rows, device)
         center_table = tensor_table(center, device) if args.center else None
         module.pack_cuda(
@@ -292,14 +295,13 @@ def orthonormalize_pass(args: PassArgs) -> tuple[Tensor, Tensor]:
     out = handles.read_or_none(args.out, module)
     gram = torch.empty(args.gram_shape, dtype=torch.float64, device=device)
     norms = torch.empty(n, dtype=torch.float64, device=device)
-    unit = module.orthonormalize_chunk
-    chunks = sum(-(-numel // unit) for numel in args.numels)
-    transformed = args.transform is not None
-    parts, stride, space = module.orthonormalize_plan(
-        n, args.rank if transformed else 0, chunks, transformed, bool(args.out)
-    )
+    transformed, unit = args.transform is not None, module.orthonormalize_chunk
     with on_device(device):
-        numel, chunk_begin = _sizes(args.numels, unit, device, current_stream(device))
+        sizes, chunks = _sizes(args.numels, unit, device, current_stream(device))
+        numel, chunk_begin = sizes
+        parts, stride, space = module.orthonormalize_plan(
+            n, args.rank if transformed else 0, chunks, transformed, bool(args.out)
+        )
         row_table = tensor_table(rows, device)
         center_table = tensor_table(centers, device) if args.center else None
         module.orthonormalize_pass_cuda(

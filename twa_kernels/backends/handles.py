@@ -18,7 +18,7 @@ from .tensors import readable, writable
 
 def read(tensors: Sequence[Tensor], module: Any) -> Any:
     """_C.Tensors of tensors to read, which it keeps alive; odd ones are copied, one by one."""
-    made = module.Tensors(tensors if type(tensors) is list else list(tensors))
+    made = module.Tensors(tensors)
     return module.Tensors(readable(tensors, made.odd)) if made.odd else made
 
 
@@ -30,7 +30,7 @@ def read_or_none(tensors: Sequence[Tensor], module: Any) -> Any:
 @contextlib.contextmanager
 def write(out: Sequence[Tensor], module: Any) -> Iterator[Any]:
     """_C.Tensors of tensors to write; into odd ones what was written is copied at the end."""
-    made = module.Tensors(out if type(out) is list else list(out))
+    made = module.Tensors(out)
     with writable(out, made.odd) as targets:
         yield module.Tensors(targets) if made.odd else made
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..basis import PackedBasis
-from ..operands import BasisView, as_list, check_list
+from ..operands import BasisView, as_list, check_list, or_empty
 from ..registry import select
 from .define import BASIS, LIBRARY, Context, define
 
@@ -49,8 +49,7 @@ def present(basis: PackedBasis, grads: Tensor | Sequence[Tensor | None]) -> list
     given = as_list(grads)
     if len(given) != len(basis.shapes):
         raise ValueError(f"grads: expected {len(basis.shapes)} tensors, found {len(given)}")
-    empty = basis.row_scale.new_empty(0)
-    return [empty if g is None else g for g in given]
+    return or_empty(given, basis.device)
 
 
 def check(basis: BasisView, grads: Sequence[Tensor], backend: str) -> None:
