@@ -26,7 +26,7 @@ from .distributed.weights import check_range, load_untrained
 from .export.bundle import write_bundle
 from .io.candidates import Candidates
 from .io.errors import TwaError
-from .io.key_map import match_keys
+from .io.key_map import match_model
 from .packing.build import build
 from .packing.load import check_model, find_basis, load_state, part_of
 from .packing.save import check_savable, save_basis
@@ -140,7 +140,10 @@ class Subspace:
         ranks = given.ranks if given else find_ranks(name, model, group)
         with ranks.fail_together("matching model and candidates"):
             _check_options(bits, basis, constraint, normalize, center)
-            key_map = match_keys(model, candidates)
+            if given:  # which has matched them
+                candidates, key_map = given.candidates, given.key_map
+            else:
+                candidates, key_map = match_model(model, candidates)
             weights = averages.of_center(center, len(candidates))
             numels = key_map.numels(candidates.info)
             segments = segments_of(list(key_map.trained), numels, granularity)

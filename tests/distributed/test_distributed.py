@@ -26,7 +26,7 @@ from twa.distributed import choose
 from twa.distributed import ranks as ranks_module
 from twa.distributed.ranks import DistributedError, Ranks
 from twa.dtensors import local, reshard
-from twa.io.key_map import match_keys
+from twa.io.key_map import match_model
 from twa.merge.run import Merge
 from twa.merge.settings import TwaMethod
 from twa.packing.to_file import PackToFile
@@ -256,7 +256,7 @@ def unaligned(group, heap):
             model, candidates, sharding="columns", group=group, granularity=128
         )
     place = choose.choose_sharding(
-        "columns", model, candidates, match_keys(model, candidates), 4, Ranks.find(group)
+        "columns", model, candidates, match_model(model, candidates)[1], 4, Ranks.find(group)
     )
     average = Merge.__new__(Merge)
     average.sharding, average.candidates = place, candidates
@@ -639,7 +639,7 @@ def test_nccl_needs_a_gpu(heap):
     ranks.backend = "nccl"
     with pytest.raises(ValueError, match="NCCL needs the model on a CUDA device, found cpu"):
         choose.choose_sharding(
-            "replicate", model, candidates, match_keys(model, candidates), 4, ranks
+            "replicate", model, candidates, match_model(model, candidates)[1], 4, ranks
         )
 
 
@@ -659,7 +659,7 @@ def test_nccl_needs_the_model_on_the_current_device(heap, monkeypatch, backend):
         match=r"current device, cuda:0, and the model is on cuda:1; call torch\.cuda\.set_device",
     ):
         choose.choose_sharding(
-            "replicate", model, candidates, match_keys(model, candidates), 4, ranks
+            "replicate", model, candidates, match_model(model, candidates)[1], 4, ranks
         )
 
 

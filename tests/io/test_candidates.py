@@ -218,11 +218,11 @@ def test_candidates_that_do_not_match(tmp_path, change, message):
     change(other)
     save(tmp_path / "c1.pt", other)
     with pytest.raises(CandidateError, match=message):
-        Candidates(tmp_path / "c*.pt")
+        Candidates(tmp_path / "c*.pt").info  # noqa: B018
 
 
 def test_vocabulary_mismatch_is_named(tmp_path):
     save(tmp_path / "c0.pt", {"embed_tokens.weight": torch.zeros(100, 8)})
     save(tmp_path / "c1.pt", {"embed_tokens.weight": torch.zeros(102, 8)})
     with pytest.raises(CandidateError, match=r"vocabulary mismatch \(100 and 102 tokens\)"):
-        Candidates(tmp_path / "c*.pt")
+        Candidates(tmp_path / "c*.pt").info  # noqa: B018

@@ -33,6 +33,7 @@ from ..dtensors import is_dtensor, local, reshard
 from ..io.candidates import UNIT, Block, Candidates, average_into, readable
 from ..io.errors import TwaError
 from ..io.key_map import KeyMap
+from ..io.loading import named_tensors
 from ..io.mapped import Part
 from .ranks import Ranks
 
@@ -125,7 +126,7 @@ class Sharding:
     ) -> None:
         self.ranks, self.model, self.candidates, self.key_map = ranks, model, candidates, key_map
         reshard(model)
-        named = dict(model.named_parameters())
+        named = named_tensors(model)
         self.tensors = [named[name] for name in key_map.trained]
         self.keys = list(key_map.trained.values())
         self.shards = [

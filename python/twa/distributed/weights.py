@@ -16,6 +16,7 @@ from .. import averages
 from ..dtensors import is_dtensor, local, reshard
 from ..io.candidates import Candidates, average_into, not_finite
 from ..io.errors import TwaError
+from ..io.loading import named_tensors
 from ..spectral_norm import refresh_spectral_norms
 from .ranks import Ranks
 from .sharding import Sharding
@@ -24,7 +25,7 @@ from .sharding import Sharding
 def _state(sharding: Sharding) -> dict[str, Tensor]:
     """The model's own tensors by name, to read or to write."""
     reshard(sharding.model)
-    return sharding.model.state_dict(keep_vars=True)
+    return named_tensors(sharding.model)
 
 
 def check_range(sharding: Sharding) -> None:
@@ -58,7 +59,7 @@ def load_untrained(sharding: Sharding, weights: Tensor) -> None:
         sharding: of the model
         weights: of the candidates (n,)
     """
-    candidates, state = sharding.candidates, sharding.model.state_dict(keep_vars=True)
+    candidates, state = sharding.candidates, named_tensors(sharding.model)
     weights = weights if weights.any() else averages.uniform(len(candidates))
     for name, key in sharding.key_map.fixed.items():
         rows = candidates.tensors(key, part=sharding.part_of(name, state[name]))
@@ -156,7 +157,7 @@ def parts_of(sharding: Sharding, exported: Candidates | None) -> dict[str, Tenso
         sharding: of the model
         exported: the model's file on rank 0; None on the others
     """
-    state, parts = sharding.model.state_dict(keep_vars=True), {}
+    state, parts = named_tensors(sharding.model), {}
     for key, info in sharding.candidates.info.items():
         whole = torch.empty(info.shape, dtype=info.dtype)
         if exported is not None:

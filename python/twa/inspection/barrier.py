@@ -10,7 +10,7 @@ from .. import averages
 from ..distributed.ranks import Ranks
 from ..distributed.sharding import Sharding
 from ..io.candidates import Candidates
-from ..io.key_map import match_keys
+from ..io.key_map import match_model
 from ..io.progress import progress_bar
 from ..merge.evaluate import Evaluator
 from ..tasks.contract import Task
@@ -34,7 +34,8 @@ def measure_barrier(
         progress: whether a bar is shown
     """
     n, model = len(candidates), task.model()
-    evaluator = Evaluator(task, Sharding(Ranks(), model, candidates, match_keys(model, candidates)))
+    candidates, key_map = match_model(model, candidates)
+    evaluator = Evaluator(task, Sharding(Ranks(), model, candidates, key_map))
     first, last = (averages.candidate(n, k) for k in ends)
     shares = [k / (LINE_POINTS - 1) for k in range(1, LINE_POINTS - 1)]
     with progress_bar("validation losses", n + 1 + len(shares), progress) as bar:

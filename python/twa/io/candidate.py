@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import fnmatch
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -14,10 +17,15 @@ from .errors import CandidateError
 from .formats import open_checkpoint
 from .mapped import Part, Source, shape_of
 
+Value = TypeVar("Value")
+#: key under which a module's get_extra_state is saved
+EXTRA_STATE = "_extra_state"
 #: places of a file that its fingerprint looks at, and bytes of each
 SAMPLES, SAMPLE_BYTES = 16, 4096
-#: prefixes that wrappers (DataParallel, torch.compile) put before every key
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+#: parts of names that wrappers (torch.compile, FSDP, activation checkpointing) add, and no user
+WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+#: what DataParallel and AveragedModel put before every key, and AveragedModel's own buffer
+MODULE, N_AVERAGED = "module.", "n_averaged"
 
 
 class Candidate:
@@ -29,24 +37,32 @@ class Candidate:
         path: the file or directory
         entry: the key under which a torch or DCP checkpoint holds the weights, such as
             "state_dict_ema"; None: the usual ones
+        ignore: patterns of keys to leave out, such as "loss.*"
 
     Attributes:
         kind: format of the checkpoint, see `formats.Checkpoint`
         files: the files that it is made of
         info: shape and dtype of each tensor, by key
+        extra: what modules keep beside their tensors (get_extra_state), by key
+        metadata: versions of the modules that were saved, as torch.save keeps them
 
     Raises:
         CandidateError: it cannot be read, or holds no weights
     """
 
-    def __init__(self, path: Path, entry: str | None = None) -> None:
+    def __init__(self, path: Path, entry: str | None = None, ignore: Sequence[str] = ()) -> None:
         found = open_checkpoint(path, entry)
         self.path, self.entry, self.kind, self.files = path, entry, found.kind, found.files
+        self.ignore, self.metadata = tuple(ignore), found.metadata
         if not found.tensors:
             raise CandidateError("expected a checkpoint, found no tensors", path)
-        tensors = _without_wrappers(found.tensors)
-        self._tensors = tensors
-        self.info = {key: t.info for key, t in tensors.items()}
+        tensors = self._wanted(_without_wrappers(found.tensors))
+        if not tensors:
+            raise CandidateError(f"expected tensors, found all ignored by {self.ignore}", path)
+        self.extra = self._wanted(_without_wrappers(found.extra))
+        for key in [key for key in tensors if key.rpartition(".")[2] == EXTRA_STATE]:
+            self.extra[key] = tensors.pop(key).read().clone()
+        self._hold(tensors)
         for key, info in self.info.items():
             if info.dtype.is_floating_point and info.dtype.itemsize == 1:
                 raise CandidateError(
@@ -54,7 +70,30 @@ class Candidate:
                     " convert the checkpoint first",
                     path,
                 )
+
+    def _wanted(self, found: Mapping[str, Value]) -> dict[str, Value]:
+        """What is not to be left out."""
+        return {
+            key: value
+            for key, value in found.items()
+            if not any(fnmatch.fnmatchcase(key, pattern) for pattern in self.ignore)
+        }
+
+    def _hold(self, tensors: Mapping[str, Source]) -> None:
+        """Makes these its tensors."""
+        self._tensors = tensors
+        self.info = {key: t.info for key, t in tensors.items()}
         self._maps = tuple(dict.fromkeys(file for t in tensors.values() for file in t.files))
+
+    def translated(self, tensors: Mapping[str, Source]) -> Candidate:
+        """The same checkpoint with its tensors as a model has them."""
+        made = copy.copy(self)
+        made._hold(tensors)
+        return made
+
+    def source(self, key: str) -> Source:
+        """Where a tensor lies."""
+        return self._tensors[key]
 
     @property
     def name(self) -> str:
@@ -100,13 +139,23 @@ class Candidate:
             file.drop()
 
 
-def _without_wrappers(tensors: Mapping[str, Source]) -> Mapping[str, Source]:
-    """Keys without the prefixes that all of them have from wrappers around the model."""
-    for prefix in WRAPPER_PREFIXES:
-        if all(key.startswith(prefix) for key in tensors):
-            # another wrapper may be inside
-            return _without_wrappers({key.removeprefix(prefix): t for key, t in tensors.items()})
-    return tensors
+def _without_wrappers(found: Mapping[str, Value]) -> Mapping[str, Value]:
+    """Keys without the parts of names that wrappers around modules add.
+
+    They stay where two keys would be the same.
+    """
+    plain = {
+        ".".join(part for part in key.split(".") if part not in WRAPPER_PARTS): value
+        for key, value in found.items()
+    }
+    if len(plain) < len(found):
+        return found
+    while plain and all(key.startswith(MODULE) or key == N_AVERAGED for key in plain):
+        inner = {key.removeprefix(MODULE): value for key, value in plain.items()}
+        if len(inner) < len(plain) or inner.keys() == plain.keys():
+            break
+        plain = inner
+    return plain
 
 
 def _slab(

@@ -8,9 +8,10 @@ number or the size of the files.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import overload
@@ -25,7 +26,7 @@ from .candidate import Candidate
 from .compare import check_same
 from .errors import CandidateError, TwaError
 from .find import find_checkpoints
-from .mapped import Part, TensorInfo, shape_of
+from .mapped import Part, Source, TensorInfo, shape_of
 
 #: bytes of a block, of all candidates together: a read that pays on any disk, and little memory
 BLOCK_BYTES = 64 << 20
@@ -67,6 +68,7 @@ class Candidates(Sequence[Candidate]):
             torch.distributed.checkpoint), a directory with checkpoints in it
         entry: the key under which torch and DCP checkpoints hold the weights, such as
             "state_dict_ema"; None: the usual ones
+        ignore: patterns of keys to leave out, such as "loss.*"
         block_bytes: how much of all candidates together is read at once, in bytes; about twice that
             is resident
 
@@ -75,8 +77,8 @@ class Candidates(Sequence[Candidate]):
         bytes_read: bytes of all tensors handed out so far
 
     Raises:
-        CandidateError: there are none, one cannot be read, or their keys, shapes or kinds of dtype
-            differ
+        CandidateError: there are none, or one cannot be read. That their keys, shapes or kinds of
+            dtype differ is said at the first use without a model that takes all of them
     """
 
     at_hand = True
@@ -86,12 +88,23 @@ class Candidates(Sequence[Candidate]):
         paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
         *,
         entry: str | None = None,
+        ignore: Sequence[str] = (),
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
         found = find_checkpoints([paths] if isinstance(paths, str | os.PathLike) else paths)
-        self._hold([Candidate(path, entry) for path in found], block_bytes)
-        for candidate in self[1:]:
-            check_same(self[0], candidate)
+        self._hold([Candidate(path, entry, ignore) for path in found], block_bytes)
+
+    def translated(self, tensors: Sequence[Mapping[str, Source]]) -> Candidates:
+        """The same checkpoints with their tensors as a model has them.
+
+        Args:
+            tensors: of each of them
+        """
+        made = copy.copy(self)
+        pairs = zip(self, tensors, strict=True)
+        made._hold([c.translated(found) for c, found in pairs], self.block_bytes)
+        made._fingerprints = self._fingerprints
+        return made
 
     def _hold(self, candidates: Sequence[Candidate], block_bytes: int) -> None:
         """Makes this object out of candidates that are open."""
@@ -100,6 +113,7 @@ class Candidates(Sequence[Candidate]):
         self.bytes_read = 0
         self._touched = 0  # bytes read since memory was last given back
         self._fingerprints: dict[str, str] | None = None
+        self._checked = False  # whether all have the same tensors
 
     def __len__(self) -> int:
         return len(self._candidates)
@@ -127,7 +141,16 @@ class Candidates(Sequence[Candidate]):
 
     @property
     def info(self) -> dict[str, TensorInfo]:
-        """Keys, shapes and dtypes of the first candidate."""
+        """Keys, shapes and dtypes of the first candidate.
+
+        Raises:
+            CandidateError: those of another differ: a model's own loading may still take all of
+                them, as `Subspace.from_candidates` does
+        """
+        if not self._checked:
+            for candidate in self[1:]:
+                check_same(self[0], candidate)
+            self._checked = True
         return self[0].info
 
     def check(self) -> None:

@@ -21,7 +21,7 @@ VOCABULARY = re.compile(r"emb|wte|vocab|lm_head|tok")
 def check_same(first: Candidate, other: Candidate) -> None:
     """CandidateError unless both have the same keys, shapes and kinds of dtype.
 
-    Kinds are float, integer and bool.
+    Kinds are float, integer, bool and complex.
     """
     if missing := sorted(first.info.keys() - other.info.keys()):
         raise CandidateError(
@@ -54,19 +54,15 @@ def check_info(path: Path, key: str, expected: TensorInfo, found: TensorInfo, wh
             f" {list(found.shape)}{_vocabulary_hint(key, expected.shape, found.shape)}",
             path,
         )
-    if expected.dtype.is_complex or found.dtype.is_complex:
-        raise CandidateError(
-            f"tensor {key!r} is complex, which is not supported: expected a real dtype", path
-        )
     if _kind(expected.dtype) != _kind(found.dtype):
         raise CandidateError(
             f"tensor {key!r}: expected {expected.dtype} as {where}, found {found.dtype}", path
         )
 
 
-def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
-    """Float, bool, or neither: an integer."""
-    return dtype.is_floating_point, dtype == torch.bool
+def _kind(dtype: torch.dtype) -> tuple[bool, bool, bool]:
+    """Float, bool, complex, or none of them: an integer."""
+    return dtype.is_floating_point, dtype == torch.bool, dtype.is_complex
 
 
 def _vocabulary_hint(key: str, expected: tuple[int, ...], found: tuple[int, ...]) -> str:

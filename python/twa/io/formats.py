@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import dcp
@@ -39,11 +39,15 @@ class Checkpoint:
         kind: "safetensors", "torch", "huggingface" (a directory or index), "adapter" (PEFT), "dcp"
         tensors: where each tensor lies, by key
         files: all files that it is made of
+        metadata: versions of the modules that were saved, as torch.save keeps them
+        extra: what modules keep beside their tensors and is no tensor, by key
     """
 
     kind: str
     tensors: Mapping[str, Source]
     files: tuple[Path, ...]
+    metadata: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    extra: Mapping[str, object] = field(default_factory=dict)
 
 
 def open_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:

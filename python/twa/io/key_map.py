@@ -2,37 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .candidate import WRAPPER_PREFIXES
+from . import loading
+from .candidate import N_AVERAGED, Candidate
 from .candidates import Candidates
 from .compare import check_info
 from .errors import CandidateError, TwaError
-from .mapped import TensorInfo, span
-from .peft import adapter_names
+from .formats import MODEL_FILES
+from .lazy import Block, blocks_of, is_fixed, located
+from .loading import Loading, load_key, named_tensors, state_names
+from .mapped import Source, TensorInfo, contiguous_strides, span
+from .peft import adapter_names, is_adapter
+from .safetensors import DTYPE_NAMES
+
+
+@dataclass(frozen=True)
+class Written:
+    """A tensor of the candidate files that is written from parts of the model's tensors.
+
+    Attributes:
+        info: its shape and dtype
+        parts: (name of the model's tensor, which part of it is which part of this one)
+    """
+
+    info: TensorInfo
+    parts: tuple[tuple[str, Block], ...]
 
 
 @dataclass(frozen=True)
 class KeyMap:
     """What becomes of each tensor of the model.
 
-    With adapters, the base model's own tensors are in none of these: they stay as they are.
+    Names are those of `named_tensors`. A key is that of the one tensor in the candidate files that
+    holds the values, else the name in the model's state_dict. With adapters, the base model's own
+    tensors are in none of these: they stay as they are.
 
     Attributes:
-        trained: parameters in the subspace: name -> key in the candidate files
+        trained: parameters in the subspace: name -> key
         fixed: float tensors that are averaged but not trained, frozen parameters and float buffers:
             name -> key
-        copied: integer and bool buffers, taken from the last candidate or the one that has all the
-            weight: name -> key
+        copied: integer, bool and complex buffers, taken from the last candidate or the one that has
+            all the weight: name -> key
         aliases: other names of tied parameters and shared float buffers: name -> the name that
             stands for them
-        names: every key in the candidate files -> name in the model's state_dict; the same, but for
-            wrapped models and PEFT adapters
+        names: every key -> name
+        written: tensors of the candidate files that are no tensor of the model, such as the experts
+            that a model has packed into one: key in the files -> what it is made of
     """
 
     trained: dict[str, str]
@@ -40,14 +62,30 @@ class KeyMap:
     copied: dict[str, str]
     aliases: dict[str, str]
     names: dict[str, str]
+    written: dict[str, Written] = field(default_factory=dict)
 
     def numels(self, info: Mapping[str, TensorInfo]) -> list[int]:
         """Number of weights of each trained tensor."""
         return [info[key].numel for key in self.trained.values()]
 
+    def written_info(self, info: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """Shape and dtype of each tensor of an export, by its key in the candidate files.
 
-def match_keys(model: nn.Module, candidates: Candidates) -> KeyMap:
-    """Matches the model's state_dict with the candidates' keys.
+        Args:
+            info: of the candidates
+        """
+        inside = {name for w in self.written.values() for name, _ in w.parts}
+        own = {key: i for key, i in info.items() if self.names[key] not in inside}
+        return own | {key: w.info for key, w in self.written.items()}
+
+
+def match_model(model: nn.Module, candidates: Candidates) -> tuple[Candidates, KeyMap]:
+    """Matches the model's tensors with the candidates', as the model's own loading does.
+
+    No weight of the model changes; lazy modules get their shapes.
+
+    Returns:
+        the candidates with the tensors as the model has them, and what becomes of each
 
     Raises:
         CandidateError: they do not fit
@@ -59,85 +97,71 @@ def match_keys(model: nn.Module, candidates: Candidates) -> KeyMap:
             "model: expected the model itself, found DistributedDataParallel around it; pass"
             " model.module"
         )
-    parameters = dict(model.named_parameters())
-    state = model.state_dict(keep_vars=True)
-    expected = {name: t for name, t in state.items() if isinstance(t, Tensor)}
-    aliases = _aliases(model, expected)
-    adapter = adapter_names(model, state, candidates)
-    names = _unwrapped(expected, candidates.info) if adapter is None else adapter
-    groups = _groups(names, aliases, candidates)
-    if adapter is not None:  # the base model is not in the files, so it must be frozen
-        for name, p in parameters.items():
-            if p.requires_grad:
-                groups.setdefault(name, [])
-    if missing := sorted(name for name, keys in groups.items() if not keys):
-        raise CandidateError(
-            f"tensor {missing[0]!r} of the model is missing ({len(missing)} in all)",
-            candidates[0].path,
-        )
-
-    floats = {a: n for a, n in aliases.items() if a in expected and expected[a].is_floating_point()}
-    key_map = KeyMap({}, {}, {}, floats, {key: names[key] for key in candidates.info})
-    for name, keys in groups.items():
-        tensor, key = expected[name], keys[0]
-        _check_tensors(tensor, keys, candidates)
-        if not tensor.is_floating_point():
-            key_map.copied[name] = key
-        elif name in parameters and parameters[name].requires_grad:
-            key_map.trained[name] = key
-        else:
-            key_map.fixed[name] = key
+    if is_adapter(candidates[0]):
+        key_map = _match_adapters(model, candidates)
+    else:
+        candidates, key_map = _match_loaded(model, candidates)
     if not key_map.trained:
         hint = ""
-        if adapter is not None:
+        if is_adapter(candidates[0]):
             hint = " (peft: PeftModel.from_pretrained(..., is_trainable=True))"
         raise TwaError(
             f"the model has no trainable floating-point parameter: nothing to average{hint}"
         )
-    _check_memory(key_map, expected)
-    return key_map
+    _check_memory(key_map, named_tensors(model))
+    return candidates, key_map
 
 
-def _aliases(model: nn.Module, state: Container[str]) -> dict[str, str]:
-    """Other names of tied parameters and shared buffers -> the name that stands for them."""
-    first_name: dict[int, str] = {}
-    aliases: dict[str, str] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if (first := first_name.setdefault(id(p), name)) != name:
-            aliases[name] = first
-    for name, b in model.named_buffers(remove_duplicate=False):
-        if name in state and (first := first_name.setdefault(id(b), name)) != name:
-            aliases[name] = first
-    return aliases
-
-
-def _groups(
-    names: Mapping[str, str], aliases: Mapping[str, str], candidates: Candidates
-) -> dict[str, list[str]]:
-    """Name of each tensor of the model -> its keys in the files: several if it is tied.
-
-    CandidateError if a key of the files is none of the model's.
-    """
-    info = candidates.info
-    if unexpected := sorted(info.keys() - names.keys()):
-        raise CandidateError(
-            f"tensor {unexpected[0]!r} is unexpected ({len(unexpected)} in all): the"
-            " model does not have it",
-            candidates[0].path,
-        )
+def _match_adapters(model: nn.Module, candidates: Candidates) -> KeyMap:
+    """The map for PEFT adapters, whose keys peft knows."""
+    state = model.state_dict(keep_vars=True)
+    found = adapter_names(model, state, candidates) or {}
+    by_state, tensors = state_names(model), named_tensors(model)
+    keys = {key: by_state[name] for key, name in found.items()}
+    if unexpected := sorted(candidates.info.keys() - keys.keys()):
+        raise _unexpected(unexpected, candidates[0])
     groups: dict[str, list[str]] = {}
-    for key, name in names.items():
-        keys = groups.setdefault(aliases.get(name, name), [])
-        if key in info:
-            keys.append(key)
-    return groups
+    aliases = _aliases(tensors)
+    for key, name in keys.items():
+        groups.setdefault(aliases.get(name, name), []).extend([key] * (key in candidates.info))
+    # The base model is not in the files, so it must be frozen.
+    trainable = [name for name, t in tensors.items() if t.requires_grad and name not in aliases]
+    missing = sorted([name for name in trainable if name not in groups])
+    if missing := missing + sorted(name for name, found in groups.items() if not found):
+        raise _missing(missing, candidates[0])
+    for name, same in groups.items():
+        expected = TensorInfo(tuple(tensors[name].shape), tensors[name].dtype)
+        for key in same:
+            check_info(candidates[0].path, key, expected, candidates.info[key], "in the model")
+        _check_tied(same, candidates)
+    names = {key: keys[key] for key in candidates.info}
+    return _sorted_out({n: same[0] for n, same in groups.items()}, tensors, names, candidates)
 
 
-def _check_tensors(tensor: Tensor, keys: Sequence[str], candidates: Candidates) -> None:
-    """CandidateError unless these keys of the files hold one tensor, as it is in the model."""
-    first, expected = candidates[0], TensorInfo(tuple(tensor.shape), tensor.dtype)
-    for key in keys:
-        check_info(first.path, key, expected, first.info[key], "in the model")
+def _unexpected(keys: Sequence[str], candidate: Candidate, hint: str = "") -> CandidateError:
+    """The error for tensors that the model does not have."""
+    return CandidateError(
+        f"tensor {keys[0]!r} is unexpected ({len(keys)} in all): the model does not have it{hint}",
+        candidate.path,
+    )
+
+
+def _missing(names: Sequence[str], candidate: Candidate, hint: str = "") -> CandidateError:
+    """The error for tensors that a file does not have."""
+    return CandidateError(
+        f"tensor {names[0]!r} of the model is missing ({len(names)} in all){hint}", candidate.path
+    )
+
+
+def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Other names of tied parameters and shared buffers -> the first name of each."""
+    first: dict[int, str] = {}
+    names = ((name, first.setdefault(id(t), name)) for name, t in tensors.items())
+    return {name: stands for name, stands in names if name != stands}
+
+
+def _check_tied(keys: Sequence[str], candidates: Sequence[Candidate]) -> None:
+    """CandidateError unless these keys hold equal tensors in each file: one tied weight."""
     for other in keys[1:]:
         for c in candidates:
             if not torch.equal(c.tensor(keys[0]), c.tensor(other)):
@@ -148,19 +172,373 @@ def _check_tensors(tensor: Tensor, keys: Sequence[str], candidates: Candidates) 
                 )
 
 
-def _unwrapped(expected: Iterable[str], keys: Container[str]) -> dict[str, str]:
-    """Key -> name of each tensor of the model.
+def _sorted_out(
+    keys: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    names: dict[str, str],
+    candidates: Candidates,
+    written: dict[str, Written] | None = None,
+) -> KeyMap:
+    """The map, with each tensor where it belongs.
 
-    The key is the name without the prefixes of wrappers around the model that the keys do not have.
+    Args:
+        keys: name -> key of the tensors that the candidates hold, without aliases
+        tensors: of the model
+        names: every key -> name
+        candidates: with the tensors as the model has them
+        written: see `KeyMap`
     """
-    names = {name: name for name in expected}
+    aliases = {a: n for a, n in _aliases(tensors).items() if tensors[a].is_floating_point()}
+    key_map = KeyMap({}, {}, {}, aliases, names, written or {})
+    for name, key in keys.items():
+        t = tensors[name]
+        if not t.is_floating_point():
+            key_map.copied[name] = key
+            if t.is_complex():
+                _check_complex(key, candidates, t.requires_grad)
+        elif t.requires_grad:
+            key_map.trained[name] = key
+        else:
+            key_map.fixed[name] = key
+    return key_map
 
-    def is_extra(prefix: str) -> bool:
-        return all(key.startswith(prefix) and key not in keys for key in names)
 
-    while names and (prefix := next(filter(is_extra, WRAPPER_PREFIXES), None)):
-        names = {key.removeprefix(prefix): name for key, name in names.items()}
-    return names
+def _check_complex(key: str, candidates: Candidates, is_trained: bool) -> None:
+    """CandidateError unless a complex tensor is a buffer that all candidates have the same."""
+    first = candidates[0].tensor(key)
+    equal = all(torch.equal(first, c.tensor(key)) for c in candidates[1:])
+    if is_trained or not equal or first.dtype not in DTYPE_NAMES:
+        raise CandidateError(
+            f"tensor {key!r} is complex: expected a real dtype; only complex64 buffers that are the"
+            " same in all candidates are kept",
+            candidates[0].path,
+        )
+
+
+# As the model's own loading has it ---------------------------------------------------------------
+
+
+@dataclass
+class _Read:
+    """What the model's loading makes of one candidate.
+
+    Attributes:
+        candidate: the checkpoint
+        keys: key that the loading looks for -> key in the file
+        sources: where the tensors lie, by the keys that the loading looks for
+        tied: keys in the file that are one weight in the model, in groups of several
+        values: name in the model -> what would be copied there
+    """
+
+    candidate: Candidate
+    keys: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, Source] = field(default_factory=dict)
+    tied: list[list[str]] = field(default_factory=list)
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    def layout(self) -> object:
+        """What must be the same in another file for its loading to be the same."""
+        kinds = {key: (s.info.shape, s.info.dtype) for key, s in self.sources.items()}
+        return kinds, self.candidate.metadata
+
+    def source(self, name: str) -> Source:
+        """Where the values of a tensor of the model lie."""
+        return located(self.values[name], self.sources)
+
+    def key_of(self, name: str) -> str | None:
+        """The key of the tensor in the file that holds all of the values, in order; None: none."""
+        blocks = blocks_of(self.values[name])
+        if blocks is None or len(blocks) != 1 or blocks[0].offset:
+            return None
+        whole = self.sources[blocks[0].key].info
+        is_whole = self.values[name].numel() == whole.numel
+        if not is_whole or blocks[0].strides != contiguous_strides(blocks[0].sizes):
+            return None
+        return self.keys[blocks[0].key]
+
+
+def _match_loaded(model: nn.Module, candidates: Candidates) -> tuple[Candidates, KeyMap]:
+    """The candidates as the model's own loading has them, and the map."""
+    reads = _read_each(model, candidates)
+    tensors = named_tensors(model)  # after lazy modules have got their shapes
+    aliases = _aliases(tensors)
+    names = _in_order(model, reads[0].values)
+    for other in reads[1:]:
+        if odd := sorted(reads[0].values.keys() ^ other.values.keys()):
+            raise CandidateError(
+                f"its loading gives {'no' if odd[0] in reads[0].values else 'a'} value for"
+                f" {odd[0]!r} of the model, unlike that of {reads[0].candidate.path}",
+                other.candidate.path,
+            )
+    idle = [n for n, t in tensors.items() if t.requires_grad and n not in {*names, *aliases}]
+    if idle:
+        raise _missing(
+            idle, candidates[0], ", and it is trainable: freeze it (requires_grad_(False))"
+        )
+    keys = _keys(model, names, reads)
+    written = _written(names, reads[0], set(keys.values()))
+    if written is None:  # under the model's own names, then
+        keys, written = _own_keys(model, names), {}
+    every = {key: name for name, key in keys.items()}
+    for tied in reads[0].tied:
+        if name := next((every[key] for key in tied if key in every), None):
+            every |= dict.fromkeys(tied, name)
+    every = {key: every[key] for key in [*candidates[0].info, *every] if key in every}
+    found = _translated(candidates, reads, every, tensors)
+    return found, _sorted_out(keys, tensors, every, found, written)
+
+
+def _read_each(model: nn.Module, candidates: Candidates) -> list[_Read]:
+    """What the model's loading makes of each candidate; files of one layout are loaded once."""
+    _check_extra(candidates)
+    known: list[tuple[object, _Read]] = []
+    reads = []
+    for candidate in candidates:
+        read = _prepared(model, candidate)
+        layout = read.layout()
+        like = next((r for other, r in known if other == layout), None)
+        if like is None:
+            _load(model, read)
+            if not any(map(is_fixed, read.values.values())):
+                known.append((layout, read))
+        else:
+            read.values = like.values
+        reads.append(read)
+    return reads
+
+
+def _check_extra(candidates: Candidates) -> None:
+    """CandidateError if what modules keep beside their tensors differs between candidates."""
+    first = candidates[0]
+    for other in candidates[1:]:
+        for key in sorted(first.extra.keys() | other.extra.keys()):
+            if not _equal(first.extra.get(key), other.extra.get(key)):
+                raise CandidateError(
+                    f"{key!r}, the extra state of a module, is not that of {first.path}: it cannot"
+                    " be averaged",
+                    other.path,
+                )
+
+
+def _equal(a: object, b: object) -> bool:
+    """Whether two trees of plain values and tensors are equal."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        same = isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype
+        return same and torch.equal(a, b)  # type: ignore[arg-type]
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_equal, a, b))
+    return type(a) is type(b) and a == b
+
+
+def _prepared(model: nn.Module, candidate: Candidate) -> _Read:
+    """A candidate's tensors by the keys that the model's loading looks for."""
+    state = model.state_dict(keep_vars=True)
+    read = _Read(candidate)
+    for key in candidate.info:
+        if key == N_AVERAGED and key not in state:
+            continue
+        wanted = key if key in state else load_key(model, key)
+        if wanted in read.keys:
+            raise CandidateError(
+                f"{read.keys[wanted]!r} and {key!r} are one tensor without the parts of names that"
+                " wrappers add",
+                candidate.path,
+            )
+        read.keys[wanted], read.sources[wanted] = key, candidate.source(key)
+    same: dict[int, list[str]] = {}  # names of tied tensors, which files may hold once
+    for name, t in state.items():
+        if isinstance(t, Tensor):
+            same.setdefault(id(t), []).append(name)
+    for tied in same.values():
+        if there := [name for name in tied if name in read.keys]:
+            first, source = read.keys[there[0]], read.sources[there[0]]
+            if len(there) > 1:
+                read.tied.append([read.keys[name] for name in there])
+                _check_tied(read.tied[-1], [candidate])
+            for name in tied:
+                read.keys[name], read.sources[name] = first, source
+    return read
+
+
+def _load(model: nn.Module, read: _Read) -> None:
+    """Fills in what the model's loading makes of a candidate; CandidateError if it refuses."""
+    candidate = read.candidate
+    as_saved = candidate.kind == "huggingface" or candidate.path.name in MODEL_FILES
+    pretrained = loading.is_of_transformers(model)
+    if as_saved and pretrained and loading.converts(model):
+        _load_pretrained(model, read, None)
+        return
+    try:
+        found = _loaded(model, read)
+        error = _complaint(model, read, found)
+    except CandidateError as problem:
+        error, found = problem, Loading()
+    if error is not None and not (pretrained and _load_pretrained(model, read, error)):
+        raise error
+    if error is None:
+        read.values = found.values
+
+
+def _load_pretrained(model: nn.Module, read: _Read, error: CandidateError | None) -> bool:
+    """Whether transformers takes the candidate; what it makes of it is filled in.
+
+    Args:
+        model: a PreTrainedModel
+        read: of the candidate
+        error: what a plain load says; None: it is not to be tried
+    """
+    candidate = read.candidate
+    sources = {key: candidate.source(key) for key in candidate.info}
+    try:
+        found = loading.load_pretrained(model, sources)
+        problem = _complaint(model, read, found)
+    except CandidateError as raised:
+        problem = CandidateError(raised.problem, candidate.path)
+    except Exception as raised:  # a class that from_pretrained cannot make of its configuration
+        if error is not None:
+            return False
+        problem = CandidateError(
+            f"transformers' from_pretrained refuses it ({type(raised).__name__}: {raised})",
+            candidate.path,
+        )
+    if problem is not None:
+        if error is None:
+            raise problem
+        return False
+    read.keys, read.sources, read.values = {key: key for key in sources}, sources, found.values
+    return True
+
+
+def _loaded(model: nn.Module, read: _Read) -> Loading:
+    """What load_state_dict would do; CandidateError if it raises."""
+    candidate = read.candidate
+    try:
+        try:
+            return loading.load(model, read.sources, candidate.extra, candidate.metadata)
+        except (TypeError, NotImplementedError):  # code that wants plain tensors
+            return loading.load(
+                model, read.sources, candidate.extra, candidate.metadata, lazily=False
+            )
+    except CandidateError as error:
+        raise CandidateError(error.problem, candidate.path) from error
+    except Exception as error:
+        for key, t in model.state_dict(keep_vars=True).items():
+            if key in read.sources and isinstance(t, Tensor):
+                _check_shape(read, key, t)
+        raise CandidateError(loading.refused(error).problem, candidate.path) from error
+
+
+def _check_shape(read: _Read, key: str, t: Tensor) -> None:
+    """CandidateError if a tensor of the file has another shape than that of the model."""
+    if not nn.parameter.is_lazy(t):
+        expected = TensorInfo(tuple(t.shape), t.dtype)
+        info = read.sources[key].info
+        check_info(read.candidate.path, read.keys[key], expected, info, "in the model")
+
+
+def _complaint(model: nn.Module, read: _Read, found: Loading) -> CandidateError | None:
+    """What is wrong with a loading: the first tensor that is missing or unexpected, or None."""
+    candidate, ignore = read.candidate, read.candidate.ignore
+    made = dict(model.named_buffers())  # those that are not saved, too
+    unexpected = []
+    for key in found.unexpected:
+        source, buffer = read.sources.get(key), made.get(key)
+        if source is None or buffer is None or not _holds(buffer, source):
+            unexpected.append(read.keys.get(key, key))
+    if unexpected:
+        return _unexpected(sorted(unexpected), candidate, _entry_hint(model, candidate))
+    missing = [k for k in found.missing if not any(fnmatch.fnmatchcase(k, p) for p in ignore)]
+    return _missing(sorted(missing), candidate) if missing else None
+
+
+def _holds(buffer: Tensor, source: Source) -> bool:
+    """Whether a buffer that the model makes itself is what a file holds."""
+    if buffer.device.type == "meta" or tuple(buffer.shape) != source.info.shape:
+        return False
+    return torch.equal(buffer.cpu(), source.read().to(buffer.dtype))
+
+
+def _entry_hint(model: nn.Module, candidate: Candidate) -> str:
+    """More words for the error if the model's tensors are there behind a prefix."""
+    wanted = model.state_dict(keep_vars=True).keys()
+    first = next(iter(wanted), None)
+    if first is not None:
+        for key in candidate.info:
+            prefix = key.removesuffix(f".{first}")
+            if prefix != key and all(f"{prefix}.{name}" in candidate.info for name in wanted):
+                return f"; all of its tensors are there under {prefix!r}: pass that as entry"
+    return "; tensors that are not the model's can be left out with ignore"
+
+
+def _in_order(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Names of tensors in the order of the model's state_dict."""
+    place = {name: k for k, name in enumerate(dict.fromkeys(state_names(model).values()))}
+    return sorted(names, key=lambda name: place.get(name, len(place)))
+
+
+def _own_keys(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Name of each tensor -> its key in the model's own state_dict, without parts of wrappers."""
+    own = {name: key for key, name in reversed(state_names(model).items())}
+    return {name: loading.without_wrappers(own.get(name, name)) for name in names}
+
+
+def _keys(model: nn.Module, names: Sequence[str], reads: Sequence[_Read]) -> dict[str, str]:
+    """Name of each tensor -> the key that holds it in the first file that has one, or its own."""
+    own, different = _own_keys(model, names), list({id(r.values): r for r in reads}.values())
+    found = {}
+    for name in names:
+        keys = (read.key_of(name) for read in different)
+        found[name] = next((key for key in keys if key is not None), own[name])
+    return found
+
+
+def _written(names: Sequence[str], read: _Read, taken: set[str]) -> dict[str, Written] | None:
+    """What `KeyMap.written` says, of one candidate.
+
+    None if the keys under which tensors are exported would clash, or parts of a tensor of the files
+    would be left without values.
+    """
+    parts: dict[str, list[tuple[str, Block]]] = {}
+    for name in names:
+        blocks = blocks_of(read.values[name])
+        if read.key_of(name) is None and blocks is not None:
+            for block in blocks:
+                parts.setdefault(block.key, []).append((name, block))
+    found = {}
+    for key, pairs in parts.items():
+        info = read.sources[key].info
+        file_key = read.keys[key]
+        filled = sum(TensorInfo(block.sizes, info.dtype).numel for _, block in pairs)
+        if filled != info.numel or file_key in taken:
+            return None
+        found[file_key] = Written(info, tuple(pairs))
+    return found if len(set(taken)) == len(names) else None
+
+
+def _translated(
+    candidates: Candidates,
+    reads: Sequence[_Read],
+    names: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+) -> Candidates:
+    """The candidates with the tensors as the model has them, by these keys: key -> name."""
+    made, same = [], True
+    for read in reads:
+        c, found = read.candidate, {}
+        for key, name in names.items():
+            source, t = read.source(name), tensors[name]
+            own = c.source(key) if key in c.info else None
+            if own is not None and own != source and any(key in tied for tied in read.tied):
+                source = own  # which has the same values
+            if t.is_floating_point() or t.is_complex():
+                expected = TensorInfo(tuple(t.shape), t.dtype)
+                check_info(c.path, key, expected, source.info, "in the model")
+            found[key], same = source, same and own == source
+        made.append(found)
+        same = same and found.keys() == c.info.keys()
+    return candidates if same else candidates.translated(made)
 
 
 def _check_memory(key_map: KeyMap, state: Mapping[str, Tensor]) -> None:

@@ -192,7 +192,7 @@ class Stored:
     def _within(self, part: Part | None) -> tuple[tuple[int, ...], tuple[int, ...], int]:
         """Shape and strides of the part, and the byte of the file where it begins."""
         shape, first = self.info.shape, 0
-        strides = self.strides or tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+        strides = self.strides or contiguous_strides(shape)
         if part is not None:
             bounds = [s.indices(size)[:2] for s, size in zip(part, shape, strict=True)]
             shape = tuple(max(0, end - begin) for begin, end in bounds)
@@ -205,6 +205,17 @@ class Stored:
         flat = self.file.tensor(self.info.dtype, at, span(shape, strides))
         t = flat.as_strided(shape, strides)
         return -t if self.negated else t
+
+    def view(self, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Source:
+        """A view of the tensor, which counts as contiguous: where its elements lie."""
+        if (shape, strides, offset) == (self.info.shape, contiguous_strides(shape), 0):
+            return self
+        if self.strides is not None:
+            return Viewed(self, TensorInfo(shape, self.info.dtype), strides, offset)
+        at = self.offset + offset * self.info.dtype.itemsize
+        info = TensorInfo(shape, self.info.dtype)
+        own = None if strides == contiguous_strides(shape) else strides
+        return Stored(self.file, info, at, own, self.negated)
 
     def prefetch(self, part: Part | None) -> None:
         """Asks the system to read what `read` will."""
@@ -220,7 +231,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Pieces:
-    """A tensor in blocks: what ranks have written of their shards.
+    """A tensor in blocks: what ranks have written of their shards, or a model's loading joins.
 
     Attributes:
         info: shape and dtype of the whole
@@ -228,9 +239,9 @@ class Pieces:
     """
 
     info: TensorInfo
-    blocks: tuple[tuple[tuple[int, ...], Stored], ...]
+    blocks: tuple[tuple[tuple[int, ...], Source], ...]
 
-    def _within(self, part: Part | None) -> list[tuple[Part, Part, Stored]]:
+    def _within(self, part: Part | None) -> list[tuple[Part, Part, Source]]:
         """(slices of the result, slices of the block, block) for each block that `part` needs."""
         part = part or (slice(None),) * len(self.info.shape)
         wanted = [s.indices(size)[:2] for s, size in zip(part, self.info.shape, strict=True)]
@@ -261,13 +272,122 @@ class Pieces:
         for _, of_block, block in self._within(part):
             block.prefetch(of_block or None)
 
+    def view(self, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Source:
+        """A view of the tensor, which counts as contiguous; blocks stay if dimensions move."""
+        info = TensorInfo(shape, self.info.dtype)
+        axes = _axes_of(self.info.shape, shape, strides)
+        if axes is None or offset:
+            return Viewed(self, info, strides, offset)
+        blocks = []
+        for offsets, block in self.blocks:
+            inner = contiguous_strides(block.info.shape)
+            sizes = tuple(block.info.shape[a] for a in axes)
+            moved = block.view(sizes, tuple(inner[a] for a in axes), 0)
+            blocks.append((tuple(offsets[a] for a in axes), moved))
+        return Pieces(info, tuple(blocks))
+
     @property
     def files(self) -> tuple[MappedFile, ...]:
         """The files that it lies in."""
-        return tuple(block.file for _, block in self.blocks)
+        return tuple(file for _, block in self.blocks for file in block.files)
 
 
-Source = Stored | Pieces
+@dataclass(frozen=True, eq=False)
+class Viewed:
+    """A view that only the whole tensor gives: all of it is read for any part.
+
+    Attributes:
+        whole: the tensor that it is a view of, as if that lay contiguous
+        info: shape and dtype of the view
+        strides, offset: in elements of the whole
+    """
+
+    whole: Source
+    info: TensorInfo
+    strides: tuple[int, ...]
+    offset: int
+
+    def read(self, part: Part | None = None) -> Tensor:
+        """The view, or a part of it."""
+        found = _strided(self.whole.read().contiguous(), self.info.shape, self.strides, self.offset)
+        return found if part is None else found[part]
+
+    def prefetch(self, part: Part | None) -> None:
+        """Asks the system to read what `read` will."""
+        self.whole.prefetch(None)
+
+    def view(self, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Source:
+        """A view of the view, which counts as contiguous."""
+        if (shape, strides, offset) == (self.info.shape, contiguous_strides(shape), 0):
+            return self
+        return Viewed(self, TensorInfo(shape, self.info.dtype), strides, offset)
+
+    @property
+    def files(self) -> tuple[MappedFile, ...]:
+        """The files that it lies in."""
+        return self.whole.files
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A tensor in memory: what a model's loading has computed of a file, or made itself.
+
+    Attributes:
+        tensor: on the CPU; nobody writes to it
+    """
+
+    tensor: Tensor
+
+    @property
+    def info(self) -> TensorInfo:
+        """Shape and dtype."""
+        return TensorInfo(tuple(self.tensor.shape), self.tensor.dtype)
+
+    def read(self, part: Part | None = None) -> Tensor:
+        """The tensor, or a part of it."""
+        return self.tensor if part is None else self.tensor[part]
+
+    def prefetch(self, part: Part | None) -> None:
+        """It is there."""
+
+    def view(self, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Source:
+        """A view of the tensor, which counts as contiguous."""
+        return Held(_strided(self.tensor.contiguous(), shape, strides, offset))
+
+    @property
+    def files(self) -> tuple[MappedFile, ...]:
+        """It lies in none."""
+        return ()
+
+
+Source = Stored | Pieces | Viewed | Held
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor, in elements, as torch gives them."""
+    return tuple(math.prod(max(1, size) for size in shape[d + 1 :]) for d in range(len(shape)))
+
+
+def _strided(t: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Tensor:
+    """A view of a contiguous tensor; `offset` counts from its first element."""
+    return t.as_strided(shape, strides, t.storage_offset() + offset)
+
+
+def _axes_of(
+    shape: tuple[int, ...], sizes: tuple[int, ...], strides: tuple[int, ...]
+) -> list[int] | None:
+    """For each dimension of a view, which of a contiguous tensor's it is.
+
+    None if the view is more than the same dimensions in another order.
+    """
+    left = dict(enumerate(zip(shape, contiguous_strides(shape), strict=True)))
+    axes: list[int | None] = []
+    for size, stride in zip(sizes, strides, strict=True):
+        same = [d for d, own in left.items() if own == (size, stride) or size == own[0] == 1]
+        axes.append(same[0] if same else None)
+        if same:
+            del left[same[0]]
+    return None if left or None in axes else [a for a in axes if a is not None]
 
 
 def _relative(spans: Sequence[tuple[int, int]], origin: Sequence[int]) -> Part:

@@ -18,7 +18,7 @@ from ..distributed.ranks import Ranks, facts, versions
 from ..distributed.weights import restore, snapshot
 from ..io.candidates import Candidates
 from ..io.errors import StateError, TwaError
-from ..io.key_map import match_keys
+from ..io.key_map import match_model
 from ..io.progress import PeakMemory, progress_bar
 from ..subspace import Subspace
 from ..tasks.contract import Task
@@ -61,6 +61,7 @@ class Merge:
         store: where the state is saved, to be continued by another object
 
     Attributes:
+        candidates: with the tensors as the model has them
         results: rows of the table so far
 
     Raises:
@@ -80,7 +81,7 @@ class Merge:
         group: dist.ProcessGroup | None = None,
         store: Store | None = None,
     ) -> None:
-        self.task, self.candidates, self.store = task, candidates, store
+        self.task, self.store = task, store
         self.ranks = Ranks() if settings.sharding == "single" else Ranks.find(group)
         self._saved = store.read(self.ranks) if store is not None else None
         before = self._saved["run"].get("batches per step", 0) if self._saved else 0
@@ -91,6 +92,8 @@ class Merge:
             task.split_validation()
         with self.ranks.fail_together("making the model"):
             self.model = task.model()
+            candidates, key_map = match_model(self.model, candidates)
+            self.candidates = candidates
             self.facts = facts(self.model, candidates) | {"task": task.fingerprint}
             self.facts |= task.first_batches() | self.settings.facts()
             if self._saved and store:
@@ -102,7 +105,7 @@ class Merge:
                 self.settings.sharding,
                 self.model,
                 candidates,
-                match_keys(self.model, candidates),
+                key_map,
                 max((m.bits for m in self.settings.methods), default=4),
                 self.ranks,
                 may_shard=True,

@@ -16,6 +16,7 @@ from ..basis.file import NAME, Loaded
 from ..distributed.sharding import Basis, ColumnsSharding, Sharding, begin_of
 from ..dtensors import local
 from ..io.errors import BasisError
+from ..io.loading import named_tensors
 
 
 def find_basis(path: str | Path) -> Path:
@@ -26,10 +27,13 @@ def find_basis(path: str | Path) -> Path:
 
 def check_model(model: nn.Module, contents: Contents, path: Path) -> None:
     """BasisError unless the model has and trains the tensors that the basis was packed for."""
-    state = model.state_dict(keep_vars=True)
-    trainable = {
-        name for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()
-    }
+    state = named_tensors(model)
+    seen: set[int] = set()
+    trainable = set()
+    for name, t in state.items():
+        if t.requires_grad and t.is_floating_point() and id(t) not in seen:
+            trainable.add(name)
+        seen.add(id(t))
     if odd := sorted(trainable ^ contents.trained.keys()):
         where = "is in the basis but no trainable parameter of the model"
         if odd[0] in trainable:
@@ -108,7 +112,7 @@ def _columns_of(
 @torch.no_grad()
 def load_state(loaded: Loaded, sharding: Sharding) -> None:
     """Writes to the model the tensors that are not in the subspace, as the basis holds them."""
-    state = sharding.model.state_dict(keep_vars=True)
+    state = named_tensors(sharding.model)
     for name, key in (loaded.contents.fixed | loaded.contents.copied).items():
         part = sharding.part_of(name, state[name])
         value = loaded.read(f"state.{key}")

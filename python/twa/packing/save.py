@@ -20,6 +20,7 @@ from ..io.atomic import naming, temporary_of
 from ..io.candidates import Candidates
 from ..io.errors import TwaError
 from ..io.key_map import KeyMap
+from ..io.loading import named_tensors
 from ..io.safetensors import DTYPE_NAMES, DTYPES
 
 
@@ -65,7 +66,7 @@ def contents_of(
 
 def untrained(model: nn.Module, contents: Contents) -> dict[str, Tensor]:
     """The tensors of the model that are not in the subspace, under their names in the file."""
-    state = model.state_dict(keep_vars=True)
+    state = named_tensors(model)
     found = {key: local(state[name]) for name, key in (contents.fixed | contents.copied).items()}
     return {
         f"state.{key}": t.to("cpu", unrounded(DTYPES[contents.info[key][1]]))

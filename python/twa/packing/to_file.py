@@ -33,7 +33,7 @@ from ..io.atomic import clear_unfinished, lock, write_json
 from ..io.candidates import Candidates, not_finite
 from ..io.checks import read_json
 from ..io.errors import BasisError, TwaError
-from ..io.key_map import match_keys
+from ..io.key_map import match_model
 from ..io.progress import PeakMemory
 from ..io.safetensors import raw_bytes
 from .save import contents_of, untrained
@@ -143,8 +143,8 @@ class PackToFile:
         center: str | int | Tensor = "mean",
         normalize: str = "row",
     ) -> None:
+        candidates, key_map = match_model(model, candidates)
         self.path, self.candidates = Path(path), candidates
-        key_map = match_keys(model, candidates)
         self.weights = averages.of_center(center, len(candidates))
         numels = key_map.numels(candidates.info)
         segments = segments_of(list(key_map.trained), numels, granularity)

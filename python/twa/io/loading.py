@@ -1,0 +1,364 @@
+"""What a model's own loading makes of a checkpoint: which tensor of the model gets which values.
+
+A file is given to `load_state_dict` as Lazy tensors. What it would copy into the model is taken
+down, and nothing is copied. So hooks that rename or join tensors, old formats that modules
+translate, and checks of shapes are the model's own, not rules of ours. Directories as
+save_pretrained writes them go through transformers' from_pretrained where a plain load does not fit
+or the model's class converts what is on disk.
+
+Parts of names that wrappers around modules put there are none of the model's: they are left out or
+put in as the model has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .candidate import N_AVERAGED
+from .checks import first_line
+from .errors import CandidateError
+from .lazy import Lazy, lazy_tensor
+from .mapped import Source
+
+#: attribute under which a wrapper holds the module -> whether names in the state_dict have it
+WRAPPERS = {
+    "_orig_mod": True,  # torch.compile
+    "module": True,  # DataParallel, DistributedDataParallel, AveragedModel
+    "_fsdp_wrapped_module": False,  # FSDP
+    "_checkpoint_wrapped_module": False,  # activation checkpointing
+}
+#: those that no module of a user has
+PRIVATE = tuple(part for part in WRAPPERS if part != "module")
+
+
+@dataclass
+class Loading:
+    """What loading a file would do.
+
+    Attributes:
+        values: name in the model, see `named_tensors` -> what would be copied into it
+        missing: names of the model's state_dict that the file has nothing for
+        unexpected: keys of the file that the model has nothing for
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+
+# Names -------------------------------------------------------------------------------------------
+
+
+def wrapped_by(module: nn.Module) -> str | None:
+    """The attribute under which a wrapper holds the module that it wraps; None if it is none.
+
+    A module that has nothing but another, as `module`, counts as one: users write such, too.
+    """
+    for part in PRIVATE:
+        if part in module._modules:
+            return part
+    is_alone = list(module._modules) == ["module"] and not module._parameters
+    return "module" if is_alone and module._buffers.keys() <= {N_AVERAGED} else None
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer, by a name without the parts that wrappers add.
+
+    A tied tensor is there under each of its names. Where two names would be the same, the second
+    keeps its parts.
+    """
+    found: dict[str, Tensor] = {}
+
+    def visit(module: nn.Module, name: str, path: str) -> None:
+        for own, t in [*module._parameters.items(), *module._buffers.items()]:
+            if t is not None:
+                found[f"{path}{own}" if f"{name}{own}" in found else f"{name}{own}"] = t
+        inner = wrapped_by(module)
+        for part, child in module._modules.items():
+            if child is not None:
+                visit(child, name if part == inner else f"{name}{part}.", f"{path}{part}.")
+
+    visit(model, "", "")
+    return found
+
+
+def load_key(model: nn.Module, key: str) -> str:
+    """The key under which the model's loading looks for what a file has under `key`.
+
+    The file was saved with other wrappers than the model has, perhaps.
+    """
+    path = _path(model, key)
+    return ".".join(part for part in path if WRAPPERS.get(part, True))
+
+
+def _path(model: nn.Module, key: str) -> list[str]:
+    """The attributes that lead to what a file has under a key, those of wrappers too."""
+    path: list[str] = []
+    at: nn.Module = model
+    *outer, last = key.split(".")
+
+    def enter(part: str) -> nn.Module:
+        path.append(part)
+        child = at._modules[part]
+        assert child is not None
+        return child
+
+    for k, part in enumerate(outer):
+        while at._modules.get(part) is None and (inner := wrapped_by(at)):
+            at = enter(inner)
+        if at._modules.get(part) is not None:
+            at = enter(part)
+        elif part not in WRAPPERS:
+            return [*path, *outer[k:], last]  # for a hook of the model to make sense of
+    while not (last in at._parameters or last in at._buffers) and (inner := wrapped_by(at)):
+        at = enter(inner)
+    return [*path, last]
+
+
+def load_metadata(
+    model: nn.Module, metadata: Mapping[str, Mapping[str, object]]
+) -> dict[str, Mapping[str, object]]:
+    """Versions of saved modules under the names that the model's loading looks for."""
+    return {
+        ".".join(_path(model, f"{name}.x".lstrip("."))[:-1]): value
+        for name, value in metadata.items()
+    }
+
+
+def without_wrappers(key: str) -> str:
+    """A key without the parts that no module of a user has."""
+    return ".".join(part for part in key.split(".") if part not in PRIVATE)
+
+
+# Loading -----------------------------------------------------------------------------------------
+
+
+class _Recorder(TorchFunctionMode):
+    """Takes down what is copied into a model's tensors, and copies nothing there.
+
+    Args:
+        model: that is loaded
+
+    Attributes:
+        values: name of the tensor -> what was to be copied
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.values: dict[str, Tensor] = {}
+        self._index()
+
+    def _index(self) -> None:
+        """Makes the table of the model's tensors anew: loading may have given it other ones."""
+        self.names: dict[int, str] = {}
+        self.memory: dict[tuple[object, ...], str] = {}
+        self.storages: set[int] = set()
+        for name, t in named_tensors(self.model).items():
+            self.names.setdefault(id(t), name)
+            if (place := _place(t)) is not None:
+                self.memory.setdefault(place, name)
+                self.storages.add(t.untyped_storage()._cdata)
+
+    def _name(self, t: Tensor) -> str | None:
+        """The name of a tensor of the model, or of what shares all of its memory."""
+        if id(t) in self.names:
+            return self.names[id(t)]
+        place = _place(t)
+        return None if place is None else self.memory.get(place)
+
+    def __torch_function__(
+        self, func: Any, types: object, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.Tensor.copy_ or isinstance(args[0], Lazy):
+            return func(*args, **(kwargs or {}))
+        target = args[0]
+        if (name := self._name(target)) is None:
+            self._index()
+            name = self._name(target)
+        if name is not None:
+            self.values[name] = args[1] if len(args) > 1 else (kwargs or {})["other"]
+            return target
+        if type(target) in (Tensor, nn.Parameter) and _storage(target) in self.storages:
+            raise CandidateError(
+                "the model's own loading writes to a part of a tensor, which is not supported"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _storage(t: Tensor) -> int | None:
+    """The memory of a tensor, as a number; None where it has none to tell by."""
+    if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided:
+        return None
+    return t.untyped_storage()._cdata
+
+
+def _place(t: Tensor) -> tuple[object, ...] | None:
+    """Which numbers of which memory a tensor is."""
+    if (storage := _storage(t)) is None:
+        return None
+    return storage, t.storage_offset(), tuple(t.shape), t.stride()
+
+
+@torch.no_grad()
+def load(
+    model: nn.Module,
+    tensors: Mapping[str, Source],
+    extra: Mapping[str, object],
+    metadata: Mapping[str, Mapping[str, object]],
+    lazily: bool = True,
+) -> Loading:
+    """What `model.load_state_dict` would do with a file. No weight of the model changes.
+
+    Lazy modules get their shapes, and `set_extra_state` is called.
+
+    Args:
+        model: that the file is of
+        tensors: of the file, by the keys that the model's loading looks for
+        extra: what modules that have `set_extra_state` are given, by the same keys
+        metadata: versions of the modules that were saved, as torch.save keeps them; {}: unknown
+        lazily: whether code gets Lazy tensors; else all of the file is read
+
+    Raises:
+        CandidateError: loading refuses the file
+    """
+    state: OrderedDict[str, object] = OrderedDict()
+    for key, source in tensors.items():
+        state[key] = lazy_tensor(key, source) if lazily else source.read().clone()
+    state.update(extra)
+    state._metadata = OrderedDict(load_metadata(model, metadata))  # type: ignore[attr-defined]
+    before = {id(t) for t in named_tensors(model).values()}
+    swapping = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(False)
+    recorder = _Recorder(model)
+    try:
+        with warnings.catch_warnings(), recorder:
+            warnings.simplefilter("ignore")
+            result = model.load_state_dict(state, strict=False)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swapping)
+    values = recorder.values
+    _take_new(model, before, values)
+    missing = list(getattr(result, "missing_keys", ()))
+    return Loading(values, missing, list(getattr(result, "unexpected_keys", ())))
+
+
+def _take_new(model: nn.Module, before: set[int], values: dict[str, Tensor]) -> None:
+    """Adds the tensors that loading has put into the model itself.
+
+    Those that are Lazy become tensors of their own.
+    """
+    for name, t in named_tensors(model).items():
+        if id(t) in before or name in values:
+            continue
+        values[name] = t
+        if isinstance(t, Lazy):
+            _replace(model, t)
+
+
+def _replace(model: nn.Module, t: Lazy) -> None:
+    """Puts a tensor in memory where a module holds a Lazy."""
+    new = torch.empty(t.shape, dtype=t.dtype)
+    for module in model.modules():
+        for own, p in module._parameters.items():
+            if p is t:
+                module._parameters[own] = nn.Parameter(new, requires_grad=t.requires_grad)
+        for own, b in module._buffers.items():
+            if b is t:
+                module._buffers[own] = new
+
+
+# transformers ------------------------------------------------------------------------------------
+
+
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether transformers knows how to load this model."""
+    transformers = sys.modules.get("transformers")  # whoever made such a model has imported it
+    kind = getattr(transformers, "PreTrainedModel", None)
+    return isinstance(kind, type) and isinstance(model, kind)
+
+
+def converts(model: nn.Module) -> bool:
+    """Whether transformers changes tensors of this model's class when it saves and loads them."""
+    core = sys.modules.get("transformers.core_model_loading")
+    mapping = sys.modules.get("transformers.conversion_mapping")
+    if core is None or mapping is None:  # an older version, which does not
+        return False
+    found = mapping.get_model_conversion_mapping(model)
+    return any(isinstance(entry, core.WeightConverter) for entry in found or ())
+
+
+@torch.no_grad()
+def load_pretrained(model: nn.Module, tensors: Mapping[str, Source]) -> Loading:
+    """What from_pretrained would make of a directory's tensors.
+
+    It loads them into a model without memory of the same class and configuration.
+
+    Args:
+        model: a PreTrainedModel
+        tensors: of the directory, by their own keys
+
+    Raises:
+        CandidateError: from_pretrained refuses them
+    """
+    state = {key: lazy_tensor(key, source) for key, source in tensors.items()}
+    config = copy.deepcopy(model.config)
+    with _quiet():
+        made, report = type(model).from_pretrained(  # type: ignore[attr-defined]
+            None, config=config, state_dict=state, output_loading_info=True
+        )
+    for word in ("mismatched_keys", "error_msgs", "conversion_errors"):
+        if problems := report.get(word):
+            first = sorted(map(str, problems))[0]
+            raise CandidateError(f"transformers' from_pretrained refuses it: {word}: {first}")
+    loaded = made.state_dict(keep_vars=True)
+    names = state_names(model)
+    values: dict[str, Tensor] = {
+        names[key]: t for key, t in loaded.items() if isinstance(t, Lazy) and key in names
+    }
+    return Loading(values, sorted(report["missing_keys"]), sorted(report["unexpected_keys"]))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A context without transformers' reports and bars."""
+    log = sys.modules["transformers"].logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+def state_names(model: nn.Module) -> dict[str, str]:
+    """Key in the model's state_dict -> name of the tensor, see `named_tensors`.
+
+    Keys whose values are made by a hook are left out.
+    """
+    by_id: dict[int, str] = {}
+    for name, t in named_tensors(model).items():
+        by_id.setdefault(id(t), name)
+    state = model.state_dict(keep_vars=True)
+    return {key: by_id[id(t)] for key, t in state.items() if id(t) in by_id}
+
+
+def refused(error: Exception) -> CandidateError:
+    """The error for a file that a model's loading refuses."""
+    return CandidateError(f"the model's load_state_dict refuses it ({first_line(error)})")
