@@ -22,13 +22,13 @@ from .coordinates import BASES, CONSTRAINTS, Coordinates, constrained
 from .distributed.choose import choose_sharding, find_ranks
 from .distributed.ranks import digest, facts, versions
 from .distributed.sharding import Basis, Sharding
-from .distributed.weights import check_range, load_untrained
+from .distributed.weights import check_range, check_taken, load_untrained
 from .export.bundle import write_bundle
 from .io.candidates import Candidates
 from .io.errors import TwaError
 from .io.key_map import match_model
 from .packing.build import build
-from .packing.load import check_model, find_basis, load_state, part_of
+from .packing.load import check_model, find_basis, load_state, part_of, warn_of_extra_state
 from .packing.save import check_savable, save_basis
 from .spectral_norm import refresh_spectral_norms
 
@@ -201,7 +201,10 @@ class Subspace:
             check_model(model, contents, path)
             if candidates is not None:
                 check_sources(contents, candidates)
-            sources = Sources(loaded) if candidates is None else candidates
+                sources = match_model(model, candidates)[0]
+            else:
+                sources = Sources(loaded)
+                warn_of_extra_state(model, path)
             key_map = contents.key_map
             place = choose_sharding(sharding, model, sources, key_map, contents.bits, ranks)
             if ranks.world_size > 1:
@@ -219,6 +222,7 @@ class Subspace:
         """Moves the model to the coefficients for the first time."""
         self.write_weights()
         check_range(self.sharding)
+        check_taken(self.sharding)
         refresh_spectral_norms(self.model)
 
     # Weights out, gradients in -------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,10 +14,11 @@ from twa_kernels.layout import BITS, MAX_ROWS, TILE, tile_offsets
 from twa_kernels.scaling import NORMALIZE
 
 from ..coordinates import BASES, CONSTRAINTS, trained_count
-from ..io.checks import is_shape, is_text, shown
-from ..io.key_map import KeyMap
-from ..io.mapped import TensorInfo
-from ..io.safetensors import SAFETENSORS_DTYPES
+from ..io.checks import are_sizes, is_shape, is_text, shown
+from ..io.key_map import KeyMap, Written
+from ..io.lazy import Block
+from ..io.mapped import TensorInfo, span
+from ..io.safetensors import DTYPE_NAMES, SAFETENSORS_DTYPES
 from .segments import Segments
 
 FORMAT = "twa-basis-1"
@@ -39,6 +41,7 @@ class Contents:
         labels: names of the segments
         chunk: see `Segments`
         constraint: what the coefficients are kept to, see `Coordinates`
+        written: as in `KeyMap`: key -> [shape, dtype, [[name, begin, sizes, strides, offset], ...]]
         dropped: of an orthonormal basis: per segment, [candidate, relative distance] of those that
             depend on earlier ones
         format: FORMAT
@@ -60,6 +63,7 @@ class Contents:
     labels: list[str]
     chunk: int = 0
     constraint: str = "none"
+    written: dict[str, list[Any]] = field(default_factory=dict)
     dropped: list[list[list[float]]] = field(default_factory=list)
     format: str = FORMAT
 
@@ -91,6 +95,7 @@ class Contents:
             dict(self.copied),
             dict(self.aliases),
             dict(self.names),
+            {key: _parse_written(key, value) for key, value in self.written.items()},
         )
 
     def tensors(self) -> dict[str, TensorInfo]:
@@ -130,7 +135,7 @@ def parse_contents(value: object) -> Contents:
     if not isinstance(value, dict) or found != FORMAT:
         raise ValueError(f"expected format {FORMAT!r}, found {shown(found)}")
     fields = set(Contents.__dataclass_fields__)
-    given: dict[str, Any] = {"chunk": 0, "constraint": "none"} | value  # early files have none
+    given: dict[str, Any] = {"chunk": 0, "constraint": "none", "written": {}} | value  # not in all
     if odd := sorted(fields ^ given.keys()):
         raise ValueError(
             f"metadata: {odd[0]!r} is {'missing' if odd[0] in fields else 'unexpected'}"
@@ -143,6 +148,7 @@ def parse_contents(value: object) -> Contents:
     _check_options(contents)
     _check_candidates(contents)
     _check_tensors(contents)
+    _check_written(contents)
     _check_segments(contents)
     return contents
 
@@ -179,6 +185,59 @@ def _check_tensors(c: Contents) -> None:
     dtypes = [SAFETENSORS_DTYPES[c.info[key][1]] for key in c.trained.values()]
     good = bool(dtypes) and all(dtype.is_floating_point for dtype in dtypes)
     _want(good, "trained", "float tensors", c.trained)
+
+
+def _check_written(c: Contents) -> None:
+    _want(isinstance(c.written, dict), "written", "names", c.written)
+    sizes = {name: tuple(c.info[key][0]) for key, name in c.names.items()}
+    for key, value in c.written.items():
+        good = isinstance(value, list) and len(value) == 3 and _is_info(value[:2])
+        good = good and _is_list(value[2], lambda part: _is_part(part, value[0], sizes))
+        filled = sum(math.prod(part[2]) for part in value[2]) if good else -1
+        _want(
+            filled == math.prod(value[0]) if good else False,
+            "written",
+            f"parts of tensors that fill {key[:100]!r}",
+            value,
+        )
+
+
+def _is_part(part: object, shape: list[int], sizes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether this is [name, begin, sizes, strides, offset] of a part that is in both tensors."""
+    if not isinstance(part, list) or len(part) != 5 or part[0] not in sizes:
+        return False
+    name, begin, own, strides, offset = part
+    if not all(are_sizes(v) and isinstance(v, list) for v in (begin, own, strides)):
+        return False
+    if not are_sizes([offset]) or not len(begin) == len(own) == len(strides) == len(sizes[name]):
+        return False
+    within = all(b + s <= whole for b, s, whole in zip(begin, own, sizes[name], strict=True))
+    return within and offset + span(own, strides) <= math.prod(shape)
+
+
+def _parse_written(key: str, value: list[Any]) -> Written:
+    """What was checked, as `KeyMap` has it."""
+    shape, dtype, parts = value
+    blocks = (
+        (name, Block(tuple(begin), tuple(sizes), key, tuple(strides), offset))
+        for name, begin, sizes, strides, offset in parts
+    )
+    return Written(TensorInfo(tuple(shape), SAFETENSORS_DTYPES[dtype]), tuple(blocks))
+
+
+def written_json(written: Mapping[str, Written]) -> dict[str, list[Any]]:
+    """What `Contents.written` holds."""
+    return {
+        key: [
+            list(w.info.shape),
+            DTYPE_NAMES[w.info.dtype],
+            [
+                [name, list(b.begin), list(b.sizes), list(b.strides), b.offset]
+                for name, b in w.parts
+            ],
+        ]
+        for key, w in written.items()
+    }
 
 
 def _check_segments(c: Contents) -> None:

@@ -38,6 +38,7 @@ class Source(Candidate):
         self.path, self.entry, self.kind, self.files = path, None, kind, ()
         self.info = info
         self._tensors, self._maps = {}, ()
+        self.ignore, self.metadata, self.extra = (), {}, {}
         self._fingerprint, self._basis = fingerprint, basis
 
     @property

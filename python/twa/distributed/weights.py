@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from .. import averages
 from ..dtensors import is_dtensor, local, reshard
+from ..io import loading
 from ..io.candidates import Candidates, average_into, not_finite
 from ..io.errors import TwaError
+from ..io.lazy import Block
 from ..io.loading import named_tensors
+from ..io.mapped import TensorInfo
 from ..spectral_norm import refresh_spectral_norms
 from .ranks import Ranks
 from .sharding import Sharding
@@ -45,6 +48,33 @@ def _check_range(name: str, written: Tensor, finite: int) -> None:
             f"model: tensor {name!r}: {lost} of {written.numel()} values of the candidates' average"
             f" overflow {written.dtype}"
         )
+
+
+@torch.no_grad()
+def check_taken(sharding: Sharding) -> None:
+    """Reads the model's state_dict back, where a hook makes what is in it.
+
+    Raises:
+        TwaError: it has another value than was written
+    """
+    own = loading.state_names(sharding.model)
+    made = {
+        loading.without_wrappers(key): t
+        for key, t in sharding.model.state_dict().items()
+        if key not in own and isinstance(t, Tensor) and not is_dtensor(t)
+    }
+    if made:
+        for key, written in exported_tensors(sharding):
+            found = made.get(key)
+            if found is None:
+                continue
+            if found.shape != written.shape or not torch.equal(
+                found.to("cpu", written.dtype), written
+            ):
+                raise TwaError(
+                    f"model: its state_dict() has another value of {key!r} than was written: what a"
+                    " hook makes when it is saved must be what its own loading takes"
+                )
 
 
 @torch.no_grad()
@@ -188,6 +218,46 @@ def whole_tensors(sharding: Sharding) -> Iterator[tuple[str, Tensor]]:
                     stacklevel=2,
                 )
         yield key, written
+
+
+@torch.no_grad()
+def exported_tensors(sharding: Sharding) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of an export, as the candidate files have them; see `KeyMap.written`.
+
+    All ranks must read the iterator to its end.
+    """
+    key_map = sharding.key_map
+    wanted: dict[str, list[tuple[str, Block]]] = {}  # name -> (key in the files, part)
+    for key, w in key_map.written.items():
+        for name, block in w.parts:
+            wanted.setdefault(name, []).append((key, block))
+    begun: dict[str, Tensor] = {}
+    left = {key: len(w.parts) for key, w in key_map.written.items()}
+    for key, t in whole_tensors(sharding):
+        if (name := key_map.names[key]) not in wanted:
+            yield key, t
+            continue
+        for key_in_files, block in wanted[name]:
+            if key_in_files not in begun:
+                info = key_map.written[key_in_files].info
+                begun[key_in_files] = torch.empty(info.shape, dtype=info.dtype)
+            at = tuple(slice(b, b + s) for b, s in zip(block.begin, block.sizes, strict=True))
+            begun[key_in_files].as_strided(block.sizes, block.strides, block.offset).copy_(t[at])
+            left[key_in_files] -= 1
+            if not left[key_in_files]:
+                yield key_in_files, begun.pop(key_in_files)
+    for key, value in sharding.candidates[0].extra.items():
+        if isinstance(value, Tensor):
+            yield key, value
+
+
+def exported_info(sharding: Sharding) -> dict[str, TensorInfo]:
+    """Shape and dtype of each tensor that `exported_tensors` gives."""
+    found = sharding.key_map.written_info(sharding.candidates.info)
+    for key, value in sharding.candidates[0].extra.items():
+        if isinstance(value, Tensor):
+            found[key] = TensorInfo(tuple(value.shape), value.dtype)
+    return found
 
 
 @torch.no_grad()

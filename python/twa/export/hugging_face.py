@@ -76,13 +76,16 @@ def write_beside(out: Path, sharding: Sharding, coefficients: Mapping[str, objec
         name = ADAPTER_WEIGHTS if adapter else MODEL_WEIGHTS
         write_model_folder(out / FOLDER, last, out / "averaged.safetensors", name)
         written.append(f"{FOLDER}/")
-    # mergekit has one weight for a tensor
-    if len(sources) == len(folders) and not adapter and not coefficients.get("chunk"):
-        key_map = sharding.key_map
+    # mergekit has one weight for a tensor, which it knows by its name in the files
+    key_map = sharding.key_map
+    split = any(len({name for name, _ in w.parts}) > 1 for w in key_map.written.values())
+    if len(sources) == len(folders) and not adapter and not coefficients.get("chunk") and not split:
+        in_files = {key: name for key, name in key_map.names.items() if key != name}
+        in_files |= {key: w.parts[0][0] for key, w in key_map.written.items()}
         text = mergekit_recipe(
             coefficients,
             sources,
-            aliases=key_map.aliases,
+            aliases=key_map.aliases | in_files,
             untrained=key_map.fixed,
             out_dtype=_common_dtype(sharding.candidates),
         )

@@ -7,18 +7,30 @@ import shutil
 from pathlib import Path
 
 from ..distributed.sharding import Sharding
-from ..distributed.weights import sharded_tensors, whole_tensors
+from ..distributed.weights import (
+    exported_info,
+    exported_tensors,
+    sharded_tensors,
+    whole_tensors,
+)
 from ..io.atomic import replace_folder
 from ..io.safetensors import write_stream
 
 
 def write_export(path: Path, sharding: Sharding) -> None:
-    """Writes a safetensors file of the whole model; all ranks call it, the first writes.
+    """Writes a safetensors file of the whole model as the candidate files have it.
 
-    One tensor is in memory at a time.
+    All ranks call it, the first writes. One tensor is in memory at a time, but for those that the
+    model has packed out of several in the files.
     """
-    info = sharding.candidates.info
-    write_stream(path if sharding.ranks.is_rank_zero else None, info, whole_tensors(sharding))
+    here = path if sharding.ranks.is_rank_zero else None
+    write_stream(here, exported_info(sharding), exported_tensors(sharding))
+
+
+def write_model(path: Path, sharding: Sharding) -> None:
+    """Writes a safetensors file of the model's own tensors, for `parts_of`; ranks as above."""
+    here = path if sharding.ranks.is_rank_zero else None
+    write_stream(here, sharding.candidates.info, whole_tensors(sharding))
 
 
 def write_dcp(folder: Path, sharding: Sharding) -> None:

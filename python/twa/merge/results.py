@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..distributed.sharding import Sharding
-from ..distributed.weights import whole_tensors
+from ..distributed.weights import exported_tensors
 
 
 @dataclass
@@ -93,4 +93,4 @@ class Outcome:
     @property
     def state(self) -> dict[str, Tensor]:
         """The winner's weights by key, as they are exported."""
-        return dict(whole_tensors(self.sharding))
+        return dict(exported_tensors(self.sharding))

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..distributed.ranks import Ranks
 from ..distributed.sharding import Sharding
 from ..distributed.weights import parts_of
-from ..export.weights import write_export
+from ..export.weights import write_model
 from ..io.atomic import write_torch
 from ..io.candidates import Candidates
 from ..io.checks import (
@@ -204,7 +204,7 @@ class Store:
         """
         name = self.BEST.replace("*", str(method))
         try:
-            write_export(self.folder / name, sharding)
+            write_model(self.folder / name, sharding)
         except OSError as error:
             self.best_lost = True
             print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ..basis.contents import Contents
 from ..basis.file import NAME, Loaded
 from ..distributed.sharding import Basis, ColumnsSharding, Sharding, begin_of
 from ..dtensors import local
+from ..io.candidate import EXTRA_STATE
 from ..io.errors import BasisError
 from ..io.loading import named_tensors
 
@@ -55,6 +57,17 @@ def check_model(model: nn.Module, contents: Contents, path: Path) -> None:
                 " none of that name",
                 path,
             )
+
+
+def warn_of_extra_state(model: nn.Module, path: Path) -> None:
+    """Warns of modules that keep something beside their tensors, which a basis does not hold."""
+    keys = [key for key in model.state_dict() if key.rpartition(".")[2] == EXTRA_STATE]
+    if keys:
+        warnings.warn(
+            f"{path}: {keys[0]!r} ({len(keys)} in all) stays as the model has it: a basis does not"
+            " hold the extra state of modules; pass candidates to load it",
+            stacklevel=3,
+        )
 
 
 def part_of(loaded: Loaded, sharding: Sharding) -> tuple[Basis, list[Tensor] | None]:

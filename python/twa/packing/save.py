@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import twa_kernels as tk
 
-from ..basis.contents import Contents, unrounded
+from ..basis.contents import Contents, unrounded, written_json
 from ..basis.dense import DenseBasis
 from ..basis.file import Writer
 from ..basis.segments import Segments
@@ -58,6 +58,7 @@ def contents_of(
         copied=dict(key_map.copied),
         aliases=dict(key_map.aliases),
         names=dict(key_map.names),
+        written=written_json(key_map.written),
         segments=list(segments.first),
         labels=list(segments.labels),
         chunk=segments.chunk,
