@@ -191,15 +191,17 @@ def _check_written(c: Contents) -> None:
     _want(isinstance(c.written, dict), "written", "names", c.written)
     sizes = {name: tuple(c.info[key][0]) for key, name in c.names.items()}
     for key, value in c.written.items():
-        good = isinstance(value, list) and len(value) == 3 and _is_info(value[:2])
-        good = good and _is_list(value[2], lambda part: _is_part(part, value[0], sizes))
-        filled = sum(math.prod(part[2]) for part in value[2]) if good else -1
-        _want(
-            filled == math.prod(value[0]) if good else False,
-            "written",
-            f"parts of tensors that fill {key[:100]!r}",
-            value,
-        )
+        _want(_is_written(value, sizes), "written", f"parts that fill {key[:100]!r}", value)
+
+
+def _is_written(value: object, sizes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether this is a tensor [shape, dtype, parts] whose parts, if there are any, fill it."""
+    if not isinstance(value, list) or len(value) != 3 or not _is_info(value[:2]):
+        return False
+    shape, _, parts = value
+    if not _is_list(parts, lambda part: _is_part(part, shape, sizes)):
+        return False
+    return not parts or sum(math.prod(part[2]) for part in parts) == math.prod(shape)
 
 
 def _is_part(part: object, shape: list[int], sizes: dict[str, tuple[int, ...]]) -> bool:

@@ -57,24 +57,18 @@ def check_taken(sharding: Sharding) -> None:
     Raises:
         TwaError: it has another value than was written
     """
-    own = loading.state_names(sharding.model)
+    written = sharding.key_map.written
     made = {
-        loading.without_wrappers(key): t
-        for key, t in sharding.model.state_dict().items()
-        if key not in own and isinstance(t, Tensor) and not is_dtensor(t)
+        key: t
+        for key, t in loading.made_by_hooks(sharding.model).items()
+        if not is_dtensor(t) and (key not in written or written[key].parts)
     }
-    if made:
-        for key, written in exported_tensors(sharding):
-            found = made.get(key)
-            if found is None:
-                continue
-            if found.shape != written.shape or not torch.equal(
-                found.to("cpu", written.dtype), written
-            ):
-                raise TwaError(
-                    f"model: its state_dict() has another value of {key!r} than was written: what a"
-                    " hook makes when it is saved must be what its own loading takes"
-                )
+    for key, t in exported_tensors(sharding) if made else ():
+        if key in made and not torch.equal(made[key].to("cpu", t.dtype), t):
+            raise TwaError(
+                f"model: its state_dict() has another value of {key!r} than was written: what a"
+                " hook makes when the model is saved must be what its own loading takes"
+            )
 
 
 @torch.no_grad()
@@ -235,7 +229,8 @@ def exported_tensors(sharding: Sharding) -> Iterator[tuple[str, Tensor]]:
     left = {key: len(w.parts) for key, w in key_map.written.items()}
     for key, t in whole_tensors(sharding):
         if (name := key_map.names[key]) not in wanted:
-            yield key, t
+            if key not in left:
+                yield key, t
             continue
         for key_in_files, block in wanted[name]:
             if key_in_files not in begun:
@@ -246,6 +241,11 @@ def exported_tensors(sharding: Sharding) -> Iterator[tuple[str, Tensor]]:
             left[key_in_files] -= 1
             if not left[key_in_files]:
                 yield key_in_files, begun.pop(key_in_files)
+    if any(not w.parts for w in key_map.written.values()):
+        for key, t in loading.made_by_hooks(sharding.model).items():
+            if key in key_map.written and not key_map.written[key].parts:
+                whole = t.full_tensor() if is_dtensor(t) else t
+                yield key, whole.to("cpu", key_map.written[key].info.dtype).contiguous()
     for key, value in sharding.candidates[0].extra.items():
         if isinstance(value, Tensor):
             yield key, value

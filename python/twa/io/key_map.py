@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,12 @@ from .safetensors import DTYPE_NAMES
 
 @dataclass(frozen=True)
 class Written:
-    """A tensor of the candidate files that is written from parts of the model's tensors.
+    """A tensor of an export that is no tensor of the model.
 
     Attributes:
         info: its shape and dtype
-        parts: (name of the model's tensor, which part of it is which part of this one)
+        parts: (name of the model's tensor, which part of it is which part of this one); none if it
+            is what the model's state_dict has under the key
     """
 
     info: TensorInfo
@@ -53,8 +55,8 @@ class KeyMap:
         aliases: other names of tied parameters and shared float buffers: name -> the name that
             stands for them
         names: every key -> name
-        written: tensors of the candidate files that are no tensor of the model, such as the experts
-            that a model has packed into one: key in the files -> what it is made of
+        written: tensors of an export that are no tensor of the model, such as the experts that a
+            model has packed into one, or what its own hook computes: key -> what it is made of
     """
 
     trained: dict[str, str]
@@ -75,6 +77,7 @@ class KeyMap:
             info: of the candidates
         """
         inside = {name for w in self.written.values() for name, _ in w.parts}
+        inside |= {self.names[key] for key, w in self.written.items() if not w.parts}
         own = {key: i for key, i in info.items() if self.names[key] not in inside}
         return own | {key: w.info for key, w in self.written.items()}
 
@@ -133,7 +136,8 @@ def _match_adapters(model: nn.Module, candidates: Candidates) -> KeyMap:
         expected = TensorInfo(tuple(tensors[name].shape), tensors[name].dtype)
         for key in same:
             check_info(candidates[0].path, key, expected, candidates.info[key], "in the model")
-        _check_tied(same, candidates)
+        for c in candidates:
+            _check_tied({key: c.source(key) for key in same}, c.path)
     names = {key: keys[key] for key in candidates.info}
     return _sorted_out({n: same[0] for n, same in groups.items()}, tensors, names, candidates)
 
@@ -160,16 +164,15 @@ def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: stands for name, stands in names if name != stands}
 
 
-def _check_tied(keys: Sequence[str], candidates: Sequence[Candidate]) -> None:
-    """CandidateError unless these keys hold equal tensors in each file: one tied weight."""
-    for other in keys[1:]:
-        for c in candidates:
-            if not torch.equal(c.tensor(keys[0]), c.tensor(other)):
-                raise CandidateError(
-                    f"{keys[0]!r} and {other!r} are one tied weight in the model but"
-                    " differ in the file",
-                    c.path,
-                )
+def _check_tied(tied: Mapping[str, Source], path: Path) -> None:
+    """CandidateError unless these tensors of a file are equal: one weight in the model."""
+    (first, source), *others = tied.items()
+    for key, other in others:
+        if not torch.equal(source.read(), other.read()):
+            raise CandidateError(
+                f"{first!r} and {key!r} are one tied weight in the model but differ in the file",
+                path,
+            )
 
 
 def _sorted_out(
@@ -224,7 +227,8 @@ class _Read:
 
     Attributes:
         candidate: the checkpoint
-        keys: key that the loading looks for -> key in the file
+        keys: key that the loading looks for -> key in the file, without wrappers that the model
+            does not have
         sources: where the tensors lie, by the keys that the loading looks for
         tied: keys in the file that are one weight in the model, in groups of several
         values: name in the model -> what would be copied there
@@ -276,9 +280,15 @@ def _match_loaded(model: nn.Module, candidates: Candidates) -> tuple[Candidates,
             idle, candidates[0], ", and it is trainable: freeze it (requires_grad_(False))"
         )
     keys = _keys(model, names, reads)
-    written = _written(names, reads[0], set(keys.values()))
+    written = _written(names, reads[0], keys)
     if written is None:  # under the model's own names, then
         keys, written = _own_keys(model, names), {}
+    parts = {name for w in written.values() for name, _ in w.parts}
+    for key, t in loading.made_by_hooks(model).items():
+        name = next((name for name, own in keys.items() if own == key), None)
+        if name is not None and name not in parts and reads[0].key_of(name) != key:
+            info = TensorInfo(tuple(t.shape), reads[0].source(name).info.dtype)
+            written[key] = Written(info, ())
     every = {key: name for name, key in keys.items()}
     for tied in reads[0].tied:
         if name := next((every[key] for key in tied if key in every), None):
@@ -339,14 +349,14 @@ def _prepared(model: nn.Module, candidate: Candidate) -> _Read:
     for key in candidate.info:
         if key == N_AVERAGED and key not in state:
             continue
-        wanted = key if key in state else load_key(model, key)
+        wanted, own = (key, key) if key in state else load_key(model, key)
         if wanted in read.keys:
             raise CandidateError(
                 f"{read.keys[wanted]!r} and {key!r} are one tensor without the parts of names that"
                 " wrappers add",
                 candidate.path,
             )
-        read.keys[wanted], read.sources[wanted] = key, candidate.source(key)
+        read.keys[wanted], read.sources[wanted] = own, candidate.source(key)
     same: dict[int, list[str]] = {}  # names of tied tensors, which files may hold once
     for name, t in state.items():
         if isinstance(t, Tensor):
@@ -356,7 +366,7 @@ def _prepared(model: nn.Module, candidate: Candidate) -> _Read:
             first, source = read.keys[there[0]], read.sources[there[0]]
             if len(there) > 1:
                 read.tied.append([read.keys[name] for name in there])
-                _check_tied(read.tied[-1], [candidate])
+                _check_tied({read.keys[n]: read.sources[n] for n in there}, candidate.path)
             for name in tied:
                 read.keys[name], read.sources[name] = first, source
     return read
@@ -494,11 +504,13 @@ def _keys(model: nn.Module, names: Sequence[str], reads: Sequence[_Read]) -> dic
     return found
 
 
-def _written(names: Sequence[str], read: _Read, taken: set[str]) -> dict[str, Written] | None:
-    """What `KeyMap.written` says, of one candidate.
+def _written(
+    names: Sequence[str], read: _Read, keys: Mapping[str, str]
+) -> dict[str, Written] | None:
+    """What `KeyMap.written` says of tensors that are parts of others, from one candidate.
 
-    None if the keys under which tensors are exported would clash, or parts of a tensor of the files
-    would be left without values.
+    None if two tensors would be exported under one key, or if parts of a tensor of the files would
+    be left without values.
     """
     parts: dict[str, list[tuple[str, Block]]] = {}
     for name in names:
@@ -509,12 +521,13 @@ def _written(names: Sequence[str], read: _Read, taken: set[str]) -> dict[str, Wr
     found = {}
     for key, pairs in parts.items():
         info = read.sources[key].info
-        file_key = read.keys[key]
-        filled = sum(TensorInfo(block.sizes, info.dtype).numel for _, block in pairs)
-        if filled != info.numel or file_key in taken:
+        if sum(TensorInfo(block.sizes, info.dtype).numel for _, block in pairs) != info.numel:
             return None
-        found[file_key] = Written(info, tuple(pairs))
-    return found if len(set(taken)) == len(names) else None
+        found[read.keys[key]] = Written(info, tuple(pairs))
+    inside = {name for pairs in parts.values() for name, _ in pairs}
+    exported = [*found, *(keys[name] for name in names if name not in inside)]
+    unique = len(set(exported)) == len(exported) and len(set(keys.values())) == len(names)
+    return found if unique else None
 
 
 def _translated(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .candidate import N_AVERAGED
+from .candidate import EXTRA_STATE, N_AVERAGED
 from .checks import first_line
 from .errors import CandidateError
 from .lazy import Lazy, lazy_tensor
@@ -93,18 +93,26 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def load_key(model: nn.Module, key: str) -> str:
+def load_key(model: nn.Module, key: str) -> tuple[str, str]:
     """The key under which the model's loading looks for what a file has under `key`.
 
     The file was saved with other wrappers than the model has, perhaps.
+
+    Returns:
+        that key; and the file's without the parts of wrappers that the model does not have
     """
-    path = _path(model, key)
-    return ".".join(part for part in path if WRAPPERS.get(part, True))
+    path, own = _path(model, key)
+    return ".".join(part for part in path if WRAPPERS.get(part, True)), ".".join(own)
 
 
-def _path(model: nn.Module, key: str) -> list[str]:
-    """The attributes that lead to what a file has under a key, those of wrappers too."""
+def _path(model: nn.Module, key: str) -> tuple[list[str], list[str]]:
+    """The attributes that lead to what a file has under a key, those of wrappers too.
+
+    Returns:
+        these; and the parts of the key that are among them
+    """
     path: list[str] = []
+    own: list[str] = []
     at: nn.Module = model
     *outer, last = key.split(".")
 
@@ -119,11 +127,13 @@ def _path(model: nn.Module, key: str) -> list[str]:
             at = enter(inner)
         if at._modules.get(part) is not None:
             at = enter(part)
-        elif part not in WRAPPERS:
-            return [*path, *outer[k:], last]  # for a hook of the model to make sense of
+            own.append(part)
+        elif part not in WRAPPERS:  # for a hook of the model to make sense of
+            rest = [*(p for p in outer[k:] if p not in PRIVATE), last]
+            return [*path, *rest], [*own, *rest]
     while not (last in at._parameters or last in at._buffers) and (inner := wrapped_by(at)):
         at = enter(inner)
-    return [*path, last]
+    return [*path, last], [*own, last]
 
 
 def load_metadata(
@@ -131,7 +141,7 @@ def load_metadata(
 ) -> dict[str, Mapping[str, object]]:
     """Versions of saved modules under the names that the model's loading looks for."""
     return {
-        ".".join(_path(model, f"{name}.x".lstrip("."))[:-1]): value
+        ".".join(_path(model, f"{name}.x".lstrip("."))[0][:-1]): value
         for name, value in metadata.items()
     }
 
@@ -236,7 +246,7 @@ def load(
     state: OrderedDict[str, object] = OrderedDict()
     for key, source in tensors.items():
         state[key] = lazy_tensor(key, source) if lazily else source.read().clone()
-    state.update(extra)
+    state.update({load_key(model, key)[0]: value for key, value in extra.items()})
     state._metadata = OrderedDict(load_metadata(model, metadata))  # type: ignore[attr-defined]
     before = {id(t) for t in named_tensors(model).values()}
     swapping = torch.__future__.get_swap_module_params_on_conversion()
@@ -357,6 +367,20 @@ def state_names(model: nn.Module) -> dict[str, str]:
         by_id.setdefault(id(t), name)
     state = model.state_dict(keep_vars=True)
     return {key: by_id[id(t)] for key, t in state.items() if id(t) in by_id}
+
+
+def made_by_hooks(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the model's state_dict that are none of its own, but made when it is saved.
+
+    They are there under keys without parts of wrappers.
+    """
+    own = state_names(model)
+    state = model.state_dict()
+    return {
+        without_wrappers(key): t
+        for key, t in state.items()
+        if key not in own and isinstance(t, Tensor) and key.rpartition(".")[2] != EXTRA_STATE
+    }
 
 
 def refused(error: Exception) -> CandidateError:
