@@ -66,11 +66,13 @@ def center(text: str) -> str | int:
 
 
 CANDIDATES = "checkpoint files, glob patterns or directories, oldest first"
-ENTRY = "key under which torch and DCP checkpoints hold the weights, such as state_dict_ema"
+ENTRY = "key, or prefix of keys, under which checkpoints hold the weights, such as state_dict_ema"
+IGNORE = "leave out tensors whose names match, such as 'loss.*'; may be repeated"
 DEVICE = "where the model runs (default: where the task puts it)"
 
 
 def add_candidates(p: argparse.ArgumentParser) -> None:
-    """Adds CANDIDATES and --entry, which several commands take."""
+    """Adds CANDIDATES, --entry and --ignore, which several commands take."""
     p.add_argument("candidates", metavar="CANDIDATES", nargs="+", help=CANDIDATES)
     p.add_argument("--entry", metavar="KEY", help=ENTRY)
+    p.add_argument("--ignore", metavar="PATTERN", action="append", default=[], help=IGNORE)

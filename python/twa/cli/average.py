@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     # What is wrong on one rank stops all of them.
     with ranks.fail_together("reading task and candidates"):
         settings = settings_of(args)
-        candidates = Candidates(args.candidates, entry=args.entry)
+        candidates = Candidates(args.candidates, entry=args.entry, ignore=args.ignore)
         if ranks.is_rank_zero:
             finished = args.resume and is_finished(args.output)
             if not finished:
@@ -116,8 +116,6 @@ def run(args: argparse.Namespace) -> None:
                     " (--overwrite runs it again)"
                 )
             return
-        if ranks.is_rank_zero:
-            check_candidates(candidates, args.force)
         seed_all(args.seed)
         task = load_task(args.task, args.seed)
         if args.device == "cpu":
@@ -129,6 +127,10 @@ def run(args: argparse.Namespace) -> None:
         store.remove()
     with advising(lambda: how_to_resume(store, args.overwrite)):
         job = Merge(task, candidates, settings, store=store)
+        candidates = job.candidates  # with the tensors as the model has them
+        with ranks.fail_together("looking at the candidates"):
+            if ranks.is_rank_zero:
+                check_candidates(candidates, args.force)
         if args.max_memory:
             with ranks.fail_together("dividing the memory"):
                 most = max((m.bits for m in settings.methods), default=0)

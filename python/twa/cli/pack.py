@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         return
     if path.exists() and not args.overwrite and not args.resume:
         raise BasisError("exists; pass --overwrite to replace it", path)
-    candidates = Candidates(args.candidates, entry=args.entry)
+    candidates = Candidates(args.candidates, entry=args.entry, ignore=args.ignore)
     job = PackToFile(
         path,
         load_task(args.task).model(),
@@ -82,8 +82,9 @@ def run(args: argparse.Namespace) -> None:
         )
     with advising(lambda: how_to_go_on(job, args.overwrite)):
         if args.max_memory:
-            limit_memory(candidates, args.max_memory)
-        total = sum(c.info[key].nbytes for c in candidates for key in job.contents.trained.values())
+            limit_memory(job.candidates, args.max_memory)
+        trained = job.contents.trained.values()
+        total = sum(c.info[key].nbytes for c in job.candidates for key in trained)
         text = f"packing {len(candidates)} candidates"
         with progress_bar(text, total, unit="B", unit_scale=True) as bar:
             try:

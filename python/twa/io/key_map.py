@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import loading
 from .candidate import N_AVERAGED, Candidate
 from .candidates import Candidates
+from .checks import first_line
 from .compare import check_info
 from .errors import CandidateError, TwaError
 from .formats import MODEL_FILES
@@ -374,51 +375,49 @@ def _prepared(model: nn.Module, candidate: Candidate) -> _Read:
 
 def _load(model: nn.Module, read: _Read) -> None:
     """Fills in what the model's loading makes of a candidate; CandidateError if it refuses."""
-    candidate = read.candidate
-    as_saved = candidate.kind == "huggingface" or candidate.path.name in MODEL_FILES
     pretrained = loading.is_of_transformers(model)
-    if as_saved and pretrained and loading.converts(model):
-        _load_pretrained(model, read, None)
+    as_saved = pretrained and save_pretrained_wrote(read.candidate)
+    if as_saved and loading.converts(model):  # names and shapes may be alike, and numbers not
+        if error := _load_pretrained(model, read):
+            raise error
         return
     try:
         found = _loaded(model, read)
         error = _complaint(model, read, found)
-    except CandidateError as problem:
-        error, found = problem, Loading()
-    if error is not None and not (pretrained and _load_pretrained(model, read, error)):
-        raise error
-    if error is None:
         read.values = found.values
+    except CandidateError as problem:
+        error = problem
+    if error and pretrained:
+        second = _load_pretrained(model, read)
+        error = second if second is None or as_saved else error
+    if error:
+        raise error
 
 
-def _load_pretrained(model: nn.Module, read: _Read, error: CandidateError | None) -> bool:
-    """Whether transformers takes the candidate; what it makes of it is filled in.
+def save_pretrained_wrote(candidate: Candidate) -> bool:
+    """Whether a candidate is laid out as transformers' save_pretrained writes models."""
+    return candidate.kind == "huggingface" or candidate.path.name in MODEL_FILES
 
-    Args:
-        model: a PreTrainedModel
-        read: of the candidate
-        error: what a plain load says; None: it is not to be tried
+
+def _load_pretrained(model: nn.Module, read: _Read) -> CandidateError | None:
+    """Fills in what transformers' from_pretrained makes of a candidate.
+
+    Returns:
+        what is wrong with it; None if nothing is
     """
     candidate = read.candidate
     sources = {key: candidate.source(key) for key in candidate.info}
     try:
         found = loading.load_pretrained(model, sources)
-        problem = _complaint(model, read, found)
+        error = _complaint(model, read, found)
     except CandidateError as raised:
-        problem = CandidateError(raised.problem, candidate.path)
-    except Exception as raised:  # a class that from_pretrained cannot make of its configuration
-        if error is not None:
-            return False
-        problem = CandidateError(
-            f"transformers' from_pretrained refuses it ({type(raised).__name__}: {raised})",
-            candidate.path,
-        )
-    if problem is not None:
-        if error is None:
-            raise problem
-        return False
-    read.keys, read.sources, read.values = {key: key for key in sources}, sources, found.values
-    return True
+        error = CandidateError(raised.problem, candidate.path)
+    except Exception as raised:  # a class that its configuration alone does not make, for example
+        what = f"{type(raised).__name__}: {first_line(raised)}"
+        error = CandidateError(f"transformers' from_pretrained refuses it ({what})", candidate.path)
+    if error is None:
+        read.keys, read.sources, read.values = {key: key for key in sources}, sources, found.values
+    return error
 
 
 def _loaded(model: nn.Module, read: _Read) -> Loading:
