@@ -241,6 +241,9 @@ class OwnWrapper(nn.Module):
         super().__init__()
         self.module = module
 
+    def forward(self, *inputs):
+        return self.module(*inputs)
+
 
 class Group(nn.Module):
     """Named children, as the modules of a network have."""

@@ -203,7 +203,8 @@ def whole_tensors(sharding: Sharding) -> Iterator[tuple[str, Tensor]]:
         t = state[names[key]]
         whole = t.full_tensor() if is_dtensor(t) else t.detach()
         written = whole.to("cpu", info.dtype, copy=True).contiguous()
-        if info.dtype.is_floating_point and torch.finfo(info.dtype).max < torch.finfo(t.dtype).max:
+        floats = info.dtype.is_floating_point and t.is_floating_point()
+        if floats and torch.finfo(info.dtype).max < torch.finfo(t.dtype).max:
             lost = int(torch.isfinite(whole).sum()) - int(torch.isfinite(written).sum())
             if lost:
                 warnings.warn(

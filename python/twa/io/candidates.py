@@ -103,7 +103,7 @@ class Candidates(Sequence[Candidate]):
         made = copy.copy(self)
         pairs = zip(self, tensors, strict=True)
         made._hold([c.translated(found) for c, found in pairs], self.block_bytes)
-        made._fingerprints = self._fingerprints
+        made._fingerprints, made.checked = self._fingerprints, True
         return made
 
     def _hold(self, candidates: Sequence[Candidate], block_bytes: int) -> None:
@@ -113,7 +113,7 @@ class Candidates(Sequence[Candidate]):
         self.bytes_read = 0
         self._touched = 0  # bytes read since memory was last given back
         self._fingerprints: dict[str, str] | None = None
-        self._checked = False  # whether all have the same tensors
+        self.checked = False  # whether all have the same tensors, or a model takes all of them
 
     def __len__(self) -> int:
         return len(self._candidates)
@@ -147,10 +147,10 @@ class Candidates(Sequence[Candidate]):
             CandidateError: those of another differ: a model's own loading may still take all of
                 them, as `Subspace.from_candidates` does
         """
-        if not self._checked:
+        if not self.checked:
             for candidate in self[1:]:
                 check_same(self[0], candidate)
-            self._checked = True
+            self.checked = True
         return self[0].info
 
     def check(self) -> None:

@@ -550,7 +550,10 @@ def _translated(
             found[key], same = source, same and own == source
         made.append(found)
         same = same and found.keys() == c.info.keys()
-    return candidates if same else candidates.translated(made)
+    if not same:
+        return candidates.translated(made)
+    candidates.checked = True
+    return candidates
 
 
 def _check_memory(key_map: KeyMap, state: Mapping[str, Tensor]) -> None:

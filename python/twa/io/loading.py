@@ -248,7 +248,7 @@ def load(
         state[key] = lazy_tensor(key, source) if lazily else source.read().clone()
     state.update({load_key(model, key)[0]: value for key, value in extra.items()})
     state._metadata = OrderedDict(load_metadata(model, metadata))  # type: ignore[attr-defined]
-    before = {id(t) for t in named_tensors(model).values()}
+    before = list(named_tensors(model).values())
     swapping = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(False)
     recorder = _Recorder(model)
@@ -264,13 +264,14 @@ def load(
     return Loading(values, missing, list(getattr(result, "unexpected_keys", ())))
 
 
-def _take_new(model: nn.Module, before: set[int], values: dict[str, Tensor]) -> None:
+def _take_new(model: nn.Module, before: list[Tensor], values: dict[str, Tensor]) -> None:
     """Adds the tensors that loading has put into the model itself.
 
     Those that are Lazy become tensors of their own.
     """
+    old = {id(t) for t in before}  # which are alive, so that no new one has the id of one of them
     for name, t in named_tensors(model).items():
-        if id(t) in before or name in values:
+        if id(t) in old or name in values:
             continue
         values[name] = t
         if isinstance(t, Lazy):
