@@ -10,6 +10,7 @@ from ..distributed.sharding import Sharding
 from ..distributed.weights import sharded_tensors, whole_tensors
 from ..io.atomic import replace_folder
 from ..io.safetensors import write_stream
+from ..modes import plain_weights
 
 
 def write_export(path: Path, sharding: Sharding) -> None:
@@ -18,7 +19,8 @@ def write_export(path: Path, sharding: Sharding) -> None:
     One tensor is in memory at a time.
     """
     info = sharding.candidates.info
-    write_stream(path if sharding.ranks.is_rank_zero else None, info, whole_tensors(sharding))
+    with plain_weights(sharding.model):
+        write_stream(path if sharding.ranks.is_rank_zero else None, info, whole_tensors(sharding))
 
 
 def write_dcp(folder: Path, sharding: Sharding) -> None:
@@ -34,12 +36,13 @@ def write_dcp(folder: Path, sharding: Sharding) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
     ranks.barrier()  # not before the old one is gone
     try:
-        dcp.save(
-            sharded_tensors(sharding),
-            checkpoint_id=str(temporary),
-            process_group=ranks.group,
-            no_dist=ranks.group is None,
-        )
+        with plain_weights(sharding.model):
+            dcp.save(
+                sharded_tensors(sharding),
+                checkpoint_id=str(temporary),
+                process_group=ranks.group,
+                no_dist=ranks.group is None,
+            )
     except dcp.CheckpointException as error:  # no Exception, and without the file's name
         first = next(iter(error.failures.values()))[0]
         raise OSError(
