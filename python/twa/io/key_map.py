@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .candidate import WRAPPER_PREFIXES
 from .candidates import Candidates
-from .compare import check_info
+from .compare import check_info, check_not_quantised
 from .errors import CandidateError, TwaError
 from .mapped import TensorInfo, span
 from .peft import adapter_names
@@ -59,6 +59,7 @@ def match_keys(model: nn.Module, candidates: Candidates) -> KeyMap:
             "model: expected the model itself, found DistributedDataParallel around it; pass"
             " model.module"
         )
+    check_not_quantised(candidates.info, candidates[0].path)
     parameters = dict(model.named_parameters())
     state = model.state_dict(keep_vars=True)
     expected = {name: t for name, t in state.items() if isinstance(t, Tensor)}
