@@ -135,9 +135,9 @@ def _may_be_weights(key: str, info: TensorInfo) -> bool:
     """
     if info.dtype.is_floating_point or info.dtype.is_complex or info.dtype == torch.bool:
         return False
-    shape = info.shape
+    shape, name = info.shape, key.rpartition(".")[2]
     square = len(shape) > 2 and shape[-1] == shape[-2] and math.prod(shape[:-2]) == 1
-    return bool(shape) and not square and not LOOKED_UP.search(key.rpartition(".")[2])
+    return bool(shape) and not square and (name in PACKED or not LOOKED_UP.search(name))
 
 
 def _is_scale(key: str, info: TensorInfo) -> bool:
