@@ -19,7 +19,8 @@ from ..tasks.batches import shared_out
 from ..tasks.contract import Task
 
 BN_BATCHES = 100  # training batches that BatchNorm is re-estimated on
-STATISTICS = ("running_mean", "running_var")
+#: the running statistics of a BatchNorm, and what they are before it has seen data
+FIRST_STATISTICS = {"running_mean": 0.0, "running_var": 1.0}
 
 
 @torch.no_grad()
@@ -62,26 +63,26 @@ def frozen_batchnorms(sharding: Sharding) -> set[nn.Module]:
     """The BatchNorm layers whose running statistics are the same in all candidates.
 
     They were frozen when the candidates were trained, and stay as every tensor does that is the
-    same everywhere. Ranks call it together, and get the same.
+    same everywhere. But a mean of 0 and a variance of 1, a layer's first ones, are of no data yet.
+    Ranks call it together, and get the same.
     """
     model, candidates, key_map = sharding.model, sharding.candidates, sharding.key_map
     tracked = set(tracked_batchnorms(model))
 
-    def is_constant(name: str) -> bool:
-        key = key_map.fixed.get(key_map.aliases.get(name, name))
-        if key is None:  # not in the files: the model's own for every candidate
+    def is_frozen(layer: str) -> bool:
+        names = [f"{layer}.{statistic}".lstrip(".") for statistic in FIRST_STATISTICS]
+        keys = [key_map.fixed.get(key_map.aliases.get(name, name)) for name in names]
+        found = [candidates.tensors(key) for key in keys if key is not None]
+        if len(found) < len(names):  # not in the files: the model's own for every candidate
             return True
-        rows = candidates.tensors(key)
-        return all(torch.equal(rows[0], row) for row in rows[1:])
+        constant = all(torch.equal(rows[0], row) for rows in found for row in rows[1:])
+        first = zip(found, FIRST_STATISTICS.values(), strict=True)
+        return constant and not all(bool((rows[0] == value).all()) for rows, value in first)
 
     with sharding.ranks.fail_together("comparing BatchNorm statistics"):
-        constant = {
-            name
-            for name, m in model.named_modules()
-            if m in tracked and all(is_constant(f"{name}.{b}".lstrip(".")) for b in STATISTICS)
-        }
-        constant = sharding.ranks.broadcast_object(constant)
-    return {m for name, m in model.named_modules() if name in constant}
+        frozen = {name for name, m in model.named_modules() if m in tracked and is_frozen(name)}
+        frozen = sharding.ranks.broadcast_object(frozen)
+    return {m for name, m in model.named_modules() if name in frozen}
 
 
 class Evaluator:
