@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import ranks as pool
 import torch
 import twa
 from torch import nn
@@ -408,3 +409,37 @@ def test_statistics_of_no_data_are_re_estimated(tmp_path):
     assert evaluator.frozen == {subspace.model.frozen}
     evaluator.load(torch.tensor(UNIFORM).double())
     assert evaluator.bn_used == 3 and bool(subspace.model.free.running_mean.any())
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    made = pool.Ranks()
+    yield made
+    made.stop()
+
+
+def frozen_on_a_rank(group, folder, sharding):
+    """What a rank has of the uniform mean, its loss, and the layers that it leaves alone."""
+    model = Backbone()
+    if sharding == "columns":
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+    subspace = twa.Subspace.from_candidates(
+        model, twa.Candidates(f"{folder}/c*.pt"), sharding=sharding, group=group
+    )
+    evaluator = Evaluator(task_of(None, loss_of), subspace.sharding)
+    evaluator.load(torch.tensor(UNIFORM).double())
+    left_alone = [name for name, m in model.named_modules() if m in evaluator.frozen]
+    return left_alone, evaluator.loss(), model.frozen.running_mean, model.free.running_mean
+
+
+@pytest.mark.parametrize("sharding", ["replicate", "columns"])
+def test_ranks_leave_the_same_layers_alone(ranks, tmp_path, sharding):
+    states, _ = backbones(tmp_path)
+    loss, mean, _ = reference(states, UNIFORM)
+    for names, found, frozen, free in ranks.run(2, frozen_on_a_rank, str(tmp_path), sharding):
+        assert names == ["frozen"] and found == pytest.approx(loss, rel=1e-5)
+        assert torch.equal(frozen, states[0]["frozen.running_mean"])
+        torch.testing.assert_close(free.double(), mean, rtol=1e-5, atol=1e-6)
