@@ -721,6 +721,11 @@ def test_candidates_that_mean_the_same(tmp_path, name, first, second):
     assert pair(tmp_path, name, first, second) == []
 
 
+def test_a_tokenizer_that_the_last_candidate_lacks(tmp_path):
+    (said,) = pair(tmp_path, "tokenizer.json", "{}", None)
+    assert f"tokenizer.json (of {tmp_path / 'm0'}, not of {tmp_path / 'm1'})" in said
+
+
 def test_no_recipe_where_mergekit_reads_other_files(tmp_path):
     """It takes an index that is there first, however old."""
     net = torch.nn.Linear(3, 2)

@@ -251,6 +251,8 @@ def _set_dtype(config: object, dtype: str) -> bool:
 def differences(folders: Sequence[Path], paths: Iterable[Path]) -> list[str]:
     """What candidates' directories say differently of what their weights mean, for a message.
 
+    The last one's lack of a file that another has counts, too.
+
     Args:
         folders: the directories; the others are compared with the last
         paths: of the last one's small files
@@ -267,7 +269,19 @@ def differences(folders: Sequence[Path], paths: Iterable[Path]) -> list[str]:
             if _decisive(path.name, content) != _decisive(path.name, expected or b""):
                 found.append(f"{printable(str(path))} (of {folder} and {last})")
                 break
-    return found
+    lacking: dict[str, Path] = {}  # name -> the first candidate that has it
+    for folder in folders[:-1]:
+        for name in _decisive_names(folder):
+            if not os.path.lexists(last / name):
+                lacking.setdefault(name, folder)
+    return found + [f"{printable(name)} (of {lacking[name]}, not of {last})" for name in lacking]
+
+
+def _decisive_names(folder: Path) -> list[str]:
+    """Names of a directory's own files that decide what weights mean."""
+    with os.scandir(folder) as entries:
+        names = [e.name for e in islice(entries, MAX_ENTRIES) if _matches(e.name, DECISIVE)]
+    return sorted(name for name in names if not WEIGHTS.search(name))
 
 
 def _decisive(name: str, content: bytes) -> object:
