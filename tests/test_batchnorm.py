@@ -94,3 +94,76 @@ def test_empty_loader():
         with pytest.raises(ValueError, match="at least one batch"):
             update_bn(loader, m)
         assert torch.equal(statistics(m)[0], mean) and torch.equal(statistics(m)[1], variance)
+
+
+# Frozen layers -----------------------------------------------------------------------------------
+
+
+class NormEval(nn.Module):
+    """A body whose BatchNorm its own train() leaves in evaluation mode, as mmseg's norm_eval."""
+
+    def __init__(self, norm=nn.BatchNorm1d, frozen=("first",)):
+        super().__init__()
+        self.first, self.second = norm(4), nn.BatchNorm1d(4)
+        self.frozen = frozen
+        with torch.no_grad():
+            for m in (self.first, self.second):
+                m.running_mean.copy_(torch.tensor([1.0, -2.0, 0.5, 3.0]))
+                m.running_var.copy_(torch.tensor([4.0, 0.3, 1.0, 2.0]))
+
+    def train(self, mode=True):
+        super().train(mode)
+        for name in self.frozen:
+            self.get_submodule(name).eval()
+        return self
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh())
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.SyncBatchNorm])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_that_train_leaves_in_evaluation_mode_keeps_its_statistics(norm, training):
+    """The layers after it are estimated on what it gives with them."""
+    m = NormEval(norm).train(training)
+    before = {k: v.clone() for k, v in m.first.state_dict().items()}
+    modes = [child.training for child in m.modules()]
+    batches = DATA.split(16)  # the last of 2
+    assert update_bn(batches, m) == 4
+    assert all(torch.equal(v, before[k]) for k, v in m.first.state_dict().items())
+    assert [child.training for child in m.modules()] == modes
+    mean, var = before["running_mean"].double(), before["running_var"].double()
+    given = [torch.tanh((b.double() - mean) / (var + m.first.eps).sqrt()) for b in batches]
+    share = torch.tensor([len(b) / 50 for b in batches], dtype=torch.float64)[:, None]
+    for found, of in ((m.second.running_mean, "mean"), (m.second.running_var, "var")):
+        want = (share * torch.stack([getattr(x, of)(0) for x in given])).sum(0)
+        torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-6)
+    assert m.second.num_batches_tracked == 4
+
+
+def test_only_frozen_layers_read_nothing():
+    def fail():
+        raise AssertionError("the loader was read")
+        yield
+
+    m = NormEval(frozen=("first", "second"))
+    modes = [child.training for child in m.modules()]
+    assert update_bn(fail(), m) == 0
+    assert [child.training for child in m.modules()] == modes
+
+
+def test_statistics_that_are_switched_off_stay():
+    m = NormEval(frozen=())
+    m.first.track_running_stats = False
+    before = m.first.running_mean.clone()
+    assert update_bn(DATA.split(16), m) == 4
+    assert torch.equal(m.first.running_mean, before)
+    assert not torch.equal(m.second.running_mean, before)
+
+
+def test_frozen_parameters_alone_do_not_freeze_statistics():
+    m, free = model(), model()
+    free.load_state_dict(m.state_dict())
+    m.requires_grad_(False)
+    assert update_bn(DATA.split(16), m) == update_bn(DATA.split(16), free) == 4
+    assert all(map(torch.equal, statistics(m), statistics(free)))

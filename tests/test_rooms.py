@@ -16,7 +16,7 @@ FLOORS = {
     "twa": [
         "version",
         "io",
-        "averages coordinates dtensors",
+        "averages coordinates dtensors modes",
         "basis spectral_norm",
         "distributed",
         "batchnorm packing export",

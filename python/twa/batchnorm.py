@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .distributed.ranks import Ranks
 from .io.errors import TwaError
+from .modes import plain_weights
 
 
 def batch_size(batch: object) -> int:
@@ -56,6 +57,25 @@ def tracked_batchnorms(model: nn.Module) -> list[_BatchNorm]:
     ]
 
 
+def trained_batchnorms(model: nn.Module) -> list[_BatchNorm]:
+    """Those of `tracked_batchnorms` whose statistics follow the data in `model.train()`.
+
+    The others are frozen: the model's own `train()` leaves them in evaluation mode (norm_eval).
+    """
+    with plain_weights(model):
+        modes = {m: m.training for m in model.modules()}
+        model.train()
+        found = [m for m in tracked_batchnorms(model) if m.training]
+        _set_modes(modes)
+    return found
+
+
+def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    """Each module's own mode, whatever that of the module around it."""
+    for module, training in modes.items():
+        module.training = training
+
+
 def update_bn(
     loader: Iterable,
     model: nn.Module,
@@ -63,12 +83,18 @@ def update_bn(
     max_batches: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> int:
-    """Re-estimates the running statistics of every BatchNorm in the model.
+    """Re-estimates the running statistics of the BatchNorm layers in the model.
 
     Running mean and variance become their averages over all calls of the layer, each weighted by
     the size of the batch. A batch that leaves a BatchNorm one value per channel, such as a last
-    batch of one sample, has no variance and is left out. A BatchNorm that no forward pass calls
-    keeps its statistics. Training mode and momenta are restored; Dropout is off meanwhile.
+    batch of one sample, has no variance and is left out. Training mode and momenta are restored;
+    Dropout is off meanwhile.
+
+    A BatchNorm keeps its statistics, and normalises by them, if no forward pass calls it, or if it
+    is frozen: where the model's own `train()` leaves it in evaluation mode (norm_eval, a `train()`
+    that calls `eval()` on a part). One with `track_running_stats=False` has none. A layer whose
+    parameters do not require gradients, but which `train()` does put in training mode, is
+    re-estimated like any other.
 
     Args:
         loader: batches: tensors, tuples or lists (model input first), or dicts (passed by keyword)
@@ -80,7 +106,7 @@ def update_bn(
 
     Returns:
         the number of batches used, of all ranks: 0, without reading any, if the model has no
-        BatchNorm with running statistics
+        BatchNorm with running statistics that are not frozen
 
     Raises:
         TwaError: no batch could be used; after any error the statistics are as they were
@@ -97,14 +123,34 @@ def update_bn_of(
     model: nn.Module,
     forward: Callable[[nn.Module, object], object],
     ranks: Ranks,
+    kept: Collection[nn.Module] = (),
 ) -> int:
     """`update_bn` on batches that say whether they count.
 
     Those that do not count only keep a sharded model's ranks in step.
+
+    Args:
+        batches: each with whether it counts
+        model: as for `update_bn`
+        forward: as for `update_bn`
+        ranks: those that bring their own batches
+        kept: layers that are frozen besides those that `train()` leaves in evaluation mode
     """
-    norms = tracked_batchnorms(model)
+    norms = [m for m in trained_batchnorms(model) if m not in kept]
     if not norms:
         return 0
+    with plain_weights(model):
+        return _update(batches, model, forward, ranks, norms)
+
+
+def _update(
+    batches: Iterable[tuple[object, bool]],
+    model: nn.Module,
+    forward: Callable[[nn.Module, object], object],
+    ranks: Ranks,
+    norms: list[_BatchNorm],
+) -> int:
+    """`update_bn_of` for these layers."""
     modes = {m: m.training for m in model.modules()}
     momenta = {m: m.momentum for m in norms}
     before = [[t.clone() for t in _statistics(m)] for m in norms]
@@ -123,19 +169,20 @@ def update_bn_of(
             _restore(norms, before)
         for m, momentum in momenta.items():
             m.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
+        _set_modes(modes)
 
 
 def _prepare(model: nn.Module, norms: list[_BatchNorm]) -> None:
     """Modes in which a forward pass leaves each layer's mean over its calls since the last reset.
 
-    A shared layer has several calls in a pass.
+    A shared layer has several calls in a pass. Other layers with statistics only use them.
     """
     model.train()
     for m in model.modules():
         if isinstance(m, nn.modules.dropout._DropoutNd):
             m.eval()
+    for m in tracked_batchnorms(model):
+        m.eval()
     for m in norms:
         m.train()
         m.momentum = None

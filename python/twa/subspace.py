@@ -27,6 +27,7 @@ from .export.bundle import write_bundle
 from .io.candidates import Candidates
 from .io.errors import TwaError
 from .io.key_map import match_model
+from .modes import plain_weights
 from .packing.build import build
 from .packing.load import check_model, find_basis, load_state, part_of, warn_of_extra_state
 from .packing.save import check_savable, save_basis
@@ -164,8 +165,9 @@ class Subspace:
             made = build(place, segments, bits, basis, normalize, weights, progress)
             coordinates = constrained(made.coordinates, constraint)
             subspace = cls(place, made.basis, made.center, segments, coordinates, normalize)
-            load_untrained(place, weights)
-            subspace._settle()
+            with plain_weights(model):
+                load_untrained(place, weights)
+                subspace._settle()
         return subspace
 
     @classmethod
@@ -212,10 +214,11 @@ class Subspace:
             basis, center = part_of(loaded, place)
             coordinates, segments = loaded.coordinates(), contents.tensor_segments
             subspace = cls(place, basis, center, segments, coordinates, contents.normalize)
-            load_state(loaded, place)
             with torch.no_grad():
                 subspace.coefficients.copy_(loaded.read("coefficients"))
-            subspace._settle()
+            with plain_weights(model):
+                load_state(loaded, place)
+                subspace._settle()
         return subspace
 
     def _settle(self) -> None:
@@ -235,7 +238,8 @@ class Subspace:
     @torch.no_grad()
     def write_weights(self) -> None:
         """Sets the model's parameters to center + sum_r x[r, l] * P[r, :], in their own dtypes."""
-        self.sharding.write(self.basis, self.x(), self.center)
+        with plain_weights(self.model):
+            self.sharding.write(self.basis, self.x(), self.center)
 
     @torch.no_grad()
     def project_gradients(self) -> Tensor:
@@ -302,16 +306,17 @@ class Subspace:
             state: that optimizer's state of the coefficients, updated in place
         """
         assert isinstance(self.basis, tk.PackedBasis)  # see can_fuse
-        self.coefficients.grad = tk.step(
-            self.basis,
-            self._gradients(),
-            self.coefficients,
-            self.parameters,
-            self.center,
-            rule=rule,
-            options=options,
-            state=state,
-        )
+        with plain_weights(self.model):
+            self.coefficients.grad = tk.step(
+                self.basis,
+                self._gradients(),
+                self.coefficients,
+                self.parameters,
+                self.center,
+                rule=rule,
+                options=options,
+                state=state,
+            )
 
     # Merge weights -------------------------------------------------------------------------------
 
@@ -349,8 +354,9 @@ class Subspace:
             )
         self.coefficients.copy_(self.coordinates.from_merge_weights(beta))
         self.sharding.ranks.reset_drift()
-        self.write_weights()
-        refresh_spectral_norms(self.model)
+        with plain_weights(self.model):
+            self.write_weights()
+            refresh_spectral_norms(self.model)
 
     # State and export ----------------------------------------------------------------------------
 
@@ -417,16 +423,17 @@ class Subspace:
             ranks.barrier()
             write_bundle(folder, self.sharding, self.coefficients_json(), dcp=dcp)
             if packed is not None and ranks.is_rank_zero:
-                save_basis(
-                    folder / NAME,
-                    self.sharding,
-                    packed,
-                    self.center or [],
-                    self.coordinates,
-                    self.segments,
-                    self.normalize,
-                    self.coefficients,
-                )
+                with plain_weights(self.model):
+                    save_basis(
+                        folder / NAME,
+                        self.sharding,
+                        packed,
+                        self.center or [],
+                        self.coordinates,
+                        self.segments,
+                        self.normalize,
+                        self.coefficients,
+                    )
 
 
 def _check_options(bits: int, basis: str, constraint: str, normalize: str, center: object) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import twa
 from safetensors.torch import load_file, save_file
 from twa.cli import main as cli
 from twa.distributed import weights
-from twa.export import hugging_face
+from twa.export import hugging_face, small_files
 from twa.export.weights import write_export
 from twa.io import peft as peft_io
 from twa.io.checks import MAX_HEADER
@@ -421,53 +422,326 @@ def test_adapter_configurations_must_agree(tmp_path, other, message):
         peft_io.check_configs(candidates, first, {"group_size": 16})
 
 
+def beside(tmp_path, source, **options):
+    """What averaged/ holds of a directory but for the weights, and the one warning, or ""."""
+    save_file({"w": torch.ones(2)}, tmp_path / "averaged.safetensors")
+    out = tmp_path / "averaged"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        hugging_face.write_model_folder(out, source, tmp_path / "averaged.safetensors", **options)
+    assert len(said) <= 1
+    files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    return files - {"model.safetensors"}, str(said[0].message) if said else ""
+
+
+def filled(folder, *names):
+    """A directory of small files that hold their own names."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+OF_THE_MODEL = (
+    "config.json",
+    "tokenizer.model",
+    "merges.txt",
+    "vocab.bpe",
+    "qwen.tiktoken",
+    "spiece.vocab",
+    "preprocessor_config.json",
+    "chat_template.jinja",
+    "LICENSE",
+    "additional_chat_templates/tool_use.jinja",
+    "1_Pooling/config.json",
+    "a/b/c/deep.json",
+)
+#: the candidate in files, its training, its page: nobody misses them in an average
+OF_THE_CANDIDATE = (
+    "model.safetensors",
+    "model-00001-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "consolidated.00.pth",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "model.Q4.GGUF",
+    "optimizer.bin",
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state_3.pth",
+    "random_states_0.pkl",
+    "training_args.bin",
+    "training_args.json",
+    "trainer_state.json",
+    "predict_results.json",
+    "latest",
+    "events.out.tfevents.17.host",
+    "README.md",
+    "modeling_unused.py",
+    "kernel.so",
+    ".gitattributes",
+    ".git/config",
+    ".cache/huggingface/x.json",
+    "runs/Nov28/events.out",
+    "global_step100/zero_pp_rank_0_mp_rank_00_optim_states.pt",
+    "global_step100/note.json",
+    "checkpoint-500/config.json",
+    "pytorch_model_fsdp_0/.metadata",
+    "pytorch_model_fsdp_0/__0_0.distcp",
+    "onnx/model.onnx",
+)
+
+
 def test_small_files_beside_the_weights(tmp_path):
-    """Configuration and tokenizer; no code, no weights, nothing of the training run, nothing from
-    elsewhere.
-    """
-    (source := tmp_path / "model").mkdir()
-    for name in ("config.json", "tokenizer.model", "merges.txt", "chat_template.jinja"):
-        (source / name).write_text(name)
-    for name in (
-        "modeling.py",
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "optimizer.bin",
-        "trainer_state.json",
-        "README.md",
-    ):
-        (source / name).write_text(name)
-    (source / "folder.json").mkdir()
+    """Of any suffix, also in folders; none of other weights, of code, of the training run."""
+    source = filled(tmp_path / "model", *OF_THE_MODEL, *OF_THE_CANDIDATE)
+    (source / "empty").mkdir()
+    files, said = beside(tmp_path, source)
+    assert files == set(OF_THE_MODEL) and said == ""
+    for name in OF_THE_MODEL:
+        assert (tmp_path / "averaged" / name).read_text() == name
+
+
+def test_small_files_that_lie_elsewhere(tmp_path):
+    source = filled(tmp_path / "model", "config.json", "sub/config.json", "good/x.json")
     (tmp_path / "secret.json").write_text("elsewhere")
     (source / "vocab.json").symlink_to(tmp_path / "secret.json")
+    (source / "sub" / "vocab.txt").symlink_to("../../secret.json")
     (source / "added_tokens.json").symlink_to("config.json")
+    (source / "sub" / "up.json").symlink_to("../config.json")
     (source / "loop.json").symlink_to("loop.json")
+    (source / "circle").symlink_to(".")
+    (source / "outside").symlink_to(tmp_path)
     os.mkfifo(source / "pipe.json")
     with open(source / "huge.json", "wb") as f:
-        f.truncate(hugging_face.SMALL_BYTES + 1)
-    save_file({"w": torch.ones(2)}, tmp_path / "averaged.safetensors")
-    with pytest.warns(UserWarning, match="not copied") as said:
-        hugging_face.write_model_folder(
-            tmp_path / "averaged", source, tmp_path / "averaged.safetensors"
-        )
-    assert sorted(re.search(r"(\w+\.json): not copied", str(w.message))[1] for w in said) == [
-        "huge.json",
-        "loop.json",
-        "pipe.json",
-        "vocab.json",
-    ]
-    expected = {
-        "model.safetensors",
+        f.truncate(small_files.SMALL_BYTES + 1)
+    files, said = beside(tmp_path, source)
+    assert files == {
         "config.json",
-        "tokenizer.model",
-        "merges.txt",
-        "chat_template.jinja",
+        "sub/config.json",
+        "good/x.json",
         "added_tokens.json",
+        "sub/up.json",
     }
-    assert {p.name for p in (tmp_path / "averaged").iterdir()} == expected
-    assert (tmp_path / "averaged" / "added_tokens.json").read_text() == "config.json" and not (
-        tmp_path / "averaged" / "added_tokens.json"
-    ).is_symlink()
+    added = tmp_path / "averaged" / "added_tokens.json"
+    assert added.read_text() == "config.json" and not added.is_symlink()
+    where = "no regular file of this directory"
+    for name in ("vocab.json", "sub/vocab.txt", "loop.json", "pipe.json"):
+        assert f"{name} ({where})" in said
+    assert "huge.json (larger than 67108864 bytes)" in said
+    assert "circle (a link to a folder)" in said and "outside (a link to a folder)" in said
+
+
+@pytest.mark.parametrize(
+    "names", [(), ("config.json",), ("tokenizer_config.json",), ("modules.json",)]
+)
+def test_code_that_the_configuration_names_is_missed(tmp_path, names):
+    source = filled(tmp_path / "model", "modeling_own.py", "config.json", "pooling/own.py")
+    for name in ("config.json", *names):
+        (source / name).write_text("{}")
+    for name in names:
+        text = '{"auto_map": {"AutoModel": "modeling_own.Own"}, "time_step_limit": [0.0, Infinity]}'
+        if name == "modules.json":
+            text = '[{"type": "sentence_transformers.models.Dense"}, {"type": "own.Pooling"}]'
+        (source / name).write_text(text)
+    files, said = beside(tmp_path, source)
+    assert files == {"config.json", *names}
+    assert ("modeling_own.py (code" in said) == ("pooling/own.py (code" in said) == bool(names)
+
+
+def test_modules_that_are_not_averaged_are_missed(tmp_path):
+    """sentence-transformers' Dense layers, another adapter beside the one that is averaged."""
+    source = filled(
+        tmp_path / "model",
+        *("config.json", "2_Dense/config.json", "2_Dense/model.safetensors"),
+        *("3_Dense/pytorch_model.bin", "other/adapter_model.safetensors"),
+    )
+    files, said = beside(tmp_path, source)
+    assert files == {"config.json", "2_Dense/config.json"}
+    for name in (
+        "2_Dense/model.safetensors",
+        "3_Dense/pytorch_model.bin",
+        "other/adapter_model.safetensors",
+    ):
+        assert f"{name} (weights that are not averaged)" in said
+    assert str(source) in said
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "message"),
+    [
+        ("MAX_FILES", 5, "more than 5 files)"),
+        ("MAX_BYTES", 40, "more than 40 bytes in all)"),
+        ("MAX_ENTRIES", 6, "some of it: more than 6 files and folders)"),
+        ("MAX_DEPTH", 2, "deep/a/b (more than 2 folders deep)"),
+    ],
+)
+def test_a_huge_directory_costs_no_more_than_the_limits(
+    tmp_path, monkeypatch, limit, value, message
+):
+    monkeypatch.setattr(small_files, limit, value)
+    names = [f"{k:02}.json" for k in range(40)]
+    source = filled(tmp_path / "model", *names, "deep/a/b/c.json")
+    files, said = beside(tmp_path, source)
+    assert message in said and len(said) < 2000
+    assert "deep/a/b/c.json" not in files
+    if limit == "MAX_DEPTH":
+        assert files == set(names)
+    else:
+        assert len(files) == {"MAX_FILES": 5, "MAX_BYTES": 5, "MAX_ENTRIES": len(files)}[limit] < 7
+
+
+def test_an_output_in_the_directory_itself_is_no_part_of_it(tmp_path):
+    source = filled(tmp_path / "model", "config.json", "out/averaged/old.json", "out/report.md")
+    save_file({"w": torch.ones(2)}, source / "out" / "averaged.safetensors")
+    for _ in range(2):
+        hugging_face.write_model_folder(
+            source / "out" / "averaged", source, source / "out" / "averaged.safetensors"
+        )
+        found = {p.name for p in (source / "out" / "averaged").rglob("*")}
+        assert found == {"config.json", "model.safetensors"}
+
+
+CONFIGS = {
+    "own": '{"z": 1, "dtype": "float32", "a": [1e-05, 1.0], "k": "\u00fc"}',
+    "old": '{"torch_dtype": "float32", "dtype": null, "limit": [0.0, Infinity]}',
+    "parts": '{"text_config": {"dtype": "float16", "deep": {"torch_dtype": "float32"}},'
+    ' "dtype": "bfloat16", "quantization_config": {"dtype": "int8"}}',
+}
+
+
+@pytest.mark.parametrize("text", CONFIGS.values(), ids=CONFIGS)
+def test_configuration_has_the_dtype_of_the_weights(tmp_path, text):
+    (source := tmp_path / "model").mkdir()
+    (source / "config.json").write_text(text)
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text('{"dtype": "float32"}')
+
+    def changed(pairs):
+        return {k: "bfloat16" if k in ("dtype", "torch_dtype") else v for k, v in pairs}
+
+    beside(tmp_path, source, dtype="bfloat16")
+    written = (tmp_path / "averaged" / "config.json").read_text(encoding="utf-8")
+    expected = json.loads(text, object_pairs_hook=changed)
+    if "quantization_config" in expected:
+        expected["quantization_config"] = {"dtype": "int8"}
+    assert json.loads(written) == expected and list(json.loads(written)) == list(expected)
+    assert written == json.dumps(expected, indent=2, ensure_ascii=False) + "\n"
+    pooling = (tmp_path / "averaged" / "1_Pooling" / "config.json").read_text()
+    assert pooling == '{"dtype": "float32"}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"dtype":"bfloat16" , "x": 1}', '{"x":1}', "[]", "{", "", "[" * 100_000, '"dtype"'],
+)
+def test_configuration_without_another_dtype_stays_to_the_byte(tmp_path, text):
+    (source := tmp_path / "model").mkdir()
+    (source / "config.json").write_text(text)
+    beside(tmp_path, source, dtype="bfloat16")
+    assert (tmp_path / "averaged" / "config.json").read_text() == text
+
+
+@pytest.mark.parametrize("first", [torch.bfloat16, torch.float32, None], ids=str)
+def test_dtype_is_that_of_the_first_candidate(tmp_path, first):
+    """The files' common one; a model of two dtypes has none to name."""
+    net = torch.nn.Linear(3, 2)
+    for k, dtype in enumerate((first or torch.bfloat16, torch.float16)):
+        state = {name: t.detach().to(dtype) for name, t in net.state_dict().items()}
+        if first is None:
+            state["bias"] = state["bias"].float()
+        (tmp_path / f"m{k}").mkdir()
+        save_file(state, tmp_path / f"m{k}" / "model.safetensors")
+        (tmp_path / f"m{k}" / "config.json").write_text('{"dtype": "float16"}')
+    twa.Subspace.from_candidates(net, twa.Candidates(str(tmp_path / "m*"))).save(tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "averaged" / "config.json").read_text())["dtype"]
+    found = {t.dtype for t in load_file(tmp_path / "out/averaged/model.safetensors").values()}
+    if first is None:
+        assert written == "float16" and len(found) == 2
+    else:
+        assert written == str(first).removeprefix("torch.") and found == {first}
+
+
+def pair(tmp_path, name, first, second):
+    """Two candidates that hold these texts under a name; warnings when their average is saved."""
+    net = torch.nn.Linear(3, 2)
+    for k, text in enumerate((first, second)):
+        folder = filled(tmp_path / f"m{k}", "config.json", name)
+        (folder / "config.json").write_text("{}")
+        save_file(net.state_dict(), folder / "model.safetensors")
+        if text is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_text(text)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        subspace = twa.Subspace.from_candidates(net, twa.Candidates(str(tmp_path / "m*")))
+        subspace.save(tmp_path / "out")
+    return [str(w.message) for w in said]
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("config.json", '{"rope_theta": 1e4}', '{"rope_theta": 1e6}'),
+        ("config.json", '{"text_config": {"heads": 4}}', '{"text_config": {"heads": 8}}'),
+        ("tokenizer.json", '{"model": {"vocab": {"a": 0}}}', '{"model": {"vocab": {"b": 0}}}'),
+        ("vocab.txt", "a\nb", "b\na"),
+        ("vocab.json", '{"a": 0, "b": 1}', '{"a": 1, "b": 0}'),
+        ("qwen.tiktoken", "a", "b"),
+        ("tokenizer.model", "a", "b"),
+        ("1_Pooling/config.json", '{"mode": "mean"}', '{"mode": "cls"}'),
+    ],
+)
+def test_candidates_that_mean_different_things(tmp_path, name, first, second):
+    (said,) = pair(tmp_path, name, first, second)
+    assert f"{name} (of {tmp_path / 'm0'} and {tmp_path / 'm1'})" in said
+    assert (tmp_path / "out" / "averaged" / name).read_text() == second
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        (
+            "config.json",
+            '{"a": 1, "transformers_version": "4", "_name_or_path": "x", "dtype": "float32"}',
+            '{"transformers_version": "5", "torch_dtype": "float32", "a": 1.0}',
+        ),
+        ("config.json", '{"limit": [0.0, Infinity]}', '{"limit":[0.0,Infinity]}'),
+        ("config.json", '{"text": {"dtype": "float32"}}', '{"text": {"dtype": "float32"} }'),
+        ("tokenizer.json", '{"v": 1, "padding": {"l": 3}}', '{"v": 1, "padding": null}'),
+        ("tokenizer.json", None, '{"v": 1}'),
+        ("generation_config.json", '{"top_k": 1}', '{"top_k": 2}'),
+        ("chat_template.jinja", "a", "b"),
+    ],
+)
+def test_candidates_that_mean_the_same(tmp_path, name, first, second):
+    assert pair(tmp_path, name, first, second) == []
+
+
+def test_a_tokenizer_that_the_last_candidate_lacks(tmp_path):
+    (said,) = pair(tmp_path, "tokenizer.json", "{}", None)
+    assert f"tokenizer.json (of {tmp_path / 'm0'}, not of {tmp_path / 'm1'})" in said
+
+
+def test_no_recipe_where_mergekit_reads_other_files(tmp_path):
+    """It takes an index that is there first, however old."""
+    net = torch.nn.Linear(3, 2)
+    for k in range(2):
+        folder = filled(tmp_path / f"m{k}", "pytorch_model.bin.index.json")
+        save_file(net.state_dict(), folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+    for old in (False, True):
+        if old:
+            filled(tmp_path / "m0", "model.safetensors.index.json")
+        subspace = twa.Subspace.from_candidates(net, twa.Candidates(str(tmp_path / "m?")))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            subspace.save(tmp_path / f"out{old}")
+        assert (tmp_path / f"out{old}" / "mergekit.yaml").exists() != old
+        assert any("mergekit.yaml is not written" in str(w.message) for w in said) == old
 
 
 def test_links_of_the_hugging_face_cache(tmp_path):

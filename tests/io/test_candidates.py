@@ -79,6 +79,44 @@ def sharded(folder, seed=0):
     return folder
 
 
+#: weights in a directory, in from_pretrained's order
+FORMS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def saved_as(form, folder, seed):
+    """Weights in a directory: one file, or two shards and their index."""
+    weights = {key: state(seed)[key] for key in ("a.weight", "a.bias")}
+    suffix = ".bin" if "bin" in form else ".safetensors"
+    save = torch.save if suffix == ".bin" else save_file
+    if form.endswith(suffix):
+        save(weights, folder / form)
+        return
+    shards = {key: f"part-{k}{suffix}" for k, key in enumerate(weights)}
+    for key, name in shards.items():
+        save({key: weights[key]}, folder / name)
+    (folder / form).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+
+
+@pytest.mark.parametrize("k", range(4))
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_directory_that_was_saved_into_twice(tmp_path, k, broken):
+    """What from_pretrained would read, whatever older weights and indexes lie beside it."""
+    for seed, form in enumerate(FORMS[k:]):
+        if broken and seed:
+            (tmp_path / form).write_text("left over, and damaged")
+        else:
+            saved_as(form, tmp_path, seed)
+    candidate = Candidates(tmp_path)[0]
+    assert candidate.kind == "huggingface" and candidate.files[0].name == FORMS[k]
+    for key in ("a.weight", "a.bias"):
+        assert torch.equal(candidate.tensor(key), state(0)[key])
+
+
 def test_hugging_face_shards(tmp_path):
     paths = [sharded(tmp_path / f"run{k}", k) for k in range(2)]
     candidates = Candidates(paths)

@@ -6,8 +6,10 @@ for an export.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +22,26 @@ from ..io.errors import TwaError
 from ..io.lazy import Block
 from ..io.loading import named_tensors
 from ..io.mapped import TensorInfo
+from ..modes import plain_weights
 from ..spectral_norm import refresh_spectral_norms
 from .ranks import Ranks
 from .sharding import Sharding
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _on_plain_weights(
+    function: Callable[Concatenate[Sharding, P], T],
+) -> Callable[Concatenate[Sharding, P], T]:
+    """The function, called while its model has plain weights."""
+
+    @functools.wraps(function)
+    def call(sharding: Sharding, *args: P.args, **options: P.kwargs) -> T:
+        with plain_weights(sharding.model):
+            return function(sharding, *args, **options)
+
+    return call
 
 
 def _state(sharding: Sharding) -> dict[str, Tensor]:
@@ -72,6 +91,7 @@ def check_taken(sharding: Sharding) -> None:
 
 
 @torch.no_grad()
+@_on_plain_weights
 def load_untrained(sharding: Sharding, weights: Tensor) -> None:
     """Loads what is not trained.
 
@@ -106,6 +126,7 @@ def load_untrained(sharding: Sharding, weights: Tensor) -> None:
 
 
 @torch.no_grad()
+@_on_plain_weights
 def load_merge(sharding: Sharding, beta: Tensor) -> None:
     """Loads sum_i beta[i] w_i exactly: without a basis and its quantisation, tensor by tensor.
 
@@ -122,6 +143,7 @@ def load_merge(sharding: Sharding, beta: Tensor) -> None:
 
 
 @torch.no_grad()
+@_on_plain_weights
 def round_to_files(sharding: Sharding) -> None:
     """Rounds the model's weights to the dtypes of the candidate files.
 
@@ -137,7 +159,7 @@ def round_to_files(sharding: Sharding) -> None:
 
 def share_buffers(model: nn.Module, ranks: Ranks) -> None:
     """Makes the buffers of rank 0 those of every rank: they are what a saved state holds."""
-    with torch.no_grad():
+    with torch.no_grad(), plain_weights(model):
         for b in model.buffers():
             sent = ranks.broadcast_(b.reshape(-1).view(torch.uint8), 0)
             b.copy_(sent.view(b.dtype).view(b.shape))
@@ -145,7 +167,7 @@ def share_buffers(model: nn.Module, ranks: Ranks) -> None:
 
 def load_buffers(model: nn.Module, saved: dict[str, Tensor]) -> None:
     """Copies saved values, by name, into the model's buffers."""
-    with torch.no_grad():
+    with torch.no_grad(), plain_weights(model):
         for name, b in model.named_buffers():
             b.copy_(saved[name])
 
@@ -154,6 +176,7 @@ def load_buffers(model: nn.Module, saved: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
+@_on_plain_weights
 def snapshot(sharding: Sharding) -> dict[str, Tensor]:
     """A copy in CPU memory of this rank's part of every tensor."""
     state, names = _state(sharding), sharding.key_map.names
@@ -164,6 +187,7 @@ def snapshot(sharding: Sharding) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+@_on_plain_weights
 def restore(sharding: Sharding, parts: dict[str, Tensor]) -> None:
     """Makes the model what `snapshot` or `parts_of` gave."""
     state, names = _state(sharding), sharding.key_map.names
@@ -196,7 +220,10 @@ def parts_of(sharding: Sharding, exported: Candidates | None) -> dict[str, Tenso
 
 @torch.no_grad()
 def whole_tensors(sharding: Sharding) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor whole, by key, one at a time: all ranks must read the iterator to its end."""
+    """Every tensor whole, by key, one at a time: all ranks must read the iterator to its end.
+
+    They must read it while the model has plain weights.
+    """
     sharding.ranks.barrier()
     state, names = _state(sharding), sharding.key_map.names
     for key, info in sharding.candidates.info.items():
@@ -263,7 +290,10 @@ def exported_info(sharding: Sharding) -> dict[str, TensorInfo]:
 
 @torch.no_grad()
 def sharded_tensors(sharding: Sharding) -> dict[str, Tensor]:
-    """Every tensor as it lies on the ranks, for torch.distributed.checkpoint."""
+    """Every tensor as it lies on the ranks, for torch.distributed.checkpoint.
+
+    To be called and used while the model has plain weights.
+    """
     state, names = _state(sharding), sharding.key_map.names
     return {
         key: state[names[key]].detach().to(info.dtype)

@@ -19,25 +19,14 @@ from ..io.checks import is_inside
 from ..io.formats import MODEL_FILES
 from ..io.peft import ADAPTER_CONFIG, is_adapter
 from .mergekit import mergekit_recipe
+from .small_files import CONFIG, INDEX, differences, small_files, with_dtype
 
 if TYPE_CHECKING:
     from ..distributed.sharding import Sharding
 
 #: the result in the output directory, and how to make it with mergekit
 OUTPUTS = FOLDER, RECIPE = ("averaged", "mergekit.yaml")
-CONFIG = "config.json"
 MODEL_WEIGHTS, ADAPTER_WEIGHTS = "model.safetensors", "adapter_model.safetensors"
-INDEX = ".index.json"
-#: what is copied beside the weights: configuration and tokenizer, never weights or code
-SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-SMALL_BYTES = 64 << 20
-#: of the training run that made a candidate, not of the model
-NOT_OF_THE_MODEL = (
-    "trainer_state.json",
-    "all_results.json",
-    "train_results.json",
-    "eval_results.json",
-)
 
 
 def source_folder(candidate: Candidate) -> Path | None:
@@ -61,7 +50,9 @@ def write_beside(out: Path, sharding: Sharding, coefficients: Mapping[str, objec
 
     It is for candidates that are directories as save_pretrained writes them, models or PEFT
     adapters: averaged/, for from_pretrained. Of models also mergekit.yaml, unless segments are
-    smaller than tensors.
+    smaller than tensors, or mergekit would read other files of a directory.
+
+    A warning names files that decide what weights mean and that differ between candidates.
 
     Returns:
         what is written, for messages
@@ -71,15 +62,29 @@ def write_beside(out: Path, sharding: Sharding, coefficients: Mapping[str, objec
     folders = [source_folder(c) for c in sharding.candidates]
     sources = [folder for folder in folders if folder is not None]
     adapter = is_adapter(sharding.candidates[-1])
-    written = []
+    written, dtype = [], _common_dtype(sharding.candidates)
     if (last := folders[-1]) is not None:
         name = ADAPTER_WEIGHTS if adapter else MODEL_WEIGHTS
-        write_model_folder(out / FOLDER, last, out / "averaged.safetensors", name)
+        copied = write_model_folder(out / FOLDER, last, out / "averaged.safetensors", name, dtype)
         written.append(f"{FOLDER}/")
+        if differ := differences(sources, copied):
+            warnings.warn(
+                f"the candidates differ in {', '.join(differ)}: do their weights mean the same?"
+                f" {FOLDER}/ has the last candidate's",
+                stacklevel=2,
+            )
     # mergekit has one weight for a tensor, which it knows by its name in the files
     key_map = sharding.key_map
-    split = any(len({name for name, _ in w.parts}) > 1 for w in key_map.written.values())
-    if len(sources) == len(folders) and not adapter and not coefficients.get("chunk") and not split:
+    split = any(len({name for name, _ in w.parts}) != 1 for w in key_map.written.values())
+    can_merge = len(sources) == len(folders) and not adapter and not split
+    can_merge = can_merge and not coefficients.get("chunk")
+    if can_merge and (odd := [c for c in sharding.candidates if not _is_read_by_mergekit(c)]):
+        warnings.warn(
+            f"{RECIPE} is not written: in {odd[0].path} mergekit would read other files than"
+            f" {odd[0].files[0].name}; remove the old ones",
+            stacklevel=2,
+        )
+    elif can_merge:
         in_files = {key: name for key, name in key_map.names.items() if key != name}
         in_files |= {key: w.parts[0][0] for key, w in key_map.written.items()}
         text = mergekit_recipe(
@@ -87,7 +92,7 @@ def write_beside(out: Path, sharding: Sharding, coefficients: Mapping[str, objec
             sources,
             aliases=key_map.aliases | in_files,
             untrained=key_map.fixed,
-            out_dtype=_common_dtype(sharding.candidates),
+            out_dtype=dtype,
         )
         write_text(out / RECIPE, text)
         written.append(RECIPE)
@@ -100,47 +105,59 @@ def _common_dtype(candidates: Candidates) -> str | None:
     return str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
 
 
+def _is_read_by_mergekit(candidate: Candidate) -> bool:
+    """Whether mergekit reads the files that were averaged: it looks for an index first."""
+    folder, read = source_folder(candidate), candidate.files[0]
+    for name in (MODEL_WEIGHTS, "pytorch_model.bin"):
+        for file in (f"{name}{INDEX}", name):
+            if folder is not None and (folder / file).exists():
+                return read.name == file
+    return False
+
+
 def write_model_folder(
-    folder: Path, source: Path, weights: Path, name: str = MODEL_WEIGHTS
-) -> None:
+    folder: Path,
+    source: Path,
+    weights: Path,
+    name: str = MODEL_WEIGHTS,
+    dtype: str | None = None,
+) -> list[Path]:
     """Writes a directory that from_pretrained loads.
 
-    It appears whole, in the place of an older one. A small file is not copied if it is a link that
-    leads out of `source`, or larger than 64 MB: a warning says so.
+    It appears whole, in the place of an older one. Small files are those of `small_files`; a
+    warning names what is left out and may be missed.
 
     Args:
         folder: the directory
         source: directory whose small files are copied: configuration, tokenizer
         weights: file of the weights; a hard link to it is made where links are possible
         name: of the weights in the directory
+        dtype: of the weights, for config.json, such as "bfloat16"; None: it stays as it is
+
+    Returns:
+        paths of the small files
     """
+    found = small_files(source, but=(folder, folder.parent))
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         _link(weights, temporary / name)
-        for file in sorted(source.iterdir()):
-            if _is_small_file(file, source):
-                shutil.copyfile(file, temporary / file.name)
+        for path in found.copied:
+            (temporary / path.parent).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / path, temporary / path)
+        if dtype is not None and (config := temporary / CONFIG).is_file():
+            config.write_bytes(with_dtype(config.read_bytes(), dtype))
         replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _is_small_file(file: Path, source: Path) -> bool:
-    """Whether a file of a model's directory is to be copied beside the weights."""
-    if file.suffix not in SMALL_SUFFIXES or file.is_dir():
-        return False
-    if file.name.endswith(INDEX) or file.name in NOT_OF_THE_MODEL:
-        return False
-    if not is_inside(file, source):
-        why = "no regular file of this directory"
-    elif file.stat().st_size > SMALL_BYTES:
-        why = f"larger than {SMALL_BYTES} bytes"
-    else:
-        return True
-    warnings.warn(f"{file}: not copied beside the average: {why}", stacklevel=2)
-    return False
+    if found.left_out:
+        warnings.warn(
+            f"{source}: not copied beside the average, which may be incomplete without:"
+            f" {found.missed()}",
+            stacklevel=2,
+        )
+    return found.copied
 
 
 def _link(target: Path, link: Path) -> None:

@@ -15,6 +15,7 @@ from ..distributed.weights import (
 )
 from ..io.atomic import replace_folder
 from ..io.safetensors import write_stream
+from ..modes import plain_weights
 
 
 def write_export(path: Path, sharding: Sharding) -> None:
@@ -24,13 +25,15 @@ def write_export(path: Path, sharding: Sharding) -> None:
     model has packed out of several in the files.
     """
     here = path if sharding.ranks.is_rank_zero else None
-    write_stream(here, exported_info(sharding), exported_tensors(sharding))
+    with plain_weights(sharding.model):
+        write_stream(here, exported_info(sharding), exported_tensors(sharding))
 
 
 def write_model(path: Path, sharding: Sharding) -> None:
     """Writes a safetensors file of the model's own tensors, for `parts_of`; ranks as above."""
     here = path if sharding.ranks.is_rank_zero else None
-    write_stream(here, sharding.candidates.info, whole_tensors(sharding))
+    with plain_weights(sharding.model):
+        write_stream(here, sharding.candidates.info, whole_tensors(sharding))
 
 
 def write_dcp(folder: Path, sharding: Sharding) -> None:
@@ -46,12 +49,13 @@ def write_dcp(folder: Path, sharding: Sharding) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
     ranks.barrier()  # not before the old one is gone
     try:
-        dcp.save(
-            sharded_tensors(sharding),
-            checkpoint_id=str(temporary),
-            process_group=ranks.group,
-            no_dist=ranks.group is None,
-        )
+        with plain_weights(sharding.model):
+            dcp.save(
+                sharded_tensors(sharding),
+                checkpoint_id=str(temporary),
+                process_group=ranks.group,
+                no_dist=ranks.group is None,
+            )
     except dcp.CheckpointException as error:  # no Exception, and without the file's name
         first = next(iter(error.failures.values()))[0]
         raise OSError(

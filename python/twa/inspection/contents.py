@@ -13,6 +13,7 @@ import twa_kernels as tk
 from twa_kernels import NotFiniteError
 
 from ..io.candidates import Candidates, readable
+from ..io.compare import quantised
 from ..io.mapped import TensorInfo
 from ..io.progress import progress_bar
 from .findings import Finding, many, some
@@ -228,12 +229,11 @@ def _is_odd(info: TensorInfo) -> bool:
 
 def _integer_finding(candidates: Candidates, integers: dict[str, TensorInfo]) -> Finding:
     """What there is to say of tensors that are not floating point."""
-    shown = some([f"{key} ({info})" for key, info in integers.items()])
-    weights = sum(candidates.info[key].numel for key in floats(candidates))
-    if sum(i.numel for i in integers.values()) > weights:
-        message = f"most numbers are in tensors that are not floating point: {shown}"
-        advice = "convert quantised checkpoints to floating point first"
+    if reason := quantised(candidates.info):
+        message = f"the checkpoints look quantised: {reason}"
+        advice = "dequantise them first: twa average does not average integers"
         return Finding("error", "integers", message, advice)
+    shown = some([f"{key} ({info})" for key, info in integers.items()])
     message = f"not floating point: {many(len(integers), 'tensor')}: {shown}"
     advice = "they are not averaged: the last candidate's are taken"
     return Finding("note", "integers", message, advice)

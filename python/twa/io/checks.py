@@ -136,14 +136,14 @@ def parse_json(text: bytes) -> object:
 
 
 def is_inside(file: Path, folder: Path) -> bool:
-    """Whether this is a regular file of the folder.
+    """Whether this is a regular file of the folder, or of a folder in it.
 
     It is none if it is a link that leads out of the folder, unless to the blobs of the folder's own
     Hugging Face cache.
     """
     real, own = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
     blobs = own.parent.parent / "blobs" if own.parent.name == "snapshots" else own
-    return real.is_file() and real.parent in (own, blobs)
+    return real.is_file() and (real.is_relative_to(own) or real.parent == blobs)
 
 
 # Values of a file that were plain Python ---------------------------------------------------------

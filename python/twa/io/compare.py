@@ -1,8 +1,12 @@
-"""Whether checkpoints have the same tensors: keys, shapes and kinds of dtype."""
+"""Whether checkpoints have the same tensors (keys, shapes, kinds of dtype), and such as averages
+are made of: no quantised ones.
+"""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +20,20 @@ if TYPE_CHECKING:
 
 #: parts of the names of tensors that have one row for each token
 VOCABULARY = re.compile(r"emb|wte|vocab|lm_head|tok")
+#: last parts of the names of what stands beside quantised weights: scale, weight_scale, SCB,
+#: quant_map, ...; not of a logit_scale or layer_scale, which models learn
+SCALE = re.compile(
+    r"(^|(?<!logit)(?<!layer)(?<!attn)_)[wqsz]?scales?(_|$)|absmax|scb$|(^|_|q)zeros?(_|$)|quant",
+    re.IGNORECASE,
+)
+#: last parts of the names of integers that are no weights: places, tokens, masks, tables, counts
+LOOKED_UP = re.compile(
+    r"ind(ex|ices)|idxs?(_|$)|(^|_)ids?(_|$)|pos(ition)?s?(_|$)|mask|causal|tri[lu]|allowed|hash|lookup|table"
+    r"|count|tracked|step|coord|offset",
+    re.IGNORECASE,
+)
+#: names that only packed weights have, whatever stands beside them
+PACKED = ("qweight", "qzeros", "weight_packed", "packed_weight", "W_q", "Qidxs")
 
 
 def check_same(first: Candidate, other: Candidate) -> None:
@@ -58,6 +76,72 @@ def check_info(path: Path, key: str, expected: TensorInfo, found: TensorInfo, wh
         raise CandidateError(
             f"tensor {key!r}: expected {expected.dtype} as {where}, found {found.dtype}", path
         )
+
+
+def check_not_quantised(info: Mapping[str, TensorInfo], where: object = "") -> None:
+    """CandidateError if tensors look quantised: an average of their integers means nothing.
+
+    Args:
+        info: shape and dtype of each tensor, by key
+        where: the checkpoint, for the message
+    """
+    if reason := quantised(info):
+        raise CandidateError(
+            f"{reason}: the checkpoint looks quantised, and integers are not averaged; dequantise"
+            " all candidates first, or average the models and quantise the result",
+            where,
+        )
+
+
+def quantised(info: Mapping[str, TensorInfo]) -> str | None:
+    """Why tensors look quantised, for a message; None if they do not.
+
+    They do if one of the integer tensors that may be weights stands beside its scale, or if these
+    hold more numbers than the float tensors.
+    """
+    integers = {key: i for key, i in info.items() if _may_be_weights(key, i)}
+    modules: dict[str, list[str]] = {}  # of a module, or of a tensor that has parts: its keys
+    for key in info:
+        modules.setdefault(key.rpartition(".")[0], []).append(key)
+    for key, i in integers.items():
+        module, _, name = key.rpartition(".")
+        if len(i.shape) < 2:
+            continue
+        if name in PACKED:
+            return f"tensor {key!r} ({i}) has the name of packed weights"
+        beside = (k for k in (*modules[module], *modules.get(key, ())) if k != key)
+        if scale := next((k for k in beside if _is_scale(k, info[k])), None):
+            return f"tensor {key!r} ({i}) stands beside {scale!r}"
+    numbers = sum(i.numel for i in integers.values())
+    weights = sum(i.numel for i in info.values() if i.dtype.is_floating_point)
+    if numbers > weights:
+        largest = max(integers, key=lambda key: integers[key].numel)
+        return (
+            f"tensor {largest!r} ({integers[largest]}) and others, {numbers} numbers in all, are"
+            f" integers, more than the {weights} that are floating point"
+        )
+    return None
+
+
+def _may_be_weights(key: str, info: TensorInfo) -> bool:
+    """Whether an integer tensor may hold quantised weights.
+
+    One of bools, of no dimension, one that is named like places, masks or counts, or that is a
+    square over whose other dimensions it is broadcast (a causal mask), does not.
+    """
+    if info.dtype.is_floating_point or info.dtype.is_complex or info.dtype == torch.bool:
+        return False
+    shape, name = info.shape, key.rpartition(".")[2]
+    square = len(shape) > 2 and shape[-1] == shape[-2] and math.prod(shape[:-2]) == 1
+    return bool(shape) and not square and (name in PACKED or not LOOKED_UP.search(name))
+
+
+def _is_scale(key: str, info: TensorInfo) -> bool:
+    """Whether a tensor is named as scales and zeros are; integers (of MXFP4) only as scales."""
+    name = key.rpartition(".")[2]
+    if info.dtype.is_floating_point:
+        return bool(SCALE.search(name))
+    return name.endswith(("_scale", "_scales"))
 
 
 def _kind(dtype: torch.dtype) -> tuple[bool, bool, bool]:

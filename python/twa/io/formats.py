@@ -21,12 +21,13 @@ from .torch_zip import read_torch
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 #: keys under which training scripts put the weights of a larger checkpoint
 NESTED_KEYS = ("state_dict", "model_state_dict", "model")
-#: what makes a directory one checkpoint, in order
+#: what makes a directory one checkpoint, in the order in which from_pretrained looks for it: a
+#: directory that was saved into twice may hold others, too, older ones and indexes without shards
 MODEL_FILES = (
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",
     "model.safetensors",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 

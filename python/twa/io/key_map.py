@@ -15,7 +15,7 @@ from . import loading
 from .candidate import N_AVERAGED, Candidate
 from .candidates import Candidates
 from .checks import first_line
-from .compare import check_info
+from .compare import check_info, check_not_quantised
 from .errors import CandidateError, TwaError
 from .formats import MODEL_FILES
 from .lazy import Block, blocks_of, is_fixed, located
@@ -101,6 +101,8 @@ def match_model(model: nn.Module, candidates: Candidates) -> tuple[Candidates, K
             "model: expected the model itself, found DistributedDataParallel around it; pass"
             " model.module"
         )
+    for c in candidates:
+        check_not_quantised(c.info, c.path)
     if is_adapter(candidates[0]):
         key_map = _match_adapters(model, candidates)
     else:

@@ -8,16 +8,19 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ..batchnorm import batch_size, tracked_batchnorms, update_bn_of
+from ..batchnorm import batch_size, tracked_batchnorms, trained_batchnorms, update_bn_of
 from ..distributed.ranks import Ranks
 from ..distributed.sharding import Sharding
 from ..distributed.weights import load_buffers, load_merge, load_untrained, round_to_files
 from ..io.errors import TaskError
+from ..modes import plain_weights
 from ..spectral_norm import refresh_spectral_norms
 from ..tasks.batches import shared_out
 from ..tasks.contract import Task
 
 BN_BATCHES = 100  # training batches that BatchNorm is re-estimated on
+#: the running statistics of a BatchNorm, and what they are before it has seen data
+FIRST_STATISTICS = {"running_mean": 0.0, "running_var": 1.0}
 
 
 @torch.no_grad()
@@ -56,6 +59,32 @@ def mean_over(
     return total / samples
 
 
+def frozen_batchnorms(sharding: Sharding) -> set[nn.Module]:
+    """The BatchNorm layers whose running statistics are the same in all candidates.
+
+    They were frozen when the candidates were trained, and stay as every tensor does that is the
+    same everywhere. But a mean of 0 and a variance of 1, a layer's first ones, are of no data yet.
+    Ranks call it together, and get the same.
+    """
+    model, candidates, key_map = sharding.model, sharding.candidates, sharding.key_map
+    tracked = set(tracked_batchnorms(model))
+
+    def is_frozen(layer: str) -> bool:
+        names = [f"{layer}.{statistic}".lstrip(".") for statistic in FIRST_STATISTICS]
+        keys = [key_map.fixed.get(key_map.aliases.get(name, name)) for name in names]
+        found = [candidates.tensors(key) for key in keys if key is not None]
+        if len(found) < len(names):  # not in the files: the model's own for every candidate
+            return True
+        constant = all(torch.equal(rows[0], row) for rows in found for row in rows[1:])
+        first = zip(found, FIRST_STATISTICS.values(), strict=True)
+        return constant and not all(bool((rows[0] == value).all()) for rows, value in first)
+
+    with sharding.ranks.fail_together("comparing BatchNorm statistics"):
+        frozen = {name for name, m in model.named_modules() if m in tracked and is_frozen(name)}
+        frozen = sharding.ranks.broadcast_object(frozen)
+    return {m for name, m in model.named_modules() if name in frozen}
+
+
 class Evaluator:
     """Losses of one model object, which every call may move to other weights.
 
@@ -68,7 +97,8 @@ class Evaluator:
         bn_batches: training batches that BatchNorm is re-estimated on
 
     Attributes:
-        has_batchnorm: whether the model has BatchNorm statistics
+        frozen: BatchNorm layers that keep the candidates' statistics, which are all the same
+        has_batchnorm: whether the model has BatchNorm statistics that are re-estimated
         bn_used: batches of the last re-estimation
         known: validation losses so far, by the bytes of merge weights (n,) float64
     """
@@ -76,9 +106,16 @@ class Evaluator:
     def __init__(self, task: Task, sharding: Sharding, bn_batches: int = BN_BATCHES) -> None:
         self.task, self.sharding, self.bn_batches = task, sharding, bn_batches
         self.model, self.ranks = sharding.model, sharding.ranks
-        self.has_batchnorm = bool(tracked_batchnorms(self.model))
+        self.frozen = frozen_batchnorms(sharding)
+        self.has_batchnorm = any(m not in self.frozen for m in trained_batchnorms(self.model))
         self.bn_used = 0
         self.known: dict[bytes, float] = {}
+
+    def train_mode(self) -> None:
+        """Puts the model in training mode, but for frozen BatchNorm layers."""
+        self.model.train()
+        for m in self.frozen:
+            m.eval()
 
     def load(self, beta: Tensor) -> None:
         """Moves the model to exact merge weights (n,), as it would be exported."""
@@ -91,12 +128,14 @@ class Evaluator:
         Args:
             own_statistics: whether BatchNorm's statistics belong to the weights, and stay
         """
-        refresh_spectral_norms(self.model)
-        round_to_files(self.sharding)
+        with plain_weights(self.model):
+            refresh_spectral_norms(self.model)
+            round_to_files(self.sharding)
         if own_statistics or not self.has_batchnorm:
             return
         batches = shared_out(self.task.train, self.ranks, self.bn_batches)
-        self.bn_used = update_bn_of(batches, self.model, self.task.loss, self.ranks)
+        loss = self.task.loss
+        self.bn_used = update_bn_of(batches, self.model, loss, self.ranks, self.frozen)
         round_to_files(self.sharding)
 
     def loss(self) -> float:
@@ -120,7 +159,8 @@ class Evaluator:
         """
         if not self.has_batchnorm:
             return None
-        saved = {name: b.clone() for name, b in self.model.named_buffers()}
+        with plain_weights(self.model):
+            saved = {name: b.clone() for name, b in self.model.named_buffers()}
         load_untrained(self.sharding, weights)
         self.settle(own_statistics=True)
         value = self.loss()

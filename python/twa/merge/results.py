@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..distributed.sharding import Sharding
 from ..distributed.weights import exported_tensors
+from ..modes import plain_weights
 
 
 @dataclass
@@ -93,4 +94,5 @@ class Outcome:
     @property
     def state(self) -> dict[str, Tensor]:
         """The winner's weights by key, as they are exported."""
-        return dict(exported_tensors(self.sharding))
+        with plain_weights(self.sharding.model):
+            return dict(exported_tensors(self.sharding))

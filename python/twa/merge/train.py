@@ -118,7 +118,7 @@ class Trainer:
         Returns:
             the step's loss, of all ranks
         """
-        self.model.train()
+        self.evaluator.train_mode()
         self.optimizer.zero_grad()
         total = torch.zeros(1, dtype=torch.float64)
         batches = self.stream.next_step()

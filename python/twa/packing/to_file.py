@@ -36,6 +36,7 @@ from ..io.errors import BasisError, TwaError
 from ..io.key_map import match_model
 from ..io.progress import PeakMemory
 from ..io.safetensors import raw_bytes
+from ..modes import plain_weights
 from .save import contents_of, untrained
 
 SAVE_SECONDS = 10.0  # between saved positions
@@ -202,8 +203,9 @@ class PackToFile:
                 if progress and resumed:
                     progress(self._bytes_before(*begin))
                 self._stream(packer, begin, progress)
-                load_untrained(self.sharding, self.weights)
-                self._finish(packer)
+                with plain_weights(self.sharding.model):
+                    load_untrained(self.sharding, self.weights)
+                    self._finish(packer)
         finally:
             self.finished = writer.finished
             if self.finished or not self.position.exists():  # nothing to continue

@@ -1,0 +1,39 @@
+"""Modules that keep something made of their weights while they are in evaluation mode.
+
+LeViT and EfficientFormer keep attention biases, DoRA the norms of weights; loralib merges its
+factors into the weight, RepVGG its branches. All drop or undo that in `train()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+
+@contextlib.contextmanager
+def plain_weights(model: nn.Module) -> Iterator[None]:
+    """A context in which the model's weights are those that files hold, to be read or written.
+
+    Modules that are in evaluation mode and have a `train()` of their own go into training mode, so
+    that what they merged is undone with the weights that it was made of. Afterwards they go back,
+    and so make anew what they keep. Every module's `training` is then as it was. Contexts may be
+    nested: the outermost counts. A model without such modules is left alone.
+    """
+    own = [m for m in model.modules() if type(m).train is not nn.Module.train]
+    if all(m.training for m in own):
+        yield
+        return
+    modes = {m: m.training for m in model.modules()}
+    for m in own:
+        if not m.training:
+            m.train()
+    try:
+        yield
+    finally:
+        # Outer modules come first: each has the last word about itself, whatever they said.
+        for m in own:
+            m.train(modes[m])
+        for m, training in modes.items():
+            m.training = training
