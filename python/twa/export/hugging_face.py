@@ -9,6 +9,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from ..io.atomic import replace_folder, write_text
 from ..io.candidate import Candidate
 from ..io.candidates import Candidates
 from ..io.checks import is_inside
-from ..io.formats import MODEL_FILES
+from ..io.formats import INDEX, MODEL_FILES
 from ..io.peft import ADAPTER_CONFIG, is_adapter
 from .mergekit import mergekit_recipe
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 OUTPUTS = FOLDER, RECIPE = ("averaged", "mergekit.yaml")
 CONFIG = "config.json"
 MODEL_WEIGHTS, ADAPTER_WEIGHTS = "model.safetensors", "adapter_model.safetensors"
-INDEX = ".index.json"
 #: what is copied beside the weights: configuration and tokenizer, never weights or code
 SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 SMALL_BYTES = 64 << 20
@@ -128,7 +128,7 @@ def _is_small_file(file: Path, source: Path) -> bool:
     """Whether a file of a model's directory is to be copied beside the weights."""
     if file.suffix not in SMALL_SUFFIXES or file.is_dir():
         return False
-    if file.name.endswith(INDEX) or file.name in NOT_OF_THE_MODEL:
+    if fnmatch(file.name, INDEX) or file.name in NOT_OF_THE_MODEL:
         return False
     if not is_inside(file, source):
         why = "no regular file of this directory"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .errors import CandidateError
-from .formats import open_checkpoint
+from .errors import CandidateError, NoWeights
+from .formats import open_checkpoint, stem_of
 from .mapped import Part, Source, shape_of
 
 #: places of a file that its fingerprint looks at, and bytes of each
@@ -43,7 +43,7 @@ class Candidate:
         found = open_checkpoint(path, entry)
         self.path, self.entry, self.kind, self.files = path, entry, found.kind, found.files
         if not found.tensors:
-            raise CandidateError("expected a checkpoint, found no tensors", path)
+            raise NoWeights("expected a checkpoint, found no tensors", path)
         tensors = _without_wrappers(found.tensors)
         self._tensors = tensors
         self.info = {key: t.info for key, t in tensors.items()}
@@ -58,8 +58,8 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """File name without suffix, or name of the directory."""
-        return self.path.stem if self.path.is_file() else self.path.name
+        """File name without suffix (.pth.tar is one), or name of the directory."""
+        return stem_of(self.path) if self.path.is_file() else self.path.name
 
     def tensor(self, key: str, part: Part | None = None) -> Tensor:
         """The tensor, or a part of it: one slice per dimension.
