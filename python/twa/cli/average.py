@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     # What is wrong on one rank stops all of them.
     with ranks.fail_together("reading task and candidates"):
         settings = settings_of(args)
-        candidates = Candidates(args.candidates, entry=args.entry)
+        candidates = arguments.open_candidates(args)
         if ranks.is_rank_zero:
             finished = args.resume and is_finished(args.output)
             if not finished:
@@ -117,6 +117,7 @@ def run(args: argparse.Namespace) -> None:
                 )
             return
         if ranks.is_rank_zero:
+            arguments.announce(candidates)
             check_candidates(candidates, args.force)
         seed_all(args.seed)
         task = load_task(args.task, args.seed)
