@@ -370,6 +370,7 @@ ORDERS = [
     ["best_acc_epoch_2.pt", "best_acc_epoch_10.pt"],
     ["model_0.93_200.pt", "model_0.91_1000.pt"],
     ["loss=9-200.pt", "loss=8-1000.pt"],
+    ["bleu-31-4000.pt", "bleu-29-8000.pt"],
     ["ckpt_0.95_iter_5.pt", "ckpt_0.91_iter_40.pt"],
     ["weights.05-0.34.pt", "weights.40-0.21.pt", "weights.100-0.29.pt"],
     # Lightning's versions

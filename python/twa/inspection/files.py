@@ -42,7 +42,7 @@ def open_each(paths: Sequence[str], entry: str | None = None) -> tuple[list[Row]
     if opened:
         rows = [row for row in rows if row.path not in empty]
         advice = "nothing needs to be done"
-        findings += [Finding("note", "left-out", text, advice) for text in left_out(empty)]
+        findings += [Finding("note", "left-out", text, advice) for text in left_out(empty, opened)]
     if found.by_age:
         findings += [Finding("note", "order", text, LISTING) for text in doubts(opened)]
     return rows, findings

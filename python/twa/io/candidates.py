@@ -100,7 +100,7 @@ class Candidates(Sequence[Candidate]):
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
         found = find([paths] if isinstance(paths, str | os.PathLike) else paths)
-        opened, left_out = open_each(found, entry)
+        opened, without_weights = open_each(found, entry)
         _check_all_same(opened)
         once, same = without_duplicates(opened) if len(opened) > 1 else (opened, "")
         doubtful = [same] if same else []
@@ -109,7 +109,7 @@ class Candidates(Sequence[Candidate]):
         for text in doubtful:
             warnings.warn(text, CandidateWarning, stacklevel=2)
         self._hold(once, block_bytes)
-        self.notes = [*left_out, *doubtful, *found.notes]
+        self.notes = [*without_weights, *doubtful, *found.notes]
 
     @classmethod
     def of(cls, candidates: Sequence[Candidate]) -> Candidates:
@@ -333,7 +333,7 @@ def open_each(found: Found, entry: str | None) -> tuple[list[Candidate], list[st
     Raises:
         CandidateError: one cannot be read, or holds no weights and was named; or none holds any
     """
-    opened, empty = [], []
+    opened, empty, first = [], [], None
     for path in found.paths:
         try:
             opened.append(open_one(found, path, entry))
@@ -343,11 +343,11 @@ def open_each(found: Found, entry: str | None) -> tuple[list[Candidate], list[st
                     raise
                 advice = "leave it out, or put the pattern that brought it in quotes"
                 raise NoWeights(f"{error.problem}; {advice}", path) from error
-            empty.append(error)
+            empty.append(path)
+            first = first or error
     if not opened:
-        raise CandidateError(f"no candidates: nothing of what was found holds weights; {empty[0]}")
-    around = {folder for c in opened for folder in c.path.parents}
-    return opened, left_out(error.where for error in empty if Path(error.where) not in around)
+        raise CandidateError(f"no candidates: nothing of what was found holds weights; {first}")
+    return opened, left_out(empty, [c.path for c in opened])
 
 
 def open_one(found: Found, path: Path, entry: str | None) -> Candidate:

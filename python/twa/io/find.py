@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,9 +76,15 @@ def find_checkpoints(patterns: Iterable[str | os.PathLike[str]]) -> list[Path]:
     return find(patterns).paths
 
 
-def left_out(paths: Iterable[str | Path]) -> list[str]:
-    """The note on what a pattern or a directory has brought that holds no weights."""
-    names = [Path(path).name for path in paths]
+def left_out(empty: Sequence[Path], opened: Sequence[Path]) -> list[str]:
+    """The note on what a pattern or a directory has brought that holds no weights.
+
+    Args:
+        empty: paths of these
+        opened: paths of the candidates; a directory around one needs no word
+    """
+    around = {folder for path in opened for folder in path.parents}
+    names = [path for path in empty if path not in around]
     return [f"left out, since no weights are in it: {shortened(names)}"] if names else []
 
 

@@ -131,7 +131,7 @@ def _directory(folder: Path, entry: str | None) -> Checkpoint:
 
 def _further_inside(folder: Path) -> str:
     """A hint at checkpoints that lie one level deeper than in a directory; "" without them."""
-    deeper = [p for p in folder.iterdir() if p.is_dir() and any(map(suffix_of, p.iterdir()))]
+    deeper = [p for p in folder.iterdir() if p.is_dir() and any(map(suffix_of, p.glob("*")))]
     names = ", ".join(sorted(p.name for p in deeper)[:4])
     return f"; there may be some in {names}: '{folder}/*' names those" if deeper else ""
 

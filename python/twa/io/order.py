@@ -20,7 +20,10 @@ STEPS = (
 )
 #: labels of steps, unless a decimal point shows that the number is a metric: ckpt-0.91
 FILES = ("ckpt", "checkpoint")
-METRICS = ("loss", "acc", "accuracy", "ppl", "perplexity", "auc", "error", "err", "score", "metric")
+METRICS = (
+    *("loss", "acc", "accuracy", "ppl", "perplexity", "auc", "error", "err", "score", "metric"),
+    *("bleu", "rouge", "wer", "cer", "iou", "miou", "mse", "mae", "rmse", "psnr", "fid", "reward"),
+)
 FACTORS = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 #: a label and its number: epoch=3, step-500, ep_3, iter0000500, tokens_1.5B
@@ -136,12 +139,12 @@ def _letters_and_digits(text: str) -> str:
 #: what shells sort by: bytes; text without regard to case; glibc's locales
 SHELLS: tuple[Callable[[str], str], ...] = (str, str.casefold, _letters_and_digits)
 
-
+#: what to do about a doubt
 LISTING = "list the files oldest first if the order is another"
 
 
 def doubts(paths: Sequence[Path]) -> list[str]:
-    """What is doubtful about an order by `age`, a sentence each. LISTING is what to do about it."""
+    """What is doubtful about an order by `age`, a sentence each."""
     if len(paths) < 2:
         return []
     names = _distinct(paths)
