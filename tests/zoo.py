@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, prune
+from twa.io.order import age
 
 import twa_kernels as tk
 
@@ -216,6 +217,11 @@ def save(model, path):
     )
 
 
+def each(paths):
+    """Candidates of which all count, also those that are the same."""
+    return twa.Candidates.of([twa.Candidates(path)[0] for path in sorted(paths, key=age)])
+
+
 def loss_of(output):
     return (output - 0.3).square().mean()
 
@@ -319,7 +325,7 @@ def walk(
     states = [m.state_dict() for m in models]
     for k, m in enumerate(models):
         save(m, folder / f"c{k}{suffix}")
-    candidates, model = twa.Candidates(folder / f"c*{suffix}"), born(make, 99).train()
+    candidates, model = each(folder.glob(f"c*{suffix}")), born(make, 99).train()
     subspace = twa.Subspace.from_candidates(
         model, candidates, bits=bits, granularity=granularity, center=center
     )

@@ -16,6 +16,7 @@ from .io.candidates import Candidates
 from .io.errors import (
     BasisError,
     CandidateError,
+    CandidateWarning,
     OutputError,
     StateError,
     TaskError,
@@ -30,6 +31,7 @@ from .version import __version__
 __all__ = [
     "BasisError",
     "CandidateError",
+    "CandidateWarning",
     "Candidates",
     "DistributedError",
     "IterateAverage",

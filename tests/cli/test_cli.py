@@ -117,6 +117,14 @@ def test_coefficients_file(finished):
     )
 
 
+def test_candidates_are_listed_in_order(finished):
+    out, printed = finished
+    names = [f"epoch_{k}" for k in range(10)]
+    assert printed.startswith(f"10 candidates, oldest first: {', '.join(names)}\n")
+    listed = (out / "report.md").read_text().split("oldest first:\n\n")[1].split("\n\n")[0]
+    assert [Path(path.strip("`")).stem for path in listed.split()[1::2]] == names
+
+
 def run_cli(*arguments):
     return cli.main([str(a) for a in arguments])
 
@@ -127,6 +135,42 @@ def test_one_candidate_is_evaluated_and_exported(checkpoints, tmp_path, capsys):
     assert "nothing to learn" in capsys.readouterr().err
     exported = load_file(tmp_path / "out" / "averaged.safetensors")
     assert all(torch.equal(exported[k], t) for k, t in load_file(path).items())
+
+
+def test_what_is_said_of_the_candidates(checkpoints, tmp_path, capsys):
+    """Their order first; then, each in a line, what is left out, the same, or in doubt."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+
+    def moved(epoch, by):
+        state = load_file(checkpoints / f"epoch_{epoch}.safetensors")
+        return {k: t + by if t.is_floating_point() else t for k, t in state.items()}
+
+    for epoch in range(10):
+        save_file(moved(epoch, 0.0), folder / f"epoch_{epoch}.safetensors")
+        torch.save(moved(epoch, 1e-3), folder / f"epoch_{epoch + 10}.pt")
+    torch.save({"epoch": 3}, folder / "scheduler.pt")
+    (folder / "last.pt").symlink_to("epoch_19.pt")
+    save_file(moved(9, 2e-3), folder / "best.safetensors")
+    line = "21 candidates, oldest first: best, epoch_0, ..., epoch_19\n"
+    notes = [
+        "twa: left out, since no weights are in it: scheduler.pt",
+        "twa: the same weights count once: last.pt is epoch_19.pt",
+        "twa: no epoch or step is in the name of best.safetensors: it counts as older than those"
+        " with one; list the files oldest first if the order is another",
+    ]
+    assert run_cli("pack", "digits", folder, "-o", tmp_path / "basis.safetensors") == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(line) and printed.err.splitlines()[:3] == notes
+    small = ["--steps", "1", "--twa", "t:model:4"]
+    assert run_cli("average", "digits", folder, "-o", tmp_path / "out", *small) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(line) and printed.err.splitlines()[:3] == notes
+    report_text = (tmp_path / "out" / "report.md").read_text()
+    assert f"1. `{folder}/best.safetensors`\n2. `{folder}/epoch_0" in report_text
+    assert f"21. `{folder}/epoch_19.pt`" in report_text and "last.pt" not in report_text
+    beta = json.loads((tmp_path / "out" / "coefficients.json").read_text())["beta"]
+    assert len(beta) == 21
 
 
 def test_output_directory_is_protected(checkpoints, tmp_path, capsys):

@@ -407,7 +407,7 @@ def test_adapter_configurations_must_agree(tmp_path, other, message):
     )
     for k, text in enumerate([json.dumps(first), second]):
         (folder := tmp_path / f"adapter_{k}").mkdir()
-        save_file({"w": torch.ones(3)}, folder / "adapter_model.safetensors")
+        save_file({"w": torch.full((3,), float(k))}, folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(text)
     candidates = twa.Candidates(str(tmp_path / "adapter_*"))
     peft_io.check_configs(
@@ -788,8 +788,9 @@ def test_files_that_are_no_directory_of_a_model_give_no_folder(tmp_path):
     net = torch.nn.Linear(3, 2)
     for k in range(2):
         (tmp_path / f"m{k}").mkdir()
-        save_file(net.state_dict(), tmp_path / f"m{k}" / "model.safetensors")
-        save_file(net.state_dict(), tmp_path / f"m{k}.safetensors")
+        state = {key: t + k for key, t in net.state_dict().items()}
+        save_file(state, tmp_path / f"m{k}" / "model.safetensors")
+        save_file(state, tmp_path / f"m{k}.safetensors")
     for number, paths in enumerate(
         ([tmp_path / "m0", tmp_path / "m1"], str(tmp_path / "m*.safetensors"))
     ):

@@ -217,7 +217,8 @@ def test_sampled_nan(tmp_path, value):
 
 
 def test_identical_candidates(tmp_path):
-    (found,) = sample_findings(Candidates(written(tmp_path, [state(0)] * 3)))
+    paths = written(tmp_path, [state(0)] * 3)
+    (found,) = sample_findings(Candidates.of([Candidates(path)[0] for path in paths]))
     assert found.kind == "identical"
     assert sample_findings(Candidates(written(tmp_path, [state(0)])[:1])) == []
 

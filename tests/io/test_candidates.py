@@ -10,8 +10,8 @@ import twa
 from safetensors.torch import save_file
 from twa.io.candidates import Candidates
 from twa.io.errors import CandidateError
-from twa.io.find import numeric_order
 from twa.io.mapped import MappedFile
+from twa.io.order import numeric_order
 
 
 def state(seed=0, **extra):

@@ -411,7 +411,7 @@ def test_some_rows_only(tmp_path):
 
 def test_a_file_that_changes_meanwhile(tmp_path):
     for k in range(2):
-        save_file({"w": torch.zeros(10_000)}, tmp_path / f"c{k}.safetensors")
+        save_file({"w": torch.full((10_000,), float(k))}, tmp_path / f"c{k}.safetensors")
     candidates = Candidates(tmp_path, block_bytes=1)
     with pytest.raises(CandidateError, match=r"c1\.safetensors: changed while it was being read"):
         for k, _ in enumerate(candidates.stream([("w", None)] * 5)):

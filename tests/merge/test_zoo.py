@@ -30,6 +30,7 @@ from zoo import (
     ResNet,
     animal,
     born,
+    each,
     flat,
     loss_of,
     near,
@@ -129,7 +130,7 @@ def test_identical_candidates_stay(tmp_path, bits, options):
     for k in range(5):
         save(only, tmp_path / f"c{k}.pt")
     subspace = twa.Subspace.from_candidates(
-        model, twa.Candidates(tmp_path / "c*.pt"), bits=bits, **options
+        model, each(tmp_path.glob("c*.pt")), bits=bits, **options
     )
     subspace.set_merge_weights(torch.tensor([3.0, -1.0, -1.0, 0.0, 0.0]))
     optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.1)

@@ -39,7 +39,10 @@ def heap(folder, count=6, step=0.05, duplicate=False, make=make):
         states[4] = {k: (states[0][k] + states[2][k]) / 2 for k in states[0]}
     for k, state in enumerate(states):
         save_file(state, folder / f"c{k}.safetensors")
-    return twa.Candidates(folder / "c*.safetensors")
+    # of, since the copy would not count otherwise
+    return twa.Candidates.of(
+        [twa.Candidates(folder / f"c{k}.safetensors")[0] for k in range(count)]
+    )
 
 
 def data():
@@ -179,7 +182,7 @@ def test_constant_tensors_and_equal_candidates(tmp_path):
             subspace.model[0].weight, model[0].weight
         )
         assert torch.isfinite(subspace.merge_weights()).all()
-    same = twa.Candidates([tmp_path / "c0.safetensors"] * 2)
+    same = twa.Candidates.of([candidates[0]] * 2)
     subspace = twa.Subspace.from_candidates(make(), same, basis="orthonormal", bits=32)
     assert subspace.coefficients.shape[0] == 1 and torch.equal(flat(subspace.model), flat(make()))
 

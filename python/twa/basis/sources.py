@@ -9,7 +9,7 @@ from typing import NoReturn
 from ..io.candidate import Candidate
 from ..io.candidates import BLOCK_BYTES, Candidates
 from ..io.errors import BasisError, CandidateError
-from ..io.formats import SUFFIXES
+from ..io.formats import stem_of
 from ..io.mapped import Part, TensorInfo
 from ..io.safetensors import SAFETENSORS_DTYPES
 from .contents import Contents
@@ -44,7 +44,7 @@ class Source(Candidate):
     @property
     def name(self) -> str:
         """File name without suffix, or name of the directory."""
-        return self.path.stem if self.path.suffix in SUFFIXES else self.path.name
+        return stem_of(self.path)
 
     def fingerprint(self) -> str:
         """The fingerprint of the files when they were packed."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
 from ..basis.segments import parse_granularity
-from ..io.errors import TwaError
+from ..io.candidates import Candidates
+from ..io.errors import CandidateWarning, TwaError
 from ..io.memory import parse_bytes
+from ..io.order import shortened
 
 Value = TypeVar("Value")
 
@@ -76,3 +80,18 @@ def add_candidates(p: argparse.ArgumentParser) -> None:
     p.add_argument("candidates", metavar="CANDIDATES", nargs="+", help=CANDIDATES)
     p.add_argument("--entry", metavar="KEY", help=ENTRY)
     p.add_argument("--ignore", metavar="PATTERN", action="append", default=[], help=IGNORE)
+
+
+def open_candidates(args: argparse.Namespace) -> Candidates:
+    """The candidates that the arguments name. `announce` says what there is to say of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CandidateWarning)
+        return Candidates(args.candidates, entry=args.entry, ignore=args.ignore)
+
+
+def announce(candidates: Candidates) -> None:
+    """Prints the candidates in the order in which they are used, and notes on them."""
+    count = f"{len(candidates)} candidates, oldest first" if len(candidates) > 1 else "1 candidate"
+    print(f"{count}: {shortened(candidates.names)}", flush=True)
+    for note in candidates.notes:
+        print(f"twa: {note}", file=sys.stderr, flush=True)

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     # What is wrong on one rank stops all of them.
     with ranks.fail_together("reading task and candidates"):
         settings = settings_of(args)
-        candidates = Candidates(args.candidates, entry=args.entry, ignore=args.ignore)
+        candidates = arguments.open_candidates(args)
         if ranks.is_rank_zero:
             finished = args.resume and is_finished(args.output)
             if not finished:
@@ -116,6 +116,8 @@ def run(args: argparse.Namespace) -> None:
                     " (--overwrite runs it again)"
                 )
             return
+        if ranks.is_rank_zero:
+            arguments.announce(candidates)
         seed_all(args.seed)
         task = load_task(args.task, args.seed)
         if args.device == "cpu":

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     if task is not None and args.device != "task":
         task = task.on(torch.device(args.device))
     reference = None if args.reference is None else args.reference - 1
-    result = inspect(args.candidates, task, reference, args.entry)
+    result = inspect(args.candidates, task, reference, args.entry, args.ignore)
     print(text(result))
     if args.output is not None:
         write_outputs(args.output, result)

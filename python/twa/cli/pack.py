@@ -14,7 +14,6 @@ from twa_kernels.scaling import NORMALIZE
 
 from ..basis.file import NAME
 from ..basis.segments import GRANULARITIES
-from ..io.candidates import Candidates
 from ..io.errors import BasisError, TwaError
 from ..io.memory import limit_memory
 from ..io.progress import progress_bar
@@ -65,7 +64,8 @@ def run(args: argparse.Namespace) -> None:
         return
     if path.exists() and not args.overwrite and not args.resume:
         raise BasisError("exists; pass --overwrite to replace it", path)
-    candidates = Candidates(args.candidates, entry=args.entry, ignore=args.ignore)
+    candidates = arguments.open_candidates(args)
+    arguments.announce(candidates)
     job = PackToFile(
         path,
         load_task(args.task).model(),

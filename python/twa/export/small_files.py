@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..io.checks import is_inside, printable
 from ..io.dcp import METADATA
+from ..io.formats import INDEX as ANY_INDEX
 
 CONFIG = "config.json"
 INDEX = ".index.json"
@@ -173,7 +174,7 @@ class _Walk:
     def file(self, path: Path) -> None:
         """Takes down a file, unless nobody will miss it."""
         name = path.name
-        if _matches(name, NOT_OF_THE_MODEL) or name.endswith(INDEX):
+        if _matches(name, NOT_OF_THE_MODEL) or fnmatch(name, ANY_INDEX):
             return
         if WEIGHTS.search(name):
             if len(path.parts) > 1:  # at the top they are the candidate's own

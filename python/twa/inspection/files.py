@@ -3,47 +3,51 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 
 from ..io.candidate import Candidate
+from ..io.candidates import open_one
 from ..io.compare import check_info
-from ..io.errors import CandidateError
-from ..io.find import find_checkpoints, in_order
+from ..io.errors import CandidateError, NoWeights
+from ..io.find import find, left_out
+from ..io.order import LISTING, doubts
 from .findings import Finding, some
 from .results import Row
 
 
-def expand(patterns: Iterable[str]) -> list[Path]:
-    """Paths in the order that `Candidates` gives them.
-
-    A pattern that matches nothing stays as it is.
-    """
-    found: list[Path] = []
-    for pattern in patterns:
-        try:
-            found += find_checkpoints([pattern])
-        except CandidateError:
-            found.append(Path(pattern))  # opening it says what is wrong
-    return in_order(found)
-
-
-def open_each(paths: Iterable[Path], entry: str | None = None) -> list[Row]:
-    """Opens every candidate by itself.
+def open_each(
+    paths: Sequence[str], entry: str | None = None, ignore: Sequence[str] = ()
+) -> tuple[list[Row], list[Finding]]:
+    """Opens every candidate by itself, in the order that `Candidates` gives them.
 
     Args:
-        paths: of the files
-        entry: as for `Candidates`
+        paths: files, patterns and directories
+        entry, ignore: as for `Candidates`
+
+    Returns:
+        a row for each, and what there is to say of their names; one without weights that a pattern
+        or a directory brought is no row, if there are others
     """
-    rows = []
-    for path in paths:
+    found = find(paths, keep_unmatched=True)
+    rows, empty = [], []
+    for path in found.paths:
         try:
-            rows.append(Row(path, Candidate(path, entry)))
+            rows.append(Row(path, open_one(found, path, entry, ignore)))
         except CandidateError as error:
             rows.append(Row(path, None, error.problem))
-    return rows
+            if isinstance(error, NoWeights) and path in found.searched:
+                empty.append(path)
+    opened = [row.path for row in rows if row.candidate is not None]
+    findings = [Finding("note", "inside", text, "nothing needs to be done") for text in found.notes]
+    if opened:
+        rows = [row for row in rows if row.path not in empty]
+        advice = "nothing needs to be done"
+        findings += [Finding("note", "left-out", text, advice) for text in left_out(empty, opened)]
+    if found.by_age:
+        findings += [Finding("note", "order", text, LISTING) for text in doubts(opened)]
+    return rows, findings
 
 
 def signature(candidate: Candidate) -> frozenset:

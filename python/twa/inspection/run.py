@@ -9,7 +9,7 @@ from ..io.errors import CandidateError, TwaError
 from ..tasks.contract import Task
 from .barrier import barrier_findings, measure_barrier
 from .contents import content_findings, geometry_findings, read_contents, tensor_findings
-from .files import expand, file_findings, matching, open_each
+from .files import file_findings, matching, open_each
 from .findings import SEVERITIES, Finding
 from .geometry import Geometry
 from .results import Inspection, Row
@@ -21,6 +21,7 @@ def inspect(
     task: Task | None = None,
     reference: int | None = None,
     entry: str | None = None,
+    ignore: Sequence[str] = (),
     progress: bool = True,
 ) -> Inspection:
     """Looks at files, tensors, weights and, with a task, losses.
@@ -31,7 +32,7 @@ def inspect(
         task: model, data and loss, for validation losses
         reference: position of the candidate that the others are compared with; None: keys and
             shapes are compared with those of most, weights with their mean
-        entry: key under which torch and DCP checkpoints hold the weights
+        entry, ignore: as for `Candidates`
         progress: whether bars are shown
 
     Returns:
@@ -42,15 +43,15 @@ def inspect(
         CandidateError: the reference cannot be read
         TaskError: the task does not keep its contract
     """
-    rows = open_each(expand(paths), entry)
+    rows, of_names = open_each(paths, entry, ignore)
     if reference is not None and not 0 <= reference < len(rows):
         raise TwaError(f"--reference: expected 1 to {len(rows)}, found {reference + 1}")
     matched = matching(rows, reference)
-    result = Inspection(rows, file_findings(rows, matched))
+    result = Inspection(rows, [*file_findings(rows, matched), *of_names])
     if matched:
         chosen = None if reference is None else rows[reference]
         try:
-            _inspect_matching(result, matched, chosen, task, entry, progress)
+            _inspect_matching(result, matched, chosen, task, progress)
         except CandidateError as error:  # such as a model of the task that the files do not fit
             finding = Finding("error", "candidates", str(error), "see docs/inspect.md")
             result.findings.append(finding)
@@ -63,11 +64,10 @@ def _inspect_matching(
     matched: list[Row],
     reference: Row | None,
     task: Task | None,
-    entry: str | None,
     progress: bool,
 ) -> None:
     """Looks at the candidates that match each other, and adds what is found to the result."""
-    candidates = Candidates([row.path for row in matched], entry=entry)
+    candidates = Candidates.of([row.candidate for row in matched if row.candidate is not None])
     found = result.findings
     # Only these kinds: the rest is found exactly below.
     found += [f for f in sample_findings(candidates) if f.kind in ("unrelated", "stray")]
@@ -80,9 +80,9 @@ def _inspect_matching(
             row.problem = "NaN or Inf"
     if not content.sound:
         return
-    sound = Candidates([paths[i] for i in content.sound], entry=entry)  # which may order them anew
+    sound = Candidates.of([candidates[i] for i in content.sound])
     result.members = [c.path for c in sound]
-    positions = [paths.index(path) for path in result.members]
+    positions = content.sound
     at = None
     if reference is not None and reference.path in result.members:
         at = result.members.index(reference.path)

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from .errors import CandidateError
-from .formats import open_checkpoint
+from .errors import CandidateError, NoWeights
+from .formats import open_checkpoint, stem_of
 from .mapped import Part, Source, shape_of
 
 Value = TypeVar("Value")
@@ -55,7 +55,7 @@ class Candidate:
         self.path, self.entry, self.kind, self.files = path, entry, found.kind, found.files
         self.ignore, self.metadata = tuple(ignore), found.metadata
         if not found.tensors:
-            raise CandidateError("expected a checkpoint, found no tensors", path)
+            raise NoWeights("expected a checkpoint, found no tensors", path)
         tensors = self._wanted(_without_wrappers(found.tensors))
         if not tensors:
             raise CandidateError(f"expected tensors, found all ignored by {self.ignore}", path)
@@ -97,8 +97,8 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """File name without suffix, or name of the directory."""
-        return self.path.stem if self.path.is_file() else self.path.name
+        """File name without suffix (.pth.tar is one), or name of the directory."""
+        return stem_of(self.path) if self.path.is_file() else self.path.name
 
     def tensor(self, key: str, part: Part | None = None) -> Tensor:
         """The tensor, or a part of it: one slice per dimension.

@@ -11,9 +11,11 @@ import contextlib
 import copy
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import overload
 
 import torch
@@ -24,9 +26,11 @@ from twa_kernels.layout import FLOATS
 
 from .candidate import Candidate
 from .compare import check_same
-from .errors import CandidateError, TwaError
-from .find import find_checkpoints
+from .duplicates import without_duplicates
+from .errors import CandidateError, CandidateWarning, NoWeights, TwaError
+from .find import Found, find, left_out
 from .mapped import Part, Source, TensorInfo, shape_of
+from .order import LISTING, doubts
 
 #: bytes of a block, of all candidates together: a read that pays on any disk, and little memory
 BLOCK_BYTES = 64 << 20
@@ -54,17 +58,19 @@ class Block:
 class Candidates(Sequence[Candidate]):
     """The heap: n checkpoints with the same tensors.
 
-    They are in numeric order of their names within each pattern. A list of files in alphabetic
-    order, as a shell gives it, is put in numeric order too; any other list keeps its order. Order
-    matters to EMA and LAWA: earlier candidates first.
+    Earlier candidates come first, which matters to EMA and LAWA: within each pattern they are in
+    the order of the epochs, steps or other numbers in their names. A list of files in the order of
+    a directory's listing, as a shell gives it, is put in that order too; any other list keeps its
+    order. Files without weights that a pattern or a directory brings are left out, and the same
+    weights count once, whatever their names.
 
         candidates = twa.Candidates("run/step_*.safetensors")
 
-    docs/formats.md has the formats.
+    docs/formats.md has the formats, and the rules of order.
 
     Args:
-        paths: one or several of: a file (.safetensors, .pt, .pth, .bin, .ckpt), a glob pattern, a
-            directory that is a checkpoint (Hugging Face, sharded or not, a PEFT adapter,
+        paths: one or several of: a file (.safetensors, .pt, .pth, .bin, .ckpt, .pth.tar), a glob
+            pattern, a directory that is a checkpoint (Hugging Face, sharded or not, a PEFT adapter,
             torch.distributed.checkpoint), a directory with checkpoints in it
         entry: the key under which torch and DCP checkpoints hold the weights, such as
             "state_dict_ema"; None: the usual ones
@@ -75,13 +81,18 @@ class Candidates(Sequence[Candidate]):
     Attributes:
         at_hand: whether weights can be read, as those of a basis that is loaded alone cannot
         bytes_read: bytes of all tensors handed out so far
+        notes: what was left out, and what is doubtful about the order, a sentence each
 
     Raises:
         CandidateError: there are none, or one cannot be read. That their keys, shapes or kinds of
             dtype differ is said at the first use without a model that takes all of them
+
+    Warns:
+        CandidateWarning: some are the same, or their names leave the order in doubt
     """
 
     at_hand = True
+    notes: Sequence[str] = ()
 
     def __init__(
         self,
@@ -91,8 +102,23 @@ class Candidates(Sequence[Candidate]):
         ignore: Sequence[str] = (),
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
-        found = find_checkpoints([paths] if isinstance(paths, str | os.PathLike) else paths)
-        self._hold([Candidate(path, entry, ignore) for path in found], block_bytes)
+        found = find([paths] if isinstance(paths, str | os.PathLike) else paths)
+        opened, without_weights = open_each(found, entry, ignore)
+        once, same = without_duplicates(opened) if len(opened) > 1 else (opened, "")
+        doubtful = [same] if same else []
+        if found.by_age:
+            doubtful += [f"{text}; {LISTING}" for text in doubts([c.path for c in once])]
+        for text in doubtful:
+            warnings.warn(text, CandidateWarning, stacklevel=2)
+        self._hold(once, block_bytes)
+        self.notes = [*without_weights, *doubtful, *found.notes]
+
+    @classmethod
+    def of(cls, candidates: Sequence[Candidate]) -> Candidates:
+        """Candidates that are open, in this order; one that is the same as another counts, too."""
+        made = cls.__new__(cls)
+        made._hold(candidates, BLOCK_BYTES)
+        return made
 
     def translated(self, tensors: Sequence[Mapping[str, Source]]) -> Candidates:
         """The same checkpoints with their tensors as a model has them.
@@ -103,7 +129,7 @@ class Candidates(Sequence[Candidate]):
         made = copy.copy(self)
         pairs = zip(self, tensors, strict=True)
         made._hold([c.translated(found) for c, found in pairs], self.block_bytes)
-        made._fingerprints, made.checked = self._fingerprints, True
+        made._fingerprints, made.checked, made.notes = self._fingerprints, True, self.notes
         return made
 
     def _hold(self, candidates: Sequence[Candidate], block_bytes: int) -> None:
@@ -311,6 +337,52 @@ class Candidates(Sequence[Candidate]):
         for block in self.stream([(key, part)], rows=used):
             average_into(out.view(-1)[block.begin : block.end], block.rows, weights[used])
         return out
+
+
+def open_each(
+    found: Found, entry: str | None, ignore: Sequence[str] = ()
+) -> tuple[list[Candidate], list[str]]:
+    """Opens what was found.
+
+    Args:
+        found: by `find`
+        entry, ignore: as for `Candidates`
+
+    Returns:
+        the candidates, and a note of what holds no weights
+
+    Raises:
+        CandidateError: one cannot be read, or holds no weights and was named; or none holds any
+    """
+    opened, empty, first = [], [], None
+    for path in found.paths:
+        try:
+            opened.append(open_one(found, path, entry, ignore))
+        except NoWeights as error:
+            if path not in found.searched:
+                if len(found.paths) == 1:
+                    raise
+                advice = "leave it out, or put the pattern that brought it in quotes"
+                raise NoWeights(f"{error.problem}; {advice}", path) from error
+            empty.append(path)
+            first = first or error
+    if not opened:
+        raise CandidateError(f"no candidates: nothing of what was found holds weights; {first}")
+    return opened, left_out(empty, [c.path for c in opened])
+
+
+def open_one(found: Found, path: Path, entry: str | None, ignore: Sequence[str] = ()) -> Candidate:
+    """One of those that were found.
+
+    Raises:
+        NoWeights: there are no weights in it; a file that was named may have integers alone
+        CandidateError: it cannot be read
+    """
+    candidate = Candidate(path, entry, ignore)
+    dtypes = [info.dtype for info in candidate.info.values()]
+    if path in found.searched and not any(d.is_floating_point or d.is_complex for d in dtypes):
+        raise NoWeights("expected a checkpoint, found no floating-point tensors", path)
+    return candidate
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeGuard
 
+import torch
 from torch import Tensor
 
 from .errors import CandidateError
@@ -213,3 +214,15 @@ def alike(found: object, expected: object) -> bool:
             return False
         return all(map(alike, found, expected))
     return type(found) is type(expected)
+
+
+def equal_values(a: object, b: object) -> bool:
+    """Whether two trees of plain values and tensors are equal."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        same = isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype
+        return same and torch.equal(a, b)  # type: ignore[arg-type]
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(equal_values(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(equal_values, a, b))
+    return type(a) is type(b) and a == b

@@ -23,6 +23,17 @@ class CandidateError(TwaError):
     """A checkpoint cannot be read, or does not fit the others or the model."""
 
 
+class NoWeights(CandidateError):
+    """A file or directory is not damaged, but there are no weights in it.
+
+    It is left out where a directory or a pattern brought it, and an error where it was named.
+    """
+
+
+class CandidateWarning(UserWarning):
+    """Candidates are used in another way than was perhaps meant; the message says how."""
+
+
 class BasisError(TwaError):
     """A file is no packed basis, or none that fits."""
 

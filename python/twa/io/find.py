@@ -4,60 +4,111 @@ from __future__ import annotations
 
 import glob
 import os
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import CandidateError
-from .formats import SUFFIXES, is_checkpoint_folder
+from .formats import FSDP_FOLDER, is_checkpoint_folder, suffix_of
+from .order import age, in_order, shortened
+
+#: begins of names of directories in a checkpoint that hold parts of it, and no other checkpoints
+PARTS = (FSDP_FOLDER, "optimizer", "global_step")
 
 
-def numeric_order(path: Path | str) -> list[tuple[int, int, str]]:
-    """Sort key that orders step_9 before step_10."""
-    return [
-        (0, int(part), "") if part.isdecimal() else (1, 0, part)
-        for part in re.split(r"(\d+)", str(path))
-        if part
-    ]
+@dataclass
+class Found:
+    """What paths and patterns lead to.
+
+    Attributes:
+        paths: of checkpoints, in order
+        searched: those that a pattern or a directory has brought: they may turn out to hold no
+            weights
+        by_age: whether the order is that of `order.age`, and not a list's own
+        notes: what may have been meant otherwise, a sentence each
+    """
+
+    paths: list[Path] = field(default_factory=list)
+    searched: set[Path] = field(default_factory=set)
+    by_age: bool = True
+    notes: list[str] = field(default_factory=list)
+
+
+def find(patterns: Iterable[str | os.PathLike[str]], keep_unmatched: bool = False) -> Found:
+    """What may be checkpoints, before any is opened.
+
+    Args:
+        patterns: each a file, a glob pattern, a directory that is one checkpoint, or a directory in
+            which checkpoints lie
+        keep_unmatched: whether a pattern that matches nothing is taken for a file's name, so that
+            opening it says what is wrong
+
+    Raises:
+        CandidateError: there are no patterns, or one matches nothing
+    """
+    found = Found()
+    named: set[Path] = set()
+    for pattern in patterns:
+        text = os.fspath(pattern)
+        is_path = os.path.exists(text) or not glob.has_magic(text)
+        matches = [text] if is_path else glob.glob(text, recursive=True)
+        if not matches and keep_unmatched:
+            is_path, matches = True, [text]
+        if not matches:
+            raise CandidateError(f"no candidates: nothing matches {text!r}")
+        paths: list[Path] = []
+        for match in map(Path, matches):
+            inside = _inside(match) if match.is_dir() and not is_checkpoint_folder(match) else []
+            paths += inside or [match]  # opening it says what was expected
+            (named if is_path and not inside else found.searched).update(inside or [match])
+            if match.is_dir() and not inside:
+                found.notes += _others_inside(match)
+        found.paths += sorted(dict.fromkeys(paths), key=age)  # ** brings a directory and its files
+    if not found.paths:
+        raise CandidateError("no candidates: expected at least one checkpoint, found none")
+    found.searched -= named
+    found.paths, found.by_age = in_order(found.paths)
+    return found
 
 
 def find_checkpoints(patterns: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Paths of checkpoints, in numeric order.
+    """The paths of `find`."""
+    return find(patterns).paths
 
-    A pattern is a file, a glob pattern, a directory that is one checkpoint, or a directory in which
-    checkpoints lie.
+
+def left_out(empty: Sequence[Path], opened: Sequence[Path]) -> list[str]:
+    """The note on what a pattern or a directory has brought that holds no weights.
+
+    Args:
+        empty: paths of these
+        opened: paths of the candidates; a directory around one needs no word
     """
-    found: list[Path] = []
-    for pattern in patterns:
-        text = os.fspath(pattern)
-        if os.path.exists(text) or not glob.has_magic(text):
-            matches = [text]
-        else:
-            matches = sorted(glob.glob(text, recursive=True), key=numeric_order)
-        if not matches:
-            raise CandidateError(f"no candidates: nothing matches {text!r}")
-        for match in map(Path, matches):
-            is_collection = match.is_dir() and not is_checkpoint_folder(match)
-            found += _inside(match) if is_collection else [match]
-    if not found:
-        raise CandidateError("no candidates: expected at least one checkpoint, found none")
-    return in_order(found)
-
-
-def in_order(found: list[Path]) -> list[Path]:
-    """Paths in alphabetic order are put in numeric order; others stay as they are.
-
-    Alphabetic is how a shell lists what a pattern matches: step_10 before step_9.
-    """
-    return sorted(found, key=numeric_order) if found == sorted(found, key=str) else found
+    around = {folder for path in opened for folder in path.parents}
+    names = [path for path in empty if path not in around]
+    return [f"left out, since no weights are in it: {shortened(names)}"] if names else []
 
 
 def _inside(folder: Path) -> list[Path]:
     """The checkpoints in a directory that is none itself."""
-    inside = [
+    return [
         p
         for p in folder.iterdir()
-        if not p.name.startswith(".")
-        and (p.suffix in SUFFIXES if p.is_file() else is_checkpoint_folder(p))
+        if not p.name.startswith(".") and (suffix_of(p) if p.is_file() else is_checkpoint_folder(p))
     ]
-    return sorted(inside, key=numeric_order) or [folder]  # opening it says what was expected
+
+
+def _others_inside(folder: Path) -> list[str]:
+    """A note on the checkpoints in a directory that is one itself, such as a Trainer's output."""
+    others = [
+        p
+        for p in sorted(folder.iterdir(), key=age)
+        if p.is_dir() and not p.name.startswith((".", *PARTS)) and is_checkpoint_folder(p)
+    ]
+    if not others:
+        return []
+    prefixes = {p.name.rstrip("0123456789") for p in others}
+    pattern = f"{folder}/{prefixes.pop() if len(prefixes) == 1 else ''}*"
+    return [
+        f"{folder} is one checkpoint, and has {len(others)} more inside"
+        f" ({shortened(others, 4)}): '{pattern}' names those"
+    ]

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import loading
 from .candidate import N_AVERAGED, Candidate
 from .candidates import Candidates
-from .checks import first_line
+from .checks import equal_values, first_line
 from .compare import check_info, check_not_quantised
 from .errors import CandidateError, TwaError
 from .formats import MODEL_FILES
@@ -325,24 +325,12 @@ def _check_extra(candidates: Candidates) -> None:
     first = candidates[0]
     for other in candidates[1:]:
         for key in sorted(first.extra.keys() | other.extra.keys()):
-            if not _equal(first.extra.get(key), other.extra.get(key)):
+            if not equal_values(first.extra.get(key), other.extra.get(key)):
                 raise CandidateError(
                     f"{key!r}, the extra state of a module, is not that of {first.path}: it cannot"
                     " be averaged",
                     other.path,
                 )
-
-
-def _equal(a: object, b: object) -> bool:
-    """Whether two trees of plain values and tensors are equal."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        same = isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype
-        return same and torch.equal(a, b)  # type: ignore[arg-type]
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return type(a) is type(b) and len(a) == len(b) and all(map(_equal, a, b))
-    return type(a) is type(b) and a == b
 
 
 def _prepared(model: nn.Module, candidate: Candidate) -> _Read:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .checks import check_name, first_line
-from .errors import CandidateError, TwaError
+from .errors import CandidateError, NoWeights, TwaError
 from .mapped import MappedFile, Stored, TensorInfo, span
 from .torch_pickle import NAMES, Described, NotDense, parse_storage
 from .unpickle import MAX_PICKLE, Refused, unpickle
@@ -32,6 +32,9 @@ MAX_DEPTH = 16  # of dicts in dicts
 #: attribute of a zip archive's entry, for which PyTorch gives uninitialised memory
 DIRECTORY = 0x10
 LOCAL_HEADER, LOCAL_HEADER_BYTES = b"PK\3\4", 30  # before each record of a zip archive
+TAR, TAR_AT = b"ustar", 257  # in every tar archive
+#: names in a pickle, one of which it has if it has a tensor of floating-point numbers
+FLOAT_STORAGES = (b"FloatStorage", b"DoubleStorage", b"HalfStorage", b"BFloat16Storage", b"Untyped")
 
 
 class Window(io.RawIOBase):
@@ -67,14 +70,19 @@ class Window(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def explained(where: str) -> Iterator[None]:
-    """CandidateError for whatever a damaged or malicious pickle sets off."""
+def explained(where: str, has_floats: bool) -> Iterator[None]:
+    """CandidateError for whatever a damaged or malicious pickle sets off.
+
+    Args:
+        where: how messages name it
+        has_floats: whether it may have tensors of floating-point numbers
+    """
     try:
         yield
     except CandidateError:
         raise
     except Refused as error:
-        raise CandidateError(
+        raise (CandidateError if has_floats else NoWeights)(
             f"refused: loading it would run code from the file; save the state_dict alone,"
             f" for example as safetensors ({error})",
             where,
@@ -123,8 +131,9 @@ class Archive:
             raise CandidateError(
                 f"expected at most {MAX_PICKLE} bytes in data.pkl, found {size}", where
             )
-        with explained(where):
-            self.content = unpickle(bytes_of(file.path, at, size), NAMES, parse_storage)
+        pickle = bytes_of(file.path, at, size)
+        with explained(where, any(name in pickle for name in FLOAT_STORAGES)):
+            self.content = unpickle(pickle, NAMES, parse_storage)
 
     def place(self, t: Described) -> Stored:
         """Where a tensor lies; CandidateError if it is not in the archive."""
@@ -168,6 +177,8 @@ def _open(path: Path) -> Archive:
     if not file.size:
         raise CandidateError("not a complete torch checkpoint: it is empty", path)
     if bytes_of(path, 0, 4) != LOCAL_HEADER:
+        if bytes_of(path, TAR_AT, len(TAR)) == TAR:
+            raise NoWeights("not a torch checkpoint: a tar archive; unpack it first", path)
         raise CandidateError(
             "not a torch checkpoint: expected a zip archive as torch.save writes it; a file from"
             " before PyTorch 1.6 must be loaded with torch.load(weights_only=True) and saved again",

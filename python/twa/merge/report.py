@@ -69,8 +69,15 @@ def table_rows(results: list[Result], task: Task) -> tuple[list[str], list[list[
     return header, rows
 
 
-def markdown(outcome: Outcome, task: Task, command: str) -> str:
-    """The page report.md. `command` is what was run."""
+def markdown(outcome: Outcome, task: Task, names: list[str], command: str) -> str:
+    """The page report.md.
+
+    Args:
+        outcome: of the run
+        task: names the test figures
+        names: paths of the candidates, in order
+        command: what was run
+    """
     winner = outcome.winner
     note = f" ({winner.note})" if winner.note else ""
     remarks = [REMARKS]
@@ -86,6 +93,10 @@ def markdown(outcome: Outcome, task: Task, command: str) -> str:
         *remarks,
         "",
         "![loss curves, methods and merge weights](report.png)",
+        "",
+        "Candidates in the order used, oldest first:",
+        "",
+        *(f"{k}. `{name}`" for k, name in enumerate(names, 1)),
         "",
         f"    {command}",
         "",
@@ -258,6 +269,6 @@ def write_outputs(
         return []
     header, rows = table_rows(outcome.results, task)
     write_json(folder / "results.json", [dict(zip(header, row, strict=True)) for row in rows])
-    write_text(folder / "report.md", markdown(outcome, task, command))
+    write_text(folder / "report.md", markdown(outcome, task, names, command))
     write_bytes(folder / "report.png", picture(outcome, task))
     return [*written, *REPORTS]
