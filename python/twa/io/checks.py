@@ -17,6 +17,7 @@ from typing import NoReturn, TypeGuard
 from torch import Tensor
 
 from .errors import CandidateError
+from .foreign import foreign
 
 #: elements of a tensor, before its size is multiplied out in fixed-width integers
 MAX_ELEMENTS = 1 << 60
@@ -97,6 +98,8 @@ def read_json(path: Path, expected: str = "expected JSON", limit: int = MAX_HEAD
     try:
         return parse_json(path.read_bytes())
     except (ValueError, RecursionError, OSError) as error:
+        if what := foreign(path, json=True):
+            raise CandidateError(f"{expected}; {what}", path) from error
         raise CandidateError(
             f"{expected} ({type(error).__name__}: {first_line(error)})", path
         ) from error

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from . import dcp
 from .checks import is_file_name, read_json
 from .errors import CandidateError
+from .foreign import foreign
 from .mapped import Source
 from .safetensors import read_safetensors
-from .torch_zip import read_torch
+from .torch_zip import Entries, read_torch
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 #: keys under which training scripts put the weights of a larger checkpoint
@@ -39,11 +40,33 @@ class Checkpoint:
         kind: "safetensors", "torch", "huggingface" (a directory or index), "adapter" (PEFT), "dcp"
         tensors: where each tensor lies, by key
         files: all files that it is made of
+        metadata: of a saved state_dict: name of each module -> what it stores beside its tensors,
+            such as a version; {} if there is none
+        extra: key -> what modules store that is no tensor (`_extra_state`): plain values with
+            tensors in memory; an `unpickle.Made` for a value that holds an object of another class
+        others: names that stood among the weights with plain values, which are left out
     """
 
     kind: str
     tensors: Mapping[str, Source]
     files: tuple[Path, ...]
+    metadata: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    extra: Mapping[str, object] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+
+
+class Weights(dict[str, Source]):
+    """The tensors of a checkpoint, and what was beside them: see `Checkpoint`."""
+
+    def __init__(self, tensors: Mapping[str, Source], of: object = None) -> None:
+        super().__init__(tensors)
+        self.metadata = of.metadata if isinstance(of, Entries) else {}
+        self.extra = of.extra if isinstance(of, Entries) else {}
+        self.others = tuple(of.others) if isinstance(of, Entries) else ()
+
+    def checkpoint(self, kind: str, files: tuple[Path, ...]) -> Checkpoint:
+        """The checkpoint of this kind that they are of."""
+        return Checkpoint(kind, self, files, self.metadata, self.extra, self.others)
 
 
 def open_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
@@ -72,7 +95,7 @@ def open_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
     if path.name.endswith(".index.json"):
         return _indexed(path, entry)
     kind = "safetensors" if path.suffix == ".safetensors" else "torch"
-    return Checkpoint(kind, _one_file(path, entry), (path,))
+    return _one_file(path, entry).checkpoint(kind, (path,))
 
 
 def is_checkpoint_folder(folder: Path) -> bool:
@@ -84,13 +107,13 @@ def _directory(folder: Path, entry: str | None) -> Checkpoint:
     for name in MODEL_FILES:
         if (folder / name).is_file():
             found = open_checkpoint(folder / name, entry)
-            return Checkpoint("huggingface", found.tensors, found.files)
+            return replace(found, kind="huggingface")
     for name in ADAPTER_FILES:
         if (folder / name).is_file():
-            return Checkpoint("adapter", _one_file(folder / name, entry), (folder / name,))
+            return _one_file(folder / name, entry).checkpoint("adapter", (folder / name,))
     if (folder / dcp.METADATA).is_file():
         leaves, files = dcp.read(folder)
-        return Checkpoint("dcp", _weights_of(leaves, folder, entry), files)
+        return _weights_of(leaves, folder, entry).checkpoint("dcp", files)
     raise CandidateError(
         f"expected a directory with a Hugging Face checkpoint ({', '.join(MODEL_FILES)}),"
         " a PEFT adapter (adapter_model.safetensors) or a torch.distributed.checkpoint"
@@ -99,18 +122,19 @@ def _directory(folder: Path, entry: str | None) -> Checkpoint:
     )
 
 
-def _one_file(path: Path, entry: str | None) -> dict[str, Source]:
+def _one_file(path: Path, entry: str | None) -> Weights:
     if path.suffix == ".safetensors":
         if entry is not None:
             raise CandidateError(
                 f"entry {entry!r}: a safetensors file has no entries to choose from", path
             )
-        return dict(read_safetensors(path))
+        return Weights(read_safetensors(path))
     if path.suffix in SUFFIXES:
         return _weights_of(read_torch(path), path, entry)
+    what = f"; {found}" if (found := foreign(path)) else ""
     raise CandidateError(
         f"expected a file ending in {', '.join(SUFFIXES)}, or a directory with a sharded"
-        " checkpoint's index",
+        f" checkpoint's index{what}",
         path,
     )
 
@@ -126,8 +150,7 @@ def _indexed(index: Path, entry: str | None) -> Checkpoint:
         raise CandidateError(expected, index)
     if not all(isinstance(name, str) for name in weight_map.values()):
         raise CandidateError(expected, index)
-    tensors: dict[str, Source] = {}
-    paths = []
+    tensors, paths = Weights({}), []
     for name in sorted(set(weight_map.values())):
         if not is_file_name(name):
             raise CandidateError(
@@ -137,14 +160,18 @@ def _indexed(index: Path, entry: str | None) -> Checkpoint:
         if not path.is_file():
             raise CandidateError(f"no such file, but {index.name} names it", path)
         paths.append(path)
-        for key, source in _one_file(path, entry).items():
+        found = _one_file(path, entry)
+        for key, source in found.items():
             if key in tensors:
                 raise CandidateError(f"tensor {key!r} is in {name} and in an earlier shard", index)
             tensors[key] = source
+        tensors.metadata |= found.metadata
+        tensors.extra |= found.extra
+        tensors.others += found.others
     for key, name in weight_map.items():
         if key not in tensors:
             raise CandidateError(f"tensor {key!r} should be in {name}, but no shard has it", index)
-    return Checkpoint("huggingface", tensors, (index, *paths))
+    return tensors.checkpoint("huggingface", (index, *paths))
 
 
 # Which of a checkpoint's entries are the weights -------------------------------------------------
@@ -157,7 +184,7 @@ def _tensors_in(content: object) -> dict[str, Source]:
     return {k: v for k, v in content.items() if not isinstance(v, dict)}
 
 
-def _weights_of(content: object, path: Path, entry: str | None) -> dict[str, Source]:
+def _weights_of(content: object, path: Path, entry: str | None) -> Weights:
     """The tensors of a checkpoint.
 
     It is a state_dict, or a dict that holds one under the given key or else a usual one.
@@ -165,24 +192,43 @@ def _weights_of(content: object, path: Path, entry: str | None) -> dict[str, Sou
     if entry is not None:
         inner: object = content
         for part in entry.split("."):
+            _check_object(inner, part, path)
             inner = inner.get(part) if isinstance(inner, dict) else None
-        if not (tensors := _tensors_in(inner)):
-            raise CandidateError(
-                f"expected weights under {entry!r}; there are some under:"
-                f" {', '.join(entries(content)) or 'none'}",
-                path,
-            )
-        return tensors
-    if isinstance(content, dict):
-        for key in NESTED_KEYS:
-            if tensors := _tensors_in(content.get(key)):
-                return tensors
-    if tensors := _tensors_in(content):
-        return tensors
+        if tensors := _weights_in(inner, path):
+            return tensors
+        raise CandidateError(
+            f"expected weights under {entry!r}; there are some under:"
+            f" {', '.join(entries(content)) or 'none'}",
+            path,
+        )
     hint = ""
     if found := entries(content):
         hint = f"; there are some under: {', '.join(found)}: name one as entry"
+    if isinstance(content, dict):
+        for key in NESTED_KEYS:
+            _check_object(content, key, path, hint)
+            if tensors := _weights_in(content.get(key), path, hint):
+                return tensors
+    if tensors := _weights_in(content, path, hint):
+        return tensors
     raise CandidateError(f"expected a dict of tensors (a state_dict), found none{hint}", path)
+
+
+def _weights_in(content: object, path: Path, hint: str = "") -> Weights | None:
+    """The tensors of a dict; None if there are none.
+
+    CandidateError if something stands among them, or in their place, that is not understood.
+    """
+    for key in content.odd if isinstance(content, Entries) else ():
+        _check_object(content, key, path, hint)
+    tensors = _tensors_in(content)
+    return Weights(tensors, content) if tensors else None
+
+
+def _check_object(content: object, key: str, path: Path, hint: str = "") -> None:
+    """CandidateError if what stands under a key is not understood."""
+    if isinstance(content, Entries) and (found := content.odd.get(key)):
+        raise found.error(path, key, hint)
 
 
 def entries(content: object) -> list[str]:
