@@ -222,6 +222,8 @@ class Entries(dict[str, object]):
         """Adds a tensor or dict; what cannot be told from others by its name is odd."""
         if len(name) > MAX_NAME:
             self.odd[f"{name[:100]}..."] = Odd(f"one with a name of {len(name)} characters")
+        elif not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+            self.odd[ascii(name)] = Odd("one with a name that is no text")
         elif name in self:
             self.odd[name] = Odd("two of one name")
         else:

@@ -334,7 +334,7 @@ def _protocol(m: Machine) -> None:
 
 def _text(size: int) -> Instruction:
     """The instruction that pushes a text, whose length is a number of `size` bytes."""
-    return _push(lambda m: m.take(m.number(size)).decode("utf-8"))
+    return _push(lambda m: m.take(m.number(size)).decode("utf-8", "surrogatepass"))
 
 
 def bytes_of_length(size: int) -> Instruction:
