@@ -48,6 +48,8 @@ def foreign(path: Path, *, json: bool = False) -> str:
             head = f.read(HEAD)
     except OSError:
         return ""
+    if not head:
+        return "this is an empty file"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:64]
     for begin, what in _BEGINS.items():
         if head.startswith(begin) or (what == _PAGE and text.lower().startswith(begin)):
@@ -58,7 +60,7 @@ def foreign(path: Path, *, json: bool = False) -> str:
         return "this is a tar archive: unpack it, and give the checkpoint that is in it"
     if head[:1] == b"\x08" and head[2:3] == b"\x12" and b"pytorch" in head[:64]:
         return "this is an ONNX model: save the weights from PyTorch"
-    if 0x81 <= (head or b"\0")[0] <= 0x8F and 0xA1 <= head[1:2].ljust(1, b"\0")[0] <= 0xBF:
+    if 0x81 <= head[0] <= 0x8F and 0xA1 <= head[1:2].ljust(1, b"\0")[0] <= 0xBF:
         return "this is a msgpack file, as Flax writes: save the weights from PyTorch"
     return ""
 

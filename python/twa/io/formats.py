@@ -207,7 +207,8 @@ def _weights_of(content: object, path: Path, entry: str | None) -> Weights:
     if isinstance(content, dict):
         for key in NESTED_KEYS:
             _check_object(content, key, path, hint)
-            if tensors := _weights_in(content.get(key), path, hint):
+            inside = content.get(key)
+            if tensors := _weights_in(inside, path, "" if _tensors_in(inside) else hint):
                 return tensors
     if tensors := _weights_in(content, path, hint):
         return tensors
