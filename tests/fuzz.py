@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
+import decimal
 import gc
 import json
 import multiprocessing
 import os
+import pathlib
 import pickle
 import random
 import resource
@@ -27,12 +30,14 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO, StringIO
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import numpy
 import processes
 import torch
 import torch.distributed.checkpoint as torch_dcp
@@ -89,9 +94,9 @@ class Model(nn.Module):
         )
 
 
-def saved(value):
+def saved(value, protocol=2):
     buffer = BytesIO()
-    torch.save(value, buffer)
+    torch.save(value, buffer, pickle_protocol=protocol)
     return buffer.getvalue()
 
 
@@ -115,6 +120,33 @@ def torch_values():
     yield nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).state_dict(keep_vars=True) | {
         "p": nn.Parameter(torch.ones(2, dtype=torch.float16))
     }
+
+
+class Fields(dict):
+    """A dict with attributes."""
+
+
+def objects():
+    """What stands beside weights, and is not looked into."""
+    fields = Fields(a=Fields(b=1))
+    fields.more = pathlib.PurePosixPath("x")
+    beside = [
+        [numpy.float64(0.5), numpy.ones(2), numpy.random.RandomState(0).get_state()[:2]],
+        [datetime.date(2024, 1, 1), decimal.Decimal("1.5"), 1 << 100, 1 + 2j, bytearray(b"x")],
+        [{1, 2}, frozenset({3}), deque([1], 2), defaultdict(list, {"a": [1]}), Counter("ab")],
+        [partial(max, 1), nn.ReLU, str.lower, slice(1, 2), nn.MSELoss(), fields],
+        {(1, (2, 3)): 4, frozenset({1}): 5, 1 << 90: 6, None: 7},
+    ]
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    return {"before": beside, "state_dict": model.state_dict(), "after": beside}
+
+
+def extra_states():
+    """With _metadata and extra states, among them an object."""
+    state = nn.BatchNorm1d(2).state_dict()
+    state["a._extra_state"] = {"amax": [torch.ones(2), 1.5], "name": ("x", None, b"y")}
+    state["b._extra_state"] = {"recipe": pathlib.PurePosixPath("x")}
+    return state
 
 
 def run_state():
@@ -219,6 +251,9 @@ def make_seeds():
     ]
     for value in torch_values():
         seeds["torch"].append({"x.pt": saved(value)})
+    for protocol in (2, 4):
+        for value in (objects(), extra_states()):
+            seeds["torch"].append({"x.pt": saved(value, protocol)})
     for k in range(2):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -560,6 +595,7 @@ def work(connection, indices, seed, kinds, seeds, root):
     shutil.copytree("heap", root / "heap")
     os.chdir(root)
     tempfile.tempdir = str(root / "tmp")
+    warnings.filterwarnings("ignore", message=".*which no data need")
     output = os.open(root / "output", os.O_CREAT | os.O_RDWR | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

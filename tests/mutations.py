@@ -324,7 +324,10 @@ NAMES = [
     "torch.storage TypedStorage", "argparse Namespace", "_codecs encode",
     "torch.serialization _get_layout", "pathlib PosixPath", "a\x1b[2J b",
     "torch.distributed.checkpoint.metadata ChunkStorageMetadata",
-    "torch.distributed.checkpoint.metadata TensorProperties",
+    "torch.distributed.checkpoint.metadata TensorProperties", "copyreg _reconstructor",
+    "copyreg __newobj__", "copy_reg _reconstructor", "__builtin__ getattr", "builtins dict",
+    "collections defaultdict", "collections deque", "functools partial", "some.module Class",
+    "torch.distributed.tensor DTensor", "numpy._core.multiarray _reconstruct",
 ]  # fmt: skip
 LAUGHS = b")" + b"".join(
     b"r" + struct.pack("<I", 900 + k) + b"j" + struct.pack("<I", 900 + k) + b"\x86"
@@ -361,12 +364,32 @@ BITS = [
     b"0",
     b"2",
     b"1",
+    b"l",
+    b"d",
+    b"o",
+    b"ios\nsystem\n",
+    b"\x8f",
+    b"\x90",
+    b"\x91",
+    b"\x92",
+    b"\x93",
+    b"g0\n",
+    b"p7\n",
     b".",
 ]
+#: numbers and texts as lines, and with long lengths
+LINES = [
+    b"I7\n", b"I01\n", b"L7L\n", b"L" + b"9" * 5000 + b"L\n", b"F1.5\n", b"F1e999\n", b"Fnan\n",
+    b"S'x'\n", b"S'x\n", b"S'\\x'\n", b"V\\ud800\n", b"V\\u12\n", b"U\1\xff", b"T\1\0\0\0x",
+    b"g-1\n", b"p99999999999999999999\n", b"p" + b"9" * 5000 + b"\n", b"\x8b\2\0\0\0ab",
+    b"\x8b\xff\xff\xff\xffab", b"\x96\2" + bytes(7) + b"ab",
+]  # fmt: skip
 
 
 def gadget(rng):
-    way = rng.randrange(12)
+    way = rng.randrange(13)
+    if way == 12:
+        return rng.choice(LINES) + rng.choice((b"", b"0"))
     if way == 0:
         return rng.choice(RUNS) + rng.choice((b"", b"0"))
     if way == 1:

@@ -1,9 +1,13 @@
 """update_bn: kinds of batches, weights of ragged batches, models without BatchNorm."""
 
+import collections
+
+import numpy
 import pytest
 import torch
 from torch import nn
 from twa import update_bn
+from twa.batchnorm import batch_size
 
 
 def model():
@@ -167,3 +171,134 @@ def test_frozen_parameters_alone_do_not_freeze_statistics():
     m.requires_grad_(False)
     assert update_bn(DATA.split(16), m) == update_bn(DATA.split(16), free) == 4
     assert all(map(torch.equal, statistics(m), statistics(free)))
+
+
+# Batches as libraries give them -----------------------------------------------------------------
+
+
+class Graph:
+    """As a graph library's batch: an object with attributes."""
+
+    def __init__(self, x, **more):
+        self.x = x
+        self.__dict__.update(more)
+
+
+class Sized(Graph):
+    def __len__(self):
+        return len(self.x)
+
+
+class Unsized(Graph):
+    @property
+    def num_graphs(self):
+        raise RuntimeError("cannot tell")
+
+    def __len__(self):
+        raise TypeError("no length")
+
+
+Pair = collections.namedtuple("Pair", "x y")
+T = torch.ones
+
+
+@pytest.mark.parametrize(
+    "batch, size",
+    [
+        # as before
+        (T(4, 2), 4),
+        (torch.tensor(3.0), 1),
+        ((T(4, 2), T(5)), 4),
+        ([torch.tensor(1), T(5)], 5),
+        (("texts", ["a", "b"], T(3)), 3),
+        ({"x": {"y": T(2)}, "z": T(3)}, 3),
+        (Pair(T(6), T(2)), 6),
+        # inside others
+        ({"inputs": {"x": T(4, 2)}, "targets": {"y": T(5)}}, 4),
+        (({"x": T(4, 2)}, {"y": T(5)}), 4),
+        ([{"a": {"b": T(3)}}, {"c": T(1)}], 3),
+        ({"id": "x", "n": 3, "x": {"x": T(7)}}, 7),
+        (collections.UserDict(x={"x": T(7)}), 7),
+        # torchvision's detection, and others of samples that differ
+        (((T(3, 9, 9), T(3, 8, 8)), ({"y": T(1)}, {"y": T(2)})), 2),
+        ([[T(3, 9, 9)] * 5, [{"y": T(1)}] * 5], 5),
+        ({"images": [T(3, 9, 9)] * 4, "targets": [{}] * 4}, 4),
+        ([{"image": T(3, 9, 9)}, {"image": T(3, 8, 8)}], 2),
+        ([{"image": T(3, 9, 9)}], 1),
+        ([(T(3, 9), 1), (T(3, 8), 0), (T(3, 7), 1)], 3),
+        ((["a", "b", "c"], [1, 2, 3]), 3),
+        # texts, objects
+        (["a", "bb", "ccc"], 3),
+        (("a", Graph(T(2), num_graphs=5)), 5),
+        ([Graph(T(2))] * 3, 3),
+        (Graph(T(2), num_graphs=5), 5),
+        (Graph(T(2), batch_size=6), 6),
+        (Sized(T(2), batch_size=torch.Size([9])), 2),
+        ((Graph(T(2), num_graphs=5), Graph(T(2), num_graphs=5)), 5),
+        (numpy.ones((4, 2)), 4),
+        (collections.deque([1, 2, 3]), 3),
+        # none that shows
+        (Graph(T(2)), None),
+        (Graph(T(2), num_graphs=0), None),
+        (Unsized(T(2)), None),
+        ("text", None),
+        (b"bytes", None),
+        (3, None),
+        (None, None),
+        ({}, None),
+        ([], None),
+        ({"x": torch.tensor(1)}, None),
+    ],
+)
+def test_size_of_a_batch(batch, size):
+    assert batch_size(batch) == size
+
+
+class Reader(nn.Sequential):
+    """A model that takes batches of any shape, by a function."""
+
+    def __init__(self, read):
+        super().__init__(*model())
+        self.read = read
+
+    def forward(self, batch):
+        return super().forward(self.read(batch))
+
+
+@pytest.mark.parametrize(
+    "wrap, read, sized",
+    [
+        (lambda b: Graph(b, num_graphs=len(b)), lambda g: g.x, True),
+        (lambda b: Graph(b), lambda g: g.x, False),
+        (lambda b: Sized(b), lambda g: g.x, True),
+        (lambda b: {"a": {"b": b}, "c": {}}, lambda d: d["a"]["b"], True),
+        (lambda b: (tuple(b), tuple({} for _ in b)), torch.stack, True),
+        (lambda b: Pair(Graph(b), None), lambda g: g.x, False),
+    ],
+)
+def test_batches_of_any_object(wrap, read, sized):
+    batches = list(DATA.split(16))
+    m = Reader(read)
+    assert update_bn([wrap(b) for b in batches], m) == 4
+    outputs = [m[0](b).detach().double() for b in batches]
+    shares = [len(b) if sized else 1 for b in batches]
+    for found, of in zip(statistics(m), (lambda o: o.mean(0), lambda o: o.var(0)), strict=True):
+        expected = sum(of(o) * share for o, share in zip(outputs, shares, strict=True))
+        torch.testing.assert_close(found.double(), expected / sum(shares), atol=1e-5, rtol=1e-5)
+
+
+def test_batches_of_one_loader_count_by_one_rule():
+    """Where one size does not show, no batch is weighted by its own."""
+    batches = list(DATA.split(20))
+    for at in range(3):
+        m = Reader(lambda g: g.x)
+        graphs = [Graph(b, num_graphs=len(b)) for b in batches]
+        del graphs[at].num_graphs
+        update_bn(graphs, m)
+        outputs = [m[0](b).detach().double().mean(0) for b in batches]
+        torch.testing.assert_close(statistics(m)[0].double(), sum(outputs) / 3)
+
+
+def test_a_batch_without_variance_whose_size_does_not_show():
+    m = Reader(lambda g: g.x)
+    assert update_bn([Graph(DATA[:16]), Graph(DATA[:1])], m) == 1

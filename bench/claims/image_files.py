@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 from twa.io.errors import TaskError
-from twa.io.unpickle import INERT, OPS, Made, Name, Refused, bytes_of_length, unpickle
+from twa.io.unpickle import INERT, OPS, Name, Refused, bytes_of_length, unpickle
 
 # mean and standard deviation of each channel
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -130,8 +130,8 @@ _PIXELS = 3 * 32 * 32
 #: strings of Python 2, which may hold anything, become bytes
 _PYTHON2 = OPS | {ord("U"): bytes_of_length(1), ord("T"): bytes_of_length(4)}
 _ARRAY_NAMES = {
-    "numpy.core.multiarray._reconstruct": Name(Made),
-    "numpy._core.multiarray._reconstruct": Name(Made),
+    "numpy.core.multiarray._reconstruct": INERT,
+    "numpy._core.multiarray._reconstruct": INERT,
     "numpy.ndarray": INERT,
     "numpy.dtype": INERT,
     # how Python 3 writes bytes for Python 2

@@ -333,9 +333,9 @@ class Cost:
 
     def __init__(self, task: Task, bn_batches: int) -> None:
         wanted = range(max(1, bn_batches))
-        batches = [batch_size(batch) for batch, _ in zip(task.train, wanted, strict=False)]
+        batches = [batch_size(batch) or 1 for batch, _ in zip(task.train, wanted, strict=False)]
         self.batch = batches[0]
-        forward = sum(batch_size(batch) for batch in task.val)
+        forward = sum(batch_size(batch) or 1 for batch in task.val)
         if tracked_batchnorms(task.model()):
             forward += sum(batches[:bn_batches])
         self.look = FORWARD * forward / self.batch

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,34 +17,82 @@ from .io.errors import TwaError
 from .modes import plain_weights
 
 
-def batch_size(batch: object) -> int:
-    """Samples in a batch: the first dimension of its first tensor."""
+def batch_size(batch: object) -> int | None:
+    """Samples in a batch, as far as it shows them; None if it does not.
+
+    A tensor has its first dimension; a dict, tuple or list that of the first tensor in it. Without
+    a tensor in it, a list of texts, numbers or other samples has its length, a tuple of tuples or
+    lists (images, targets) the length of the first, and a dict or anything else in it the size of
+    its first item that has one. Other objects have `num_graphs`, `batch_size` or a length.
+    """
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else 1
-    items: Iterable[object] = ()
     if isinstance(batch, Mapping):
-        items = batch.values()
+        items = list(batch.values())
     elif isinstance(batch, list | tuple):
-        items = batch
+        items = list(batch)
+    else:
+        return _own_size(batch)
     for item in items:
         if isinstance(item, Tensor) and item.dim():
             return item.shape[0]
-    raise TypeError(
-        "batch: expected a tensor, or a tuple, list or dict that holds one, found"
-        f" {type(batch).__name__}"
-    )
+    if not isinstance(batch, Mapping) and _are_samples(batch):
+        return len(items)
+    for item in items:
+        if isinstance(item, list | tuple) and not hasattr(item, "_fields"):
+            size: int | None = len(item)
+        else:
+            size = None if isinstance(item, Tensor) else batch_size(item)
+        if size:
+            return size
+    return None
+
+
+def _are_samples(batch: Sequence[object]) -> bool:
+    """Whether each item is a sample: a text, a number, a dict of one kind, a pair of unlike things.
+
+    In a list, not in a tuple, also objects of one class.
+    """
+    first = batch[0] if batch else None
+    if isinstance(first, str | bytes | int | float):
+        return all(type(item) is type(first) for item in batch)
+    if isinstance(first, Mapping):
+        return all(isinstance(item, Mapping) and item.keys() == first.keys() for item in batch)
+    if isinstance(first, list | tuple):
+        unlike = len({type(part) for part in first}) > 1
+        return unlike and all(type(i) is type(first) and len(i) == len(first) for i in batch)
+    plain = first is None or isinstance(first, Tensor)
+    return isinstance(batch, list) and not plain and all(type(i) is type(first) for i in batch)
+
+
+def _own_size(batch: object) -> int | None:
+    """What an object says of its size."""
+    if isinstance(batch, str | bytes):
+        return None
+    for ask in (
+        lambda: batch.num_graphs,  # type: ignore[attr-defined]
+        lambda: batch.batch_size,  # type: ignore[attr-defined]
+        lambda: len(batch),  # type: ignore[arg-type]
+    ):
+        with contextlib.suppress(Exception):  # whatever a property of it raises
+            size = ask()
+            if type(size) is int and size > 0:
+                return size
+    return None
 
 
 def run_model(model: nn.Module, batch: object) -> object:
     """Forward pass on a batch as loaders give it.
 
     It is model(**batch) for a dict, without the keys that forward does not take; model(batch[0])
-    for a tuple or list; model(batch) for a tensor.
+    for a tuple or list; model(batch) for a tensor or any other object, and for a dict of which
+    forward takes no key.
     """
     if isinstance(batch, Mapping):
         accepted = inspect.signature(model.forward).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-            batch = {k: v for k, v in batch.items() if k in accepted}
+            taken = {k: v for k, v in batch.items() if k in accepted}
+            return model(**taken) if taken else model(batch)
         return model(**batch)
     return model(batch[0] if isinstance(batch, list | tuple) else batch)
 
@@ -86,9 +135,9 @@ def update_bn(
     """Re-estimates the running statistics of the BatchNorm layers in the model.
 
     Running mean and variance become their averages over all calls of the layer, each weighted by
-    the size of the batch. A batch that leaves a BatchNorm one value per channel, such as a last
-    batch of one sample, has no variance and is left out. Training mode and momenta are restored;
-    Dropout is off meanwhile.
+    the size of the batch; or all alike, if there is a batch whose size does not show. A batch that
+    leaves a BatchNorm one value per channel, such as a last batch of one sample, has no variance
+    and is left out. Training mode and momenta are restored; Dropout is off meanwhile.
 
     A BatchNorm keeps its statistics, and normalises by them, if no forward pass calls it, or if it
     is frozen: where the model's own `train()` leaves it in evaluation mode (norm_eval, a `train()`
@@ -97,7 +146,8 @@ def update_bn(
     re-estimated like any other.
 
     Args:
-        loader: batches: tensors, tuples or lists (model input first), or dicts (passed by keyword)
+        loader: batches: tensors, tuples or lists (model input first), dicts (passed by keyword), or
+            any other objects, which the model takes
         model: its running statistics are written
         forward: how to run the model on a batch, where that guess is wrong
         max_batches: stop after so many; None: read all
@@ -193,7 +243,7 @@ def _measure(
     norms: list[_BatchNorm],
     forward: Callable[[nn.Module, object], object],
     batch: object,
-    size: int,
+    size: int | None,
 ) -> bool:
     """Puts the statistics of one batch into the layers; False if it has no variance."""
     for m in norms:
@@ -201,32 +251,36 @@ def _measure(
     try:
         forward(model, batch)
     except ValueError as error:
-        if size > 1 or "more than 1 value per channel" not in str(error):
+        if (size or 0) > 1 or "more than 1 value per channel" not in str(error):
             raise
         return False
     return True
 
 
 class _Totals:
-    """Sums over batches of each layer's statistics, weighted by the size of the batch."""
+    """Sums over batches of each layer's statistics, by the size of the batch and all alike."""
 
     def __init__(self, norms: list[_BatchNorm]) -> None:
-        self.batches = 0
+        self.batches = torch.zeros(2, dtype=torch.int64)  # all, and those whose size does not show
         # of each layer: samples (once a call), calls
         self.counted = torch.zeros(len(norms), 2, dtype=torch.float64)
+        # of each layer and statistic: (2, channels), weighted by samples, and by calls
         self.sums = [
-            [torch.zeros_like(t, dtype=torch.float64) for t in _statistics(m)[:2]] for m in norms
+            [torch.zeros(2, *t.shape, dtype=torch.float64, device=t.device) for t in moments]
+            for moments in (_statistics(m)[:2] for m in norms)
         ]
 
-    def add(self, norms: list[_BatchNorm], size: int) -> None:
+    def add(self, norms: list[_BatchNorm], size: int | None) -> None:
         """Adds what one batch has left in the layers."""
-        self.batches += 1
+        self.batches += torch.tensor([1, size is None])
         for m, counted, sums in zip(norms, self.counted, self.sums, strict=True):
             *moments, tracked = _statistics(m)
             calls = int(tracked)
-            counted += torch.tensor([size * calls, calls])
-            for total, t in zip(sums, moments, strict=True):
-                total.add_(t, alpha=size * calls)
+            weights = (size or 0) * calls, calls
+            counted += torch.tensor(weights)
+            for totals, t in zip(sums, moments, strict=True):
+                for total, weight in zip(totals, weights, strict=True):
+                    total.add_(t, alpha=weight)
 
     def write(self, norms: list[_BatchNorm], before: list[list[Tensor]], ranks: Ranks) -> int:
         """Writes the averages of all ranks to the layers, where there were calls.
@@ -234,7 +288,7 @@ class _Totals:
         Returns:
             the number of batches of all ranks; TwaError if there are none
         """
-        used = int(ranks.all_reduce_(torch.tensor([self.batches])))
+        used, sizeless = ranks.all_reduce_(self.batches).tolist()
         if not used:
             raise TwaError(
                 "update_bn: expected at least one batch with more than one value per channel, found"
@@ -242,12 +296,13 @@ class _Totals:
             )
         _restore(norms, before)
         counted = ranks.all_reduce_(self.counted).tolist()
-        for m, (samples, calls), sums in zip(norms, counted, self.sums, strict=True):
-            mean, variance = (ranks.all_reduce_(t) for t in sums)
-            if calls:
+        by = 1 if sizeless else 0
+        for m, weights, sums in zip(norms, counted, self.sums, strict=True):
+            mean, variance = (ranks.all_reduce_(t[by].contiguous()) for t in sums)
+            if calls := weights[1]:
                 running_mean, running_var, tracked = _statistics(m)
-                running_mean.copy_(mean / samples)
-                running_var.copy_(variance / samples)
+                running_mean.copy_(mean / weights[by])
+                running_var.copy_(variance / weights[by])
                 tracked.fill_(int(calls))
         return used
 

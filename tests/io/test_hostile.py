@@ -88,20 +88,43 @@ def with_pickle(path, data, value=None):
 # Code in pickles ---------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*would call")
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
 @pytest.mark.parametrize("zip_", [True, False])
 @pytest.mark.parametrize("evil", EVIL)
-def test_code_in_a_checkpoint(suffix, zip_, evil, tmp_path):
+def test_code_beside_the_weights(suffix, zip_, evil, tmp_path):
+    """It is passed over, like any other object there."""
+    path = tmp_path / f"x{suffix}"
     torch.save(
-        {"state_dict": {"w": torch.zeros(2)}, "more": evil},
-        f"x{suffix}",
+        {"state_dict": {"w": torch.ones(2)}, "more": evil},
+        path,
         _use_new_zipfile_serialization=zip_,
     )
-    message = "not a torch checkpoint: expected a zip archive"
     if zip_:
-        message = r"refused: loading it would run code from the file; save the state_dict alone.*"
-        message += r"it asks for \w+\.\w+"
-    refused(tmp_path / f"x{suffix}", message)
+        assert Candidates(path)[0].tensor("w").tolist() == [1, 1]
+    else:
+        refused(path, "not a torch checkpoint: expected a zip archive")
+
+
+@pytest.mark.filterwarnings("ignore:.*would call")
+@pytest.mark.parametrize("evil", EVIL)
+def test_code_in_the_place_of_weights(evil, tmp_path):
+    name = r"(posix|nt)\.system|builtins\.\w+"
+    for value in (
+        evil,
+        {"w": evil},
+        {"state_dict": {"w": torch.zeros(2), "v": evil}},
+        {"state_dict": evil, "v": torch.zeros(2)},
+        {"model": {"w": evil}, "v": torch.zeros(2)},
+    ):
+        torch.save(value, "x.pt")
+        refused(tmp_path / "x.pt", rf"(would run code|expected dense tensors).*({name})")
+
+
+def test_code_is_named_in_a_warning(tmp_path):
+    torch.save({"state_dict": {"w": torch.ones(2)}, "more": [Evil()]}, "x.pt")
+    with pytest.warns(UserWarning, match=r"x\.pt: torch\.load.* would call (posix|nt)\.system"):
+        Candidates(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("evil", EVIL)
@@ -113,39 +136,27 @@ def test_code_in_a_plain_pickle(evil, tmp_path):
 def test_code_in_the_state_of_a_run(tmp_path):
     for evil in EVIL:
         torch.save({"format": FORMAT, "run": evil}, "state.pt")
-        with pytest.raises(
-            StateError, match=r"not a saved state \(.*refused: loading it would run code"
-        ):
+        message = "refused: loading it would run code|expected plain values, found an object of"
+        with pytest.raises(StateError, match=rf"not a saved state \(.*({message})"):
             Store(tmp_path, resume=True).read(Ranks())
 
 
 def test_names_of_torch_that_do_much_are_not_called(tmp_path):
     """torch.load(weights_only=True) calls all of these."""
     number = b"\x8a\x05" + (10**11).to_bytes(5, "little") + b"\x85R"
-    for name in (
-        b"torch\nTensor",
-        b"builtins\nbytearray",
-        b"builtins\nset",
-        b"collections\nCounter",
+    none = "expected a dict of tensors"
+    for name, message in (
+        (b"builtins\nbytearray", none),
+        (b"builtins\nset", none),
+        (b"collections\nCounter", none),
+        (b"torch\nTensor", r"expected dense tensors, found an object of torch\.Tensor"),
+        (b"torch\nFloatTensor", r"an object of torch\.FloatTensor \(at 'w'\)"),
+        (b"torch.sparse\nFloatTensor", r"an object of torch\.sparse\.FloatTensor"),
+        (b"torch._C\n_from_dlpack", r"an object of torch\._C\._from_dlpack"),
+        (b"a\x1b[2J\nb", r"an object of 'a\\x1b\[2J\.b'"),
     ):
-        refused(
-            with_pickle(
-                tmp_path / "x.pt", b"\x80\x02}X\x01\x00\x00\x00wc" + name + b"\n" + number + b"s."
-            ),
-            "expected a dict of tensors",
-        )
-    for name in (
-        b"torch\nFloatTensor",
-        b"torch.sparse\nFloatTensor",
-        b"torch._C\n_from_dlpack",
-        b"a\x1b[2J\nb",
-    ):
-        refused(
-            with_pickle(
-                tmp_path / "x.pt", b"\x80\x02}X\x01\x00\x00\x00wc" + name + b"\n" + number + b"s."
-            ),
-            "refused: loading it would run code",
-        )
+        call = b"\x80\x02}X\x01\x00\x00\x00wc" + name + b"\n" + number + b"s."
+        refused(with_pickle(tmp_path / "x.pt", call), message)
 
 
 def test_pickles_that_call_what_is_no_function():
@@ -171,11 +182,11 @@ def test_pickles_that_call_what_is_no_function():
 
 
 def test_tuples_in_tuples(tmp_path):
-    """2^40 of them as a key: whoever hashes it never comes back."""
+    """2^40 of them as a key: whoever hashes it never comes back. An object stands for it."""
     laughs = b")" + b"".join(bytes([*b"q", k, *b"h", k, 0x86]) for k in range(40))
     refused(
         with_pickle(tmp_path / "x.pt", b"\x80\x02}" + laughs + b"Ns."),
-        "expected a plain key of a dict, found a tuple",
+        "expected a dict of tensors",
     )
     refused(
         with_pickle(tmp_path / "x.pt", b"\x80\x02}X\x01\x00\x00\x00w" + laughs + b"s."),
@@ -189,7 +200,54 @@ def test_tuples_in_tuples(tmp_path):
         + b"u."
     )
     # all with the same hash
-    refused(with_pickle(tmp_path / "x.pt", many), "expected a plain key of a dict, found a int")
+    refused(with_pickle(tmp_path / "x.pt", many), "expected a dict of tensors")
+    # one key of many items, hashed again and again
+    long = b"\x80\x02}(" + b"N" * 100_000 + b"tq\0" + b"0(" + b"h\0N" * 100_000 + b"u."
+    refused(with_pickle(tmp_path / "x.pt", long), "expected a dict of tensors")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        b"ccollections\nOrderedDict\n",
+        b"ctorch\nSize\n",
+        b"ctorch._utils\n_rebuild_parameter\n",
+        b"ctorch._utils\n_rebuild_sparse_tensor\n",
+    ],
+)
+def test_one_long_list_given_again_and_again(call, tmp_path):
+    """To what copies it: 100,000 times 100,000."""
+    items = b"]q\0(" + b"NN\x86" * 100_000 + b"e0" + call + b"q\x010]"
+    data = b"\x80\x02" + items + b"h\x01h\0\x85Ra" * 100_000 + b"."
+    refused(with_pickle(tmp_path / "x.pt", data), "not a complete torch checkpoint")
+
+
+def test_objects_of_one_long_list(tmp_path):
+    """What is not looked into copies nothing of what it was made from."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    items = b"(" + b"N" * 100_000 + b"tq\0" + b"0cposixpath\nx\nq\x010]"
+    for call in (b"h\x01h\0R", b"h\x01h\0\x81", b"h\x01h\0}\x92", b"h\x01)Rh\0b"):
+        data = b"\x80\x04" + items + (call + b"a") * 100_000 + b"."
+        refused(with_pickle(tmp_path / "x.pt", data), "expected a dict of tensors")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def test_numbers_of_many_digits(tmp_path):
+    for number in (
+        b"\x8b" + struct.pack("<I", 1 << 20) + b"\x01" * (1 << 20),
+        b"L" + b"9" * (1 << 20) + b"L\n",
+        b"I" + b"9" * (1 << 20) + b"\n",
+    ):
+        for data in (b"\x80\x02" + number + b".", b"\x80\x02}" + number + b"Ns."):
+            refused(with_pickle(tmp_path / "x.pt", data), "expected a dict of tensors")
+    refused(
+        with_pickle(tmp_path / "x.pt", b"\x80\x02Np" + b"9" * 5000 + b"\n."),
+        "not a complete torch checkpoint",
+    )
+    refused(
+        with_pickle(tmp_path / "x.pt", b"\x80\x02N" + b"\x82\x01" + b"."),
+        "not a complete torch checkpoint .*unexpected instruction",
+    )
 
 
 def test_dicts_in_dicts(tmp_path):

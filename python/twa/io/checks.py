@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import CandidateError
+from .foreign import foreign
 
 #: elements of a tensor, before its size is multiplied out in fixed-width integers
 MAX_ELEMENTS = 1 << 60
@@ -98,6 +99,8 @@ def read_json(path: Path, expected: str = "expected JSON", limit: int = MAX_HEAD
     try:
         return parse_json(path.read_bytes())
     except (ValueError, RecursionError, OSError) as error:
+        if what := foreign(path, json=True):
+            raise CandidateError(f"{expected}; {what}", path) from error
         raise CandidateError(
             f"{expected} ({type(error).__name__}: {first_line(error)})", path
         ) from error

@@ -14,8 +14,9 @@ import torch
 
 from .checks import are_sizes, check_name, first_line, is_file_name
 from .errors import CandidateError
+from .foreign import foreign
 from .mapped import MappedFile, Pieces, Source, Stored, TensorInfo, covered
-from .torch_pickle import Described, ordered
+from .torch_pickle import Described, odd, ordered
 from .torch_zip import MAX_DEPTH, Archive
 from .unpickle import INERT, MAX_PICKLE, Made, Name, Refused, unpickle
 
@@ -68,6 +69,10 @@ def read(folder: Path) -> tuple[dict[str, object], tuple[Path, ...]]:
             f"refused: {error}, which the metadata of a torch.distributed.checkpoint never do", path
         ) from error
     except Exception as error:  # whatever a damaged pickle sets off
+        if what := foreign(path):
+            raise CandidateError(
+                f"not the metadata of a torch.distributed.checkpoint: {what}", path
+            ) from error
         raise CandidateError(
             f"not the metadata of a torch.distributed.checkpoint ({type(error).__name__}:"
             f" {first_line(error)})",
@@ -198,6 +203,8 @@ class _Reader:
                 raise CandidateError(f"no such file, but {METADATA} names it", path)
             self.files[file] = MappedFile(path)
         if begin + length > self.files[file].size:
+            if what := foreign(path):
+                raise CandidateError(f"not complete: {what}", path)
             raise CandidateError(
                 f"not complete: {where} needs bytes {begin} to {begin + length} of"
                 f" {self.files[file].size}",
@@ -209,6 +216,8 @@ class _Reader:
             )
         archive = self.archives[file, begin, length]
         if not isinstance(archive.content, Described):
+            if found := odd(archive.content):
+                raise found.error(where)
             raise CandidateError(
                 f"expected a tensor, found {type(archive.content).__name__}", where
             )

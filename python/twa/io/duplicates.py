@@ -105,7 +105,7 @@ def _sample(candidate: Candidate, tensors: int) -> str:
 
 
 def _equal(a: Candidate, b: Candidate) -> bool:
-    """Whether two candidates with one sample have the same bits in every tensor, and extra state."""
+    """Whether two candidates with one sample have the same bits in all tensors, and extra state."""
     if not equal_values(a.extra, b.extra):
         return False
     for key, info in a.info.items():

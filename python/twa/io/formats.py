@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TypeVar
 
 from . import dcp
 from .checks import is_file_name, read_json
 from .errors import CandidateError, NoWeights
+from .foreign import foreign
 from .mapped import Source
 from .safetensors import read_safetensors
-from .torch_zip import read_torch
+from .torch_zip import Entries, read_torch
 
+Value = TypeVar("Value")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 #: keys under which training scripts put the weights of a larger checkpoint
 NESTED_KEYS = ("state_dict", "model_state_dict", "model")
@@ -50,8 +53,11 @@ class Checkpoint:
         kind: "safetensors", "torch", "huggingface" (a directory or index), "adapter" (PEFT), "dcp"
         tensors: where each tensor lies, by key
         files: all files that it is made of
-        metadata: versions of the modules that were saved, as torch.save keeps them
-        extra: what modules keep beside their tensors and is no tensor, by key
+        metadata: of a saved state_dict: name of each module -> what it stores beside its tensors,
+            such as a version; {} if there is none
+        extra: key -> what modules store that is no tensor (`_extra_state`): plain values with
+            tensors in memory; an `unpickle.Made` for a value that holds an object of another class
+        others: names that stood among the weights with plain values, which are left out
     """
 
     kind: str
@@ -59,6 +65,21 @@ class Checkpoint:
     files: tuple[Path, ...]
     metadata: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     extra: Mapping[str, object] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+
+
+class Weights(dict[str, Source]):
+    """The tensors of a checkpoint, and what was beside them: see `Checkpoint`."""
+
+    def __init__(self, tensors: Mapping[str, Source], of: object = None) -> None:
+        super().__init__(tensors)
+        self.metadata = of.metadata if isinstance(of, Entries) else {}
+        self.extra = of.extra if isinstance(of, Entries) else {}
+        self.others = tuple(of.others) if isinstance(of, Entries) else ()
+
+    def checkpoint(self, kind: str, files: tuple[Path, ...]) -> Checkpoint:
+        """The checkpoint of this kind that they are of."""
+        return Checkpoint(kind, self, files, self.metadata, self.extra, self.others)
 
 
 def open_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
@@ -67,7 +88,7 @@ def open_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
     Args:
         path: file or directory
         entry: the key under which a torch or DCP checkpoint holds the weights, with dots between
-            levels; None: a usual one, or the whole
+            levels, or a prefix of keys; None: a usual one, or the whole
 
     Raises:
         CandidateError: there is none, it is damaged, or what is in it is not supported
@@ -87,7 +108,7 @@ def open_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
     if fnmatch(path.name, INDEX):
         return _indexed(path, entry)
     kind = "safetensors" if path.suffix == ".safetensors" else "torch"
-    return Checkpoint(kind, _one_file(path, entry), (path,))
+    return _one_file(path, entry).checkpoint(kind, (path,))
 
 
 def is_checkpoint_folder(folder: Path) -> bool:
@@ -113,15 +134,15 @@ def _directory(folder: Path, entry: str | None) -> Checkpoint:
     for name in MODEL_FILES:
         if (folder / name).is_file():
             found = open_checkpoint(folder / name, entry)
-            return Checkpoint("huggingface", found.tensors, found.files)
+            return replace(found, kind="huggingface")
     if (index := _index_of(folder)) is not None:
         return _indexed(index, entry)
     for name in ADAPTER_FILES:
         if (folder / name).is_file():
-            return Checkpoint("adapter", _one_file(folder / name, entry), (folder / name,))
+            return _one_file(folder / name, entry).checkpoint("adapter", (folder / name,))
     if (folder / dcp.METADATA).is_file():
         leaves, files = dcp.read(folder)
-        return Checkpoint("dcp", _weights_of(leaves, folder, entry), files)
+        return _weights_of(leaves, folder, entry).checkpoint("dcp", files)
     if (folder / FSDP_FILE).is_file():
         return open_checkpoint(folder / FSDP_FILE, entry)
     if (folder / FSDP_FOLDER / dcp.METADATA).is_file():
@@ -141,18 +162,16 @@ def _further_inside(folder: Path) -> str:
     return f"; there may be some in {names}: '{folder}/*' names those" if deeper else ""
 
 
-def _one_file(path: Path, entry: str | None) -> dict[str, Source]:
+def _one_file(path: Path, entry: str | None) -> Weights:
     if path.suffix == ".safetensors":
-        if entry is not None:
-            raise CandidateError(
-                f"entry {entry!r}: a safetensors file has no entries to choose from", path
-            )
-        return dict(read_safetensors(path))
+        tensors = Weights(read_safetensors(path))
+        return tensors if entry is None else _under(tensors, path, entry)
     if path.suffix in SUFFIXES:
         return _weights_of(read_torch(path), path, entry)
+    what = f"; {found}" if (found := foreign(path)) else ""
     raise NoWeights(
         f"expected a file ending in {', '.join(SUFFIXES)}, or a directory with a sharded"
-        " checkpoint's index",
+        f" checkpoint's index{what}",
         path,
     )
 
@@ -209,8 +228,7 @@ def _indexed(index: Path, entry: str | None) -> Checkpoint:
         raise CandidateError(expected, index)
     if not all(isinstance(name, str) for name in weight_map.values()):
         raise CandidateError(expected, index)
-    tensors: dict[str, Source] = {}
-    paths = []
+    tensors, paths = Weights({}), []
     for name in sorted(set(weight_map.values())):
         if not is_file_name(name):
             raise CandidateError(
@@ -220,14 +238,18 @@ def _indexed(index: Path, entry: str | None) -> Checkpoint:
         if not path.is_file():
             raise CandidateError(f"no such file, but {index.name} names it", path)
         paths.append(path)
-        for key, source in _one_file(path, entry).items():
+        found = _one_file(path, entry)
+        for key, source in found.items():
             if key in tensors:
                 raise CandidateError(f"tensor {key!r} is in {name} and in an earlier shard", index)
             tensors[key] = source
+        tensors.metadata |= found.metadata
+        tensors.extra |= found.extra
+        tensors.others += found.others
     for key, name in weight_map.items():
         if key not in tensors:
             raise CandidateError(f"tensor {key!r} should be in {name}, but no shard has it", index)
-    return Checkpoint(_kind_of(index, paths[0]), tensors, (index, *paths))
+    return tensors.checkpoint(_kind_of(index, paths[0]), (index, *paths))
 
 
 def _kind_of(index: Path, shard: Path) -> str:
@@ -247,39 +269,93 @@ def _tensors_in(content: object) -> dict[str, Source]:
     return {k: v for k, v in content.items() if not isinstance(v, dict)}
 
 
-def _weights_of(content: object, path: Path, entry: str | None) -> dict[str, Source]:
+def _weights_of(content: object, path: Path, entry: str | None) -> Weights:
     """The tensors of a checkpoint.
 
     It is a state_dict, or a dict that holds one under the given key or else a usual one.
+
+    Raises:
+        NoWeights: there are none in it, wherever one looks
+        CandidateError: they are elsewhere, or not to be read
     """
-    if entry is not None:
-        inner: object = content
-        for part in entry.split("."):
-            inner = inner.get(part) if isinstance(inner, dict) else None
-        if not (tensors := _tensors_in(inner)):
-            raise _no_weights(
-                f"expected weights under {entry!r}; there are some under:"
-                f" {', '.join(entries(content)) or 'none'}",
-                content,
-                path,
-            )
-        return tensors
-    if isinstance(content, dict):
-        for key in NESTED_KEYS:
-            if tensors := _tensors_in(content.get(key)):
+    try:
+        return _usual(content, path) if entry is None else _under(content, path, entry)
+    except CandidateError as error:
+        if _holds_weights(content):
+            raise
+        raise NoWeights(error.problem, error.where) from error
+
+
+def _under(content: object, path: Path, entry: str) -> Weights:
+    """The tensors under a key: of dicts as far as there are such, then as a prefix of keys."""
+    parts = entry.split(".")
+    for begin in (content, *(_get(content, key) for key in NESTED_KEYS)):
+        inner: object = begin
+        for k, part in enumerate(parts):
+            if not isinstance(inner, dict) or part not in inner:
+                if found := _with_prefix(inner, ".".join(parts[k:])):
+                    return found
+                break
+            _check_object(inner, part, path)
+            inner = inner[part]
+        else:
+            if isinstance(inner, dict) and (tensors := _weights_in(inner, path)):
                 return tensors
-    tensors = _tensors_in(content)
-    if has_weights(tensors) or (tensors and not _holds_weights(content)):
-        return tensors
+        _check_object(inner, parts[0], path)
+    names = [*entries(content), *(name for name in prefixes(content))][:20]
+    raise CandidateError(
+        f"expected weights under {entry!r}; there are some under: {', '.join(names) or 'none'}",
+        path,
+    )
+
+
+def _get(content: object, key: str) -> object:
+    """What a dict has under a key; None if it is none, or has nothing there."""
+    return content.get(key) if isinstance(content, dict) else None
+
+
+def _with_prefix(content: object, prefix: str) -> Weights | None:
+    """The tensors of a dict whose keys have a prefix, without it; None if there are none."""
+    start = f"{prefix}."
+
+    def without(values: Mapping[str, Value]) -> dict[str, Value]:
+        return {k.removeprefix(start): v for k, v in values.items() if k.startswith(start)}
+
+    tensors = without(_tensors_in(content))
+    if not tensors:
+        return None
+    found = Weights(tensors)
+    if isinstance(content, Entries | Weights):
+        own = {} if prefix not in content.metadata else {"": content.metadata[prefix]}
+        found.metadata = without(content.metadata) | own
+        found.extra = without(content.extra)
+    return found
+
+
+def prefixes(content: object) -> list[str]:
+    """First parts of the keys of tensors in a dict, or in one under a usual key: for messages."""
+    for inside in (content, *(_get(content, key) for key in NESTED_KEYS)):
+        found = {key.partition(".")[0] for key in _tensors_in(inside) if "." in key}
+        if found:
+            return [name if name.isprintable() else repr(name) for name in sorted(found)]
+    return []
+
+
+def _usual(content: object, path: Path) -> Weights:
+    """The tensors under a usual key, or of the whole."""
     hint = ""
     if found := entries(content):
         hint = f"; there are some under: {', '.join(found)}: name one as entry"
-    raise _no_weights(f"expected a dict of tensors (a state_dict), found none{hint}", content, path)
-
-
-def _no_weights(problem: str, content: object, path: Path) -> CandidateError:
-    """The error for a checkpoint that has no weights where they are looked for, or none at all."""
-    return (CandidateError if _holds_weights(content) else NoWeights)(problem, path)
+    if isinstance(content, dict):
+        for key in NESTED_KEYS:
+            _check_object(content, key, path, hint)
+            inside = content.get(key)
+            if tensors := _weights_in(inside, path, "" if _tensors_in(inside) else hint):
+                return tensors
+    tensors = _weights_in(content, path, hint)
+    if tensors and (has_weights(tensors) or not _holds_weights(content)):
+        return tensors
+    raise CandidateError(f"expected a dict of tensors (a state_dict), found none{hint}", path)
 
 
 def has_weights(tensors: Mapping[str, Source]) -> bool:
@@ -289,7 +365,10 @@ def has_weights(tensors: Mapping[str, Source]) -> bool:
 
 
 def _holds_weights(content: object) -> bool:
-    """Whether weights lie in any of a checkpoint's nested dicts but those of the training state."""
+    """Whether weights lie in any of a checkpoint's nested dicts but those of the training state.
+
+    Tensors that are not read count, too.
+    """
     seen: set[int] = set()
 
     def visit(inside: object, outermost: bool) -> bool:
@@ -297,6 +376,8 @@ def _holds_weights(content: object) -> bool:
             return False
         seen.add(id(inside))
         if has_weights(_tensors_in(inside)):
+            return True
+        if isinstance(inside, Entries) and any(odd.is_weights for odd in inside.odd.values()):
             return True
         return any(
             visit(value, False)
@@ -307,6 +388,23 @@ def _holds_weights(content: object) -> bool:
         )
 
     return visit(content, True)
+
+
+def _weights_in(content: object, path: Path, hint: str = "") -> Weights | None:
+    """The tensors of a dict; None if there are none.
+
+    CandidateError if something stands among them, or in their place, that is not understood.
+    """
+    for key in content.odd if isinstance(content, Entries) else ():
+        _check_object(content, key, path, hint)
+    tensors = _tensors_in(content)
+    return Weights(tensors, content) if tensors else None
+
+
+def _check_object(content: object, key: str, path: Path, hint: str = "") -> None:
+    """CandidateError if what stands under a key is not understood."""
+    if isinstance(content, Entries) and (found := content.odd.get(key)):
+        raise found.error(path, key, hint)
 
 
 def entries(content: object) -> list[str]:

@@ -23,6 +23,7 @@ from .loading import Loading, load_key, named_tensors, state_names
 from .mapped import Source, TensorInfo, contiguous_strides, span
 from .peft import adapter_names, is_adapter
 from .safetensors import DTYPE_NAMES
+from .unpickle import Made
 
 
 @dataclass(frozen=True)
@@ -323,6 +324,14 @@ def _read_each(model: nn.Module, candidates: Candidates) -> list[_Read]:
 def _check_extra(candidates: Candidates) -> None:
     """CandidateError if what modules keep beside their tensors differs between candidates."""
     first = candidates[0]
+    for candidate in candidates:
+        for key, value in candidate.extra.items():
+            if isinstance(value, Made):
+                raise CandidateError(
+                    f"{key!r}, the extra state of a module, holds an object of {value.kind}:"
+                    " expected plain values or tensors; leave it out with ignore",
+                    candidate.path,
+                )
     for other in candidates[1:]:
         for key in sorted(first.extra.keys() | other.extra.keys()):
             if not equal_values(first.extra.get(key), other.extra.get(key)):

@@ -19,6 +19,7 @@ from torch import Tensor
 from .atomic import replace
 from .checks import MAX_HEADER, are_sizes, first_line, is_shape, parse_json, shown
 from .errors import CandidateError
+from .foreign import foreign
 from .mapped import MappedFile, Stored, TensorInfo
 
 SAFETENSORS_DTYPES = {
@@ -116,6 +117,8 @@ def read_header(path: Path) -> tuple[dict[str, object], int]:
         size = os.fstat(f.fileno()).st_size
         length = int.from_bytes(f.read(8), "little") if size >= 8 else 0
         if size < 8 or length > size - 8:
+            if what := foreign(path):
+                raise CandidateError(f"not a safetensors file: {what}", path)
             raise CandidateError(
                 f"not a complete safetensors file (header of {length} bytes in a file of {size})",
                 path,
@@ -128,6 +131,8 @@ def read_header(path: Path) -> tuple[dict[str, object], int]:
     try:
         header = parse_json(text)
     except (ValueError, RecursionError) as error:
+        if what := foreign(path):
+            raise CandidateError(f"not a safetensors file: {what}", path) from error
         raise CandidateError(
             f"not a safetensors file: its header is no valid JSON ({first_line(error)})", path
         ) from error

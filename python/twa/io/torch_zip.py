@@ -10,18 +10,21 @@ import contextlib
 import io
 import math
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from .checks import check_name, first_line
+from .checks import MAX_NAME, first_line
 from .errors import CandidateError, NoWeights, TwaError
+from .foreign import foreign, foreign_archive
 from .mapped import MappedFile, Stored, TensorInfo, span
-from .torch_pickle import NAMES, Described, NotDense, parse_storage
-from .unpickle import MAX_PICKLE, Refused, unpickle
+from .torch_pickle import NAMES, Described, NotDense, Odd, odd, parse_storage, runs
+from .unpickle import MAX_PICKLE, Made, Ordered, Refused, unpickle
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -29,10 +32,11 @@ if TYPE_CHECKING:
 #: elements of a tensor that has fewer of its own: an expanded one may claim any shape
 MAX_EXPANDED = 1 << 24
 MAX_DEPTH = 16  # of dicts in dicts
+MAX_METADATA = 64  # entries of a module's own, in the _metadata of a state_dict
+EXTRA_STATE = "_extra_state"  # how keys end under which modules store what is no tensor
 #: attribute of a zip archive's entry, for which PyTorch gives uninitialised memory
 DIRECTORY = 0x10
 LOCAL_HEADER, LOCAL_HEADER_BYTES = b"PK\3\4", 30  # before each record of a zip archive
-TAR, TAR_AT = b"ustar", 257  # in every tar archive
 #: names in a pickle, one of which it has if it has a tensor of floating-point numbers
 FLOAT_STORAGES = (b"FloatStorage", b"DoubleStorage", b"HalfStorage", b"BFloat16Storage", b"Untyped")
 
@@ -70,22 +74,15 @@ class Window(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def explained(where: str, has_floats: bool) -> Iterator[None]:
-    """CandidateError for whatever a damaged or malicious pickle sets off.
-
-    Args:
-        where: how messages name it
-        has_floats: whether it may have tensors of floating-point numbers
-    """
+def explained(where: str) -> Iterator[None]:
+    """CandidateError for whatever a damaged or malicious pickle sets off."""
     try:
         yield
     except CandidateError:
         raise
     except Refused as error:
-        raise (CandidateError if has_floats else NoWeights)(
-            f"refused: loading it would run code from the file; save the state_dict alone,"
-            f" for example as safetensors ({error})",
-            where,
+        raise CandidateError(
+            f"refused: loading it would run code from the file ({error})", where
         ) from error
     except Exception as error:
         raise CandidateError(
@@ -104,14 +101,20 @@ class Archive:
         begin: first byte of the archive
         length: bytes of the archive
         where: how messages name it
+        strict: whether its pickle may name only what tensors and plain values need
 
     Attributes:
         records: name of each record -> (first byte in the file, bytes)
         content: what its pickle describes, with a Described for each tensor
+        hostile: functions that it would have called and that no data need
+        has_floats: whether it may have tensors of floating-point numbers
     """
 
-    def __init__(self, file: MappedFile, begin: int, length: int, where: str) -> None:
+    def __init__(
+        self, file: MappedFile, begin: int, length: int, where: str, *, strict: bool = False
+    ) -> None:
         self.file, self.where = file, where
+        self.hostile: list[str] = []
         self.records = zip_records(file.path, begin, length, where)
         order = bytes_of(file.path, *self.records.get("byteorder", (0, 0)))[:8] or b"little"
         if order not in (b"little", b"big") or "data.pkl" not in self.records:
@@ -132,8 +135,17 @@ class Archive:
                 f"expected at most {MAX_PICKLE} bytes in data.pkl, found {size}", where
             )
         pickle = bytes_of(file.path, at, size)
-        with explained(where, any(name in pickle for name in FLOAT_STORAGES)):
-            self.content = unpickle(pickle, NAMES, parse_storage)
+        self.has_floats = any(name in pickle for name in FLOAT_STORAGES)
+        with explained(where):
+            self.content = unpickle(
+                pickle, NAMES, parse_storage, unknown=None if strict else self._stand_in
+            )
+
+    def _stand_in(self, name: str) -> Made:
+        """What stands for a class or function that its pickle names."""
+        if runs(name) and len(self.hostile) < 3:
+            self.hostile.append(name)
+        return Made(name)
 
     def place(self, t: Described) -> Stored:
         """Where a tensor lies; CandidateError if it is not in the archive."""
@@ -171,50 +183,184 @@ def stored(t: Described, file: MappedFile, begin: int, size: int, where: str) ->
     return Stored(file, info, at, None if contiguous else t.strides, t.negated)
 
 
-def _open(path: Path) -> Archive:
+def _open(path: Path, *, strict: bool = False) -> Archive:
     """The archive that is a whole file."""
     file = MappedFile(path)
     if not file.size:
         raise CandidateError("not a complete torch checkpoint: it is empty", path)
     if bytes_of(path, 0, 4) != LOCAL_HEADER:
-        if bytes_of(path, TAR_AT, len(TAR)) == TAR:
-            raise NoWeights("not a torch checkpoint: a tar archive; unpack it first", path)
+        if what := foreign(path):
+            raise CandidateError(f"not a torch checkpoint: {what}", path)
         raise CandidateError(
             "not a torch checkpoint: expected a zip archive as torch.save writes it; a file from"
             " before PyTorch 1.6 must be loaded with torch.load(weights_only=True) and saved again",
             path,
         )
-    return Archive(file, 0, file.size, str(path))
+    return Archive(file, 0, file.size, str(path), strict=strict)
+
+
+# What is in them ---------------------------------------------------------------------------------
+
+
+class Entries(dict[str, object]):
+    """A dict of a checkpoint, with a Source for each tensor and Entries for each dict in it.
+
+    Attributes:
+        metadata: the `_metadata` of a saved state_dict; {} if there is none, or it is not plain
+        extra: name -> plain value, with tensors in memory, where a name ends in `_extra_state` and
+            the value is no tensor; a Made of the class's name, if the value is not plain
+        odd: name -> what stands there that may be meant for a weight and is not read
+        others: names of plain values, which are left out
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metadata: dict[str, dict[str, object]] = {}
+        self.extra: dict[str, object] = {}
+        self.odd: dict[str, Odd] = {}
+        self.others: list[str] = []
+
+    def put(self, name: str, value: object) -> None:
+        """Adds a tensor or dict; what cannot be told from others by its name is odd."""
+        if len(name) > MAX_NAME:
+            self.odd[f"{name[:100]}..."] = Odd(f"one with a name of {len(name)} characters")
+        elif not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+            self.odd[ascii(name)] = Odd("one with a name that is no text")
+        elif name in self:
+            self.odd[name] = Odd("two of one name")
+        else:
+            self[name] = value
 
 
 def read_torch(path: Path) -> object:
-    """The nested dicts of a checkpoint, with a Source in the place of each tensor.
+    """The Entries of a checkpoint; None if it is no kind of dict.
 
-    What else is in it is left out.
+    Raises:
+        CandidateError: the file is damaged, no torch checkpoint, or all of it is one object
     """
     archive = _open(path)
-    done: dict[int, dict[str, object]] = {}  # a dict may occur many times, even in itself
+    if archive.hostile:
+        warnings.warn(
+            f"{path}: torch.load(weights_only=False) of it would call"
+            f" {', '.join(archive.hostile)}, which no data need; nothing was run here",
+            stacklevel=2,
+        )
+    content = archive.content
+    if isinstance(content, Made) and content.items is not None:
+        content = content.items
+    if found := odd(content):
+        error = found.error(path)
+        if found.is_weights or archive.has_floats:
+            raise error
+        raise NoWeights(error.problem, path)
+    values = Values(archive)
+    done: dict[int, Entries] = {}  # a dict may occur many times, even in itself
 
-    def replaced(value: object, depth: int) -> object:
-        if isinstance(value, NotDense):
-            raise CandidateError(f"expected dense tensors, found {value.kind}", path)
-        if isinstance(value, Described):
-            return archive.place(value)
-        if not isinstance(value, dict) or depth == MAX_DEPTH:
-            return None
-        if id(value) not in done:
-            out: dict[str, object] = {}
-            done[id(value)] = out
-            for k, v in value.items():
-                if (found := replaced(v, depth + 1)) is not None:
-                    name = str(k)  # keys are plain values: see unpickle
-                    check_name(name, path)
-                    if name in out:
-                        raise CandidateError(f"{name!r} occurs twice", path)
-                    out[name] = found
-        return done[id(value)]
+    def entries_of(items: dict[object, object], depth: int) -> Entries:
+        if id(items) in done:
+            return done[id(items)]
+        out = done[id(items)] = Entries()
+        out.metadata = metadata_of(items)
+        for key, value in items.items():
+            name = named(key)
+            inner = value.items if isinstance(value, Made) else value
+            if isinstance(value, Described):
+                out.put(name, archive.place(value))
+            elif name.endswith(EXTRA_STATE) and not isinstance(value, NotDense):
+                out.extra[name] = values.or_made(value)
+            elif isinstance(inner, dict):
+                if depth < MAX_DEPTH:
+                    out.put(name, entries_of(inner, depth + 1))
+            elif found := odd(value):
+                out.odd[name] = found
+            else:
+                out.others.append(name)
+        return out
 
-    return replaced(archive.content, 0)
+    return entries_of(content, 1) if isinstance(content, dict) else None
+
+
+def named(key: object) -> str:
+    """A key as the name of a tensor. Keys are plain values, tuples of them, or a Made."""
+    if isinstance(key, str):
+        return key
+    if isinstance(key, tuple):
+        return str(tuple(k[: MAX_NAME + 1] if isinstance(k, str | bytes) else k for k in key))
+    return str(key[: MAX_NAME + 1] if isinstance(key, bytes) else key)
+
+
+def metadata_of(items: dict[object, object]) -> dict[str, dict[str, object]]:
+    """The `_metadata` attribute of a saved state_dict, if it is plain, else {}."""
+    state = items.state if isinstance(items, Ordered) else None
+    found = state.get("_metadata") if isinstance(state, dict) else None
+    if not isinstance(found, dict):
+        return {}
+    out: dict[str, dict[str, object]] = {}
+    for name, entries in found.items():
+        if not isinstance(name, str) or not isinstance(entries, dict):
+            return {}
+        if len(entries) > MAX_METADATA or not all(map(_is_fact, entries.items())):
+            return {}
+        out[name] = {str(key): value for key, value in entries.items()}
+    return out
+
+
+def _is_fact(item: tuple[object, object]) -> bool:
+    """Whether this is a name and a plain number, text or None."""
+    return isinstance(item[0], str) and isinstance(item[1], int | float | str | bool | None)
+
+
+class NotPlain(ValueError):
+    """A value is, or holds, something that is no plain value."""
+
+    def __init__(self, made: Made) -> None:
+        super().__init__(repr(made))
+        self.made = made
+
+
+class Values:
+    """Plain values of an archive: dicts, lists, tuples, numbers, texts; and tensors, in memory."""
+
+    def __init__(self, archive: Archive) -> None:
+        self.archive = archive
+        # tensors may share their bytes, but not to make much out of little
+        self.left = 4 * archive.file.size
+        self.done: dict[int, tuple[object, object]] = {}
+
+    def tensor(self, t: Described) -> Tensor:
+        """A tensor, in memory."""
+        source = self.archive.place(t)
+        self.left -= source.info.nbytes
+        if self.left < 0:
+            raise CandidateError("its tensors claim more bytes than it has", self.archive.where)
+        return source.read().clone()
+
+    def of(self, value: object, depth: int = 0) -> object:
+        """A value; NotPlain if there is anything else in it, or too many levels."""
+        if depth > MAX_DEPTH:
+            raise NotPlain(Made(f"more than {MAX_DEPTH} levels"))
+        if id(value) in self.done:
+            return self.done[id(value)][0]
+        found: object
+        if isinstance(value, dict):
+            found = {self.of(k, depth + 1): self.of(v, depth + 1) for k, v in value.items()}
+        elif isinstance(value, list | tuple):
+            found = type(value)(self.of(v, depth + 1) for v in value)
+        elif isinstance(value, Described):
+            found = self.tensor(value)
+        elif isinstance(value, int | float | str | bytes | torch.dtype | None):
+            found = value
+        else:
+            raise NotPlain(value if isinstance(value, Made) else Made(type(value).__name__))
+        self.done[id(value)] = found, value  # kept, so that its id stays its own
+        return found
+
+    def or_made(self, value: object) -> object:
+        """A value; the Made that is in it, if it is not plain."""
+        try:
+            return self.of(value)
+        except NotPlain as error:
+            return error.made
 
 
 def read_values(path: Path) -> object:
@@ -222,35 +368,11 @@ def read_values(path: Path) -> object:
 
     Plain are dicts, lists, tuples, numbers and texts.
     """
-    archive = _open(path)
-    done: dict[int, tuple[object, object]] = {}
-    # tensors may share their bytes, but not to make much out of little
-    left = 4 * path.stat().st_size
-
-    def tensor(t: Described) -> Tensor:
-        nonlocal left
-        source = archive.place(t)
-        left -= source.info.nbytes
-        if left < 0:
-            raise CandidateError("its tensors claim more bytes than it has", path)
-        return source.read().clone()
-
-    def replaced(value: object, depth: int) -> object:
-        if depth > MAX_DEPTH:
-            raise CandidateError(f"expected at most {MAX_DEPTH} levels", path)
-        if id(value) in done:
-            return done[id(value)][0]
-        found: object
-        if isinstance(value, dict):
-            found = {k: replaced(v, depth + 1) for k, v in value.items()}
-        elif isinstance(value, list | tuple):
-            found = type(value)(replaced(v, depth + 1) for v in value)
-        else:
-            found = tensor(value) if isinstance(value, Described) else value
-        done[id(value)] = found, value  # kept, so that its id stays its own
-        return found
-
-    return replaced(archive.content, 0)
+    archive = _open(path, strict=True)
+    try:
+        return Values(archive).of(archive.content)
+    except NotPlain as error:
+        raise CandidateError(f"expected plain values, found {error}", path) from error
 
 
 def bytes_of(path: Path, offset: int, count: int) -> bytes:
@@ -279,6 +401,8 @@ def zip_records(path: Path, begin: int, length: int, where: str) -> dict[str, tu
     """
     try:
         with open(path, "rb") as f, zipfile.ZipFile(Window(f, begin, length)) as archive:
+            if what := foreign_archive(archive.namelist()):
+                raise CandidateError(f"not a torch checkpoint: {what}", where)
             found = _records(f, archive.infolist(), begin, begin + length, where)
         end = begin
         for at, size in sorted(found.values()):

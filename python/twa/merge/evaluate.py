@@ -35,7 +35,8 @@ def mean_over(
     Args:
         model: what is measured
         function: mean over a batch of what is measured
-        data: batches; each is weighted by its size
+        data: batches; each is weighted by its size, or all alike if there is one whose size does
+            not show
         ranks: those that share the batches; None: this process alone
 
     Raises:
@@ -44,16 +45,20 @@ def mean_over(
     ranks = ranks or Ranks()
     training = model.training
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64)  # sum, samples
+    # sum by samples, samples; sum by batches, batches; those whose size does not show
+    totals = torch.zeros(5, dtype=torch.float64)
     try:
         for batch, counts in shared_out(data, ranks):
             value = float(function(model, batch))
             if counts:
                 size = batch_size(batch)
-                total += torch.tensor([value * size, size], dtype=torch.float64)
+                by_size = (0.0, 0) if size is None else (value * size, size)
+                totals += torch.tensor([*by_size, value, 1, size is None], dtype=torch.float64)
     finally:
         model.train(training)
-    total, samples = ranks.all_reduce_(total).tolist()
+    total, samples, plain, batches, sizeless = ranks.all_reduce_(totals).tolist()
+    if sizeless:
+        return plain / batches
     if not samples:
         raise TaskError("expected at least one batch to evaluate on, found none")
     return total / samples

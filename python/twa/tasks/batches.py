@@ -18,12 +18,16 @@ that was seen, and refuses data that come in another order.
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import hashlib
+import inspect
 import math
 import random
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from types import ModuleType
 from typing import Any, TypeGuard
 
 import numpy
@@ -36,6 +40,7 @@ from ..io.errors import TaskError
 
 #: attributes under which data hold what they are made of
 PARTS = ("batches", "batch_sampler", "sampler", "dataset")
+MAX_LEVELS = 50  # of objects in objects, that are looked into
 
 
 def mix(*numbers: int) -> int:
@@ -75,16 +80,40 @@ class Moved:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on a device, in the same tuples, lists and dicts."""
+    """The batch with its tensors on a device, in the same tuples, lists, dicts and objects.
+
+    Objects are moved by their own `to`, as those of transformers and PyTorch Geometric have one;
+    data classes by their fields. Others stay as they are.
+    """
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
+    if isinstance(batch, type):
+        return batch
+    if callable(move := getattr(batch, "to", None)):
+        return move(device)
     if isinstance(batch, Mapping):
-        return {k: to_device(v, device) for k, v in batch.items()}
+        return _like_mapping(batch, {k: to_device(v, device) for k, v in batch.items()})
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(v, device) for v in batch))
     if isinstance(batch, list | tuple):
         return type(batch)(to_device(v, device) for v in batch)
+    if dataclasses.is_dataclass(batch):
+        moved = copy.copy(batch)
+        for part in dataclasses.fields(batch):
+            if hasattr(batch, part.name):  # also of a frozen one
+                value = to_device(getattr(batch, part.name), device)
+                object.__setattr__(moved, part.name, value)
+        return moved
     return batch
+
+
+def _like_mapping(batch: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
+    """Items in a mapping of the same class, where it can be changed; else in a dict."""
+    if type(batch) is dict or not isinstance(batch, MutableMapping):
+        return items
+    like = copy.copy(batch)
+    like.update(items)
+    return like
 
 
 # One pass ----------------------------------------------------------------------------------------
@@ -290,21 +319,105 @@ def shared_out(
 
 
 def batch_digest(batch: object) -> str | None:
-    """A digest of the batch's tensors; None if there is none."""
+    """A digest of the batch's tensors; None if there is nothing in it.
+
+    Without a tensor in its tuples, lists and dicts, it is of all that can be looked into: objects'
+    attributes, arrays, numbers and texts. It is the same in every process.
+    """
     found, count = hashlib.sha256(), 0
 
     def visit(value: object) -> None:
         nonlocal count
         if isinstance(value, Tensor):
             count += 1
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            found.update(flat.view(torch.uint8).numpy().data)
+            for part in _parts_of_tensor(value):
+                found.update(part)
         elif isinstance(value, Mapping | list | tuple):
             for v in value.values() if isinstance(value, Mapping) else value:
                 visit(v)
 
     visit(batch)
-    return found.hexdigest()[:16] if count else None
+    if not count:
+        return _Described().digest(batch)
+    return found.hexdigest()[:16]
+
+
+def _parts_of_tensor(t: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor, of whatever layout."""
+    t = t.detach()
+    if t.is_nested:
+        parts = list(t.unbind())
+    elif t.is_quantized:
+        parts = [t.int_repr()]
+    elif t.layout == torch.sparse_coo:
+        t = t.coalesce()
+        parts = [t.indices(), t.values()]
+    elif t.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = [t.crow_indices(), t.col_indices(), t.values()]
+    elif t.layout in (torch.sparse_csc, torch.sparse_bsc):
+        parts = [t.ccol_indices(), t.row_indices(), t.values()]
+    else:
+        parts = [t]
+    for part in parts:
+        flat = part.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().data
+
+
+class _Described:
+    """A digest of any value: of what it is made of, never of where in memory it is."""
+
+    def __init__(self) -> None:
+        self.count = 0  # of what is data
+        self.above: set[int] = set()  # objects that are being looked into: they may be cyclic
+
+    def digest(self, batch: object) -> str | None:
+        """The digest; None if there is no data in it."""
+        found = self.of(batch).hex()[:16]
+        return found if self.count else None
+
+    def of(self, value: object) -> bytes:
+        """The digest of a value."""
+        found = hashlib.sha256(type(value).__qualname__.encode())
+        if isinstance(value, Tensor):
+            self.count += 1
+            for part in _parts_of_tensor(value):
+                found.update(part)
+        elif isinstance(value, numpy.ndarray | numpy.generic) and not value.dtype.hasobject:
+            self.count += 1
+            found.update(f"{value.dtype} {value.shape}".encode() + value.tobytes())
+        elif isinstance(value, str | bytes | int | float | complex):
+            self.count += 1
+            found.update(value if isinstance(value, bytes) else repr(value).encode())
+        elif id(value) not in self.above and len(self.above) < MAX_LEVELS:
+            self.above.add(id(value))
+            for inner in self.inside(value):
+                found.update(inner)
+            self.above.remove(id(value))
+        return found.digest()
+
+    def inside(self, value: object) -> Iterable[bytes]:
+        """Digests of what a value is made of, in an order that is always the same."""
+        if isinstance(value, Mapping):
+            return [self.of(part) for item in value.items() for part in item]
+        if isinstance(value, set | frozenset):
+            return sorted(map(self.of, value))
+        if isinstance(value, list | tuple | deque) or type(value) is numpy.ndarray:
+            return [self.of(part) for part in value]
+        if isinstance(value, type | ModuleType) or inspect.isroutine(value):
+            return []
+        return [self.of(part) for item in _attributes(value).items() for part in item]
+
+
+def _attributes(value: object) -> dict[str, object]:
+    """What an object holds, by name: its __dict__ and __slots__."""
+    slots = (
+        name
+        for kind in type(value).__mro__
+        for names in [kind.__dict__.get("__slots__", ())]
+        for name in ([names] if isinstance(names, str) else names)
+    )
+    found = {n: getattr(value, n) for n in slots if n[:2] != "__" and hasattr(value, n)}
+    return found | getattr(value, "__dict__", {})
 
 
 def forever(data: Iterable) -> Iterator[Any]:

@@ -44,7 +44,7 @@ REQUIRED = ("model", "train_data", "val_data", "loss")
 
 
 def _same(a: object, b: object) -> bool:
-    """Whether two batches hold equal tensors; anything else in them is not compared."""
+    """Whether two batches hold equal tensors in their tuples, lists and dicts."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.equal(a, b)
     if isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -127,7 +127,8 @@ class Task:
                 f"task {self.name}: TWA-v needs heldout_data(), or a val_data() of at least 2"
                 " batches to take every other one from; found fewer"
             )
-        if not _same(next(iter(self.val)), next(iter(self.val))):
+        first, again = next(iter(self.val)), next(iter(self.val))
+        if not _same(first, again) or batch_digest(first) != batch_digest(again):
             raise TaskError(
                 f"task {self.name}: val_data() gives other batches at each pass (shuffled?), so"
                 " TWA-v cannot take every other one; fix its order or define heldout_data()"
