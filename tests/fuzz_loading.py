@@ -341,7 +341,7 @@ def save(state, path, rng):
     if path.suffix == ".safetensors":
         save_file({key: t.contiguous().clone() for key, t in state.items()}, path)
         return None
-    kind = rng.choice(["plain", "state_dict", "nested"])
+    kind = rng.choice(["plain", "state_dict", "nested", "prefix"])
     if kind == "plain":
         torch.save(state, path)
     elif kind == "state_dict":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from ..distributed.sharding import Sharding
 from ..io.atomic import write_json
@@ -37,5 +40,12 @@ def write_bundle(
     if not sharding.ranks.is_rank_zero:
         return []
     write_json(folder / COEFFICIENTS, coefficients)
+    extra = sharding.candidates[0].extra
+    if plain := [key for key, value in extra.items() if not isinstance(value, Tensor)]:
+        warnings.warn(
+            f"{folder / WEIGHTS}: {plain[0]!r} ({len(plain)} in all), the extra state of a module,"
+            " is no tensor and is left out: set it again when the model is loaded",
+            stacklevel=2,
+        )
     beside = hugging_face.write_beside(folder, sharding, coefficients)
     return [WEIGHTS, *([f"{DCP}/"] if dcp else []), *beside, COEFFICIENTS]
