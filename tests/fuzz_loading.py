@@ -25,6 +25,8 @@ from twa import averages
 from twa.distributed.ranks import Ranks
 from twa.distributed.sharding import Sharding
 from twa.distributed.weights import exported_tensors, load_merge
+from twa.io.candidate import Candidate
+from twa.io.candidates import Candidates
 from twa.io.key_map import match_model
 
 WIDTH = 4
@@ -145,6 +147,19 @@ class Looking(nn.Module):
         super()._load_from_state_dict(state, prefix, *rest)
 
 
+class Converting(nn.Module):
+    """Loads through NumPy."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(WIDTH))
+
+    def _load_from_state_dict(self, state, prefix, *rest):
+        array = state[f"{prefix}scale"].float().numpy()
+        state[f"{prefix}scale"] = torch.from_numpy(array.copy())
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
 class Assigning(nn.Module):
     """Takes a buffer of any size as it comes."""
 
@@ -215,6 +230,7 @@ def modules(rng):
             same(Transposing),
             same(Computing),
             same(Looking),
+            same(Converting),
             same(Extra),
             same(Tied),
             same(lambda: Mixed(dtype)),
@@ -412,8 +428,8 @@ def check(number, folder):
         entry = save(state, folder / f"c{k}{suffix}", random.Random(choice))
     wrapped = wrap_some(model, rng, rng.choice([0.0, 0.2, 0.5]))
     try:
-        candidates = twa.Candidates([folder / f"c{k}{suffix}" for k in range(n)], entry=entry)
-        n = len(candidates)  # equal files may count once
+        paths = [folder / f"c{k}{suffix}" for k in range(n)]
+        candidates = Candidates.of([Candidate(path, entry) for path in paths])
         matched, key_map = match_model(wrapped, candidates)
         sharding = Sharding(Ranks(), wrapped, matched, key_map)
         load_merge(sharding, averages.uniform(n))

@@ -96,6 +96,7 @@ TRANSLATED = {
     "transposed": pair(fuzz_loading.Transposing, fuzz_loading.Transposing),
     "computed": pair(fuzz_loading.Computing, fuzz_loading.Computing),
     "looked at": pair(fuzz_loading.Looking, fuzz_loading.Looking),
+    "through NumPy": pair(fuzz_loading.Converting, fuzz_loading.Converting),
     "assigned": pair(lambda: fuzz_loading.Assigning(5), fuzz_loading.Assigning),
     "lazy": pair(lambda: nn.Conv1d(4, 4, 3), lambda: nn.LazyConv1d(4, 3)),
     "lazy norm": pair(lambda: nn.BatchNorm1d(4), nn.LazyBatchNorm1d),
@@ -424,6 +425,29 @@ def test_a_trainable_parameter_that_no_file_holds_is_refused(tmp_path):
     model = Dropping()
     with pytest.raises(CandidateError, match=r"'secret' .*freeze it"):
         twa.Subspace.from_candidates(model, saved(tmp_path, states))
+
+
+class Own(nn.Module):
+    """Has a load_state_dict of its own, which returns nothing and knows no `strict`."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+        self.net.head.requires_grad_(False)
+
+    def load_state_dict(self, state):
+        state = {key: t for key, t in state.items() if not key.startswith("unused")}
+        self.net.load_state_dict(state, strict=False)
+
+
+def test_a_load_state_dict_of_the_models_own(tmp_path):
+    plain = [born(Net, k).state_dict() for k in range(N)]
+    states = [s | {"unused.weight": torch.zeros(1)} for s in plain]
+    model, _ = averaged(Own, saved(tmp_path, states))
+    check(model.net, means(Net, plain))
+    without = [{k: t for k, t in s.items() if not k.startswith("head")} for s in states]
+    with pytest.raises(CandidateError, match=r"'net\.head\.bias' of the model is missing"):
+        averaged(Own, saved(tmp_path, without))
 
 
 # Which of a file's tensors -----------------------------------------------------------------------

@@ -25,6 +25,9 @@ from .peft import adapter_names, is_adapter
 from .safetensors import DTYPE_NAMES
 from .unpickle import Made
 
+#: how load_state_dict's own error begins
+REFUSAL = "Error(s) in loading state_dict"
+
 
 @dataclass(frozen=True)
 class Written:
@@ -425,7 +428,12 @@ def _loaded(model: nn.Module, read: _Read) -> Loading:
     try:
         try:
             return loading.load(model, read.sources, candidate.extra, candidate.metadata)
-        except (TypeError, NotImplementedError):  # code that wants plain tensors
+        except CandidateError:
+            raise
+        except Exception as error:
+            if str(error).startswith(REFUSAL):
+                raise
+            # Code that wants plain tensors: .numpy(), .tolist().
             return loading.load(
                 model, read.sources, candidate.extra, candidate.metadata, lazily=False
             )

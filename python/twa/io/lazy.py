@@ -84,6 +84,9 @@ class Lazy(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Lazy({self.base.key!r}, {tuple(self.shape)}, {self.dtype})"
+
     @property
     def place(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
         """Sizes, strides and offset."""

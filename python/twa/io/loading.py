@@ -19,6 +19,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -255,13 +256,20 @@ def load(
     try:
         with warnings.catch_warnings(), recorder:
             warnings.simplefilter("ignore")
-            result = model.load_state_dict(state, strict=False)
+            result = model.load_state_dict(state, **_not_strict(model))
     finally:
         torch.__future__.set_swap_module_params_on_conversion(swapping)
     values = recorder.values
     _take_new(model, before, values)
-    missing = list(getattr(result, "missing_keys", ()))
-    return Loading(values, missing, list(getattr(result, "unexpected_keys", ())))
+    missing = getattr(result, "missing_keys", None)
+    if missing is None:  # a model's own load_state_dict, which does not say
+        missing = [key for key, name in state_names(model).items() if name not in values]
+    return Loading(values, list(missing), list(getattr(result, "unexpected_keys", ())))
+
+
+def _not_strict(model: nn.Module) -> dict[str, bool]:
+    """The argument that has load_state_dict say what is wrong instead of raising, if it has one."""
+    return {"strict": False} if "strict" in signature(model.load_state_dict).parameters else {}
 
 
 def _take_new(model: nn.Module, before: list[Tensor], values: dict[str, Tensor]) -> None:
