@@ -289,7 +289,7 @@ def _match_loaded(model: nn.Module, candidates: Candidates) -> tuple[Candidates,
     keys = _keys(model, names, reads)
     written = _written(names, reads[0], keys)
     if written is None:  # under the model's own names, then
-        keys, written = _own_keys(model, names), {}
+        keys, written = loading.own_keys(model, names), {}
     parts = {name for w in written.values() for name, _ in w.parts}
     for key, t in loading.made_by_hooks(model).items():
         name = next((name for name, own in keys.items() if own == key), None)
@@ -494,15 +494,9 @@ def _in_order(model: nn.Module, names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: place.get(name, len(place)))
 
 
-def _own_keys(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Name of each tensor -> its key in the model's own state_dict, without parts of wrappers."""
-    own = {name: key for key, name in reversed(state_names(model).items())}
-    return {name: loading.without_wrappers(own.get(name, name)) for name in names}
-
-
 def _keys(model: nn.Module, names: Sequence[str], reads: Sequence[_Read]) -> dict[str, str]:
     """Name of each tensor -> the key that holds it in the first file that has one, or its own."""
-    own, different = _own_keys(model, names), list({id(r.values): r for r in reads}.values())
+    own, different = loading.own_keys(model, names), list({id(r.values): r for r in reads}.values())
     found = {}
     for name in names:
         keys = (read.key_of(name) for read in different)

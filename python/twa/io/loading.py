@@ -17,7 +17,7 @@ import copy
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -381,7 +381,7 @@ def state_names(model: nn.Module) -> dict[str, str]:
 def made_by_hooks(model: nn.Module) -> dict[str, Tensor]:
     """Tensors of the model's state_dict that are none of its own, but made when it is saved.
 
-    They are there under keys without parts of wrappers.
+    They are there under keys without the parts that no module of a user has.
     """
     own = state_names(model)
     state = model.state_dict()
@@ -390,6 +390,27 @@ def made_by_hooks(model: nn.Module) -> dict[str, Tensor]:
         for key, t in state.items()
         if key not in own and isinstance(t, Tensor) and key.rpartition(".")[2] != EXTRA_STATE
     }
+
+
+def own_keys(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Name of each tensor -> its key in the model's state_dict, without parts of wrappers.
+
+    It is the name itself for what the state_dict does not have.
+    """
+    keys = {name: key for key, name in reversed(state_names(model).items())}
+    for key in made_by_hooks(model):
+        keys.setdefault(_name_of(model, key), key)
+    return {name: without_wrappers(keys.get(name, name)) for name in names}
+
+
+def _name_of(model: nn.Module, key: str) -> str:
+    """The name of the tensor that a key of the state_dict would be, see `named_tensors`."""
+    at, name = model, []
+    for part in _path(model, key)[0]:
+        if part != wrapped_by(at):
+            name.append(part)
+        at = at._modules.get(part) or at
+    return ".".join(name)
 
 
 def refused(error: Exception) -> CandidateError:
