@@ -147,6 +147,27 @@ class Looking(nn.Module):
         super()._load_from_state_dict(state, prefix, *rest)
 
 
+class Switching(nn.Module):
+    """Loads as a number beside it says, and drops the number."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.zeros(WIDTH)) for _ in range(2))
+
+    def _load_from_state_dict(self, state, prefix, *rest):
+        if f"{prefix}order" in state and int(state.pop(f"{prefix}order")):
+            a, b = (state.pop(prefix + name) for name in "ab")
+            state[f"{prefix}a"], state[f"{prefix}b"] = b, a
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+class Switched(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.zeros(WIDTH)) for _ in range(2))
+        self.register_buffer("order", torch.tensor(0))
+
+
 class Converting(nn.Module):
     """Loads through NumPy."""
 
@@ -236,6 +257,7 @@ def modules(rng):
             same(lambda: Mixed(dtype)),
             (lambda: Assigning(5), Assigning),
             (Renamed, Renaming),
+            (Switched, Switching),
             (Apart, lambda: Joining(axis)),
             (Apart, lambda: Joining(stacked=True)),
             (lambda: Whole(axis), lambda: Splitting(axis)),

@@ -136,6 +136,14 @@ def test_modules_translate_what_they_load(tmp_path, kind, bits):
             torch.testing.assert_close(t.double(), mean, rtol=1e-6, atol=1e-6)
 
 
+def test_files_are_loaded_one_by_one_where_numbers_decide(tmp_path):
+    """Each file says in a number of its own, which is dropped, how it is to be loaded."""
+    old, new = pair(fuzz_loading.Switched, fuzz_loading.Switching)
+    states = [born(old, k).state_dict() | {"0.order": torch.tensor(k % 2)} for k in range(N)]
+    model, _ = averaged(new, saved(tmp_path, states))
+    check(model, means(new, states))
+
+
 def test_joined_tensors_train(tmp_path):
     old, new = TRANSLATED["joined"]
     states = [born(old, k).state_dict() for k in range(N)]

@@ -18,9 +18,9 @@ from .checks import equal_values, first_line
 from .compare import check_info, check_not_quantised
 from .errors import CandidateError, TwaError
 from .formats import MODEL_FILES
-from .lazy import Block, blocks_of, is_fixed, located
+from .lazy import Block, blocks_of, located
 from .loading import Loading, load_key, named_tensors, state_names
-from .mapped import Source, TensorInfo, contiguous_strides, span
+from .mapped import Held, Source, TensorInfo, contiguous_strides, span
 from .peft import adapter_names, is_adapter
 from .safetensors import DTYPE_NAMES
 from .unpickle import Made
@@ -239,6 +239,7 @@ class _Read:
         sources: where the tensors lie, by the keys that the loading looks for
         tied: keys in the file that are one weight in the model, in groups of several
         values: name in the model -> what would be copied there
+        pretrained: whether that is what from_pretrained says, rather than load_state_dict
     """
 
     candidate: Candidate
@@ -246,6 +247,7 @@ class _Read:
     sources: dict[str, Source] = field(default_factory=dict)
     tied: list[list[str]] = field(default_factory=list)
     values: dict[str, Tensor] = field(default_factory=dict)
+    pretrained: bool = False
 
     def layout(self) -> object:
         """What must be the same in another file for its loading to be the same."""
@@ -286,10 +288,10 @@ def _match_loaded(model: nn.Module, candidates: Candidates) -> tuple[Candidates,
         raise _missing(
             idle, candidates[0], ", and it is trainable: freeze it (requires_grad_(False))"
         )
-    keys = _keys(model, names, reads)
+    keys, own = _keys(model, names, reads), loading.own_keys(model, names)
     written = _written(names, reads[0], keys)
-    if written is None:  # under the model's own names, then
-        keys, written = loading.own_keys(model, names), {}
+    if written is None or not _loads_again(model, names, reads[0], keys, written, own):
+        keys, written = own, {}  # as the model itself would save them
     parts = {name for w in written.values() for name, _ in w.parts}
     for key, t in loading.made_by_hooks(model).items():
         name = next((name for name, own in keys.items() if own == key), None)
@@ -315,11 +317,13 @@ def _read_each(model: nn.Module, candidates: Candidates) -> list[_Read]:
         layout = read.layout()
         like = next((r for other, r in known if other == layout), None)
         if like is None:
-            _load(model, read)
-            if not any(map(is_fixed, read.values.values())):
+            if not _load(model, read).of_numbers:
                 known.append((layout, read))
         else:
-            read.values = like.values
+            read.values, read.pretrained = like.values, like.pretrained
+            if like.pretrained:
+                read.sources = {key: candidate.source(key) for key in candidate.info}
+                read.keys = {key: key for key in read.sources}
         reads.append(read)
     return reads
 
@@ -375,25 +379,24 @@ def _prepared(model: nn.Module, candidate: Candidate) -> _Read:
     return read
 
 
-def _load(model: nn.Module, read: _Read) -> None:
+def _load(model: nn.Module, read: _Read) -> Loading:
     """Fills in what the model's loading makes of a candidate; CandidateError if it refuses."""
     pretrained = loading.is_of_transformers(model)
     as_saved = pretrained and save_pretrained_wrote(read.candidate)
     if as_saved and loading.converts(model):  # names and shapes may be alike, and numbers not
-        if error := _load_pretrained(model, read):
-            raise error
-        return
+        return _load_pretrained(model, read)
     try:
         found = _loaded(model, read)
-        error = _complaint(model, read, found)
-        read.values = found.values
-    except CandidateError as problem:
-        error = problem
-    if error and pretrained:
-        second = _load_pretrained(model, read)
-        error = second if second is None or as_saved else error
-    if error:
-        raise error
+        _check_complete(model, read, found)
+    except CandidateError as error:
+        if not pretrained:
+            raise
+        try:
+            return _load_pretrained(model, read)
+        except CandidateError as second:
+            raise (second if as_saved else error) from second
+    read.values = found.values
+    return found
 
 
 def save_pretrained_wrote(candidate: Candidate) -> bool:
@@ -401,25 +404,26 @@ def save_pretrained_wrote(candidate: Candidate) -> bool:
     return candidate.kind == "huggingface" or candidate.path.name in MODEL_FILES
 
 
-def _load_pretrained(model: nn.Module, read: _Read) -> CandidateError | None:
+def _load_pretrained(model: nn.Module, read: _Read) -> Loading:
     """Fills in what transformers' from_pretrained makes of a candidate.
 
-    Returns:
-        what is wrong with it; None if nothing is
+    CandidateError if it refuses, or warns.
     """
     candidate = read.candidate
     sources = {key: candidate.source(key) for key in candidate.info}
     try:
         found = loading.load_pretrained(model, sources)
-        error = _complaint(model, read, found)
-    except CandidateError as raised:
-        error = CandidateError(raised.problem, candidate.path)
-    except Exception as raised:  # a class that its configuration alone does not make, for example
-        what = f"{type(raised).__name__}: {first_line(raised)}"
-        error = CandidateError(f"transformers' from_pretrained refuses it ({what})", candidate.path)
-    if error is None:
-        read.keys, read.sources, read.values = {key: key for key in sources}, sources, found.values
-    return error
+        _check_complete(model, read, found)
+    except CandidateError as error:
+        raise error if error.where else CandidateError(error.problem, candidate.path) from error
+    except Exception as error:  # a class that its configuration alone does not make, for example
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise CandidateError(
+            f"transformers' from_pretrained refuses it ({what})", candidate.path
+        ) from error
+    read.keys, read.sources, read.values = {key: key for key in sources}, sources, found.values
+    read.pretrained = True
+    return found
 
 
 def _loaded(model: nn.Module, read: _Read) -> Loading:
@@ -454,8 +458,8 @@ def _check_shape(read: _Read, key: str, t: Tensor) -> None:
         check_info(read.candidate.path, read.keys[key], expected, info, "in the model")
 
 
-def _complaint(model: nn.Module, read: _Read, found: Loading) -> CandidateError | None:
-    """What is wrong with a loading: the first tensor that is missing or unexpected, or None."""
+def _check_complete(model: nn.Module, read: _Read, found: Loading) -> None:
+    """CandidateError if a loading lacks a tensor, or has one that the model does not have."""
     candidate, ignore = read.candidate, read.candidate.ignore
     made = dict(model.named_buffers())  # those that are not saved, too
     unexpected = []
@@ -464,9 +468,11 @@ def _complaint(model: nn.Module, read: _Read, found: Loading) -> CandidateError 
         if source is None or buffer is None or not _holds(buffer, source):
             unexpected.append(read.keys.get(key, key))
     if unexpected:
-        return _unexpected(sorted(unexpected), candidate, _entry_hint(model, candidate))
-    missing = [k for k in found.missing if not any(fnmatch.fnmatchcase(k, p) for p in ignore)]
-    return _missing(sorted(missing), candidate) if missing else None
+        raise _unexpected(sorted(unexpected), candidate, _entry_hint(model, candidate))
+    keys = {loading.without_wrappers(key) for key in found.missing}
+    missing = [k for k in keys if not any(fnmatch.fnmatchcase(k, p) for p in ignore)]
+    if missing:
+        raise _missing(sorted(missing), candidate)
 
 
 def _holds(buffer: Tensor, source: Source) -> bool:
@@ -528,6 +534,60 @@ def _written(
     exported = [*found, *(keys[name] for name in names if name not in inside)]
     unique = len(set(exported)) == len(exported) and len(set(keys.values())) == len(names)
     return found if unique else None
+
+
+def _loads_again(
+    model: nn.Module,
+    names: Sequence[str],
+    read: _Read,
+    keys: Mapping[str, str],
+    written: Mapping[str, Written],
+    own: Mapping[str, str],
+) -> bool:
+    """Whether the model's loading would make of an export under these keys what it is of.
+
+    It may not, if what was dropped of the files had a say in it.
+
+    Args:
+        model: whose loading it is
+        names: of the tensors
+        read: the first candidate
+        keys: name -> key
+        written: what is exported as parts of tensors
+        own: name -> the key in the model's state_dict
+    """
+    used = {block.key for name in names for block in blocks_of(read.values[name]) or ()}
+    if keys == own and not written and used == read.sources.keys():
+        return True
+    wanted: dict[str, set[Block]] = {}
+    infos = {key: w.info for key, w in written.items()}
+    for w in written.values():
+        for name, block in w.parts:
+            wanted.setdefault(name, set()).add(block)
+    infos |= {keys[name]: read.source(name).info for name in names if name not in wanted}
+    looked_for = {key: key if read.pretrained else load_key(model, key)[0] for key in infos}
+    sources: dict[str, Source] = {
+        looked_for[key]: Held(torch.empty(info.shape, dtype=info.dtype, device="meta"))
+        for key, info in infos.items()
+    }
+    try:
+        if read.pretrained:
+            found = loading.load_pretrained(model, sources)
+        else:
+            found = loading.load(model, sources, {}, {}, tentative=True)
+    except Exception:  # such as one for numbers, which are not there
+        return False
+    for name in names:
+        value = found.values.get(name)
+        blocks = None if value is None else blocks_of(value)
+        if blocks is None:
+            return False
+        if name in wanted:
+            if set(blocks) != wanted[name]:
+                return False
+        elif [block.key for block in blocks] != [looked_for[keys[name]]]:
+            return False
+    return True
 
 
 def _translated(

@@ -31,6 +31,7 @@ class Base:
         source: where the values of the tensor lie in the file that is being loaded
         dtype: that code sees; the values in the file may have another float dtype
         real: the values in memory, once code has asked for them
+        read: whether code has asked for any of them, here or in a tensor that this one is part of
         changed: whether code has written to them
     """
 
@@ -39,19 +40,22 @@ class Base:
     source: Source
     dtype: torch.dtype
     real: Tensor | None = None
+    read: bool = False
     changed: bool = False
-
-    @property
-    def read(self) -> bool:
-        """Whether code has asked for the numbers."""
-        return self.real is not None or any(part.base.read for _, part in self.parts)
 
     def values(self) -> Tensor:
         """The values in memory, (numel,); the same memory at each call."""
         if self.real is None:
+            self.note_read()
             whole = self.source.read()
             self.real = torch.empty(whole.shape, dtype=self.dtype).copy_(whole).view(-1)
         return self.real
+
+    def note_read(self) -> None:
+        """Takes down that code knows numbers of this tensor, and of those that it is made of."""
+        self.read = True
+        for _, part in self.parts:
+            part.base.note_read()
 
     def located(self, tensors: Mapping[str, Source]) -> Source:
         """Where the values lie in a file of these tensors."""
@@ -219,14 +223,6 @@ def located(t: Tensor, tensors: Mapping[str, Source] | None) -> Source:
         return Held(_real(t).clone())
     source = base.source if tensors is None else base.located(tensors)
     return source.view(*t.place)
-
-
-def is_fixed(t: Tensor) -> bool:
-    """Whether another file's values of this tensor may be other than where `located` says.
-
-    That is so if loading code has computed it, or has looked at numbers on the way.
-    """
-    return not isinstance(t, Lazy) or t.base.read
 
 
 @dataclass(frozen=True)

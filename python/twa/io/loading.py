@@ -51,11 +51,14 @@ class Loading:
         values: name in the model, see `named_tensors` -> what would be copied into it
         missing: names of the model's state_dict that the file has nothing for
         unexpected: keys of the file that the model has nothing for
+        of_numbers: whether a file with other numbers may be loaded otherwise: code has looked at
+            some, or has made values of its own
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    of_numbers: bool = False
 
 
 # Names -------------------------------------------------------------------------------------------
@@ -228,7 +231,9 @@ def load(
     tensors: Mapping[str, Source],
     extra: Mapping[str, object],
     metadata: Mapping[str, Mapping[str, object]],
+    *,
     lazily: bool = True,
+    tentative: bool = False,
 ) -> Loading:
     """What `model.load_state_dict` would do with a file. No weight of the model changes.
 
@@ -240,6 +245,7 @@ def load(
         extra: what modules that have `set_extra_state` are given, by the same keys
         metadata: versions of the modules that were saved, as torch.save keeps them; {}: unknown
         lazily: whether code gets Lazy tensors; else all of the file is read
+        tentative: whether tensors that code puts into the model itself are taken out again
 
     Raises:
         CandidateError: loading refuses the file
@@ -247,9 +253,10 @@ def load(
     state: OrderedDict[str, object] = OrderedDict()
     for key, source in tensors.items():
         state[key] = lazy_tensor(key, source) if lazily else source.read().clone()
+    given = list(state.values())
     state.update({load_key(model, key)[0]: value for key, value in extra.items()})
     state._metadata = OrderedDict(load_metadata(model, metadata))  # type: ignore[attr-defined]
-    before = list(named_tensors(model).values())
+    before, held = list(named_tensors(model).values()), _held(model)
     swapping = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(False)
     recorder = _Recorder(model)
@@ -257,19 +264,50 @@ def load(
         with warnings.catch_warnings(), recorder:
             warnings.simplefilter("ignore")
             result = model.load_state_dict(state, **_not_strict(model))
+    except BaseException:
+        _hold(held)
+        raise
     finally:
         torch.__future__.set_swap_module_params_on_conversion(swapping)
     values = recorder.values
-    _take_new(model, before, values)
+    if tentative:
+        _hold(held)
+    else:
+        _take_new(model, before, values)
     missing = getattr(result, "missing_keys", None)
     if missing is None:  # a model's own load_state_dict, which does not say
         missing = [key for key, name in state_names(model).items() if name not in values]
-    return Loading(values, list(missing), list(getattr(result, "unexpected_keys", ())))
+    unexpected = list(getattr(result, "unexpected_keys", ()))
+    return Loading(values, list(missing), unexpected, _looked(given, values))
+
+
+def _looked(given: Iterable[object], values: Mapping[str, Tensor]) -> bool:
+    """What `Loading.of_numbers` says.
+
+    Args:
+        given: what loading was given
+        values: what it made of that
+    """
+    own = any(not isinstance(t, Lazy) for t in values.values())
+    return own or any(isinstance(t, Lazy) and t.base.read for t in given)
 
 
 def _not_strict(model: nn.Module) -> dict[str, bool]:
     """The argument that has load_state_dict say what is wrong instead of raising, if it has one."""
     return {"strict": False} if "strict" in signature(model.load_state_dict).parameters else {}
+
+
+def _held(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The tables of tensors of each module, and what is in them."""
+    tables = [t for m in model.modules() for t in (m._parameters, m._buffers)]
+    return [(table, dict(table)) for table in tables]
+
+
+def _hold(held: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    """Puts into the tables of a model's modules what was in them."""
+    for table, content in held:
+        table.clear()
+        table.update(content)
 
 
 def _take_new(model: nn.Module, before: list[Tensor], values: dict[str, Tensor]) -> None:
@@ -346,7 +384,8 @@ def load_pretrained(model: nn.Module, tensors: Mapping[str, Source]) -> Loading:
     values: dict[str, Tensor] = {
         names[key]: t for key, t in loaded.items() if isinstance(t, Lazy) and key in names
     }
-    return Loading(values, sorted(report["missing_keys"]), sorted(report["unexpected_keys"]))
+    missing, unexpected = (sorted(report[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
+    return Loading(values, missing, unexpected, _looked(state.values(), values))
 
 
 @contextlib.contextmanager
@@ -409,7 +448,8 @@ def _name_of(model: nn.Module, key: str) -> str:
     for part in _path(model, key)[0]:
         if part != wrapped_by(at):
             name.append(part)
-        at = at._modules.get(part) or at
+        child = at._modules.get(part)
+        at = at if child is None else child
     return ".".join(name)
 
 
