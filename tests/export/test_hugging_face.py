@@ -670,6 +670,7 @@ def pair(tmp_path, name, first, second):
     for k, text in enumerate((first, second)):
         folder = filled(tmp_path / f"m{k}", "config.json", name)
         (folder / "config.json").write_text("{}")
+        torch.nn.init.constant_(net.bias, k)
         save_file(net.state_dict(), folder / "model.safetensors")
         if text is None:
             (folder / name).unlink()

@@ -210,9 +210,10 @@ def test_entries_inside_entries(tmp_path):
     same(Candidates(tmp_path / "x.pt", entry="run.teacher")[0], state(2))
 
 
-def test_a_safetensors_file_has_no_entries(tmp_path):
+def test_a_safetensors_file_has_prefixes_for_entries(tmp_path):
     save_file(state(), tmp_path / "x.safetensors")
-    with pytest.raises(CandidateError, match="no entries"):
+    assert Candidates(tmp_path / "x.safetensors", entry="a").info.keys() == {"weight", "bias"}
+    with pytest.raises(CandidateError, match=r"under 'ema'; there are some under: a$"):
         Candidates(tmp_path / "x.safetensors", entry="ema")
 
 

@@ -361,7 +361,7 @@ def test_best_weights_that_could_not_be_saved(job, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(Evaluator, "loss", lambda self: next(losses))
     assert cli.main(arguments(job, tmp_path / "whole")) == 0
     out, writes = tmp_path / "out", 0
-    original, finish = state.write_export, average.finish
+    original, finish = state.write_model, average.finish
 
     def full(path, sharding):
         nonlocal writes
@@ -373,7 +373,7 @@ def test_best_weights_that_could_not_be_saved(job, tmp_path, monkeypatch, capsys
     def killed(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(state, "write_export", full)
+    monkeypatch.setattr(state, "write_model", full)
     monkeypatch.setattr(average, "finish", killed)
     assert cli.main(arguments(job, out)) == 130
     error = capsys.readouterr().err
@@ -382,7 +382,7 @@ def test_best_weights_that_could_not_be_saved(job, tmp_path, monkeypatch, capsys
         and "the best weights so far could not be saved (No space left on device)" in error
         and "is intact" in error
     )
-    monkeypatch.setattr(state, "write_export", original)
+    monkeypatch.setattr(state, "write_model", original)
     monkeypatch.setattr(average, "finish", finish)
     assert cli.main(arguments(job, out, "--resume")) == 0
     assert result(out) == result(tmp_path / "whole")

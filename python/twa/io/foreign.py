@@ -65,6 +65,12 @@ def foreign(path: Path, *, json: bool = False) -> str:
     return ""
 
 
+def is_tar(path: Path) -> bool:
+    """Whether a file is a tar archive, rather than a checkpoint that is called .tar."""
+    with open(path, "rb") as f:
+        return f.read(HEAD)[257:262] == b"ustar"
+
+
 def foreign_archive(names: Sequence[str]) -> str:
     """What a zip archive is that torch.save did not write, by the names in it; "" if unknown."""
     inside = {name.partition("/")[2] for name in names}

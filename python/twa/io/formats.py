@@ -302,7 +302,7 @@ def _under(content: object, path: Path, entry: str) -> Weights:
             if isinstance(inner, dict) and (tensors := _weights_in(inner, path)):
                 return tensors
         _check_object(inner, parts[0], path)
-    names = [*entries(content), *(name for name in prefixes(content))][:20]
+    names = entries(content) or prefixes(content)[:20]
     raise CandidateError(
         f"expected weights under {entry!r}; there are some under: {', '.join(names) or 'none'}",
         path,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .checks import MAX_NAME, first_line
 from .errors import CandidateError, NoWeights, TwaError
-from .foreign import foreign, foreign_archive
+from .foreign import foreign, foreign_archive, is_tar
 from .mapped import MappedFile, Stored, TensorInfo, span
 from .torch_pickle import NAMES, Described, NotDense, Odd, odd, parse_storage, runs
 from .unpickle import MAX_PICKLE, Made, Ordered, Refused, unpickle
@@ -190,7 +190,8 @@ def _open(path: Path, *, strict: bool = False) -> Archive:
         raise CandidateError("not a complete torch checkpoint: it is empty", path)
     if bytes_of(path, 0, 4) != LOCAL_HEADER:
         if what := foreign(path):
-            raise CandidateError(f"not a torch checkpoint: {what}", path)
+            kind = NoWeights if is_tar(path) else CandidateError
+            raise kind(f"not a torch checkpoint: {what}", path)
         raise CandidateError(
             "not a torch checkpoint: expected a zip archive as torch.save writes it; a file from"
             " before PyTorch 1.6 must be loaded with torch.load(weights_only=True) and saved again",
