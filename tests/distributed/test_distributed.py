@@ -8,6 +8,7 @@ import re
 import types
 from pathlib import Path
 
+import fuzz_loading
 import pytest
 import ranks as pool
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 import twa
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial
@@ -275,6 +277,53 @@ def test_fine_segments_of_unaligned_shards(ranks, tmp_path):
             and found[2][0].granularity == "tensor"
             and "not fine" in found[2][1]
         )
+
+
+class Packed(nn.Module):
+    """Two layers, and between them a matrix that files have in three parts."""
+
+    def __init__(self, part=fuzz_loading.Joining, wrap=lambda m: m):
+        super().__init__()
+        self.a, self.qkv, self.b = wrap(nn.Linear(4, 4)), part(), wrap(nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.b(self.a(x) @ self.qkv.qkv[:4])
+
+
+def checkpointed_shards(group, folder):
+    """FSDP2 around activation checkpointing, and files of another layout: trained and exported."""
+    model = Packed(wrap=checkpoint_wrapper)
+    mesh = DeviceMesh.from_group(group, "cpu")
+    for block in (model.a, model.b):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    subspace = twa.Subspace.from_candidates(
+        model, twa.Candidates(f"{folder}/c*.pt"), bits=32, sharding="columns", group=group
+    )
+    optimizer = twa.SubspaceOptimizer(subspace, torch.optim.SGD, lr=0.1)
+    model(torch.ones(2, 4)).square().mean().backward()
+    optimizer.step()
+    subspace.save(f"{folder}/out")
+    return subspace.segments.labels, subspace.merge_weights()
+
+
+def test_wrapped_shards_and_files_of_another_layout(ranks, tmp_path):
+    states = []
+    for k in range(3):
+        torch.manual_seed(k)
+        states.append(Packed(fuzz_loading.Apart).state_dict())
+        for t in states[-1].values():
+            nn.init.uniform_(t)
+        torch.save(states[-1], tmp_path / f"c{k}.pt")
+    labels, beta = ranks.run(2, checkpointed_shards, tmp_path)[0]
+    assert labels == ["a.weight", "a.bias", "qkv.qkv", "b.weight", "b.bias"]
+    assert (beta - 1 / 3).abs().max() > 1e-3  # it has moved
+    exported = load_file(tmp_path / "out" / "averaged.safetensors")
+    assert exported.keys() == states[0].keys()
+    for key, t in exported.items():
+        l = labels.index("qkv.qkv" if key.startswith("qkv") else key)
+        mean = sum(b * s[key].double() for b, s in zip(beta[:, l], states, strict=True))
+        torch.testing.assert_close(t.double(), mean, rtol=1e-5, atol=1e-6)
 
 
 # What crosses the wire ---------------------------------------------------------------------------
