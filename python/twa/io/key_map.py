@@ -105,8 +105,9 @@ def match_model(model: nn.Module, candidates: Candidates) -> tuple[Candidates, K
             "model: expected the model itself, found DistributedDataParallel around it; pass"
             " model.module"
         )
-    for c in candidates:
-        check_not_quantised(c.info, c.path)
+    for k, c in enumerate(candidates):
+        if k == 0 or c.info != candidates[0].info:
+            check_not_quantised(c.info, c.path)
     if is_adapter(candidates[0]):
         key_map = _match_adapters(model, candidates)
     else:
@@ -598,8 +599,13 @@ def _translated(
 ) -> Candidates:
     """The candidates with the tensors as the model has them, by these keys: key -> name."""
     made, same = [], True
+    plain: set[int] = set()  # values, by id, that are the files' own tensors
     for read in reads:
         c, found = read.candidate, {}
+        if id(read.values) in plain and names.keys() == c.info.keys():
+            made.append({key: c.source(key) for key in names})
+            continue
+        was_same, same = same, True
         for key, name in names.items():
             source, t = read.source(name), tensors[name]
             own = c.source(key) if key in c.info else None
@@ -610,7 +616,11 @@ def _translated(
                 check_info(c.path, key, expected, source.info, "in the model")
             found[key], same = source, same and own == source
         made.append(found)
-        same = same and found.keys() == c.info.keys()
+        if same and found.keys() == c.info.keys():
+            plain.add(id(read.values))
+        else:
+            same = False
+        same = same and was_same
     if not same:
         return candidates.translated(made)
     candidates.checked = True
