@@ -16,7 +16,7 @@ FLOORS = {
     "twa": [
         "version",
         "io",
-        "averages coordinates dtensors modes",
+        "averages candidates coordinates dtensors modes",
         "basis spectral_norm",
         "distributed",
         "batchnorm packing export",

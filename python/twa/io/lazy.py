@@ -106,7 +106,8 @@ class Lazy(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if func.is_view and isinstance(first, Lazy):
+        is_view = func.is_view or func is _aten._unsafe_view.default  # of a new clone, in reshape
+        if is_view and isinstance(first, Lazy):
             return _view(func, first, args[1:], kwargs)
         if func is _aten.clone.default:
             return _copied(args[0], args[0].dtype)

@@ -172,6 +172,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.model = model
         self.values: dict[str, Tensor] = {}
+        self.known: list[Tensor] = []  # alive, so that no other tensor has the id of one of them
         self._index()
 
     def _index(self) -> None:
@@ -180,6 +181,7 @@ class _Recorder(TorchFunctionMode):
         self.memory: dict[tuple[object, ...], str] = {}
         self.storages: set[int] = set()
         for name, t in named_tensors(self.model).items():
+            self.known.append(t)
             self.names.setdefault(id(t), name)
             if (place := _place(t)) is not None:
                 self.memory.setdefault(place, name)
