@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 #: other
 FLOORS = {
     "twa": [
-        "version",
+        "version dtensors",
         "io",
-        "averages candidates coordinates dtensors modes",
+        "averages candidates coordinates modes",
         "basis spectral_norm",
         "distributed",
         "batchnorm packing export",

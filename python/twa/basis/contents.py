@@ -42,6 +42,7 @@ class Contents:
         chunk: see `Segments`
         constraint: what the coefficients are kept to, see `Coordinates`
         written: as in `KeyMap`: key -> [shape, dtype, [[name, begin, sizes, strides, offset], ...]]
+        checked: as in `KeyMap`
         dropped: of an orthonormal basis: per segment, [candidate, relative distance] of those that
             depend on earlier ones
         format: FORMAT
@@ -64,6 +65,7 @@ class Contents:
     chunk: int = 0
     constraint: str = "none"
     written: dict[str, list[Any]] = field(default_factory=dict)
+    checked: bool = True
     dropped: list[list[list[float]]] = field(default_factory=list)
     format: str = FORMAT
 
@@ -96,6 +98,7 @@ class Contents:
             dict(self.aliases),
             dict(self.names),
             {key: _parse_written(key, value) for key, value in self.written.items()},
+            self.checked,
         )
 
     def tensors(self) -> dict[str, TensorInfo]:
@@ -135,7 +138,12 @@ def parse_contents(value: object) -> Contents:
     if not isinstance(value, dict) or found != FORMAT:
         raise ValueError(f"expected format {FORMAT!r}, found {shown(found)}")
     fields = set(Contents.__dataclass_fields__)
-    given: dict[str, Any] = {"chunk": 0, "constraint": "none", "written": {}} | value  # not in all
+    given: dict[str, Any] = {
+        "chunk": 0,
+        "constraint": "none",
+        "written": {},
+        "checked": True,
+    } | value
     if odd := sorted(fields ^ given.keys()):
         raise ValueError(
             f"metadata: {odd[0]!r} is {'missing' if odd[0] in fields else 'unexpected'}"
@@ -189,6 +197,7 @@ def _check_tensors(c: Contents) -> None:
 
 def _check_written(c: Contents) -> None:
     _want(isinstance(c.written, dict), "written", "names", c.written)
+    _want(isinstance(c.checked, bool), "checked", "true or false", c.checked)
     sizes = {name: tuple(c.info[key][0]) for key, name in c.names.items()}
     for key, value in c.written.items():
         _want(_is_written(value, sizes), "written", f"parts that fill {key[:100]!r}", value)

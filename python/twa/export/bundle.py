@@ -11,7 +11,7 @@ from torch import Tensor
 from ..distributed.sharding import Sharding
 from ..io.atomic import write_json
 from . import hugging_face
-from .weights import write_dcp, write_export
+from .weights import check_export, write_dcp, write_export
 
 WEIGHTS, DCP, COEFFICIENTS = "averaged.safetensors", "averaged_dcp", "coefficients.json"
 #: all that may be written
@@ -39,6 +39,7 @@ def write_bundle(
         write_dcp(folder / DCP, sharding)
     if not sharding.ranks.is_rank_zero:
         return []
+    check_export(folder / WEIGHTS, sharding)
     write_json(folder / COEFFICIENTS, coefficients)
     extra = sharding.candidates[0].extra
     if plain := [key for key, value in extra.items() if not isinstance(value, Tensor)]:

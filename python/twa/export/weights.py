@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import errno
 import shutil
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from ..distributed.sharding import Sharding
 from ..distributed.weights import (
@@ -13,8 +18,14 @@ from ..distributed.weights import (
     sharded_tensors,
     whole_tensors,
 )
+from ..dtensors import is_sharded
 from ..io.atomic import replace_folder
-from ..io.safetensors import write_stream
+from ..io.checks import first_line
+from ..io.errors import CandidateWarning
+from ..io.lazy import located
+from ..io.loading import load, load_key, named_tensors
+from ..io.mapped import Source
+from ..io.safetensors import read_safetensors, write_stream
 from ..modes import plain_weights
 
 
@@ -27,6 +38,45 @@ def write_export(path: Path, sharding: Sharding) -> None:
     here = path if sharding.ranks.is_rank_zero else None
     with plain_weights(sharding.model):
         write_stream(here, exported_info(sharding), exported_tensors(sharding))
+
+
+def check_export(path: Path, sharding: Sharding) -> None:
+    """Warns if a file that `write_export` has written loads as another model; the first rank calls.
+
+    Files have no versions of modules, and a hook may change a tensor each time it is loaded. Most
+    models are known to be free of that: see `KeyMap.checked`.
+    """
+    if sharding.key_map.checked or is_sharded(sharding.model):
+        return
+    written = {
+        load_key(sharding.model, key)[0]: source for key, source in read_safetensors(path).items()
+    }
+    with plain_weights(sharding.model):
+        try:
+            found = load(sharding.model, written, {}, {}, tentative=True).values
+        except Exception as error:
+            found, odd = {}, [first_line(error)]
+        else:
+            tensors = named_tensors(sharding.model)
+            odd = [name for name, t in found.items() if not _same(t, tensors[name], written)]
+    if odd:
+        warnings.warn(
+            f"{path}: loaded again, {odd[0]!r} ({len(odd)} in all) is another tensor than in the"
+            " model: the model's own loading changes it, perhaps since such files have no versions"
+            " of modules. Save model.state_dict() with torch.save instead",
+            CandidateWarning,
+            stacklevel=2,
+        )
+
+
+def _same(loaded: Tensor, t: Tensor, written: Mapping[str, Source]) -> bool:
+    """Whether what loading makes of a file is a tensor of the model, as the file rounds it."""
+    value = located(loaded, written).read()
+    mine = t.detach().cpu()
+    if not value.is_floating_point():
+        return torch.equal(value.to(mine.dtype), mine)
+    eps = max(torch.finfo(dtype).eps for dtype in (value.dtype, mine.dtype))
+    return torch.allclose(value.double(), mine.double(), rtol=4 * eps, atol=1e-12, equal_nan=True)
 
 
 def write_model(path: Path, sharding: Sharding) -> None:

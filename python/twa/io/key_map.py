@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,9 +24,6 @@ from .mapped import Held, Source, TensorInfo, contiguous_strides, span
 from .peft import adapter_names, is_adapter
 from .safetensors import DTYPE_NAMES
 from .unpickle import Made
-
-#: how load_state_dict's own error begins
-REFUSAL = "Error(s) in loading state_dict"
 
 
 @dataclass(frozen=True)
@@ -62,6 +59,7 @@ class KeyMap:
         names: every key -> name
         written: tensors of an export that are no tensor of the model, such as the experts that a
             model has packed into one, or what its own hook computes: key -> what it is made of
+        checked: whether an export is known to load as what it is; else `check_export` looks
     """
 
     trained: dict[str, str]
@@ -70,6 +68,7 @@ class KeyMap:
     aliases: dict[str, str]
     names: dict[str, str]
     written: dict[str, Written] = field(default_factory=dict)
+    checked: bool = True
 
     def numels(self, info: Mapping[str, TensorInfo]) -> list[int]:
         """Number of weights of each trained tensor."""
@@ -240,6 +239,7 @@ class _Read:
         sources: where the tensors lie, by the keys that the loading looks for
         tied: keys in the file that are one weight in the model, in groups of several
         values: name in the model -> what would be copied there
+        derived: name of a buffer that is not saved -> what would be copied there
         pretrained: whether that is what from_pretrained says, rather than load_state_dict
     """
 
@@ -248,6 +248,7 @@ class _Read:
     sources: dict[str, Source] = field(default_factory=dict)
     tied: list[list[str]] = field(default_factory=list)
     values: dict[str, Tensor] = field(default_factory=dict)
+    derived: dict[str, Tensor] = field(default_factory=dict)
     pretrained: bool = False
 
     def layout(self) -> object:
@@ -289,10 +290,13 @@ def _match_loaded(model: nn.Module, candidates: Candidates) -> tuple[Candidates,
         raise _missing(
             idle, candidates[0], ", and it is trainable: freeze it (requires_grad_(False))"
         )
-    keys, own = _keys(model, names, reads), loading.own_keys(model, names)
+    _settle_derived(reads, tensors)
+    keys = _keys(model, names, reads)
     written = _written(names, reads[0], keys)
-    if written is None or not _loads_again(model, names, reads[0], keys, written, own):
-        keys, written = own, {}  # as the model itself would save them
+    checked = written is not None and _loads_again(model, names, reads[0], keys, written)
+    if written is None or not checked:
+        keys, written = loading.own_keys(model, names), {}  # as the model itself would save them
+        checked = _loads_again(model, names, reads[0], keys, written)
     parts = {name for w in written.values() for name, _ in w.parts}
     for key, t in loading.made_by_hooks(model).items():
         name = next((name for name, own in keys.items() if own == key), None)
@@ -305,7 +309,7 @@ def _match_loaded(model: nn.Module, candidates: Candidates) -> tuple[Candidates,
             every |= dict.fromkeys(tied, name)
     every = {key: every[key] for key in [*candidates[0].info, *every] if key in every}
     found = _translated(candidates, reads, every, tensors)
-    return found, _sorted_out(keys, tensors, every, found, written)
+    return found, replace(_sorted_out(keys, tensors, every, found, written), checked=checked)
 
 
 def _read_each(model: nn.Module, candidates: Candidates) -> list[_Read]:
@@ -321,7 +325,8 @@ def _read_each(model: nn.Module, candidates: Candidates) -> list[_Read]:
             if not _load(model, read).of_numbers:
                 known.append((layout, read))
         else:
-            read.values, read.pretrained = like.values, like.pretrained
+            read.values, read.derived = like.values, like.derived
+            read.pretrained = like.pretrained
             if like.pretrained:
                 read.sources = {key: candidate.source(key) for key in candidate.info}
                 read.keys = {key: key for key in read.sources}
@@ -355,7 +360,7 @@ def _prepared(model: nn.Module, candidate: Candidate) -> _Read:
     state = model.state_dict(keep_vars=True)
     read = _Read(candidate)
     for key in candidate.info:
-        if key == N_AVERAGED and key not in state:
+        if key == N_AVERAGED:  # of a wrapper, and no tensor of a model
             continue
         wanted, own = (key, key) if key in state else load_key(model, key)
         if wanted in read.keys:
@@ -396,7 +401,7 @@ def _load(model: nn.Module, read: _Read) -> Loading:
             return _load_pretrained(model, read)
         except CandidateError as second:
             raise (second if as_saved else error) from second
-    read.values = found.values
+    read.values, read.derived = found.values, found.derived
     return found
 
 
@@ -431,17 +436,7 @@ def _loaded(model: nn.Module, read: _Read) -> Loading:
     """What load_state_dict would do; CandidateError if it raises."""
     candidate = read.candidate
     try:
-        try:
-            return loading.load(model, read.sources, candidate.extra, candidate.metadata)
-        except CandidateError:
-            raise
-        except Exception as error:
-            if str(error).startswith(REFUSAL):
-                raise
-            # Code that wants plain tensors: .numpy(), .tolist().
-            return loading.load(
-                model, read.sources, candidate.extra, candidate.metadata, lazily=False
-            )
+        return loading.load(model, read.sources, candidate.extra, candidate.metadata)
     except CandidateError as error:
         raise CandidateError(error.problem, candidate.path) from error
     except Exception as error:
@@ -470,7 +465,7 @@ def _check_complete(model: nn.Module, read: _Read, found: Loading) -> None:
             unexpected.append(read.keys.get(key, key))
     if unexpected:
         raise _unexpected(sorted(unexpected), candidate, _entry_hint(model, candidate))
-    keys = {loading.without_wrappers(key) for key in found.missing}
+    keys = {loading.without_wrappers(key) for key in found.missing} - {N_AVERAGED}
     missing = [k for k in keys if not any(fnmatch.fnmatchcase(k, p) for p in ignore)]
     if missing:
         raise _missing(sorted(missing), candidate)
@@ -530,11 +525,33 @@ def _written(
         info = read.sources[key].info
         if sum(TensorInfo(block.sizes, info.dtype).numel for _, block in pairs) != info.numel:
             return None
+        if any(0 in block.strides for _, block in pairs):  # expanded
+            return None
         found[read.keys[key]] = Written(info, tuple(pairs))
     inside = {name for pairs in parts.values() for name, _ in pairs}
     exported = [*found, *(keys[name] for name in names if name not in inside)]
     unique = len(set(exported)) == len(exported) and len(set(keys.values())) == len(names)
     return found if unique else None
+
+
+def _settle_derived(reads: Sequence[_Read], tensors: Mapping[str, Tensor]) -> None:
+    """Buffers that loading fills and nobody saves: the same for all files, they are set.
+
+    CandidateError if they are not: none of them would be that of an average.
+    """
+    for name in reads[0].derived:
+        first = located(reads[0].derived[name], reads[0].sources).read()
+        for read in reads:
+            value = read.derived.get(name)
+            found = None if value is None else located(value, read.sources).read()
+            if found is None or not torch.equal(first, found):
+                raise CandidateError(
+                    f"buffer {name!r} of the model is not saved, and its loading makes it of what"
+                    " is in the file: an average would not have it; make it in forward, or save it",
+                    read.candidate.path,
+                )
+        with torch.no_grad():
+            tensors[name].copy_(first)
 
 
 def _loads_again(
@@ -543,11 +560,11 @@ def _loads_again(
     read: _Read,
     keys: Mapping[str, str],
     written: Mapping[str, Written],
-    own: Mapping[str, str],
 ) -> bool:
-    """Whether the model's loading would make of an export under these keys what it is of.
+    """Whether the model's loading would surely make of an export what it is of.
 
-    It may not, if what was dropped of the files had a say in it.
+    It may not, if what was dropped of the files has a say in it, or the versions of modules, which
+    an export does not hold.
 
     Args:
         model: whose loading it is
@@ -555,11 +572,7 @@ def _loads_again(
         read: the first candidate
         keys: name -> key
         written: what is exported as parts of tensors
-        own: name -> the key in the model's state_dict
     """
-    used = {block.key for name in names for block in blocks_of(read.values[name]) or ()}
-    if keys == own and not written and used == read.sources.keys():
-        return True
     wanted: dict[str, set[Block]] = {}
     infos = {key: w.info for key, w in written.items()}
     for w in written.values():
@@ -575,7 +588,7 @@ def _loads_again(
         if read.pretrained:
             found = loading.load_pretrained(model, sources)
         else:
-            found = loading.load(model, sources, {}, {}, tentative=True)
+            found = loading.load_lazily(model, sources, {}, {}, tentative=True)
     except Exception:  # such as one for numbers, which are not there
         return False
     for name in names:
@@ -586,8 +599,11 @@ def _loads_again(
         if name in wanted:
             if set(blocks) != wanted[name]:
                 return False
-        elif [block.key for block in blocks] != [looked_for[keys[name]]]:
-            return False
+        else:
+            block, sizes = blocks[0], blocks[0].sizes
+            whole = block.offset == 0 and block.strides == contiguous_strides(sizes)
+            if not whole or [b.key for b in blocks] != [looked_for[keys[name]]]:
+                return False
     return True
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..dtensors import is_sharded
 from .candidate import EXTRA_STATE, N_AVERAGED
 from .checks import first_line
 from .errors import CandidateError
@@ -40,6 +41,8 @@ WRAPPERS = {
     "_checkpoint_wrapped_module": False,  # activation checkpointing
 }
 #: those that no module of a user has
+#: how load_state_dict's own error begins
+REFUSAL = "Error(s) in loading state_dict"
 PRIVATE = tuple(part for part in WRAPPERS if part != "module")
 
 
@@ -53,12 +56,14 @@ class Loading:
         unexpected: keys of the file that the model has nothing for
         of_numbers: whether a file with other numbers may be loaded otherwise: code has looked at
             some, or has made values of its own
+        derived: name of a buffer that is not saved -> what loading would make of it
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     of_numbers: bool = False
+    derived: dict[str, Tensor] = field(default_factory=dict)
 
 
 # Names -------------------------------------------------------------------------------------------
@@ -187,8 +192,10 @@ class _Recorder(TorchFunctionMode):
                 self.memory.setdefault(place, name)
                 self.storages.add(t.untyped_storage()._cdata)
 
-    def _name(self, t: Tensor) -> str | None:
+    def _name(self, t: object) -> str | None:
         """The name of a tensor of the model, or of what shares all of its memory."""
+        if not isinstance(t, Tensor):
+            return None
         if id(t) in self.names:
             return self.names[id(t)]
         place = _place(t)
@@ -197,20 +204,59 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: object, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is not torch.Tensor.copy_ or isinstance(args[0], Lazy):
-            return func(*args, **(kwargs or {}))
-        target = args[0]
-        if (name := self._name(target)) is None:
-            self._index()
-            name = self._name(target)
-        if name is not None:
-            self.values[name] = args[1] if len(args) > 1 else (kwargs or {})["other"]
-            return target
-        if type(target) in (Tensor, nn.Parameter) and _storage(target) in self.storages:
-            raise CandidateError(
-                "the model's own loading writes to a part of a tensor, which is not supported"
-            )
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        what = _called(func)
+        if what == "copy_" and not isinstance(args[0], Lazy):
+            if (name := self._name(args[0])) is None:
+                self._index()
+                name = self._name(args[0])
+            if name is not None:
+                self.values[name] = args[1] if len(args) > 1 else kwargs["other"]
+                return args[0]
+        if what in NUMBERS and isinstance(args[0], Lazy):
+            raise NeedsNumbers(what)
+        if what not in SAFE and not (args and _is_lazy(args[0])):
+            given = [*args, *kwargs.values()]
+            parts = [p for a in given for p in (a if isinstance(a, list | tuple) else (a,))]
+            names = [name for name in map(self._name, parts) if name is not None]
+            writes = (what.endswith("_") and not what.startswith("__")) or what in WRITES
+            if any(name in self.values for name in names) or (names and writes):
+                raise NeedsNumbers(what)
+            own = (p for p in parts if isinstance(p, Tensor) and not isinstance(p, Lazy))
+            if writes and any(_storage(p) in self.storages for p in own):
+                raise NeedsNumbers(what)
+        return func(*args, **kwargs)
+
+
+class NeedsNumbers(Exception):
+    """Loading does more with the model's tensors, or with the file's, than can be taken down."""
+
+
+#: functions that give a tensor's memory away, or its numbers without an operation
+NUMBERS = (
+    *("untyped_storage", "storage", "_typed_storage", "data_ptr", "share_memory_"),
+    *("numpy", "tolist", "__dlpack__", "__array__"),
+)
+#: what writes to a tensor without an underscore at the end of its name
+WRITES = ("__setitem__", "set data", "__iadd__", "__imul__", "__isub__", "__itruediv__")
+#: what says nothing of a tensor's numbers
+SAFE = {
+    *("get shape", "get dtype", "get device", "get layout", "get ndim", "get is_meta", "get grad"),
+    *("get requires_grad", "get is_leaf", "get is_sparse", "get is_quantized", "get is_nested"),
+    *("get is_cuda", "get is_cpu", "get is_mps", "get is_xla", "get names", "get grad_fn"),
+    *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "__len__"),
+    *("is_floating_point", "is_complex", "is_contiguous", "is_same_size", "get_device"),
+    *("requires_grad_", "__hash__", "empty_like", "zeros_like", "ones_like", "new_empty"),
+    *("new_zeros", "new_ones", "new_full", "new_tensor", "is_shared", "is_pinned"),
+}
+
+
+def _called(func: Any) -> str:
+    """The name of what is called; "get shape" or "set data" for an attribute of a tensor."""
+    name: str = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__"):
+        return f"{name[2:5]} {getattr(getattr(func, '__self__', None), '__name__', '')}"
+    return name
 
 
 def _storage(t: Tensor) -> int | None:
@@ -227,14 +273,12 @@ def _place(t: Tensor) -> tuple[object, ...] | None:
     return storage, t.storage_offset(), tuple(t.shape), t.stride()
 
 
-@torch.no_grad()
 def load(
     model: nn.Module,
     tensors: Mapping[str, Source],
     extra: Mapping[str, object],
     metadata: Mapping[str, Mapping[str, object]],
     *,
-    lazily: bool = True,
     tentative: bool = False,
 ) -> Loading:
     """What `model.load_state_dict` would do with a file. No weight of the model changes.
@@ -246,18 +290,46 @@ def load(
         tensors: of the file, by the keys that the model's loading looks for
         extra: what modules that have `set_extra_state` are given, by the same keys
         metadata: versions of the modules that were saved, as torch.save keeps them; {}: unknown
-        lazily: whether code gets Lazy tensors; else all of the file is read
         tentative: whether tensors that code puts into the model itself are taken out again
 
     Raises:
-        CandidateError: loading refuses the file
+        CandidateError: loading needs numbers, and the model is sharded
+        Exception: whatever load_state_dict raises
     """
-    state: OrderedDict[str, object] = OrderedDict()
-    for key, source in tensors.items():
-        state[key] = lazy_tensor(key, source) if lazily else source.read().clone()
+    try:
+        return load_lazily(model, tensors, extra, metadata, tentative=tentative)
+    except Exception as error:
+        if str(error).startswith(REFUSAL) and not isinstance(error.__context__, NeedsNumbers):
+            raise
+    held = _held(model)
+    found = _load_really(model, tensors, extra, metadata)
+    if tentative:
+        _hold(held)
+    return found
+
+
+@torch.no_grad()
+def load_lazily(
+    model: nn.Module,
+    tensors: Mapping[str, Source],
+    extra: Mapping[str, object],
+    metadata: Mapping[str, Mapping[str, object]],
+    *,
+    tentative: bool = False,
+) -> Loading:
+    """What `load` says, with code that gets Lazy tensors.
+
+    Args:
+        model, tensors, extra, metadata, tentative: as for `load`
+
+    Raises:
+        NeedsNumbers: code does what cannot be taken down
+        Exception: whatever load_state_dict raises
+    """
+    state = _state_dict(model, metadata)
+    state.update({key: lazy_tensor(key, source) for key, source in tensors.items()})
     given = list(state.values())
     state.update({load_key(model, key)[0]: value for key, value in extra.items()})
-    state._metadata = OrderedDict(load_metadata(model, metadata))  # type: ignore[attr-defined]
     before, held = list(named_tensors(model).values()), _held(model)
     swapping = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(False)
@@ -276,11 +348,98 @@ def load(
         _hold(held)
     else:
         _take_new(model, before, values)
+    return _said(model, values, result, _looked(given, values))
+
+
+def _state_dict(
+    model: nn.Module, metadata: Mapping[str, Mapping[str, object]]
+) -> OrderedDict[str, object]:
+    """An empty state_dict with the versions of a file."""
+    state: OrderedDict[str, object] = OrderedDict()
+    state._metadata = OrderedDict(load_metadata(model, metadata))  # type: ignore[attr-defined]
+    return state
+
+
+def _said(model: nn.Module, values: dict[str, Tensor], result: object, of_numbers: bool) -> Loading:
+    """What a load has said and done.
+
+    Args:
+        model: that was loaded
+        values: what was copied into it
+        result: of load_state_dict
+        of_numbers: see `Loading`
+    """
+    own = state_names(model)
     missing = getattr(result, "missing_keys", None)
     if missing is None:  # a model's own load_state_dict, which does not say
-        missing = [key for key, name in state_names(model).items() if name not in values]
+        missing = [key for key, name in own.items() if name not in values]
+    elif any(name not in values and key not in missing for key, name in own.items()):
+        raise NeedsNumbers("a tensor that is loaded in another way")
+    saved = _saved(model)
+    derived = {name: t for name, t in values.items() if name not in saved}
+    for name in derived:
+        del values[name]
     unexpected = list(getattr(result, "unexpected_keys", ()))
-    return Loading(values, list(missing), unexpected, _looked(given, values))
+    return Loading(values, list(missing), unexpected, of_numbers, derived)
+
+
+@torch.no_grad()
+def _load_really(
+    model: nn.Module,
+    tensors: Mapping[str, Source],
+    extra: Mapping[str, object],
+    metadata: Mapping[str, Mapping[str, object]],
+) -> Loading:
+    """What `load` says, by loading all of the file; the model's numbers are put back."""
+    if is_sharded(model):
+        raise CandidateError(
+            "the model's own loading computes with numbers, which is not supported for a sharded"
+            " model: give the model before it is sharded"
+        )
+    state = _state_dict(model, metadata)
+    state.update({key: source.read().clone() for key, source in tensors.items()})
+    state.update({load_key(model, key)[0]: value for key, value in extra.items()})
+    before = [(t, t.detach().clone()) for t in named_tensors(model).values() if not _is_lazy(t)]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = model.load_state_dict(state, **_not_strict(model))
+        numbers = {name: t.detach().clone() for name, t in named_tensors(model).items()}
+    finally:
+        for t, old in before:
+            if t.shape == old.shape and t.dtype == old.dtype:
+                t.copy_(old)
+            else:
+                t.data = old
+    saved = _saved(model)
+    was = {id(t): old for t, old in before}
+    tensors_now = named_tensors(model)
+    values: dict[str, Tensor] = {}
+    for name, t in numbers.items():
+        old_value = was.get(id(tensors_now[name]))
+        if name in saved or old_value is None or not torch.equal(t, old_value):
+            values[name] = t
+    missing = getattr(result, "missing_keys", None)
+    for key in missing or ():
+        values.pop(_name_of(model, key), None)
+    return _said(model, values, result or _Said(missing or []), True)
+
+
+def _saved(model: nn.Module) -> set[str]:
+    """Names of the tensors that the model's state_dict has, as they are or as hooks make them."""
+    return {*state_names(model).values(), *(_name_of(model, key) for key in made_by_hooks(model))}
+
+
+@dataclass
+class _Said:
+    """What a load_state_dict would return that returns nothing."""
+
+    missing_keys: list[str]
+
+
+def _is_lazy(t: object) -> bool:
+    """Whether this is a parameter that has no shape yet."""
+    return isinstance(t, Tensor) and nn.parameter.is_lazy(t)
 
 
 def _looked(given: Iterable[object], values: Mapping[str, Tensor]) -> bool:

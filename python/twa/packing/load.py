@@ -44,6 +44,10 @@ def check_model(model: nn.Module, contents: Contents, path: Path) -> None:
     for name, key in (contents.trained | contents.fixed | contents.copied).items():
         if name not in state:
             raise BasisError(f"tensor {name!r} is not in the model", path)
+        if nn.parameter.is_lazy(state[name]):
+            raise BasisError(
+                f"tensor {name!r} of the model has no shape yet: run a batch through it first", path
+            )
         if list(state[name].shape) != contents.info[key][0]:
             raise BasisError(
                 f"tensor {name!r}: expected shape {list(state[name].shape)} as in the"

@@ -59,6 +59,7 @@ def contents_of(
         aliases=dict(key_map.aliases),
         names=dict(key_map.names),
         written=written_json(key_map.written),
+        checked=key_map.checked,
         segments=list(segments.first),
         labels=list(segments.labels),
         chunk=segments.chunk,
