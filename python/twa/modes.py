@@ -34,6 +34,6 @@ def plain_weights(model: nn.Module) -> Iterator[None]:
     finally:
         # Outer modules come first: each has the last word about itself, whatever they said.
         for m in own:
-            m.train(modes[m])
+            m.train() if modes[m] else m.eval()  # some take no argument
         for m, training in modes.items():
             m.training = training

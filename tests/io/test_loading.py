@@ -85,6 +85,18 @@ def pair(old, new):
     )
 
 
+class Row(nn.Module):
+    """Takes a row for a matrix of equal rows."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(rows, 5))
+
+    def _load_from_state_dict(self, state, prefix, *rest):
+        state[f"{prefix}w"] = state[f"{prefix}w"].expand(self.w.shape)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
 TRANSLATED = {
     "weight norm": (old_norm, new_norm),
     "renamed": pair(fuzz_loading.Renamed, fuzz_loading.Renaming),
@@ -94,6 +106,7 @@ TRANSLATED = {
     "split": pair(fuzz_loading.Whole, fuzz_loading.Splitting),
     "split along 1": pair(lambda: fuzz_loading.Whole(1), lambda: fuzz_loading.Splitting(1)),
     "transposed": pair(fuzz_loading.Transposing, fuzz_loading.Transposing),
+    "expanded": pair(lambda: Row(1), lambda: Row(4)),
     "computed": pair(fuzz_loading.Computing, fuzz_loading.Computing),
     "looked at": pair(fuzz_loading.Looking, fuzz_loading.Looking),
     "through NumPy": pair(fuzz_loading.Converting, fuzz_loading.Converting),
@@ -319,8 +332,10 @@ def test_files_of_averaged_models(tmp_path, inner):
     subspace.save(tmp_path / "out")
     Net().load_state_dict(load_file(tmp_path / "out" / "averaged.safetensors"))
     # and into a model that is one itself
-    model, _ = averaged(lambda: AveragedModel(Net()), candidates)
+    model, subspace = averaged(lambda: AveragedModel(Net()), candidates)
     check(model.module, means(Net, [m.state_dict() for m in plain]))
+    subspace.save(tmp_path / "of one")
+    Net().load_state_dict(load_file(tmp_path / "of one" / "averaged.safetensors"))
 
 
 def test_two_names_for_one_tensor_are_refused(tmp_path):
@@ -456,6 +471,133 @@ def test_a_load_state_dict_of_the_models_own(tmp_path):
     without = [{k: t for k, t in s.items() if not k.startswith("head")} for s in states]
     with pytest.raises(CandidateError, match=r"'net\.head\.bias' of the model is missing"):
         averaged(Own, saved(tmp_path, without))
+
+
+def after(hook):
+    """A network whose first layer does something of its own after it is loaded."""
+
+    class After(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.frozen = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+            self.frozen.requires_grad_(False)
+            self.register_buffer("made", torch.zeros(4))
+            self.register_buffer("kept", torch.zeros(4), persistent=False)
+            self.register_load_state_dict_post_hook(self.then)
+
+        @staticmethod
+        def then(module, keys):
+            hook(module)
+
+    return lambda: nn.Sequential(After(), nn.Linear(4, 4))
+
+
+def no_grad(action):
+    return torch.no_grad()(action)
+
+
+AFTER = {
+    "abs": no_grad(lambda m: m.w.neg_().abs_()),
+    "data": lambda m: setattr(m.w, "data", m.w.data * 2),
+    "new parameter": lambda m: setattr(m, "w", nn.Parameter(m.w.detach() * 3)),
+    "norm": no_grad(lambda m: m.w.copy_(m.w / m.w.norm())),
+    "buffer": no_grad(lambda m: m.made.copy_(m.w * 2)),
+    "slice": no_grad(lambda m: m.w.__setitem__(slice(2), m.w[2:])),
+    "foreach": no_grad(lambda m: torch._foreach_mul_([m.w, m.frozen], 2.0)),
+}
+
+
+@pytest.mark.parametrize("kind", AFTER)
+@pytest.mark.filterwarnings("ignore::twa.CandidateWarning")
+def test_what_is_done_with_weights_after_they_are_loaded(tmp_path, kind):
+    make = after(AFTER[kind])
+    states = [born(make, k).state_dict() for k in range(N)]
+    model, subspace = averaged(make, saved(tmp_path, states))
+    expected = means(make, states)
+    expected.pop("0.kept")
+    check(model, expected)
+    assert {id(p) for p in subspace.parameters} == {id(p) for p in model.parameters()} - {
+        id(model[0].frozen)
+    }
+
+
+def test_a_buffer_that_nobody_saves_is_set_or_refused(tmp_path):
+    make = after(no_grad(lambda m: m.kept.fill_(7.0)))
+    candidates = saved(tmp_path, [born(make, k).state_dict() for k in range(N)])
+    model, subspace = averaged(make, candidates)
+    assert model[0].kept.eq(7.0).all()
+    subspace.save(tmp_path / "out")
+    make().load_state_dict(load_file(tmp_path / "out" / "averaged.safetensors"))
+    make = after(no_grad(lambda m: m.kept.copy_(m.w)))
+    with pytest.raises(CandidateError, match=r"c1\.pt: buffer '0\.kept' of the model is not saved"):
+        averaged(make, candidates)
+
+
+class Versioned(nn.Module):
+    """Was saved as the transpose, once."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 3))
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        if (metadata.get("version") or 1) < 2:
+            state[f"{prefix}weight"] = state[f"{prefix}weight"].T
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+class Flipping(nn.Module):
+    """Changes a tensor each time it is loaded."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 3))
+        self.register_load_state_dict_pre_hook(
+            lambda module, state, prefix, *_: state.update(
+                {f"{prefix}weight": state[f"{prefix}weight"].flip(0)}
+            )
+        )
+
+
+@pytest.mark.parametrize("kind", [Versioned, Flipping])
+def test_an_export_that_loads_as_another_model_is_named(tmp_path, kind):
+    """The versions of modules, which files of torch.save have, and what is no translation."""
+    states = [born(kind, k).state_dict() for k in range(N)]
+    model, subspace = averaged(kind, saved(tmp_path, states))
+    check(model, means(kind, states))
+    with pytest.warns(twa.CandidateWarning, match="loaded again, 'weight' .* is another tensor"):
+        subspace.save(tmp_path / "out")
+
+
+def test_ways_to_load_that_are_not_copying(tmp_path):
+    class Assigned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def load_state_dict(self, state, strict=True):
+            for name, p in self.named_parameters():
+                if name.startswith("a"):
+                    p.data = state[name]
+                else:
+                    p.data[:] = state[name]
+
+    states = [born(Assigned, k).state_dict() for k in range(N)]
+    model, _ = averaged(Assigned, saved(tmp_path, states))
+    for name, p in model.named_parameters():
+        mean = sum(s[name].double() for s in states) / N
+        torch.testing.assert_close(p.double(), mean, rtol=1e-6, atol=1e-6)
+
+
+def test_lazy_modules_and_a_basis(tmp_path):
+    old, new = TRANSLATED["lazy"]
+    states = [born(old, k).state_dict() for k in range(N)]
+    _, subspace = averaged(new, saved(tmp_path, states), bits=8)
+    subspace.save(tmp_path / "out", basis=True)
+    with pytest.raises(twa.BasisError, match="no shape yet: run a batch"):
+        twa.Subspace.load(tmp_path / "out", new())
 
 
 # Which of a file's tensors -----------------------------------------------------------------------

@@ -625,3 +625,45 @@ def test_inspect_finds_duplicates(tmp_path):
     assert len(result.rows) == 4
     (found,) = [f for f in result.findings if f.kind == "duplicates"]
     assert found.message == "step_1, last are the same, every tensor"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["step1e3.pt", "step2e3.pt", "step1e4.pt"],
+        ["step_5e4.pt", "step_1e+5.pt", "step_2e5.pt"],
+    ],
+)
+def test_scientific_numbers(tmp_path, names):
+    touch(tmp_path, names)
+    assert [p.name for p in find_checkpoints([tmp_path])] == names
+
+
+def test_a_list_in_its_own_order_says_so(tmp_path):
+    candidates = Candidates([save(tmp_path / f"step_{k}.pt", k) for k in (9, 1, 2)])
+    assert candidates.names == ["step_9", "step_1", "step_2"]
+    assert candidates.notes == ["the order is that of the list, and not of the steps in the names"]
+
+
+@pytest.mark.parametrize("key", ["upscaler", "optimized_model", "scheduled_ema", "changer"])
+def test_weights_under_a_key_like_those_of_training_are_an_error(tmp_path, key):
+    save(tmp_path / "step_1.pt")
+    torch.save({key: {"a.weight": torch.ones(2)}, "epoch": 2}, tmp_path / "step_2.pt")
+    with pytest.raises(CandidateError, match=f"step_2.pt: .*{key}: name one as entry"):
+        Candidates(tmp_path)
+
+
+@pytest.mark.parametrize("content", [[{"a": torch.ones(2)}, 3], ({"a": torch.ones(2)},)])
+def test_lists_of_weights_are_an_error(tmp_path, content):
+    save(tmp_path / "step_1.pt")
+    torch.save(content, tmp_path / "step_2.pt")
+    with pytest.raises(CandidateError, match=f"step_2.pt: .*found a {type(content).__name__}"):
+        Candidates(tmp_path)
+
+
+def test_a_model_and_an_adapter_in_one_directory(tmp_path):
+    (tmp_path / "both").mkdir()
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        save(tmp_path / "both" / name)
+    with pytest.raises(CandidateError, match="expected a model or an adapter, found both"):
+        Candidates(tmp_path / "both")

@@ -143,6 +143,8 @@ def write_model_folder(
     temporary.mkdir(parents=True)
     try:
         _link(weights, temporary / name)
+        if name == MODEL_WEIGHTS:  # of an adapter beside the model, which is not averaged
+            found.copied = [path for path in found.copied if path.name != ADAPTER_CONFIG]
         for path in found.copied:
             (temporary / path.parent).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / path, temporary / path)

@@ -17,11 +17,13 @@ from pathlib import Path
 
 from ..io.checks import is_inside, printable
 from ..io.dcp import METADATA
+from ..io.foreign import foreign
 from ..io.formats import INDEX as ANY_INDEX
 
 CONFIG = "config.json"
 INDEX = ".index.json"
 SMALL_BYTES = 64 << 20  # of a file
+LFS_BYTES = 1024  # more than a Git LFS pointer has
 #: of all files together: bytes, files, entries of folders that are looked at, folders in folders
 MAX_BYTES, MAX_FILES, MAX_ENTRIES, MAX_DEPTH = 1 << 30, 1000, 10_000, 4
 WEIGHTS = re.compile(
@@ -194,6 +196,8 @@ class _Walk:
         if not os.access(file, os.R_OK):
             return "cannot be read"
         size = file.stat().st_size
+        if size < LFS_BYTES and "Git LFS" in foreign(file):
+            return "a Git LFS pointer: run 'git lfs pull'"
         if size > SMALL_BYTES:
             return f"larger than {SMALL_BYTES} bytes"
         if len(self.found.copied) >= MAX_FILES:

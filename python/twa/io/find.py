@@ -68,6 +68,8 @@ def find(patterns: Iterable[str | os.PathLike[str]], keep_unmatched: bool = Fals
         raise CandidateError("no candidates: expected at least one checkpoint, found none")
     found.searched -= named
     found.paths, found.by_age = in_order(found.paths)
+    if not found.by_age and any(a.rank == 1 for p in found.paths for a in age(p)):
+        found.notes.append("the order is that of the list, and not of the steps in the names")
     return found
 
 
@@ -85,7 +87,8 @@ def left_out(empty: Sequence[Path], opened: Sequence[Path]) -> list[str]:
     """
     around = {folder for path in opened for folder in path.parents}
     names = [path for path in empty if path not in around]
-    return [f"left out, since no weights are in it: {shortened(names)}"] if names else []
+    why = "no weights are in it, or its suffix is no checkpoint's"
+    return [f"left out, since {why}: {shortened(names)}"] if names else []
 
 
 def _inside(folder: Path) -> list[Path]:

@@ -41,8 +41,11 @@ FSDP_FILE, FSDP_FOLDER = "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0"
 INDEX = "*.index*.json"
 #: how those begin that transformers reads; other libraries have other names
 TRANSFORMERS = ("model.safetensors.index", "pytorch_model.bin.index")
-#: parts of the keys under which a checkpoint has the state of training, and no weights
-TRAINING_STATE = ("optim", "sched", "scaler", "rng")
+#: keys under which a checkpoint has the state of training, and no weights
+TRAINING_STATE = re.compile(
+    r"(?:^|[^a-z])(?:optim(?:izer|s?(?:$|_))|(?:lr_?)?sched(?:uler|s?(?:$|_))|(?:grad_?)?scaler|rng)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,15 @@ def stem_of(path: Path) -> str:
 
 
 def _directory(folder: Path, entry: str | None) -> Checkpoint:
+    adapters = [name for name in ADAPTER_FILES if (folder / name).is_file()]
     for name in MODEL_FILES:
         if (folder / name).is_file():
+            if adapters:  # from_pretrained would load another model, and add the adapter
+                raise CandidateError(
+                    f"expected a model or an adapter, found both, {name} and {adapters[0]}: give"
+                    " the file that is meant in the place of the directory",
+                    folder,
+                )
             found = open_checkpoint(folder / name, entry)
             return replace(found, kind="huggingface")
     if (index := _index_of(folder)) is not None:
@@ -377,14 +387,15 @@ def _holds_weights(content: object) -> bool:
         seen.add(id(inside))
         if has_weights(_tensors_in(inside)):
             return True
-        if isinstance(inside, Entries) and any(odd.is_weights for odd in inside.odd.values()):
-            return True
+        if isinstance(inside, Entries):
+            odd = [o for key, o in inside.odd.items() if not TRAINING_STATE.search(key)]
+            if any(o.is_weights or inside.has_floats for o in odd):
+                return True
         return any(
             visit(value, False)
             for key, value in inside.items()
             # the state_dict of an optimizer by itself has its tensors under "state"
-            if not (outermost and key == "state")
-            and not any(part in key.lower() for part in TRAINING_STATE)
+            if not (outermost and key == "state") and not TRAINING_STATE.search(key)
         )
 
     return visit(content, True)

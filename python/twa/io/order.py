@@ -29,7 +29,7 @@ FACTORS = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 #: a label and its number: epoch=3, step-500, ep_3, iter0000500, tokens_1.5B
 LABELLED = re.compile(
     rf"(?<![A-Za-z])(?P<label>{'|'.join((*EPOCHS, *STEPS, *FILES))})[=_-]?"
-    r"(?P<number>\d+(?:\.\d+)?)(?P<factor>[kmbt](?![A-Za-z\d]))?",
+    r"(?P<number>\d+(?:\.\d+)?(?:e\+?\d+(?![A-Za-z\d]))?)(?P<factor>[kmbt](?![A-Za-z\d]))?",
     re.IGNORECASE,
 )
 #: a number that is a metric: it has a decimal point (and is no date such as 2026.11.28), or comes
@@ -83,7 +83,7 @@ class Age:
             metric = label in FILES or AFTER_METRIC.search(name[: found.start()])
             if "." in text and not found["factor"] and metric:
                 continue
-            number = (float if "." in text else int)(text)
+            number = int(text) if text.isdecimal() else float(text)
             if label in EPOCHS:
                 epoch = number
             else:

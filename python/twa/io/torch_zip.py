@@ -192,9 +192,11 @@ def _open(path: Path, *, strict: bool = False) -> Archive:
         if what := foreign(path):
             kind = NoWeights if is_tar(path) else CandidateError
             raise kind(f"not a torch checkpoint: {what}", path)
+        old = bytes_of(path, 0, 2) == b"\x80\x02"  # a pickle of protocol 2
         raise CandidateError(
-            "not a torch checkpoint: expected a zip archive as torch.save writes it; a file from"
-            " before PyTorch 1.6 must be loaded with torch.load(weights_only=True) and saved again",
+            "not a torch checkpoint: expected a zip archive as torch.save writes it"
+            + "; a file from before PyTorch 1.6 must be loaded with torch.load(weights_only=True)"
+            " and saved again" * old,
             path,
         )
     return Archive(file, 0, file.size, str(path), strict=strict)
@@ -212,6 +214,7 @@ class Entries(dict[str, object]):
             the value is no tensor; a Made of the class's name, if the value is not plain
         odd: name -> what stands there that may be meant for a weight and is not read
         others: names of plain values, which are left out
+        has_floats: whether there may be floating-point tensors anywhere in the file
     """
 
     def __init__(self) -> None:
@@ -219,6 +222,7 @@ class Entries(dict[str, object]):
         self.metadata: dict[str, dict[str, object]] = {}
         self.extra: dict[str, object] = {}
         self.odd: dict[str, Odd] = {}
+        self.has_floats = False
         self.others: list[str] = []
 
     def put(self, name: str, value: object) -> None:
@@ -261,7 +265,7 @@ def read_torch(path: Path) -> object:
         if id(items) in done:
             return done[id(items)]
         out = done[id(items)] = Entries()
-        out.metadata = metadata_of(items)
+        out.metadata, out.has_floats = metadata_of(items), archive.has_floats
         for key, value in items.items():
             name = named(key)
             inner = value.items if isinstance(value, Made) else value
@@ -278,7 +282,15 @@ def read_torch(path: Path) -> object:
                 out.others.append(name)
         return out
 
-    return entries_of(content, 1) if isinstance(content, dict) else None
+    if isinstance(content, dict):
+        return entries_of(content, 1)
+    if isinstance(content, list | tuple) and archive.has_floats:
+        raise CandidateError(
+            f"expected a dict of tensors (a state_dict), found a {type(content).__name__}: save the"
+            " one that is meant",
+            path,
+        )
+    return None
 
 
 def named(key: object) -> str:

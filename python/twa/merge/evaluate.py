@@ -55,7 +55,7 @@ def mean_over(
                 by_size = (0.0, 0) if size is None else (value * size, size)
                 totals += torch.tensor([*by_size, value, 1, size is None], dtype=torch.float64)
     finally:
-        model.train(training)
+        model.train() if training else model.eval()
     total, samples, plain, batches, sizeless = ranks.all_reduce_(totals).tolist()
     if sizeless:
         return plain / batches
