@@ -211,7 +211,10 @@ class _Recorder(TorchFunctionMode):
                 self._index()
                 name = self._name(args[0])
             if name is not None:
-                self.values[name] = args[1] if len(args) > 1 else kwargs["other"]
+                value = args[1] if len(args) > 1 else kwargs["other"]
+                if self._name(value) in self.values:  # which has not been copied there
+                    raise NeedsNumbers(what)
+                self.values[name] = value
                 return args[0]
         if what in NUMBERS and isinstance(args[0], Lazy):
             raise NeedsNumbers(what)
