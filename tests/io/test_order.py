@@ -225,8 +225,10 @@ def test_what_lies_beside_checkpoints(tmp_path, form):
         assert [c.path.name for c in candidates] == [form.format(900), form.format(1000)]
         mean = candidates.average("a.weight", twa.averages.uniform(2))
         torch.testing.assert_close(mean.double(), mean_of((900, 1000)), rtol=1e-6, atol=1e-7)
-        (note,) = candidates.notes
+        note, *more = candidates.notes
         assert "no weights" in note and any(name in note for name in left_out)
+        assert len(more) == (paths != tmp_path)  # files of other suffixes, which a pattern brings
+        assert all("no checkpoint's suffix" in text for text in more)
 
 
 @pytest.mark.parametrize("at", range(11))

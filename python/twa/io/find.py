@@ -87,8 +87,12 @@ def left_out(empty: Sequence[Path], opened: Sequence[Path]) -> list[str]:
     """
     around = {folder for path in opened for folder in path.parents}
     names = [path for path in empty if path not in around]
-    why = "no weights are in it, or its suffix is no checkpoint's"
-    return [f"left out, since {why}: {shortened(names)}"] if names else []
+    unread = [path for path in names if path.is_file() and not suffix_of(path)]
+    known = [path for path in names if path not in unread]
+    notes = [f"left out, since no weights are in it: {shortened(known)}"] if known else []
+    if unread:
+        notes.append(f"left out, as no checkpoint's suffix is known for it: {shortened(unread)}")
+    return notes
 
 
 def _inside(folder: Path) -> list[Path]:
