@@ -13,9 +13,10 @@
 // Kernels of the higher tiers carry their target in the function, so one object file serves every
 // machine. AVX-512: Ice Lake, Zen 4.
 #define TWA_AVX2 __attribute__((target("avx2,f16c,fma")))
-#define TWA_AVX512                                                                     \
-  __attribute__((target("avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni," \
-                        "avx512vbmi")))
+#define TWA_AVX512                                                          \
+  __attribute__((                                                           \
+      target("avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni," \
+             "avx512vbmi")))
 #endif
 // Bodies written once in plain C++ and compiled for each tier by being inlined into a function with
 // that target.
