@@ -12,16 +12,25 @@ from collections.abc import Iterator
 from torch import nn
 
 
+def with_own_train(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that have a `train()` of their own."""
+    return [m for m in model.modules() if type(m).train is not nn.Module.train]
+
+
 @contextlib.contextmanager
-def plain_weights(model: nn.Module) -> Iterator[None]:
+def plain_weights(model: nn.Module, own: list[nn.Module] | None = None) -> Iterator[None]:
     """A context in which the model's weights are those that files hold, to be read or written.
 
     Modules that are in evaluation mode and have a `train()` of their own go into training mode, so
     that what they merged is undone with the weights that it was made of. Afterwards they go back,
     and so make anew what they keep. Every module's `training` is then as it was. Contexts may be
     nested: the outermost counts. A model without such modules is left alone.
+
+    Args:
+        model: whose weights are read or written
+        own: what `with_own_train` gives; None: it is asked
     """
-    own = [m for m in model.modules() if type(m).train is not nn.Module.train]
+    own = with_own_train(model) if own is None else own
     if all(m.training for m in own):
         yield
         return

@@ -27,7 +27,7 @@ from .export.bundle import write_bundle
 from .io.candidates import Candidates
 from .io.errors import TwaError
 from .io.key_map import match_model
-from .modes import plain_weights
+from .modes import plain_weights, with_own_train
 from .packing.build import build
 from .packing.load import check_model, find_basis, load_state, part_of, warn_of_extra_state
 from .packing.save import check_savable, save_basis
@@ -78,6 +78,7 @@ class Subspace:
         dtype = self.basis.dtype if isinstance(self.basis, DenseBasis) else torch.float32
         self.coefficients = nn.Parameter(coordinates.start().to(device, dtype))
         self._of_tensor: dict[int, tuple[Basis, slice]] = {}
+        self._own_train = with_own_train(self.model)
 
     @classmethod
     def from_candidates(
@@ -238,7 +239,7 @@ class Subspace:
     @torch.no_grad()
     def write_weights(self) -> None:
         """Sets the model's parameters to center + sum_r x[r, l] * P[r, :], in their own dtypes."""
-        with plain_weights(self.model):
+        with plain_weights(self.model, self._own_train):
             self.sharding.write(self.basis, self.x(), self.center)
 
     @torch.no_grad()
@@ -306,7 +307,7 @@ class Subspace:
             state: that optimizer's state of the coefficients, updated in place
         """
         assert isinstance(self.basis, tk.PackedBasis)  # see can_fuse
-        with plain_weights(self.model):
+        with plain_weights(self.model, self._own_train):
             self.coefficients.grad = tk.step(
                 self.basis,
                 self._gradients(),

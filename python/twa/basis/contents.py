@@ -138,12 +138,9 @@ def parse_contents(value: object) -> Contents:
     if not isinstance(value, dict) or found != FORMAT:
         raise ValueError(f"expected format {FORMAT!r}, found {shown(found)}")
     fields = set(Contents.__dataclass_fields__)
-    given: dict[str, Any] = {
-        "chunk": 0,
-        "constraint": "none",
-        "written": {},
-        "checked": True,
-    } | value
+    # what early files do not have
+    absent = {"chunk": 0, "constraint": "none", "written": {}, "checked": True}
+    given: dict[str, Any] = absent | value
     if odd := sorted(fields ^ given.keys()):
         raise ValueError(
             f"metadata: {odd[0]!r} is {'missing' if odd[0] in fields else 'unexpected'}"

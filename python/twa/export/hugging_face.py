@@ -16,7 +16,6 @@ from ..io.atomic import replace_folder, write_text
 from ..io.candidate import Candidate
 from ..io.candidates import Candidates
 from ..io.checks import is_inside
-from ..io.formats import MODEL_FILES
 from ..io.peft import ADAPTER_CONFIG, is_adapter
 from .mergekit import mergekit_recipe
 from .small_files import CONFIG, INDEX, differences, small_files, with_dtype
@@ -38,7 +37,7 @@ def source_folder(candidate: Candidate) -> Path | None:
         None for any other candidate
     """
     path, adapter = candidate.path, is_adapter(candidate)
-    if not (adapter or candidate.kind == "huggingface" or path.name in MODEL_FILES):
+    if not (adapter or candidate.is_pretrained):
         return None
     folder = path if path.is_dir() else path.parent
     config = folder / (ADAPTER_CONFIG if adapter else CONFIG)

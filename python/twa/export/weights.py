@@ -23,7 +23,7 @@ from ..io.atomic import replace_folder
 from ..io.checks import first_line
 from ..io.errors import CandidateWarning
 from ..io.lazy import located
-from ..io.loading import load, load_key, named_tensors
+from ..io.loading import Content, load, load_key, named_tensors
 from ..io.mapped import Source
 from ..io.safetensors import read_safetensors, write_stream
 from ..modes import plain_weights
@@ -53,7 +53,7 @@ def check_export(path: Path, sharding: Sharding) -> None:
     }
     with plain_weights(sharding.model):
         try:
-            found = load(sharding.model, written, {}, {}, tentative=True).values
+            found = load(sharding.model, Content(written), tentative=True).values
         except Exception as error:
             found, odd = {}, [first_line(error)]
         else:

@@ -14,12 +14,11 @@ from typing import TypeVar
 from torch import Tensor
 
 from .errors import CandidateError, NoWeights
-from .formats import open_checkpoint, stem_of
+from .formats import MODEL_FILES, open_checkpoint, stem_of
 from .mapped import Part, Source, shape_of
+from .torch_zip import EXTRA_STATE
 
 Value = TypeVar("Value")
-#: key under which a module's get_extra_state is saved
-EXTRA_STATE = "_extra_state"
 #: places of a file that its fingerprint looks at, and bytes of each
 SAMPLES, SAMPLE_BYTES = 16, 4096
 #: parts of names that wrappers (torch.compile, FSDP, activation checkpointing) add, and no user
@@ -96,6 +95,11 @@ class Candidate:
         return self._tensors[key]
 
     @property
+    def is_pretrained(self) -> bool:
+        """Whether it is laid out as transformers' save_pretrained writes models."""
+        return self.kind == "huggingface" or self.path.name in MODEL_FILES
+
+    @property
     def name(self) -> str:
         """File name without suffix (.pth.tar is one), or name of the directory."""
         return stem_of(self.path) if self.path.is_file() else self.path.name
@@ -139,15 +143,17 @@ class Candidate:
             file.drop()
 
 
+def without_wrappers(key: str) -> str:
+    """A key without the parts that no module of a user has."""
+    return ".".join(part for part in key.split(".") if part not in WRAPPER_PARTS)
+
+
 def _without_wrappers(found: Mapping[str, Value]) -> Mapping[str, Value]:
     """Keys without the parts of names that wrappers around modules add.
 
     They stay where two keys would be the same.
     """
-    plain = {
-        ".".join(part for part in key.split(".") if part not in WRAPPER_PARTS): value
-        for key, value in found.items()
-    }
+    plain = {without_wrappers(key): value for key, value in found.items()}
     if len(plain) < len(found):
         return found
     while plain and all(key.startswith(MODULE) or key == N_AVERAGED for key in plain):

@@ -56,7 +56,7 @@ def foreign(path: Path, *, json: bool = False) -> str:
             return f"this is {what}"
     if text.startswith((b'{"', b"{\n")) and not json:
         return f"this is {_JSON}"
-    if head[257:262] == b"ustar":
+    if _is_tar(head):
         return "this is a tar archive: unpack it, and give the checkpoint that is in it"
     if head[:1] == b"\x08" and head[2:3] == b"\x12" and b"pytorch" in head[:64]:
         return "this is an ONNX model: save the weights from PyTorch"
@@ -68,7 +68,11 @@ def foreign(path: Path, *, json: bool = False) -> str:
 def is_tar(path: Path) -> bool:
     """Whether a file is a tar archive, rather than a checkpoint that is called .tar."""
     with open(path, "rb") as f:
-        return f.read(HEAD)[257:262] == b"ustar"
+        return _is_tar(f.read(HEAD))
+
+
+def _is_tar(head: bytes) -> bool:
+    return head[257:262] == b"ustar"
 
 
 def foreign_archive(names: Sequence[str]) -> str:

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import loading
-from .candidate import N_AVERAGED, Candidate
+from .candidate import N_AVERAGED, Candidate, without_wrappers
 from .candidates import Candidates
 from .checks import equal_values, first_line
 from .compare import check_info, check_not_quantised
 from .errors import CandidateError, TwaError
-from .formats import MODEL_FILES
 from .lazy import Block, blocks_of, located
-from .loading import Loading, load_key, named_tensors, state_names
+from .loading import Content, Loading, load_key, named_tensors, state_names
 from .mapped import Held, Source, TensorInfo, contiguous_strides, span
 from .peft import adapter_names, is_adapter
 from .safetensors import DTYPE_NAMES
@@ -131,7 +130,7 @@ def _match_adapters(model: nn.Module, candidates: Candidates) -> KeyMap:
     if unexpected := sorted(candidates.info.keys() - keys.keys()):
         raise _unexpected(unexpected, candidates[0])
     groups: dict[str, list[str]] = {}
-    aliases = _aliases(tensors)
+    aliases = aliases_of(tensors)
     for key, name in keys.items():
         groups.setdefault(aliases.get(name, name), []).extend([key] * (key in candidates.info))
     # The base model is not in the files, so it must be frozen.
@@ -164,7 +163,7 @@ def _missing(names: Sequence[str], candidate: Candidate, hint: str = "") -> Cand
     )
 
 
-def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Other names of tied parameters and shared buffers -> the first name of each."""
     first: dict[int, str] = {}
     names = ((name, first.setdefault(id(t), name)) for name, t in tensors.items())
@@ -198,7 +197,7 @@ def _sorted_out(
         candidates: with the tensors as the model has them
         written: see `KeyMap`
     """
-    aliases = {a: n for a, n in _aliases(tensors).items() if tensors[a].is_floating_point()}
+    aliases = {a: n for a, n in aliases_of(tensors).items() if tensors[a].is_floating_point()}
     key_map = KeyMap({}, {}, {}, aliases, names, written or {})
     for name, key in keys.items():
         t = tensors[name]
@@ -276,7 +275,7 @@ def _match_loaded(model: nn.Module, candidates: Candidates) -> tuple[Candidates,
     """The candidates as the model's own loading has them, and the map."""
     reads = _read_each(model, candidates)
     tensors = named_tensors(model)  # after lazy modules have got their shapes
-    aliases = _aliases(tensors)
+    aliases = aliases_of(tensors)
     names = _in_order(model, reads[0].values)
     for other in reads[1:]:
         if odd := sorted(reads[0].values.keys() ^ other.values.keys()):
@@ -315,10 +314,14 @@ def _match_loaded(model: nn.Module, candidates: Candidates) -> tuple[Candidates,
 def _read_each(model: nn.Module, candidates: Candidates) -> list[_Read]:
     """What the model's loading makes of each candidate; files of one layout are loaded once."""
     _check_extra(candidates)
+    names: dict[int, list[str]] = {}  # of each tensor of the state_dict: several if it is tied
+    for key, t in model.state_dict(keep_vars=True).items():
+        if isinstance(t, Tensor):
+            names.setdefault(id(t), []).append(key)
     known: list[tuple[object, _Read]] = []
     reads = []
     for candidate in candidates:
-        read = _prepared(model, candidate)
+        read = _prepared(model, candidate, list(names.values()))
         layout = read.layout()
         like = next((r for other, r in known if other == layout), None)
         if like is None:
@@ -355,14 +358,19 @@ def _check_extra(candidates: Candidates) -> None:
                 )
 
 
-def _prepared(model: nn.Module, candidate: Candidate) -> _Read:
-    """A candidate's tensors by the keys that the model's loading looks for."""
-    state = model.state_dict(keep_vars=True)
-    read = _Read(candidate)
+def _prepared(model: nn.Module, candidate: Candidate, state: Sequence[list[str]]) -> _Read:
+    """A candidate's tensors by the keys that the model's loading looks for.
+
+    Args:
+        model: that is loaded
+        candidate: the checkpoint
+        state: keys of each tensor in the model's state_dict
+    """
+    read, known = _Read(candidate), {key for keys in state for key in keys}
     for key in candidate.info:
         if key == N_AVERAGED:  # of a wrapper, and no tensor of a model
             continue
-        wanted, own = (key, key) if key in state else load_key(model, key)
+        wanted, own = (key, key) if key in known else load_key(model, key)
         if wanted in read.keys:
             raise CandidateError(
                 f"{read.keys[wanted]!r} and {key!r} are one tensor without the parts of names that"
@@ -370,11 +378,7 @@ def _prepared(model: nn.Module, candidate: Candidate) -> _Read:
                 candidate.path,
             )
         read.keys[wanted], read.sources[wanted] = own, candidate.source(key)
-    same: dict[int, list[str]] = {}  # names of tied tensors, which files may hold once
-    for name, t in state.items():
-        if isinstance(t, Tensor):
-            same.setdefault(id(t), []).append(name)
-    for tied in same.values():
+    for tied in state:  # files may hold a tied tensor once
         if there := [name for name in tied if name in read.keys]:
             first, source = read.keys[there[0]], read.sources[there[0]]
             if len(there) > 1:
@@ -388,7 +392,7 @@ def _prepared(model: nn.Module, candidate: Candidate) -> _Read:
 def _load(model: nn.Module, read: _Read) -> Loading:
     """Fills in what the model's loading makes of a candidate; CandidateError if it refuses."""
     pretrained = loading.is_of_transformers(model)
-    as_saved = pretrained and save_pretrained_wrote(read.candidate)
+    as_saved = pretrained and read.candidate.is_pretrained
     if as_saved and loading.converts(model):  # names and shapes may be alike, and numbers not
         return _load_pretrained(model, read)
     try:
@@ -403,11 +407,6 @@ def _load(model: nn.Module, read: _Read) -> Loading:
             raise (second if as_saved else error) from second
     read.values, read.derived = found.values, found.derived
     return found
-
-
-def save_pretrained_wrote(candidate: Candidate) -> bool:
-    """Whether a candidate is laid out as transformers' save_pretrained writes models."""
-    return candidate.kind == "huggingface" or candidate.path.name in MODEL_FILES
 
 
 def _load_pretrained(model: nn.Module, read: _Read) -> Loading:
@@ -436,7 +435,7 @@ def _loaded(model: nn.Module, read: _Read) -> Loading:
     """What load_state_dict would do; CandidateError if it raises."""
     candidate = read.candidate
     try:
-        return loading.load(model, read.sources, candidate.extra, candidate.metadata)
+        return loading.load(model, Content(read.sources, candidate.extra, candidate.metadata))
     except CandidateError as error:
         raise CandidateError(error.problem, candidate.path) from error
     except Exception as error:
@@ -465,7 +464,7 @@ def _check_complete(model: nn.Module, read: _Read, found: Loading) -> None:
             unexpected.append(read.keys.get(key, key))
     if unexpected:
         raise _unexpected(sorted(unexpected), candidate, _entry_hint(model, candidate))
-    keys = {loading.without_wrappers(key) for key in found.missing} - {N_AVERAGED}
+    keys = {without_wrappers(key) for key in found.missing} - {N_AVERAGED}
     missing = [k for k in keys if not any(fnmatch.fnmatchcase(k, p) for p in ignore)]
     if missing:
         raise _missing(sorted(missing), candidate)
@@ -588,7 +587,7 @@ def _loads_again(
         if read.pretrained:
             found = loading.load_pretrained(model, sources)
         else:
-            found = loading.load_lazily(model, sources, {}, {}, tentative=True)
+            found = loading.load_lazily(model, Content(sources), tentative=True)
     except Exception:  # such as one for numbers, which are not there
         return False
     for name in names:
@@ -617,30 +616,35 @@ def _translated(
     made, same = [], True
     plain: set[int] = set()  # values, by id, that are the files' own tensors
     for read in reads:
-        c, found = read.candidate, {}
-        if id(read.values) in plain and names.keys() == c.info.keys():
-            made.append({key: c.source(key) for key in names})
-            continue
-        was_same, same = same, True
-        for key, name in names.items():
-            source, t = read.source(name), tensors[name]
-            own = c.source(key) if key in c.info else None
-            if own is not None and own != source and any(key in tied for tied in read.tied):
-                source = own  # which has the same values
-            if t.is_floating_point() or t.is_complex():
-                expected = TensorInfo(tuple(t.shape), t.dtype)
-                check_info(c.path, key, expected, source.info, "in the model")
-            found[key], same = source, same and own == source
-        made.append(found)
-        if same and found.keys() == c.info.keys():
-            plain.add(id(read.values))
+        own = {key: read.candidate.source(key) for key in read.candidate.info}
+        if id(read.values) in plain and names.keys() == own.keys():
+            found = own
         else:
-            same = False
-        same = same and was_same
+            found = _sources(read, names, tensors)
+        if found == own:
+            plain.add(id(read.values))
+        same = same and found == own
+        made.append(found)
     if not same:
         return candidates.translated(made)
     candidates.checked = True
     return candidates
+
+
+def _sources(
+    read: _Read, names: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> dict[str, Source]:
+    """Where the model's tensors lie in one candidate, by these keys: key -> name."""
+    c, found = read.candidate, {}
+    for key, name in names.items():
+        source, t = read.source(name), tensors[name]
+        if key in c.info and any(key in tied for tied in read.tied):
+            source = c.source(key)  # which has the same values
+        if t.is_floating_point() or t.is_complex():
+            expected = TensorInfo(tuple(t.shape), t.dtype)
+            check_info(c.path, key, expected, source.info, "in the model")
+        found[key] = source
+    return found
 
 
 def _check_memory(key_map: KeyMap, state: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .mapped import Held, Pieces, Source, TensorInfo, contiguous_strides
+from .mapped import Held, Pieces, Source, TensorInfo, contiguous_strides, view_of
 
 _aten = torch.ops.aten
 
@@ -223,7 +223,7 @@ def located(t: Tensor, tensors: Mapping[str, Source] | None) -> Source:
     if base.changed:
         return Held(_real(t).clone())
     source = base.source if tensors is None else base.located(tensors)
-    return source.view(*t.place)
+    return view_of(source, *t.place)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import copy
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..dtensors import is_sharded
-from .candidate import EXTRA_STATE, N_AVERAGED
+from .candidate import N_AVERAGED, WRAPPER_PARTS, without_wrappers
 from .checks import first_line
 from .errors import CandidateError
 from .lazy import Lazy, lazy_tensor
 from .mapped import Source
+from .torch_zip import EXTRA_STATE
 
 #: attribute under which a wrapper holds the module -> whether names in the state_dict have it
 WRAPPERS = {
@@ -40,10 +41,8 @@ WRAPPERS = {
     "_fsdp_wrapped_module": False,  # FSDP
     "_checkpoint_wrapped_module": False,  # activation checkpointing
 }
-#: those that no module of a user has
 #: how load_state_dict's own error begins
 REFUSAL = "Error(s) in loading state_dict"
-PRIVATE = tuple(part for part in WRAPPERS if part != "module")
 
 
 @dataclass
@@ -74,7 +73,7 @@ def wrapped_by(module: nn.Module) -> str | None:
 
     A module that has nothing but another, as `module`, counts as one: users write such, too.
     """
-    for part in PRIVATE:
+    for part in WRAPPER_PARTS:
         if part in module._modules:
             return part
     is_alone = list(module._modules) == ["module"] and not module._parameters
@@ -138,7 +137,7 @@ def _path(model: nn.Module, key: str) -> tuple[list[str], list[str]]:
             at = enter(part)
             own.append(part)
         elif part not in WRAPPERS:  # for a hook of the model to make sense of
-            rest = [*(p for p in outer[k:] if p not in PRIVATE), last]
+            rest = [*(p for p in outer[k:] if p not in WRAPPER_PARTS), last]
             return [*path, *rest], [*own, *rest]
     while not (last in at._parameters or last in at._buffers) and (inner := wrapped_by(at)):
         at = enter(inner)
@@ -153,11 +152,6 @@ def load_metadata(
         ".".join(_path(model, f"{name}.x".lstrip("."))[0][:-1]): value
         for name, value in metadata.items()
     }
-
-
-def without_wrappers(key: str) -> str:
-    """A key without the parts that no module of a user has."""
-    return ".".join(part for part in key.split(".") if part not in PRIVATE)
 
 
 # Loading -----------------------------------------------------------------------------------------
@@ -276,23 +270,41 @@ def _place(t: Tensor) -> tuple[object, ...] | None:
     return storage, t.storage_offset(), tuple(t.shape), t.stride()
 
 
-def load(
-    model: nn.Module,
-    tensors: Mapping[str, Source],
-    extra: Mapping[str, object],
-    metadata: Mapping[str, Mapping[str, object]],
-    *,
-    tentative: bool = False,
-) -> Loading:
+@dataclass(frozen=True)
+class Content:
+    """What of a file a model's loading is given.
+
+    Attributes:
+        tensors: by the keys that the model's loading looks for
+        extra: what modules that have `set_extra_state` are given, by the keys of the file
+        metadata: versions of the modules that were saved, as torch.save keeps them; {}: unknown
+    """
+
+    tensors: Mapping[str, Source]
+    extra: Mapping[str, object] = field(default_factory=dict)
+    metadata: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+
+    def state_dict(
+        self, model: nn.Module, make: Callable[[str, Source], Tensor]
+    ) -> OrderedDict[str, object]:
+        """The state_dict for a model, with each tensor as `make(key, source)` gives it."""
+        state: OrderedDict[str, object] = OrderedDict(
+            (key, make(key, source)) for key, source in self.tensors.items()
+        )
+        state.update((load_key(model, key)[0], value) for key, value in self.extra.items())
+        versions = load_metadata(model, self.metadata)
+        state._metadata = OrderedDict(versions)  # type: ignore[attr-defined]
+        return state
+
+
+def load(model: nn.Module, content: Content, *, tentative: bool = False) -> Loading:
     """What `model.load_state_dict` would do with a file. No weight of the model changes.
 
     Lazy modules get their shapes, and `set_extra_state` is called.
 
     Args:
         model: that the file is of
-        tensors: of the file, by the keys that the model's loading looks for
-        extra: what modules that have `set_extra_state` are given, by the same keys
-        metadata: versions of the modules that were saved, as torch.save keeps them; {}: unknown
+        content: of the file
         tentative: whether tensors that code puts into the model itself are taken out again
 
     Raises:
@@ -300,39 +312,30 @@ def load(
         Exception: whatever load_state_dict raises
     """
     try:
-        return load_lazily(model, tensors, extra, metadata, tentative=tentative)
+        return load_lazily(model, content, tentative=tentative)
     except Exception as error:
         if str(error).startswith(REFUSAL) and not isinstance(error.__context__, NeedsNumbers):
             raise
     held = _held(model)
-    found = _load_really(model, tensors, extra, metadata)
+    found = _load_really(model, content)
     if tentative:
         _hold(held)
     return found
 
 
 @torch.no_grad()
-def load_lazily(
-    model: nn.Module,
-    tensors: Mapping[str, Source],
-    extra: Mapping[str, object],
-    metadata: Mapping[str, Mapping[str, object]],
-    *,
-    tentative: bool = False,
-) -> Loading:
+def load_lazily(model: nn.Module, content: Content, *, tentative: bool = False) -> Loading:
     """What `load` says, with code that gets Lazy tensors.
 
     Args:
-        model, tensors, extra, metadata, tentative: as for `load`
+        model, content, tentative: as for `load`
 
     Raises:
         NeedsNumbers: code does what cannot be taken down
         Exception: whatever load_state_dict raises
     """
-    state = _state_dict(model, metadata)
-    state.update({key: lazy_tensor(key, source) for key, source in tensors.items()})
+    state = content.state_dict(model, lazy_tensor)
     given = list(state.values())
-    state.update({load_key(model, key)[0]: value for key, value in extra.items()})
     before, held = list(named_tensors(model).values()), _held(model)
     swapping = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(False)
@@ -352,15 +355,6 @@ def load_lazily(
     else:
         _take_new(model, before, values)
     return _said(model, values, result, _looked(given, values))
-
-
-def _state_dict(
-    model: nn.Module, metadata: Mapping[str, Mapping[str, object]]
-) -> OrderedDict[str, object]:
-    """An empty state_dict with the versions of a file."""
-    state: OrderedDict[str, object] = OrderedDict()
-    state._metadata = OrderedDict(load_metadata(model, metadata))  # type: ignore[attr-defined]
-    return state
 
 
 def _said(model: nn.Module, values: dict[str, Tensor], result: object, of_numbers: bool) -> Loading:
@@ -387,21 +381,14 @@ def _said(model: nn.Module, values: dict[str, Tensor], result: object, of_number
 
 
 @torch.no_grad()
-def _load_really(
-    model: nn.Module,
-    tensors: Mapping[str, Source],
-    extra: Mapping[str, object],
-    metadata: Mapping[str, Mapping[str, object]],
-) -> Loading:
+def _load_really(model: nn.Module, content: Content) -> Loading:
     """What `load` says, by loading all of the file; the model's numbers are put back."""
     if is_sharded(model):
         raise CandidateError(
             "the model's own loading computes with numbers, which is not supported for a sharded"
             " model: give the model before it is sharded"
         )
-    state = _state_dict(model, metadata)
-    state.update({key: source.read().clone() for key, source in tensors.items()})
-    state.update({load_key(model, key)[0]: value for key, value in extra.items()})
+    state = content.state_dict(model, lambda key, source: source.read().clone())
     before = [(t, t.detach().clone()) for t in named_tensors(model).values() if not _is_lazy(t)]
     try:
         with warnings.catch_warnings():
@@ -422,22 +409,14 @@ def _load_really(
         old_value = was.get(id(tensors_now[name]))
         if name in saved or old_value is None or not torch.equal(t, old_value):
             values[name] = t
-    missing = getattr(result, "missing_keys", None)
-    for key in missing or ():
+    for key in getattr(result, "missing_keys", ()):
         values.pop(_name_of(model, key), None)
-    return _said(model, values, result or _Said(missing or []), True)
+    return _said(model, values, result, True)
 
 
 def _saved(model: nn.Module) -> set[str]:
     """Names of the tensors that the model's state_dict has, as they are or as hooks make them."""
     return {*state_names(model).values(), *(_name_of(model, key) for key in made_by_hooks(model))}
-
-
-@dataclass
-class _Said:
-    """What a load_state_dict would return that returns nothing."""
-
-    missing_keys: list[str]
 
 
 def _is_lazy(t: object) -> bool:

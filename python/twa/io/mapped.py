@@ -208,8 +208,6 @@ class Stored:
 
     def view(self, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Source:
         """A view of the tensor, which counts as contiguous: where its elements lie."""
-        if (shape, strides, offset) == (self.info.shape, contiguous_strides(shape), 0):
-            return self
         if self.strides is not None:
             return Viewed(self, TensorInfo(shape, self.info.dtype), strides, offset)
         at = self.offset + offset * self.info.dtype.itemsize
@@ -282,7 +280,7 @@ class Pieces:
         for offsets, block in self.blocks:
             inner = contiguous_strides(block.info.shape)
             sizes = tuple(block.info.shape[a] for a in axes)
-            moved = block.view(sizes, tuple(inner[a] for a in axes), 0)
+            moved = view_of(block, sizes, tuple(inner[a] for a in axes), 0)
             blocks.append((tuple(offsets[a] for a in axes), moved))
         return Pieces(info, tuple(blocks))
 
@@ -318,8 +316,6 @@ class Viewed:
 
     def view(self, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Source:
         """A view of the view, which counts as contiguous."""
-        if (shape, strides, offset) == (self.info.shape, contiguous_strides(shape), 0):
-            return self
         return Viewed(self, TensorInfo(shape, self.info.dtype), strides, offset)
 
     @property
@@ -361,6 +357,15 @@ class Held:
 
 
 Source = Stored | Pieces | Viewed | Held
+
+
+def view_of(
+    source: Source, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
+) -> Source:
+    """A view of a tensor, which counts as contiguous: itself, if the view is all of it in order."""
+    if (shape, strides, offset) == (source.info.shape, contiguous_strides(shape), 0):
+        return source
+    return source.view(shape, strides, offset)
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:

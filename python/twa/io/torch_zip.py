@@ -22,7 +22,7 @@ from torch import Tensor
 from .checks import MAX_NAME, first_line
 from .errors import CandidateError, NoWeights, TwaError
 from .foreign import foreign, foreign_archive, is_tar
-from .mapped import MappedFile, Stored, TensorInfo, span
+from .mapped import MappedFile, Stored, TensorInfo, contiguous_strides, span
 from .torch_pickle import NAMES, Described, NotDense, Odd, odd, parse_storage, runs
 from .unpickle import MAX_PICKLE, Made, Ordered, Refused, unpickle
 
@@ -178,7 +178,7 @@ def stored(t: Described, file: MappedFile, begin: int, size: int, where: str) ->
             f" {MAX_EXPANDED} then",
             where,
         )
-    contiguous = t.strides == tuple(math.prod(t.shape[d + 1 :]) for d in range(len(t.shape)))
+    contiguous = t.strides == contiguous_strides(t.shape)
     at = begin + t.offset * t.dtype.itemsize
     return Stored(file, info, at, None if contiguous else t.strides, t.negated)
 

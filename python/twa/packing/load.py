@@ -16,9 +16,10 @@ from ..basis.contents import Contents
 from ..basis.file import NAME, Loaded
 from ..distributed.sharding import Basis, ColumnsSharding, Sharding, begin_of
 from ..dtensors import local
-from ..io.candidate import EXTRA_STATE
 from ..io.errors import BasisError
+from ..io.key_map import aliases_of
 from ..io.loading import named_tensors
+from ..io.torch_zip import EXTRA_STATE
 
 
 def find_basis(path: str | Path) -> Path:
@@ -30,12 +31,12 @@ def find_basis(path: str | Path) -> Path:
 def check_model(model: nn.Module, contents: Contents, path: Path) -> None:
     """BasisError unless the model has and trains the tensors that the basis was packed for."""
     state = named_tensors(model)
-    seen: set[int] = set()
-    trainable = set()
-    for name, t in state.items():
-        if t.requires_grad and t.is_floating_point() and id(t) not in seen:
-            trainable.add(name)
-        seen.add(id(t))
+    aliases = aliases_of(state)
+    trainable = {
+        name
+        for name, t in state.items()
+        if t.requires_grad and t.is_floating_point() and name not in aliases
+    }
     if odd := sorted(trainable ^ contents.trained.keys()):
         where = "is in the basis but no trainable parameter of the model"
         if odd[0] in trainable:

@@ -44,12 +44,13 @@ REQUIRED = ("model", "train_data", "val_data", "loss")
 
 
 def _same(a: object, b: object) -> bool:
-    """Whether two batches hold equal tensors in their tuples, lists and dicts."""
+    """Whether two batches hold equal dense tensors in their tuples, lists and dicts.
+
+    Others, and what is no tensor, are for `batch_digest`.
+    """
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if a.is_nested or b.is_nested:
-            return True
-        dense = (t if t.layout == torch.strided else t.to_dense() for t in (a, b))
-        return torch.equal(*dense)
+        dense = all(t.layout == torch.strided and not t.is_nested for t in (a, b))
+        return not dense or torch.equal(a, b)
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
