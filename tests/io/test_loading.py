@@ -234,6 +234,17 @@ def test_tensors_that_are_saved_otherwise(tmp_path, kind, every):
     Scale().load_state_dict(load_file(tmp_path / "out" / "averaged.safetensors"))
 
 
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, nn.DataParallel])
+def test_a_buffer_that_the_model_makes_inside_a_wrapper(tmp_path, wrap):
+    states = []
+    for k in range(N):
+        inner = born(Scale, k).state_dict() | {"table": torch.arange(3.0)}
+        states.append({f"0.{key}": t for key, t in inner.items()})
+    model, _ = averaged(lambda: nn.Sequential(wrap(Scale())), saved(tmp_path, states))
+    plain = [{k: t for k, t in state.items() if k != "0.table"} for state in states]
+    check(model, means(lambda: nn.Sequential(Scale()), plain))
+
+
 def test_a_buffer_that_the_model_makes_otherwise_is_refused(tmp_path):
     states = [dict(born(Scale, k).state_dict()) | {"table": torch.ones(3)} for k in range(N)]
     with pytest.raises(CandidateError, match=r"'table' is unexpected .* left out with ignore"):

@@ -7,6 +7,7 @@ import ranks as pool
 import torch
 import twa
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from twa.distributed import weights
 from twa.export.weights import write_dcp
 from twa.merge.evaluate import Evaluator, mean_over
@@ -409,6 +410,27 @@ def test_statistics_of_no_data_are_re_estimated(tmp_path):
     assert evaluator.frozen == {subspace.model.frozen}
     evaluator.load(torch.tensor(UNIFORM).double())
     assert evaluator.bn_used == 3 and bool(subspace.model.free.running_mean.any())
+
+
+def both_checkpointed(model):
+    model.frozen, model.free = (checkpoint_wrapper(m) for m in (model.frozen, model.free))
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap", [both_checkpointed, nn.DataParallel, lambda m: torch.compile(m, backend="eager")]
+)
+def test_layers_are_known_inside_wrappers(tmp_path, wrap):
+    states, candidates = backbones(tmp_path)
+    model = Backbone()
+    frozen, free = model.frozen, model.free
+    subspace = twa.Subspace.from_candidates(wrap(model), candidates, bits=32)
+    evaluator = Evaluator(task_of(None, loss_of), subspace.sharding)
+    assert evaluator.has_batchnorm and evaluator.frozen == {frozen}
+    evaluator.load(torch.tensor(OTHER).double())
+    expected, mean, _ = reference(states, OTHER)
+    assert evaluator.loss() == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(free.running_mean.double(), mean, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from .checks import equal_values, first_line
 from .compare import check_info, check_not_quantised
 from .errors import CandidateError, TwaError
 from .lazy import Block, blocks_of, located
-from .loading import Content, Loading, load_key, named_tensors, state_names
+from .loading import Content, Loading, load_key, name_of, named_tensors, state_names
 from .mapped import Held, Source, TensorInfo, contiguous_strides, span
 from .peft import adapter_names, is_adapter
 from .safetensors import DTYPE_NAMES
@@ -456,10 +456,11 @@ def _check_shape(read: _Read, key: str, t: Tensor) -> None:
 def _check_complete(model: nn.Module, read: _Read, found: Loading) -> None:
     """CandidateError if a loading lacks a tensor, or has one that the model does not have."""
     candidate, ignore = read.candidate, read.candidate.ignore
-    made = dict(model.named_buffers())  # those that are not saved, too
+    made = named_tensors(model)  # buffers that are not saved, too
     unexpected = []
-    for key in found.unexpected:
-        source, buffer = read.sources.get(key), made.get(key)
+    for said in found.unexpected:  # after hooks of wrappers may have changed it
+        key = said if said in read.sources else load_key(model, said)[0]
+        source, buffer = read.sources.get(key), made.get(name_of(model, key))
         if source is None or buffer is None or not _holds(buffer, source):
             unexpected.append(read.keys.get(key, key))
     if unexpected:

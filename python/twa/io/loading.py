@@ -410,13 +410,13 @@ def _load_really(model: nn.Module, content: Content) -> Loading:
         if name in saved or old_value is None or not torch.equal(t, old_value):
             values[name] = t
     for key in getattr(result, "missing_keys", ()):
-        values.pop(_name_of(model, key), None)
+        values.pop(name_of(model, key), None)
     return _said(model, values, result, True)
 
 
 def _saved(model: nn.Module) -> set[str]:
     """Names of the tensors that the model's state_dict has, as they are or as hooks make them."""
-    return {*state_names(model).values(), *(_name_of(model, key) for key in made_by_hooks(model))}
+    return {*state_names(model).values(), *(name_of(model, key) for key in made_by_hooks(model))}
 
 
 def _is_lazy(t: object) -> bool:
@@ -581,11 +581,11 @@ def own_keys(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """
     keys = {name: key for key, name in reversed(state_names(model).items())}
     for key in made_by_hooks(model):
-        keys.setdefault(_name_of(model, key), key)
+        keys.setdefault(name_of(model, key), key)
     return {name: without_wrappers(keys.get(name, name)) for name in names}
 
 
-def _name_of(model: nn.Module, key: str) -> str:
+def name_of(model: nn.Module, key: str) -> str:
     """The name of the tensor that a key of the state_dict would be, see `named_tensors`."""
     at, name = model, []
     for part in _path(model, key)[0]:

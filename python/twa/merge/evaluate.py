@@ -13,6 +13,7 @@ from ..distributed.ranks import Ranks
 from ..distributed.sharding import Sharding
 from ..distributed.weights import load_buffers, load_merge, load_untrained, round_to_files
 from ..io.errors import TaskError
+from ..io.loading import named_tensors
 from ..modes import plain_weights
 from ..spectral_norm import refresh_spectral_norms
 from ..tasks.batches import shared_out
@@ -72,22 +73,24 @@ def frozen_batchnorms(sharding: Sharding) -> set[nn.Module]:
     Ranks call it together, and get the same.
     """
     model, candidates, key_map = sharding.model, sharding.candidates, sharding.key_map
-    tracked = set(tracked_batchnorms(model))
+    layers = tracked_batchnorms(model)
+    names: dict[int, str] = {}  # without parts of wrappers, as the key map has them
+    for name, t in named_tensors(model).items():
+        names.setdefault(id(t), name)
 
-    def is_frozen(layer: str) -> bool:
-        names = [f"{layer}.{statistic}".lstrip(".") for statistic in FIRST_STATISTICS]
-        keys = [key_map.fixed.get(key_map.aliases.get(name, name)) for name in names]
+    def is_frozen(layer: nn.Module) -> bool:
+        statistics = [getattr(layer, statistic) for statistic in FIRST_STATISTICS]
+        keys = [key_map.fixed.get(names[id(t)]) for t in statistics]
         found = [candidates.tensors(key) for key in keys if key is not None]
-        if len(found) < len(names):  # not in the files: the model's own for every candidate
+        if len(found) < len(keys):  # not in the files: the model's own for every candidate
             return True
         constant = all(torch.equal(rows[0], row) for rows in found for row in rows[1:])
         first = zip(found, FIRST_STATISTICS.values(), strict=True)
         return constant and not all(bool((rows[0] == value).all()) for rows, value in first)
 
     with sharding.ranks.fail_together("comparing BatchNorm statistics"):
-        frozen = {name for name, m in model.named_modules() if m in tracked and is_frozen(name)}
-        frozen = sharding.ranks.broadcast_object(frozen)
-    return {m for name, m in model.named_modules() if name in frozen}
+        frozen = sharding.ranks.broadcast_object([is_frozen(m) for m in layers])
+    return {m for m, stays in zip(layers, frozen, strict=True) if stays}
 
 
 class Evaluator:
