@@ -60,7 +60,8 @@ struct Block {
   int64_t tiles;
   int32_t segment;
 };
-// Blocks of tensors of these sizes, in the order of their tiles. tile_segment: (total tiles,).
+// Blocks of tensors of these sizes, in the order of their tiles. tile_segment: (total tiles,), or
+// null: all in segment 0.
 std::vector<Block> make_blocks(const int64_t* numel, int64_t count, const int32_t* tile_segment,
                                int64_t most);
 
@@ -109,6 +110,24 @@ struct Where {
 // same read of the rows.
 Status pack_cpu(const RowTable& rows, const double* weights, const PackTarget& target, Where* where,
                 int threads);
+
+// A difference of one row, as record writes it and replay adds it: no segments, no row_scale.
+//   value(column c of tile t) = scales[t] * level[code(t, c)]
+struct Difference {
+  const uint8_t* codes;    // (num_tiles, row_bytes)
+  const uint16_t* scales;  // (num_tiles,) bf16 with 4 significant bits
+};
+constexpr float kMostWeight = 0x1p126f;  // weights of this size count as infinite
+// Codes weights - reference, and adds the decoded difference to the reference, float32, which then
+// is what a reader of the codes gets. codes and scales as in Difference, written.
+// A weight that is NaN, Inf or of kMostWeight: not_finite, *where says which (row 0), and neither
+// reference, codes nor scales were written.
+Status record_cpu(const TensorTable& weights, const TensorTable& reference, int bits,
+                  uint8_t* codes, uint16_t* scales, Where* where, int threads);
+// out += sum_r coefficients[r] * rows[r], float32, row after row, each sum rounded to float32:
+// with coefficients of 1 the bits of record's reference. Rows of coefficient 0 are not read.
+Status replay_cpu(const TensorTable& out, const Difference* rows, const float* coefficients,
+                  int64_t count, int bits, int threads);
 
 // out[k] (n, numel[k]) float32 = dequantised rows.
 Status unpack_cpu(const BasisView& basis, const TensorTable& out, int threads);

@@ -9,14 +9,14 @@ namespace twa {
 std::vector<Block> make_blocks(const int64_t* numel, int64_t count, const int32_t* tile_segment,
                                int64_t most) {
   std::vector<Block> blocks;
+  const auto segment = [&](int64_t t) { return tile_segment ? tile_segment[t] : 0; };
   int64_t tile = 0;
   for (int64_t k = 0; k < count; ++k) {
     const int64_t begin = tile, end = tile + num_tiles(numel[k]);
     while (tile < end) {
       const int64_t first = tile++;
-      while (tile < end && tile - first < most && tile_segment[tile] == tile_segment[first]) ++tile;
-      blocks.push_back(
-          {k, (first - begin) * kTileColumns, first, tile - first, tile_segment[first]});
+      while (tile < end && tile - first < most && segment(tile) == segment(first)) ++tile;
+      blocks.push_back({k, (first - begin) * kTileColumns, first, tile - first, segment(first)});
     }
   }
   return blocks;

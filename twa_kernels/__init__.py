@@ -15,6 +15,8 @@ from .ops.average import average
 from .ops.pack import NotFiniteError
 from .ops.project import project
 from .ops.reconstruct import reconstruct
+from .ops.record import record
+from .ops.replay import replay
 from .ops.step import step
 from .ops.unpack import unpack
 from .orthonormalize import Orthonormal, StreamError, orthonormalize
@@ -32,9 +34,11 @@ __all__ = [
     "pack",
     "project",
     "reconstruct",
+    "record",
     "reference",
     "registry",
     "relative_error",
+    "replay",
     "step",
     "unpack",
 ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .layout import FLOATS, MAX_ROWS, check_bits, total_tiles
+from .layout import FLOATS, MAX_ROWS, check_bits, tile_offsets, total_tiles
 
 T = TypeVar("T")
 
@@ -139,6 +139,96 @@ class PackArgs:
         check_tensor("max_scale", self.max_scale, self.sum_sq.shape, torch.float32, device)
         if self.errors is not None:
             check_tensor("errors", self.errors, (len(self.numels), 2), torch.float64, device)
+
+
+@dataclass(frozen=True)
+class RecordArgs:
+    """Weights to record, what they are coded against, and where the codes go.
+
+    Attributes:
+        weights: one tensor per tensor of the model.
+        reference: float32, as many elements each; updated.
+        bits: 8, 4, 3, 2 or 1.
+        codes: (tiles, 16 * bits) uint8, written.
+        scales: (tiles,) bfloat16, written: 4 significant bits.
+        bad: () int32, written: not 0 where a weight is NaN, Inf or of 2^126, and nothing else is
+            written then.
+    """
+
+    weights: Sequence[Tensor]
+    reference: Sequence[Tensor]
+    bits: int
+    codes: Tensor
+    scales: Tensor
+    bad: Tensor
+
+    @property
+    def numels(self) -> tuple[int, ...]:
+        """Number of elements of each tensor."""
+        return tuple(t.numel() for t in self.weights)
+
+    @property
+    def device(self) -> torch.device:
+        """Where all tensors are."""
+        return self.codes.device
+
+    def check(self, backend: str) -> None:
+        """Raises ValueError or TypeError where tensors do not fit each other."""
+        check_bits(self.bits)
+        numels, device = self.numels, self.device
+        tiles = tile_offsets(numels)[-1]
+        check_list("weights", self.weights, numels, device, backend)
+        check_float_list("reference", self.reference, numels, device)
+        check_tensor("codes", self.codes, (tiles, 16 * self.bits), torch.uint8, device)
+        check_tensor("scales", self.scales, (tiles,), torch.bfloat16, device)
+        check_tensor("bad", self.bad, (), torch.int32, device)
+
+
+@dataclass(frozen=True)
+class ReplayArgs:
+    """Recorded differences, and what their weighted sum is added to.
+
+    Attributes:
+        out: float32, one tensor per tensor of the model, or some columns of it from a multiple of
+            128 on; updated.
+        codes: for each row (tiles, 16 * bits) uint8.
+        scales: for each row (tiles,) bfloat16.
+        coefficients: of the rows, each rounded to float32.
+        bits: 8, 4, 3, 2 or 1.
+    """
+
+    out: Sequence[Tensor]
+    codes: Sequence[Tensor]
+    scales: Sequence[Tensor]
+    coefficients: Sequence[float]
+    bits: int
+
+    @property
+    def numels(self) -> tuple[int, ...]:
+        """Number of elements of each tensor."""
+        return tuple(t.numel() for t in self.out)
+
+    @property
+    def device(self) -> torch.device:
+        """Where all tensors are."""
+        return self.out[0].device if self.out else torch.device("cpu")
+
+    def check(self, backend: str) -> None:
+        """Raises ValueError or TypeError where tensors do not fit each other."""
+        check_bits(self.bits)
+        rows, tiles = len(self.coefficients), tile_offsets(self.numels)[-1]
+        if rows > MAX_ROWS:
+            raise ValueError(f"coefficients: expected at most {MAX_ROWS} rows, found {rows}")
+        if len(self.codes) != rows or len(self.scales) != rows:
+            raise ValueError(
+                f"codes, scales: expected {rows} of each, one per coefficient, "
+                f"found {len(self.codes)} and {len(self.scales)}"
+            )
+        check_float_list("out", self.out, self.numels, self.device)
+        for r in range(rows):
+            name = f"codes[{r}]"
+            check_tensor(name, self.codes[r], (tiles, 16 * self.bits), torch.uint8, self.device)
+            check_tensor(f"scales[{r}]", self.scales[r], (tiles,), torch.bfloat16, self.device)
 
 
 @dataclass(frozen=True)
@@ -315,6 +405,18 @@ def check_list(
             raise TypeError(
                 f"{name}[{k}]: expected a dense (strided) tensor, found layout {t.layout}"
             )
+
+
+def check_float_list(
+    name: str, tensors: Sequence[Tensor], numels: Sequence[int], device: torch.device
+) -> None:
+    """Raises ValueError or TypeError unless there is a contiguous float32 tensor of each size."""
+    if len(tensors) != len(numels):
+        raise ValueError(f"{name}: expected {len(numels)} tensors, found {len(tensors)}")
+    for k, (t, numel) in enumerate(zip(tensors, numels, strict=True)):
+        if t.numel() != numel:
+            raise ValueError(f"{name}[{k}]: expected {numel} elements, found {t.numel()}")
+        check_tensor(f"{name}[{k}]", t, t.shape, torch.float32, device)
 
 
 def check_disjoint(tensors: Sequence[Tensor], name: str = "out") -> None:

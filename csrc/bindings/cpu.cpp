@@ -67,6 +67,44 @@ py::object pack(const Rows& rows, const std::vector<double>& weights, const Targ
   return py::none();
 }
 
+// (tensor, column) of the first weight that is not finite, or None.
+py::object record(const Tensors& weights, const Tensors& reference, int bits, py::handle codes,
+                  py::handle scales, int threads) {
+  check_bits(bits);
+  weights.refuse_odd("weights");
+  check_sizes(reference, weights.numel, 1, "reference");
+  const int64_t tiles = tiles_of(weights.numel);
+  auto* to_codes = array<uint8_t>(codes, tiles * row_bytes(bits), "codes");
+  auto* to_scales = array<uint16_t>(scales, tiles, "scales");
+  Where where{};
+  Status status = Status::ok;
+  run([&] {
+    status =
+        record_cpu(weights.table(weights.numel.data()), reference.table(reference.numel.data()),
+                   bits, to_codes, to_scales, &where, threads);
+    return status == Status::not_finite ? Status::ok : status;
+  });
+  if (status == Status::not_finite) return py::make_tuple(where.tensor, where.column);
+  return py::none();
+}
+
+void replay(const Tensors& out, const py::list& codes, const py::list& scales,
+            const std::vector<float>& coefficients, int bits, int threads) {
+  check_bits(bits);
+  out.refuse_odd("out");
+  const int64_t tiles = tiles_of(out.numel);
+  if (codes.size() != coefficients.size() || scales.size() != coefficients.size())
+    throw py::value_error("replay: as many codes and scales as coefficients expected");
+  std::vector<Difference> rows;
+  for (size_t r = 0; r < coefficients.size(); ++r)
+    rows.push_back({array<uint8_t>(codes[r], tiles * row_bytes(bits), "codes"),
+                    array<uint16_t>(scales[r], tiles, "scales")});
+  run([&] {
+    return replay_cpu(out.table(out.numel.data()), rows.data(), coefficients.data(),
+                      static_cast<int64_t>(rows.size()), bits, threads);
+  });
+}
+
 void unpack(const Basis& basis, const Tensors& out, int threads) {
   std::vector<int64_t> sizes;
   for (const int64_t size : basis.numel) sizes.push_back(size * basis.view.n);
@@ -125,6 +163,10 @@ void bind_cpu(py::module_& m) {
            "max_scale"_a, "errors"_a);
   m.def("average", &average, py::kw_only(), "rows"_a, "weights"_a, "out"_a, "threads"_a);
   m.def("pack", &pack, py::kw_only(), "rows"_a, "weights"_a, "target"_a, "threads"_a);
+  m.def("record", &record, py::kw_only(), "weights"_a, "reference"_a, "bits"_a, "codes"_a,
+        "scales"_a, "threads"_a);
+  m.def("replay", &replay, py::kw_only(), "out"_a, "codes"_a, "scales"_a, "coefficients"_a,
+        "bits"_a, "threads"_a);
   m.def("unpack", &unpack, py::kw_only(), "basis"_a, "out"_a, "threads"_a);
   m.def("project", &project, py::kw_only(), "basis"_a, "grads"_a, "c"_a, "threads"_a);
   m.def("reconstruct", &reconstruct, py::kw_only(), "basis"_a, "x"_a, "center"_a.none(true),

@@ -18,6 +18,15 @@ TWA_INLINE void decode_portable(const uint8_t* __restrict__ row, int16_t* __rest
   }
 }
 
+// decode(row, out): the 128 levels of one row of one tile as int8; out lies at a multiple of 32.
+template <int kBits>
+struct PortableDecoder {
+  TWA_INLINE void operator()(const uint8_t* row, int8_t* out) const {
+    int16_t lev[kTileColumns];
+    decode_portable<kBits>(row, lev);
+    for (int c = 0; c < kTileColumns; ++c) out[c] = static_cast<int8_t>(lev[c]);
+  }
+};
 #ifdef TWA_X86
 
 // Levels as signed bytes of columns 32 * quarter .. + 31, in order.
@@ -58,6 +67,19 @@ TWA_AVX2 inline __m256i level_table_avx2() {
     for (int k = 0; k < 1 << kBits; ++k) t[k] = static_cast<int8_t>(level(kBits, k));
   return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(t)));
 }
+
+template <int kBits>
+struct Avx2Decoder {
+  __m256i table;
+  TWA_AVX2 Avx2Decoder() : table(level_table_avx2<kBits>()) {}
+  TWA_AVX2 void operator()(const uint8_t* row, int8_t* out) const {
+    auto* to = reinterpret_cast<__m256i*>(out);
+    _mm256_store_si256(to, decode_avx2<kBits, 0>(row, table));
+    _mm256_store_si256(to + 1, decode_avx2<kBits, 1>(row, table));
+    _mm256_store_si256(to + 2, decode_avx2<kBits, 2>(row, table));
+    _mm256_store_si256(to + 3, decode_avx2<kBits, 3>(row, table));
+  }
+};
 
 // AVX-512 works on rearranged bytes (of 4, 8 or 16 rows), so its decoder takes a vector of packed
 // bytes and gives one vector per field: levels + 128 as unsigned bytes, which is what vpdpbusd

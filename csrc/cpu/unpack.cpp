@@ -38,31 +38,11 @@ TWA_INLINE void unpack_block(const BasisView& basis, const TensorTable& out, con
 }
 
 template <int kBits>
-struct PortableDecoder {
-  TWA_INLINE void operator()(const uint8_t* row, int8_t* out) const {
-    int16_t lev[kTileColumns];
-    decode_portable<kBits>(row, lev);
-    for (int c = 0; c < kTileColumns; ++c) out[c] = static_cast<int8_t>(lev[c]);
-  }
-};
-template <int kBits>
 void block_portable(const BasisView& basis, const TensorTable& out, const Block& block) {
   unpack_block<kBits>(basis, out, block, PortableDecoder<kBits>());
 }
 
 #ifdef TWA_X86
-template <int kBits>
-struct Avx2Decoder {
-  __m256i table;
-  TWA_AVX2 Avx2Decoder() : table(level_table_avx2<kBits>()) {}
-  TWA_AVX2 void operator()(const uint8_t* row, int8_t* out) const {
-    auto* to = reinterpret_cast<__m256i*>(out);
-    _mm256_store_si256(to, decode_avx2<kBits, 0>(row, table));
-    _mm256_store_si256(to + 1, decode_avx2<kBits, 1>(row, table));
-    _mm256_store_si256(to + 2, decode_avx2<kBits, 2>(row, table));
-    _mm256_store_si256(to + 3, decode_avx2<kBits, 3>(row, table));
-  }
-};
 template <int kBits>
 TWA_AVX2 void block_avx2(const BasisView& basis, const TensorTable& out, const Block& block) {
   unpack_block<kBits>(basis, out, block, Avx2Decoder<kBits>());

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..layout import TILE, tile_offsets
 from ..native import _C, empty_for_streaming
-from ..operands import BasisView, PackArgs, PassArgs, StepArgs
+from ..operands import BasisView, PackArgs, PassArgs, RecordArgs, ReplayArgs, StepArgs
 from .handles import basis_handle, read, read_or_none, update, write
 
 
@@ -34,6 +34,29 @@ def average_and_pack(args: PackArgs, weights: Sequence[float]) -> tuple[int, int
         errors=args.errors,
     )
     return _C.pack(rows=rows, weights=weights, target=target, threads=torch.get_num_threads())
+
+
+def record(args: RecordArgs) -> None:
+    bad = _C.record(
+        weights=read(args.weights, _C),
+        reference=_C.Tensors(args.reference),
+        bits=args.bits,
+        codes=args.codes,
+        scales=args.scales,
+        threads=torch.get_num_threads(),
+    )
+    args.bad.fill_(bad is not None)
+
+
+def replay(args: ReplayArgs) -> None:
+    _C.replay(
+        out=_C.Tensors(args.out),
+        codes=args.codes,
+        scales=args.scales,
+        coefficients=args.coefficients,
+        bits=args.bits,
+        threads=torch.get_num_threads(),
+    )
 
 
 def unpack(basis: BasisView) -> list[Tensor]:

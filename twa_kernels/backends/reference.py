@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..layout import LEVELS, TILE, num_tiles, tile_offsets
-from ..operands import BasisView, PackArgs, PassArgs, StepArgs
+from ..operands import BasisView, PackArgs, PassArgs, RecordArgs, ReplayArgs, StepArgs
 
 #: first scale of a group = rms * share + largest * share: csrc/packing.h says why
 RMS_SHARE = {
@@ -167,6 +167,47 @@ def squared_error(v: Tensor, code: Tensor, scale: Tensor, valid: Tensor, bits: i
     levels = torch.tensor(LEVELS[bits], dtype=torch.float64, device=v.device)[code]
     real = torch.arange(TILE, device=v.device) < valid[..., None]
     return (((v.double() - scale.double()[..., None] * levels) ** 2) * real).sum()
+
+
+# record, replay -----------------------------------------------------------------------------------
+
+MOST_WEIGHT = 2.0**126  # weights of this size count as infinite
+
+
+def record(args: RecordArgs) -> None:
+    """Codes weights - reference and adds the decoded difference to the reference.
+
+    A weight that is not finite: `bad` is 1, and nothing else is written.
+    """
+    flat = [w.reshape(-1).float() for w in args.weights]
+    args.bad.fill_(not all((w.abs() < MOST_WEIGHT).all() for w in flat))
+    if args.bad:
+        return
+    offsets = tile_offsets(args.numels)
+    for k, w in enumerate(flat):
+        if w.numel() == 0:
+            continue
+        v = _pad_columns(w - args.reference[k].reshape(-1))  # (tiles, 128)
+        valid = (w.numel() - TILE * torch.arange(len(v), device=v.device)).clamp(max=TILE)
+        code, scale, _ = quantise(v, valid, args.bits)
+        at = slice(offsets[k], offsets[k + 1])
+        args.codes[at] = codes_to_bytes(code, args.bits)
+        args.scales[at] = scale.to(torch.bfloat16)
+    rows = ReplayArgs(args.reference, [args.codes], [args.scales], [1.0], args.bits)
+    replay(rows)
+
+
+def replay(args: ReplayArgs) -> None:
+    """out += sum_r coefficients[r] * rows[r], row after row, each step rounded to float32."""
+    offsets = tile_offsets(args.numels)
+    for coefficient, codes, scales in zip(args.coefficients, args.codes, args.scales, strict=True):
+        if coefficient == 0.0:
+            continue
+        levels = torch.tensor(LEVELS[args.bits], dtype=torch.float32, device=codes.device)
+        c = torch.tensor(coefficient, dtype=torch.float32, device=codes.device)
+        d = levels[bytes_to_codes(codes, args.bits)] * (c * scales.float())[:, None]
+        for k, o in enumerate(args.out):
+            o.view(-1).add_(d[offsets[k] : offsets[k + 1]].flatten()[: o.numel()])
 
 
 # unpack, project, reconstruct ---------------------------------------------------------------------
