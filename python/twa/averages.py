@@ -185,3 +185,60 @@ def of_center(center: str | int | Tensor, n: int) -> Tensor:
         f" found {center!r}",
         "center",
     )
+
+
+def of_steps(steps: Sequence[int], scheme: str, **horizon: float | str) -> Tensor:
+    """The merge weights of an average whose horizon is in steps of training.
+
+    Args:
+        steps: of the candidates, in order
+        scheme: and its horizon:
+
+            - "last": the last candidate
+            - "uniform": the mean of all, or of those of the `last` steps
+            - "ema": `half_life`, the steps after which a candidate's weight has halved; a candidate
+              counts for the steps since the one before it
+            - "lawa": the mean of those of the `last` steps
+            - "wsm": those of the `last` steps, as for a decay of the learning rate over them;
+              `decay` as for `wsm`
+
+        horizon: as the scheme has it
+
+    Returns:
+        beta (n,) float64
+
+    Raises:
+        TwaError: there is no such scheme, or its horizon is none of what it can be
+    """
+    known = {
+        "last": ((), ()),
+        "uniform": ((), ("last",)),
+        "ema": (("half_life",), ()),
+        "lawa": (("last",), ()),
+        "wsm": (("last",), ("decay",)),
+    }
+    if scheme not in known:
+        raise TwaError(f"scheme: expected one of {', '.join(known)}, found {scheme!r}")
+    needed, more = known[scheme]
+    if missing := [name for name in needed if name not in horizon]:
+        raise TwaError(f"scheme {scheme!r}: expected {missing[0]}=, in steps of training")
+    if odd := [name for name in horizon if name not in (*needed, *more)]:
+        raise TwaError(f"scheme {scheme!r} has no {odd[0]}=")
+    for name in ("half_life", "last"):
+        value = horizon.get(name, 1.0)
+        if not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise TwaError(f"{name}: expected a number above 0, found {value!r}")
+    n, at = len(steps), torch.tensor(list(steps), dtype=torch.float64)
+    if scheme == "ema":
+        decay = 0.5 ** (torch.diff(at) / float(horizon["half_life"]))  # from each to the next
+        left = decay.flip(0).cumprod(0).flip(0)  # what of each is left at the end
+        beta = torch.ones(n, dtype=torch.float64)
+        beta[:-1] = left
+        beta[1:] *= 1.0 - decay
+        return beta
+    k = n
+    if "last" in horizon:
+        k = max(1, int((at > at[-1] - float(horizon["last"])).sum()))
+    if scheme == "last":
+        return candidate(n, -1)
+    return wsm(n, k, str(horizon.get("decay", "linear")))

@@ -108,6 +108,43 @@ def reconstruct(
             o.copy_(t)
 
 
+def shard_of(name: str, t: Tensor, ranks: Ranks) -> Shard:
+    """What this rank holds of a tensor of a sharded model.
+
+    Args:
+        name: of the tensor, for messages
+        t: a DTensor, or a tensor that is on every rank
+        ranks: the ranks that share the model
+
+    Raises:
+        TwaError: it is sharded in a way that is not supported
+    """
+    if not is_dtensor(t):
+        return Shard(t.shape, None, 1.0 / ranks.world_size, ranks.rank == 0)
+    if odd := [p for p in t.placements if p.is_partial()]:
+        raise TwaError(
+            f"sharding 'columns': tensor {name!r}: expected Shard or Replicate in each"
+            f" dimension of the mesh, found {odd[0]}"
+        )
+    chunks, shape = t.__create_chunk_list__(), local(t).shape
+    if len(chunks) != 1 or chunks[0].sizes != shape:
+        raise TwaError(
+            f"sharding 'columns': tensor {name!r}: expected shards of one block each, found"
+            f" placements {t.placements}"
+        )
+    part = tuple(slice(o, o + s) for o, s in zip(chunks[0].offsets, chunks[0].sizes, strict=True))
+    # Copies: along dimensions of the mesh that replicate, of which the first one's gradient
+    # counts; and on ranks outside the tensor's own mesh (a parameter that FSDP shards between
+    # tensor-parallel ranks), over which gradients are averaged.
+    mesh, place = t.device_mesh, t.device_mesh.get_coordinate()
+    assert place is not None and ranks.group is not None  # this rank holds a part of it
+    replicated = [c for c, p in zip(place, t.placements, strict=True) if p.is_replicate()]
+    first = not any(replicated)
+    weight = mesh.size() / ranks.world_size if first else 0.0
+    with_rank_0 = dist.get_global_rank(ranks.group, 0) in mesh.mesh.flatten().tolist()
+    return Shard(shape, part, weight, first and with_rank_0)
+
+
 class Sharding:
     """One process that holds everything; the other shardings change what has to change.
 
@@ -375,29 +412,4 @@ class ColumnsSharding(Sharding):
     name = "columns"
 
     def _shard(self, name: str, t: Tensor) -> Shard:
-        if not is_dtensor(t):
-            return Shard(t.shape, None, 1.0 / self.ranks.world_size, self.ranks.rank == 0)
-        if odd := [p for p in t.placements if p.is_partial()]:
-            raise TwaError(
-                f"sharding 'columns': tensor {name!r}: expected Shard or Replicate in each"
-                f" dimension of the mesh, found {odd[0]}"
-            )
-        chunks, shape = t.__create_chunk_list__(), local(t).shape
-        if len(chunks) != 1 or chunks[0].sizes != shape:
-            raise TwaError(
-                f"sharding 'columns': tensor {name!r}: expected shards of one block each, found"
-                f" placements {t.placements}"
-            )
-        part = tuple(
-            slice(o, o + s) for o, s in zip(chunks[0].offsets, chunks[0].sizes, strict=True)
-        )
-        # Copies: along dimensions of the mesh that replicate, of which the first one's gradient
-        # counts; and on ranks outside the tensor's own mesh (a parameter that FSDP shards between
-        # tensor-parallel ranks), over which gradients are averaged.
-        mesh, place = t.device_mesh, t.device_mesh.get_coordinate()
-        assert place is not None and self.ranks.group is not None  # this rank holds a part of it
-        replicated = [c for c, p in zip(place, t.placements, strict=True) if p.is_replicate()]
-        first = not any(replicated)
-        weight = mesh.size() / self.ranks.world_size if first else 0.0
-        with_rank_0 = dist.get_global_rank(self.ranks.group, 0) in mesh.mesh.flatten().tolist()
-        return Shard(shape, part, weight, first and with_rank_0)
+        return shard_of(name, t, self.ranks)

@@ -31,6 +31,8 @@ from .errors import CandidateError, CandidateWarning, NoWeights, TwaError
 from .find import Found, find, left_out
 from .mapped import Part, Source, TensorInfo, shape_of
 from .order import LISTING, doubts
+from .recording import Recorded, open_recording
+from .recording_files import is_recording
 
 #: bytes of a block, of all candidates together: a read that pays on any disk, and little memory
 BLOCK_BYTES = 64 << 20
@@ -79,6 +81,7 @@ class Candidates(Sequence[Candidate]):
             is resident
 
     Attributes:
+        recording: the recording that these are all snapshots of, or None
         at_hand: whether weights can be read, as those of a basis that is loaded alone cannot
         bytes_read: bytes of all tensors handed out so far
         notes: what was left out, and what is doubtful about the order, a sentence each
@@ -104,10 +107,13 @@ class Candidates(Sequence[Candidate]):
     ) -> None:
         found = find([paths] if isinstance(paths, str | os.PathLike) else paths)
         opened, without_weights = open_each(found, entry, ignore)
-        once, same = without_duplicates(opened) if len(opened) > 1 else (opened, "")
+        files = [c for c in opened if not isinstance(c, Recorded)]
+        once, same = without_duplicates(files) if len(files) > 1 else (files, "")
         doubtful = [same] if same else []
         if found.by_age:
             doubtful += [f"{text}; {LISTING}" for text in doubts([c.path for c in once])]
+        kept = {id(c) for c in once}
+        once = [c for c in opened if isinstance(c, Recorded) or id(c) in kept]
         for text in doubtful:
             warnings.warn(text, CandidateWarning, stacklevel=2)
         self._hold(once, block_bytes)
@@ -139,6 +145,12 @@ class Candidates(Sequence[Candidate]):
         self.bytes_read = 0
         self._touched = 0  # bytes read since memory was last given back
         self._fingerprints: dict[str, str] | None = None
+        first = candidates[0] if candidates else None
+        recording = first.recording if isinstance(first, Recorded) else None
+        whole = recording is not None and len(candidates) == len(recording.steps)
+        for k, c in enumerate(candidates):
+            whole = whole and isinstance(c, Recorded) and (c.recording, c.number) == (recording, k)
+        self.recording = recording if whole else None
         self.checked = False  # whether all have the same tensors, or a model takes all of them
 
     def __len__(self) -> int:
@@ -329,6 +341,9 @@ class Candidates(Sequence[Candidate]):
         Returns:
             float32 in the shape of the tensor or part; float64 for a float64 tensor
         """
+        if self.recording is not None and self.recording.records(key):
+            found = self.recording.average(key, weights, part)
+            return found.to(torch.promote_types(self.info[key].dtype, torch.float32))
         used = torch.nonzero(weights).flatten().tolist() or [0]
         out = torch.empty(
             shape_of(self.info[key].shape, part),
@@ -354,8 +369,14 @@ def open_each(
     Raises:
         CandidateError: one cannot be read, or holds no weights and was named; or none holds any
     """
-    opened, empty, first = [], [], None
+    opened: list[Candidate] = []
+    empty, first = [], None
     for path in found.paths:
+        if path.is_dir() and is_recording(path):
+            if entry is not None:
+                raise CandidateError(f"entry {entry!r}: a recording has none", path)
+            opened += open_recording(path).candidates(ignore)
+            continue
         try:
             opened.append(open_one(found, path, entry, ignore))
         except NoWeights as error:

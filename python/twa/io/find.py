@@ -13,7 +13,7 @@ from .formats import FSDP_FOLDER, is_checkpoint_folder, suffix_of
 from .order import age, in_order, shortened
 
 #: begins of names of directories in a checkpoint that hold parts of it, and no other checkpoints
-PARTS = (FSDP_FOLDER, "optimizer", "global_step")
+PARTS = (FSDP_FOLDER, "optimizer", "global_step", "rank_")
 
 
 @dataclass

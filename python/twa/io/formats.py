@@ -18,6 +18,7 @@ from .checks import is_file_name, read_json
 from .errors import CandidateError, NoWeights
 from .foreign import foreign
 from .mapped import Source
+from .recording_files import is_recording, is_snapshot
 from .safetensors import read_safetensors
 from .torch_zip import Entries, read_torch
 
@@ -117,7 +118,8 @@ def open_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
 def is_checkpoint_folder(folder: Path) -> bool:
     """Whether a directory is one checkpoint, rather than a place where several lie."""
     names = (*MODEL_FILES, *ADAPTER_FILES, dcp.METADATA, FSDP_FILE, f"{FSDP_FOLDER}/{dcp.METADATA}")
-    return any((folder / name).is_file() for name in names) or bool(_indexes(folder))
+    found = any((folder / name).is_file() for name in names)
+    return found or bool(_indexes(folder)) or is_recording(folder)
 
 
 def suffix_of(path: Path) -> str:
@@ -134,6 +136,8 @@ def stem_of(path: Path) -> str:
 
 
 def _directory(folder: Path, entry: str | None) -> Checkpoint:
+    if is_recording(folder):
+        raise CandidateError("expected one checkpoint, found a recording of several", folder)
     adapters = [name for name in ADAPTER_FILES if (folder / name).is_file()]
     for name in MODEL_FILES:
         if (folder / name).is_file():
@@ -174,6 +178,12 @@ def _further_inside(folder: Path) -> str:
 
 def _one_file(path: Path, entry: str | None) -> Weights:
     if path.suffix == ".safetensors":
+        if is_snapshot(path):
+            raise CandidateError(
+                f"one file of a recording: give its directory, {path.parent}; `twa export --at`"
+                " makes a file of one snapshot",
+                path,
+            )
         tensors = Weights(read_safetensors(path))
         return tensors if entry is None else _under(tensors, path, entry)
     if path.suffix in SUFFIXES:

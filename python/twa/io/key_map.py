@@ -21,6 +21,7 @@ from .lazy import Block, blocks_of, located
 from .loading import Content, Loading, load_key, name_of, named_tensors, state_names
 from .mapped import Held, Source, TensorInfo, contiguous_strides, span
 from .peft import adapter_names, is_adapter
+from .recording import Recording
 from .safetensors import DTYPE_NAMES
 from .unpickle import Made
 
@@ -106,7 +107,9 @@ def match_model(model: nn.Module, candidates: Candidates) -> tuple[Candidates, K
     for k, c in enumerate(candidates):
         if k == 0 or c.info != candidates[0].info:
             check_not_quantised(c.info, c.path)
-    if is_adapter(candidates[0]):
+    if candidates.recording is not None:
+        key_map = _match_recorded(model, candidates, candidates.recording)
+    elif is_adapter(candidates[0]):
         key_map = _match_adapters(model, candidates)
     else:
         candidates, key_map = _match_loaded(model, candidates)
@@ -222,6 +225,39 @@ def _check_complex(key: str, candidates: Candidates, is_trained: bool) -> None:
             " same in all candidates are kept",
             candidates[0].path,
         )
+
+
+# Recordings --------------------------------------------------------------------------------------
+
+
+def _match_recorded(model: nn.Module, candidates: Candidates, recording: Recording) -> KeyMap:
+    """The map for a recording, which has the model's own tensors by their names.
+
+    What it does not hold, such as many frozen parameters, stays as the model has it.
+    """
+    tensors, info = named_tensors(model), candidates.info
+    aliases = aliases_of(tensors)
+    names = {key: name for key, name in recording.names.items() if key in info}
+    if unexpected := sorted(key for key, name in names.items() if name not in tensors):
+        raise _unexpected(unexpected, candidates[0], ": it was recorded of another model")
+    held = set(names.values())
+    idle = [n for n, t in tensors.items() if t.requires_grad and n not in {*held, *aliases}]
+    if idle:
+        hint = ", and it is trainable: it was not when the recording began"
+        raise _missing(idle, candidates[0], hint)
+    for key, name in names.items():
+        expected = TensorInfo(tuple(tensors[name].shape), tensors[name].dtype)
+        check_info(candidates[0].path, key, expected, info[key], "in the model")
+    keys = {aliases.get(name, name): key for key, name in names.items()}
+    names |= {a: names[key] for a, key in recording.aliases.items() if a in info and key in names}
+    written = {
+        key: Written(TensorInfo(tuple(t.shape), t.dtype), ())
+        for key, t in loading.made_by_hooks(model).items()
+        if key in info
+    }
+    every = {key: names[key] for key in info}
+    key_map = _sorted_out(keys, tensors, every, candidates, written)
+    return replace(key_map, checked=not written)
 
 
 # As the model's own loading has it ---------------------------------------------------------------

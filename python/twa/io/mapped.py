@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -169,6 +170,27 @@ def _raise_file_limit() -> bool:
         return False
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return True
+
+
+class Source(Protocol):
+    """Where a tensor of a checkpoint lies, or how it is made of what lies there."""
+
+    @property
+    def info(self) -> TensorInfo:
+        """Shape and dtype."""
+
+    def read(self, part: Part | None = None) -> Tensor:
+        """The tensor, or a part of it, to be read only; a view of the file where that can be."""
+
+    def prefetch(self, part: Part | None) -> None:
+        """Asks the system to read what `read` will."""
+
+    def view(self, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Source:
+        """A view of the tensor, which counts as contiguous: where its elements lie."""
+
+    @property
+    def files(self) -> tuple[MappedFile, ...]:
+        """The files that it lies in."""
 
 
 @dataclass(frozen=True)
@@ -354,9 +376,6 @@ class Held:
     def files(self) -> tuple[MappedFile, ...]:
         """It lies in none."""
         return ()
-
-
-Source = Stored | Pieces | Viewed | Held
 
 
 def view_of(

@@ -1,0 +1,182 @@
+"""What of a model is recorded, and what this rank records of it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed.ranks import Ranks
+from ..distributed.sharding import Shard, shard_of
+from ..dtensors import is_dtensor, is_sharded, local, reshard
+from ..io import loading
+from ..io.errors import TwaError
+from ..io.key_map import aliases_of
+from ..io.loading import named_tensors, state_names
+from ..io.recording_files import Contents
+from ..io.safetensors import SAFETENSORS_DTYPES
+from ..io.trail import Entry
+from ..modes import plain_weights
+
+#: (name, parameter) -> the tensor to record in the parameter's place, such as a float32 master
+Weights = Callable[[str, nn.Parameter], Tensor]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The tensors of a model that are recorded.
+
+    Attributes:
+        model: that has them
+        ranks: that share it
+        contents: of the recording; `trained` are this rank's parts
+        trained: names of all recorded parameters, on whichever rank
+    """
+
+    model: nn.Module
+    ranks: Ranks
+    contents: Contents
+    trained: frozenset[str]
+
+    @classmethod
+    def of(cls, model: nn.Module, bits: int, ranks: Ranks) -> Watched:
+        """What is to be recorded of a model.
+
+        Trainable parameters are coded. Buffers are kept as they are, and so are frozen parameters,
+        once, if they are fewer than the trained ones.
+
+        Raises:
+            TwaError: it has no trainable floating-point parameter, or one without a shape, or of a
+                dtype that cannot be recorded
+        """
+        tensors = named_tensors(model)
+        aliases = aliases_of(tensors)
+        saved = {*state_names(model).values()}
+        saved |= {loading.name_of(model, key) for key in loading.made_by_hooks(model)}
+        keys = loading.own_keys(model, tensors)
+        trained = [n for n, t in tensors.items() if t.requires_grad and n not in aliases]
+        for name in trained:
+            _check(name, tensors[name])
+        if not trained:
+            raise TwaError("the model has no trainable parameter: nothing to record")
+        count = sum(tensors[name].numel() for name in trained)
+        others = [n for n in tensors if n in saved and n not in aliases and n not in trained]
+        frozen = [n for n in others if isinstance(tensors[n], nn.Parameter)]
+        if sum(tensors[name].numel() for name in frozen) > count:
+            others = [name for name in others if name not in frozen]
+        kept = [n for n in others if not is_dtensor(tensors[n]) and _is_known(tensors[n])]
+        held = {*trained, *kept}
+        run = ranks.broadcast_object(uuid.uuid4().hex)
+        contents = Contents(
+            run,
+            bits,
+            tuple(_entries({n: tensors[n] for n in trained}, keys, ranks)),
+            {keys[name]: name for name in kept} if ranks.is_rank_zero else {},
+            {
+                keys[a]: keys[name]
+                for a, name in aliases.items()
+                if name in held and a in saved and keys[a] != keys[name] and ranks.is_rank_zero
+            },
+            (ranks.rank, ranks.world_size) if is_sharded(model) else (0, 1),
+        )
+        return cls(model, ranks, contents, frozenset(trained))
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether the first of several ranks records for all."""
+        return self.ranks.world_size > 1 and self.contents.rank[1] == 1
+
+    @property
+    def records(self) -> bool:
+        """Whether this rank has something to record."""
+        return bool(self.contents.trained)
+
+    def parameters(self) -> list[Tensor]:
+        """This rank's recorded parameters, as they are now; tensors to read or write.
+
+        Raises:
+            TwaError: the model is not the one that it was
+        """
+        reshard(self.model)
+        tensors = named_tensors(self.model)
+        aliases = aliases_of(tensors)
+        found = []
+        for e in self.contents.trained:
+            t = tensors.get(e.name)
+            if t is None or tuple(local(t).shape) != e.sizes:
+                shape = "none" if t is None else str(list(local(t).shape))
+                raise TwaError(
+                    f"{e.name!r}: expected {list(e.sizes)} as at the first snapshot, found {shape}"
+                )
+            found.append(t)
+        for name, t in tensors.items():
+            if t.requires_grad and name not in self.trained and name not in aliases:
+                raise TwaError(f"{name!r} is trainable, and was not when the recorder was made")
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """All else that is kept, by key: copies in the CPU's memory, perhaps yet to be filled."""
+        tensors = named_tensors(self.model)
+        names = self.contents.names
+        return {
+            key: tensors[name].detach().to("cpu", copy=True, non_blocking=True).contiguous()
+            for key, name in names.items()
+            if name in tensors
+        }
+
+    def plain(self) -> plain_weights:  # type: ignore[valid-type]
+        """A context in which the model's weights are those that files hold."""
+        return plain_weights(self.model)
+
+
+def _check(name: str, t: Tensor) -> None:
+    """TwaError unless a parameter can be recorded."""
+    if nn.parameter.is_lazy(t):
+        raise TwaError(f"{name!r} has no shape yet: run a batch through the model first")
+    known = t.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if not known or local(t).layout != torch.strided:
+        raise TwaError(f"{name!r}: expected a dense floating-point parameter, found {t.dtype}")
+
+
+def _is_known(t: Tensor) -> bool:
+    """Whether a file can hold this tensor."""
+    dense = t.layout == torch.strided and t.device.type != "meta" and not nn.parameter.is_lazy(t)
+    return dense and t.dtype in SAFETENSORS_DTYPES.values()
+
+
+def _entries(tensors: dict[str, Tensor], keys: dict[str, str], ranks: Ranks) -> list[Entry]:
+    """This rank's part of each of these tensors; those that another rank records are left out."""
+    found = []
+    for name, t in tensors.items():
+        if ranks.world_size == 1:
+            shard = Shard(t.shape, None, 1.0, True)
+        else:
+            shard = shard_of(name, t, ranks)
+        if shard.counts:
+            begin = tuple(s.start for s in shard.part) if shard.part else (0,) * t.dim()
+            shape, sizes = tuple(t.shape), tuple(shard.shape)
+            found.append(Entry(keys[name], name, t.dtype, shape, begin, sizes))
+    return found
+
+
+def rounded(e: Entry, w: Tensor) -> Tensor:
+    """A tensor of the first snapshot, as it is kept: in 16 bits, vectors in 32."""
+    if w.element_size() == 2:
+        return w
+    return w.float() if len(e.shape) < 2 else w.to(torch.bfloat16)
+
+
+def master_of(p: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> Tensor | None:
+    """The float32 master of a parameter in half precision, if an optimizer's state has one."""
+    if p.element_size() != 2:
+        return None
+    for optimizer in optimizers:
+        for key, value in optimizer.state.get(p, {}).items():
+            named = isinstance(key, str) and ("master" in key or "fp32" in key)
+            fits = isinstance(value, Tensor) and value.shape == p.shape
+            if named and fits and value.dtype == torch.float32:
+                return value
+    return None

@@ -1,0 +1,694 @@
+"""`Recorder`: a run's snapshots as low-bit differences, kept while the model is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+import twa_kernels as tk
+from twa_kernels.layout import BITS, num_tiles, tile_offsets
+
+from .. import averages
+from ..distributed.choose import find_ranks
+from ..dtensors import is_sharded, local
+from ..export.average import write_average
+from ..io.candidates import Candidates
+from ..io.errors import CandidateWarning, StateError, TwaError
+from ..io.mapped import Source
+from ..io.recording import Recording
+from ..io.recording_files import Log, is_recording, read_log
+from ..io.trail import Trail
+from ..modes import plain_weights
+from ..spectral_norm import refresh_spectral_norms
+from ..subspace import Subspace
+from .contents import Watched, Weights, master_of, rounded
+from .store import Folder, Memory, Snapshot, is_empty, unchanged
+
+COLUMNS = 1 << 24  # weights of an average that are computed at once
+FORMAT = "twa-recorder-1"
+
+
+@dataclass
+class _Pending:
+    """A snapshot on its way to the CPU's memory.
+
+    Attributes:
+        snapshot: its tensors there, perhaps yet to be filled
+        bad: () int32 there, see `twa_kernels.record`
+        event: after which all of them are filled; None: they are
+    """
+
+    snapshot: Snapshot
+    bad: Tensor
+    event: torch.cuda.Event | None
+
+
+class Recorder:
+    """Records snapshots of a model while it is trained, 2 to 4 bits a weight each.
+
+        recorder = twa.Recorder(model, every=100, path="run/twa")
+        recorder.attach(optimizer)
+        ...                                                  # train as ever
+        recorder.apply("ema", half_life=2000)                # or "uniform", "lawa", "wsm"
+
+    Each snapshot is coded as its difference from the decoded one before it, so errors do not add
+    up. It costs one float32 copy of the weights beside the model, `bits / 8 + 1 / 64` bytes a
+    weight and snapshot, and a few milliseconds each. Any average can be made afterwards, and
+    `twa.Candidates(path)` are the snapshots as candidates, for `twa average`, too.
+
+    What goes wrong with a snapshot never stops the training: it is left out with a
+    CandidateWarning, and the next one is taken. A step counts once `step` has been called.
+
+    On several ranks (torch.distributed) all make a recorder and call the same methods. Of a sharded
+    model (FSDP2, DTensor) each rank records what it holds; of copies (DDP) the first one records.
+
+    Args:
+        model: what is recorded; its trainable parameters as differences, buffers as they are
+        every: steps between snapshots
+        bits: 8, 4, 3, 2 or 1
+        start: step of the first snapshot: none before it
+        path: directory for the files; None: snapshots stay in memory
+        keep: how many snapshots are kept, the newest (in files up to a quarter more); None: all
+        resume: go on with the recording in `path`, if there is one
+        weights: (name, parameter) -> tensor to record in the parameter's place, such as a float32
+            master of a parameter in half precision; without it, masters are taken from the state of
+            the attached optimizer where they are named so
+        group: the process group; default: that of a sharded model, else all ranks
+
+    Attributes:
+        count: steps so far
+        steps: steps of the snapshots that are there
+
+    Raises:
+        TwaError: an argument is none of what it can be; there is a recording in `path`, and
+            resume=False, or it is of another model
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every: int,
+        bits: int = 4,
+        start: int = 0,
+        path: str | Path | None = None,
+        keep: int | None = None,
+        resume: bool = False,
+        weights: Weights | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        _check_options(every, bits, start, keep, resume, path)
+        model = model.module if isinstance(model, DistributedDataParallel) else model
+        self._ranks = find_ranks("auto", model, group)
+        self.every, self.start, self.count = every, start, 0
+        self.path, self.keep, self._weights = None if path is None else Path(path), keep, weights
+        self._watched = Watched.of(model, bits, self._ranks)
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._reference: list[Tensor] = []
+        self._state: Mapping[str, Tensor] = {}  # as it was kept last
+        self._pending: list[_Pending] = []
+        self._ended = self._swapped = False
+        self._store: Memory | Folder = Memory(keep)
+        if self.path is not None and self._watched.records:
+            with self._ranks.fail_together(f"opening {self.path}"):
+                self._open(self._folder(self.path), resume)
+        if resume:
+            self._agree()
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is recorded."""
+        return self._watched.model
+
+    @property
+    def bits(self) -> int:
+        """Of the codes."""
+        return self._watched.contents.bits
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the snapshots that are there."""
+        self._settle(wait=True)
+        return self._store.steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __repr__(self) -> str:
+        where = "memory" if self.path is None else str(self.path)
+        return f"Recorder({len(self._store.steps)} snapshots of {self.bits} bits in {where})"
+
+    # While training ------------------------------------------------------------------------------
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Calls `step` after each step of an optimizer; returns a handle whose remove() ends that.
+
+        Of several optimizers that step in turn, one is attached.
+        """
+        self._optimizers.append(optimizer)
+        return optimizer.register_step_post_hook(lambda *_: self.step())
+
+    def step(self) -> bool:
+        """Counts a step of training; records after each `every` of them.
+
+        Returns:
+            whether a snapshot was taken
+        """
+        self.count += 1
+        self._settle()
+        due = self.count >= max(self.start, 1) and (self.count - self.start) % self.every == 0
+        return self.record() if due else False
+
+    @torch.no_grad()
+    def record(self, step: int | None = None) -> bool:
+        """Takes a snapshot now.
+
+        Args:
+            step: of training; None: as many as were counted
+
+        Returns:
+            whether it was taken; on a GPU one with NaN or Inf is left out later
+
+        Raises:
+            TwaError: an average is in the model, see `averaged`
+
+        Warns:
+            CandidateWarning: it was not taken, and why
+        """
+        if self._swapped:
+            raise TwaError("the model holds an average: leave averaged() before training goes on")
+        step = self.count if step is None else step
+        self._settle()
+        if self._ended or not self._watched.records:
+            return False
+        known = [*self._store.steps, *(p.snapshot.step for p in self._pending)]
+        if known and step <= known[-1]:
+            _warn(
+                f"step {step} is not recorded: the last snapshot is of step {known[-1]}; rewind()"
+                " to where training goes on from"
+            )
+            return False
+        if reason := self._store.problem():
+            _warn(f"step {step} is not recorded: {reason}")
+            return False
+        with plain_weights(self.model):
+            try:
+                weights = self._current()
+            except TwaError as error:
+                self._ended = True
+                _warn(f"recording ends before step {step}: {error}; make another Recorder")
+                return False
+            return self._take(step, weights) if known else self._begin(step, weights)
+
+    def _current(self) -> list[Tensor]:
+        """This rank's part of what is recorded, as it is now."""
+        found = []
+        for e, p in zip(self._watched.contents.trained, self._watched.parameters(), strict=True):
+            w: Tensor | None = p
+            if self._weights is not None:
+                assert isinstance(p, nn.Parameter)
+                w = self._weights(e.name, p)
+            else:
+                w = master_of(p, self._optimizers)
+                w = p if w is None else w
+            flat = local(w)
+            if tuple(flat.shape) != e.sizes or not flat.is_floating_point():
+                raise TwaError(
+                    f"weights({e.name!r}): expected floating-point numbers of shape"
+                    f" {list(e.sizes)}, found {flat.dtype} of {list(flat.shape)}"
+                )
+            found.append(flat.float() if flat.dtype == torch.float64 else flat)
+        return found
+
+    def _begin(self, step: int, weights: Sequence[Tensor]) -> bool:
+        """Takes the first snapshot, which is kept whole."""
+        if bad := self._not_finite(weights):
+            _warn(f"step {step} is not recorded: {bad}")
+            return False
+        if any(w.element_size() == 2 for w in weights):
+            dtype = next(w.dtype for w in weights if w.element_size() == 2)
+            _warn(
+                f"weights are recorded in {dtype}, in which small steps of training are lost: pass"
+                " weights= if there are float32 masters"
+            )
+        entries = self._watched.contents.trained
+        kept = [rounded(e, w) for e, w in zip(entries, weights, strict=True)]
+        state = self._watched.state()
+        if any(t.is_cuda for t in kept):
+            torch.cuda.synchronize()
+        try:
+            # a copy, since the model goes on
+            on_cpu = [t.detach().to("cpu", copy=True).contiguous() for t in kept]
+            self._store.begin(self._watched.contents, step, on_cpu, state)
+        except OSError as error:
+            _warn(f"step {step} is not recorded: {error.filename}: {error.strerror}")
+            return False
+        self._reference = [t.to(torch.float32, copy=True).contiguous() for t in kept]
+        self._state = state
+        return True
+
+    def _take(self, step: int, weights: Sequence[Tensor]) -> bool:
+        """Takes a later snapshot."""
+        sizes = [w.numel() for w in weights]
+        tiles = tile_offsets(sizes)
+        devices = list(dict.fromkeys(w.device for w in weights))
+        if devices == [torch.device("cpu")]:
+            codes, scales, bad = tk.record(weights, self._reference, self.bits)
+            self._add(_Pending(Snapshot(step, codes, scales, self._changed()), bad, None), weights)
+            return not bad
+        return self._take_from(devices, step, weights, tiles)
+
+    def _take_from(
+        self,
+        devices: Sequence[torch.device],
+        step: int,
+        weights: Sequence[Tensor],
+        tiles: Sequence[int],
+    ) -> bool:
+        """Takes a snapshot from GPUs: nothing waits for them."""
+        codes = torch.empty(tiles[-1], 16 * self.bits, dtype=torch.uint8, pin_memory=True)
+        scales = torch.empty(tiles[-1], dtype=torch.bfloat16, pin_memory=True)
+        bad = torch.empty(len(devices), dtype=torch.int32, pin_memory=True)
+        for d, device in enumerate(devices):
+            mine = [k for k, w in enumerate(weights) if w.device == device]
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                made = tk.record(
+                    [weights[k] for k in mine], [self._reference[k] for k in mine], self.bits
+                )
+                first = 0
+                for k in mine:
+                    count = num_tiles(weights[k].numel())
+                    at, of = slice(tiles[k], tiles[k + 1]), slice(first, first + count)
+                    codes[at].copy_(made[0][of], non_blocking=True)
+                    scales[at].copy_(made[1][of], non_blocking=True)
+                    first += count
+                bad[d].copy_(made[2], non_blocking=True)
+        state = self._changed()
+        event = torch.cuda.Event()
+        event.record()
+        self._pending.append(_Pending(Snapshot(step, codes, scales, state), bad, event))
+        return True
+
+    def _changed(self) -> dict[str, Tensor]:
+        """What else has changed since the last snapshot; on a GPU all of it, to be compared later."""
+        return self._watched.state()
+
+    def _settle(self, wait: bool = False) -> None:
+        """Hands snapshots over that have arrived.
+
+        Args:
+            wait: for all of them
+        """
+        while self._pending:
+            first = self._pending[0]
+            if first.event is not None:
+                if wait:
+                    first.event.synchronize()
+                elif not first.event.query():
+                    return
+            self._pending.pop(0)
+            self._add(first)
+
+    def _add(self, pending: _Pending, weights: Sequence[Tensor] | None = None) -> None:
+        """Hands a snapshot over, if its weights were finite."""
+        snapshot = pending.snapshot
+        if pending.bad.any():
+            why = self._not_finite(self._current() if weights is None else weights)
+            _warn(f"step {snapshot.step} is not recorded: {why or 'NaN or Inf in the weights'}")
+            return
+        state = {
+            key: t
+            for key, t in snapshot.state.items()
+            if key not in self._state or not unchanged(t, self._state[key])
+        }
+        self._state = {**self._state, **state}
+        row = Snapshot(snapshot.step, snapshot.all_codes, snapshot.all_scales, state)
+        self._store.add(row)
+
+    def _not_finite(self, weights: Sequence[Tensor]) -> str:
+        """Which tensor cannot be recorded; "" if all can."""
+        for e, w in zip(self._watched.contents.trained, weights, strict=True):
+            bad = ~(w.abs() < tk.reference.MOST_WEIGHT)
+            if bad.any():
+                return f"{e.name!r} has {int(bad.sum())} NaN or Inf of {w.numel()} weights"
+        return ""
+
+    # Averages ------------------------------------------------------------------------------------
+
+    def beta(self, scheme: str | Tensor, **horizon: float | str) -> Tensor:
+        """The merge weights of an average of the snapshots.
+
+        Args:
+            scheme: "uniform", "ema", "lawa", "wsm", "last", or merge weights (n,)
+            horizon: in steps of training, see `twa.averages.of_steps`
+
+        Returns:
+            (n,) float64
+
+        Raises:
+            TwaError: there is no such scheme, or no snapshot yet
+        """
+        steps = self._ranks.broadcast_object(self.steps) if self._replicated else self.steps
+        if not steps:
+            raise TwaError("there is no snapshot yet")
+        if isinstance(scheme, Tensor):
+            return averages.of_center(scheme, len(steps))
+        return averages.of_steps(steps, scheme, **horizon)
+
+    @property
+    def _replicated(self) -> bool:
+        return self._watched.is_replicated
+
+    def apply(self, scheme: str | Tensor, **horizon: float | str) -> None:
+        """Moves the model to an average; see `beta`.
+
+        BatchNorm's statistics become the average of the snapshots': call `twa.update_bn`.
+        """
+        self._write(self.beta(scheme, **horizon))
+
+    @contextlib.contextmanager
+    def averaged(self, scheme: str | Tensor, **horizon: float | str) -> Iterator[None]:
+        """A context in which the model is at an average, see `beta`; then it is as it was.
+
+        Buffers come back, too, whatever was done to them inside.
+        """
+        beta = self.beta(scheme, **horizon)
+        with plain_weights(self.model):
+            tensors = dict.fromkeys([*self.model.parameters(), *self.model.buffers()])
+            before = [(t, local(t).clone()) for t in tensors]
+        try:
+            self._swapped = True
+            self._write(beta)
+            yield
+        finally:
+            with torch.no_grad(), plain_weights(self.model):
+                for t, old in before:
+                    local(t).copy_(old)
+            self._swapped = False
+
+    @torch.no_grad()
+    def _write(self, beta: Tensor) -> None:
+        """Moves the model to merge weights (n,)."""
+        self._flush()
+        watched = self._watched
+        with plain_weights(self.model):
+            if watched.records:
+                trail, states = self._trail()
+                for k, p in enumerate(watched.parameters()):
+                    _copy_average(trail, k, beta, local(p))
+                self._write_state(states, beta)
+            if self._replicated:
+                for t in dict.fromkeys([*self.model.parameters(), *self.model.buffers()]):
+                    t.copy_(self._ranks.broadcast_(t.detach().cpu(), 0))
+            refresh_spectral_norms(self.model)
+
+    def _write_state(self, states: Sequence[Mapping[str, Source]], beta: Tensor) -> None:
+        """Writes the averages of float buffers, and the last of all others."""
+        from ..io.candidates import average_into
+        from ..io.loading import named_tensors
+
+        tensors = named_tensors(self.model)
+        for key, name in self._watched.contents.names.items():
+            rows = [state[key].read() for state in states if key in state]
+            if len(rows) < len(states):
+                continue
+            same = all(unchanged(rows[0], row) for row in rows[1:])
+            if rows[0].is_floating_point() and not same:
+                dtype = torch.promote_types(rows[0].dtype, torch.float32)
+                value = average_into(torch.empty(rows[0].shape, dtype=dtype), rows, beta)
+            else:
+                value = rows[-1]
+            local(tensors[name]).copy_(value)
+
+    def recording(self) -> Candidates:
+        """The snapshots so far as candidates.
+
+        On several ranks only of one in files, which all of them can read; all call it.
+
+        Raises:
+            TwaError: there is no snapshot yet, or they are in the memory of other ranks
+        """
+        self._flush()
+        self._ranks.barrier()
+        if self.path is not None:
+            return Candidates(self.path)
+        if self._ranks.world_size > 1:
+            raise TwaError("the snapshots are in the memory of several ranks: pass path=")
+        if not self.steps:
+            raise TwaError("there is no snapshot yet")
+        trail, states = self._trail()
+        found = Recording([trail], [states], [self._watched.contents])
+        return Candidates.of(found.candidates())
+
+    def subspace(self, *, center: str | int | Tensor = "last", **options: Any) -> Subspace:
+        """The subspace of the snapshots, whose rows are the codes themselves.
+
+        Args:
+            center: as for `Subspace.from_candidates`, such as `beta("ema", half_life=2000)`
+            options: further ones of `Subspace.from_candidates`
+        """
+        options = {"basis": "differences", "bits": self.bits, **options}
+        return Subspace.from_candidates(self.model, self.recording(), center=center, **options)
+
+    def save(
+        self,
+        path: str | Path,
+        scheme: str | Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        **horizon: float | str,
+    ) -> None:
+        """Writes an average to a safetensors file; the model stays as it is.
+
+        Args:
+            path: the file
+            scheme, horizon: see `beta`
+            dtype: of all floating-point tensors; None: their own
+        """
+        beta, candidates = self.beta(scheme, **horizon), self.recording()
+        with self._ranks.fail_together(f"writing {path}"):
+            if self._ranks.is_rank_zero:
+                write_average(Path(path), candidates, beta, dtype)
+
+    # State ---------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint of the training is to hold.
+
+        With files it is where they are; without, the snapshots themselves.
+        """
+        self._flush()
+        contents = self._watched.contents
+        state: dict[str, Any] = {"format": FORMAT, "run": contents.run, "bits": self.bits}
+        state |= {"count": self.count, "steps": self._store.steps}
+        if isinstance(self._store, Memory) and self._store.first is not None:
+            state["reference"] = [t.clone() for t in self._reference]
+            state["first"] = [self._store.first[0], dict(self._store.first[1])]
+            state["rows"] = [
+                [r.step, r.all_codes, r.all_scales, dict(r.state)] for r in self._store.rows
+            ]
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state_dict` was called: later snapshots are dropped.
+
+        A recording in files must have been opened with resume=True.
+
+        Raises:
+            StateError: it is the state of another recorder
+        """
+        if not isinstance(state, Mapping) or state.get("format") != FORMAT:
+            raise StateError("expected the state of a Recorder")
+        if state["bits"] != self.bits:
+            raise StateError(f"expected {self.bits} bits, found {state['bits']}")
+        self._flush()
+        if isinstance(self._store, Memory):
+            self._load_memory(state)
+        elif state["steps"]:
+            if state["run"] != self._watched.contents.run:
+                raise StateError("it is of another recording; pass resume=True", self.path or "")
+            self.rewind(state["steps"][-1])
+            if self._store.steps != state["steps"][-len(self._store.steps) :]:
+                raise StateError("snapshots are missing", self.path or "")
+        elif self._store.steps:
+            self.rewind(None)
+        self.count = state["count"]
+
+    def _load_memory(self, state: Mapping[str, Any]) -> None:
+        """Takes over the snapshots of a state."""
+        store, entries = Memory(self.keep), self._watched.contents.trained
+        if "first" in state:
+            reference = state["reference"]
+            found = [tuple(t.shape) for t in reference]
+            if found != [e.sizes for e in entries]:
+                raise StateError("its tensors are those of another model")
+            devices = [local(p).device for p in self._watched.parameters()]
+            self._reference = [
+                t.to(d, torch.float32, copy=True) for t, d in zip(reference, devices, strict=True)
+            ]
+            store.first = (state["first"][0], state["first"][1])
+            store.rows.extend(Snapshot(*row) for row in state["rows"])
+            self._state = dict(store.first[1])
+            for row in store.rows:
+                self._state |= row.state
+        self._store = store
+
+    def rewind(self, step: int | None) -> None:
+        """Drops the snapshots after a step, from which training goes on; None: all.
+
+        `count` becomes that step.
+
+        Raises:
+            TwaError: the first snapshot that is there is a later one
+        """
+        self._flush()
+        if isinstance(self._store, Folder):
+            if self._store.steps:
+                self._store.cut(step)
+                self._take_over(self._store.log() if self._store.steps else None)
+        else:
+            self._rewind_memory(self._store, step)
+        self.count, self._ended = step or 0, False
+
+    def _rewind_memory(self, store: Memory, step: int | None) -> None:
+        """Drops snapshots in memory after a step."""
+        if step is not None and store.first is not None and store.first[0] > step:
+            raise TwaError(f"expected a step of at least {store.first[0]}, the first snapshot's")
+        gone = [row for row in store.rows if step is None or row.step > step]
+        for row in reversed(gone):
+            store.rows.pop()
+            if step is not None:
+                self._subtract(row)
+        if step is None:
+            store.first, self._reference = None, []
+
+    @torch.no_grad()
+    def _subtract(self, row: Snapshot) -> None:
+        """Moves the reference from after a difference to before it, up to rounding."""
+        tiles = tile_offsets([t.numel() for t in self._reference])
+        for k, t in enumerate(self._reference):
+            codes = row.codes(tiles[k], tiles[k + 1]).to(t.device)
+            scales = row.scales(tiles[k], tiles[k + 1]).to(t.device)
+            tk.replay(t, [codes], [scales], [-1.0], self.bits)
+
+    def _flush(self) -> None:
+        """Returns when all snapshots are where they belong."""
+        self._settle(wait=True)
+        self._store.flush()
+
+    def close(self) -> None:
+        """Writes what is left; another process may then record in `path`."""
+        self._flush()
+        self._store.close()
+        self._ended = True
+
+    # Files ---------------------------------------------------------------------------------------
+
+    def _folder(self, path: Path) -> Path:
+        """This rank's directory."""
+        rank, of = self._watched.contents.rank
+        return path if of == 1 else path / f"rank_{rank}_of_{of}"
+
+    def _open(self, folder: Path, resume: bool) -> None:
+        """Opens this rank's directory, and goes on with what is in it."""
+        if not resume and (not is_empty(folder) or (folder.is_dir() and is_recording(folder))):
+            raise TwaError(
+                "holds a recording; pass resume=True to go on with it, or choose another", folder
+            )
+        self._store = Folder(folder, self.keep)
+        if is_empty(folder):
+            return
+        log = read_log(folder)
+        mine, theirs = self._watched.contents, log.contents
+        for what in ("bits", "trained", "names", "rank"):
+            if getattr(mine, what) != getattr(theirs, what):
+                self._store.close()
+                raise TwaError(f"holds a recording of another model or job: {what} differs", folder)
+        for note in log.notes:
+            _warn(note)
+        self._watched = Watched(self.model, self._ranks, theirs, self._watched.trained)
+        self._store.resume(log)
+        self._take_over(self._store.log())
+
+    def _take_over(self, log: Log | None) -> None:
+        """Puts reference, state and count where a log ends."""
+        if log is None:
+            self._reference, self._state, self.count = [], {}, 0
+            return
+        trail, last = log.trail(), len(log.steps)
+        devices = [local(p).device for p in self._watched.parameters()]
+        self._reference = [
+            trail.snapshot(k, 0, e.numel, last).view(e.sizes).to(device, copy=True)
+            for (k, e), device in zip(enumerate(log.contents.trained), devices, strict=True)
+        ]
+        state = {key: t.read() for key, t in log.anchor.state.items()}
+        for step in log.steps:
+            state |= {key: t.read() for key, t in step.state.items()}
+        self._state, self.count = state, trail.steps[-1]
+
+    def _agree(self) -> None:
+        """Goes back to the last snapshot that all ranks have: one may have been killed earlier."""
+        if self._ranks.world_size == 1:
+            return
+        everyone = self._ranks.all_gather_object(
+            self._store.steps if self._watched.records else None
+        )
+        common = set.intersection(*(set(steps) for steps in everyone if steps is not None))
+        last = max(common, default=None)
+        if self._watched.records and self._store.steps:
+            self.rewind(last)
+        self.count = last or 0
+
+    def _trail(self) -> tuple[Trail, list[Mapping[str, Source]]]:
+        """This rank's snapshots, and what else there was at each."""
+        if isinstance(self._store, Memory):
+            return self._store.trail(self._watched.contents, self._reference)
+        log = self._store.log()
+        state: dict[str, Source] = dict(log.anchor.state)
+        states: list[Mapping[str, Source]] = [state]
+        for step in log.steps:
+            state = {**state, **step.state}
+            states.append(state)
+        return log.trail(), states
+
+
+def _copy_average(trail: Trail, k: int, beta: Tensor, to: Tensor) -> None:
+    """Writes tensor k of an average to a tensor."""
+    flat = to.view(-1) if to.is_contiguous() else None
+    found = torch.empty(0) if flat is not None else torch.empty(to.numel(), device=to.device)
+    for begin in range(0, to.numel(), COLUMNS):
+        end = min(begin + COLUMNS, to.numel())
+        part = trail.average(k, begin, end, beta, to.device)
+        (found if flat is None else flat)[begin:end].copy_(part)
+    if flat is None:
+        to.copy_(found.view(to.shape))
+
+
+def _check_options(
+    every: int, bits: int, start: int, keep: int | None, resume: bool, path: object
+) -> None:
+    """TwaError if an option is none of what it can be."""
+    for name, value, least in (("every", every, 1), ("start", start, 0), ("keep", keep, 2)):
+        if value is not None and (type(value) is not int or value < least):
+            raise TwaError(f"expected a whole number of at least {least}, found {value!r}", name)
+    if bits not in BITS:
+        raise TwaError(f"expected one of {BITS}, found {bits!r}", "bits")
+    if resume and path is None:
+        raise TwaError("resume=True: expected path=, where the recording is")
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, CandidateWarning, stacklevel=4)
+
+
+__all__ = ["Recorder", "is_sharded"]

@@ -1,0 +1,307 @@
+"""Where snapshots go: into memory, or into a directory by a thread of its own."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..io.atomic import clear_unfinished, lock
+from ..io.errors import CandidateWarning, TwaError
+from ..io.mapped import Held, MappedFile, Source
+from ..io.recording_files import (
+    ANCHORS,
+    STATE,
+    STEPS,
+    WEIGHTS,
+    Contents,
+    Log,
+    read_log,
+    write_snapshot,
+)
+from ..io.trail import Trail
+
+BACKLOG = 4  # snapshots that wait for the disk, at most
+LOCK = "recording.lock"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a later snapshot adds: a row of a trail, in memory.
+
+    Attributes:
+        step: of training
+        all_codes: (tiles, 16 * bits) uint8
+        all_scales: (tiles,) bfloat16
+        state: what else has changed, by key
+    """
+
+    step: int
+    all_codes: Tensor
+    all_scales: Tensor
+    state: Mapping[str, Tensor]
+
+    def codes(self, first: int, last: int) -> Tensor:
+        """Codes of some tiles."""
+        return self.all_codes[first:last]
+
+    def scales(self, first: int, last: int) -> Tensor:
+        """Their scales."""
+        return self.all_scales[first:last]
+
+    def prefetch(self, first: int, last: int) -> None:
+        """It is there."""
+
+    @property
+    def files(self) -> tuple[MappedFile, ...]:
+        """It lies in none."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The last snapshot as the base of a trail.
+
+    Attributes:
+        tensors: float32
+    """
+
+    tensors: Sequence[Tensor]
+
+    def columns(self, k: int, begin: int, end: int) -> Tensor:
+        """Some weights of tensor k as they lie flat: float32, a copy."""
+        return self.tensors[k].view(-1)[begin:end].clone()
+
+    @property
+    def files(self) -> tuple[MappedFile, ...]:
+        """It lies in none."""
+        return ()
+
+
+class Memory:
+    """Snapshots in memory: the codes of all but the first, whose weights the last one gives.
+
+    Args:
+        keep: how many are kept, the newest; None: all
+    """
+
+    def __init__(self, keep: int | None) -> None:
+        self.keep = keep
+        self.first: tuple[int, Mapping[str, Tensor]] | None = None  # step and state
+        self.rows: deque[Snapshot] = deque()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the snapshots."""
+        return [] if self.first is None else [self.first[0], *(r.step for r in self.rows)]
+
+    def begin(
+        self, contents: Contents, step: int, weights: Sequence[Tensor], state: Mapping[str, Tensor]
+    ) -> None:
+        """Takes the first snapshot."""
+        self.first = (step, state)
+
+    def add(self, snapshot: Snapshot) -> None:
+        """Takes a later one; the oldest is dropped."""
+        assert self.first is not None
+        self.rows.append(snapshot)
+        while self.keep is not None and len(self.rows) >= self.keep:
+            oldest = self.rows.popleft()
+            self.first = (oldest.step, {**self.first[1], **oldest.state})
+
+    def problem(self) -> str:
+        """There is none."""
+        return ""
+
+    def flush(self) -> None:
+        """All is there."""
+
+    def trail(
+        self, contents: Contents, reference: Sequence[Tensor]
+    ) -> tuple[Trail, list[Mapping[str, Source]]]:
+        """The snapshots, and what else there was at each."""
+        assert self.first is not None
+        state: dict[str, Source] = {key: Held(t) for key, t in self.first[1].items()}
+        states: list[Mapping[str, Source]] = [state]
+        for row in self.rows:
+            state = {**state, **{key: Held(t) for key, t in row.state.items()}}
+            states.append(state)
+        base, last = Reference(reference), len(self.rows)
+        rows = list(self.rows)
+        return Trail(contents.bits, contents.trained, self.steps, base, last, rows), states
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class Folder:
+    """Snapshots in files, written by a thread; an error stays until a later attempt succeeds.
+
+    Args:
+        folder: where they go
+        keep: how many are kept, the newest, and up to a quarter more; None: all
+
+    Raises:
+        TwaError: another process records there
+    """
+
+    def __init__(self, folder: Path, keep: int | None) -> None:
+        self.folder, self.keep = folder, keep
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock: BinaryIO = open(folder / LOCK, "ab")  # noqa: SIM115 (closed in close)
+        if not lock(self._lock):
+            self._lock.close()
+            raise TwaError("another process records there", folder)
+        names = [*(f"{kind}_*.safetensors" for kind in ("anchor", "step"))]
+        clear_unfinished(folder, names)
+        self.contents: Contents | None = None
+        self._first: int | None = None
+        self._steps: list[int] = []  # written, or waiting
+        self._number = 0  # of the last of them
+        self._waiting: deque[tuple[int, Snapshot]] = deque()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="twa-recorder")
+        self._work: Future[None] | None = None
+        self._error: OSError | None = None
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the snapshots, written or waiting."""
+        return list(self._steps)
+
+    def begin(
+        self, contents: Contents, step: int, weights: Sequence[Tensor], state: Mapping[str, Tensor]
+    ) -> None:
+        """Writes the first snapshot; OSError if that fails."""
+        tensors = {WEIGHTS + e.key: w for e, w in zip(contents.trained, weights, strict=True)}
+        tensors |= {STATE + key: t for key, t in state.items()}
+        write_snapshot(self.folder, contents, 0, step, tensors)
+        self.contents, self._steps, self._number = contents, [step], 0
+
+    def resume(self, log: Log) -> None:
+        """Goes on after the snapshots of a log; files that it cannot read are removed."""
+        for path in log.left:
+            path.unlink()
+        self.contents = log.contents
+        self._steps = [log.anchor.step, *(s.step for s in log.steps)]
+        self._number = log.anchor.number + len(log.steps)
+
+    def add(self, snapshot: Snapshot) -> None:
+        """Has the thread write a later one."""
+        self._steps.append(snapshot.step)
+        self._number += 1
+        self._waiting.append((self._number, snapshot))
+        self._start()
+        if len(self._waiting) > BACKLOG and self._work is not None:
+            self._work.result()
+
+    def _start(self) -> None:
+        """Has the thread write what waits, after what it is at."""
+        self._work = self._pool.submit(self._write_waiting)
+
+    def _write_waiting(self) -> None:
+        """Writes in order; stops at an error, since nothing can be read beyond a gap."""
+        assert self.contents is not None
+        while self._waiting:
+            number, snapshot = self._waiting[0]
+            tensors = {"codes": snapshot.all_codes, "scales": snapshot.all_scales}
+            tensors |= {STATE + key: t for key, t in snapshot.state.items()}
+            try:
+                write_snapshot(self.folder, self.contents, number, snapshot.step, tensors)
+                self._waiting.popleft()
+                if self.keep is not None:
+                    self._drop(self.keep)
+            except OSError as error:
+                self._error = error
+                return
+        self._error = None
+
+    def _drop(self, keep: int) -> None:
+        """Drops the oldest, several at a time, by writing an anchor in the place of one."""
+        files = [p for p in self.folder.iterdir() if STEPS.fullmatch(p.name)]
+        if len(files) + 1 <= keep + keep // 4:
+            return
+        log = read_log(self.folder)
+        at = len(log.steps) + 1 - keep
+        if at <= 0:
+            return
+        trail, anchor = log.trail(), log.steps[at - 1]
+        state: dict[str, Tensor] = {key: t.read() for key, t in log.anchor.state.items()}
+        for step in log.steps[:at]:
+            state |= {key: t.read() for key, t in step.state.items()}
+        tensors = {STATE + key: t for key, t in state.items()}
+        for k, e in enumerate(log.contents.trained):
+            # float32: what comes after was coded against just these numbers
+            tensors[WEIGHTS + e.key] = trail.snapshot(k, 0, e.numel, at).view(e.sizes)
+        write_snapshot(self.folder, log.contents, anchor.number, anchor.step, tensors)
+        for path in [log.anchor.path, *(s.path for s in log.steps[:at]), *log.left]:
+            path.unlink()
+        del self._steps[: self._steps.index(anchor.step)]
+
+    def problem(self) -> str:
+        """Why no further snapshot can be taken now; what failed is tried again meanwhile."""
+        if self._error is None:
+            return ""
+        text = f"{self._error.filename or self.folder}: {self._error.strerror}"
+        if self._work is None or self._work.done():
+            self._start()
+        return text
+
+    def flush(self) -> None:
+        """Returns when all is written that can be; warns of what is not."""
+        if self._waiting:
+            self._start()
+        if self._work is not None:
+            self._work.result()
+        if self._error is not None:
+            warnings.warn(
+                f"{self.folder}: {len(self._waiting)} snapshots could not be written"
+                f" ({self._error.strerror}); they wait in memory",
+                CandidateWarning,
+                stacklevel=3,
+            )
+
+    def log(self) -> Log:
+        """What is written."""
+        return read_log(self.folder)
+
+    def cut(self, step: int | None) -> None:
+        """Removes the snapshots after a step; None: all."""
+        self.flush()
+        self._waiting.clear()
+        log = self.log()
+        if step is not None and log.anchor.step > step:
+            raise TwaError(f"expected a step of at least {log.anchor.step}, the first", self.folder)
+        gone = [s for s in log.steps if step is None or s.step > step]
+        # the last one first: what is left can be read whenever this is interrupted
+        for s in reversed(gone):
+            s.path.unlink()
+        if step is None:
+            log.anchor.path.unlink()
+            self._steps, self._number = [], 0
+        else:
+            self.resume(self.log())
+
+    def close(self) -> None:
+        """Ends the thread; another process may then record there."""
+        self._pool.shutdown(wait=True)
+        self._lock.close()
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether there are no files of a recording in a directory, or no directory."""
+    if not folder.is_dir():
+        return True
+    return not any(ANCHORS.fullmatch(p.name) or STEPS.fullmatch(p.name) for p in folder.iterdir())
+
+
+def unchanged(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same bits."""
+    same = a.shape == b.shape and a.dtype == b.dtype
+    return same and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
