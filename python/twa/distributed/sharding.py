@@ -257,7 +257,7 @@ class Sharding:
 
         It is this rank's part of the tensor.
         """
-        return self.candidates.average(self.keys[k], weights, self.shards[k].part)
+        return self.candidates.weighted(self.keys[k], weights, self.shards[k].part)
 
     def exchange(self, packer: AnyPacker, centers: list[Tensor]) -> None:
         """Completes packing: gets what other ranks have packed, and makes the scales equal."""

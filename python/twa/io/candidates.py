@@ -316,7 +316,7 @@ class Candidates(Sequence[Candidate]):
             raise TwaError(f"columns: expected at least 1, found {columns}")
         return Blocks(self, names, columns)
 
-    def average(self, key: str, weights: Tensor, part: Part | None = None) -> Tensor:
+    def weighted(self, key: str, weights: Tensor, part: Part | None = None) -> Tensor:
         """sum_i weights[i] * w_i of one tensor, summed in float64 block by block.
 
         Candidates of weight 0 are not read.
