@@ -30,7 +30,8 @@ from twa_kernels.layout import TILE
 
 from ..basis.dense import AnyPacker, DenseBasis
 from ..dtensors import is_dtensor, local, reshard
-from ..io.candidates import UNIT, Block, Candidates, average_into, readable
+from ..io.averaging import average_into
+from ..io.candidates import UNIT, Block, Candidates, readable
 from ..io.errors import TwaError
 from ..io.key_map import KeyMap
 from ..io.loading import named_tensors
