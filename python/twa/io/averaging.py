@@ -86,7 +86,8 @@ def merge_weights(beta: Tensor, n: int) -> Tensor:
         TwaError: there are not n of them, or their sum is not 1
     """
     if beta.shape != (n,) or beta.is_complex():
-        raise TwaError(f"expected {n} merge weights, found {tuple(beta.shape)} {beta.dtype}")
+        found = TensorInfo(tuple(beta.shape), beta.dtype)
+        raise TwaError(f"expected {n} merge weights, one for each candidate, found {found}")
     weights = beta.detach().to("cpu", torch.float64)
     total = float(weights.sum())
     if not abs(total - 1.0) <= SUM:  # nor NaN
