@@ -64,7 +64,7 @@ def samples(pattern: str) -> dict[str, list[Tensor]]:
     deltas = []
     for key, info in candidates.info.items():
         if len(info.shape) == 2:
-            center = candidates.average(key, mean)
+            center = candidates.weighted(key, mean)
             deltas += [
                 (c.tensor(key).float() - center).flatten() for c in (candidates[0], candidates[-1])
             ]

@@ -154,3 +154,67 @@ def test_greedy_soup():
 def test_bad_input(call):
     with pytest.raises(ValueError, match="expected"):
         call()
+
+
+@pytest.mark.parametrize(
+    ("text", "beta"),
+    [
+        ("uniform", averages.uniform(7)),
+        ("last", averages.candidate(7, -1)),
+        ("ema:0.9", averages.ema(7, 0.9)),
+        ("lawa:4", averages.lawa(7, 4)),
+        ("wsm:5", averages.wsm(7, 5)),
+        ("wsm:5:linear", averages.wsm(7, 5)),
+        ("wsm:5:sqrt", averages.wsm(7, 5, "sqrt")),
+        ("wsm:5:cosine", averages.wsm(7, 5, "cosine")),
+    ],
+)
+def test_schemes_by_name(text, beta):
+    assert torch.equal(averages.of_scheme(text, 7), beta)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mean", "expected uniform, last, ema:DECAY, .*linear, sqrt, cosine.*found 'mean'"),
+        ("", "expected uniform"),
+        ("uniform:2", "expected uniform"),
+        ("ema", "expected uniform"),
+        ("ema:much", "expected uniform"),
+        ("lawa:2.5", "expected uniform"),
+        ("wsm:2:sqrt:3", "expected uniform"),
+        ("ema:1", "scheme ema:1: decay: expected 0 <= decay < 1"),
+        ("ema:nan", "decay: expected 0 <= decay < 1"),
+        ("lawa:8", "scheme lawa:8: k: expected 1 to 7, found 8"),
+        ("wsm:3:exp", "decay: expected one of linear, sqrt, cosine, found 'exp'"),
+    ],
+)
+def test_bad_schemes_say_what_is_possible(text, message):
+    with pytest.raises(twa.TwaError, match=message):
+        averages.of_scheme(text, 7)
+
+
+def test_weights_of_json():
+    names = ["a", "b", "c"]
+    assert averages.of_weights([0.5, 0, 0.5], names).tolist() == [0.5, 0.0, 0.5]
+    assert averages.of_weights({"c": 2, "a": -1}, names).tolist() == [-1.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([0.5, 0.5], "expected 3 merge weights, one for each candidate, found float64 .2."),
+        ([0.5, 0.25, 0.25001], "sum to 1, found a sum of 1.00001"),
+        ({}, "found a sum of 0"),
+        ({"d": 1.0}, "expected names of candidates .a, b, c., found 'd'"),
+        ({"a": "1"}, "finite numbers"),
+        ([1.0, 0.0, True], "finite numbers"),
+        ([10**400, 0, 0], "finite numbers"),
+        ([float("nan"), 0, 0], "finite numbers"),
+        ("uniform", "expected a list"),
+        (None, "expected a list"),
+    ],
+)
+def test_bad_weights_of_json(value, message):
+    with pytest.raises(twa.TwaError, match=message):
+        averages.of_weights(value, ["a", "b", "c"])

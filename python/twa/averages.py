@@ -13,7 +13,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .io.averaging import merge_weights
+from .io.checks import is_number, shown
 from .io.errors import TwaError
+from .io.order import shortened
 
 
 def candidate(n: int, k: int) -> Tensor:
@@ -156,6 +159,82 @@ def _mean_of(n: int, members: Sequence[int]) -> Tensor:
     beta = torch.zeros(n, dtype=torch.float64)
     beta[list(members)] = 1.0 / len(members)
     return beta
+
+
+#: the names that `of_scheme` knows
+SCHEMES = f"uniform, last, ema:DECAY, lawa:K, wsm:K or wsm:K:CURVE (CURVE: {', '.join(DECAYS)})"
+
+
+def of_scheme(text: str, n: int) -> Tensor:
+    """The merge weights of an average by its name.
+
+        uniform         uniform(n)
+        last            candidate(n, -1)
+        ema:0.9         ema(n, 0.9)
+        lawa:8          lawa(n, 8)
+        wsm:16          wsm(n, 16)
+        wsm:16:sqrt     wsm(n, 16, "sqrt")
+
+    Args:
+        text: the name
+        n: number of candidates
+
+    Returns:
+        beta (n,) float64
+
+    Raises:
+        TwaError: there is no average of this name, or a number is out of range
+    """
+    name, *options = text.split(":")
+    try:
+        match name, options:
+            case "uniform", []:
+                return uniform(n)
+            case "last", []:
+                return candidate(n, -1)
+            case "ema", [decay]:
+                return ema(n, float(decay))
+            case "lawa", [k]:
+                return lawa(n, int(k))
+            case "wsm", [k]:
+                return wsm(n, int(k))
+            case "wsm", [k, curve]:
+                return wsm(n, int(k), curve)
+    except TwaError as error:
+        raise TwaError(error.problem, f"scheme {text}") from error
+    except ValueError:  # no number
+        pass
+    raise TwaError(f"expected {SCHEMES}, found {shown(text)}", "scheme")
+
+
+def of_weights(value: object, names: Sequence[str]) -> Tensor:
+    """Merge weights as a JSON file may hold them.
+
+    Args:
+        value: a list of n numbers, or a dict: name of a candidate -> its number; one that is not
+            named has no weight
+        names: of the n candidates
+
+    Returns:
+        beta (n,) float64
+
+    Raises:
+        TwaError: it is neither, a name is unknown, or the sum is not 1
+    """
+    if isinstance(value, dict):
+        if unknown := [name for name in value if name not in names]:
+            raise TwaError(
+                f"expected names of candidates ({shortened(names)}), found {shown(unknown[0])}",
+                "weights",
+            )
+        value = [value.get(name, 0.0) for name in names]
+    if not isinstance(value, list) or not all(is_number(w) and abs(w) < 1e300 for w in value):
+        raise TwaError(
+            "expected a list of finite numbers, or an object of names and numbers, found"
+            f" {shown(value)}",
+            "weights",
+        )
+    return merge_weights(torch.tensor(value, dtype=torch.float64), len(names))
 
 
 def of_center(center: str | int | Tensor, n: int) -> Tensor:

@@ -148,11 +148,11 @@ def test_broken_index(tmp_path, text):
         Candidates(folder)
 
 
-def test_average_is_float64_inside(tmp_path):
+def test_weighted_sum_is_float64_inside(tmp_path):
     big = [torch.full((3,), 1e8), torch.full((3,), 1.0), torch.full((3,), -1e8)]
     for k, t in enumerate(big):
         save(tmp_path / f"c{k}.pt", {"t": t})
-    mean = Candidates(tmp_path / "c*.pt").average("t", twa.averages.uniform(3))
+    mean = Candidates(tmp_path / "c*.pt").weighted("t", twa.averages.uniform(3))
     torch.testing.assert_close(mean, torch.full((3,), 1 / 3), rtol=1e-6, atol=0)
 
 

@@ -406,7 +406,7 @@ def test_some_rows_only(tmp_path):
         for row in block.rows
     ] == [4.0, 1.0]
     before = candidates.bytes_read
-    assert candidates.average("w", torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])).tolist() == [2.0] * 3
+    assert candidates.weighted("w", torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])).tolist() == [2.0] * 3
     assert candidates.bytes_read - before == 2 * 12
 
 

@@ -65,7 +65,7 @@ def test_files_called_tar(tmp_path, suffix, wrap):
     for paths in (tmp_path, tmp_path / f"*{suffix}", sorted(tmp_path.iterdir())):
         candidates = Candidates(paths)
         assert candidates.names == ["checkpoint-0", "checkpoint-1", "checkpoint-2"]
-        mean = candidates.average("a.weight", twa.averages.uniform(3))
+        mean = candidates.weighted("a.weight", twa.averages.uniform(3))
         torch.testing.assert_close(mean.double(), mean_of(range(3)), rtol=1e-6, atol=1e-7)
 
 
@@ -223,7 +223,7 @@ def test_what_lies_beside_checkpoints(tmp_path, form):
     ):
         candidates = Candidates(paths)
         assert [c.path.name for c in candidates] == [form.format(900), form.format(1000)]
-        mean = candidates.average("a.weight", twa.averages.uniform(2))
+        mean = candidates.weighted("a.weight", twa.averages.uniform(2))
         torch.testing.assert_close(mean.double(), mean_of((900, 1000)), rtol=1e-6, atol=1e-7)
         note, *more = candidates.notes
         assert "no weights" in note and any(name in note for name in left_out)
@@ -567,7 +567,7 @@ def test_the_same_weights_count_once(tmp_path, form, other, again):
     ):
         candidates = Candidates(tmp_path)
     assert [c.path.name for c in candidates] == files and len(candidates.notes) == 1
-    mean = candidates.average("a.weight", twa.averages.uniform(4))
+    mean = candidates.weighted("a.weight", twa.averages.uniform(4))
     torch.testing.assert_close(mean.double(), mean_of(range(4)), rtol=1e-6, atol=1e-7)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import twa_kernels as tk
 
 from ..basis.dense import AnyPacker
-from ..io.candidates import Block, Candidates, average_into
+from ..io.averaging import average_into
+from ..io.candidates import Block, Candidates
 from ..io.errors import TwaError
 from ..io.key_map import KeyMap
 from .ranks import Ranks

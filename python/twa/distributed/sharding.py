@@ -30,7 +30,8 @@ from twa_kernels.layout import TILE
 
 from ..basis.dense import AnyPacker, DenseBasis
 from ..dtensors import is_dtensor, local, reshard
-from ..io.candidates import UNIT, Block, Candidates, average_into, readable
+from ..io.averaging import average_into
+from ..io.candidates import UNIT, Block, Candidates, readable
 from ..io.errors import TwaError
 from ..io.key_map import KeyMap
 from ..io.loading import named_tensors
@@ -294,7 +295,7 @@ class Sharding:
 
         It is this rank's part of the tensor.
         """
-        return self.candidates.average(self.keys[k], weights, self.shards[k].part)
+        return self.candidates.weighted(self.keys[k], weights, self.shards[k].part)
 
     def exchange(self, packer: AnyPacker, centers: list[Tensor]) -> None:
         """Completes packing: gets what other ranks have packed, and makes the scales equal."""

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from .. import averages
 from ..dtensors import is_dtensor, local, reshard
 from ..io import loading
-from ..io.candidates import Candidates, average_into, not_finite
+from ..io.averaging import average_into, not_finite
+from ..io.candidates import Candidates
 from ..io.errors import TwaError
 from ..io.lazy import Block
 from ..io.loading import named_tensors

@@ -6,10 +6,9 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
 from ..distributed.sharding import Sharding
 from ..io.atomic import write_json
+from ..io.compare import without_tensors
 from . import hugging_face
 from .weights import check_export, write_dcp, write_export
 
@@ -41,12 +40,7 @@ def write_bundle(
         return []
     check_export(folder / WEIGHTS, sharding)
     write_json(folder / COEFFICIENTS, coefficients)
-    extra = sharding.candidates[0].extra
-    if plain := [key for key, value in extra.items() if not isinstance(value, Tensor)]:
-        warnings.warn(
-            f"{folder / WEIGHTS}: {plain[0]!r} ({len(plain)} in all), the extra state of a module,"
-            " is no tensor and is left out: set it again when the model is loaded",
-            stacklevel=2,
-        )
+    if text := without_tensors(sharding.candidates[0].extra):
+        warnings.warn(f"{folder / WEIGHTS}: {text}", stacklevel=2)
     beside = hugging_face.write_beside(folder, sharding, coefficients)
     return [WEIGHTS, *([f"{DCP}/"] if dcp else []), *beside, COEFFICIENTS]

@@ -21,11 +21,11 @@ from typing import overload
 import torch
 from torch import Tensor
 
-import twa_kernels as tk
 from twa_kernels.layout import FLOATS
 
+from .averaging import FixedAverage, average_into
 from .candidate import Candidate
-from .compare import check_same
+from .compare import check_same, without_tensors
 from .duplicates import without_duplicates
 from .errors import CandidateError, CandidateWarning, NoWeights, TwaError
 from .find import Found, find, left_out
@@ -328,7 +328,40 @@ class Candidates(Sequence[Candidate]):
             raise TwaError(f"columns: expected at least 1, found {columns}")
         return Blocks(self, names, columns)
 
-    def average(self, key: str, weights: Tensor, part: Part | None = None) -> Tensor:
+    def average(self, beta: Tensor) -> dict[str, Tensor]:
+        """All tensors of a fixed average, in memory: theta = sum_i beta[i] * w_i.
+
+            model.load_state_dict(candidates.average(twa.averages.uniform(len(candidates))))
+
+        Floating-point tensors are summed in float64 and rounded to the dtype of the last
+        candidate's file; numbers that are the same in all stay, such as -Inf in a mask. Integers
+        and bools, and complex tensors, which must be the same in all, are those of the last
+        candidate. Where one candidate has all the weight, all is that one's. Candidates of weight 0
+        are not read.
+
+        BatchNorm's running statistics are averaged, too, which are not those of the averaged
+        weights: `twa.update_bn` measures them.
+
+        Args:
+            beta: merge weights (n,) that sum to 1, such as those of `twa.averages`
+
+        Returns:
+            tensors by their keys in the files, without the parts of names that wrappers add
+
+        Raises:
+            CandidateError: the candidates do not fit each other, look quantised, or the average is
+                not finite
+            TwaError: beta are no such weights, or the average overflows its dtype
+
+        Warns:
+            CandidateWarning: extra state of modules is no tensor, and not there
+        """
+        fixed = FixedAverage(self, beta)
+        if text := without_tensors(fixed.used[-1].extra):
+            warnings.warn(text, CandidateWarning, stacklevel=2)
+        return fixed.tensors()
+
+    def weighted(self, key: str, weights: Tensor, part: Part | None = None) -> Tensor:
         """sum_i weights[i] * w_i of one tensor, summed in float64 block by block.
 
         Candidates of weight 0 are not read.
@@ -427,49 +460,3 @@ class Blocks:
 def readable(rows: Sequence[Tensor]) -> list[Tensor]:
     """Rows in a dtype that the kernels read: only float64 is converted, to float32."""
     return [row if row.dtype in FLOATS else row.float() for row in rows]
-
-
-CHUNK = 1 << 20  # columns of a float64 accumulator: 8 MB
-
-
-def average_into(out: Tensor, rows: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """out = sum_i weights[i] * rows[i], summed in float64; rows of weight 0 are not read.
-
-    Args:
-        out: contiguous, any float dtype; written
-        rows: n tensors of as many elements
-        weights: (n,)
-    """
-    if out.dtype == torch.float32 and all(r.dtype in FLOATS for r in rows):
-        tk.average([r.detach() for r in rows], weights, out)
-        return out
-    flat_out = out.view(-1)
-    flat = [(w, r.reshape(-1)) for w, r in zip(weights.tolist(), rows, strict=True) if w != 0.0]
-    for start in range(0, flat_out.numel(), CHUNK):
-        at = slice(start, start + CHUNK)
-        total = torch.zeros_like(flat_out[at], dtype=torch.float64)
-        for w, r in flat:
-            total += w * r[at].double()
-        flat_out[at] = total
-    return out
-
-
-def not_finite(candidates: Sequence[Candidate], name: str, rows: list[Tensor]) -> CandidateError:
-    """The error that says which file holds the NaN or Inf of tensor `name`.
-
-    Args:
-        candidates: some candidates
-        name: key of the tensor
-        rows: the tensor of each of them
-    """
-    for candidate, row in zip(candidates, rows, strict=True):
-        bad = ~torch.isfinite(row)
-        if bad.any():
-            where = torch.nonzero(bad)[0].tolist()
-            return CandidateError(
-                f"{candidate.path}: tensor {name!r} has {int(bad.sum())} NaN or Inf of"
-                f" {row.numel()} values (the first at {where}): expected finite weights"
-            )
-    return CandidateError(
-        f"tensor {name!r}: the candidates' mean or their distance from it overflows float32"
-    )

@@ -1,19 +1,23 @@
 """Whether checkpoints have the same tensors (keys, shapes, kinds of dtype), and such as averages
-are made of: no quantised ones.
+are made of: no quantised ones, and the rest the same.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from .checks import equal_values
 from .errors import CandidateError
 from .mapped import TensorInfo
+from .safetensors import DTYPE_NAMES
+from .unpickle import Made
 
 if TYPE_CHECKING:
     from .candidate import Candidate
@@ -76,6 +80,53 @@ def check_info(path: Path, key: str, expected: TensorInfo, found: TensorInfo, wh
         raise CandidateError(
             f"tensor {key!r}: expected {expected.dtype} as {where}, found {found.dtype}", path
         )
+
+
+def check_complex(key: str, candidates: Sequence[Candidate], is_trained: bool = False) -> None:
+    """CandidateError unless a complex tensor is a buffer that all candidates have the same."""
+    first = candidates[0].tensor(key)
+    equal = all(torch.equal(first, c.tensor(key)) for c in candidates[1:])
+    if is_trained or not equal or first.dtype not in DTYPE_NAMES:
+        raise CandidateError(
+            f"tensor {key!r} is complex: expected a real dtype; only complex64 buffers that are the"
+            " same in all candidates are kept",
+            candidates[0].path,
+        )
+
+
+def check_extra(candidates: Sequence[Candidate]) -> None:
+    """CandidateError if what modules keep beside their tensors differs between candidates."""
+    first = candidates[0]
+    for candidate in candidates:
+        for key, value in candidate.extra.items():
+            if isinstance(value, Made):
+                raise CandidateError(
+                    f"{key!r}, the extra state of a module, holds an object of {value.kind}:"
+                    " expected plain values or tensors; leave it out with ignore",
+                    candidate.path,
+                )
+    for other in candidates[1:]:
+        for key in sorted(first.extra.keys() | other.extra.keys()):
+            if not equal_values(first.extra.get(key), other.extra.get(key)):
+                raise CandidateError(
+                    f"{key!r}, the extra state of a module, is not that of {first.path}: it cannot"
+                    " be averaged",
+                    other.path,
+                )
+
+
+def without_tensors(extra: Mapping[str, object]) -> str:
+    """What is to be said of extra state that is no tensor, as in no file of tensors; "" if none is.
+
+    Args:
+        extra: of a candidate
+    """
+    if not (plain := [key for key, value in extra.items() if not isinstance(value, Tensor)]):
+        return ""
+    return (
+        f"{plain[0]!r} ({len(plain)} in all), the extra state of a module, is no tensor and is left"
+        " out: set it again when the model is loaded"
+    )
 
 
 def check_not_quantised(info: Mapping[str, TensorInfo], where: object = "") -> None:

@@ -14,16 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from . import loading
 from .candidate import N_AVERAGED, Candidate, without_wrappers
 from .candidates import Candidates
-from .checks import equal_values, first_line
-from .compare import check_info, check_not_quantised
+from .checks import first_line
+from .compare import check_complex, check_extra, check_info, check_not_quantised
 from .errors import CandidateError, TwaError
 from .lazy import Block, blocks_of, located
 from .loading import Content, Loading, load_key, name_of, named_tensors, state_names
 from .mapped import Held, Source, TensorInfo, contiguous_strides, span
 from .peft import adapter_names, is_adapter
 from .recording import Recording
-from .safetensors import DTYPE_NAMES
-from .unpickle import Made
 
 
 @dataclass(frozen=True)
@@ -207,24 +205,12 @@ def _sorted_out(
         if not t.is_floating_point():
             key_map.copied[name] = key
             if t.is_complex():
-                _check_complex(key, candidates, t.requires_grad)
+                check_complex(key, candidates, t.requires_grad)
         elif t.requires_grad:
             key_map.trained[name] = key
         else:
             key_map.fixed[name] = key
     return key_map
-
-
-def _check_complex(key: str, candidates: Candidates, is_trained: bool) -> None:
-    """CandidateError unless a complex tensor is a buffer that all candidates have the same."""
-    first = candidates[0].tensor(key)
-    equal = all(torch.equal(first, c.tensor(key)) for c in candidates[1:])
-    if is_trained or not equal or first.dtype not in DTYPE_NAMES:
-        raise CandidateError(
-            f"tensor {key!r} is complex: expected a real dtype; only complex64 buffers that are the"
-            " same in all candidates are kept",
-            candidates[0].path,
-        )
 
 
 # Recordings --------------------------------------------------------------------------------------
@@ -349,7 +335,7 @@ def _match_loaded(model: nn.Module, candidates: Candidates) -> tuple[Candidates,
 
 def _read_each(model: nn.Module, candidates: Candidates) -> list[_Read]:
     """What the model's loading makes of each candidate; files of one layout are loaded once."""
-    _check_extra(candidates)
+    check_extra(candidates)
     names: dict[int, list[str]] = {}  # of each tensor of the state_dict: several if it is tied
     for key, t in model.state_dict(keep_vars=True).items():
         if isinstance(t, Tensor):
@@ -371,27 +357,6 @@ def _read_each(model: nn.Module, candidates: Candidates) -> list[_Read]:
                 read.keys = {key: key for key in read.sources}
         reads.append(read)
     return reads
-
-
-def _check_extra(candidates: Candidates) -> None:
-    """CandidateError if what modules keep beside their tensors differs between candidates."""
-    first = candidates[0]
-    for candidate in candidates:
-        for key, value in candidate.extra.items():
-            if isinstance(value, Made):
-                raise CandidateError(
-                    f"{key!r}, the extra state of a module, holds an object of {value.kind}:"
-                    " expected plain values or tensors; leave it out with ignore",
-                    candidate.path,
-                )
-    for other in candidates[1:]:
-        for key in sorted(first.extra.keys() | other.extra.keys()):
-            if not equal_values(first.extra.get(key), other.extra.get(key)):
-                raise CandidateError(
-                    f"{key!r}, the extra state of a module, is not that of {first.path}: it cannot"
-                    " be averaged",
-                    other.path,
-                )
 
 
 def _prepared(model: nn.Module, candidate: Candidate, state: Sequence[list[str]]) -> _Read:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from .candidate import Candidate
-from .candidates import Candidates
 from .checks import is_inside, read_json
 from .errors import CandidateError, TwaError
 from .formats import ADAPTER_FILES
+
+if TYPE_CHECKING:
+    from .candidates import Candidates
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -123,8 +126,27 @@ def adapter_config(folder: Path) -> dict[str, object]:
     return config
 
 
+def check_adapters(candidates: Sequence[Candidate]) -> None:
+    """CandidateError unless the configurations of PEFT adapters agree with each other.
+
+    Versions of peft write different fields. One that a file lacks counts as it is in the others,
+    but for a switch that is on there.
+    """
+    known: dict[str, object] = {}
+    for folder in _folders(candidates):
+        for field, value in adapter_config(folder).items():
+            if value is not True:
+                known.setdefault(field, value)
+    check_configs(candidates, {}, known)
+
+
+def _folders(adapters: Sequence[Candidate]) -> list[Path]:
+    """The directories of PEFT adapters."""
+    return [c.path if c.path.is_dir() else c.path.parent for c in adapters]
+
+
 def check_configs(
-    candidates: Candidates, of_model: Mapping[str, object], defaults: Mapping[str, object]
+    candidates: Sequence[Candidate], of_model: Mapping[str, object], defaults: Mapping[str, object]
 ) -> None:
     """CandidateError unless the adapters' configurations agree with each other and the model's.
 
@@ -135,7 +157,7 @@ def check_configs(
         of_model: the configuration of the model's adapter
         defaults: of fields that a file lacks, since versions of peft write different ones
     """
-    folders = [c.path if c.path.is_dir() else c.path.parent for c in candidates]
+    folders = _folders(candidates)
     configs = [{**defaults, **adapter_config(folder)} for folder in folders]
     first = configs[0]
     where = str(folders[0] / ADAPTER_CONFIG)

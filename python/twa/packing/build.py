@@ -15,7 +15,8 @@ from ..basis.dense import new_packer
 from ..basis.segments import Segments
 from ..coordinates import Coordinates, Deltas
 from ..distributed.sharding import Basis, Sharding
-from ..io.candidates import Block, not_finite
+from ..io.averaging import not_finite
+from ..io.candidates import Block
 from . import orthonormal
 
 Progress = Callable[[str, int], None]

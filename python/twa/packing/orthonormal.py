@@ -19,7 +19,7 @@ from ..basis.dense import AnyPacker, new_packer
 from ..basis.segments import Segments
 from ..coordinates import Orthonormal
 from ..distributed.sharding import Basis, Sharding
-from ..io.candidates import not_finite
+from ..io.averaging import not_finite
 from ..io.errors import TwaError
 
 

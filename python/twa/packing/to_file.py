@@ -30,7 +30,8 @@ from ..distributed.ranks import Ranks
 from ..distributed.sharding import Sharding
 from ..distributed.weights import load_untrained
 from ..io.atomic import clear_unfinished, lock, write_json
-from ..io.candidates import Candidates, not_finite
+from ..io.averaging import not_finite
+from ..io.candidates import Candidates
 from ..io.checks import read_json
 from ..io.errors import BasisError, TwaError
 from ..io.key_map import match_model

@@ -264,7 +264,7 @@ class Recorder:
         devices = list(dict.fromkeys(w.device for w in weights))
         if devices == [torch.device("cpu")]:
             codes, scales, bad = tk.record(weights, self._reference, self.bits)
-            self._add(_Pending(Snapshot(step, codes, scales, self._changed()), bad, None), weights)
+            self._add(_Pending(Snapshot(step, codes, scales, self._others()), bad, None), weights)
             return not bad
         return self._take_from(devices, step, weights, tiles)
 
@@ -293,14 +293,14 @@ class Recorder:
                     scales[at].copy_(made[1][of], non_blocking=True)
                     first += count
                 bad[d].copy_(made[2], non_blocking=True)
-        state = self._changed()
+        state = self._others()
         event = torch.cuda.Event()
         event.record()
         self._pending.append(_Pending(Snapshot(step, codes, scales, state), bad, event))
         return True
 
-    def _changed(self) -> dict[str, Tensor]:
-        """What else has changed since the last snapshot; on a GPU all of it, to be compared later."""
+    def _others(self) -> dict[str, Tensor]:
+        """All else that is kept; what has not changed is dropped when it has arrived."""
         return self._watched.state()
 
     def _settle(self, wait: bool = False) -> None:
