@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ..basis.segments import parse_granularity
+from ..inspection.samples import sample_findings
 from ..io.candidates import Candidates
-from ..io.errors import CandidateWarning, TwaError
+from ..io.errors import CandidateError, CandidateWarning, TwaError
 from ..io.memory import parse_bytes
 from ..io.order import shortened
 
@@ -95,3 +96,20 @@ def announce(candidates: Candidates) -> None:
     print(f"{count}: {shortened(candidates.names)}", flush=True)
     for note in candidates.notes:
         print(f"twa: {note}", file=sys.stderr, flush=True)
+
+
+def check_candidates(candidates: Candidates, force: bool) -> None:
+    """Looks at samples of the weights, and prints warnings.
+
+    Raises:
+        CandidateError: an average of the candidates is surely nonsense, and not forced
+    """
+    findings = sample_findings(candidates)
+    errors = [f for f in findings if f.severity == "error"]
+    for finding in findings:
+        if force or finding.severity != "error":
+            print(f"twa: {finding}", file=sys.stderr)
+    if errors and not force:
+        more = f" ({len(errors) - 1} more: see `twa inspect`)" if len(errors) > 1 else ""
+        first = str(errors[0]).removeprefix("error: ")
+        raise CandidateError(f"{first}{more} To average them nevertheless, pass --force.")

@@ -17,9 +17,7 @@ import torch
 from ..basis.segments import GRANULARITIES
 from ..distributed.choose import SHARDINGS, training_bytes
 from ..distributed.ranks import Ranks, initialise
-from ..inspection.samples import sample_findings
 from ..io.atomic import clear_unfinished
-from ..io.candidates import Candidates
 from ..io.errors import CandidateError, TwaError
 from ..io.memory import limit_memory
 from ..merge.report import FILES
@@ -132,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
         candidates = job.candidates  # with the tensors as the model has them
         with ranks.fail_together("looking at the candidates"):
             if ranks.is_rank_zero:
-                check_candidates(candidates, args.force)
+                arguments.check_candidates(candidates, args.force)
         if args.max_memory:
             with ranks.fail_together("dividing the memory"):
                 most = max((m.bits for m in settings.methods), default=0)
@@ -175,23 +173,6 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def how_to_resume(store: Store, overwrite: bool) -> str:
     """Advice after an interruption; "" if nothing is saved."""
     return to_resume(overwrite, store.path) if store.path.exists() else ""
-
-
-def check_candidates(candidates: Candidates, force: bool) -> None:
-    """Looks at samples of the weights, and prints warnings.
-
-    Raises:
-        CandidateError: an average of the candidates is surely nonsense, and not forced
-    """
-    findings = sample_findings(candidates)
-    errors = [f for f in findings if f.severity == "error"]
-    for finding in findings:
-        if force or finding.severity != "error":
-            print(f"twa: {finding}", file=sys.stderr)
-    if errors and not force:
-        more = f" ({len(errors) - 1} more: see `twa inspect`)" if len(errors) > 1 else ""
-        first = str(errors[0]).removeprefix("error: ")
-        raise CandidateError(f"{first}{more} To average them nevertheless, pass --force.")
 
 
 def start_ranks(device: str, timeout: float) -> Ranks:

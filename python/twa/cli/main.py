@@ -12,10 +12,10 @@ import torch.distributed as dist
 from ..distributed.ranks import DistributedError, Ranks
 from ..io.errors import TaskError, TwaError
 from ..version import __version__
-from . import average, demo, inspect, pack, plan
+from . import average, demo, export, inspect, merge, pack, plan
 from .advice import advice_of
 
-COMMANDS = (average, plan, pack, inspect, demo)
+COMMANDS = (average, merge, export, plan, pack, inspect, demo)
 
 
 def parser() -> argparse.ArgumentParser:

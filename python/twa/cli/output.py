@@ -1,10 +1,12 @@
-"""The output directory of a run, and what is printed of its result."""
+"""The output of a run, and what is printed of its result."""
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..export.hugging_face import FOLDER
@@ -44,6 +46,24 @@ def check_output(folder: Path, overwrite: bool, resume: bool = False) -> None:
             " choose another",
             folder,
         )
+    _check_writable(folder)
+
+
+def check_file(path: Path, overwrite: bool) -> None:
+    """Checks that an output file may be written here.
+
+    Raises:
+        OutputError: it cannot be written, or is there and may not be replaced
+    """
+    if path.is_dir():
+        raise OutputError("expected a file for the output, found a directory", path)
+    if path.exists() and not overwrite:
+        raise OutputError("exists; pass --overwrite to replace it", path)
+    _check_writable(path.absolute().parent)
+
+
+def _check_writable(folder: Path) -> None:
+    """OutputError unless files can be written in a folder, or in that where it can be made."""
     existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
@@ -51,6 +71,17 @@ def check_output(folder: Path, overwrite: bool, resume: bool = False) -> None:
     except OSError as error:
         raise OutputError(
             f"the output directory cannot be written ({error.strerror})", folder
+        ) from error
+
+
+@contextlib.contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Makes an OSError from inside one about the output."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"the result could not be written ({error.strerror}): {error.filename or ''}", output
         ) from error
 
 
@@ -78,17 +109,12 @@ def finish(
     ranks = outcome.sharding.ranks
     with ranks.fail_together(f"writing {folder}"):
         command = shlex.join(["twa", *sys.argv[1:]])
-        try:
+        with writing(folder):
             if ranks.is_rank_zero:
                 folder.mkdir(parents=True, exist_ok=True)
             ranks.barrier()
             names = [str(c.path) for c in candidates]
             written = write_outputs(folder, outcome, task, names, command, dcp)
-        except OSError as error:
-            raise OutputError(
-                f"the result could not be written ({error.strerror}): {error.filename or ''}",
-                folder,
-            ) from error
     if not ranks.is_rank_zero:
         return
     print()

@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..io.atomic import replace_folder, write_text
 from ..io.candidate import Candidate
-from ..io.candidates import Candidates
 from ..io.checks import is_inside
+from ..io.mapped import TensorInfo
 from ..io.peft import ADAPTER_CONFIG, is_adapter
 from .mergekit import mergekit_recipe
 from .small_files import CONFIG, INDEX, differences, small_files, with_dtype
@@ -47,60 +47,92 @@ def source_folder(candidate: Candidate) -> Path | None:
 def write_beside(out: Path, sharding: Sharding, coefficients: Mapping[str, object]) -> list[str]:
     """Writes what goes beside `out`/averaged.safetensors; the first rank calls it.
 
-    It is for candidates that are directories as save_pretrained writes them, models or PEFT
-    adapters: averaged/, for from_pretrained. Of models also mergekit.yaml, unless segments are
-    smaller than tensors, or mergekit would read other files of a directory.
-
-    A warning names files that decide what weights mean and that differ between candidates.
+    It is for candidates that are directories as save_pretrained writes them: `write_folder`, and
+    `write_recipe` unless segments are smaller than tensors.
 
     Returns:
         what is written, for messages
     """
-    if not sharding.candidates.at_hand:
+    candidates, key_map = sharding.candidates, sharding.key_map
+    if not candidates.at_hand:
         return []
-    folders = [source_folder(c) for c in sharding.candidates]
-    sources = [folder for folder in folders if folder is not None]
-    adapter = is_adapter(sharding.candidates[-1])
-    written, dtype = [], _common_dtype(sharding.candidates)
-    if (last := folders[-1]) is not None:
-        name = ADAPTER_WEIGHTS if adapter else MODEL_WEIGHTS
-        copied = write_model_folder(out / FOLDER, last, out / "averaged.safetensors", name, dtype)
-        written.append(f"{FOLDER}/")
-        if differ := differences(sources, copied):
-            warnings.warn(
-                f"the candidates differ in {', '.join(differ)}: do their weights mean the same?"
-                f" {FOLDER}/ has the last candidate's",
-                stacklevel=2,
-            )
+    dtype = common_dtype(candidates.info)
+    written = write_folder(out, candidates, out / "averaged.safetensors", dtype)
     # mergekit has one weight for a tensor, which it knows by its name in the files
-    key_map = sharding.key_map
     split = any(len({name for name, _ in w.parts}) != 1 for w in key_map.written.values())
-    can_merge = len(sources) == len(folders) and not adapter and not split
-    can_merge = can_merge and not coefficients.get("chunk")
-    if can_merge and (odd := [c for c in sharding.candidates if not _is_read_by_mergekit(c)]):
+    if not split and not coefficients.get("chunk"):
+        in_files = {key: name for key, name in key_map.names.items() if key != name}
+        in_files |= {key: w.parts[0][0] for key, w in key_map.written.items()}
+        aliases = key_map.aliases | in_files
+        options = {"aliases": aliases, "untrained": key_map.fixed, "out_dtype": dtype}
+        written += write_recipe(out, candidates, coefficients, **options)
+    return written
+
+
+def write_folder(
+    out: Path, candidates: Sequence[Candidate], weights: Path, dtype: str | None
+) -> list[str]:
+    """Writes `out`/averaged/, for from_pretrained, if the last candidate is such a directory.
+
+    It may be a model or a PEFT adapter. A warning names files that decide what weights mean and
+    that differ between candidates.
+
+    Args:
+        out: the output directory
+        candidates: that are averaged
+        weights: file of the average
+        dtype: its dtype, for config.json, such as "bfloat16"; None: config.json stays as it is
+
+    Returns:
+        what is written, for messages
+    """
+    folders = [source_folder(c) for c in candidates]
+    if (last := folders[-1]) is None:
+        return []
+    name = ADAPTER_WEIGHTS if is_adapter(candidates[-1]) else MODEL_WEIGHTS
+    copied = write_model_folder(out / FOLDER, last, weights, name, dtype)
+    if differ := differences([folder for folder in folders if folder is not None], copied):
+        warnings.warn(
+            f"the candidates differ in {', '.join(differ)}: do their weights mean the same?"
+            f" {FOLDER}/ has the last candidate's",
+            stacklevel=2,
+        )
+    return [f"{FOLDER}/"]
+
+
+def write_recipe(
+    out: Path, candidates: Sequence[Candidate], coefficients: Mapping[str, object], **options: Any
+) -> list[str]:
+    """Writes `out`/mergekit.yaml, if all candidates are directories of models.
+
+    A warning says so if it is not written since mergekit would read other files of a directory.
+
+    Args:
+        out: the output directory
+        candidates: that are averaged
+        coefficients: as for `mergekit_recipe`
+        options: of `mergekit_recipe`
+
+    Returns:
+        what is written, for messages
+    """
+    sources = [folder for c in candidates if (folder := source_folder(c)) is not None]
+    if len(sources) < len(candidates) or is_adapter(candidates[-1]):
+        return []
+    if odd := [c for c in candidates if not _is_read_by_mergekit(c)]:
         warnings.warn(
             f"{RECIPE} is not written: in {odd[0].path} mergekit would read other files than"
             f" {odd[0].files[0].name}; remove the old ones",
             stacklevel=2,
         )
-    elif can_merge:
-        in_files = {key: name for key, name in key_map.names.items() if key != name}
-        in_files |= {key: w.parts[0][0] for key, w in key_map.written.items()}
-        text = mergekit_recipe(
-            coefficients,
-            sources,
-            aliases=key_map.aliases | in_files,
-            untrained=key_map.fixed,
-            out_dtype=dtype,
-        )
-        write_text(out / RECIPE, text)
-        written.append(RECIPE)
-    return written
+        return []
+    write_text(out / RECIPE, mergekit_recipe(coefficients, sources, **options))
+    return [RECIPE]
 
 
-def _common_dtype(candidates: Candidates) -> str | None:
+def common_dtype(info: Mapping[str, TensorInfo]) -> str | None:
     """The dtype of all floating-point tensors, such as "bfloat16"; None if they differ."""
-    dtypes = {info.dtype for info in candidates.info.values() if info.dtype.is_floating_point}
+    dtypes = {i.dtype for i in info.values() if i.dtype.is_floating_point}
     return str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
 
 

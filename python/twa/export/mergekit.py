@@ -30,10 +30,12 @@ from typing import Any
 
 from ..io.errors import TwaError
 
-HEADER = """# The merge weights of coefficients.json, for:  mergekit-yaml mergekit.yaml MERGED
-# It merges the candidates themselves. A trained average's averaged.safetensors comes from
-# candidates packed into a few bits: it differs by their rounding.
-"""
+HEADER = "# The merge weights of {}, for:  mergekit-yaml mergekit.yaml MERGED\n"
+#: of weights that may be those of a trained average
+TRAINED = (
+    "# It merges the candidates themselves. A trained average's averaged.safetensors comes from\n"
+    "# candidates packed into a few bits: it differs by their rounding.\n"
+)
 
 
 def mergekit_recipe(
@@ -43,6 +45,7 @@ def mergekit_recipe(
     aliases: Mapping[str, str] | None = None,
     untrained: Iterable[str] = (),
     out_dtype: str | None = None,
+    header: str = HEADER.format("coefficients.json") + TRAINED,
 ) -> str:
     """YAML for mergekit's merge_method linear, exact but for float32 rounding.
 
@@ -58,6 +61,7 @@ def mergekit_recipe(
         untrained: tensors outside segment_of, such as frozen parameters: they, and all that are
             named nowhere, get the center's weights
         out_dtype: dtype of the result's tensors, such as "bfloat16"; None: float32
+        header: comments for the first lines
 
     Raises:
         TwaError: the numbers of sources, weights and segments do not fit, or a weight is not finite
@@ -80,7 +84,7 @@ def mergekit_recipe(
         named, others = models.get(path, (dict.fromkeys(columns, 0.0), 0.0))
         own = {name: other if l is None else row[l] for name, l in columns.items()}
         models[path] = {name: named[name] + w for name, w in own.items()}, others + other
-    lines = [HEADER, "models:\n", *(_model(path, *weights) for path, weights in models.items())]
+    lines = [header, "models:\n", *(_model(path, *weights) for path, weights in models.items())]
     lines += [
         f"base_model: {_reference(paths[-1])}\n",
         "merge_method: linear\n",

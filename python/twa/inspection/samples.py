@@ -117,6 +117,7 @@ def take_sample(candidates: Candidates, sample_bytes: int = SAMPLE_BYTES) -> Sam
         if size > 1 << 20:  # a run of a large file may bring megabytes into memory
             for c in candidates:
                 c.release()
+        x[:, (x == -torch.inf).all(0)] = 0.0  # as in a mask, which stays
         # The sums tell, since float64 sums of narrower numbers do not overflow.
         for i in (~torch.isfinite(x.sum(1))).nonzero().flatten().tolist():
             broken[i].append(key)

@@ -107,13 +107,13 @@ def clear_unfinished(folder: Path, names: Iterable[str]) -> None:
     """
     for name in names:
         for path in [*folder.glob(f".{name}.*.tmp"), folder / f".{name}.tmp"]:
-            _remove(path)
+            remove(path)
         aside, target = folder / f".{name}.old", folder / name
         if aside.exists():
-            _remove(aside) if target.exists() else os.rename(aside, target)
+            remove(aside) if target.exists() else os.rename(aside, target)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Removes a file, a link, or a directory and all in it."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -137,13 +137,13 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     if not folder.exists():
         os.rename(temporary, folder)
     elif not _swap(temporary, folder):
-        _remove(aside)
+        remove(aside)
         os.rename(folder, aside)
         os.rename(temporary, folder)
     sync_folder(folder.parent)
     with contextlib.suppress(OSError):  # the next run removes it
-        _remove(aside)
-        _remove(temporary)  # after a swap the older one
+        remove(aside)
+        remove(temporary)  # after a swap the older one
 
 
 def _swap(a: Path, b: Path) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -81,23 +81,30 @@ def write_stream(
     stream = iter(tensors)
     try:
         if path is not None:
-            replace(path, lambda p: _write_stream(p, info, stream))
+            replace(path, lambda p: write_blocks(p, info, stream))
     finally:
         for _ in stream:
             pass
 
 
-def _write_stream(
-    path: Path, info: Mapping[str, TensorInfo], stream: Iterator[tuple[str, Tensor]]
+def write_blocks(
+    path: Path, info: Mapping[str, TensorInfo], blocks: Iterable[tuple[str, Tensor]]
 ) -> None:
+    """Writes a file where it stands, from tensors or blocks of their columns.
+
+    Args:
+        path: the file
+        info: shape and dtype of each tensor
+        blocks: (key, the tensor or its next columns), on the CPU
+    """
     # The widest first, so that all are aligned.
     ordered = dict(sorted(info.items(), key=lambda item: -item[1].dtype.itemsize))
     first, offsets, size = header(ordered, {})
     with open(path, "wb") as f:
         f.write(first)
-        for key, t in stream:
+        for key, t in blocks:
             f.seek(len(first) + offsets[key])
-            f.write(raw_bytes(t))
+            offsets[key] += f.write(raw_bytes(t))
         f.truncate(len(first) + size)
 
 

@@ -1,0 +1,146 @@
+"""`twa merge`: a fixed average of checkpoints, streamed: without a task, a model, or gradients."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import averages
+from ..export.average import FILES, write_fixed, write_merge
+from ..export.bundle import WEIGHTS
+from ..export.hugging_face import FOLDER
+from ..io.atomic import clear_unfinished
+from ..io.averaging import FixedAverage
+from ..io.candidates import Candidates
+from ..io.checks import read_json
+from ..io.errors import OutputError, TwaError
+from ..io.progress import progress_bar
+from . import arguments
+from .output import check_file, check_output, writing
+
+DTYPES = ("float32", "bfloat16", "float16")
+BATCHNORM = (
+    "averaged BatchNorm statistics are not those of the averaged weights: run"
+    " twa.update_bn(loader, model)"
+)
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command and its options."""
+    p = commands.add_parser(
+        "merge", help="a fixed average of checkpoints, without a task", description=__doc__
+    )
+    p.set_defaults(run=run)
+    arguments.add_candidates(p)
+    scheme = f"{averages.SCHEMES}; or a file of weights, such as weights.json"
+    p.add_argument("--scheme", metavar="SCHEME", required=True, help=scheme)
+    add_output(p)
+
+
+def add_output(p: argparse.ArgumentParser) -> None:
+    """Adds where the average goes, and in which dtype."""
+    add = p.add_argument
+    output = (
+        f"directory for the result; if it ends in .safetensors, the file that is {WEIGHTS} there"
+    )
+    add("-o", "--output", metavar="OUT", type=Path, required=True, help=output)
+    dtype = "of all floating-point tensors (default: as in the files)"
+    add("--dtype", choices=DTYPES, help=dtype)
+    force = "write it although a look at samples finds candidates unrelated, or not finite"
+    add("--force", action="store_true", help=force)
+    overwrite = "replace what is in a directory that is not empty, or a file that is there"
+    add("--overwrite", action="store_true", help=overwrite)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Averages the candidates by a scheme."""
+    candidates = arguments.open_candidates(args)
+    arguments.announce(candidates)
+    beta = weights_of(args.scheme, candidates)
+    used = int(beta.count_nonzero())
+    write(
+        args,
+        candidates,
+        beta,
+        args.scheme,
+        f"the average of {used} of {len(candidates)} candidates",
+    )
+
+
+def weights_of(scheme: str, candidates: Candidates) -> Tensor:
+    """The merge weights (n,) of a scheme by its name, or of a JSON file."""
+    if not scheme.endswith(".json"):
+        return averages.of_scheme(scheme, len(candidates))
+    value = read_json(Path(scheme), "expected weights as JSON")
+    try:
+        return averages.of_weights(value, candidates.names)
+    except TwaError as error:
+        raise TwaError(error.problem, scheme) from error
+
+
+def write(
+    args: argparse.Namespace, candidates: Candidates, beta: Tensor, scheme: str, what: str
+) -> None:
+    """Writes a fixed average where the options say, and prints a line.
+
+    Args:
+        args: with the options of `add_output`
+        candidates: the n candidates
+        beta: merge weights (n,)
+        scheme: what they are, for merge.json
+        what: what is written, for the line
+
+    Raises:
+        OutputError: the output is there, cannot be written, or is one of the candidates
+        CandidateError: the candidates do not fit each other, or their average would be nonsense
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise TwaError(f"twa {args.command} runs as one process: start it without torchrun")
+    out, is_file = args.output, args.output.suffix == ".safetensors"
+    (check_file if is_file else check_output)(out, args.overwrite)
+    check_not_read(candidates, [out] if is_file else [out / WEIGHTS, out / FOLDER])
+    fixed = FixedAverage(candidates, beta, getattr(torch, args.dtype) if args.dtype else None)
+    arguments.check_candidates(Candidates.of(fixed.used), args.force)
+    if len(fixed.used) > 1 and has_statistics(fixed):
+        print(f"twa: {BATCHNORM}", file=sys.stderr)
+    begin = time.perf_counter()
+    with (
+        writing(out),
+        progress_bar("reading candidates", fixed.nbytes, unit="B", unit_scale=True) as bar,
+    ):
+        if is_file:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_fixed(out, fixed, bar.update)
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            clear_unfinished(out, FILES)
+            written = write_merge(out, fixed, scheme, bar.update)
+    seconds, read = time.perf_counter() - begin, fixed.nbytes / 1e9
+    where = str(out) if is_file else f"{out}/: {', '.join(written)}"
+    print(
+        f"written to {where}; {what}, {read:.2f} GB read in {seconds:.1f} s"
+        f" ({read / seconds:.2f} GB/s)"
+    )
+
+
+def has_statistics(fixed: FixedAverage) -> bool:
+    """Whether an average has running statistics, as BatchNorm keeps them."""
+    names = {key.rpartition(".")[2] for key in fixed.info}
+    return {"running_mean", "running_var"} <= names
+
+
+def check_not_read(candidates: Candidates, outputs: list[Path]) -> None:
+    """OutputError if an output, or what is in it, is a file of a candidate."""
+    real = [Path(os.path.realpath(output)) for output in outputs]
+    for c in candidates:
+        for file in c.files:
+            path = Path(os.path.realpath(file))
+            for output in real:
+                if output == path or output in path.parents:
+                    raise OutputError(f"is a candidate ({c.path}): choose another output", output)
