@@ -21,7 +21,7 @@ FLOORS = {
         "distributed",
         "batchnorm packing export",
         "subspace",
-        "iterate_average grad_hooks",
+        "iterate_average grad_hooks recorder",
         "optimizer",
         "presets tasks",
         "merge",

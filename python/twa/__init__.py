@@ -25,6 +25,7 @@ from .io.errors import (
 from .iterate_average import IterateAverage
 from .optimizer import SubspaceOptimizer
 from .presets import conference_method
+from .recorder.recorder import Recorder
 from .subspace import Subspace
 from .version import __version__
 
@@ -36,6 +37,7 @@ __all__ = [
     "DistributedError",
     "IterateAverage",
     "OutputError",
+    "Recorder",
     "StateError",
     "Subspace",
     "SubspaceOptimizer",

@@ -157,9 +157,17 @@ class FixedAverage:
             CandidateError: the average is not finite, or a file has changed
             TwaError: it overflows its dtype
         """
-        floats = [(key, None) for key in self._floats]
-        for block in self.candidates.stream(floats, self._rows):
-            key = self._floats[block.index]
+        recording = self.candidates.recording
+        recorded = [key for key in self._floats if recording and recording.records(key)]
+        if recording is not None and len(self._rows) > 1:  # decoded and summed in one go
+            for key in recorded:
+                for part in recording.average_blocks(key, self.weights):
+                    yield key, self._rounded(key, part)
+        else:
+            recorded = []
+        streamed = [key for key in self._floats if key not in recorded]
+        for block in self.candidates.stream([(key, None) for key in streamed], self._rows):
+            key = streamed[block.index]
             yield key, self._rounded(key, self._sum(key, block.rows))
         for block in self.candidates.stream([(key, None) for key in self._copied], [self._last]):
             yield self._copied[block.index], block.rows[0]

@@ -19,6 +19,8 @@ from .mapped import Part, Pieces, Source, TensorInfo, covered
 from .recording_files import STEP, Contents, folders_of, read_log
 from .trail import Trail
 
+COLUMNS = 1 << 24  # of an average that are made at once
+
 
 class Recorded(Candidate):
     """A snapshot of a recording, as a candidate.

@@ -12,6 +12,7 @@ Of a sharded model each rank writes its parts to rank_K_of_N/ in there. docs/for
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,7 @@ ANCHORS, STEPS, RANKS = (
     re.compile(r"rank_(\d{1,6})_of_(\d{1,6})"),
 )
 MOST_STEP = 10**18
+ATTEMPTS = 3  # to read what is being written
 ALIGNMENT = 64  # of the data in a file
 INFINITE = 0x7F80  # bits of bfloat16 from which on a number is Inf or NaN
 WEIGHTS, STATE = "weights.", "state."
@@ -400,11 +402,18 @@ class Log:
 
 
 def read_log(folder: Path) -> Log:
-    """The recording in one directory.
+    """The recording in one directory, which may be written meanwhile.
 
     Raises:
         CandidateError: it has no anchor that can be read
     """
+    for _ in range(ATTEMPTS):
+        with contextlib.suppress(FileNotFoundError):  # the anchor was moved meanwhile
+            return _read_log(folder)
+    return _read_log(folder)
+
+
+def _read_log(folder: Path) -> Log:
     anchors = _numbered(folder, ANCHORS)
     if not anchors:
         raise CandidateError("expected a recording, found no anchor_*.safetensors", folder)

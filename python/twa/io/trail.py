@@ -196,6 +196,15 @@ class Decoded:
     of: int | Tensor
     info: TensorInfo
 
+    @property
+    def of_average(self) -> Tensor:
+        """Merge weights of all snapshots, also of one of them."""
+        if isinstance(self.of, Tensor):
+            return self.of
+        beta = torch.zeros(len(self.trail.steps), dtype=torch.float64)
+        beta[self.of] = 1.0
+        return beta
+
     def _span(self, part: Part | None) -> tuple[tuple[int, ...], int, int]:
         """Shape of the part, and the flat weights from its first to its last."""
         shape = shape_of(self.info.shape, part)

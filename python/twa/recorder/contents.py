@@ -19,7 +19,6 @@ from ..io.loading import named_tensors, state_names
 from ..io.recording_files import Contents
 from ..io.safetensors import SAFETENSORS_DTYPES
 from ..io.trail import Entry
-from ..modes import plain_weights
 
 #: (name, parameter) -> the tensor to record in the parameter's place, such as a float32 master
 Weights = Callable[[str, nn.Parameter], Tensor]
@@ -126,10 +125,6 @@ class Watched:
             for key, name in names.items()
             if name in tensors
         }
-
-    def plain(self) -> plain_weights:  # type: ignore[valid-type]
-        """A context in which the model's weights are those that files hold."""
-        return plain_weights(self.model)
 
 
 def _check(name: str, t: Tensor) -> None:

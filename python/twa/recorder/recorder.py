@@ -20,10 +20,12 @@ from twa_kernels.layout import BITS, num_tiles, tile_offsets
 
 from .. import averages
 from ..distributed.choose import find_ranks
-from ..dtensors import is_sharded, local
+from ..dtensors import local
 from ..export.average import write_average
+from ..io.averaging import average_into
 from ..io.candidates import Candidates
 from ..io.errors import CandidateWarning, StateError, TwaError
+from ..io.loading import named_tensors
 from ..io.mapped import Source
 from ..io.recording import Recording
 from ..io.recording_files import Log, is_recording, read_log
@@ -156,7 +158,11 @@ class Recorder:
         Of several optimizers that step in turn, one is attached.
         """
         self._optimizers.append(optimizer)
-        return optimizer.register_step_post_hook(lambda *_: self.step())
+
+        def hook(*_: object) -> None:
+            self.step()
+
+        return optimizer.register_step_post_hook(hook)
 
     def step(self) -> bool:
         """Counts a step of training; records after each `every` of them.
@@ -414,9 +420,6 @@ class Recorder:
 
     def _write_state(self, states: Sequence[Mapping[str, Source]], beta: Tensor) -> None:
         """Writes the averages of float buffers, and the last of all others."""
-        from ..io.candidates import average_into
-        from ..io.loading import named_tensors
-
         tensors = named_tensors(self.model)
         for key, name in self._watched.contents.names.items():
             rows = [state[key].read() for state in states if key in state]
@@ -689,6 +692,3 @@ def _check_options(
 
 def _warn(text: str) -> None:
     warnings.warn(text, CandidateWarning, stacklevel=4)
-
-
-__all__ = ["Recorder", "is_sharded"]
