@@ -156,6 +156,16 @@ class Recording:
         """
         return self._source(self.aliases.get(key, key), beta).read(part)
 
+    def average_blocks(self, key: str, beta: Tensor) -> Iterator[Tensor]:
+        """The same of all of the tensor, as blocks of flat columns in order: float32."""
+        source = self._source(self.aliases.get(key, key), beta)
+        if not isinstance(source, Decoded):
+            yield source.read().reshape(-1)
+            return
+        for begin in range(0, source.info.numel, COLUMNS):
+            end = min(begin + COLUMNS, source.info.numel)
+            yield source.trail.average(source.k, begin, end, source.of_average)
+
     def block(self, key: str, part: Part | None) -> tuple[Trail, int, int] | None:
         """Where codes of a part of a tensor lie, if they can be taken as they are.
 
