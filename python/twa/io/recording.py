@@ -17,7 +17,7 @@ from .candidate import Candidate
 from .errors import CandidateError, CandidateWarning
 from .mapped import Part, Pieces, Source, TensorInfo, covered
 from .recording_files import STEP, Contents, folders_of, read_log
-from .trail import Trail
+from .trail import Decoded, Trail
 
 COLUMNS = 1 << 24  # of an average that are made at once
 
