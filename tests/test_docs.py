@@ -167,9 +167,15 @@ def packed(codes):
     assert len(run(codes, names)["subspace"].candidates) == 4
 
 
+def merged(codes):
+    names = run(codes, in_a_trainer())
+    assert names["beta"].sum() == pytest.approx(1.0)
+
+
 #: how the examples of a page run, one after another
 RUN = {
     "README.md": readme,
+    "docs/commands/merge.md": merged,
     "docs/commands/pack.md": packed,
     "docs/distributed.md": distributed,
     "docs/from-ema.md": from_ema,

@@ -350,3 +350,166 @@ def test_learning_rate_schedule():
     assert [warmup(k, 100) for k in range(7)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0] and warmup(
         99, 100
     ) == 1.0 == warmup(0, 1)
+
+
+# twa merge and twa export -------------------------------------------------------------------------
+
+UPDATE_BN = "twa: averaged BatchNorm statistics are not those of the averaged weights"
+
+
+def test_merge_writes_a_fixed_average(checkpoints, tmp_path, capsys):
+    """The average that the library gives, by each kind of scheme; into a directory or a file."""
+    pattern, out = checkpoints / "epoch_*.safetensors", tmp_path / "out"
+    candidates = twa.Candidates(pattern)
+    (weights := tmp_path / "w.json").write_text('{"epoch_9": 0.75, "epoch_0": 0.25}')
+    for scheme, beta in (
+        ("lawa:4", twa.averages.lawa(10, 4)),
+        (weights, torch.tensor([0.25, *[0.0] * 8, 0.75])),
+    ):
+        assert run_cli("merge", pattern, "--scheme", scheme, "-o", out, "--overwrite") == 0
+        printed = capsys.readouterr()
+        used = int(beta.count_nonzero())
+        assert printed.out.startswith("10 candidates, oldest first: epoch_0, epoch_1, ")
+        assert printed.out.splitlines()[1].startswith(
+            f"written to {out}/: averaged.safetensors, merge.json; the average of {used} of 10"
+            " candidates, 0.00 GB read in "
+        )
+        assert printed.err.startswith(UPDATE_BN) and "reading candidates" in printed.err
+        expected, found = candidates.average(beta), load_file(out / "averaged.safetensors")
+        assert all(torch.equal(found[key], t) for key, t in expected.items())
+        assert {p.name for p in out.iterdir()} == {"averaged.safetensors", "merge.json"}
+        described = json.loads((out / "merge.json").read_text())
+        assert described["scheme"] == str(scheme) and described["weights"] == beta.tolist()
+        assert described["candidates"] == [str(c.path) for c in candidates]
+    file = tmp_path / "new" / "x.safetensors"
+    options = ["--scheme", "ema:0.5", "--dtype", "bfloat16"]
+    assert run_cli("merge", pattern, *options, "-o", file) == 0
+    assert f"written to {file}; the average of 10 of 10" in capsys.readouterr().out
+    halves = load_file(file)
+    for key, t in candidates.average(twa.averages.ema(10, 0.5)).items():
+        assert torch.equal(halves[key], t.bfloat16() if t.is_floating_point() else t)
+    digits.model().load_state_dict(load_file(out / "averaged.safetensors"))
+
+
+def test_export_writes_one_candidate(checkpoints, tmp_path, capsys):
+    pattern = checkpoints / "epoch_*.safetensors"
+    path = f"{checkpoints}/epoch_3.safetensors"
+    for k, at in ((3, "epoch_3"), (3, path), (3, "3"), (9, "last"), (8, "-2")):
+        out = tmp_path / "out"
+        assert run_cli("export", pattern, "--at", at, "-o", out, "--overwrite") == 0
+        printed = capsys.readouterr()
+        assert f"merge.json; epoch_{k}, one of 10 candidates, 0.00 GB read in" in printed.out
+        assert "BatchNorm" not in printed.err
+        found = load_file(out / "averaged.safetensors")
+        for key, t in load_file(checkpoints / f"epoch_{k}.safetensors").items():
+            assert torch.equal(found[key], t) and found[key].dtype == t.dtype
+        described = json.loads((out / "merge.json").read_text())
+        assert described["names"] == [f"epoch_{k}"] and described["weights"] == [1.0]
+        assert described["scheme"] == f"at epoch_{k}"
+    for at in ("epoch_", "10", "-11", "first", ""):
+        assert run_cli("export", pattern, "--at", at, "-o", tmp_path / "none") == 2
+        assert f"--at {at}: expected one of epoch_0," in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_export_of_a_name_that_several_have(checkpoints, tmp_path, capsys):
+    paths = [tmp_path / run / "model.safetensors" for run in "ab"]
+    for k, path in enumerate(paths):
+        path.parent.mkdir()
+        path.write_bytes((checkpoints / f"epoch_{k}.safetensors").read_bytes())
+    out = tmp_path / "out.safetensors"
+    assert run_cli("export", *paths, "--at", "model", "-o", out) == 2
+    assert "--at model: 2 candidates have this name: give a path" in capsys.readouterr().err
+    assert run_cli("export", *paths, "--at", paths[1], "-o", out) == 0
+    expected, found = load_file(paths[1]), load_file(out)
+    assert all(torch.equal(found[key], t) for key, t in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ("mean", "twa: error: scheme: expected uniform, last, ema:DECAY, lawa:K"),
+        ("lawa:3", "twa: error: scheme lawa:3: k: expected 1 to 2, found 3"),
+        ("none.json", "none.json: expected weights as JSON, in a regular file"),
+        ('{"a": 1', "w.json: expected weights as JSON (JSONDecodeError"),
+        ("[0.5, 0.4]", "w.json: expected merge weights that sum to 1, found a sum of 0.9"),
+        ('{"epoch_7": 1}', "w.json: expected names of candidates (epoch_8, epoch_9), found"),
+        ("[1]", "w.json: expected 2 merge weights, one for each candidate"),
+    ],
+)
+def test_merge_by_a_bad_scheme_writes_nothing(checkpoints, tmp_path, capsys, scheme, message):
+    if scheme[0] in "[{":
+        (tmp_path / "w.json").write_text(scheme)
+        scheme = tmp_path / "w.json"
+    out = tmp_path / "out"
+    pattern = checkpoints / "epoch_[89].safetensors"
+    assert run_cli("merge", pattern, "--scheme", scheme, "-o", out) == 2
+    assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_merge_protects_what_is_there(checkpoints, tmp_path, capsys):
+    (out := tmp_path / "out").mkdir()
+    (out / "precious.txt").write_text("keep")
+    arguments = ["merge", checkpoints / "epoch_[89].safetensors", "--scheme", "uniform", "-o"]
+    assert run_cli(*arguments, out) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert [p.name for p in out.iterdir()] == ["precious.txt"]
+    assert run_cli(*arguments, out, "--overwrite") == 0
+    assert (out / "precious.txt").read_text() == "keep" and len(list(out.iterdir())) == 3
+    file = tmp_path / "x.safetensors"
+    file.write_text("keep")
+    assert run_cli(*arguments, file) == 2
+    assert "exists; pass --overwrite" in capsys.readouterr().err and file.read_text() == "keep"
+    assert run_cli(*arguments, file, "--overwrite") == 0
+    assert run_cli(*arguments, "/proc/x.safetensors") == 2
+    assert "cannot be written" in capsys.readouterr().err
+    (tmp_path / "d.safetensors").mkdir()
+    assert run_cli(*arguments, tmp_path / "d.safetensors") == 2
+    assert "expected a file for the output" in capsys.readouterr().err
+    # what it reads
+    state = load_file(file)
+    for output in (file, out / "averaged.safetensors"):
+        read = ["merge", checkpoints / "epoch_7.safetensors", output, "--scheme", "uniform"]
+        target = output if output == file else out
+        assert run_cli(*read, "-o", target, "--overwrite") == 2
+        assert "is a candidate" in capsys.readouterr().err
+        found = load_file(output)
+        assert all(torch.equal(found[key], t) for key, t in state.items())
+
+
+def test_merge_looks_at_the_candidates_first(checkpoints, tmp_path, capsys):
+    """Unrelated ones need --force; those without weight do not matter; a mask is no fault."""
+    torch.manual_seed(1)
+    save_file(digits.model().state_dict(), tmp_path / "epoch_99.safetensors")
+    paths = [checkpoints / "epoch_9.safetensors", tmp_path / "epoch_99.safetensors"]
+    out = tmp_path / "out.safetensors"
+    for scheme, options, code in (
+        ("uniform", [], 2),
+        ("last", [], 0),
+        ("uniform", ["--force", "--overwrite"], 0),
+    ):
+        assert run_cli("merge", *paths, "--scheme", scheme, "-o", out, *options) == code
+        error = capsys.readouterr().err
+        assert ("unrelated" in error) == (scheme == "uniform")
+        assert ("pass --force" in error) == (code == 2) and out.exists() == (code == 0)
+    for k in range(2):
+        mask = torch.triu(torch.full((8, 8), -torch.inf), 1)
+        state = load_file(checkpoints / f"epoch_{k}.safetensors") | {"mask": mask}
+        save_file(state, tmp_path / f"m{k}.safetensors")
+    pattern = tmp_path / "m*.safetensors"
+    assert run_cli("merge", pattern, "--scheme", "uniform", "-o", out, "--overwrite") == 0
+    assert torch.equal(load_file(out)["mask"], mask)
+    assert run_cli("export", pattern, "--at", "m1", "-o", out, "--overwrite") == 0
+    state["0.weight"][0, 0] = torch.nan
+    save_file(state, tmp_path / "m1.safetensors")
+    for options, message in (([], "pass --force"), (["--force"], "has 9 NaN or Inf")):
+        out.unlink(missing_ok=True)
+        assert run_cli("merge", pattern, "--scheme", "uniform", "-o", out, *options) == 2
+        assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_merge_runs_as_one_process(checkpoints, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    path = checkpoints / "epoch_9.safetensors"
+    assert run_cli("merge", path, "--scheme", "last", "-o", tmp_path / "out") == 2
+    assert "twa merge runs as one process" in capsys.readouterr().err

@@ -184,6 +184,18 @@ def test_candidates_without_weight_are_not_read(tmp_path):
     assert FixedAverage(candidates, beta).nbytes == 2 * floats + others
 
 
+def test_the_last_candidate_has_a_say_without_weight(tmp_path):
+    """What is not averaged is its own, and must fit."""
+    states = [state(k, F32 if k < 2 else BF16) for k in range(3)]
+    beta = torch.tensor([0.5, 0.5, 0.0])
+    found = saved(tmp_path / "a", states).average(beta)
+    check(found, {key: exact(states, beta, key) for key in states[0]})
+    assert found["steps"].tolist() == [2, 7] and found["weight"].dtype == BF16
+    states[2]["turn"] = states[2]["turn"] * 2
+    with pytest.raises(CandidateError, match="'turn' is complex"):
+        saved(tmp_path / "b", states).average(beta)
+
+
 def test_n_averaged_of_a_wrapper_is_no_tensor_of_the_model(tmp_path):
     model = torch.nn.Linear(3, 2)
     wrapped = AveragedModel(model)

@@ -63,14 +63,8 @@ def run(args: argparse.Namespace) -> None:
     candidates = arguments.open_candidates(args)
     arguments.announce(candidates)
     beta = weights_of(args.scheme, candidates)
-    used = int(beta.count_nonzero())
-    write(
-        args,
-        candidates,
-        beta,
-        args.scheme,
-        f"the average of {used} of {len(candidates)} candidates",
-    )
+    what = f"the average of {int(beta.count_nonzero())} of {len(candidates)} candidates"
+    write(args, candidates, beta, args.scheme, what)
 
 
 def weights_of(scheme: str, candidates: Candidates) -> Tensor:

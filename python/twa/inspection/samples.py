@@ -114,9 +114,6 @@ def take_sample(candidates: Candidates, sample_bytes: int = SAMPLE_BYTES) -> Sam
         size = candidates.info[key].numel
         count = max(1, sample_bytes // 4 * size // (total * run))
         x = _runs(candidates, key, run, count)  # (n, columns)
-        if size > 1 << 20:  # a run of a large file may bring megabytes into memory
-            for c in candidates:
-                c.release()
         x[:, (x == -torch.inf).all(0)] = 0.0  # as in a mask, which stays
         # The sums tell, since float64 sums of narrower numbers do not overflow.
         for i in (~torch.isfinite(x.sum(1))).nonzero().flatten().tolist():
@@ -150,8 +147,12 @@ def _runs(candidates: Candidates, key: str, run: int, count: int) -> Tensor:
     size = candidates.info[key].numel
     starts = [0] if size <= run else torch.linspace(0, size - run, count).long().tolist()
     places = [(start, min(start + run, size)) for start in starts]
-    rows = [torch.cat([c.columns(key, *place) for place in places]) for c in candidates]
-    return torch.stack([row.double() for row in rows])
+    rows = []
+    for c in candidates:
+        rows.append(torch.cat([c.columns(key, *place) for place in places]).double())
+        if size > 1 << 20:  # a run of a large file may bring megabytes into memory
+            c.release()
+    return torch.stack(rows)
 
 
 def groups_of(linked: Tensor) -> list[list[int]]:

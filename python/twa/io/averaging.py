@@ -103,7 +103,7 @@ class FixedAverage:
     Floating-point tensors are summed in float64 and rounded to the dtype of the last candidate's
     file; a number that all have the same stays, such as -Inf in a mask. Integers, bools, and
     complex numbers, which must be the same in all, are those of the last candidate. Where one
-    candidate has all the weight, that one counts as the last. Candidates of weight 0 are not read.
+    candidate has all the weight, that one counts as the last. Others of weight 0 are not read.
 
     Args:
         candidates: the n candidates
@@ -115,7 +115,7 @@ class FixedAverage:
         weights: beta, (n,) float64
         used: those that have weight
         info: shape and dtype of each tensor of the average, by key
-        nbytes: how many are read of the files
+        nbytes: bytes of the files that are read for it
 
     Raises:
         CandidateError: the candidates differ in their tensors, in the extra state of modules or in
@@ -133,13 +133,14 @@ class FixedAverage:
         self.used = [candidates[i] for i in self._rows]
         self._last = self._rows[0] if len(self._rows) == 1 else len(candidates) - 1
         self._keeps_float32 = _relative_error(self.weights) < SAME_FLOAT32
-        _check_used(self.used)
         last, keys = candidates[self._last], [key for key in candidates.info if key != N_AVERAGED]
+        taken = self.used if last is self.used[-1] else [*self.used, last]
+        _check_taken(taken)
         self._floats = [key for key in keys if last.info[key].dtype.is_floating_point]
         self._copied = [key for key in keys if not last.info[key].dtype.is_floating_point]
         for key in self._copied:
             if last.info[key].dtype.is_complex:
-                check_complex(key, self.used)
+                check_complex(key, taken)
         self._extra = {key: t for key, t in last.extra.items() if isinstance(t, Tensor)}
         self.info = {key: last.info[key] for key in keys}
         if dtype is not None:
@@ -229,11 +230,11 @@ def _relative_error(weights: Tensor) -> float:
     return abs(float(weights.sum()) - 1.0) + rounding
 
 
-def _check_used(used: Sequence[Candidate]) -> None:
+def _check_taken(taken: Sequence[Candidate]) -> None:
     """CandidateError if an average of these candidates, whose tensors fit, would mean nothing."""
-    for k, candidate in enumerate(used):
-        if k == 0 or candidate.info != used[0].info:
+    for k, candidate in enumerate(taken):
+        if k == 0 or candidate.info != taken[0].info:
             check_not_quantised(candidate.info, candidate.path)
-    check_extra(used)
-    if len(used) > 1 and any(map(is_adapter, used)):
-        check_adapters(used)
+    check_extra(taken)
+    if len(taken) > 1 and any(map(is_adapter, taken)):
+        check_adapters(taken)

@@ -336,8 +336,8 @@ class Candidates(Sequence[Candidate]):
         Floating-point tensors are summed in float64 and rounded to the dtype of the last
         candidate's file; numbers that are the same in all stay, such as -Inf in a mask. Integers
         and bools, and complex tensors, which must be the same in all, are those of the last
-        candidate. Where one candidate has all the weight, all is that one's. Candidates of weight 0
-        are not read.
+        candidate. Where one candidate has all the weight, all is that one's. Others of weight 0 are
+        not read.
 
         BatchNorm's running statistics are averaged, too, which are not those of the averaged
         weights: `twa.update_bn` measures them.
