@@ -17,7 +17,7 @@ class TwaMethod:
         kind: "t": on training data; "v": on held-out data
         granularity: segments with their own coefficients, as in Subspace.from_candidates
         bits: of the packed candidates; 32: dense float32
-        basis: "deltas" or "orthonormal"
+        basis: "deltas", "differences" or "orthonormal"
         constraint: "none" or "simplex"
     """
 
@@ -73,7 +73,11 @@ class TwaMethod:
 
 
 #: what the options in a method's text mean
-OPTIONS = {"orthonormal": {"basis": "orthonormal"}, "simplex": {"constraint": "simplex"}}
+OPTIONS = {
+    "differences": {"basis": "differences"},
+    "orthonormal": {"basis": "orthonormal"},
+    "simplex": {"constraint": "simplex"},
+}
 
 DEFAULT_METHODS = (TwaMethod("t", "fine", 4), TwaMethod("v", "model", 4))
 

@@ -11,14 +11,16 @@ from torch import Tensor
 import twa_kernels as tk
 from twa_kernels.scaling import row_divisor
 
-from ..basis.dense import new_packer
+from ..basis.dense import AnyPacker, new_packer
 from ..basis.segments import Segments
-from ..coordinates import Coordinates, Deltas
+from ..coordinates import Coordinates, Deltas, Differences
 from ..distributed.sharding import Basis, Sharding
 from ..io.candidates import Block, not_finite
-from . import orthonormal
+from . import differences, orthonormal
 
 Progress = Callable[[str, int], None]
+#: packs a block of tensor k and writes its center: (packer, k, block, weights, center)
+Pack = Callable[[AnyPacker, int, Block, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -52,35 +54,45 @@ def build(
         sharding: the candidates, and which part of the basis this rank holds
         segments: of the trained tensors
         bits: of the basis
-        basis: what its rows are, "deltas" or "orthonormal"
+        basis: what its rows are, "deltas", "differences" or "orthonormal"
         normalize: "row" or "none", see `Subspace.from_candidates`
         weights: (n,), the merge weights of the center
         progress: called with (key of the tensor, bytes read)
     """
     if basis == "deltas":
-        return build_deltas(sharding, segments, bits, normalize, weights, progress)
+        n, options = len(sharding.candidates), (segments, bits, normalize, weights, progress)
+        made, divisor, center = _in_one_stream(sharding, n, sharding.pack, *options)
+        return Built(made, Deltas(weights, divisor), center)
+    if basis == "differences":
+        differences.check(sharding)
+        n, options = len(sharding.candidates), (segments, bits, normalize, weights, progress)
+        made, divisor, center = _in_one_stream(sharding, n - 1, differences.pack, *options)
+        return Built(made, Differences(weights, divisor), center)
     centers = _centers(sharding, weights, progress)
     made, rows = orthonormal.build(sharding, centers, segments, bits, normalize, weights)
     return Built(made, rows, sharding.local_center(centers))
 
 
-def build_deltas(
+def _in_one_stream(
     sharding: Sharding,
+    n: int,
+    pack: Pack,
     segments: Segments,
     bits: int,
     normalize: str,
     weights: Tensor,
     progress: Progress | None,
-) -> Built:
-    """The basis of the candidates' distances from the center.
+) -> tuple[Basis, Tensor, list[Tensor] | None]:
+    """The basis of n rows that can be made of some columns at a time, as can the center.
 
-    Each block of columns goes once through one kernel, which makes the center, too.
+    Returns:
+        this rank's part of the basis, the divisor of all rows (n, L), this rank's center
     """
     shapes = [shard.shape for shard in sharding.shards]
-    n, begins = len(sharding.candidates[sharding.rows]), None
+    rows, begins = sharding.local_rows(n), None
     if segments.chunk:
         begins = [sharding.begin(k, segments.chunk) for k in range(len(shapes))]
-    packer = new_packer(n, shapes, bits, segments, begins)
+    packer = new_packer(rows.stop - rows.start, shapes, bits, segments, begins)
     centers = [torch.empty(shape) for shape in shapes]
     for k, blocks in _tensors(sharding, progress):
         if blocks is None:
@@ -90,7 +102,7 @@ def build_deltas(
         for block in blocks:
             center = centers[k].view(-1)[block.begin : block.end]
             try:
-                sharding.pack(packer, k, block, weights, center)
+                pack(packer, k, block, weights, center)
             except tk.NotFiniteError as error:
                 raise _where(sharding, k) from error
         packer.end_tensor()
@@ -98,8 +110,8 @@ def build_deltas(
             packer.sum_sq.copy_(before)
     sharding.exchange(packer, centers)
     divisor = row_divisor(sharding.sum_sq(packer), normalize)
-    basis = packer.finish(normalize, divisor[sharding.rows])
-    return Built(basis, Deltas(weights, divisor), sharding.local_center(centers))
+    basis = packer.finish(normalize, divisor[rows])
+    return basis, divisor, sharding.local_center(centers)
 
 
 def _centers(sharding: Sharding, weights: Tensor, progress: Progress | None) -> list[Tensor]:
