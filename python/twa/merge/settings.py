@@ -56,7 +56,8 @@ class TwaMethod:
             if kind not in ("t", "v") or bits not in ("32", "8", "4", "3", "2", "1"):
                 raise TwaError("expected kind t or v, bits 32, 8, 4, 3, 2 or 1")
             if not set(options) <= {*OPTIONS, "deltas"}:
-                raise TwaError(f"expected option {' or '.join(OPTIONS)}")
+                *others, last = OPTIONS
+                raise TwaError(f"expected option {', '.join(others)} or {last}")
             chosen: dict[str, str] = {}
             for key, value in (pair for o in options for pair in OPTIONS.get(o, {}).items()):
                 if key in chosen:
