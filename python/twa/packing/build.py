@@ -59,15 +59,12 @@ def build(
         weights: (n,), the merge weights of the center
         progress: called with (key of the tensor, bytes read)
     """
+    n, options = len(sharding.candidates), (segments, bits, normalize, weights, progress)
     if basis == "deltas":
-        n, options = len(sharding.candidates), (segments, bits, normalize, weights, progress)
-        made, divisor, center = _in_one_stream(sharding, n, sharding.pack, *options)
-        return Built(made, Deltas(weights, divisor), center)
+        return _in_one_stream(sharding, n, sharding.pack, Deltas, *options)
     if basis == "differences":
         differences.check(sharding)
-        n, options = len(sharding.candidates), (segments, bits, normalize, weights, progress)
-        made, divisor, center = _in_one_stream(sharding, n - 1, differences.pack, *options)
-        return Built(made, Differences(weights, divisor), center)
+        return _in_one_stream(sharding, n - 1, differences.pack, Differences, *options)
     centers = _centers(sharding, weights, progress)
     made, rows = orthonormal.build(sharding, centers, segments, bits, normalize, weights)
     return Built(made, rows, sharding.local_center(centers))
@@ -77,16 +74,20 @@ def _in_one_stream(
     sharding: Sharding,
     n: int,
     pack: Pack,
+    kind: Callable[[Tensor, Tensor], Coordinates],
     segments: Segments,
     bits: int,
     normalize: str,
     weights: Tensor,
     progress: Progress | None,
-) -> tuple[Basis, Tensor, list[Tensor] | None]:
-    """The basis of n rows that can be made of some columns at a time, as can the center.
+) -> Built:
+    """A basis of n rows that are made of some columns at a time, as the center is.
 
-    Returns:
-        this rank's part of the basis, the divisor of all rows (n, L), this rank's center
+    Args:
+        sharding, segments, bits, normalize, weights, progress: as for `build`
+        n: rows of P
+        pack: makes codes and center of a block
+        kind: makes the coordinates of the center's weights and the divisor (n, L)
     """
     shapes = [shard.shape for shard in sharding.shards]
     rows, begins = sharding.local_rows(n), None
@@ -111,7 +112,7 @@ def _in_one_stream(
     sharding.exchange(packer, centers)
     divisor = row_divisor(sharding.sum_sq(packer), normalize)
     basis = packer.finish(normalize, divisor[rows])
-    return basis, divisor, sharding.local_center(centers)
+    return Built(basis, kind(weights, divisor), sharding.local_center(centers))
 
 
 def _centers(sharding: Sharding, weights: Tensor, progress: Progress | None) -> list[Tensor]:
