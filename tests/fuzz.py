@@ -270,7 +270,7 @@ def make_seeds():
         )
         shutil.rmtree("dcp")
     candidates = Candidates("heap")
-    for basis in ("deltas", "orthonormal"):
+    for basis in ("deltas", "differences", "orthonormal"):
         twa.Subspace.from_candidates(Model(), candidates, basis=basis).save(
             Path("basis"), basis=True
         )

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from twa.coordinates import CONSTRAINTS, Deltas, Orthonormal, constrained, trained_count
+from twa.coordinates import (
+    BASES,
+    CONSTRAINTS,
+    Deltas,
+    Differences,
+    Orthonormal,
+    constrained,
+    trained_count,
+)
 
 N, D, L = 4, 50, 2
 COLUMNS = (slice(0, 20), slice(20, D))  # of the segments
@@ -18,6 +26,10 @@ def rows_of(basis):
         divisor = torch.tensor([[1.0, 2.0], [3.0, 0.5], [1.5, 1.0], [2.0, 4.0]]).double()
         P = torch.cat([deltas[:, at] / divisor[:, l, None] for l, at in enumerate(COLUMNS)], 1)
         return w, weights, P, Deltas(weights, divisor)
+    if basis == "differences":
+        divisor = torch.tensor([[1.0, 2.0], [3.0, 0.5], [1.5, 1.0]]).double()
+        parts = [w[:, at].diff(dim=0) / divisor[:, l, None] for l, at in enumerate(COLUMNS)]
+        return w, weights, torch.cat(parts, 1), Differences(weights, divisor)
     rank, scale = N - 1, torch.tensor([2.0, 0.5]).double()  # deltas from a mean depend
     Q = [torch.linalg.qr(deltas[:rank, at].T)[0].T for at in COLUMNS]
     R = torch.stack([deltas[:, at] @ q.T for at, q in zip(COLUMNS, Q, strict=True)])  # (L, n, r)
@@ -27,7 +39,7 @@ def rows_of(basis):
     return w, weights, P, Orthonormal(weights, transform, R, scale, ((), ()))
 
 
-@pytest.fixture(params=[(b, c) for b in ("deltas", "orthonormal") for c in CONSTRAINTS], ids=str)
+@pytest.fixture(params=[(b, c) for b in BASES for c in CONSTRAINTS], ids=str)
 def case(request):
     basis, constraint = request.param
     w, weights, P, rows = rows_of(basis)
@@ -103,6 +115,38 @@ def test_pull_back_is_the_gradient(case):
     for l in range(L):
         at = slice(l, l + 1)
         torch.testing.assert_close(coordinates.pull_back(y, c[:, at], at), found[:, at])
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_pull_shares_is_the_transpose(basis):
+    """<x(s), c> = <s, pull(c)> for any shares, and some columns at a time."""
+    rows, g = rows_of(basis)[-1], torch.Generator().manual_seed(4)
+    s = torch.randn(N, L, generator=g, dtype=torch.float64)
+    c = torch.randn(rows.shape, generator=g, dtype=torch.float64)
+    pulled = rows.pull_shares(c, slice(None))
+    assert pulled.shape == s.shape
+    torch.testing.assert_close((rows.from_shares(s) * c).sum(0), (s * pulled).sum(0))
+    for l in range(L):
+        at = slice(l, l + 1)
+        torch.testing.assert_close(rows.pull_shares(c[:, at], at), pulled[:, at])
+
+
+def test_shares_of_differences():
+    """They sum to zero; a row that is zero has none, and gets no coefficient."""
+    _, weights, _, rows = rows_of("differences")
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(rows.shape, generator=g, dtype=torch.float64)
+    s = rows.shares(x)
+    torch.testing.assert_close(s.sum(0), torch.zeros(L).double())
+    torch.testing.assert_close(rows.from_shares(s), x)
+    divisor = rows.divisor.clone()
+    divisor[1, 0] = 0.0
+    rows = Differences(weights, divisor)
+    assert not rows.shares(torch.eye(N - 1, L).roll(1, 0))[:, 0].any()
+    assert rows.from_shares(s)[1, 0] == 0.0
+    two = Differences(torch.tensor([0.25, 0.75]).double(), torch.ones(1, 1).double())
+    y = two.from_merge_weights(torch.tensor([[0.4], [0.6]]).double())
+    torch.testing.assert_close(y, torch.tensor([[-0.15]]).double())
 
 
 def test_a_name_that_nobody_knows():

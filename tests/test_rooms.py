@@ -34,7 +34,7 @@ FLOORS = {
         "operands",
         "basis",
         "backends",
-        "registry",
+        "registry recorded",
         "ops",
         "packer",
         "orthonormalize tune",

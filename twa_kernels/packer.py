@@ -13,6 +13,7 @@ from .layout import MAX_ROWS, TILE, check_bits, num_tiles, segments_to_tiles, ti
 from .native import empty_for_streaming
 from .operands import as_list
 from .ops.pack import NotFiniteError
+from .recorded import regroup
 from .scaling import Scaling, lost_groups
 
 
@@ -153,8 +154,7 @@ class Packer:
             TypeError: a dtype is not one of those above.
             NotFiniteError: rows or center hold NaN or Inf; nothing was added.
         """
-        if self._next == len(self.shapes):
-            raise ValueError(f"Packer: all {len(self.shapes)} tensors were added already")
+        self._columns_left()
         k = self._next
         if self._filled:
             raise ValueError(
@@ -198,8 +198,7 @@ class Packer:
             TypeError: a dtype is not one of those above.
             NotFiniteError: rows or center hold NaN or Inf; nothing was added.
         """
-        if self._next == len(self.shapes):
-            raise ValueError(f"Packer: all {len(self.shapes)} tensors were added already")
+        self._columns_left()
         rows = list(rows.unbind(0)) if isinstance(rows, Tensor) else list(rows)
         numel, count = self.shapes[self._next].numel(), rows[0].numel() if rows else 0
         if begin != self._filled:
@@ -221,15 +220,66 @@ class Packer:
         self._pack(self._next, rows, center, begin, weights)
         self._filled += count
 
+    def add_recorded(
+        self, codes: Sequence[Tensor], scales: Sequence[Tensor], begin: int = 0
+    ) -> None:
+        """Takes rows that `record` has coded, as they are, for the next columns of the next tensor.
+
+        Columns come in parts as in `add_columns`, then `end_tensor`. Codes are regrouped tile by
+        tile at the speed of memory. Squared norms are those of the decoded rows, and have the same
+        bits whatever the parts.
+
+        Args:
+            codes: n tensors (tiles, 16 * bits) uint8, of these columns.
+            scales: n tensors (tiles,) bfloat16 of 4 significant bits.
+            begin: the first column, a multiple of 128.
+
+        Raises:
+            ValueError: sizes do not fit, columns are out of order, all tensors were added, a scale
+                is none that `record` makes, or errors are to be reported (`report`), which codes do
+                not tell. Nothing was added.
+            TypeError: a dtype is not one of those above.
+        """
+        if self.errors is not None:
+            raise ValueError("report: expected rows with their weights, found recorded ones")
+        if len(codes) != self.n or len(scales) != self.n:
+            raise ValueError(
+                f"codes, scales: expected {self.n} of each, one per row, "
+                f"found {len(codes)} and {len(scales)}"
+            )
+        tiles, left = len(codes[0]), self._columns_left()
+        count = min(tiles * TILE, left)
+        if begin != self._filled or tiles != num_tiles(count):
+            raise ValueError(
+                f"tensor {self._next}: expected at most {num_tiles(left)} tiles from column "
+                f"{self._filled} on, found {tiles} from {begin} on"
+            )
+        first = self._offsets[self._next] + begin // TILE
+        into, into_scales = self._room(first, tiles)
+        squares = regroup(codes, scales, count, into, into_scales)
+        segment = self.tile_segment[first : first + tiles].long()
+        total = self.sum_sq.cpu()  # where sums are made tile after tile
+        total.index_add_(1, segment.cpu(), squares.cpu())
+        self.sum_sq.copy_(total)
+        scales_of_rows = into_scales.T.float()
+        self.max_scale.scatter_reduce_(1, segment.expand(self.n, -1), scales_of_rows, "amax")
+        if self.sink is not None:
+            self.sink(first, into, into_scales)
+        self._filled += count
+
+    def _columns_left(self) -> int:
+        """Columns of the next tensor that are yet to be added; ValueError if there is none."""
+        if self._next == len(self.shapes):
+            raise ValueError(f"Packer: all {len(self.shapes)} tensors were added already")
+        return self.shapes[self._next].numel() - self._filled
+
     def end_tensor(self) -> None:
         """Completes the tensor that `add_columns` was filling.
 
         Raises:
             ValueError: columns are missing, or all tensors were added.
         """
-        if self._next == len(self.shapes):
-            raise ValueError(f"Packer: all {len(self.shapes)} tensors were added already")
-        if self._filled != self.shapes[self._next].numel():
+        if self._columns_left():
             raise ValueError(
                 f"tensor {self._next}: expected all {self.shapes[self._next].numel()} columns, "
                 f"found {self._filled}"
@@ -289,6 +339,21 @@ class Packer:
             mine.copy_(t)
         self._next, self._filled = tensor, column
 
+    def _room(self, first: int, tiles: int) -> tuple[Tensor, Tensor]:
+        """Where codes and scales of these tiles go."""
+        if self.sink is None:
+            at = slice(first, first + tiles)
+            return self.codes[at], self.scales[at]
+        # Made once: fresh memory costs more than packing into it.
+        if self._part is None or len(self._part[0]) < tiles:
+            device = self.tile_segment.device
+            self._part = (
+                empty_for_streaming((tiles, self.n, 16 * self.bits), device),
+                torch.empty(tiles, self.n, dtype=torch.bfloat16, device=device),
+            )
+        codes, scales = self._part
+        return codes[:tiles], scales[:tiles].zero_()
+
     def _pack(
         self,
         k: int,
@@ -299,18 +364,7 @@ class Packer:
     ) -> None:
         first, tiles = self._offsets[k] + begin // TILE, num_tiles(rows[0].numel())
         at = slice(first, first + tiles)
-        if self.sink is None:
-            codes, scales = self.codes[at], self.scales[at]
-        else:
-            # Made once: fresh memory costs more than packing into it.
-            if self._part is None or len(self._part[0]) < tiles:
-                device = self.tile_segment.device
-                self._part = (
-                    empty_for_streaming((tiles, self.n, 16 * self.bits), device),
-                    torch.empty(tiles, self.n, dtype=torch.bfloat16, device=device),
-                )
-            codes, scales = (t[:tiles] for t in self._part)
-            scales.zero_()
+        codes, scales = self._room(first, tiles)
         errors = None if self.errors is None else self.errors[k : k + 1]
         operands = (
             rows,

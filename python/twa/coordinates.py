@@ -4,10 +4,10 @@
           = center + sum_i s[i, l] (w_i - center)         s = shares(x)
           = sum_i beta[i, l] w_i                          beta = merge_weights(y)
 
-One object per subspace answers for all of them. `Deltas` and `Orthonormal` say what the rows of P
-are, and train the coefficients of the rows themselves: y = x. `Simplex` stands on either of them
-and trains merge weights that are positive and sum to 1. l is the segment; all arithmetic is
-float64.
+One object per subspace answers for all of them. `Deltas`, `Differences` and `Orthonormal` say what
+the rows of P are, and train the coefficients of the rows themselves: y = x. `Simplex` stands on any
+of them and trains merge weights that are positive and sum to 1. l is the segment; all arithmetic
+is float64.
 
 New rows are a class here, a name in `BASES`, and a builder in `twa.packing`. Another way to train
 the same rows, any map from y to x, is an `OnRows` in `ON_ROWS`.
@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-BASES = ("deltas", "orthonormal")
+BASES = ("deltas", "differences", "orthonormal")
 LEAST = 1e-3  # of 1 / n: the merge weight at which a simplex starts where it should be zero
 
 
@@ -106,14 +106,60 @@ class Deltas(Coordinates):
         self.divisor = divisor
 
     def shares(self, x: Tensor) -> Tensor:
-        known = self.divisor > 0
-        return torch.where(known, x.double().cpu() / torch.where(known, self.divisor, 1.0), 0.0)
+        return _divided(x.double().cpu(), self.divisor)
 
     def from_shares(self, s: Tensor) -> Tensor:
         return s * self.divisor.to(s.device)
 
     def pull_shares(self, c: Tensor, columns: slice) -> Tensor:
         return c.double() * self.divisor[:, columns].to(c.device)
+
+
+class Differences(Coordinates):
+    """P[r] = (w_(r+1) - w_r) / divisor[r, l]: a row for each candidate but the first.
+
+        theta = center + sum_r y[r, l] (w_(r+1) - w_r)        y = x / divisor
+        s_i   = y_(i-1) - y_i                                 y_(-1) = y_(n-1) = 0
+
+    Shares sum to zero. Of those that do not, the center takes the rest: with the tail sums
+    T_r(v) = sum_(i > r) v_i, y_r = T_r(s) - (sum_i s_i) T_r(center_weights).
+
+    Args:
+        center_weights: (n,) with sum 1
+        divisor: (n - 1, L) float64; 0 where a candidate is equal to the one before
+    """
+
+    basis = "differences"
+
+    def __init__(self, center_weights: Tensor, divisor: Tensor) -> None:
+        super().__init__(center_weights, (divisor.shape[0], divisor.shape[1]))
+        self.divisor = divisor
+        self.center_tails = _tails(center_weights[:, None])  # (n - 1, 1)
+
+    def shares(self, x: Tensor) -> Tensor:
+        y = _divided(x.double().cpu(), self.divisor)
+        return -torch.nn.functional.pad(y, (0, 0, 1, 1)).diff(dim=0)
+
+    def from_shares(self, s: Tensor) -> Tensor:
+        s = s.double()
+        y = _tails(s) - s.sum(0) * self.center_tails.to(s.device)
+        return y * self.divisor.to(s.device)
+
+    def pull_shares(self, c: Tensor, columns: slice) -> Tensor:
+        g = c.double() * self.divisor[:, columns].to(c.device)
+        before = torch.nn.functional.pad(g.cumsum(0), (0, 0, 1, 0))  # of s_i in the tails r < i
+        return before - (g * self.center_tails.to(c.device)).sum(0)
+
+
+def _divided(x: Tensor, divisor: Tensor) -> Tensor:
+    """x / divisor; 0 where the divisor is."""
+    known = divisor > 0
+    return torch.where(known, x / torch.where(known, divisor, 1.0), 0.0)
+
+
+def _tails(v: Tensor) -> Tensor:
+    """sum_(i > r) v[i] for each row r but the last: (n - 1, L) of v (n, L)."""
+    return v[1:].flip(0).cumsum(0).flip(0)
 
 
 class Orthonormal(Coordinates):

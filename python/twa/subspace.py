@@ -45,8 +45,8 @@ class Subspace:
     whenever one of its methods returns.
 
     Attributes:
-        coefficients: nn.Parameter, float32, (n, L), or of an orthonormal basis (rank, L): what is
-            trained. Every rank has all of them, the same bits
+        coefficients: nn.Parameter, float32, (n, L), of differences (n - 1, L), of an orthonormal
+            basis (rank, L): what is trained. Every rank has all of them, the same bits
         coordinates: how coefficients, rows of P and merge weights make each other
         basis: this rank's rows and columns of P
         center: this rank's part, float32; None on a rank that adds none
@@ -114,6 +114,10 @@ class Subspace:
                 set_merge_weights before training; see `conference_method`)
             normalize: "row": each candidate's delta has the same norm; "none"
             basis: what the rows of P are. "deltas": the candidates' distances from the center.
+                "differences": those of each candidate but the first from the one before it, coded
+                in a closed loop: each from what the rows before it decode to, so that errors of
+                quantisation do not add up (not with sharding "rows"). Of a recording they are its
+                own codes, and its own `bits` count.
                 "orthonormal": in each segment an orthonormal basis of their span, made by block
                 Gram-Schmidt (two more reads of the files); rows have the root mean square norm of
                 the deltas' (norm 1 for normalize="none"), candidates that depend on earlier ones
@@ -146,13 +150,15 @@ class Subspace:
                 candidates, key_map = given.candidates, given.key_map
             else:
                 candidates, key_map = match_model(model, candidates)
+            if candidates.recording is not None and basis == "differences" and bits != 32:
+                bits = candidates.recording.bits
             weights = averages.of_center(center, len(candidates))
             numels = key_map.numels(candidates.info)
             segments = segments_of(list(key_map.trained), numels, granularity)
             if segments.chunk and basis == "orthonormal":
                 raise TwaError(
                     "expected segments of whole tensors, found granularity"
-                    f" {segments.chunk}; use basis='deltas'",
+                    f" {segments.chunk}; use basis='deltas' or 'differences'",
                     "basis='orthonormal'",
                 )
             if ranks.world_size > 1:
@@ -447,5 +453,8 @@ def _check_options(bits: int, basis: str, constraint: str, normalize: str, cente
     ):
         if value not in known:
             raise TwaError(f"expected one of {known}, found {value!r}", name)
-    if constraint == "simplex" and isinstance(center, str) and center == "zero":
-        raise TwaError("expected a center other than 'zero'", "constraint='simplex'")
+    if not (isinstance(center, str) and center == "zero"):
+        return
+    for name, value in (("constraint", "simplex"), ("basis", "differences")):
+        if value in (constraint, basis):
+            raise TwaError("expected a center other than 'zero'", f"{name}={value!r}")

@@ -210,6 +210,9 @@ def test_equal_to_one_process(ranks, heap, aligned_heap, aligned_for_4, size, sh
 OPTIONS = [
     dict(bits=32, granularity="model"),
     dict(bits=2, granularity="block", normalize="none", center="last"),
+    dict(basis="differences", rule="SGD"),
+    dict(bits=2, basis="differences", granularity=128, center="last", rule="SGD"),
+    dict(bits=32, basis="differences", constraint="simplex", granularity="model"),
     dict(bits=8, basis="orthonormal"),
     dict(bits=32, basis="orthonormal", granularity="model"),
     dict(constraint="simplex", granularity="block", rule="SGD"),
@@ -231,6 +234,9 @@ def test_options_in_every_placement(ranks, heap, aligned_heap, sharding, options
     if sharding == "rows" and options.get("low_memory"):
         ranks.run(2, refuses_low_memory, heap, options)
         return
+    if sharding == "rows" and options.get("basis") == "differences":
+        ranks.run(2, refuses_differences, heap, options)
+        return
     results = ranks.run(2, train_with, heap, sharding, options)
     assert_same_run(results, train_with(None, heap, "single", options), 5e-6)
 
@@ -241,6 +247,11 @@ def train_with(group, heap, sharding, options):
 
 def refuses_low_memory(group, heap, options):
     with pytest.raises(ValueError, match="not with sharding='rows'"):
+        train_with(group, heap, "rows", options)
+
+
+def refuses_differences(group, heap, options):
+    with pytest.raises(twa.TwaError, match="use 'replicate' or 'columns', or basis='deltas'"):
         train_with(group, heap, "rows", options)
 
 
@@ -612,6 +623,61 @@ def test_a_packed_basis_on_disk(ranks, aligned_heap, heap, sharding, tmp_path):
             torch.testing.assert_close(
                 weights[key], expected[key], rtol=0, atol=1e-5 if sharding == "rows" else 0
             )
+
+
+def load_differences(group, heap, sharding, path):
+    """This rank's part of a basis of differences from its file, and the weights that it makes."""
+    model = new_model(sharding, group, heap[1])
+    s = twa.Subspace.load(path, model, sharding=sharding, group=group)
+    s.set_merge_weights(twa.averages.ema(6, 0.5))
+    return s.basis.n, s.coordinates.divisor, whole(model)
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_differences_on_disk(ranks, aligned_heap, sharding, tmp_path):
+    """Rows of them are cut as any others, though ranks cannot make them like that."""
+    candidates = twa.Candidates(f"{aligned_heap[0]}/c*.safetensors")
+    model = Net(*aligned_heap[1])
+    subspace = twa.Subspace.from_candidates(model, candidates, basis="differences")
+    subspace.save(tmp_path, basis=True)
+    subspace.set_merge_weights(twa.averages.ema(6, 0.5))
+    found = ranks.run(2, load_differences, aligned_heap, sharding, tmp_path / "basis.safetensors")
+    assert [n for n, _, _ in found] == ([2, 3] if sharding == "rows" else [5, 5])
+    for _, divisor, weights in found:
+        assert torch.equal(divisor, subspace.coordinates.divisor)
+        for key, t in whole(model).items():
+            torch.testing.assert_close(weights[key], t, rtol=0, atol=1e-5)
+
+
+def few_rows(group, heap, path):
+    with pytest.raises(twa.TwaError, match="the basis has 1 rows, fewer than there are ranks"):
+        twa.Subspace.load(path, Net(*heap[1]), sharding="rows", group=group)
+
+
+def test_fewer_rows_on_disk_than_ranks(ranks, heap, tmp_path):
+    candidates = twa.Candidates([heap[0] / "c0.safetensors", heap[0] / "c1.safetensors"])
+    subspace = twa.Subspace.from_candidates(Net(*heap[1]), candidates, basis="differences")
+    subspace.save(tmp_path, basis=True)
+    ranks.run(2, few_rows, heap, tmp_path / "basis.safetensors")
+
+
+def packed_differences(group, heap):
+    """What this rank holds of a basis of differences that ranks have packed together."""
+    s = twa.Subspace.from_candidates(
+        Net(*heap[1]),
+        twa.Candidates(f"{heap[0]}/c*.safetensors"),
+        basis="differences",
+        sharding="single" if group is None else "replicate",
+        group=group,
+    )
+    scales = s.basis.scales.view(torch.uint8)
+    return [s.basis.codes, scales, s.basis.row_scale, s.basis.divisor, *s.center]
+
+
+def test_replicas_of_differences_have_the_bits_of_one_process(ranks, heap):
+    expected = packed_differences(None, heap)
+    for found in ranks.run(2, packed_differences, heap):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def refused_shards(group, heap, path):

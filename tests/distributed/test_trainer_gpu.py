@@ -105,6 +105,7 @@ MOMENTUM = {"cls": torch.optim.SGD, "lr": 0.1, "momentum": 0.9}
         {"basis": {"bits": 32}},
         {"basis": {"bits": 2, "granularity": "model"}},
         {"basis": {"constraint": "simplex"}},
+        {"basis": {"basis": "differences"}},
         {"basis": {"basis": "orthonormal"}},
         {"rule": MOMENTUM},
     ],

@@ -254,6 +254,30 @@ def test_alone_interrupted_and_continued(job, alone, tmp_path, capsys, monkeypat
     assert ours == theirs
 
 
+def test_differences_interrupted_and_continued(job, tmp_path, monkeypatch):
+    """The basis is made anew, with the same bits."""
+    whole, out, steps = tmp_path / "whole", tmp_path / "out", 0
+    original = twa.SubspaceOptimizer.step
+
+    def step(self, *args):
+        nonlocal steps
+        steps += 1
+        if steps == STEPS // 2:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    def run(folder):
+        given = arguments(job, folder, "--resume")
+        return cli.main([a + ":differences" if a.endswith(":4") else a for a in given])
+
+    assert run(whole) == 0
+    monkeypatch.setattr(twa.SubspaceOptimizer, "step", step)
+    assert run(out) == 130
+    assert run(out) == 0
+    assert result(out) == result(whole)
+    assert json.loads((out / "coefficients.json").read_text())["basis"] == "differences"
+
+
 IN_SIXES = ["--batches-per-step", "6", "--resume"]
 
 

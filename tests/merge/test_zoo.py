@@ -118,6 +118,7 @@ def test_512_candidates_with_few_file_descriptors(tmp_path, bits, suffix):
     [
         {},
         {"constraint": "simplex"},
+        {"basis": "differences"},
         {"basis": "orthonormal"},
         {"normalize": "none"},
         {"center": "last"},

@@ -302,7 +302,7 @@ def test_twa_average_takes_the_basis():
         and TwaMethod.parse("t:1024:2").granularity == 1024
     )
     for text, expected in {
-        "t:tensor:4:pca": "expected KIND.*option orthonormal or simplex",
+        "t:tensor:4:pca": "expected KIND.*option differences, orthonormal or simplex",
         "t:100:4": "model, block, tensor, fine, or a number of weights",
         "x:tensor:4": "kind t or v",
         "t": "kind t or v",

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from twa.basis import file as basis_file
 from twa.basis.file import read_basis
+from twa.coordinates import BASES
 from twa.distributed.weights import load_merge
 from twa.io.candidates import Candidates
 from twa.io.errors import BasisError, CandidateError
@@ -85,7 +86,7 @@ def equal(a, b):
     assert torch.equal(a.coordinates.center_weights, b.coordinates.center_weights) and torch.equal(
         a.coefficients, b.coefficients
     )
-    if a.coordinates.basis == "deltas":
+    if a.coordinates.basis != "orthonormal":
         assert torch.equal(a.coordinates.rows.divisor, b.coordinates.rows.divisor)
     assert all(torch.equal(x, y) for x, y in zip(a.center, b.center, strict=True))
     mine, theirs = a.model.state_dict(), b.model.state_dict()
@@ -113,7 +114,7 @@ def test_a_file_has_the_bits_of_memory(candidates, tmp_path, bits, options):
     equal(expected, twa.Subspace.load(tmp_path / "b.safetensors", Model()))
 
 
-@pytest.mark.parametrize("basis", ["deltas", "orthonormal"])
+@pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("constraint", ["none", "simplex"])
 def test_a_subspace_and_its_coefficients(candidates, tmp_path, basis, constraint):
     """A constraint comes back with the file, on every basis, and so does a step under it."""
@@ -369,6 +370,34 @@ def test_damaged_metadata(packed, change, message):
     write(packed, header, change if isinstance(change, str) else metadata | change, data)
     with pytest.raises(BasisError, match=message):
         read_basis(packed)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"basis": "deltas"}, "rows: expected one per candidate or difference"),
+        ({"rows": 5}, "rows: expected one per candidate or difference"),
+        ({"rows": 3}, "rows: expected one per candidate or difference"),
+        ({"rows": 4.0}, "rows: expected one per candidate or difference"),
+        ({"rows": 0, "candidates": [["a", "b"]]}, "rows: expected one per candidate or diff"),
+        ({"rows": 1, "candidates": [["a", "b"]]}, "rows: expected one per candidate or diff"),
+        ({"rows": 5, "candidates": [["a", "b"]] * 6}, "tensor 'codes': expected"),
+        ({"basis": "orthonormal"}, "dropped: expected candidates and distances"),
+        ({"dropped": [[]] * 5}, "dropped: expected candidates and distances"),
+        ({"constraint": "simplex"}, "tensor 'coefficients': expected"),
+        ({"chunk": 128}, "chunk: expected 0, or a multiple of 128 that makes"),
+        ({"basis": "sums"}, r"basis: expected one of \('deltas', 'differences', 'orthonormal'\)"),
+    ],
+)
+def test_damaged_metadata_of_differences(candidates, tmp_path, change, message):
+    twa.Subspace.from_candidates(Model(), candidates, basis="differences").save(
+        tmp_path, basis=True
+    )
+    path = tmp_path / basis_file.NAME
+    header, metadata, data = parts(path)
+    write(path, header, metadata | change, data)
+    with pytest.raises(BasisError, match=message):
+        read_basis(path)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,8 @@ class Contents:
         bits: of the codes
         basis: what the rows of P are, see `Coordinates`
         normalize: see `Subspace.from_candidates`
-        rows: of the basis: the candidates, or the rank of an orthonormal one
+        rows: of the basis: the candidates, all but one for differences, or the rank of an
+            orthonormal one
         candidates: path and fingerprint of each source, in order
         kind: format of the sources
         info: key in the sources -> [shape, dtype as safetensors names it]
@@ -111,7 +112,7 @@ class Contents:
             "center": TensorInfo((sum(self.numels),), torch.float32),
             "scales": TensorInfo((tiles, rows), torch.float8_e4m3fn),
             "row_scale": TensorInfo((rows, L), torch.float32),
-            "divisor": TensorInfo((n if self.basis == "deltas" else rows, L), torch.float64),
+            "divisor": TensorInfo((rows, L), torch.float64),
             "center_weights": TensorInfo((n,), torch.float64),
             "coefficients": TensorInfo((trained, L), torch.float32),
         }
@@ -125,6 +126,11 @@ class Contents:
             shape, dtype = self.info[key]
             found[f"state.{key}"] = TensorInfo(tuple(shape), unrounded(SAFETENSORS_DTYPES[dtype]))
         return found
+
+
+def rows_of(basis: str, n: int) -> int:
+    """Rows of a basis of n candidates; of an orthonormal one at most."""
+    return n - 1 if basis == "differences" else n
 
 
 def unrounded(dtype: torch.dtype) -> torch.dtype:
@@ -172,8 +178,8 @@ def _check_candidates(c: Contents) -> None:
     n = len(c.candidates)
     _want(1 <= n <= MAX_ROWS, "candidates", f"1 to {MAX_ROWS}", n)
     good = type(c.rows) is int and 1 <= c.rows <= n
-    good = good and (c.basis == "orthonormal" or c.rows == n)
-    _want(good, "rows", "one per candidate, or the rank", c.rows)
+    good = good and (c.basis == "orthonormal" or c.rows == rows_of(c.basis, n))
+    _want(good, "rows", "one per candidate or difference, or the rank", c.rows)
 
 
 def _check_tensors(c: Contents) -> None:
@@ -303,4 +309,4 @@ def _is_distance(pair: object, n: int) -> bool:
 def _counts_up(c: Contents) -> bool:
     """Whether segments are those that `chunk` makes, tensor after tensor."""
     ends = list(itertools.accumulate((-(-numel // c.chunk) for numel in c.numels), initial=0))
-    return c.basis == "deltas" and [*c.segments, len(c.labels)] == ends
+    return c.basis != "orthonormal" and [*c.segments, len(c.labels)] == ends

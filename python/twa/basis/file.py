@@ -22,7 +22,7 @@ from torch import Tensor
 import twa_kernels as tk
 from twa_kernels.layout import segments_to_tiles
 
-from ..coordinates import Coordinates, Deltas, Orthonormal, constrained
+from ..coordinates import Coordinates, Deltas, Differences, Orthonormal, constrained
 from ..io.atomic import lock, sync_folder
 from ..io.candidates import BLOCK_BYTES
 from ..io.checks import first_line, parse_json
@@ -189,6 +189,8 @@ class Loaded:
         c, weights = self.contents, self.read("center_weights").clone()
         if c.basis == "deltas":
             return constrained(Deltas(weights, self.read("divisor").clone()), c.constraint)
+        if c.basis == "differences":
+            return constrained(Differences(weights, self.read("divisor").clone()), c.constraint)
         transform, R, scale = (self.read(name).clone() for name in ("transform", "R", "scale"))
         dropped = tuple(tuple((int(i), d) for i, d in pairs) for pairs in c.dropped)
         return constrained(Orthonormal(weights, transform, R, scale, dropped), c.constraint)
@@ -223,6 +225,12 @@ def read_basis(path: Path) -> Loaded:
             raise BasisError(f"tensor {name!r}: expected {info}, found {tensors[name].info}", path)
     for name in expected:
         _check_values(path, name, tensors[name])
+    total = float(tensors["center_weights"].read().sum())
+    if contents.basis == "differences" and abs(total - 1) > 2e-6:
+        raise BasisError(
+            f"tensor 'center_weights': expected numbers that sum to 1, found a sum of {total:.7g}",
+            path,
+        )
     return Loaded(path, contents, tensors)
 
 

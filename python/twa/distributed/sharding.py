@@ -18,7 +18,7 @@ Projection is linear, so a rank may project its own gradient before anything is 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -257,17 +257,21 @@ class Sharding:
             yield wanted[block.index], replace(block, rows=readable(block.rows))
 
     def packed_tensors(
-        self, rows: slice | None = None
+        self, rows: slice | None = None, but: Collection[int] = ()
     ) -> Iterator[tuple[int, Iterator[Block] | None]]:
         """Each tensor with its blocks, to be read in order; None if another rank packs it.
 
         Args:
             rows: other candidates than this rank's
+            but: numbers of tensors that are not read: they have no blocks
         """
-        mine = [k for k in range(len(self.keys)) if self.is_packer(k)]
+        mine = [k for k in range(len(self.keys)) if self.is_packer(k) and k not in but]
         groups = itertools.groupby(self.stream(mine, rows), key=lambda k_block: k_block[0])
         for k in range(len(self.keys)):
-            yield k, (block for _, block in next(groups)[1]) if self.is_packer(k) else None
+            if not self.is_packer(k):
+                yield k, None
+            else:
+                yield k, iter(()) if k in but else (block for _, block in next(groups)[1])
 
     @property
     def block_columns(self) -> int:

@@ -201,7 +201,9 @@ class Merge:
             best = best_fixed(self.results)
             start, start_name = best.beta, best.title
             assert start is not None  # as it is a fixed average
+        method, own = self._method_for_recording(method)
         method, why = self._method_for_shards(method)
+        why = own + why
         subspace = self._subspace(method, start)
         if prepare:
             prepare(subspace)
@@ -250,6 +252,15 @@ class Merge:
             beta=trainer.subspace.merge_weights(),
             coefficients=trainer.subspace.coefficients_json(),
         )
+
+    def _method_for_recording(self, method: TwaMethod) -> tuple[TwaMethod, str]:
+        """The method as a recording has it, whose rows are differences of so many bits."""
+        recording = self.candidates.recording
+        if recording is None or method.bits == 32 or method.basis != "deltas":
+            return method, ""
+        if self.sharding.name == "rows":
+            return method, ""
+        return replace(method, basis="differences", bits=recording.bits), "; its own rows"
 
     def _method_for_shards(self, method: TwaMethod) -> tuple[TwaMethod, str]:
         """The method as shards can have it, and a note where that is another.

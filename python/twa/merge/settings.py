@@ -17,7 +17,7 @@ class TwaMethod:
         kind: "t": on training data; "v": on held-out data
         granularity: segments with their own coefficients, as in Subspace.from_candidates
         bits: of the packed candidates; 32: dense float32
-        basis: "deltas" or "orthonormal"
+        basis: "deltas", "differences" or "orthonormal"
         constraint: "none" or "simplex"
     """
 
@@ -56,7 +56,8 @@ class TwaMethod:
             if kind not in ("t", "v") or bits not in ("32", "8", "4", "3", "2", "1"):
                 raise TwaError("expected kind t or v, bits 32, 8, 4, 3, 2 or 1")
             if not set(options) <= {*OPTIONS, "deltas"}:
-                raise TwaError(f"expected option {' or '.join(OPTIONS)}")
+                *others, last = OPTIONS
+                raise TwaError(f"expected option {', '.join(others)} or {last}")
             chosen: dict[str, str] = {}
             for key, value in (pair for o in options for pair in OPTIONS.get(o, {}).items()):
                 if key in chosen:
@@ -73,7 +74,11 @@ class TwaMethod:
 
 
 #: what the options in a method's text mean
-OPTIONS = {"orthonormal": {"basis": "orthonormal"}, "simplex": {"constraint": "simplex"}}
+OPTIONS = {
+    "differences": {"basis": "differences"},
+    "orthonormal": {"basis": "orthonormal"},
+    "simplex": {"constraint": "simplex"},
+}
 
 DEFAULT_METHODS = (TwaMethod("t", "fine", 4), TwaMethod("v", "model", 4))
 

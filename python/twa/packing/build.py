@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,15 +11,17 @@ from torch import Tensor
 import twa_kernels as tk
 from twa_kernels.scaling import row_divisor
 
-from ..basis.dense import new_packer
+from ..basis.dense import AnyPacker, new_packer
 from ..basis.segments import Segments
-from ..coordinates import Coordinates, Deltas
+from ..coordinates import Coordinates, Deltas, Differences
 from ..distributed.sharding import Basis, Sharding
 from ..io.averaging import not_finite
 from ..io.candidates import Block
-from . import orthonormal
+from . import differences, orthonormal
 
 Progress = Callable[[str, int], None]
+#: packs a block of tensor k and writes its center: (packer, k, block, weights, center)
+Pack = Callable[[AnyPacker, int, Block, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -53,45 +55,59 @@ def build(
         sharding: the candidates, and which part of the basis this rank holds
         segments: of the trained tensors
         bits: of the basis
-        basis: what its rows are, "deltas" or "orthonormal"
+        basis: what its rows are, "deltas", "differences" or "orthonormal"
         normalize: "row" or "none", see `Subspace.from_candidates`
         weights: (n,), the merge weights of the center
         progress: called with (key of the tensor, bytes read)
     """
+    n, options = len(sharding.candidates), (segments, bits, normalize, weights, progress)
     if basis == "deltas":
-        return build_deltas(sharding, segments, bits, normalize, weights, progress)
+        return _in_one_stream(sharding, n, sharding.pack, Deltas, *options)
+    if basis == "differences":
+        differences.check(sharding)
+        return _in_one_stream(sharding, n - 1, differences.pack, Differences, *options)
     centers = _centers(sharding, weights, progress)
     made, rows = orthonormal.build(sharding, centers, segments, bits, normalize, weights)
     return Built(made, rows, sharding.local_center(centers))
 
 
-def build_deltas(
+def _in_one_stream(
     sharding: Sharding,
+    n: int,
+    pack: Pack,
+    kind: Callable[[Tensor, Tensor], Coordinates],
     segments: Segments,
     bits: int,
     normalize: str,
     weights: Tensor,
     progress: Progress | None,
 ) -> Built:
-    """The basis of the candidates' distances from the center.
+    """A basis of n rows that are made of some columns at a time, as the center is.
 
-    Each block of columns goes once through one kernel, which makes the center, too.
+    Args:
+        sharding, segments, bits, normalize, weights, progress: as for `build`
+        n: rows of P
+        pack: makes codes and center of a block
+        kind: makes the coordinates of the center's weights and the divisor (n, L)
     """
     shapes = [shard.shape for shard in sharding.shards]
-    n, begins = len(sharding.candidates[sharding.rows]), None
+    rows, begins = sharding.local_rows(n), None
     if segments.chunk:
         begins = [sharding.begin(k, segments.chunk) for k in range(len(shapes))]
-    packer = new_packer(n, shapes, bits, segments, begins)
+    packer = new_packer(rows.stop - rows.start, shapes, bits, segments, begins)
     centers = [torch.empty(shape) for shape in shapes]
-    for k, blocks in _tensors(sharding, progress):
+    recorded = differences.recorded(sharding, bits) if kind is Differences else {}
+    for k, blocks in _tensors(sharding, progress, recorded.keys()):
         if blocks is None:
             packer.skip()
             continue
         before = packer.sum_sq.clone()
+        if k in recorded and isinstance(packer, tk.Packer):
+            differences.take(packer, sharding, k, recorded[k], weights, centers[k], progress)
         for block in blocks:
             center = centers[k].view(-1)[block.begin : block.end]
             try:
-                sharding.pack(packer, k, block, weights, center)
+                pack(packer, k, block, weights, center)
             except tk.NotFiniteError as error:
                 raise _where(sharding, k) from error
         packer.end_tensor()
@@ -99,8 +115,8 @@ def build_deltas(
             packer.sum_sq.copy_(before)
     sharding.exchange(packer, centers)
     divisor = row_divisor(sharding.sum_sq(packer), normalize)
-    basis = packer.finish(normalize, divisor[sharding.rows])
-    return Built(basis, Deltas(weights, divisor), sharding.local_center(centers))
+    basis = packer.finish(normalize, divisor[rows])
+    return Built(basis, kind(weights, divisor), sharding.local_center(centers))
 
 
 def _centers(sharding: Sharding, weights: Tensor, progress: Progress | None) -> list[Tensor]:
@@ -117,9 +133,9 @@ def _centers(sharding: Sharding, weights: Tensor, progress: Progress | None) -> 
 
 
 def _tensors(
-    sharding: Sharding, progress: Progress | None
+    sharding: Sharding, progress: Progress | None, but: Collection[int] = ()
 ) -> Iterator[tuple[int, Iterator[Block] | None]]:
-    """`packed_tensors`, with progress as its blocks are read."""
+    """`packed_tensors`, with progress as its blocks are read; no blocks of tensors in `but`."""
 
     def counted(k: int, blocks: Iterator[Block]) -> Iterator[Block]:
         for block in blocks:
@@ -127,7 +143,7 @@ def _tensors(
             if progress:
                 progress(sharding.keys[k], sum(r.nbytes for r in block.rows))
 
-    for k, blocks in sharding.packed_tensors():
+    for k, blocks in sharding.packed_tensors(but=but):
         yield k, None if blocks is None else counted(k, blocks)
 
 

@@ -82,6 +82,11 @@ def part_of(loaded: Loaded, sharding: Sharding) -> tuple[Basis, list[Tensor] | N
     """
     basis, center = loaded.basis(), loaded.center()
     rows = sharding.local_rows(basis.n)
+    if sharding.name == "rows" and basis.n < sharding.ranks.world_size:
+        raise BasisError(
+            f"sharding 'rows': the basis has {basis.n} rows, fewer than there are ranks; use"
+            " 'replicate' or 'columns'"
+        )
     if rows != slice(0, basis.n):
         basis = replace(
             basis,
