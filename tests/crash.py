@@ -19,7 +19,7 @@ SHIM = Path(__file__).with_name("crash.c").read_text()
 OFF, PASS, KILL, TEAR, INTERRUPT, STOP, FULL, READ_ONLY = range(8)
 
 SERVER = """
-    import ctypes, gc, json, os, resource, signal, sys, time, traceback
+    import ctypes, gc, json, os, resource, signal, sys, time, traceback, uuid, warnings
     import torch
     import torch._dynamo  # which optimizers import
     import torch.distributed.checkpoint as dcp
@@ -53,8 +53,53 @@ SERVER = """
             return 0
         return save
 
+    def record(folder, steps, back=None, room=None, **options):
+        # Snapshots of these steps; after the last one rewind(back), and as many of another run. At
+        # step `room` there is room on the disk again.
+        def net(seed, step):  # after so many steps, of which those above `back` depend on the seed
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(torch.nn.Linear(9, 40), torch.nn.BatchNorm1d(40))
+            for k in range(1, step + 1):
+                g = torch.Generator().manual_seed(k + 1000 * seed * (back is not None and k > back))
+                for t in (*model.parameters(), model[1].running_mean):
+                    t.data += 0.1 * torch.randn(t.shape, generator=g)
+            return model
+
+        def take(recorder, seed, last):
+            for k in range(recorder.count + 1, last + 1):
+                if k == room:
+                    shim.strike_at(b"", 0, ctypes.c_long(0), -1)
+                recorder.model.load_state_dict(net(seed, k).state_dict())
+                recorder.count = k
+                taken = recorder.record()
+                print("step", k, taken, flush=True)
+                if not taken or room:
+                    recorder.state_dict()  # waits; what failed is tried again
+
+        def work():
+            uuid.uuid4 = lambda: uuid.UUID(int=1)  # the name of the run
+            warnings.simplefilter("always", twa.io.errors.CandidateWarning)
+            try:
+                recorder = twa.Recorder(
+                    net(0, 0), every=1, path=folder, bits=8, resume=True, **options
+                )
+                if back is not None and recorder.count > back:
+                    recorder.rewind(back)
+                take(recorder, 0, steps)
+                if back is not None:
+                    recorder.rewind(back)
+                    take(recorder, 1, steps)
+                recorder.close()
+            except OSError as error:
+                print("failed:", error)
+                return 2
+            return 0
+        return work
+
     def run(request):
         work = lambda: cli.main(request["argv"])
+        if "record" in request:
+            work = record(**request["record"])
         if "export" in request:
             work = export(*request["export"])
         if request.get("no_check"):
@@ -153,8 +198,9 @@ def start(folder):
 
 
 class Server:
-    """server(argv=...) runs `twa ARGV`, server(export=(folder, candidates, task)) Subspace.save;
-    returns (exit status, negative for a signal; output).
+    """server(argv=...) runs `twa ARGV`, server(export=(folder, candidates, task)) Subspace.save,
+    server(record={"folder": ..., "steps": ...}) a twa.Recorder; returns (exit status, negative for
+    a signal; output).
 
     below, mode, point   strike at this call below this folder
     signal_after         (signal, seconds): sent from outside
