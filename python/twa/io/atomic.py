@@ -49,6 +49,12 @@ def lock(file: BinaryIO) -> bool:
     return True
 
 
+def unlock(file: BinaryIO) -> None:
+    """Ends `lock`, also for processes that were forked meanwhile and have the file open."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_UN)
+
+
 def temporary_of(path: Path) -> Path:
     """Where this process writes what will be put at `path`.
 

@@ -44,7 +44,10 @@ class Recorded(Candidate):
         self.path, self.entry, self.kind = path, None, "recording"
         self.recording, self.number = recording, number
         self.ignore, self.metadata, self.extra = tuple(ignore), {}, {}
-        self._hold(self._wanted(tensors))
+        wanted = self._wanted(tensors)
+        if not wanted:
+            raise CandidateError(f"expected tensors, found all ignored by {self.ignore}", path)
+        self._hold(wanted)
         self.files = tuple(file.path for file in self._maps)
 
     @property

@@ -353,7 +353,9 @@ def metadata_of(contents: Contents, number: int, step: int, anchor: bool) -> dic
 def is_recording(folder: Path) -> bool:
     """Whether a directory is a recording: many checkpoints in one."""
     return any(
-        next(folder.glob(f"{rank}anchor_*.safetensors"), None) for rank in ("", "rank_*_of_*/")
+        ANCHORS.fullmatch(p.name)
+        for rank in ("", "rank_*_of_*/")
+        for p in folder.glob(f"{rank}anchor_*.safetensors")
     )
 
 
@@ -361,6 +363,16 @@ def folders_of(folder: Path) -> list[Path]:
     """The directories that hold the files of a recording: itself, or one for each rank."""
     found = [p for p in folder.iterdir() if RANKS.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name.split("_")[1])) or [folder]
+
+
+def others_in(folder: Path, ranks: int) -> str:
+    """What a directory has of a recording of another number of ranks: a file's name, or ""."""
+    for path in folder.glob("rank_*_of_*/anchor_*.safetensors"):
+        match = RANKS.fullmatch(path.parent.name)
+        if match and int(match[2]) != ranks:
+            return f"{path.parent.name}/{path.name}"
+    found = [p.name for p in folder.glob("anchor_*.safetensors") if ANCHORS.fullmatch(p.name)]
+    return found[0] if found and ranks > 1 else ""
 
 
 def is_snapshot(path: Path) -> bool:

@@ -25,6 +25,25 @@ Weights = Callable[[str, nn.Parameter], Tensor]
 
 
 @dataclass(frozen=True)
+class Copied:
+    """A part of a tensor that one rank records, and others have, too.
+
+    Attributes:
+        name: of the tensor in the model
+        dtype: of it
+        begin: where the part begins in the tensor
+        sizes: of the part
+        owner: the rank that records it
+    """
+
+    name: str
+    dtype: torch.dtype
+    begin: tuple[int, ...]
+    sizes: tuple[int, ...]
+    owner: int
+
+
+@dataclass(frozen=True)
 class Watched:
     """The tensors of a model that are recorded.
 
@@ -33,12 +52,14 @@ class Watched:
         ranks: that share it
         contents: of the recording; `trained` are this rank's parts
         trained: names of all recorded parameters, on whichever rank
+        copied: what an average has to be sent to other ranks for
     """
 
     model: nn.Module
     ranks: Ranks
     contents: Contents
     trained: frozenset[str]
+    copied: tuple[Copied, ...]
 
     @classmethod
     def of(cls, model: nn.Module, bits: int, ranks: Ranks) -> Watched:
@@ -81,12 +102,8 @@ class Watched:
             },
             (ranks.rank, ranks.world_size) if is_sharded(model) else (0, 1),
         )
-        return cls(model, ranks, contents, frozenset(trained))
-
-    @property
-    def is_replicated(self) -> bool:
-        """Whether the first of several ranks records for all."""
-        return self.ranks.world_size > 1 and self.contents.rank[1] == 1
+        copied = _copied({n: tensors[n] for n in (*trained, *kept)}, ranks)
+        return cls(model, ranks, contents, frozenset(trained), copied)
 
     @property
     def records(self) -> bool:
@@ -133,7 +150,8 @@ def _check(name: str, t: Tensor) -> None:
         raise TwaError(f"{name!r} has no shape yet: run a batch through the model first")
     known = t.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     if not known or local(t).layout != torch.strided:
-        raise TwaError(f"{name!r}: expected a dense floating-point parameter, found {t.dtype}")
+        found = f"{t.dtype}, {local(t).layout}"
+        raise TwaError(f"{name!r}: expected a dense floating-point parameter, found {found}")
 
 
 def _is_known(t: Tensor) -> bool:
@@ -146,15 +164,44 @@ def _entries(tensors: dict[str, Tensor], keys: dict[str, str], ranks: Ranks) -> 
     """This rank's part of each of these tensors; those that another rank records are left out."""
     found = []
     for name, t in tensors.items():
-        if ranks.world_size == 1:
-            shard = Shard(t.shape, None, 1.0, True)
-        else:
-            shard = shard_of(name, t, ranks)
+        shard = _shard(name, t, ranks)
         if shard.counts:
-            begin = tuple(s.start for s in shard.part) if shard.part else (0,) * t.dim()
-            shape, sizes = tuple(t.shape), tuple(shard.shape)
-            found.append(Entry(keys[name], name, t.dtype, shape, begin, sizes))
+            begin, sizes = _place(shard)
+            found.append(Entry(keys[name], name, t.dtype, tuple(t.shape), begin, sizes))
     return found
+
+
+def _shard(name: str, t: Tensor, ranks: Ranks) -> Shard:
+    """What this rank holds of a tensor."""
+    return Shard(t.shape, None, 1.0, True) if ranks.world_size == 1 else shard_of(name, t, ranks)
+
+
+def _place(shard: Shard) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where a shard begins in its tensor, and its sizes."""
+    sizes = tuple(shard.shape)
+    return (tuple(s.start for s in shard.part) if shard.part else (0,) * len(sizes)), sizes
+
+
+def part_of(name: str, t: Tensor, ranks: Ranks) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where this rank's part of a tensor begins in it, and the part's sizes."""
+    return _place(_shard(name, t, ranks))
+
+
+def _copied(tensors: dict[str, Tensor], ranks: Ranks) -> tuple[Copied, ...]:
+    """Parts of these tensors that a rank has, and another records. Ranks call it together."""
+    if ranks.world_size == 1:
+        return ()
+    shards = {name: _shard(name, t, ranks) for name, t in tensors.items()}
+    idle = {name for name, shard in shards.items() if not shard.counts}
+    wanted = set[str]().union(*ranks.all_gather_object(idle))
+    mine = {n: (_place(s), s.counts) for n, s in shards.items() if n in wanted}
+    everyone = ranks.all_gather_object(mine) if wanted else []
+    found: dict[tuple[str, tuple[int, ...]], Copied] = {}
+    for rank, theirs in enumerate(everyone):
+        for name, ((begin, sizes), counts) in theirs.items():
+            if counts and torch.Size(sizes).numel():
+                found[name, begin] = Copied(name, tensors[name].dtype, begin, sizes, rank)
+    return tuple(found.values())
 
 
 def rounded(e: Entry, w: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,17 @@ from ..io.errors import CandidateWarning, StateError, TwaError
 from ..io.loading import named_tensors
 from ..io.mapped import Source
 from ..io.recording import Recording
-from ..io.recording_files import Log, is_recording, read_log
+from ..io.recording_files import MOST_STEP, Log, is_recording, others_in, read_log
 from ..io.trail import Trail
 from ..modes import plain_weights
 from ..spectral_norm import refresh_spectral_norms
 from ..subspace import Subspace
-from .contents import Watched, Weights, master_of, rounded
+from .contents import Watched, Weights, master_of, part_of, rounded
 from .store import Folder, Memory, Snapshot, is_empty, unchanged
 
 COLUMNS = 1 << 24  # weights of an average that are computed at once
 FORMAT = "twa-recorder-1"
+STATE_KEYS = ("run", "bits", "count")
 
 
 @dataclass
@@ -89,7 +90,7 @@ class Recorder:
 
     Attributes:
         count: steps so far
-        steps: steps of the snapshots that are there
+        steps: steps of the snapshots that this rank has
 
     Raises:
         TwaError: an argument is none of what it can be; there is a recording in `path`, and
@@ -119,11 +120,12 @@ class Recorder:
         self._reference: list[Tensor] = []
         self._state: Mapping[str, Tensor] = {}  # as it was kept last
         self._pending: list[_Pending] = []
-        self._ended = self._swapped = False
+        self._ended = self._swapped = self._closed = False
         self._store: Memory | Folder = Memory(keep)
-        if self.path is not None and self._watched.records:
+        if self.path is not None:
             with self._ranks.fail_together(f"opening {self.path}"):
-                self._open(self._folder(self.path), resume)
+                if self._watched.records:
+                    self._open(self.path, resume)
         if resume:
             self._agree()
 
@@ -139,7 +141,7 @@ class Recorder:
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the snapshots that are there."""
+        """Steps of the snapshots that this rank has."""
         self._settle(wait=True)
         return self._store.steps
 
@@ -169,7 +171,11 @@ class Recorder:
 
         Returns:
             whether a snapshot was taken
+
+        Raises:
+            TwaError: an average is in the model, see `averaged`
         """
+        self._check_not_swapped()
         self.count += 1
         self._settle()
         due = self.count >= max(self.start, 1) and (self.count - self.start) % self.every == 0
@@ -186,14 +192,15 @@ class Recorder:
             whether it was taken; on a GPU one with NaN or Inf is left out later
 
         Raises:
-            TwaError: an average is in the model, see `averaged`
+            TwaError: an average is in the model, see `averaged`; step is no number of one
 
         Warns:
             CandidateWarning: it was not taken, and why
         """
-        if self._swapped:
-            raise TwaError("the model holds an average: leave averaged() before training goes on")
+        self._check_not_swapped()
         step = self.count if step is None else step
+        if type(step) is not int or not 0 <= step < MOST_STEP:
+            raise TwaError(f"expected a whole number of at least 0, found {step!r}", "step")
         self._settle()
         if self._ended or not self._watched.records:
             return False
@@ -216,6 +223,11 @@ class Recorder:
                 return False
             return self._take(step, weights) if known else self._begin(step, weights)
 
+    def _check_not_swapped(self) -> None:
+        """TwaError if the weights are not those of the training."""
+        if self._swapped:
+            raise TwaError("the model holds an average: leave averaged() before training goes on")
+
     def _current(self) -> list[Tensor]:
         """This rank's part of what is recorded, as it is now."""
         found = []
@@ -224,6 +236,8 @@ class Recorder:
             if self._weights is not None:
                 assert isinstance(p, nn.Parameter)
                 w = self._weights(e.name, p)
+                if not isinstance(w, Tensor):
+                    raise TwaError(f"weights({e.name!r}): expected a tensor, found {w!r}")
             else:
                 w = master_of(p, self._optimizers)
                 w = p if w is None else w
@@ -364,74 +378,99 @@ class Recorder:
         Raises:
             TwaError: there is no such scheme, or no snapshot yet
         """
-        steps = self._ranks.broadcast_object(self.steps) if self._replicated else self.steps
+        return self._beta(self._common_steps(), scheme, **horizon)
+
+    def _common_steps(self) -> list[int]:
+        """Steps of the snapshots that can be read on all ranks that have some."""
+        self._flush()
+        written = self._store.written if self._watched.records else None
+        everyone = [s for s in self._ranks.all_gather_object(written) if s is not None]
+        return sorted(set(everyone[0]).intersection(*everyone[1:])) if everyone else []
+
+    def _beta(self, steps: Sequence[int], scheme: str | Tensor, **horizon: float | str) -> Tensor:
+        """The merge weights of an average of the snapshots of these steps."""
         if not steps:
             raise TwaError("there is no snapshot yet")
         if isinstance(scheme, Tensor):
             return averages.of_center(scheme, len(steps))
         return averages.of_steps(steps, scheme, **horizon)
 
-    @property
-    def _replicated(self) -> bool:
-        return self._watched.is_replicated
-
     def apply(self, scheme: str | Tensor, **horizon: float | str) -> None:
         """Moves the model to an average; see `beta`.
 
         BatchNorm's statistics become the average of the snapshots': call `twa.update_bn`.
         """
-        self._write(self.beta(scheme, **horizon))
+        steps = self._common_steps()
+        self._write(steps, self._beta(steps, scheme, **horizon))
 
     @contextlib.contextmanager
     def averaged(self, scheme: str | Tensor, **horizon: float | str) -> Iterator[None]:
         """A context in which the model is at an average, see `beta`; then it is as it was.
 
-        Buffers come back, too, whatever was done to them inside.
+        Buffers come back, too, whatever was written to them inside.
         """
-        beta = self.beta(scheme, **horizon)
+        steps = self._common_steps()
+        beta, was_swapped = self._beta(steps, scheme, **horizon), self._swapped
         with plain_weights(self.model):
             tensors = dict.fromkeys([*self.model.parameters(), *self.model.buffers()])
             before = [(t, local(t).clone()) for t in tensors]
         try:
             self._swapped = True
-            self._write(beta)
+            self._write(steps, beta)
             yield
         finally:
             with torch.no_grad(), plain_weights(self.model):
                 for t, old in before:
                     local(t).copy_(old)
-            self._swapped = False
+            self._swapped = was_swapped
 
     @torch.no_grad()
-    def _write(self, beta: Tensor) -> None:
-        """Moves the model to merge weights (n,)."""
-        self._flush()
+    def _write(self, steps: Sequence[int], beta: Tensor) -> None:
+        """Moves the model to merge weights (n,) of the snapshots of these steps."""
         watched = self._watched
-        with plain_weights(self.model):
+        doing = self._ranks.fail_together("writing an average into the model")
+        with doing, plain_weights(self.model):
             if watched.records:
                 trail, states = self._trail()
+                own = torch.zeros(len(trail.steps), dtype=torch.float64)
+                own[[trail.steps.index(step) for step in steps]] = beta
                 for k, p in enumerate(watched.parameters()):
-                    _copy_average(trail, k, beta, local(p))
-                self._write_state(states, beta)
-            if self._replicated:
-                for t in dict.fromkeys([*self.model.parameters(), *self.model.buffers()]):
-                    t.copy_(self._ranks.broadcast_(t.detach().cpu(), 0))
+                    _copy_average(trail, k, own, local(p))
+                self._write_state([states[trail.steps.index(step)] for step in steps], beta)
+            self._send_copies()
             refresh_spectral_norms(self.model)
 
     def _write_state(self, states: Sequence[Mapping[str, Source]], beta: Tensor) -> None:
-        """Writes the averages of float buffers, and the last of all others."""
+        """Writes the averages of float buffers, and the last of all others.
+
+        A buffer that has come, gone or changed its shape since stays the model's own.
+        """
         tensors = named_tensors(self.model)
         for key, name in self._watched.contents.names.items():
-            rows = [state[key].read() for state in states if key in state]
-            if len(rows) < len(states):
+            to = local(tensors[name]) if name in tensors else torch.empty(0)
+            shapes = {state[key].info.shape if key in state else None for state in states}
+            if name not in tensors or shapes != {tuple(to.shape)}:
                 continue
+            rows = [state[key].read() for state in states]
             same = all(unchanged(rows[0], row) for row in rows[1:])
             if rows[0].is_floating_point() and not same:
                 dtype = torch.promote_types(rows[0].dtype, torch.float32)
                 value = average_into(torch.empty(rows[0].shape, dtype=dtype), rows, beta)
             else:
                 value = rows[-1]
-            local(tensors[name]).copy_(value)
+            to.copy_(value)
+
+    def _send_copies(self) -> None:
+        """Sends what one rank has written to the others that have it, too."""
+        tensors = named_tensors(self.model)
+        for c in self._watched.copied:
+            t = tensors.get(c.name)
+            has = t is not None and part_of(c.name, t, self._ranks) == (c.begin, c.sizes)
+            values = local(t).to("cpu").contiguous() if t is not None and has else None
+            sent = torch.empty(c.sizes, dtype=c.dtype) if values is None else values
+            self._ranks.broadcast_(sent.view(-1).view(torch.uint8), c.owner)
+            if t is not None and has and self._ranks.rank != c.owner:
+                local(t).copy_(sent)
 
     def recording(self) -> Candidates:
         """The snapshots so far as candidates.
@@ -486,21 +525,33 @@ class Recorder:
     # State ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint of the training is to hold.
+        """What a checkpoint of the training is to hold; each rank's own.
 
         With files it is where they are; without, the snapshots themselves.
         """
         self._flush()
-        contents = self._watched.contents
-        state: dict[str, Any] = {"format": FORMAT, "run": contents.run, "bits": self.bits}
-        state |= {"count": self.count, "steps": self._store.steps}
+        # tuples: torch.distributed.checkpoint keeps them whole, and needs not know their shapes
+        kept: tuple[Any, ...] = ()
         if isinstance(self._store, Memory) and self._store.first is not None:
-            state["reference"] = [t.clone() for t in self._reference]
-            state["first"] = [self._store.first[0], dict(self._store.first[1])]
-            state["rows"] = [
-                [r.step, r.all_codes, r.all_scales, dict(r.state)] for r in self._store.rows
-            ]
-        return state
+            first, rows = self._store.first, self._store.rows
+            kept = (
+                tuple(t.clone() for t in self._reference),
+                (first[0], dict(first[1])),
+                tuple((r.step, r.all_codes, r.all_scales, dict(r.state)) for r in rows),
+            )
+        return {
+            "format": FORMAT,
+            "run": self._watched.contents.run,
+            "bits": self.bits,
+            "count": self.count,
+            self._state_key: (tuple(self._store.written), kept),
+        }
+
+    @property
+    def _state_key(self) -> str:
+        """Under which a state has the snapshots of this rank."""
+        rank, of = self._watched.contents.rank
+        return f"rank_{rank}_of_{of}"
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state_dict` was called: later snapshots are dropped.
@@ -510,28 +561,42 @@ class Recorder:
         Raises:
             StateError: it is the state of another recorder
         """
+        self._check_open()
         if not isinstance(state, Mapping) or state.get("format") != FORMAT:
             raise StateError("expected the state of a Recorder")
+        if missing := [key for key in STATE_KEYS if key not in state]:
+            raise StateError(f"the state of a Recorder has no {missing[0]!r}")
         if state["bits"] != self.bits:
             raise StateError(f"expected {self.bits} bits, found {state['bits']}")
         self._flush()
+        if self._watched.records:
+            found = state.get(self._state_key)
+            if not isinstance(found, tuple | list) or len(found) != 2:
+                kind = self._state_key.replace("_", " ")
+                raise StateError(f"it has nothing of this rank, {kind}: were there as many?")
+            self._load(state["run"], list(found[0]), found[1])
+        self.count, self._ended = state["count"], False
+
+    def _load(self, run: str, steps: list[int], kept: Sequence[Any]) -> None:
+        """Takes over, or goes back to, the snapshots of a state."""
         if isinstance(self._store, Memory):
-            self._load_memory(state)
-        elif state["steps"]:
-            if state["run"] != self._watched.contents.run:
+            if steps and not kept:
+                raise StateError("its snapshots are in files: pass path= and resume=True")
+            self._load_memory(kept)
+        elif steps:
+            if run != self._watched.contents.run:
                 raise StateError("it is of another recording; pass resume=True", self.path or "")
-            self.rewind(state["steps"][-1])
-            if self._store.steps != state["steps"][-len(self._store.steps) :]:
+            self.rewind(steps[-1])
+            if self._store.steps != steps[-len(self._store.steps) :]:
                 raise StateError("snapshots are missing", self.path or "")
         elif self._store.steps:
             self.rewind(None)
-        self.count = state["count"]
 
-    def _load_memory(self, state: Mapping[str, Any]) -> None:
+    def _load_memory(self, kept: Sequence[Any]) -> None:
         """Takes over the snapshots of a state."""
         store, entries = Memory(self.keep), self._watched.contents.trained
-        if "first" in state:
-            reference = state["reference"]
+        if kept:
+            reference, first, rows = kept
             found = [tuple(t.shape) for t in reference]
             if found != [e.sizes for e in entries]:
                 raise StateError("its tensors are those of another model")
@@ -539,11 +604,9 @@ class Recorder:
             self._reference = [
                 t.to(d, torch.float32, copy=True) for t, d in zip(reference, devices, strict=True)
             ]
-            store.first = (state["first"][0], state["first"][1])
-            store.rows.extend(Snapshot(*row) for row in state["rows"])
-            self._state = dict(store.first[1])
-            for row in store.rows:
-                self._state |= row.state
+            store.first = (first[0], first[1])
+            store.rows.extend(Snapshot(*row) for row in rows)
+            self._state = store.state
         self._store = store
 
     def rewind(self, step: int | None) -> None:
@@ -552,8 +615,9 @@ class Recorder:
         `count` becomes that step.
 
         Raises:
-            TwaError: the first snapshot that is there is a later one
+            TwaError: the first snapshot that is there is a later one, or the recorder is closed
         """
+        self._check_open()
         self._flush()
         if isinstance(self._store, Folder):
             if self._store.steps:
@@ -574,6 +638,7 @@ class Recorder:
                 self._subtract(row)
         if step is None:
             store.first, self._reference = None, []
+        self._state = store.state
 
     @torch.no_grad()
     def _subtract(self, row: Snapshot) -> None:
@@ -591,35 +656,44 @@ class Recorder:
 
     def close(self) -> None:
         """Writes what is left; another process may then record in `path`."""
-        self._flush()
-        self._store.close()
-        self._ended = True
+        if not self._closed:
+            self._flush()
+            self._store.close()
+        self._ended = self._closed = True
+
+    def _check_open(self) -> None:
+        """TwaError after `close`."""
+        if self._closed:
+            raise TwaError("the recorder is closed", self.path or "")
 
     # Files ---------------------------------------------------------------------------------------
 
-    def _folder(self, path: Path) -> Path:
-        """This rank's directory."""
-        rank, of = self._watched.contents.rank
-        return path if of == 1 else path / f"rank_{rank}_of_{of}"
-
-    def _open(self, folder: Path, resume: bool) -> None:
+    def _open(self, path: Path, resume: bool) -> None:
         """Opens this rank's directory, and goes on with what is in it."""
-        if not resume and (not is_empty(folder) or (folder.is_dir() and is_recording(folder))):
+        rank, of = self._watched.contents.rank
+        folder = path if of == 1 else path / f"rank_{rank}_of_{of}"
+        if not resume and (not is_empty(folder) or (path.is_dir() and is_recording(path))):
             raise TwaError(
                 "holds a recording; pass resume=True to go on with it, or choose another", folder
             )
+        if others := others_in(path, of):
+            raise TwaError(f"holds a recording of other ranks, {others}: choose another", path)
         self._store = Folder(folder, self.keep)
         if is_empty(folder):
             return
-        log = read_log(folder)
-        mine, theirs = self._watched.contents, log.contents
-        for what in ("bits", "trained", "names", "rank"):
-            if getattr(mine, what) != getattr(theirs, what):
-                self._store.close()
-                raise TwaError(f"holds a recording of another model or job: {what} differs", folder)
+        try:
+            log = read_log(folder)
+            mine, theirs = self._watched.contents, log.contents
+            for what in ("bits", "trained", "names", "rank"):
+                if getattr(mine, what) != getattr(theirs, what):
+                    text = f"holds a recording of another model or job: {what} differs"
+                    raise TwaError(text, folder)
+        except TwaError:
+            self._store.close()
+            raise
         for note in log.notes:
             _warn(note)
-        self._watched = Watched(self.model, self._ranks, theirs, self._watched.trained)
+        self._watched = replace(self._watched, contents=theirs)
         self._store.resume(log)
         self._take_over(self._store.log())
 
@@ -646,7 +720,11 @@ class Recorder:
         everyone = self._ranks.all_gather_object(
             self._store.steps if self._watched.records else None
         )
-        common = set.intersection(*(set(steps) for steps in everyone if steps is not None))
+        there = {rank: set(steps) for rank, steps in enumerate(everyone) if steps is not None}
+        common = set.intersection(*there.values())
+        if not common and any(len(steps) > 1 for steps in there.values()):
+            counts = ", ".join(f"rank {rank} has {len(steps)}" for rank, steps in there.items())
+            raise TwaError(f"the ranks have no snapshot in common: {counts}", self.path or "")
         last = max(common, default=None)
         if self._watched.records and self._store.steps:
             self.rewind(last)
@@ -684,7 +762,7 @@ def _check_options(
     for name, value, least in (("every", every, 1), ("start", start, 0), ("keep", keep, 2)):
         if value is not None and (type(value) is not int or value < least):
             raise TwaError(f"expected a whole number of at least {least}, found {value!r}", name)
-    if bits not in BITS:
+    if type(bits) is not int or bits not in BITS:
         raise TwaError(f"expected one of {BITS}, found {bits!r}", "bits")
     if resume and path is None:
         raise TwaError("resume=True: expected path=, where the recording is")

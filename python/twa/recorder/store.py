@@ -13,7 +13,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..io.atomic import clear_unfinished, lock
+from ..io.atomic import clear_unfinished, lock, unlock
 from ..io.errors import CandidateWarning, TwaError
 from ..io.mapped import Held, MappedFile, Source
 from ..io.recording_files import (
@@ -102,6 +102,19 @@ class Memory:
         """Steps of the snapshots."""
         return [] if self.first is None else [self.first[0], *(r.step for r in self.rows)]
 
+    @property
+    def written(self) -> list[int]:
+        """Steps of the snapshots that can be read."""
+        return self.steps
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What else there was at the last snapshot, by key."""
+        found = {} if self.first is None else dict(self.first[1])
+        for row in self.rows:
+            found |= row.state
+        return found
+
     def begin(
         self, contents: Contents, step: int, weights: Sequence[Tensor], state: Mapping[str, Tensor]
     ) -> None:
@@ -169,11 +182,17 @@ class Folder:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="twa-recorder")
         self._work: Future[None] | None = None
         self._error: OSError | None = None
+        self._notes: dict[str, bool] = {}  # warnings, and whether they are out
 
     @property
     def steps(self) -> list[int]:
         """Steps of the snapshots, written or waiting."""
         return list(self._steps)
+
+    @property
+    def written(self) -> list[int]:
+        """Steps of the snapshots that can be read, when nothing is being written."""
+        return self._steps[: len(self._steps) - len(self._waiting)]
 
     def begin(
         self, contents: Contents, step: int, weights: Sequence[Tensor], state: Mapping[str, Tensor]
@@ -215,11 +234,14 @@ class Folder:
             try:
                 write_snapshot(self.folder, self.contents, number, snapshot.step, tensors)
                 self._waiting.popleft()
-                if self.keep is not None:
-                    self._drop(self.keep)
             except OSError as error:
                 self._error = error
                 return
+            try:
+                if self.keep is not None:
+                    self._drop(self.keep)
+            except (OSError, TwaError) as error:
+                self._notes.setdefault(f"{self.folder}: old snapshots stay: {error}", False)
         self._error = None
 
     def _drop(self, keep: int) -> None:
@@ -259,6 +281,9 @@ class Folder:
             self._start()
         if self._work is not None:
             self._work.result()
+        for text in [text for text, is_out in self._notes.items() if not is_out]:
+            warnings.warn(text, CandidateWarning, stacklevel=3)
+            self._notes[text] = True
         if self._error is not None:
             warnings.warn(
                 f"{self.folder}: {len(self._waiting)} snapshots could not be written"
@@ -275,6 +300,7 @@ class Folder:
         """Removes the snapshots after a step; None: all."""
         self.flush()
         self._waiting.clear()
+        self._error = None
         log = self.log()
         if step is not None and log.anchor.step > step:
             raise TwaError(f"expected a step of at least {log.anchor.step}, the first", self.folder)
@@ -291,6 +317,7 @@ class Folder:
     def close(self) -> None:
         """Ends the thread; another process may then record there."""
         self._pool.shutdown(wait=True)
+        unlock(self._lock)
         self._lock.close()
 
 
