@@ -55,10 +55,10 @@ class Candidate:
         self.ignore, self.metadata = tuple(ignore), found.metadata
         if not found.tensors:
             raise NoWeights("expected a checkpoint, found no tensors", path)
-        tensors = self._wanted(_without_wrappers(found.tensors))
+        tensors = self._wanted(plain_keys(found.tensors))
         if not tensors:
             raise CandidateError(f"expected tensors, found all ignored by {self.ignore}", path)
-        self.extra = self._wanted(_without_wrappers(found.extra))
+        self.extra = self._wanted(plain_keys(found.extra))
         for key in [key for key in tensors if key.rpartition(".")[2] == EXTRA_STATE]:
             self.extra[key] = tensors.pop(key).read().clone()
         self._hold(tensors)
@@ -148,7 +148,7 @@ def without_wrappers(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in WRAPPER_PARTS)
 
 
-def _without_wrappers(found: Mapping[str, Value]) -> Mapping[str, Value]:
+def plain_keys(found: Mapping[str, Value]) -> Mapping[str, Value]:
     """Keys without the parts of names that wrappers around modules add.
 
     They stay where two keys would be the same.

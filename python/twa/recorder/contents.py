@@ -13,6 +13,7 @@ from ..distributed.ranks import Ranks
 from ..distributed.sharding import Shard, shard_of
 from ..dtensors import is_dtensor, is_sharded, local, reshard
 from ..io import loading
+from ..io.candidate import plain_keys, without_wrappers
 from ..io.errors import TwaError
 from ..io.key_map import aliases_of
 from ..io.loading import named_tensors, state_names
@@ -74,9 +75,13 @@ class Watched:
         """
         tensors = named_tensors(model)
         aliases = aliases_of(tensors)
-        saved = {*state_names(model).values()}
-        saved |= {loading.name_of(model, key) for key in loading.made_by_hooks(model)}
-        keys = loading.own_keys(model, tensors)
+        of_state = {without_wrappers(key): name for key, name in state_names(model).items()}
+        saved = {*of_state.values()}
+        made = loading.made_by_hooks(model)
+        saved |= {loading.name_of(model, key) for key in made}
+        plain = {k: p for p, k in plain_keys({k: k for k in (*of_state, *made)}).items()}
+        own = loading.own_keys(model, tensors)
+        keys = {name: plain.get(key, key) for name, key in own.items()}
         trained = [n for n, t in tensors.items() if t.requires_grad and n not in aliases]
         for name in trained:
             _check(name, tensors[name])
@@ -96,9 +101,9 @@ class Watched:
             tuple(_entries({n: tensors[n] for n in trained}, keys, ranks)),
             {keys[name]: name for name in kept} if ranks.is_rank_zero else {},
             {
-                keys[a]: keys[name]
-                for a, name in aliases.items()
-                if name in held and a in saved and keys[a] != keys[name] and ranks.is_rank_zero
+                plain[key]: keys[name]
+                for key, name in of_state.items()
+                if name in held and plain[key] != keys[name] and ranks.is_rank_zero
             },
             (ranks.rank, ranks.world_size) if is_sharded(model) else (0, 1),
         )
