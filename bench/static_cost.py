@@ -122,11 +122,13 @@ def main_loop(lines: list[tuple[str, str]]) -> list[str]:
 
 
 def weights_of(variant) -> int:
-    """Packed weights that a program's main loop handles per iteration (pack, unpack: in all)."""
+    """Packed weights that a program's main loop handles per iteration (pack, record, unpack: in
+    all).
+    """
     c = dict(variant.constants)
     if variant.op == "gram":
         return 2 * c["ROWS"] * 128
-    if variant.op in ("project", "reconstruct"):
+    if variant.op in ("project", "reconstruct", "replay"):
         return c["ROWS"] * c["TILES"] * 128
     return c.get("TILES", 0) * 128
 
@@ -177,7 +179,9 @@ def measure(variant, arch: str) -> dict:
 
     kernel = compile_variant(variant, arch)
     lines, row = (gcn if arch.startswith("gfx") else sass)(kernel)
-    loop, threads = main_loop(lines), variant.warps * (64 if arch.startswith("gfx") else 32)
+    # record: beside its work, the one loop is the search for a tensor
+    loop = [text for _, text in lines] if variant.op == "record" else main_loop(lines)
+    threads = variant.warps * (64 if arch.startswith("gfx") else 32)
     row |= {"op": variant.op, "bits": variant.bits, "variant": variant.name, "arch": arch}
     row |= {"triton": triton.__version__, "loop": len(loop), "specialised": specialised(variant)}
     weights = weights_of(variant)

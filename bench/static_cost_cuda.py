@@ -69,7 +69,18 @@ ALU = frozenset(
         "SHL",
     ]
 )
-OPS = ("pack", "project", "sum", "update", "reconstruct", "scale", "step")
+OPS = (
+    "pack",
+    "look",
+    "record",
+    "replay",
+    "project",
+    "sum",
+    "update",
+    "reconstruct",
+    "scale",
+    "step",
+)
 
 
 def tile_bytes(op: str, bits: int, rows: int) -> int:
@@ -209,6 +220,8 @@ def _others(rows: list[dict]) -> list[str]:
     lines = [_line(head), "|" + "---|" * len(head)]
     for r in rows:
         size = f"more than {r['rows']}" if r["many"] else r["rows"] or ""
+        if r["op"] == "replay":
+            size = "coefficients of 1" if r["many"] else ""
         figures = r["registers"], r["stack"], r["instructions"]
         lines.append(_line([r["op"], r["bits"] or "", size, *figures]))
     return lines

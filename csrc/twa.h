@@ -232,9 +232,10 @@ struct DeviceWork {
   int64_t items, groups;
 };
 
-// to[k] = entries[k], entries (count,) in host memory. A table by way of kernel arguments: nothing
-// of the host is read later, nor by a captured graph.
-int table_cuda(const DeviceTensor* entries, int64_t count, DeviceTensor* to, const Place& where);
+// to[k] = numbers[k], numbers (count,) in host memory. Sizes, or addresses and what goes with them
+// (DeviceTensor, DeviceDifference), by way of kernel arguments: nothing of the host is read later,
+// nor by a captured graph.
+int table_cuda(const int64_t* numbers, int64_t count, int64_t* to, const Place& where);
 
 // n rows of each of `count` tensors, and what is subtracted from them.
 struct DeviceRows {
@@ -255,6 +256,40 @@ struct DevicePackTarget {
   int32_t* bad;      // added to: groups with a NaN or Inf
 };
 int pack_cuda(const DeviceRows& rows, const DevicePackTarget& target, const Place& where);
+
+// As record_cpu, without `where`: *bad becomes the number of groups with a weight that cannot be
+// recorded. If it is not 0, neither reference, codes nor scales are written.
+struct DeviceRecord {
+  const DeviceTensor* weights;    // (count,)
+  const DeviceTensor* reference;  // (count,) float32, updated
+  const int64_t* numel;           // (count,)
+  const int64_t* tile_begin;      // (count,) first tile of each tensor
+  int64_t count, tiles;
+  int bits;
+  uint8_t* codes;    // (tiles, row_bytes)
+  uint16_t* scales;  // (tiles,) bf16 with 4 significant bits
+  int32_t* bad;
+};
+int record_cuda(const DeviceRecord& record, const Place& where);
+
+// As replay_cpu. Codes begin at multiples of 16 bytes.
+struct DeviceDifference {
+  const uint8_t* codes;
+  const uint16_t* scales;
+  float coefficient;  // not 0
+  int32_t reserved;
+};
+struct DeviceReplay {
+  const DeviceTensor* out;    // (count,) float32, updated
+  const int64_t* numel;       // (count,)
+  const int64_t* tile_begin;  // (count,) first tile of each tensor
+  int64_t count, tiles;
+  const DeviceDifference* rows;  // (n,)
+  int64_t n;
+  bool ones;  // all coefficients are 1: the same bits, faster
+  int bits;
+};
+int replay_cuda(const DeviceReplay& replay, const Place& where);
 
 // As project_cpu. Workspaces: partial (items, n), sums (groups, n).
 int project_cuda(const BasisView& basis, const DeviceTensor* grads, const DeviceWork& work,

@@ -106,6 +106,15 @@ def from_ema(codes):
     assert names["soup"].sum() == pytest.approx(1.0)
 
 
+def recording(codes):
+    names = in_a_trainer()
+    names["loader"] *= 200  # 1000 steps: a snapshot every 100
+    names["optimizer"] = torch.optim.SGD(names["model"].parameters(), lr=0.01)
+    run(codes, names)
+    assert len(Candidates("run/twa")) == 10 and Path("averaged.safetensors").exists()
+    assert names["recorder"].count == 1000
+
+
 def own_trainer(codes):
     names = in_a_trainer()
     names |= {
@@ -180,6 +189,7 @@ RUN = {
     "docs/distributed.md": distributed,
     "docs/from-ema.md": from_ema,
     "docs/own-trainer.md": own_trainer,
+    "docs/recording.md": recording,
     "docs/tasks.md": tasks,
 }
 

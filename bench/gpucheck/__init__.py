@@ -6,6 +6,7 @@ children       processes with a limit, whose faults and hangs cost one case
 machine        what is here, and the environment of the processes
 build          the native module without CMake, from objects made beforehand if given
 cases          operands, calls and byte formulas of every op
+recorded       the same for record and replay
 smoke          worker: every op against the CPU
 speed          worker: percent of a device-to-device copy
 variants       worker: launch configurations side by side

@@ -34,7 +34,15 @@ BYTES = {
     "unpack": "n * tiles * (16 * bits + 1) + n * D * 4",
     "pack": "n * D * e + n * tiles * (16 * bits + 2)",
     "orthonormalize": "3 * n * D * 4",
+    # weights are read twice, reference and out are float32
+    "record": "D * (2 * e + 8) + tiles * (16 * bits + 2)",
+    "replay": "n * tiles * (16 * bits + 2) + 8 * D",
 }
+
+
+def bytes_of(op: str, numbers: dict[str, int]) -> int:
+    """Its formula with these n, D, tiles, bits and e."""
+    return eval(BYTES[op], dict(numbers))
 
 
 def wait() -> None:
@@ -66,7 +74,7 @@ class Operands:
     def bytes_of(self, op: str) -> int:
         b = self.basis
         names = {"n": b.n, "D": b.num_columns, "tiles": len(b.tile_segment), "bits": b.bits}
-        return eval(BYTES[op], names | {"e": self.element})
+        return bytes_of(op, names | {"e": self.element})
 
     def copy(self, device: torch.device | str, unaligned: bool = False) -> Operands:
         """On `device`, in memory of its own; unaligned: gradients, centers and outputs begin one

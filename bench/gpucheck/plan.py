@@ -8,10 +8,13 @@ from __future__ import annotations
 
 OPS = ("project", "reconstruct", "step", "pack", "unpack", "gram")
 MAIN = OPS[:3]
-EVERY = (*OPS[:4], "orthonormalize", *OPS[4:])
+TRAJECTORY = ("record", "replay")
+EVERY = (*OPS[:4], *TRAJECTORY, "orthonormalize", *OPS[4:])
 BACKENDS = ("cuda", "triton")
 BITS = (4, 8, 1, 2, 3)
 MODES = ("fast", "high")
+#: plain PyTorch beside record: recorded.PEERS
+RECORD_PEERS = ("torch, unquantised", "torch, a copy of the weights")
 #: public ways to do the same: gpu_peers.PEERS by name and bits
 PEERS = (
     ("torch bfloat16 matmul", 16),
@@ -34,6 +37,17 @@ def gram_schmidt(backend: str, n: int, mode: str, dtype: str = "fp32") -> dict:
     return {"op": "orthonormalize", "backend": backend, "n": n, "dtype": dtype, "accuracy": mode}
 
 
+def recorded(backend: str, bits: int, brief: bool = False) -> list[dict]:
+    """record of one row, replay of n rows: with coefficients of 1, and of an average."""
+    found = [packed("record", backend, bits, 1), packed("replay", backend, bits, 5)]
+    if brief:
+        return found
+    found.append(packed("record", backend, bits, 1, memory="unaligned"))
+    found += [packed("record", backend, bits, 1, dtype) for dtype in ("bf16", "fp16")]
+    found.append(packed("replay", backend, bits, 5, memory="unaligned"))
+    return found + [packed("replay", backend, bits, n, average="average") for n in (1, 72)]
+
+
 def smoke(rehearse: bool) -> list[list[dict]]:
     """Groups that run side by side, each in a process."""
     if rehearse:
@@ -45,6 +59,7 @@ def smoke(rehearse: bool) -> list[list[dict]]:
                 for b in BITS
                 for c in _of_bits(op, backend, b, (5,))
             ]
+            + [c for b in BITS for c in recorded(backend, b, True)]
             + [gram_schmidt(backend, 18, mode) for mode in MODES]
             for backend in BACKENDS
         ]
@@ -61,6 +76,8 @@ def smoke(rehearse: bool) -> list[list[dict]]:
     # Triton compiles its kernels first: a process for each width, step after those it is made of.
     order = ("project", "reconstruct", "pack", "unpack", "gram", "step")
     rows += [_of_bits(op, "triton", bits) for op in order for bits in BITS]
+    rows += [recorded("triton", bits) for bits in BITS]
+    rows.append([c for bits in BITS for c in recorded("cuda", bits)])
     for op in OPS:
         if "cuda" in backends(op):
             rows.append([c for bits in BITS for c in _of_bits(op, "cuda", bits)])
@@ -87,13 +104,19 @@ def speed(rehearse: bool) -> list[dict]:
         return [packed(op, b, bits, n, dtype) for b in backends(op)]
 
     if rehearse:
-        return [copies[0], *(c for op in OPS for c in row(op, 4, 5)), copies[1]]
+        recorded_too = [*row("record", 4, 1), *row("replay", 4, 5)]
+        return [copies[0], *(c for op in OPS for c in row(op, 4, 5)), *recorded_too, copies[1]]
     found = [copies[0], *(c for op in OPS for c in row(op, 4))]
+    found += [*row("record", 4, 1), *row("replay", 4)]
     found += [gram_schmidt(b, n, m) for n in (72, 64) for m in MODES for b in BACKENDS]
     found += [c for bits in (8, 1, 2, 3) for op in MAIN for c in row(op, bits)]
     found += [c for bits in (4, 1) for op in MAIN for c in row(op, bits, dtype="bf16")]
     found += [c for n in (16, 256) for op in MAIN for c in row(op, 4, n)]
     found += [c for bits in (8, 1) for c in row("pack", bits)]
+    found += [c for bits in (8, 1) for c in row("record", bits, 1)] + row("record", 4, 1, "bf16")
+    found += [c for bits in (8, 3, 2, 1) for c in row("replay", bits)]
+    found += [packed("replay", b, 4, average="average") for b in BACKENDS]
+    found += [packed("record", p, 16, 1, dtype) for p in RECORD_PEERS for dtype in ("fp32", "bf16")]
     peers = [packed(op, name, bits) for name, bits in PEERS for op in ("project", "reconstruct")]
     return [*found, copies[1], *peers]
 
@@ -109,6 +132,7 @@ def sanitized(tool: str) -> list[list[dict]]:
             if backend in backends(op):
                 of = [packed(op, backend, bits, 5) for bits in BITS]
                 groups.append([*of, packed(op, backend, 4, 130)])
+        groups.append([c for bits in BITS for c in recorded(backend, bits, True)])
         groups.append([gram_schmidt(backend, n, "high") for n in (18, 72)])
     return groups
 

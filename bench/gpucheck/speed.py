@@ -25,7 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import rehearsal
+from . import recorded, rehearsal
 from .cases import (
     BYTES,
     DEVICE,
@@ -226,6 +226,12 @@ def orthonormalize(case: dict) -> dict:
     return found | timer()(run)
 
 
+def trajectory(case: dict) -> dict:
+    """record and replay; peers of record."""
+    held.clear()
+    return recorded.speed(case, timer(), 0.0 if REHEARSED else min(1e9 * GIGABYTES, free() / 2))
+
+
 def peer(case: dict) -> dict:
     from gpu_peers import PEERS
 
@@ -257,6 +263,7 @@ def peer(case: dict) -> dict:
 def run(case: dict) -> dict:
     rehearsal.plant("speed", case)
     alone = {"copy": copy, "orthonormalize": orthonormalize}
+    alone |= dict.fromkeys(recorded.OPS, trajectory)
     run = alone.get(case["op"], ours if case["backend"] in BACKENDS else peer)
     return {"result": "measured"} | run(case)
 

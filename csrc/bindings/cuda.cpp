@@ -19,15 +19,49 @@ DeviceTensor* table(py::handle tensor, int64_t count, const char* name) {
   return reinterpret_cast<DeviceTensor*>(array_or_null<int64_t>(tensor, 2 * count, name));
 }
 
+void put(const std::vector<int64_t>& numbers, py::handle to, const char* name, int device,
+         uintptr_t stream) {
+  const auto count = static_cast<int64_t>(numbers.size());
+  check(
+      "table",
+      table_cuda(numbers.data(), count, array<int64_t>(to, count, name), place_of(device, stream)),
+      device);
+}
+void append(std::vector<int64_t>& numbers, const void* address) {
+  numbers.push_back(static_cast<int64_t>(reinterpret_cast<uintptr_t>(address)));
+}
 void write_table(const Tensors& tensors, py::handle to, int device, uintptr_t stream) {
   tensors.refuse_odd("tensors");
-  std::vector<DeviceTensor> entries;
-  for (int64_t k = 0; k < tensors.count(); ++k)
-    entries.push_back({tensors.numel[k] ? tensors.data[k] : nullptr, tensors.dtype[k], 0});
-  check("table",
-        table_cuda(entries.data(), tensors.count(), table(to, tensors.count(), "to"),
-                   place_of(device, stream)),
-        device);
+  std::vector<int64_t> numbers;
+  for (int64_t k = 0; k < tensors.count(); ++k) {
+    append(numbers, tensors.numel[k] ? tensors.data[k] : nullptr);
+    numbers.push_back(static_cast<int64_t>(tensors.dtype[k]));
+  }
+  put(numbers, to, "to", device, stream);
+}
+void write_numbers(const std::vector<int64_t>& numbers, py::handle to, int device,
+                   uintptr_t stream) {
+  put(numbers, to, "to", device, stream);
+}
+
+// Rows of replay, (rows, 3) int64: addresses of codes and scales, the bits of the coefficient.
+static_assert(sizeof(DeviceDifference) == 24, "a row is three int64");
+void write_rows(const py::list& codes, const py::list& scales,
+                const std::vector<float>& coefficients, int64_t tiles, int bits, py::handle to,
+                int device, uintptr_t stream) {
+  check_bits(bits);
+  if (codes.size() != coefficients.size() || scales.size() != coefficients.size())
+    throw py::value_error("replay: as many codes and scales as coefficients expected");
+  std::vector<int64_t> numbers;
+  for (size_t r = 0; r < coefficients.size(); ++r) {
+    const auto* address = array<uint8_t>(codes[r], tiles * row_bytes(bits), "codes");
+    if (reinterpret_cast<uintptr_t>(address) % 16)
+      throw py::value_error("codes[" + std::to_string(r) + "]: expected a multiple of 16 bytes");
+    append(numbers, address);
+    append(numbers, array<uint16_t>(scales[r], tiles, "scales"));
+    numbers.push_back(static_cast<int64_t>(float_bits(coefficients[r])));
+  }
+  put(numbers, to, "to", device, stream);
 }
 
 struct Work {
@@ -74,6 +108,41 @@ void pack(const RowsOnDevice& rows, py::handle tile_begin, int bits, py::handle 
                                 array<double>(squares, tiles * n, "squares"),
                                 array<int32_t>(bad, 1, "bad")};
   check("pack", pack_cuda(rows.view, target, place_of(device, stream)), device);
+}
+
+void record(py::handle weights, py::handle reference, py::handle numel, py::handle tile_begin,
+            int bits, py::handle codes, py::handle scales, py::handle bad, int device,
+            uintptr_t stream) {
+  check_bits(bits);
+  const int64_t count = numel_of(numel), tiles = numel_of(scales);
+  const DeviceRecord record{table(weights, count, "weights"),
+                            table(reference, count, "reference"),
+                            array<int64_t>(numel, count, "numel"),
+                            array<int64_t>(tile_begin, count, "tile_begin"),
+                            count,
+                            tiles,
+                            bits,
+                            array<uint8_t>(codes, tiles * row_bytes(bits), "codes"),
+                            array<uint16_t>(scales, tiles, "scales"),
+                            array<int32_t>(bad, 1, "bad")};
+  check("record", record_cuda(record, place_of(device, stream)), device);
+}
+
+void replay(py::handle out, py::handle numel, py::handle tile_begin, int64_t tiles, int bits,
+            py::handle rows, bool ones, int device, uintptr_t stream) {
+  check_bits(bits);
+  const int64_t count = numel_of(numel), n = size_of(rows, 0);
+  const DeviceReplay replay{
+      table(out, count, "out"),
+      array<int64_t>(numel, count, "numel"),
+      array<int64_t>(tile_begin, count, "tile_begin"),
+      count,
+      tiles,
+      reinterpret_cast<const DeviceDifference*>(array<int64_t>(rows, 3 * n, "rows")),
+      n,
+      ones,
+      bits};
+  check("replay", replay_cuda(replay, place_of(device, stream)), device);
 }
 
 void project(const Basis& basis, py::handle grads, const Work& work, py::handle partial,
@@ -161,6 +230,14 @@ void bind_cuda(py::module_& m) {
            py::kw_only(), "basis"_a, "work"_a, "partial"_a, "sums"_a, "x_rows"_a, "counters"_a,
            "tasks"_a, "window"_a, "steps_before"_a, "corrections"_a);
   m.def("write_table", &write_table, py::kw_only(), "tensors"_a, "to"_a, "device"_a, "stream"_a);
+  m.def("write_numbers", &write_numbers, py::kw_only(), "numbers"_a, "to"_a, "device"_a,
+        "stream"_a);
+  m.def("write_rows", &write_rows, py::kw_only(), "codes"_a, "scales"_a, "coefficients"_a,
+        "tiles"_a, "bits"_a, "to"_a, "device"_a, "stream"_a);
+  m.def("record_cuda", &record, py::kw_only(), "weights"_a, "reference"_a, "numel"_a,
+        "tile_begin"_a, "bits"_a, "codes"_a, "scales"_a, "bad"_a, "device"_a, "stream"_a);
+  m.def("replay_cuda", &replay, py::kw_only(), "out"_a, "numel"_a, "tile_begin"_a, "tiles"_a,
+        "bits"_a, "rows"_a, "ones"_a, "device"_a, "stream"_a);
   m.def("pack_cuda", &pack, py::kw_only(), "rows"_a, "tile_begin"_a, "bits"_a, "codes"_a,
         "scales"_a, "squares"_a, "bad"_a, "device"_a, "stream"_a);
   m.def("project_cuda", &project, py::kw_only(), "basis"_a, "grads"_a, "work"_a, "partial"_a,

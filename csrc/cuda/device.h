@@ -32,6 +32,9 @@ TWA_DEVICE uint32_t warp_max(uint32_t v) { return __reduce_max_sync(0xffffffffu,
 TWA_DEVICE int warp_sum(int v) { return __reduce_add_sync(0xffffffffu, v); }
 TWA_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 TWA_DEVICE double shuffle_xor(double v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+TWA_DEVICE uint32_t shuffle_xor(uint32_t v, int mask) {
+  return __shfl_xor_sync(0xffffffffu, v, mask);
+}
 
 TWA_DEVICE int dot4(uint32_t a, uint32_t b, int c) {
   return __dp4a(static_cast<int>(a), static_cast<int>(b), c);
@@ -114,6 +117,25 @@ TWA_DEVICE void store_16(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); 
 TWA_DEVICE void store_8(void* p, uint2 v) { __stcs(static_cast<uint2*>(p), v); }
 TWA_DEVICE void store_4(void* p, uint32_t v) { __stcs(static_cast<uint32_t*>(p), v); }
 TWA_DEVICE void store_2(void* p, uint16_t v) { __stcs(static_cast<uint16_t*>(p), v); }
+TWA_DEVICE void store_1(void* p, uint32_t v) {
+  __stcs(static_cast<uint8_t*>(p), static_cast<uint8_t>(v));
+}
+// The same address, which the compiler does not take apart again into the terms of a sum.
+template <class T>
+TWA_DEVICE T* opaque(T* p) {
+  asm("" : "+l"(p));
+  return p;
+}
+// A constant in a register of every lane, that instructions can take beside an immediate. The
+// assembler, which would move it there anew for each of them, does not see that this is one.
+TWA_DEVICE uint32_t in_register(uint32_t v) {
+  uint32_t zero;
+  asm("{ .reg .b32 lane; mov.u32 lane, %%laneid; shr.u32 %0, lane, 5; }" : "=r"(zero));
+  return v + zero;
+}
+// Memory that this thread writes later in the kernel: not by way of the read-only cache.
+TWA_DEVICE uint4 load_own_16(const void* p) { return __ldcs(static_cast<const uint4*>(p)); }
+TWA_DEVICE uint32_t load_own_4(const void* p) { return __ldcs(static_cast<const uint32_t*>(p)); }
 // Memory that other multiprocessors wrote during this kernel: read from the second-level cache.
 TWA_DEVICE float load_shared_by_all(const float* p) { return __ldcg(p); }
 TWA_DEVICE double load_shared_by_all(const double* p) { return __ldcg(p); }

@@ -319,4 +319,86 @@ TWA_HD constexpr uint32_t limbs4(int q) {
 // e4m3 to float times 2^-120, subnormal numbers too: exact.
 TWA_HD float e4m3_shifted(uint32_t byte) { return bits_float(byte << 20); }
 
+// replay ------------------------------------------------------------------------------------------
+// A lane holds the sums of 32 columns of a tile (8 bits: 16), and reads their codes of every row:
+// 16 bytes at 8 and 4 bits, 8 at 2, 4 at 1, and at 3 bits 8 of each plane. Levels become bytes that
+// count from level - bias, so that 2^23 plus a byte is a float whose last byte it is.
+
+template <int kBits>
+constexpr int kReplayColumns = kBits == 8 ? 16 : 32;
+template <int kBits>
+constexpr int kReplayLanes = kTileColumns / kReplayColumns<kBits>;  // of a tile
+template <int kBits>
+constexpr int kReplayBytes = kBits >= 4   ? 16
+                             : kBits == 1 ? 4
+                                          : 8;  // 3 bits: of either plane
+template <int kBits>
+constexpr int kReplayBias = kBits == 4 ? 127 : 128;
+
+// Column of the i-th sum of lane t of a tile. Four sums, from a multiple of four on, are
+// neighbours.
+template <int kBits>
+TWA_HD constexpr int replay_column(int t, int i) {
+  if (kBits == 8) return 16 * t + i;
+  if (kBits == 4) return 64 * (i / 16) + 16 * t + i % 16;
+  if (kBits == 1) return 16 * (i / 4) + 4 * t + i % 4;
+  return 32 * (i / 8) + 8 * t + i % 8;
+}
+// Sum that byte j of word e of replay_levels() goes to; at 1 bit: bit 8 j + e of the word.
+template <int kBits>
+TWA_HD constexpr int replay_sum(int e, int j) {
+  if (kBits == 8 || kBits == 1) return 4 * e + j;
+  const int nibble = 4 * (e % 2) + j;
+  if (kBits == 4) return 16 * (nibble % 2) + 4 * (e / 2) + nibble / 2;
+  return 8 * (2 * (nibble % 2) + e / 2 % 2) + 4 * (e / 4) + nibble / 2;
+}
+// First words of the tables of levels: operands that replay_levels() is given, so that they stay in
+// registers.
+template <int kBits>
+TWA_HD constexpr uint32_t replay_table(int k) {
+  if (kBits == 4) return k == 0 ? level_word<4>(0) - 0x01010101u : level_word<4>(8);
+  return level_word<kBits>(0) ^ 0x80808080u;
+}
+// Levels + bias of a lane's columns as bytes, kReplayColumns / 4 words of them. third: 3 bits, lane
+// t's 8 bytes of the 1-bit plane. table: replay_table(0) and (1). Not for 1 bit.
+template <int kBits>
+TWA_HD void replay_levels(const uint32_t* codes, const uint32_t* third, int t,
+                          const uint32_t* table, uint32_t* out) {
+  if constexpr (kBits == 8) {
+    for (int k = 0; k < 4; ++k) out[k] = codes[k];
+  } else if constexpr (kBits == 4) {  // as look_up_halves()
+    constexpr uint32_t n1 = level_word<4>(4) - 0x01010101u, p1 = level_word<4>(12);
+    for (int k = 0; k < 4; ++k) {
+      const uint32_t flipped = codes[k] ^ 0x88888888u;
+      const uint32_t lower[2] = {byte_perm(table[0], n1, codes[k]),
+                                 byte_perm(table[0], n1, upper_half(codes[k]))};
+      const uint32_t upper[2] = {byte_perm(table[1], p1, flipped),
+                                 byte_perm(table[1], p1, upper_half(flipped))};
+      // Every byte of `lower` is 0x80 or more, so that adding 0x80, or 0x7f and the carry from
+      // below, carries from each byte; adding `upper` carries from none.
+      for (int h = 0; h < 2; ++h) out[2 * k + h] = lower[h] + 0x7f7f7f80u + upper[h];
+    }
+  } else {
+    constexpr uint32_t t1 = level_word<kBits>(4) ^ 0x80808080u;
+    for (int k = 0; k < 2; ++k) {
+      const uint32_t top = kBits == 3 ? top_bits(third[k], t / 2) : 0;
+      for (int odd = 0; odd < 2; ++odd) {
+        const uint32_t nibbles = nibble_codes<kBits>(codes[k], top, odd);
+        out[4 * k + 2 * odd] = byte_perm(table[0], t1, nibbles);
+        out[4 * k + 2 * odd + 1] = byte_perm(table[0], t1, upper_half(nibbles));
+      }
+    }
+  }
+}
+// The float level that byte j of a word of replay_levels() stands for.
+template <int kBits>
+TWA_HD float replay_level(uint32_t word, int j) {
+  const uint32_t bits = byte_perm(word, 0x4b000000u, 0x7440u | static_cast<uint32_t>(j));
+  return bits_float(bits) - (0x1p23f + static_cast<float>(kReplayBias<kBits>));
+}
+// 1 bit: v where bit b of the word is set, else -v.
+TWA_HD float replay_sign(uint32_t word, int b, float v) {
+  return bits_float(float_bits(v) ^ (~(word << (31 - b)) & 0x80000000u));
+}
+
 }  // namespace twa

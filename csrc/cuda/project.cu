@@ -29,14 +29,14 @@ TWA_KERNEL(kThreads, 8) sum_kernel(UpdateArguments a) {
             reinterpret_cast<double*>(shared_memory()));
 }
 
-constexpr int kTableEntries = 240;  // arguments of a kernel have 4 KiB
+constexpr int kTableNumbers = 480;  // arguments of a kernel have 4 KiB
 struct TableArguments {
-  DeviceTensor* to;
+  int64_t* to;
   int count;
-  DeviceTensor entries[kTableEntries];
+  int64_t numbers[kTableNumbers];
 };
 TWA_KERNEL(kThreads, 8) table_kernel(TableArguments a) {
-  for (int k = thread_index(); k < a.count; k += kThreads) a.to[k] = a.entries[k];
+  for (int k = thread_index(); k < a.count; k += kThreads) a.to[k] = a.numbers[k];
 }
 
 // Thread = (segment, row).
@@ -64,12 +64,12 @@ int launch_project(const ProjectArguments& arguments, int bits, const Place& whe
   });
 }
 
-int table_cuda(const DeviceTensor* entries, int64_t count, DeviceTensor* to, const Place& where) {
-  for (int64_t begin = 0; begin < count; begin += kTableEntries) {
+int table_cuda(const int64_t* numbers, int64_t count, int64_t* to, const Place& where) {
+  for (int64_t begin = 0; begin < count; begin += kTableNumbers) {
     TableArguments a{};
     a.to = to + begin,
-    a.count = static_cast<int>(count - begin < kTableEntries ? count - begin : kTableEntries);
-    for (int k = 0; k < a.count; ++k) a.entries[k] = entries[begin + k];
+    a.count = static_cast<int>(count - begin < kTableNumbers ? count - begin : kTableNumbers);
+    for (int k = 0; k < a.count; ++k) a.numbers[k] = numbers[begin + k];
     if (const int error = launch(table_kernel, 1, kThreads, 0, where, a)) return error;
   }
   return 0;

@@ -11,6 +11,7 @@ docs/architecture.md has the rooms of this package and who may import whom.
 
 from . import averages
 from .batchnorm import update_bn
+from .distributed.load import load_average
 from .distributed.ranks import DistributedError
 from .io.candidates import Candidates
 from .io.errors import (
@@ -46,5 +47,6 @@ __all__ = [
     "__version__",
     "averages",
     "conference_method",
+    "load_average",
     "update_bn",
 ]

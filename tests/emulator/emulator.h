@@ -159,6 +159,9 @@ inline double shuffle_xor(double v, int mask) {
   std::memcpy(&v, words, 8);
   return v;
 }
+inline uint32_t shuffle_xor(uint32_t v, int mask) {
+  return emulator::exchange("shuffle_xor", v, mask, true);
+}
 
 inline int dot4(uint32_t a, uint32_t b, int c) {
   for (int k = 0; k < 4; ++k)
@@ -301,6 +304,8 @@ inline float divide(float a, float b) { return a / b; }
 inline float square_root(float a) { return std::sqrt(a); }
 using std::fma;
 using std::fmaf;
+using std::fmaxf;
+using std::fminf;
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -328,6 +333,14 @@ inline void store_16(void* p, uint4 v) { store_as(p, v); }
 inline void store_8(void* p, uint2 v) { store_as(p, v); }
 inline void store_4(void* p, uint32_t v) { store_as(p, v); }
 inline void store_2(void* p, uint16_t v) { store_as(p, v); }
+inline void store_1(void* p, uint32_t v) { store_as(p, static_cast<uint8_t>(v)); }
+template <class T>
+T* opaque(T* p) {
+  return p;
+}
+inline uint32_t in_register(uint32_t v) { return v; }
+inline uint4 load_own_16(const void* p) { return load_as<uint4>(p); }
+inline uint32_t load_own_4(const void* p) { return load_as<uint32_t>(p); }
 template <class T>
 T load_shared_by_all(const T* p) {
   return *p;

@@ -2,6 +2,7 @@
 // comparisons, or the first difference.
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <vector>
 
@@ -130,6 +131,35 @@ void reconstruct(std::mt19937& random) {
 }
 
 template <int kBits>
+void replay(std::mt19937& random) {
+  std::vector<int> seen(128, 0);
+  alignas(16) uint8_t row[128];
+  for (uint8_t& byte : row) byte = static_cast<uint8_t>(random());
+  for (int t = 0; t < kReplayLanes<kBits>; ++t) {
+    uint32_t mine[4] = {}, third[2] = {}, levels[8] = {};
+    std::memcpy(mine, row + kReplayBytes<kBits> * t, kReplayBytes<kBits>);
+    if (kBits == 3) std::memcpy(third, row + 32 + 8 * (t % 2), 8);
+    const uint32_t table[2] = {replay_table<kBits>(0), replay_table<kBits>(1)};
+    if constexpr (kBits > 1) replay_levels<kBits>(mine, third, t, table, levels);
+    for (int e = 0; e < kReplayColumns<kBits> / 4; ++e) {
+      for (int j = 0; j < 4; ++j) {
+        const int column = replay_column<kBits>(t, replay_sum<kBits>(e, j));
+        ++seen[column];
+        const float found = kBits == 1 ? replay_sign(mine[0], 8 * j + e, 127.0f)
+                                       : replay_level<kBits>(levels[e], j);
+        equal(static_cast<int>(found), level(kBits, get_code(kBits, row, column)), "replay", kBits,
+              t, 4 * e + j);
+      }
+      const int first = replay_column<kBits>(t, 4 * e);
+      equal(first % 4, 0, "four sums begin at a multiple of four", kBits, t, e);
+      equal(replay_column<kBits>(t, 4 * e + 3), first + 3, "four neighbours", kBits, t, e);
+    }
+  }
+  for (int column = 0; column < 128; ++column)
+    equal(seen[column], 1, "times that a column is summed", kBits, 0, column);
+}
+
+template <int kBits>
 void codes() {
   for (int k = -127; k <= 127; ++k)
     equal(nearest_code_of<kBits>(k), nearest_code(kBits, k), "nearest_code", kBits, 0, k);
@@ -171,6 +201,8 @@ int main() {
       project<1>(random);
   reconstruct<8>(random), reconstruct<4>(random), reconstruct<3>(random), reconstruct<2>(random),
       reconstruct<1>(random);
+  for (int trial = 0; trial < 64; ++trial)
+    replay<8>(random), replay<4>(random), replay<3>(random), replay<2>(random), replay<1>(random);
   codes<8>(), codes<4>(), codes<3>(), codes<2>(), codes<1>();
   fixed_point(random);
   std::printf("%lld comparisons\n", static_cast<long long>(compared));

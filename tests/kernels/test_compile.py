@@ -46,7 +46,7 @@ def rows(tmp_path_factory):
 def test_every_op_compiles_for_every_architecture(rows):
     compiled = {(r["arch"], r["op"], r["bits"]) for r in rows}
     for arch in ("sm_80", "sm_90", "gfx942"):
-        for op in ("pack", "unpack", "project", "reconstruct", "gram"):
+        for op in ("pack", "unpack", "record", "replay", "project", "reconstruct", "gram"):
             found = {bits for a, o, bits in compiled if (a, o) == (arch, op)}
             assert found == ({8, 4, 3, 2, 1} if arch == "sm_90" else set(static_cost.BRIEF_BITS))
         assert {(arch, op, 4) for op in ("step", "sum", "orthonormalize")} <= compiled

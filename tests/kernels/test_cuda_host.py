@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
     cuda.module is None or not cuda.module.with_cuda, reason="built without CUDA"
 )
 SHAPES, SEGMENTS = [(1000,), (257,), (128 * 70,), (5,)], [0, 1, 0, 2]
+OPS = ("project", "reconstruct", "step", "pack", "record", "replay", "orthonormalize_pass")
 
 
 # Work items and the order of a step's tasks -------------------------------------------------------
@@ -138,10 +139,7 @@ def test_a_device_without_machine_code(monkeypatch):
 
 
 def launch_on(device, module, window=4):
-    """The launches of all ops on tensors whose outputs are filled with 7.
-
-    project, reconstruct, step, pack and orthonormalize_pass; and the outputs.
-    """
+    """The launches of all ops (OPS) on tensors whose outputs are filled with 7; and the outputs."""
     n, tiles, f64 = 3, 2, torch.float64
     codes = torch.zeros(tiles, n, 64, dtype=torch.uint8)
     scales = torch.full((tiles, n), 0x38, dtype=torch.uint8)
@@ -232,6 +230,27 @@ def launch_on(device, module, window=4):
             bad=torch.zeros((), dtype=torch.int32),
             **where,
         ),
+        "record": lambda: module.record_cuda(
+            weights=grad,
+            reference=weights,
+            numel=arrays["numel"],
+            tile_begin=arrays["tile_begin"],
+            bits=4,
+            codes=codes[:, 0].contiguous(),
+            scales=half[:, 0].contiguous(),
+            bad=torch.zeros((), dtype=torch.int32),
+            **where,
+        ),
+        "replay": lambda: module.replay_cuda(
+            out=weights,
+            numel=arrays["numel"],
+            tile_begin=arrays["tile_begin"],
+            tiles=tiles,
+            bits=4,
+            rows=torch.zeros(1, 3, dtype=torch.int64),
+            ones=False,
+            **where,
+        ),
         "orthonormalize_pass": lambda: module.orthonormalize_pass_cuda(
             rows=table,
             parent=torch.tensor([-1, 0, 1], dtype=torch.int32),
@@ -286,7 +305,7 @@ on_a_gpu_too = pytest.mark.gpu if ON_GPU else lambda test: test
 
 
 @on_a_gpu_too
-@pytest.mark.parametrize("op", ["project", "reconstruct", "step", "pack", "orthonormalize_pass"])
+@pytest.mark.parametrize("op", OPS)
 def test_launch_without_a_device_or_on_a_wrong_one(op):
     module, device = (native._C, 0) if not ON_GPU and native._C.with_cuda else (cuda.module, 99)
     calls, (out, c, codes), _ = launch_on(device, module)
@@ -304,7 +323,7 @@ def test_launch_without_a_device_or_on_a_wrong_one(op):
 
 
 @on_a_gpu_too
-@pytest.mark.parametrize("op", ["project", "reconstruct", "step", "pack", "orthonormalize_pass"])
+@pytest.mark.parametrize("op", OPS)
 def test_wrong_device_number(op):
     calls, (out, c, codes), _ = launch_on(99, cuda.module)
     with pytest.raises(RuntimeError, match=f"{op}: CUDA error cudaErrorInvalidDevice on device 99"):

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .. import capture, native
 from ..layout import TILE
-from ..operands import BasisView, PackArgs, PassArgs, StepArgs
+from ..operands import BasisView, PackArgs, PassArgs, RecordArgs, ReplayArgs, StepArgs
 from . import handles
 from .after_pack import finish_pack
+from .rows import used_rows
 from .tensors import Recent, current_stream, kept, on_device
 
 #: the native module; tests put in its place the same kernels compiled for a CPU (tests/emulator)
@@ -102,19 +103,33 @@ def tensor_table(tensors: Any, device: torch.device) -> Tensor:
     return _tables.get((tensors.key, device, current_stream(device)), len(tensors), make)
 
 
-@functools.lru_cache(maxsize=256)
-def _sizes(
+def _numbers(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """(numbers,) int64 on the device, written as `tensor_table` does."""
+    to = torch.empty(len(numbers), dtype=torch.int64, device=device)
+    module.write_numbers(numbers=numbers, to=to, **_place(device))
+    return to
+
+
+def _make_sizes(
     numels: tuple[int, ...], unit: int, device: torch.device, stream: int
 ) -> tuple[Tensor, int]:
-    """(2, tensors) int64: sizes, and the first unit of columns of each tensor; and all units.
-
-    Per stream: what the cache drops, the same stream may still be reading when its memory is used
-    again, and no other one.
-    """
     begin = [0]
     for numel in numels:
         begin.append(begin[-1] - -numel // unit)
-    return torch.tensor([numels, begin[:-1]], dtype=torch.int64, device=device), begin[-1]
+    return _numbers([*numels, *begin[:-1]], device).view(2, -1), begin[-1]
+
+
+_kept_sizes = functools.lru_cache(maxsize=256)(_make_sizes)
+
+
+def _sizes(numels: tuple[int, ...], unit: int, device: torch.device) -> tuple[Tensor, int]:
+    """(2, tensors) int64: sizes, and the first unit of columns of each tensor; and all units.
+
+    Per stream: what the cache drops, the same stream may still be reading when its memory is used
+    again, and no other one. A CUDA graph gets its own.
+    """
+    make = _make_sizes if capture.capturing(device) else _kept_sizes
+    return make(numels, unit, device, current_stream(device))
 
 
 @dataclass(frozen=True)
@@ -271,7 +286,7 @@ def pack(args: PackArgs) -> tuple[int, int, int] | None:
     squares = torch.empty(len(args.codes), args.n, dtype=torch.float64, device=device)
     bad = torch.zeros((), dtype=torch.int32, device=device)
     with on_device(device):
-        (numel, tile_begin), _ = _sizes(args.numels, TILE, device, current_stream(device))
+        (numel, tile_begin), _ = _sizes(args.numels, TILE, device)
         row_table = tensor_table(rows, device)
         center_table = tensor_table(center, device) if args.center else None
         module.pack_cuda(
@@ -288,6 +303,60 @@ def pack(args: PackArgs) -> tuple[int, int, int] | None:
     return finish_pack(args, squares)
 
 
+def record(args: RecordArgs) -> None:
+    """Two kernels; nothing waits for `bad`, which the second one reads on the device."""
+    device = args.device
+    weights, reference = handles.read(args.weights, module), module.Tensors(args.reference)
+    with on_device(device):
+        (numel, tile_begin), _ = _sizes(args.numels, TILE, device)
+        # Names hold the tables until the launch: see tensor_table.
+        weight_table, reference_table = (
+            tensor_table(weights, device),
+            tensor_table(reference, device),
+        )
+        module.record_cuda(
+            weights=weight_table,
+            reference=reference_table,
+            numel=numel,
+            tile_begin=tile_begin,
+            bits=args.bits,
+            codes=args.codes,
+            scales=args.scales,
+            bad=args.bad,
+            **_place(device),
+        )
+
+
+def replay(args: ReplayArgs) -> None:
+    """Rows of coefficient 0 are left out here."""
+    device = args.device
+    rows = used_rows(args)
+    out = module.Tensors(args.out)
+    with on_device(device):
+        (numel, tile_begin), tiles = _sizes(args.numels, TILE, device)
+        table = torch.empty(len(rows.coefficients), 3, dtype=torch.int64, device=device)
+        module.write_rows(
+            codes=rows.codes,
+            scales=rows.scales,
+            coefficients=rows.coefficients,
+            tiles=tiles,
+            bits=args.bits,
+            to=table,
+            **_place(device),
+        )
+        out_table = tensor_table(out, device)
+        module.replay_cuda(
+            out=out_table,
+            numel=numel,
+            tile_begin=tile_begin,
+            tiles=tiles,
+            bits=args.bits,
+            rows=table,
+            ones=all(c == 1.0 for c in rows.coefficients),
+            **_place(device),
+        )
+
+
 def orthonormalize_pass(args: PassArgs) -> tuple[Tensor, Tensor]:
     """One read of the rows, in float64, `fast` or not; products with probes as on the CPU."""
     device, n = args.device, args.n
@@ -297,7 +366,7 @@ def orthonormalize_pass(args: PassArgs) -> tuple[Tensor, Tensor]:
     norms = torch.empty(n, dtype=torch.float64, device=device)
     transformed, unit = args.transform is not None, module.orthonormalize_chunk
     with on_device(device):
-        sizes, chunks = _sizes(args.numels, unit, device, current_stream(device))
+        sizes, chunks = _sizes(args.numels, unit, device)
         numel, chunk_begin = sizes
         parts, stride, space = module.orthonormalize_plan(
             n, args.rank if transformed else 0, chunks, transformed, bool(args.out)

@@ -201,10 +201,10 @@ def replay(args: ReplayArgs) -> None:
     """out += sum_r coefficients[r] * rows[r], row after row, each step rounded to float32."""
     offsets = tile_offsets(args.numels)
     for coefficient, codes, scales in zip(args.coefficients, args.codes, args.scales, strict=True):
-        if coefficient == 0.0:
+        c = torch.tensor(coefficient, dtype=torch.float32)
+        if c == 0.0:
             continue
         levels = torch.tensor(LEVELS[args.bits], dtype=torch.float32, device=codes.device)
-        c = torch.tensor(coefficient, dtype=torch.float32, device=codes.device)
         d = levels[bytes_to_codes(codes, args.bits)] * (c * scales.float())[:, None]
         for k, o in enumerate(args.out):
             o.view(-1).add_(d[offsets[k] : offsets[k + 1]].flatten()[: o.numel()])

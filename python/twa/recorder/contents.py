@@ -138,15 +138,28 @@ class Watched:
                 raise TwaError(f"{name!r} is trainable, and was not when the recorder was made")
         return found
 
-    def state(self) -> dict[str, Tensor]:
-        """All else that is kept, by key: copies in the CPU's memory, perhaps yet to be filled."""
-        tensors = named_tensors(self.model)
-        names = self.contents.names
+    def state(self, frozen: bool = False) -> dict[str, Tensor]:
+        """All else that is kept, by key: copies in the CPU's memory.
+
+        Those of a GPU's tensors are filled when its current stream has come so far.
+
+        Args:
+            frozen: whether frozen parameters are among them
+        """
+        tensors, names = named_tensors(self.model), self.contents.names
+        found = {key: tensors[name] for key, name in names.items() if name in tensors}
         return {
-            key: tensors[name].detach().to("cpu", copy=True, non_blocking=True).contiguous()
-            for key, name in names.items()
-            if name in tensors
+            key: _on_cpu(t.detach().contiguous())
+            for key, t in found.items()
+            if frozen or not isinstance(t, nn.Parameter)
         }
+
+
+def _on_cpu(t: Tensor) -> Tensor:
+    """A copy in the CPU's memory; nothing waits for one of a GPU's tensor."""
+    if not t.is_cuda:
+        return t.to("cpu", copy=True)
+    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
 
 
 def _check(name: str, t: Tensor) -> None:

@@ -48,12 +48,12 @@ class _Pending:
     Attributes:
         snapshot: its tensors there, perhaps yet to be filled
         bad: () int32 there, see `twa_kernels.record`
-        event: after which all of them are filled; None: they are
+        events: after which all of them are filled
     """
 
     snapshot: Snapshot
     bad: Tensor
-    event: torch.cuda.Event | None
+    events: Sequence[torch.cuda.Event] = ()
 
 
 class Recorder:
@@ -120,6 +120,7 @@ class Recorder:
         self._reference: list[Tensor] = []
         self._state: Mapping[str, Tensor] = {}  # as it was kept last
         self._pending: list[_Pending] = []
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}  # of copies to the CPU
         self._ended = self._swapped = self._closed = False
         self._store: Memory | Folder = Memory(keep)
         if self.path is not None:
@@ -263,7 +264,7 @@ class Recorder:
             )
         entries = self._watched.contents.trained
         kept = [rounded(e, w) for e, w in zip(entries, weights, strict=True)]
-        state = self._watched.state()
+        state = self._watched.state(frozen=True)
         if any(t.is_cuda for t in kept):
             torch.cuda.synchronize()
         try:
@@ -284,7 +285,7 @@ class Recorder:
         devices = list(dict.fromkeys(w.device for w in weights))
         if devices == [torch.device("cpu")]:
             codes, scales, bad = tk.record(weights, self._reference, self.bits)
-            self._add(_Pending(Snapshot(step, codes, scales, self._others()), bad, None), weights)
+            self._add(_Pending(Snapshot(step, codes, scales, self._watched.state()), bad), weights)
             return not bad
         return self._take_from(devices, step, weights, tiles)
 
@@ -299,29 +300,31 @@ class Recorder:
         codes = torch.empty(tiles[-1], 16 * self.bits, dtype=torch.uint8, pin_memory=True)
         scales = torch.empty(tiles[-1], dtype=torch.bfloat16, pin_memory=True)
         bad = torch.empty(len(devices), dtype=torch.int32, pin_memory=True)
+        state = self._watched.state()
+        events = [s.record_event() for s in map(torch.cuda.current_stream, _gpus(self.model))]
         for d, device in enumerate(devices):
             mine = [k for k, w in enumerate(weights) if w.device == device]
-            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            with torch.cuda.device(device):
                 made = tk.record(
                     [weights[k] for k in mine], [self._reference[k] for k in mine], self.bits
                 )
-                first = 0
-                for k in mine:
-                    count = num_tiles(weights[k].numel())
-                    at, of = slice(tiles[k], tiles[k + 1]), slice(first, first + count)
-                    codes[at].copy_(made[0][of], non_blocking=True)
-                    scales[at].copy_(made[1][of], non_blocking=True)
-                    first += count
-                bad[d].copy_(made[2], non_blocking=True)
-        state = self._others()
-        event = torch.cuda.Event()
-        event.record()
-        self._pending.append(_Pending(Snapshot(step, codes, scales, state), bad, event))
+                # The copies wait for the codes, and the training for neither.
+                side = self._streams.setdefault(device, torch.cuda.Stream(device))
+                side.wait_stream(torch.cuda.current_stream(device))
+                with torch.cuda.stream(side):
+                    first = 0
+                    for k in mine:
+                        count = num_tiles(weights[k].numel())
+                        at, of = slice(tiles[k], tiles[k + 1]), slice(first, first + count)
+                        codes[at].copy_(made[0][of], non_blocking=True)
+                        scales[at].copy_(made[1][of], non_blocking=True)
+                        first += count
+                    bad[d].copy_(made[2], non_blocking=True)
+                    events.append(side.record_event())
+                for t in made:
+                    t.record_stream(side)
+        self._pending.append(_Pending(Snapshot(step, codes, scales, state), bad, events))
         return True
-
-    def _others(self) -> dict[str, Tensor]:
-        """All else that is kept; what has not changed is dropped when it has arrived."""
-        return self._watched.state()
 
     def _settle(self, wait: bool = False) -> None:
         """Hands snapshots over that have arrived.
@@ -331,10 +334,10 @@ class Recorder:
         """
         while self._pending:
             first = self._pending[0]
-            if first.event is not None:
+            for event in first.events:
                 if wait:
-                    first.event.synchronize()
-                elif not first.event.query():
+                    event.synchronize()
+                elif not event.query():
                     return
             self._pending.pop(0)
             self._add(first)
@@ -753,6 +756,11 @@ def _copy_average(trail: Trail, k: int, beta: Tensor, to: Tensor) -> None:
         (found if flat is None else flat)[begin:end].copy_(part)
     if flat is None:
         to.copy_(found.view(to.shape))
+
+
+def _gpus(model: nn.Module) -> set[torch.device]:
+    """The GPUs that a model's buffers are on."""
+    return {b.device for b in model.buffers() if b.is_cuda}
 
 
 def _check_options(

@@ -6,7 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -124,6 +124,9 @@ class Memory:
     def add(self, snapshot: Snapshot) -> None:
         """Takes a later one; the oldest is dropped."""
         assert self.first is not None
+        if snapshot.all_codes.is_pinned():  # which is for what is on its way
+            codes, scales = snapshot.all_codes.clone(), snapshot.all_scales.clone()
+            snapshot = replace(snapshot, all_codes=codes, all_scales=scales)
         self.rows.append(snapshot)
         while self.keep is not None and len(self.rows) >= self.keep:
             oldest = self.rows.popleft()

@@ -28,6 +28,8 @@ from .orthonormalize import norms_kernel, products_kernel, transform_kernel, tra
 from .pack import pack_kernel
 from .project import project_kernel, sum_kernel
 from .reconstruct import reconstruct_kernel
+from .record import look_kernel, record_kernel
+from .replay import replay_kernel
 from .step import update_kernel
 from .unpack import unpack_kernel
 
@@ -36,13 +38,14 @@ from .unpack import unpack_kernel
 TYPES = {
     **dict.fromkeys(("codes", "scales"), "*u8"),
     **dict.fromkeys(("item_tensor", "item_tiles", "item_segment", "segment_begin"), "*i32"),
-    **dict.fromkeys(("tables", "parent", "item_piece", "extent"), "*i32"),
+    **dict.fromkeys(("tables", "parent", "item_piece", "extent", "bad"), "*i32"),
     **dict.fromkeys(("rows", "others", "center", "grads", "out"), "*i64"),
+    **dict.fromkeys(("weights", "reference", "item_begin"), "*i64"),
     **dict.fromkeys(("numel", "tile_begin", "item_tile"), "*i64"),
     **dict.fromkeys(("piece_tensor", "piece_column", "piece_end"), "*i64"),
     **dict.fromkeys(("row_scale", "partial", "c", "x", "x_rows", "first", "second"), "*fp32"),
     **dict.fromkeys(("squares", "transform", "probes"), "*fp64"),
-    **dict.fromkeys(("n", "padded", "num_segments"), "i32"),
+    **dict.fromkeys(("n", "padded", "num_segments", "count"), "i32"),
     **dict.fromkeys(("m", "r", "skip", "tensor", "begin", "end"), "i32"),
     **dict.fromkeys(("lr", "decay", "w1", "w2", "beta2", "root", "eps"), "fp32"),
 }
@@ -133,6 +136,14 @@ def _variants(arch: str) -> Iterator[Variant]:
             constants |= dict(TILES=config["tiles"])
             types = {"scales": "*bf16"}
             yield variant("pack", bits, dtype, pack_kernel, config, constants, False, types)
+        config = configuration("record", bits, arch)
+        for dtype in ("fp32", "bf16", "fp16") if bits == 4 else ("fp32",):
+            constants = dict(BITS=bits, DTYPE=FLOATS[dtype], TILES=config["tiles"])
+            types = {"scales": "*bf16"}
+            yield variant("record", bits, dtype, record_kernel, config, constants, False, types)
+        config = configuration("replay", bits, arch)
+        constants = dict(BITS=bits, ISA=how, TILES=config["tiles"], ROWS=config["rows"])
+        yield variant("replay", bits, "fp32", replay_kernel, config, constants, False)
         config = configuration("unpack", bits, arch)
         constants = dict(BITS=bits, TILES=config["tiles"])
         yield variant("unpack", bits, "fp32", unpack_kernel, config, constants, False)
@@ -140,6 +151,10 @@ def _variants(arch: str) -> Iterator[Variant]:
         for rows in (16, config["rows"]):
             constants = dict(BITS=bits, ROWS=rows)
             yield variant("gram", bits, f"{rows} rows", gram_kernel, config, constants)
+    config = configuration("look", 4, arch)
+    for dtype in ("fp32", "bf16", "fp16"):
+        constants = dict(DTYPE=FLOATS[dtype], TILES=config["tiles"])
+        yield variant("record", 4, f"look at {dtype}", look_kernel, config, constants)
     config = configuration("sum", 4, arch)
     size: dict[str, object] = dict(ITEMS=config["items"], ROWS=config["rows"])
     yield variant("sum", 4, "second stage of project", sum_kernel, config, size, False)

@@ -33,6 +33,16 @@ DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
     },
     "pack": {bits: {"tiles": 4, "warps": 1} for bits in BITS},
     "unpack": {bits: {"tiles": 16, "warps": 4} for bits in BITS},
+    "record": {bits: {"tiles": 4, "warps": 1} for bits in BITS},
+    "look": {bits: {"tiles": 16, "warps": 4} for bits in BITS},  # for weights that are not finite
+    # 32 sums a thread (8 bits: 16), for each 4 to 16 bytes of a row. rows: in flight.
+    "replay": {
+        8: {"tiles": 16, "rows": 4, "warps": 4},
+        4: {"tiles": 32, "rows": 4, "warps": 4},
+        3: {"tiles": 32, "rows": 4, "warps": 4},
+        2: {"tiles": 32, "rows": 4, "warps": 4},
+        1: {"tiles": 32, "rows": 4, "warps": 4},
+    },
     "gram": {bits: {"rows": 64, "item": 1024, "warps": 4} for bits in BITS},
     # second stage of project and the update of a step: items and rows that a program adds at a time
     "sum": {bits: {"items": 128, "rows": 16, "warps": 4} for bits in BITS},

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -97,7 +99,7 @@ _tables = Recent()
 
 
 def address_table(addresses: Sequence[int], device: torch.device) -> Tensor:
-    """(tensors,) int64 on the device.
+    """(tensors,) int64 on the device: addresses, or other numbers.
 
     The copy is not waited for, and only its own stream is sure to come after it: each stream has
     tables of its own. A CUDA graph knows only the table's address, so it gets one made by kernels
@@ -114,6 +116,51 @@ def address_table(addresses: Sequence[int], device: torch.device) -> Tensor:
 
     key = (tuple(addresses), device, current_stream(device))
     return _tables.get(key, len(addresses), make)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Work items of up to so many tiles of one tensor, which a program finds by their number.
+
+    Three tables, so that a CUDA graph can have its own of each.
+    """
+
+    numel: Tensor  # (tensors,) int64
+    tile_begin: Tensor  # (tensors,) int64
+    item_begin: Tensor  # (tensors,) int64: first item of each tensor
+    tensors: int
+    items: int
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """As the kernels take them; the last one is the number of tensors."""
+        return self.numel, self.tile_begin, self.item_begin, self.tensors
+
+
+def pieces_of(numels: Sequence[int], size: int, device: torch.device) -> Pieces:
+    """Items of up to `size` tiles of tensors of these sizes."""
+    tiles = tile_offsets(numels)
+    items = [0]
+    for first, end in itertools.pairwise(tiles):
+        items.append(items[-1] - -(end - first) // size)
+
+    def put(numbers: Sequence[int]) -> Tensor:
+        return address_table(numbers, device)
+
+    return Pieces(put(numels), put(tiles[:-1]), put(items[:-1]), len(numels), items[-1])
+
+
+@triton.jit
+def tensor_of(begin, count, at):
+    """Last k < count with begin[k] <= at, int32: the tensor of an item."""
+    low = count * 0
+    high = count
+    while low + 1 < high:
+        middle = (low + high) // 2
+        before = tl.load(begin + middle) <= at
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,6 @@
-"""The quantiser of csrc/packing.h, step by step, so that every byte equals the other backends'.
+"""pack: the quantiser of quantise.py, so that every byte equals the other backends'.
 
 Work map   program (work item, row): TILES tiles of one tensor, one group of 128 columns each.
-Rounding   every float operation rounds once: launched without fused multiply-add, with div_rn and
-           sqrt_rn; sums run as the halving tree, each level an addition of two halves, so that no
-           compiler's order of reduction matters.
 Bytes      n * D * input read, n * D * (bits / 8 + 2 / 128) written; the center is read once per
            row.
 """
@@ -16,82 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ...layout import LEVELS
 from ...operands import PackArgs
 from ..after_pack import finish_pack
-from ..reference import MAX_SHARE, RMS_SHARE
 from ..tensors import odd_ones, readable
 from .launch import DTYPES, Launch, address_table, by_dtype, items_of
-from .words import magnitude
-
-# The positive levels, as bytes of one number; the others mirror them.
-POSITIVE_4, POSITIVE_3, POSITIVE_2, POSITIVE_1 = (
-    tl.constexpr(sum(level << (8 * j) for j, level in enumerate(LEVELS[bits][2**bits // 2 :])))
-    for bits in (4, 3, 2, 1)
-)
-RMS_4, RMS_3, RMS_2, RMS_1 = (tl.constexpr(RMS_SHARE[bits]) for bits in (4, 3, 2, 1))
-MAX_4, MAX_3 = (tl.constexpr(MAX_SHARE[bits]) for bits in (4, 3))
-
-
-@triton.jit
-def _tree_sum(v, TILES: tl.constexpr):
-    """(TILES, 128) float32 -> (TILES,): v[c] += v[c + h] for h = 64, 32, ..., 1."""
-    for level in tl.static_range(7):
-        v = tl.sum(v.reshape(TILES, 2, 64 >> level), 1)  # two terms: one addition
-    return v.reshape(TILES)
-
-
-@triton.jit
-def _nearest(k, POSITIVE: tl.constexpr, HALF: tl.constexpr):
-    """Code and level of integers k in [-127, 127]: the nearest level, the lower one at a tie.
-
-    There are HALF positive levels.
-    """
-    twice = tl.where(k > 0, 2 * k, 1 - 2 * k)  # of a negative number, a tie goes outwards
-    steps = tl.zeros_like(k)
-    size = tl.full(k.shape, POSITIVE & 255, tl.int32)
-    for j in tl.static_range(HALF - 1):
-        above = twice > ((POSITIVE >> (8 * j)) & 255) + ((POSITIVE >> (8 * j + 8)) & 255)
-        steps += above.to(tl.int32)
-        size = tl.where(above, (POSITIVE >> (8 * j + 8)) & 255, size)
-    return tl.where(k > 0, HALF + steps, HALF - 1 - steps), tl.where(k > 0, size, -size)
-
-
-@triton.jit
-def _encode(u, s, BITS: tl.constexpr):
-    """Codes and int32 levels of u / s."""
-    one = tl.full(s.shape, 1.0, tl.float32)
-    inverse = tl.where(s > 0, tl.div_rn(one, tl.where(s > 0, s, 1.0)), 0.0)
-    v = tl.minimum(tl.maximum(u * inverse[:, None], -127.0), 127.0)
-    # 1.5 * 2^23: rounds to an integer, ties to even.
-    k = ((v + 12582912.0) - 12582912.0).to(tl.int32)
-    if BITS == 8:
-        return k + 128, k
-    elif BITS == 4:
-        return _nearest(k, POSITIVE_4, 8)
-    elif BITS == 3:
-        return _nearest(k, POSITIVE_3, 4)
-    elif BITS == 2:
-        return _nearest(k, POSITIVE_2, 2)
-    else:
-        return _nearest(k, POSITIVE_1, 1)
-
-
-@triton.jit
-def _round_scale(s, UP: tl.constexpr):
-    """Positive float32 to 4 significant bits, up or to nearest even."""
-    u = s.to(tl.int32, bitcast=True)
-    if UP:
-        u += 0xFFFFF
-    else:
-        u += 0x7FFFF + ((u >> 20) & 1)
-    return (u & -1048576).to(tl.float32, bitcast=True)  # 0xfff00000
-
-
-@triton.jit
-def _power(e):
-    """2^e as float32, for -126 <= e <= 127."""
-    return ((e + 127) << 23).to(tl.float32, bitcast=True)
+from .quantise import quantise, store_codes
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -130,57 +56,13 @@ def pack_kernel(
             of_center = tl.load(center + tensor).to(tl.pointer_type(CENTER)) + at
             v -= tl.load(of_center, mask=real, other=0).to(tl.float32)
 
-        m = tl.max(magnitude(v), 1)
-        finite = m < 0x7F800000
-        usable = finite & (m >= 0x00800000)
-        e = tl.where(usable, (m >> 23) - 126, 0)
-        half = (e + ((e >> 31) & 1)) >> 1  # e / 2, towards zero
-        down = _power(-half)
-        down2 = _power(half - e)
-        u = tl.where(usable[:, None], v * down[:, None] * down2[:, None], 0.0)
-        largest = m.to(tl.float32, bitcast=True) * down * down2
-        total = _tree_sum(u * u, TILES)
-        if BITS == 8:
-            s = _round_scale(tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32)), True)
-        else:
-            valid = tl.minimum(tl.maximum(columns - begin, 1), 128).to(tl.float32)
-            rms = tl.sqrt_rn(tl.div_rn(total, valid))
-            if BITS == 4:
-                s = rms * RMS_4 + largest * MAX_4
-            elif BITS == 3:
-                s = rms * RMS_3 + largest * MAX_3
-            elif BITS == 2:
-                s = rms * RMS_2
-            else:
-                s = rms * RMS_1
-            _, level = _encode(u, s, BITS)
-            # At least 1: it is 0 only past the end of the item.
-            norm = tl.maximum(tl.sum(tl.where(real, level * level, 0), 1), 1)
-            product = _tree_sum(u * level.to(tl.float32), TILES)
-            s = _round_scale(tl.div_rn(product, norm.to(tl.float32)), False)
-        s = tl.where(usable, s, 0.0)
-        code, _ = _encode(u, s, BITS)
-
+        valid = tl.minimum(tl.maximum(columns - begin, 1), 128)
+        code, _, scale, total, e, finite = quantise(v, real, valid, BITS, TILES)
         group = (first + t) * n + row  # (TILES,)
-        if BITS == 3:
-            field = tl.arange(0, 4)[None, :, None]
-            low = tl.sum((code & 3).reshape(TILES, 4, 32) << (2 * field), 1)
-            high = tl.sum((code >> 2).reshape(TILES, 8, 16) << tl.arange(0, 8)[None, :, None], 1)
-            to = codes + group[:, None] * 48
-            tl.store(to + tl.arange(0, 32)[None, :], low.to(tl.uint8), mask=live[:, None])
-            tl.store(to + 32 + tl.arange(0, 16)[None, :], high.to(tl.uint8), mask=live[:, None])
-        else:
-            BYTES: tl.constexpr = 16 * BITS
-            field = tl.arange(0, 8 // BITS)[None, :, None]
-            byte = tl.sum(code.reshape(TILES, 8 // BITS, BYTES) << (BITS * field), 1)
-            to = codes + group[:, None] * BYTES
-            tl.store(to + tl.arange(0, BYTES)[None, :], byte.to(tl.uint8), mask=live[:, None])
-        scale = s * _power(half) * _power(e - half)
-        # Exact in bfloat16: 4 significant bits.
-        scale = tl.where(scale.to(tl.int32, bitcast=True) < 0x00800000, 0.0, scale)
+        store_codes(codes, group, code, live, BITS, TILES)
         tl.store(scales + group, scale.to(tl.bfloat16), mask=live)
         wide = ((2 * e + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)  # 2^(2 e)
-        nan = tl.full(m.shape, 0x7FC00000, tl.int32).to(tl.float32, bitcast=True).to(tl.float64)
+        nan = tl.full(e.shape, 0x7FC00000, tl.int32).to(tl.float32, bitcast=True).to(tl.float64)
         tl.store(squares + group, tl.where(finite, total.to(tl.float64) * wide, nan), mask=live)
 
 

@@ -1,0 +1,40 @@
+"""A fixed average of candidates, loaded into a model."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..dtensors import is_sharded
+from ..io.averaging import merge_weights
+from ..io.candidates import Candidates
+from ..io.key_map import match_model
+from .choose import find_ranks
+from .ranks import Ranks
+from .sharding import ColumnsSharding, Sharding
+from .weights import load_merge
+
+
+def load_average(model: nn.Module, candidates: Candidates, beta: Tensor) -> None:
+    """Moves a model to sum_i beta[i] w_i, a weighted average of candidates.
+
+    Frozen parameters and float buffers are averaged, too; integer and bool buffers are the last
+    candidate's. With BatchNorm, call `update_bn` afterwards. No basis is made: it takes one read of
+    the candidates. Ranks of a sharded model call it together; each reads what it holds.
+
+    Args:
+        model: whose parameters and buffers are written
+        candidates: the n checkpoints, or a recording
+        beta: merge weights (n,) that sum to 1, such as `twa.averages.ema(n, 0.9)`
+
+    Raises:
+        CandidateError: files and model do not fit, or the average is not finite
+        TwaError: beta are no merge weights
+    """
+    weights = merge_weights(beta, len(candidates))
+    matched, key_map = match_model(model, candidates)
+    if is_sharded(model):
+        ranks = find_ranks("columns", model)
+        sharding: Sharding = ColumnsSharding(ranks, model, matched, key_map)
+    else:
+        sharding = Sharding(Ranks(), model, matched, key_map)
+    load_merge(sharding, weights)
