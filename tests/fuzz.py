@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 import traceback
+import uuid
 import warnings
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ from torch import nn
 from twa.basis.file import read_basis
 from twa.distributed.ranks import Ranks
 from twa.io.candidates import Candidates
-from twa.io.errors import BasisError, CandidateError, StateError
+from twa.io.errors import BasisError, CandidateError, CandidateWarning, StateError, TwaError
 from twa.io.formats import _weights_of
 from twa.merge.results import Result
 from twa.merge.resume import FORMAT, Store
@@ -297,7 +298,26 @@ def make_seeds():
         {"state.pt": saved(run_state())},
         {"state.pt": saved(run_state() | {"under_way": None, "best": None, "best_file": ""})},
     ]
+    for run, bits in ((1, 4), (2, 1)):
+        write_recording(Path("recording"), run, bits)
+        seeds["recording"].append(files_of(Path("recording")))
+        shutil.rmtree("recording")
     return dict(seeds)
+
+
+def write_recording(folder, run, bits):
+    """A recording of four snapshots."""
+    name, uuid.uuid4 = uuid.uuid4, lambda: uuid.UUID(int=run)  # else random
+    model = Model()
+    recorder = twa.Recorder(model, every=1, path=folder, bits=bits)
+    uuid.uuid4 = name
+    g = torch.Generator().manual_seed(run)
+    for step in range(1, 5):
+        for t in (*model.parameters(), model.norm.running_mean):
+            t.data += torch.randn(t.shape, generator=g)
+        recorder.record(step)
+    recorder.close()
+    (folder / "recording.lock").unlink()
 
 
 def save(state, names):
@@ -341,7 +361,24 @@ def damaged(rng, kind, seeds):
         elif name.endswith(".pt"):
             ways += [lambda d: damage_pickle(rng, d)] * 3
         files[name] = rng.choice(ways)(data)
+        if kind == "recording" and rng.random() < 0.3:
+            files = displaced(rng, files, other)
     return files
+
+
+def displaced(rng, files, other):
+    """The files of a recording, of which one is gone, at another's place, or of another run."""
+    name, place = rng.choice(list(files)), rng.choice(list(files))
+    way = rng.randrange(4)
+    if way == 0:
+        return {n: data for n, data in files.items() if n != name or len(files) == 1}
+    if way == 1:
+        return files | {place: files[name]}
+    if way == 2:
+        return files | {name: other.get(name, b"")}
+    return files | {
+        rng.choice(("step_9", "anchor_9", "step_02", "anchor_00")) + ".safetensors": files[name]
+    }
 
 
 # What must hold ----------------------------------------------------------------------------------
@@ -510,6 +547,40 @@ def check_state(folder):
     return "loaded", ""
 
 
+def check_recording(folder):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        candidates = Candidates(folder)
+        for candidate in candidates:
+            for key, info in candidate.info.items():
+                t = candidate.tensor(key)
+                if t.shape != info.shape or t.dtype != info.dtype:
+                    raise Wrong(f"{key!r} is {t.shape}, not {info}")
+        candidates.average(torch.full((len(candidates),), 1 / len(candidates)))
+        found = go_on(folder)
+    for w in said:
+        text = str(w.message)
+        if w.category is not CandidateWarning or len(text) > 3000 or not text.isprintable():
+            raise Wrong(f"warning: {text[:200]!a}")
+    return "loaded", found
+
+
+def go_on(folder):
+    """A recorder goes on with it, unless it is refused."""
+    with tempfile.TemporaryDirectory() as work:
+        copy = shutil.copytree(folder, Path(work) / "run")
+        bits = min(c.recording.bits for c in Candidates(copy))
+        try:
+            recorder = twa.Recorder(Model(), every=1, path=copy, bits=bits, resume=True)
+        except TwaError as error:
+            return f"not resumed: {error.problem[:50]}"
+        recorder.record(10**9)
+        recorder.close()
+        if Candidates(copy)[-1].step != 10**9:
+            raise Wrong("the next snapshot is not there")
+    return ""
+
+
 CHECKS = {
     "safetensors": lambda case: check_safetensors(case / "x.safetensors"),
     "index": check_index,
@@ -518,6 +589,7 @@ CHECKS = {
     "basis": lambda case: check_basis(case / "basis.safetensors"),
     "position": check_position,
     "state": check_state,
+    "recording": check_recording,
 }
 
 

@@ -64,10 +64,10 @@ EVENTS = {
 }
 
 
-def test_1050_damaged_files():
-    done = processes.run([sys.executable, str(HERE / "fuzz.py"), "--count", "1050"])
+def test_1200_damaged_files():
+    done = processes.run([sys.executable, str(HERE / "fuzz.py"), "--count", "1200"])
     assert done.returncode == 0, done.stdout + done.stderr
-    kinds = [line.split() for line in done.stdout.splitlines()[1:8]]
+    kinds = [line.split() for line in done.stdout.splitlines()[1:9]]
     assert all(
         int(cases) == 150 and int(loaded) > 5 and int(refused) > 50
         for _, cases, loaded, refused, _ in kinds

@@ -127,7 +127,7 @@ def test_killed_at_a_call(jobs, tmp_path, name):
                 known = (job.final.get(step), job.before.get(step))
                 assert tensors in known or None in known, (mode, point, step)
         else:
-            with pytest.raises(CandidateError, match="expected|no such file"):
+            with pytest.raises(CandidateError, match=r"expected|no such file"):
                 twa.Candidates(folder)
         code, text = job.run(folder)
         assert code == 0, text

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..io.candidate import Candidate
-from ..io.candidates import open_one
+from ..io.candidates import open_all
 from ..io.compare import check_info
 from ..io.errors import CandidateError, NoWeights
 from ..io.find import find, left_out
@@ -34,7 +34,7 @@ def open_each(
     rows, empty = [], []
     for path in found.paths:
         try:
-            rows.append(Row(path, open_one(found, path, entry, ignore)))
+            rows += [Row(c.path, c) for c in open_all(found, path, entry, ignore)]
         except CandidateError as error:
             rows.append(Row(path, None, error.problem))
             if isinstance(error, NoWeights) and path in found.searched:

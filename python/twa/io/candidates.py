@@ -26,7 +26,7 @@ from twa_kernels.layout import FLOATS
 from .averaging import FixedAverage, average_into
 from .candidate import Candidate
 from .compare import check_same, without_tensors
-from .duplicates import without_duplicates
+from .duplicates import without_duplicates, without_same_files
 from .errors import CandidateError, CandidateWarning, NoWeights, TwaError
 from .find import Found, find, left_out
 from .mapped import Part, Source, TensorInfo, shape_of
@@ -109,11 +109,12 @@ class Candidates(Sequence[Candidate]):
         opened, without_weights = open_each(found, entry, ignore)
         files = [c for c in opened if not isinstance(c, Recorded)]
         once, same = without_duplicates(files) if len(files) > 1 else (files, "")
-        doubtful = [same] if same else []
+        recorded, twice = without_same_files([c for c in opened if isinstance(c, Recorded)])
+        doubtful = [text for text in (same, twice) if text]
         if found.by_age:
             doubtful += [f"{text}; {LISTING}" for text in doubts([c.path for c in once])]
-        kept = {id(c) for c in once}
-        once = [c for c in opened if isinstance(c, Recorded) or id(c) in kept]
+        kept = {id(c) for c in (*once, *recorded)}
+        once = [c for c in opened if id(c) in kept]
         for text in doubtful:
             warnings.warn(text, CandidateWarning, stacklevel=2)
         self._hold(once, block_bytes)
@@ -405,13 +406,8 @@ def open_each(
     opened: list[Candidate] = []
     empty, first = [], None
     for path in found.paths:
-        if path.is_dir() and is_recording(path):
-            if entry is not None:
-                raise CandidateError(f"entry {entry!r}: a recording has none", path)
-            opened += open_recording(path).candidates(ignore)
-            continue
         try:
-            opened.append(open_one(found, path, entry, ignore))
+            opened += open_all(found, path, entry, ignore)
         except NoWeights as error:
             if path not in found.searched:
                 if len(found.paths) == 1:
@@ -423,6 +419,21 @@ def open_each(
     if not opened:
         raise CandidateError(f"no candidates: nothing of what was found holds weights; {first}")
     return opened, left_out(empty, [c.path for c in opened])
+
+
+def open_all(
+    found: Found, path: Path, entry: str | None, ignore: Sequence[str] = ()
+) -> list[Candidate]:
+    """One of those that were found; or, of a recording, its snapshots.
+
+    Raises:
+        NoWeights, CandidateError: as `open_one`
+    """
+    if not path.is_dir() or not is_recording(path):
+        return [open_one(found, path, entry, ignore)]
+    if entry is not None:
+        raise CandidateError(f"entry {entry!r}: a recording has none", path)
+    return [*open_recording(path).candidates(ignore)]
 
 
 def open_one(found: Found, path: Path, entry: str | None, ignore: Sequence[str] = ()) -> Candidate:

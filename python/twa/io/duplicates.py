@@ -49,8 +49,18 @@ def without_duplicates(candidates: Sequence[Candidate]) -> tuple[list[Candidate]
         for c in group
         if c is not one
     ]
-    note = f"the same weights count once: {shortened(pairs)}" if pairs else ""
-    return [c for c in candidates if id(c) in kept], note
+    return [c for c in candidates if id(c) in kept], _note(pairs)
+
+
+def without_same_files(candidates: Sequence[Candidate]) -> tuple[list[Candidate], str]:
+    """The same for snapshots of recordings, of which none is read: only their files count."""
+    groups = _grouped(candidates, _files)
+    pairs = [_pair(c.path, group[0].path) for group in groups for c in group[1:]]
+    return [group[0] for group in groups], _note(pairs)
+
+
+def _note(pairs: Sequence[str]) -> str:
+    return f"the same weights count once: {shortened(pairs)}" if pairs else ""
 
 
 def _grouped(

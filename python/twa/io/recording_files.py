@@ -233,7 +233,7 @@ def read_anchor(path: Path) -> tuple[Contents, Anchor]:
     metadata, tensors = _read(path)
     try:
         contents = parse_contents(metadata.get("contents"))
-        number, step = _place(metadata)
+        number, step = _place(metadata, path)
     except ValueError as error:
         raise CandidateError(f"not the anchor of a recording: {first_line(error)}", path) from error
     weights = []
@@ -243,7 +243,7 @@ def read_anchor(path: Path) -> tuple[Contents, Anchor]:
         fits = stored is not None and stored.info.shape == e.sizes
         if stored is None or not fits or not stored.info.dtype.is_floating_point:
             raise CandidateError(
-                f"{e.key!r}: expected weights {list(e.sizes)}, found {found}", path
+                f"{shown(e.key)}: expected weights {list(e.sizes)}, found {found}", path
             )
         weights.append(stored)
     return contents, Anchor(path, number, step, weights, _state(tensors, contents, path))
@@ -262,7 +262,7 @@ def read_step(path: Path, contents: Contents) -> Step:
         "scales": TensorInfo((tiles,), torch.bfloat16),
     }
     try:
-        number, step = _place(metadata)
+        number, step = _place(metadata, path)
         if metadata.get("run") != contents.run:
             raise ValueError("it is of another run")
         for name, info in expected.items():
@@ -292,13 +292,15 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     return value, tensors
 
 
-def _place(metadata: Mapping[str, object]) -> tuple[int, int]:
-    """Number and step of a snapshot; ValueError if they are none."""
+def _place(metadata: Mapping[str, object], path: Path) -> tuple[int, int]:
+    """Number and step of a snapshot; ValueError if they are none, or another file's."""
     number, step = metadata.get("number"), metadata.get("step")
     for name, value in (("number", number), ("step", step)):
         good = type(value) is int and 0 <= value < MOST_STEP
         _want(good, name, "a whole number of at least 0", value)
     assert isinstance(number, int) and isinstance(step, int)
+    if (match := ANCHORS.fullmatch(path.name) or STEPS.fullmatch(path.name)) is not None:
+        _want(int(match[1]) == step, "step", f"that of the file's name, {int(match[1])}", step)
     return number, step
 
 
@@ -417,12 +419,17 @@ def read_log(folder: Path) -> Log:
     """The recording in one directory, which may be written meanwhile.
 
     Raises:
-        CandidateError: it has no anchor that can be read
+        CandidateError: it has no anchor that can be read, or the system refuses to read a file
     """
-    for _ in range(ATTEMPTS):
-        with contextlib.suppress(FileNotFoundError):  # the anchor was moved meanwhile
-            return _read_log(folder)
-    return _read_log(folder)
+    try:
+        for _ in range(ATTEMPTS):
+            with contextlib.suppress(FileNotFoundError):  # the anchor was moved meanwhile
+                return _read_log(folder)
+        return _read_log(folder)
+    except OSError as error:  # nothing is known of what is in there, and nothing left out
+        raise CandidateError(
+            f"cannot be read ({error.strerror})", error.filename or folder
+        ) from error
 
 
 def _read_log(folder: Path) -> Log:

@@ -14,10 +14,11 @@ from ..distributed.sharding import Shard, shard_of
 from ..dtensors import is_dtensor, is_sharded, local, reshard
 from ..io import loading
 from ..io.candidate import plain_keys, without_wrappers
+from ..io.checks import MAX_NAME, shown
 from ..io.errors import TwaError
 from ..io.key_map import aliases_of
 from ..io.loading import named_tensors, state_names
-from ..io.recording_files import Contents
+from ..io.recording_files import WEIGHTS, Contents
 from ..io.safetensors import SAFETENSORS_DTYPES
 from ..io.trail import Entry
 
@@ -95,6 +96,8 @@ class Watched:
         kept = [n for n in others if not is_dtensor(tensors[n]) and _is_known(tensors[n])]
         held = {*trained, *kept}
         run = ranks.broadcast_object(uuid.uuid4().hex)
+        for key in (*keys.values(), *plain.values()):
+            _check_key(key)
         contents = Contents(
             run,
             bits,
@@ -170,6 +173,17 @@ def _check(name: str, t: Tensor) -> None:
     if not known or local(t).layout != torch.strided:
         found = f"{t.dtype}, {local(t).layout}"
         raise TwaError(f"{name!r}: expected a dense floating-point parameter, found {found}")
+
+
+def _check_key(key: str) -> None:
+    """TwaError for a name that no file can hold."""
+    if len(key) > MAX_NAME - len(WEIGHTS) or (not key.isascii() and any(map(_is_half, key))):
+        raise TwaError(f"{shown(key)}: no name of a tensor in a file, of {len(key)} characters")
+
+
+def _is_half(letter: str) -> bool:
+    """Whether this is half of a surrogate pair, which UTF-8 does not have."""
+    return "\ud800" <= letter <= "\udfff"
 
 
 def _is_known(t: Tensor) -> bool:
