@@ -268,8 +268,12 @@ class Recorder:
         if any(t.is_cuda for t in kept):
             torch.cuda.synchronize()
         try:
-            # a copy, since the model goes on
-            on_cpu = [t.detach().to("cpu", copy=True).contiguous() for t in kept]
+            # copies of what the model itself holds, since it goes on
+            own = [t is w for t, w in zip(kept, weights, strict=True)]
+            on_cpu = [
+                t.detach().to("cpu", copy=is_own).contiguous()
+                for t, is_own in zip(kept, own, strict=True)
+            ]
             self._store.begin(self._watched.contents, step, on_cpu, state)
         except OSError as error:
             _warn(f"step {step} is not recorded: {error.filename}: {error.strerror}")
