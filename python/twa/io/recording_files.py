@@ -369,7 +369,7 @@ def folders_of(folder: Path) -> list[Path]:
 
 def others_in(folder: Path, ranks: int) -> str:
     """What a directory has of a recording of another number of ranks: a file's name, or ""."""
-    for path in folder.glob("rank_*_of_*/anchor_*.safetensors"):
+    for path in sorted(folder.glob("rank_*_of_*/anchor_*.safetensors")):
         match = RANKS.fullmatch(path.parent.name)
         if match and int(match[2]) != ranks:
             return f"{path.parent.name}/{path.name}"
