@@ -15,8 +15,9 @@ import twa
 from conftest import exhaustive
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from twa.distributed.ranks import DistributedError
 from twa.dtensors import local
 from twa.io.errors import CandidateError, CandidateWarning, TwaError
 
@@ -325,6 +326,27 @@ def test_one_checkpoint_of_all_ranks(ranks, tmp_path, kind, where):
     path = tmp_path / "run" if where == "files" else None
     for before, after, counts in ranks.run(2, through_dcp, kind, path, tmp_path / "checkpoint"):
         assert same(before, after) and counts
+
+
+def odd_models(group):
+    """Why they are refused, on each rank."""
+    said = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        old = FullyShardedDataParallel(nn.Linear(4, 4), process_group=group, device_id="cpu")
+    for model in (nn.Linear(4, 4 + dist.get_rank(group)), old):
+        try:
+            twa.Recorder(model, every=1, group=group)
+            said.append("none")
+        except (TwaError, DistributedError) as error:
+            said.append(str(error))
+    return said
+
+
+def test_models_that_are_no_copies(ranks):
+    for differs, old in ranks.run(2, odd_models):
+        assert "the ranks do not have the same model" in differs
+        assert "expected fully_shard" in old
 
 
 def from_rank_0(group):

@@ -398,6 +398,47 @@ def test_odd_tensors(kind, tmp_path):
     assert {n: p.stride() for n, p in model.named_parameters()} == strides
 
 
+class Merging(nn.Linear):
+    """Merges its factors into its weight while it is in evaluation mode."""
+
+    def __init__(self):
+        super().__init__(6, 6)
+        self.a, self.b = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.randn(2, 6))
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * self.a @ self.b
+            self.merged = not mode
+        return self
+
+
+def test_modules_that_merge_their_weights(tmp_path):
+    """What is recorded and averaged are the weights that files hold."""
+    model, other = nn.Sequential(net(Merging)), nn.Sequential(net(Merging))
+    recorders = [recorder_of("memory", m, tmp_path) for m in (model, other)]
+    for k in range(3):
+        for recorder in recorders:
+            move(recorder.model, k)
+        model.eval()
+        for recorder in recorders:
+            recorder.record(k)
+        assert not model[0].training
+        model.train()
+    for mine, theirs in zip(*map(snapshots, recorders), strict=True):
+        for key, t in theirs.items():
+            torch.testing.assert_close(mine[key], t, rtol=1e-5, atol=1e-5)
+    model.eval()
+    merged = model[0].weight.detach().clone()
+    with recorders[0].averaged("uniform"), recorders[1].averaged("uniform"):
+        other.eval()
+        x = torch.randn(4, 6)
+        torch.testing.assert_close(model(x), other(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model[0].weight, merged)
+    assert model[0].merged
+
+
 PARAMETRIZED = {
     "weight_norm": lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 6))),
     "spectral_norm": lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 6))),
@@ -450,6 +491,7 @@ def test_what_cannot_be_recorded(tmp_path):
         (nn.ReLU(), "no trainable parameter"),
         (frozen, "no trainable parameter"),
         (nn.LazyLinear(3), "'weight' has no shape yet: run a batch"),
+        (nn.Linear(3, 3, device="meta"), "'weight' is on the meta device"),
         (half, "'0': expected a dense floating-point parameter, found torch.complex64"),
         (sparse, "'0': expected a dense floating-point parameter, .*sparse_coo"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..distributed.ranks import Ranks
+from ..distributed.ranks import Ranks, digest
 from ..distributed.sharding import Shard, shard_of
 from ..dtensors import is_dtensor, is_sharded, local, reshard
 from ..io import loading
@@ -72,9 +73,10 @@ class Watched:
 
         Raises:
             TwaError: it has no trainable floating-point parameter, or one without a shape, or of a
-                dtype that cannot be recorded
+                dtype that cannot be recorded; or ranks hold it in a way that is not supported
         """
         tensors = named_tensors(model)
+        _check_ranks(model, tensors, ranks)
         aliases = aliases_of(tensors)
         of_state = {without_wrappers(key): name for key, name in state_names(model).items()}
         saved = {*of_state.values()}
@@ -165,10 +167,24 @@ def _on_cpu(t: Tensor) -> Tensor:
     return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
 
 
+def _check_ranks(model: nn.Module, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    """TwaError unless all ranks have this model, whole or as DTensors."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(
+        isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()
+    ):
+        raise TwaError("the model is wrapped in FullyShardedDataParallel: expected fully_shard")
+    if ranks.world_size > 1:
+        found = [(n, tuple(t.shape), str(t.dtype), t.requires_grad) for n, t in tensors.items()]
+        ranks.check_equal({"model": digest(found)})
+
+
 def _check(name: str, t: Tensor) -> None:
     """TwaError unless a parameter can be recorded."""
     if nn.parameter.is_lazy(t):
         raise TwaError(f"{name!r} has no shape yet: run a batch through the model first")
+    if t.is_meta:
+        raise TwaError(f"{name!r} is on the meta device, without numbers: load the model first")
     known = t.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     if not known or local(t).layout != torch.strided:
         found = f"{t.dtype}, {local(t).layout}"
