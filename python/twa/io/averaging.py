@@ -162,7 +162,9 @@ class FixedAverage:
         recorded = [key for key in self._floats if recording and recording.records(key)]
         if recording is not None and len(self._rows) > 1:  # decoded and summed in one go
             for key in recorded:
+                size = sum(c.info[key].dtype.itemsize for c in self.used)
                 for part in recording.average_blocks(key, self.weights):
+                    self.candidates.account(part.numel() * size)
                     yield key, self._rounded(key, part)
         else:
             recorded = []

@@ -111,6 +111,11 @@ class Candidates(Sequence[Candidate]):
         once, same = without_duplicates(files) if len(files) > 1 else (files, "")
         recorded, twice = without_same_files([c for c in opened if isinstance(c, Recorded)])
         doubtful = [text for text in (same, twice) if text]
+        if files and recorded:
+            doubtful.append(
+                f"a recording, {recorded[0].path.parent}, and whole files, such as"
+                f" {files[0].path.name}: if they are of one run, its weights count twice"
+            )
         if found.by_age:
             doubtful += [f"{text}; {LISTING}" for text in doubts([c.path for c in once])]
         kept = {id(c) for c in (*once, *recorded)}
@@ -197,7 +202,7 @@ class Candidates(Sequence[Candidate]):
         for c in self:
             c.check()
 
-    def _count(self, nbytes: int) -> None:
+    def account(self, nbytes: int) -> None:
         """Accounts for bytes that are about to be touched."""
         self.bytes_read += nbytes
         self._touched += nbytes
@@ -225,7 +230,7 @@ class Candidates(Sequence[Candidate]):
             part: only these slices of it, one per dimension; the bytes around them are not touched
         """
         chosen, count = self._candidates[rows], math.prod(shape_of(self.info[key].shape, part))
-        self._count(count * sum(c.info[key].dtype.itemsize for c in chosen))
+        self.account(count * sum(c.info[key].dtype.itemsize for c in chosen))
         return [c.tensor(key, part) for c in chosen]
 
     def stream(
@@ -249,7 +254,7 @@ class Candidates(Sequence[Candidate]):
 
         def prepare(index: int, first: int, last: int) -> Block:
             key, part = wanted[index]
-            self._count(sum(c.info[key].dtype.itemsize for c in chosen) * (last - first))
+            self.account(sum(c.info[key].dtype.itemsize for c in chosen) * (last - first))
             return Block(index, first, last, [c.columns(key, first, last, part) for c in chosen])
 
         def prepare_ahead(index: int, first: int, last: int) -> Block:
@@ -376,6 +381,7 @@ class Candidates(Sequence[Candidate]):
             float32 in the shape of the tensor or part; float64 for a float64 tensor
         """
         if self.recording is not None and self.recording.records(key):
+            self.account(self.info[key].nbytes * int((weights != 0).sum()))
             found = self.recording.average(key, weights, part)
             return found.to(torch.promote_types(self.info[key].dtype, torch.float32))
         used = torch.nonzero(weights).flatten().tolist() or [0]

@@ -395,8 +395,8 @@ class Log:
         contents: what they are of
         anchor: the first snapshot
         steps: the others, in order
-        left: files that count no more, since the anchor was moved, or since one before them is
-            damaged
+        left: files that count no more, since the anchor was moved
+        beyond: files that cannot be read, since one of them, or one before them, is damaged
         notes: what cannot be read, a sentence each
     """
 
@@ -405,6 +405,7 @@ class Log:
     anchor: Anchor
     steps: list[Step]
     left: list[Path]
+    beyond: list[Path]
     notes: list[str]
 
     def trail(self) -> Trail:
@@ -439,27 +440,28 @@ def _read_log(folder: Path) -> Log:
     contents, anchor = read_anchor(anchors[-1])
     steps: list[Step] = []
     left, expected = anchors[:-1], anchor.number + 1
-    notes: list[str] = []
+    beyond: list[Path] = []
+    problem = ""
     for path in _numbered(folder, STEPS):
-        if notes:
-            left.append(path)
+        if problem:
+            beyond.append(path)
             continue
         try:
             step = read_step(path, contents)
         except CandidateError as error:
-            notes.append(f"{path} and what comes after it is left out: {error.problem}")
-            left.append(path)
+            problem = error.problem
+            beyond.append(path)
             continue
         if step.number < expected:  # from before the anchor was moved
             left.append(path)
         elif step.number > expected:
-            missing = f"snapshot {expected} is missing"
-            notes.append(f"{path} and what comes after it is left out: {missing}")
-            left.append(path)
+            problem = f"snapshot {expected} is missing"
+            beyond.append(path)
         else:
             steps.append(step)
             expected += 1
-    return Log(folder, contents, anchor, steps, left, notes)
+    notes = [f"{beyond[0]} and what comes after it is left out: {problem}"] if beyond else []
+    return Log(folder, contents, anchor, steps, left, beyond, notes)
 
 
 def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[Path]:

@@ -139,7 +139,7 @@ class Trail:
                 found = self._last[1].clone()
                 self._add(found, k, begin, end, [0.0] * (number - 1) + [1.0])
             else:
-                beta = torch.zeros(len(self.steps), dtype=torch.float64)
+                beta = torch.zeros(len(self.steps), dtype=torch.float64, device="cpu")
                 beta[number] = 1.0
                 first = begin - begin % TILE
                 found = self._replayed(k, first, end, self.coefficients(beta))
@@ -201,7 +201,7 @@ class Decoded:
         """Merge weights of all snapshots, also of one of them."""
         if isinstance(self.of, Tensor):
             return self.of
-        beta = torch.zeros(len(self.trail.steps), dtype=torch.float64)
+        beta = torch.zeros(len(self.trail.steps), dtype=torch.float64, device="cpu")
         beta[self.of] = 1.0
         return beta
 
@@ -217,7 +217,7 @@ class Decoded:
         """The tensor, or a part of it: decoded, and rounded to its dtype."""
         shape, begin, end = self._span(part)
         if begin == end:
-            return torch.empty(shape, dtype=self.info.dtype)
+            return torch.empty(shape, dtype=self.info.dtype, device="cpu")
         if isinstance(self.of, int):
             flat = self.trail.snapshot(self.k, begin, end, self.of)
         else:

@@ -164,7 +164,9 @@ def _on_cpu(t: Tensor) -> Tensor:
     """A copy in the CPU's memory; nothing waits for one of a GPU's tensor."""
     if not t.is_cuda:
         return t.to("cpu", copy=True)
-    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+    return torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True).copy_(
+        t, non_blocking=True
+    )
 
 
 def _check_ranks(model: nn.Module, tensors: dict[str, Tensor], ranks: Ranks) -> None:
@@ -185,6 +187,11 @@ def _check(name: str, t: Tensor) -> None:
         raise TwaError(f"{name!r} has no shape yet: run a batch through the model first")
     if t.is_meta:
         raise TwaError(f"{name!r} is on the meta device, without numbers: load the model first")
+    if hasattr(t, "ds_id"):
+        raise TwaError(
+            f"{name!r} is sharded by DeepSpeed's ZeRO-3, which is not supported: use FSDP2"
+            " (fully_shard), or ZeRO-2"
+        )
     known = t.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     if not known or local(t).layout != torch.strided:
         found = f"{t.dtype}, {local(t).layout}"

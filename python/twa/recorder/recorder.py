@@ -284,38 +284,34 @@ class Recorder:
 
     def _take(self, step: int, weights: Sequence[Tensor]) -> bool:
         """Takes a later snapshot."""
-        sizes = [w.numel() for w in weights]
-        tiles = tile_offsets(sizes)
+        # a model, or its masters, may have moved since
+        self._reference = [t.to(w.device) for t, w in zip(self._reference, weights, strict=True)]
         devices = list(dict.fromkeys(w.device for w in weights))
         if devices == [torch.device("cpu")]:
             codes, scales, bad = tk.record(weights, self._reference, self.bits)
             self._add(_Pending(Snapshot(step, codes, scales, self._watched.state()), bad), weights)
             return not bad
-        return self._take_from(devices, step, weights, tiles)
+        self._pending.append(self._take_from(devices, step, weights))
+        return True
 
     def _take_from(
-        self,
-        devices: Sequence[torch.device],
-        step: int,
-        weights: Sequence[Tensor],
-        tiles: Sequence[int],
-    ) -> bool:
-        """Takes a snapshot from GPUs: nothing waits for them."""
-        codes = torch.empty(tiles[-1], 16 * self.bits, dtype=torch.uint8, pin_memory=True)
-        scales = torch.empty(tiles[-1], dtype=torch.bfloat16, pin_memory=True)
-        bad = torch.empty(len(devices), dtype=torch.int32, pin_memory=True)
+        self, devices: Sequence[torch.device], step: int, weights: Sequence[Tensor]
+    ) -> _Pending:
+        """A snapshot on its way from GPUs: nothing waits for them."""
+        tiles = tile_offsets([w.numel() for w in weights])
+        pinned: dict[str, Any] = {"device": "cpu", "pin_memory": True}
+        codes = torch.empty(tiles[-1], 16 * self.bits, dtype=torch.uint8, **pinned)
+        scales = torch.empty(tiles[-1], dtype=torch.bfloat16, **pinned)
+        bad = torch.empty(len(devices), dtype=torch.int32, **pinned)
         state = self._watched.state()
         events = [s.record_event() for s in map(torch.cuda.current_stream, _gpus(self.model))]
         for d, device in enumerate(devices):
             mine = [k for k, w in enumerate(weights) if w.device == device]
-            with torch.cuda.device(device):
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
                 made = tk.record(
                     [weights[k] for k in mine], [self._reference[k] for k in mine], self.bits
                 )
-                # The copies wait for the codes, and the training for neither.
-                side = self._streams.setdefault(device, torch.cuda.Stream(device))
-                side.wait_stream(torch.cuda.current_stream(device))
-                with torch.cuda.stream(side):
+                with self._side_stream(device):
                     first = 0
                     for k in mine:
                         count = num_tiles(weights[k].numel())
@@ -324,11 +320,19 @@ class Recorder:
                         scales[at].copy_(made[1][of], non_blocking=True)
                         first += count
                     bad[d].copy_(made[2], non_blocking=True)
-                    events.append(side.record_event())
-                for t in made:
-                    t.record_stream(side)
-        self._pending.append(_Pending(Snapshot(step, codes, scales, state), bad, events))
-        return True
+                    if device.type == "cuda":
+                        events.append(self._streams[device].record_event())
+                        for t in made:
+                            t.record_stream(self._streams[device])
+        return _Pending(Snapshot(step, codes, scales, state), bad, events)
+
+    def _side_stream(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        """A context for copies that wait for the codes, and that the training does not wait for."""
+        if device.type != "cuda":
+            return contextlib.nullcontext()
+        side = self._streams.setdefault(device, torch.cuda.Stream(device))
+        side.wait_stream(torch.cuda.current_stream(device))
+        return torch.cuda.stream(side)
 
     def _settle(self, wait: bool = False) -> None:
         """Hands snapshots over that have arrived.
@@ -389,7 +393,7 @@ class Recorder:
 
     def _common_steps(self) -> list[int]:
         """Steps of the snapshots that can be read on all ranks that have some."""
-        self._flush()
+        self.flush()
         written = self._store.written if self._watched.records else None
         everyone = [s for s in self._ranks.all_gather_object(written) if s is not None]
         return sorted(set(everyone[0]).intersection(*everyone[1:])) if everyone else []
@@ -439,7 +443,7 @@ class Recorder:
         with doing, plain_weights(self.model):
             if watched.records:
                 trail, states = self._trail()
-                own = torch.zeros(len(trail.steps), dtype=torch.float64)
+                own = torch.zeros(len(trail.steps), dtype=torch.float64, device="cpu")
                 own[[trail.steps.index(step) for step in steps]] = beta
                 for k, p in enumerate(watched.parameters()):
                     _copy_average(trail, k, own, local(p))
@@ -454,7 +458,7 @@ class Recorder:
         """
         tensors = named_tensors(self.model)
         for key, name in self._watched.contents.names.items():
-            to = local(tensors[name]) if name in tensors else torch.empty(0)
+            to = local(tensors[name]) if name in tensors else torch.empty(0, device="cpu")
             shapes = {state[key].info.shape if key in state else None for state in states}
             if name not in tensors or shapes != {tuple(to.shape)}:
                 continue
@@ -462,7 +466,7 @@ class Recorder:
             same = all(unchanged(rows[0], row) for row in rows[1:])
             if rows[0].is_floating_point() and not same:
                 dtype = torch.promote_types(rows[0].dtype, torch.float32)
-                value = average_into(torch.empty(rows[0].shape, dtype=dtype), rows, beta)
+                value = average_into(torch.empty_like(rows[0], dtype=dtype), rows, beta)
             else:
                 value = rows[-1]
             to.copy_(value)
@@ -474,7 +478,7 @@ class Recorder:
             t = tensors.get(c.name)
             has = t is not None and part_of(c.name, t, self._ranks) == (c.begin, c.sizes)
             values = local(t).to("cpu").contiguous() if t is not None and has else None
-            sent = torch.empty(c.sizes, dtype=c.dtype) if values is None else values
+            sent = torch.empty(c.sizes, dtype=c.dtype, device="cpu") if values is None else values
             self._ranks.broadcast_(sent.view(-1).view(torch.uint8), c.owner)
             if t is not None and has and self._ranks.rank != c.owner:
                 local(t).copy_(sent)
@@ -482,12 +486,13 @@ class Recorder:
     def recording(self) -> Candidates:
         """The snapshots so far as candidates.
 
-        On several ranks only of one in files, which all of them can read; all call it.
+        In memory they are those of now: it takes another float32 copy of the weights. On several
+        ranks only of a recording in files, which all of them can read; all call it.
 
         Raises:
             TwaError: there is no snapshot yet, or they are in the memory of other ranks
         """
-        self._flush()
+        self.flush()
         self._ranks.barrier()
         if self.path is not None:
             return Candidates(self.path)
@@ -495,7 +500,10 @@ class Recorder:
             raise TwaError("the snapshots are in the memory of several ranks: pass path=")
         if not self.steps:
             raise TwaError("there is no snapshot yet")
-        trail, states = self._trail()
+        assert isinstance(self._store, Memory)
+        # a copy, since the next snapshot changes the reference
+        reference = [t.clone() for t in self._reference]
+        trail, states = self._store.trail(self._watched.contents, reference)
         found = Recording([trail], [states], [self._watched.contents])
         return Candidates.of(found.candidates())
 
@@ -536,7 +544,7 @@ class Recorder:
 
         With files it is where they are; without, the snapshots themselves.
         """
-        self._flush()
+        self.flush()
         # tuples: torch.distributed.checkpoint keeps them whole, and needs not know their shapes
         kept: tuple[Any, ...] = ()
         if isinstance(self._store, Memory) and self._store.first is not None:
@@ -575,7 +583,7 @@ class Recorder:
             raise StateError(f"the state of a Recorder has no {missing[0]!r}")
         if state["bits"] != self.bits:
             raise StateError(f"expected {self.bits} bits, found {state['bits']}")
-        self._flush()
+        self.flush()
         if self._watched.records:
             found = state.get(self._state_key)
             if not isinstance(found, tuple | list) or len(found) != 2:
@@ -625,7 +633,7 @@ class Recorder:
             TwaError: the first snapshot that is there is a later one, or the recorder is closed
         """
         self._check_open()
-        self._flush()
+        self.flush()
         if isinstance(self._store, Folder):
             if self._store.steps:
                 self._store.cut(step)
@@ -656,15 +664,15 @@ class Recorder:
             scales = row.scales(tiles[k], tiles[k + 1]).to(t.device)
             tk.replay(t, [codes], [scales], [-1.0], self.bits)
 
-    def _flush(self) -> None:
-        """Returns when all snapshots are where they belong."""
+    def flush(self) -> None:
+        """Returns when all snapshots are where they belong: in `path`, if there is one."""
         self._settle(wait=True)
         self._store.flush()
 
     def close(self) -> None:
         """Writes what is left; another process may then record in `path`."""
         if not self._closed:
-            self._flush()
+            self.flush()
             self._store.close()
         self._ended = self._closed = True
 
@@ -753,7 +761,7 @@ class Recorder:
 def _copy_average(trail: Trail, k: int, beta: Tensor, to: Tensor) -> None:
     """Writes tensor k of an average to a tensor."""
     flat = to.view(-1) if to.is_contiguous() else None
-    found = torch.empty(0) if flat is not None else torch.empty(to.numel(), device=to.device)
+    found = to if flat is not None else torch.empty(to.numel(), device=to.device)
     for begin in range(0, to.numel(), COLUMNS):
         end = min(begin + COLUMNS, to.numel())
         part = trail.average(k, begin, end, beta, to.device)

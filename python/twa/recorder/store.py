@@ -207,9 +207,11 @@ class Folder:
         self.contents, self._steps, self._number = contents, [step], 0
 
     def resume(self, log: Log) -> None:
-        """Goes on after the snapshots of a log; files that it cannot read are removed."""
+        """Goes on after the snapshots of a log; files that it cannot read are moved aside."""
         for path in log.left:
             path.unlink()
+        for path in log.beyond:
+            path.rename(path.with_name(f"{path.name}.aside"))
         self.contents = log.contents
         self._steps = [log.anchor.step, *(s.step for s in log.steps)]
         self._number = log.anchor.number + len(log.steps)
@@ -306,7 +308,11 @@ class Folder:
         self._error = None
         log = self.log()
         if step is not None and log.anchor.step > step:
-            raise TwaError(f"expected a step of at least {log.anchor.step}, the first", self.folder)
+            raise TwaError(
+                f"expected a step of at least {log.anchor.step}, the first that is kept: to train"
+                " on from an earlier one, record into another path",
+                self.folder,
+            )
         gone = [s for s in log.steps if step is None or s.step > step]
         # the last one first: what is left can be read whenever this is interrupted
         for s in reversed(gone):
