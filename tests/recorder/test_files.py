@@ -236,6 +236,23 @@ def test_files_that_are_gone(recording):
         twa.Candidates("twa")
 
 
+def test_what_cannot_be_read_is_moved_aside(recording, run):
+    """And can be put back."""
+    damaged = recording / "step_12.safetensors"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1])
+    task = tasks.load_task(str(run / "task.py"))
+    with pytest.warns(CandidateWarning, match="step_12.safetensors and what comes after it"):
+        recorder = twa.Recorder(task.model(), every=4, path="twa", resume=True)
+    recorder.close()
+    assert (recorder.count, steps_of("twa")) == (8, [4, 8])
+    aside = sorted(recording.glob("*.aside"))
+    assert [p.name for p in aside] == ["step_12.safetensors.aside", "step_16.safetensors.aside"]
+    damaged.write_bytes(whole)
+    aside[1].rename(recording / "step_16.safetensors")
+    assert steps_of("twa") == STEPS
+
+
 @pytest.mark.parametrize("value", [-1.0, torch.nan, torch.inf, -0.0])
 def test_scales_that_are_none(recording, value):
     """Found when they are read, in every way that reads them."""

@@ -1069,3 +1069,66 @@ def test_paths_that_cannot_be(tmp_path):
     with pytest.raises(OSError, match="file"):
         twa.Recorder(net(), every=1, path=str(tmp_path / "file" / "more"))
     assert Path(tmp_path / "file").read_text() == "x"
+
+
+# What was handed out, and where tensors are -------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_candidates_stay_as_they_were(kind, tmp_path):
+    """Later snapshots move the reference, which candidates in memory are counted back from."""
+    model = net()
+    recorder = recorder_of(kind, model, tmp_path)
+    recorded(recorder)
+    candidates = recorder.recording()
+    before = candidates.average(averages.uniform(4))
+    move(model, 99)
+    recorder.record(100)
+    after = candidates.average(averages.uniform(4))
+    assert all(torch.equal(after[key], t) for key, t in before.items())
+    assert len(candidates) == 4 and len(recorder.recording()) == 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_subspace_of_its_own_codes(kind, tmp_path):
+    recorder = recorder_of(kind, net(), tmp_path, bits=2)
+    recorded(recorder)
+    subspace = recorder.subspace(center=recorder.beta("ema", half_life=2), granularity="fine")
+    assert (subspace.basis.bits, subspace.basis.n) == (2, 3)
+    candidates = recorder.recording()
+    for k in range(4):
+        subspace.set_merge_weights(averages.candidate(4, k))
+        for name, p in recorder.model.named_parameters():
+            assert torch.allclose(p, candidates[k].tensor(name), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_average(kind, tmp_path):
+    model = net()
+    recorder = recorder_of(kind, model, tmp_path)
+    recorded(recorder)
+    beta = recorder.beta("lawa", last=4)
+    other = net(seed=1)
+    twa.load_average(other, recorder.recording(), beta)
+    recorder.apply("lawa", last=4)
+    for (name, a), b in zip(other.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=1e-6, atol=1e-7), name
+    with pytest.raises(TwaError, match="sum of 2"):
+        twa.load_average(other, recorder.recording(), 2 * beta)
+
+
+def test_another_default_device(tmp_path):
+    model = net()
+    recorder = recorder_of("files", model, tmp_path)
+    with torch.device("meta"):
+        for step in (1, 2, 3):
+            move(model, step)
+            recorder.record(step)
+    assert recorder.steps == [1, 2, 3]
+
+
+def test_zero3_is_refused():
+    model = nn.Linear(3, 3)
+    model.weight.ds_id = 0
+    with pytest.raises(TwaError, match="ZeRO-3"):
+        twa.Recorder(model, every=1)
