@@ -345,7 +345,7 @@ def main() -> None:
     if args.what == "fidelity":
         text = fidelity(args.scale)
     elif args.what == "twa":
-        text = trained(args.seeds, args.rate) + "\n" + fixed(args.seeds)
+        text = f"{trained(args.seeds, args.rate)}\n\n{fixed(args.seeds)}"
     else:
         text = cost(args.steps)
     out = RESULTS / f"recording_{args.what}.md"
