@@ -21,6 +21,7 @@ from ..io.candidates import Candidates
 from ..io.checks import read_json
 from ..io.errors import OutputError, TwaError
 from ..io.progress import progress_bar
+from ..io.recording_files import is_recording
 from . import arguments
 from .output import check_file, check_output, writing
 
@@ -130,7 +131,13 @@ def has_statistics(fixed: FixedAverage) -> bool:
 
 
 def check_not_read(candidates: Candidates, outputs: list[Path]) -> None:
-    """OutputError if an output, or what is in it, is a file of a candidate."""
+    """OutputError if an output, or what is in it, is a file of a candidate.
+
+    Snapshots of a recording need each other: nothing is written among its files.
+    """
+    for output in outputs:
+        if output.parent.is_dir() and is_recording(output.parent):
+            raise OutputError("is inside a recording: choose another output", output)
     real = [Path(os.path.realpath(output)) for output in outputs]
     for c in candidates:
         for file in c.files:

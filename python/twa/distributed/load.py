@@ -17,9 +17,10 @@ from .weights import load_merge
 def load_average(model: nn.Module, candidates: Candidates, beta: Tensor) -> None:
     """Moves a model to sum_i beta[i] w_i, a weighted average of candidates.
 
-    Frozen parameters and float buffers are averaged, too; integer and bool buffers are the last
-    candidate's. With BatchNorm, call `update_bn` afterwards. No basis is made: it takes one read of
-    the candidates. Ranks of a sharded model call it together; each reads what it holds.
+    Frozen parameters and float buffers are averaged, too. Integer and bool buffers are the last
+    candidate's, or those of the one that has all the weight. With BatchNorm, call `update_bn`
+    afterwards. No basis is made: it takes one read of the candidates. Ranks of a sharded model call
+    it together; each reads what it holds.
 
     Args:
         model: whose parameters and buffers are written

@@ -122,6 +122,8 @@ class Candidates(Sequence[Candidate]):
         once = [c for c in opened if id(c) in kept]
         for text in doubtful:
             warnings.warn(text, CandidateWarning, stacklevel=2)
+        recordings = dict.fromkeys(c.recording for c in opened if isinstance(c, Recorded))
+        doubtful += [note for recording in recordings for note in recording.notes]
         self._hold(once, block_bytes)
         self.notes = [*without_weights, *doubtful, *found.notes]
 

@@ -81,6 +81,7 @@ class Recording:
         run: a name that no other recording has
         steps: of training, of those snapshots that all parts have
         bits: of the codes
+        notes: as they were given
 
     Raises:
         CandidateError: a part is missing, or there is no snapshot that all parts have
@@ -94,7 +95,8 @@ class Recording:
         path: Path | None = None,
         notes: Sequence[str] = (),
     ) -> None:
-        self.trails, self.contents, self.notes = list(trails), contents[0], list(notes)
+        self.trails, self.notes = list(trails), list(notes)
+        self._numbers = [{step: k for k, step in enumerate(t.steps)} for t in trails]
         self.path, self.run, self.bits = path, contents[0].run, contents[0].bits
         common = set(trails[0].steps).intersection(*(t.steps for t in trails[1:]))
         self.steps = sorted(common)
@@ -122,7 +124,7 @@ class Recording:
 
     def own_number(self, at: int, number: int) -> int:
         """The number, in trail `at`, of a snapshot of the recording."""
-        return self.trails[at].steps.index(self.steps[number])
+        return self._numbers[at][self.steps[number]]
 
     def own_beta(self, at: int, beta: Tensor) -> Tensor:
         """Merge weights of trail `at`'s own snapshots, from those of the recording's."""
@@ -130,7 +132,7 @@ class Recording:
         if trail.steps == self.steps:
             return beta.double()
         own = torch.zeros(len(trail.steps), dtype=torch.float64)
-        own[[trail.steps.index(step) for step in self.steps]] = beta.double()
+        own[[self._numbers[at][step] for step in self.steps]] = beta.double()
         return own
 
     def _source(self, key: str, of: int | Tensor) -> Source:
@@ -167,7 +169,7 @@ class Recording:
             return
         for begin in range(0, source.info.numel, COLUMNS):
             end = min(begin + COLUMNS, source.info.numel)
-            yield source.trail.average(source.k, begin, end, source.of_average)
+            yield source.trail.average(source.k, begin, end, source.beta)
 
     def block(self, key: str, part: Part | None) -> tuple[Trail, int, int] | None:
         """Where codes of a part of a tensor lie, if they can be taken as they are.
@@ -228,12 +230,6 @@ def open_recording(folder: Path) -> Recording:
     notes = [note for log in logs for note in log.notes]
     for note in notes:
         warnings.warn(note, CandidateWarning, stacklevel=2)
-    states = []
-    for log in logs:
-        state: dict[str, Source] = dict(log.anchor.state)
-        states.append([state])
-        for step in log.steps:
-            state = {**state, **step.state}
-            states[-1].append(state)
+    states = [log.states() for log in logs]
     trails, contents = [log.trail() for log in logs], [log.contents for log in logs]
     return Recording(trails, states, contents, folder, notes)

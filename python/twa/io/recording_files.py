@@ -13,6 +13,7 @@ Of a sharded model each rank writes its parts to rank_K_of_N/ in there. docs/for
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from twa_kernels.layout import BITS, num_tiles
 from .atomic import replace
 from .checks import are_sizes, first_line, is_shape, is_text, parse_json, shown
 from .errors import CandidateError
-from .mapped import MappedFile, Stored, TensorInfo
+from .mapped import MappedFile, Source, Stored, TensorInfo
 from .safetensors import (
     DTYPE_NAMES,
     SAFETENSORS_DTYPES,
@@ -415,6 +416,13 @@ class Log:
         rows: list[Row] = list(self.steps)
         return Trail(c.bits, c.trained, at, self.anchor, 0, rows)
 
+    def states(self) -> list[Mapping[str, Source]]:
+        """What else there was at each snapshot, by key."""
+        found: list[Mapping[str, Source]] = [dict(self.anchor.state)]
+        for step in self.steps:
+            found.append({**found[-1], **step.state})
+        return found
+
 
 def read_log(folder: Path) -> Log:
     """The recording in one directory, which may be written meanwhile.
@@ -460,6 +468,8 @@ def _read_log(folder: Path) -> Log:
         else:
             steps.append(step)
             expected += 1
+    if beyond and _numbered(folder, ANCHORS) != anchors:
+        raise FileNotFoundError(errno.ENOENT, "the anchor was moved meanwhile", str(folder))
     notes = [f"{beyond[0]} and what comes after it is left out: {problem}"] if beyond else []
     return Log(folder, contents, anchor, steps, left, beyond, notes)
 

@@ -21,6 +21,8 @@ from twa_kernels.layout import TILE, num_tiles, tile_offsets
 
 from .mapped import MappedFile, Part, Source, TensorInfo, Viewed, contiguous_strides, shape_of, span
 
+ROWS = 256  # that are added at once: they have to be in a GPU's memory together
+
 
 class Row(Protocol):
     """One difference, of all tensors of a trail."""
@@ -57,7 +59,7 @@ class Entry:
     Attributes:
         key: in the model's state_dict
         name: of the tensor in the model, see `named_tensors`
-        dtype: of the weights that were recorded
+        dtype: of the parameter, as an export has it; a float32 master may have been recorded
         shape: of the whole tensor
         begin: where the part begins in it
         sizes: of the part
@@ -169,9 +171,11 @@ class Trail:
         first = self.tiles[k] + begin // TILE
         last = first + num_tiles(end - begin)
         used = [(c, row) for c, row in zip(coefficients, self.rows, strict=False) if c != 0.0]
-        codes = [row.codes(first, last).to(out.device) for _, row in used]
-        scales = [row.scales(first, last).to(out.device) for _, row in used]
-        tk.replay(out, codes, scales, [c for c, _ in used], self.bits)
+        for begin in range(0, len(used), ROWS):
+            some = used[begin : begin + ROWS]
+            codes = [row.codes(first, last).to(out.device) for _, row in some]
+            scales = [row.scales(first, last).to(out.device) for _, row in some]
+            tk.replay(out, codes, scales, [c for c, _ in some], self.bits)
 
     def decoded(self, k: int, of: int | Tensor) -> Decoded:
         """Tensor k in a snapshot, as its dtype has it; or in an average, as float32."""
@@ -197,13 +201,10 @@ class Decoded:
     info: TensorInfo
 
     @property
-    def of_average(self) -> Tensor:
-        """Merge weights of all snapshots, also of one of them."""
-        if isinstance(self.of, Tensor):
-            return self.of
-        beta = torch.zeros(len(self.trail.steps), dtype=torch.float64, device="cpu")
-        beta[self.of] = 1.0
-        return beta
+    def beta(self) -> Tensor:
+        """Merge weights of all snapshots; for an average only."""
+        assert isinstance(self.of, Tensor)
+        return self.of
 
     def _span(self, part: Part | None) -> tuple[tuple[int, ...], int, int]:
         """Shape of the part, and the flat weights from its first to its last."""

@@ -69,7 +69,7 @@ class Watched:
         """What is to be recorded of a model.
 
         Trainable parameters are coded. Buffers are kept as they are, and so are frozen parameters,
-        once, if they are fewer than the trained ones.
+        once, unless they are more than the trained ones, or sharded.
 
         Raises:
             TwaError: it has no trainable floating-point parameter, or one without a shape, or of a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from twa_kernels.layout import BITS, num_tiles, tile_offsets
 
 from .. import averages
 from ..distributed.choose import find_ranks
-from ..dtensors import local
+from ..dtensors import local, reshard
 from ..export.average import write_average
 from ..io.averaging import average_into
 from ..io.candidates import Candidates
@@ -218,7 +219,7 @@ class Recorder:
         with plain_weights(self.model):
             try:
                 weights = self._current()
-            except TwaError as error:
+            except Exception as error:  # of weights=, too
                 self._ended = True
                 _warn(f"recording ends before step {step}: {error}; make another Recorder")
                 return False
@@ -265,16 +266,9 @@ class Recorder:
         entries = self._watched.contents.trained
         kept = [rounded(e, w) for e, w in zip(entries, weights, strict=True)]
         state = self._watched.state(frozen=True)
-        if any(t.is_cuda for t in kept):
-            torch.cuda.synchronize()
+        _wait_for_gpus(self.model)
         try:
-            # copies of what the model itself holds, since it goes on
-            own = [t is w for t, w in zip(kept, weights, strict=True)]
-            on_cpu = [
-                t.detach().to("cpu", copy=is_own).contiguous()
-                for t, is_own in zip(kept, own, strict=True)
-            ]
-            self._store.begin(self._watched.contents, step, on_cpu, state)
+            self._store.begin(self._watched.contents, step, kept, state)
         except OSError as error:
             _warn(f"step {step} is not recorded: {error.filename}: {error.strerror}")
             return False
@@ -287,12 +281,22 @@ class Recorder:
         # a model, or its masters, may have moved since
         self._reference = [t.to(w.device) for t, w in zip(self._reference, weights, strict=True)]
         devices = list(dict.fromkeys(w.device for w in weights))
-        if devices == [torch.device("cpu")]:
-            codes, scales, bad = tk.record(weights, self._reference, self.bits)
-            self._add(_Pending(Snapshot(step, codes, scales, self._watched.state()), bad), weights)
-            return not bad
-        self._pending.append(self._take_from(devices, step, weights))
-        return True
+        if len(devices) > 1 and (bad := self._not_finite(weights)):
+            # one device could not undo what another has done
+            _warn(f"step {step} is not recorded: {bad}")
+            return False
+        try:
+            if devices != [torch.device("cpu")]:
+                self._pending.append(self._take_from(devices, step, weights))
+                return True
+            state = self._watched.state()
+            _wait_for_gpus(self.model)
+            codes, scales, is_bad = tk.record(weights, self._reference, self.bits)
+            self._add(_Pending(Snapshot(step, codes, scales, state), is_bad), weights)
+            return not is_bad
+        except BaseException:  # such as Ctrl-C: the reference may be a step ahead of the codes
+            self._ended = True
+            raise
 
     def _take_from(
         self, devices: Sequence[torch.device], step: int, weights: Sequence[Tensor]
@@ -330,7 +334,9 @@ class Recorder:
         """A context for copies that wait for the codes, and that the training does not wait for."""
         if device.type != "cuda":
             return contextlib.nullcontext()
-        side = self._streams.setdefault(device, torch.cuda.Stream(device))
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        side = self._streams[device]
         side.wait_stream(torch.cuda.current_stream(device))
         return torch.cuda.stream(side)
 
@@ -354,7 +360,9 @@ class Recorder:
         """Hands a snapshot over, if its weights were finite."""
         snapshot = pending.snapshot
         if pending.bad.any():
-            why = self._not_finite(self._current() if weights is None else weights)
+            why = ""
+            with contextlib.suppress(TwaError):  # the model may have changed meanwhile
+                why = self._not_finite(self._current() if weights is None else weights)
             _warn(f"step {snapshot.step} is not recorded: {why or 'NaN or Inf in the weights'}")
             return
         state = {
@@ -422,6 +430,7 @@ class Recorder:
         """
         steps = self._common_steps()
         beta, was_swapped = self._beta(steps, scheme, **horizon), self._swapped
+        reshard(self.model)  # what FSDP2 has gathered would outlive what is written
         with plain_weights(self.model):
             tensors = dict.fromkeys([*self.model.parameters(), *self.model.buffers()])
             before = [(t, local(t).clone()) for t in tensors]
@@ -430,6 +439,7 @@ class Recorder:
             self._write(steps, beta)
             yield
         finally:
+            reshard(self.model)
             with torch.no_grad(), plain_weights(self.model):
                 for t, old in before:
                     local(t).copy_(old)
@@ -452,15 +462,20 @@ class Recorder:
             refresh_spectral_norms(self.model)
 
     def _write_state(self, states: Sequence[Mapping[str, Source]], beta: Tensor) -> None:
-        """Writes the averages of float buffers, and the last of all others.
+        """Writes the averages of float buffers, and of all others the last.
 
-        A buffer that has come, gone or changed its shape since stays the model's own.
+        Those of the snapshot that has all the weight, if one has. A buffer that has come, gone or
+        changed its shape since stays the model's own, and so do frozen parameters.
         """
         tensors = named_tensors(self.model)
+        alone = torch.nonzero(beta == 1.0).flatten().tolist()
+        chosen = alone[0] if alone else len(states) - 1
         for key, name in self._watched.contents.names.items():
-            to = local(tensors[name]) if name in tensors else torch.empty(0, device="cpu")
+            if name not in tensors or isinstance(tensors[name], nn.Parameter):
+                continue
+            to = local(tensors[name])
             shapes = {state[key].info.shape if key in state else None for state in states}
-            if name not in tensors or shapes != {tuple(to.shape)}:
+            if shapes != {tuple(to.shape)}:
                 continue
             rows = [state[key].read() for state in states]
             same = all(unchanged(rows[0], row) for row in rows[1:])
@@ -468,7 +483,7 @@ class Recorder:
                 dtype = torch.promote_types(rows[0].dtype, torch.float32)
                 value = average_into(torch.empty_like(rows[0], dtype=dtype), rows, beta)
             else:
-                value = rows[-1]
+                value = rows[chosen]
             to.copy_(value)
 
     def _send_copies(self) -> None:
@@ -493,6 +508,7 @@ class Recorder:
             TwaError: there is no snapshot yet, or they are in the memory of other ranks
         """
         self.flush()
+        self._warn_of_thawed()
         self._ranks.barrier()
         if self.path is not None:
             return Candidates(self.path)
@@ -506,6 +522,20 @@ class Recorder:
         trail, states = self._store.trail(self._watched.contents, reference)
         found = Recording([trail], [states], [self._watched.contents])
         return Candidates.of(found.candidates())
+
+    def _warn_of_thawed(self) -> None:
+        """Warns of frozen parameters that have changed: the first snapshot's are kept."""
+        tensors = named_tensors(self.model)
+        for key, name in self._watched.contents.names.items():
+            t, kept = tensors.get(name), self._state.get(key)
+            if not isinstance(t, nn.Parameter) or kept is None:
+                continue
+            if not unchanged(t.detach().cpu().contiguous(), kept):
+                _warn(
+                    f"{name!r} is frozen, and has changed since the first snapshot, whose value is"
+                    " kept: files of averages have that"
+                )
+                return
 
     def subspace(self, *, center: str | int | Tensor = "last", **options: Any) -> Subspace:
         """The subspace of the snapshots, whose rows are the codes themselves.
@@ -723,10 +753,8 @@ class Recorder:
             trail.snapshot(k, 0, e.numel, last).view(e.sizes).to(device, copy=True)
             for (k, e), device in zip(enumerate(log.contents.trained), devices, strict=True)
         ]
-        state = {key: t.read() for key, t in log.anchor.state.items()}
-        for step in log.steps:
-            state |= {key: t.read() for key, t in step.state.items()}
-        self._state, self.count = state, trail.steps[-1]
+        self._state = {key: t.read() for key, t in log.states()[-1].items()}
+        self.count = trail.steps[-1]
 
     def _agree(self) -> None:
         """Goes back to the last snapshot that all ranks have: one may have been killed earlier."""
@@ -743,6 +771,10 @@ class Recorder:
         last = max(common, default=None)
         if self._watched.records and self._store.steps:
             self.rewind(last)
+        if last is None:  # each may have begun by itself
+            run = self._ranks.broadcast_object(uuid.uuid4().hex)
+            contents = replace(self._watched.contents, run=run)
+            self._watched = replace(self._watched, contents=contents)
         self.count = last or 0
 
     def _trail(self) -> tuple[Trail, list[Mapping[str, Source]]]:
@@ -750,12 +782,7 @@ class Recorder:
         if isinstance(self._store, Memory):
             return self._store.trail(self._watched.contents, self._reference)
         log = self._store.log()
-        state: dict[str, Source] = dict(log.anchor.state)
-        states: list[Mapping[str, Source]] = [state]
-        for step in log.steps:
-            state = {**state, **step.state}
-            states.append(state)
-        return log.trail(), states
+        return log.trail(), log.states()
 
 
 def _copy_average(trail: Trail, k: int, beta: Tensor, to: Tensor) -> None:
@@ -771,8 +798,14 @@ def _copy_average(trail: Trail, k: int, beta: Tensor, to: Tensor) -> None:
 
 
 def _gpus(model: nn.Module) -> set[torch.device]:
-    """The GPUs that a model's buffers are on."""
-    return {b.device for b in model.buffers() if b.is_cuda}
+    """The GPUs that a model's tensors are on."""
+    return {t.device for t in [*model.parameters(), *model.buffers()] if t.is_cuda}
+
+
+def _wait_for_gpus(model: nn.Module) -> None:
+    """Returns when copies of a model's tensors are filled."""
+    for device in _gpus(model):
+        torch.cuda.synchronize(device)
 
 
 def _check_options(

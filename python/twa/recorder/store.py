@@ -6,7 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..io.atomic import clear_unfinished, lock, unlock
+from ..io.checks import first_line
 from ..io.errors import CandidateWarning, TwaError
 from ..io.mapped import Held, MappedFile, Source
 from ..io.recording_files import (
@@ -118,16 +119,15 @@ class Memory:
     def begin(
         self, contents: Contents, step: int, weights: Sequence[Tensor], state: Mapping[str, Tensor]
     ) -> None:
-        """Takes the first snapshot."""
-        self.first = (step, state)
+        """Takes the first snapshot, whose weights the reference gives."""
+        self.first = (step, {key: _pageable(t) for key, t in state.items()})
 
     def add(self, snapshot: Snapshot) -> None:
         """Takes a later one; the oldest is dropped."""
         assert self.first is not None
-        if snapshot.all_codes.is_pinned():  # which is for what is on its way
-            codes, scales = snapshot.all_codes.clone(), snapshot.all_scales.clone()
-            snapshot = replace(snapshot, all_codes=codes, all_scales=scales)
-        self.rows.append(snapshot)
+        codes, scales = _pageable(snapshot.all_codes), _pageable(snapshot.all_scales)
+        state = {key: _pageable(t) for key, t in snapshot.state.items()}
+        self.rows.append(Snapshot(snapshot.step, codes, scales, state))
         while self.keep is not None and len(self.rows) >= self.keep:
             oldest = self.rows.popleft()
             self.first = (oldest.step, {**self.first[1], **oldest.state})
@@ -184,7 +184,7 @@ class Folder:
         self._waiting: deque[tuple[int, Snapshot]] = deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="twa-recorder")
         self._work: Future[None] | None = None
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._notes: dict[str, bool] = {}  # warnings, and whether they are out
 
     @property
@@ -201,7 +201,8 @@ class Folder:
         self, contents: Contents, step: int, weights: Sequence[Tensor], state: Mapping[str, Tensor]
     ) -> None:
         """Writes the first snapshot; OSError if that fails."""
-        tensors = {WEIGHTS + e.key: w for e, w in zip(contents.trained, weights, strict=True)}
+        on_cpu = [w.detach().cpu().contiguous() for w in weights]
+        tensors = {WEIGHTS + e.key: w for e, w in zip(contents.trained, on_cpu, strict=True)}
         tensors |= {STATE + key: t for key, t in state.items()}
         write_snapshot(self.folder, contents, 0, step, tensors)
         self.contents, self._steps, self._number = contents, [step], 0
@@ -239,13 +240,13 @@ class Folder:
             try:
                 write_snapshot(self.folder, self.contents, number, snapshot.step, tensors)
                 self._waiting.popleft()
-            except OSError as error:
+            except Exception as error:  # whatever it is, the training goes on
                 self._error = error
                 return
             try:
                 if self.keep is not None:
                     self._drop(self.keep)
-            except (OSError, TwaError) as error:
+            except Exception as error:
                 self._notes.setdefault(f"{self.folder}: old snapshots stay: {error}", False)
         self._error = None
 
@@ -259,10 +260,7 @@ class Folder:
         if at <= 0:
             return
         trail, anchor = log.trail(), log.steps[at - 1]
-        state: dict[str, Tensor] = {key: t.read() for key, t in log.anchor.state.items()}
-        for step in log.steps[:at]:
-            state |= {key: t.read() for key, t in step.state.items()}
-        tensors = {STATE + key: t for key, t in state.items()}
+        tensors = {STATE + key: t.read() for key, t in log.states()[at].items()}
         for k, e in enumerate(log.contents.trained):
             # float32: what comes after was coded against just these numbers
             tensors[WEIGHTS + e.key] = trail.snapshot(k, 0, e.numel, at).view(e.sizes)
@@ -273,9 +271,10 @@ class Folder:
 
     def problem(self) -> str:
         """Why no further snapshot can be taken now; what failed is tried again meanwhile."""
-        if self._error is None:
+        error = self._error  # which the thread may clear meanwhile
+        if error is None:
             return ""
-        text = f"{self._error.filename or self.folder}: {self._error.strerror}"
+        text = f"{self.folder}: {_said(error)}"
         if self._work is None or self._work.done():
             self._start()
         return text
@@ -289,10 +288,10 @@ class Folder:
         for text in [text for text, is_out in self._notes.items() if not is_out]:
             warnings.warn(text, CandidateWarning, stacklevel=3)
             self._notes[text] = True
-        if self._error is not None:
+        if (error := self._error) is not None:
             warnings.warn(
                 f"{self.folder}: {len(self._waiting)} snapshots could not be written"
-                f" ({self._error.strerror}); they wait in memory",
+                f" ({_said(error)}); they wait in memory",
                 CandidateWarning,
                 stacklevel=3,
             )
@@ -304,8 +303,6 @@ class Folder:
     def cut(self, step: int | None) -> None:
         """Removes the snapshots after a step; None: all."""
         self.flush()
-        self._waiting.clear()
-        self._error = None
         log = self.log()
         if step is not None and log.anchor.step > step:
             raise TwaError(
@@ -313,11 +310,14 @@ class Folder:
                 " on from an earlier one, record into another path",
                 self.folder,
             )
+        self._waiting.clear()
+        self._error = None
         gone = [s for s in log.steps if step is None or s.step > step]
         # the last one first: what is left can be read whenever this is interrupted
         for s in reversed(gone):
             s.path.unlink()
         if step is None:
+            self.resume(log)  # nothing else of this run may stay
             log.anchor.path.unlink()
             self._steps, self._number = [], 0
         else:
@@ -328,6 +328,18 @@ class Folder:
         self._pool.shutdown(wait=True)
         unlock(self._lock)
         self._lock.close()
+
+
+def _said(error: Exception) -> str:
+    """What an error says, in a few words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _pageable(t: Tensor) -> Tensor:
+    """A tensor outside of pinned memory, which is for what is on its way."""
+    return t.clone() if t.is_pinned() else t
 
 
 def is_empty(folder: Path) -> bool:
