@@ -101,6 +101,21 @@ def test_merge_and_export(run, tmp_path, capsys):
     assert code == 2 and "--at step_5: expected one of step_4, step_8" in text
 
 
+def test_commands_say_what_cannot_be_read(recording, tmp_path, capsys):
+    damaged = recording / "step_12.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    code, text = twa_says(capsys, "merge", "twa", "-o", "m", "--scheme", "uniform")
+    assert code == 0 and "step_12.safetensors and what comes after it is left out" in text
+
+
+def test_nothing_is_written_into_a_recording(recording, capsys):
+    for name in ("step_8.safetensors", "step_10.safetensors"):
+        out = ("-o", f"twa/{name}", "--overwrite")
+        code, text = twa_says(capsys, "export", "twa", "--at", "step_16", *out)
+        assert code == 2 and "is inside a recording" in text
+    assert steps_of("twa") == STEPS
+
+
 def test_pack_and_average(run, tmp_path, capsys):
     task, path = run / "task.py", run / "run" / "twa"
     code, text = twa_says(capsys, "pack", task, path, "-o", tmp_path / "p.safetensors")

@@ -364,3 +364,46 @@ def test_copies_load_the_state_of_the_first(ranks, single):
     first, second = ranks.run(2, from_rank_0)
     assert same(first, second)
     near(first, single.average(UNIFORM))
+
+
+def evaluated(group, before):
+    """Outputs before, inside and after averaged(), with forwards that gather what FSDP2 shards."""
+    recorder = recorded(group, "sharded", None)
+    model, tokens = recorder.model.eval(), torch.arange(8) % 11
+
+    @torch.no_grad()
+    def outputs():
+        return model(tokens).clone()
+
+    start, weights = outputs() if before else None, whole(model)
+    if before:
+        outputs()  # the root stays gathered
+    with recorder.averaged("uniform"):
+        inside = outputs()
+    return start, inside, outputs(), weights, whole(model)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_what_was_gathered_does_not_outlive_an_average(ranks, before):
+    for start, inside, after, weights, left in ranks.run(2, evaluated, before):
+        assert same(weights, left)
+        assert not torch.equal(inside, after)
+        if before:
+            assert torch.equal(start, after)
+
+
+def begun_by_one(group, path):
+    """All go on where only the first rank had begun."""
+    recorder = recorded(group, "sharded", path, resume=True)
+    recorder.close()
+    dist.barrier(group=group)
+    return len(twa.Candidates(path))
+
+
+def test_going_on_where_one_rank_had_begun(ranks, tmp_path):
+    path = str(tmp_path / "run")
+    ranks.run(2, record, "sharded", path)
+    shutil.rmtree(tmp_path / "run" / "rank_1_of_2")
+    for step in (1, 2, 3):
+        (tmp_path / "run" / "rank_0_of_2" / f"step_{step}.safetensors").unlink()
+    assert ranks.run(2, begun_by_one, path) == [4, 4]

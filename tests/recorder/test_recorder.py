@@ -23,6 +23,7 @@ from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 from twa import averages
 from twa.io.errors import CandidateWarning, StateError, TwaError
+from twa.recorder import store
 
 import twa_kernels as tk
 
@@ -1132,3 +1133,86 @@ def test_zero3_is_refused():
     model.weight.ds_id = 0
     with pytest.raises(TwaError, match="ZeRO-3"):
         twa.Recorder(model, every=1)
+
+
+def test_a_teacher_that_is_frozen_and_moves(tmp_path):
+    """Averages in the model leave it alone; files have the first one's, and say so."""
+
+    class Taught(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student, self.teacher = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+
+    model = net(Taught)
+    recorder = recorder_of("files", model, tmp_path)
+    for step in range(3):
+        move(model, step)
+        with torch.no_grad():
+            model.teacher.weight += 1
+        recorder.record(step)
+    teacher = model.teacher.weight.clone()
+    recorder.apply("uniform")
+    assert torch.equal(model.teacher.weight, teacher)
+    with pytest.warns(CandidateWarning, match=r"'teacher.weight' is frozen, and has changed"):
+        recorder.recording()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_integers_of_the_snapshot_that_has_all_the_weight(kind, tmp_path):
+    model = net()
+    recorder = recorder_of(kind, model, tmp_path)
+    states = recorded(recorder)
+    for k in (1, 3):
+        recorder.apply(averages.candidate(4, k))
+        assert torch.equal(model.calls, states[k]["calls"])
+
+
+def test_more_snapshots_than_a_kernel_takes(tmp_path):
+    model = nn.Linear(3, 3)
+    recorder = twa.Recorder(model, every=1, bits=1)
+    for step in range(4200):
+        with torch.no_grad():
+            model.weight += 0.01
+        recorder.record(step)
+    with recorder.averaged("uniform"):
+        middle = model.weight.detach().clone()
+    assert torch.allclose(model.weight - middle, torch.full((3, 3), 21.0), atol=0.1)
+
+
+def test_weights_that_cannot_be_had(tmp_path):
+    """What a function of the user's raises ends the recording, and not the training."""
+    model = net()
+    masters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    recorder = twa.Recorder(model, every=1, weights=lambda name, p: masters[name])
+    recorder.record(1)
+    del masters["last.weight"]
+    with pytest.warns(CandidateWarning, match="recording ends before step 2"):
+        assert not recorder.record(2)
+
+
+def test_a_rewind_that_is_refused_changes_nothing(tmp_path, monkeypatch):
+    """While a snapshot waits for a full disk."""
+    model = net()
+    recorder = recorder_of("files", model, tmp_path)
+    for step in (10, 20):
+        move(model, step)
+        recorder.record(step)
+    recorder.flush()
+    writes = store.write_snapshot
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "write_snapshot", full)
+    move(model, 30)
+    recorder.record(30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(TwaError, match="expected a step of at least 10"):
+            recorder.rewind(5)
+    monkeypatch.setattr(store, "write_snapshot", writes)
+    recorder.flush()
+    move(model, 40)
+    recorder.record(40)
+    recorder.flush()
+    assert [c.step for c in twa.Candidates(tmp_path / "run")] == recorder.steps == [10, 20, 30, 40]
