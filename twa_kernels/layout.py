@@ -12,6 +12,7 @@ from torch import Tensor
 TILE = 128  # columns of a tile = quantisation group
 BITS = (8, 4, 3, 2, 1)
 MAX_ROWS = 4096
+MOST_WEIGHT = 2.0**126  # weights of this size count as infinite to `record`
 #: dtypes of gradients, centers and weights that every backend takes
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

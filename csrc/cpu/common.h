@@ -32,6 +32,20 @@ template <class Kernel>
 struct Tiers {
   Kernel portable, avx2 = {}, avx512 = {};
 };
+// tiers<kBits>() of a file whose block_portable, block_avx2 and block_avx512 are of this type.
+#ifdef TWA_X86
+#define TWA_TIERS(Kernel)                                                   \
+  template <int kBits>                                                      \
+  constexpr Tiers<Kernel> tiers() {                                         \
+    return {block_portable<kBits>, block_avx2<kBits>, block_avx512<kBits>}; \
+  }
+#else
+#define TWA_TIERS(Kernel)           \
+  template <int kBits>              \
+  constexpr Tiers<Kernel> tiers() { \
+    return {block_portable<kBits>}; \
+  }
+#endif
 // The kernel for the instruction set in use.
 template <class Kernel>
 Kernel pick(const Tiers<Kernel>& tiers) {

@@ -147,14 +147,7 @@ TWA_AVX512 void block_avx512(const Job& job, const Block& block, Sums* sums) {
 }
 #endif
 
-template <int kBits>
-constexpr Tiers<BlockKernel> tiers() {
-#ifdef TWA_X86
-  return {block_portable<kBits>, block_avx2<kBits>, block_avx512<kBits>};
-#else
-  return {block_portable<kBits>};
-#endif
-}
+TWA_TIERS(BlockKernel)
 
 // Column of the first NaN or Inf of row - center in one tile.
 int64_t first_bad_column(const Job& job, const Block& block, int64_t row, int64_t tile) {

@@ -392,14 +392,7 @@ TWA_AVX512 void block_avx512(const BasisView& basis, const TensorTable& grads, c
 
 #endif  // TWA_X86
 
-template <int kBits>
-constexpr Tiers<ProjectBlock> tiers() {
-#ifdef TWA_X86
-  return {block_portable<kBits>, block_avx2<kBits>, block_avx512<kBits>};
-#else
-  return {block_portable<kBits>};
-#endif
-}
+TWA_TIERS(ProjectBlock)
 
 }  // namespace
 

@@ -348,14 +348,7 @@ TWA_AVX512 void block_avx512(const BasisView& basis, const float* x_row, const T
 
 #endif  // TWA_X86
 
-template <int kBits>
-constexpr Tiers<ReconstructBlock> tiers() {
-#ifdef TWA_X86
-  return {block_portable<kBits>, block_avx2<kBits>, block_avx512<kBits>};
-#else
-  return {block_portable<kBits>};
-#endif
-}
+TWA_TIERS(ReconstructBlock)
 
 }  // namespace
 

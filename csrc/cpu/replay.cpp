@@ -60,14 +60,7 @@ TWA_AVX512 void block_avx512(const Job& job, const Block& block) {
 }
 #endif
 
-template <int kBits>
-constexpr Tiers<BlockKernel> tiers() {
-#ifdef TWA_X86
-  return {block_portable<kBits>, block_avx2<kBits>, block_avx512<kBits>};
-#else
-  return {block_portable<kBits>};
-#endif
-}
+TWA_TIERS(BlockKernel)
 
 }  // namespace
 

@@ -55,14 +55,7 @@ TWA_AVX512 void block_avx512(const BasisView& basis, const TensorTable& out, con
 #endif
 
 using UnpackBlock = void (*)(const BasisView& basis, const TensorTable& out, const Block& block);
-template <int kBits>
-constexpr Tiers<UnpackBlock> tiers() {
-#ifdef TWA_X86
-  return {block_portable<kBits>, block_avx2<kBits>, block_avx512<kBits>};
-#else
-  return {block_portable<kBits>};
-#endif
-}
+TWA_TIERS(UnpackBlock)
 
 }  // namespace
 

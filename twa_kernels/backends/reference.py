@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..layout import LEVELS, TILE, num_tiles, tile_offsets
+from ..layout import LEVELS, MOST_WEIGHT, TILE, num_tiles, tile_offsets
 from ..operands import BasisView, PackArgs, PassArgs, RecordArgs, ReplayArgs, StepArgs
 
 #: first scale of a group = rms * share + largest * share: csrc/packing.h says why
@@ -170,8 +170,6 @@ def squared_error(v: Tensor, code: Tensor, scale: Tensor, valid: Tensor, bits: i
 
 
 # record, replay -----------------------------------------------------------------------------------
-
-MOST_WEIGHT = 2.0**126  # weights of this size count as infinite
 
 
 def record(args: RecordArgs) -> None:

@@ -19,8 +19,6 @@ from .mapped import Part, Pieces, Source, TensorInfo, covered
 from .recording_files import STEP, Contents, folders_of, read_log
 from .trail import Decoded, Trail
 
-COLUMNS = 1 << 24  # of an average that are made at once
-
 
 class Recorded(Candidate):
     """A snapshot of a recording, as a candidate.
@@ -167,9 +165,7 @@ class Recording:
         if not isinstance(source, Decoded):
             yield source.read().reshape(-1)
             return
-        for begin in range(0, source.info.numel, COLUMNS):
-            end = min(begin + COLUMNS, source.info.numel)
-            yield source.trail.average(source.k, begin, end, source.beta)
+        yield from source.trail.average_blocks(source.k, source.beta)
 
     def block(self, key: str, part: Part | None) -> tuple[Trail, int, int] | None:
         """Where codes of a part of a tensor lie, if they can be taken as they are.

@@ -9,7 +9,7 @@ Both are one pass of `twa_kernels.replay` over the codes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from twa_kernels.layout import TILE, num_tiles, tile_offsets
 
 from .mapped import MappedFile, Part, Source, TensorInfo, Viewed, contiguous_strides, shape_of, span
 
+COLUMNS = 1 << 24  # of an average that are made at once
 ROWS = 256  # that are added at once: they have to be in a GPU's memory together
 
 
@@ -129,6 +130,14 @@ class Trail:
             device: where it is computed
         """
         return self._replayed(k, begin, end, self.coefficients(beta), device)
+
+    def average_blocks(
+        self, k: int, beta: Tensor, device: torch.device | str = "cpu"
+    ) -> Iterator[Tensor]:
+        """Tensor k in a weighted average, in blocks of flat columns in order: float32."""
+        numel = self.entries[k].numel
+        for begin in range(0, numel, COLUMNS):
+            yield self.average(k, begin, min(begin + COLUMNS, numel), beta, device)
 
     def snapshot(self, k: int, begin: int, end: int, number: int) -> Tensor:
         """Weights [begin, end) of tensor k in a snapshot: float32.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import twa_kernels as tk
-from twa_kernels.layout import TILE, num_tiles
+from twa_kernels.layout import MOST_WEIGHT, TILE, num_tiles
 
 from ..basis.dense import AnyPacker
 from ..distributed.sharding import Sharding
@@ -21,9 +21,6 @@ from ..io.averaging import average_into
 from ..io.candidates import Block
 from ..io.errors import TwaError
 from ..io.trail import Trail
-
-#: what `twa_kernels.record` takes for infinite
-MOST_WEIGHT = tk.reference.MOST_WEIGHT
 
 
 def check(sharding: Sharding) -> None:

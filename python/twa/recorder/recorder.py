@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 import twa_kernels as tk
-from twa_kernels.layout import BITS, num_tiles, tile_offsets
+from twa_kernels.layout import BITS, MOST_WEIGHT, num_tiles, tile_offsets
 
 from .. import averages
 from ..distributed.choose import find_ranks
@@ -37,7 +37,6 @@ from ..subspace import Subspace
 from .contents import Watched, Weights, master_of, part_of, rounded
 from .store import Folder, Memory, Snapshot, is_empty, unchanged
 
-COLUMNS = 1 << 24  # weights of an average that are computed at once
 FORMAT = "twa-recorder-1"
 STATE_KEYS = ("run", "bits", "count")
 
@@ -371,13 +370,12 @@ class Recorder:
             if key not in self._state or not unchanged(t, self._state[key])
         }
         self._state = {**self._state, **state}
-        row = Snapshot(snapshot.step, snapshot.all_codes, snapshot.all_scales, state)
-        self._store.add(row)
+        self._store.add(replace(snapshot, state=state))
 
     def _not_finite(self, weights: Sequence[Tensor]) -> str:
         """Which tensor cannot be recorded; "" if all can."""
         for e, w in zip(self._watched.contents.trained, weights, strict=True):
-            bad = ~(w.abs() < tk.reference.MOST_WEIGHT)
+            bad = ~(w.abs() < MOST_WEIGHT)
             if bad.any():
                 return f"{e.name!r} has {int(bad.sum())} NaN or Inf of {w.numel()} weights"
         return ""
@@ -666,8 +664,7 @@ class Recorder:
         self.flush()
         if isinstance(self._store, Folder):
             if self._store.steps:
-                self._store.cut(step)
-                self._take_over(self._store.log() if self._store.steps else None)
+                self._take_over(self._store.cut(step))
         else:
             self._rewind_memory(self._store, step)
         self.count, self._ended = step or 0, False
@@ -740,7 +737,7 @@ class Recorder:
             _warn(note)
         self._watched = replace(self._watched, contents=theirs)
         self._store.resume(log)
-        self._take_over(self._store.log())
+        self._take_over(log)
 
     def _take_over(self, log: Log | None) -> None:
         """Puts reference, state and count where a log ends."""
@@ -787,14 +784,13 @@ class Recorder:
 
 def _copy_average(trail: Trail, k: int, beta: Tensor, to: Tensor) -> None:
     """Writes tensor k of an average to a tensor."""
-    flat = to.view(-1) if to.is_contiguous() else None
-    found = to if flat is not None else torch.empty(to.numel(), device=to.device)
-    for begin in range(0, to.numel(), COLUMNS):
-        end = min(begin + COLUMNS, to.numel())
-        part = trail.average(k, begin, end, beta, to.device)
-        (found if flat is None else flat)[begin:end].copy_(part)
-    if flat is None:
-        to.copy_(found.view(to.shape))
+    whole = to if to.is_contiguous() else torch.empty(to.shape, device=to.device)
+    begin = 0
+    for part in trail.average_blocks(k, beta, to.device):
+        whole.view(-1)[begin : begin + part.numel()] = part
+        begin += part.numel()
+    if whole is not to:
+        to.copy_(whole)
 
 
 def _gpus(model: nn.Module) -> set[torch.device]:

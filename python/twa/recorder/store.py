@@ -6,7 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -178,7 +178,6 @@ class Folder:
         names = [*(f"{kind}_*.safetensors" for kind in ("anchor", "step"))]
         clear_unfinished(folder, names)
         self.contents: Contents | None = None
-        self._first: int | None = None
         self._steps: list[int] = []  # written, or waiting
         self._number = 0  # of the last of them
         self._waiting: deque[tuple[int, Snapshot]] = deque()
@@ -300,8 +299,8 @@ class Folder:
         """What is written."""
         return read_log(self.folder)
 
-    def cut(self, step: int | None) -> None:
-        """Removes the snapshots after a step; None: all."""
+    def cut(self, step: int | None) -> Log | None:
+        """Removes the snapshots after a step, None: all; returns what is left."""
         self.flush()
         log = self.log()
         if step is not None and log.anchor.step > step:
@@ -312,16 +311,17 @@ class Folder:
             )
         self._waiting.clear()
         self._error = None
-        gone = [s for s in log.steps if step is None or s.step > step]
+        kept = [s for s in log.steps if step is not None and s.step <= step]
         # the last one first: what is left can be read whenever this is interrupted
-        for s in reversed(gone):
+        for s in reversed(log.steps[len(kept) :]):
             s.path.unlink()
-        if step is None:
-            self.resume(log)  # nothing else of this run may stay
-            log.anchor.path.unlink()
-            self._steps, self._number = [], 0
-        else:
-            self.resume(self.log())
+        log = replace(log, steps=kept)
+        self.resume(log)
+        if step is not None:
+            return log
+        log.anchor.path.unlink()
+        self._steps, self._number = [], 0
+        return None
 
     def close(self) -> None:
         """Ends the thread; another process may then record there."""
