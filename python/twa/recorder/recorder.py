@@ -167,20 +167,31 @@ class Recorder:
 
         return optimizer.register_step_post_hook(hook)
 
-    def step(self) -> bool:
+    def step(self, count: int | None = None) -> bool:
         """Counts a step of training; records after each `every` of them.
+
+        Args:
+            count: steps so far, by the trainer's own count; None: one more. Nothing happens where
+                it has not grown, and a snapshot is taken where one was due since
 
         Returns:
             whether a snapshot was taken
 
         Raises:
-            TwaError: an average is in the model, see `averaged`
+            TwaError: an average is in the model, see `averaged`; count is no number of steps
         """
         self._check_not_swapped()
-        self.count += 1
+        count = self.count + 1 if count is None else _checked_step(count)
+        if count <= self.count:
+            return False
+        before, self.count = self._due(self.count), count
         self._settle()
-        due = self.count >= max(self.start, 1) and (self.count - self.start) % self.every == 0
-        return self.record() if due else False
+        return self.record() if self._due(count) > before else False
+
+    def _due(self, count: int) -> int:
+        """How many snapshots are due in so many steps."""
+        first = self.start or self.every
+        return (count - first) // self.every + 1 if count >= first else 0
 
     @torch.no_grad()
     def record(self, step: int | None = None) -> bool:
@@ -199,9 +210,7 @@ class Recorder:
             CandidateWarning: it was not taken, and why
         """
         self._check_not_swapped()
-        step = self.count if step is None else step
-        if type(step) is not int or not 0 <= step < MOST_STEP:
-            raise TwaError(f"expected a whole number of at least 0, found {step!r}", "step")
+        step = _checked_step(self.count if step is None else step)
         self._settle()
         if self._ended or not self._watched.records:
             return False
@@ -382,11 +391,14 @@ class Recorder:
 
     # Averages ------------------------------------------------------------------------------------
 
-    def beta(self, scheme: str | Tensor, **horizon: float | str) -> Tensor:
+    def beta(
+        self, scheme: str | Tensor, *, until: int | None = None, **horizon: float | str
+    ) -> Tensor:
         """The merge weights of an average of the snapshots.
 
         Args:
             scheme: "uniform", "ema", "lawa", "wsm", "last", or merge weights (n,)
+            until: the average as it was at this step: later snapshots have no weight
             horizon: in steps of training, see `twa.averages.of_steps`
 
         Returns:
@@ -395,7 +407,9 @@ class Recorder:
         Raises:
             TwaError: there is no such scheme, or no snapshot yet
         """
-        return self._beta(self._common_steps(), scheme, **horizon)
+        steps = self._common_steps()
+        beta = self._beta(known := _until(steps, until), scheme, **horizon)
+        return torch.cat([beta, beta.new_zeros(len(steps) - len(known))])
 
     def _common_steps(self) -> list[int]:
         """Steps of the snapshots that can be read on all ranks that have some."""
@@ -412,21 +426,25 @@ class Recorder:
             return averages.of_center(scheme, len(steps))
         return averages.of_steps(steps, scheme, **horizon)
 
-    def apply(self, scheme: str | Tensor, **horizon: float | str) -> None:
+    def apply(
+        self, scheme: str | Tensor, *, until: int | None = None, **horizon: float | str
+    ) -> None:
         """Moves the model to an average; see `beta`.
 
         BatchNorm's statistics become the average of the snapshots': call `twa.update_bn`.
         """
-        steps = self._common_steps()
+        steps = _until(self._common_steps(), until)
         self._write(steps, self._beta(steps, scheme, **horizon))
 
     @contextlib.contextmanager
-    def averaged(self, scheme: str | Tensor, **horizon: float | str) -> Iterator[None]:
+    def averaged(
+        self, scheme: str | Tensor, *, until: int | None = None, **horizon: float | str
+    ) -> Iterator[None]:
         """A context in which the model is at an average, see `beta`; then it is as it was.
 
         Buffers come back, too, whatever was written to them inside.
         """
-        steps = self._common_steps()
+        steps = _until(self._common_steps(), until)
         beta, was_swapped = self._beta(steps, scheme, **horizon), self._swapped
         reshard(self.model)  # what FSDP2 has gathered would outlive what is written
         with plain_weights(self.model):
@@ -550,6 +568,7 @@ class Recorder:
         path: str | Path,
         scheme: str | Tensor,
         *,
+        until: int | None = None,
         dtype: torch.dtype | None = None,
         **horizon: float | str,
     ) -> None:
@@ -557,10 +576,10 @@ class Recorder:
 
         Args:
             path: the file
-            scheme, horizon: see `beta`
+            scheme, until, horizon: see `beta`
             dtype: of all floating-point tensors; None: their own
         """
-        beta, candidates = self.beta(scheme, **horizon), self.recording()
+        beta, candidates = self.beta(scheme, until=until, **horizon), self.recording()
         with self._ranks.fail_together(f"writing {path}"):
             if self._ranks.is_rank_zero:
                 write_average(Path(path), candidates, beta, dtype)
@@ -780,6 +799,21 @@ class Recorder:
             return self._store.trail(self._watched.contents, self._reference)
         log = self._store.log()
         return log.trail(), log.states()
+
+
+def _checked_step(step: int) -> int:
+    """The number of a step; TwaError if it is none."""
+    if type(step) is not int or not 0 <= step < MOST_STEP:
+        raise TwaError(f"expected a whole number of at least 0, found {step!r}", "step")
+    return step
+
+
+def _until(steps: Sequence[int], last: int | None) -> list[int]:
+    """The steps up to one; all without one."""
+    known = [step for step in steps if last is None or step <= last]
+    if steps and not known:
+        raise TwaError(f"expected a step of at least {steps[0]}, the first one's", "until")
+    return known
 
 
 def _copy_average(trail: Trail, k: int, beta: Tensor, to: Tensor) -> None:
