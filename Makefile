@@ -80,10 +80,11 @@ format: build
 
 build: $(VENV)/.built
 
-$(VENV)/.requirements: requirements.txt
+$(VENV)/.requirements: requirements.txt requirements-timm.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, found " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $(VENV)/timm -r requirements-timm.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.requirements $(NATIVE) pyproject.toml

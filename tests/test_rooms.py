@@ -25,7 +25,7 @@ FLOORS = {
         "optimizer",
         "presets tasks",
         "merge",
-        "inspection demo",
+        "inspection integrations demo",
         "cli",
     ],
     "twa_kernels": [

@@ -1,0 +1,1 @@
+"""`twa` inside other trainers: each module needs its framework, and none is imported unless used."""
