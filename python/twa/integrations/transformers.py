@@ -188,7 +188,7 @@ class RecorderCallback(TrainerCallback):
             if step or path is None or not is_recording(path):
                 raise
             raise TwaError(
-                "holds the recording of another run: remove it, or pass another path=, or go on with"
+                "holds the recording of another run: remove it, pass another path=, or go on with"
                 " that run by resume_from_checkpoint",
                 path,
             ) from error
@@ -311,7 +311,7 @@ class RecorderCallback(TrainerCallback):
         return {k: v for k, v in found.items() if not k.endswith(SPEED)} | self._of_trl(prefix)
 
     def _of_trl(self, prefix: str) -> dict[str, float]:
-        """What TRL's trainers have measured on their own: `log` would give it out as the model's."""
+        """What TRL's trainers have measured on their own; `log` would take it for the model's."""
         kept = getattr(self.trainer, "_metrics", None)
         if not isinstance(kept, Mapping) or not isinstance(kept.get("eval"), dict):
             return {}
