@@ -1,28 +1,34 @@
-"""The recorder inside transformers' Trainer, and inside trainers built on it, such as TRL's.
+"""The recorder and the main job with transformers' Trainer, and trainers built on it, as TRL's.
 
-trainer = Trainer(model, args, train_dataset=train, eval_dataset=val)
-callback = RecorderCallback(trainer, every=200, evaluate="ema", half_life=2000)
-trainer.add_callback(callback)
-trainer.train()
-callback.recorder.apply("ema", half_life=2000)
-trainer.save_model("averaged/")
+    trainer = Trainer(model, args, train_dataset=train, eval_dataset=val)
+    callback = RecorderCallback(trainer, every=200, evaluate="ema", half_life=2000)
+    trainer.add_callback(callback)
+    trainer.train()
+    train_average(trainer, callback.recorder).save("out/")
+
+On several ranks all make one and call the same, as of the Trainer itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from .. import averages
 from ..io.errors import CandidateWarning, TwaError
 from ..io.recording_files import is_recording
+from ..merge.average import Source, average
+from ..merge.outcome import Outcome
 from ..recorder.contents import Weights, master_of
 from ..recorder.recorder import Recorder
 from ..tasks.batches import generators_kept, random_state_kept
@@ -49,6 +55,8 @@ SPEED = (
     "model_preparation_time",
     "jit_compilation_time",
 )
+#: attributes in which TRL's trainers count what they log next
+TRL_METRICS, TRL_TOKENS = "_metrics", "_total_train_tokens"
 #: those of this process's callbacks: it may begin again where it was interrupted
 _recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
 
@@ -312,7 +320,7 @@ class RecorderCallback(TrainerCallback):
 
     def _of_trl(self, prefix: str) -> dict[str, float]:
         """What TRL's trainers have measured on their own; `log` would take it for the model's."""
-        kept = getattr(self.trainer, "_metrics", None)
+        kept = getattr(self.trainer, TRL_METRICS, None)
         if not isinstance(kept, Mapping) or not isinstance(kept.get("eval"), dict):
             return {}
         found = {}
@@ -338,3 +346,93 @@ def _prefix_of(metrics: Mapping[str, float]) -> str:
 
 def _warn(text: str) -> None:
     warnings.warn(text, CandidateWarning, stacklevel=4)
+
+
+# The main job ------------------------------------------------------------------------------------
+
+
+def train_average(
+    trainer: Trainer,
+    source: Source,
+    *,
+    steps: int = 100,
+    eval_dataset: Any = None,
+    **options: Any,
+) -> Outcome:
+    """`twa.average` with a Trainer's model, data and loss; the model moves to the best average.
+
+        outcome = train_average(trainer, callback.recorder)
+        trainer.save_model("averaged/")
+
+    The loss is the trainer's `compute_loss` of a batch, under its autocast. Data are the trainer's
+    datasets in batches of its sizes, by its collator; for training in another order at each pass.
+    Afterwards the trainer can be used as before.
+
+    Args:
+        trainer: has it all; it need not have been trained
+        source: candidates, a recorder, or what `Candidates` takes
+        steps: of each trained average
+        eval_dataset: on which all choices are made: a dataset, or the name of one of the trainer's;
+            None: the trainer's
+        options: others of `twa.average`
+
+    Returns:
+        all results; `trainer.model` is at the winner
+
+    Raises:
+        TwaError: there is no dataset, or several and no name; or as `twa.average`
+    """
+    if trainer.train_dataset is None:
+        raise TwaError("expected one in the trainer, found None", "train_dataset")
+    known = trainer.eval_dataset
+    if eval_dataset is None and (known is None or isinstance(known, dict)):
+        names = "a dataset" if known is None else f"one of {', '.join(map(repr, known))}"
+        raise TwaError(f"expected {names}, found None", "eval_dataset")
+    args = trainer.args
+    train = _plain(trainer.get_train_dataloader(), args.per_device_train_batch_size, args.seed)
+    val = _plain(trainer.get_eval_dataloader(eval_dataset), args.per_device_eval_batch_size)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        inputs = trainer._prepare_inputs(batch)
+        with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+            return trainer.compute_loss(model, inputs)
+
+    with _counts_kept(trainer):
+        return average(trainer.model, source, train, val, loss, steps=steps, **options)
+
+
+def _plain(loader: Any, size: int, seed: int | None = None) -> DataLoader:
+    """A loader for twa, which shares batches out to ranks by itself.
+
+    Args:
+        loader: of the trainer, perhaps of this rank's part
+        size: of a batch
+        seed: of the order of the batches; None: that of the dataset
+    """
+    dataset = loader.dataset
+    if type(dataset).__name__ == "IterableDatasetShard":
+        dataset = dataset.dataset
+    shuffle = seed is not None and not isinstance(dataset, IterableDataset)
+    return DataLoader(
+        dataset,
+        batch_size=size,
+        shuffle=shuffle,
+        generator=torch.Generator().manual_seed(seed or 0) if shuffle else None,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+    )
+
+
+@contextlib.contextmanager
+def _counts_kept(trainer: Trainer) -> Iterator[None]:
+    """Puts back what TRL's trainers have counted, and log next."""
+    found = {name: getattr(trainer, name, None) for name in (TRL_METRICS, TRL_TOKENS)}
+    before = {name: value for name, value in found.items() if value is not None}
+    try:
+        for name, value in before.items():
+            setattr(trainer, name, copy.deepcopy(value))
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(trainer, name, value)
