@@ -407,12 +407,15 @@ class Recorder:
         Raises:
             TwaError: there is no such scheme, or no snapshot yet
         """
-        steps = self._common_steps()
+        steps = self.common_steps()
         beta = self._beta(known := _until(steps, until), scheme, **horizon)
         return torch.cat([beta, beta.new_zeros(len(steps) - len(known))])
 
-    def _common_steps(self) -> list[int]:
-        """Steps of the snapshots that can be read on all ranks that have some."""
+    def common_steps(self) -> list[int]:
+        """Steps of the snapshots that averages are made of: those that all ranks can read.
+
+        All ranks call it.
+        """
         self.flush()
         written = self._store.written if self._watched.records else None
         everyone = [s for s in self._ranks.all_gather_object(written) if s is not None]
@@ -433,7 +436,7 @@ class Recorder:
 
         BatchNorm's statistics become the average of the snapshots': call `twa.update_bn`.
         """
-        steps = _until(self._common_steps(), until)
+        steps = _until(self.common_steps(), until)
         self._write(steps, self._beta(steps, scheme, **horizon))
 
     @contextlib.contextmanager
@@ -444,12 +447,11 @@ class Recorder:
 
         Buffers come back, too, whatever was written to them inside.
         """
-        steps = _until(self._common_steps(), until)
+        steps = _until(self.common_steps(), until)
         beta, was_swapped = self._beta(steps, scheme, **horizon), self._swapped
         reshard(self.model)  # what FSDP2 has gathered would outlive what is written
         with plain_weights(self.model):
-            tensors = dict.fromkeys([*self.model.parameters(), *self.model.buffers()])
-            before = [(t, local(t).clone()) for t in tensors]
+            before = [(t, local(t).clone()) for t in self._written_over()]
         try:
             self._swapped = True
             self._write(steps, beta)
@@ -460,6 +462,15 @@ class Recorder:
                 for t, old in before:
                     local(t).copy_(old)
             self._swapped = was_swapped
+
+    def _written_over(self) -> list[Tensor]:
+        """What an average is written to, and all buffers; not the frozen weights of a LoRA's base.
+
+        Each once, if the model has it under several names.
+        """
+        names = {*self._watched.trained, *(c.name for c in self._watched.copied)}
+        weights = [t for name, t in named_tensors(self.model).items() if name in names]
+        return list(dict.fromkeys([*weights, *self.model.buffers()]))
 
     @torch.no_grad()
     def _write(self, steps: Sequence[int], beta: Tensor) -> None:
