@@ -56,6 +56,8 @@ class Written:
 
 def _writes(sharding: Sharding) -> list[int]:
     """How often each trained tensor, or this rank's part of it, was written to."""
+    if sharding.name != "columns":
+        return [t._version for t in sharding.tensors]
     return [t._local_tensor._version if is_dtensor(t) else t._version for t in sharding.tensors]
 
 

@@ -85,18 +85,18 @@ def average(
     chosen = Settings(**settings)
     data = {"train": train, "val": val, "heldout": heldout, "test": test}
     given = {name: batches for name, batches in data.items() if batches is not None}
-    for name, batches in given.items():
-        check_batches(batches, name)
     whole = model.module if isinstance(model, DistributedDataParallel) else model
-    name = type(whole).__name__
+    title = type(whole).__name__
     task = Task(
-        name, lambda: whole, loss, train, val, heldout, test, metric, metric_name=metric_name
+        title, lambda: whole, loss, train, val, heldout, test, metric, metric_name=metric_name
     )
     modes = {m: m.training for m in whole.modules()}
     with contextlib.ExitStack() as kept:
         kept.enter_context(random_state_kept())
         for batches in given.values():
             kept.enter_context(generators_kept(batches))
+        for name, batches in given.items():
+            check_batches(batches, name)  # which may draw random numbers
         try:
             job = Merge(task, _candidates(source), chosen, progress, group=group, may_shard=False)
             return job.run()
