@@ -62,6 +62,10 @@ class Checkpoint:
         extra: key -> what modules store that is no tensor (`_extra_state`): plain values with
             tensors in memory; an `unpickle.Made` for a value that holds an object of another class
         others: names that stood among the weights with plain values, which are left out
+        numbers: plain numbers that stood at the top of the checkpoint, such as its epoch, by name
+        nest: keys that lead to the weights, from the top of a checkpoint of dicts in dicts
+        siblings: names of the entries beside them that have tensors of the same names, such as a
+            moving average
     """
 
     kind: str
@@ -70,6 +74,9 @@ class Checkpoint:
     metadata: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     extra: Mapping[str, object] = field(default_factory=dict)
     others: tuple[str, ...] = ()
+    numbers: Mapping[str, object] = field(default_factory=dict)
+    nest: tuple[str, ...] = ()
+    siblings: tuple[str, ...] = ()
 
 
 class Weights(dict[str, Source]):
@@ -80,10 +87,29 @@ class Weights(dict[str, Source]):
         self.metadata = of.metadata if isinstance(of, Entries) else {}
         self.extra = of.extra if isinstance(of, Entries) else {}
         self.others = tuple(of.others) if isinstance(of, Entries) else ()
+        self.numbers: Mapping[str, object] = {}
+        self.nest: tuple[str, ...] = ()
+        self.siblings: tuple[str, ...] = ()
+
+    def inside(self, content: object, *nest: str) -> Weights:
+        """These weights, which are those of a larger checkpoint under keys that lead to them."""
+        self.nest = nest
+        self.numbers = content.numbers if isinstance(content, Entries) else {}
+        return self
 
     def checkpoint(self, kind: str, files: tuple[Path, ...]) -> Checkpoint:
         """The checkpoint of this kind that they are of."""
-        return Checkpoint(kind, self, files, self.metadata, self.extra, self.others)
+        return Checkpoint(
+            kind,
+            self,
+            files,
+            self.metadata,
+            self.extra,
+            self.others,
+            self.numbers,
+            self.nest,
+            self.siblings,
+        )
 
 
 def open_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
@@ -309,18 +335,18 @@ def _weights_of(content: object, path: Path, entry: str | None) -> Weights:
 def _under(content: object, path: Path, entry: str) -> Weights:
     """The tensors under a key: of dicts as far as there are such, then as a prefix of keys."""
     parts = entry.split(".")
-    for begin in (content, *(_get(content, key) for key in NESTED_KEYS)):
-        inner: object = begin
+    for outer in ((), *((key,) for key in NESTED_KEYS)):
+        inner: object = _get(content, outer[0]) if outer else content
         for k, part in enumerate(parts):
             if not isinstance(inner, dict) or part not in inner:
                 if found := _with_prefix(inner, ".".join(parts[k:])):
-                    return found
+                    return found.inside(content, *outer, *parts)
                 break
             _check_object(inner, part, path)
             inner = inner[part]
         else:
             if isinstance(inner, dict) and (tensors := _weights_in(inner, path)):
-                return tensors
+                return tensors.inside(content, *outer, *parts)
         _check_object(inner, parts[0], path)
     names = entries(content) or prefixes(content)[:20]
     raise CandidateError(
@@ -371,11 +397,24 @@ def _usual(content: object, path: Path) -> Weights:
             _check_object(content, key, path, hint)
             inside = content.get(key)
             if tensors := _weights_in(inside, path, "" if _tensors_in(inside) else hint):
-                return tensors
+                tensors.siblings = _siblings(content, key)
+                return tensors.inside(content, key)
     tensors = _weights_in(content, path, hint)
     if tensors and (has_weights(tensors) or not _holds_weights(content)):
-        return tensors
+        return tensors.inside(content)
     raise CandidateError(f"expected a dict of tensors (a state_dict), found none{hint}", path)
+
+
+def _siblings(content: Mapping[str, object], key: str) -> tuple[str, ...]:
+    """Names of the entries with tensors of the same names as those under a key."""
+
+    def names(value: object) -> set[str]:
+        return {name.removeprefix("module.") for name in _tensors_in(value)}
+
+    own = names(content[key])
+    return tuple(
+        k for k, value in content.items() if k != key and k.isprintable() and own <= names(value)
+    )
 
 
 def has_weights(tensors: Mapping[str, Source]) -> bool:
