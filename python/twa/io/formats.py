@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
-from . import dcp
+from . import dcp, deepspeed
 from .checks import is_file_name, read_json
 from .errors import CandidateError, NoWeights
 from .foreign import foreign
@@ -129,6 +129,8 @@ def open_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
             " them first",
             path,
         )
+    if (sliced := deepspeed.states_folder(path)) is not None and not _has_whole(path):
+        return _of_deepspeed(path, sliced, entry)
     if path.is_dir():
         return _directory(path, entry)
     if not path.exists():
@@ -143,9 +145,15 @@ def open_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
 
 def is_checkpoint_folder(folder: Path) -> bool:
     """Whether a directory is one checkpoint, rather than a place where several lie."""
+    if _has_whole(folder) or deepspeed.states_folder(folder) is not None:
+        return True
+    return bool(_indexes(folder)) or is_recording(folder)
+
+
+def _has_whole(folder: Path) -> bool:
+    """Whether a directory has one of the files that make it a checkpoint."""
     names = (*MODEL_FILES, *ADAPTER_FILES, dcp.METADATA, FSDP_FILE, f"{FSDP_FOLDER}/{dcp.METADATA}")
-    found = any((folder / name).is_file() for name in names)
-    return found or bool(_indexes(folder)) or is_recording(folder)
+    return any((folder / name).is_file() for name in names)
 
 
 def suffix_of(path: Path) -> str:
@@ -195,9 +203,33 @@ def _directory(folder: Path, entry: str | None) -> Checkpoint:
     )
 
 
+def _of_deepspeed(path: Path, sliced: Path, entry: str | None) -> Checkpoint:
+    """What DeepSpeed has written: the whole module if that is asked for, and there.
+
+    Args:
+        path: as it was given
+        sliced: the directory with DeepSpeed's files
+        entry: as for `open_checkpoint`
+
+    Raises:
+        NoWeights: it is not read, and lies beside the same model's own weights
+        CandidateError: it is not read
+    """
+    whole = deepspeed.whole_module(sliced)
+    if entry is not None and whole is not None:
+        return _one_file(whole, entry).checkpoint("torch", (whole,))
+    kind = NoWeights if _has_whole(sliced.parent) else CandidateError
+    raise kind(deepspeed.refusal(sliced), path)
+
+
 def _further_inside(folder: Path) -> str:
     """A hint at checkpoints that lie one level deeper than in a directory; "" without them."""
-    deeper = [p for p in folder.iterdir() if p.is_dir() and any(map(suffix_of, p.glob("*")))]
+    deeper = [
+        p
+        for p in folder.iterdir()
+        if p.is_dir()
+        and any(is_checkpoint_folder(q) if q.is_dir() else suffix_of(q) for q in p.glob("*"))
+    ]
     names = ", ".join(sorted(p.name for p in deeper)[:4])
     return f"; there may be some in {names}: '{folder}/*' names those" if deeper else ""
 
