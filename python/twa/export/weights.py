@@ -116,7 +116,7 @@ def write_dcp(folder: Path, sharding: Sharding) -> None:
     try:
         with plain_weights(sharding.model):
             dcp.save(
-                nested(sharded_tensors(sharding), _nest_of(sharding)),
+                _nested(sharded_tensors(sharding), _nest_of(sharding)),
                 checkpoint_id=str(temporary),
                 process_group=ranks.group,
                 no_dist=ranks.group is None,

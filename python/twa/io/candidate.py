@@ -58,7 +58,9 @@ class Candidate:
     siblings: tuple[str, ...] = ()
 
     def __init__(self, path: Path, entry: str | None = None, ignore: Sequence[str] = ()) -> None:
-        self._take(path, open_checkpoint(path, entry), entry, ignore)
+        found = open_checkpoint(path, entry)
+        self._take(path, found, entry, ignore)
+        self.progress = progress_beside(path) if path.is_dir() else progress_of(found.numbers)
 
     def _take(
         self, path: Path, found: Checkpoint, entry: str | None, ignore: Sequence[str]
@@ -66,7 +68,6 @@ class Candidate:
         """Makes this the candidate that an open checkpoint is; CandidateError as above."""
         self.path, self.entry, self.kind, self.files = path, entry, found.kind, found.files
         self.ignore, self.metadata = tuple(ignore), found.metadata
-        self.progress = progress_beside(path) if path.is_dir() else progress_of(found.numbers)
         self.nest, self.siblings = found.nest, found.siblings
         if not found.tensors:
             raise NoWeights("expected a checkpoint, found no tensors", path)

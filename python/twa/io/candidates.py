@@ -33,6 +33,7 @@ from .mapped import Part, Source, TensorInfo, shape_of
 from .order import LISTING, shortened
 from .recording import Recorded, Recording, open_recording
 from .recording_files import is_recording
+from .states import of_states
 from .training import in_order_of_training, removed
 
 #: bytes of a block, of all candidates together: a read that pays on any disk, and little memory
@@ -106,13 +107,45 @@ class Candidates(Sequence[Candidate]):
         ignore: Sequence[str] = (),
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
-        found = find([paths] if isinstance(paths, str | os.PathLike) else paths)
+        given = [paths] if isinstance(paths, str | os.PathLike | Mapping) else list(paths)
+        if any(isinstance(path, Mapping) for path in given):
+            raise TwaError("paths: expected paths, found a dict: Candidates.of_states takes those")
+        found = find(given)
         opened, without_weights = open_each(found, entry, ignore)
         chosen, doubtful, notes = _sorted_out(found, opened)
         for text in doubtful:
             warnings.warn(text, CandidateWarning, stacklevel=2)
         self._hold(chosen, block_bytes)
         self.notes = [*without_weights, *doubtful, *notes]
+
+    @classmethod
+    def of_states(
+        cls,
+        states: Sequence[Mapping[str, object]],
+        *,
+        names: Sequence[str] | None = None,
+        entry: str | None = None,
+        ignore: Sequence[str] = (),
+    ) -> Candidates:
+        """state_dicts in memory, oldest first.
+
+            kept.append({key: t.clone() for key, t in model.state_dict().items()})
+            candidates = twa.Candidates.of_states(kept)
+
+        Their tensors are held, and not copied; those on another device are copied to the CPU. One
+        that is written to afterwards is an error when it is read.
+
+        Args:
+            states: state_dicts, or larger dicts with one in each, as checkpoints have them; one
+                that is the same as another counts, too
+            names: of the candidates; None: state_0, state_1, ...
+            entry, ignore: as for `Candidates`
+
+        Raises:
+            CandidateError: there are none, or one holds no weights
+            TwaError: two are the same memory, as of a model that goes on training
+        """
+        return cls.of(of_states(states, names, entry, ignore))
 
     @classmethod
     def of(cls, candidates: Sequence[Candidate]) -> Candidates:

@@ -190,7 +190,7 @@ def _directory(folder: Path, entry: str | None) -> Checkpoint:
             return _one_file(folder / name, entry).checkpoint("adapter", (folder / name,))
     if (folder / dcp.METADATA).is_file():
         leaves, files = dcp.read(folder)
-        return _weights_of(leaves, folder, entry).checkpoint("dcp", files)
+        return weights_of(leaves, folder, entry).checkpoint("dcp", files)
     if (folder / FSDP_FILE).is_file():
         return open_checkpoint(folder / FSDP_FILE, entry)
     if (folder / FSDP_FOLDER / dcp.METADATA).is_file():
@@ -245,7 +245,7 @@ def _one_file(path: Path, entry: str | None) -> Weights:
         tensors = Weights(read_safetensors(path))
         return tensors if entry is None else _under(tensors, path, entry)
     if path.suffix in SUFFIXES:
-        return _weights_of(read_torch(path), path, entry)
+        return weights_of(read_torch(path), path, entry)
     what = f"; {found}" if (found := foreign(path)) else ""
     raise NoWeights(
         f"expected a file ending in {', '.join(SUFFIXES)}, or a directory with a sharded"
@@ -347,7 +347,7 @@ def _tensors_in(content: object) -> dict[str, Source]:
     return {k: v for k, v in content.items() if not isinstance(v, dict)}
 
 
-def _weights_of(content: object, path: Path, entry: str | None) -> Weights:
+def weights_of(content: object, path: Path, entry: str | None) -> Weights:
     """The tensors of a checkpoint.
 
     It is a state_dict, or a dict that holds one under the given key or else a usual one.
