@@ -30,9 +30,11 @@ from .duplicates import without_duplicates, without_same_files
 from .errors import CandidateError, CandidateWarning, NoWeights, TwaError
 from .find import Found, find, left_out
 from .mapped import Part, Source, TensorInfo, shape_of
-from .order import LISTING, doubts
-from .recording import Recorded, open_recording
+from .order import LISTING, shortened
+from .recording import Recorded, Recording, open_recording
 from .recording_files import is_recording
+from .states import of_states
+from .training import in_order_of_training, removed
 
 #: bytes of a block, of all candidates together: a read that pays on any disk, and little memory
 BLOCK_BYTES = 64 << 20
@@ -105,27 +107,45 @@ class Candidates(Sequence[Candidate]):
         ignore: Sequence[str] = (),
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
-        found = find([paths] if isinstance(paths, str | os.PathLike) else paths)
+        given = [paths] if isinstance(paths, str | os.PathLike | Mapping) else list(paths)
+        if any(isinstance(path, Mapping) for path in given):
+            raise TwaError("paths: expected paths, found a dict: Candidates.of_states takes those")
+        found = find(given)
         opened, without_weights = open_each(found, entry, ignore)
-        files = [c for c in opened if not isinstance(c, Recorded)]
-        once, same = without_duplicates(files) if len(files) > 1 else (files, "")
-        recorded, twice = without_same_files([c for c in opened if isinstance(c, Recorded)])
-        doubtful = [text for text in (same, twice) if text]
-        if files and recorded:
-            doubtful.append(
-                f"a recording, {recorded[0].path.parent}, and whole files, such as"
-                f" {files[0].path.name}: if they are of one run, its weights count twice"
-            )
-        if found.by_age:
-            doubtful += [f"{text}; {LISTING}" for text in doubts([c.path for c in once])]
-        kept = {id(c) for c in (*once, *recorded)}
-        once = [c for c in opened if id(c) in kept]
+        chosen, doubtful, notes = _sorted_out(found, opened)
         for text in doubtful:
             warnings.warn(text, CandidateWarning, stacklevel=2)
-        recordings = dict.fromkeys(c.recording for c in opened if isinstance(c, Recorded))
-        doubtful += [note for recording in recordings for note in recording.notes]
-        self._hold(once, block_bytes)
-        self.notes = [*without_weights, *doubtful, *found.notes]
+        self._hold(chosen, block_bytes)
+        self.notes = [*without_weights, *doubtful, *notes]
+
+    @classmethod
+    def of_states(
+        cls,
+        states: Sequence[Mapping[str, object]],
+        *,
+        names: Sequence[str] | None = None,
+        entry: str | None = None,
+        ignore: Sequence[str] = (),
+    ) -> Candidates:
+        """state_dicts in memory, oldest first.
+
+            kept.append({key: t.clone() for key, t in model.state_dict().items()})
+            candidates = twa.Candidates.of_states(kept)
+
+        Their tensors are held, and not copied; those on another device are copied to the CPU. One
+        that is written to afterwards is an error when it is read.
+
+        Args:
+            states: state_dicts, or larger dicts with one in each, as checkpoints have them; one
+                that is the same as another counts, too
+            names: of the candidates; None: state_0, state_1, ...
+            entry, ignore: as for `Candidates`
+
+        Raises:
+            CandidateError: there are none, or one holds no weights
+            TwaError: two are the same memory, as of a model that goes on training
+        """
+        return cls.of(of_states(states, names, entry, ignore))
 
     @classmethod
     def of(cls, candidates: Sequence[Candidate]) -> Candidates:
@@ -394,6 +414,55 @@ class Candidates(Sequence[Candidate]):
         for block in self.stream([(key, part)], rows=used):
             average_into(out.view(-1)[block.begin : block.end], block.rows, weights[used])
         return out
+
+
+def _sorted_out(
+    found: Found, opened: Sequence[Candidate]
+) -> tuple[list[Candidate], list[str], list[str]]:
+    """Of what was opened each once, and in order.
+
+    Returns:
+        the candidates, what may have been meant otherwise, and what else there is to say
+    """
+    files = [c for c in opened if not isinstance(c, Recorded)]
+    snapshots = [c for c in opened if isinstance(c, Recorded)]
+    once, same = without_duplicates(files) if len(files) > 1 else (files, "")
+    recorded, twice = without_same_files(snapshots)
+    doubtful, notes = [text for text in (same, twice) if text], list[str]()
+    if files and recorded:
+        doubtful.append(
+            f"a recording, {recorded[0].path.parent}, and whole files, such as"
+            f" {files[0].path.name}: if they are of one run, its weights count twice"
+        )
+    kept = {id(c) for c in (*once, *recorded)}
+    if found.by_age:
+        order = in_order_of_training([c.path for c in once], [c.progress for c in once])
+        once = [once[k] for k in order.places]
+        doubtful += [f"{text}; {LISTING}" for text in order.doubts]
+        notes += order.notes
+    doubtful += removed([c.path for c in once])
+    (doubtful if len(opened) == 1 else notes).extend(found.inside)
+    notes += [note for recording in _recordings(snapshots) for note in recording.notes]
+    in_turn = iter(once)
+    chosen = [c if isinstance(c, Recorded) else next(in_turn) for c in opened if id(c) in kept]
+    return chosen, doubtful, [*notes, *_siblings(once), *found.notes]
+
+
+def _recordings(snapshots: Sequence[Recorded]) -> list[Recording]:
+    """The recordings that snapshots are of."""
+    return list(dict.fromkeys(c.recording for c in snapshots))
+
+
+def _siblings(candidates: Sequence[Candidate]) -> list[str]:
+    """A note on what stands beside the weights and may be meant, such as a moving average."""
+    found = [c for c in candidates if c.siblings]
+    if not found:
+        return []
+    names = ", ".join(map(repr, found[0].siblings))
+    return [
+        f"{shortened([c.path for c in found], 2)}: read is {found[0].nest[0]!r};"
+        f" {names} there has tensors of the same names, and is read with entry"
+    ]
 
 
 def open_each(
