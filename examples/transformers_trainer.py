@@ -26,7 +26,7 @@ arguments = TrainingArguments(
     use_cpu=True,
 )
 trainer = Trainer(make_model(), arguments, train_dataset=tokens(0, 2000), eval_dataset=tokens(4000, 200))
-callback = RecorderCallback(trainer, every=8, evaluate="ema", half_life=24)
+callback = RecorderCallback(trainer, every=4, evaluate="ema", half_life=6)
 trainer.add_callback(callback)
 trainer.train()
 
