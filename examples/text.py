@@ -1,6 +1,10 @@
 """Text of the examples: Python's own documentation, in bytes, and a small language model."""
 
+import inspect
+import typing
 from pydoc_data.topics import topics
+
+import torch
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 tokenizer = ByT5Tokenizer()  # bytes: it needs no files
@@ -31,3 +35,16 @@ def tokens(first, count):
     """The same as batches of the Trainer have them."""
     ids = [tokenizer(piece["text"])["input_ids"][:LENGTH] for piece in texts(first, count)]
     return [{"input_ids": i, "labels": i} for i in ids if len(i) == LENGTH]
+
+
+def pretrained_model(steps=150):
+    """The model after so many steps on the source of a module: there is something to fine-tune."""
+    model, source = make_model(), inspect.getsource(typing).encode()
+    data = torch.tensor(list(source)) + tokenizer.offset  # the tokens of bytes
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        at = torch.randint(len(data) - LENGTH, (16, 1)) + torch.arange(LENGTH)
+        model(input_ids=data[at], labels=data[at]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model

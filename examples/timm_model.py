@@ -1,6 +1,6 @@
 """timm: its model, optimizer and schedule; the recorder in the place of ModelEmaV3.
 
-    python examples/timm_model.py
+python examples/timm_model.py
 """
 
 import timm

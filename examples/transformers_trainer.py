@@ -1,6 +1,6 @@
 """transformers' Trainer: a recorded run, its average evaluated on the way, then a trained average.
 
-    python examples/transformers_trainer.py
+python examples/transformers_trainer.py
 """
 
 from text import make_model, tokens
@@ -15,6 +15,7 @@ arguments = TrainingArguments(
     lr_scheduler_type="constant_with_warmup",
     warmup_steps=20,
     per_device_train_batch_size=16,
+    per_device_eval_batch_size=50,
     eval_strategy="steps",
     eval_steps=40,
     save_strategy="steps",
@@ -25,7 +26,9 @@ arguments = TrainingArguments(
     report_to=[],
     use_cpu=True,
 )
-trainer = Trainer(make_model(), arguments, train_dataset=tokens(0, 2000), eval_dataset=tokens(4000, 200))
+trainer = Trainer(
+    make_model(), arguments, train_dataset=tokens(0, 2000), eval_dataset=tokens(4000, 200)
+)
 callback = RecorderCallback(trainer, every=4, evaluate="ema", half_life=6)
 trainer.add_callback(callback)
 trainer.train()
