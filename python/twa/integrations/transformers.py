@@ -285,11 +285,7 @@ class RecorderCallback(TrainerCallback):
             raise TwaError(f"{odd[0]!r} is a metric of the model: pass name=", "RecorderCallback")
         found = self._measured(eval_dataloader, own)
         if found is None:
-            found = {
-                f"{own}{key.removeprefix(prefix)}": value
-                for key, value in metrics.items()
-                if key.startswith(f"{prefix}_") and not key.endswith(SPEED)
-            }
+            found = _figures(metrics, prefix, own)
         self.trainer.log(dict(found))
         # the model's own stay the last: a notebook takes those for the evaluation's
         merged = {**found, **metrics}
@@ -316,7 +312,7 @@ class RecorderCallback(TrainerCallback):
                 ignore_keys=self.ignore_keys,
                 metric_key_prefix=prefix,
             ).metrics
-        return {k: v for k, v in found.items() if not k.endswith(SPEED)} | self._of_trl(prefix)
+        return _figures(found, prefix, prefix) | self._of_trl(prefix)
 
     def _of_trl(self, prefix: str) -> dict[str, float]:
         """What TRL's trainers have measured on their own; `log` would take it for the model's."""
@@ -341,7 +337,13 @@ class RecorderCallback(TrainerCallback):
 def _prefix_of(metrics: Mapping[str, float]) -> str:
     """What the names of an evaluation's metrics begin with, such as "eval"."""
     timed = [key.removesuffix("_runtime") for key in metrics if key.endswith("_runtime")]
-    return min(timed, key=len, default="eval")
+    return min(timed, default="eval")  # others of these begin with it
+
+
+def _figures(metrics: Mapping[str, float], prefix: str, other: str) -> dict[str, float]:
+    """The metrics whose names begin with a prefix, with another one; without times."""
+    names = {key: key.removeprefix(f"{prefix}_") for key in metrics if key.startswith(f"{prefix}_")}
+    return {f"{other}_{name}": metrics[key] for key, name in names.items() if name not in SPEED}
 
 
 def _warn(text: str) -> None:
