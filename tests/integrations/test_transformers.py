@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tiny_hf import AtStep, callback_of, data, files, model, trainer, weights_of
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, ProgressCallback, Trainer
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback
 from twa import averages
 from twa.integrations.transformers import FOLDER, RecorderCallback
 from twa.io.errors import CandidateWarning, TwaError
@@ -543,6 +543,9 @@ def test_options(tmp_path):
     }.items():
         with pytest.raises(TwaError, match=message):
             RecorderCallback(plain, every=3, **dict([options]))
+    plain.add_callback(RecorderCallback(trainer(tmp_path), every=3))
+    with pytest.raises(TwaError, match="trainer: expected the one that it is added to"):
+        plain.train()
     plain.use_vllm = True
     RecorderCallback(plain, every=3)
     with pytest.raises(TwaError, match="vLLM generates with the weights of the training"):
