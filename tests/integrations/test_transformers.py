@@ -5,6 +5,7 @@ is measured to be, and how a training goes on.
 import importlib
 import signal
 import sys
+import time
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -17,10 +18,12 @@ from conftest import run_python
 from safetensors.torch import load_file
 from tiny_hf import AtStep, callback_of, data, files, model, trainer, weights_of
 from torch import nn
-from transformers import EarlyStoppingCallback, ProgressCallback, Trainer
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback
 from twa import averages
 from twa.integrations.transformers import FOLDER, RecorderCallback
 from twa.io.errors import CandidateWarning, TwaError
+from twa.recorder import store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,7 +48,8 @@ def logged(trained, prefix):
     found = {}
     for row in trained.state.log_history:
         for key, value in row.items():
-            if key.startswith(prefix) and not key.endswith(("runtime", "per_second")):
+            timed = key.endswith("per_second") or key in ("eval_runtime", "train_runtime")
+            if key.startswith(prefix) and not timed:
                 found.setdefault(row["step"], {})[key] = value
     return found
 
@@ -130,6 +134,26 @@ def test_training_is_the_same_with_it(tmp_path, path, evaluate):
     assert (tmp_path / "recorded" / FOLDER).exists() == (path == "auto")
 
 
+def test_a_loader_that_is_used_again(tmp_path):
+    """Its generator goes on as if the average had not been evaluated."""
+
+    class Kept(Trainer):
+        def get_eval_dataloader(self, eval_dataset=None):
+            if not hasattr(self, "kept"):
+                rows, g = self.eval_dataset[:13], torch.Generator().manual_seed(3)
+                self.kept = DataLoader(
+                    rows, 8, shuffle=True, generator=g, collate_fn=self.data_collator
+                )
+            return self.kept
+
+    plain = trainer(tmp_path / "plain", kind=Kept, **EVALUATED)
+    plain.train()
+    recorder = {"every": 2, "evaluate": "last"}
+    recorded = trainer(tmp_path / "recorded", recorder, kind=Kept, **EVALUATED)
+    recorded.train()
+    assert logged(recorded, "eval_loss") == logged(plain, "eval_loss")
+
+
 def test_masters_are_recorded(tmp_path):
     """Of weights in half precision, those that the optimizer has; weights= goes first."""
 
@@ -164,7 +188,7 @@ def test_masters_are_recorded(tmp_path):
 
 def accuracy(prediction):
     found = (prediction.predictions[..., :-1, :].argmax(-1) == prediction.label_ids[..., 1:]).mean()
-    return {"accuracy": found}
+    return {"accuracy": found, "a_runtime": 2.0}  # not the evaluation's own
 
 
 @pytest.mark.parametrize("path", ["auto", None])
@@ -186,10 +210,12 @@ def test_the_average_is_evaluated(tmp_path, path):
             with recording.averaged("lawa", until=step, last=6):
                 other.model.load_state_dict(weights_of(trained))
         measured = other.evaluate()
-        expected = {key: measured[f"eval_{key}"] for key in ("loss", "accuracy")}
+        expected = {key: measured[f"eval_{key}"] for key in ("loss", "accuracy", "a_runtime")}
         for key, value in expected.items():
             assert found[step][f"eval_avg_{key}"] == pytest.approx(value, rel=1e-6), (step, key)
-        assert found[step].keys() == {"eval_avg_loss", "eval_avg_accuracy"}
+        assert found[step].keys() == {f"eval_avg_{key}" for key in expected}
+    # the model's own come last: a notebook shows the last loss as the evaluation's
+    assert [k for k in trained.evaluate() if k.endswith("loss")] == ["eval_avg_loss", "eval_loss"]
     own = logged(trained, "eval_loss")
     assert all(own[step]["eval_loss"] != found[step]["eval_avg_loss"] for step in found if step > 3)
 
@@ -198,14 +224,16 @@ def test_several_evaluation_sets(tmp_path):
     """Each has an average of its own; names that contain others are told apart."""
     sets = {"a": data(8, 3), "a_runtime": data(8, 4)}
     recorder = {"every": 2, "evaluate": "last"}
-    trained = trainer(tmp_path, recorder, more={"eval_dataset": sets}, **EVALUATED)
+    options = BEST | {"metric_for_best_model": "eval_a_avg_loss"}
+    trained = trainer(tmp_path, recorder, more={"eval_dataset": sets}, **EVALUATED, **options)
     trained.train()
-    found = trained.evaluate()
+    found = logged(trained, "eval")[12]
     for name in sets:
         own, average = found[f"eval_{name}_loss"], found[f"eval_{name}_avg_loss"]
         assert own == pytest.approx(average, rel=1e-2) and own != average
     assert found["eval_a_avg_loss"] != found["eval_a_runtime_avg_loss"]
     assert not any("avg_avg" in key for key in found)
+    assert trained.evaluate()["eval_a_loss"] == trained.state.best_metric
 
 
 def test_the_best_average_is_chosen(tmp_path):
@@ -237,7 +265,9 @@ def test_the_best_of_before_the_first_snapshot(tmp_path):
     options = dict(greater_is_better=True, **EVALUATED, **BEST)  # the first is
     trained = trainer(tmp_path, recorder, **options)
     live = kept(trained)
-    trained.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CandidateWarning)
+        trained.train()
     assert trained.state.best_global_step == 2
     assert_same(weights_of(trained), live[2])
 
@@ -364,12 +394,11 @@ def test_killed(tmp_path, undisturbed):
     )
     done = processes.run([sys.executable, "-c", code])
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [p.name for p in sorted(tmp_path.glob("checkpoint-*"))] == [
-        "checkpoint-4",
-        "checkpoint-8",
-    ]
+    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-8"}
     trained = trainer(tmp_path, {"every": 3, "evaluate": "uniform"}, **SAVED, **EVALUATED)
-    trained.train(resume_from_checkpoint=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CandidateWarning)
+        trained.train(resume_from_checkpoint=True)
     check_gone_on(tmp_path, trained, undisturbed)
 
 
@@ -392,8 +421,15 @@ def test_interrupted(tmp_path, undisturbed, again):
     check_gone_on(tmp_path, going, undisturbed)
 
 
-def test_the_last_snapshot_is_there_when_a_checkpoint_is(tmp_path):
-    """It is written before: a kill in between leaves none out."""
+def test_the_last_snapshot_is_there_when_a_checkpoint_is(tmp_path, monkeypatch):
+    """It is written before, however slow the disk is: a kill in between leaves none out."""
+    write = store.write_snapshot
+
+    def slowly(*args):
+        time.sleep(0.1)
+        write(*args)
+
+    monkeypatch.setattr(store, "write_snapshot", slowly)
     for strategy in ("steps", "epoch"):
         options = dict(save_strategy=strategy, save_steps=4, max_steps=16)
         folder = tmp_path / strategy
@@ -407,6 +443,27 @@ def test_the_last_snapshot_is_there_when_a_checkpoint_is(tmp_path):
 
         trainer(folder, {"every": 4}, kind=Looking, **options).train()
         assert found and all(len(names) == 1 for names in found.values())
+
+
+def test_a_checkpoint_that_another_callback_asks_for(tmp_path, monkeypatch):
+    """The last snapshot is there when it has been saved."""
+    write, found = store.write_snapshot, []
+
+    def slowly(*args):
+        time.sleep(0.1)
+        write(*args)
+
+    monkeypatch.setattr(store, "write_snapshot", slowly)
+
+    class Asks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = state.global_step == 6
+
+        def on_save(self, args, state, control, **kwargs):
+            found.append(len([*(tmp_path / FOLDER).glob("*_6.safetensors")]))
+
+    trainer(tmp_path, {"every": 3}, callbacks=[Asks()]).train()
+    assert found == [1]
 
 
 def gone_on(folder, options, step=8):
@@ -486,6 +543,9 @@ def test_options(tmp_path):
     }.items():
         with pytest.raises(TwaError, match=message):
             RecorderCallback(plain, every=3, **dict([options]))
+    plain.add_callback(RecorderCallback(trainer(tmp_path), every=3))
+    with pytest.raises(TwaError, match="trainer: expected the one that it is added to"):
+        plain.train()
     plain.use_vllm = True
     RecorderCallback(plain, every=3)
     with pytest.raises(TwaError, match="vLLM generates with the weights of the training"):

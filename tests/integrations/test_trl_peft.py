@@ -2,6 +2,7 @@
 adapters are what is recorded.
 """
 
+import copy
 import os
 from itertools import pairwise
 
@@ -20,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from twa import averages
-from twa.integrations.transformers import FOLDER, RecorderCallback
+from twa.integrations.transformers import FOLDER, RecorderCallback, train_average
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LETTERS = "abcdefgh"
+TRL_COUNTS = ("_metrics", "_total_train_tokens")
 OPTIONS = {
     "max_steps": 8,
     "per_device_train_batch_size": 4,
@@ -166,3 +168,25 @@ def test_the_best_adapter(tmp_path):
     expected = weights_of(trained)
     for key, t in again.state_dict().items():
         assert torch.equal(t, expected[key]), key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_train_average(tmp_path, kind):
+    """It has the trainer's loss, collator and adapters; what the trainer has counted stays."""
+    trained = trainer(tmp_path, {"every": 2}, kind=kind, logging_steps=5)
+    trained.train()
+    counts = {name: getattr(trained, name) for name in TRL_COUNTS}
+    before = copy.deepcopy(counts)
+    assert before["_metrics"]["train"] and before["_total_train_tokens"]
+    source = callback_of(trained).recorder
+    options = {"steps": 6, "methods": ["t:tensor:4"], "progress": False}
+    outcome = train_average(trained, source, **options)
+    assert {name: getattr(trained, name) for name in TRL_COUNTS} == before
+    assert trained._metrics is counts["_metrics"]
+    assert {"TWA-t", "uniform"} <= {r.method.split(" per ")[0] for r in outcome.results}
+    assert trained.evaluate()["eval_loss"] == pytest.approx(outcome.winner.val_loss, rel=1e-5)
+    trained.save_model(tmp_path / "best")
+    base = tiny_hf.model(vocab_size=11, pad_token_id=0, eos_token_id=1)
+    again = PeftModel.from_pretrained(base, tmp_path / "best")
+    for key, t in again.state_dict().items():
+        assert torch.equal(t, weights_of(trained)[key]), key

@@ -16,7 +16,7 @@ import copy
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,18 +140,11 @@ class RecorderCallback(TrainerCallback):
     # The recording -------------------------------------------------------------------------------
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module,
-        optimizer: Any,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begins a recording, or goes on with one."""
         self._go_first()
-        self._optimizers = [optimizer]
+        self._optimizers = [kwargs["optimizer"]]
         if self._options["keep"] is not None and self._chooses(args):
             raise TwaError(
                 f"load_best_model_at_end by {args.metric_for_best_model!r} needs all snapshots:"
@@ -159,7 +152,7 @@ class RecorderCallback(TrainerCallback):
                 "keep",
             )
         step, path = state.global_step, self._folder(args)
-        old, self.recorder = self.recorder, self._made(model, path, step)
+        old, self.recorder = self.recorder, self._made(kwargs["model"], path, step)
         if path is None and old is not None and len(old) and old is not self.recorder:
             _warn(f"{len(old)} snapshots of the training before are dropped")
         if step == 0:
@@ -173,7 +166,7 @@ class RecorderCallback(TrainerCallback):
     def _folder(self, args: TrainingArguments) -> Path | None:
         """Where the files go."""
         if self.path == "auto":
-            return Path(args.output_dir) / FOLDER
+            return Path(str(args.output_dir)) / FOLDER
         return None if self.path is None else Path(self.path)
 
     def _made(self, model: nn.Module, path: Path | None, step: int) -> Recorder:
@@ -213,9 +206,10 @@ class RecorderCallback(TrainerCallback):
     def _go_first(self) -> None:
         """Moves before all callbacks that look at metrics, but behind what decides when to save."""
         callbacks = self.trainer.callback_handler.callbacks
-        if self in callbacks:
-            callbacks.remove(self)
-            callbacks.insert(1, self)
+        if self not in callbacks:
+            raise TwaError("expected the one that it is added to", "trainer")
+        callbacks.remove(self)
+        callbacks.insert(1, self)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -267,36 +261,26 @@ class RecorderCallback(TrainerCallback):
     # The average ---------------------------------------------------------------------------------
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        metrics: dict[str, float],
-        eval_dataloader: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Evaluates the average; its metrics are logged, and added to the others."""
-        if self.recorder is None or self.evaluate is None or eval_dataloader is None:
+        metrics, batches = kwargs["metrics"], kwargs["eval_dataloader"]
+        if self.recorder is None or self.evaluate is None or batches is None:
             return
         prefix = _prefix_of(metrics)
         own = f"{prefix}_{self.name}"
         if odd := [key for key in metrics if key.startswith(f"{own}_")]:
             raise TwaError(f"{odd[0]!r} is a metric of the model: pass name=", "RecorderCallback")
-        found = self._measured(eval_dataloader, own)
+        found = self._measured(batches, own)
         if found is None:
-            found = {
-                f"{own}{key.removeprefix(prefix)}": value
-                for key, value in metrics.items()
-                if key.startswith(f"{prefix}_") and not key.endswith(SPEED)
-            }
+            found = _figures(metrics, prefix, own)
         self.trainer.log(dict(found))
         # the model's own stay the last: a notebook takes those for the evaluation's
         merged = {**found, **metrics}
         metrics.clear()
         metrics.update(merged)
 
-    def _measured(self, batches: Iterable, prefix: str) -> dict[str, float] | None:
+    def _measured(self, batches: DataLoader, prefix: str) -> dict[str, float] | None:
         """The metrics of the average; None if there is none."""
         assert self.recorder is not None and self.evaluate is not None
         if not self.recorder.common_steps():
@@ -309,14 +293,14 @@ class RecorderCallback(TrainerCallback):
             except TwaError as error:
                 _warn(f"step {trainer.state.global_step}: the average is not evaluated: {error}")
                 return None
-            found = trainer.evaluation_loop(
+            output = trainer.evaluation_loop(
                 batches,
                 description="Evaluation of the average",
                 prediction_loss_only=True if trainer.compute_metrics is None else None,
                 ignore_keys=self.ignore_keys,
                 metric_key_prefix=prefix,
-            ).metrics
-        return {k: v for k, v in found.items() if not k.endswith(SPEED)} | self._of_trl(prefix)
+            )
+        return _figures(output.metrics or {}, prefix, prefix) | self._of_trl(prefix)
 
     def _of_trl(self, prefix: str) -> dict[str, float]:
         """What TRL's trainers have measured on their own; `log` would take it for the model's."""
@@ -341,7 +325,13 @@ class RecorderCallback(TrainerCallback):
 def _prefix_of(metrics: Mapping[str, float]) -> str:
     """What the names of an evaluation's metrics begin with, such as "eval"."""
     timed = [key.removesuffix("_runtime") for key in metrics if key.endswith("_runtime")]
-    return min(timed, key=len, default="eval")
+    return min(timed, default="eval")  # others of these begin with it
+
+
+def _figures(metrics: Mapping[str, float], prefix: str, other: str) -> dict[str, float]:
+    """The metrics whose names begin with a prefix, with another one; without times."""
+    names = {key: key.removeprefix(f"{prefix}_") for key in metrics if key.startswith(f"{prefix}_")}
+    return {f"{other}_{name}": metrics[key] for key, name in names.items() if name not in SPEED}
 
 
 def _warn(text: str) -> None:
@@ -395,8 +385,11 @@ def train_average(
     def loss(model: nn.Module, batch: Any) -> Tensor:
         inputs = trainer._prepare_inputs(batch)
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-            return trainer.compute_loss(model, inputs)
+            found = trainer.compute_loss(model, inputs)
+        assert isinstance(found, Tensor)  # without the outputs, which are not asked for
+        return found
 
+    assert trainer.model is not None
     with _counts_kept(trainer):
         return average(trainer.model, source, train, val, loss, steps=steps, **options)
 
