@@ -47,7 +47,8 @@ def check_average(candidates, states):
         rows = [state[key] for state in states]
         expected = rows[-1]
         if expected.is_floating_point():
-            expected = sum(b * row.double() for b, row in zip(beta, rows)).to(expected.dtype)
+            exact = sum(b * row.double() for b, row in zip(beta, rows, strict=True))
+            expected = exact.to(expected.dtype)
         assert torch.equal(found, expected), key
 
 
@@ -149,7 +150,9 @@ def test_transformers_trainer(tmp_path):
     loaded = type(model).from_pretrained(tmp_path / "average" / "averaged")
     check_same(loaded.state_dict(), weights)
     # and the Trainer goes on from it, in the place of a checkpoint's own file
-    shutil.copy(tmp_path / "average" / "averaged.safetensors", out / STEPS[-1] / "model.safetensors")
+    shutil.copy(
+        tmp_path / "average" / "averaged.safetensors", out / STEPS[-1] / "model.safetensors"
+    )
     trainer.train(resume_from_checkpoint=True)
     check_same(trainer.model.state_dict(), weights)
 
@@ -324,7 +327,7 @@ def fit(folder, *checkpoints, epochs=COUNT):
 
 
 def by_step(folder):
-    """Names of checkpoint files in order of the steps inside, and what they hold; each file once."""
+    """Names of checkpoint files in order of the steps inside, and what they hold; each once."""
     found = {}
     for path in sorted(folder.glob("*.ckpt"), key=lambda p: (p.name.startswith("last"), p.name)):
         content = torch.load(path, weights_only=False)
@@ -352,7 +355,11 @@ BY_STEP = "the order is that of the steps in the files, and not of their names"
             None,
             [BY_STEP],
         ),
-        ({"save_top_k": -1, "monitor": "val", "filename": "model"}, None, []),  # model-v1, ..., model-v11
+        (
+            {"save_top_k": -1, "monitor": "val", "filename": "model"},
+            None,
+            [],
+        ),  # model-v1, ..., model-v11
         (
             {"save_top_k": 3, "monitor": "val", "mode": "max", "save_last": True},
             EPOCHS[:3],
@@ -769,7 +776,7 @@ def test_states_that_are_none(states, message):
 def test_dicts_in_the_place_of_paths():
     state = {"w": torch.ones(2)}
     for given in (state, [state]):
-        with pytest.raises(twa.TwaError, match="found a dict: Candidates.of_states takes those"):
+        with pytest.raises(twa.TwaError, match=r"found a dict: Candidates\.of_states takes those"):
             twa.Candidates(given)
     with pytest.raises(twa.TwaError, match="names: expected 1, found 2"):
         twa.Candidates.of_states([state], names=["a", "b"])
