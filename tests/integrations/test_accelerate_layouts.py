@@ -108,3 +108,22 @@ def test_patterns_into_checkpoints_of_fsdp(written):
     inside = twa.Candidates(f"{sharded}/checkpoint_*/*")
     assert [c.path for c in inside] == [c.path for c in folders]
     assert inside.notes[0].endswith(": optimizer_0 (12 times), scheduler.bin (12 times)")
+
+
+def test_a_second_model_is_named_by_its_file(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    models = [torch.nn.Linear(2, 2), torch.nn.Linear(3, 1)]
+    project = accelerate.utils.ProjectConfiguration(str(tmp_path), automatic_checkpoint_naming=True)
+    accelerator = accelerate.Accelerator(cpu=True, project_config=project)
+    prepared = accelerator.prepare(*models)
+    seen = []
+    for _ in range(COUNT):
+        with torch.no_grad():
+            prepared[1].weight.add_(1.0)
+        accelerator.save_state()
+        seen.append(prepared[1].weight.detach().clone())
+    candidates = twa.Candidates(f"{tmp_path}/checkpoints/*/model_1.safetensors")
+    assert [c.path.parent.name for c in candidates] == [f"checkpoint_{k}" for k in range(COUNT)]
+    for candidate, weight in zip(candidates, seen, strict=True):
+        assert torch.equal(candidate.tensor("weight"), weight)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)

@@ -406,6 +406,25 @@ def test_lightning_with_two_kinds_of_checkpoints(tmp_path):
     read(tmp_path, right, BY_STEP)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_lightning_in_shards(tmp_path):
+    """Directories, as its FSDP and ModelParallel strategies write them; those need GPUs."""
+    states = []
+    for epoch in range(COUNT):
+        torch.manual_seed(epoch)
+        states.append(nn.Linear(3, 2).state_dict())
+        folder = tmp_path / f"epoch={epoch}-step={epoch * 2}.ckpt"
+        content = {"model": states[-1], "optimizer_0": {"state": {"weight": torch.ones(3)}}}
+        dcp.save(content, checkpoint_id=folder, no_dist=True)
+        torch.save({"epoch": epoch, "global_step": epoch * 2}, folder / "meta.pt")
+    candidates = read(tmp_path, [f"epoch={k}-step={2 * k}.ckpt" for k in range(COUNT)])
+    check_average(candidates, states)
+    weights = save_between(nn.Linear(3, 2), candidates, tmp_path / "average", dcp=True)
+    loaded = {"model": nn.Linear(3, 2).state_dict()}
+    dcp.load(loaded, checkpoint_id=tmp_path / "average" / "averaged_dcp", no_dist=True)
+    check_same(loaded["model"], weights)
+
+
 # timm --------------------------------------------------------------------------------------------
 
 TIMM = Path(sys.prefix) / "timm"  # apart from other packages: see the Makefile
