@@ -24,6 +24,8 @@ from .io.errors import (
     TwaError,
 )
 from .iterate_average import IterateAverage
+from .merge.average import average
+from .merge.outcome import Outcome
 from .optimizer import SubspaceOptimizer
 from .presets import conference_method
 from .recorder.recorder import Recorder
@@ -37,6 +39,7 @@ __all__ = [
     "Candidates",
     "DistributedError",
     "IterateAverage",
+    "Outcome",
     "OutputError",
     "Recorder",
     "StateError",
@@ -45,6 +48,7 @@ __all__ = [
     "TaskError",
     "TwaError",
     "__version__",
+    "average",
     "averages",
     "conference_method",
     "load_average",

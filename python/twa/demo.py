@@ -16,7 +16,8 @@ from .io.candidates import Candidates
 from .io.progress import PeakMemory, progress_bar
 from .io.safetensors import write_safetensors
 from .merge.evaluate import mean_over
-from .merge.results import Outcome, Result
+from .merge.outcome import Outcome
+from .merge.results import Result
 from .merge.run import Merge
 from .merge.settings import DEFAULT_METHODS, Settings, TwaMethod
 from .tasks.batches import forever
@@ -92,11 +93,11 @@ def run(
     seed: int,
     progress: bool = True,
     methods: Sequence[TwaMethod] = DEFAULT_METHODS,
-) -> tuple[Outcome, Task, Candidates]:
+) -> Outcome:
     """Trains, averages and anneals; checkpoints go to folder/checkpoints.
 
     Returns:
-        the results, with the model at the winner; the task; the checkpoints
+        the results, with the model at the winner
     """
     torch.manual_seed(seed)
     task = load_task("chars", seed)
@@ -114,4 +115,4 @@ def run(
             result.method = "SWA"
     shown = [r for r in outcome.results if r.method != LEFT_OUT or r is outcome.winner]
     outcome.results = shown
-    return outcome, task, candidates
+    return outcome

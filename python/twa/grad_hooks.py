@@ -30,6 +30,9 @@ class GradientHooks:
     same on all ranks. At the end of backward the rest is sent; with `columns` that is all of it,
     behind FSDP's own messages. The sums are added to coefficients.grad, which then is what it would
     be in one process. In `no_sync()` addends are kept for a later backward; `clear()` drops them.
+
+    After `use_up()` the next gradient starts from zero, whoever clears the model's gradients:
+    trainers call `model.zero_grad()`, which knows nothing of the coefficients.
     """
 
     # the state of a backward on several ranks
@@ -42,6 +45,7 @@ class GradientHooks:
     def __init__(self, subspace: Subspace) -> None:
         self._subspace = weakref.ref(subspace)
         self._sync = True
+        self._used = False  # whether a step has used what is in coefficients.grad
         self._shared = subspace.sharding.ranks.group is not None
         if self._shared:
             coefficients = subspace.coefficients.detach()
@@ -94,7 +98,7 @@ class GradientHooks:
             return
         c, columns = subspace.take_gradient(k)
         if not self._shared:
-            _accumulate(subspace.coefficients)[:, columns] += c
+            self._total(subspace.coefficients)[:, columns] += c
             return
         task = torch._C._current_graph_task_id()
         if self._under_way not in (None, task):
@@ -147,7 +151,7 @@ class GradientHooks:
         try:
             while self._next < len(self._buckets):
                 self._send()
-            total = _accumulate(self._alive().coefficients)
+            total = self._total(self._alive().coefficients)
             for columns, finish in zip(self._columns, self._sums, strict=True):
                 total[:, columns] += finish()[0]
             self._mine.zero_()
@@ -157,11 +161,25 @@ class GradientHooks:
     @torch.no_grad()
     def clear(self) -> None:
         """Drops addends that no sum has taken, as zero_grad drops gradients."""
+        self._used = False
         if self._shared:
             for finish in self._sums:  # of a backward that ended in an error
                 finish()
             self._mine.zero_()
             self._reset()
+
+    def use_up(self) -> None:
+        """Makes the next gradient start from zero."""
+        self._used = True
+
+    def _total(self, coefficients: Tensor) -> Tensor:
+        """coefficients.grad, to be added to; zero if it is not there or used up."""
+        if coefficients.grad is None:
+            coefficients.grad = torch.zeros_like(coefficients)
+        elif self._used:
+            coefficients.grad.zero_()
+        self._used = False
+        return coefficients.grad
 
     def _alive(self) -> Subspace:
         """The subspace, while a backward through its model goes on."""
@@ -176,13 +194,6 @@ class GradientHooks:
         self._added = None
         self._done = set()
         self._sums = []
-
-
-def _accumulate(coefficients: Tensor) -> Tensor:
-    """coefficients.grad, made if it is not there."""
-    if coefficients.grad is None:
-        coefficients.grad = torch.zeros_like(coefficients)
-    return coefficients.grad
 
 
 def _buckets(segments: list[list[int]], num_segments: int, most: int) -> list[list[int]]:

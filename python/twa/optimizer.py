@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, overload
 
 import torch
@@ -38,19 +39,26 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     coefficients follow their average.
 
     `param_groups`, `state` and `defaults` are the inner optimizer's, so learning-rate schedulers
-    work as usual. Gradients accumulate in the model's .grad over several backward calls; clipping
-    them before step() works too. `state_dict` holds the inner state and x; `load_state_dict` also
-    moves the model.
+    work as usual. But the parameters in the group are the model's: their gradients are what step()
+    takes, so whoever accumulates, clips, scales or clears gradients, by the model or by the
+    optimizer, does what it does in other training. `state_dict` holds the inner state and x;
+    `load_state_dict` also moves the model.
+
+    torch.amp.GradScaler works, and on several ranks a step that one of them skips is skipped by
+    all.
 
     Args:
         subspace: whose coefficients are trained
         optimizer: class of the inner optimizer
         low_memory: project each gradient as soon as backward has it, and free it. Never more than
-            one of them is held, several backward calls accumulate in the coefficients' gradient,
-            and torch.amp.GradScaler works: it scales what it sees in param_groups, and without
-            low_memory it raises "No inf checks were recorded". Clip the coefficients' gradient
-            then, the model has none
+            one of them is held, and several backward calls accumulate in the coefficients'
+            gradient, which a step uses up. The parameter in the group is then the coefficients:
+            clip those, the model has no gradients
         options: of the inner optimizer: lr, ...
+
+    Warns:
+        RuntimeWarning: somebody else has changed the model's weights since the last step, which
+            starts from the coefficients nevertheless
 
     Attributes:
         inner: the inner optimizer
@@ -72,6 +80,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self.inner = optimizer([subspace.coefficients], **options)
         super().__init__([subspace.coefficients], self.inner.defaults)
         self._ready = True
+        if not low_memory:
+            self.inner.param_groups[0]["params"] = list(subspace.parameters)
         if low_memory and subspace.sharding.name == "rows":
             raise TwaError(
                 "low_memory: not with sharding='rows', which sums whole gradients; use 'replicate'"
@@ -132,6 +142,24 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if self._ready:
             self.inner.state = value
 
+    @contextlib.contextmanager
+    def _coefficients_in_group(self) -> Iterator[None]:
+        """A context for calls of the inner optimizer: it trains what its group holds."""
+        shown = self.inner.param_groups[0]["params"]
+        self.inner.param_groups[0]["params"] = [self.subspace.coefficients]
+        try:
+            yield
+        finally:
+            self.inner.param_groups[0]["params"] = shown
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asks GradScaler to leave it to `step` whether there is a step; see `_is_finite`.
+
+        So a gradient that a skipped step leaves is dropped with low_memory, and ranks agree.
+        """
+        return self.low_memory or self.subspace.sharding.ranks.world_size > 1
+
     @overload
     def step(self, closure: None = None) -> None: ...
 
@@ -155,19 +183,27 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: there is no gradient
         """
-        if closure is None and (rule := self._fused_rule()):
+        self.subspace.warn_if_moved()
+        loss = None
+        if closure is not None and type(self.inner) in FUSED:  # which ask once
+            loss, closure = self._loss(closure), None
+        if not self._is_finite():
+            if self.low_memory:
+                self._hooks.use_up()
+        elif closure is None and (rule := self._fused_rule()):
             coefficients = self.subspace.coefficients
             state = self.inner.state.get(coefficients, {})
             self.subspace.step(rule, self.inner.param_groups[0], state)
             if state:  # plain SGD keeps none
                 self.inner.state[coefficients] = state
-            return None
-        if closure is None:
-            self._set_gradient()
-            loss = self.inner.step()
         else:
-            loss = self.inner.step(lambda: self._evaluate(closure))
-        self.subspace.write_weights()
+            with self._coefficients_in_group():
+                if closure is None:
+                    self._set_gradient()
+                    self.inner.step()
+                else:
+                    loss = self.inner.step(functools.partial(self._evaluate, closure))
+            self.subspace.write_weights()
         return loss
 
     def _fused_rule(self) -> str | None:
@@ -183,20 +219,40 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             return None
         return FUSED.get(type(self.inner)) if self.subspace.can_fuse() else None
 
+    def _is_finite(self) -> bool:
+        """What GradScaler leaves to an optimizer: unscales gradients, says whether to step.
+
+        It then has set `grad_scale`, unless gradients are unscaled, and `found_inf`.
+        """
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scale is not None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.mul_(1.0 / scale.to(p.grad.device))
+        if found is None:
+            return True
+        bad = torch.tensor([float(found)], dtype=torch.float64)
+        return not self.subspace.sharding.ranks.all_reduce_(bad)
+
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         """The loss at the coefficients as they are, and their gradient.
 
         It is for optimizers such as L-BFGS that try several coefficients in one step.
         """
         self.subspace.write_weights()
+        loss = self._loss(closure)
+        self._set_gradient()
+        return loss
+
+    def _loss(self, closure: Callable[[], Any]) -> Any:
+        """The loss of the model as it is, and gradients; that of all ranks, on several."""
         with torch.enable_grad():
             loss = closure()
-        self._set_gradient()
         ranks = self.subspace.sharding.ranks
-        if ranks.world_size == 1:
+        if ranks.world_size == 1 or loss is None:
             return loss
-        # Line searches and stopping rules look at the loss: that of all ranks, so that all do the
-        # same.
+        # Line searches and stopping rules look at the loss: all ranks must do the same.
         total = ranks.all_reduce_(torch.as_tensor(loss).detach().clone().reshape(1))
         return (total / ranks.world_size).reshape(())
 
@@ -204,18 +260,21 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Sees to it that the coefficients have their gradient."""
         if not self.low_memory:
             self.subspace.coefficients.grad = self.subspace.project_gradients()
-        elif self.subspace.coefficients.grad is None:
+            return
+        if self.subspace.coefficients.grad is None:
             raise RuntimeError(
                 "no gradient has reached the coefficients: call loss.backward() before"
                 " optimizer.step()"
             )
+        self._hooks.use_up()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of the model and of the coefficients."""
         if self.low_memory:
             self._hooks.clear()
         self.subspace.model.zero_grad(set_to_none=set_to_none)
-        self.inner.zero_grad(set_to_none=set_to_none)
+        with self._coefficients_in_group():
+            self.inner.zero_grad(set_to_none=set_to_none)
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler puts a `step` bound to this object into it; hooks belong to this model's
@@ -235,32 +294,48 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state, the coefficients, and the subspace that they belong to.
 
+        It has the form of any optimizer's: the state, and the coefficients in it, stands under the
+        first parameter. So torch.distributed.checkpoint.state_dict takes it (not with low_memory).
+
         Raises:
             DistributedError: the ranks' coefficients were not the same bits
         """
         self.subspace.sharding.ranks.check_drift()
-        return super().state_dict() | {
-            "coefficients": self.subspace.coefficients.detach().clone(),
-            "subspace": self.subspace.identity(),
-        }
+        with self._coefficients_in_group():
+            inner = super().state_dict()
+        numbers = list(range(len(self.param_groups[0]["params"])))
+        state: dict[int, dict[str, Any]] = {k: {} for k in numbers}
+        state[0] = dict(inner["state"].get(0, {}))
+        state[0]["coefficients"] = self.subspace.coefficients.detach().clone()
+        # a tuple: torch.distributed.checkpoint keeps it whole
+        subspace = tuple(self.subspace.identity().items())
+        group = inner["param_groups"][0] | {"params": numbers, "subspace": subspace}
+        return {"state": state, "param_groups": [group]}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Sets coefficients, inner state and model to what they were.
 
         Raises:
-            TwaError: the state belongs to a subspace of other candidates, segments, center, bits,
-                basis, constraint or normalisation
+            TwaError: it is no state of a SubspaceOptimizer, or belongs to a subspace of other
+                candidates, segments, center, bits, basis, constraint or normalisation
         """
-        theirs = state_dict["subspace"]
+        where = "optimizer state"
+        try:
+            group = dict(state_dict["param_groups"][0])
+            own = dict(state_dict["state"][group["params"][0]])
+            x, theirs = own.pop("coefficients"), dict(group.pop("subspace"))
+        except (KeyError, IndexError, TypeError) as error:
+            raise TwaError("expected the state of a SubspaceOptimizer", where) from error
         for key, ours in self.subspace.identity().items():
             if theirs.get(key) != ours:
                 raise TwaError(
                     f"{key}: expected {ours}, found {theirs.get(key)}",
-                    "optimizer state of another subspace",
+                    f"{where} of another subspace",
                 )
         self.subspace.sharding.ranks.reset_drift()
-        own = ("coefficients", "subspace")
-        super().load_state_dict({k: value for k, value in state_dict.items() if k not in own})
-        self.subspace.coefficients.copy_(state_dict["coefficients"])
+        state = {0: own} if own else {}
+        with self._coefficients_in_group():
+            super().load_state_dict({"state": state, "param_groups": [group | {"params": [0]}]})
+        self.subspace.coefficients.copy_(x)
         self.subspace.write_weights()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from .basis.sources import Sources, check_sources
 from .coordinates import BASES, CONSTRAINTS, Coordinates, constrained
 from .distributed.choose import choose_sharding, find_ranks
 from .distributed.ranks import digest, facts, versions
-from .distributed.sharding import Basis, Sharding
-from .distributed.weights import check_range, check_taken, load_untrained
+from .distributed.sharding import Basis, Sharding, reconstruct
+from .distributed.weights import Written, check_range, check_taken, load_untrained
+from .dtensors import local
 from .export.bundle import write_bundle
 from .io.candidates import Candidates
 from .io.errors import TwaError
@@ -79,6 +81,8 @@ class Subspace:
         self.coefficients = nn.Parameter(coordinates.start().to(device, dtype))
         self._of_tensor: dict[int, tuple[Basis, slice]] = {}
         self._own_train = with_own_train(self.model)
+        self._written: Written | None = None  # as they were when this wrote them last
+        self._has_warned = False
 
     @classmethod
     def from_candidates(
@@ -247,6 +251,49 @@ class Subspace:
         """Sets the model's parameters to center + sum_r x[r, l] * P[r, :], in their own dtypes."""
         with plain_weights(self.model, self._own_train):
             self.sharding.write(self.basis, self.x(), self.center)
+            self._written = Written.of(self.sharding)
+
+    @torch.no_grad()
+    def find_moved(self) -> str | None:
+        """Name of a trained tensor that is not at the coefficients, as somebody else wrote it.
+
+        Rounded to the dtype of the candidates' files it counts as the same. None if there is none,
+        or with sharding "rows", where no rank can tell.
+        """
+        if self.sharding.name == "rows":
+            return None
+        with plain_weights(self.model, self._own_train):
+            x = self.x()
+            for k, (name, key) in enumerate(self.key_map.trained.items()):
+                basis, columns = self._basis_of(k)
+                now = local(self.parameters[k])
+                center = None if self.center is None else [self.center[k]]
+                expected = torch.empty_like(now)
+                reconstruct(basis, x[:, columns].contiguous(), center, [expected])
+                stored = self.candidates.info[key].dtype
+                if not torch.allclose(now.to(stored), expected.to(stored), 0, 0, equal_nan=True):
+                    return name
+        return None
+
+    def warn_if_moved(self) -> None:
+        """Warns, once, if somebody else has moved the model since this wrote to it.
+
+        Weights that were changed and put back, as for an evaluation, do not count.
+        """
+        if self._written is None or not self._written.changed(self.sharding):
+            return
+        if self._has_warned:  # once is enough, and looking takes time
+            return
+        if name := self.find_moved():
+            self._has_warned = True
+            warnings.warn(
+                f"{name!r} was changed by something else since the last step: the step starts from"
+                " the coefficients, and the change is lost",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        else:
+            self._written = Written.of(self.sharding)
 
     @torch.no_grad()
     def project_gradients(self) -> Tensor:
@@ -270,12 +317,16 @@ class Subspace:
                 "a gradient was taken before it could be projected: does another low_memory"
                 " optimizer hold this model? close() it"
             )
-        if k not in self._of_tensor:
-            self._of_tensor[k] = self.basis.select(k)
-        basis, columns = self._of_tensor[k]
+        basis, columns = self._basis_of(k)
         c = self.sharding.local_coefficient_gradient(basis, [self.sharding.gradient(p)], k)
         p.grad = None
         return self.coordinates.pull_back(self.coefficients, c, columns), columns
+
+    def _basis_of(self, k: int) -> tuple[Basis, slice]:
+        """The basis of tensor k alone, and which columns of the coefficients are its."""
+        if k not in self._of_tensor:
+            self._of_tensor[k] = self.basis.select(k)
+        return self._of_tensor[k]
 
     def _gradients(self) -> list[Tensor | None]:
         """This rank's part of each parameter's .grad; RuntimeError if there are none."""
@@ -324,6 +375,7 @@ class Subspace:
                 options=options,
                 state=state,
             )
+            self._written = Written.of(self.sharding)
 
     # Merge weights -------------------------------------------------------------------------------
 
@@ -418,13 +470,21 @@ class Subspace:
             basis: also basis.safetensors, the packed basis with center and coefficients, for `load`
 
         Raises:
-            TwaError: basis, and no rank holds all of a packed one
+            TwaError: basis, and no rank holds all of a packed one; or the model's weights are not
+                those of the coefficients, since something else has written to them
             OSError: a file cannot be written
         """
         folder, ranks = Path(folder), self.sharding.ranks
         packed = check_savable(self.basis, self.sharding) if basis else None
         ranks.check_drift()
         with ranks.fail_together(f"writing {folder}"):
+            if name := self.find_moved():
+                raise TwaError(
+                    f"the model's {name!r} is not at the coefficients: something else has written"
+                    " to it, such as load_best_model_at_end or an EMA; write_weights() goes back,"
+                    " or save the model as it is by other means",
+                    "nothing is saved",
+                )
             if ranks.is_rank_zero:
                 folder.mkdir(parents=True, exist_ok=True)
             ranks.barrier()

@@ -301,7 +301,7 @@ def test_candidates_with_nan_loss_never_win(checkpoints, tmp_path):
         task, candidates, Settings((TwaMethod("t", "tensor", 4),), steps=4), progress=False
     ).run()
     assert outcome.winner.val_loss < 1 and outcome.results[1].note in ("c1", "c2", "c3")
-    report.write_outputs(tmp_path, outcome, task, candidates.names, "command")
+    outcome.save(tmp_path, command="command")
     assert (tmp_path / "report.png").exists()
     with pytest.raises(ValueError, match="every method is NaN or Inf"):
         Merge(task, twa.Candidates(tmp_path / "c0.safetensors"), Settings(), progress=False).run()

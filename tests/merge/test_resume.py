@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -133,21 +132,9 @@ def launch(size, *args, programs=None):
     """`size` ranks of `twa`, as torchrun starts them; one list of arguments for all, or one each.
     programs: rank -> what to run in twa's place.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    common = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(size),
-        "OMP_NUM_THREADS": "1",
-    }
     each = args * size if len(args) == 1 else args
     starts = [(programs or {}).get(r, [sys.executable, "-m", "twa"]) for r in range(size)]
-    return [
-        processes.Child([*starts[r], *each[r]], env=common | {"RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(size)
-    ]
+    return processes.start_job(*([*starts[r], *each[r]] for r in range(size)))
 
 
 def wait(ranks):
@@ -206,7 +193,7 @@ def test_killed_again_and_again_and_continued(job, undisturbed, tmp_path):
         assert ends[victim][0] == -signal.SIGKILL
         assert code == 1 and "another rank died or does not answer" in error, error
         assert "continue with the same command and --resume" in error
-        assert torch.load(state, weights_only=True)["format"] == "twa-state-2"
+        assert torch.load(state, weights_only=True)["format"] == "twa-state-3"
     for code, error in wait(launch(2, arguments(job, out, "--resume"))):
         assert code == 0, error
     assert {p.name for p in out.iterdir()} == FILES
@@ -635,7 +622,7 @@ def test_a_state_of_something_else_is_refused(job, tmp_path, capsys):
         assert "not a saved state" in capsys.readouterr().err
     torch.save({"format": "other"}, out / "state.pt")
     assert cli.main(arguments(job, out, "--resume")) == 2
-    assert "expected a state of format 'twa-state-2', found 'other'" in capsys.readouterr().err
+    assert "expected a state of format 'twa-state-3', found 'other'" in capsys.readouterr().err
     torch.save(os.system, out / "state.pt")
     assert cli.main(arguments(job, out, "--resume")) == 2
     assert "not a saved state" in capsys.readouterr().err

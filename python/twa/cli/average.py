@@ -20,7 +20,7 @@ from ..distributed.ranks import Ranks, initialise
 from ..io.atomic import clear_unfinished
 from ..io.errors import CandidateError, TwaError
 from ..io.memory import limit_memory
-from ..merge.report import FILES
+from ..merge.outcome import FILES
 from ..merge.resume import Store
 from ..merge.run import Merge
 from ..merge.settings import DEFAULT_METHODS, Settings, TwaMethod
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
             if ranks.is_rank_zero:
                 store.remove(unless_resumed=True)  # other files will make another run
             raise
-        finish(args.output, outcome, task, candidates, args.dcp)
+        finish(args.output, outcome, args.dcp)
     with advising(lambda: f"the result is in {args.output}/"):
         if ranks.is_rank_zero:
             store.remove()

@@ -32,6 +32,6 @@ def run(args: argparse.Namespace) -> None:
         "Training a character transformer on the standard library's source, keeping 48 checkpoints,"
         " then averaging them."
     )
-    outcome, task, candidates = demo.run(args.output, args.seed)
-    finish(args.output, outcome, task, candidates)
+    outcome = demo.run(args.output, args.seed)
+    finish(args.output, outcome)
     print(f"demo took {time.perf_counter() - start:.0f} s")

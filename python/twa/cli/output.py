@@ -10,13 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..export.hugging_face import FOLDER
-from ..io.candidates import Candidates
 from ..io.errors import OutputError
-from ..io.tables import markdown_table
-from ..merge.report import table_rows, write_outputs
-from ..merge.results import Outcome
+from ..merge.outcome import Outcome
 from ..merge.resume import Store
-from ..tasks.contract import Task
 
 
 def check_output(folder: Path, overwrite: bool, resume: bool = False) -> None:
@@ -96,9 +92,7 @@ def is_finished(folder: Path) -> bool:
     return all((folder / name).exists() for name in names) and not (folder / Store.NAME).exists()
 
 
-def finish(
-    folder: Path, outcome: Outcome, task: Task, candidates: Candidates, dcp: bool = False
-) -> None:
+def finish(folder: Path, outcome: Outcome, dcp: bool = False) -> None:
     """Writes the files of a result, and prints its table.
 
     All ranks call it; rank 0 writes.
@@ -106,22 +100,11 @@ def finish(
     Raises:
         OutputError: a file cannot be written
     """
-    ranks = outcome.sharding.ranks
-    with ranks.fail_together(f"writing {folder}"):
-        command = shlex.join(["twa", *sys.argv[1:]])
-        with writing(folder):
-            if ranks.is_rank_zero:
-                folder.mkdir(parents=True, exist_ok=True)
-            ranks.barrier()
-            names = [str(c.path) for c in candidates]
-            written = write_outputs(folder, outcome, task, names, command, dcp)
-    if not ranks.is_rank_zero:
+    with writing(folder):
+        written = outcome.save(folder, dcp=dcp, command=shlex.join(["twa", *sys.argv[1:]]))
+    if not outcome.sharding.ranks.is_rank_zero:
         return
-    print()
-    print(markdown_table(*table_rows(outcome.results, task)))
-    print()
-    winner = outcome.winner
-    print(f"winner on the validation data: {winner.method}, {winner.losses}")
+    print(f"\n{outcome}")
     print(f"written to {folder}/: {', '.join(written)}")
     if f"{FOLDER}/" in written:
         print(f"from_pretrained loads {folder / FOLDER}/")

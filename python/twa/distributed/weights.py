@@ -32,6 +32,35 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+class Written:
+    """What shows that somebody else has written to a model's trained weights.
+
+    PyTorch counts the writes to a tensor; those through `.data` it does not see.
+    """
+
+    def __init__(self, counts: list[int]) -> None:
+        self._counts = counts
+
+    @classmethod
+    def of(cls, sharding: Sharding) -> Written:
+        """As the weights are now."""
+        return cls(_writes(sharding))
+
+    def changed(self, sharding: Sharding) -> str | None:
+        """Name of the first tensor that was written to since; None if there is none."""
+        if (now := _writes(sharding)) == self._counts:
+            return None
+        names = zip(sharding.key_map.trained, now, self._counts, strict=True)
+        return next(name for name, a, b in names if a != b)
+
+
+def _writes(sharding: Sharding) -> list[int]:
+    """How often each trained tensor, or this rank's part of it, was written to."""
+    if sharding.name != "columns":
+        return [t._version for t in sharding.tensors]
+    return [t._local_tensor._version if is_dtensor(t) else t._version for t in sharding.tensors]
+
+
 def _on_plain_weights(
     function: Callable[Concatenate[Sharding, P], T],
 ) -> Callable[Concatenate[Sharding, P], T]:

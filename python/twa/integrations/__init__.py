@@ -1,1 +1,1 @@
-"""`twa` inside other trainers: each module needs its framework, and none is imported unless used."""
+"""`twa` inside other trainers. Each module needs its framework, and is imported by who uses it."""

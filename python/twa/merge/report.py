@@ -1,4 +1,4 @@
-"""Reports of the main job's result: a table, a Markdown page and a picture."""
+"""What is shown of the main job's result: a table, a Markdown page and a picture."""
 
 from __future__ import annotations
 
@@ -10,22 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from twa_kernels.machine import processor
 
-from ..export import bundle
-from ..io.atomic import write_bytes, write_json, write_text
 from ..io.tables import markdown_table
 from ..tasks.contract import Task
-from .results import Outcome, Result, best_fixed
+from .results import Result, best_fixed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from .outcome import Outcome
+
 AVERAGED_BN = "val loss, BatchNorm averaged"
-REPORTS = ("report.md", "report.png", "results.json")
-FILES = (*bundle.FILES, *REPORTS)
 
 #: what the page says of the table
 REMARKS = (
@@ -115,15 +112,11 @@ MOST_SEGMENTS = 4096  # that quantiles are taken of: evenly chosen ones if there
 
 def picture(outcome: Outcome, task: Task) -> bytes:
     """The PNG report.png: losses of all methods, curves of the trained averages, merge weights."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, whose backend is the user's
 
     trained = [r for r in outcome.results if r.curve and r.is_average]
-    figure, axes = plt.subplots(
-        1, 3, figsize=(15, 4.8), width_ratios=[1.25, 1, 1], layout="constrained"
-    )
+    figure = Figure(figsize=(15, 4.8), layout="constrained")
+    axes = figure.subplots(1, 3, width_ratios=[1.25, 1, 1])
     _bars(axes[0], outcome, task)
     _curves(axes[1], outcome, trained)
     _weights(axes[2], outcome, trained)
@@ -131,7 +124,6 @@ def picture(outcome: Outcome, task: Task) -> bytes:
         panel.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
-    plt.close(figure)
     return buffer.getvalue()
 
 
@@ -215,60 +207,3 @@ def _weights(axes: Axes, outcome: Outcome, trained: list[Result]) -> None:
         label = "four of five segments"
         axes.fill_between(at, low, high, color=WINNER, alpha=0.25, linewidth=0, label=label)
     axes.legend(frameon=False)
-
-
-# Files -------------------------------------------------------------------------------------------
-
-
-def coefficients(outcome: Outcome, names: list[str]) -> dict[str, object]:
-    """What coefficients.json holds of the winner; a fixed average has merge weights only.
-
-    Args:
-        outcome: of the run
-        names: paths of the candidates
-    """
-    winner = outcome.winner
-    if winner.coefficients is not None:
-        return winner.coefficients | {"method": winner.method}
-    beta: Tensor = winner.beta if winner.beta is not None else torch.ones(1)
-    return {
-        "format": "twa-coefficients-1",
-        "method": winner.method,
-        "candidates": names,
-        "segments": ["model"],
-        "beta": [[b] for b in beta.tolist()],
-    }
-
-
-def write_outputs(
-    folder: Path,
-    outcome: Outcome,
-    task: Task,
-    names: list[str],
-    command: str,
-    dcp: bool = False,
-) -> list[str]:
-    """Writes the winner as `write_bundle` does, and report.md, report.png and results.json.
-
-    All ranks call it; rank 0 writes.
-
-    Args:
-        folder: where to
-        outcome: of the run; the model is at the winner
-        task: names the test figures
-        names: paths of the candidates
-        command: what was run, for the page
-        dcp: whether the winner is also written as a torch.distributed.checkpoint directory
-
-    Returns:
-        names of what was written, for messages; none on ranks that write nothing
-    """
-    chosen = coefficients(outcome, names)
-    written = bundle.write_bundle(folder, outcome.sharding, chosen, dcp=dcp)
-    if not outcome.sharding.ranks.is_rank_zero:
-        return []
-    header, rows = table_rows(outcome.results, task)
-    write_json(folder / "results.json", [dict(zip(header, row, strict=True)) for row in rows])
-    write_text(folder / "report.md", markdown(outcome, task, names, command))
-    write_bytes(folder / "report.png", picture(outcome, task))
-    return [*written, *REPORTS]

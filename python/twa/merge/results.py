@@ -1,4 +1,4 @@
-"""What comes of the main job: a row of the table for each method, and the winner."""
+"""What comes of a method: a row of the table."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
-
-from ..distributed.sharding import Sharding
-from ..distributed.weights import exported_tensors
-from ..modes import plain_weights
 
 
 @dataclass
@@ -75,24 +71,3 @@ def best_fixed(results: Iterable[Result]) -> Result:
     """The fixed average with the lowest validation loss."""
     fixed = (r for r in results if r.beta is not None and not r.is_trained)
     return min(fixed, key=lambda r: r.val_loss)
-
-
-@dataclass
-class Outcome:
-    """All results of a run. The model is at the winner's weights until it is used otherwise.
-
-    Attributes:
-        results: rows of the table
-        winner: the one with the lowest validation loss
-        sharding: holds the model
-    """
-
-    results: list[Result]
-    winner: Result
-    sharding: Sharding
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """The winner's weights by key, as they are exported."""
-        with plain_weights(self.sharding.model):
-            return dict(exported_tensors(self.sharding))

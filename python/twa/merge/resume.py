@@ -36,7 +36,7 @@ from ..io.checks import (
 from ..io.errors import CandidateError, StateError
 from ..io.torch_zip import read_values
 
-FORMAT = "twa-state-2"
+FORMAT = "twa-state-3"
 
 
 def _is_run(facts: object) -> bool:
@@ -97,8 +97,6 @@ _TRAINER = _CURVES | {
     "optimizer": {
         "state": _is_moments,
         "param_groups": lambda value: isinstance(value, list),
-        "coefficients": is_tensor,
-        "subspace": is_dict,
     },
     "schedule": is_dict,
     "buffers": is_dict,

@@ -24,7 +24,8 @@ from ..subspace import Subspace
 from ..tasks.contract import Task
 from .baselines import baselines_for, measure, number_of_looks
 from .evaluate import Evaluator
-from .results import Outcome, Result, best_fixed
+from .outcome import Outcome
+from .results import Result, best_fixed
 from .resume import Store
 from .settings import Settings, TwaMethod
 from .train import Trainer
@@ -59,6 +60,7 @@ class Merge:
         progress: whether bars are shown
         group: the process group; None: all ranks
         store: where the state is saved, to be continued by another object
+        may_shard: whether the model may be sharded where it is not
 
     Attributes:
         candidates: with the tensors as the model has them
@@ -80,6 +82,7 @@ class Merge:
         *,
         group: dist.ProcessGroup | None = None,
         store: Store | None = None,
+        may_shard: bool = True,
     ) -> None:
         self.task, self.store = task, store
         self.ranks = Ranks() if settings.sharding == "single" else Ranks.find(group)
@@ -108,7 +111,7 @@ class Merge:
                 key_map,
                 max((m.bits for m in self.settings.methods), default=4),
                 self.ranks,
-                may_shard=True,
+                may_shard=may_shard,
             )
         self.evaluator = Evaluator(task, self.sharding, self.settings.bn_batches)
         self.results: list[Result] = []
@@ -141,7 +144,7 @@ class Merge:
             restore(self.sharding, weights)
         elif winner.beta is not None:
             self.evaluator.load(winner.beta)
-        return Outcome(self.results, winner, self.sharding)
+        return Outcome(self.results, winner, self.sharding, self.task)
 
     def baselines(self) -> None:
         """Measures every fixed average that has no result yet; results are appended."""

@@ -114,6 +114,17 @@ class Settings:
     save_every: int = 10
     patience: int = 3
 
+    def __post_init__(self) -> None:
+        """Raises TwaError if a setting is none of what it can be."""
+        for name, least in (("steps", 1), ("bn_batches", 1), ("save_every", 1), ("patience", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise TwaError(
+                    f"expected a whole number of at least {least}, found {value!r}", name
+                )
+        if not 0 < self.lr < float("inf"):
+            raise TwaError(f"expected a number above 0, found {self.lr!r}", "lr")
+
     def facts(self) -> dict[str, str]:
         """What a run may not change when it is continued, as texts by name.
 

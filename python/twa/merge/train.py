@@ -193,9 +193,8 @@ class Trainer:
         fixed = ("best", "average", "schedule", "buffers")
         if odd := [name for name in fixed if not alike(state[name], mine[name])]:
             raise StateError(f"{odd[0]!r} has other names, shapes or types than expected")
-        for name in ("coefficients", "param_groups"):  # moments are there from the first step on
-            if not alike(state["optimizer"][name], mine["optimizer"][name]):
-                raise StateError(f"{name!r} has other names, shapes or types than expected")
+        if not alike(state["optimizer"]["param_groups"], mine["optimizer"]["param_groups"]):
+            raise StateError("'param_groups' has other names, shapes or types than expected")
         self.curve, self.val_curve = list(state["curve"]), list(state["val_curve"])
         self.best_loss = state["best_loss"]
         self.best.copy_(state["best"])

@@ -59,6 +59,20 @@ def seed_all(seed: int) -> None:
         torch.default_generator.manual_seed(seed)
 
 
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Puts Python's, NumPy's and torch's generators back at the end."""
+    before = random.getstate(), numpy.random.get_state()
+    kind = torch.accelerator.current_accelerator()
+    devices = range(torch.accelerator.device_count()) if kind else ()
+    with torch.random.fork_rng(devices, device_type=kind.type if kind else "cuda"):
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            numpy.random.set_state(before[1])
+
+
 class EveryOther:
     """Batches start, start + 2, ... of re-iterable data."""
 

@@ -169,17 +169,7 @@ def load_task(name: str, seed: int = 0) -> Task:
     def data(function: str) -> Iterable:
         make = named(function)
         batches = make(seed=seed) if "seed" in inspect.signature(make).parameters else make()
-        if iter(batches) is batches:
-            raise TaskError(
-                f"task {name}: {function}() returned an iterator, which can be read only once;"
-                " return a DataLoader or a list of batches"
-            )
-        sampler = getattr(batches, "sampler", None)
-        if getattr(sampler, "num_replicas", 1) > 1:
-            raise TaskError(
-                f"task {name}: {function}() shares its data out over ranks (DistributedSampler);"
-                " twa does that itself: return all of them"
-            )
+        check_batches(batches, f"task {name}: {function}()")
         return batches
 
     assert module.__file__ is not None  # it was loaded from there
@@ -196,6 +186,29 @@ def load_task(name: str, seed: int = 0) -> Task:
         metric_name=getattr(module, "METRIC", "metric"),
         fingerprint=f"{Path(name).name} {digest[:16]}",
     )
+
+
+def check_batches(batches: object, where: str) -> None:
+    """Checks that data can be read again and again, and that all of them are there.
+
+    Raises:
+        TaskError: they cannot, or are a share of one rank
+    """
+    if not isinstance(batches, Iterable):
+        found = type(batches).__name__
+        raise TaskError(f"expected batches, such as a DataLoader or a list, found {found}", where)
+    if iter(batches) is batches:
+        raise TaskError(
+            "expected a DataLoader or a list of batches, found an iterator, which can be read only"
+            " once",
+            where,
+        )
+    if getattr(getattr(batches, "sampler", None), "num_replicas", 1) > 1:
+        raise TaskError(
+            "shares its data out over ranks (DistributedSampler); twa does that itself: expected"
+            " all of them",
+            where,
+        )
 
 
 def _run_file(path: Path) -> ModuleType:

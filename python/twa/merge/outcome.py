@@ -1,0 +1,124 @@
+"""`Outcome`: all results of the main job, and the winner, to be used and written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..distributed.sharding import Sharding
+from ..distributed.weights import Written, exported_tensors
+from ..export import bundle
+from ..io.atomic import write_bytes, write_json, write_text
+from ..io.errors import TwaError
+from ..io.tables import markdown_table
+from ..modes import plain_weights
+from ..tasks.contract import Task
+from .report import markdown, picture, table_rows
+from .results import Result
+
+REPORTS = ("report.md", "report.png", "results.json")
+FILES = (*bundle.FILES, *REPORTS)
+
+
+@dataclass
+class Outcome:
+    """All results of a run. The model is at the winner's weights.
+
+    Attributes:
+        results: rows of the table
+        winner: the one with the lowest validation loss
+        sharding: holds the model
+        task: what was trained and measured on
+    """
+
+    results: list[Result]
+    winner: Result
+    sharding: Sharding
+    task: Task
+
+    def __post_init__(self) -> None:
+        self._written = Written.of(self.sharding)
+
+    def __str__(self) -> str:
+        """The table, as Markdown, and the winner."""
+        table = markdown_table(*table_rows(self.results, self.task))
+        winner = self.winner
+        return f"{table}\n\nwinner on the validation data: {winner.method}, {winner.losses}"
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The winner's weights by key, as they are exported.
+
+        Raises:
+            TwaError: the model has been moved since
+        """
+        self._check_model()
+        with plain_weights(self.sharding.model):
+            return dict(exported_tensors(self.sharding))
+
+    def save(
+        self, folder: str | Path, *, dcp: bool = False, command: str = "twa.average(...)"
+    ) -> list[str]:
+        """Writes the winner as `Subspace.save` does, and report.md, report.png and results.json.
+
+        On several ranks all call it; the first writes.
+
+        Args:
+            folder: where the files go; made if it is not there
+            dcp: whether the winner is also written as a torch.distributed.checkpoint directory
+            command: what was run, for the page
+
+        Returns:
+            names of what was written; none on ranks that write nothing
+
+        Raises:
+            TwaError: the model has been moved since
+            OSError: a file cannot be written
+        """
+        self._check_model()
+        folder, ranks = Path(folder), self.sharding.ranks
+        with ranks.fail_together(f"writing {folder}"):
+            if ranks.is_rank_zero:
+                folder.mkdir(parents=True, exist_ok=True)
+            ranks.barrier()
+            names = [str(c.path) for c in self.sharding.candidates]
+            chosen = self._coefficients(names)
+            written = bundle.write_bundle(folder, self.sharding, chosen, dcp=dcp)
+            if not ranks.is_rank_zero:
+                return []
+            header, rows = table_rows(self.results, self.task)
+            table = [dict(zip(header, row, strict=True)) for row in rows]
+            write_json(folder / "results.json", table)
+            write_text(folder / "report.md", markdown(self, self.task, names, command))
+            write_bytes(folder / "report.png", picture(self, self.task))
+        return [*written, *REPORTS]
+
+    def _coefficients(self, names: list[str]) -> dict[str, object]:
+        """What coefficients.json holds of the winner; a fixed average has merge weights only.
+
+        Args:
+            names: paths of the candidates
+        """
+        winner = self.winner
+        if winner.coefficients is not None:
+            return winner.coefficients | {"method": winner.method}
+        beta: Tensor = winner.beta if winner.beta is not None else torch.ones(1)
+        return {
+            "format": "twa-coefficients-1",
+            "method": winner.method,
+            "candidates": names,
+            "segments": ["model"],
+            "beta": [[b] for b in beta.tolist()],
+        }
+
+    def _check_model(self) -> None:
+        """TwaError if the model is no longer at the winner."""
+        if name := self._written.changed(self.sharding):
+            raise TwaError(
+                f"{name!r} was written to since: the model is no longer at the winner; save before"
+                " it is trained or loaded again",
+                "outcome",
+            )
