@@ -1,8 +1,8 @@
 """What frameworks leave on the disk: read in the order of steps, each set of weights once; and
 results load back where the checkpoints came from.
 
-The frameworks write the checkpoints here themselves, but for DeepSpeed and torchtitan, which are
-not installed: their layouts are written by hand, by their sources.
+The frameworks write the checkpoints here themselves, but for what is not installed or needs GPUs:
+DeepSpeed, torchtitan, and Lightning in shards are written by hand, by their sources.
 """
 
 import json
@@ -407,22 +407,23 @@ def test_lightning_with_two_kinds_of_checkpoints(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_lightning_in_shards(tmp_path):
-    """Directories, as its FSDP and ModelParallel strategies write them; those need GPUs."""
+@pytest.mark.parametrize("key", ["model", "state_dict"])
+def test_lightning_in_shards(tmp_path, key):
+    """Directories, as its FSDP and its ModelParallel strategy write them, on GPUs."""
     states = []
     for epoch in range(COUNT):
         torch.manual_seed(epoch)
         states.append(nn.Linear(3, 2).state_dict())
         folder = tmp_path / f"epoch={epoch}-step={epoch * 2}.ckpt"
-        content = {"model": states[-1], "optimizer_0": {"state": {"weight": torch.ones(3)}}}
+        content = {key: states[-1], "optimizer_0": {"state": {"weight": torch.ones(3)}}}
         dcp.save(content, checkpoint_id=folder, no_dist=True)
         torch.save({"epoch": epoch, "global_step": epoch * 2}, folder / "meta.pt")
     candidates = read(tmp_path, [f"epoch={k}-step={2 * k}.ckpt" for k in range(COUNT)])
     check_average(candidates, states)
     weights = save_between(nn.Linear(3, 2), candidates, tmp_path / "average", dcp=True)
-    loaded = {"model": nn.Linear(3, 2).state_dict()}
+    loaded = {key: nn.Linear(3, 2).state_dict()}
     dcp.load(loaded, checkpoint_id=tmp_path / "average" / "averaged_dcp", no_dist=True)
-    check_same(loaded["model"], weights)
+    check_same(loaded[key], weights)
 
 
 # timm --------------------------------------------------------------------------------------------
