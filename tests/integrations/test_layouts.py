@@ -489,7 +489,7 @@ def test_timm(tmp_path):
     all_, names = tmp_path / "all", [f"checkpoint-{k}.pth.tar" for k in range(COUNT)]
     same = r"model_best\.pth\.tar is checkpoint-7\.pth\.tar"
     last = r"last\.pth\.tar is checkpoint-11\.pth\.tar"
-    ema = r"checkpoint-\d\.pth\.tar, .*read is 'state_dict'; 'state_dict_ema' there"
+    ema = r"checkpoint-\d\.pth\.tar, .*'state_dict' is read; 'state_dict_ema' beside it"
     candidates = read(all_, names, f"once: .*({same}, {last}|{last}, {same})", ema)
     read(f"{all_}/checkpoint-*", names, ema)
     contents = [torch.load(all_ / name, weights_only=False) for name in names]
