@@ -466,7 +466,7 @@ class Subspace:
         Args:
             folder: where the files go; made if it is not there
             dcp: also averaged_dcp/, a torch.distributed.checkpoint to which each rank writes what
-                it holds
+                it holds; its tensors are where such candidates have them, under "model" for example
             basis: also basis.safetensors, the packed basis with center and coefficients, for `load`
 
         Raises:

@@ -1,8 +1,8 @@
 """What frameworks leave on the disk: read in the order of steps, each set of weights once; and
 results load back where the checkpoints came from.
 
-The frameworks write the checkpoints here themselves, but for DeepSpeed and torchtitan, which are
-not installed: their layouts are written by hand, by their sources.
+The frameworks write the checkpoints here themselves, but for what is not installed or needs GPUs:
+DeepSpeed, torchtitan, and Lightning in shards are written by hand, by their sources.
 """
 
 import json
@@ -47,7 +47,8 @@ def check_average(candidates, states):
         rows = [state[key] for state in states]
         expected = rows[-1]
         if expected.is_floating_point():
-            expected = sum(b * row.double() for b, row in zip(beta, rows)).to(expected.dtype)
+            exact = sum(b * row.double() for b, row in zip(beta, rows, strict=True))
+            expected = exact.to(expected.dtype)
         assert torch.equal(found, expected), key
 
 
@@ -149,7 +150,9 @@ def test_transformers_trainer(tmp_path):
     loaded = type(model).from_pretrained(tmp_path / "average" / "averaged")
     check_same(loaded.state_dict(), weights)
     # and the Trainer goes on from it, in the place of a checkpoint's own file
-    shutil.copy(tmp_path / "average" / "averaged.safetensors", out / STEPS[-1] / "model.safetensors")
+    shutil.copy(
+        tmp_path / "average" / "averaged.safetensors", out / STEPS[-1] / "model.safetensors"
+    )
     trainer.train(resume_from_checkpoint=True)
     check_same(trainer.model.state_dict(), weights)
 
@@ -324,7 +327,7 @@ def fit(folder, *checkpoints, epochs=COUNT):
 
 
 def by_step(folder):
-    """Names of checkpoint files in order of the steps inside, and what they hold; each file once."""
+    """Names of checkpoint files in order of the steps inside, and what they hold; each once."""
     found = {}
     for path in sorted(folder.glob("*.ckpt"), key=lambda p: (p.name.startswith("last"), p.name)):
         content = torch.load(path, weights_only=False)
@@ -352,7 +355,11 @@ BY_STEP = "the order is that of the steps in the files, and not of their names"
             None,
             [BY_STEP],
         ),
-        ({"save_top_k": -1, "monitor": "val", "filename": "model"}, None, []),  # model-v1, ..., model-v11
+        (
+            {"save_top_k": -1, "monitor": "val", "filename": "model"},
+            None,
+            [],
+        ),  # model-v1, ..., model-v11
         (
             {"save_top_k": 3, "monitor": "val", "mode": "max", "save_last": True},
             EPOCHS[:3],
@@ -397,6 +404,26 @@ def test_lightning_with_two_kinds_of_checkpoints(tmp_path):
     (tmp_path / "epoch=4.ckpt").unlink()
     right = [name.replace("epoch=4", "last").replace("epoch=11", "best") for name in right]
     read(tmp_path, right, BY_STEP)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("key", ["model", "state_dict"])
+def test_lightning_in_shards(tmp_path, key):
+    """Directories, as its FSDP and its ModelParallel strategy write them, on GPUs."""
+    states = []
+    for epoch in range(COUNT):
+        torch.manual_seed(epoch)
+        states.append(nn.Linear(3, 2).state_dict())
+        folder = tmp_path / f"epoch={epoch}-step={epoch * 2}.ckpt"
+        content = {key: states[-1], "optimizer_0": {"state": {"weight": torch.ones(3)}}}
+        dcp.save(content, checkpoint_id=folder, no_dist=True)
+        torch.save({"epoch": epoch, "global_step": epoch * 2}, folder / "meta.pt")
+    candidates = read(tmp_path, [f"epoch={k}-step={2 * k}.ckpt" for k in range(COUNT)])
+    check_average(candidates, states)
+    weights = save_between(nn.Linear(3, 2), candidates, tmp_path / "average", dcp=True)
+    loaded = {key: nn.Linear(3, 2).state_dict()}
+    dcp.load(loaded, checkpoint_id=tmp_path / "average" / "averaged_dcp", no_dist=True)
+    check_same(loaded[key], weights)
 
 
 # timm --------------------------------------------------------------------------------------------
@@ -462,7 +489,7 @@ def test_timm(tmp_path):
     all_, names = tmp_path / "all", [f"checkpoint-{k}.pth.tar" for k in range(COUNT)]
     same = r"model_best\.pth\.tar is checkpoint-7\.pth\.tar"
     last = r"last\.pth\.tar is checkpoint-11\.pth\.tar"
-    ema = r"checkpoint-\d\.pth\.tar, .*read is 'state_dict'; 'state_dict_ema' there"
+    ema = r"checkpoint-\d\.pth\.tar, .*'state_dict' is read; 'state_dict_ema' beside it"
     candidates = read(all_, names, f"once: .*({same}, {last}|{last}, {same})", ema)
     read(f"{all_}/checkpoint-*", names, ema)
     contents = [torch.load(all_ / name, weights_only=False) for name in names]
@@ -662,10 +689,11 @@ def network_states(count=COUNT):
 @pytest.mark.parametrize("form", ["ckpt_{}.pt", "{:.3f}.pt", "save-{}.pt"])
 @pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict"])
 def test_plain_loops(tmp_path, form, key):
-    """Named by the step, by a loss that falls, or by a hash."""
+    """Named by the step, by a loss that falls, or by a letter that means nothing."""
     states, names = [], []
     for step, state, optimizer in network_states():
-        value = {"c": step, "{": 1 / (1 + step), "s": f"{hash(str(step)) % 9973:04d}x"}[form[0]]
+        letter = "ahbicjdkelfm"[step]
+        value = {"c": step, "{": 1 / (1 + step), "s": letter}[form[0]]
         name = form.format(value)
         content = {key: state, "optimizer": optimizer, "step": step, "loss": 1 / (1 + step)}
         torch.save(content, tmp_path / name)
@@ -769,7 +797,7 @@ def test_states_that_are_none(states, message):
 def test_dicts_in_the_place_of_paths():
     state = {"w": torch.ones(2)}
     for given in (state, [state]):
-        with pytest.raises(twa.TwaError, match="found a dict: Candidates.of_states takes those"):
+        with pytest.raises(twa.TwaError, match=r"found a dict: Candidates\.of_states takes those"):
             twa.Candidates(given)
     with pytest.raises(twa.TwaError, match="names: expected 1, found 2"):
         twa.Candidates.of_states([state], names=["a", "b"])

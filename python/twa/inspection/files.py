@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from ..io.candidate import Candidate
-from ..io.candidates import open_all
 from ..io.compare import check_info
 from ..io.errors import CandidateError, NoWeights
 from ..io.find import find, left_out
+from ..io.opening import open_all
 from ..io.order import LISTING
 from ..io.training import in_order_of_training
 from .findings import Finding, some

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import overload
 
 import torch
@@ -26,15 +25,12 @@ from twa_kernels.layout import FLOATS
 from .averaging import FixedAverage, average_into
 from .candidate import Candidate
 from .compare import check_same, without_tensors
-from .duplicates import without_duplicates, without_same_files
-from .errors import CandidateError, CandidateWarning, NoWeights, TwaError
-from .find import Found, find, left_out
+from .errors import CandidateError, CandidateWarning, TwaError
+from .find import find
 from .mapped import Part, Source, TensorInfo, shape_of
-from .order import LISTING, shortened
-from .recording import Recorded, Recording, open_recording
-from .recording_files import is_recording
+from .opening import open_each, sorted_out
+from .recording import Recorded
 from .states import of_states
-from .training import in_order_of_training, removed
 
 #: bytes of a block, of all candidates together: a read that pays on any disk, and little memory
 BLOCK_BYTES = 64 << 20
@@ -63,10 +59,11 @@ class Candidates(Sequence[Candidate]):
     """The heap: n checkpoints with the same tensors.
 
     Earlier candidates come first, which matters to EMA and LAWA: within each pattern they are in
-    the order of the epochs, steps or other numbers in their names. A list of files in the order of
-    a directory's listing, as a shell gives it, is put in that order too; any other list keeps its
-    order. Files without weights that a pattern or a directory brings are left out, and the same
-    weights count once, whatever their names.
+    the order of the epochs, steps or other numbers in their names, or, where not all names have
+    some, of the steps in the files. A list of files in the order of a directory's listing, as a
+    shell gives it, is put in that order too; any other list keeps its order. Files without weights
+    that a pattern or a directory brings are left out, and the same weights count once, whatever
+    their names.
 
         candidates = twa.Candidates("run/step_*.safetensors")
 
@@ -93,7 +90,8 @@ class Candidates(Sequence[Candidate]):
             dtype differ is said at the first use without a model that takes all of them
 
     Warns:
-        CandidateWarning: some are the same, or their names leave the order in doubt
+        CandidateWarning: some are the same, their names leave the order in doubt, a Trainer has
+            removed some, or there is one alone, with others inside
     """
 
     at_hand = True
@@ -107,12 +105,9 @@ class Candidates(Sequence[Candidate]):
         ignore: Sequence[str] = (),
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
-        given = [paths] if isinstance(paths, str | os.PathLike | Mapping) else list(paths)
-        if any(isinstance(path, Mapping) for path in given):
-            raise TwaError("paths: expected paths, found a dict: Candidates.of_states takes those")
-        found = find(given)
+        found = find(_listed(paths))
         opened, without_weights = open_each(found, entry, ignore)
-        chosen, doubtful, notes = _sorted_out(found, opened)
+        chosen, doubtful, notes = sorted_out(found, opened)
         for text in doubtful:
             warnings.warn(text, CandidateWarning, stacklevel=2)
         self._hold(chosen, block_bytes)
@@ -416,115 +411,14 @@ class Candidates(Sequence[Candidate]):
         return out
 
 
-def _sorted_out(
-    found: Found, opened: Sequence[Candidate]
-) -> tuple[list[Candidate], list[str], list[str]]:
-    """Of what was opened each once, and in order.
-
-    Returns:
-        the candidates, what may have been meant otherwise, and what else there is to say
-    """
-    files = [c for c in opened if not isinstance(c, Recorded)]
-    snapshots = [c for c in opened if isinstance(c, Recorded)]
-    once, same = without_duplicates(files) if len(files) > 1 else (files, "")
-    recorded, twice = without_same_files(snapshots)
-    doubtful, notes = [text for text in (same, twice) if text], list[str]()
-    if files and recorded:
-        doubtful.append(
-            f"a recording, {recorded[0].path.parent}, and whole files, such as"
-            f" {files[0].path.name}: if they are of one run, its weights count twice"
-        )
-    kept = {id(c) for c in (*once, *recorded)}
-    if found.by_age:
-        order = in_order_of_training([c.path for c in once], [c.progress for c in once])
-        once = [once[k] for k in order.places]
-        doubtful += [f"{text}; {LISTING}" for text in order.doubts]
-        notes += order.notes
-    doubtful += removed([c.path for c in once])
-    (doubtful if len(opened) == 1 else notes).extend(found.inside)
-    notes += [note for recording in _recordings(snapshots) for note in recording.notes]
-    in_turn = iter(once)
-    chosen = [c if isinstance(c, Recorded) else next(in_turn) for c in opened if id(c) in kept]
-    return chosen, doubtful, [*notes, *_siblings(once), *found.notes]
-
-
-def _recordings(snapshots: Sequence[Recorded]) -> list[Recording]:
-    """The recordings that snapshots are of."""
-    return list(dict.fromkeys(c.recording for c in snapshots))
-
-
-def _siblings(candidates: Sequence[Candidate]) -> list[str]:
-    """A note on what stands beside the weights and may be meant, such as a moving average."""
-    found = [c for c in candidates if c.siblings]
-    if not found:
-        return []
-    names = ", ".join(map(repr, found[0].siblings))
-    return [
-        f"{shortened([c.path for c in found], 2)}: read is {found[0].nest[0]!r};"
-        f" {names} there has tensors of the same names, and is read with entry"
-    ]
-
-
-def open_each(
-    found: Found, entry: str | None, ignore: Sequence[str] = ()
-) -> tuple[list[Candidate], list[str]]:
-    """Opens what was found.
-
-    Args:
-        found: by `find`
-        entry, ignore: as for `Candidates`
-
-    Returns:
-        the candidates, and a note of what holds no weights
-
-    Raises:
-        CandidateError: one cannot be read, or holds no weights and was named; or none holds any
-    """
-    opened: list[Candidate] = []
-    empty, first = [], None
-    for path in found.paths:
-        try:
-            opened += open_all(found, path, entry, ignore)
-        except NoWeights as error:
-            if path not in found.searched:
-                if len(found.paths) == 1:
-                    raise
-                advice = "leave it out, or put the pattern that brought it in quotes"
-                raise NoWeights(f"{error.problem}; {advice}", path) from error
-            empty.append(path)
-            first = first or error
-    if not opened:
-        raise CandidateError(f"no candidates: nothing of what was found holds weights; {first}")
-    return opened, left_out(empty, [c.path for c in opened])
-
-
-def open_all(
-    found: Found, path: Path, entry: str | None, ignore: Sequence[str] = ()
-) -> list[Candidate]:
-    """One of those that were found; or, of a recording, its snapshots.
-
-    Raises:
-        NoWeights, CandidateError: as `open_one`
-    """
-    if not path.is_dir() or not is_recording(path):
-        return [open_one(found, path, entry, ignore)]
-    if entry is not None:
-        raise CandidateError(f"entry {entry!r}: a recording has none", path)
-    return [*open_recording(path).candidates(ignore)]
-
-
-def open_one(found: Found, path: Path, entry: str | None, ignore: Sequence[str] = ()) -> Candidate:
-    """One of those that were found.
-
-    Raises:
-        NoWeights: there are no weights in it; a file that was named may have integers alone
-        CandidateError: it cannot be read
-    """
-    candidate = Candidate(path, entry, ignore)
-    dtypes = [info.dtype for info in candidate.info.values()]
-    if path in found.searched and not any(d.is_floating_point or d.is_complex for d in dtypes):
-        raise NoWeights("expected a checkpoint, found no floating-point tensors", path)
-    return candidate
+def _listed(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+) -> list[str | os.PathLike[str]]:
+    """One or several paths as a list; TwaError if they are state_dicts."""
+    listed = [paths] if isinstance(paths, str | os.PathLike | Mapping) else list(paths)
+    if any(isinstance(path, Mapping) for path in listed):
+        raise TwaError("paths: expected paths, found a dict: Candidates.of_states takes those")
+    return [path for path in listed if not isinstance(path, Mapping)]
 
 
 @dataclass(frozen=True)
