@@ -1,10 +1,15 @@
-"""Which optimizer's step hooks run once after each step that is taken."""
+"""Step hooks of optimizers: whose run once after each step that is taken, and which steps count."""
 
 from __future__ import annotations
+
+import sys
 
 from torch.optim import Optimizer
 
 from ..io.errors import TwaError
+
+#: makes a step at a rate of zero, where an optimizer has no state, to have one to save or to load
+DCP = "torch.distributed.checkpoint.state_dict"
 
 
 def with_hooks(optimizer: object) -> Optimizer:
@@ -33,3 +38,13 @@ def with_hooks(optimizer: object) -> Optimizer:
             "optimizer",
         )
     return found
+
+
+def is_of_training() -> bool:
+    """Whether a step that is under way is one of the training: a step hook asks."""
+    frame = sys._getframe() if DCP in sys.modules else None
+    while frame is not None:
+        if frame.f_globals.get("__name__") == DCP:
+            return False
+        frame = frame.f_back
+    return True

@@ -35,7 +35,7 @@ from ..modes import plain_weights
 from ..spectral_norm import refresh_spectral_norms
 from ..subspace import Subspace
 from .contents import Watched, Weights, master_of, part_of, rounded
-from .hooks import with_hooks
+from .hooks import is_of_training, with_hooks
 from .store import Folder, Memory, Snapshot, is_empty, unchanged
 
 FORMAT = "twa-recorder-1"
@@ -171,7 +171,8 @@ class Recorder:
 
         @torch.compiler.disable
         def hook(*_: object) -> None:
-            self.step()
+            if is_of_training():
+                self.step()
 
         return optimizer.register_step_post_hook(hook)
 
