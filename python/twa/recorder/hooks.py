@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
+import torch
 from torch.optim import Optimizer
 
 from ..io.errors import TwaError
@@ -23,21 +25,40 @@ def with_hooks(optimizer: object) -> Optimizer:
         TwaError: there is none
     """
     found = optimizer
-    while isinstance(found, Optimizer) and "_optimizer_step_post_hooks" not in vars(found):
-        found = getattr(found, "optimizer", None)
-    if isinstance(found, Optimizer) and not getattr(type(found).step, "hooked", False):
-        if "step" not in vars(found):
-            found._patch_step_function()
+    while isinstance(found, Optimizer):
+        if "_optimizer_step_post_hooks" not in vars(found):
+            found = getattr(found, "optimizer", None)
+        elif getattr(type(found).step, "hooked", False):
             return found
-        found = None  # a scheduler has taken down the step without hooks
-    if not isinstance(found, Optimizer):
-        raise TwaError(
-            f"expected a torch.optim.Optimizer whose step hooks run, found"
-            f" {type(optimizer).__name__}: attach before a scheduler is made, or call"
-            " recorder.step() after each step",
-            "optimizer",
-        )
-    return found
+        elif "step" in vars(found):  # a scheduler has taken it down without hooks
+            break
+        else:
+            found._patch_step_function()
+    raise TwaError(
+        f"expected a torch.optim.Optimizer whose step hooks run, found {type(optimizer).__name__}:"
+        " attach before a scheduler is made, or call recorder.step() after each step",
+        "optimizer",
+    )
+
+
+class StepHook:
+    """Calls a function after each step of training of an optimizer.
+
+    A copy of the optimizer, or one that was pickled, has a hook that does nothing.
+    """
+
+    def __init__(self, call: Callable[[], object] | None) -> None:
+        def run() -> None:
+            if call is not None and is_of_training():
+                call()
+
+        self._run = torch.compiler.disable(run)  # making an optimizer has imported what it needs
+
+    def __call__(self, *_: object) -> None:
+        self._run()
+
+    def __reduce__(self) -> tuple[type, tuple[None]]:
+        return type(self), (None,)
 
 
 def is_of_training() -> bool:

@@ -35,7 +35,7 @@ from ..modes import plain_weights
 from ..spectral_norm import refresh_spectral_norms
 from ..subspace import Subspace
 from .contents import Watched, Weights, master_of, part_of, rounded
-from .hooks import is_of_training, with_hooks
+from .hooks import StepHook, with_hooks
 from .store import Folder, Memory, Snapshot, is_empty, unchanged
 
 FORMAT = "twa-recorder-1"
@@ -168,13 +168,7 @@ class Recorder:
         optimizer = with_hooks(optimizer)
         self._watched.parameters()
         self._optimizers.append(optimizer)
-
-        @torch.compiler.disable
-        def hook(*_: object) -> None:
-            if is_of_training():
-                self.step()
-
-        return optimizer.register_step_post_hook(hook)
+        return optimizer.register_step_post_hook(StepHook(self.step))
 
     def step(self, count: int | None = None) -> bool:
         """Counts a step of training; records after each `every` of them.
