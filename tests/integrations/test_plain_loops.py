@@ -192,6 +192,7 @@ def test_compiled_after_the_recorder_was_made():
     assert counter.frame_count == frames
 
 
+@pytest.mark.filterwarnings("error:Dynamo:UserWarning")  # of code that it cannot trace
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_steps(backend):
     """The recorder stays outside of what is compiled."""
@@ -457,6 +458,7 @@ def test_no_average_before_the_first_snapshot():
     model = net()
     optimizer = adamw(model)
     recorder, before = attached(model, optimizer, every=3), state_of(model)
+    assert recorder and len(recorder) == 0  # as in `if recorder: recorder.step()`
     for call in (recorder.apply, lambda scheme: recorder.averaged(scheme).__enter__()):
         with pytest.raises(TwaError, match="there is no snapshot yet"):
             call("uniform")

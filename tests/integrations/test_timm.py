@@ -1,38 +1,26 @@
 """twa.Recorder in timm's training loop: its models, optimizers, scheduler, scaler, average and
 checkpoints.
 
-timm needs torchvision, whose build for GPUs spoils other imports: all of this runs in a process of
-its own, once, and the tests look at how each part of it ended.
+timm takes its torchvision into the process, and with it other imports end in errors: all of this
+runs in a process of its own, once, and the tests look at how each part of it ended.
 """
 
-import importlib.util
 import json
 import math
-import re
 import sys
 import traceback
 from pathlib import Path
 
 import processes
 import pytest
+import timm_apart
 import torch
 import torch.nn.functional as F
 import twa
 
-APART = Path(sys.prefix) / "timm"
 DECAY = 0.8
 HALF_LIFE = math.log(0.5) / math.log(DECAY)  # in steps
 STEPS, UPDATES = 8, 4  # batches of a training, and steps: two batches each
-
-
-def import_timm():
-    """Makes it importable, and torchvision without its kernels for GPUs."""
-    if APART.is_dir():
-        sys.path.append(str(APART))
-    found = importlib.util.find_spec("torchvision").submodule_search_locations[0]
-    text = (Path(found) / "_meta_registrations.py").read_text()
-    for name in re.findall(r'register_fake\("torchvision::(\w+)"\)', text):
-        torch.library.define(f"torchvision::{name}", "() -> ()")
 
 
 def batches(begin=0):
@@ -211,7 +199,7 @@ PARTS = {
 
 
 def main(folder):
-    import_timm()
+    timm_apart.prepare()
     torch.set_num_threads(1)
     ends = {}
     for name, part in PARTS.items():
@@ -225,7 +213,7 @@ def main(folder):
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory):
-    if not APART.is_dir() and importlib.util.find_spec("timm") is None:
+    if not timm_apart.is_here():
         pytest.skip("needs timm")
     folder = tmp_path_factory.mktemp("timm")
     processes.job(1, [sys.executable, __file__, str(folder)])

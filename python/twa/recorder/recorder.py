@@ -150,6 +150,9 @@ class Recorder:
     def __len__(self) -> int:
         return len(self.steps)
 
+    def __bool__(self) -> bool:
+        return True  # without snapshots, too: `if recorder: recorder.step()`
+
     def __repr__(self) -> str:
         where = "memory" if self.path is None else str(self.path)
         return f"Recorder({len(self._store.steps)} snapshots of {self.bits} bits in {where})"
@@ -594,7 +597,15 @@ class Recorder:
 
         With files it is where they are, and any rank's does for all: those of a sharded model call
         it together. Without, it is the snapshots themselves, of this rank.
+
+        Warns:
+            CandidateWarning: an average is in the model, and so in the checkpoint's weights
         """
+        if self._swapped:
+            _warn(
+                "a checkpoint is made while the model holds an average, which its weights will be:"
+                " leave averaged() first"
+            )
         self.flush()
         # tuples: torch.distributed.checkpoint keeps them whole, and needs not know their shapes
         kept: tuple[Any, ...] = ()
