@@ -19,7 +19,8 @@ STEP = 2.0
 #: CPU seconds after which a child never ends: some hundred times what the longest one needs
 ENDLESS = 4 * 3600
 
-HERE = str(Path(__file__).parent)
+#: from which pytest lets tests import, see pyproject.toml
+FOLDERS = [str(Path(__file__).parents[1] / name) for name in ("tests", "bench")]
 RUNNING = set()  # children that nobody has seen end
 
 
@@ -123,7 +124,7 @@ def start_job(*commands):
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(len(commands)),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([HERE, os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([*FOLDERS, os.environ.get("PYTHONPATH", "")]),
     }
     return [
         Child(command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})

@@ -212,8 +212,10 @@ def on_a_rank(kind, folder):
         AcceleratorState().fsdp_plugin = plugin
         # FSDP2 leaves BatchNorm's statistics to each rank, and a checkpoint has those of one
         options["norm"] = nn.LayerNorm
-    run = Run(path=folder / "run", **options).train(8)
-    run.accelerator.save_state(folder / "checkpoint")
+    run = Run(path=folder / "run", **options)
+    run.accelerator.save_state(folder / "begin")  # FSDP2: steps the optimizer, to have its state
+    assert run.recorder.count == 0
+    run.train(8).accelerator.save_state(folder / "checkpoint")
     run.train(8, begin=8)
     with run.recorder.averaged("uniform"):
         inside = run.state()

@@ -35,7 +35,7 @@ from ..modes import plain_weights
 from ..spectral_norm import refresh_spectral_norms
 from ..subspace import Subspace
 from .contents import Watched, Weights, master_of, part_of, rounded
-from .hooks import with_hooks
+from .hooks import StepHook, with_hooks
 from .store import Folder, Memory, Snapshot, is_empty, unchanged
 
 FORMAT = "twa-recorder-1"
@@ -150,6 +150,9 @@ class Recorder:
     def __len__(self) -> int:
         return len(self.steps)
 
+    def __bool__(self) -> bool:
+        return True  # without snapshots, too: `if recorder: recorder.step()`
+
     def __repr__(self) -> str:
         where = "memory" if self.path is None else str(self.path)
         return f"Recorder({len(self._store.steps)} snapshots of {self.bits} bits in {where})"
@@ -168,12 +171,7 @@ class Recorder:
         optimizer = with_hooks(optimizer)
         self._watched.parameters()
         self._optimizers.append(optimizer)
-
-        @torch.compiler.disable
-        def hook(*_: object) -> None:
-            self.step()
-
-        return optimizer.register_step_post_hook(hook)
+        return optimizer.register_step_post_hook(StepHook(self.step))
 
     def step(self, count: int | None = None) -> bool:
         """Counts a step of training; records after each `every` of them.
@@ -610,7 +608,15 @@ class Recorder:
 
         With files it is where they are, and any rank's does for all: those of a sharded model call
         it together. Without, it is the snapshots themselves, of this rank.
+
+        Warns:
+            CandidateWarning: an average is in the model, and so in the checkpoint's weights
         """
+        if self._swapped:
+            _warn(
+                "a checkpoint is made while the model holds an average, which its weights will be:"
+                " leave averaged() first"
+            )
         self.flush()
         # tuples: torch.distributed.checkpoint keeps them whole, and needs not know their shapes
         kept: tuple[Any, ...] = ()
