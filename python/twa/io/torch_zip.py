@@ -237,6 +237,15 @@ class Entries(dict[str, object]):
             self[name] = value
 
 
+def described(path: Path) -> object:
+    """What the pickle of a file describes, with a Made for each object; tensors are not looked up.
+
+    Raises:
+        CandidateError: the file is damaged, or no torch checkpoint
+    """
+    return _open(path).content
+
+
 def read_torch(path: Path) -> object:
     """The Entries of a checkpoint; None if it is no kind of dict.
 
