@@ -13,16 +13,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from .. import averages
-from ..dtensors import is_sharded
+from ..dtensors import is_sharded, reshard
 from ..io.errors import CandidateWarning, TwaError
 from ..io.recording_files import is_recording
+from ..io.torch_zip import described
 from ..merge.average import Source, average
 from ..merge.outcome import Outcome
 from ..recorder.contents import Weights
@@ -100,10 +101,13 @@ class RecorderCallback(Callback):
             averages.of_steps([0], evaluate, **horizon)  # refuses what it does not know
         elif horizon:
             raise TwaError(f"{next(iter(horizon))}=: expected evaluate=, an average to validate")
-        self.path, self.evaluate, self.horizon = path, evaluate, horizon
-        self.options = dict(every=every, bits=bits, start=start, keep=keep, weights=weights)
+        self.path, self.evaluate = path, evaluate
+        self.horizon: dict[str, Any] = horizon
+        self.options: dict[str, Any] = dict(
+            every=every, bits=bits, start=start, keep=keep, weights=weights
+        )
         self.recorder: Recorder | None = None
-        self._begun = False
+        self._begun = self._sharded = False
         self._loaded: Mapping[str, Any] = {}  # state of a checkpoint
         self._averages: dict[str, dict[str, Any]] = {}  # what the average has logged
         self._end = contextlib.ExitStack()  # of what holds during a fit
@@ -135,7 +139,7 @@ class RecorderCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes what is left."""
-        if not self._begun:  # there was nothing left to train
+        if self._loaded and not self._begun:  # nothing was left to train
             self._begin(trainer, pl_module)
         self._finish()
 
@@ -152,13 +156,18 @@ class RecorderCallback(Callback):
         if not state and before is not None and before.model is module and before.count == step > 0:
             state = self.state_dict()  # fit() was called once more
         path, goes_on = self._place(trainer, state)
+        reshard(module)  # a validation without a backward leaves FSDP2's weights gathered
+        self._sharded = is_sharded(module)
+        if path is None and self._sharded and not trainer.fast_dev_run:
+            raise TwaError("the module is sharded: expected a path", "RecorderCallback")
         recorder = Recorder(module, path=path, resume=goes_on and path is not None, **self.options)
         if goes_on:
             recorder.load_state_dict(state["recorder"])
         else:
             recorder.rewind(step)  # there is none to drop: it counts from here
         for optimizer in trainer.optimizers:
-            recorder.attach(optimizer).remove()  # for masters in its state; the trainer counts
+            if isinstance(optimizer, Optimizer):
+                recorder.attach(optimizer).remove()  # for masters in its state; the trainer counts
         self.recorder, self._begun, self._loaded = recorder, True, {}
 
     def _finish(self) -> None:
@@ -204,12 +213,12 @@ class RecorderCallback(Callback):
     # Checkpoints ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the recording is; in memory, all of it. Ranks of a sharded model call it together."""
+        """Where the recording is; in memory, all of it. Ranks call it together."""
         recorder = self.recorder
         if recorder is None:
             return dict(self._loaded)
         state = recorder.state_dict()
-        if is_sharded(recorder.model) and dist.is_initialized():
+        if self._sharded and dist.is_initialized():
             everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
             dist.all_gather_object(everyone, state)  # a checkpoint has the callbacks of one rank
             state = {key: value for mine in everyone for key, value in mine.items()}
@@ -230,12 +239,14 @@ class RecorderCallback(Callback):
             TwaError: there was no average yet, or none was evaluated, or no file was saved
         """
         checkpoint = trainer.checkpoint_callback
-        path = getattr(checkpoint, "best_model_path", "")
+        path = str(getattr(checkpoint, "best_model_path", ""))
         if self.recorder is None or self.evaluate is None:
             raise TwaError("expected evaluate=, and a fit before this", "load_best")
         if not path:
             raise TwaError("ModelCheckpoint has saved no best checkpoint", "load_best")
-        step = int(torch.load(path, map_location="cpu", mmap=True, weights_only=False)["global_step"])
+        step = _step_of(Path(path))
+        if step < min(self.recorder._common_steps(), default=step + 1):
+            raise TwaError("the best checkpoint is from before the first snapshot: load it", path)
         self.recorder.apply(self.evaluate, until=step, **self.horizon)
         return step
 
@@ -250,7 +261,7 @@ class RecorderCallback(Callback):
             self._averages = self._validate_average(trainer)
             return type(loop).run(loop)
 
-        loop.run = run  # type: ignore[method-assign]
+        loop.run = run
         try:
             yield
         finally:
@@ -444,7 +455,7 @@ def _training_loss(module: LightningModule) -> Callable[[LightningModule, Any], 
 @contextlib.contextmanager
 def _silent(module: LightningModule) -> Iterator[None]:
     """A context in which a module logs nothing, after which its metrics are empty."""
-    module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+    module.log = module.log_dict = lambda *_, **__: None
     try:
         yield
     finally:
@@ -452,6 +463,16 @@ def _silent(module: LightningModule) -> Iterator[None]:
         for part in module.modules():
             if isinstance(part, Metric):
                 part.reset()
+
+
+def _step_of(checkpoint: Path) -> int:
+    """The `global_step` at which Lightning saved a checkpoint."""
+    path = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
+    content = described(path)
+    step = content.get("global_step") if isinstance(content, dict) else None
+    if not isinstance(step, int):
+        raise TwaError("expected a checkpoint of Lightning, found none", path)
+    return step
 
 
 def _warn(text: str) -> None:
