@@ -245,7 +245,7 @@ class RecorderCallback(Callback):
         if not path:
             raise TwaError("ModelCheckpoint has saved no best checkpoint", "load_best")
         step = _step_of(Path(path))
-        if step < min(self.recorder._common_steps(), default=step + 1):
+        if step < min(self.recorder.common_steps(), default=step + 1):
             raise TwaError("the best checkpoint is from before the first snapshot: load it", path)
         self.recorder.apply(self.evaluate, until=step, **self.horizon)
         return step
