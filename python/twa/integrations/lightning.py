@@ -316,7 +316,6 @@ def _apart(trainer: Trainer) -> Iterator[Any]:
     before = epoch_loop.val_loop, trainer._logger_connector, trainer.callbacks
     loop, connector = copy.copy(before[0]), copy.copy(before[1])
     loop.__dict__.pop("run", None)
-    loop._results = type(loop._results)(training=False)
     loop.batch_progress = copy.deepcopy(loop.batch_progress)
     loop._seen_batches_per_dataloader = copy.copy(loop._seen_batches_per_dataloader)
     for name in ("_progress_bar_metrics", "_logged_metrics", "_callback_metrics"):
