@@ -280,7 +280,7 @@ class RecorderCallback(Callback):
             for loader in loop._combined_loader.flattened:
                 stack.enter_context(generators_kept(loader))
             apart = stack.enter_context(_apart(trainer))
-            if recorder._common_steps():
+            if recorder.common_steps():
                 stack.enter_context(recorder.averaged(evaluate, **self.horizon))
             before = dict(trainer.callback_metrics)
             apart.run()
