@@ -558,6 +558,42 @@ def test_a_recording_that_is_gone(tmp_path):
     assert recorder.recorder.steps == [18, 21, 24]  # as ever counted from the beginning
 
 
+def test_a_recording_that_had_not_begun(tmp_path):
+    options, train = {"every": 3, "start": 20}, loaders()[0]
+    saving = every_epoch(tmp_path / "c")
+    make_trainer(tmp_path, RecorderCallback(**options), saving, epochs=4).fit(make_module(), train)
+    first = {name: p.stat().st_size for name, p in files_of(tmp_path / "twa").items()}
+    recorder = RecorderCallback(**options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", twa.CandidateWarning)
+        checkpoint = tmp_path / "c" / "16.ckpt"
+        make_trainer(tmp_path, recorder, epochs=4).fit(make_module(), train, ckpt_path=checkpoint)
+    assert recorder.recorder.steps == [20, 23, 26, 29, 32]
+    assert {name: p.stat().st_size for name, p in files_of(tmp_path / "twa").items()} == first
+    (tmp_path / "twa").rename(tmp_path / "elsewhere")
+    recorder = RecorderCallback(**options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", twa.CandidateWarning)
+        make_trainer(tmp_path, recorder, epochs=4).fit(make_module(), train, ckpt_path=checkpoint)
+    assert recorder.recorder.steps == [20, 23, 26, 29, 32]
+
+
+def test_a_recording_of_another_run(tmp_path):
+    saving = every_epoch(tmp_path / "c")
+    path = tmp_path / "recording"
+    make_trainer(tmp_path, RecorderCallback(every=3, path=path), saving).fit(
+        make_module(), *loaders()
+    )
+    path.rename(tmp_path / "kept")
+    make_trainer(tmp_path, RecorderCallback(every=3, path=path)).fit(make_module(), *loaders())
+    before = {name: p.read_bytes() for name, p in files_of(path).items()}
+    with pytest.raises(twa.StateError, match="of another recording"):
+        make_trainer(tmp_path, RecorderCallback(every=3, path=path), epochs=4).fit(
+            make_module(), *loaders(), ckpt_path=tmp_path / "c" / "24.ckpt"
+        )
+    assert before == {name: p.read_bytes() for name, p in files_of(path).items()}
+
+
 def test_error_in_validation_of_the_average(tmp_path):
     recorder, module, trained = RecorderCallback(every=3, **LAWA), make_module(), []
 
