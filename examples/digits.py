@@ -23,7 +23,7 @@ def loss(model, batch):
 
 
 @torch.no_grad()
-def evaluate(model, loader):
+def evaluate(model, loader, loss=loss):
     """Mean loss of the model in evaluation mode."""
     training = model.training
     model.eval()

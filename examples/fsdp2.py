@@ -1,6 +1,6 @@
 """FSDP2: each rank records its shards; averages and trained averages of the sharded model.
 
-    torchrun --nproc_per_node 2 examples/fsdp2.py
+torchrun --nproc_per_node 2 examples/fsdp2.py
 """
 
 import torch

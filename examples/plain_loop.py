@@ -1,6 +1,6 @@
 """A plain PyTorch loop: record it, look at the average on the way, train the average at the end.
 
-    python examples/plain_loop.py
+python examples/plain_loop.py
 """
 
 import torch

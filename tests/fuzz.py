@@ -50,7 +50,7 @@ from twa.basis.file import read_basis
 from twa.distributed.ranks import Ranks
 from twa.io.candidates import Candidates
 from twa.io.errors import BasisError, CandidateError, CandidateWarning, StateError, TwaError
-from twa.io.formats import _weights_of
+from twa.io.formats import weights_of
 from twa.merge.results import Result
 from twa.merge.resume import FORMAT, Store
 from twa.packing import to_file as pack
@@ -461,7 +461,7 @@ def check_torch(path):
             signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of the CPU
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, weights_only=True, map_location="cpu")
-            library = _weights_of(nested(content), path, None)
+            library = weights_of(nested(content), path, None)
             code = (
                 0
                 if candidate.info.keys() == library.keys()

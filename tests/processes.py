@@ -4,6 +4,7 @@ all of their own children when they hang or the test does not wait for them."""
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -18,6 +19,8 @@ STEP = 2.0
 #: CPU seconds after which a child never ends: some hundred times what the longest one needs
 ENDLESS = 4 * 3600
 
+#: from which pytest lets tests import, see pyproject.toml
+FOLDERS = [str(Path(__file__).parents[1] / name) for name in ("tests", "bench")]
 RUNNING = set()  # children that nobody has seen end
 
 
@@ -109,3 +112,29 @@ def run(command, **options):
     """subprocess.run of a command, its output captured as text, for as long as it gets on."""
     (done,) = finish(Child(command, **options))
     return done
+
+
+def start_job(*commands):
+    """Ranks, as torchrun starts them: one command each. They import what tests do."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(len(commands)),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([*FOLDERS, os.environ.get("PYTHONPATH", "")]),
+    }
+    return [
+        Child(command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, command in enumerate(commands)
+    ]
+
+
+def job(size, command):
+    """What each of so many ranks of a command prints; an error if one fails."""
+    done = finish(*start_job(*[command] * size))
+    failed = [f"rank {k}:\n{d.stderr}" for k, d in enumerate(done) if d.returncode]
+    assert not failed, "\n".join(failed)
+    return [child.stdout for child in done]

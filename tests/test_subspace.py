@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import twa
 from safetensors.torch import load_file, save_file
 from torch import nn
 from twa.basis.segments import segment_labels
-from twa.io.errors import CandidateError
+from twa.io.errors import CandidateError, TwaError
 
 
 class Zoo(nn.Module):
@@ -276,3 +277,67 @@ def test_nothing_trainable(tmp_path):
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable"):
         twa.Subspace.from_candidates(model, save_zoo(tmp_path))
+
+
+def moved(tmp_path, **options):
+    """A subspace away from its center, and its average."""
+    subspace = twa.Subspace.from_candidates(
+        Zoo(), twa.Candidates(tmp_path / "c*.safetensors"), **options
+    )
+    average = twa.IterateAverage(subspace)
+    with torch.no_grad():
+        g = torch.Generator().manual_seed(1)
+        subspace.coefficients += 0.1 * torch.randn(subspace.coefficients.shape, generator=g)
+    subspace.write_weights()
+    average.update(), average.update()
+    return subspace, average
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("way", ["torch", "dcp"])
+@pytest.mark.parametrize(
+    "options", [{}, {"constraint": "simplex"}, {"basis": "orthonormal"}, {"bits": 32}], ids=str
+)
+def test_states_of_subspace_and_average(tmp_path, options, way):
+    """The coefficients come back, and the model is at them."""
+    save_zoo(tmp_path)
+    subspace, average = moved(tmp_path, **options)
+    kept = {"subspace": subspace, "average": average}
+    if way == "torch":
+        torch.save({key: value.state_dict() for key, value in kept.items()}, tmp_path / "state.pt")
+    else:
+        dcp.save(kept, checkpoint_id=tmp_path / "state", no_dist=True)
+    fresh = twa.Subspace.from_candidates(
+        Zoo(), twa.Candidates(tmp_path / "c*.safetensors"), **options
+    )
+    other = twa.IterateAverage(fresh)
+    if way == "torch":
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        fresh.load_state_dict(state["subspace"]), other.load_state_dict(state["average"])
+    else:
+        kept = {"subspace": fresh, "average": other}
+        dcp.load(kept, checkpoint_id=tmp_path / "state", no_dist=True)
+    for (key, t), found in zip(
+        subspace.model.state_dict().items(), fresh.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(t, found), key
+    assert torch.equal(fresh.coefficients, subspace.coefficients)
+    assert torch.equal(other.coefficients, average.coefficients) and other.steps == 2
+
+
+def test_states_that_are_refused(tmp_path):
+    """Of another subspace, of something else, of a shape that would be spread over the segments."""
+    save_zoo(tmp_path)
+    subspace, average = moved(tmp_path)
+    before = subspace.coefficients.detach().clone()
+    optimizer = twa.SubspaceOptimizer(moved(tmp_path, bits=8)[0], torch.optim.SGD, lr=1.0)
+    state = subspace.state_dict()
+    for bad, said in (
+        (optimizer.subspace.state_dict(), "state of another subspace: bits: expected 4, found 8"),
+        (optimizer.state_dict(), "expected the state of a Subspace, found no 'coefficients'"),
+        (average.state_dict(), "expected the state of a Subspace, found no 'identity'"),
+        (state | {"coefficients": torch.ones(3, 1)}, r"expected shape \(3, 5\), found \(3, 1\)"),
+    ):
+        with pytest.raises(TwaError, match=said):
+            subspace.load_state_dict(bad)
+    assert torch.equal(subspace.coefficients, before)

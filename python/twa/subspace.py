@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from .distributed.weights import Written, check_range, check_taken, load_untrain
 from .dtensors import local
 from .export.bundle import write_bundle
 from .io.candidates import Candidates
-from .io.errors import TwaError
+from .io.errors import StateError, TwaError
 from .io.key_map import match_model
 from .modes import plain_weights, with_own_train
 from .packing.build import build
@@ -432,6 +432,50 @@ class Subspace:
             "basis": self.coordinates.basis,
         }
 
+    def check_identity(self, theirs: Mapping[str, object], what: str = "state") -> None:
+        """Raises TwaError unless coefficients of a subspace with that identity mean the same here.
+
+        Args:
+            theirs: what `identity` gave there
+            what: holds the coefficients
+        """
+        for key, ours in self.identity().items():
+            if theirs.get(key) != ours:
+                text = f"{key}: expected {ours}, found {theirs.get(key)}"
+                raise TwaError(text, f"{what} of another subspace")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes: the coefficients, and what they belong to.
+
+        Raises:
+            DistributedError: the ranks' coefficients were not the same bits
+        """
+        self.sharding.ranks.check_drift()
+        # a tuple: torch.distributed.checkpoint keeps it whole
+        identity = tuple(self.identity().items())
+        return {"coefficients": self.coefficients.detach().clone(), "identity": identity}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Sets coefficients and model to what they were when `state_dict` was called.
+
+        Raises:
+            TwaError: it is no such state, or of a subspace of other candidates, segments, center,
+                bits, basis, constraint or normalisation
+        """
+        if missing := {"coefficients", "identity"} - state.keys():
+            raise StateError(f"expected the state of a Subspace, found no {min(missing)!r}")
+        self.check_identity(dict(state["identity"]))
+        x = state["coefficients"]
+        if x.shape != self.coefficients.shape:
+            expected = tuple(self.coefficients.shape)
+            raise TwaError(f"expected shape {expected}, found {tuple(x.shape)}", "coefficients")
+        self.sharding.ranks.reset_drift()
+        self.coefficients.copy_(x)
+        with plain_weights(self.model):
+            self.write_weights()
+            refresh_spectral_norms(self.model)
+
     def coefficients_json(self) -> dict[str, object]:
         """What coefficients.json holds: x, beta, and what they are of."""
         return {
@@ -466,7 +510,7 @@ class Subspace:
         Args:
             folder: where the files go; made if it is not there
             dcp: also averaged_dcp/, a torch.distributed.checkpoint to which each rank writes what
-                it holds
+                it holds; its tensors are where such candidates have them, under "model" for example
             basis: also basis.safetensors, the packed basis with center and coefficients, for `load`
 
         Raises:

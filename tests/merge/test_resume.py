@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -133,21 +132,9 @@ def launch(size, *args, programs=None):
     """`size` ranks of `twa`, as torchrun starts them; one list of arguments for all, or one each.
     programs: rank -> what to run in twa's place.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    common = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(size),
-        "OMP_NUM_THREADS": "1",
-    }
     each = args * size if len(args) == 1 else args
     starts = [(programs or {}).get(r, [sys.executable, "-m", "twa"]) for r in range(size)]
-    return [
-        processes.Child([*starts[r], *each[r]], env=common | {"RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(size)
-    ]
+    return processes.start_job(*([*starts[r], *each[r]] for r in range(size)))
 
 
 def wait(ranks):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -86,10 +86,25 @@ def write_model(path: Path, sharding: Sharding) -> None:
         write_stream(here, sharding.candidates.info, whole_tensors(sharding))
 
 
+def _nest_of(sharding: Sharding) -> tuple[str, ...]:
+    """The keys that lead to the weights in candidates of torch.distributed.checkpoint."""
+    first = sharding.candidates[0]
+    return first.nest if first.kind == "dcp" else ()
+
+
+def _nested(tensors: Mapping[str, Tensor], nest: Sequence[str]) -> dict[str, object]:
+    """Tensors inside dicts, to which these keys lead."""
+    inner: dict[str, object] = dict(tensors)
+    for key in reversed(nest):
+        inner = {key: inner}
+    return inner
+
+
 def write_dcp(folder: Path, sharding: Sharding) -> None:
     """Writes a torch.distributed.checkpoint directory; every rank writes its own shards.
 
-    It replaces an older one when it is complete.
+    Its tensors are where those of such candidates are, under "model" for example. It replaces an
+    older one when it is complete.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -101,7 +116,7 @@ def write_dcp(folder: Path, sharding: Sharding) -> None:
     try:
         with plain_weights(sharding.model):
             dcp.save(
-                sharded_tensors(sharding),
+                _nested(sharded_tensors(sharding), _nest_of(sharding)),
                 checkpoint_id=str(temporary),
                 process_group=ranks.group,
                 no_dist=ranks.group is None,

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from ..io.candidate import Candidate
-from ..io.candidates import open_all
 from ..io.compare import check_info
 from ..io.errors import CandidateError, NoWeights
 from ..io.find import find, left_out
-from ..io.order import LISTING, doubts
+from ..io.opening import open_all
+from ..io.order import LISTING
+from ..io.training import in_order_of_training
 from .findings import Finding, some
 from .results import Row
 
@@ -40,13 +41,21 @@ def open_each(
             if isinstance(error, NoWeights) and path in found.searched:
                 empty.append(path)
     opened = [row.path for row in rows if row.candidate is not None]
-    findings = [Finding("note", "inside", text, "nothing needs to be done") for text in found.notes]
+    advice = "nothing needs to be done"
+    of_names = (*found.inside, *found.notes)
+    findings = [Finding("note", "inside", text, advice) for text in of_names]
     if opened:
         rows = [row for row in rows if row.path not in empty]
-        advice = "nothing needs to be done"
         findings += [Finding("note", "left-out", text, advice) for text in left_out(empty, opened)]
     if found.by_age:
-        findings += [Finding("note", "order", text, LISTING) for text in doubts(opened)]
+        places = [k for k, row in enumerate(rows) if row.candidate is not None]
+        inside = [c for row in rows if (c := row.candidate) is not None]
+        order = in_order_of_training([c.path for c in inside], [c.progress for c in inside])
+        right = [rows[places[k]] for k in order.places]
+        for place, row in zip(places, right, strict=True):
+            rows[place] = row
+        findings += [Finding("note", "order", text, LISTING) for text in order.doubts]
+        findings += [Finding("note", "order", text, advice) for text in order.notes]
     return rows, findings
 
 

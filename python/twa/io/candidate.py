@@ -14,9 +14,10 @@ from typing import TypeVar
 from torch import Tensor
 
 from .errors import CandidateError, NoWeights
-from .formats import MODEL_FILES, open_checkpoint, stem_of
+from .formats import MODEL_FILES, Checkpoint, open_checkpoint, stem_of
 from .mapped import Part, Source, shape_of
 from .torch_zip import EXTRA_STATE
+from .training import Progress, progress_beside, progress_of
 
 Value = TypeVar("Value")
 #: places of a file that its fingerprint looks at, and bytes of each
@@ -44,15 +45,30 @@ class Candidate:
         info: shape and dtype of each tensor, by key
         extra: what modules keep beside their tensors (get_extra_state), by key
         metadata: versions of the modules that were saved, as torch.save keeps them
+        progress: how far its training had come, as it says itself
+        nest: keys that lead to the weights in it
+        siblings: entries beside the weights that have tensors of the same names
 
     Raises:
         CandidateError: it cannot be read, or holds no weights
     """
 
+    progress = Progress()
+    nest: tuple[str, ...] = ()
+    siblings: tuple[str, ...] = ()
+
     def __init__(self, path: Path, entry: str | None = None, ignore: Sequence[str] = ()) -> None:
         found = open_checkpoint(path, entry)
+        self._take(path, found, entry, ignore)
+        self.progress = progress_beside(path) if path.is_dir() else progress_of(found.numbers)
+
+    def _take(
+        self, path: Path, found: Checkpoint, entry: str | None, ignore: Sequence[str]
+    ) -> None:
+        """Makes this the candidate that an open checkpoint is; CandidateError as above."""
         self.path, self.entry, self.kind, self.files = path, entry, found.kind, found.files
         self.ignore, self.metadata = tuple(ignore), found.metadata
+        self.nest, self.siblings = found.nest, found.siblings
         if not found.tensors:
             raise NoWeights("expected a checkpoint, found no tensors", path)
         tensors = self._wanted(plain_keys(found.tensors))

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import overload
 
 import torch
@@ -26,13 +25,12 @@ from twa_kernels.layout import FLOATS
 from .averaging import FixedAverage, average_into
 from .candidate import Candidate
 from .compare import check_same, without_tensors
-from .duplicates import without_duplicates, without_same_files
-from .errors import CandidateError, CandidateWarning, NoWeights, TwaError
-from .find import Found, find, left_out
+from .errors import CandidateError, CandidateWarning, TwaError
+from .find import find
 from .mapped import Part, Source, TensorInfo, shape_of
-from .order import LISTING, doubts
-from .recording import Recorded, open_recording
-from .recording_files import is_recording
+from .opening import open_each, sorted_out
+from .recording import Recorded
+from .states import of_states
 
 #: bytes of a block, of all candidates together: a read that pays on any disk, and little memory
 BLOCK_BYTES = 64 << 20
@@ -61,10 +59,11 @@ class Candidates(Sequence[Candidate]):
     """The heap: n checkpoints with the same tensors.
 
     Earlier candidates come first, which matters to EMA and LAWA: within each pattern they are in
-    the order of the epochs, steps or other numbers in their names. A list of files in the order of
-    a directory's listing, as a shell gives it, is put in that order too; any other list keeps its
-    order. Files without weights that a pattern or a directory brings are left out, and the same
-    weights count once, whatever their names.
+    the order of the epochs, steps or other numbers in their names, or, where not all names have
+    some, of the steps in the files. A list of files in the order of a directory's listing, as a
+    shell gives it, is put in that order too; any other list keeps its order. Files without weights
+    that a pattern or a directory brings are left out, and the same weights count once, whatever
+    their names.
 
         candidates = twa.Candidates("run/step_*.safetensors")
 
@@ -91,7 +90,8 @@ class Candidates(Sequence[Candidate]):
             dtype differ is said at the first use without a model that takes all of them
 
     Warns:
-        CandidateWarning: some are the same, or their names leave the order in doubt
+        CandidateWarning: some are the same, their names leave the order in doubt, a Trainer has
+            removed some, or there is one alone, with others inside
     """
 
     at_hand = True
@@ -105,27 +105,42 @@ class Candidates(Sequence[Candidate]):
         ignore: Sequence[str] = (),
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
-        found = find([paths] if isinstance(paths, str | os.PathLike) else paths)
+        found = find(_listed(paths))
         opened, without_weights = open_each(found, entry, ignore)
-        files = [c for c in opened if not isinstance(c, Recorded)]
-        once, same = without_duplicates(files) if len(files) > 1 else (files, "")
-        recorded, twice = without_same_files([c for c in opened if isinstance(c, Recorded)])
-        doubtful = [text for text in (same, twice) if text]
-        if files and recorded:
-            doubtful.append(
-                f"a recording, {recorded[0].path.parent}, and whole files, such as"
-                f" {files[0].path.name}: if they are of one run, its weights count twice"
-            )
-        if found.by_age:
-            doubtful += [f"{text}; {LISTING}" for text in doubts([c.path for c in once])]
-        kept = {id(c) for c in (*once, *recorded)}
-        once = [c for c in opened if id(c) in kept]
+        chosen, doubtful, notes = sorted_out(found, opened)
         for text in doubtful:
             warnings.warn(text, CandidateWarning, stacklevel=2)
-        recordings = dict.fromkeys(c.recording for c in opened if isinstance(c, Recorded))
-        doubtful += [note for recording in recordings for note in recording.notes]
-        self._hold(once, block_bytes)
-        self.notes = [*without_weights, *doubtful, *found.notes]
+        self._hold(chosen, block_bytes)
+        self.notes = [*without_weights, *doubtful, *notes]
+
+    @classmethod
+    def of_states(
+        cls,
+        states: Sequence[Mapping[str, object]],
+        *,
+        names: Sequence[str] | None = None,
+        entry: str | None = None,
+        ignore: Sequence[str] = (),
+    ) -> Candidates:
+        """state_dicts in memory, oldest first.
+
+            kept.append({key: t.clone() for key, t in model.state_dict().items()})
+            candidates = twa.Candidates.of_states(kept)
+
+        Their tensors are held, and not copied; those on another device are copied to the CPU. One
+        that is written to afterwards is an error when it is read.
+
+        Args:
+            states: state_dicts, or larger dicts with one in each, as checkpoints have them; one
+                that is the same as another counts, too
+            names: of the candidates; None: state_0, state_1, ...
+            entry, ignore: as for `Candidates`
+
+        Raises:
+            CandidateError: there are none, or one holds no weights
+            TwaError: two are the same memory, as of a model that goes on training
+        """
+        return cls.of(of_states(states, names, entry, ignore))
 
     @classmethod
     def of(cls, candidates: Sequence[Candidate]) -> Candidates:
@@ -396,66 +411,14 @@ class Candidates(Sequence[Candidate]):
         return out
 
 
-def open_each(
-    found: Found, entry: str | None, ignore: Sequence[str] = ()
-) -> tuple[list[Candidate], list[str]]:
-    """Opens what was found.
-
-    Args:
-        found: by `find`
-        entry, ignore: as for `Candidates`
-
-    Returns:
-        the candidates, and a note of what holds no weights
-
-    Raises:
-        CandidateError: one cannot be read, or holds no weights and was named; or none holds any
-    """
-    opened: list[Candidate] = []
-    empty, first = [], None
-    for path in found.paths:
-        try:
-            opened += open_all(found, path, entry, ignore)
-        except NoWeights as error:
-            if path not in found.searched:
-                if len(found.paths) == 1:
-                    raise
-                advice = "leave it out, or put the pattern that brought it in quotes"
-                raise NoWeights(f"{error.problem}; {advice}", path) from error
-            empty.append(path)
-            first = first or error
-    if not opened:
-        raise CandidateError(f"no candidates: nothing of what was found holds weights; {first}")
-    return opened, left_out(empty, [c.path for c in opened])
-
-
-def open_all(
-    found: Found, path: Path, entry: str | None, ignore: Sequence[str] = ()
-) -> list[Candidate]:
-    """One of those that were found; or, of a recording, its snapshots.
-
-    Raises:
-        NoWeights, CandidateError: as `open_one`
-    """
-    if not path.is_dir() or not is_recording(path):
-        return [open_one(found, path, entry, ignore)]
-    if entry is not None:
-        raise CandidateError(f"entry {entry!r}: a recording has none", path)
-    return [*open_recording(path).candidates(ignore)]
-
-
-def open_one(found: Found, path: Path, entry: str | None, ignore: Sequence[str] = ()) -> Candidate:
-    """One of those that were found.
-
-    Raises:
-        NoWeights: there are no weights in it; a file that was named may have integers alone
-        CandidateError: it cannot be read
-    """
-    candidate = Candidate(path, entry, ignore)
-    dtypes = [info.dtype for info in candidate.info.values()]
-    if path in found.searched and not any(d.is_floating_point or d.is_complex for d in dtypes):
-        raise NoWeights("expected a checkpoint, found no floating-point tensors", path)
-    return candidate
+def _listed(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+) -> list[str | os.PathLike[str]]:
+    """One or several paths as a list; TwaError if they are state_dicts."""
+    listed = [paths] if isinstance(paths, str | os.PathLike | Mapping) else list(paths)
+    if any(isinstance(path, Mapping) for path in listed):
+        raise TwaError("paths: expected paths, found a dict: Candidates.of_states takes those")
+    return [path for path in listed if not isinstance(path, Mapping)]
 
 
 @dataclass(frozen=True)

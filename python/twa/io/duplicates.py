@@ -36,7 +36,7 @@ def without_duplicates(candidates: Sequence[Candidate]) -> tuple[list[Candidate]
         alike = [
             part
             for group in alike
-            for part in (_grouped(group, partial(_sample, tensors=count)) if group[1:] else [group])
+            for part in (_grouped(group, partial(sample, tensors=count)) if group[1:] else [group])
         ]
     equal = [same for group in alike for same in _equal_ones(group)]
     names = {id(group[0]): group for group in of_files}
@@ -99,7 +99,7 @@ def _files(candidate: Candidate) -> frozenset[tuple[int, int]]:
     return frozenset((status.st_dev, status.st_ino) for status in found)
 
 
-def _sample(candidate: Candidate, tensors: int) -> str:
+def sample(candidate: Candidate, tensors: int) -> str:
     """Digest of shapes, dtypes and a few numbers of about so many tensors of a candidate."""
     digest = hashlib.sha256()
     for key in sorted(candidate.info):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +26,14 @@ class Found:
         searched: those that a pattern or a directory has brought: they may turn out to hold no
             weights
         by_age: whether the order is that of `order.age`, and not a list's own
-        notes: what may have been meant otherwise, a sentence each
+        inside: which directories of these have other checkpoints inside, a sentence each
+        notes: what else may have been meant otherwise
     """
 
     paths: list[Path] = field(default_factory=list)
     searched: set[Path] = field(default_factory=set)
     by_age: bool = True
+    inside: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -62,7 +65,7 @@ def find(patterns: Iterable[str | os.PathLike[str]], keep_unmatched: bool = Fals
             paths += inside or [match]  # opening it says what was expected
             (named if is_path and not inside else found.searched).update(inside or [match])
             if match.is_dir() and not inside:
-                found.notes += _others_inside(match)
+                found.inside += _others_inside(match)
         found.paths += sorted(dict.fromkeys(paths), key=age)  # ** brings a directory and its files
     if not found.paths:
         raise CandidateError("no candidates: expected at least one checkpoint, found none")
@@ -87,11 +90,15 @@ def left_out(empty: Sequence[Path], opened: Sequence[Path]) -> list[str]:
     """
     around = {folder for path in opened for folder in path.parents}
     names = [path for path in empty if path not in around]
-    unread = [path for path in names if path.is_file() and not suffix_of(path)]
-    known = [path for path in names if path not in unread]
-    notes = [f"left out, since no weights are in it: {shortened(known)}"] if known else []
-    if unread:
-        notes.append(f"left out, as no checkpoint's suffix is known for it: {shortened(unread)}")
+    unread = {path for path in names if path.is_file() and not suffix_of(path)}
+    notes = []
+    for why, paths in (
+        ("since no weights are in it", [path for path in names if path not in unread]),
+        ("as no checkpoint's suffix is known for it", [path for path in names if path in unread]),
+    ):
+        counts = Counter(path.name for path in paths)
+        said = [name if count == 1 else f"{name} ({count} times)" for name, count in counts.items()]
+        notes += [f"left out, {why}: {shortened(said)}"] if said else []
     return notes
 
 

@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
-from . import dcp
+from . import dcp, deepspeed
 from .checks import is_file_name, read_json
 from .errors import CandidateError, NoWeights
 from .foreign import foreign
@@ -62,6 +62,10 @@ class Checkpoint:
         extra: key -> what modules store that is no tensor (`_extra_state`): plain values with
             tensors in memory; an `unpickle.Made` for a value that holds an object of another class
         others: names that stood among the weights with plain values, which are left out
+        numbers: plain numbers that stood at the top of the checkpoint, such as its epoch, by name
+        nest: keys that lead to the weights, from the top of a checkpoint of dicts in dicts
+        siblings: names of the entries beside them that have tensors of the same names, such as a
+            moving average
     """
 
     kind: str
@@ -70,6 +74,9 @@ class Checkpoint:
     metadata: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     extra: Mapping[str, object] = field(default_factory=dict)
     others: tuple[str, ...] = ()
+    numbers: Mapping[str, object] = field(default_factory=dict)
+    nest: tuple[str, ...] = ()
+    siblings: tuple[str, ...] = ()
 
 
 class Weights(dict[str, Source]):
@@ -80,10 +87,29 @@ class Weights(dict[str, Source]):
         self.metadata = of.metadata if isinstance(of, Entries) else {}
         self.extra = of.extra if isinstance(of, Entries) else {}
         self.others = tuple(of.others) if isinstance(of, Entries) else ()
+        self.numbers: Mapping[str, object] = {}
+        self.nest: tuple[str, ...] = ()
+        self.siblings: tuple[str, ...] = ()
+
+    def inside(self, content: object, *nest: str) -> Weights:
+        """These weights, which are those of a larger checkpoint under keys that lead to them."""
+        self.nest = nest
+        self.numbers = content.numbers if isinstance(content, Entries) else {}
+        return self
 
     def checkpoint(self, kind: str, files: tuple[Path, ...]) -> Checkpoint:
         """The checkpoint of this kind that they are of."""
-        return Checkpoint(kind, self, files, self.metadata, self.extra, self.others)
+        return Checkpoint(
+            kind,
+            self,
+            files,
+            self.metadata,
+            self.extra,
+            self.others,
+            self.numbers,
+            self.nest,
+            self.siblings,
+        )
 
 
 def open_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
@@ -103,6 +129,8 @@ def open_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
             " them first",
             path,
         )
+    if (sliced := deepspeed.states_folder(path)) is not None and not _has_whole(path):
+        return _of_deepspeed(path, sliced, entry)
     if path.is_dir():
         return _directory(path, entry)
     if not path.exists():
@@ -117,9 +145,15 @@ def open_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
 
 def is_checkpoint_folder(folder: Path) -> bool:
     """Whether a directory is one checkpoint, rather than a place where several lie."""
+    if _has_whole(folder) or deepspeed.states_folder(folder) is not None:
+        return True
+    return bool(_indexes(folder)) or is_recording(folder)
+
+
+def _has_whole(folder: Path) -> bool:
+    """Whether a directory has one of the files that make it a checkpoint."""
     names = (*MODEL_FILES, *ADAPTER_FILES, dcp.METADATA, FSDP_FILE, f"{FSDP_FOLDER}/{dcp.METADATA}")
-    found = any((folder / name).is_file() for name in names)
-    return found or bool(_indexes(folder)) or is_recording(folder)
+    return any((folder / name).is_file() for name in names)
 
 
 def suffix_of(path: Path) -> str:
@@ -156,7 +190,7 @@ def _directory(folder: Path, entry: str | None) -> Checkpoint:
             return _one_file(folder / name, entry).checkpoint("adapter", (folder / name,))
     if (folder / dcp.METADATA).is_file():
         leaves, files = dcp.read(folder)
-        return _weights_of(leaves, folder, entry).checkpoint("dcp", files)
+        return weights_of(leaves, folder, entry).checkpoint("dcp", files)
     if (folder / FSDP_FILE).is_file():
         return open_checkpoint(folder / FSDP_FILE, entry)
     if (folder / FSDP_FOLDER / dcp.METADATA).is_file():
@@ -169,9 +203,33 @@ def _directory(folder: Path, entry: str | None) -> Checkpoint:
     )
 
 
+def _of_deepspeed(path: Path, sliced: Path, entry: str | None) -> Checkpoint:
+    """What DeepSpeed has written: the whole module if that is asked for, and there.
+
+    Args:
+        path: as it was given
+        sliced: the directory with DeepSpeed's files
+        entry: as for `open_checkpoint`
+
+    Raises:
+        NoWeights: it is not read, and lies beside the same model's own weights
+        CandidateError: it is not read
+    """
+    whole = deepspeed.whole_module(sliced)
+    if entry is not None and whole is not None:
+        return _one_file(whole, entry).checkpoint("torch", (whole,))
+    kind = NoWeights if _has_whole(sliced.parent) else CandidateError
+    raise kind(deepspeed.refusal(sliced), path)
+
+
 def _further_inside(folder: Path) -> str:
     """A hint at checkpoints that lie one level deeper than in a directory; "" without them."""
-    deeper = [p for p in folder.iterdir() if p.is_dir() and any(map(suffix_of, p.glob("*")))]
+    deeper = [
+        p
+        for p in folder.iterdir()
+        if p.is_dir()
+        and any(is_checkpoint_folder(q) if q.is_dir() else suffix_of(q) for q in p.glob("*"))
+    ]
     names = ", ".join(sorted(p.name for p in deeper)[:4])
     return f"; there may be some in {names}: '{folder}/*' names those" if deeper else ""
 
@@ -187,7 +245,7 @@ def _one_file(path: Path, entry: str | None) -> Weights:
         tensors = Weights(read_safetensors(path))
         return tensors if entry is None else _under(tensors, path, entry)
     if path.suffix in SUFFIXES:
-        return _weights_of(read_torch(path), path, entry)
+        return weights_of(read_torch(path), path, entry)
     what = f"; {found}" if (found := foreign(path)) else ""
     raise NoWeights(
         f"expected a file ending in {', '.join(SUFFIXES)}, or a directory with a sharded"
@@ -289,7 +347,7 @@ def _tensors_in(content: object) -> dict[str, Source]:
     return {k: v for k, v in content.items() if not isinstance(v, dict)}
 
 
-def _weights_of(content: object, path: Path, entry: str | None) -> Weights:
+def weights_of(content: object, path: Path, entry: str | None) -> Weights:
     """The tensors of a checkpoint.
 
     It is a state_dict, or a dict that holds one under the given key or else a usual one.
@@ -309,18 +367,18 @@ def _weights_of(content: object, path: Path, entry: str | None) -> Weights:
 def _under(content: object, path: Path, entry: str) -> Weights:
     """The tensors under a key: of dicts as far as there are such, then as a prefix of keys."""
     parts = entry.split(".")
-    for begin in (content, *(_get(content, key) for key in NESTED_KEYS)):
-        inner: object = begin
+    for outer in ((), *((key,) for key in NESTED_KEYS)):
+        inner: object = _get(content, outer[0]) if outer else content
         for k, part in enumerate(parts):
             if not isinstance(inner, dict) or part not in inner:
                 if found := _with_prefix(inner, ".".join(parts[k:])):
-                    return found
+                    return found.inside(content, *outer, *parts)
                 break
             _check_object(inner, part, path)
             inner = inner[part]
         else:
             if isinstance(inner, dict) and (tensors := _weights_in(inner, path)):
-                return tensors
+                return tensors.inside(content, *outer, *parts)
         _check_object(inner, parts[0], path)
     names = entries(content) or prefixes(content)[:20]
     raise CandidateError(
@@ -371,11 +429,24 @@ def _usual(content: object, path: Path) -> Weights:
             _check_object(content, key, path, hint)
             inside = content.get(key)
             if tensors := _weights_in(inside, path, "" if _tensors_in(inside) else hint):
-                return tensors
+                tensors.siblings = _siblings(content, key)
+                return tensors.inside(content, key)
     tensors = _weights_in(content, path, hint)
     if tensors and (has_weights(tensors) or not _holds_weights(content)):
-        return tensors
+        return tensors.inside(content)
     raise CandidateError(f"expected a dict of tensors (a state_dict), found none{hint}", path)
+
+
+def _siblings(content: Mapping[str, object], key: str) -> tuple[str, ...]:
+    """Names of the entries with tensors of the same names as those under a key."""
+
+    def names(value: object) -> set[str]:
+        return {name.removeprefix("module.") for name in _tensors_in(value)}
+
+    own = names(content[key])
+    return tuple(
+        k for k, value in content.items() if k != key and k.isprintable() and own <= names(value)
+    )
 
 
 def has_weights(tensors: Mapping[str, Source]) -> bool:

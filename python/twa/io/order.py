@@ -143,6 +143,12 @@ SHELLS: tuple[Callable[[str], str], ...] = (str, str.casefold, _letters_and_digi
 LISTING = "list the files oldest first if the order is another"
 
 
+def names_say(paths: Sequence[Path]) -> bool:
+    """Whether the name of each file or directory says how old it is, in numbers that compare."""
+    ages = [Age.of(stem_of(path)) for path in paths]
+    return all(a.rank == 1 for a in ages) and len({a.epoch >= 0 for a in ages}) == 1
+
+
 def doubts(paths: Sequence[Path]) -> list[str]:
     """What is doubtful about an order by `age`, a sentence each."""
     if len(paths) < 2:
@@ -179,14 +185,15 @@ def _distinct(paths: Sequence[Path]) -> list[tuple[str, ...]]:
 
 
 def best_named(paths: Sequence[Path]) -> int:
-    """Which of several paths to one checkpoint says most of its age: one with a number.
+    """Which of several paths to one checkpoint says most of its age: one with a step or a number.
 
     It is none that is called last, best or such, or has Lightning's version, if there is another.
     """
 
-    def vagueness(parts: tuple[str, ...]) -> tuple[bool, bool]:
+    def vagueness(parts: tuple[str, ...]) -> tuple[bool, bool, bool]:
         alias = any(ALIAS.search(part) or VERSION.search(part) for part in parts)
-        return alias, not any(map(str.isdecimal, "".join(map(without_metrics, parts))))
+        timed = any(Age.of(part).rank == 1 for part in parts)
+        return alias, not timed, not any(map(str.isdecimal, "".join(map(without_metrics, parts))))
 
     ranked = [vagueness(parts) for parts in _distinct(paths)]
     return ranked.index(min(ranked))

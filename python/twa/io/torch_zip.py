@@ -214,6 +214,7 @@ class Entries(dict[str, object]):
             the value is no tensor; a Made of the class's name, if the value is not plain
         odd: name -> what stands there that may be meant for a weight and is not read
         others: names of plain values, which are left out
+        numbers: those of them that are numbers
         has_floats: whether there may be floating-point tensors anywhere in the file
     """
 
@@ -224,6 +225,7 @@ class Entries(dict[str, object]):
         self.odd: dict[str, Odd] = {}
         self.has_floats = False
         self.others: list[str] = []
+        self.numbers: dict[str, object] = {}
 
     def put(self, name: str, value: object) -> None:
         """Adds a tensor or dict; what cannot be told from others by its name is odd."""
@@ -235,6 +237,15 @@ class Entries(dict[str, object]):
             self.odd[name] = Odd("two of one name")
         else:
             self[name] = value
+
+
+def described(path: Path) -> object:
+    """What the pickle of a file describes, with a Made for each object; tensors are not looked up.
+
+    Raises:
+        CandidateError: the file is damaged, or no torch checkpoint
+    """
+    return _open(path).content
 
 
 def read_torch(path: Path) -> object:
@@ -280,6 +291,8 @@ def read_torch(path: Path) -> object:
                 out.odd[name] = found
             else:
                 out.others.append(name)
+                if isinstance(value, int | float):
+                    out.numbers[name] = value
         return out
 
     if isinstance(content, dict):

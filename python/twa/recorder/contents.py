@@ -56,6 +56,7 @@ class Watched:
         contents: of the recording; `trained` are this rank's parts
         trained: names of all recorded parameters, on whichever rank
         copied: what an average has to be sent to other ranks for
+        sharded: whether the model was, by FSDP2 or as DTensors
     """
 
     model: nn.Module
@@ -63,6 +64,7 @@ class Watched:
     contents: Contents
     trained: frozenset[str]
     copied: tuple[Copied, ...]
+    sharded: bool
 
     @classmethod
     def of(cls, model: nn.Module, bits: int, ranks: Ranks) -> Watched:
@@ -97,7 +99,7 @@ class Watched:
             others = [name for name in others if name not in frozen]
         kept = [n for n in others if not is_dtensor(tensors[n]) and _is_known(tensors[n])]
         held = {*trained, *kept}
-        run = ranks.broadcast_object(uuid.uuid4().hex)
+        run, sharded = ranks.broadcast_object(uuid.uuid4().hex), is_sharded(model)
         for key in (*keys.values(), *plain.values()):
             _check_key(key)
         contents = Contents(
@@ -110,10 +112,10 @@ class Watched:
                 for key, name in of_state.items()
                 if name in held and plain[key] != keys[name] and ranks.is_rank_zero
             },
-            (ranks.rank, ranks.world_size) if is_sharded(model) else (0, 1),
+            (ranks.rank, ranks.world_size) if sharded else (0, 1),
         )
         copied = _copied({n: tensors[n] for n in (*trained, *kept)}, ranks)
-        return cls(model, ranks, contents, frozenset(trained), copied)
+        return cls(model, ranks, contents, frozenset(trained), copied, sharded)
 
     @property
     def records(self) -> bool:
@@ -127,6 +129,11 @@ class Watched:
             TwaError: the model is not the one that it was
         """
         reshard(self.model)
+        if self.ranks.world_size > 1 and is_sharded(self.model) != self.sharded:
+            raise TwaError(
+                "the model was sharded after the recorder was made, which belongs after fully_shard"
+                " or accelerator.prepare"
+            )
         tensors = named_tensors(self.model)
         aliases = aliases_of(tensors)
         found = []

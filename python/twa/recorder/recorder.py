@@ -35,6 +35,7 @@ from ..modes import plain_weights
 from ..spectral_norm import refresh_spectral_norms
 from ..subspace import Subspace
 from .contents import Watched, Weights, master_of, part_of, rounded
+from .hooks import StepHook, with_hooks
 from .store import Folder, Memory, Snapshot, is_empty, unchanged
 
 FORMAT = "twa-recorder-1"
@@ -149,6 +150,9 @@ class Recorder:
     def __len__(self) -> int:
         return len(self.steps)
 
+    def __bool__(self) -> bool:
+        return True  # without snapshots, too: `if recorder: recorder.step()`
+
     def __repr__(self) -> str:
         where = "memory" if self.path is None else str(self.path)
         return f"Recorder({len(self._store.steps)} snapshots of {self.bits} bits in {where})"
@@ -158,14 +162,16 @@ class Recorder:
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Calls `step` after each step of an optimizer; returns a handle whose remove() ends that.
 
-        Of several optimizers that step in turn, one is attached.
+        Of several optimizers that step in turn, one is attached. A wrapper such as Accelerate's may
+        leave steps out: those that are taken count.
+
+        Raises:
+            TwaError: it has no hooks that run, or the model is not the one that it was
         """
+        optimizer = with_hooks(optimizer)
+        self._watched.parameters()
         self._optimizers.append(optimizer)
-
-        def hook(*_: object) -> None:
-            self.step()
-
-        return optimizer.register_step_post_hook(hook)
+        return optimizer.register_step_post_hook(StepHook(self.step))
 
     def step(self, count: int | None = None) -> bool:
         """Counts a step of training; records after each `every` of them.
@@ -600,8 +606,17 @@ class Recorder:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint of the training is to hold; each rank's own.
 
-        With files it is where they are; without, the snapshots themselves.
+        With files it is where they are, and any rank's does for all: those of a sharded model call
+        it together. Without, it is the snapshots themselves, of this rank.
+
+        Warns:
+            CandidateWarning: an average is in the model, and so in the checkpoint's weights
         """
+        if self._swapped:
+            _warn(
+                "a checkpoint is made while the model holds an average, which its weights will be:"
+                " leave averaged() first"
+            )
         self.flush()
         # tuples: torch.distributed.checkpoint keeps them whole, and needs not know their shapes
         kept: tuple[Any, ...] = ()
@@ -612,12 +627,16 @@ class Recorder:
                 (first[0], dict(first[1])),
                 tuple((r.step, r.all_codes, r.all_scales, dict(r.state)) for r in rows),
             )
+        of_ranks = {self._state_key: (tuple(self._store.written), kept)}
+        if self.path is not None and self._watched.sharded:
+            everyone = self._ranks.all_gather_object(of_ranks)
+            of_ranks = {key: value for part in everyone for key, value in part.items()}
         return {
             "format": FORMAT,
             "run": self._watched.contents.run,
             "bits": self.bits,
             "count": self.count,
-            self._state_key: (tuple(self._store.written), kept),
+            **of_ranks,
         }
 
     @property
@@ -646,7 +665,10 @@ class Recorder:
             found = state.get(self._state_key)
             if not isinstance(found, tuple | list) or len(found) != 2:
                 kind = self._state_key.replace("_", " ")
-                raise StateError(f"it has nothing of this rank, {kind}: were there as many?")
+                raise StateError(
+                    f"it has nothing of this rank, {kind}: expected as many ranks, and with"
+                    " path=None this one's own state"
+                )
             self._load(state["run"], list(found[0]), found[1])
         self.count, self._ended = state["count"], False
 
