@@ -231,7 +231,7 @@ def test_what_modules_keep_is_that_of_the_winner(cached):
     outcome = twa.average(
         model, cached, data(1), data(2), loss, heldout=data(3), steps=4, progress=False
     )
-    assert not model.training and outcome.winner.candidates == 4
+    assert not model.training
     with torch.no_grad():
         found = [float(loss(model, batch)) for batch in data(2)]
     assert sum(found) / len(found) == pytest.approx(outcome.winner.val_loss, rel=1e-6)

@@ -693,11 +693,11 @@ class Recorder:
         elif steps:
             if run != self._watched.contents.run:
                 raise StateError("it is of another recording; pass resume=True", self.path or "")
-            self.rewind(steps[-1])
+            self._rewind(steps[-1])
             if self._store.steps != steps[-len(self._store.steps) :]:
                 raise StateError("snapshots are missing", self.path or "")
         elif self._store.steps:
-            self.rewind(None)
+            self._rewind(None)
 
     def _load_memory(self, kept: Sequence[Any]) -> None:
         """Takes over the snapshots of a state."""
@@ -727,12 +727,16 @@ class Recorder:
         with self._ranks.fail_together("dropping snapshots"):
             self._check_open()
             self.flush()
-            if isinstance(self._store, Folder):
-                if self._store.steps:
-                    self._take_over(self._store.cut(step))
-            else:
-                self._rewind_memory(self._store, step)
-            self.count, self._ended = step or 0, False
+            self._rewind(step)
+
+    def _rewind(self, step: int | None) -> None:
+        """Drops this rank's snapshots after a step."""
+        if isinstance(self._store, Folder):
+            if self._store.steps:
+                self._take_over(self._store.cut(step))
+        else:
+            self._rewind_memory(self._store, step)
+        self.count, self._ended = step or 0, False
 
     def _rewind_memory(self, store: Memory, step: int | None) -> None:
         """Drops snapshots in memory after a step."""
@@ -831,8 +835,9 @@ class Recorder:
             counts = ", ".join(f"rank {rank} has {len(steps)}" for rank, steps in there.items())
             raise TwaError(f"the ranks have no snapshot in common: {counts}", self.path or "")
         last = max(common, default=None)
-        if self._watched.records and self._store.steps:
-            self.rewind(last)
+        with self._ranks.fail_together("dropping snapshots that other ranks lack"):
+            if self._watched.records and self._store.steps:
+                self._rewind(last)
         if last is None:  # each may have begun by itself
             run = self._ranks.broadcast_object(uuid.uuid4().hex)
             contents = replace(self._watched.contents, run=run)
