@@ -102,6 +102,110 @@ def test_steps_that_some_lack_or_all_share_do_not_count(tmp_path, values):
         assert names(tmp_path) == ["acc_0.85.pt", "acc_0.91.pt", "acc_0.99.pt"]
 
 
+#: (epoch, step) of a run whose steps are counted anew in each epoch, and of one whose epochs begin
+#: anew in its second part
+STEPS_ANEW = [(0, 250), (0, 500), (1, 100), (1, 350)]
+EPOCHS_ANEW = [(0, None), (1, None), (0, None), (1, None)]
+NUMBERS = "{}: the numbers in the names give another order than the {} in the files"
+OPEN = "{}: the {} in the files begin anew or are the same"
+
+
+def save_all(folder, files, progress):
+    """A checkpoint by each name, with these epochs and steps in them."""
+    for seed, (name, (epoch, step)) in enumerate(zip(files, progress, strict=True)):
+        values = {"epoch": epoch, "step": step}
+        save(folder / f"{name}.pt", seed, **{k: v for k, v in values.items() if v is not None})
+
+
+def check_order(folder, right, *said):
+    """These names in this order, with warnings that begin so: of Candidates and of inspect."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        candidates = Candidates(folder)
+    assert candidates.names == right
+    doubts = [str(w.message) for w in caught if w.category is CandidateWarning]
+    assert len(doubts) == len(said) and doubts == list(candidates.notes)
+    for text, doubt in zip(said, doubts, strict=True):
+        assert doubt.startswith(text) and doubt.endswith("if the order is another")
+    result = inspect.inspect([str(folder)], progress=False)
+    assert [row.path.stem for row in result.rows] == right
+
+
+@pytest.mark.parametrize(
+    ("progress", "said"),
+    [
+        ([(0, None), (0, None), (1, None), (1, None)], []),
+        (STEPS_ANEW, []),  # as epochs and steps have it
+        (EPOCHS_ANEW, [(NUMBERS, "epochs")]),
+        ([(0, 10), (1, 20), (0, 30), (1, 40)], []),  # as the steps have it
+        ([(0, 10), (1, 20), (0, 10), (1, 20)], [(NUMBERS, "steps")]),
+        ([(None, 40), (None, 30), (None, 20), (None, 10)], [(NUMBERS, "steps")]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", ["model_{}", "{}", "2026-{}-a", "loop9-{}"])
+def test_names_with_plain_numbers_are_believed(tmp_path, form, progress, said):
+    files = [form.format(number) for number in (0, 2, 9, 10)]
+    said = [text.format(tmp_path, what) for text, what in said]
+    save_all(tmp_path, files, progress)
+    check_order(tmp_path, files, *said)
+    save(tmp_path / "last.pt", 9, epoch=2, step=360)
+    check_order(tmp_path, [*files, "last"], *said)
+
+
+@pytest.mark.parametrize(
+    ("files", "by_metric"),
+    [
+        (["a", "b", "c", "d"], False),
+        (["best-val=0.42", "best-val=0.44", "best-val=0.45", "best-val=0.47"], True),
+        (["m0.541", "m0.542", "m0.543", "m0.544"], True),
+        (["0.41", "0.42", "0.43", "0.44"], True),
+        (["model", "model-v1", "model-v2", "model-v3"], False),
+    ],
+    ids=str,
+)
+def test_names_without_numbers_and_files_that_leave_the_order_open(tmp_path, files, by_metric):
+    """The names' order stays, and is in doubt; where the files are certain it is theirs."""
+    names_only = ["the names have metrics"] if by_metric else []
+    if files[0] == "model":
+        names_only = ["no number is in the name"]
+    for number, (progress, what) in enumerate(((STEPS_ANEW, "steps"), (EPOCHS_ANEW, "epochs"))):
+        folder = tmp_path / "open" / str(number)
+        save_all(folder, files, progress)
+        check_order(folder, files, OPEN.format(folder, what), *names_only)
+    save_all(tmp_path / "certain", files, [(1, 30), (0, 10), (2, 40), (0, 20)])
+    candidates = Candidates(tmp_path / "certain")
+    assert candidates.names == [files[k] for k in (1, 3, 0, 2)]
+    assert candidates.notes == [BY.format(tmp_path / "certain", "step")]
+
+
+def test_files_are_certain_of_the_rest_where_they_agree_with_numbers(tmp_path):
+    """Also with epochs and steps in most names; else all is as the names have it."""
+    files = ["best", "model_0", "model_1", "model_2"]
+    save_all(tmp_path / "a", files, [(1, 25), (0, 10), (1, 20), (2, 30)])
+    assert Candidates(tmp_path / "a").names == ["model_0", "model_1", "best", "model_2"]
+    save_all(tmp_path / "b", files, [(1, 25), (0, 10), (2, 30), (1, 20)])
+    check_order(
+        tmp_path / "b",
+        files,
+        NUMBERS.format(tmp_path / "b", "steps"),
+        "no number is in the name of best.pt",
+    )
+    files = ["best", "epoch_0_step_250", "epoch_0_step_500", "epoch_1_step_100"]
+    save_all(tmp_path / "c", files, [(None, 90), (None, 250), (None, 500), (None, 100)])
+    check_order(
+        tmp_path / "c",
+        files,
+        NUMBERS.format(tmp_path / "c", "steps"),
+        "no epoch or step is in the name of best.pt",
+    )
+
+
+def test_steps_begin_anew_where_some_files_say_no_epoch(tmp_path):
+    save_all(tmp_path, "abc", [(0, 250), (None, 500), (1, 100)])
+    check_order(tmp_path, [*"abc"], OPEN.format(tmp_path, "steps"))
+
+
 def test_a_list_keeps_its_own_order(tmp_path):
     for k, name in enumerate(("b", "c", "a")):
         save(tmp_path / f"{name}.pt", k, step=10 - k)

@@ -80,36 +80,25 @@ class Checkpoint:
 
 
 class Weights(dict[str, Source]):
-    """The tensors of a checkpoint, and what was beside them: see `Checkpoint`."""
+    """The tensors of a checkpoint, and what was beside them.
 
-    def __init__(self, tensors: Mapping[str, Source], of: object = None) -> None:
+    Args:
+        tensors: by key
+        beside: a checkpoint without kind, tensors and files; None: there was nothing
+    """
+
+    def __init__(self, tensors: Mapping[str, Source], beside: Checkpoint | None = None) -> None:
         super().__init__(tensors)
-        self.metadata = of.metadata if isinstance(of, Entries) else {}
-        self.extra = of.extra if isinstance(of, Entries) else {}
-        self.others = tuple(of.others) if isinstance(of, Entries) else ()
-        self.numbers: Mapping[str, object] = {}
-        self.nest: tuple[str, ...] = ()
-        self.siblings: tuple[str, ...] = ()
+        self.beside = beside or Checkpoint("", {}, ())
 
-    def inside(self, content: object, *nest: str) -> Weights:
-        """These weights, which are those of a larger checkpoint under keys that lead to them."""
-        self.nest = nest
-        self.numbers = content.numbers if isinstance(content, Entries) else {}
-        return self
+    def inside(self, content: object, *nest: str, siblings: tuple[str, ...] = ()) -> Weights:
+        """These weights as those of a larger checkpoint, under keys that lead to them."""
+        numbers = content.numbers if isinstance(content, Entries) else {}
+        return Weights(self, replace(self.beside, numbers=numbers, nest=nest, siblings=siblings))
 
     def checkpoint(self, kind: str, files: tuple[Path, ...]) -> Checkpoint:
         """The checkpoint of this kind that they are of."""
-        return Checkpoint(
-            kind,
-            self,
-            files,
-            self.metadata,
-            self.extra,
-            self.others,
-            self.numbers,
-            self.nest,
-            self.siblings,
-        )
+        return replace(self.beside, kind=kind, tensors=self, files=files)
 
 
 def open_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
@@ -306,7 +295,11 @@ def _indexed(index: Path, entry: str | None) -> Checkpoint:
         raise CandidateError(expected, index)
     if not all(isinstance(name, str) for name in weight_map.values()):
         raise CandidateError(expected, index)
-    tensors, paths = Weights({}), []
+    tensors: dict[str, Source] = {}
+    metadata: dict[str, Mapping[str, object]] = {}
+    extra: dict[str, object] = {}
+    others: list[str] = []
+    paths = []
     for name in sorted(set(weight_map.values())):
         if not is_file_name(name):
             raise CandidateError(
@@ -321,13 +314,14 @@ def _indexed(index: Path, entry: str | None) -> Checkpoint:
             if key in tensors:
                 raise CandidateError(f"tensor {key!r} is in {name} and in an earlier shard", index)
             tensors[key] = source
-        tensors.metadata |= found.metadata
-        tensors.extra |= found.extra
-        tensors.others += found.others
+        metadata.update(found.beside.metadata)
+        extra.update(found.beside.extra)
+        others += found.beside.others
     for key, name in weight_map.items():
         if key not in tensors:
             raise CandidateError(f"tensor {key!r} should be in {name}, but no shard has it", index)
-    return tensors.checkpoint(_kind_of(index, paths[0]), (index, *paths))
+    kind = _kind_of(index, paths[0])
+    return Checkpoint(kind, tensors, (index, *paths), metadata, extra, tuple(others))
 
 
 def _kind_of(index: Path, shard: Path) -> str:
@@ -402,12 +396,11 @@ def _with_prefix(content: object, prefix: str) -> Weights | None:
     tensors = without(_tensors_in(content))
     if not tensors:
         return None
-    found = Weights(tensors)
-    if isinstance(content, Entries | Weights):
-        own = {} if prefix not in content.metadata else {"": content.metadata[prefix]}
-        found.metadata = without(content.metadata) | own
-        found.extra = without(content.extra)
-    return found
+    if not isinstance(content, Entries):
+        return Weights(tensors)
+    own = {} if prefix not in content.metadata else {"": content.metadata[prefix]}
+    metadata = without(content.metadata) | own
+    return Weights(tensors, Checkpoint("", {}, (), metadata, without(content.extra)))
 
 
 def prefixes(content: object) -> list[str]:
@@ -429,8 +422,7 @@ def _usual(content: object, path: Path) -> Weights:
             _check_object(content, key, path, hint)
             inside = content.get(key)
             if tensors := _weights_in(inside, path, "" if _tensors_in(inside) else hint):
-                tensors.siblings = _siblings(content, key)
-                return tensors.inside(content, key)
+                return tensors.inside(content, key, siblings=_siblings(content, key))
     tensors = _weights_in(content, path, hint)
     if tensors and (has_weights(tensors) or not _holds_weights(content)):
         return tensors.inside(content)
@@ -490,7 +482,10 @@ def _weights_in(content: object, path: Path, hint: str = "") -> Weights | None:
     for key in content.odd if isinstance(content, Entries) else ():
         _check_object(content, key, path, hint)
     tensors = _tensors_in(content)
-    return Weights(tensors, content) if tensors else None
+    if not isinstance(content, Entries) or not tensors:
+        return Weights(tensors) if tensors else None
+    others = tuple(content.others)
+    return Weights(tensors, Checkpoint("", {}, (), content.metadata, content.extra, others))
 
 
 def _check_object(content: object, key: str, path: Path, hint: str = "") -> None:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from .checks import read_json
 from .errors import CandidateError
-from .order import doubts, names_say, shortened
+from .formats import stem_of
+from .order import ALIAS, LAST, METRIC, VERSION, doubts, names_say, shortened
 from .torch_zip import described
 from .unpickle import Made
 
@@ -24,6 +25,7 @@ EPOCHS = ("epoch", "epochs")
 #: files of transformers' Trainer in each of its checkpoints, and how it calls these
 TRAINER_STATE, TRAINER_ARGUMENTS = "trainer_state.json", "training_args.bin"
 TRAINER_FOLDER = re.compile(r"checkpoint-(\d{1,15})")
+NUMBER = re.compile(r"\d+")
 #: checkpoints of one run that are counted
 MOST = 100_000
 
@@ -94,7 +96,9 @@ class Order(NamedTuple):
 def in_order_of_training(paths: Sequence[Path], progress: Sequence[Progress]) -> Order:
     """Puts checkpoints that are in order of age by their names in that of what is in them.
 
-    This is done in each directory where not all names have a step, and all checkpoints do.
+    This is done in each directory where not all names have a step, but all checkpoints do, and
+    leave no doubt: their steps and epochs give one order, which is also that of the names that
+    differ in a number. Else the names' order stays, and is in doubt.
 
     Args:
         paths: in order of age, oldest first
@@ -105,32 +109,101 @@ def in_order_of_training(paths: Sequence[Path], progress: Sequence[Progress]) ->
     for k, path in enumerate(paths):
         folders.setdefault(path.parent, []).append(k)
     for folder, places in folders.items():
-        keys = _keys([progress[k] for k in places])
-        if keys is None or names_say([paths[k] for k in places]):
+        named, inside = [paths[k] for k in places], [progress[k] for k in places]
+        values = _known(inside)
+        if not values or names_say(named):
             continue
-        what, values = keys
-        by_files.update(places)
-        right = [k for _, k in sorted(zip(values, places, strict=True))]
-        for place, k in zip(places, right, strict=True):
-            order.places[place] = k
-        if right != places:
-            order.notes.append(
-                f"{folder}: the order is that of the {what}s in the files, and not of their names"
+        what = "steps" if len({step for step, _ in values}) > 1 else "epochs"
+        numbered = _numbered(named)
+        if not all(_rising([values[k] for k in group]) for group in numbered):
+            order.doubts.append(
+                f"{folder}: the numbers in the names give another order than the {what} in the"
+                " files: it is that of the names"
+            )
+        elif _certain(named, inside, values):
+            by_files.update(places)
+            right = [k for _, k in sorted(zip(values, places, strict=True))]
+            for place, k in zip(places, right, strict=True):
+                order.places[place] = k
+            if right != places:
+                order.notes.append(
+                    f"{folder}: the order is that of the {what} in the files, and not of their"
+                    " names"
+                )
+        elif not (_are_all(numbered, named) and _rising(values)):
+            order.doubts.append(
+                f"{folder}: the {what} in the files begin anew or are the same, which leaves the"
+                " order open: it is that of the names"
             )
     order.doubts.extend(doubts([path for k, path in enumerate(paths) if k not in by_files]))
     return order
 
 
-def _keys(progress: Sequence[Progress]) -> tuple[str, list[tuple[float, float]]] | None:
-    """What checkpoints can be sorted by, and its name.
+def _known(progress: Sequence[Progress]) -> list[tuple[float, float]]:
+    """(step, epoch) of each checkpoint, with 0 for what some do not say; [] if all are the same."""
+    steps, epochs = [p.step for p in progress], [p.epoch for p in progress]
+    if None in steps:
+        steps = [0.0] * len(steps)
+    if None in epochs:
+        epochs = [0.0] * len(epochs)
+    values = [(step or 0.0, epoch or 0.0) for step, epoch in zip(steps, epochs, strict=True)]
+    return values if len(set(values)) > 1 else []
 
-    None if some do not say how far they had come, or all say the same.
+
+def _by_epoch(value: tuple[float, float]) -> tuple[float, float]:
+    """Sort key of (step, epoch) where steps are counted anew in every epoch."""
+    return value[1], value[0]
+
+
+def _rising(values: Sequence[tuple[float, float]]) -> bool:
+    """Whether these are in order, steps first or epochs first."""
+    return values in (sorted(values), sorted(values, key=_by_epoch))
+
+
+def _certain(
+    paths: Sequence[Path], progress: Sequence[Progress], values: Sequence[tuple[float, float]]
+) -> bool:
+    """Whether there is one order only that what is in the files can mean.
+
+    One that is called best or last may be as old as another.
     """
-    for name, other in (("step", "epoch"), ("epoch", "step")):
-        found = [(getattr(p, name), getattr(p, other) or 0.0) for p in progress]
-        if all(first is not None for first, _ in found) and len(set(found)) > 1:
-            return name, found
-    return None
+    both = [(p.step, p.epoch) for p in progress if p.step is not None and p.epoch is not None]
+    names = map(stem_of, paths)
+    own = [
+        value
+        for name, value in zip(names, values, strict=True)
+        if not ALIAS.search(name) or NUMBER.search(name)
+    ]
+    return sorted(both) == sorted(both, key=_by_epoch) and len(set(own)) == len(own)
+
+
+def _numbered(paths: Sequence[Path]) -> list[list[int]]:
+    """Those of some checkpoints whose names give an order by themselves, group by group.
+
+    They have epochs or steps, or are the same but for one number, which is no metric and not
+    Lightning's version: it gives these anew when files are gone.
+    """
+    timed: list[int] = []
+    groups: dict[str, list[int]] = {}
+    for k, path in enumerate(paths):
+        name = stem_of(path)
+        if names_say([path]):
+            timed.append(k)
+        elif not METRIC.search(name) and not VERSION.search(name):
+            groups.setdefault(NUMBER.sub("0", name), []).append(k)
+
+    def is_numbered(group: list[int]) -> bool:
+        fields = zip(*(NUMBER.findall(stem_of(paths[k])) for k in group), strict=True)
+        return sum(len(set(field)) > 1 for field in fields) == 1
+
+    found = [group for group in groups.values() if is_numbered(group)]
+    return [timed, *found] if names_say([paths[k] for k in timed]) else found
+
+
+def _are_all(groups: Sequence[Sequence[int]], paths: Sequence[Path]) -> bool:
+    """Whether one group has all checkpoints but those that are called last."""
+    others = [k for k, path in enumerate(paths) if not LAST.search(stem_of(path))]
+    return any(set(others) <= set(group) for group in groups)
 
 
 # Checkpoints that are gone -----------------------------------------------------------------------
