@@ -12,7 +12,7 @@ LENGTH = 64
 
 
 def make_model():
-    """A Llama of 140 thousand weights."""
+    """A Llama of 107 thousand weights."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -20,6 +20,7 @@ def make_model():
             intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
+            tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
