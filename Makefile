@@ -51,7 +51,7 @@ triton-versions: build
 
 # The documentation site in build/site, to be read from the disk: see mkdocs.yml.
 docs: $(DOCS)/.requirements build/notebook/averaging_a_fine_tune.md
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 # A notebook of examples/ as a page, with what it shows when it is run: in a minute, in .venv/.
 build/notebook/%.md: examples/%.ipynb examples/text.py $(VENV)/.built $(shell find python/twa twa_kernels -name '*.py')

@@ -23,7 +23,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ("bench/results/**/*.md", "bench/results/**/*.png", "CONTRIBUTING.md", "CHANGELOG.md")
 NOTEBOOKS = ROOT / "build/notebook"
-SHOWN = re.compile(r"^ +(?=</?div>$)", re.MULTILINE)  # HTML of the Trainer, indented as code is
+#: the HTML that transformers' Trainer shows, and what of it Markdown takes
+SHOWN = {r"^ +(?=</?div>$)": "", r"^ *<table .*>$": "<table>", r"^</table><p>$": "</table>"}
 FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
 
@@ -61,7 +62,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if uri.startswith("bench/"):
         page.meta["hide"] = ["toc"]
     if uri.startswith("examples/"):
-        markdown = SHOWN.sub("", markdown)
+        for pattern, tag in SHOWN.items():
+            markdown = re.sub(pattern, tag, markdown, flags=re.MULTILINE)
     here = posixpath.dirname(f"docs/{uri}" if (ROOT / "docs" / uri).exists() else uri)
 
     def turned(link: re.Match[str]) -> str:
