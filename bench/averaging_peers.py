@@ -283,8 +283,21 @@ ROWS: tuple[tuple[str, Callable[[Peer], str]], ...] = (
 #: what twa has, and the test that fails if it has not
 TESTED = (
     ("average during training", "yes", "recorder/test_recorder.py::test_averages"),
-    ("... in transformers' Trainer", "", ""),
-    ("... in Lightning", "", ""),
+    (
+        "... in transformers' Trainer, TRL, PEFT",
+        "yes",
+        "integrations/test_transformers.py::test_the_average_is_evaluated",
+    ),
+    (
+        "... in Lightning",
+        "yes",
+        "integrations/test_lightning.py::test_average_beside_the_weights_as_they_are",
+    ),
+    (
+        "the best by the average",
+        "yes",
+        "integrations/test_transformers.py::test_the_best_average_is_chosen",
+    ),
     ("... in Accelerate", "yes", "integrations/test_accelerate.py"),
     ("... in timm's loop", "yes", "integrations/test_timm.py"),
     ("... in Fabric", "yes", "integrations/test_plain_loops.py::test_fabric"),

@@ -334,7 +334,7 @@ def test_states_that_are_refused(tmp_path):
     state = subspace.state_dict()
     for bad, said in (
         (optimizer.subspace.state_dict(), "state of another subspace: bits: expected 4, found 8"),
-        (optimizer.state_dict(), "expected the state of a Subspace, found no 'identity'"),
+        (optimizer.state_dict(), "expected the state of a Subspace, found no 'coefficients'"),
         (average.state_dict(), "expected the state of a Subspace, found no 'identity'"),
         (state | {"coefficients": torch.ones(3, 1)}, r"expected shape \(3, 5\), found \(3, 1\)"),
     ):

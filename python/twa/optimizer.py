@@ -15,7 +15,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from twa_kernels.ops.step import UNSUPPORTED_OPTIONS
 
 from .grad_hooks import GradientHooks
-from .io.errors import TwaError
+from .io.errors import StateError, TwaError
 from .subspace import Subspace
 
 #: optimizers whose step is fused with the projection and the reconstruction: all of it is one call,
@@ -300,42 +300,32 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         Raises:
             DistributedError: the ranks' coefficients were not the same bits
         """
-        self.subspace.sharding.ranks.check_drift()
+        subspace = self.subspace.state_dict()
         with self._coefficients_in_group():
             inner = super().state_dict()
         numbers = list(range(len(self.param_groups[0]["params"])))
         state: dict[int, dict[str, Any]] = {k: {} for k in numbers}
-        state[0] = dict(inner["state"].get(0, {}))
-        state[0]["coefficients"] = self.subspace.coefficients.detach().clone()
-        # a tuple: torch.distributed.checkpoint keeps it whole
-        subspace = tuple(self.subspace.identity().items())
-        group = inner["param_groups"][0] | {"params": numbers, "subspace": subspace}
-        return {"state": state, "param_groups": [group]}
+        state[0] = inner["state"].get(0, {}) | {"coefficients": subspace["coefficients"]}
+        group = {"params": numbers, "subspace": subspace["identity"]}
+        return {"state": state, "param_groups": [inner["param_groups"][0] | group]}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Sets coefficients, inner state and model to what they were.
 
         Raises:
-            TwaError: it is no state of a SubspaceOptimizer, or belongs to a subspace of other
-                candidates, segments, center, bits, basis, constraint or normalisation
+            StateError: it is no state of a SubspaceOptimizer
+            TwaError: it belongs to a subspace of other candidates, segments, center, bits, basis,
+                constraint or normalisation
         """
-        where = "optimizer state"
         try:
             group = dict(state_dict["param_groups"][0])
             own = dict(state_dict["state"][group["params"][0]])
-            x, theirs = own.pop("coefficients"), dict(group.pop("subspace"))
+            x, identity = own.pop("coefficients"), dict(group.pop("subspace"))
         except (KeyError, IndexError, TypeError) as error:
-            raise TwaError("expected the state of a SubspaceOptimizer", where) from error
-        for key, ours in self.subspace.identity().items():
-            if theirs.get(key) != ours:
-                raise TwaError(
-                    f"{key}: expected {ours}, found {theirs.get(key)}",
-                    f"{where} of another subspace",
-                )
-        self.subspace.sharding.ranks.reset_drift()
+            raise StateError("expected the state of a SubspaceOptimizer") from error
+        self.subspace.check_identity(identity, "optimizer state")
         state = {0: own} if own else {}
         with self._coefficients_in_group():
             super().load_state_dict({"state": state, "param_groups": [group | {"params": [0]}]})
-        self.subspace.coefficients.copy_(x)
-        self.subspace.write_weights()
+        self.subspace.load_state_dict({"coefficients": x, "identity": identity})

@@ -56,6 +56,7 @@ def make_module(base=L.LightningModule, dropout=0.0):
                 nn.Linear(12, 2),
             )
             self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=2)
+            self.mean = torchmetrics.MeanMetric()
             self.outputs = []
             self.seen = []  # (hook, first weight) of validation
             self.in_validation = None
@@ -63,6 +64,7 @@ def make_module(base=L.LightningModule, dropout=0.0):
         def training_step(self, batch, batch_idx):
             loss = cross_entropy(self.net(batch[0]), batch[1])
             self.log("train_loss", loss)
+            self.mean(loss)
             return {"loss": loss}
 
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
@@ -146,25 +148,42 @@ def snapshots(recorder):
 # Recording and evaluating ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("evaluate", [{}, LAWA])
-def test_the_run_is_the_same(tmp_path, evaluate):
+def test_the_run_is_the_same(tmp_path, evaluate, shared):
+    class Watch(Callback):
+        """What others see of the trainer's figures."""
+
+        def __init__(self):
+            self.seen = []
+
+        def look(self, trainer, *_):
+            shown = {**trainer.callback_metrics, **trainer.progress_bar_metrics}
+            own = {name: float(v) for name, v in shown.items() if not name.startswith("avg_")}
+            self.seen.append((trainer.global_step, own))
+
+        on_validation_start = on_validation_batch_end = on_validation_end = look
+        on_train_batch_start = look
+
     found = []
     for name, more in (("without", []), ("with", [RecorderCallback(every=3, **evaluate)])):
-        module, lines = make_module(dropout=0.3), Lines()
-        shared = torch.Generator().manual_seed(2)  # of training and validation data
+        module, lines, watch = make_module(dropout=0.3), Lines(), Watch()
+        # of training and validation data, or neither has one
+        generator = torch.Generator().manual_seed(2) if shared else None
         torch.manual_seed(11)
-        trainer = make_trainer(tmp_path / name, *more, logger=lines, val_check_interval=4)
-        trainer.fit(module, *loaders(shuffle=True, generator=shared))
-        progress = trainer.fit_loop.state_dict()
-        found.append((state_of(module), lines.lines, torch.rand(3), progress, module.seen))
-    (before, lines, numbers, progress, _), (after, more_lines, same_numbers, same, seen) = found
-    assert equal(before, after) and torch.equal(numbers, same_numbers) and progress == same
+        trainer = make_trainer(tmp_path / name, *more, watch, logger=lines, val_check_interval=4)
+        trainer.fit(module, *loaders(shuffle=True, generator=generator))
+        same = state_of(module), torch.rand(3), trainer.fit_loop.state_dict(), watch.seen
+        found.append((same, lines.lines, module.seen))
+    (expected, lines, _), (same, more_lines, seen) = found
+    assert equal(expected[0], same[0]) and torch.equal(expected[1], same[1])
+    assert expected[2:] == same[2:]
     own = [
         (step, {k: v for k, v in line.items() if not k.startswith("avg_")})
         for step, line in more_lines
     ]
     assert own == lines  # each metric once, with the same values
-    assert bool(evaluate) == (len(seen) > len(found[0][-1]))
+    assert bool(evaluate) == (len(seen) > len(found[0][2]))
 
 
 def test_average_beside_the_weights_as_they_are(tmp_path):
@@ -539,6 +558,42 @@ def test_a_recording_that_is_gone(tmp_path):
     assert recorder.recorder.steps == [18, 21, 24]  # as ever counted from the beginning
 
 
+def test_a_recording_that_had_not_begun(tmp_path):
+    options, train = {"every": 3, "start": 20}, loaders()[0]
+    saving = every_epoch(tmp_path / "c")
+    make_trainer(tmp_path, RecorderCallback(**options), saving, epochs=4).fit(make_module(), train)
+    first = {name: p.stat().st_size for name, p in files_of(tmp_path / "twa").items()}
+    recorder = RecorderCallback(**options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", twa.CandidateWarning)
+        checkpoint = tmp_path / "c" / "16.ckpt"
+        make_trainer(tmp_path, recorder, epochs=4).fit(make_module(), train, ckpt_path=checkpoint)
+    assert recorder.recorder.steps == [20, 23, 26, 29, 32]
+    assert {name: p.stat().st_size for name, p in files_of(tmp_path / "twa").items()} == first
+    (tmp_path / "twa").rename(tmp_path / "elsewhere")
+    recorder = RecorderCallback(**options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", twa.CandidateWarning)
+        make_trainer(tmp_path, recorder, epochs=4).fit(make_module(), train, ckpt_path=checkpoint)
+    assert recorder.recorder.steps == [20, 23, 26, 29, 32]
+
+
+def test_a_recording_of_another_run(tmp_path):
+    saving = every_epoch(tmp_path / "c")
+    path = tmp_path / "recording"
+    make_trainer(tmp_path, RecorderCallback(every=3, path=path), saving).fit(
+        make_module(), *loaders()
+    )
+    path.rename(tmp_path / "kept")
+    make_trainer(tmp_path, RecorderCallback(every=3, path=path)).fit(make_module(), *loaders())
+    before = {name: p.read_bytes() for name, p in files_of(path).items()}
+    with pytest.raises(twa.StateError, match="of another recording"):
+        make_trainer(tmp_path, RecorderCallback(every=3, path=path), epochs=4).fit(
+            make_module(), *loaders(), ckpt_path=tmp_path / "c" / "24.ckpt"
+        )
+    assert before == {name: p.read_bytes() for name, p in files_of(path).items()}
+
+
 def test_error_in_validation_of_the_average(tmp_path):
     recorder, module, trained = RecorderCallback(every=3, **LAWA), make_module(), []
 
@@ -630,9 +685,11 @@ def test_train_average_of_a_run(tmp_path):
     recorder, module, data, lines = RecorderCallback(every=3), make_module(), Data(), Lines()
     trainer = make_trainer(tmp_path, recorder, logger=lines)
     trainer.fit(module, datamodule=data)
+    assert module.mean.update_count == 24
     count = len(lines.lines)
     outcome = train_average(trainer, module, recorder.recorder, steps=4, progress=False)
     assert data.sets_up == 1 and len(lines.lines) == count
+    assert module.mean.update_count == 0  # what was seen meanwhile is no part of the next epoch
     with torch.no_grad():
         module.eval()
         x, y = samples().tensors

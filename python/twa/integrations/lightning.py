@@ -161,6 +161,7 @@ class RecorderCallback(Callback):
         if path is None and self._sharded and not trainer.fast_dev_run:
             raise TwaError("the module is sharded: expected a path", "RecorderCallback")
         recorder = Recorder(module, path=path, resume=goes_on and path is not None, **self.options)
+        self.recorder, self._begun, self._loaded = recorder, True, {}
         if goes_on:
             recorder.load_state_dict(state["recorder"])
         else:
@@ -168,7 +169,6 @@ class RecorderCallback(Callback):
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, Optimizer):
                 recorder.attach(optimizer).remove()  # for masters in its state; the trainer counts
-        self.recorder, self._begun, self._loaded = recorder, True, {}
 
     def _finish(self) -> None:
         """Ends what holds during a fit."""
@@ -182,10 +182,10 @@ class RecorderCallback(Callback):
         path, goes_on, problem = trainer.strategy.broadcast(chosen)
         if problem:
             raise TwaError(problem, path)
-        if state and not goes_on and trainer.is_global_zero:
+        if state and not goes_on and _has_snapshots(state) and trainer.is_global_zero:
             _warn(
-                f"the recording that the checkpoint goes on with is not in {path or 'it'}: a new"
-                " one begins here"
+                f"the checkpoint's recording, in {state['path'] or 'the checkpoint'}, cannot go on"
+                f" in {path or 'memory'}: a new one begins here"
             )
         return path, goes_on
 
@@ -245,7 +245,7 @@ class RecorderCallback(Callback):
         if not path:
             raise TwaError("ModelCheckpoint has saved no best checkpoint", "load_best")
         step = _step_of(Path(path))
-        if step < min(self.recorder._common_steps(), default=step + 1):
+        if step < min(self.recorder.common_steps(), default=step + 1):
             raise TwaError("the best checkpoint is from before the first snapshot: load it", path)
         self.recorder.apply(self.evaluate, until=step, **self.horizon)
         return step
@@ -316,7 +316,6 @@ def _apart(trainer: Trainer) -> Iterator[Any]:
     before = epoch_loop.val_loop, trainer._logger_connector, trainer.callbacks
     loop, connector = copy.copy(before[0]), copy.copy(before[1])
     loop.__dict__.pop("run", None)
-    loop._results = type(loop._results)(training=False)
     loop.batch_progress = copy.deepcopy(loop.batch_progress)
     loop._seen_batches_per_dataloader = copy.copy(loop._seen_batches_per_dataloader)
     for name in ("_progress_bar_metrics", "_logged_metrics", "_callback_metrics"):
@@ -473,6 +472,12 @@ def _step_of(checkpoint: Path) -> int:
     if not isinstance(step, int):
         raise TwaError("expected a checkpoint of Lightning, found none", path)
     return step
+
+
+def _has_snapshots(state: Mapping[str, Any]) -> bool:
+    """Whether a state of RecorderCallback is of a recording that had begun."""
+    ranks = [value for key, value in state["recorder"].items() if key.startswith("rank_")]
+    return any(steps for steps, _ in ranks)
 
 
 def _warn(text: str) -> None:

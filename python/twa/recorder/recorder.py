@@ -85,8 +85,7 @@ class Recorder:
         keep: how many snapshots are kept, the newest (in files up to a quarter more); None: all
         resume: go on with the recording in `path`, if there is one
         weights: (name, parameter) -> tensor to record in the parameter's place, such as a float32
-            master of a parameter in half precision; without it, masters are taken from the state of
-            the attached optimizer where they are named so
+            master of a parameter in half precision; without it, see `take_masters_of`
         group: the process group; default: that of a sharded model, else all ranks
 
     Attributes:
@@ -170,8 +169,15 @@ class Recorder:
         """
         optimizer = with_hooks(optimizer)
         self._watched.parameters()
-        self._optimizers.append(optimizer)
+        self.take_masters_of(optimizer)
         return optimizer.register_step_post_hook(StepHook(self.step))
+
+    def take_masters_of(self, optimizer: torch.optim.Optimizer) -> None:
+        """Records the float32 masters that an optimizer has of parameters in half precision.
+
+        They are those in its state that are named so ("master", "fp32"). `attach` calls it.
+        """
+        self._optimizers.append(optimizer)
 
     def step(self, count: int | None = None) -> bool:
         """Counts a step of training; records after each `every` of them.
@@ -404,7 +410,8 @@ class Recorder:
 
         Args:
             scheme: "uniform", "ema", "lawa", "wsm", "last", or merge weights (n,)
-            until: the average as it was at this step: later snapshots have no weight
+            until: the average as it was at this step: later snapshots have no weight; nor have
+                those that `keep` has dropped since
             horizon: in steps of training, see `twa.averages.of_steps`
 
         Returns:
