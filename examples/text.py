@@ -38,7 +38,7 @@ def tokens(first, count):
     return [{"input_ids": i, "labels": i} for i in ids if len(i) == LENGTH]
 
 
-def pretrained_model(steps=150):
+def pretrained_model(steps=100):
     """The model after so many steps on the source of a module: there is something to fine-tune."""
     model, source = make_model(), inspect.getsource(typing).encode()
     data = torch.tensor(list(source)) + tokenizer.offset  # the tokens of bytes
