@@ -34,10 +34,25 @@ def plain_weights(model: nn.Module, own: list[nn.Module] | None = None) -> Itera
     if all(m.training for m in own):
         yield
         return
+    with modes_kept(model, own):
+        for m in own:
+            if not m.training:
+                m.train()
+        yield
+
+
+@contextlib.contextmanager
+def modes_kept(model: nn.Module, own: list[nn.Module] | None = None) -> Iterator[None]:
+    """A context after which every module of a model is in the mode that it was in.
+
+    Modules that have a `train()` of their own make anew what they keep in evaluation mode.
+
+    Args:
+        model: of the modules
+        own: what `with_own_train` gives; None: it is asked
+    """
+    own = with_own_train(model) if own is None else own
     modes = {m: m.training for m in model.modules()}
-    for m in own:
-        if not m.training:
-            m.train()
     try:
         yield
     finally:

@@ -137,12 +137,17 @@ def test_outcome(run, tmp_path):
     assert page.startswith("# Average for task Sequential") and "twa.average(...)" in page
     methods = [row["method"] for row in json.loads((out / "results.json").read_text())]
     assert methods == [r.method for r in outcome.results]
-    model(torch.randn(8, 6))  # statistics of BatchNorm move; weights do not
-    with torch.no_grad():
-        model[4].bias += 1
-    for use in (lambda: outcome.save(tmp_path / "late"), lambda: outcome.state):
-        with pytest.raises(TwaError, match=r"'4.bias' was written to since"):
-            use()
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    for name, change in (
+        ("4.bias", lambda: model[4].bias.data.add_(1)),
+        ("1.running_mean", lambda: model.train()(torch.randn(8, 6))),
+    ):
+        change()
+        for use in (lambda: outcome.save(tmp_path / "late"), lambda: outcome.state):
+            with pytest.raises(TwaError, match=rf"'{name}' is another since .*no longer at"):
+                use()
+        model.load_state_dict(before)  # what was put back counts as the same
+        assert torch.equal(outcome.state["4.bias"], before["4.bias"])
     assert not (tmp_path / "late").exists()
 
 
@@ -192,3 +197,60 @@ def test_a_model_in_ddp(run, tmp_path):
         loss(wrapped, next(iter(data(1)))).backward()  # it can be trained on
     finally:
         torch.distributed.destroy_process_group()
+
+
+class Cached(nn.Module):
+    """It keeps what it makes of a weight while it is in evaluation mode, as LeViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.body = nn.Parameter(torch.ones(3)), make()
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.kept = None if mode else self.scale.exp()
+        return self
+
+    def forward(self, x):
+        return self.body(x) * (self.scale.exp() if self.kept is None else self.kept)
+
+
+@pytest.fixture
+def cached(tmp_path):
+    for k in range(4):
+        model = Cached()
+        torch.manual_seed(k)
+        for p in model.parameters():
+            p.data += 0.1 * torch.randn(p.shape)
+        save_file(model.state_dict(), tmp_path / f"step_{k}.safetensors")
+    return tmp_path
+
+
+def test_what_modules_keep_is_that_of_the_winner(cached):
+    model = Cached().eval()
+    outcome = twa.average(
+        model, cached, data(1), data(2), loss, heldout=data(3), steps=4, progress=False
+    )
+    assert not model.training and outcome.winner.candidates == 4
+    with torch.no_grad():
+        found = [float(loss(model, batch)) for batch in data(2)]
+    assert sum(found) / len(found) == pytest.approx(outcome.winner.val_loss, rel=1e-6)
+
+
+def test_an_error_leaves_no_hooks(run):
+    folder, _, _ = run
+    model, calls = make(), []
+
+    def failing(model, batch):
+        calls.append(model.training)
+        if sum(calls) > 20:  # while coefficients are trained
+            raise KeyboardInterrupt
+        return loss(model, batch)
+
+    with pytest.raises(KeyboardInterrupt) as kept:
+        twa.average(
+            model, folder, data(1), data(2), failing, low_memory=True, steps=99, progress=False
+        )
+    assert kept.tb is not None
+    loss(model, next(iter(data(1)))).backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -54,6 +54,21 @@ class Written:
         return next(name for name, a, b in names if a != b)
 
 
+def checksums(sharding: Sharding) -> dict[str, int]:
+    """A sum over the bits of each tensor, or of this rank's part of it, by name."""
+    state, key_map = _state(sharding), sharding.key_map
+    names = (*key_map.trained, *key_map.fixed, *key_map.copied)
+    with torch.no_grad(), plain_weights(sharding.model):
+        return {name: _sum_of_bits(local(state[name])) for name in names}
+
+
+def _sum_of_bits(t: Tensor) -> int:
+    """The sum of a tensor's elements taken for whole numbers."""
+    t = torch.view_as_real(t) if t.is_complex() else t
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(t.contiguous().view(kinds[t.element_size()]).sum(dtype=torch.int64))
+
+
 def _writes(sharding: Sharding) -> list[int]:
     """How often each trained tensor, or this rank's part of it, was written to."""
     if sharding.name != "columns":

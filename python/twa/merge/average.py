@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..io.candidates import Candidates
 from ..io.errors import TwaError
+from ..modes import modes_kept
 from ..recorder.recorder import Recorder
 from ..tasks.batches import generators_kept, random_state_kept
 from ..tasks.contract import Task, check_batches
@@ -48,7 +49,8 @@ def average(
         outcome.save("out/")
 
     It is what `twa average` does. All choices are made on the validation data. Training modes and
-    the state of random generators are as before when it returns; gradients are gone.
+    the state of random generators are as before when it returns; gradients are gone. After an error
+    the model is at the average that was being tried.
 
     Args:
         model: that the candidates are of; one in DistributedDataParallel is taken out of it
@@ -90,19 +92,15 @@ def average(
     task = Task(
         title, lambda: whole, loss, train, val, heldout, test, metric, metric_name=metric_name
     )
-    modes = {m: m.training for m in whole.modules()}
     with contextlib.ExitStack() as kept:
+        kept.enter_context(modes_kept(whole))
         kept.enter_context(random_state_kept())
         for batches in given.values():
             kept.enter_context(generators_kept(batches))
         for name, batches in given.items():
             check_batches(batches, name)  # which may draw random numbers
-        try:
-            job = Merge(task, _candidates(source), chosen, progress, group=group, may_shard=False)
-            return job.run()
-        finally:
-            for m, training in modes.items():
-                m.training = training
+        candidates = _candidates(source)
+        return Merge(task, candidates, chosen, progress, group=group, may_shard=False).run()
 
 
 def _candidates(source: Source) -> Candidates:

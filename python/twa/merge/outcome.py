@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.sharding import Sharding
-from ..distributed.weights import Written, exported_tensors
+from ..distributed.weights import checksums, exported_tensors
 from ..export import bundle
 from ..io.atomic import write_bytes, write_json, write_text
 from ..io.errors import TwaError
@@ -40,7 +40,7 @@ class Outcome:
     task: Task
 
     def __post_init__(self) -> None:
-        self._written = Written.of(self.sharding)
+        self._checksums = checksums(self.sharding)
 
     def __str__(self) -> str:
         """The table, as Markdown, and the winner."""
@@ -59,9 +59,10 @@ class Outcome:
         Raises:
             TwaError: the model has been moved since
         """
-        self._check_model()
-        with plain_weights(self.sharding.model):
-            return dict(exported_tensors(self.sharding))
+        sharding = self.sharding
+        with sharding.ranks.fail_together("reading the winner"), plain_weights(sharding.model):
+            self._check_model()
+            return dict(exported_tensors(sharding))
 
     def save(
         self, folder: str | Path, *, dcp: bool = False, command: str = "twa.average(...)"
@@ -82,9 +83,9 @@ class Outcome:
             TwaError: the model has been moved since
             OSError: a file cannot be written
         """
-        self._check_model()
         folder, ranks = Path(folder), self.sharding.ranks
         with ranks.fail_together(f"writing {folder}"):
+            self._check_model()
             if ranks.is_rank_zero:
                 folder.mkdir(parents=True, exist_ok=True)
             ranks.barrier()
@@ -120,9 +121,10 @@ class Outcome:
 
     def _check_model(self) -> None:
         """TwaError if the model is no longer at the winner."""
-        if name := self._written.changed(self.sharding):
+        now = checksums(self.sharding)
+        if changed := [name for name, value in self._checksums.items() if now[name] != value]:
             raise TwaError(
-                f"{name!r} was written to since: the model is no longer at the winner; save before"
-                " it is trained or loaded again",
+                f"{changed[0]!r} is another since ({len(changed)} tensors in all): the model is no"
+                " longer at the winner; save before it is trained or loaded again",
                 "outcome",
             )

@@ -212,23 +212,25 @@ class Merge:
             prepare(subspace)
         data = self._data_of(method)
         trainer = Trainer(self.evaluator, subspace, data, self.settings, keep=keep, on_look=on_look)
-        if saved is not None:
-            self._load(trainer, saved)
+        try:
+            if saved is not None:
+                self._load(trainer, saved)
 
-        def save() -> None:
-            seconds = time.perf_counter() - begun
-            self._save(index, trainer.state_dict() | {"seconds": seconds})
+            def save() -> None:
+                seconds = time.perf_counter() - begun
+                self._save(index, trainer.state_dict() | {"seconds": seconds})
 
-        with progress_bar(method.name, self.settings.steps, self.progress) as bar:
-            trainer.run(bar, save if self.store is not None else None)
-            if trainer.diverged and self.ranks.is_rank_zero:
-                bar.write(f"twa: {method.name}: {trainer.note}", file=sys.stderr)
-        result = self._result(method, trainer)
+            with progress_bar(method.name, self.settings.steps, self.progress) as bar:
+                trainer.run(bar, save if self.store is not None else None)
+                if trainer.diverged and self.ranks.is_rank_zero:
+                    bar.write(f"twa: {method.name}: {trainer.note}", file=sys.stderr)
+            result = self._result(method, trainer)
+        finally:
+            trainer.close()
         result.note = "; ".join(filter(None, (f"from {start_name}{why}", trainer.note)))
         result.seconds = time.perf_counter() - begun
         result.memory = self.ranks.most(memory.bytes())
         result.averaged_bn_loss = self.evaluator.averaged_bn_loss(start)
-        trainer.close()
         self._add(result)
         return result
 

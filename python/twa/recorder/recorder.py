@@ -660,6 +660,11 @@ class Recorder:
         Raises:
             StateError: it is the state of another recorder
         """
+        with self._ranks.fail_together("going on with a recording"):
+            self._take_state(state)
+
+    def _take_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on where a state was taken."""
         self._check_open()
         if not isinstance(state, Mapping) or state.get("format") != FORMAT:
             raise StateError("expected the state of a Recorder")
@@ -719,14 +724,15 @@ class Recorder:
         Raises:
             TwaError: the first snapshot that is there is a later one, or the recorder is closed
         """
-        self._check_open()
-        self.flush()
-        if isinstance(self._store, Folder):
-            if self._store.steps:
-                self._take_over(self._store.cut(step))
-        else:
-            self._rewind_memory(self._store, step)
-        self.count, self._ended = step or 0, False
+        with self._ranks.fail_together("dropping snapshots"):
+            self._check_open()
+            self.flush()
+            if isinstance(self._store, Folder):
+                if self._store.steps:
+                    self._take_over(self._store.cut(step))
+            else:
+                self._rewind_memory(self._store, step)
+            self.count, self._ended = step or 0, False
 
     def _rewind_memory(self, store: Memory, step: int | None) -> None:
         """Drops snapshots in memory after a step."""
