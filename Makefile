@@ -50,8 +50,14 @@ triton-versions: build
 	$(BIN)/python bench/triton_versions.py
 
 # The documentation site in build/site, to be read from the disk: see mkdocs.yml.
-docs: $(DOCS)/.requirements
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+docs: $(DOCS)/.requirements build/notebook/averaging_a_fine_tune.md
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+# A notebook of examples/ as a page, with what it shows when it is run: in a minute, in .venv/.
+build/notebook/%.md: examples/%.ipynb examples/text.py $(VENV)/.built $(shell find python/twa twa_kernels -name '*.py')
+	rm -rf $@ $(@:.md=_files)
+	HF_HUB_DISABLE_PROGRESS_BARS=1 PYTHONWARNINGS="ignore:IProgress" \
+	  $(BIN)/python -m nbconvert --execute --to markdown --log-level WARN --output-dir $(@D) $<
 
 # The kernel tests once more, with a native module and emulated CUDA kernels built for AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED := build/sanitize

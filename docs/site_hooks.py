@@ -3,7 +3,8 @@
 Pages in docs/ link to everything by its place in the repository. For the site
 
 - `OUTSIDE` says which files of the repository become pages and pictures of it, too;
-- links to these, and to README.md, are turned to where they are in the site;
+- notebooks of examples/ become pages with what they show when they are run: `make docs` does so;
+- links to all of these, and to README.md, are turned to where they are in the site;
 - a link to any other file of the repository becomes its path as code;
 - a pattern in the navigation stands for all pages that it matches, README.md first.
 """
@@ -21,6 +22,9 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ("bench/results/**/*.md", "bench/results/**/*.png", "CONTRIBUTING.md", "CHANGELOG.md")
+NOTEBOOKS = ROOT / "build/notebook"
+#: the HTML that transformers' Trainer shows, and what of it Markdown takes
+SHOWN = {r"^ +(?=</?div>$)": "", r"^ *<table .*>$": "<table>", r"^</table><p>$": "</table>"}
 FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
 
@@ -47,6 +51,9 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     for path in sorted(path for pattern in OUTSIDE for path in ROOT.glob(pattern)):
         uri = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, uri, abs_src_path=str(path)))
+    for path in sorted([*NOTEBOOKS.glob("*.md"), *NOTEBOOKS.glob("*_files/*")]):
+        uri = f"examples/{path.relative_to(NOTEBOOKS).as_posix()}"
+        files.append(File.generated(config, uri, abs_src_path=str(path)))
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -54,7 +61,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     uri = page.file.src_uri
     if uri.startswith("bench/"):
         page.meta["hide"] = ["toc"]
-    here = posixpath.dirname(uri if (ROOT / uri).exists() else f"docs/{uri}")
+    if uri.startswith("examples/"):
+        for pattern, tag in SHOWN.items():
+            markdown = re.sub(pattern, tag, markdown, flags=re.MULTILINE)
+    here = posixpath.dirname(f"docs/{uri}" if (ROOT / "docs" / uri).exists() else uri)
 
     def turned(link: re.Match[str]) -> str:
         image, text, target = link.groups()
@@ -63,6 +73,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return link[0]
         place = posixpath.normpath(posixpath.join(here, path))
         there = "index.md" if place == "README.md" else place.removeprefix("docs/")
+        there = re.sub(r"\.ipynb$", ".md", there)
         if files.get_file_from_path(there) is not None:
             there = posixpath.relpath(there, posixpath.dirname(uri) or ".")
             return f"{image}[{text}]({there}{mark}{anchor})"

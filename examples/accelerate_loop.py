@@ -1,6 +1,6 @@
 """Accelerate: mixed precision, accumulation, clipping, checkpoints, and any number of processes.
 
-accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
+torchrun --nproc_per_node 2 examples/accelerate_loop.py
 """
 
 import torch

@@ -12,7 +12,7 @@ LENGTH = 64
 
 
 def make_model():
-    """A Llama of 140 thousand weights."""
+    """A Llama of 107 thousand weights."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -20,6 +20,7 @@ def make_model():
             intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
+            tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
@@ -37,7 +38,7 @@ def tokens(first, count):
     return [{"input_ids": i, "labels": i} for i in ids if len(i) == LENGTH]
 
 
-def pretrained_model(steps=150):
+def pretrained_model(steps=100):
     """The model after so many steps on the source of a module: there is something to fine-tune."""
     model, source = make_model(), inspect.getsource(typing).encode()
     data = torch.tensor(list(source)) + tokenizer.offset  # the tokens of bytes

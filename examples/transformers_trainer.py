@@ -3,19 +3,18 @@
 python examples/transformers_trainer.py
 """
 
-from text import make_model, tokens
+from text import pretrained_model, tokens
 from transformers import Trainer, TrainingArguments, set_seed
 from twa.integrations.transformers import RecorderCallback, train_average
 
 set_seed(0)
 arguments = TrainingArguments(
     "trainer-out",
-    max_steps=240,
+    max_steps=160,
     learning_rate=3e-3,
-    lr_scheduler_type="constant_with_warmup",
-    warmup_steps=20,
-    per_device_train_batch_size=16,
-    per_device_eval_batch_size=50,
+    lr_scheduler_type="constant",
+    per_device_train_batch_size=8,
+    per_device_eval_batch_size=20,
     eval_strategy="steps",
     eval_steps=40,
     save_strategy="steps",
@@ -27,13 +26,13 @@ arguments = TrainingArguments(
     use_cpu=True,
 )
 trainer = Trainer(
-    make_model(), arguments, train_dataset=tokens(0, 2000), eval_dataset=tokens(4000, 200)
+    pretrained_model(), arguments, train_dataset=tokens(0, 1000), eval_dataset=tokens(1000, 80)
 )
-callback = RecorderCallback(trainer, every=4, evaluate="ema", half_life=6)
+callback = RecorderCallback(trainer, every=8, evaluate="ema", half_life=12)
 trainer.add_callback(callback)
 trainer.train()
 
-outcome = train_average(trainer, callback.recorder, steps=60)
+outcome = train_average(trainer, callback.recorder, steps=40)
 print(outcome)
 outcome.save("trainer-out/averaged")
 print(trainer.evaluate())  # of the winner

@@ -181,6 +181,11 @@ def merged(codes):
     assert names["beta"].sum() == pytest.approx(1.0)
 
 
+def example_files(codes):
+    """They are files that tests/integrations/test_examples.py runs."""
+    assert set(codes) <= {path.read_text() for path in (ROOT / "examples").glob("*.py")}
+
+
 #: how the examples of a page run, one after another
 RUN = {
     "README.md": readme,
@@ -191,6 +196,12 @@ RUN = {
     "docs/own-trainer.md": own_trainer,
     "docs/recording.md": recording,
     "docs/tasks.md": tasks,
+    "docs/trainers/accelerate.md": example_files,
+    "docs/trainers/fsdp2.md": example_files,
+    "docs/trainers/lightning.md": example_files,
+    "docs/trainers/plain.md": example_files,
+    "docs/trainers/timm.md": example_files,
+    "docs/trainers/transformers.md": example_files,
 }
 
 

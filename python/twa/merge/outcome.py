@@ -48,6 +48,10 @@ class Outcome:
         winner = self.winner
         return f"{table}\n\nwinner on the validation data: {winner.method}, {winner.losses}"
 
+    def _repr_markdown_(self) -> str:
+        """The same, which notebooks draw as a table."""
+        return str(self)
+
     @property
     def state(self) -> dict[str, Tensor]:
         """The winner's weights by key, as they are exported.
