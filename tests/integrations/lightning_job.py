@@ -46,6 +46,9 @@ class Module(L.LightningModule):
 
     def validation_step(self, batch, batch_idx):
         self.log("val_loss", cross_entropy(self.net(batch[0]), batch[1]), sync_dist=True)
+        self.log("val_rank", float(self.global_rank))  # each rank has its own
+        if self.trainer.is_global_zero:
+            self.log("val_zero", 2.0, rank_zero_only=True)
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.02)

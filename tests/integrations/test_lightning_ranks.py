@@ -47,6 +47,11 @@ def test_two_ranks(ranks, kind):
     for mine in found:
         assert float(mine["metrics"]["avg_val_loss"]) == pytest.approx(wanted, rel=1e-5)
         assert mine["metrics"]["val_loss"] != mine["metrics"]["avg_val_loss"]
+    for rank, mine in enumerate(found):  # as the module has logged them: together, each, or one
+        own = {name: value for name, value in mine["metrics"].items() if name[:4] != "avg_"}
+        assert {f"avg_{name}" for name in own} == mine["metrics"].keys() - own.keys()
+        assert mine["metrics"]["avg_val_rank"] == mine["metrics"]["val_rank"] == rank
+        assert ("avg_val_zero" in mine["metrics"]) == (rank == 0)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])

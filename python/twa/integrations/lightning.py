@@ -298,7 +298,7 @@ class RecorderCallback(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the average's figures with those of the weights as they are."""
         for name, options in self._averages.items():
-            pl_module.log(name, **options, add_dataloader_idx=False, sync_dist=True)
+            pl_module.log(name, **options, add_dataloader_idx=False)  # ranks: as the module's own
         self._averages = {}
 
 
