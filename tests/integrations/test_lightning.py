@@ -812,6 +812,32 @@ def test_train_average_in_a_new_process(tmp_path):
     assert equal(state_of(again), state_of(module))
 
 
+@pytest.mark.parametrize("as_datamodule", [True, False])
+def test_train_average_calls_the_hooks_of_fit(tmp_path, as_datamodule):
+    make_trainer(tmp_path, every_epoch(tmp_path / "c"), epochs=4).fit(make_module(), *loaders())
+    module, data = make_module(), Data()
+    net, module.net, calls = module.net, None, []
+
+    def configure_model():
+        calls.append("configure_model")
+        module.net = net
+
+    module.prepare_data = lambda: calls.append("prepare_data")
+    module.setup = lambda stage: calls.append(f"{stage} {module.trainer is trainer}")
+    module.configure_model = configure_model
+    data.prepare_data = lambda: calls.append("data")
+    precision = "32-true" if as_datamodule else "bf16-true"
+    trainer, options = make_trainer(tmp_path, precision=precision), {"datamodule": data}
+    if not as_datamodule:
+        options = dict(zip(("train", "val"), loaders(), strict=True))
+    methods = {"steps": 2, "progress": False, "methods": ["t:tensor:4"]}
+    train_average(trainer, module, tmp_path / "c", **options, **methods)
+    first = ["data"] if as_datamodule else []
+    assert calls == [*first, "prepare_data", "fit True", "configure_model"]
+    train_average(trainer, module, tmp_path / "c", **options, **methods)
+    assert len(calls) == len(first) + 3 and data.sets_up == len(first)
+
+
 def test_train_average_says_what_it_needs(tmp_path):
     saving, module = every_epoch(tmp_path / "c"), make_module()
     trainer = make_trainer(tmp_path, saving, epochs=2)

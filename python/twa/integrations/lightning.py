@@ -392,7 +392,8 @@ def train_average(
     trainer's device, and the loss runs in the trainer's precision.
 
     Args:
-        trainer: of the run, or a new one
+        trainer: of the run, or a new one: then `prepare_data`, `setup("fit")` and `configure_model`
+            are called here. On several ranks, one that has run with the module
         module: that the candidates are of
         source: what is averaged: a recorder, checkpoints, see `twa.average`
         datamodule: whose training and validation data are used where these are not given; None: the
@@ -432,12 +433,19 @@ def train_average(
 def _attach(
     trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None
 ) -> None:
-    """Makes a trainer know module and data, as `fit` does."""
+    """Makes a trainer know module and data, with the hooks that `fit` begins with.
+
+    Callbacks, loggers and other processes are left alone.
+    """
     trainer.strategy.connect(module)
     trainer._data_connector.attach_data(module, datamodule=datamodule)
+    trainer._data_connector.prepare_data()
     if datamodule is not None:
-        datamodule.prepare_data()
         datamodule.setup("fit")
+    module.setup("fit")
+    with trainer.precision_plugin.module_init_context():
+        module.configure_model()
+    trainer.precision_plugin.convert_module(module)
 
 
 def _data(loop: Any, name: str) -> Iterable:
