@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
+from twa.distributed.ranks import DistributedError
 from twa.integrations.lightning import RecorderCallback, train_average
 from twa.io.errors import TwaError
 
@@ -46,6 +47,9 @@ class Module(L.LightningModule):
 
     def validation_step(self, batch, batch_idx):
         self.log("val_loss", cross_entropy(self.net(batch[0]), batch[1]), sync_dist=True)
+        self.log("val_rank", float(self.global_rank))  # each rank has its own
+        if self.trainer.is_global_zero:
+            self.log("val_zero", 2.0, rank_zero_only=True)
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.02)
@@ -83,6 +87,13 @@ def weights(module):
     }
 
 
+def error_of(call):
+    try:
+        call()
+    except (TwaError, DistributedError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def job(folder, sharded):
     """What a rank finds of one strategy."""
     trainer, module, recorder = fit(folder / "whole", sharded, 6, path="auto")
@@ -97,11 +108,15 @@ def job(folder, sharded):
     trainer, module, recorder = fit(folder / "stopped", sharded, 6, checkpoint, path="auto")
     found["continued"] = weights(module)
     found["best"] = recorder.load_best(trainer)
+    if trainer.is_global_zero:
+        trainer.checkpoint_callback.best_model_path = str(folder / "gone.ckpt")
+    found["gone"] = error_of(lambda: recorder.load_best(trainer))
+    _, _, recorder = fit(folder / "elsewhere", sharded, 6, checkpoint, path="auto")
+    found["elsewhere"] = recorder.recorder.steps
+    taken = folder / "whole" / "twa"
+    found["taken"] = error_of(lambda: fit(folder / "again", sharded, 1, path=taken))
     if sharded:
-        try:
-            fit(folder / "memory", sharded, 1, path=None)
-        except TwaError as error:
-            found["refused"] = str(error)
+        found["refused"] = error_of(lambda: fit(folder / "memory", sharded, 1, path=None))
     else:
         options = {"steps": 3, "progress": False, "methods": ["t:tensor:4"]}
         outcome = train_average(trainer, module, recorder.recorder, **options)

@@ -12,7 +12,13 @@ import pytorch_lightning
 import torch
 import torchmetrics
 import twa
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    Callback,
+    EarlyStopping,
+    ModelCheckpoint,
+    TQDMProgressBar,
+)
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
@@ -313,6 +319,17 @@ def test_each_step_of_several_optimizers_counts(tmp_path):
         train_average(module.trainer, module, recorder.recorder, val=loaders()[1])
 
 
+def test_optimizers_are_not_hooked(tmp_path):
+    class Bare(torch.optim.SGD):
+        def register_step_post_hook(self, hook):
+            raise AssertionError
+
+    recorder, module = RecorderCallback(every=4, path=None), make_module()
+    module.configure_optimizers = lambda: Bare(module.parameters(), lr=0.1)
+    make_trainer(tmp_path, recorder, epochs=1).fit(module, loaders()[0])
+    assert recorder.recorder.steps == [4, 8]
+
+
 @pytest.mark.parametrize(
     ("precision", "kept"), [("bf16-true", torch.bfloat16), ("bf16-mixed", torch.float32)]
 )
@@ -385,6 +402,43 @@ def test_best_from_before_the_first_snapshot(tmp_path):
     assert Path(best.best_model_path).name == "step=8.ckpt"
     with pytest.raises(twa.TwaError, match="before the first snapshot"):
         recorder.load_best(trainer)
+
+
+def test_best_needs_all_snapshots(tmp_path):
+    recorder, best = RecorderCallback(every=3, keep=4, **LAWA), best_of(tmp_path / "best")
+    trainer, module = make_trainer(tmp_path, best, recorder), make_module()
+    trainer.fit(module, *loaders())
+    before = state_of(module)
+    with pytest.raises(twa.TwaError, match=r"^keep: load_best needs all snapshots"):
+        recorder.load_best(trainer)
+    assert equal(before, state_of(module))
+
+
+class Thaw(BaseFinetuning):
+    """Trains the last layer; from the second epoch on the first, too."""
+
+    def freeze_before_training(self, module):
+        self.freeze(module.net[0])
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.net[0], optimizer)
+
+
+def test_parameters_that_are_trained_later(tmp_path):
+    recorder, lines, best = RecorderCallback(every=3, **LAWA), Lines(), best_of(tmp_path / "best")
+    callbacks = [Thaw(), recorder, best, EarlyStopping("avg_val_loss", patience=9)]
+    module = make_module()
+    trainer = make_trainer(tmp_path, *callbacks, logger=lines)
+    with pytest.warns(twa.CandidateWarning, match="step 16: the average is not validated, the w"):
+        trainer.fit(module, *loaders())
+    same = [
+        line["avg_val_loss"] == line["val_loss"] for _, line in lines.lines if "val_loss" in line
+    ]
+    assert trainer.global_step == 24 and same == [False, True, True]
+    assert Path(best.best_model_path).name in {"step=16.ckpt", "step=24.ckpt"}
+    with pytest.raises(twa.TwaError):
+        recorder.load_best(trainer)  # there is no average of what is trained now
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -475,13 +529,16 @@ def test_going_on_makes_the_same_recording(tmp_path, where):
     expected, found = snapshots(whole.recorder), snapshots(again.recorder)
     assert all(equal(expected[step], found[step]) for step in expected)
     if where is not None:
-        assert again.recorder.path.absolute() == stopped.recorder.path.absolute()
+        assert (again.recorder.path == stopped.recorder.path) == (where == "given")
         one, other = files_of(whole.recorder.path), files_of(again.recorder.path)
         assert one.keys() == other.keys() and len(one) == 10
         versions = (tmp_path / "stopped" / "lightning_logs").iterdir()
         assert sorted(p.name for p in versions) == ["version_0", "version_1"]
     if where == "auto":
-        assert again.recorder.path == tmp_path / "stopped" / "lightning_logs" / "version_0" / "twa"
+        logs = tmp_path / "stopped" / "lightning_logs"
+        assert stopped.recorder.path == logs / "version_0" / "twa"
+        assert again.recorder.path == logs / "version_1" / "twa"
+        assert len(files_of(stopped.recorder.path)) == 7  # it stays as it was
 
 
 def test_state_is_small_with_files_and_plain(tmp_path):
@@ -542,6 +599,28 @@ def test_no_recording_is_lost(tmp_path):
         recorder = RecorderCallback(every=3)
         make_trainer(tmp_path, recorder, epochs=1).fit(make_module(), *loaders())
         assert recorder.recorder.path == tmp_path / name
+
+
+@pytest.mark.parametrize("start", [0, 6])
+def test_a_run_elsewhere_leaves_the_recording_as_it_is(tmp_path, start):
+    def run(name, **options):
+        recorder = RecorderCallback(every=2, start=start)
+        saving = every_epoch(tmp_path / name / "c")
+        trainer = make_trainer(tmp_path / name, recorder, saving, limit_train_batches=4)
+        trainer.fit(make_module(), loaders()[0], **options)
+        return recorder.recorder
+
+    first = run("first")
+    before = {name: p.read_bytes() for name, p in files_of(first.path).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", twa.CandidateWarning)
+        second = run("second", ckpt_path=tmp_path / "first" / "c" / "4.ckpt")
+    assert second.path == tmp_path / "second" / "twa"
+    assert before == {name: p.read_bytes() for name, p in files_of(first.path).items()}
+    assert first.steps == second.steps == list(range(start or 2, 13, 2))
+    assert not list(tmp_path.glob("second/twa-*"))
+    again = run("first", ckpt_path=tmp_path / "first" / "c" / "8.ckpt")  # in the same directory
+    assert again.path == first.path and again.steps == first.steps
 
 
 def test_a_recording_that_is_gone(tmp_path):
@@ -731,6 +810,32 @@ def test_train_average_in_a_new_process(tmp_path):
     again = make_module()
     again.load_state_dict(torch.load(tmp_path / "averaged.ckpt")["state_dict"])
     assert equal(state_of(again), state_of(module))
+
+
+@pytest.mark.parametrize("as_datamodule", [True, False])
+def test_train_average_calls_the_hooks_of_fit(tmp_path, as_datamodule):
+    make_trainer(tmp_path, every_epoch(tmp_path / "c"), epochs=4).fit(make_module(), *loaders())
+    module, data = make_module(), Data()
+    net, module.net, calls = module.net, None, []
+
+    def configure_model():
+        calls.append("configure_model")
+        module.net = net
+
+    module.prepare_data = lambda: calls.append("prepare_data")
+    module.setup = lambda stage: calls.append(f"{stage} {module.trainer is trainer}")
+    module.configure_model = configure_model
+    data.prepare_data = lambda: calls.append("data")
+    precision = "32-true" if as_datamodule else "bf16-true"
+    trainer, options = make_trainer(tmp_path, precision=precision), {"datamodule": data}
+    if not as_datamodule:
+        options = dict(zip(("train", "val"), loaders(), strict=True))
+    methods = {"steps": 2, "progress": False, "methods": ["t:tensor:4"]}
+    train_average(trainer, module, tmp_path / "c", **options, **methods)
+    first = ["data"] if as_datamodule else []
+    assert calls == [*first, "prepare_data", "fit True", "configure_model"]
+    train_average(trainer, module, tmp_path / "c", **options, **methods)
+    assert len(calls) == len(first) + 3 and data.sets_up == len(first)
 
 
 def test_train_average_says_what_it_needs(tmp_path):

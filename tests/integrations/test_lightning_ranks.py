@@ -22,6 +22,7 @@ def ranks(tmp_path_factory):
     script = Path(__file__).with_name("lightning_job.py")
     done = processes.run([sys.executable, str(script), str(folder)])
     assert done.returncode == 0, done.stderr
+    assert "self.log('avg_" not in done.stderr  # no advice on what this logs
     return {
         kind: (folder / kind, [torch.load(folder / f"{kind}_{rank}.pt") for rank in (0, 1)])
         for kind in ("ddp", "fsdp2")
@@ -47,6 +48,29 @@ def test_two_ranks(ranks, kind):
     for mine in found:
         assert float(mine["metrics"]["avg_val_loss"]) == pytest.approx(wanted, rel=1e-5)
         assert mine["metrics"]["val_loss"] != mine["metrics"]["avg_val_loss"]
+    for rank, mine in enumerate(found):  # as the module has logged them: together, each, or one
+        own = {name: value for name, value in mine["metrics"].items() if name[:4] != "avg_"}
+        assert {f"avg_{name}" for name in own} == mine["metrics"].keys() - own.keys()
+        assert mine["metrics"]["avg_val_rank"] == mine["metrics"]["val_rank"] == rank
+        assert ("avg_val_zero" in mine["metrics"]) == (rank == 0)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_ranks_fail_together(ranks, kind):
+    _, found = ranks[kind]
+    for what, said in (("gone", "gone.ckpt"), ("taken", "to go on with it, pass fit")):
+        first, second = (mine[what] for mine in found)
+        assert said in first and first.split(":")[0] in {"TwaError", "FileNotFoundError"}
+        assert second.startswith("DistributedError: rank 0 failed") and said in second
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_ranks_go_on_elsewhere(ranks, kind):
+    folder, found = ranks[kind]
+    assert [mine["elsewhere"] for mine in found] == [mine["steps"] for mine in found]
+    whole, again = (twa.Candidates(folder / name / "twa") for name in ("whole", "elsewhere"))
+    beta = twa.averages.lawa(8, 8)
+    assert equal(whole.average(beta), again.average(beta))
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])

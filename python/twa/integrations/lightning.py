@@ -8,21 +8,22 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from .. import averages
+from ..distributed.ranks import DistributedError, Ranks
 from ..dtensors import is_sharded, reshard
 from ..io.errors import CandidateWarning, TwaError
-from ..io.recording_files import is_recording
+from ..io.recording_files import ANCHORS, STEPS, folders_of, is_recording
 from ..io.torch_zip import described
 from ..merge.average import Source, average
 from ..merge.outcome import Outcome
@@ -56,22 +57,25 @@ class RecorderCallback(Callback):
 
     With `evaluate`, each validation is run twice: with the average, then with the weights as they
     are. All that the first one logs comes with the second's, as `avg_val_loss` beside `val_loss`,
-    so that ModelCheckpoint, EarlyStopping and schedulers may monitor either. Before the first
-    snapshot, "the average" is the weights as they are. The module's own hooks see both passes, each
-    whole; other callbacks see the second alone, but for the progress bar. Checkpoints hold the
-    weights as they are, wherever they are saved.
+    so that ModelCheckpoint, EarlyStopping and schedulers may monitor either. Where there is no
+    average, "the average" is the weights as they are: before the first snapshot, and, with a
+    warning, if it cannot be made, as when frozen parameters are trained later. The module's own
+    hooks see both passes, each whole; other callbacks see the second alone, but for the progress
+    bar. Checkpoints hold the weights as they are, wherever they are saved.
 
-    A run that goes on from a checkpoint (`fit(ckpt_path=...)`) goes on with its recording, cut at
-    that step: the snapshots to come have the bits of a run that was never stopped.
+    A run that goes on from a checkpoint (`fit(ckpt_path=...)`) goes on with its recording as it was
+    at that step: the snapshots to come have the bits of a run that was never stopped. With
+    path="auto" and another directory than that run's it goes on with a copy there, and the other
+    recording stays as it is. In the same directory later snapshots are dropped.
 
     Args:
         every: steps between snapshots
         bits: of a weight in a snapshot: 8, 4, 3, 2 or 1
         start: step of the first snapshot: none before it
         path: directory for the files, which no other run has used. "auto": `twa` beside Lightning's
-            `checkpoints`, in the directory of the logger's version, and where the checkpoint says
-            when a run goes on. None: snapshots stay in memory, and checkpoints hold all of them
-        keep: how many snapshots are kept, the newest; None: all
+            `checkpoints`, in the directory of the logger's version. None: snapshots stay in memory,
+            and checkpoints hold all of them
+        keep: how many snapshots are kept, the newest; None: all, which `load_best` needs
         weights: (name, parameter) -> tensor to record in the parameter's place, see `Recorder`
         evaluate: the average that is validated, a scheme of `Recorder.averaged`; None: none
         horizon: of it, such as half_life=2000 or last=5000, in steps
@@ -107,7 +111,7 @@ class RecorderCallback(Callback):
             every=every, bits=bits, start=start, keep=keep, weights=weights
         )
         self.recorder: Recorder | None = None
-        self._begun = self._sharded = False
+        self._begun = False
         self._loaded: Mapping[str, Any] = {}  # state of a checkpoint
         self._averages: dict[str, dict[str, Any]] = {}  # what the average has logged
         self._end = contextlib.ExitStack()  # of what holds during a fit
@@ -157,8 +161,7 @@ class RecorderCallback(Callback):
             state = self.state_dict()  # fit() was called once more
         path, goes_on = self._place(trainer, state)
         reshard(module)  # a validation without a backward leaves FSDP2's weights gathered
-        self._sharded = is_sharded(module)
-        if path is None and self._sharded and not trainer.fast_dev_run:
+        if path is None and is_sharded(module) and not trainer.fast_dev_run:
             raise TwaError("the module is sharded: expected a path", "RecorderCallback")
         recorder = Recorder(module, path=path, resume=goes_on and path is not None, **self.options)
         self.recorder, self._begun, self._loaded = recorder, True, {}
@@ -168,7 +171,7 @@ class RecorderCallback(Callback):
             recorder.rewind(step)  # there is none to drop: it counts from here
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, Optimizer):
-                recorder.attach(optimizer).remove()  # for masters in its state; the trainer counts
+                recorder.take_masters_of(optimizer)
 
     def _finish(self) -> None:
         """Ends what holds during a fit."""
@@ -178,11 +181,18 @@ class RecorderCallback(Callback):
 
     def _place(self, trainer: Trainer, state: Mapping[str, Any]) -> tuple[Path | None, bool]:
         """Where snapshots go, and whether they go on with those of a state. Ranks get the same."""
-        chosen = self._choose(trainer, state) if trainer.is_global_zero else None
-        path, goes_on, problem = trainer.strategy.broadcast(chosen)
-        if problem:
-            raise TwaError(problem, path)
-        if state and not goes_on and _has_snapshots(state) and trainer.is_global_zero:
+        ranks = Ranks.find()
+        with ranks.fail_together("looking for the recording"):
+            chosen = self._choose(trainer, state) if ranks.is_rank_zero else (None, False, None)
+            path, goes_on, source = ranks.broadcast_object(chosen)
+            if source is not None:
+                assert path is not None
+                if ranks.is_rank_zero:
+                    _copy(source, path, _steps(state))
+                ranks.barrier()
+                if trainer.local_rank == 0 and not is_recording(path):  # a machine's own disk
+                    _copy(source, path, _steps(state))
+        if state and not goes_on and _steps(state) and ranks.is_rank_zero:
             _warn(
                 f"the checkpoint's recording, in {state['path'] or 'the checkpoint'}, cannot go on"
                 f" in {path or 'memory'}: a new one begins here"
@@ -191,24 +201,29 @@ class RecorderCallback(Callback):
 
     def _choose(
         self, trainer: Trainer, state: Mapping[str, Any]
-    ) -> tuple[Path | None, bool, str | None]:
-        """`_place` of the first rank, and what is wrong with the path."""
+    ) -> tuple[Path | None, bool, Path | None]:
+        """`_place` of the first rank, and the recording to copy there, if any."""
         if self.path is None or trainer.fast_dev_run:
             return None, bool(state) and state["path"] is None, None
         if self.path != BESIDE:
             path = Path(self.path)
             if is_recording(path) and not state:
-                return path, False, "holds a recording: to go on with it, pass fit(ckpt_path=...)"
+                raise TwaError("holds a recording: to go on with it, pass fit(ckpt_path=...)", path)
             return path, is_recording(path), None
-        if state and state["path"] and is_recording(Path(state["path"])):
-            return Path(state["path"]), True, None
         folder = _beside(trainer)
         if "://" in str(folder):
-            return folder, False, "expected a local directory: pass path="
+            raise TwaError("expected a local directory: pass path=", folder)
+        source = Path(state["path"]) if state and state["path"] else None
+        if source is not None and not is_recording(source):
+            source = None
+        if source is not None and source.parent.resolve() == folder.resolve():
+            return source, True, None
+        if state and not _steps(state):
+            source = None  # it had not begun
         taken = 0
         while is_recording(path := folder / (f"{FOLDER}-v{taken}" if taken else FOLDER)):
             taken += 1
-        return path, False, None
+        return path, source is not None, source
 
     # Checkpoints ---------------------------------------------------------------------------------
 
@@ -217,13 +232,8 @@ class RecorderCallback(Callback):
         recorder = self.recorder
         if recorder is None:
             return dict(self._loaded)
-        state = recorder.state_dict()
-        if self._sharded and dist.is_initialized():
-            everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
-            dist.all_gather_object(everyone, state)  # a checkpoint has the callbacks of one rank
-            state = {key: value for mine in everyone for key, value in mine.items()}
         path = None if recorder.path is None else str(recorder.path.absolute())
-        return {"path": path, "recorder": state}
+        return {"path": path, "recorder": recorder.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state for the recorder, which is made when training starts."""
@@ -232,19 +242,24 @@ class RecorderCallback(Callback):
     def load_best(self, trainer: Trainer) -> int:
         """Moves the module to the average as it was when ModelCheckpoint saved its best file.
 
+        Ranks call it together.
+
         Returns:
             the step of that
 
         Raises:
-            TwaError: there was no average yet, or none was evaluated, or no file was saved
+            TwaError: there was no average yet, or none was evaluated, or no file was saved, or
+                `keep` may have dropped snapshots of it
+            DistributedError: another rank cannot read the file
         """
-        checkpoint = trainer.checkpoint_callback
-        path = str(getattr(checkpoint, "best_model_path", ""))
+        path = str(getattr(trainer.checkpoint_callback, "best_model_path", ""))
         if self.recorder is None or self.evaluate is None:
             raise TwaError("expected evaluate=, and a fit before this", "load_best")
-        if not path:
-            raise TwaError("ModelCheckpoint has saved no best checkpoint", "load_best")
-        step = _step_of(Path(path))
+        if self.options["keep"] is not None:
+            raise TwaError("load_best needs all snapshots: expected None", "keep")
+        ranks = Ranks.find()
+        with ranks.fail_together("looking for the best checkpoint"):
+            step = ranks.broadcast_object(_step_of(path) if ranks.is_rank_zero else 0)
         if step < min(self.recorder.common_steps(), default=step + 1):
             raise TwaError("the best checkpoint is from before the first snapshot: load it", path)
         self.recorder.apply(self.evaluate, until=step, **self.horizon)
@@ -281,7 +296,14 @@ class RecorderCallback(Callback):
                 stack.enter_context(generators_kept(loader))
             apart = stack.enter_context(_apart(trainer))
             if recorder.common_steps():
-                stack.enter_context(recorder.averaged(evaluate, **self.horizon))
+                try:
+                    stack.enter_context(recorder.averaged(evaluate, **self.horizon))
+                except (TwaError, DistributedError) as error:  # here, or on another rank
+                    if trainer.is_global_zero:
+                        _warn(
+                            f"step {trainer.global_step}: the average is not validated, the weights"
+                            f" as they are stand in for it: {error}"
+                        )
             before = dict(trainer.callback_metrics)
             apart.run()
             shown, logged = trainer.progress_bar_metrics, trainer.logged_metrics
@@ -297,8 +319,11 @@ class RecorderCallback(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the average's figures with those of the weights as they are."""
+        # as the first pass has left them on this rank; these two: no collective, and no advice to
+        # have one
+        alone = {"sync_dist": True, "rank_zero_only": True}
         for name, options in self._averages.items():
-            pl_module.log(name, **options, add_dataloader_idx=False, sync_dist=True)
+            pl_module.log(name, **options, **alone, add_dataloader_idx=False)
         self._averages = {}
 
 
@@ -367,7 +392,8 @@ def train_average(
     trainer's device, and the loss runs in the trainer's precision.
 
     Args:
-        trainer: of the run, or a new one
+        trainer: of the run, or a new one: then `prepare_data`, `setup("fit")` and `configure_model`
+            are called here. On several ranks, one that has run with the module
         module: that the candidates are of
         source: what is averaged: a recorder, checkpoints, see `twa.average`
         datamodule: whose training and validation data are used where these are not given; None: the
@@ -407,12 +433,19 @@ def train_average(
 def _attach(
     trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None
 ) -> None:
-    """Makes a trainer know module and data, as `fit` does."""
+    """Makes a trainer know module and data, with the hooks that `fit` begins with.
+
+    Callbacks, loggers and other processes are left alone.
+    """
     trainer.strategy.connect(module)
     trainer._data_connector.attach_data(module, datamodule=datamodule)
+    trainer._data_connector.prepare_data()
     if datamodule is not None:
-        datamodule.prepare_data()
         datamodule.setup("fit")
+    module.setup("fit")
+    with trainer.precision_plugin.module_init_context():
+        module.configure_model()
+    trainer.precision_plugin.convert_module(module)
 
 
 def _data(loop: Any, name: str) -> Iterable:
@@ -464,9 +497,12 @@ def _silent(module: LightningModule) -> Iterator[None]:
                 part.reset()
 
 
-def _step_of(checkpoint: Path) -> int:
-    """The `global_step` at which Lightning saved a checkpoint."""
-    path = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
+def _step_of(checkpoint: str) -> int:
+    """The `global_step` at which Lightning saved a checkpoint; "": there is none."""
+    if not checkpoint:
+        raise TwaError("ModelCheckpoint has saved no best checkpoint", "load_best")
+    path = Path(checkpoint)
+    path = path / "meta.pt" if path.is_dir() else path
     content = described(path)
     step = content.get("global_step") if isinstance(content, dict) else None
     if not isinstance(step, int):
@@ -474,10 +510,25 @@ def _step_of(checkpoint: Path) -> int:
     return step
 
 
-def _has_snapshots(state: Mapping[str, Any]) -> bool:
-    """Whether a state of RecorderCallback is of a recording that had begun."""
+def _steps(state: Mapping[str, Any]) -> list[int]:
+    """Steps of the snapshots that there were when RecorderCallback made a state."""
     ranks = [value for key, value in state["recorder"].items() if key.startswith("rank_")]
-    return any(steps for steps, _ in ranks)
+    return sorted({step for steps, _ in ranks for step in steps})
+
+
+def _copy(source: Path, path: Path, steps: list[int]) -> None:
+    """Copies a recording as it was when it had these snapshots, the anchors last: they make it one.
+
+    Those that begin it may be later, since `keep` moves them.
+    """
+    for kind in (STEPS, ANCHORS):
+        for folder in folders_of(source):
+            to = path / folder.relative_to(source)
+            to.mkdir(parents=True, exist_ok=True)
+            for file in folder.iterdir():
+                match = kind.fullmatch(file.name)
+                if match and (kind is ANCHORS or int(match[1]) <= steps[-1]):
+                    shutil.copyfile(file, to / file.name)
 
 
 def _warn(text: str) -> None:
