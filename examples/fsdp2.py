@@ -31,7 +31,7 @@ raw = evaluate(model, val)
 with recorder.averaged("ema", half_life=12):
     average = evaluate(model, val)
 
-outcome = twa.average(model, recorder, train, val, loss, test=test)
+outcome = twa.average(model, recorder, train, val, loss, test=test, steps=40)
 outcome.save("fsdp2-out/", dcp=True)
 if dist.get_rank() == 0:
     print(f"loss {raw:.4f}, of the average {average:.4f}")

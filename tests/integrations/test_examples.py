@@ -59,10 +59,9 @@ def test_example_runs(name, tmp_path):
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(folders)}
     done = processes.run(command(name), cwd=tmp_path, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
-    losses = re.findall(
-        r"loss[^\s\d]* ([^\s,}]+)", done.stdout.splitlines()[-1].replace("of the average:", "")
-    )
-    assert losses, done.stdout
+    last = done.stdout.splitlines()[-1]
+    losses = re.findall(r"loss(?: of the average:|':)? ([^\s,}]+)", last)
+    assert losses, last
     (data,) = (kind for kind in MOST if f"\nfrom {kind} import" in (EXAMPLES / name).read_text())
     for loss in map(float, losses):
         assert math.isfinite(loss) and loss < MOST[data], losses

@@ -1,4 +1,4 @@
-"""The notebook of examples/: its code runs as plain Python, and what it says of its results holds."""
+"""The notebook of examples/: its code runs as plain Python, and what it says of results holds."""
 
 import ast
 import json
@@ -50,7 +50,7 @@ def ran(tmp_path_factory):
         env=os.environ | environment | {"TMPDIR": str(tmp_path_factory.mktemp("temporary"))},
     )
     assert done.returncode == 0, done.stderr
-    return torch.load(folder / "found.pt", weights_only=False), folder
+    return torch.load(folder / "found.pt"), folder
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_the_average_beside_the_model(found):
 def test_horizons(found, scheme):
     """The best is neither the shortest nor the longest, and better than the last weights."""
     first, *between, last = found["found"][scheme]
-    assert min(between) < min(first, found["last"]) - 0.005 and last > found["last"]
+    assert min(between) < min(first, found["last"]) and last > found["last"]
 
 
 def test_the_winner(found):
@@ -87,7 +87,7 @@ def test_the_winner(found):
     assert test < results["last"][1] - 0.05
     best = min(val for _, val, _, is_trained in found["results"] if not is_trained)
     trained = [val for _, val, _, is_trained in found["results"] if is_trained]
-    assert len(trained) == 2 and max(trained) <= best
+    assert len(trained) == 2 and max(trained) <= best + 1e-6
     assert found["reached"]["as trained"] == pytest.approx((val, test), abs=1e-4)
 
 

@@ -128,6 +128,7 @@ def test_outcome(run, tmp_path):
         model, folder, data(1), data(2), loss, heldout=data(4), steps=4, progress=False
     )
     assert "| greedy soup" in str(outcome) and outcome.winner.method in str(outcome)
+    assert outcome._repr_markdown_() == str(outcome)
     assert set(outcome.save(tmp_path / "new" / "out")) == FILES
     out = tmp_path / "new" / "out"
     assert {p.name for p in out.iterdir()} == FILES
