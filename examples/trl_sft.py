@@ -13,7 +13,7 @@ from twa.integrations.transformers import RecorderCallback, train_average
 set_seed(0)
 arguments = SFTConfig(
     "sft-out",
-    max_steps=60,
+    max_steps=40,
     learning_rate=1e-2,
     lr_scheduler_type="constant",
     per_device_train_batch_size=8,

@@ -88,7 +88,7 @@ def test_the_winner(found):
     best = min(val for _, val, _, is_trained in found["results"] if not is_trained)
     trained = [val for _, val, _, is_trained in found["results"] if is_trained]
     assert len(trained) == 2 and max(trained) <= best + 1e-6
-    assert found["reached"]["as trained"] == pytest.approx((val, test), abs=1e-4)
+    assert found["reached"]["trained"] == pytest.approx((val, test), abs=1e-4)
 
 
 def test_merge_weights_sum_to_one(found):
