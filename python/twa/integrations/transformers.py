@@ -29,7 +29,7 @@ from ..io.errors import CandidateWarning, TwaError
 from ..io.recording_files import is_recording
 from ..merge.average import Source, average
 from ..merge.outcome import Outcome
-from ..recorder.contents import Weights, master_of
+from ..recorder.contents import Weights
 from ..recorder.recorder import Recorder
 from ..tasks.batches import generators_kept, random_state_kept
 
@@ -131,7 +131,6 @@ class RecorderCallback(TrainerCallback):
         self.ignore_keys, self._weights = ignore_keys, weights
         self._options: dict[str, Any] = dict(every=every, bits=bits, start=start, keep=keep)
         self._first = start or every  # step of the first snapshot
-        self._optimizers: list[Any] = []
         self.recorder: Recorder | None = None
 
     def __repr__(self) -> str:
@@ -144,7 +143,6 @@ class RecorderCallback(TrainerCallback):
     ) -> None:
         """Begins a recording, or goes on with one."""
         self._go_first()
-        self._optimizers = [kwargs["optimizer"]]
         if self._options["keep"] is not None and self._chooses(args):
             raise TwaError(
                 f"load_best_model_at_end by {args.metric_for_best_model!r} needs all snapshots:"
@@ -153,6 +151,7 @@ class RecorderCallback(TrainerCallback):
             )
         step, path = state.global_step, self._folder(args)
         old, self.recorder = self.recorder, self._made(kwargs["model"], path, step)
+        self.recorder.take_masters_of(kwargs["optimizer"])
         if path is None and old is not None and len(old) and old is not self.recorder:
             _warn(f"{len(old)} snapshots of the training before are dropped")
         if step == 0:
@@ -182,7 +181,7 @@ class RecorderCallback(TrainerCallback):
                 model,
                 path=path,
                 resume=bool(path and step),
-                weights=self._recorded,
+                weights=self._weights,
                 **self._options,
             )
         except TwaError as error:
@@ -195,13 +194,6 @@ class RecorderCallback(TrainerCallback):
             ) from error
         _recorders.add(recorder)
         return recorder
-
-    def _recorded(self, name: str, p: nn.Parameter) -> Tensor:
-        """What is recorded in a parameter's place."""
-        if self._weights is not None:
-            return self._weights(name, p)
-        master = master_of(p, self._optimizers)
-        return p if master is None else master
 
     def _go_first(self) -> None:
         """Moves before all callbacks that look at metrics, but behind what decides when to save."""
