@@ -3,6 +3,7 @@ is measured to be, and how a training goes on.
 """
 
 import importlib
+import math
 import signal
 import sys
 import time
@@ -152,6 +153,40 @@ def test_a_loader_that_is_used_again(tmp_path):
     recorded = trainer(tmp_path / "recorded", recorder, kind=Kept, **EVALUATED)
     recorded.train()
     assert logged(recorded, "eval_loss") == logged(plain, "eval_loss")
+
+
+def test_data_that_depend_on_the_pass(tmp_path):
+    """The average is evaluated on the same pass as the model, and does not count as one."""
+
+    class Passes(torch.utils.data.Dataset):
+        def __init__(self):
+            self.epoch, self.seen = 0, []
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, k):
+            if k == 0:
+                self.seen.append(self.epoch)
+            return data(8, 10 + self.epoch)[k]
+
+    class Kept(Trainer):
+        def get_eval_dataloader(self, eval_dataset=None):
+            if not hasattr(self, "kept"):
+                self.kept = super().get_eval_dataloader(eval_dataset)
+            return self.kept
+
+    for kind, passes in ((Trainer, [0] * 6), (Kept, [*range(6)])):
+        sets = [Passes(), Passes()]
+        recorder = {"every": 2, "evaluate": "last"}
+        for made, known in zip((None, recorder), sets, strict=True):
+            folder, more = tmp_path / f"{kind.__name__}_{made is None}", {"eval_dataset": known}
+            trainer(folder, made, kind=kind, more=more, **EVALUATED).train()
+        assert sets[0].seen == passes
+        assert sets[1].seen == [number for number in passes for _ in range(2)]
 
 
 def test_masters_are_recorded(tmp_path):
@@ -581,7 +616,34 @@ def test_a_model_that_cannot_be_recorded(tmp_path):
     assert said[0].startswith("recording ends before step 6: 'lm_head.weight' is trainable")
     assert said[1].startswith("step 6: the average is not evaluated: 'lm_head.weight' is trainable")
     assert trained.state.global_step == 12 and callback_of(trained).recorder.steps == [3]
-    assert [*logged(trained, "eval_avg_")] == [2, 4, 6, 8, 10, 12]
+    found, own = logged(trained, "eval_avg_"), logged(trained, "eval_loss")
+    assert found[2]["eval_avg_loss"] == own[2]["eval_loss"] and found[4]["eval_avg_loss"] < 9
+    assert [s for s in found if math.isnan(found[s]["eval_avg_loss"])] == [6, 8, 10, 12]
+
+
+@pytest.mark.parametrize("thawed", [1, 5])
+@pytest.mark.parametrize("greater", [False, True])
+def test_what_cannot_be_evaluated_is_not_the_best(tmp_path, thawed, greater):
+    """Nor does it count as better in early stopping."""
+    net = model()
+    net.lm_head.requires_grad_(False)
+    early = EarlyStoppingCallback(early_stopping_patience=3)
+    recorder = {"every": 1, "evaluate": "last"}
+    options = BEST | {"greater_is_better": greater, "max_steps": 30}
+    more = {"net": net, "callbacks": [early]}
+    trained = trainer(tmp_path, recorder, **more, **EVALUATED, **options)
+    trained.add_callback(AtStep(lambda step: step == thawed and net.lm_head.requires_grad_(True)))
+    with pytest.warns(CandidateWarning, match="the average is not evaluated"):
+        trained.train()
+    losses = {step: row["eval_avg_loss"] for step, row in logged(trained, "eval_avg_").items()}
+    made = {step: loss for step, loss in losses.items() if not math.isnan(loss)}
+    assert [*made] == [2, 4][: thawed // 2] and len(losses) > len(made)
+    assert trained.state.global_step < 30
+    if made:
+        assert trained.state.best_metric == (max if greater else min)(made.values())
+        assert made[trained.state.best_global_step] == trained.state.best_metric
+    else:
+        assert trained.state.best_global_step is None
 
 
 def test_evaluate_before_the_training(tmp_path):

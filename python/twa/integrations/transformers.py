@@ -74,7 +74,8 @@ class RecorderCallback(TrainerCallback):
     With `evaluate`, each evaluation of the trainer is followed by one of the average, on the same
     batches, as `eval_avg_loss` and so on; with several evaluation datasets as `eval_NAME_avg_loss`.
     `metric_for_best_model="eval_avg_loss"` and EarlyStoppingCallback work with these. Before the
-    first snapshot they are the model's own. With `load_best_model_at_end` and one of these as
+    first snapshot they are the model's own, and NaN, which is never the best, where the average
+    cannot be made. With `load_best_model_at_end` and one of these as
     the metric, the model ends at the average as it was at the best step; if it has BatchNorm, with
     the average of the statistics, as it was evaluated: `twa.update_bn` makes better ones.
 
@@ -263,9 +264,9 @@ class RecorderCallback(TrainerCallback):
         own = f"{prefix}_{self.name}"
         if odd := [key for key in metrics if key.startswith(f"{own}_")]:
             raise TwaError(f"{odd[0]!r} is a metric of the model: pass name=", "RecorderCallback")
-        found = self._measured(batches, own)
-        if found is None:
-            found = _figures(metrics, prefix, own)
+        found = _figures(metrics, prefix, own)
+        if self.recorder.common_steps():
+            found = self._measured(batches, own) or dict.fromkeys(found, math.nan)
         self.trainer.log(dict(found))
         # the model's own stay the last: a notebook takes those for the evaluation's
         merged = {**found, **metrics}
@@ -273,13 +274,13 @@ class RecorderCallback(TrainerCallback):
         metrics.update(merged)
 
     def _measured(self, batches: DataLoader, prefix: str) -> dict[str, float] | None:
-        """The metrics of the average; None if there is none."""
+        """The metrics of the average; None if it cannot be made."""
         assert self.recorder is not None and self.evaluate is not None
-        if not self.recorder.common_steps():
-            return None
         trainer = self.trainer
         self._end_bars()
-        with random_state_kept(), generators_kept(batches), contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
+            for kept in (random_state_kept(), generators_kept(batches), _pass_kept(batches)):
+                stack.enter_context(kept)
             try:
                 stack.enter_context(self.recorder.averaged(self.evaluate, **self.horizon))
             except TwaError as error:
@@ -324,6 +325,21 @@ def _figures(metrics: Mapping[str, float], prefix: str, other: str) -> dict[str,
     """The metrics whose names begin with a prefix, with another one; without times."""
     names = {key: key.removeprefix(f"{prefix}_") for key in metrics if key.startswith(f"{prefix}_")}
     return {f"{other}_{name}": metrics[key] for key, name in names.items() if name not in SPEED}
+
+
+@contextlib.contextmanager
+def _pass_kept(batches: DataLoader) -> Iterator[None]:
+    """Has Accelerate's loaders count the pass in it as the one before: data may depend on it."""
+    count = getattr(batches, "iteration", None)
+    if count is None:
+        yield
+        return
+    loader: Any = batches
+    try:
+        loader.iteration = max(count - 1, 0)
+        yield
+    finally:
+        loader.iteration = count
 
 
 def _warn(text: str) -> None:
