@@ -519,9 +519,71 @@ def test_going_on_without_the_snapshots(tmp_path):
     assert recorder.steps == [9, 12] and said == begins
     recorder, said = gone_on(tmp_path, {"every": 3})
     assert recorder.steps == [9, 12] and said == begins
-    # from before the first snapshot: as if it had not been there
-    recorder, said = gone_on(tmp_path, {"every": 3}, step=4)
-    assert recorder.steps == [6, 9, 12] and said[1:] == []
+    with pytest.raises(TwaError, match="holds the recording of another run"):
+        gone_on(tmp_path, {"every": 3}, step=4)  # whose checkpoint is from before it
+    assert recorder.steps == [9, 12]
+
+
+def test_going_on_from_a_checkpoint_of_another_run(tmp_path):
+    """Into the files of this one: refused before its first step, and nothing is lost."""
+    for name in ("a", "b"):
+        trainer(tmp_path / name, {"every": 3}, **SAVED).train()
+    before = files(tmp_path / "a" / FOLDER)
+    other = str(tmp_path / "b" / "checkpoint-4")
+    refused = trainer(tmp_path / "a", {"every": 3}, **SAVED)
+    with pytest.raises(TwaError, match="holds the recording of another run"):
+        refused.train(resume_from_checkpoint=other)
+    assert files(tmp_path / "a" / FOLDER) == before and refused.state.global_step == 4
+    # in memory, too, where its snapshots would be gone on with
+    trained = trainer(tmp_path / "c", {"every": 3, "path": None}, **SAVED)
+    trained.train()
+    with pytest.warns(CandidateWarning, match="4 snapshots of the training before are dropped"):
+        trained.train(resume_from_checkpoint=other)
+    assert callback_of(trained).recorder.steps == [6, 9, 12]
+
+
+def test_several_recordings(tmp_path):
+    """Of one training: each goes on with its own, whatever their order; as when callbacks are
+    restored from the checkpoint, and again."""
+
+    def made(names):
+        trained = trainer(tmp_path, restore_callback_states_from_checkpoint=True, **SAVED)
+        for name in names:
+            path, bits = tmp_path / name, {"a": 4, "b": 8}[name]
+            trained.add_callback(RecorderCallback(trained, every=3, path=path, bits=bits))
+        return trained
+
+    made("ab").train()
+    before = [files(tmp_path / name) for name in "ab"]
+    for names, step in (("ab", 8), ("ba", 4), ("ab", 12)):
+        made(names).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert [files(tmp_path / name) for name in "ab"] == before
+    made("").train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))  # without it
+
+
+@pytest.mark.parametrize("path", ["auto", None])
+def test_smaller_batches(tmp_path, path):
+    """auto_find_batch_size begins again after a snapshot: so does the recording. A training that
+    was interrupted is none that begins again."""
+    trained = trainer(tmp_path, {"every": 3, "path": path}, auto_find_batch_size=True)
+
+    def strike(step):
+        strikes.append(step)
+        if len(strikes) == 7:
+            raise RuntimeError("CUDA out of memory.")
+        if len(strikes) == 15:
+            raise KeyboardInterrupt
+
+    strikes = []
+    trained.add_callback(AtStep(strike))
+    with pytest.raises(KeyboardInterrupt):
+        trained.train()
+    assert strikes == [*range(1, 8), *range(1, 9)]
+    assert callback_of(trained).recorder.steps == [3, 6]
+    if path:
+        with pytest.raises(TwaError, match="holds the recording of another run"):
+            trained.train()
+        assert steps_of(tmp_path / FOLDER) == [3, 6]
 
 
 def test_going_on_before_the_first_snapshot(tmp_path):
