@@ -68,10 +68,6 @@ def test_the_loss_is_the_trainers_own(tmp_path):
     for own in (None, doubled, per_label):
         again = trainer(tmp_path, more={"compute_loss_func": own})
         found.append(train_average(again, source, lr=1e-6, **QUICK).results)
-        assert (
-            again.args.average_tokens_across_devices
-            == trainer(tmp_path).args.average_tokens_across_devices
-        )
     for one, other, same in zip(*found, strict=True):
         assert other.val_loss == pytest.approx(2 * one.val_loss, rel=1e-4), one.method
         assert same.val_loss == pytest.approx(one.val_loss, rel=1e-4), one.method
