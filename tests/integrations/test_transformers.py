@@ -2,6 +2,11 @@
 is measured to be, and how a training goes on.
 """
 
+import pytest
+
+pytest.importorskip("transformers")
+
+
 import importlib
 import math
 import signal
@@ -12,7 +17,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import processes
-import pytest
 import torch
 import twa
 from conftest import run_python

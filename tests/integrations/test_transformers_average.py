@@ -1,7 +1,12 @@
 """A second phase in transformers' Trainer: train_average, and twa's optimizer as the Trainer's."""
 
-import datasets
 import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+
+
+import datasets
 import torch
 import twa
 from tiny_hf import callback_of, data, model, trainer, weights_of

@@ -1,5 +1,10 @@
 """RecorderCallback and train_average on two ranks of torchrun, in DistributedDataParallel."""
 
+import pytest
+
+pytest.importorskip("transformers")
+
+
 import hashlib
 import json
 import os
@@ -7,7 +12,6 @@ import sys
 from pathlib import Path
 
 import processes
-import pytest
 import tiny_hf
 import torch
 from tiny_hf import AtStep, callback_of, files, trainer, weights_of
