@@ -1,5 +1,10 @@
 """`twa.integrations.lightning` in Lightning's own Trainer."""
 
+import pytest
+
+pytest.importorskip("lightning")
+
+
 import importlib.util
 import sys
 import types
@@ -7,7 +12,6 @@ import warnings
 from pathlib import Path
 
 import lightning as L
-import pytest
 import pytorch_lightning
 import torch
 import torchmetrics

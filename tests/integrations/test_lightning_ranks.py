@@ -1,11 +1,15 @@
 """`RecorderCallback` and `train_average` in Lightning's Trainer on two ranks: DDP and FSDP2."""
 
+import pytest
+
+pytest.importorskip("lightning")
+
+
 import sys
 from pathlib import Path
 
 import lightning_job
 import processes
-import pytest
 import torch
 import twa
 from torch.nn.functional import cross_entropy

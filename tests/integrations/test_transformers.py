@@ -2,7 +2,13 @@
 is measured to be, and how a training goes on.
 """
 
+import pytest
+
+pytest.importorskip("transformers")
+
+
 import importlib
+import math
 import signal
 import sys
 import time
@@ -11,7 +17,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import processes
-import pytest
 import torch
 import twa
 from conftest import run_python
@@ -152,6 +157,40 @@ def test_a_loader_that_is_used_again(tmp_path):
     recorded = trainer(tmp_path / "recorded", recorder, kind=Kept, **EVALUATED)
     recorded.train()
     assert logged(recorded, "eval_loss") == logged(plain, "eval_loss")
+
+
+def test_data_that_depend_on_the_pass(tmp_path):
+    """The average is evaluated on the same pass as the model, and does not count as one."""
+
+    class Passes(torch.utils.data.Dataset):
+        def __init__(self):
+            self.epoch, self.seen = 0, []
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, k):
+            if k == 0:
+                self.seen.append(self.epoch)
+            return data(8, 10 + self.epoch)[k]
+
+    class Kept(Trainer):
+        def get_eval_dataloader(self, eval_dataset=None):
+            if not hasattr(self, "kept"):
+                self.kept = super().get_eval_dataloader(eval_dataset)
+            return self.kept
+
+    for kind, passes in ((Trainer, [0] * 6), (Kept, [*range(6)])):
+        sets = [Passes(), Passes()]
+        recorder = {"every": 2, "evaluate": "last"}
+        for made, known in zip((None, recorder), sets, strict=True):
+            folder, more = tmp_path / f"{kind.__name__}_{made is None}", {"eval_dataset": known}
+            trainer(folder, made, kind=kind, more=more, **EVALUATED).train()
+        assert sets[0].seen == passes
+        assert sets[1].seen == [number for number in passes for _ in range(2)]
 
 
 def test_masters_are_recorded(tmp_path):
@@ -484,9 +523,71 @@ def test_going_on_without_the_snapshots(tmp_path):
     assert recorder.steps == [9, 12] and said == begins
     recorder, said = gone_on(tmp_path, {"every": 3})
     assert recorder.steps == [9, 12] and said == begins
-    # from before the first snapshot: as if it had not been there
-    recorder, said = gone_on(tmp_path, {"every": 3}, step=4)
-    assert recorder.steps == [6, 9, 12] and said[1:] == []
+    with pytest.raises(TwaError, match="holds the recording of another run"):
+        gone_on(tmp_path, {"every": 3}, step=4)  # whose checkpoint is from before it
+    assert recorder.steps == [9, 12]
+
+
+def test_going_on_from_a_checkpoint_of_another_run(tmp_path):
+    """Into the files of this one: refused before its first step, and nothing is lost."""
+    for name in ("a", "b"):
+        trainer(tmp_path / name, {"every": 3}, **SAVED).train()
+    before = files(tmp_path / "a" / FOLDER)
+    other = str(tmp_path / "b" / "checkpoint-4")
+    refused = trainer(tmp_path / "a", {"every": 3}, **SAVED)
+    with pytest.raises(TwaError, match="holds the recording of another run"):
+        refused.train(resume_from_checkpoint=other)
+    assert files(tmp_path / "a" / FOLDER) == before and refused.state.global_step == 4
+    # in memory, too, where its snapshots would be gone on with
+    trained = trainer(tmp_path / "c", {"every": 3, "path": None}, **SAVED)
+    trained.train()
+    with pytest.warns(CandidateWarning, match="4 snapshots of the training before are dropped"):
+        trained.train(resume_from_checkpoint=other)
+    assert callback_of(trained).recorder.steps == [6, 9, 12]
+
+
+def test_several_recordings(tmp_path):
+    """Of one training: each goes on with its own, whatever their order; as when callbacks are
+    restored from the checkpoint, and again."""
+
+    def made(names):
+        trained = trainer(tmp_path, restore_callback_states_from_checkpoint=True, **SAVED)
+        for name in names:
+            path, bits = tmp_path / name, {"a": 4, "b": 8}[name]
+            trained.add_callback(RecorderCallback(trained, every=3, path=path, bits=bits))
+        return trained
+
+    made("ab").train()
+    before = [files(tmp_path / name) for name in "ab"]
+    for names, step in (("ab", 8), ("ba", 4), ("ab", 12)):
+        made(names).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert [files(tmp_path / name) for name in "ab"] == before
+    made("").train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))  # without it
+
+
+@pytest.mark.parametrize("path", ["auto", None])
+def test_smaller_batches(tmp_path, path):
+    """auto_find_batch_size begins again after a snapshot: so does the recording. A training that
+    was interrupted is none that begins again."""
+    trained = trainer(tmp_path, {"every": 3, "path": path}, auto_find_batch_size=True)
+
+    def strike(step):
+        strikes.append(step)
+        if len(strikes) == 7:
+            raise RuntimeError("CUDA out of memory.")
+        if len(strikes) == 15:
+            raise KeyboardInterrupt
+
+    strikes = []
+    trained.add_callback(AtStep(strike))
+    with pytest.raises(KeyboardInterrupt):
+        trained.train()
+    assert strikes == [*range(1, 8), *range(1, 9)]
+    assert callback_of(trained).recorder.steps == [3, 6]
+    if path:
+        with pytest.raises(TwaError, match="holds the recording of another run"):
+            trained.train()
+        assert steps_of(tmp_path / FOLDER) == [3, 6]
 
 
 def test_going_on_before_the_first_snapshot(tmp_path):
@@ -581,7 +682,34 @@ def test_a_model_that_cannot_be_recorded(tmp_path):
     assert said[0].startswith("recording ends before step 6: 'lm_head.weight' is trainable")
     assert said[1].startswith("step 6: the average is not evaluated: 'lm_head.weight' is trainable")
     assert trained.state.global_step == 12 and callback_of(trained).recorder.steps == [3]
-    assert [*logged(trained, "eval_avg_")] == [2, 4, 6, 8, 10, 12]
+    found, own = logged(trained, "eval_avg_"), logged(trained, "eval_loss")
+    assert found[2]["eval_avg_loss"] == own[2]["eval_loss"] and found[4]["eval_avg_loss"] < 9
+    assert [s for s in found if math.isnan(found[s]["eval_avg_loss"])] == [6, 8, 10, 12]
+
+
+@pytest.mark.parametrize("thawed", [1, 5])
+@pytest.mark.parametrize("greater", [False, True])
+def test_what_cannot_be_evaluated_is_not_the_best(tmp_path, thawed, greater):
+    """Nor does it count as better in early stopping."""
+    net = model()
+    net.lm_head.requires_grad_(False)
+    early = EarlyStoppingCallback(early_stopping_patience=3)
+    recorder = {"every": 1, "evaluate": "last"}
+    options = BEST | {"greater_is_better": greater, "max_steps": 30}
+    more = {"net": net, "callbacks": [early]}
+    trained = trainer(tmp_path, recorder, **more, **EVALUATED, **options)
+    trained.add_callback(AtStep(lambda step: step == thawed and net.lm_head.requires_grad_(True)))
+    with pytest.warns(CandidateWarning, match="the average is not evaluated"):
+        trained.train()
+    losses = {step: row["eval_avg_loss"] for step, row in logged(trained, "eval_avg_").items()}
+    made = {step: loss for step, loss in losses.items() if not math.isnan(loss)}
+    assert [*made] == [2, 4][: thawed // 2] and len(losses) > len(made)
+    assert trained.state.global_step < 30
+    if made:
+        assert trained.state.best_metric == (max if greater else min)(made.values())
+        assert made[trained.state.best_global_step] == trained.state.best_metric
+    else:
+        assert trained.state.best_global_step is None
 
 
 def test_evaluate_before_the_training(tmp_path):

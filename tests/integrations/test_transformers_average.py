@@ -1,7 +1,12 @@
 """A second phase in transformers' Trainer: train_average, and twa's optimizer as the Trainer's."""
 
-import datasets
 import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+
+
+import datasets
 import torch
 import twa
 from tiny_hf import callback_of, data, model, trainer, weights_of
@@ -22,11 +27,18 @@ def doubled(outputs, labels, num_items_in_batch=None):
     return 2.0 * cross_entropy(logits.flatten(0, 1), labels[..., 1:].flatten())
 
 
+def per_label(outputs, labels, num_items_in_batch=None):
+    """A loss of one's own that divides by what it is given."""
+    logits = outputs["logits"][..., :-1, :].flatten(0, 1)
+    return cross_entropy(logits, labels[..., 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
 KINDS = {
     "plain": {},
     "smoothed": {"label_smoothing_factor": 0.2},
     "bfloat16": {"bf16": True},
     "own loss": {"more": {"compute_loss_func": doubled}},
+    "per label": {"more": {"compute_loss_func": per_label}},
 }
 
 
@@ -58,11 +70,24 @@ def test_the_loss_is_the_trainers_own(tmp_path):
     """With twice the loss everything is twice as high."""
     source, found = tmp_path / FOLDER, []
     trainer(tmp_path, {"every": 3}).train()
-    for more in ({}, {"compute_loss_func": doubled}):
-        again = trainer(tmp_path, more=more)
+    for own in (None, doubled, per_label):
+        again = trainer(tmp_path, more={"compute_loss_func": own})
         found.append(train_average(again, source, lr=1e-6, **QUICK).results)
-    for one, other in zip(*found, strict=True):
+    for one, other, same in zip(*found, strict=True):
         assert other.val_loss == pytest.approx(2 * one.val_loss, rel=1e-4), one.method
+        assert same.val_loss == pytest.approx(one.val_loss, rel=1e-4), one.method
+
+
+def test_batches_with_other_numbers_of_labels(tmp_path):
+    """Each is averaged by its own, as the trainer does in its evaluation."""
+    rows = data(16, 2)
+    for k, row in enumerate(rows):
+        row["labels"] = row["labels"].masked_fill(torch.arange(12) < k % 11, -100)
+    more = {"compute_loss_func": per_label, "eval_dataset": rows}
+    trained = trainer(tmp_path, {"every": 2, "path": None}, more=more)
+    trained.train()
+    outcome = train_average(trained, callback_of(trained).recorder, **QUICK)
+    assert trained.evaluate()["eval_loss"] == pytest.approx(outcome.winner.val_loss, rel=1e-5)
 
 
 def test_sources(tmp_path):

@@ -1,5 +1,10 @@
 """RecorderCallback and train_average on two ranks of torchrun, in DistributedDataParallel."""
 
+import pytest
+
+pytest.importorskip("transformers")
+
+
 import hashlib
 import json
 import os
@@ -7,11 +12,11 @@ import sys
 from pathlib import Path
 
 import processes
-import pytest
 import tiny_hf
 import torch
 from tiny_hf import AtStep, callback_of, files, trainer, weights_of
 from torch.distributed.fsdp import FullyShardedDataParallel
+from twa.distributed.ranks import DistributedError
 from twa.integrations.transformers import FOLDER, train_average
 from twa.io.errors import TwaError
 
@@ -68,6 +73,10 @@ def on_a_rank(folder):
     going.train(resume_from_checkpoint=True)
     found["gone on"] = digest(going)
     callback_of(going).recorder.close()
+    with pytest.raises((TwaError, DistributedError), match="holds the recording of another run"):
+        trainer(folder / "stopped", RECORDER, **OPTIONS).train(
+            resume_from_checkpoint=str(folder / "recorded" / "checkpoint-4")
+        )
 
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_avg_loss"}
     chosen = trainer(folder / "best", RECORDER, **OPTIONS | {"save_steps": 2}, **best)
@@ -76,6 +85,7 @@ def on_a_rank(folder):
 
     settings = {"steps": 4, "methods": ["t:tensor:4"], "progress": False}
     outcome = train_average(chosen, folder / "recorded" / FOLDER, **settings)
+    assert chosen.args.average_tokens_across_devices  # and not in train_average
     found["trained"] = [digest(chosen), outcome.winner.val_loss, chosen.evaluate()["eval_loss"]]
 
     wrapped = FullyShardedDataParallel(tiny_hf.model(), device_id=torch.device("cpu"))

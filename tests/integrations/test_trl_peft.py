@@ -2,6 +2,12 @@
 adapters are what is recorded.
 """
 
+import pytest
+
+pytest.importorskip("trl")
+pytest.importorskip("peft")
+
+
 import copy
 import os
 from itertools import pairwise
@@ -9,7 +15,6 @@ from itertools import pairwise
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 import datasets
-import pytest
 import tiny_hf
 import torch
 import twa

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from .. import averages
+from ..distributed.choose import find_ranks
 from ..io.errors import CandidateWarning, TwaError
-from ..io.recording_files import is_recording
+from ..io.recording_files import folders_of, is_recording, read_log
 from ..merge.average import Source, average
 from ..merge.outcome import Outcome
-from ..recorder.contents import Weights, master_of
+from ..recorder.contents import Weights
 from ..recorder.recorder import Recorder
 from ..tasks.batches import generators_kept, random_state_kept
 
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 #: the folder in a trainer's output_dir; what begins so is not sent to the Hub
 FOLDER = "_twa"
+#: under which a checkpoint's trainer_state.json has the recordings that it goes with
+RUNS = "twa_recordings"
 #: of an evaluation, and not of the model
 SPEED = (
     "runtime",
@@ -69,12 +72,15 @@ class RecorderCallback(TrainerCallback):
     Snapshots are taken by `state.global_step`. Checkpoints hold the weights of the training, and
     these are the same bits as without the callback. Training that goes on from a checkpoint
     (`resume_from_checkpoint`) goes on with the recording: later snapshots are dropped, and the ones
-    to come are those of a run that was never stopped.
+    to come are those of a run that was never stopped. A recording that the checkpoint does not
+    belong to is refused. Where `auto_find_batch_size` begins the training again, so does the
+    recording.
 
     With `evaluate`, each evaluation of the trainer is followed by one of the average, on the same
     batches, as `eval_avg_loss` and so on; with several evaluation datasets as `eval_NAME_avg_loss`.
     `metric_for_best_model="eval_avg_loss"` and EarlyStoppingCallback work with these. Before the
-    first snapshot they are the model's own. With `load_best_model_at_end` and one of these as
+    first snapshot they are the model's own, and NaN, which is never the best, where the average
+    cannot be made. With `load_best_model_at_end` and one of these as
     the metric, the model ends at the average as it was at the best step; if it has BatchNorm, with
     the average of the statistics, as it was evaluated: `twa.update_bn` makes better ones.
 
@@ -131,7 +137,7 @@ class RecorderCallback(TrainerCallback):
         self.ignore_keys, self._weights = ignore_keys, weights
         self._options: dict[str, Any] = dict(every=every, bits=bits, start=start, keep=keep)
         self._first = start or every  # step of the first snapshot
-        self._optimizers: list[Any] = []
+        self._run, self._batch_size = "", 0  # of the training that goes on
         self.recorder: Recorder | None = None
 
     def __repr__(self) -> str:
@@ -144,18 +150,29 @@ class RecorderCallback(TrainerCallback):
     ) -> None:
         """Begins a recording, or goes on with one."""
         self._go_first()
-        self._optimizers = [kwargs["optimizer"]]
         if self._options["keep"] is not None and self._chooses(args):
             raise TwaError(
                 f"load_best_model_at_end by {args.metric_for_best_model!r} needs all snapshots:"
                 " expected None",
                 "keep",
             )
-        step, path = state.global_step, self._folder(args)
-        old, self.recorder = self.recorder, self._made(kwargs["model"], path, step)
-        if path is None and old is not None and len(old) and old is not self.recorder:
-            _warn(f"{len(old)} snapshots of the training before are dropped")
-        if step == 0:
+        step, path, model = state.global_step, self._folder(args), kwargs["model"]
+        old, again = self.recorder, self._is_again(args, state)
+        entries: Any = state.stateful_callbacks  # of trainer_state.json: a dict by now
+        runs = entries.setdefault(RUNS, [])
+        in_memory = path is None and old is not None and old.model is model
+        if not (in_memory and self._run in runs):
+            known = [self._run] if again else runs
+            self.recorder = self._made(model, path, known, resume=step > 0 or again)
+            self._run = self.recorder.state_dict()["run"]
+            if path is None and old is not None and len(old):
+                _warn(f"{len(old)} snapshots of the training before are dropped")
+        assert self.recorder is not None
+        if self._run not in runs:
+            runs.append(self._run)
+        self._batch_size = state.train_batch_size or 0
+        self.recorder.take_masters_of(kwargs["optimizer"])
+        if step == 0 and not again:
             return
         first = min(self.recorder.steps, default=step)
         self.recorder.rewind(step if first <= step else None)
@@ -163,45 +180,35 @@ class RecorderCallback(TrainerCallback):
         if not self.recorder.steps and step >= self._first and state.is_world_process_zero:
             _warn(f"the recording begins at step {step}: there is none of the steps before")
 
+    def _is_again(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Whether this training has begun before, with larger batches: auto_find_batch_size."""
+        is_smaller = (state.train_batch_size or 0) < self._batch_size
+        return args.auto_find_batch_size and state.global_step == 0 and is_smaller
+
     def _folder(self, args: TrainingArguments) -> Path | None:
         """Where the files go."""
         if self.path == "auto":
             return Path(str(args.output_dir)) / FOLDER
         return None if self.path is None else Path(self.path)
 
-    def _made(self, model: nn.Module, path: Path | None, step: int) -> Recorder:
-        """The recorder of a training that is at a step."""
-        old = self.recorder
-        if path is None and step and old is not None and old.model is model:
-            return old
+    def _made(self, model: nn.Module, path: Path | None, runs: list[str], resume: bool) -> Recorder:
+        """A recorder; TwaError if there is a recording in its path, and of none of these runs."""
         for recorder in list(_recorders):
             if path is not None and recorder.path == path:
                 recorder.close()
-        try:
-            recorder = Recorder(
-                model,
-                path=path,
-                resume=bool(path and step),
-                weights=self._recorded,
-                **self._options,
-            )
-        except TwaError as error:
-            if step or path is None or not is_recording(path):
-                raise
-            raise TwaError(
-                "holds the recording of another run: remove it, pass another path=, or go on with"
-                " that run by resume_from_checkpoint",
-                path,
-            ) from error
+        ranks = find_ranks("auto", model)
+        with ranks.fail_together(f"opening {path}"):
+            there = path is not None and ranks.is_rank_zero and is_recording(path)
+            if path is not None and there and (not runs or _run_in(path) not in runs):
+                raise TwaError(
+                    "holds the recording of another run: remove it, pass another path=, or go on"
+                    " with that run by resume_from_checkpoint",
+                    path,
+                )
+        resume = resume and path is not None
+        recorder = Recorder(model, path=path, resume=resume, weights=self._weights, **self._options)
         _recorders.add(recorder)
         return recorder
-
-    def _recorded(self, name: str, p: nn.Parameter) -> Tensor:
-        """What is recorded in a parameter's place."""
-        if self._weights is not None:
-            return self._weights(name, p)
-        master = master_of(p, self._optimizers)
-        return p if master is None else master
 
     def _go_first(self) -> None:
         """Moves before all callbacks that look at metrics, but behind what decides when to save."""
@@ -241,6 +248,7 @@ class RecorderCallback(TrainerCallback):
         """Writes what is left; moves the model to the best average, if one was to be chosen."""
         assert self.recorder is not None
         self.recorder.flush()
+        self._batch_size = 0
         best = state.best_global_step
         if self.evaluate is None or not self._chooses(args) or best is None or best < self._first:
             return
@@ -271,9 +279,9 @@ class RecorderCallback(TrainerCallback):
         own = f"{prefix}_{self.name}"
         if odd := [key for key in metrics if key.startswith(f"{own}_")]:
             raise TwaError(f"{odd[0]!r} is a metric of the model: pass name=", "RecorderCallback")
-        found = self._measured(batches, own)
-        if found is None:
-            found = _figures(metrics, prefix, own)
+        found = _figures(metrics, prefix, own)
+        if self.recorder.common_steps():
+            found = self._measured(batches, own) or dict.fromkeys(found, math.nan)
         self.trainer.log(dict(found))
         # the model's own stay the last: a notebook takes those for the evaluation's
         merged = {**found, **metrics}
@@ -281,13 +289,13 @@ class RecorderCallback(TrainerCallback):
         metrics.update(merged)
 
     def _measured(self, batches: DataLoader, prefix: str) -> dict[str, float] | None:
-        """The metrics of the average; None if there is none."""
+        """The metrics of the average; None if it cannot be made."""
         assert self.recorder is not None and self.evaluate is not None
-        if not self.recorder.common_steps():
-            return None
         trainer = self.trainer
         self._end_bars()
-        with random_state_kept(), generators_kept(batches), contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
+            for kept in (random_state_kept(), generators_kept(batches), _pass_kept(batches)):
+                stack.enter_context(kept)
             try:
                 stack.enter_context(self.recorder.averaged(self.evaluate, **self.horizon))
             except TwaError as error:
@@ -322,6 +330,11 @@ class RecorderCallback(TrainerCallback):
                 callback.prediction_bar = None
 
 
+def _run_in(path: Path) -> str:
+    """The run that is recorded in a directory."""
+    return read_log(next(filter(is_recording, folders_of(path)))).contents.run
+
+
 def _prefix_of(metrics: Mapping[str, float]) -> str:
     """What the names of an evaluation's metrics begin with, such as "eval"."""
     timed = [key.removesuffix("_runtime") for key in metrics if key.endswith("_runtime")]
@@ -332,6 +345,21 @@ def _figures(metrics: Mapping[str, float], prefix: str, other: str) -> dict[str,
     """The metrics whose names begin with a prefix, with another one; without times."""
     names = {key: key.removeprefix(f"{prefix}_") for key in metrics if key.startswith(f"{prefix}_")}
     return {f"{other}_{name}": metrics[key] for key, name in names.items() if name not in SPEED}
+
+
+@contextlib.contextmanager
+def _pass_kept(batches: DataLoader) -> Iterator[None]:
+    """Has Accelerate's loaders count the pass in it as the one before: data may depend on it."""
+    count = getattr(batches, "iteration", None)
+    if count is None:
+        yield
+        return
+    loader: Any = batches
+    try:
+        loader.iteration = max(count - 1, 0)
+        yield
+    finally:
+        loader.iteration = count
 
 
 def _warn(text: str) -> None:
@@ -384,13 +412,14 @@ def train_average(
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         inputs = trainer._prepare_inputs(batch)
+        count = _labels_in(trainer, inputs)
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-            found = trainer.compute_loss(model, inputs)
+            found = trainer.compute_loss(model, inputs, num_items_in_batch=count)
         assert isinstance(found, Tensor)  # without the outputs, which are not asked for
         return found
 
     assert trainer.model is not None
-    with _counts_kept(trainer):
+    with _counts_kept(trainer), _ranks_apart(trainer.args):
         return average(trainer.model, source, train, val, loss, steps=steps, **options)
 
 
@@ -415,6 +444,29 @@ def _plain(loader: Any, size: int, seed: int | None = None) -> DataLoader:
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
     )
+
+
+def _labels_in(trainer: Trainer, inputs: Mapping[str, Any]) -> Tensor | None:
+    """How many labels a batch has, counted as the Trainer does; None where it counts none."""
+    labels = inputs.get("labels")
+    if not (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None):
+        return None
+    if labels is not None and "shift_labels" in inputs:
+        labels = inputs["shift_labels"]
+    elif isinstance(labels, Tensor) and getattr(trainer, "_loss_shifts_labels", False):
+        labels = labels[..., 1:]
+    return labels.ne(-100).sum() if isinstance(labels, Tensor) else None
+
+
+@contextlib.contextmanager
+def _ranks_apart(args: TrainingArguments) -> Iterator[None]:
+    """Has losses be those of a rank's own batches: twa averages over ranks."""
+    before = args.average_tokens_across_devices
+    args.average_tokens_across_devices = False
+    try:
+        yield
+    finally:
+        args.average_tokens_across_devices = before
 
 
 @contextlib.contextmanager

@@ -177,7 +177,7 @@ class Recorder:
 
         They are those in its state that are named so ("master", "fp32"). `attach` calls it.
         """
-        self._optimizers.append(optimizer)
+        self._optimizers.insert(0, optimizer)  # before one that it takes the place of
 
     def step(self, count: int | None = None) -> bool:
         """Counts a step of training; records after each `every` of them.
