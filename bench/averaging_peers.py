@@ -310,8 +310,8 @@ TESTED = (
     ("resume", "same codes", "integrations/test_accelerate.py::test_save_state_and_load_state"),
     ("... through DCP", "same codes", "integrations/test_fsdp2_recorder.py"),
     (
-        "no evaluation before the first average",
-        "an error",
+        "evaluation before the first snapshot",
+        "of the model, with a warning",
         "integrations/test_plain_loops.py::test_no_average_before_the_first_snapshot",
     ),
     (

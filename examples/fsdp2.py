@@ -18,7 +18,7 @@ for layer in model:
 fully_shard(model)
 optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
 
-recorder = twa.Recorder(model, every=4, path="fsdp2-out/twa", resume=True)
+recorder = twa.Recorder(model, every=4, path="fsdp2-out/twa")
 recorder.attach(optimizer)
 
 for _ in range(8):

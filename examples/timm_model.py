@@ -23,7 +23,7 @@ def loss(model, batch):
     return nn.functional.cross_entropy(model(images), batch[1])
 
 
-recorder = twa.Recorder(model, every=4, path="timm-out/twa", resume=True)
+recorder = twa.Recorder(model, every=4, path="timm-out/twa")
 recorder.attach(optimizer)
 
 for epoch in range(5):

@@ -969,7 +969,7 @@ def test_states_of_others(tmp_path):
         ("memory", state | {"bits": 2}, "expected 4 bits, found 2"),
         ("memory", {k: v for k, v in state.items() if "rank" not in k}, "nothing of this rank"),
         ("memory", files.state_dict(), r"in files: pass path= and resume=True"),
-        ("files", state, "another recording; pass resume=True"),
+        ("files", state, "holds another recording than the state's"),
     ]
     for kind, bad, said in cases:
         with pytest.raises(StateError, match=said):

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .. import averages
 from ..distributed.choose import find_ranks
+from ..distributed.ranks import DistributedError
 from ..io.errors import CandidateWarning, TwaError
 from ..io.recording_files import folders_of, is_recording, read_log
 from ..merge.average import Source, average
@@ -150,6 +151,13 @@ class RecorderCallback(TrainerCallback):
     ) -> None:
         """Begins a recording, or goes on with one."""
         self._go_first()
+        others = (c for c in self.trainer.callback_handler.callbacks if isinstance(c, type(self)))
+        if any(c is not self for c in others):
+            raise TwaError(
+                "expected one in a trainer, found another: other averages are made after the"
+                " training",
+                "RecorderCallback",
+            )
         if self._options["keep"] is not None and self._chooses(args):
             raise TwaError(
                 f"load_best_model_at_end by {args.metric_for_best_model!r} needs all snapshots:"
@@ -254,7 +262,7 @@ class RecorderCallback(TrainerCallback):
             return
         try:
             self.recorder.apply(self.evaluate, until=best, **self.horizon)
-        except TwaError as error:
+        except (TwaError, DistributedError) as error:
             _warn(f"the model is not at the best average, which was at step {best}: {error}")
 
     def _chooses(self, args: TrainingArguments) -> bool:
@@ -298,7 +306,7 @@ class RecorderCallback(TrainerCallback):
                 stack.enter_context(kept)
             try:
                 stack.enter_context(self.recorder.averaged(self.evaluate, **self.horizon))
-            except TwaError as error:
+            except (TwaError, DistributedError) as error:
                 _warn(f"step {trainer.state.global_step}: the average is not evaluated: {error}")
                 return None
             output = trainer.evaluation_loop(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..io.candidates import Candidates
-from ..io.errors import TwaError
+from ..io.errors import TaskError, TwaError
 from ..modes import modes_kept
 from ..recorder.recorder import Recorder
 from ..tasks.batches import generators_kept, random_state_kept
@@ -89,10 +91,13 @@ def average(
     given = {name: batches for name, batches in data.items() if batches is not None}
     whole = model.module if isinstance(model, DistributedDataParallel) else model
     title = type(whole).__name__
+    run = functools.partial(_scalar, loss)
     task = Task(
-        title, lambda: whole, loss, train, val, heldout, test, metric, metric_name=metric_name
+        title, lambda: whole, run, train, val, heldout, test, metric, metric_name=metric_name
     )
     with contextlib.ExitStack() as kept:
+        kept.enter_context(torch.inference_mode(False))
+        kept.enter_context(torch.enable_grad())
         kept.enter_context(modes_kept(whole))
         kept.enter_context(random_state_kept())
         for batches in given.values():
@@ -101,6 +106,15 @@ def average(
             check_batches(batches, name)  # which may draw random numbers
         candidates = _candidates(source)
         return Merge(task, candidates, chosen, progress, group=group, may_shard=False).run()
+
+
+def _scalar(loss: Callable[[nn.Module, Any], Tensor], model: nn.Module, batch: object) -> Tensor:
+    """The loss of a batch; TaskError if it is none."""
+    value = loss(model, batch)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise TaskError(f"expected a tensor with one number, found one {found}", "loss")
+    return value
 
 
 def _candidates(source: Source) -> Candidates:

@@ -52,6 +52,9 @@ class Outcome:
         """The same, which notebooks draw as a table."""
         return str(self)
 
+    def __repr__(self) -> str:
+        return f"Outcome({self.winner.method} of {len(self.results)}, {self.winner.losses})"
+
     @property
     def state(self) -> dict[str, Tensor]:
         """The winner's weights by key, as they are exported.

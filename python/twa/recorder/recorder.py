@@ -83,7 +83,8 @@ class Recorder:
         start: step of the first snapshot: none before it
         path: directory for the files; None: snapshots stay in memory
         keep: how many snapshots are kept, the newest (in files up to a quarter more); None: all
-        resume: go on with the recording in `path`, if there is one
+        resume: go on with the recording in `path`, if there is one: `load_state_dict` or `rewind`
+            says where; without them it goes on where it ends, with a warning
         weights: (name, parameter) -> tensor to record in the parameter's place, such as a float32
             master of a parameter in half precision; without it, see `take_masters_of`
         group: the process group; default: that of a sharded model, else all ranks
@@ -122,6 +123,7 @@ class Recorder:
         self._pending: list[_Pending] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}  # of copies to the CPU
         self._ended = self._swapped = self._closed = False
+        self._is_unplaced = False  # whether it goes on with a recording, and nobody has said where
         self._store: Memory | Folder = Memory(keep)
         if self.path is not None:
             with self._ranks.fail_together(f"opening {self.path}"):
@@ -129,6 +131,7 @@ class Recorder:
                     self._open(self.path, resume)
         if resume:
             self._agree()
+            self._is_unplaced = self.count > 0
 
     @property
     def model(self) -> nn.Module:
@@ -196,6 +199,12 @@ class Recorder:
         count = self.count + 1 if count is None else _checked_step(count)
         if count <= self.count:
             return False
+        if self._is_unplaced:
+            self._is_unplaced = False
+            _warn(
+                f"resume=True goes on after step {self.count} of what is there: load_state_dict or"
+                " rewind(step) says where a run goes on; a new run needs a new path"
+            )
         before, self.count = self._due(self.count), count
         self._settle()
         return self.record() if self._due(count) > before else False
@@ -458,9 +467,14 @@ class Recorder:
     ) -> Iterator[None]:
         """A context in which the model is at an average, see `beta`; then it is as it was.
 
-        Buffers come back, too, whatever was written to them inside.
+        Buffers come back, too, whatever was written to them inside. Before the first snapshot it is
+        as it is, with a CandidateWarning: an evaluation does not stop the training.
         """
         steps = _until(self.common_steps(), until)
+        if not steps:
+            _warn("there is no snapshot yet: the model is as it is, and no average")
+            yield
+            return
         beta, was_swapped = self._beta(steps, scheme, **horizon), self._swapped
         reshard(self.model)  # what FSDP2 has gathered would outlive what is written
         with plain_weights(self.model):
@@ -682,7 +696,7 @@ class Recorder:
                     " path=None this one's own state"
                 )
             self._load(state["run"], list(found[0]), found[1])
-        self.count, self._ended = state["count"], False
+        self.count, self._ended, self._is_unplaced = state["count"], False, False
 
     def _load(self, run: str, steps: list[int], kept: Sequence[Any]) -> None:
         """Takes over, or goes back to, the snapshots of a state."""
@@ -692,7 +706,11 @@ class Recorder:
             self._load_memory(kept)
         elif steps:
             if run != self._watched.contents.run:
-                raise StateError("it is of another recording; pass resume=True", self.path or "")
+                raise StateError(
+                    "holds another recording than the state's: expected the path that the state"
+                    " was taken with, and resume=True",
+                    self.path or "",
+                )
             self._rewind(steps[-1])
             if self._store.steps != steps[-len(self._store.steps) :]:
                 raise StateError("snapshots are missing", self.path or "")
@@ -736,7 +754,7 @@ class Recorder:
                 self._take_over(self._store.cut(step))
         else:
             self._rewind_memory(self._store, step)
-        self.count, self._ended = step or 0, False
+        self.count, self._ended, self._is_unplaced = step or 0, False, False
 
     def _rewind_memory(self, store: Memory, step: int | None) -> None:
         """Drops snapshots in memory after a step."""

@@ -128,14 +128,14 @@ class Task:
             return
         if sum(1 for _ in zip(self.val, range(2), strict=False)) < 2:
             raise TaskError(
-                f"task {self.name}: TWA-v needs heldout_data(), or a val_data() of at least 2"
+                f"task {self.name}: TWA-v needs held-out data, or validation data of at least 2"
                 " batches to take every other one from; found fewer"
             )
         first, again = next(iter(self.val)), next(iter(self.val))
         if not _same(first, again) or batch_digest(first) != batch_digest(again):
             raise TaskError(
-                f"task {self.name}: val_data() gives other batches at each pass (shuffled?), so"
-                " TWA-v cannot take every other one; fix its order or define heldout_data()"
+                f"task {self.name}: the validation data are other batches at each pass (shuffled?),"
+                " so TWA-v cannot take every other one; fix their order, or give held-out data"
             )
         self.val, self.heldout = EveryOther(self.val, 1), EveryOther(self.val, 0)
 
