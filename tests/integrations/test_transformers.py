@@ -723,3 +723,11 @@ def test_without_transformers(monkeypatch):
     with pytest.raises(ImportError, match=r'pip install "twa-kernels\[transformers\]"'):
         importlib.import_module("twa.integrations.transformers")
     assert run_python("import sys, twa; print('transformers' in sys.modules)").strip() == "False"
+
+
+def test_one_callback_a_trainer(tmp_path):
+    made = trainer(tmp_path)
+    for scheme in ("uniform", "last"):
+        made.add_callback(RecorderCallback(made, every=2, evaluate=scheme))
+    with pytest.raises(TwaError, match="expected one in a trainer, found another"):
+        made.train()

@@ -175,6 +175,29 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("value", [(1.0, 2), 0.5, torch.ones(3, requires_grad=True)])
+def test_a_loss_that_is_none(run, value):
+    folder, _, _ = run
+    with pytest.raises(TaskError, match="loss: expected a tensor with one number, found one"):
+        twa.average(make(), folder, data(1), data(2), lambda *_: value, progress=False)
+
+
+def test_without_gradients_around(run):
+    folder, _, _ = run
+    for around in (torch.no_grad(), torch.inference_mode()):
+        with around:
+            model, train, val = make_outside(), data(1), data(2)
+            outcome = twa.average(model, folder, train, val, loss, steps=3, progress=False)
+        assert (
+            outcome.results[-1].curve and "Outcome(" in repr(outcome) and len(repr(outcome)) < 200
+        )
+
+
+def make_outside():
+    with torch.inference_mode(False):
+        return make()
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_arguments(run, name):
     folder, _, _ = run

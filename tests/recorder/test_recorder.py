@@ -1218,3 +1218,23 @@ def test_a_rewind_that_is_refused_changes_nothing(tmp_path, monkeypatch):
     recorder.record(40)
     recorder.flush()
     assert [c.step for c in twa.Candidates(tmp_path / "run")] == recorder.steps == [10, 20, 30, 40]
+
+
+def test_going_on_without_a_state_is_said(tmp_path):
+    """Once: a new run in an old path would be taken for the old one's."""
+    first = recorder_of("files", net(), tmp_path)
+    for k in range(3):
+        move(first.model, k)
+        first.step()
+    state = first.state_dict()
+    first.close()
+    for place in (None, lambda r: r.load_state_dict(state), lambda r: r.rewind(2)):
+        again = recorder_of("files", net(), tmp_path, resume=True)
+        if place is not None:
+            place(again)
+        with warned(*(["resume=True goes on after step 3"] if place is None else [])):
+            for k in range(2):
+                move(again.model, k + 10)
+                again.step()
+        again.rewind(3 if place is None else again.count)
+        again.close()
