@@ -670,7 +670,7 @@ def test_a_recording_of_another_run(tmp_path):
     path.rename(tmp_path / "kept")
     make_trainer(tmp_path, RecorderCallback(every=3, path=path)).fit(make_module(), *loaders())
     before = {name: p.read_bytes() for name, p in files_of(path).items()}
-    with pytest.raises(twa.StateError, match="of another recording"):
+    with pytest.raises(twa.StateError, match="another recording than the state"):
         make_trainer(tmp_path, RecorderCallback(every=3, path=path), epochs=4).fit(
             make_module(), *loaders(), ckpt_path=tmp_path / "c" / "24.ckpt"
         )
