@@ -725,9 +725,9 @@ def test_without_transformers(monkeypatch):
     assert run_python("import sys, twa; print('transformers' in sys.modules)").strip() == "False"
 
 
-def test_one_callback_a_trainer(tmp_path):
+def test_two_callbacks_do_not_share_a_folder(tmp_path):
     made = trainer(tmp_path)
     for scheme in ("uniform", "last"):
         made.add_callback(RecorderCallback(made, every=2, evaluate=scheme))
-    with pytest.raises(TwaError, match="expected one in a trainer, found another"):
+    with pytest.raises(TwaError, match="another RecorderCallback records there"):
         made.train()

@@ -151,13 +151,13 @@ class RecorderCallback(TrainerCallback):
     ) -> None:
         """Begins a recording, or goes on with one."""
         self._go_first()
-        others = (c for c in self.trainer.callback_handler.callbacks if isinstance(c, type(self)))
-        if any(c is not self for c in others):
-            raise TwaError(
-                "expected one in a trainer, found another: other averages are made after the"
-                " training",
-                "RecorderCallback",
-            )
+        for other in self.trainer.callback_handler.callbacks:
+            if isinstance(other, RecorderCallback) and other is not self:
+                if other._folder(args) == self._folder(args) is not None:
+                    raise TwaError(
+                        "another RecorderCallback records there: expected a path= of its own",
+                        self._folder(args),
+                    )
         if self._options["keep"] is not None and self._chooses(args):
             raise TwaError(
                 f"load_best_model_at_end by {args.metric_for_best_model!r} needs all snapshots:"
