@@ -151,13 +151,11 @@ class RecorderCallback(TrainerCallback):
     ) -> None:
         """Begins a recording, or goes on with one."""
         self._go_first()
-        for other in self.trainer.callback_handler.callbacks:
-            if isinstance(other, RecorderCallback) and other is not self:
-                if other._folder(args) == self._folder(args) is not None:
-                    raise TwaError(
-                        "another RecorderCallback records there: expected a path= of its own",
-                        self._folder(args),
-                    )
+        mine, callbacks = self._folder(args), self.trainer.callback_handler.callbacks
+        others = [c for c in callbacks if isinstance(c, RecorderCallback) and c is not self]
+        if mine is not None and any(c._folder(args) == mine for c in others):
+            text = "another RecorderCallback records there: expected a path= of its own"
+            raise TwaError(text, mine)
         if self._options["keep"] is not None and self._chooses(args):
             raise TwaError(
                 f"load_best_model_at_end by {args.metric_for_best_model!r} needs all snapshots:"
