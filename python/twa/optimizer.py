@@ -80,8 +80,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self.inner = optimizer([subspace.coefficients], **options)
         super().__init__([subspace.coefficients], self.inner.defaults)
         self._ready = True
-        if not low_memory:
-            self.inner.param_groups[0]["params"] = list(subspace.parameters)
         if low_memory and subspace.sharding.name == "rows":
             raise TwaError(
                 "low_memory: not with sharding='rows', which sums whole gradients; use 'replicate'"
@@ -89,6 +87,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             )
         if low_memory:
             self._hook()
+        else:
+            self.inner.param_groups[0]["params"] = list(subspace.parameters)
 
     def _hook(self) -> None:
         """Projects gradients inside backward for as long as this optimizer lives."""

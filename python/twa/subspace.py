@@ -23,7 +23,7 @@ from .coordinates import BASES, CONSTRAINTS, Coordinates, constrained
 from .distributed.choose import choose_sharding, find_ranks
 from .distributed.ranks import digest, facts, versions
 from .distributed.sharding import Basis, Sharding, reconstruct
-from .distributed.weights import Written, check_range, check_taken, load_untrained
+from .distributed.weights import check_range, check_taken, load_untrained, write_counts
 from .dtensors import local
 from .export.bundle import write_bundle
 from .io.candidates import Candidates
@@ -81,7 +81,7 @@ class Subspace:
         self.coefficients = nn.Parameter(coordinates.start().to(device, dtype))
         self._of_tensor: dict[int, tuple[Basis, slice]] = {}
         self._own_train = with_own_train(self.model)
-        self._written: Written | None = None  # as they were when this wrote them last
+        self._written: list[int] | None = None  # write_counts when this wrote them last
         self._has_warned = False
 
     @classmethod
@@ -251,7 +251,7 @@ class Subspace:
         """Sets the model's parameters to center + sum_r x[r, l] * P[r, :], in their own dtypes."""
         with plain_weights(self.model, self._own_train):
             self.sharding.write(self.basis, self.x(), self.center)
-            self._written = Written.of(self.sharding)
+            self._written = write_counts(self.sharding)
 
     @torch.no_grad()
     def find_moved(self) -> str | None:
@@ -280,9 +280,9 @@ class Subspace:
 
         Weights that were changed and put back, as for an evaluation, do not count.
         """
-        if self._written is None or not self._written.changed(self.sharding):
+        if self._written is None or self._has_warned:  # once is enough, and looking takes time
             return
-        if self._has_warned:  # once is enough, and looking takes time
+        if (now := write_counts(self.sharding)) == self._written:
             return
         if name := self.find_moved():
             self._has_warned = True
@@ -293,7 +293,7 @@ class Subspace:
                 stacklevel=3,
             )
         else:
-            self._written = Written.of(self.sharding)
+            self._written = now
 
     @torch.no_grad()
     def project_gradients(self) -> Tensor:
@@ -375,7 +375,7 @@ class Subspace:
                 options=options,
                 state=state,
             )
-            self._written = Written.of(self.sharding)
+            self._written = write_counts(self.sharding)
 
     # Merge weights -------------------------------------------------------------------------------
 
@@ -529,9 +529,6 @@ class Subspace:
                     " or save the model as it is by other means",
                     "nothing is saved",
                 )
-            if ranks.is_rank_zero:
-                folder.mkdir(parents=True, exist_ok=True)
-            ranks.barrier()
             write_bundle(folder, self.sharding, self.coefficients_json(), dcp=dcp)
             if packed is not None and ranks.is_rank_zero:
                 with plain_weights(self.model):

@@ -297,7 +297,6 @@ def test_half_precision_overflow_is_no_silent_inf(tmp_path, part):
         nn.Linear(2, 1), twa.Candidates(tmp_path / "half.safetensors")
     )
     nn.init.constant_(subspace.model.weight, 1e5)
-    (tmp_path / "out").mkdir()
     with pytest.warns(UserWarning, match="tensor 'weight': 2 of 2 values overflow torch.float16"):
         write_bundle(tmp_path / "out", subspace.sharding, {})
 

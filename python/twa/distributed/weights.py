@@ -32,28 +32,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Written:
-    """What shows that somebody else has written to a model's trained weights.
-
-    PyTorch counts the writes to a tensor; those through `.data` it does not see.
-    """
-
-    def __init__(self, counts: list[int]) -> None:
-        self._counts = counts
-
-    @classmethod
-    def of(cls, sharding: Sharding) -> Written:
-        """As the weights are now."""
-        return cls(_writes(sharding))
-
-    def changed(self, sharding: Sharding) -> str | None:
-        """Name of the first tensor that was written to since; None if there is none."""
-        if (now := _writes(sharding)) == self._counts:
-            return None
-        names = zip(sharding.key_map.trained, now, self._counts, strict=True)
-        return next(name for name, a, b in names if a != b)
-
-
 def checksums(sharding: Sharding) -> dict[str, int]:
     """A sum over the bits of each tensor, or of this rank's part of it, by name."""
     state, key_map = _state(sharding), sharding.key_map
@@ -69,8 +47,11 @@ def _sum_of_bits(t: Tensor) -> int:
     return int(t.contiguous().view(kinds[t.element_size()]).sum(dtype=torch.int64))
 
 
-def _writes(sharding: Sharding) -> list[int]:
-    """How often each trained tensor, or this rank's part of it, was written to."""
+def write_counts(sharding: Sharding) -> list[int]:
+    """How often each trained tensor, or this rank's part of it, was written to.
+
+    PyTorch counts that; writes through `.data` it does not see.
+    """
     if sharding.name != "columns":
         return [t._version for t in sharding.tensors]
     return [t._local_tensor._version if is_dtensor(t) else t._version for t in sharding.tensors]

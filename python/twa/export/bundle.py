@@ -25,7 +25,7 @@ def write_bundle(
     All ranks call it, the first writes; each file appears whole.
 
     Args:
-        folder: where they go; it exists
+        folder: where they go; made if it is not there
         sharding: the model
         coefficients: what coefficients.json is to hold
         dcp: also a torch.distributed.checkpoint, to which each rank writes what it holds
@@ -33,6 +33,9 @@ def write_bundle(
     Returns:
         what is written, for messages; nothing on other ranks than the first
     """
+    if sharding.ranks.is_rank_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+    sharding.ranks.barrier()
     write_export(folder / WEIGHTS, sharding)  # first: no fault elsewhere may cost a model
     if dcp:
         write_dcp(folder / DCP, sharding)

@@ -151,18 +151,18 @@ class RecorderCallback(TrainerCallback):
     ) -> None:
         """Begins a recording, or goes on with one."""
         self._go_first()
-        mine, callbacks = self._folder(args), self.trainer.callback_handler.callbacks
+        path, callbacks = self._folder(args), self.trainer.callback_handler.callbacks
         others = [c for c in callbacks if isinstance(c, RecorderCallback) and c is not self]
-        if mine is not None and any(c._folder(args) == mine for c in others):
+        if path is not None and any(c._folder(args) == path for c in others):
             text = "another RecorderCallback records there: expected a path= of its own"
-            raise TwaError(text, mine)
+            raise TwaError(text, path)
         if self._options["keep"] is not None and self._chooses(args):
             raise TwaError(
                 f"load_best_model_at_end by {args.metric_for_best_model!r} needs all snapshots:"
                 " expected None",
                 "keep",
             )
-        step, path, model = state.global_step, self._folder(args), kwargs["model"]
+        step, model = state.global_step, kwargs["model"]
         old, again = self.recorder, self._is_again(args, state)
         entries: Any = state.stateful_callbacks  # of trainer_state.json: a dict by now
         runs = entries.setdefault(RUNS, [])
@@ -170,7 +170,7 @@ class RecorderCallback(TrainerCallback):
         if not (in_memory and self._run in runs):
             known = [self._run] if again else runs
             self.recorder = self._made(model, path, known, resume=step > 0 or again)
-            self._run = self.recorder.state_dict()["run"]
+            self._run = self.recorder.run
             if path is None and old is not None and len(old):
                 _warn(f"{len(old)} snapshots of the training before are dropped")
         assert self.recorder is not None

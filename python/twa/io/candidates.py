@@ -415,10 +415,10 @@ def _listed(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
 ) -> list[str | os.PathLike[str]]:
     """One or several paths as a list; TwaError if they are state_dicts."""
-    listed = [paths] if isinstance(paths, str | os.PathLike | Mapping) else list(paths)
-    if any(isinstance(path, Mapping) for path in listed):
+    listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if isinstance(paths, Mapping) or any(isinstance(path, Mapping) for path in listed):
         raise TwaError("paths: expected paths, found a dict: Candidates.of_states takes those")
-    return [path for path in listed if not isinstance(path, Mapping)]
+    return listed
 
 
 @dataclass(frozen=True)

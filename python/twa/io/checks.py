@@ -17,7 +17,7 @@ from typing import NoReturn, TypeGuard
 import torch
 from torch import Tensor
 
-from .errors import CandidateError
+from .errors import CandidateError, TwaError
 from .foreign import foreign
 
 #: elements of a tensor, before its size is multiplied out in fixed-width integers
@@ -161,6 +161,12 @@ def is_number(value: object) -> bool:
 def is_count(value: object) -> bool:
     """Whether this is a whole number of at least 0 that a float64 can hold."""
     return type(value) is int and 0 <= value < 1 << 53
+
+
+def check_whole(value: object, least: int, where: str) -> None:
+    """TwaError unless this is a whole number of at least so much."""
+    if type(value) is not int or value < least:
+        raise TwaError(f"expected a whole number of at least {least}, found {value!r}", where)
 
 
 def is_text(value: object) -> bool:

@@ -57,7 +57,7 @@ class State(Candidate):
 
 
 @dataclass(frozen=True, eq=False)
-class Watched(Held):
+class Borrowed(Held):
     """A tensor of somebody else, who may write to it: reading it is an error then.
 
     Attributes:
@@ -127,7 +127,7 @@ def _entries(state: Mapping[str, object], where: str, depth: int = 1) -> Entries
     return out
 
 
-def _held(t: Tensor, where: str, name: str) -> Watched:
+def _held(t: Tensor, where: str, name: str) -> Borrowed:
     """A tensor as it lies in memory; CandidateError if it is not dense."""
     if is_dtensor(t):
         raise CandidateError(
@@ -138,4 +138,4 @@ def _held(t: Tensor, where: str, name: str) -> Watched:
         raise CandidateError(f"tensor {name!r}: expected a dense one, found {what}", where)
     here = t.detach().cpu().resolve_conj().resolve_neg()
     version = None if here.is_inference() else here._version
-    return Watched(here, version, f"{where}: tensor {name!r}")
+    return Borrowed(here, version, f"{where}: tensor {name!r}")

@@ -89,9 +89,6 @@ class Outcome:
         folder, ranks = Path(folder), self.sharding.ranks
         with ranks.fail_together(f"writing {folder}"):
             self._check_model()
-            if ranks.is_rank_zero:
-                folder.mkdir(parents=True, exist_ok=True)
-            ranks.barrier()
             names = [str(c.path) for c in self.sharding.candidates]
             chosen = self._coefficients(names)
             written = bundle.write_bundle(folder, self.sharding, chosen, dcp=dcp)

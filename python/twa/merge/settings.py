@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from ..basis.segments import parse_granularity
+from ..io.checks import check_whole
 from ..io.errors import TwaError
 from .evaluate import BN_BATCHES
 
@@ -117,11 +118,7 @@ class Settings:
     def __post_init__(self) -> None:
         """Raises TwaError if a setting is none of what it can be."""
         for name, least in (("steps", 1), ("bn_batches", 1), ("save_every", 1), ("patience", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise TwaError(
-                    f"expected a whole number of at least {least}, found {value!r}", name
-                )
+            check_whole(getattr(self, name), least, name)
         if not 0 < self.lr < float("inf"):
             raise TwaError(f"expected a number above 0, found {self.lr!r}", "lr")
 

@@ -25,6 +25,7 @@ from ..dtensors import local, reshard
 from ..export.average import write_average
 from ..io.averaging import average_into
 from ..io.candidates import Candidates
+from ..io.checks import check_whole
 from ..io.errors import CandidateWarning, StateError, TwaError
 from ..io.loading import named_tensors
 from ..io.mapped import Source
@@ -137,6 +138,11 @@ class Recorder:
     def model(self) -> nn.Module:
         """The model that is recorded."""
         return self._watched.model
+
+    @property
+    def run(self) -> str:
+        """A name of this recording that no other has."""
+        return self._watched.contents.run
 
     @property
     def bits(self) -> int:
@@ -654,7 +660,7 @@ class Recorder:
             of_ranks = {key: value for part in everyone for key, value in part.items()}
         return {
             "format": FORMAT,
-            "run": self._watched.contents.run,
+            "run": self.run,
             "bits": self.bits,
             "count": self.count,
             **of_ranks,
@@ -705,7 +711,7 @@ class Recorder:
                 raise StateError("its snapshots are in files: pass path= and resume=True")
             self._load_memory(kept)
         elif steps:
-            if run != self._watched.contents.run:
+            if run != self.run:
                 raise StateError(
                     "holds another recording than the state's: expected the path that the state"
                     " was taken with, and resume=True",
@@ -912,8 +918,8 @@ def _check_options(
 ) -> None:
     """TwaError if an option is none of what it can be."""
     for name, value, least in (("every", every, 1), ("start", start, 0), ("keep", keep, 2)):
-        if value is not None and (type(value) is not int or value < least):
-            raise TwaError(f"expected a whole number of at least {least}, found {value!r}", name)
+        if value is not None:
+            check_whole(value, least, name)
     if type(bits) is not int or bits not in BITS:
         raise TwaError(f"expected one of {BITS}, found {bits!r}", "bits")
     if resume and path is None:
