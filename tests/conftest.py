@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import processes
 import pytest
+import ranks as pool
 import torch
 
 if not torch.cuda.is_available():  # GPU kernels then run in Triton's interpreter
@@ -51,6 +52,14 @@ def pytest_collection_modifyitems(items):
 def same_numbers():
     """A test that fails does so again when it runs alone."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """Processes of one gloo job, see `ranks.Ranks`."""
+    made = pool.Ranks()
+    yield made
+    made.stop()
 
 
 @pytest.fixture(scope="module")

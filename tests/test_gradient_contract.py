@@ -7,7 +7,6 @@ import copy
 import warnings
 
 import pytest
-import ranks as pool
 import torch
 import torch.distributed.checkpoint as dcp
 import twa
@@ -21,13 +20,6 @@ from twa.io.errors import TwaError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    made = pool.Ranks()
-    yield made
-    made.stop()
 
 
 def make():

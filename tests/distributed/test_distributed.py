@@ -10,7 +10,6 @@ from pathlib import Path
 
 import fuzz_loading
 import pytest
-import ranks as pool
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -34,13 +33,6 @@ from twa.merge.settings import TwaMethod
 from twa.packing.to_file import PackToFile
 
 SHARDINGS = ("replicate", "rows", "columns")
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    made = pool.Ranks()
-    yield made
-    made.stop()
 
 
 class Net(nn.Module):

@@ -11,6 +11,7 @@ import processes
 import pytest
 import torch
 import twa
+from states import assert_same
 from torch import nn
 
 pytest.importorskip("accelerate")
@@ -99,12 +100,6 @@ class Run:
 
 def whole(t):
     return t.full_tensor() if hasattr(t, "full_tensor") else t
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for key, t in expected.items():
-        assert torch.equal(found[key], t), key
 
 
 def assert_same_snapshots(a, b):

@@ -3,7 +3,6 @@ train, save all through torch.distributed.checkpoint and go on; 1 and 4 ranks re
 """
 
 import pytest
-import ranks as pool
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -17,13 +16,6 @@ from torch.distributed.tensor import DTensor
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 POLICIES = {"fp32": {}, "bf16": {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}}
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    made = pool.Ranks()
-    yield made
-    made.stop()
 
 
 class Block(nn.Module):

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import processes
 import pytest
+import timm_apart
 import torch
 import torch.distributed.checkpoint as dcp
 import twa
 from safetensors.torch import load_file, save_file
+from states import assert_same
 from torch import nn
 from twa.io.errors import CandidateError, CandidateWarning, NoWeights
 
@@ -58,12 +60,6 @@ def save_between(model, candidates, out, **options):
     subspace.set_merge_weights(twa.averages.ema(len(candidates), 0.5))
     subspace.save(out, **options)
     return {key: t.clone() for key, t in model.state_dict().items()}
-
-
-def check_same(found, expected):
-    assert found.keys() == expected.keys()
-    for key, t in expected.items():
-        assert torch.equal(found[key], t), key
 
 
 # transformers, PEFT, TRL -------------------------------------------------------------------------
@@ -145,16 +141,16 @@ def test_transformers_trainer(tmp_path):
 
     model = llama()
     twa.load_average(model, candidates, twa.averages.uniform(COUNT))
-    check_same(dict(model.state_dict()), candidates.average(twa.averages.uniform(COUNT)))
+    assert_same(dict(model.state_dict()), candidates.average(twa.averages.uniform(COUNT)))
     weights = save_between(model, candidates, tmp_path / "average")
     loaded = type(model).from_pretrained(tmp_path / "average" / "averaged")
-    check_same(loaded.state_dict(), weights)
+    assert_same(loaded.state_dict(), weights)
     # and the Trainer goes on from it, in the place of a checkpoint's own file
     shutil.copy(
         tmp_path / "average" / "averaged.safetensors", out / STEPS[-1] / "model.safetensors"
     )
     trainer.train(resume_from_checkpoint=True)
-    check_same(trainer.model.state_dict(), weights)
+    assert_same(trainer.model.state_dict(), weights)
 
 
 def test_transformers_in_shards(tmp_path):
@@ -170,7 +166,7 @@ def test_transformers_in_shards(tmp_path):
     check_average(candidates, states)
     weights = save_between(model, candidates, tmp_path / "average")
     loaded = type(model).from_pretrained(tmp_path / "average" / "averaged")
-    check_same(loaded.state_dict(), weights)
+    assert_same(loaded.state_dict(), weights)
 
 
 GONE = r"\d+ of {} checkpoints are not there, of steps {}: the Trainer had save_total_limit={}"
@@ -228,7 +224,7 @@ def check_adapters(out, model, tmp_path):
     read([out, f"{out}/checkpoint-*"], STEPS, f"{out.name} is checkpoint-12", "12 more inside")
     weights = save_between(with_lora(model), candidates, tmp_path / "average")
     loaded = peft.PeftModel.from_pretrained(llama(), str(tmp_path / "average" / "averaged"))
-    check_same(loaded.state_dict(), weights)
+    assert_same(loaded.state_dict(), weights)
 
 
 def test_peft_with_the_trainer(tmp_path):
@@ -264,7 +260,7 @@ def test_trl_sft(tmp_path, lora):
     weights = save_between(llama(), candidates, tmp_path / "average")
     folder = tmp_path / "average" / "averaged"
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    check_same(loaded.state_dict(), weights)
+    assert_same(loaded.state_dict(), weights)
     assert transformers.AutoTokenizer.from_pretrained(folder).vocab_size == 32
 
 
@@ -380,14 +376,14 @@ def test_lightning(tmp_path, options, right, said):
     check_average(candidates, [content["state_dict"] for content in contents])
     weights = save_between(module(), candidates, tmp_path / "average")
     averaged = load_file(tmp_path / "average" / "averaged.safetensors")
-    check_same(averaged, weights)
+    assert_same(averaged, weights)
     # as a checkpoint of Lightning's own
     torch.save(contents[-1] | {"state_dict": averaged}, tmp_path / "average" / "averaged.ckpt")
     if not options.get("save_weights_only"):
         loaded = module.load_from_checkpoint(
             tmp_path / "average" / "averaged.ckpt", weights_only=False
         )
-        check_same(loaded.state_dict(), weights)
+        assert_same(loaded.state_dict(), weights)
 
 
 def test_lightning_with_two_kinds_of_checkpoints(tmp_path):
@@ -423,21 +419,16 @@ def test_lightning_in_shards(tmp_path, key):
     weights = save_between(nn.Linear(3, 2), candidates, tmp_path / "average", dcp=True)
     loaded = {key: nn.Linear(3, 2).state_dict()}
     dcp.load(loaded, checkpoint_id=tmp_path / "average" / "averaged_dcp", no_dist=True)
-    check_same(loaded[key], weights)
+    assert_same(loaded[key], weights)
 
 
 # timm --------------------------------------------------------------------------------------------
 
-TIMM = Path(sys.prefix) / "timm"  # apart from other packages: see the Makefile
 TIMM_RUN = """
-import argparse, pathlib, re, sys
-import torch
+import argparse, pathlib, sys
+import timm_apart, torch
 
-package = pathlib.Path(sys.argv[1])
-source = (package / "torchvision" / "_meta_registrations.py").read_text()
-for name in re.findall(r'register_fake\\("torchvision::(\\w+)"\\)', source):
-    torch.library.define(f"torchvision::{name}", "() -> ()")  # which a build for GPUs lacks
-
+timm_apart.prepare()
 from timm.models import load_checkpoint
 from timm.utils import CheckpointSaver, ModelEmaV3
 
@@ -454,12 +445,12 @@ def step():
     optimizer.zero_grad()
     ema.update(model)
 
-if sys.argv[2] == "load":
+if sys.argv[1] == "load":
     model = network()
-    load_checkpoint(model, sys.argv[3])
-    torch.save(model.state_dict(), sys.argv[4])
+    load_checkpoint(model, sys.argv[2])
+    torch.save(model.state_dict(), sys.argv[3])
     sys.exit()
-for folder, history in ((sys.argv[2], 20), (sys.argv[3], 5)):
+for folder, history in ((sys.argv[1], 20), (sys.argv[2], 5)):
     pathlib.Path(folder).mkdir()
     model = network()
     optimizer, ema = torch.optim.AdamW(model.parameters(), lr=0.1), ModelEmaV3(model, decay=0.9)
@@ -476,10 +467,10 @@ for folder, history in ((sys.argv[2], 20), (sys.argv[3], 5)):
 
 
 def run_timm(*arguments):
-    if not (TIMM / "timm").is_dir():
+    if not timm_apart.is_here():
         pytest.skip("timm is not installed")
-    path = os.pathsep.join([str(TIMM), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", TIMM_RUN, str(TIMM), *map(str, arguments)]
+    path = os.pathsep.join([*processes.FOLDERS, os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", TIMM_RUN, *map(str, arguments)]
     done = processes.run(command, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
 
@@ -503,7 +494,7 @@ def test_timm(tmp_path):
 
     weights = save_between(regression(), candidates, tmp_path / "average")
     run_timm("load", tmp_path / "average" / "averaged.safetensors", tmp_path / "loaded.pt")
-    check_same(torch.load(tmp_path / "loaded.pt"), weights)
+    assert_same(torch.load(tmp_path / "loaded.pt"), weights)
 
 
 # torchtitan --------------------------------------------------------------------------------------
@@ -567,7 +558,7 @@ def test_torchtitan(tmp_path, nested):
     weights = save_between(decoder(), candidates, tmp_path / "average", dcp=True)
     loaded = with_weights({key: torch.zeros_like(t) for key, t in weights.items()})
     dcp.load(loaded, checkpoint_id=tmp_path / "average" / "averaged_dcp", no_dist=True)
-    check_same(loaded["model"] if nested else loaded, weights)
+    assert_same(loaded["model"] if nested else loaded, weights)
     # and it is one more candidate of its kind
     both = twa.Candidates([tmp_path / "checkpoint" / "step-120", tmp_path / "average/averaged_dcp"])
     check_average(both, [states[-1], weights])
@@ -704,7 +695,7 @@ def test_plain_loops(tmp_path, form, key):
     check_average(candidates, states)
     model = regression()
     weights = save_between(model, candidates, tmp_path / "average")
-    check_same(load_file(tmp_path / "average" / "averaged.safetensors"), weights)
+    assert_same(load_file(tmp_path / "average" / "averaged.safetensors"), weights)
 
 
 def test_states_in_memory(tmp_path):
@@ -715,12 +706,12 @@ def test_states_in_memory(tmp_path):
     model = regression()
     beta = twa.averages.lawa(COUNT, 3)
     twa.load_average(model, candidates, beta)
-    check_same(dict(model.state_dict()), candidates.average(beta))
+    assert_same(dict(model.state_dict()), candidates.average(beta))
     weights = save_between(model, candidates, tmp_path, basis=True)
-    check_same(load_file(tmp_path / "averaged.safetensors"), weights)
+    assert_same(load_file(tmp_path / "averaged.safetensors"), weights)
     again = twa.Subspace.load(tmp_path / "basis.safetensors", regression(), candidates)
     again.write_weights()
-    check_same(dict(again.model.state_dict()), weights)
+    assert_same(dict(again.model.state_dict()), weights)
     others = twa.Candidates.of_states([*kept[:-1], regression().state_dict()])
     with pytest.raises(twa.BasisError, match="candidate 11"):
         twa.Subspace.load(tmp_path / "basis.safetensors", regression(), others)

@@ -12,6 +12,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import twa
+from states import assert_same, snapshots
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from twa.io.errors import CandidateWarning, TwaError
@@ -76,16 +77,6 @@ def attached(model, optimizer, **options):
     recorder = twa.Recorder(model, **{"every": 1} | options)
     recorder.attach(optimizer)
     return recorder
-
-
-def snapshots(recorder):
-    return [{key: c.tensor(key) for key in c.info} for c in recorder.recording()]
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
 
 
 def assert_recorded(recorder, states, limit=0.003):

@@ -17,6 +17,7 @@ import timm_apart
 import torch
 import torch.nn.functional as F
 import twa
+from states import assert_same, snapshots
 
 DECAY = 0.8
 HALF_LIFE = math.log(0.5) / math.log(DECAY)  # in steps
@@ -76,16 +77,6 @@ def distance(a, b):
     """Between trained weights, as a root mean square."""
     keys = [key for key, t in b.items() if t.is_floating_point() and "running" not in key]
     return torch.cat([(a[key] - b[key]).flatten() for key in keys]).square().mean().sqrt().item()
-
-
-def snapshots(recorder):
-    return [{key: c.tensor(key) for key in c.info} for c in recorder.recording()]
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
 
 
 # What is tried ------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import torch
 import twa
 from conftest import run_python
 from safetensors.torch import load_file
+from states import assert_same
 from tiny_hf import AtStep, callback_of, data, files, model, trainer, weights_of
 from torch import nn
 from torch.utils.data import DataLoader
@@ -57,12 +58,6 @@ def logged(trained, prefix):
             if key.startswith(prefix) and not timed:
                 found.setdefault(row["step"], {})[key] = value
     return found
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for key, t in expected.items():
-        assert torch.equal(found[key], t), key
 
 
 def distance(a, b):

@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import ranks as pool
 import torch
 import twa
 from torch import nn
@@ -431,13 +430,6 @@ def test_layers_are_known_inside_wrappers(tmp_path, wrap):
     expected, mean, _ = reference(states, OTHER)
     assert evaluator.loss() == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(free.running_mean.double(), mean, rtol=1e-5, atol=1e-6)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    made = pool.Ranks()
-    yield made
-    made.stop()
 
 
 def frozen_on_a_rank(group, folder, sharding):

@@ -6,7 +6,6 @@ import shutil
 import warnings
 
 import pytest
-import ranks as pool
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -23,13 +22,6 @@ from twa.io.errors import CandidateError, CandidateWarning, TwaError
 
 KINDS = ("memory", "files")
 UNIFORM = twa.averages.uniform(4)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    made = pool.Ranks()
-    yield made
-    made.stop()
 
 
 class Net(nn.Module):

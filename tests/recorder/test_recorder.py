@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 import twa
 from conftest import BITS
 from safetensors.torch import load_file
+from states import assert_same
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
@@ -112,13 +113,6 @@ def snapshots(source):
     """key -> tensor of each candidate."""
     found = source.recording() if isinstance(source, twa.Recorder) else twa.Candidates(source)
     return [{key: c.tensor(key).clone() for key in c.info} for c in found]
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for key, t in expected.items():
-        assert found[key].dtype == t.dtype and found[key].shape == t.shape, key
-        assert torch.equal(found[key], t), key
 
 
 @contextlib.contextmanager
