@@ -5,9 +5,10 @@
           = sum_i beta[i, l] w_i                          beta = merge_weights(y)
 
 One object per subspace answers for all of them. `Deltas`, `Differences` and `Orthonormal` say what
-the rows of P are, and train the coefficients of the rows themselves: y = x. `Simplex` stands on any
-of them and trains merge weights that are positive and sum to 1. l is the segment; all arithmetic
-is float64.
+the rows of P are, and train the coefficients of the rows themselves: y = x. `Simplex` and
+`Balanced` stand on any of them: the one trains merge weights that are positive and sum to 1, the
+other combinations of the candidates' distances whose lengths are nearer to each other. l is the
+segment; all arithmetic is float64, but for a product of each step in `Balanced`.
 
 New rows are a class here, a name in `BASES`, and a builder in `twa.packing`. Another way to train
 the same rows, any map from y to x, is an `OnRows` in `ON_ROWS`.
@@ -15,6 +16,8 @@ the same rows, any map from y to x, is an `OnRows` in `ON_ROWS`.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 
 import torch
@@ -22,6 +25,7 @@ from torch import Tensor
 
 BASES = ("deltas", "differences", "orthonormal")
 LEAST = 1e-3  # of 1 / n: the merge weight at which a simplex starts where it should be zero
+LEAST_EIGENVALUE = 1e-8  # of the largest, that is told from zero
 
 
 class Coordinates:
@@ -30,6 +34,7 @@ class Coordinates:
     Attributes:
         basis: name of what the rows are, as basis files store it
         constraint: name of what is trained in the place of the rows' coefficients
+        is_balanced: whether that is balanced combinations of the candidates' distances
         rows: what the rows of P are, whatever is trained: this object, or the one it stands on
         center_weights: (n,) float64, of the candidates in the center
         shape: (rows of P, L), of the trained coefficients
@@ -37,6 +42,7 @@ class Coordinates:
 
     basis = ""
     constraint = "none"
+    is_balanced = False
 
     def __init__(self, center_weights: Tensor, shape: tuple[int, int]) -> None:
         self.center_weights, self.shape = center_weights, shape
@@ -270,6 +276,86 @@ class Simplex(OnRows):
 
     def start(self) -> Tensor:
         return self.from_merge_weights(self.center_weights[:, None].expand(self.shape))
+
+
+class Balanced(OnRows):
+    """Combinations of the candidates' distances that are nearer to each other in length.
+
+        theta = center + sum_i y[i, l] B_g[i, :]        B_g = A_g N,  A_g = c_g (N N^T)^(-1/4)
+
+    N are the distances from the center, each of the same norm over all weights; g is the tensor, or
+    the segment if that is larger. The distances of a run all point back to where it came from, so
+    that gradient steps go there first of all. With the singular values of N their square roots are
+    taken: between N, which overrates those directions, and an orthonormal basis of the span, which
+    forgets them (docs/notes/balance.md). c_g keeps the sum of the squared lengths.
+
+    Args:
+        rows: what the rows of P are
+        grams: (G, r, r) float64, inner products of the rows of P in each group of segments
+        counts: (G,), how many segments each group has, one group after the other
+    """
+
+    is_balanced = True
+
+    def __init__(self, rows: Coordinates, grams: Tensor, counts: list[int]) -> None:
+        super().__init__(rows)
+        self.counts, self.ends = counts, list(itertools.accumulate(counts))
+        firsts = [end - count for end, count in zip(self.ends, counts, strict=True)]
+        raw = torch.stack([_distances(rows, g, l) for g, l in zip(grams, firsts, strict=True)])
+        norms = raw.diagonal(dim1=1, dim2=2).sum(0).clamp(min=0).sqrt()  # (n,)
+        common = norms[norms > 0].quantile(0.25) if bool((norms > 0).any()) else norms.sum()
+        self.unit = torch.where(norms > 0, common / norms.clamp(min=1e-300), 0.0)  # (n,) float64
+        self.mix = torch.stack([_balancing(g * self.unit.outer(self.unit)) for g in raw]).float()
+
+    @staticmethod
+    def count(n: int, rows: int) -> int:
+        return n
+
+    def _mixed(self, y: Tensor, columns: slice) -> Tensor:
+        """A_g y of the group g of each column; y has these columns and no others."""
+        begin, last, _ = columns.indices(self.shape[1])
+        parts, first = [], begin
+        for group in range(bisect.bisect_right(self.ends, begin), len(self.ends)):
+            end = min(self.ends[group], last)
+            if first < end:
+                part = y[:, first - begin : end - begin].float()
+                parts.append(self.mix[group].to(y.device) @ part)
+            first = end
+        return torch.cat(parts, 1)
+
+    def to_basis(self, y: Tensor) -> Tensor:
+        s = self._mixed(y.detach(), slice(None)).double()
+        return self.from_shares(s * self.unit.to(y.device)[:, None]).to(y.dtype)
+
+    def pull_back(self, y: Tensor, c: Tensor, columns: slice) -> Tensor:
+        g = self.pull_shares(c, columns) * self.unit.to(c.device)[:, None]
+        return self._mixed(g, columns).to(c.dtype)
+
+    def from_merge_weights(self, beta: Tensor) -> Tensor:
+        unit = self.unit.to(beta.device)[:, None]
+        s = torch.where(unit > 0, beta.double() / unit.clamp(min=1e-300), 0.0)
+        parts = s.split(self.counts, 1)
+        mixes = self.mix.to(beta.device).double()
+        return torch.cat([torch.linalg.solve(a, p) for a, p in zip(mixes, parts, strict=True)], 1)
+
+
+def _distances(rows: Coordinates, gram: Tensor, segment: int) -> Tensor:
+    """Inner products (n, n) of the candidates' distances, from those of the rows of P."""
+    columns = slice(segment, segment + 1)
+    half = torch.cat([rows.pull_shares(c[:, None], columns) for c in gram], 1)  # (n, r)
+    return torch.cat([rows.pull_shares(c[:, None], columns) for c in half], 1)
+
+
+def _balancing(gram: Tensor) -> Tensor:
+    """c G^(-1/4) with the trace of A G A that G has; the identity for rows without length."""
+    trace = gram.trace()
+    if not bool(trace > 0):
+        return torch.eye(len(gram), dtype=gram.dtype)
+    values, vectors = torch.linalg.eigh(gram / trace)
+    values = values.clamp(min=float(values[-1]) * LEAST_EIGENVALUE)
+    a = (vectors * values**-0.25) @ vectors.T
+    a = (a + a.T) / 2
+    return a * (trace / (a @ gram @ a).trace()).sqrt()
 
 
 #: what can be trained in the place of the rows' coefficients, by the name in files and options

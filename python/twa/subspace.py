@@ -17,9 +17,10 @@ from twa_kernels.scaling import NORMALIZE
 from . import averages
 from .basis.dense import DenseBasis
 from .basis.file import NAME, read_basis
+from .basis.grams import grams
 from .basis.segments import Granularity, Segments, segments_of
 from .basis.sources import Sources, check_sources
-from .coordinates import BASES, CONSTRAINTS, Coordinates, constrained
+from .coordinates import BASES, CONSTRAINTS, Balanced, Coordinates, constrained
 from .distributed.choose import choose_sharding, find_ranks
 from .distributed.ranks import digest, facts, versions
 from .distributed.sharding import Basis, Sharding, reconstruct
@@ -96,6 +97,7 @@ class Subspace:
         normalize: str = "row",
         basis: str = "deltas",
         constraint: str = "none",
+        balance: bool = False,
         sharding: str | Sharding = "auto",
         group: dist.ProcessGroup | None = None,
         progress: Callable[[str, int], None] | None = None,
@@ -129,6 +131,10 @@ class Subspace:
             constraint: "simplex": merge weights that are positive and sum to 1 in each segment
                 (learned soup), whatever the basis: beta = softmax(sqrt(n) y), and y is trained. It
                 starts at the center, but for weights of zero, which become 1e-3 / n
+            balance: train combinations of the rows whose lengths are nearer to each other (see
+                `twa.coordinates.Balanced`): `twa average` does. It trains better, most of all with
+                coefficients below tensors. A step is then no single kernel. Not with a constraint,
+                an orthonormal basis, center "zero" or sharding "rows"
             sharding: how the ranks of a torch.distributed job share the work. "replicate": every
                 rank holds all of P, n * L numbers are summed per step; "columns": a model sharded
                 by fully_shard or as DTensors, each rank holds P for its shards; "rows": each rank
@@ -150,6 +156,7 @@ class Subspace:
         ranks = given.ranks if given else find_ranks(name, model, group)
         with ranks.fail_together("matching model and candidates"):
             _check_options(bits, basis, constraint, normalize, center)
+            _check_balance(balance, basis, constraint, center, name)
             if given:  # which has matched them
                 candidates, key_map = given.candidates, given.key_map
             else:
@@ -167,7 +174,8 @@ class Subspace:
                 )
             if ranks.world_size > 1:
                 options = {"bits": bits, "basis": basis, "normalize": normalize, "sharding": name}
-                options |= {"constraint": constraint, "center": digest(weights.tolist())}
+                options |= {"constraint": constraint, "balance": balance}
+                options |= {"center": digest(weights.tolist())}
                 options |= {"granularity": digest((segments.labels, segments.first))}
                 same = {key: str(value) for key, value in options.items()}
                 ranks.check_equal(versions() | facts(model, candidates) | same)
@@ -175,6 +183,8 @@ class Subspace:
         with ranks.fail_together("packing the candidates"):
             made = build(place, segments, bits, basis, normalize, weights, progress)
             coordinates = constrained(made.coordinates, constraint)
+            if balance:
+                coordinates = _balanced(coordinates, made.basis, segments, place)
             subspace = cls(place, made.basis, made.center, segments, coordinates, normalize)
             with plain_weights(model):
                 load_untrained(place, weights)
@@ -224,6 +234,8 @@ class Subspace:
                 ranks.check_equal(versions() | {"basis": digest(contents)})
             basis, center = part_of(loaded, place)
             coordinates, segments = loaded.coordinates(), contents.tensor_segments
+            if contents.balanced:
+                coordinates = _balanced(coordinates, basis, segments, place)
             subspace = cls(place, basis, center, segments, coordinates, contents.normalize)
             with torch.no_grad():
                 subspace.coefficients.copy_(loaded.read("coefficients"))
@@ -430,6 +442,7 @@ class Subspace:
             "normalize": self.normalize,
             "constraint": self.coordinates.constraint,
             "basis": self.coordinates.basis,
+            "balanced": self.coordinates.is_balanced,
         }
 
     def check_identity(self, theirs: Mapping[str, object], what: str = "state") -> None:
@@ -542,6 +555,35 @@ class Subspace:
                         self.normalize,
                         self.coefficients,
                     )
+
+
+def _balanced(
+    rows: Coordinates, basis: Basis, segments: Segments, sharding: Sharding
+) -> Coordinates:
+    """Coordinates that balance these rows; ranks call it together, and get the same bits."""
+    if sharding.name == "rows":
+        raise TwaError("expected another sharding: no rank has all rows of P", "balance")
+    found, counts = grams(basis, segments)
+    made = Balanced(rows, sharding.ranks.all_reduce_(found), counts)
+    for t in (made.mix, made.unit):
+        sharding.ranks.broadcast_(t, 0)
+    return made
+
+
+def _check_balance(
+    balance: bool, basis: str, constraint: str, center: object, sharding: str
+) -> None:
+    """TwaError if rows are to be balanced that cannot be."""
+    if not balance:
+        return
+    for name, value, odd in (
+        ("basis", basis, "orthonormal"),
+        ("constraint", constraint, "simplex"),
+        ("center", center, "zero"),
+        ("sharding", sharding, "rows"),
+    ):
+        if isinstance(value, str) and value == odd:
+            raise TwaError(f"expected a {name} other than {odd!r}", "balance")
 
 
 def _check_options(bits: int, basis: str, constraint: str, normalize: str, center: object) -> None:

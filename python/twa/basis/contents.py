@@ -42,6 +42,7 @@ class Contents:
         labels: names of the segments
         chunk: see `Segments`
         constraint: what the coefficients are kept to, see `Coordinates`
+        balanced: whether they are of balanced rows, see `Balanced`
         written: as in `KeyMap`: key -> [shape, dtype, [[name, begin, sizes, strides, offset], ...]]
         checked: as in `KeyMap`
         dropped: of an orthonormal basis: per segment, [candidate, relative distance] of those that
@@ -65,6 +66,7 @@ class Contents:
     labels: list[str]
     chunk: int = 0
     constraint: str = "none"
+    balanced: bool = False
     written: dict[str, list[Any]] = field(default_factory=dict)
     checked: bool = True
     dropped: list[list[list[float]]] = field(default_factory=list)
@@ -106,7 +108,7 @@ class Contents:
         """Names, shapes and dtypes of the tensors in the file, the large ones first."""
         n, rows, L = len(self.candidates), self.rows, len(self.labels)
         tiles = tile_offsets(self.numels)[-1]
-        trained = trained_count(self.constraint, n, rows)
+        trained = n if self.balanced else trained_count(self.constraint, n, rows)
         found = {
             "codes": TensorInfo((tiles, rows, 16 * self.bits), torch.uint8),
             "center": TensorInfo((sum(self.numels),), torch.float32),
@@ -145,7 +147,7 @@ def parse_contents(value: object) -> Contents:
         raise ValueError(f"expected format {FORMAT!r}, found {shown(found)}")
     fields = set(Contents.__dataclass_fields__)
     # what early files do not have
-    absent = {"chunk": 0, "constraint": "none", "written": {}, "checked": True}
+    absent = {"chunk": 0, "constraint": "none", "balanced": False, "written": {}, "checked": True}
     given: dict[str, Any] = absent | value
     if odd := sorted(fields ^ given.keys()):
         raise ValueError(
@@ -169,6 +171,10 @@ def _check_options(c: Contents) -> None:
     _want(c.basis in BASES, "basis", f"one of {BASES}", c.basis)
     _want(c.constraint in CONSTRAINTS, "constraint", f"one of {CONSTRAINTS}", c.constraint)
     _want(c.normalize in NORMALIZE, "normalize", f"one of {NORMALIZE}", c.normalize)
+    good = c.balanced is False or (
+        c.balanced is True and c.constraint == "none" and c.basis != "orthonormal"
+    )
+    _want(good, "balanced", "true or false, and false for this basis", c.balanced)
 
 
 def _check_candidates(c: Contents) -> None:

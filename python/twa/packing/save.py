@@ -48,6 +48,7 @@ def contents_of(
         bits=bits,
         basis=coordinates.basis if coordinates else "deltas",
         constraint=coordinates.constraint if coordinates else "none",
+        balanced=coordinates.is_balanced if coordinates else False,
         normalize=normalize,
         rows=rows or len(candidates),
         candidates=[[str(c.path), c.fingerprint()] for c in candidates],

@@ -1,0 +1,69 @@
+"""Inner products of the rows of P, tensor by tensor, from a sample of the columns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Size, Tensor
+
+import twa_kernels as tk
+from twa_kernels.layout import TILE, tile_offsets
+
+from .dense import DenseBasis
+from .segments import Segments
+
+MOST_TILES = 64  # of a tensor that are looked at, evenly spread
+
+
+def grams(basis: tk.PackedBasis | DenseBasis, segments: Segments) -> tuple[Tensor, list[int]]:
+    """Inner products of the rows of P in groups of segments.
+
+    A group is a tensor, or a segment of several tensors.
+
+    Args:
+        basis: this process's part of P
+        segments: of the tensors, as the basis has them
+
+    Returns:
+        (G, rows, rows) float64, on the CPU; and how many segments each group has, in their order
+    """
+    count, rows = len(segments.labels), basis.n
+    firsts = list(range(count))
+    if segments.chunk:
+        firsts = sorted({first for first in segments.first if first < count})
+    group = {first: g for g, first in enumerate(firsts)}
+    found = torch.zeros(len(firsts), rows, rows, dtype=torch.float64)
+    for k, first in enumerate(segments.first):
+        if basis.shapes[k].numel():
+            found[group[first]] += _of_tensor(basis, k)
+    ends = [*firsts[1:], count]
+    return found, [end - first for first, end in zip(firsts, ends, strict=True)]
+
+
+def _of_tensor(basis: tk.PackedBasis | DenseBasis, k: int) -> Tensor:
+    """Inner products (rows, rows) of tensor k's rows, estimated from some of its tiles."""
+    numel = basis.shapes[k].numel()
+    tiles = -(-numel // TILE)
+    chosen = torch.linspace(0, tiles - 1, min(tiles, MOST_TILES)).round().long()
+    columns = (len(chosen) - 1) * TILE + numel - (tiles - 1) * TILE  # the last one may be shorter
+    if isinstance(basis, DenseBasis):
+        at = (chosen[:, None] * TILE + torch.arange(TILE)).flatten()[:columns]
+        p = basis.rows[k][:, at.to(basis.device)].double()
+        gram = p @ p.T
+    else:
+        gram = _sampled(basis, tile_offsets(basis.numels)[k] + chosen, columns).gram().sum(0)
+    return gram.cpu() * (numel / columns)
+
+
+def _sampled(basis: tk.PackedBasis, tiles: Tensor, columns: int) -> tk.PackedBasis:
+    """A basis of some tiles alone, as one tensor of so many columns."""
+    tiles = tiles.to(basis.device)
+    used, segment = basis.tile_segment[tiles].unique(return_inverse=True)
+    return tk.PackedBasis(
+        basis.codes[tiles],
+        basis.scales.view(torch.uint8)[tiles].view(basis.scales.dtype),
+        basis.row_scale[:, used].contiguous(),
+        segment.to(basis.tile_segment.dtype),
+        basis.divisor[:, used].contiguous(),
+        (Size([columns]),),
+        basis.bits,
+    )
