@@ -19,6 +19,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -95,6 +96,18 @@ class Coordinates:
     def start(self) -> Tensor:
         """The trained coefficients of the center."""
         return torch.zeros(self.shape)
+
+    def step_sq(self, grams: Tensor, counts: Sequence[int]) -> float:
+        """How far a step of 1 in every trained coefficient moves the weights, squared.
+
+        Each has the sign of its gradient, as in the first step of Adam, and the weights' gradient
+        is white noise: the mean over it.
+
+        Args:
+            grams: (G, r, r) float64, inner products of the rows of P in each group of segments
+            counts: (G,), how many segments each group has
+        """
+        return sum(map(_signs_sq, grams))
 
 
 class Deltas(Coordinates):
@@ -209,6 +222,16 @@ class Orthonormal(Coordinates):
         return torch.einsum("lir,rl->il", self.R[columns].to(c.device), scaled)
 
 
+def _signs_sq(gram: Tensor) -> float:
+    """The mean of |sign(P z) P|^2 over white noise z, where P P^T = gram (r, r).
+
+    Signs of two Gaussians with correlation c are alike with a mean product of 2 / pi asin(c).
+    """
+    lengths = gram.diagonal().clamp(min=0).sqrt()
+    correlation = gram / lengths.outer(lengths).clamp(min=1e-300)
+    return float((gram * correlation.clamp(-1, 1).asin()).sum()) * 2 / math.pi
+
+
 class OnRows(Coordinates):
     """Trained coefficients of another kind than the rows', over rows of any kind.
 
@@ -238,6 +261,17 @@ class OnRows(Coordinates):
 
     def pull_shares(self, c: Tensor, columns: slice) -> Tensor:
         return self.rows.pull_shares(c, columns)
+
+
+    def step_sq(self, grams: Tensor, counts: Sequence[int]) -> float:
+        y, total, first = self.start(), 0.0, 0
+        for gram, count in zip(grams, counts, strict=True):
+            at = slice(first, first + 1)
+            columns = [self.pull_back(y, row[:, None], at) for row in torch.eye(len(gram))]
+            jacobian = torch.cat(columns, 1).double()  # (trained, r)
+            total += _signs_sq(jacobian @ gram @ jacobian.T)
+            first += count
+        return total
 
 
 class Simplex(OnRows):
@@ -305,11 +339,16 @@ class Balanced(OnRows):
         norms = raw.diagonal(dim1=1, dim2=2).sum(0).clamp(min=0).sqrt()  # (n,)
         common = norms[norms > 0].quantile(0.25) if bool((norms > 0).any()) else norms.sum()
         self.unit = torch.where(norms > 0, common / norms.clamp(min=1e-300), 0.0)  # (n,) float64
-        self.mix = torch.stack([_balancing(g * self.unit.outer(self.unit)) for g in raw]).float()
+        raw *= self.unit.outer(self.unit)  # N N^T
+        self.mix = torch.stack([_balancing(g) for g in raw]).float()
+        self._step_sq = sum(_signs_sq(a @ g @ a) for a, g in zip(self.mix.double(), raw, strict=True))
 
     @staticmethod
     def count(n: int, rows: int) -> int:
         return n
+
+    def step_sq(self, grams: Tensor, counts: Sequence[int]) -> float:
+        return self._step_sq
 
     def _mixed(self, y: Tensor, columns: slice) -> Tensor:
         """A_g y of the group g of each column; y has these columns and no others."""

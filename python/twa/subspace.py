@@ -334,6 +334,19 @@ class Subspace:
         p.grad = None
         return self.coordinates.pull_back(self.coefficients, c, columns), columns
 
+    def unit_step(self) -> float:
+        """How far the weights move when every coefficient moves by 1, each by its gradient's sign.
+
+        As in the first step of Adam with a rate of 1, and a gradient that is white noise. It is
+        estimated from samples of P. Ranks call it together.
+        """
+        ranks = self.sharding.ranks
+        found, counts = _grams(self.basis, self.segments, self.sharding)
+        total = torch.tensor([self.coordinates.step_sq(found, counts)], dtype=torch.float64)
+        if self.sharding.name == "rows":  # as if rows of two ranks were like those of one
+            total = ranks.all_reduce_(total) * ranks.world_size
+        return float(ranks.broadcast_(total, 0).sqrt())
+
     def _basis_of(self, k: int) -> tuple[Basis, slice]:
         """The basis of tensor k alone, and which columns of the coefficients are its."""
         if k not in self._of_tensor:
@@ -563,11 +576,16 @@ def _balanced(
     """Coordinates that balance these rows; ranks call it together, and get the same bits."""
     if sharding.name == "rows":
         raise TwaError("expected another sharding: no rank has all rows of P", "balance")
-    found, counts = grams(basis, segments)
-    made = Balanced(rows, sharding.ranks.all_reduce_(found), counts)
+    made = Balanced(rows, *_grams(basis, segments, sharding))
     for t in (made.mix, made.unit):
         sharding.ranks.broadcast_(t, 0)
     return made
+
+
+def _grams(basis: Basis, segments: Segments, sharding: Sharding) -> tuple[Tensor, list[int]]:
+    """`grams` of all ranks' parts; with sharding "rows" of this rank's rows."""
+    found, counts = grams(basis, segments, [shard.counts for shard in sharding.shards])
+    return sharding.ranks.all_reduce_(found) if sharding.name == "columns" else found, counts
 
 
 def _check_balance(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Size, Tensor
 
@@ -14,7 +16,9 @@ from .segments import Segments
 MOST_TILES = 64  # of a tensor that are looked at, evenly spread
 
 
-def grams(basis: tk.PackedBasis | DenseBasis, segments: Segments) -> tuple[Tensor, list[int]]:
+def grams(
+    basis: tk.PackedBasis | DenseBasis, segments: Segments, counts: Sequence[bool]
+) -> tuple[Tensor, list[int]]:
     """Inner products of the rows of P in groups of segments.
 
     A group is a tensor, or a segment of several tensors.
@@ -22,6 +26,7 @@ def grams(basis: tk.PackedBasis | DenseBasis, segments: Segments) -> tuple[Tenso
     Args:
         basis: this process's part of P
         segments: of the tensors, as the basis has them
+        counts: of each tensor, whether this process's part of it counts
 
     Returns:
         (G, rows, rows) float64, on the CPU; and how many segments each group has, in their order
@@ -33,7 +38,7 @@ def grams(basis: tk.PackedBasis | DenseBasis, segments: Segments) -> tuple[Tenso
     group = {first: g for g, first in enumerate(firsts)}
     found = torch.zeros(len(firsts), rows, rows, dtype=torch.float64)
     for k, first in enumerate(segments.first):
-        if basis.shapes[k].numel():
+        if counts[k] and basis.shapes[k].numel():
             found[group[first]] += _of_tensor(basis, k)
     ends = [*firsts[1:], count]
     return found, [end - first for first, end in zip(firsts, ends, strict=True)]
