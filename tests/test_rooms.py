@@ -21,7 +21,7 @@ FLOORS = {
         "distributed",
         "batchnorm packing export",
         "subspace",
-        "iterate_average grad_hooks recorder",
+        "iterate_average grad_hooks rate recorder",
         "optimizer",
         "presets tasks",
         "merge",

@@ -1,7 +1,7 @@
 """Trainable weight averaging: the best weighted average of many checkpoints, by gradient descent.
 
     subspace = twa.Subspace.from_candidates(model, twa.Candidates("run/*.safetensors"))
-    optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.01)
+    optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW)
     for batch in loader:
         loss(model, batch).backward(); optimizer.step(); optimizer.zero_grad()
     twa.update_bn(loader, model); subspace.save("out/")
@@ -28,6 +28,7 @@ from .merge.average import average
 from .merge.outcome import Outcome
 from .optimizer import SubspaceOptimizer
 from .presets import conference_method
+from .rate import learning_rate
 from .recorder.recorder import Recorder
 from .subspace import Subspace
 from .version import __version__
@@ -51,6 +52,7 @@ __all__ = [
     "average",
     "averages",
     "conference_method",
+    "learning_rate",
     "load_average",
     "update_bn",
 ]

@@ -16,17 +16,20 @@ from twa_kernels.ops.step import UNSUPPORTED_OPTIONS
 
 from .grad_hooks import GradientHooks
 from .io.errors import StateError, TwaError
+from .rate import learning_rate
 from .subspace import Subspace
 
 #: optimizers whose step is fused with the projection and the reconstruction: all of it is one call,
 #: segment by segment
 FUSED = {torch.optim.SGD: "sgd", torch.optim.AdamW: "adamw"}
+#: optimizers that `learning_rate` is made for
+RATED = (torch.optim.Adam, torch.optim.AdamW)
 
 
 class SubspaceOptimizer(torch.optim.Optimizer):
     """Trains the coefficients of a subspace with any torch optimizer.
 
-        optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.01)
+        optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW)
         for batch in loader:
             loss(model, batch).backward(); optimizer.step(); optimizer.zero_grad()
 
@@ -54,7 +57,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             one of them is held, and several backward calls accumulate in the coefficients'
             gradient, which a step uses up. The parameter in the group is then the coefficients:
             clip those, the model has no gradients
-        options: of the inner optimizer: lr, ...
+        options: of the inner optimizer: lr, ... Without lr, Adam and AdamW have that of
+            `twa.learning_rate`
 
     Warns:
         RuntimeWarning: somebody else has changed the model's weights since the last step, which
@@ -64,7 +68,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         inner: the inner optimizer
 
     Raises:
-        TwaError: low_memory with sharding "rows"
+        TwaError: low_memory with sharding "rows"; no lr, and candidates that are not at hand
     """
 
     def __init__(
@@ -77,6 +81,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     ) -> None:
         self._ready = False
         self.subspace, self.low_memory = subspace, low_memory
+        if "lr" not in options and optimizer in RATED:
+            options["lr"] = learning_rate(subspace)
         self.inner = optimizer([subspace.coefficients], **options)
         super().__init__([subspace.coefficients], self.inner.defaults)
         self._ready = True

@@ -90,8 +90,8 @@ class Settings:
 
     Attributes:
         methods: the trained averages to try, in turn
-        steps: gradient steps of each
-        lr: learning rate of the coefficients
+        steps: gradient steps of each; None: as many as are worth it
+        lr: learning rate of the coefficients; None: that of `twa.learning_rate`
         weight_decay: pulls coefficients to zero, the best fixed average
         bn_batches: training batches that BatchNorm is re-estimated on
         batches_per_step: over all ranks; 0: one per rank
@@ -99,13 +99,13 @@ class Settings:
         sharding: as in Subspace.from_candidates; "columns" shards the task's model
         low_memory: whether gradients are projected and freed inside backward
         save_every: steps between saved states
-        patience: looks at the validation data (of six) in a row without a new best, after which a
-            trained average is stopped; 0: never
+        patience: looks at the validation data in a row without a new best, after which a trained
+            average is stopped; 0: never
     """
 
     methods: tuple[TwaMethod, ...] = DEFAULT_METHODS
-    steps: int = 100
-    lr: float = 0.01
+    steps: int | None = None
+    lr: float | None = None
     weight_decay: float = 0.0
     bn_batches: int = BN_BATCHES
     batches_per_step: int = 0
@@ -117,9 +117,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raises TwaError if a setting is none of what it can be."""
-        for name, least in (("steps", 1), ("bn_batches", 1), ("save_every", 1), ("patience", 0)):
+        if self.steps is not None:
+            check_whole(self.steps, 1, "steps")
+        for name, least in (("bn_batches", 1), ("save_every", 1), ("patience", 0)):
             check_whole(getattr(self, name), least, name)
-        if not 0 < self.lr < float("inf"):
+        if self.lr is not None and not 0 < self.lr < float("inf"):
             raise TwaError(f"expected a number above 0, found {self.lr!r}", "lr")
 
     def facts(self) -> dict[str, str]:

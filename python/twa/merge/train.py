@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ..distributed.weights import load_buffers, share_buffers
@@ -15,13 +16,18 @@ from ..io.checks import alike
 from ..io.errors import StateError
 from ..iterate_average import IterateAverage
 from ..optimizer import SubspaceOptimizer
+from ..rate import learning_rate
 from ..subspace import Subspace
 from ..tasks.batches import Stream, mix, seed_all
-from .evaluate import Evaluator
+from .evaluate import Evaluator, difference, mean_of
 from .settings import Settings
 
-#: looks at the validation data after the first; the best coefficients are kept
-VALIDATIONS = 6
+#: steps over which the rate rises: the first gradients say little of their own size
+RAMP = 25
+#: looks are at the last step, and at steps a factor of this before it, down to an eighth of them
+BETWEEN_LOOKS = 1.5
+#: without a number of steps: the first look, the first one that may be the last, the most steps
+FIRST_LOOK, FIRST_STOP, MOST_STEPS = 16, 64, 1000
 
 
 class Trainer:
@@ -37,10 +43,14 @@ class Trainer:
         keep: "best": the coefficients of the best look at the validation data, and a stop after
             `settings.patience` looks in a row without a new best; "last": those of the last look
         on_look: called with the step at each look, with the model as it would be exported
+        pace: by how much a step of the candidates' own training lowers the loss; 0: unknown
+        per_epoch: steps of an epoch of that training; None: unknown
 
     Attributes:
         curve: training loss of each step so far
         val_curve: (step, validation loss) of each look so far
+        values: of each look, see `Evaluator.look`
+        rate: the learning rate after its rise
         note: why it stopped before the last step; "" if it did not
         diverged: whether that was because the loss was NaN or Inf
     """
@@ -54,25 +64,28 @@ class Trainer:
         *,
         keep: str = "best",
         on_look: Callable[[int], None] | None = None,
+        pace: float = 0.0,
+        per_epoch: int | None = None,
     ) -> None:
         self.evaluator, self.subspace, self.settings = evaluator, subspace, settings
         self.model, self.ranks = evaluator.model, evaluator.ranks
-        self.keep, self.on_look = keep, on_look
+        self.keep, self.on_look, self.pace = keep, on_look, pace
+        self.rate = settings.lr or learning_rate(subspace, per_epoch)
         self.optimizer = SubspaceOptimizer(
             subspace,
             torch.optim.AdamW,
-            lr=settings.lr,
+            lr=self.rate,
             weight_decay=settings.weight_decay,
             low_memory=settings.low_memory,
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: warmup(step, settings.steps)
-        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, ramp)
         self.average = IterateAverage(subspace)
         self.stream = Stream(data, self.ranks, settings.batches_per_step, settings.seed)
-        self.looks = {round(settings.steps * k / VALIDATIONS) for k in range(VALIDATIONS + 1)}
+        self.last = settings.steps or MOST_STEPS
+        self.looks = look_steps(settings.steps)
         self.curve: list[float] = []
         self.val_curve: list[tuple[int, float]] = []
+        self.values: list[Tensor] = []
         self.best_loss, self.best = math.inf, subspace.coefficients.detach().clone()
         self.note, self.diverged = "", False
 
@@ -88,14 +101,14 @@ class Trainer:
             bar: moves with the steps
             save: called every `settings.save_every` steps, when `state_dict` may be called
         """
-        resumed_at, last = self.step, self.settings.steps
+        resumed_at = self.step
         bar.update(self.step)
         while not self.note:
             if save and self.step % self.settings.save_every == 0 and self.step > resumed_at:
                 save()
             if self.step in self.looks:
                 self.look()
-            if self.step == last or self.is_stale():
+            if self.step == self.last or self.is_stale() or self.is_spent():
                 break
             loss = self.backward()
             if not math.isfinite(loss):
@@ -135,10 +148,12 @@ class Trainer:
     def look(self) -> None:
         """Measures the average over the steps, and keeps it if it is the best."""
         with self.average.applied():
-            self.evaluator.settle()
-            loss = self.evaluator.loss()
+            self.evaluator.settle(for_look=True)
+            values = self.evaluator.look()
             if self.on_look:
                 self.on_look(self.step)
+        loss = mean_of(values)
+        self.values.append(values)
         self.val_curve.append((self.step, loss))
         if loss < self.best_loss or self.keep == "last":
             self.best_loss, self.best = loss, self.average.coefficients.clone()
@@ -149,6 +164,25 @@ class Trainer:
             return False
         best = step_of_best(self.val_curve)
         self.note = f"stopped at step {self.step}: no better on validation since step {best}"
+        return True
+
+    def is_spent(self) -> bool:
+        """Without a number of steps: whether more of them are not worth it; `note` then says why.
+
+        They are not if the last two looks have gained less than their noise, or less than so many
+        steps of ordinary training would.
+        """
+        if self.settings.steps or self.step < FIRST_STOP or self.step not in self.looks:
+            return False
+        gain, error = difference(self.values[-3], self.values[-1])
+        steps = self.step - self.val_curve[-3][0]
+        if gain < error:
+            why = f"the last {steps} gained {gain:.1g}, within the noise of a look ({error:.1g})"
+        elif gain < self.pace * steps:
+            why = f"one gains {gain / steps:.1g}, and one of ordinary training {self.pace:.1g}"
+        else:
+            return False
+        self.note = f"stopped after {self.step} steps: {why}"
         return True
 
     def finish(self) -> None:
@@ -173,6 +207,7 @@ class Trainer:
         return {
             "curve": self.curve,
             "val_curve": self.val_curve,
+            "values": self.values,
             "best_loss": self.best_loss,
             "best": self.best,
             "average": self.average.state_dict(),
@@ -196,6 +231,7 @@ class Trainer:
         if not alike(state["optimizer"]["param_groups"], mine["optimizer"]["param_groups"]):
             raise StateError("'param_groups' has other names, shapes or types than expected")
         self.curve, self.val_curve = list(state["curve"]), list(state["val_curve"])
+        self.values = list(state["values"])
         self.best_loss = state["best_loss"]
         self.best.copy_(state["best"])
         self.average.load_state_dict(state["average"])
@@ -216,6 +252,24 @@ def stale(val_curve: list[tuple[int, float]]) -> int:
     return sum(step > best for step, _ in val_curve)
 
 
-def warmup(step: int, steps: int) -> float:
-    """Factor of the learning rate: it rises over the first twentieth of the steps, then is 1."""
-    return min(1.0, (step + 1) / max(1, steps // 20))
+def look_steps(steps: int | None) -> set[int]:
+    """When there are looks, the first of them before the first step.
+
+    Args:
+        steps: number of them; None: as many as are worth it
+    """
+    found, at = {0}, float(steps or FIRST_LOOK)
+    if steps is None:
+        while at < MOST_STEPS:
+            found.add(round(at))
+            at *= BETWEEN_LOOKS
+        return found | {MOST_STEPS}
+    while at >= max(1.0, steps / 8):
+        found.add(round(at))
+        at /= BETWEEN_LOOKS
+    return found
+
+
+def ramp(step: int) -> float:
+    """Factor of the learning rate: it rises over the first RAMP steps, then is 1."""
+    return min(1.0, (step + 1) / RAMP)
