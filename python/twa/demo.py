@@ -107,7 +107,7 @@ def run(
         old.unlink()
     model, optimizer = train(task, checkpoints, progress)
     candidates = Candidates(checkpoints / "demo_step_*.safetensors")
-    settings = Settings(methods=tuple(methods), steps=TWA_STEPS)
+    settings = Settings(methods=tuple(methods), steps=TWA_STEPS, compare=True)
     outcome = Merge(task, candidates, settings, progress).run()
     outcome.results.append(anneal(task, model, optimizer, TWA_STEPS, progress))
     for result in outcome.results:

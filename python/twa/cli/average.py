@@ -1,7 +1,7 @@
 """`twa average`: averages checkpoints of one model.
 
-It tries the fixed averages in use today, then trained ones, and writes the best on the validation
-data.
+It chooses a fixed average to start from, trains others from there, and writes the best on the
+validation data.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--steps", type=arguments.positive_int, default=Settings.steps, help=steps)
     rate = "learning rate of the coefficients (default: %(default)s)"
     add("--lr", type=arguments.positive_float, default=Settings.lr, help=rate)
-    decay = "pulls coefficients to zero, the best fixed average (default: %(default)s)"
+    decay = "pulls coefficients to zero, the average that they start at (default: %(default)s)"
     add("--weight-decay", type=arguments.not_negative_float, default=0.0, help=decay)
     add("--seed", type=int, default=0, help="order of the data (default: %(default)s)")
     add(
@@ -81,6 +81,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="stop a trained average after so many looks at the validation data (of six) without a"
         " new best; 0: never (default: %(default)s)",
     )
+    compare = "evaluate the averages in use today, too: EMA, LAWA, greedy soup and others"
+    add("--compare", action="store_true", help=compare)
     silent = "seconds after which a silent rank counts as lost (default: %(default)s)"
     add("--timeout", type=arguments.positive_float, default=600.0, help=silent)
     existing = p.add_mutually_exclusive_group()
@@ -167,6 +169,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         low_memory=args.low_memory,
         save_every=args.save_every,
         patience=args.patience,
+        compare=args.compare,
     )
 
 

@@ -44,7 +44,7 @@ def average(
     group: dist.ProcessGroup | None = None,
     **settings: Any,
 ) -> Outcome:
-    """Tries the averages in use today, then trained ones, and moves the model to the best.
+    """Trains averages from a fixed one that it chooses, and moves the model to the best of all.
 
         outcome = twa.average(model, "run/*.safetensors", train, val, loss)
         print(outcome)
@@ -70,7 +70,7 @@ def average(
         progress: whether bars are shown
         group: the process group; None: all ranks
         settings: others of `twa average`: steps, lr, weight_decay, bn_batches, batches_per_step,
-            seed, sharding, low_memory, patience
+            seed, sharding, low_memory, patience, compare
 
     Returns:
         all results; the model is at the winner

@@ -1,6 +1,6 @@
 """The averages that people use today, each with how it chooses its merge weights.
 
-They choose on the validation data.
+They are there to compare with, and choose on the validation data.
 
 A new one is a function of merge weights in `twa.averages` and a row in `BASELINES`. It sees names
 and losses, never weights.
@@ -80,15 +80,6 @@ BASELINES: dict[str, Callable[[Sequence[str], Loss], Choice]] = {
 }
 
 
-#: those that are not the same as any other where there is one candidate
-OF_ONE = ("last", "best single")
-
-
-def baselines_for(n: int) -> list[str]:
-    """Names of the baselines that make sense of n candidates."""
-    return [name for name in BASELINES if n > 1 or name in OF_ONE]
-
-
 def number_of_looks(names: Sequence[str]) -> int:
     """Losses that all baselines ask for, also where they are known: they are asked to choose
     without a model.
@@ -100,8 +91,8 @@ def number_of_looks(names: Sequence[str]) -> int:
         looks += 1
         return 0.0
 
-    for name in baselines_for(len(names)):
-        BASELINES[name](names, loss)
+    for choose in BASELINES.values():
+        choose(names, loss)
     return looks
 
 
@@ -119,11 +110,9 @@ def measure(
     Returns:
         its row of the table, without test figures
     """
-    begun, memory, looks = time.perf_counter(), PeakMemory(), 0
+    begun, memory, evaluator.cost = time.perf_counter(), PeakMemory(), 0.0
 
     def loss(beta: Tensor) -> float:
-        nonlocal looks
-        looks += 1
         value = evaluator.at(beta)
         on_look()
         return value
@@ -134,10 +123,10 @@ def measure(
     # Re-estimated BatchNorm statistics differ from those that the choice was made with: measure
     # what is exported.
     changed = members > 1 and evaluator.has_batchnorm
-    val_loss = evaluator.loss() if changed else evaluator.at(beta)
+    val_loss = evaluator.loss() if changed else evaluator.known[beta.numpy().tobytes()][0]
     seconds = time.perf_counter() - begun
     peak = evaluator.ranks.most(memory.bytes())
     result = Result(name, members, 0, seconds, peak, val_loss, note=note, beta=beta)
-    result.evaluations = looks + changed
+    result.looks = evaluator.cost
     result.averaged_bn_loss = evaluator.averaged_bn_loss(beta) if changed else None
     return result

@@ -16,8 +16,8 @@ from ..io.errors import TwaError
 from ..io.tables import markdown_table
 from ..modes import plain_weights
 from ..tasks.contract import Task
-from .report import markdown, picture, table_rows
-from .results import Result
+from .report import cost_line, markdown, picture, table_rows
+from .results import Result, fixed
 
 REPORTS = ("report.md", "report.png", "results.json")
 FILES = (*bundle.FILES, *REPORTS)
@@ -43,10 +43,13 @@ class Outcome:
         self._checksums = checksums(self.sharding)
 
     def __str__(self) -> str:
-        """The table, as Markdown, and the winner."""
+        """The table, as Markdown, what it took, and the winner."""
         table = markdown_table(*table_rows(self.results, self.task))
         winner = self.winner
-        return f"{table}\n\nwinner on the validation data: {winner.method}, {winner.losses}"
+        return (
+            f"{table}\n\n{cost_line(self.cost)}\n"
+            f"winner on the validation data: {winner.method}, {winner.losses}"
+        )
 
     def _repr_markdown_(self) -> str:
         """The same, which notebooks draw as a table."""
@@ -54,6 +57,26 @@ class Outcome:
 
     def __repr__(self) -> str:
         return f"Outcome({self.winner.method} of {len(self.results)}, {self.winner.losses})"
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """What the run took, in training steps.
+
+        A batch that is only evaluated counts a third of one that is trained on.
+
+        Returns:
+            "start": to choose where trained averages start; "steps": their gradient steps; "looks":
+            their looks at the validation data; "comparison": the averages that are there to compare
+            with
+        """
+        trained = [r for r in self.results if r.is_trained]
+        *compared, start = fixed(self.results)
+        return {
+            "start": start.looks,
+            "steps": sum(r.steps for r in trained),
+            "looks": sum(r.looks for r in trained),
+            "comparison": sum(r.looks for r in compared),
+        }
 
     @property
     def state(self) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from twa_kernels.machine import processor
 
 from ..io.tables import markdown_table
 from ..tasks.contract import Task
-from .results import Result, best_fixed
+from .results import Result, fixed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,12 +28,18 @@ AVERAGED_BN = "val loss, BatchNorm averaged"
 #: what the page says of the table
 REMARKS = (
     "- `averaged.safetensors` holds the winner, `coefficients.json` the merge weights.\n"
-    "- Every choice (best single, EMA decay, LAWA length, soup members, TWA's stopping point, the"
-    " winner) was made on the validation data; the test data only fills its column.\n"
-    "- extra steps: gradient steps beyond the candidates' own training. seconds: wall time to build"
-    " and choose, without the test. A trained average starts from the best fixed one, named in its"
-    " note, whose seconds come on top. peak MB: highest resident memory of the whole process while"
-    " the method ran."
+    "- Every choice (the start, TWA's stopping point, the winner) was made on the validation data;"
+    " the test data only fills its column.\n"
+    "- start: the fixed average that trained averages start from, which its note names.\n"
+    "- steps: gradient steps beyond the candidates' own training. looks: what evaluations on the"
+    " validation data took, in such steps. seconds: wall time to build and choose, without the"
+    " test. Those of the start come on top of a trained average's. peak MB: highest resident memory"
+    " of the whole process while the method ran."
+)
+COMPARED_REMARK = (
+    "- The other fixed averages are there to compare with. What each chooses (best single, EMA"
+    " decay, LAWA length, soup members) it chose on all of the validation data. A loss that"
+    " another had measured counts in its looks as if it had been measured again."
 )
 AVERAGED_BN_REMARK = (
     f"- {AVERAGED_BN}: the same weights with the candidates' BatchNorm statistics averaged (a"
@@ -43,7 +50,7 @@ AVERAGED_BN_REMARK = (
 
 def table_rows(results: list[Result], task: Task) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the result table."""
-    header = ["method", "candidates", "extra steps", "seconds", "peak MB", "val loss"]
+    header = ["method", "candidates", "steps", "looks", "seconds", "peak MB", "val loss"]
     both = any(r.averaged_bn_loss is not None for r in results)
     if both:
         header.append(AVERAGED_BN)
@@ -54,7 +61,7 @@ def table_rows(results: list[Result], task: Task) -> tuple[list[str], list[list[
     header.append("note")
     rows = []
     for r in results:
-        row = [r.method, str(r.candidates), str(r.steps), f"{r.seconds:.1f}"]
+        row = [r.method, str(r.candidates), str(r.steps), f"{r.looks:.1f}", f"{r.seconds:.1f}"]
         row += [f"{r.memory / 1e6:.0f}", f"{r.val_loss:.4f}"]
         if both:
             row.append("" if r.averaged_bn_loss is None else f"{r.averaged_bn_loss:.4f}")
@@ -64,6 +71,15 @@ def table_rows(results: list[Result], task: Task) -> tuple[list[str], list[list[
             row.append(f"{r.test_metric:.4f}")
         rows.append([*row, r.note])
     return header, rows
+
+
+def cost_line(cost: Mapping[str, float]) -> str:
+    """What a run took in words, of `Outcome.cost`."""
+    parts = [f"start {cost['start']:.1f}", f"steps {cost['steps']}", f"looks {cost['looks']:.1f}"]
+    if cost["comparison"]:
+        parts.append(f"comparison {cost['comparison']:.1f}")
+    said = "cost in training steps (a batch that is only evaluated counts a third)"
+    return f"{said}: {', '.join(parts)}"
 
 
 def markdown(outcome: Outcome, task: Task, names: list[str], command: str) -> str:
@@ -78,12 +94,16 @@ def markdown(outcome: Outcome, task: Task, names: list[str], command: str) -> st
     winner = outcome.winner
     note = f" ({winner.note})" if winner.note else ""
     remarks = [REMARKS]
+    if len(fixed(outcome.results)) > 1:
+        remarks.append(COMPARED_REMARK)
     if any(r.averaged_bn_loss is not None for r in outcome.results):
         remarks.append(AVERAGED_BN_REMARK)
     lines = [
         f"# Average for task {Path(task.name).stem}",
         "",
         markdown_table(*table_rows(outcome.results, task)),
+        "",
+        f"{cost_line(outcome.cost).capitalize()}.",
         "",
         f"Winner on the validation data: **{winner.method}**{note}, {winner.losses}.",
         "",
@@ -186,16 +206,16 @@ def _curves(axes: Axes, outcome: Outcome, trained: list[Result]) -> None:
 def _weights(axes: Axes, outcome: Outcome, trained: list[Result]) -> None:
     """Draws the merge weight of each candidate.
 
-    It is that of the best fixed average; and of the best trained one, the mean of its segments, and
-    where four of five of them are.
+    It is that of the start; and of the best trained average, the mean of its segments, and where
+    four of five of them are.
     """
     axes.set_title("Merge weight of each candidate")
     axes.set_xlabel("candidate (in order)")
     axes.axhline(0, color="0.85", linewidth=1)
-    best = best_fixed(outcome.results)
-    if best.beta is not None:
-        at = range(1, len(best.beta) + 1)
-        axes.step(at, best.beta, where="mid", color="0.5", label=best.title)
+    start = fixed(outcome.results)[-1]
+    if start.beta is not None:
+        at = range(1, len(start.beta) + 1)
+        axes.step(at, start.beta, where="mid", color="0.5", label=start.method)
     if trained:
         shown = min(trained, key=lambda r: r.val_loss)
         beta = shown.beta if shown.beta is not None else torch.zeros(1, 1)

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+#: name of the row that trained averages start from
+START = "start"
+
 
 @dataclass
 class Result:
@@ -21,8 +24,7 @@ class Result:
         val_loss: on the validation data
         test_loss: on the test data; None without them
         test_metric: the task's metric on the test data
-        evaluations: passes over the validation data that it takes on its own; BatchNorm is
-            re-estimated before each
+        looks: what evaluations on the validation data took, in training steps: see `Evaluator`
         note: what was chosen, or how it went
         curve: training loss of each step
         val_curve: (step, validation loss) of each look
@@ -41,7 +43,7 @@ class Result:
     val_loss: float
     test_loss: float | None = None
     test_metric: float | None = None
-    evaluations: int = 0
+    looks: float = 0.0
     note: str = ""
     curve: list[float] = field(default_factory=list)
     val_curve: list[tuple[int, float]] = field(default_factory=list)
@@ -56,18 +58,12 @@ class Result:
         return self.coefficients is not None
 
     @property
-    def title(self) -> str:
-        """Its name and what was chosen, such as "EMA decay 0.9"."""
-        return " ".join(filter(None, (self.method, self.note)))
-
-    @property
     def losses(self) -> str:
         """Its losses in words."""
         test = "" if self.test_loss is None else f", test loss {self.test_loss:.6f}"
         return f"validation loss {self.val_loss:.6f}{test}"
 
 
-def best_fixed(results: Iterable[Result]) -> Result:
-    """The fixed average with the lowest validation loss."""
-    fixed = (r for r in results if r.beta is not None and not r.is_trained)
-    return min(fixed, key=lambda r: r.val_loss)
+def fixed(results: Iterable[Result]) -> list[Result]:
+    """The fixed averages; the last of a run's is where its trained averages start."""
+    return [r for r in results if r.is_average and not r.is_trained]

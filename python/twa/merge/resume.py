@@ -36,7 +36,7 @@ from ..io.checks import (
 from ..io.errors import CandidateError, StateError
 from ..io.torch_zip import read_values
 
-FORMAT = "twa-state-3"
+FORMAT = "twa-state-4"
 
 
 def _is_run(facts: object) -> bool:
@@ -65,6 +65,10 @@ def _is_vector(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.float64 and value.dim() == 1
 
 
+def _is_stride(value: object) -> bool:
+    return is_count(value) and value != 0
+
+
 def _is_moments(value: object) -> bool:
     """Whether this is an optimizer's state of its parameters: tensors and numbers by name."""
     if not isinstance(value, dict) or not all(isinstance(of, dict) for of in value.values()):
@@ -82,14 +86,14 @@ _RESULT = _CURVES | {
     "val_loss": is_number,
     "test_loss": optional(is_number),
     "test_metric": optional(is_number),
-    "evaluations": is_count,
+    "looks": is_number,
     "note": is_text,
     "beta": optional(_is_beta),
     "coefficients": optional(is_dict),
     "is_average": lambda value: isinstance(value, bool),
     "averaged_bn_loss": optional(is_number),
 }
-#: `Trainer.state_dict`, and the seconds that it took
+#: `Trainer.state_dict`, and the seconds and looks that it took
 _TRAINER = _CURVES | {
     "best_loss": is_number,
     "best": is_tensor,
@@ -107,6 +111,7 @@ _TRAINER = _CURVES | {
         "digest": optional(is_text),
     },
     "seconds": is_number,
+    "looks": is_number,
 }
 
 
@@ -132,7 +137,8 @@ _STATE: dict[str, object] = {
     "best_file": _is_best_file,
     "best_digest": is_text,
     "results": [_RESULT],
-    "losses": [(_is_vector, is_number)],
+    "losses": [(_is_vector, is_number, is_number)],
+    "stride": _is_stride,
     "best": optional(is_count),
     "method": is_count,
     "under_way": _is_under_way,

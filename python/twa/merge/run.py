@@ -1,4 +1,4 @@
-"""The main job: from candidates to one model, with the averages that people use today beside it."""
+"""The main job: from candidates to one model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from ..io.key_map import match_model
 from ..io.progress import PeakMemory, progress_bar
 from ..subspace import Subspace
 from ..tasks.contract import Task
-from .baselines import baselines_for, measure, number_of_looks
+from .baselines import BASELINES, measure, number_of_looks
 from .evaluate import Evaluator
 from .outcome import Outcome
-from .results import Result, best_fixed
+from .results import START, Result
 from .resume import Store
 from .settings import Settings, TwaMethod
+from .start import choose, options
 from .train import Trainer
 
 SAVE_SECONDS = 10.0  # between saved states while baselines are evaluated
@@ -49,9 +50,8 @@ class Best:
 class Merge:
     """Runs every method on one model object and remembers the best on the validation data.
 
-    TWA starts at the best fixed average, its center, and looks at the validation data from the
-    start on: so it is never worse there than that fixed average (where BatchNorm is re-estimated,
-    up to what that changes). On several ranks (torch.distributed), all make one and call `run`.
+    TWA starts at a fixed average that few looks choose, its center, and looks at the validation
+    data from there on. On several ranks (torch.distributed), all make one and call `run`.
 
     Args:
         task: model, data and loss
@@ -113,7 +113,7 @@ class Merge:
                 self.ranks,
                 may_shard=may_shard,
             )
-        self.evaluator = Evaluator(task, self.sharding, self.settings.bn_batches)
+        self.evaluator = Evaluator(task, self.sharding, self.settings.bn_batches, per_step)
         self.results: list[Result] = []
         self._best: Best | None = None
 
@@ -128,7 +128,9 @@ class Merge:
             StateError: the saved state cannot be continued
         """
         method, under_way = self._resume()
-        self.baselines()
+        if self.settings.compare:
+            self.baselines()
+        self.start()
         for k, m in enumerate(self.settings.methods if len(self.candidates) > 1 else ()):
             if k >= method:
                 self.train(m, saved=under_way if k == method else None, index=k)
@@ -147,10 +149,13 @@ class Merge:
         return Outcome(self.results, winner, self.sharding, self.task)
 
     def baselines(self) -> None:
-        """Measures every fixed average that has no result yet; results are appended."""
+        """Measures every average in use today that has no result yet; results are appended.
+
+        Of one candidate there is none but itself.
+        """
         n, done, saved = len(self.candidates), {r.method for r in self.results}, time.perf_counter()
-        missing = [name for name in baselines_for(n) if name not in done]
-        if not missing:
+        missing = [name for name in BASELINES if name not in done]
+        if n == 1 or not missing:
             return
         looks, known = number_of_looks(self.candidates.names), len(self.evaluator.known)
         with progress_bar(f"baselines ({n} candidates)", looks, self.progress) as bar:
@@ -166,6 +171,21 @@ class Merge:
             for name in missing:
                 self._add(measure(name, self.evaluator, self.candidates.names, on_look))
                 self._save(0)
+
+    def start(self) -> Result:
+        """The row that trained averages start from, which is made if it is not there yet."""
+        n = len(self.candidates)
+        name = START if n > 1 else "last"
+        for result in self.results:
+            if result.method == name:
+                return result
+        most = len(options(n)) if n > 1 else 0
+        with progress_bar(f"start ({n} candidates)", most, self.progress) as bar:
+            result = choose(self.evaluator, lambda: bar.update(1))
+            bar.total = bar.n  # the walk seldom takes all of them
+        self._add(result)
+        self._save(0)
+        return result
 
     def train(
         self,
@@ -183,13 +203,14 @@ class Merge:
 
         Args:
             method: data, granularity, bits
-            start: merge weights (n,) of the center; None: those of the best fixed average so far
+            start: merge weights (n,) of the center; None: those of `start`
             start_name: what the note calls them
             keep: as for `Trainer`
             on_look: as for `Trainer`
             prepare: called with the subspace before training, with the model at the center: to look
                 at its basis, or to alter it
-            saved: what `Trainer.state_dict` gave in the run that is continued, and "seconds"
+            saved: what `Trainer.state_dict` gave in the run that is continued, with "seconds" and
+                "looks"
             index: the method's place in the settings, for the saved state
 
         Returns:
@@ -199,11 +220,12 @@ class Merge:
             TwaError: the method needs held-out data, and the task has none
             StateError: `saved` is of another run
         """
-        begun, memory = time.perf_counter() - (saved["seconds"] if saved else 0.0), PeakMemory()
         if start is None:
-            best = best_fixed(self.results)
-            start, start_name = best.beta, best.title
+            start, start_name = self.start().beta, START
             assert start is not None  # as it is a fixed average
+        before = saved or {"seconds": 0.0, "looks": 0.0}
+        begun, memory = time.perf_counter() - before["seconds"], PeakMemory()
+        self.evaluator.cost = before["looks"]
         method, own = self._method_for_recording(method)
         method, why = self._method_for_shards(method)
         why = own + why
@@ -217,8 +239,8 @@ class Merge:
                 self._load(trainer, saved)
 
             def save() -> None:
-                seconds = time.perf_counter() - begun
-                self._save(index, trainer.state_dict() | {"seconds": seconds})
+                spent = {"seconds": time.perf_counter() - begun, "looks": self.evaluator.cost}
+                self._save(index, trainer.state_dict() | spent)
 
             with progress_bar(method.name, self.settings.steps, self.progress) as bar:
                 trainer.run(bar, save if self.store is not None else None)
@@ -228,7 +250,7 @@ class Merge:
         finally:
             trainer.close()
         result.note = "; ".join(filter(None, (f"from {start_name}{why}", trainer.note)))
-        result.seconds = time.perf_counter() - begun
+        result.seconds, result.looks = time.perf_counter() - begun, self.evaluator.cost
         result.memory = self.ranks.most(memory.bytes())
         result.averaged_bn_loss = self.evaluator.averaged_bn_loss(start)
         self._add(result)
@@ -243,7 +265,7 @@ class Merge:
         return data
 
     def _result(self, method: TwaMethod, trainer: Trainer) -> Result:
-        """The row of a trained average that the model is at, yet without seconds, memory, note."""
+        """The row of a trained average that the model is at, without what it took, and its note."""
         return Result(
             method.name,
             len(self.candidates),
@@ -251,7 +273,6 @@ class Merge:
             seconds=0.0,
             memory=0,
             val_loss=self.evaluator.loss(),
-            evaluations=len(trainer.val_curve),
             curve=trainer.curve,
             val_curve=trainer.val_curve,
             beta=trainer.subspace.merge_weights(),
@@ -320,7 +341,10 @@ class Merge:
         if saved is None or self.store is None:
             return 0, None
         self.results = [Result(**r) for r in saved["results"]]
-        self.evaluator.known = {beta.numpy().tobytes(): loss for beta, loss in saved["losses"]}
+        self.evaluator.known = {
+            beta.numpy().tobytes(): (loss, cost) for beta, loss, cost in saved["losses"]
+        }
+        self.evaluator.stride = saved["stride"]
         if saved["best"] is not None:
             best = self.results[saved["best"]]
             weights = self.store.load_best(self.sharding) if best.is_trained else None
@@ -344,14 +368,15 @@ class Merge:
             winner = self._best.result
             best = next(k for k, r in enumerate(self.results) if r is winner)
         losses = [
-            (torch.frombuffer(bytearray(beta), dtype=torch.float64), loss)
-            for beta, loss in self.evaluator.known.items()
+            (torch.frombuffer(bytearray(beta), dtype=torch.float64), loss, cost)
+            for beta, (loss, cost) in self.evaluator.known.items()
         ]
         self.store.save(
             {
                 "run": self.facts,
                 "results": [dict(vars(r)) for r in self.results],
                 "losses": losses,
+                "stride": self.evaluator.stride,
                 "best": best,
                 "method": method,
                 "under_way": under_way,

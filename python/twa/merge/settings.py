@@ -92,7 +92,7 @@ class Settings:
         methods: the trained averages to try, in turn
         steps: gradient steps of each; None: as many as are worth it
         lr: learning rate of the coefficients; None: that of `twa.learning_rate`
-        weight_decay: pulls coefficients to zero, the best fixed average
+        weight_decay: pulls coefficients to zero, where they start
         bn_batches: training batches that BatchNorm is re-estimated on
         batches_per_step: over all ranks; 0: one per rank
         seed: of the order of the data, and of Dropout
@@ -101,6 +101,7 @@ class Settings:
         save_every: steps between saved states
         patience: looks at the validation data in a row without a new best, after which a trained
             average is stopped; 0: never
+        compare: whether the averages in use today are evaluated, too, on all validation data
     """
 
     methods: tuple[TwaMethod, ...] = DEFAULT_METHODS
@@ -114,6 +115,7 @@ class Settings:
     low_memory: bool = False
     save_every: int = 10
     patience: int = 3
+    compare: bool = False
 
     def __post_init__(self) -> None:
         """Raises TwaError if a setting is none of what it can be."""

@@ -315,21 +315,43 @@ def first_batch(source: Iterable) -> Any:
 
 
 def shared_out(
-    source: Iterable, ranks: Ranks, limit: float = math.inf
+    source: Iterable, ranks: Ranks, limit: float = math.inf, stride: int = 1, offset: int = 0
 ) -> Iterator[tuple[Any, bool]]:
-    """This rank's batches of the first `limit` of pass 0, each with whether it counts.
+    """This rank's share of some batches of pass 0, each with whether it counts.
 
     There are as many on every rank, as a sharded model needs: a rank with one batch less gets one
     that does not count.
+
+    Args:
+        source: re-iterable data
+        ranks: those that the batches are dealt to, in turn
+        limit: of the first so many batches
+        stride: those at positions p with p % stride == offset
+        offset: below `stride`
     """
+
+    def is_mine(position: int) -> bool:
+        turn, left = divmod(position - offset, stride)
+        return not left and turn % ranks.world_size == ranks.rank
+
     with generators_kept(source):
-        mine = Pass(source, 0, 0, lambda k: k % ranks.world_size == ranks.rank, limit)
+        mine = Pass(source, 0, 0, is_mine, limit)
         count, batch = 0, None
         for _, batch in mine:
             count += 1
             yield batch, True
-        if count < -(-mine.total // ranks.world_size):
+        kept = len(range(offset, mine.total, stride))
+        if count < -(-kept // ranks.world_size):
             yield batch if count else first_batch(source), False
+
+
+def count_batches(source: Iterable) -> int:
+    """The number of batches of pass 0. A DataLoader over a dataset with indices loads none."""
+    with generators_kept(source):
+        nothing = Pass(source, 0, 0, lambda position: False)
+        for _ in nothing:
+            pass
+        return nothing.total
 
 
 def batch_digest(batch: object) -> str | None:

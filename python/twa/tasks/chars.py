@@ -22,7 +22,7 @@ from .gpt import GPT
 VOCABULARY = 128  # ASCII; every other byte becomes 127
 CONTEXT = 128
 BATCH = 16
-EVAL_BATCH = 64
+EVAL_BATCH = 16
 BLOCK_WINDOWS = 16  # windows of (CONTEXT + 1) characters per block of the split
 BLOCK = BLOCK_WINDOWS * (CONTEXT + 1)
 CYCLE = 20

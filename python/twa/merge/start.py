@@ -1,0 +1,170 @@
+"""Where TWA starts: an average that at most six looks choose.
+
+The options are the last candidate, averages with a longer and longer horizon, and the mean of all.
+The loss falls along them, and then rises: so the choice walks downhill, from the middle on. Two of
+them are compared on no more validation batches than it takes to tell them apart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import averages
+from ..io.progress import PeakMemory
+from ..tasks.batches import count_batches
+from .evaluate import Evaluator, difference, mean_of
+from .results import START, Result
+
+#: averages over about 2, 4, 8 and 16 candidates
+DECAYS = (0.5, 0.75, 0.875, 0.9375)
+LEAST_BATCHES = 4  # of a sample
+#: two averages are told apart by a difference of so many standard errors; they are alike where the
+#: standard error is so small a part of the loss
+ERRORS, NEGLIGIBLE = 2.0, 0.002
+
+
+def options(n: int) -> list[tuple[str, Tensor]]:
+    """What TWA may start from: (name, merge weights), with the shortest horizon first.
+
+    Args:
+        n: number of candidates, more than one
+    """
+    emas = [(f"EMA decay {d}", averages.ema(n, d)) for d in DECAYS if 1 / (1 - d) < n]
+    return [("last", averages.candidate(n, -1)), *emas, ("uniform", averages.uniform(n))]
+
+
+def choose(evaluator: Evaluator, on_look: Callable[[], None]) -> Result:
+    """Chooses where TWA starts, and leaves the model there.
+
+    The stride of the last comparison stays in `evaluator.stride`. Of one candidate there is nothing
+    to choose: the row is then that of "last".
+
+    Args:
+        evaluator: of the model
+        on_look: called after each average that was looked at
+
+    Returns:
+        its row of the table, without test figures
+    """
+    begun, memory, evaluator.cost = time.perf_counter(), PeakMemory(), 0.0
+    names = evaluator.sharding.candidates.names
+    n = len(names)
+    method, note, beta = "last", names[-1], averages.candidate(n, -1)
+    if n > 1:
+        walk = _Walk(evaluator, on_look)
+        chosen = walk.run()
+        method, beta = START, chosen.beta
+        note = (
+            f"{chosen.name}; of {walk.looks} averages, on {len(chosen.values)} of {walk.total}"
+            " validation batches"
+        )
+    evaluator.load(beta)
+    members = int((beta != 0).sum())
+    has_statistics = evaluator.has_batchnorm and members > 1
+    if n > 1 and evaluator.stride == 1 and not has_statistics:
+        val_loss = mean_of(chosen.values)  # that was all of the data
+    else:
+        val_loss = evaluator.loss()
+    seconds, peak = time.perf_counter() - begun, evaluator.ranks.most(memory.bytes())
+    result = Result(method, members, 0, seconds, peak, val_loss, note=note, beta=beta)
+    result.looks = evaluator.cost
+    result.averaged_bn_loss = evaluator.averaged_bn_loss(beta) if has_statistics else None
+    return result
+
+
+@dataclass
+class _Option:
+    """An average that was looked at.
+
+    Attributes:
+        name: for the note
+        beta: merge weights (n,)
+        values: its losses on the sample: see `batch_values`
+    """
+
+    name: str
+    beta: Tensor
+    values: Tensor
+
+
+class _Walk:
+    """A walk along the options.
+
+    Args:
+        evaluator: of the model; its stride is set
+        on_look: called after each option that was looked at
+
+    Attributes:
+        total: number of validation batches
+        looks: options looked at so far
+        at: the one that the model is at
+    """
+
+    def __init__(self, evaluator: Evaluator, on_look: Callable[[], None]) -> None:
+        self.evaluator, self.on_look = evaluator, on_look
+        self.options = options(len(evaluator.sharding.candidates))
+        self.total, self.looks = count_batches(evaluator.task.val), 0
+        evaluator.stride = first_stride(self.total, evaluator.ranks.world_size)
+
+    def run(self) -> _Option:
+        """The option that downhill leads to."""
+        middle = (len(self.options) - 1) // 2  # there are more after it, or as many
+        first = best = self._look(middle)
+        for direction in (1, -1):
+            place = middle + direction
+            while 0 <= place < len(self.options):
+                other = self._look(place)
+                if not self._is_better(other, best):
+                    break
+                best, place = other, place + direction
+            if best is not first:
+                break
+        return best
+
+    def _look(self, place: int) -> _Option:
+        """An option, measured on the sample; the model is at it then."""
+        name, beta = self.options[place]
+        self.evaluator.load(beta, for_look=True)
+        self.at = _Option(name, beta, self.evaluator.look())
+        self.looks += 1
+        self.on_look()
+        return self.at
+
+    def _is_better(self, a: _Option, b: _Option) -> bool:
+        """Whether a has a lower loss than b: on more and more batches, until that shows."""
+        while True:
+            apart, error = difference(a.values, b.values)
+            alike = error < NEGLIGIBLE * abs(mean_of(b.values))
+            if abs(apart) > ERRORS * error or alike or self.evaluator.stride == 1:
+                return apart < 0
+            self._refine(a, b)
+
+    def _refine(self, a: _Option, b: _Option) -> None:
+        """Halves the stride, and measures both on the batches that are new."""
+        half = self.evaluator.stride // 2
+        for option in (a, b) if self.at is a else (b, a):
+            if option is not self.at:
+                self.evaluator.load(option.beta, for_look=True)
+                self.at = option
+            option.values = _in_turn(option.values, self.evaluator.look(offset=half))
+        self.evaluator.stride = half
+
+
+def _in_turn(even: Tensor, odd: Tensor) -> Tensor:
+    """Rows of two tensors in turn: even[0], odd[0], even[1], ..."""
+    rows = torch.cat([even, odd])
+    rows[::2], rows[1::2] = even, odd
+    return rows
+
+
+def first_stride(batches: int, world_size: int) -> int:
+    """The largest power of two that leaves enough batches for a sample, and for each rank one."""
+    stride, least = 1, max(LEAST_BATCHES, world_size)
+    while -(-batches // (2 * stride)) >= least:
+        stride *= 2
+    return stride
