@@ -262,7 +262,6 @@ class OnRows(Coordinates):
     def pull_shares(self, c: Tensor, columns: slice) -> Tensor:
         return self.rows.pull_shares(c, columns)
 
-
     def step_sq(self, grams: Tensor, counts: Sequence[int]) -> float:
         y, total, first = self.start(), 0.0, 0
         for gram, count in zip(grams, counts, strict=True):
@@ -341,7 +340,9 @@ class Balanced(OnRows):
         self.unit = torch.where(norms > 0, common / norms.clamp(min=1e-300), 0.0)  # (n,) float64
         raw *= self.unit.outer(self.unit)  # N N^T
         self.mix = torch.stack([_balancing(g) for g in raw]).float()
-        self._step_sq = sum(_signs_sq(a @ g @ a) for a, g in zip(self.mix.double(), raw, strict=True))
+        self._step_sq = sum(
+            _signs_sq(a @ g @ a) for a, g in zip(self.mix.double(), raw, strict=True)
+        )
 
     @staticmethod
     def count(n: int, rows: int) -> int:

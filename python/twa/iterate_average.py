@@ -45,7 +45,7 @@ class IterateAverage:
         TwaError: eta is negative or NaN
     """
 
-    def __init__(self, subspace: Subspace, eta: float = 3.0) -> None:
+    def __init__(self, subspace: Subspace, eta: float = 2.0) -> None:
         if not eta >= 0:
             raise TwaError(f"eta: expected at least 0, found {eta}")
         self.subspace, self.eta, self.steps = subspace, eta, 0

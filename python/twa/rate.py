@@ -16,19 +16,21 @@ from .subspace import Subspace
 
 #: training steps from one candidate to the next where nobody says
 UNKNOWN_STEPS = 250.0
+#: of the best rates for runs that still learn fast, and for those at a high constant rate
+FACTOR = 1.25
 SAMPLE = 8192  # weights of a tensor that are looked at, evenly spread
 
 
 def learning_rate(subspace: Subspace, per_epoch: int | None = None) -> float:
     """The learning rate that fits AdamW, Adam and others whose steps are as long as their rate.
 
-        rate = (how far a step of training has moved the weights) / subspace.unit_step()
+        rate = 1.25 * (how far a step of training has moved the weights) / subspace.unit_step()
 
     It fits candidates of any number and distance, coefficients of any granularity, and all bases
     and bit widths (docs/notes/rate.md). A step of training is taken as the median over neighbouring
     candidates of their distance by the square root of the steps between them, as in a random walk.
-    Where names and files do not say the steps, 250 are assumed: fine-tunes count as neighbours, too.
-    Ranks call it together.
+    Where names and files do not say the steps, 250 are assumed, among fine-tunes, too. Ranks call
+    it together.
 
     Args:
         subspace: whose coefficients are to be trained
@@ -49,7 +51,9 @@ def learning_rate(subspace: Subspace, per_epoch: int | None = None) -> float:
             found = _step_length(subspace.candidates, subspace.sharding.keys, per_epoch)
         found = ranks.broadcast_object(found)
     unit = subspace.unit_step()
-    return found / unit if found > 0 and unit > 0 else 0.01  # nothing to learn, at any rate
+    return (
+        FACTOR * found / unit if found > 0 and unit > 0 else 0.01
+    )  # nothing to learn, at any rate
 
 
 def _step_length(candidates: Candidates, keys: list[str], per_epoch: int | None) -> float:
@@ -62,7 +66,9 @@ def _step_length(candidates: Candidates, keys: list[str], per_epoch: int | None)
         squares += torch.tensor([float((b - a).square().sum()) for a, b in pairwise(rows)]) * scale
     for c in candidates:
         c.release()
-    moved = [math.sqrt(square / count) for square, count in zip(squares.tolist(), steps, strict=True)]
+    moved = [
+        math.sqrt(square / count) for square, count in zip(squares.tolist(), steps, strict=True)
+    ]
     return statistics.median(moved) if moved else 0.0
 
 

@@ -47,10 +47,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="a trained average to try, such as t:tensor:4, t:1024:2 or v:model:4:simplex;"
         f" GRANULARITY is {GRANULARITIES}; may be repeated (default: t:fine:4 and v:model:4)",
     )
-    steps = "gradient steps of each trained average (default: %(default)s)"
-    add("--steps", type=arguments.positive_int, default=Settings.steps, help=steps)
-    rate = "learning rate of the coefficients (default: %(default)s)"
-    add("--lr", type=arguments.positive_float, default=Settings.lr, help=rate)
+    steps = "gradient steps of each trained average; auto (default): as many as are worth it"
+    add("--steps", type=arguments.or_auto(arguments.positive_int), metavar="N", help=steps)
+    rate = "learning rate of the coefficients; auto (default): that of the candidates' own training"
+    add("--lr", type=arguments.or_auto(arguments.positive_float), metavar="RATE", help=rate)
     decay = "pulls coefficients to zero, the average that they start at (default: %(default)s)"
     add("--weight-decay", type=arguments.not_negative_float, default=0.0, help=decay)
     add("--seed", type=int, default=0, help="order of the data (default: %(default)s)")

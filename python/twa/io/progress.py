@@ -33,8 +33,8 @@ class PeakMemory:
         return peak
 
 
-def progress_bar(text: str, total: int, shown: bool = True, **options: Any) -> tqdm:
-    """A bar on the error stream, or none."""
+def progress_bar(text: str, total: int | None, shown: bool = True, **options: Any) -> tqdm:
+    """A bar on the error stream, or none; without a total it counts."""
     return tqdm(
         total=total,
         desc=f"{text:32.32s}",

@@ -69,6 +69,11 @@ def _is_stride(value: object) -> bool:
     return is_count(value) and value != 0
 
 
+def _is_values(value: object) -> bool:
+    """Whether this is what `Evaluator.look` gives."""
+    return isinstance(value, Tensor) and value.dtype == torch.float64 and value.dim() == 2
+
+
 def _is_moments(value: object) -> bool:
     """Whether this is an optimizer's state of its parameters: tensors and numbers by name."""
     if not isinstance(value, dict) or not all(isinstance(of, dict) for of in value.values()):
@@ -90,11 +95,13 @@ _RESULT = _CURVES | {
     "note": is_text,
     "beta": optional(_is_beta),
     "coefficients": optional(is_dict),
+    "gain": optional(is_number),
     "is_average": lambda value: isinstance(value, bool),
     "averaged_bn_loss": optional(is_number),
 }
 #: `Trainer.state_dict`, and the seconds and looks that it took
 _TRAINER = _CURVES | {
+    "values": [_is_values],
     "best_loss": is_number,
     "best": is_tensor,
     "average": {"eta": is_number, "steps": is_count, "coefficients": is_tensor},
@@ -127,6 +134,8 @@ def _is_under_way(value: object) -> bool:
     moments = [m for of in value["optimizer"]["state"].values() for m in of.values()]
     shapes = (value["best"].shape, ())
     if not all(m.shape in shapes for m in moments if isinstance(m, Tensor)):
+        return False
+    if len(value["values"]) != len(value["val_curve"]):
         return False
     return value["position"]["step"] == value["average"]["steps"] == len(value["curve"])
 

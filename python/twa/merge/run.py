@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..basis.segments import segments_of
 from ..distributed.choose import choose_sharding
 from ..distributed.ranks import Ranks, facts, versions
 from ..distributed.weights import restore, snapshot
@@ -21,9 +20,11 @@ from ..io.errors import StateError, TwaError
 from ..io.key_map import match_model
 from ..io.progress import PeakMemory, progress_bar
 from ..subspace import Subspace
+from ..tasks.batches import length
 from ..tasks.contract import Task
 from .baselines import BASELINES, measure, number_of_looks
 from .evaluate import Evaluator
+from .fitting import count_samples, fitted
 from .outcome import Outcome
 from .results import START, Result
 from .resume import Store
@@ -114,6 +115,7 @@ class Merge:
                 may_shard=may_shard,
             )
         self.evaluator = Evaluator(task, self.sharding, self.settings.bn_batches, per_step)
+        self.per_epoch = length(task.train)
         self.results: list[Result] = []
         self._best: Best | None = None
 
@@ -181,7 +183,7 @@ class Merge:
                 return result
         most = len(options(n)) if n > 1 else 0
         with progress_bar(f"start ({n} candidates)", most, self.progress) as bar:
-            result = choose(self.evaluator, lambda: bar.update(1))
+            result = choose(self.evaluator, lambda: bar.update(1), self.per_epoch)
             bar.total = bar.n  # the walk seldom takes all of them
         self._add(result)
         self._save(0)
@@ -196,6 +198,7 @@ class Merge:
         keep: str = "best",
         on_look: Callable[[int], None] | None = None,
         prepare: Callable[[Subspace], None] | None = None,
+        coarsen: bool = True,
         saved: dict[str, Any] | None = None,
         index: int = 0,
     ) -> Result:
@@ -209,6 +212,7 @@ class Merge:
             on_look: as for `Trainer`
             prepare: called with the subspace before training, with the model at the center: to look
                 at its basis, or to alter it
+            coarsen: whether TWA-v gets fewer coefficients where its held-out samples are too few
             saved: what `Trainer.state_dict` gave in the run that is continued, with "seconds" and
                 "looks"
             index: the method's place in the settings, for the saved state
@@ -220,20 +224,30 @@ class Merge:
             TwaError: the method needs held-out data, and the task has none
             StateError: `saved` is of another run
         """
+        pace = None
         if start is None:
-            start, start_name = self.start().beta, START
+            row = self.start()
+            start, start_name, pace = row.beta, START, row.gain
             assert start is not None  # as it is a fixed average
         before = saved or {"seconds": 0.0, "looks": 0.0}
         begun, memory = time.perf_counter() - before["seconds"], PeakMemory()
         self.evaluator.cost = before["looks"]
-        method, own = self._method_for_recording(method)
-        method, why = self._method_for_shards(method)
-        why = own + why
+        data = self._data_of(method)
+        samples = count_samples(data) if method.kind == "v" and coarsen else None
+        method, why = fitted(method, self.sharding, samples)
         subspace = self._subspace(method, start)
         if prepare:
             prepare(subspace)
-        data = self._data_of(method)
-        trainer = Trainer(self.evaluator, subspace, data, self.settings, keep=keep, on_look=on_look)
+        trainer = Trainer(
+            self.evaluator,
+            subspace,
+            data,
+            self.settings,
+            keep=keep,
+            on_look=on_look,
+            pace=pace or 0.0,
+            per_epoch=self.per_epoch,
+        )
         try:
             if saved is not None:
                 self._load(trainer, saved)
@@ -275,36 +289,15 @@ class Merge:
             val_loss=self.evaluator.loss(),
             curve=trainer.curve,
             val_curve=trainer.val_curve,
+            gain=trainer.gain,
             beta=trainer.subspace.merge_weights(),
             coefficients=trainer.subspace.coefficients_json(),
         )
 
-    def _method_for_recording(self, method: TwaMethod) -> tuple[TwaMethod, str]:
-        """The method as a recording has it, whose rows are differences of so many bits."""
-        recording = self.candidates.recording
-        if recording is None or method.bits == 32 or method.basis != "deltas":
-            return method, ""
-        if self.sharding.name == "rows":
-            return method, ""
-        return replace(method, basis="differences", bits=recording.bits), "; its own rows"
-
-    def _method_for_shards(self, method: TwaMethod) -> tuple[TwaMethod, str]:
-        """The method as shards can have it, and a note where that is another.
-
-        It is per tensor where the shards of a sharded model cannot have fine segments.
-        """
-        if method.granularity != "fine" or self.sharding.name != "columns":
-            return method, ""
-        key_map = self.sharding.key_map
-        numels = key_map.numels(self.candidates.info)
-        if self.sharding.can_cut(segments_of(list(key_map.trained), numels, "fine").chunk):
-            return method, ""
-        why = "; not fine, since shards do not begin at multiples of 128 weights"
-        return replace(method, granularity="tensor"), why
-
     def _subspace(self, method: TwaMethod, center: Tensor) -> Subspace:
         """The method's subspace around merge weights (n,); the model is then at them."""
         mine = self.candidates[self.sharding.rows]
+        is_balanced = method.can_be_balanced and self.sharding.name != "rows"
         total = sum(c.info[key].nbytes for c in mine for key in self.sharding.keys)
         options = dict(unit="B", unit_scale=True, leave=False)
         with progress_bar("packing", total, self.progress, **options) as bar:
@@ -316,6 +309,7 @@ class Merge:
                 center=center,
                 basis=method.basis,
                 constraint=method.constraint,
+                balance=is_balanced,
                 sharding=self.sharding,
                 progress=lambda _, count: bar.update(count),
             )

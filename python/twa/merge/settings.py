@@ -41,6 +41,11 @@ class TwaMethod:
         bits = "float32" if self.bits == 32 else f"{self.bits} bits"
         return f"TWA-{self.kind} {segments}, {bits}{options}"
 
+    @property
+    def can_be_balanced(self) -> bool:
+        """Whether what is trained can be balanced, see `twa.coordinates.Balanced`."""
+        return self.constraint == "none" and self.basis != "orthonormal"
+
     @classmethod
     def parse(cls, text: str) -> TwaMethod:
         """Reads a method from a text such as "t:tensor:4" or "v:model:4:simplex".
@@ -81,7 +86,7 @@ OPTIONS = {
     "simplex": {"constraint": "simplex"},
 }
 
-DEFAULT_METHODS = (TwaMethod("t", "fine", 4), TwaMethod("v", "model", 4))
+DEFAULT_METHODS = (TwaMethod("t", "fine", 4), TwaMethod("v", "fine", 4))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import averages
 from ..io.progress import PeakMemory
+from ..io.steps import steps_between
 from ..tasks.batches import count_batches
 from .evaluate import Evaluator, difference, mean_of
 from .results import START, Result
@@ -38,7 +39,9 @@ def options(n: int) -> list[tuple[str, Tensor]]:
     return [("last", averages.candidate(n, -1)), *emas, ("uniform", averages.uniform(n))]
 
 
-def choose(evaluator: Evaluator, on_look: Callable[[], None]) -> Result:
+def choose(
+    evaluator: Evaluator, on_look: Callable[[], None], per_epoch: int | None = None
+) -> Result:
     """Chooses where TWA starts, and leaves the model there.
 
     The stride of the last comparison stays in `evaluator.stride`. Of one candidate there is nothing
@@ -47,6 +50,7 @@ def choose(evaluator: Evaluator, on_look: Callable[[], None]) -> Result:
     Args:
         evaluator: of the model
         on_look: called after each average that was looked at
+        per_epoch: steps of an epoch of the candidates' own training; None: unknown
 
     Returns:
         its row of the table, without test figures
@@ -55,6 +59,7 @@ def choose(evaluator: Evaluator, on_look: Callable[[], None]) -> Result:
     names = evaluator.sharding.candidates.names
     n = len(names)
     method, note, beta = "last", names[-1], averages.candidate(n, -1)
+    gain = None
     if n > 1:
         walk = _Walk(evaluator, on_look)
         chosen = walk.run()
@@ -63,6 +68,7 @@ def choose(evaluator: Evaluator, on_look: Callable[[], None]) -> Result:
             f"{chosen.name}; of {walk.looks} averages, on {len(chosen.values)} of {walk.total}"
             " validation batches"
         )
+        gain = _gain(evaluator, chosen, per_epoch)
     evaluator.load(beta)
     members = int((beta != 0).sum())
     has_statistics = evaluator.has_batchnorm and members > 1
@@ -72,9 +78,25 @@ def choose(evaluator: Evaluator, on_look: Callable[[], None]) -> Result:
         val_loss = evaluator.loss()
     seconds, peak = time.perf_counter() - begun, evaluator.ranks.most(memory.bytes())
     result = Result(method, members, 0, seconds, peak, val_loss, note=note, beta=beta)
-    result.looks = evaluator.cost
+    result.looks, result.gain = evaluator.cost, gain
     result.averaged_bn_loss = evaluator.averaged_bn_loss(beta) if has_statistics else None
     return result
+
+
+def _gain(evaluator: Evaluator, chosen: _Option, per_epoch: int | None) -> float | None:
+    """By how much a step of the candidates' own training lowered the loss of such an average.
+
+    Over the last eighth of the candidates: the average as it was before them is looked at. None
+    where the steps between candidates are not known.
+    """
+    n = len(chosen.beta)
+    steps, back = steps_between(list(evaluator.sharding.candidates), per_epoch), max(1, n // 8)
+    if not steps:
+        return None
+    before = torch.cat([chosen.beta[back:], torch.zeros(back, dtype=torch.float64)])
+    before[0] += chosen.beta[:back].sum()
+    evaluator.load(before, for_look=True)
+    return difference(evaluator.look(), chosen.values)[0] / sum(steps[-back:])
 
 
 @dataclass

@@ -25,7 +25,7 @@ from .settings import Settings
 #: steps over which the rate rises: the first gradients say little of their own size
 RAMP = 25
 #: looks are at the last step, and at steps a factor of this before it, down to an eighth of them
-BETWEEN_LOOKS = 1.5
+BETWEEN_LOOKS = 1.6
 #: without a number of steps: the first look, the first one that may be the last, the most steps
 FIRST_LOOK, FIRST_STOP, MOST_STEPS = 16, 64, 1000
 
@@ -184,6 +184,14 @@ class Trainer:
             return False
         self.note = f"stopped after {self.step} steps: {why}"
         return True
+
+    @property
+    def gain(self) -> float | None:
+        """By how much a step has lowered the loss, over the last two looks; None before them."""
+        if len(self.values) < 3:
+            return None
+        gain, _ = difference(self.values[-3], self.values[-1])
+        return gain / (self.val_curve[-1][0] - self.val_curve[-3][0])
 
     def finish(self) -> None:
         """Moves the model to the coefficients that are kept, as it would be exported."""

@@ -345,6 +345,14 @@ def shared_out(
             yield batch if count else first_batch(source), False
 
 
+def length(source: object) -> int | None:
+    """The number of batches that data say they have; None if they say none."""
+    try:
+        return len(source.batches if isinstance(source, Moved) else source)  # type: ignore
+    except TypeError:
+        return None
+
+
 def count_batches(source: Iterable) -> int:
     """The number of batches of pass 0. A DataLoader over a dataset with indices loads none."""
     with generators_kept(source):
