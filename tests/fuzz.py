@@ -184,6 +184,7 @@ def run_state():
         "best": x,
         "average": {"eta": 3.0, "steps": 2, "coefficients": x},
         "seconds": 1.0,
+        "looks": 2.0,
         "optimizer": moments,
     }
     under_way |= {
@@ -200,7 +201,8 @@ def run_state():
         "best": 0,
     }
     return state | {
-        "losses": [(torch.ones(2, dtype=torch.float64), 0.5)],
+        "losses": [(torch.ones(2, dtype=torch.float64), 0.5, 2.0)],
+        "stride": 2,
         "method": 1,
         "under_way": under_way,
     }

@@ -4,6 +4,7 @@ status 2.
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import processes
@@ -57,6 +58,7 @@ def finished(checkpoints, tmp_path_factory):
         str(out),
         "--steps",
         "20",
+        "--compare",
     ]
     done = processes.run(command)
     assert done.returncode == 0, done.stderr
@@ -68,7 +70,7 @@ def test_outputs(finished):
     assert {p.name for p in out.iterdir()} == FILES
     results = json.loads((out / "results.json").read_text())
     names = [r["method"] for r in results]
-    assert names == [*BASELINES, "TWA-t fine, 4 bits", "TWA-v per model, 4 bits"]
+    assert names == [*BASELINES, "start", "TWA-t fine, 4 bits", "TWA-v per model, 4 bits"]
     for r in results:
         assert (
             f"| {r['method']}" in printed and f"| {r['method']}" in (out / "report.md").read_text()
@@ -297,9 +299,11 @@ def test_candidates_with_nan_loss_never_win(checkpoints, tmp_path):
         save_file(state, tmp_path / f"c{k}.safetensors")
     task = load_task(str(tmp_path / "task.py"))
     candidates = twa.Candidates(tmp_path / "c*.safetensors")
-    outcome = Merge(
-        task, candidates, Settings((TwaMethod("t", "tensor", 4),), steps=4), progress=False
-    ).run()
+    settings = Settings((TwaMethod("t", "tensor", 4),), steps=4)
+    with pytest.raises(ValueError, match=r"every method is NaN or Inf: .*--compare tries each"):
+        # the last candidate spoils all that it may start at
+        Merge(task, candidates, settings, progress=False).run()
+    outcome = Merge(task, candidates, replace(settings, compare=True), progress=False).run()
     assert outcome.winner.val_loss < 1 and outcome.results[1].note in ("c1", "c2", "c3")
     outcome.save(tmp_path, command="command")
     assert (tmp_path / "report.png").exists()

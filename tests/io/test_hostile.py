@@ -777,6 +777,7 @@ def whole_state():
         "run": {"a": "b"},
         "results": [],
         "losses": [],
+        "stride": 1,
         "best": None,
         "method": 0,
         "under_way": None,
@@ -805,10 +806,11 @@ def test_states(tmp_path):
         ("best_file", "/etc/passwd"),
         ("best_file", "x"),
         ("results", [{}]),
-        ("losses", [(0.5, 0.5)]),
+        ("losses", [(0.5, 0.5, 0.5)]),
+        ("stride", 0),
     ]
     bad += [
-        ("losses", [(torch.zeros(2), 0.5)]),
+        ("losses", [(torch.zeros(2), 0.5, 0.5)]),
         ("under_way", {}),
         ("under_way", 3),
         ("best_digest", None),
@@ -821,7 +823,7 @@ def test_states(tmp_path):
             store.read(Ranks())
     write_torch(
         tmp_path / "state.pt",
-        whole_state() | {"losses": [(torch.zeros(()).expand(1 << 20), 0.5)] * 3},
+        whole_state() | {"losses": [(torch.zeros(()).expand(1 << 20), 0.5, 0.5)] * 3},
     )
     with pytest.raises(StateError, match="its tensors claim more bytes than it has"):
         store.read(Ranks())

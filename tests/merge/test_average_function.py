@@ -98,7 +98,8 @@ def test_sources(run, kind):
         "candidates": twa.Candidates(folder),
         "recorder": recorder,
     }[kind]
-    outcome = twa.average(model, source, data(1), data(2), loss, steps=4, progress=False)
+    options = {"steps": 4, "compare": True, "progress": False}
+    outcome = twa.average(model, source, data(1), data(2), loss, **options)
     assert [r.candidates for r in outcome.results if r.method == "uniform"] == [6]
     assert outcome.results[-1].method.startswith("TWA-v")
     last = next(r for r in outcome.results if r.method == "last")
@@ -127,7 +128,8 @@ def test_outcome(run, tmp_path):
     outcome = twa.average(
         model, folder, data(1), data(2), loss, heldout=data(4), steps=4, progress=False
     )
-    assert "| greedy soup" in str(outcome) and outcome.winner.method in str(outcome)
+    assert "| start" in str(outcome) and outcome.winner.method in str(outcome)
+    assert "| greedy soup" not in str(outcome)
     assert outcome._repr_markdown_() == str(outcome)
     assert set(outcome.save(tmp_path / "new" / "out")) == FILES
     out = tmp_path / "new" / "out"

@@ -253,7 +253,9 @@ def test_losses_in_the_table_are_those_of_the_weights(tmp_path):
     """The task's model comes in evaluation mode, and has seen data."""
     states, candidates = saved(tmp_path, Cached)
     task = task_of(lambda: used(born(Cached, 99)), loss_of)
-    outcome = Merge(task, candidates, Settings((TwaMethod("t", "tensor", 4),), steps=4)).run()
+    outcome = Merge(
+        task, candidates, Settings((TwaMethod("t", "tensor", 4),), steps=4, compare=True)
+    ).run()
     found = {r.method: r.val_loss for r in outcome.results}
 
     def true_loss(state):
@@ -341,7 +343,7 @@ def test_equal_statistics_stay_and_others_are_re_estimated(tmp_path, norm_eval):
     states, candidates = backbones(tmp_path)
     task = task_of(lambda: Backbone(norm_eval), loss_of)
     method = TwaMethod("t", "tensor", 4)
-    outcome = Merge(task, candidates, Settings((method,), steps=6, lr=0.1)).run()
+    outcome = Merge(task, candidates, Settings((method,), steps=6, lr=0.1, compare=True)).run()
     found = {r.method: r for r in outcome.results}
     expected, *_ = reference(states, UNIFORM)
     assert found["uniform"].val_loss == pytest.approx(expected, rel=1e-5)
@@ -373,7 +375,7 @@ def test_all_statistics_equal_are_no_batchnorm_to_measure(tmp_path):
     """Nothing is re-estimated (the batches would spoil it), and no column shows another loss."""
     states, candidates = backbones(tmp_path, constant=("frozen", "free"))
     task = task_of(Backbone, loss_of, train=[DATA * torch.nan])
-    outcome = Merge(task, candidates, Settings((), steps=1)).run()
+    outcome = Merge(task, candidates, Settings((), steps=1, compare=True)).run()
     assert all(r.averaged_bn_loss is None for r in outcome.results)
     plain = Backbone()
     plain.load_state_dict(mean_of(states, UNIFORM), strict=False)

@@ -523,9 +523,8 @@ def test_both_losses_of_a_model_with_batchnorm(tmp_path):
         save(m, tmp_path / f"c{k}.pt")
     task = load_task(str(tmp_path / "task.py"))
     method = TwaMethod("t", "tensor", 4)
-    outcome = Merge(
-        task, twa.Candidates(tmp_path / "c*.pt"), Settings((method,), steps=3), progress=False
-    ).run()
+    settings = Settings((method,), steps=3, compare=True)
+    outcome = Merge(task, twa.Candidates(tmp_path / "c*.pt"), settings, progress=False).run()
     results = {r.method: r for r in outcome.results}
     mean = Siamese()
     states = [m.state_dict() for m in models]

@@ -140,7 +140,7 @@ class Merge:
         if self._best is None:
             raise TwaError(
                 "the validation loss of every method is NaN or Inf: do model, loss and data fit the"
-                " candidates?",
+                " candidates? (--compare tries each of them alone, too)",
                 f"task {self.task.name}",
             )
         winner, weights = self._best.result, self._best.weights
