@@ -16,6 +16,7 @@ from ..io.errors import TwaError
 from ..io.tables import markdown_table
 from ..modes import plain_weights
 from ..tasks.contract import Task
+from .advice import advice
 from .report import cost_line, markdown, picture, table_rows
 from .results import Result, fixed
 
@@ -43,13 +44,16 @@ class Outcome:
         self._checksums = checksums(self.sharding)
 
     def __str__(self) -> str:
-        """The table, as Markdown, what it took, and the winner."""
+        """The table, as Markdown, what it took, the winner, and what more of it would bring."""
         table = markdown_table(*table_rows(self.results, self.task))
         winner = self.winner
-        return (
-            f"{table}\n\n{cost_line(self.cost)}\n"
-            f"winner on the validation data: {winner.method}, {winner.losses}"
-        )
+        lines = [
+            f"{table}\n",
+            cost_line(self.cost),
+            f"winner on the validation data: {winner.method}, {winner.losses}",
+            advice(self.results),
+        ]
+        return "\n".join(filter(None, lines))
 
     def _repr_markdown_(self) -> str:
         """The same, which notebooks draw as a table."""

@@ -16,6 +16,7 @@ from twa_kernels.machine import processor
 
 from ..io.tables import markdown_table
 from ..tasks.contract import Task
+from .advice import advice
 from .results import Result, fixed
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def markdown(outcome: Outcome, task: Task, names: list[str], command: str) -> st
     """
     winner = outcome.winner
     note = f" ({winner.note})" if winner.note else ""
-    remarks = [REMARKS]
+    said, remarks = advice(outcome.results), [REMARKS]
     if len(fixed(outcome.results)) > 1:
         remarks.append(COMPARED_REMARK)
     if any(r.averaged_bn_loss is not None for r in outcome.results):
@@ -107,6 +108,7 @@ def markdown(outcome: Outcome, task: Task, names: list[str], command: str) -> st
         "",
         f"Winner on the validation data: **{winner.method}**{note}, {winner.losses}.",
         "",
+        *([f"{said[:1].upper()}{said[1:]}.", ""] if said else []),
         *remarks,
         "",
         "![loss curves, methods and merge weights](report.png)",
