@@ -39,7 +39,7 @@ def main() -> None:
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            outcome, _, _ = demo.run(Path(folder), seed, methods=methods)
+            outcome = demo.run(Path(folder), seed, methods=methods)
             seconds.append(time.perf_counter() - start)
         for r in [r for r in outcome.results if r.method]:  # the demo's table leaves some out
             losses.setdefault(r.method, []).append(r.test_loss)

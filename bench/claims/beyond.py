@@ -86,17 +86,22 @@ def stored(job: Job, workload: Workload) -> Rows:
         for name, betas in options.items():
             result = chosen(merge, name, betas)
             rows += stored_rows(job, where, task, result, merge, plan.grid)
-        rows += stored_rows(job, where, task, merge.train(DEFAULT), merge, plan.grid)
+        best = min(merge.results, key=lambda r: r.val_loss)
+        result = merge.train(DEFAULT, start=best.beta, start_name=best.method)
+        rows += stored_rows(job, where, task, result, merge, plan.grid, best.looks)
     return rows
 
 
 def stored_rows(
-    job: Job, where: dict, task: Task, result: Result, merge: Merge, grid: int
+    job: Job, where: dict, task: Task, result: Result, merge: Merge, grid: int, start: float = 0.0
 ) -> list[dict]:
     """The result that the model is at; and the same rounded, if it is an average of weights on a
     grid.
+
+    Args:
+        start: looks that chose where a trained average starts
     """
-    row = job.row(where, task, result, merge)
+    row = job.row(where, result, merge, start=start)
     if not grid or result.method == "last":
         return [row]
     round_to_grid(merge.model, grid)
@@ -139,8 +144,8 @@ def warm_start(job: Job, workload: Workload) -> Rows:
     for start in [r for r in merge.results if r.method in STARTS]:
         result = merge.train(DEFAULT, start=start.beta, start_name=f"{start.method} {start.note}")
         name = "LAWA (WSM, linear)" if start.method == "LAWA" else start.method
-        rows.append(job.row(where, task, start, merge, name))
-        rows.append(job.row(where, task, result, merge, f"TWA from {name}"))
+        rows.append(job.row(where, start, merge, name))
+        rows.append(job.row(where, result, merge, f"TWA from {name}", start=start.looks))
     return rows
 
 
@@ -148,12 +153,14 @@ def chosen(merge: Merge, name: str, options: Sequence[tuple[Tensor, str]]) -> Re
     """Of some (merge weights, note) the fixed average with the lowest validation loss, added to the
     results; the model is at it.
     """
+    merge.evaluator.cost = 0.0
     losses = [merge.evaluator.at(beta) for beta, _ in options]
+    looks = merge.evaluator.cost
     loss, (beta, note) = min(zip(losses, options, strict=True), key=lambda pair: pair[0])
     merge.evaluator.load(beta)
     members = int((beta != 0).sum())
     result = Result(name, members, 0, 0.0, 0, loss, note=note, beta=beta)
-    result.evaluations = len(options)
+    result.looks = looks
     result.test_loss, result.test_metric = merge.evaluator.test()
     merge.results.append(result)
     return result

@@ -58,15 +58,15 @@ def run(job: Job) -> Rows:
         merge.baselines()
         start = min(merge.results, key=lambda r: r.val_loss)
         label = {"task": workload.label, "stopped": stop}
-        rows.append(job.row(label | {"setting": "start"}, task, start, merge, FIXED))
+        rows.append(job.row(label | {"setting": "start"}, start, merge, FIXED))
         errors: dict[tuple[str, int], float] = {}
         for bits in (*BITS, RANDOM):
             for quantiser, granularity in grid(bits):
-                result = train(merge, quantiser, granularity, bits, errors, job.seed)
+                result = train(merge, start, quantiser, granularity, bits, errors, job.seed)
                 where = label | {"setting": setting(bits), "error": errors.get((quantiser, bits))}
                 where |= at(granularity, bits, quantiser)
                 name = f"TWA-t {named(granularity)}, {quantiser}"
-                rows.append(job.row(where, task, result, merge, name))
+                rows.append(job.row(where, result, merge, name, start=start.looks))
     return rows
 
 
@@ -89,15 +89,17 @@ def named(granularity: str) -> str:
 
 def train(
     merge: Merge,
+    start: Result,
     quantiser: str,
     granularity: str,
     bits: int,
     errors: dict[tuple[str, int], float],
     seed: int,
 ) -> Result:
-    """A trained average, from the best fixed one.
+    """A trained average.
 
     Args:
+        start: the fixed average that it starts from
         errors: filled at the first basis of float32; its rows are the same for every granularity
     """
 
@@ -112,7 +114,7 @@ def train(
         "random": partial(randomise, seed=seed),
     }[quantiser]
     method = TwaMethod("t", granularity, bits if quantiser == "packed" else 32)
-    return merge.train(method, prepare=prepare)
+    return merge.train(method, start=start.beta, start_name=start.method, prepare=prepare)
 
 
 # Quantisers --------------------------------------------------------------------------------------

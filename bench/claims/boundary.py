@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from twa.merge.results import Result
 from twa.merge.run import Merge
 from twa.merge.settings import TwaMethod
 
@@ -51,7 +52,7 @@ def run(job: Job) -> Rows:
     best = min(start.results, key=lambda r: r.val_loss)
     label = {"task": workload.label}
     where = label | {"setting": "start", "windows": 0, "coefficients": 0, "variant": ""}
-    rows = Rows([job.row(where, task, best, start, "best fixed average")])
+    rows = Rows([job.row(where, best, start, "best fixed average")])
     batches = list(task.heldout)
     total = sum(len(_first(b)) for b in batches)
     sizes = SIZES[::2] if job.scale == "quick" else SIZES
@@ -66,11 +67,11 @@ def run(job: Job) -> Rows:
                 merge = job.merge(data, candidates, workload.twa_steps, **settings)
                 where = label | {"setting": setting, "windows": size}
                 where |= {"variant": variant, "granularity": granularity}
-                rows += trained(job, where, merge, method, best.beta)
+                rows += trained(job, where, merge, method, best)
     return rows
 
 
-def trained(job: Job, where: dict, merge: Merge, method: TwaMethod, start: Tensor) -> Rows:
+def trained(job: Job, where: dict, merge: Merge, method: TwaMethod, start: Result) -> Rows:
     """Two rows of one training: its last coefficients, and those at its best look at the validation
     data.
     """
@@ -79,14 +80,16 @@ def trained(job: Job, where: dict, merge: Merge, method: TwaMethod, start: Tenso
     def on_look(step: int) -> None:
         looks.append({"steps": step} | measured(merge.task, merge.model))
 
-    result = merge.train(method, start=start, start_name="start", keep="last", on_look=on_look)
+    options = {"start": start.beta, "start_name": start.method, "keep": "last"}
+    result = merge.train(method, on_look=on_look, **options)
     count = len(result.coefficients["x"]) * len(result.coefficients["segments"])
     name = f"{method.name.split(',')[0]}, {where['variant']}"
     best = min(looks, key=lambda look: look["val"])
     found = Rows()
     for stop, look in (("last", looks[-1]), ("early stopping", best)):
         at = where | {"coefficients": count, "stop": stop}
-        found.append(job.row(at, merge.task, result, merge, f"{name}, {stop}") | look)
+        row = job.row(at, result, merge, f"{name}, {stop}", start=start.looks)
+        found.append(row | look)
     return found
 
 

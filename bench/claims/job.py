@@ -10,13 +10,13 @@ from pathlib import Path
 
 from torch import nn
 from twa.io.candidates import Candidates
-from twa.merge.results import Result
+from twa.merge.results import START, Result
 from twa.merge.run import Merge
 from twa.merge.settings import Settings, TwaMethod
 from twa.tasks.contract import Task
 
 from .rows import Rows
-from .runs import Cost, Plan, Run, measured, train
+from .runs import Plan, Run, measured, train
 from .workloads import BUILT_IN, Workload, of_path
 
 BN_BATCHES = 20  # for the statistics of an average; the digits have 14
@@ -41,7 +41,6 @@ class Job:
     device: str = "cpu"
     progress: bool = False
     options: dict[str, object] = field(default_factory=dict)
-    _costs: list[tuple[Task, int, Cost]] = field(default_factory=list)
 
     # Workloads and training runs -----------------------------------------------------------------
 
@@ -106,11 +105,10 @@ class Job:
         model: nn.Module,
         steps: float,
         cost: float,
-        evaluations: float = 0,
     ) -> dict:
         """A row for a model that is no average."""
         row = where | {"seed": self.seed, "method": method}
-        row |= {"steps": steps, "evaluations": evaluations, "cost": cost}
+        row |= {"steps": steps, "looks": 0.0, "cost": cost}
         return row | measured(task, model)
 
     def anneal(
@@ -142,17 +140,15 @@ class Job:
         fixed: Sequence[str] | None = None,
         **settings,
     ) -> Rows:
-        """The fixed and the trained averages of `twa average`, as it makes them.
-
-        The cost of a trained one includes that of the fixed average it starts from.
+        """The fixed and the trained averages of `twa average --compare`, as it makes them.
 
         Args:
             fixed: which of the fixed averages are in the table; None: all
         """
-        merge = self.merge(task, candidates, steps, methods, **settings)
+        merge = self.merge(task, candidates, steps, methods, compare=True, **settings)
         merge.run()
         return Rows(
-            self.row(where, task, r, merge)
+            self.row(where, r, merge)
             for r in merge.results
             if fixed is None or r.is_trained or r.method in fixed
         )
@@ -170,18 +166,9 @@ class Job:
         made = {"bn_batches": BN_BATCHES, "seed": self.seed, "sharding": "single"} | settings
         return Merge(task, candidates, Settings(methods, steps, **made), progress=self.progress)
 
-    def cost(self, task: Task, bn_batches: int) -> Cost:
-        """Made once for a task, since it reads all of the validation data."""
-        for known, batches, cost in self._costs:
-            if known is task and batches == bn_batches:
-                return cost
-        self._costs.append((task, bn_batches, Cost(task, bn_batches)))
-        return self._costs[-1][2]
-
     def row(
         self,
         where: dict,
-        task: Task,
         result: Result,
         merge: Merge,
         name: str = "",
@@ -190,28 +177,24 @@ class Job:
     ) -> dict:
         """A row for an average.
 
+        cost: its looks and steps, and the looks that chose where a trained one starts. Reading and
+        packing the candidates is not counted (seconds are).
+
         Args:
             name: in place of the result's method
-            start: what a trained average's start has cost; None: what the fixed average has that
-                its note names
+            start: looks that chose where a trained average starts; None: those of the start among
+                the merge's results, if there is one
         """
-        cost = self.cost(task, merge.settings.bn_batches)
-        if start is None and result.is_trained:
-            start = next(
-                (
-                    cost(0, r.evaluations)
-                    for r in merge.results
-                    if not r.is_trained and result.note.startswith(f"from {r.method}")
-                ),
-                0.0,
-            )
+        if start is None:
+            chosen = [r.looks for r in merge.results if r.method == START and result.is_trained]
+            start = sum(chosen)
         found = {
             "seed": self.seed,
             "method": name or result.method,
             "steps": result.steps,
-            "evaluations": result.evaluations,
+            "looks": result.looks,
             "note": result.note,
-            "cost": (start or 0.0) + cost(result.steps, result.evaluations),
+            "cost": start + result.steps + result.looks,
             "val": result.val_loss,
             "test": result.test_loss,
             "seconds": result.seconds,

@@ -53,10 +53,10 @@ def lora(job: Job, workload: Workload) -> Rows:
         write_safetensors(folder / f"lora-{k}.safetensors", merged_lora(model))
     task = replace(task, model=adapted)
     adapters = Candidates([r.path(r.last) for r in runs])
-    merge = job.merge(task, adapters, workload.twa_steps, METHODS)
+    merge = job.merge(task, adapters, workload.twa_steps, METHODS, compare=True)
     merge.run()
     shown = [r for r in merge.results if r.method in SOUPS or r.is_trained]
-    rows += [job.row(where, task, r, merge) for r in shown]
+    rows += [job.row(where, r, merge) for r in shown]
 
     single = next(r for r in merge.results if r.method == "best single")
     k = int(single.beta.argmax())

@@ -13,7 +13,7 @@ KEYS = ("task", "setting", "method")  # what makes a line of the table
 
 
 class Rows(list):
-    """Dicts with seed, task, setting, method, steps, evaluations, cost, val and test (losses),
+    """Dicts with seed, task, setting, method, steps, looks, cost, val and test (losses),
     perhaps metric, and what a picture needs.
     """
 
@@ -74,12 +74,12 @@ def table(rows: Rows, metric: str = "") -> str:
     for key, members in groups.items():
         best[key[:2]] = min(best.get(key[:2], float("inf")), members.mean())
     shown = metric and any(r.get("metric") is not None for r in rows)
-    header = [*KEYS, "steps", "evaluations", "cost", "val loss", "test loss"]
+    header = [*KEYS, "steps", "looks", "cost", "val loss", "test loss"]
     header += [f"test {metric}"] if shown else []
     lines = []
     for key, members in groups.items():
         line = [*map(str, key)]
-        line += [number(members.mean(k)) for k in ("steps", "evaluations", "cost")]
+        line += [number(members.mean(k)) for k in ("steps", "looks", "cost")]
         line += [f"{members.mean('val'):.4f}", loss_of(members, best[key[:2]])]
         if shown:
             line.append(f"{members.mean('metric'):.4f}" if members.of("metric") else "")

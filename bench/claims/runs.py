@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from twa.batchnorm import batch_size, tracked_batchnorms
 from twa.distributed.ranks import Ranks
 from twa.io.atomic import write_json, write_torch
 from twa.io.candidates import Candidates
@@ -25,9 +24,6 @@ from twa.io.safetensors import write_safetensors
 from twa.merge.evaluate import mean_over
 from twa.tasks.batches import Stream, batch_digest, first_batch, mix, seed_all
 from twa.tasks.contract import Task
-
-#: share of a training step's arithmetic that its forward pass has: backward takes twice as much
-FORWARD = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -318,27 +314,3 @@ def measured(task: Task, model: nn.Module, loss: Callable | None = None) -> dict
     if task.metric is not None:
         found["metric"] = mean_over(model, task.metric, task.test)
     return found
-
-
-class Cost:
-    """Counts what methods take in training steps.
-
-    A step is one training batch forward and backward; a batch forward only is a third of it.
-    Reading and packing the candidates is not counted (seconds are).
-
-    Attributes:
-        batch: samples in a training batch
-        look: cost of a pass over the validation data, BatchNorm re-estimated before
-    """
-
-    def __init__(self, task: Task, bn_batches: int) -> None:
-        wanted = range(max(1, bn_batches))
-        batches = [batch_size(batch) or 1 for batch, _ in zip(task.train, wanted, strict=False)]
-        self.batch = batches[0]
-        forward = sum(batch_size(batch) or 1 for batch in task.val)
-        if tracked_batchnorms(task.model()):
-            forward += sum(batches[:bn_batches])
-        self.look = FORWARD * forward / self.batch
-
-    def __call__(self, steps: float, evaluations: float = 0) -> float:
-        return steps + evaluations * self.look

@@ -196,15 +196,14 @@ def rows_of(job: Job, soup: Soup) -> Rows:
     merge = job.merge(task, soup.candidates, soup.steps)
     merge.baselines()
     fixed = {r.method: r for r in merge.results if r.method in FIXED}
-    rows = Rows(job.row(where, task, r, merge) for r in fixed.values())
+    rows = Rows(job.row(where, r, merge) for r in fixed.values())
     rows[0] |= {"mean of two": mean_of_two(merge), "members": fixed["greedy soup"].candidates}
 
-    cost = job.cost(task, merge.settings.bn_batches)
     best = min(fixed.values(), key=lambda r: r.val_loss)
-    greedy = fixed["greedy soup"].evaluations
+    greedy = fixed["greedy soup"].looks
     # of the best fixed average; greedy soup has seen every fine-tune
-    choosing = cost(0, greedy + fixed["uniform"].evaluations)
-    short = max(1, round(SHORT * cost(0, greedy)))
+    choosing = greedy + fixed["uniform"].looks
+    short = max(1, round(SHORT * greedy))
     uniform = averages.uniform(n)
     budgets = {
         "from uniform": (soup.steps, uniform, "uniform", "best", 0.0),
@@ -220,10 +219,10 @@ def rows_of(job: Job, soup: Soup) -> Rows:
         method = TwaMethod.parse(text)
         result = merge.train(method, start=start, start_name=start_name, keep=keep)
         name = name or method.name
-        row = job.row(where, task, result, merge, f"{name}, {budget}", start=before)
+        row = job.row(where, result, merge, f"{name}, {budget}", start=before)
         row |= {"average": name, "budget": budget}
         if keep == "last":  # it has looked at the validation data, and done nothing about it
-            row |= {"evaluations": 0, "cost": float(result.steps)}
+            row |= {"looks": 0.0, "cost": float(result.steps)}
         rows.append(row)
     return rows
 

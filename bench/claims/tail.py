@@ -89,8 +89,8 @@ def findings(rows: Rows) -> list[str]:
         mine = rows.where(task=task)
         tails = [s for s in mine.of("setting") if s != "usual run"]
         trained = [m for m in mine.of("method") if m.startswith("TWA")]
-        start = "the best fixed average on validation data, which it starts from"
-        others = {"SWA": ("SWA",), start: ("best single", *AVERAGES)}
+        best = "the best fixed average on validation data"
+        others = {"SWA": ("SWA",), best: ("best single", *AVERAGES)}
         others |= {name: (name,) for name in ANNEALING}
         for method in trained:
             texts = [f"{name} {below(mine, tails, method, m)}" for name, m in others.items()]

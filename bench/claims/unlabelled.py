@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from twa import averages
 from twa.io.candidates import Candidates
-from twa.merge.evaluate import mean_over
+from twa.merge.evaluate import FORWARD, mean_over
 from twa.merge.settings import TwaMethod
 from twa.tasks.batches import mix
 from twa.tasks.contract import Task
@@ -19,7 +19,7 @@ from twa.tasks.contract import Task
 from .job import Job
 from .lora import SOUPS
 from .rows import Rows
-from .runs import FORWARD, Run, measured
+from .runs import Run, measured
 from .workloads import Workload
 
 RATES, ORDERS, EPOCHS = (3e-4, 1e-3, 3e-3, 6e-3), 2, 10
@@ -75,7 +75,7 @@ def unlabelled(job: Job, workload: Workload) -> Rows:
     for result in [r for r in merge.results if r.method in SOUPS]:
         merge.evaluator.load(result.beta)
         name = result.method if result.method == "uniform" else f"{result.method} (by labels)"
-        rows.append(job.row(where, task, result, merge, name) | confidence(merge.model, task))
+        rows.append(job.row(where, result, merge, name) | confidence(merge.model, task))
 
     experts = [r.load(task, r.last).eval() for r in runs]
     data = {name: with_experts(getattr(task, name), experts) for name in ("heldout", "val")}
@@ -87,7 +87,7 @@ def unlabelled(job: Job, workload: Workload) -> Rows:
             made = replace(task, loss=OBJECTIVES[name], test=None, metric=None, **data)
             merge = job.merge(made, candidates, factor * workload.twa_steps)
             result = merge.train(TwaMethod.parse(method), start=start, start_name="uniform")
-            row = job.row(where, task, result, merge, f"TWA-v {label}, {name}")
+            row = job.row(where, result, merge, f"TWA-v {label}, {name}")
             row |= measured(task, merge.model) | confidence(merge.model, task)
             row["cost"] += FORWARD * len(experts) * seen / batch if name == "experts" else 0
             at_start = result.val_curve[0][1]

@@ -153,10 +153,9 @@ def test_data_of_the_user_s(tmp_path, monkeypatch):
 
 
 def test_what_is_chosen_on_validation_data_is_never_worse_there(rows):
-    for setting in ("LoRA", "LoRA, merged", "float32 weights"):
-        mine = rows.where(setting=setting)
-        fixed = min(r["val"] for r in mine if r["method"] in ("last", "LAWA", *beyond.SOUPS))
-        assert all(r["val"] <= fixed for r in mine if r["method"].startswith("TWA"))
+    mine = rows.where(setting="float32 weights")
+    fixed = min(r["val"] for r in mine if not r["method"].startswith("TWA"))
+    assert all(r["val"] <= fixed for r in mine if r["method"].startswith("TWA"))
     warm = rows.where(setting="warm start")
     starts = [m for m in warm.of("method") if not m.startswith("TWA")]
     assert len(starts) == 6
@@ -176,9 +175,9 @@ def test_the_unlabelled_choose_by_what_they_train_on(rows):
         assert 0 < row["entropy"] < 2.4 and 0.1 <= row["share"] <= 1 and 0 <= row["metric"] <= 1
         if "objective" in row:
             assert row["objective"] <= row["objective at start"]
-    looks = {r["method"]: (r["cost"] - r["steps"]) / r["evaluations"] for r in mine}
-    assert looks["TWA-v model, experts"] > looks["TWA-v model, entropy"]
-    assert looks["TWA-v model, entropy"] == pytest.approx(looks["TWA-v model, labels"])
+    more = {r["method"]: r["cost"] - r["steps"] - r["looks"] for r in mine}
+    assert more["TWA-v model, experts"] > 0.1
+    assert more["TWA-v model, entropy"] == more["TWA-v model, labels"] == pytest.approx(0)
 
 
 def test_objectives_have_their_minimum_where_they_should():

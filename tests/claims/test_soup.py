@@ -13,14 +13,14 @@ from claims import soup, text, workloads
 from claims.images import image_task
 from claims.job import Job
 from claims.rows import Rows, table
-from claims.runs import Cost, Plan
+from claims.runs import Plan
 from claims.workloads import Workload
 from stand_ins import clip_files, digits, folder_of, little_digits, little_text
 from twa.io.errors import TwaError
 from twa.merge.settings import TwaMethod
 
 N = 3
-KEYS = {"seed", "setting", "steps", "evaluations", "cost", "val", "test", "seconds", "note"}
+KEYS = {"seed", "setting", "steps", "looks", "cost", "val", "test", "seconds", "note"}
 NAMES = [TwaMethod.parse(m).name for m in soup.TRAINED]
 METHODS = {*soup.FIXED, *(f"{name}, {b}" for name in NAMES for b in soup.BUDGETS)}
 METHODS |= {f"{name}, {b}" for name in soup.LEARNED for b in ("from uniform", "a quarter")}
@@ -65,12 +65,12 @@ def check(rows, task, n):
     for r in mine.values():
         if "budget" not in r:
             continue
-        own = r["steps"] + r["evaluations"] * look
+        own = r["steps"] + r["looks"]
         if r["budget"] == "a quarter":
-            assert r["evaluations"] == 0 and r["note"] == "from uniform"
+            assert r["looks"] == 0 and r["note"] == "from uniform"
             assert r["cost"] == r["steps"] == max(1, round(greedy / 4))
         elif r["budget"] == "from uniform":
-            assert r["evaluations"] >= 2 and r["note"].startswith("from uniform")
+            assert r["looks"] > 1.9 * look and r["note"].startswith("from uniform")
             assert r["cost"] == pytest.approx(own)
         else:
             assert r["note"].startswith(f"from {best['method']}")
@@ -174,10 +174,10 @@ def test_clip(tmp_path):
     numpy.save(finetunes / soup.UNSEEN, unseen)
     made = soup.clip(job)
     assert len(made.candidates) == 4 and made.steps == 2 * 3  # halves of the 12 unseen, 2 at a time
-    assert Cost(made.task, 1).look == pytest.approx(6 / 2 / 3)
 
     rows = soup.run(dataclasses.replace(job, options=options | {"epochs": 1}))
     mine = check(rows, "CLIP, pets", 4)
+    assert mine["uniform"]["looks"] == pytest.approx(6 / 2 / 3)
     assert rows.of("setting") == ["4 fine-tunes"] and rows.of("seed") == [1]
     assert all("metric" in r for r in rows)
     assert mine[f"{NAMES[0]}, from uniform"]["steps"] <= 3 and not (tmp_path / "out").exists()
@@ -206,7 +206,7 @@ def test_findings_say_where_the_claim_fails():
     rows = Rows()
     for seed in (0, 1):
         common = {"seed": seed, "task": "T", "setting": "2 fine-tunes", "val": 1.0, "steps": 1}
-        common |= {"evaluations": 0}
+        common |= {"looks": 0.0}
         for method in soup.FIXED:
             row = {"method": method, "test": 1.0, "cost": 100.0}
             rows.append(common | row | {"mean of two": -0.25, "members": 2})

@@ -266,7 +266,7 @@ def test_grid():
 
 
 def test_table_and_differences():
-    common = {"task": "t", "setting": "x", "steps": 1, "evaluations": 2, "cost": 1.5}
+    common = {"task": "t", "setting": "x", "steps": 1, "looks": 2.0, "cost": 1.5}
     rows = Rows(
         common | {"seed": s, "method": m, "val": v, "test": v + s / 100}
         for s in range(3)

@@ -598,7 +598,7 @@ def test_losses_are_those_of_twa_average(tmp_path):
     models = [Normed().half() for _ in range(3)]  # rounded to the files' dtype
     paths = written(tmp_path, [m.state_dict() for m in models])
     b = inspect.inspect(paths, task=task, progress=False).barrier
-    average = Merge(task, Candidates(paths), Settings(methods=()), progress=False)
+    average = Merge(task, Candidates(paths), Settings(methods=(), compare=True), progress=False)
     results = {r.method: r for r in average.run() and average.results}
     assert (
         b.mean == results["uniform"].val_loss
