@@ -156,7 +156,7 @@ def main() -> None:
             "",
             table(found),
             "",
-            f"At most {TARGET} worse at half and at twice the rate: {sum(flat)} of {len(flat)} heaps.",
+            f"At most {TARGET} worse at half and twice the rate: {sum(flat)} of {len(flat)} heaps.",
             "",
             "![validation loss against rate](rate_sensitivity.png)",
             "",

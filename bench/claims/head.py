@@ -3,15 +3,27 @@
 Li et al. (arXiv 2205.13104v4) report that TWA on the checkpoints of the first half or so reaches
 the accuracy of the whole run: over 40 % of the epochs saved on CIFAR, over 30 % on ImageNet.
 
-Beside it: SWA, EMA, LAWA and greedy soup of the same checkpoints; and annealing from there, for as
-many steps as TWA takes, and for what TWA costs in all, with its looks at the validation data and
-those that chose its center.
+TWA takes as many steps as are worth it, and once a fixed number. Beside it: SWA, EMA, LAWA and
+greedy soup of the same checkpoints; annealing from there, for that number of steps, and for what
+TWA costs in all, with its looks at the validation data and those that chose its start; and the
+usual run that goes on, with the EMA of its checkpoints.
 """
 
 from __future__ import annotations
 
+import statistics
+from dataclasses import replace
+
+import numpy
+from twa.io.candidates import Candidates
+from twa.merge.baselines import measure
+from twa.merge.settings import TwaMethod
+from twa.tasks.contract import Task
+
 from .job import Job
-from .rows import Rows
+from .rows import Rows, number
+from .runs import Run
+from .workloads import Workload
 
 TITLE = "Head stage: training stopped early, then averaged"
 CLAIM = (
@@ -24,6 +36,8 @@ FIGURE = (14, 6.5)
 PARTS = (0.3, 0.5, 0.6, 0.8)  # of the usual run
 CANDIDATES = 32  # at most: the last ones
 METHODS = ("t:fine:4", "t:tensor:4")
+OURS, FIXED_STEPS = "TWA-t fine, 4 bits", "TWA-t fine, as many steps as annealing"
+EQUAL_STEPS, EQUAL_COST = "annealing", "annealing, same cost"
 FIXED = ("last", "uniform", "EMA", "LAWA", "greedy soup")
 
 
@@ -40,11 +54,45 @@ def run(job: Job) -> Rows:
             stop = usual.plan.nearest(part)
             where = label | {"setting": f"{part:.0%}", "stopped": stop}
             candidates = usual.candidates(until=stop, count=CANDIDATES)
-            found = job.averages(where, task, candidates, workload.twa_steps, METHODS, FIXED)
-            rows += [r | {"method": "SWA"} if r["method"] == "uniform" else r for r in found]
-            cost = round(max(r["cost"] for r in found if r["method"].startswith("TWA")))
-            for name, extra in (("annealing", workload.twa_steps), ("annealing, same cost", cost)):
+            found = averages(job, where, task, candidates, workload.twa_steps)
+            rows += found
+            ours = next(r for r in found if r["method"] == OURS)
+            for name, steps in ((EQUAL_STEPS, workload.twa_steps), (EQUAL_COST, ours["cost"])):
+                extra = max(1, round(steps))
                 rows.append(job.anneal(where, workload, task, usual, stop, extra, name))
+        rows += trained_on(job, workload, task, usual)
+    return rows
+
+
+def averages(job: Job, where: dict, task: Task, candidates: Candidates, steps: int) -> Rows:
+    """The fixed averages, TWA with as many steps as are worth it, and with so many."""
+    merge = job.merge(task, candidates, None, METHODS, compare=True)
+    merge.run()
+    rows = Rows(job.row(where, r, merge) for r in merge.results if r.method in FIXED)
+    for r in rows.where(method="uniform"):
+        r["method"] = "SWA"
+    rows += [job.row(where, r, merge) for r in merge.results if r.is_trained]
+    merge.settings = replace(merge.settings, steps=steps)
+    result = merge.train(TwaMethod.parse(METHODS[0]))
+    rows.append(job.row(where, result, merge, FIXED_STEPS))
+    return rows
+
+
+def trained_on(job: Job, workload: Workload, task: Task, usual: Run) -> Rows:
+    """What the usual run gives with the EMA of its last checkpoints, at every twentieth of it.
+
+    It is what TWA competes with: to train on instead, and take the EMA. Its cost is that of the
+    training alone.
+    """
+    rows = Rows()
+    for k in range(round(min(PARTS) * 20), 21):
+        stop = usual.plan.nearest(k / 20)
+        candidates = usual.candidates(until=stop, count=CANDIDATES)
+        merge = job.merge(task, candidates, 1)
+        result = measure("EMA", merge.evaluator, candidates.names, lambda: None)
+        result.test_loss, _ = merge.evaluator.test()
+        line = {"line": workload.label, "stopped": stop, "setting": f"{k / 20:.0%}"}
+        rows.append(job.row(line, result, merge, "train on, then EMA") | {"cost": 0.0})
     return rows
 
 
@@ -53,7 +101,7 @@ def run(job: Job) -> Rows:
 
 def findings(rows: Rows) -> list[str]:
     """What each method saves of the whole run, and how TWA compares with the others, by task."""
-    found = []
+    found = [text for task in rows.of("task") for text in _against_training(rows, task)]
     for task in rows.of("task"):
         mine = rows.where(task=task)
         whole = mine.mean(method="whole run")
@@ -77,6 +125,34 @@ def findings(rows: Rows) -> list[str]:
                 f" stopped at 50%: {accuracy}"
             )
     return found
+
+
+def _against_training(rows: Rows, task: str) -> list[str]:
+    """TWA against training on and taking the EMA, at equal total cost, stop by stop."""
+    texts = []
+    for method in (OURS, FIXED_STEPS):
+        parts = []
+        for stop in (f"{part:.0%}" for part in PARTS):
+            ours = rows.where(task=task, method=method, setting=stop)
+            apart = [r["test"] - line_at(rows, task, r) for r in ours]
+            sd = f" ± {statistics.stdev(apart):.4f}" if len(apart) > 1 else ""
+            lower = sum(d < 0 for d in apart)
+            cost = number(ours.mean("cost"))
+            parts.append(
+                f"{stop} {statistics.fmean(apart):+.4f}{sd}, lower on {lower} of {len(apart)}"
+                f" seeds (cost {cost})"
+            )
+        text = "; ".join(parts)
+        texts.append(f"{task}: {method} against training on and taking the EMA, same cost: {text}")
+    return texts
+
+
+def line_at(rows: Rows, task: str, row: dict) -> float:
+    """Test loss of training on and taking the EMA, at a row's total cost and of its seed."""
+    line = rows.where(line=task, seed=row["seed"])
+    return float(
+        numpy.interp(row["stopped"] + row["cost"], line.values("stopped"), line.values("test"))
+    )
 
 
 def _steps_in_all(rows: Rows) -> float:
@@ -109,15 +185,19 @@ def picture(figure, rows: Rows) -> None:
     """Test loss against steps in all."""
     tasks = rows.of("task")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        mine = rows.where(task=task)
+        mine, line = rows.where(task=task), rows.where(line=task)
         axes.axhline(mine.mean(method="whole run"), color="0.5", linestyle=":", label="whole run")
+        stops = line.of("stopped")
+        axes.plot(
+            stops, [line.mean(stopped=s) for s in stops], color="k", label="train on, then EMA"
+        )
         for method in mine.of("method"):
-            if method in ("whole run", "SWA", "last"):
+            if method in ("whole run", "SWA", "last", "EMA"):
                 continue
             one, is_ours = mine.where(method=method), method.startswith("TWA")
-            stops = [one.where(setting=s) for s in one.of("setting")]
+            at = [one.where(setting=s) for s in one.of("setting")]
             style = {"linewidth": 2 if is_ours else 1, "linestyle": "-" if is_ours else "--"}
-            x, y = [_steps_in_all(at) for at in stops], [at.mean() for at in stops]
+            x, y = [_steps_in_all(r) for r in at], [r.mean() for r in at]
             axes.plot(x, y, marker="o", label=method, **style)
         axes.axvline(mine[0]["full"], color="0.8", linestyle=":")
         axes.set_xlabel("steps of training and averaging (cost)")

@@ -135,7 +135,7 @@ class Job:
         where: dict,
         task: Task,
         candidates: Candidates,
-        steps: int,
+        steps: int | None,
         methods: Sequence[TwaMethod | str],
         fixed: Sequence[str] | None = None,
         **settings,
@@ -157,11 +157,15 @@ class Job:
         self,
         task: Task,
         candidates: Candidates,
-        steps: int,
+        steps: int | None,
         methods: Sequence[TwaMethod | str] = (),
         **settings: object,
     ) -> Merge:
-        """What makes averages one by one."""
+        """What makes averages one by one.
+
+        Args:
+            steps: of a trained one; None: as many as are worth it
+        """
         methods = tuple(TwaMethod.parse(m) if isinstance(m, str) else m for m in methods)
         made = {"bn_batches": BN_BATCHES, "seed": self.seed, "sharding": "single"} | settings
         return Merge(task, candidates, Settings(methods, steps, **made), progress=self.progress)
