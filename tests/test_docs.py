@@ -143,7 +143,7 @@ def tasks(codes):
     job = Merge(load_task("mytask.py"), Candidates("c*.safetensors"), settings, progress=False)
     outcome = job.run()
     assert outcome.winner.method.startswith("TWA")
-    assert outcome.winner.val_loss < outcome.results[1].val_loss
+    assert outcome.winner.val_loss < outcome.results[0].val_loss
 
     numpy = pytest.importorskip("numpy")
     data = run([shuffled], {"numpy": numpy, "batches": list(range(50))})["Shuffled"]()

@@ -49,7 +49,7 @@ def test_train_average(tmp_path, kind):
     trained = trainer(tmp_path, {"every": 2, "path": None}, **KINDS[kind])
     trained.train()
     own, random = trained.evaluate()["eval_loss"], torch.get_rng_state()
-    outcome = train_average(trained, callback_of(trained).recorder, **QUICK)
+    outcome = train_average(trained, callback_of(trained).recorder, compare=True, **QUICK)
     assert torch.equal(torch.get_rng_state(), random)
     losses = {r.method.split(",")[0].split(" per ")[0]: r.val_loss for r in outcome.results}
     assert losses["TWA-t"] == min(losses.values()) == outcome.winner.val_loss
@@ -98,7 +98,7 @@ def test_sources(tmp_path):
     for source in (tmp_path / FOLDER, files, twa.Candidates(files)):
         fresh = trainer(tmp_path / "fresh", net=model(1))
         outcome = train_average(fresh, source, **QUICK)
-        assert {r.candidates for r in outcome.results} >= {1, 4}
+        assert outcome.results[-1].candidates == 4
         assert fresh.evaluate()["eval_loss"] == pytest.approx(outcome.winner.val_loss, rel=1e-5)
 
 

@@ -188,7 +188,7 @@ def test_train_average(tmp_path, kind):
     outcome = train_average(trained, source, **options)
     assert {name: getattr(trained, name) for name in TRL_COUNTS} == before
     assert trained._metrics is counts["_metrics"]
-    assert {"TWA-t", "uniform"} <= {r.method.split(" per ")[0] for r in outcome.results}
+    assert {"TWA-t", "start"} == {r.method.split(" per ")[0] for r in outcome.results}
     assert trained.evaluate()["eval_loss"] == pytest.approx(outcome.winner.val_loss, rel=1e-5)
     trained.save_model(tmp_path / "best")
     base = tiny_hf.model(vocab_size=11, pad_token_id=0, eos_token_id=1)

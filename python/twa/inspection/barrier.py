@@ -84,8 +84,8 @@ def _mean_finding(b: Barrier) -> Finding:
             f"the uniform mean is worse than the best candidate, better than the worst ({figures})"
         )
         advice = (
-            "average a shorter tail, or let `twa average` choose: it starts at the best fixed"
-            " average"
+            "average a shorter tail, or let `twa average` choose: it looks for the best horizon to"
+            " start from"
         )
         return Finding("note", "barrier", message, advice)
     message = (
@@ -94,8 +94,7 @@ def _mean_finding(b: Barrier) -> Finding:
     )
     advice = (
         "have they one initialisation, and was the learning rate moderate? Average a shorter tail,"
-        " or fine-tunes of one base; `twa average` starts at the best fixed average, which may be a"
-        " single candidate"
+        " or fine-tunes of one base; `twa average --compare` evaluates single candidates, too"
     )
     return Finding("warning", "barrier", message, advice)
 
