@@ -48,11 +48,10 @@ def run(job: Job) -> Rows:
     usual = job.usual(workload, task)
     candidates = usual.candidates(until=usual.plan.nearest(PART), count=CANDIDATES)
     start = job.merge(task, candidates, 1)
-    start.baselines()
-    best = min(start.results, key=lambda r: r.val_loss)
+    best = start.start()
     label = {"task": workload.label}
     where = label | {"setting": "start", "windows": 0, "coefficients": 0, "variant": ""}
-    rows = Rows([job.row(where, best, start, "best fixed average")])
+    rows = Rows([job.row(where, best, start)])
     batches = list(task.heldout)
     total = sum(len(_first(b)) for b in batches)
     sizes = SIZES[::2] if job.scale == "quick" else SIZES
@@ -81,6 +80,7 @@ def trained(job: Job, where: dict, merge: Merge, method: TwaMethod, start: Resul
         looks.append({"steps": step} | measured(merge.task, merge.model))
 
     options = {"start": start.beta, "start_name": start.method, "keep": "last"}
+    options["coarsen"] = False
     result = merge.train(method, on_look=on_look, **options)
     count = len(result.coefficients["x"]) * len(result.coefficients["segments"])
     name = f"{method.name.split(',')[0]}, {where['variant']}"
@@ -152,7 +152,7 @@ def picture(figure, rows: Rows) -> None:
     panels = figure.subplots(1, len(GRANULARITIES), sharey=True)
     for axes, granularity in zip(panels, GRANULARITIES, strict=True):
         mine = rows.where(granularity=granularity)
-        axes.axhline(start, color="0.6", linestyle=":", label="start: best fixed average")
+        axes.axhline(start, color="0.6", linestyle=":", label="start")
         axes.axhline(mine.mean(setting=ALL, stop="last"), color="k", label="TWA-t")
         for k, variant in enumerate(VARIANTS):
             for stop, style in (("last", "-"), ("early stopping", "--")):

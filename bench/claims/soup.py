@@ -8,10 +8,11 @@ TWA-v some passes of training over as much held-out data.
 Beside it: the best fine-tune, uniform soup, and learned soup, whose merge weights are a softmax.
 EMA and LAWA are left out, as fine-tunes have no order.
 
-A trained average starts at the uniform soup, which takes no selection; or at the best of the fixed
-averages, and then its cost includes that choice. With a quarter of greedy soup's cost there is
-none: from the uniform soup, on held-out data only, the last coefficients kept without a look at
-validation data.
+A trained average is trained as `twa average` does it, from the start that it chooses, for as many
+steps as are worth it; or from the best of the fixed averages, and then its cost includes that
+choice. With a quarter of greedy soup's cost, that of choosing the start included, it trains on
+held-out data only, and the last coefficients are kept without a look at validation data. Learned
+soups start at the uniform one, and take the published number of passes.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ LEARNED = {"learned soup": "v:model:4:simplex", "learned soup by layer": "v:tens
 LEARNED_LR = 0.05
 EPOCHS = 5  # of a trained average, over the held-out data
 SHORT = 1 / 4  # of greedy soup's cost
-BUDGETS = ("from uniform", "from the best", "a quarter")
+BUDGETS = ("by default", "from the best", "a quarter")
 PAIRS = 4  # of fine-tunes whose mean is compared with them
 PICTURE_BATCH = 16  # held-out digits: 12 batches
 PATCH = 2  # pixels
@@ -200,29 +201,32 @@ def rows_of(job: Job, soup: Soup) -> Rows:
     rows[0] |= {"mean of two": mean_of_two(merge), "members": fixed["greedy soup"].candidates}
 
     best = min(fixed.values(), key=lambda r: r.val_loss)
-    greedy = fixed["greedy soup"].looks
+    chosen, greedy = merge.start(), fixed["greedy soup"].looks
     # of the best fixed average; greedy soup has seen every fine-tune
     choosing = greedy + fixed["uniform"].looks
-    short = max(1, round(SHORT * greedy))
+    short = max(1, round(SHORT * greedy - chosen.looks))
     uniform = averages.uniform(n)
     budgets = {
-        "from uniform": (soup.steps, uniform, "uniform", "best", 0.0),
-        "from the best": (soup.steps, best.beta, best.method, "best", choosing),
-        "a quarter": (short, uniform, "uniform", "last", 0.0),
+        "by default": (None, chosen.beta, "start", "best", chosen.looks),
+        "from the best": (None, best.beta, best.method, "best", choosing),
+        "a quarter": (short, chosen.beta, "start", "last", chosen.looks),
     }
-    todo = [(text, b, "", merge.settings.lr) for b in BUDGETS for text in TRAINED]
-    for b in ("from uniform", "a quarter"):
-        todo += [(text, b, name, LEARNED_LR) for name, text in LEARNED.items()]
-    for text, budget, name, rate in todo:
-        steps, start, start_name, keep, before = budgets[budget]
+    learned = {
+        "by default": (soup.steps, uniform, "uniform", "best", 0.0),
+        "a quarter": (max(1, round(SHORT * greedy)), uniform, "uniform", "last", 0.0),
+    }
+    todo = [(text, b, of, "", None) for b, of in budgets.items() for text in TRAINED]
+    for b, of in learned.items():
+        todo += [(text, b, of, name, LEARNED_LR) for name, text in LEARNED.items()]
+    for text, budget, (steps, start, start_name, keep, before), name, rate in todo:
         merge.settings = replace(merge.settings, steps=steps, lr=rate)
-        method = TwaMethod.parse(text)
-        result = merge.train(method, start=start, start_name=start_name, keep=keep)
+        method, own = TwaMethod.parse(text), {"start": start, "start_name": start_name}
+        result = merge.train(method, keep=keep, coarsen=False, **own)
         name = name or method.name
         row = job.row(where, result, merge, f"{name}, {budget}", start=before)
         row |= {"average": name, "budget": budget}
         if keep == "last":  # it has looked at the validation data, and done nothing about it
-            row |= {"looks": 0.0, "cost": float(result.steps)}
+            row |= {"looks": 0.0, "cost": before + result.steps}
         rows.append(row)
     return rows
 
@@ -307,7 +311,7 @@ def picture(figure, rows: Rows) -> None:
         for k, name in enumerate(mine.of("average")):
             for budget in mine.where(average=name).of("budget"):
                 one = mine.where(average=name, budget=budget)
-                label = name if budget == "from uniform" else None
+                label = name if budget == BUDGETS[0] else None
                 style = {"marker": markers[budget], "color": f"C{k}", "label": label}
                 axes.scatter(one.mean("cost"), one.mean(), **style)
         axes.set_xscale("log")

@@ -86,7 +86,8 @@ def unlabelled(job: Job, workload: Workload) -> Rows:
         for name in names:
             made = replace(task, loss=OBJECTIVES[name], test=None, metric=None, **data)
             merge = job.merge(made, candidates, factor * workload.twa_steps)
-            result = merge.train(TwaMethod.parse(method), start=start, start_name="uniform")
+            options = {"start": start, "start_name": "uniform", "coarsen": False}
+            result = merge.train(TwaMethod.parse(method), **options)
             row = job.row(where, result, merge, f"TWA-v {label}, {name}")
             row |= measured(task, merge.model) | confidence(merge.model, task)
             row["cost"] += FORWARD * len(experts) * seen / batch if name == "experts" else 0

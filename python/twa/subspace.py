@@ -184,7 +184,7 @@ class Subspace:
             made = build(place, segments, bits, basis, normalize, weights, progress)
             coordinates = constrained(made.coordinates, constraint)
             if balance:
-                coordinates = _balanced(coordinates, made.basis, segments, place)
+                coordinates = balanced(coordinates, made.basis, segments, place)
             subspace = cls(place, made.basis, made.center, segments, coordinates, normalize)
             with plain_weights(model):
                 load_untrained(place, weights)
@@ -235,7 +235,7 @@ class Subspace:
             basis, center = part_of(loaded, place)
             coordinates, segments = loaded.coordinates(), contents.tensor_segments
             if contents.balanced:
-                coordinates = _balanced(coordinates, basis, segments, place)
+                coordinates = balanced(coordinates, basis, segments, place)
             subspace = cls(place, basis, center, segments, coordinates, contents.normalize)
             with torch.no_grad():
                 subspace.coefficients.copy_(loaded.read("coefficients"))
@@ -570,7 +570,7 @@ class Subspace:
                     )
 
 
-def _balanced(
+def balanced(
     rows: Coordinates, basis: Basis, segments: Segments, sharding: Sharding
 ) -> Coordinates:
     """Coordinates that balance these rows; ranks call it together, and get the same bits."""
