@@ -732,7 +732,10 @@ def test_pytorch_lightning(tmp_path, monkeypatch):
             trainer, module, recorder.recorder, steps=2, progress=False, methods=["t:tensor:4"]
         )
         found.append((len(recorder.recorder), float(trainer.callback_metrics["avg_val_loss"])))
-        assert [r.method for r in outcome.results] == ["start", "TWA-t per tensor, 4 bits"]
+        assert [r.method for r in outcome.results] == [
+            "start",
+            "TWA-t per tensor, 4 bits, differences",
+        ]
     assert found[0] == found[1] and found[0][0] == 8
 
 

@@ -3,15 +3,20 @@
 import collections
 import dataclasses
 import hashlib
+import math
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+import twa
 from conftest import run_python
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
+from twa.distributed.ranks import Ranks
 from twa.io.errors import TaskError
-from twa.merge.evaluate import mean_over
-from twa.tasks.batches import batch_digest, to_device
+from twa.merge.evaluate import Evaluator, batch_values, difference, mean_of, mean_over
+from twa.tasks.batches import Moved, batch_digest, count_batches, to_device
 from twa.tasks.contract import Task
 
 
@@ -70,6 +75,167 @@ def test_one_rule_for_all_batches():
         objects[at].batch_size = None
         found = mean_over(torch.nn.Identity(), lambda m, b: b.x.mean(), objects)
         assert found == pytest.approx(sum(b.mean().item() for b in batches) / 4, rel=1e-12)
+
+
+# A sample of the batches -----------------------------------------------------------------------
+
+
+def samples(count):
+    """Batches of one, two or three samples; one whose size does not show."""
+    batches = [DATA[k : k + 1 + k % 3, 0] for k in range(count)]
+    return [Object(b) if k == 3 else b for k, b in enumerate(batches)]
+
+
+def values_of(batches, *arguments):
+    return batch_values(
+        torch.nn.Identity(), lambda m, b: getattr(b, "x", b).sum(), batches, *arguments
+    )
+
+
+def values_on_a_rank(group, count, stride, offset):
+    return values_of(samples(count), Ranks(group), stride, offset)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 8])
+def test_values_of_every_so_many_batches(ranks, count):
+    batches = samples(count)
+    rows = [(getattr(b, "x", b), isinstance(b, Object)) for b in batches]
+    rows = [(float(x.sum()), 0 if is_hidden else len(x)) for x, is_hidden in rows]
+    expected = torch.tensor(rows, dtype=torch.float64).view(-1, 2)
+    for stride, offset in ((1, 0), (2, 1), (4, 0)):
+        found = values_of(batches, None, stride, offset)
+        assert torch.equal(found, expected[offset::stride])
+        for size in (2, 3):
+            for theirs in ranks.run(size, values_on_a_rank, count, stride, offset):
+                assert torch.equal(theirs, found)
+    if not count:
+        with pytest.raises(TaskError, match="expected at least one batch to evaluate on"):
+            mean_of(values_of(batches))
+
+
+def test_batches_are_counted_without_loading_them():
+    class Items(Dataset):
+        def __len__(self):
+            return 11
+
+        def __getitem__(self, k):
+            raise AssertionError("nothing is loaded")
+
+    cpu = torch.device("cpu")
+    assert count_batches(DataLoader(Items(), 4)) == 3
+    assert count_batches(Moved(DataLoader(Items(), 4, drop_last=True), cpu)) == 2
+    assert count_batches(range(5)) == 5 and count_batches([]) == 0
+
+
+def pairs(*rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_difference_of_paired_batches():
+    x = DATA[:12].abs()
+    a, b = x[:, :2].clone(), x[:, 2:].clone()
+    a[:, 1] = b[:, 1] = 8  # all alike: as for any mean
+    mean, error = difference(a, b)
+    apart = a[:, 0] - b[:, 0]
+    assert mean == pytest.approx(float(apart.mean()))
+    assert error == pytest.approx(float(apart.std()) / math.sqrt(12))
+    a[:, 1] = b[:, 1] = torch.arange(12) + 1.0
+    shares = a[:, 1] / 78
+    mean, error = difference(a, b)
+    assert mean == pytest.approx(float(shares @ apart)) == pytest.approx(mean_of(a) - mean_of(b))
+    squares = [(w * (d - mean)) ** 2 for w, d in zip(shares.tolist(), apart.tolist(), strict=True)]
+    assert error == pytest.approx(math.sqrt(sum(squares) * 12 / 11))
+    a[3, 1] = b[3, 1] = 0  # its size does not show
+    assert difference(a, b)[0] == pytest.approx(float(apart.mean()))
+    # what all batches have in common says nothing of the difference
+    assert difference(a + 1e-3, a)[1] < 1e-12
+
+
+def test_differences_that_no_error_has():
+    assert difference(pairs([1, 4]), pairs([3, 4])) == (-2.0, math.inf)
+    good, bad = pairs([1, 4], [2, 4]), pairs([1, 4], [math.nan, 4])
+    assert difference(good, bad) == (-math.inf, 0.0)
+    assert difference(bad, good) == (math.inf, 0.0)
+    assert difference(bad, pairs([1, 4], [-math.inf, 4])) == (0.0, 0.0)
+    assert mean_of(bad) == mean_of(pairs([-math.inf, 1])) == math.inf
+
+
+# What evaluations take ---------------------------------------------------------------------------
+
+
+class Normed(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+
+
+def evaluator_of(folder, model, train, val, *arguments):
+    """Of two candidates."""
+    for k in range(2):
+        torch.manual_seed(k)
+        save_file(model().state_dict(), folder / f"c{k}.safetensors")
+    task = Task("t", model, lambda m, b: m(b.float()).square().mean(), train, val, *[None] * 3, "")
+    subspace = twa.Subspace.from_candidates(model(), twa.Candidates(folder / "*.safetensors"))
+    return Evaluator(task, subspace.sharding, *arguments)
+
+
+@pytest.mark.parametrize("per_step", [1, 2])
+def test_cost_is_in_training_steps(tmp_path, per_step):
+    """A batch forward only is a third of a training batch, by its size."""
+    train, val = [DATA[:8], DATA[:4]], [DATA[:8], DATA[:4], DATA[4:6]]
+    evaluator = evaluator_of(tmp_path, lambda: torch.nn.Linear(4, 3), train, val, 5, per_step)
+    third = 1 / 3 / per_step
+    beta = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    loss = evaluator.at(beta)
+    assert evaluator.cost == pytest.approx(14 / 8 * third)
+    evaluator.cost = 0.0
+    evaluator.stride = 2
+    assert mean_of(evaluator.look()) != loss
+    assert evaluator.cost == pytest.approx(10 / 8 * third)
+    assert len(evaluator.look(offset=1)) == 1
+    assert evaluator.cost == pytest.approx(14 / 8 * third)
+    # one that is known takes as much again
+    evaluator.load(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    assert evaluator.at(beta) == loss and evaluator.cost == pytest.approx(28 / 8 * third)
+    evaluator.test()
+    assert evaluator.cost == pytest.approx(28 / 8 * third)
+
+
+def test_cost_of_batches_whose_size_does_not_show(tmp_path):
+    """They count as one training batch each."""
+
+    class Sizeless:
+        def __init__(self, x):
+            self.x = x
+
+        def float(self):
+            return self.x.float()
+
+    plain = [DATA[:8], DATA[:4]]
+    hidden = [Sizeless(x) for x in plain]
+    for train, val, expected in ((plain, hidden, 2), (hidden, plain, 2), (plain, plain, 1.5)):
+        evaluator = evaluator_of(tmp_path, lambda: torch.nn.Linear(4, 3), train, val)
+        evaluator.loss()
+        assert evaluator.cost == pytest.approx(expected / 3)
+
+
+def test_a_look_re_estimates_batchnorm_on_fewer_batches(tmp_path):
+    train, beta = list(DATA.split(2)), torch.tensor([0.5, 0.5], dtype=torch.float64)
+    assert len(train) == 25
+    for bn_batches, stride, used in (
+        (20, 1, 20),
+        (20, 2, 10),
+        (20, 16, 4),
+        (3, 2, 3),
+        (100, 4, 25),
+    ):
+        evaluator = evaluator_of(tmp_path, Normed, train, [DATA[:2]], bn_batches)
+        evaluator.stride = stride
+        evaluator.load(beta, for_look=True)
+        assert evaluator.bn_used == used and evaluator.cost == pytest.approx(used / 3)
+        evaluator.load(beta)
+        assert evaluator.bn_used == min(bn_batches, 25)
+        evaluator.cost = 0.0
+        assert evaluator.averaged_bn_loss(beta) is not None and evaluator.cost == 0
 
 
 # Digests, and batches on a device ----------------------------------------------------------------

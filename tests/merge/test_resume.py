@@ -23,6 +23,7 @@ from twa.cli import average
 from twa.cli import main as cli
 from twa.distributed.ranks import Ranks
 from twa.merge import resume as state
+from twa.merge import run
 from twa.merge.evaluate import Evaluator
 from twa.tasks.batches import EveryOther, Stream, shared_out
 from twa.tasks.contract import load_task
@@ -230,15 +231,40 @@ def test_alone_interrupted_and_continued(job, alone, tmp_path, capsys, monkeypat
     assert cli.main(arguments(job, out, "--resume")) == 0
     assert result(out) == result(alone)
     assert {p.name for p in out.iterdir()} == FILES
+    assert rows(out) == rows(alone)
+
+
+def rows(out):
+    """The table, without what differs from run to run."""
     drop = ("seconds", "peak MB")
-    ours, theirs = (
-        [
-            {k: v for k, v in r.items() if k not in drop}
-            for r in json.loads((o / "results.json").read_text())
-        ]
-        for o in (out, alone)
-    )
-    assert ours == theirs
+    table = json.loads((out / "results.json").read_text())
+    return [{k: v for k, v in row.items() if k not in drop} for row in table]
+
+
+def test_comparisons_interrupted_and_continued(job, tmp_path, monkeypatch):
+    """What is known by then is not measured again, and counts in a row's looks all the same."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    measured, calls, stop_at = Evaluator.loss, 0, 0
+
+    def loss(self):
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            raise KeyboardInterrupt
+        return measured(self)
+
+    monkeypatch.setattr(Evaluator, "loss", loss)
+    monkeypatch.setattr(run, "SAVE_SECONDS", -1.0)
+    assert cli.main(arguments(job, whole, "--compare")) == 0
+    most, calls, stop_at = calls, 0, 17  # in EMA: 1 uniform, 6 singles, their exports before
+    assert cli.main(arguments(job, out, "--compare", "--resume")) == 130
+    saved = torch.load(out / "state.pt", weights_only=True)
+    assert len(saved["losses"]) > 8 and "start" not in [r["method"] for r in saved["results"]]
+    assert cli.main(arguments(job, out, "--resume")) == 2  # without --compare it is another run
+    calls, stop_at = 0, 0
+    assert cli.main(arguments(job, out, "--compare", "--resume")) == 0
+    assert calls < most - 8
+    assert result(out) == result(whole) and rows(out) == rows(whole)
 
 
 def test_differences_interrupted_and_continued(job, tmp_path, monkeypatch):
@@ -536,6 +562,34 @@ def test_evaluation_is_shared_out(count):
         ]
         assert len({len(mine) for mine in each}) == 1
         assert len(list(shared_out(data, Rank(0, size), limit=2))) == -(-min(2, count) // size)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 16])
+def test_a_sample_is_dealt_in_turn(count):
+    """Every `stride`-th batch; nothing else of a dataset is loaded."""
+    loaded = []
+
+    class Items(torch.utils.data.Dataset):
+        def __len__(self):
+            return count
+
+        def __getitem__(self, k):
+            loaded.append(k)
+            return torch.tensor(k)
+
+    data = torch.utils.data.DataLoader(Items(), batch_size=1)
+    for stride, offset in ((1, 0), (2, 0), (2, 1), (4, 3)):
+        wanted = list(range(offset, count, stride))
+        for size in (1, 2, 3):
+            each = []
+            for rank in range(size):
+                loaded.clear()
+                given = shared_out(data, Rank(rank, size), stride=stride, offset=offset)
+                each.append([(int(batch), counts) for batch, counts in given])
+                assert set(loaded) <= {0, *wanted[rank::size]}
+                mine = [k for k, counts in each[-1] if counts]
+                assert mine == wanted[rank::size]
+            assert {len(mine) for mine in each} == {-(-len(wanted) // size)}
 
 
 def test_what_ranks_must_have_in_common(job, tmp_path):

@@ -7,6 +7,7 @@ them are compared on no more validation batches than it takes to tell them apart
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,10 +33,13 @@ ERRORS, NEGLIGIBLE = 2.0, 0.002
 def options(n: int) -> list[tuple[str, Tensor]]:
     """What TWA may start from: (name, merge weights), with the shortest horizon first.
 
+    An EMA begins with the first candidate, which keeps much of the weight where the horizon is more
+    than half of the list: such a one is older than the mean of all, and left out.
+
     Args:
         n: number of candidates, more than one
     """
-    emas = [(f"EMA decay {d}", averages.ema(n, d)) for d in DECAYS if 1 / (1 - d) < n]
+    emas = [(f"EMA decay {d}", averages.ema(n, d)) for d in DECAYS if 2 / (1 - d) <= n]
     return [("last", averages.candidate(n, -1)), *emas, ("uniform", averages.uniform(n))]
 
 
@@ -146,6 +150,8 @@ class _Walk:
                 best, place = other, place + direction
             if best is not first:
                 break
+        if mean_of(best.values) == math.inf:
+            return self._look(0)  # the last candidate alone
         return best
 
     def _look(self, place: int) -> _Option:
