@@ -206,9 +206,10 @@ def rows_of(job: Job, soup: Soup) -> Rows:
     choosing = greedy + fixed["uniform"].looks
     short = max(1, round(SHORT * greedy - chosen.looks))
     uniform = averages.uniform(n)
+    steps = soup.steps if job.options.get("epochs") else None  # as many as are worth it
     budgets = {
-        "by default": (None, chosen.beta, "start", "best", chosen.looks),
-        "from the best": (None, best.beta, best.method, "best", choosing),
+        "by default": (steps, chosen.beta, "start", "best", chosen.looks),
+        "from the best": (steps, best.beta, best.method, "best", choosing),
         "a quarter": (short, chosen.beta, "start", "last", chosen.looks),
     }
     learned = {

@@ -23,7 +23,7 @@ N = 3
 KEYS = {"seed", "setting", "steps", "looks", "cost", "val", "test", "seconds", "note"}
 NAMES = [TwaMethod.parse(m).name for m in soup.TRAINED]
 METHODS = {*soup.FIXED, *(f"{name}, {b}" for name in NAMES for b in soup.BUDGETS)}
-METHODS |= {f"{name}, {b}" for name in soup.LEARNED for b in ("from uniform", "a quarter")}
+METHODS |= {f"{name}, {b}" for name in soup.LEARNED for b in ("by default", "a quarter")}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -181,7 +181,7 @@ def test_clip(tmp_path):
     assert mine["uniform"]["looks"] == pytest.approx(6 / 2 / 3)
     assert rows.of("setting") == ["4 fine-tunes"] and rows.of("seed") == [1]
     assert all("metric" in r for r in rows)
-    assert mine[f"{NAMES[0]}, from uniform"]["steps"] <= 3 and not (tmp_path / "out").exists()
+    assert mine[f"{NAMES[0]}, by default"]["steps"] <= 3 and not (tmp_path / "out").exists()
     check_shown(rows, ("CLIP, pets",))
     (finetunes / soup.UNSEEN).unlink()
     made = soup.clip(dataclasses.replace(job, options=options | {"epochs": None}))

@@ -141,7 +141,7 @@ def test_bits(job, monkeypatch):
     assert all(r.keys() >= KEYS for r in rows)
     assert rows.of("setting") == ["start", "float32", "2 bits", "1 bit", "random rows"]
     assert len(rows) == 1 + 4 + 7 + 7 + 4
-    start = rows.where(method=bits.FIXED)[0]
+    start = rows.where(method=bits.START)[0]
     assert all(r["val"] <= start["val"] + 1e-5 and r["cost"] > start["cost"] for r in rows[1:])
     errors = {(r["quantiser"], r["bits"]): r["error"] for r in rows[1:]}
     assert 0 < errors["packed", 2] < errors["packed", 1] < errors["min/max", 1]

@@ -26,8 +26,9 @@ from .settings import Settings
 RAMP = 25
 #: looks are at the last step, and at steps a factor of this before it, down to an eighth of them
 BETWEEN_LOOKS = 1.6
-#: without a number of steps: the first look, the first one that may be the last, the most steps
-FIRST_LOOK, FIRST_STOP, MOST_STEPS = 16, 64, 1000
+FIRST_STOP = 64  # no training is stopped before
+#: without a number of steps: the first look, the most steps
+FIRST_LOOK, MOST_STEPS = 16, 1000
 
 
 class Trainer:
@@ -159,7 +160,12 @@ class Trainer:
             self.best_loss, self.best = loss, self.average.coefficients.clone()
 
     def is_stale(self) -> bool:
-        """Whether too many looks in a row brought nothing better; `note` then says so."""
+        """Whether too many looks in a row brought nothing better; `note` then says so.
+
+        Not among the first steps, after which an average is often worse than its start.
+        """
+        if self.step < FIRST_STOP:
+            return False
         if self.keep != "best" or not 0 < self.settings.patience <= stale(self.val_curve):
             return False
         best = step_of_best(self.val_curve)
