@@ -149,6 +149,24 @@ def test_a_file_keeps_that_it_is_balanced(tmp_path):
         twa.SubspaceOptimizer(loaded)
 
 
+def test_a_file_at_its_center_can_be_balanced(tmp_path):
+    for basis in KINDS:
+        folder = tmp_path / basis
+        plain = made(granularity=128, bits=4, balance=False, basis=basis)
+        center = weights(plain)
+        plain.save(folder, basis=True)
+        loaded = twa.Subspace.load(folder, model(), plain.candidates, balance=True)
+        assert isinstance(loaded.coordinates, Balanced) and not loaded.coefficients.any()
+        torch.testing.assert_close(weights(loaded), center)
+        assert learning_rate(loaded) == pytest.approx(
+            learning_rate(made(granularity=128, bits=4, basis=basis))
+        )
+        moved(plain, torch.ones_like(plain.coefficients))
+        plain.save(folder, basis=True)
+        with pytest.raises(TwaError, match="balance: its coefficients are trained"):
+            twa.Subspace.load(folder, model(), balance=True)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -198,6 +198,7 @@ class Subspace:
         model: nn.Module,
         candidates: Candidates | None = None,
         *,
+        balance: bool = False,
         sharding: str = "auto",
         group: dist.ProcessGroup | None = None,
     ) -> Subspace:
@@ -210,12 +211,15 @@ class Subspace:
             path: the file, or its directory, as `twa pack` or `save(basis=True)` has written it
             model: as it was packed for
             candidates: those that it was packed from, which is checked by their fingerprints.
-                Without them all works but exact averages (`load_merge`)
+                Without them all works but exact averages (`load_merge`) and `twa.learning_rate`
+            balance: as in from_candidates, for a file that is at its center, as `twa pack` writes
+                it; one that is balanced stays so
             sharding, group: as in from_candidates; with "columns", shards must begin at multiples
                 of 128 weights
 
         Raises:
             BasisError: the file is damaged, is no packed basis, or does not fit model or candidates
+            TwaError: balance, and the file's coefficients are trained ones of its rows
         """
         path, ranks = find_basis(path), find_ranks(sharding, model, group)
         with ranks.fail_together(f"loading {path}"):
@@ -234,11 +238,16 @@ class Subspace:
                 ranks.check_equal(versions() | {"basis": digest(contents)})
             basis, center = part_of(loaded, place)
             coordinates, segments = loaded.coordinates(), contents.tensor_segments
-            if contents.balanced:
+            trained = loaded.read("coefficients")
+            if balance and not contents.balanced and bool(trained.any()):
+                raise TwaError("its coefficients are trained ones of its own rows", "balance")
+            if balance or contents.balanced:
+                _check_balance(True, contents.basis, contents.constraint, "", place.name)
                 coordinates = balanced(coordinates, basis, segments, place)
             subspace = cls(place, basis, center, segments, coordinates, contents.normalize)
             with torch.no_grad():
-                subspace.coefficients.copy_(loaded.read("coefficients"))
+                if trained.shape == subspace.coefficients.shape:  # else both are zero
+                    subspace.coefficients.copy_(trained)
             with plain_weights(model):
                 load_state(loaded, place)
                 subspace._settle()
