@@ -23,6 +23,7 @@ from claims import soup, tail
 from claims.head import CANDIDATES, PARTS
 from claims.job import Job
 from common import RESULTS, hardware
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from twa import demo
 from twa.io.tables import markdown_table
@@ -111,6 +112,8 @@ def picture(found: dict[str, dict[str, dict]]) -> Figure:
     """Loss against factor: what is lost to the best factor, as a part of what the start loses."""
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True)
+    for axes in panels:
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)
     for of in found.values():
         for name, r in of.items():
             is_digits = "digits" in name
