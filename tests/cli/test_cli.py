@@ -20,7 +20,7 @@ from twa.merge.baselines import BASELINES
 from twa.merge.evaluate import mean_over
 from twa.merge.run import Merge
 from twa.merge.settings import Settings, TwaMethod
-from twa.merge.train import warmup
+from twa.merge.train import MOST_STEPS, look_steps, ramp
 from twa.tasks import digits
 from twa.tasks.contract import load_task
 
@@ -70,7 +70,7 @@ def test_outputs(finished):
     assert {p.name for p in out.iterdir()} == FILES
     results = json.loads((out / "results.json").read_text())
     names = [r["method"] for r in results]
-    assert names == [*BASELINES, "start", "TWA-t fine, 4 bits", "TWA-v per model, 4 bits"]
+    assert names == [*BASELINES, "start", "TWA-t fine, 4 bits", "TWA-v per tensor, 4 bits"]
     for r in results:
         assert (
             f"| {r['method']}" in printed and f"| {r['method']}" in (out / "report.md").read_text()
@@ -350,10 +350,15 @@ def test_tasks_that_break_the_contract(tmp_path):
         load_task(str(tmp_path / "c.txt"))
 
 
-def test_learning_rate_schedule():
-    assert [warmup(k, 100) for k in range(7)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0] and warmup(
-        99, 100
-    ) == 1.0 == warmup(0, 1)
+def test_the_rate_rises_over_25_steps():
+    assert [ramp(k) for k in (0, 11, 24, 25, 999)] == [1 / 25, 12 / 25, 1.0, 1.0, 1.0]
+
+
+def test_looks_are_at_growing_distances():
+    assert sorted(look_steps(100)) == [0, 15, 24, 39, 62, 100]
+    assert sorted(look_steps(1)) == [0, 1]
+    assert sorted(look_steps(None))[:6] == [0, 16, 26, 41, 66, 105]
+    assert max(look_steps(None)) == MOST_STEPS
 
 
 # twa merge and twa export -------------------------------------------------------------------------
