@@ -86,8 +86,7 @@ def mean_over(
     Raises:
         TaskError: there is no batch
     """
-    values = batch_values(model, function, data, ranks)
-    return _mean(values)
+    return _mean(batch_values(model, function, data, ranks))
 
 
 def mean_of(values: Tensor) -> float:
