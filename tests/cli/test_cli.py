@@ -357,7 +357,7 @@ def test_the_rate_rises_over_25_steps():
 def test_looks_are_at_growing_distances():
     assert sorted(look_steps(100)) == [0, 15, 24, 39, 62, 100]
     assert sorted(look_steps(1)) == [0, 1]
-    assert sorted(look_steps(None))[:6] == [0, 16, 26, 41, 66, 105]
+    assert sorted(look_steps(None))[:6] == [0, 25, 40, 64, 102, 164]
     assert max(look_steps(None)) == MOST_STEPS
 
 

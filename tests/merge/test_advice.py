@@ -16,7 +16,7 @@ def row(method, val, gain=None, trained=True):
 @pytest.mark.parametrize(
     "pace, gain, val, said",
     [
-        (1e-4, 3e-4, 1.0, "gain about 0.03 at most, 100 of ordinary training 0.01: more steps"),
+        (1e-4, 3e-4, 1.0, "gain about 0.03, 100 of ordinary training 0.01: more steps"),
         (5e-4, 3e-4, 1.0, "the run still learns. Train on, or, if you have the optimizer's state"),
         (0.0, 3e-4, 1.0, "it is at its end"),
         (None, 3e-4, 1.0, "what is left to gain is in more steps"),

@@ -25,7 +25,7 @@ def advice(results: Sequence[Result]) -> str:
             " on, might help; more steps will not"
         )
     gain = best.gain or 0.0
-    ours = f"100 more steps of {best.method} would gain about {_loss(100 * gain)} at most"
+    ours = f"100 more steps of {best.method} would gain about {_loss(100 * gain)}"
     if gain <= 0:
         ours = f"more steps of {best.method} would gain nothing that shows"
     if pace is None:

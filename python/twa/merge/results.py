@@ -30,8 +30,8 @@ class Result:
         val_curve: (step, validation loss) of each look
         beta: merge weights (n,) or (n, L)
         coefficients: what coefficients.json holds, of a trained average
-        gain: by how much a step lowered the validation loss: of a trained average its own, over the
-            last two looks; of the start one of the candidates' own training; None: unknown
+        gain: by how much a step lowers the validation loss: of a trained average one more; of the
+            start one of the candidates' own training; None: unknown
         is_average: False for a comparison that is no weighted average (annealing)
         averaged_bn_loss: validation loss with averaged BatchNorm statistics in the place of
             re-estimated ones; None where that is no question

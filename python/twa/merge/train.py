@@ -28,7 +28,10 @@ RAMP = 25
 BETWEEN_LOOKS = 1.6
 FIRST_STOP = 64  # no training is stopped before
 #: without a number of steps: the first look, the most steps
-FIRST_LOOK, MOST_STEPS = 16, 1000
+FIRST_LOOK, MOST_STEPS = 25, 1000
+#: what a step gains until the next look, by what it has gained over the last two: losses fall about
+#: as the logarithm of the steps
+NEXT = 0.5
 
 
 class Trainer:
@@ -164,7 +167,7 @@ class Trainer:
 
         Not among the first steps, after which an average is often worse than its start.
         """
-        if self.step < FIRST_STOP:
+        if self.step < FIRST_STOP or self.step not in self.looks:
             return False
         if self.keep != "best" or not 0 < self.settings.patience <= stale(self.val_curve):
             return False
@@ -175,17 +178,17 @@ class Trainer:
     def is_spent(self) -> bool:
         """Without a number of steps: whether more of them are not worth it; `note` then says why.
 
-        They are not if the last two looks have gained less than their noise, or less than so many
-        steps of ordinary training would.
+        They are not if they are expected to gain less than as many steps of ordinary training.
+        Where that is not known, or nothing: if the last two looks gained less than their noise.
         """
         if self.settings.steps or self.step < FIRST_STOP or self.step not in self.looks:
             return False
         gain, error = difference(self.values[-3], self.values[-1])
         steps = self.step - self.val_curve[-3][0]
-        if gain < error:
+        if self.pace > 0 and NEXT * gain / steps < self.pace:
+            why = f"one more gains about {NEXT * gain / steps:.1g}, one of training {self.pace:.1g}"
+        elif self.pace <= 0 and gain < error < math.inf:
             why = f"the last {steps} gained {gain:.1g}, within the noise of a look ({error:.1g})"
-        elif gain < self.pace * steps:
-            why = f"one gains {gain / steps:.1g}, and one of ordinary training {self.pace:.1g}"
         else:
             return False
         self.note = f"stopped after {self.step} steps: {why}"
@@ -193,11 +196,11 @@ class Trainer:
 
     @property
     def gain(self) -> float | None:
-        """By how much a step has lowered the loss, over the last two looks; None before them."""
+        """By how much one more step is expected to lower the loss; None before the third look."""
         if len(self.values) < 3:
             return None
         gain, _ = difference(self.values[-3], self.values[-1])
-        return gain / (self.val_curve[-1][0] - self.val_curve[-3][0])
+        return NEXT * gain / (self.val_curve[-1][0] - self.val_curve[-3][0])
 
     def finish(self) -> None:
         """Moves the model to the coefficients that are kept, as it would be exported."""
