@@ -1,0 +1,97 @@
+"""Without a number of steps: a trained average stops when one more is not worth it."""
+
+import pytest
+import torch
+import twa
+from torch import nn
+from twa.merge.settings import Settings
+from twa.merge.train import NEXT, Trainer, look_steps
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def trainer(losses, pace=0.0, noise=0.0, steps=None):
+    """One that has looked at every step of the schedule so far, with these losses."""
+    made = Trainer.__new__(Trainer)
+    made.settings, made.pace, made.keep = Settings(steps=steps), pace, "best"
+    made.looks, made.note = look_steps(None), ""
+    at = sorted(made.looks)[: len(losses)]
+    g = torch.Generator().manual_seed(0)
+    batches = torch.randn(8, generator=g, dtype=torch.float64)
+    made.values = [
+        torch.stack([loss + noise * k * batches, torch.ones(8).double()], 1)
+        for k, loss in enumerate(losses)
+    ]
+    made.val_curve = list(zip(at, losses, strict=True))
+    made.curve = [0.0] * at[-1]
+    return made
+
+
+def test_it_stops_when_training_on_gains_more():
+    losses = [2.0, 1.95, 1.93, 1.90]  # 0.05 over the last 39 steps, so half of 0.00128 next
+    slow, fast = trainer(losses, pace=0.0006), trainer(losses, pace=0.0007)
+    assert not slow.is_spent() and slow.note == ""
+    assert fast.is_spent()
+    assert (
+        fast.note == "stopped after 64 steps: one more gains about 0.0006, one of training 0.0007"
+    )
+    assert slow.gain == pytest.approx(NEXT * 0.05 / 39)
+
+
+def test_it_stops_within_the_noise_where_the_pace_is_not_known():
+    losses = [2.0, 1.95, 1.93, 1.9499]
+    made = trainer(losses, noise=0.01)
+    assert made.is_spent() and "within the noise of a look" in made.note
+    assert not trainer([2.0, 1.95, 1.93, 1.85], noise=0.01).is_spent()
+
+
+def test_one_batch_has_no_noise_to_stop_at():
+    made = trainer([2.0, 1.95, 1.93, 1.949])
+    made.values = [values[:1] for values in made.values]
+    assert not made.is_spent()
+
+
+def test_it_goes_on_among_the_first_steps_and_with_a_number_of_steps():
+    assert not trainer([2.0, 2.1, 2.2], pace=1.0).is_spent()
+    assert not trainer([2.0, 2.1, 2.2, 2.3], pace=1.0, steps=500).is_spent()
+
+
+def test_patience_counts_at_looks_from_64_steps_on():
+    assert not trainer([2.0, 2.1, 2.2]).is_stale()
+    made = trainer([2.0, 2.1, 2.2, 2.3])
+    assert made.is_stale() and "no better on validation since step 0" in made.note
+    between = trainer([2.0, 2.1, 2.2, 2.3])
+    between.curve.append(0.0)
+    assert not between.is_stale()
+
+
+def test_a_run_without_a_number_of_steps():
+    torch.manual_seed(0)
+    teacher, net = nn.Linear(30, 4), nn.Linear(30, 4)
+    x = torch.randn(4096, 30)
+    y = teacher(x).detach() + 0.5 * torch.randn(4096, 4)
+    batches = list(zip(x.split(32), y.split(32), strict=True))
+
+    def loss(model, batch):
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    kept, optimizer = [], torch.optim.Adam(net.parameters(), 0.02)
+    for step, batch in enumerate(batches[:60], 1):
+        optimizer.zero_grad()
+        loss(net, batch).backward()
+        optimizer.step()
+        if step % 10 == 0:
+            kept.append({k: t.clone() for k, t in net.state_dict().items()})
+    names = [f"step_{10 * (k + 1)}" for k in range(len(kept))]
+    candidates = twa.Candidates.of_states(kept, names=names)
+    outcome = twa.average(
+        net, candidates, batches[60:100], batches[100:], loss, methods=["t:fine:4"], progress=False
+    )
+    start, trained = outcome.results
+    assert start.method == "start" and start.gain > 0
+    assert 64 <= trained.steps < 1000 and f"stopped after {trained.steps} steps" in trained.note
+    assert trained.val_loss < start.val_loss and outcome.winner is trained
+    cost = outcome.cost
+    assert cost["steps"] == trained.steps and cost["comparison"] == 0
+    assert cost["start"] == pytest.approx(start.looks) and cost["looks"] > 0
+    assert "100 more steps of TWA-t" in str(outcome) or "the run still learns" in str(outcome)
