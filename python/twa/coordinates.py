@@ -26,7 +26,7 @@ from torch import Tensor
 
 BASES = ("deltas", "differences", "orthonormal")
 LEAST = 1e-3  # of 1 / n: the merge weight at which a simplex starts where it should be zero
-LEAST_EIGENVALUE = 1e-8  # of the largest, that is told from zero
+LEAST_EIGENVALUE = 1e-5  # of the largest: smaller ones are rounding and dependence
 
 
 class Coordinates:

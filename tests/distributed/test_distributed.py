@@ -28,7 +28,7 @@ from twa.distributed import ranks as ranks_module
 from twa.distributed.ranks import DistributedError, Ranks
 from twa.dtensors import local, reshard
 from twa.io.key_map import match_model
-from twa.merge.run import Merge
+from twa.merge.fitting import fitted
 from twa.merge.settings import TwaMethod
 from twa.packing.to_file import PackToFile
 
@@ -214,6 +214,9 @@ OPTIONS = [
     dict(granularity=128, bits=8, rule="SGD"),
     dict(granularity="fine", low_memory=True, rule="SGD"),
     dict(granularity="model", constraint="simplex", rule="SGD"),
+    dict(balance=True, granularity="fine", rule="SGD"),
+    dict(balance=True, basis="differences", low_memory=True, rule="SGD"),
+    dict(balance=True, bits=32, granularity="model", rule="SGD"),
 ]
 
 
@@ -223,6 +226,9 @@ OPTIONS = [
 )
 def test_options_in_every_placement(ranks, heap, aligned_heap, sharding, options):
     heap = aligned_heap if sharding == "columns" and options.get("bits") != 32 else heap
+    if sharding == "rows" and options.get("balance"):
+        ranks.run(2, refuses_balance, heap, options)
+        return
     if sharding == "rows" and options.get("low_memory"):
         ranks.run(2, refuses_low_memory, heap, options)
         return
@@ -247,6 +253,31 @@ def refuses_differences(group, heap, options):
         train_with(group, heap, "rows", options)
 
 
+def refuses_balance(group, heap, options):
+    with pytest.raises(twa.TwaError, match="balance: expected a sharding other than 'rows'"):
+        train_with(group, heap, "rows", options)
+
+
+def rate(group, heap, sharding, options):
+    """What `SubspaceOptimizer` takes without one."""
+    model = new_model(sharding, group, heap[1])
+    candidates = twa.Candidates(f"{heap[0]}/c*.safetensors")
+    subspace = twa.Subspace.from_candidates(
+        model, candidates, sharding=sharding, group=group, **options
+    )
+    return twa.SubspaceOptimizer(subspace).param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("balance", [False, True])
+def test_the_rate_is_that_of_one_process(ranks, aligned_heap, sharding, balance):
+    options = {"balance": balance and sharding != "rows"}
+    found = ranks.run(2, rate, aligned_heap, sharding, options)
+    assert found[0] == found[1]
+    near = 0.3 if sharding == "rows" else 1e-5  # it knows its own rows alone
+    assert found[0] == pytest.approx(rate(None, aligned_heap, "single", options), rel=near)
+
+
 def unaligned(group, heap):
     """Shards that do not begin at multiples of 128 weights: finer segments are refused on every
     rank, and `twa average` takes tensors instead.
@@ -263,13 +294,8 @@ def unaligned(group, heap):
     place = choose.choose_sharding(
         "columns", model, candidates, match_model(model, candidates)[1], 4, Ranks.find(group)
     )
-    average = Merge.__new__(Merge)
-    average.sharding, average.candidates = place, candidates
-    return (
-        place.can_cut(128),
-        place.can_cut(1 << 20),
-        average._method_for_shards(TwaMethod("t", "fine", 4)),
-    )
+    fine = TwaMethod("t", "fine", 4)
+    return place.can_cut(128), place.can_cut(1 << 20), fitted(fine, place, None)
 
 
 def test_fine_segments_of_unaligned_shards(ranks, tmp_path):
