@@ -71,7 +71,7 @@ def losses(task: Task, candidates: twa.Candidates, steps: int, text: str, seed: 
         task, candidates, Settings((), steps, seed=seed, sharding="single", bn_batches=20), False
     )
     start = merge.start()
-    rate = learning_rate(merge._subspace(method, start.beta), merge.per_epoch)
+    rate = learning_rate(merge._subspace(method, start.beta), step=merge.step_length)
     found = {
         "start": start.val_loss,
         "start test": start.test_loss,
@@ -97,19 +97,19 @@ def of_seed(seed: int, folder: Path) -> dict[str, dict]:
 
 
 def table(found: dict[str, dict[str, dict]]) -> str:
-    header = ["heap", "seed", "rate", "start", *(f"x {f:g}" for f in FACTORS), "1/2 to 2", ""]
+    header = ["heap", "seed", "rate", "start", *(f"x {f:g}" for f in FACTORS), "1/2 to 2"]
     rows = []
     for seed, of in found.items():
         for name, r in of.items():
             middle = r["val"][1:4]
             worst = max(middle) - r["val"][2]
             cells = [f"{r['rate']:.4f}", f"{r['start']:.4f}", *(f"{v:.4f}" for v in r["val"])]
-            rows.append([name, seed, *cells, f"{worst:+.4f}", ""])
+            rows.append([name, seed, *cells, f"{worst:+.4f}"])
     return markdown_table(header, rows)
 
 
 def picture(found: dict[str, dict[str, dict]]) -> Figure:
-    """Loss against factor: what is lost to the best factor, as a part of what the start loses."""
+    """Loss, less that at the rule's rate, against the factor."""
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True)
     for axes in panels:

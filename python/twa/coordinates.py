@@ -8,7 +8,7 @@ One object per subspace answers for all of them. `Deltas`, `Differences` and `Or
 the rows of P are, and train the coefficients of the rows themselves: y = x. `Simplex` and
 `Balanced` stand on any of them: the one trains merge weights that are positive and sum to 1, the
 other combinations of the candidates' distances whose lengths are nearer to each other. l is the
-segment; all arithmetic is float64, but for a product of each step in `Balanced`.
+segment; all arithmetic is float64.
 
 New rows are a class here, a name in `BASES`, and a builder in `twa.packing`. Another way to train
 the same rows, any map from y to x, is an `OnRows` in `ON_ROWS`.
@@ -23,6 +23,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .io.errors import TwaError
 
 BASES = ("deltas", "differences", "orthonormal")
 LEAST = 1e-3  # of 1 / n: the merge weight at which a simplex starts where it should be zero
@@ -69,6 +71,15 @@ class Coordinates:
     # Trained coefficients ------------------------------------------------------------------------
 
     @property
+    def balance(self) -> dict[str, Tensor]:
+        """What trained coefficients are of, beside the rows."""
+        return {}
+
+    def take_balance(self, mix: Tensor, unit: Tensor) -> None:
+        """Makes coefficients mean what they did where `balance` was this."""
+        raise NotImplementedError
+
+    @property
     def trains_rows(self) -> bool:
         """Whether the trained coefficients y are those of the rows, x."""
         return self.rows is self
@@ -97,6 +108,16 @@ class Coordinates:
         """The trained coefficients of the center."""
         return torch.zeros(self.shape)
 
+    def of_groups(self, counts: Sequence[int]) -> Coordinates:
+        """The same with one segment in the place of each group of them.
+
+        A row that is zero in some segments of a group, and not in others, counts as it is there.
+
+        Args:
+            counts: how many segments each group has
+        """
+        return self
+
     def step_sq(self, grams: Tensor, counts: Sequence[int]) -> float:
         """How far a step of 1 in every trained coefficient moves the weights, squared.
 
@@ -110,7 +131,32 @@ class Coordinates:
         return sum(map(_signs_sq, grams))
 
 
-class Deltas(Coordinates):
+class Divided(Coordinates):
+    """Rows of P that were divided by a number in each segment.
+
+    Args:
+        center_weights: (n,)
+        divisor: (rows, L) float64; 0 where a row is zero
+    """
+
+    def __init__(self, center_weights: Tensor, divisor: Tensor) -> None:
+        super().__init__(center_weights, (divisor.shape[0], divisor.shape[1]))
+        self.divisor = divisor
+        self._moved: dict[torch.device, Tensor] = {}  # copies on other devices
+
+    def divisor_on(self, device: torch.device) -> Tensor:
+        """The divisor on a device, where it is copied once."""
+        if device not in self._moved:
+            self._moved[device] = self.divisor.to(device)
+        return self._moved[device]
+
+    def of_groups(self, counts: Sequence[int]) -> Coordinates:
+        parts = self.divisor.split(list(counts), 1)
+        largest = torch.stack([part.amax(1) for part in parts], 1)  # (rows, groups)
+        return type(self)(self.center_weights, largest)
+
+
+class Deltas(Divided):
     """P[i] = (w_i - center) / divisor[i, l]: a row for each candidate.
 
     Args:
@@ -120,21 +166,17 @@ class Deltas(Coordinates):
 
     basis = "deltas"
 
-    def __init__(self, center_weights: Tensor, divisor: Tensor) -> None:
-        super().__init__(center_weights, (divisor.shape[0], divisor.shape[1]))
-        self.divisor = divisor
-
     def shares(self, x: Tensor) -> Tensor:
         return _divided(x.double().cpu(), self.divisor)
 
     def from_shares(self, s: Tensor) -> Tensor:
-        return s * self.divisor.to(s.device)
+        return s * self.divisor_on(s.device)
 
     def pull_shares(self, c: Tensor, columns: slice) -> Tensor:
-        return c.double() * self.divisor[:, columns].to(c.device)
+        return c.double() * self.divisor_on(c.device)[:, columns]
 
 
-class Differences(Coordinates):
+class Differences(Divided):
     """P[r] = (w_(r+1) - w_r) / divisor[r, l]: a row for each candidate but the first.
 
         theta = center + sum_r y[r, l] (w_(r+1) - w_r)        y = x / divisor
@@ -150,10 +192,9 @@ class Differences(Coordinates):
 
     basis = "differences"
 
-    def __init__(self, center_weights: Tensor, divisor: Tensor) -> None:
-        super().__init__(center_weights, (divisor.shape[0], divisor.shape[1]))
-        self.divisor = divisor
-        self.center_tails = _tails(center_weights[:, None])  # (n - 1, 1)
+    def center_tails(self, device: torch.device) -> Tensor:
+        """The tail sums (n - 1, 1) of the center's weights."""
+        return _tails(self.center_weights[:, None]).to(device)
 
     def shares(self, x: Tensor) -> Tensor:
         y = _divided(x.double().cpu(), self.divisor)
@@ -161,13 +202,13 @@ class Differences(Coordinates):
 
     def from_shares(self, s: Tensor) -> Tensor:
         s = s.double()
-        y = _tails(s) - s.sum(0) * self.center_tails.to(s.device)
-        return y * self.divisor.to(s.device)
+        y = _tails(s) - s.sum(0) * self.center_tails(s.device)
+        return y * self.divisor_on(s.device)
 
     def pull_shares(self, c: Tensor, columns: slice) -> Tensor:
-        g = c.double() * self.divisor[:, columns].to(c.device)
+        g = c.double() * self.divisor_on(c.device)[:, columns]
         before = torch.nn.functional.pad(g.cumsum(0), (0, 0, 1, 0))  # of s_i in the tails r < i
-        return before - (g * self.center_tails.to(c.device)).sum(0)
+        return before - (g * self.center_tails(g.device)).sum(0)
 
 
 def _divided(x: Tensor, divisor: Tensor) -> Tensor:
@@ -262,14 +303,17 @@ class OnRows(Coordinates):
     def pull_shares(self, c: Tensor, columns: slice) -> Tensor:
         return self.rows.pull_shares(c, columns)
 
+    def of_groups(self, counts: Sequence[int]) -> OnRows:
+        return type(self)(self.rows.of_groups(counts))
+
     def step_sq(self, grams: Tensor, counts: Sequence[int]) -> float:
-        y, total, first = self.start(), 0.0, 0
-        for gram, count in zip(grams, counts, strict=True):
-            at = slice(first, first + 1)
-            columns = [self.pull_back(y, row[:, None], at) for row in torch.eye(len(gram))]
+        whole, total = self.of_groups(counts), 0.0
+        y = whole.start()
+        for group, gram in enumerate(grams):
+            at = slice(group, group + 1)
+            columns = [whole.pull_back(y, row[:, None], at) for row in torch.eye(len(gram))]
             jacobian = torch.cat(columns, 1).double()  # (trained, r)
             total += _signs_sq(jacobian @ gram @ jacobian.T)
-            first += count
         return total
 
 
@@ -333,55 +377,70 @@ class Balanced(OnRows):
     def __init__(self, rows: Coordinates, grams: Tensor, counts: list[int]) -> None:
         super().__init__(rows)
         self.counts, self.ends = counts, list(itertools.accumulate(counts))
-        firsts = [end - count for end, count in zip(self.ends, counts, strict=True)]
-        raw = torch.stack([_distances(rows, g, l) for g, l in zip(grams, firsts, strict=True)])
+        whole = rows.of_groups(counts)
+        raw = torch.stack([_distances(whole, gram, g) for g, gram in enumerate(grams)])
         norms = raw.diagonal(dim1=1, dim2=2).sum(0).clamp(min=0).sqrt()  # (n,)
         common = norms[norms > 0].quantile(0.25) if bool((norms > 0).any()) else norms.sum()
-        self.unit = torch.where(norms > 0, common / norms.clamp(min=1e-300), 0.0)  # (n,) float64
+        self.unit = torch.where(norms > 0, common / norms.clamp(min=1e-300), 0.0)  # (n,)
         raw *= self.unit.outer(self.unit)  # N N^T
-        self.mix = torch.stack([_balancing(g) for g in raw]).float()
-        self._step_sq = sum(
-            _signs_sq(a @ g @ a) for a, g in zip(self.mix.double(), raw, strict=True)
-        )
+        self.mix = torch.stack([_balancing(gram) for gram in raw])  # (G, n, n)
+        pairs = zip(self.mix, raw, strict=True)
+        self._step_sq = sum(_signs_sq(a @ gram @ a) for a, gram in pairs)
 
     @staticmethod
     def count(n: int, rows: int) -> int:
         return n
 
+    @property
+    def balance(self) -> dict[str, Tensor]:
+        """As `mix` (G, n, n) and `unit` (n,), float64: other samples of P give others."""
+        return {"mix": self.mix, "unit": self.unit}
+
+    def take_balance(self, mix: Tensor, unit: Tensor) -> None:
+        """As `balance` has them; TwaError if their shapes are others."""
+        for name, ours, theirs in (("mix", self.mix, mix), ("unit", self.unit, unit)):
+            if ours.shape != theirs.shape:
+                expected, found = tuple(ours.shape), tuple(theirs.shape)
+                raise TwaError(f"expected shape {expected}, found {found}", f"balance: {name}")
+        self.mix, self.unit = mix.to(self.mix), unit.to(self.unit)
+
     def step_sq(self, grams: Tensor, counts: Sequence[int]) -> float:
         return self._step_sq
 
     def _mixed(self, y: Tensor, columns: slice) -> Tensor:
-        """A_g y of the group g of each column; y has these columns and no others."""
+        """A_g y in float64, of the group g of each column; y has these columns and no others."""
+        if self.mix.device != y.device:
+            self.mix, self.unit = self.mix.to(y.device), self.unit.to(y.device)
         begin, last, _ = columns.indices(self.shape[1])
-        parts, first = [], begin
+        y, first = y.double(), begin
+        out = torch.empty_like(y)
         for group in range(bisect.bisect_right(self.ends, begin), len(self.ends)):
+            if first >= last:
+                break
             end = min(self.ends[group], last)
-            if first < end:
-                part = y[:, first - begin : end - begin].float()
-                parts.append(self.mix[group].to(y.device) @ part)
+            at = slice(first - begin, end - begin)
+            out[:, at] = self.mix[group] @ y[:, at]
             first = end
-        return torch.cat(parts, 1)
+        return out
 
     def to_basis(self, y: Tensor) -> Tensor:
-        s = self._mixed(y.detach(), slice(None)).double()
-        return self.from_shares(s * self.unit.to(y.device)[:, None]).to(y.dtype)
+        s = self._mixed(y.detach(), slice(None))
+        return self.from_shares(s * self.unit[:, None]).to(y.dtype)
 
     def pull_back(self, y: Tensor, c: Tensor, columns: slice) -> Tensor:
-        g = self.pull_shares(c, columns) * self.unit.to(c.device)[:, None]
-        return self._mixed(g, columns).to(c.dtype)
+        g = self.pull_shares(c, columns)
+        return self._mixed(g * self.unit.to(g.device)[:, None], columns).to(c.dtype)
 
     def from_merge_weights(self, beta: Tensor) -> Tensor:
         unit = self.unit.to(beta.device)[:, None]
         s = torch.where(unit > 0, beta.double() / unit.clamp(min=1e-300), 0.0)
-        parts = s.split(self.counts, 1)
-        mixes = self.mix.to(beta.device).double()
+        parts, mixes = s.split(self.counts, 1), self.mix.to(beta.device)
         return torch.cat([torch.linalg.solve(a, p) for a, p in zip(mixes, parts, strict=True)], 1)
 
 
-def _distances(rows: Coordinates, gram: Tensor, segment: int) -> Tensor:
+def _distances(rows: Coordinates, gram: Tensor, group: int) -> Tensor:
     """Inner products (n, n) of the candidates' distances, from those of the rows of P."""
-    columns = slice(segment, segment + 1)
+    columns = slice(group, group + 1)
     half = torch.cat([rows.pull_shares(c[:, None], columns) for c in gram], 1)  # (n, r)
     return torch.cat([rows.pull_shares(c[:, None], columns) for c in half], 1)
 

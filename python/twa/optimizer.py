@@ -311,8 +311,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             inner = super().state_dict()
         numbers = list(range(len(self.param_groups[0]["params"])))
         state: dict[int, dict[str, Any]] = {k: {} for k in numbers}
-        state[0] = inner["state"].get(0, {}) | {"coefficients": subspace["coefficients"]}
-        group = {"params": numbers, "subspace": subspace["identity"]}
+        identity = subspace.pop("identity")
+        state[0] = inner["state"].get(0, {}) | subspace
+        group = {"params": numbers, "subspace": identity}
         return {"state": state, "param_groups": [inner["param_groups"][0] | group]}
 
     @torch.no_grad()
@@ -327,11 +328,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         try:
             group = dict(state_dict["param_groups"][0])
             own = dict(state_dict["state"][group["params"][0]])
-            x, identity = own.pop("coefficients"), dict(group.pop("subspace"))
+            subspace = {"coefficients": own.pop("coefficients")}
+            subspace |= {name: own.pop(name) for name in ("mix", "unit") if name in own}
+            identity = dict(group.pop("subspace"))
         except (KeyError, IndexError, TypeError) as error:
             raise StateError("expected the state of a SubspaceOptimizer") from error
         self.subspace.check_identity(identity, "optimizer state")
         state = {0: own} if own else {}
         with self._coefficients_in_group():
             super().load_state_dict({"state": state, "param_groups": [group | {"params": [0]}]})
-        self.subspace.load_state_dict({"coefficients": x, "identity": identity})
+        self.subspace.load_state_dict(subspace | {"identity": identity})

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from itertools import pairwise
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
+from .distributed.sharding import Sharding
+from .io.candidate import Candidate
 from .io.candidates import Candidates
 from .io.errors import TwaError
 from .io.steps import steps_between
@@ -18,10 +19,13 @@ from .subspace import Subspace
 UNKNOWN_STEPS = 250.0
 #: of the best rates for runs that still learn fast, and for those at a high constant rate
 FACTOR = 1.25
-SAMPLE = 8192  # weights of a tensor that are looked at, evenly spread
+PAIRS = 8  # of neighbouring candidates that are looked at, evenly spread
+SAMPLE = 8192  # weights of a tensor that are looked at
 
 
-def learning_rate(subspace: Subspace, per_epoch: int | None = None) -> float:
+def learning_rate(
+    subspace: Subspace, per_epoch: int | None = None, step: float | None = None
+) -> float:
     """The learning rate that fits AdamW, Adam and others whose steps are as long as their rate.
 
         rate = 1.25 * (how far a step of training has moved the weights) / subspace.unit_step()
@@ -36,47 +40,62 @@ def learning_rate(subspace: Subspace, per_epoch: int | None = None) -> float:
         subspace: whose coefficients are to be trained
         per_epoch: training steps of an epoch, for candidates that say their epoch and not their
             step; None: unknown
+        step: how far a step of training has moved the weights, which does not depend on the
+            subspace: see `step_length`; None: it is looked at
 
     Returns:
-        the rate, above 0
+        the rate, above 0; 0.01 where the candidates do not differ
 
     Raises:
         TwaError: the weights of the candidates are not at hand
     """
-    if not subspace.candidates.at_hand:
-        raise TwaError("expected a number, since the candidates are not at hand", "learning rate")
-    ranks, found = subspace.sharding.ranks, 0.0
-    with ranks.fail_together("looking at the candidates"):
-        if ranks.is_rank_zero:
-            found = _step_length(subspace.candidates, subspace.sharding.keys, per_epoch)
-        found = ranks.broadcast_object(found)
+    step = step_length(subspace.sharding, per_epoch) if step is None else step
     unit = subspace.unit_step()
-    return (
-        FACTOR * found / unit if found > 0 and unit > 0 else 0.01
-    )  # nothing to learn, at any rate
+    return FACTOR * step / unit if step > 0 and unit > 0 else 0.01
 
 
-def _step_length(candidates: Candidates, keys: list[str], per_epoch: int | None) -> float:
-    """How far a step of training has moved the weights; 0 for one candidate."""
-    steps = steps_between(candidates, per_epoch) or [UNKNOWN_STEPS] * (len(candidates) - 1)
-    squares = torch.zeros(len(steps), dtype=torch.float64)
-    for key in keys:
-        rows = [_sample(candidates, i, key) for i in range(len(candidates))]
-        scale = candidates.info[key].numel / max(1, len(rows[0]))
-        squares += torch.tensor([float((b - a).square().sum()) for a, b in pairwise(rows)]) * scale
-    for c in candidates:
-        c.release()
-    moved = [
-        math.sqrt(square / count) for square, count in zip(squares.tolist(), steps, strict=True)
-    ]
-    return statistics.median(moved) if moved else 0.0
+def step_length(sharding: Sharding, per_epoch: int | None = None) -> float:
+    """How far a step of training has moved the trained weights, from samples of the candidates.
+
+    Ranks call it together.
+
+    Args:
+        sharding: of model and candidates
+        per_epoch: as for `learning_rate`
+
+    Returns:
+        the length; 0 for one candidate, or where none differ
+
+    Raises:
+        TwaError: the weights of the candidates are not at hand
+    """
+    if not sharding.candidates.at_hand:
+        raise TwaError("expected a number, since the candidates are not at hand", "learning rate")
+    found = 0.0
+    with sharding.ranks.fail_together("looking at the candidates"):
+        if sharding.ranks.is_rank_zero:
+            found = _step_length(sharding.candidates, sharding.keys, per_epoch)
+        return sharding.ranks.broadcast_object(found)
 
 
-def _sample(candidates: Candidates, i: int, key: str) -> Tensor:
-    """Some weights of a tensor of candidate i, in runs that are evenly spread, float64."""
-    numel, runs = candidates.info[key].numel, 16
-    width = SAMPLE // runs
-    if numel <= SAMPLE:
-        return candidates[i].columns(key, 0, numel).double()
-    begins = torch.linspace(0, numel - width, runs).long().tolist()
-    return torch.cat([candidates[i].columns(key, b, b + width) for b in begins]).double()
+def _step_length(candidates: Candidates, keys: Sequence[str], per_epoch: int | None) -> float:
+    """That of some pairs of neighbours: the median of those that differ."""
+    n = len(candidates)
+    steps = steps_between(candidates, per_epoch) or [UNKNOWN_STEPS] * (n - 1)
+    places = torch.linspace(0, n - 2, min(n - 1, PAIRS), dtype=torch.float64).round().long()
+    lengths = []
+    for i in places.tolist():
+        square = sum(_square(candidates[i], candidates[i + 1], key) for key in keys)
+        lengths.append(math.sqrt(square / steps[i]))
+        for c in candidates[i : i + 2]:
+            c.release()
+    return statistics.median([length for length in lengths if length > 0] or [0.0])
+
+
+def _square(a: Candidate, b: Candidate, key: str) -> float:
+    """The squared distance of two candidates in a tensor, by the middle of a large one."""
+    numel = a.info[key].numel
+    count = min(numel, SAMPLE)
+    begin = (numel - count) // 2
+    apart = [c.columns(key, begin, begin + count).double() for c in (a, b)]
+    return float((apart[1] - apart[0]).square().sum()) * numel / max(1, count)

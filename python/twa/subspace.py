@@ -242,8 +242,11 @@ class Subspace:
             if balance and not contents.balanced and bool(trained.any()):
                 raise TwaError("its coefficients are trained ones of its own rows", "balance")
             if balance or contents.balanced:
-                _check_balance(True, contents.basis, contents.constraint, "", place.name)
+                around = "mean" if bool(coordinates.center_weights.any()) else "zero"
+                _check_balance(True, contents.basis, contents.constraint, around, place.name)
                 coordinates = balanced(coordinates, basis, segments, place)
+            if contents.balanced:
+                coordinates.take_balance(loaded.read("mix"), loaded.read("unit"))
             subspace = cls(place, basis, center, segments, coordinates, contents.normalize)
             with torch.no_grad():
                 if trained.shape == subspace.coefficients.shape:  # else both are zero
@@ -323,7 +326,11 @@ class Subspace:
         None counts as zero; several ranks get the average over ranks.
         """
         c = self.sharding.coefficient_gradient(self.basis, self._gradients(), self.x())
-        return self.coordinates.pull_back(self.coefficients, c, slice(None))
+        g = self.coordinates.pull_back(self.coefficients, c, slice(None))
+        if self.coordinates.trains_rows:
+            return g
+        # Ranks with other processors may round the same sums otherwise.
+        return self.sharding.ranks.broadcast_(g, 0)
 
     @torch.no_grad()
     def take_gradient(self, k: int) -> tuple[Tensor, slice]:
@@ -349,11 +356,12 @@ class Subspace:
         As in the first step of Adam with a rate of 1, and a gradient that is white noise. It is
         estimated from samples of P. Ranks call it together.
         """
-        ranks = self.sharding.ranks
-        found, counts = _grams(self.basis, self.segments, self.sharding)
+        ranks, found, counts = self.sharding.ranks, torch.zeros(0), list[int]()
+        if not self.coordinates.is_balanced:  # which knows
+            found, counts = _grams(self.basis, self.segments, self.sharding)
         total = torch.tensor([self.coordinates.step_sq(found, counts)], dtype=torch.float64)
         if self.sharding.name == "rows":  # as if rows of two ranks were like those of one
-            total = ranks.all_reduce_(total) * ranks.world_size
+            total *= ranks.world_size
         return float(ranks.broadcast_(total, 0).sqrt())
 
     def _basis_of(self, k: int) -> tuple[Basis, slice]:
@@ -488,7 +496,8 @@ class Subspace:
         self.sharding.ranks.check_drift()
         # a tuple: torch.distributed.checkpoint keeps it whole
         identity = tuple(self.identity().items())
-        return {"coefficients": self.coefficients.detach().clone(), "identity": identity}
+        state = {"coefficients": self.coefficients.detach().clone(), "identity": identity}
+        return state | self.coordinates.balance
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -505,6 +514,10 @@ class Subspace:
         if x.shape != self.coefficients.shape:
             expected = tuple(self.coefficients.shape)
             raise TwaError(f"expected shape {expected}, found {tuple(x.shape)}", "coefficients")
+        if self.coordinates.is_balanced:
+            if missing := {"mix", "unit"} - state.keys():
+                raise StateError(f"expected the state of a balanced Subspace, no {min(missing)!r}")
+            self.coordinates.take_balance(state["mix"], state["unit"])
         self.sharding.ranks.reset_drift()
         self.coefficients.copy_(x)
         with plain_weights(self.model):
@@ -592,9 +605,15 @@ def balanced(
 
 
 def _grams(basis: Basis, segments: Segments, sharding: Sharding) -> tuple[Tensor, list[int]]:
-    """`grams` of all ranks' parts; with sharding "rows" of this rank's rows."""
+    """`grams` of all ranks' parts; with sharding "rows" zero between rows of two ranks."""
     found, counts = grams(basis, segments, [shard.counts for shard in sharding.shards])
-    return sharding.ranks.all_reduce_(found) if sharding.name == "columns" else found, counts
+    if sharding.name == "rows":
+        own, n = found, len(sharding.candidates)  # a row for each
+        found = own.new_zeros(len(own), n, n)
+        found[:, sharding.rows, sharding.rows] = own
+    if sharding.name in ("rows", "columns"):
+        found = sharding.ranks.all_reduce_(found)
+    return found, counts
 
 
 def _check_balance(

@@ -18,7 +18,7 @@ def row(method, val, gain=None, trained=True):
     [
         (1e-4, 3e-4, 1.0, "gain about 0.03, 100 of ordinary training 0.01: more steps"),
         (5e-4, 3e-4, 1.0, "the run still learns. Train on, or, if you have the optimizer's state"),
-        (0.0, 3e-4, 1.0, "it is at its end"),
+        (0.0, 3e-4, 1.0, "training on would gain nothing that shows"),
         (None, 3e-4, 1.0, "what is left to gain is in more steps"),
         (None, -1e-5, 1.0, "would gain nothing that shows; what is left to gain is in more cand"),
         (1e-4, 3e-4, 2.5, "nothing better than its start"),

@@ -40,11 +40,14 @@ def test_the_rule_runs_through_what_was_measured():
     ],
 )
 def test_granularity_follows_the_samples(sharding, text, samples, granularity, said):
-    method, note = fitted(TwaMethod.parse(text), sharding, samples)
+    heldout = None if samples is None else [torch.zeros(1, 3)] * samples
+    method, note = fitted(TwaMethod.parse(text), sharding, heldout)
     assert method.granularity == granularity
     assert said in note if said else not note
 
 
 def test_samples_of_batches():
-    assert count_samples([torch.zeros(4, 2), (torch.zeros(3, 2), torch.zeros(3))]) == 7
-    assert count_samples(["a text", object()]) == 2
+    batches = [torch.zeros(4, 2), (torch.zeros(3, 2), torch.zeros(3)), torch.zeros(9)]
+    assert count_samples(batches, 1000) == 16
+    assert count_samples(batches, 5) == 7  # no more are read than it takes
+    assert count_samples(["a text", object()], 1000) == 2

@@ -118,6 +118,10 @@ class Contents:
             "center_weights": TensorInfo((n,), torch.float64),
             "coefficients": TensorInfo((trained, L), torch.float32),
         }
+        if self.balanced:
+            groups = len(self.tensor_segments.groups)
+            found["mix"] = TensorInfo((groups, n, n), torch.float64)
+            found["unit"] = TensorInfo((n,), torch.float64)
         if self.basis == "orthonormal":
             found |= {
                 "transform": TensorInfo((L, rows, n), torch.float64),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -31,24 +32,22 @@ def grams(
     Returns:
         (G, rows, rows) float64, on the CPU; and how many segments each group has, in their order
     """
-    count, rows = len(segments.labels), basis.n
-    firsts = list(range(count))
-    if segments.chunk:
-        firsts = sorted({first for first in segments.first if first < count})
-    group = {first: g for g, first in enumerate(firsts)}
-    found = torch.zeros(len(firsts), rows, rows, dtype=torch.float64)
+    sizes = segments.groups
+    begins = itertools.accumulate(sizes[:-1], initial=0)
+    group = {begin: g for g, begin in enumerate(begins)}
+    found = torch.zeros(len(sizes), basis.n, basis.n, dtype=torch.float64)
     for k, first in enumerate(segments.first):
         if counts[k] and basis.shapes[k].numel():
             found[group[first]] += _of_tensor(basis, k)
-    ends = [*firsts[1:], count]
-    return found, [end - first for first, end in zip(firsts, ends, strict=True)]
+    return found, sizes
 
 
 def _of_tensor(basis: tk.PackedBasis | DenseBasis, k: int) -> Tensor:
     """Inner products (rows, rows) of tensor k's rows, estimated from some of its tiles."""
     numel = basis.shapes[k].numel()
     tiles = -(-numel // TILE)
-    chosen = torch.linspace(0, tiles - 1, min(tiles, MOST_TILES)).round().long()
+    chosen = torch.linspace(0, tiles - 1, min(tiles, MOST_TILES), dtype=torch.float64)
+    chosen = chosen.round().long()
     columns = (len(chosen) - 1) * TILE + numel - (tiles - 1) * TILE  # the last one may be shorter
     if isinstance(basis, DenseBasis):
         at = (chosen[:, None] * TILE + torch.arange(TILE)).flatten()[:columns]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,15 @@ class Segments:
     labels: list[str]
     first: list[int]
     chunk: int = 0
+
+    @property
+    def groups(self) -> list[int]:
+        """How many segments each group has, in order: those of a tensor, or one of several."""
+        count = len(self.labels)
+        if not self.chunk:
+            return [1] * count
+        firsts = sorted({first for first in self.first if first < count})
+        return [end - first for first, end in itertools.pairwise([*firsts, count])]
 
     def of_tensor(self, k: int, numel: int, begin: int = 0) -> range:
         """The segments of weights begin to begin + numel of tensor k."""

@@ -45,7 +45,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="KIND:GRANULARITY:BITS[:OPTION]",
         action="append",
         help="a trained average to try, such as t:tensor:4, t:1024:2 or v:model:4:simplex;"
-        f" GRANULARITY is {GRANULARITIES}; may be repeated (default: t:fine:4 and v:model:4)",
+        f" GRANULARITY is {GRANULARITIES}; may be repeated (default: t:fine:4 and v:fine:4)",
     )
     steps = "gradient steps of each trained average; auto (default): as many as are worth it"
     add("--steps", type=arguments.or_auto(arguments.positive_int), metavar="N", help=steps)
@@ -78,7 +78,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--patience",
         type=arguments.not_negative_int,
         default=Settings.patience,
-        help="stop a trained average after so many looks at the validation data (of six) without a"
+        help="stop a trained average after so many looks at the validation data without a"
         " new best; 0: never (default: %(default)s)",
     )
     compare = "evaluate the averages in use today, too: EMA, LAWA, greedy soup and others"

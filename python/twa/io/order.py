@@ -80,8 +80,7 @@ class Age:
         epoch, steps = -1.0, []
         for found in LABELLED.finditer(name):
             label, text = found["label"].lower(), found["number"]
-            metric = label in FILES or AFTER_METRIC.search(name[: found.start()])
-            if "." in text and not found["factor"] and metric:
+            if is_metric(found):
                 continue
             number = int(text) if text.isdecimal() else float(text)
             if label in EPOCHS:
@@ -96,6 +95,13 @@ class Age:
         return cls(
             rank, epoch, tuple(steps), rest, int(version[1]) if version else 0, numeric_order(name)
         )
+
+
+def is_metric(found: re.Match[str]) -> bool:
+    """Whether a label and its number are a metric, such as ckpt-0.91 and val_loss_epoch=0.53."""
+    before = found.string[: found.start()]
+    named = found["label"].lower() in FILES or AFTER_METRIC.search(before)
+    return "." in found["number"] and not found["factor"] and bool(named)
 
 
 def without_metrics(name: str) -> str:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from .candidate import Candidate
 from .formats import stem_of
-from .order import EPOCHS, FACTORS, FILES, LABELLED, STEPS
+from .order import EPOCHS, FACTORS, FILES, LABELLED, STEPS, is_metric
 from .recording import Recorded
 
 #: labels of numbers that count neither steps nor epochs
@@ -24,10 +24,9 @@ def steps_between(candidates: Sequence[Candidate], per_epoch: int | None = None)
         candidates: in order
         per_epoch: steps of an epoch, for candidates whose epoch is known, and not their step
     """
-    for unit in (1.0, per_epoch):
+    for label, unit in (("step", 1), ("epoch", per_epoch)):
         if unit is None:
             continue
-        label = "step" if unit == 1.0 else "epoch"
         times = [_time(c, label) for c in candidates]
         known = [t * unit for t in times if t is not None]
         steps = [b - a for a, b in pairwise(known)]
@@ -44,11 +43,6 @@ def _time(candidate: Candidate, label: str) -> float | None:
     for name in (stem_of(candidate.path), *reversed(candidate.path.parent.parts[-2:])):
         for found in LABELLED.finditer(name):
             known = found["label"].lower()
-            if known in labels and known not in OTHERS and not _is_metric(found["number"], known):
+            if known in labels and known not in OTHERS and not is_metric(found):
                 return float(found["number"]) * FACTORS.get((found["factor"] or "").lower(), 1)
     return getattr(candidate.progress, label)
-
-
-def _is_metric(number: str, label: str) -> bool:
-    """Whether this is such as the 0.91 of ckpt-0.91."""
-    return "." in number and label in FILES

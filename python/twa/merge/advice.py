@@ -8,7 +8,7 @@ from .results import START, Result
 
 
 def advice(results: Sequence[Result]) -> str:
-    """What a run's own figures say of more of it; "" without a trained average.
+    """What a run's own figures say of more of it; "" without a trained average, or after few steps.
 
     Args:
         results: all rows
@@ -24,7 +24,9 @@ def advice(results: Sequence[Result]) -> str:
             "TWA has found nothing better than its start: other candidates, or more data to train"
             " on, might help; more steps will not"
         )
-    gain = best.gain or 0.0
+    if best.gain is None:
+        return ""  # it has taken too few steps to tell
+    gain = best.gain
     ours = f"100 more steps of {best.method} would gain about {_loss(100 * gain)}"
     if gain <= 0:
         ours = f"more steps of {best.method} would gain nothing that shows"
@@ -33,7 +35,7 @@ def advice(results: Sequence[Result]) -> str:
         return f"{ours}; what is left to gain is in {more}"
     run = f"100 of ordinary training {_loss(100 * pace)}"
     if pace <= 0:
-        return f"{ours}; the run itself has stopped to gain: it is at its end"
+        return f"{ours}; training on would gain nothing that shows"
     if pace > gain:
         return (
             f"{ours}, {run}: the run still learns. Train on, or, if you have the optimizer's state,"

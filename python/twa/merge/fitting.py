@@ -10,26 +10,29 @@ from ..basis.segments import segments_of
 from ..batchnorm import batch_size
 from ..coordinates import trained_count
 from ..distributed.sharding import Sharding
+from ..tasks.batches import generators_kept
 from .settings import TwaMethod
 
 #: granularities, finest first, that TWA-v falls back to
 COARSER = ("fine", "tensor", "block", "model")
 
 
-def fitted(method: TwaMethod, sharding: Sharding, samples: int | None) -> tuple[TwaMethod, str]:
+def fitted(
+    method: TwaMethod, sharding: Sharding, heldout: Iterable | None
+) -> tuple[TwaMethod, str]:
     """The method that can be trained in the place of this one.
 
     Args:
         method: as it was asked for
         sharding: of the model and the candidates
-        samples: held-out samples that TWA-v trains on; None: no matter how many
+        heldout: what TWA-v trains on; None: no matter how many samples that are
 
     Returns:
         the method, and what the note says of it: "", or "; ..."
     """
     method, own = _for_recording(method, sharding)
     method, shards = _for_shards(method, sharding)
-    method, few = _for_samples(method, sharding, samples)
+    method, few = _for_samples(method, sharding, heldout)
     return method, own + shards + few
 
 
@@ -64,10 +67,10 @@ def samples_needed(coefficients: int) -> int:
 
 
 def _for_samples(
-    method: TwaMethod, sharding: Sharding, samples: int | None
+    method: TwaMethod, sharding: Sharding, heldout: Iterable | None
 ) -> tuple[TwaMethod, str]:
     """TWA-v with as many coefficients as its held-out samples bear."""
-    if method.kind != "v" or samples is None:
+    if method.kind != "v" or heldout is None:
         return method, ""
     names = list(sharding.key_map.trained)
     numels = sharding.key_map.numels(sharding.candidates.info)
@@ -76,9 +79,10 @@ def _for_samples(
     def needed(granularity: str | int) -> int:
         segments = len(segments_of(names, numels, granularity).labels)
         rows = trained_count(method.constraint, n, rows_of(method.basis, n))
-        return samples_needed(rows * segments)
+        return samples_needed((n if method.can_be_balanced else rows) * segments)
 
     asked = needed(method.granularity)
+    samples = count_samples(heldout, asked)
     if samples >= asked:
         return method, ""
     coarser = [g for g in COARSER if needed(g) < asked]
@@ -90,6 +94,15 @@ def _for_samples(
     return replace(method, granularity=fits), why
 
 
-def count_samples(data: Iterable) -> int:
-    """Samples in all batches; a batch whose size does not show counts as one."""
-    return sum(batch_size(batch) or 1 for batch in data)
+def count_samples(data: Iterable, enough: int) -> int:
+    """Samples in all batches, or in as many as have enough.
+
+    A batch whose size does not show counts as one.
+    """
+    samples = 0
+    with generators_kept(data):
+        for batch in data:
+            samples += batch_size(batch) or 1
+            if samples >= enough:
+                break
+    return samples

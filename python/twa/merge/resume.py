@@ -102,7 +102,7 @@ _RESULT = _CURVES | {
 #: `Trainer.state_dict`, and the seconds and looks that it took
 _TRAINER = _CURVES | {
     "values": [_is_values],
-    "best_loss": is_number,
+    "kept": optional(is_count),
     "best": is_tensor,
     "average": {"eta": is_number, "steps": is_count, "coefficients": is_tensor},
     "optimizer": {
@@ -131,11 +131,15 @@ def _is_under_way(value: object) -> bool:
         return True
     if not fits(value, _TRAINER) or not isinstance(value, dict):
         return False
-    moments = [m for of in value["optimizer"]["state"].values() for m in of.values()]
+    own = ("mix", "unit")  # what balanced coefficients are of
+    kept = value["optimizer"]["state"].values()
+    moments = [m for of in kept for name, m in of.items() if name not in own]
     shapes = (value["best"].shape, ())
     if not all(m.shape in shapes for m in moments if isinstance(m, Tensor)):
         return False
     if len(value["values"]) != len(value["val_curve"]):
+        return False
+    if value["kept"] is not None and not 0 <= value["kept"] < len(value["values"]):
         return False
     return value["position"]["step"] == value["average"]["steps"] == len(value["curve"])
 

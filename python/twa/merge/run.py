@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -19,12 +20,13 @@ from ..io.candidates import Candidates
 from ..io.errors import StateError, TwaError
 from ..io.key_map import match_model
 from ..io.progress import PeakMemory, progress_bar
+from ..rate import step_length
 from ..subspace import Subspace
 from ..tasks.batches import length
 from ..tasks.contract import Task
 from .baselines import BASELINES, measure, number_of_looks
 from .evaluate import Evaluator
-from .fitting import count_samples, fitted
+from .fitting import fitted
 from .outcome import Outcome
 from .results import START, Result
 from .resume import Store
@@ -233,8 +235,7 @@ class Merge:
         begun, memory = time.perf_counter() - before["seconds"], PeakMemory()
         self.evaluator.cost = before["looks"]
         data = self._data_of(method)
-        samples = count_samples(data) if method.kind == "v" and coarsen else None
-        method, why = fitted(method, self.sharding, samples)
+        method, why = fitted(method, self.sharding, data if coarsen else None)
         subspace = self._subspace(method, start)
         if prepare:
             prepare(subspace)
@@ -246,7 +247,7 @@ class Merge:
             keep=keep,
             on_look=on_look,
             pace=pace or 0.0,
-            per_epoch=self.per_epoch,
+            step=self.step_length,
         )
         try:
             if saved is not None:
@@ -269,6 +270,11 @@ class Merge:
         result.averaged_bn_loss = self.evaluator.averaged_bn_loss(start)
         self._add(result)
         return result
+
+    @functools.cached_property
+    def step_length(self) -> float:
+        """How far a step of the candidates' own training has moved the weights."""
+        return 0.0 if self.settings.lr else step_length(self.sharding, self.per_epoch)
 
     def _data_of(self, method: TwaMethod) -> Iterable:
         """The batches that a method's gradients are of."""

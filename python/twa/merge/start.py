@@ -91,16 +91,22 @@ def _gain(evaluator: Evaluator, chosen: _Option, per_epoch: int | None) -> float
     """By how much a step of the candidates' own training lowered the loss of such an average.
 
     Over the last eighth of the candidates: the average as it was before them is looked at. None
-    where the steps between candidates are not known.
+    where the steps between candidates are not known, or a loss is not finite.
     """
     n = len(chosen.beta)
     steps, back = steps_between(list(evaluator.sharding.candidates), per_epoch), max(1, n // 8)
     if not steps:
         return None
-    before = torch.cat([chosen.beta[back:], torch.zeros(back, dtype=torch.float64)])
-    before[0] += chosen.beta[:back].sum()
-    evaluator.load(before, for_look=True)
-    return difference(evaluator.look(), chosen.values)[0] / sum(steps[-back:])
+    evaluator.load(_before(chosen, n - back), for_look=True)
+    gain, _ = difference(evaluator.look(), chosen.values)
+    return gain / sum(steps[-back:]) if math.isfinite(gain) else None
+
+
+def _before(chosen: _Option, count: int) -> Tensor:
+    """The merge weights (n,) that such an average had when there were `count` candidates."""
+    known = dict(options(count)) if count > 1 else {}
+    beta = known.get(chosen.name, averages.candidate(count, -1))
+    return torch.cat([beta, torch.zeros(len(chosen.beta) - count, dtype=torch.float64)])
 
 
 @dataclass

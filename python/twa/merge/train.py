@@ -26,7 +26,7 @@ from .settings import Settings
 RAMP = 25
 #: looks are at the last step, and at steps a factor of this before it, down to an eighth of them
 BETWEEN_LOOKS = 1.6
-FIRST_STOP = 64  # no training is stopped before
+FIRST_STOP = 100  # no training is stopped before
 #: without a number of steps: the first look, the most steps
 FIRST_LOOK, MOST_STEPS = 25, 1000
 #: what a step gains until the next look, by what it has gained over the last two: losses fall about
@@ -44,16 +44,18 @@ class Trainer:
         subspace: at its start
         data: batches that the gradients are of
         settings: steps, rate, patience and so on
-        keep: "best": the coefficients of the best look at the validation data, and a stop after
-            `settings.patience` looks in a row without a new best; "last": those of the last look
+        keep: "best": the coefficients of the best look at the validation data, or of a later one
+            that is no worse than noise explains, and a stop after `settings.patience` looks in a
+            row without a new best; "last": those of the last look
         on_look: called with the step at each look, with the model as it would be exported
         pace: by how much a step of the candidates' own training lowers the loss; 0: unknown
-        per_epoch: steps of an epoch of that training; None: unknown
+        step: how far one of those steps has moved the weights, see `twa.rate.step_length`
 
     Attributes:
         curve: training loss of each step so far
         val_curve: (step, validation loss) of each look so far
         values: of each look, see `Evaluator.look`
+        kept: number of the look whose coefficients are kept; None: none yet
         rate: the learning rate after its rise
         note: why it stopped before the last step; "" if it did not
         diverged: whether that was because the loss was NaN or Inf
@@ -69,12 +71,12 @@ class Trainer:
         keep: str = "best",
         on_look: Callable[[int], None] | None = None,
         pace: float = 0.0,
-        per_epoch: int | None = None,
+        step: float = 0.0,
     ) -> None:
         self.evaluator, self.subspace, self.settings = evaluator, subspace, settings
         self.model, self.ranks = evaluator.model, evaluator.ranks
         self.keep, self.on_look, self.pace = keep, on_look, pace
-        self.rate = settings.lr or learning_rate(subspace, per_epoch)
+        self.rate = settings.lr or learning_rate(subspace, step=step)
         self.optimizer = SubspaceOptimizer(
             subspace,
             torch.optim.AdamW,
@@ -90,7 +92,8 @@ class Trainer:
         self.curve: list[float] = []
         self.val_curve: list[tuple[int, float]] = []
         self.values: list[Tensor] = []
-        self.best_loss, self.best = math.inf, subspace.coefficients.detach().clone()
+        self.kept: int | None = None
+        self.best = subspace.coefficients.detach().clone()
         self.note, self.diverged = "", False
 
     @property
@@ -156,11 +159,22 @@ class Trainer:
             values = self.evaluator.look()
             if self.on_look:
                 self.on_look(self.step)
-        loss = mean_of(values)
+        if self.is_kept(values):
+            self.kept, self.best = len(self.values), self.average.coefficients.clone()
         self.values.append(values)
-        self.val_curve.append((self.step, loss))
-        if loss < self.best_loss or self.keep == "last":
-            self.best_loss, self.best = loss, self.average.coefficients.clone()
+        self.val_curve.append((self.step, mean_of(values)))
+
+    def is_kept(self, values: Tensor) -> bool:
+        """Whether a look takes the place of the one that is kept.
+
+        It does if it is better, or no worse than noise explains: there are more steps in it.
+        """
+        if self.keep == "last":
+            return True
+        if self.kept is None:
+            return math.isfinite(mean_of(values))
+        worse, error = difference(values, self.values[self.kept])
+        return worse < (error if error < math.inf else 0.0)
 
     def is_stale(self) -> bool:
         """Whether too many looks in a row brought nothing better; `note` then says so.
@@ -225,7 +239,7 @@ class Trainer:
             "curve": self.curve,
             "val_curve": self.val_curve,
             "values": self.values,
-            "best_loss": self.best_loss,
+            "kept": self.kept,
             "best": self.best,
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -249,7 +263,7 @@ class Trainer:
             raise StateError("'param_groups' has other names, shapes or types than expected")
         self.curve, self.val_curve = list(state["curve"]), list(state["val_curve"])
         self.values = list(state["values"])
-        self.best_loss = state["best_loss"]
+        self.kept = state["kept"]
         self.best.copy_(state["best"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -131,6 +131,7 @@ def save_basis(
     if isinstance(rows, Orthonormal):
         contents.dropped.extend([[i, d] for i, d in pairs] for pairs in rows.dropped)
         tensors |= {"transform": rows.transform, "R": rows.R, "scale": rows.scale}
+    tensors |= {name: t.cpu() for name, t in coordinates.balance.items()}
     tensors["divisor"] = rows.divisor if isinstance(rows, Deltas) else basis.divisor
     writer = Writer(path, contents, temporary_of(path))  # beside what `twa pack` will go on with
     writer.lock()
