@@ -7,6 +7,7 @@ import pickle
 import re
 import types
 from pathlib import Path
+from unittest import mock
 
 import fuzz_loading
 import pytest
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from traffic import Traffic
+from twa.basis import grams
 from twa.distributed import choose
 from twa.distributed import ranks as ranks_module
 from twa.distributed.ranks import DistributedError, Ranks
@@ -132,13 +134,14 @@ def train(group, heap, sharding, steps, rule="AdamW", low_memory=False, accumula
     """
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
     model = new_model(sharding, group, heap[1])
-    subspace = twa.Subspace.from_candidates(
-        model,
-        twa.Candidates(f"{heap[0]}/c*.safetensors"),
-        sharding=sharding,
-        group=group,
-        **options,
-    )
+    with mock.patch.object(grams, "MOST_TILES", 1 << 20):  # all of P, however it is cut
+        subspace = twa.Subspace.from_candidates(
+            model,
+            twa.Candidates(f"{heap[0]}/c*.safetensors"),
+            sharding=sharding,
+            group=group,
+            **options,
+        )
     keywords = {"lr": 0.05 if rule == "AdamW" or heap[1][0] < 100 else 0.005} | (
         {"weight_decay": 0.01} if rule == "AdamW" else {"momentum": 0.9}
     )
@@ -274,7 +277,8 @@ def test_the_rate_is_that_of_one_process(ranks, aligned_heap, sharding, balance)
     options = {"balance": balance and sharding != "rows"}
     found = ranks.run(2, rate, aligned_heap, sharding, options)
     assert found[0] == found[1]
-    near = 0.3 if sharding == "rows" else 1e-5  # it knows its own rows alone
+    # rows of two ranks are not compared; samples of shards are others than those of the whole
+    near = {"rows": 0.3, "columns": 0.02}.get(sharding, 1e-5)
     assert found[0] == pytest.approx(rate(None, aligned_heap, "single", options), rel=near)
 
 

@@ -34,7 +34,7 @@ def test_it_stops_when_training_on_gains_more():
     assert not slow.is_spent() and slow.note == ""
     assert fast.is_spent()
     assert (
-        fast.note == "stopped after 102 steps: one more gains about 0.0006, one of training 0.0007"
+        fast.note == "stopped after 102 steps: one more gains about 0.0004, one of training 0.0004"
     )
     assert slow.gain == pytest.approx(NEXT * 0.05 / 62)
 
