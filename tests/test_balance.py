@@ -262,3 +262,57 @@ def test_steps_between(tmp_path):
     assert steps("ckpt-0.91", "ckpt-0.95") == []
     assert steps("a", "b") == []
     assert steps("step_100", "b") == []
+
+
+# Real shapes -------------------------------------------------------------------------------------
+
+
+def uneven(rows=600, moved=20, n=5):
+    """Candidates of an embedding of which few rows move, and the first not at all."""
+    torch.manual_seed(3)
+    base = {"weight": torch.randn(rows, 64)}
+    states = []
+    for i in range(n):
+        w = base["weight"].clone()
+        w[1 : 1 + moved] += 0.3 * i * torch.randn(moved, 64) + i
+        states.append({"weight": w})
+    names = [f"step_{100 * (i + 1)}" for i in range(n)]
+    return nn.Embedding(rows, 64), twa.Candidates.of_states(states, names=names)
+
+
+def measured_step(subspace, draws=100):
+    start, squares = weights(subspace), []
+    for _ in range(draws):
+        for p in subspace.parameters:
+            p.grad = torch.randn_like(p)
+        y = subspace.project_gradients().sign()
+        squares.append(float((moved(subspace, y) - start).square().sum()))
+    return (sum(squares) / len(squares)) ** 0.5
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize("granularity", ["tensor", 128])
+def test_rows_that_are_still_in_most_of_a_large_tensor(bits, balance, granularity):
+    net, candidates = uneven()
+    subspace = twa.Subspace.from_candidates(
+        net, candidates, bits=bits, balance=balance, granularity=granularity
+    )
+    assert subspace.unit_step() == pytest.approx(measured_step(subspace), rel=0.2)
+    apart = (candidates[1].tensor("weight") - candidates[0].tensor("weight")).norm()
+    assert learning_rate(subspace) > 0.2 * float(apart) / 10 / subspace.unit_step()
+
+
+def test_states_say_what_balanced_coefficients_are_of():
+    """Other samples of P give other matrices: those of the state count."""
+    first, second = made(granularity=128, bits=4), made(granularity=128, bits=4)
+    second.coordinates.take_balance(first.coordinates.mix * 1.1, first.coordinates.unit)
+    expected = moved(first, torch.randn_like(first.coefficients))
+    second.load_state_dict(first.state_dict())
+    torch.testing.assert_close(weights(second), expected, rtol=0, atol=0)
+    optimizer, other = twa.SubspaceOptimizer(first), twa.SubspaceOptimizer(second)
+    second.coordinates.take_balance(first.coordinates.mix * 1.1, first.coordinates.unit)
+    other.load_state_dict(optimizer.state_dict())
+    torch.testing.assert_close(weights(second), expected, rtol=0, atol=0)
+    with pytest.raises(TwaError, match=r"balance: mix: expected shape"):
+        second.coordinates.take_balance(torch.zeros(1), first.coordinates.unit)

@@ -411,9 +411,11 @@ class Balanced(OnRows):
         """A_g y in float64, of the group g of each column; y has these columns and no others."""
         if self.mix.device != y.device:
             self.mix, self.unit = self.mix.to(y.device), self.unit.to(y.device)
+        y = y.double()
+        if columns == slice(None):
+            return self._all_mixed(y)
         begin, last, _ = columns.indices(self.shape[1])
-        y, first = y.double(), begin
-        out = torch.empty_like(y)
+        out, first = torch.empty_like(y), begin
         for group in range(bisect.bisect_right(self.ends, begin), len(self.ends)):
             if first >= last:
                 break
@@ -421,6 +423,18 @@ class Balanced(OnRows):
             at = slice(first - begin, end - begin)
             out[:, at] = self.mix[group] @ y[:, at]
             first = end
+        return out
+
+    def _all_mixed(self, y: Tensor) -> Tensor:
+        """The same of all columns (n, L), with one product for all groups of a size."""
+        out, n = torch.empty_like(y), len(y)
+        for size in set(self.counts):
+            groups = [g for g, count in enumerate(self.counts) if count == size]
+            ends = torch.tensor([self.ends[g] for g in groups])
+            at = (ends[:, None] - size + torch.arange(size)).flatten().to(y.device)
+            parts = y[:, at].view(n, len(groups), size).transpose(0, 1)  # (groups, n, size)
+            mixed = torch.bmm(self.mix[groups], parts)
+            out[:, at] = mixed.transpose(0, 1).reshape(n, -1)
         return out
 
     def to_basis(self, y: Tensor) -> Tensor:

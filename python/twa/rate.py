@@ -20,7 +20,8 @@ UNKNOWN_STEPS = 250.0
 #: of the best rates for runs that still learn fast, and for those at a high constant rate
 FACTOR = 1.25
 PAIRS = 8  # of neighbouring candidates that are looked at, evenly spread
-SAMPLE = 8192  # weights of a tensor that are looked at
+SAMPLE, RUNS = 8192, 8  # weights of a tensor that are looked at, in so many runs
+ALIKE = 1e-3  # of the largest distance of a pair: nearer ones are the same but for rounding
 
 
 def learning_rate(
@@ -79,7 +80,7 @@ def step_length(sharding: Sharding, per_epoch: int | None = None) -> float:
 
 
 def _step_length(candidates: Candidates, keys: Sequence[str], per_epoch: int | None) -> float:
-    """That of some pairs of neighbours: the median of those that differ."""
+    """That of some pairs of neighbours: the median of those that are not alike."""
     n = len(candidates)
     steps = steps_between(candidates, per_epoch) or [UNKNOWN_STEPS] * (n - 1)
     places = torch.linspace(0, n - 2, min(n - 1, PAIRS), dtype=torch.float64).round().long()
@@ -89,13 +90,21 @@ def _step_length(candidates: Candidates, keys: Sequence[str], per_epoch: int | N
         lengths.append(math.sqrt(square / steps[i]))
         for c in candidates[i : i + 2]:
             c.release()
-    return statistics.median([length for length in lengths if length > 0] or [0.0])
+    least = ALIKE * max(lengths, default=0.0)
+    return statistics.median([length for length in lengths if length > least] or [0.0])
 
 
 def _square(a: Candidate, b: Candidate, key: str) -> float:
-    """The squared distance of two candidates in a tensor, by the middle of a large one."""
+    """The squared distance of two candidates in a tensor, by runs that are spread over it."""
     numel = a.info[key].numel
-    count = min(numel, SAMPLE)
-    begin = (numel - count) // 2
-    apart = [c.columns(key, begin, begin + count).double() for c in (a, b)]
-    return float((apart[1] - apart[0]).square().sum()) * numel / max(1, count)
+    if numel <= SAMPLE:
+        places = [(0, numel)]
+    else:
+        width = SAMPLE // RUNS
+        begins = torch.linspace(0, numel - width, RUNS, dtype=torch.float64).long().tolist()
+        places = [(begin, begin + width) for begin in begins]
+    square = sum(
+        float((b.columns(key, *place).double() - a.columns(key, *place).double()).square().sum())
+        for place in places
+    )
+    return square * numel / max(1, sum(end - begin for begin, end in places))

@@ -1,5 +1,7 @@
 """Without a number of steps: a trained average stops when one more is not worth it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import twa
@@ -14,6 +16,7 @@ def trainer(losses, pace=0.0, noise=0.0, steps=None):
     """One that has looked at every step of the schedule so far, with these losses."""
     made = Trainer.__new__(Trainer)
     made.settings, made.pace, made.keep = Settings(steps=steps), pace, "best"
+    made.evaluator = SimpleNamespace(stride=4)
     made.looks, made.note = look_steps(None), ""
     at = sorted(made.looks)[: len(losses)]
     g = torch.Generator().manual_seed(0)
@@ -34,7 +37,7 @@ def test_it_stops_when_training_on_gains_more():
     assert not slow.is_spent() and slow.note == ""
     assert fast.is_spent()
     assert (
-        fast.note == "stopped after 102 steps: one more gains about 0.0004, one of training 0.0004"
+        fast.note == "stopped after 102 steps: one more gains about 0.0004, one of training 0.00041"
     )
     assert slow.gain == pytest.approx(NEXT * 0.05 / 62)
 
@@ -42,7 +45,7 @@ def test_it_stops_when_training_on_gains_more():
 def test_it_stops_within_the_noise_where_the_pace_is_not_known():
     losses = [2.0, 1.96, 1.95, 1.93, 1.9499]
     made = trainer(losses, noise=0.01)
-    assert made.is_spent() and "within the noise of a look" in made.note
+    assert made.is_spent() and "less than the noise of a look" in made.note
     assert not trainer([2.0, 1.96, 1.95, 1.93, 1.85], noise=0.01).is_spent()
 
 
@@ -73,6 +76,10 @@ def test_a_later_look_is_kept_unless_it_is_worse_for_sure():
     made.kept = 1
     assert made.is_kept(noisy)  # 0.005 worse, with a standard error of 0.009
     assert not made.is_kept(surely)
+    assert not made.is_kept(noisy + 0.006)  # than the best, whichever is kept
+    made.evaluator.stride = 1  # all of the validation data: no noise
+    assert not made.is_kept(noisy)
+    made.evaluator.stride = 4
     made.values = [values[:1] for values in made.values]
     assert not made.is_kept(surely[:1]) and made.is_kept(made.values[1] - 0.001)
     made.kept = None

@@ -14,7 +14,7 @@ from twa_kernels.layout import TILE, tile_offsets
 from .dense import DenseBasis
 from .segments import Segments
 
-MOST_TILES = 64  # of a tensor that are looked at, evenly spread
+MOST_TILES = 64  # of a tensor that are looked at
 
 
 def grams(
@@ -43,31 +43,62 @@ def grams(
 
 
 def _of_tensor(basis: tk.PackedBasis | DenseBasis, k: int) -> Tensor:
-    """Inner products (rows, rows) of tensor k's rows, estimated from some of its tiles."""
+    """Inner products (rows, rows) of tensor k's rows, estimated from some of its tiles.
+
+    Tiles are taken by the squared length of the rows in them, and weigh by its inverse, so that
+    none that matters is missed: of an embedding few rows may have moved.
+    """
     numel = basis.shapes[k].numel()
+    first = tile_offsets([shape.numel() for shape in basis.shapes])[k]
     tiles = -(-numel // TILE)
-    chosen = torch.linspace(0, tiles - 1, min(tiles, MOST_TILES), dtype=torch.float64)
-    chosen = chosen.round().long()
-    columns = (len(chosen) - 1) * TILE + numel - (tiles - 1) * TILE  # the last one may be shorter
+    if tiles <= MOST_TILES:
+        chosen, weights, columns = torch.arange(tiles), torch.ones(tiles).double(), numel
+    else:
+        energy = _energies(basis, k, first, tiles)
+        if numel % TILE:
+            energy[-1] = 0.0  # the last tile is shorter
+        places = (torch.arange(MOST_TILES).double() + 0.5) / MOST_TILES * energy.sum()
+        chosen = torch.searchsorted(energy.cumsum(0), places).clamp(max=tiles - 1)
+        weights = energy.sum() / (MOST_TILES * energy[chosen].clamp(min=1e-300))
+        columns = MOST_TILES * TILE
     if isinstance(basis, DenseBasis):
         at = (chosen[:, None] * TILE + torch.arange(TILE)).flatten()[:columns]
-        p = basis.rows[k][:, at.to(basis.device)].double()
-        gram = p @ p.T
-    else:
-        gram = _sampled(basis, tile_offsets(basis.numels)[k] + chosen, columns).gram().sum(0)
-    return gram.cpu() * (numel / columns)
+        p = basis.rows[k][:, at.to(basis.device)].double().cpu()
+        p *= weights.sqrt().repeat_interleave(TILE)[:columns]
+        return p @ p.T
+    return _sampled(basis, first + chosen, columns, weights).gram().sum(0).cpu()
 
 
-def _sampled(basis: tk.PackedBasis, tiles: Tensor, columns: int) -> tk.PackedBasis:
-    """A basis of some tiles alone, as one tensor of so many columns."""
+def _energies(basis: tk.PackedBasis | DenseBasis, k: int, first: int, tiles: int) -> Tensor:
+    """About the squared length of all rows in each tile of tensor k, (tiles,) float64."""
+    if isinstance(basis, DenseBasis):
+        squares = basis.rows[k].double().square().sum(0).cpu()
+        return (
+            torch.nn.functional.pad(squares, (0, tiles * TILE - len(squares))).view(-1, TILE).sum(1)
+        )
+    parts = []
+    for begin in range(first, first + tiles, 1 << 16):
+        at = slice(begin, min(begin + (1 << 16), first + tiles))
+        segments = basis.tile_segment[at].long()
+        scales = basis.scales[at].float() * basis.row_scale[:, segments].T  # (tiles, rows)
+        parts.append(scales.double().square().sum(1).cpu())
+    return torch.cat(parts)
+
+
+def _sampled(basis: tk.PackedBasis, tiles: Tensor, columns: int, weights: Tensor) -> tk.PackedBasis:
+    """A basis of some tiles alone, each a segment, as one tensor of so many columns.
+
+    Its rows are longer in each tile, by the root of the tile's weight.
+    """
     tiles = tiles.to(basis.device)
-    used, segment = basis.tile_segment[tiles].unique(return_inverse=True)
+    segments = basis.tile_segment[tiles].long()
+    longer = weights.sqrt().to(basis.device, basis.row_scale.dtype)
     return tk.PackedBasis(
         basis.codes[tiles],
         basis.scales.view(torch.uint8)[tiles].view(basis.scales.dtype),
-        basis.row_scale[:, used].contiguous(),
-        segment.to(basis.tile_segment.dtype),
-        basis.divisor[:, used].contiguous(),
+        (basis.row_scale[:, segments] * longer).contiguous(),
+        torch.arange(len(tiles), dtype=basis.tile_segment.dtype, device=basis.device),
+        basis.divisor[:, segments].contiguous(),
         (Size([columns]),),
         basis.bits,
     )

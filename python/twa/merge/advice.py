@@ -17,6 +17,11 @@ def advice(results: Sequence[Result]) -> str:
     if not trained:
         return ""
     best = min(trained, key=lambda r: r.val_loss)
+    fixed = min((r for r in results if not r.is_trained and r.is_average), key=lambda r: r.val_loss)
+    if fixed.method != START and fixed.val_loss < best.val_loss:
+        return f"{fixed.method} is better here than what TWA has found"
+    if best.gain is None:
+        return ""  # it has taken too few steps to tell
     start = next((r for r in results if r.method == START), None)
     pace = start.gain if start is not None else None
     if start is not None and best.val_loss >= start.val_loss:
@@ -24,8 +29,6 @@ def advice(results: Sequence[Result]) -> str:
             "TWA has found nothing better than its start: other candidates, or more data to train"
             " on, might help; more steps will not"
         )
-    if best.gain is None:
-        return ""  # it has taken too few steps to tell
     gain = best.gain
     ours = f"100 more steps of {best.method} would gain about {_loss(100 * gain)}"
     if gain <= 0:

@@ -70,7 +70,7 @@ def average(
         progress: whether bars are shown
         group: the process group; None: all ranks
         settings: others of `twa average`: steps, lr, weight_decay, bn_batches, batches_per_step,
-            seed, sharding, low_memory, patience, compare
+            seed, sharding, low_memory, patience, compare; steps and lr may be "auto"
 
     Returns:
         all results; the model is at the winner
@@ -81,6 +81,9 @@ def average(
         TwaError: a setting is none of what it can be
     """
     known = [f.name for f in fields(Settings) if f.name not in ("methods", "save_every")]
+    for name in ("steps", "lr"):
+        if settings.get(name) == "auto":
+            settings[name] = None
     if odd := [name for name in settings if name not in known]:
         raise TwaError(f"expected one of {', '.join(known)}, found {odd[0]!r}", "settings")
     if methods is not None:

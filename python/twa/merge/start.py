@@ -39,7 +39,7 @@ def options(n: int) -> list[tuple[str, Tensor]]:
     Args:
         n: number of candidates, more than one
     """
-    emas = [(f"EMA decay {d}", averages.ema(n, d)) for d in DECAYS if 2 / (1 - d) <= n]
+    emas = [(_ema_name(d), averages.ema(n, d)) for d in DECAYS if 2 / (1 - d) <= n]
     return [("last", averages.candidate(n, -1)), *emas, ("uniform", averages.uniform(n))]
 
 
@@ -95,7 +95,7 @@ def _gain(evaluator: Evaluator, chosen: _Option, per_epoch: int | None) -> float
     """
     n = len(chosen.beta)
     steps, back = steps_between(list(evaluator.sharding.candidates), per_epoch), max(1, n // 8)
-    if not steps:
+    if not steps or n < 3:  # of one candidate there is no average
         return None
     evaluator.load(_before(chosen, n - back), for_look=True)
     gain, _ = difference(evaluator.look(), chosen.values)
@@ -104,9 +104,17 @@ def _gain(evaluator: Evaluator, chosen: _Option, per_epoch: int | None) -> float
 
 def _before(chosen: _Option, count: int) -> Tensor:
     """The merge weights (n,) that such an average had when there were `count` candidates."""
-    known = dict(options(count)) if count > 1 else {}
-    beta = known.get(chosen.name, averages.candidate(count, -1))
+    beta = averages.uniform(count)
+    if chosen.name == "last":
+        beta = averages.candidate(count, -1)
+    for decay in DECAYS:
+        if chosen.name == _ema_name(decay):
+            beta = averages.ema(count, decay)
     return torch.cat([beta, torch.zeros(len(chosen.beta) - count, dtype=torch.float64)])
+
+
+def _ema_name(decay: float) -> str:
+    return f"EMA decay {decay}"
 
 
 @dataclass

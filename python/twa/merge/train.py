@@ -22,6 +22,8 @@ from ..tasks.batches import Stream, mix, seed_all
 from .evaluate import Evaluator, difference, mean_of
 from .settings import Settings
 
+#: of AdamW: far below the gradients of coefficients, whatever the loss is in
+EPS = 1e-15
 #: steps over which the rate rises: the first gradients say little of their own size
 RAMP = 25
 #: looks are at the last step, and at steps a factor of this before it, down to an eighth of them
@@ -83,6 +85,7 @@ class Trainer:
             lr=self.rate,
             weight_decay=settings.weight_decay,
             low_memory=settings.low_memory,
+            eps=EPS,
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, ramp)
         self.average = IterateAverage(subspace)
@@ -167,14 +170,17 @@ class Trainer:
     def is_kept(self, values: Tensor) -> bool:
         """Whether a look takes the place of the one that is kept.
 
-        It does if it is better, or no worse than noise explains: there are more steps in it.
+        It does if it is better than all others, or, on a sample of the validation data, no worse
+        than noise explains: there are more steps in it.
         """
         if self.keep == "last":
             return True
         if self.kept is None:
             return math.isfinite(mean_of(values))
-        worse, error = difference(values, self.values[self.kept])
-        return worse < (error if error < math.inf else 0.0)
+        best = min(self.values, key=mean_of)
+        worse, error = difference(values, best)
+        is_sample = self.evaluator.stride > 1 and error < math.inf
+        return worse < (error if is_sample else 0.0)
 
     def is_stale(self) -> bool:
         """Whether too many looks in a row brought nothing better; `note` then says so.
@@ -200,9 +206,9 @@ class Trainer:
         gain, error = difference(self.values[-3], self.values[-1])
         steps = self.step - self.val_curve[-3][0]
         if self.pace > 0 and NEXT * gain / steps < self.pace:
-            why = f"one more gains about {NEXT * gain / steps:.1g}, one of training {self.pace:.1g}"
+            why = f"one more gains about {NEXT * gain / steps:.2g}, one of training {self.pace:.2g}"
         elif self.pace <= 0 and gain < error < math.inf:
-            why = f"the last {steps} gained {gain:.1g}, within the noise of a look ({error:.1g})"
+            why = f"the last {steps} gained {gain:.2g}, less than the noise of a look ({error:.2g})"
         else:
             return False
         self.note = f"stopped after {self.step} steps: {why}"
