@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from twa.distributed.ranks import Ranks
 from twa.io.errors import TaskError
 from twa.merge.evaluate import Evaluator, batch_values, difference, mean_of, mean_over
-from twa.tasks.batches import Moved, batch_digest, count_batches, to_device
+from twa.tasks.batches import Moved, batch_digest, count_batches, scattered, to_device
 from twa.tasks.contract import Task
 
 
@@ -96,15 +96,30 @@ def values_on_a_rank(group, count, stride, offset):
     return values_of(samples(count), Ranks(group), stride, offset)
 
 
+def test_samples_are_drawn_and_nested():
+    """Of every `stride` batches in a row one is taken; of twice as many, one of these."""
+    for stride in (1, 2, 4, 8, 64):
+        for row in range(0, 640, stride):
+            assert sorted(scattered(p, stride) for p in range(row, row + stride)) == list(
+                range(row, row + stride)
+            )
+    chosen = {s: {p for p in range(640) if scattered(p, s) % s == 0} for s in (2, 4, 8)}
+    assert chosen[8] < chosen[4] < chosen[2]
+    assert {p % 8 for p in chosen[8]} == set(range(8))  # in step with nothing
+
+
 @pytest.mark.parametrize("count", [0, 1, 5, 8])
 def test_values_of_every_so_many_batches(ranks, count):
     batches = samples(count)
     rows = [(getattr(b, "x", b), isinstance(b, Object)) for b in batches]
-    rows = [(float(x.sum()), 0 if is_hidden else len(x)) for x, is_hidden in rows]
-    expected = torch.tensor(rows, dtype=torch.float64).view(-1, 2)
+    rows = [
+        (float(x.sum()), 0 if is_hidden else len(x), k) for k, (x, is_hidden) in enumerate(rows)
+    ]
+    expected = torch.tensor(rows, dtype=torch.float64).view(-1, 3)
     for stride, offset in ((1, 0), (2, 1), (4, 0)):
         found = values_of(batches, None, stride, offset)
-        assert torch.equal(found, expected[offset::stride])
+        wanted = [k for k in range(count) if scattered(k, stride) % stride == offset]
+        assert torch.equal(found, expected[wanted])
         for size in (2, 3):
             for theirs in ranks.run(size, values_on_a_rank, count, stride, offset):
                 assert torch.equal(theirs, found)
@@ -189,9 +204,11 @@ def test_cost_is_in_training_steps(tmp_path, per_step):
     assert evaluator.cost == pytest.approx(14 / 8 * third)
     evaluator.cost = 0.0
     evaluator.stride = 2
-    assert mean_of(evaluator.look()) != loss
-    assert evaluator.cost == pytest.approx(10 / 8 * third)
-    assert len(evaluator.look(offset=1)) == 1
+    sample = [k for k in range(3) if scattered(k, 2) % 2 == 0]
+    assert mean_of(values := evaluator.look()) != loss
+    assert values[:, 2].tolist() == sample
+    assert evaluator.cost == pytest.approx(sum(len(val[k]) for k in sample) / 8 * third)
+    assert len(evaluator.look(offset=1)) == 3 - len(sample)
     assert evaluator.cost == pytest.approx(14 / 8 * third)
     # one that is known takes as much again
     evaluator.load(torch.tensor([1.0, 0.0], dtype=torch.float64))

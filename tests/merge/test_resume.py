@@ -25,7 +25,7 @@ from twa.distributed.ranks import Ranks
 from twa.merge import resume as state
 from twa.merge import run
 from twa.merge.evaluate import Evaluator
-from twa.tasks.batches import EveryOther, Stream, shared_out
+from twa.tasks.batches import EveryOther, Stream, sampled, scattered, shared_out
 from twa.tasks.contract import load_task
 
 TASK = """
@@ -579,13 +579,13 @@ def test_a_sample_is_dealt_in_turn(count):
 
     data = torch.utils.data.DataLoader(Items(), batch_size=1)
     for stride, offset in ((1, 0), (2, 0), (2, 1), (4, 3)):
-        wanted = list(range(offset, count, stride))
+        wanted = [k for k in range(count) if scattered(k, stride) % stride == offset]
         for size in (1, 2, 3):
             each = []
             for rank in range(size):
                 loaded.clear()
-                given = shared_out(data, Rank(rank, size), stride=stride, offset=offset)
-                each.append([(int(batch), counts) for batch, counts in given])
+                given = sampled(data, Rank(rank, size), stride=stride, offset=offset)
+                each.append([(int(batch), counts) for _, batch, counts in given])
                 assert set(loaded) <= {0, *wanted[rank::size]}
                 mine = [k for k, counts in each[-1] if counts]
                 assert mine == wanted[rank::size]

@@ -16,7 +16,7 @@ from ..io.errors import TaskError
 from ..io.loading import named_tensors
 from ..modes import plain_weights
 from ..spectral_norm import refresh_spectral_norms
-from ..tasks.batches import first_batch, shared_out
+from ..tasks.batches import first_batch, sampled, shared_out
 from ..tasks.contract import Task
 
 BN_BATCHES = 100  # training batches that BatchNorm is re-estimated on
@@ -43,26 +43,25 @@ def batch_values(
         function: mean over a batch of what is measured
         data: batches
         ranks: those that share the batches; None: this process alone
-        stride: of the batches at positions p with p % stride == offset
-        offset: below `stride`
+        stride, offset: which batches, see `tasks.batches.sampled`
 
     Returns:
-        (batches, 2) float64, in order: value and size, 0 where the size does not show. It is the
-        same on all ranks
+        (batches, 3) float64, in order: value, size, 0 where it does not show, and position. It is
+        the same on all ranks
     """
     ranks = ranks or Ranks()
     training = model.training
     model.eval()
-    mine: list[tuple[float, int]] = []
+    mine: list[tuple[float, int, int]] = []
     try:
-        for batch, counts in shared_out(data, ranks, stride=stride, offset=offset):
+        for position, batch, counts in sampled(data, ranks, stride=stride, offset=offset):
             value = float(function(model, batch))
             if counts:
-                mine.append((value, batch_size(batch) or 0))
+                mine.append((value, batch_size(batch) or 0, position))
     finally:
         model.train() if training else model.eval()
     count = int(ranks.all_reduce_(torch.tensor([len(mine)]))[0])
-    values = torch.zeros(count, 2, dtype=torch.float64)
+    values = torch.zeros(count, 3, dtype=torch.float64)
     if mine:
         values[ranks.rank :: ranks.world_size] = torch.tensor(mine, dtype=torch.float64)
     return ranks.all_reduce_(values)
@@ -103,7 +102,7 @@ def difference(a: Tensor, b: Tensor) -> tuple[float, float]:
     """How much higher the mean of a is than that of b, and the standard error of that.
 
     Args:
-        a: (batches, 2), as `batch_values` gives it
+        a: (batches, 3), as `batch_values` gives it
         b: of the same batches
 
     Returns:
@@ -260,7 +259,7 @@ class Evaluator:
             offset: position of the first of them, below `stride`
 
         Returns:
-            (batches, 2): see `batch_values`
+            (batches, 3): see `batch_values`
         """
         return self._values(self.stride, offset)
 

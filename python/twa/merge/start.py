@@ -193,15 +193,14 @@ class _Walk:
             if option is not self.at:
                 self.evaluator.load(option.beta, for_look=True)
                 self.at = option
-            option.values = _in_turn(option.values, self.evaluator.look(offset=half))
+            option.values = _together(option.values, self.evaluator.look(offset=half))
         self.evaluator.stride = half
 
 
-def _in_turn(even: Tensor, odd: Tensor) -> Tensor:
-    """Rows of two tensors in turn: even[0], odd[0], even[1], ..."""
-    rows = torch.cat([even, odd])
-    rows[::2], rows[1::2] = even, odd
-    return rows
+def _together(a: Tensor, b: Tensor) -> Tensor:
+    """What `batch_values` gave of two samples, in the order of the batches' positions."""
+    rows = torch.cat([a, b])
+    return rows[rows[:, 2].argsort()]
 
 
 def first_stride(batches: int, world_size: int) -> int:

@@ -315,9 +315,16 @@ def first_batch(source: Iterable) -> Any:
 
 
 def shared_out(
-    source: Iterable, ranks: Ranks, limit: float = math.inf, stride: int = 1, offset: int = 0
+    source: Iterable, ranks: Ranks, limit: float = math.inf
 ) -> Iterator[tuple[Any, bool]]:
-    """This rank's share of some batches of pass 0, each with whether it counts.
+    """`sampled` of the first `limit` batches, without their positions."""
+    return ((batch, counts) for _, batch, counts in sampled(source, ranks, limit))
+
+
+def sampled(
+    source: Iterable, ranks: Ranks, limit: float = math.inf, stride: int = 1, offset: int = 0
+) -> Iterator[tuple[int, Any, bool]]:
+    """This rank's share of some batches of pass 0: (position, batch, whether it counts).
 
     There are as many on every rank, as a sharded model needs: a rank with one batch less gets one
     that does not count.
@@ -326,23 +333,41 @@ def shared_out(
         source: re-iterable data
         ranks: those that the batches are dealt to, in turn
         limit: of the first so many batches
-        stride: those at positions p with p % stride == offset
-        offset: below `stride`
+        stride: a power of 2; of so many in a row one is taken, see `scattered`
+        offset: below `stride`; of those at scattered positions p with p % stride == offset
     """
+    turns = 0
 
     def is_mine(position: int) -> bool:
-        turn, left = divmod(position - offset, stride)
-        return not left and turn % ranks.world_size == ranks.rank
+        nonlocal turns
+        if scattered(position, stride) % stride != offset:
+            return False
+        turns += 1
+        return (turns - 1) % ranks.world_size == ranks.rank
 
     with generators_kept(source):
         mine = Pass(source, 0, 0, is_mine, limit)
         count, batch = 0, None
-        for _, batch in mine:
+        for position, batch in mine:
             count += 1
-            yield batch, True
-        kept = len(range(offset, mine.total, stride))
-        if count < -(-kept // ranks.world_size):
-            yield batch if count else first_batch(source), False
+            yield position, batch, True
+        if count < -(-turns // ranks.world_size):
+            yield -1, batch if count else first_batch(source), False
+
+
+def scattered(position: int, stride: int) -> int:
+    """Where a position comes to lie among the `stride` ones in a row that it belongs to.
+
+    It is a permutation of them for each such row, drawn by a hash: data that repeat every few
+    batches do not fall in step with a sample. Those that are multiples of 2 `stride` are among the
+    multiples of `stride`.
+    """
+    place, bit = position, 1
+    while bit < stride:
+        if mix(bit, position // (2 * bit)) & 1:
+            place ^= bit
+        bit *= 2
+    return place
 
 
 def length(source: object) -> int | None:
