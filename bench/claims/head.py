@@ -128,12 +128,19 @@ def findings(rows: Rows) -> list[str]:
 
 
 def _against_training(rows: Rows, task: str) -> list[str]:
-    """TWA against training on and taking the EMA, at equal total cost, stop by stop."""
+    """TWA against training on and taking the EMA, at equal total cost, stop by stop.
+
+    Rows whose cost goes beyond the end of the usual run have nothing to be compared with.
+    """
     texts = []
     for method in (OURS, FIXED_STEPS):
         parts = []
         for stop in (f"{part:.0%}" for part in PARTS):
             ours = rows.where(task=task, method=method, setting=stop)
+            within = [r for r in ours if r["stopped"] + r["cost"] <= r["full"]]
+            if len(within) < len(ours):
+                parts.append(f"{stop} beyond the end of the run")
+                continue
             apart = [r["test"] - line_at(rows, task, r) for r in ours]
             sd = f" ± {statistics.stdev(apart):.4f}" if len(apart) > 1 else ""
             lower = sum(d < 0 for d in apart)
