@@ -19,7 +19,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -377,6 +377,7 @@ class Balanced(OnRows):
     def __init__(self, rows: Coordinates, grams: Tensor, counts: list[int]) -> None:
         super().__init__(rows)
         self.counts, self.ends = counts, list(itertools.accumulate(counts))
+        self._sizes: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         whole = rows.of_groups(counts)
         raw = torch.stack([_distances(whole, gram, g) for g, gram in enumerate(grams)])
         norms = raw.diagonal(dim1=1, dim2=2).sum(0).clamp(min=0).sqrt()  # (n,)
@@ -427,15 +428,20 @@ class Balanced(OnRows):
 
     def _all_mixed(self, y: Tensor) -> Tensor:
         """The same of all columns (n, L), with one product for all groups of a size."""
+        if y.device not in self._sizes:
+            self._sizes[y.device] = [(g.to(y.device), at.to(y.device)) for g, at in self._by_size()]
         out, n = torch.empty_like(y), len(y)
-        for size in set(self.counts):
-            groups = [g for g, count in enumerate(self.counts) if count == size]
-            ends = torch.tensor([self.ends[g] for g in groups])
-            at = (ends[:, None] - size + torch.arange(size)).flatten().to(y.device)
-            parts = y[:, at].view(n, len(groups), size).transpose(0, 1)  # (groups, n, size)
-            mixed = torch.bmm(self.mix[groups], parts)
-            out[:, at] = mixed.transpose(0, 1).reshape(n, -1)
+        for groups, at in self._sizes[y.device]:
+            parts = y[:, at].view(n, len(groups), -1).transpose(0, 1)  # (groups, n, size)
+            out[:, at] = torch.bmm(self.mix[groups], parts).transpose(0, 1).reshape(n, -1)
         return out
+
+    def _by_size(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Groups of each size, and the columns of all of them."""
+        counts, ends = torch.tensor(self.counts), torch.tensor(self.ends)
+        for size in sorted(set(self.counts)):
+            groups = (counts == size).nonzero().flatten()
+            yield groups, (ends[groups, None] - size + torch.arange(size)).flatten()
 
     def to_basis(self, y: Tensor) -> Tensor:
         s = self._mixed(y.detach(), slice(None))
