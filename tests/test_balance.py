@@ -138,6 +138,22 @@ def test_a_candidate_at_the_center_and_a_constant_tensor():
     assert learning_rate(subspace) > 0
 
 
+@pytest.mark.parametrize("basis", KINDS)
+@pytest.mark.parametrize("center", ["last", 0, 2, "mean"])
+@pytest.mark.parametrize("bits", [32, 4])
+def test_a_candidate_at_the_center(basis, center, bits):
+    """Its distance, computed from the others' differences, is rounding and no direction."""
+    subspace = made(basis=basis, center=center, bits=bits, granularity=128)
+    start = weights(subspace)
+    assert torch.isfinite(subspace.coordinates.mix).all()
+    far = moved(subspace, torch.ones_like(subspace.coefficients)) - start
+    widths = [
+        (c.tensor("0.weight") - subspace.candidates[0].tensor("0.weight")).norm()
+        for c in subspace.candidates
+    ]
+    assert 0 < float(far.norm()) < 100 * float(max(widths))
+
+
 def test_a_file_keeps_that_it_is_balanced(tmp_path):
     subspace = made(granularity=128, bits=4)
     expected = moved(subspace, torch.randn_like(subspace.coefficients))

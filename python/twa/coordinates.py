@@ -28,6 +28,7 @@ from .io.errors import TwaError
 
 BASES = ("deltas", "differences", "orthonormal")
 LEAST = 1e-3  # of 1 / n: the merge weight at which a simplex starts where it should be zero
+LEAST_LENGTH = 1e-6  # of the largest: shorter distances are rounding
 LEAST_EIGENVALUE = 1e-5  # of the largest: smaller ones are rounding and dependence
 
 
@@ -380,9 +381,11 @@ class Balanced(OnRows):
         self._sizes: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         whole = rows.of_groups(counts)
         raw = torch.stack([_distances(whole, gram, g) for g, gram in enumerate(grams)])
+        raw = (raw + raw.mT) / 2
         norms = raw.diagonal(dim1=1, dim2=2).sum(0).clamp(min=0).sqrt()  # (n,)
-        common = norms[norms > 0].quantile(0.25) if bool((norms > 0).any()) else norms.sum()
-        self.unit = torch.where(norms > 0, common / norms.clamp(min=1e-300), 0.0)  # (n,)
+        known = norms > LEAST_LENGTH * norms.max()  # a candidate may be the center
+        common = norms[known].quantile(0.25) if bool(known.any()) else norms.sum()
+        self.unit = torch.where(known, common / norms.clamp(min=1e-300), 0.0)  # (n,)
         raw *= self.unit.outer(self.unit)  # N N^T
         self.mix = torch.stack([_balancing(gram) for gram in raw])  # (G, n, n)
         pairs = zip(self.mix, raw, strict=True)
@@ -473,8 +476,7 @@ def _balancing(gram: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(gram / trace)
     values = values.clamp(min=float(values[-1]) * LEAST_EIGENVALUE)
     a = (vectors * values**-0.25) @ vectors.T
-    a = (a + a.T) / 2
-    return a * (trace / (a @ gram @ a).trace()).sqrt()
+    return (a + a.T) / 2 / values.sqrt().sum().sqrt()
 
 
 #: what can be trained in the place of the rows' coefficients, by the name in files and options
