@@ -494,6 +494,8 @@ def constrained(rows: Coordinates, constraint: str) -> Coordinates:
     return rows if constraint == "none" else ON_ROWS[constraint](rows)
 
 
-def trained_count(constraint: str, n: int, rows: int) -> int:
+def trained_count(constraint: str, n: int, rows: int, balanced: bool = False) -> int:
     """Trained coefficients a segment, for n candidates and so many rows of P."""
+    if balanced:
+        return Balanced.count(n, rows)
     return rows if constraint == "none" else ON_ROWS[constraint].count(n, rows)

@@ -108,7 +108,7 @@ class Contents:
         """Names, shapes and dtypes of the tensors in the file, the large ones first."""
         n, rows, L = len(self.candidates), self.rows, len(self.labels)
         tiles = tile_offsets(self.numels)[-1]
-        trained = n if self.balanced else trained_count(self.constraint, n, rows)
+        trained = trained_count(self.constraint, n, rows, self.balanced)
         found = {
             "codes": TensorInfo((tiles, rows, 16 * self.bits), torch.uint8),
             "center": TensorInfo((sum(self.numels),), torch.float32),

@@ -35,21 +35,21 @@ def grams(
     sizes = segments.groups
     begins = itertools.accumulate(sizes[:-1], initial=0)
     group = {begin: g for g, begin in enumerate(begins)}
+    offsets = tile_offsets([shape.numel() for shape in basis.shapes])
     found = torch.zeros(len(sizes), basis.n, basis.n, dtype=torch.float64)
     for k, first in enumerate(segments.first):
         if counts[k] and basis.shapes[k].numel():
-            found[group[first]] += _of_tensor(basis, k)
+            found[group[first]] += _of_tensor(basis, k, offsets[k])
     return found, sizes
 
 
-def _of_tensor(basis: tk.PackedBasis | DenseBasis, k: int) -> Tensor:
-    """Inner products (rows, rows) of tensor k's rows, estimated from some of its tiles.
+def _of_tensor(basis: tk.PackedBasis | DenseBasis, k: int, first: int) -> Tensor:
+    """Inner products (rows, rows) of tensor k, whose first tile is `first`, by some of its tiles.
 
     Tiles are taken by the squared length of the rows in them, and weigh by its inverse, so that
     none that matters is missed: of an embedding few rows may have moved.
     """
     numel = basis.shapes[k].numel()
-    first = tile_offsets([shape.numel() for shape in basis.shapes])[k]
     tiles = -(-numel // TILE)
     if tiles <= MOST_TILES:
         chosen, weights, columns = torch.arange(tiles), torch.ones(tiles).double(), numel

@@ -78,8 +78,8 @@ def _for_samples(
 
     def needed(granularity: str | int) -> int:
         segments = len(segments_of(names, numels, granularity).labels)
-        rows = trained_count(method.constraint, n, rows_of(method.basis, n))
-        return samples_needed((n if method.can_be_balanced else rows) * segments)
+        rows, balanced = rows_of(method.basis, n), method.can_be_balanced
+        return samples_needed(trained_count(method.constraint, n, rows, balanced) * segments)
 
     asked = needed(method.granularity)
     samples = count_samples(heldout, asked)

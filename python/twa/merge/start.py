@@ -7,6 +7,7 @@ them are compared on no more validation batches than it takes to tell them apart
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -24,6 +25,12 @@ from .results import START, Result
 
 #: averages over about 2, 4, 8 and 16 candidates
 DECAYS = (0.5, 0.75, 0.875, 0.9375)
+#: what TWA may start from, by name, with the shortest horizon first: candidates -> merge weights
+OPTIONS: dict[str, Callable[[int], Tensor]] = {
+    "last": functools.partial(averages.candidate, k=-1),
+    **{f"EMA decay {d}": functools.partial(averages.ema, decay=d) for d in DECAYS},
+    "uniform": averages.uniform,
+}
 LEAST_BATCHES = 4  # of a sample
 #: two averages are told apart by a difference of so many standard errors; they are alike where the
 #: standard error is so small a part of the loss
@@ -39,8 +46,8 @@ def options(n: int) -> list[tuple[str, Tensor]]:
     Args:
         n: number of candidates, more than one
     """
-    emas = [(_ema_name(d), averages.ema(n, d)) for d in DECAYS if 2 / (1 - d) <= n]
-    return [("last", averages.candidate(n, -1)), *emas, ("uniform", averages.uniform(n))]
+    too_long = {f"EMA decay {d}" for d in DECAYS if 2 / (1 - d) > n}
+    return [(name, make(n)) for name, make in OPTIONS.items() if name not in too_long]
 
 
 def choose(
@@ -104,17 +111,8 @@ def _gain(evaluator: Evaluator, chosen: _Option, per_epoch: int | None) -> float
 
 def _before(chosen: _Option, count: int) -> Tensor:
     """The merge weights (n,) that such an average had when there were `count` candidates."""
-    beta = averages.uniform(count)
-    if chosen.name == "last":
-        beta = averages.candidate(count, -1)
-    for decay in DECAYS:
-        if chosen.name == _ema_name(decay):
-            beta = averages.ema(count, decay)
+    beta = OPTIONS[chosen.name](count)
     return torch.cat([beta, torch.zeros(len(chosen.beta) - count, dtype=torch.float64)])
-
-
-def _ema_name(decay: float) -> str:
-    return f"EMA decay {decay}"
 
 
 @dataclass
