@@ -5,11 +5,14 @@ send; what they refuse.
 import copy
 import pickle
 import re
+import sys
+import textwrap
 import types
 from pathlib import Path
 from unittest import mock
 
 import fuzz_loading
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -1140,3 +1143,20 @@ def test_sums_start_while_backward_goes_on(ranks, heap):
         assert events.count("send") == 4 and 1 <= events[:last].count("send") <= 3
     for events in ranks.run(2, order_of_messages, heap, "columns"):
         assert events.count("send") == 1 and events[-1] == "send"
+
+
+def test_gloos_threads_end_with_the_group():
+    """Whatever is imported in between: at the end of the process they may abort it."""
+    code = """
+        import gc, torch
+        from pathlib import Path
+        from twa.distributed import ranks
+        assert ranks.initialise("cpu", 60).world_size == 1
+        torch.distributed.all_reduce(torch.ones(3))
+        import torch.distributed.checkpoint
+        torch.distributed.destroy_process_group()
+        gc.collect()
+        print([(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()])
+    """
+    (said,) = processes.job(1, [sys.executable, "-c", textwrap.dedent(code)])
+    assert "python" in said and "gloo" not in said

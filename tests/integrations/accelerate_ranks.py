@@ -11,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import processes
 import torch
 import twa
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
@@ -128,3 +129,4 @@ if __name__ == "__main__":
         AcceleratorState._reset_state(reset_partial_state=True)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    processes.leave_job()

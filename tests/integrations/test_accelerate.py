@@ -261,3 +261,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     on_a_rank(sys.argv[1], Path(sys.argv[2]))
     dist.destroy_process_group()
+    processes.leave_job()

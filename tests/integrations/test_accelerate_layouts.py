@@ -2,8 +2,6 @@
 come back by its `load_state`.
 """
 
-import os
-import socket
 import sys
 from pathlib import Path
 
@@ -20,27 +18,13 @@ COUNT = 12
 FSDP = ["FULL_STATE_DICT", "SHARDED_STATE_DICT"]
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def launch(folder, size, *kinds):
-    """Runs the script on ranks of one job, as torchrun would."""
-    common = {
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    children = []
-    for rank in range(size):
-        own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}
-        command = [sys.executable, str(SCRIPT), str(folder), *kinds]
-        children.append(processes.Child(command, env=os.environ | own))
-    for done in processes.finish(*children):
+    """Runs the script alone, or on ranks of one job, as torchrun would."""
+    command = [sys.executable, str(SCRIPT), str(folder), *kinds]
+    if size > 1:
+        processes.job(size, command)
+    else:
+        done = processes.run(command, env=processes.environment())
         assert done.returncode == 0, done.stderr
 
 

@@ -21,6 +21,7 @@ PROGRAMS = {
     "python": [sys.executable],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
 }
+RANK = "import processes, runpy, sys; runpy.run_path(sys.argv[1]); processes.leave_job()"
 TIMM = "import runpy, sys, timm_apart; timm_apart.prepare(); runpy.run_path(sys.argv[1])"
 #: a loss that is reached only if something was learned: of ten classes; of bytes
 MOST = {"digits": 0.5, "text": 2.8}
@@ -37,6 +38,8 @@ def command(name):
     path = str(EXAMPLES / name)
     if name == "timm_model.py":  # see timm_apart
         return [*PROGRAMS[program], *options, "-c", TIMM, path]
+    if program == "torchrun":
+        return [*PROGRAMS[program], *options, "--no-python", sys.executable, "-c", RANK, path]
     return [*PROGRAMS[program], *options, path]
 
 
@@ -55,9 +58,9 @@ def needed(name):
 @pytest.mark.parametrize("name", FILES)
 def test_example_runs(name, tmp_path):
     needed(name)
-    folders = [str(EXAMPLES), *processes.FOLDERS, os.environ.get("PYTHONPATH", "")]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(folders)}
-    done = processes.run(command(name), cwd=tmp_path, env=os.environ | environment)
+    environment = processes.environment()
+    environment["PYTHONPATH"] = os.pathsep.join([str(EXAMPLES), environment["PYTHONPATH"]])
+    done = processes.run(command(name), cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     last = next((line for line in lines if line.startswith("winner")), lines[-1])

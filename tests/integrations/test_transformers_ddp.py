@@ -7,7 +7,6 @@ pytest.importorskip("transformers")
 
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -100,15 +99,16 @@ def test_two_ranks(tmp_path):
     code = f"""
 import json, os, sys
 from pathlib import Path
-sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]
-import test_transformers_ddp
+sys.path[:0] = [{str(HERE)!r}]
+import processes, test_transformers_ddp
 found = test_transformers_ddp.on_a_rank(Path({str(tmp_path)!r}))
 Path({str(tmp_path)!r}, f"rank_{{os.environ['RANK']}}.json").write_text(json.dumps(found))
+processes.leave_job()
 """
     script = tmp_path / "script.py"
     script.write_text(code)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = processes.run([*launch, str(script)], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = processes.run([*launch, str(script)], env=processes.environment())
     assert done.returncode == 0, done.stderr
     found, other = (json.loads((tmp_path / f"rank_{k}.json").read_text()) for k in range(2))
     assert found == other

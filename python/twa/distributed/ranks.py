@@ -328,6 +328,9 @@ def initialise(device: str, timeout: float) -> Ranks:
         timeout: seconds after which a silent rank counts as lost
     """
     if not dist.is_initialized():
+        # Imported after it, as a model may do, its functions' defaults keep the group to the end.
+        import torch.distributed.nn  # noqa: F401
+
         dist.init_process_group(
             "nccl" if device.startswith("cuda") else "gloo",
             timeout=datetime.timedelta(seconds=timeout),
