@@ -4,7 +4,7 @@ usually takes.
 The cubins are taken out of the native module, so that it is the shipped code that is counted, and
 disassembled with the tools that come with Triton. A kernel's main loop (one tile an iteration) is a
 graph of instructions; its cost is the longest way through that graph which avoids what is rare: the
-element-wise loads and stores of unaligned tensors and ragged ends, and 16-bit weights.
+element-wise loads and stores of unaligned tensors and ragged ends, and tensors of the other dtype.
 """
 
 from __future__ import annotations
@@ -114,9 +114,12 @@ def main_loop(code: list[tuple[list[str], str]], after: list[list[int]]) -> tupl
     return min(loop for loop in loops if holds(*loop[1:]))[1:]
 
 
-def usual_path(code: list[tuple[list[str], str]]) -> list[str]:
+def usual_path(code: list[tuple[list[str], str]], halves: bool = False) -> list[str]:
     """Operations of one iteration of the main loop, inner loops (waiting, issue of copies) gone
     through once.
+
+    Args:
+        halves: with gradients, centers and weights of 16 bits instead of 32
     """
     after = successors(code)
     first, last = main_loop(code, after)
@@ -125,7 +128,11 @@ def usual_path(code: list[tuple[list[str], str]]) -> list[str]:
 
     def rare(op: str) -> bool:
         if re.match(r"(LDG|STG|LD|ST)\b", op) and not re.search(r"\.(U8|64|128)\b", op):
-            return True  # 16 or 32 bits
+            return True  # an element, of 16 or 32 bits
+        if halves:
+            return bool(re.match(r"(LDG|STG)\S*\.128", op))
+        if re.match(r"HADD2|F2F", op):  # conversions
+            return True
         return bool(re.match(r"STG\S*\.64", op)) or (wide and bool(re.match(r"LDG\S*\.64", op)))
 
     length, step = {last - first: 1}, {}

@@ -44,14 +44,20 @@ struct Columns {
     const int64_t left = item.numel - item.column;
     dtype = tensor.dtype,
     count = left < item.tiles * kTileColumns ? static_cast<int>(left) : item.tiles * kTileColumns;
-    data = static_cast<uint8_t*>(tensor.data) + item.column * (dtype == Dtype::f32 ? 4 : 2);
+    data = static_cast<uint8_t*>(tensor.data) + item.column * element_bytes();
     aligned = reinterpret_cast<uintptr_t>(data) % (dtype == Dtype::f32 ? 16 : 8) == 0;
   }
-  TWA_DEVICE float half(uint16_t h) const {
-    return dtype == Dtype::bf16 ? bf16_to_float(h) : f16_to_float(h);
-  }
+  TWA_DEVICE int element_bytes() const { return dtype == Dtype::f32 ? 4 : 2; }
   TWA_DEVICE uint16_t to_half(float v) const {
     return dtype == Dtype::bf16 ? float_to_bf16(v) : float_to_f16(v);
+  }
+  // Two elements of 16 bits each.
+  TWA_DEVICE void from_halves(uint32_t w, float& low, float& high) const {
+    if (dtype == Dtype::bf16)
+      low = bits_float(w << 16), high = bits_float(w & 0xffff0000u);
+    else
+      low = f16_to_float(static_cast<uint16_t>(w)),
+      high = f16_to_float(static_cast<uint16_t>(w >> 16));
   }
   // v[k] = element at(k), zero past the last.
   template <class At>
@@ -61,42 +67,79 @@ struct Columns {
       for (int k = 0; k < 4; ++k)
         v[k] = at(k) < count ? bits_float(load_4(data + 4 * at(k))) : 0.0f;
     } else {
+      uint32_t w[4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-        v[k] = half(at(k) < count ? load_2(data + 2 * at(k)) : uint16_t{0});
+      for (int k = 0; k < 4; ++k) w[k] = at(k) < count ? load_2(data + 2 * at(k)) : 0u;
+      from_halves(w[0] | w[1] << 16, v[0], v[1]), from_halves(w[2] | w[3] << 16, v[2], v[3]);
     }
   }
-  // Elements c + 4 lane .. c + 4 lane + 3 of the tile that begins at c.
-  TWA_DEVICE void load_four(int c, float* v) const {
+  // Whether asynchronous copies can take the tile that begins at c: it is whole, and in pieces of
+  // 16 bytes.
+  TWA_DEVICE bool can_copy(int c) const {
+    return c + kTileColumns <= count && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  }
+  // Elements of such a tile that was copied to shared memory, or of another one:  4 lane .. 4 lane
+  // + 3;  with kPairs j, j + 64, j + 1, j + 65 with j = 2 lane.
+  template <bool kPairs>
+  TWA_DEVICE void take(const uint8_t* copied, int c, float* v) const {
+    const int lane = lane_index();
+    if (!can_copy(c)) {
+      const auto at = [&](int k) {
+        return c + (kPairs ? 2 * lane + k / 2 + 64 * (k % 2) : 4 * lane + k);
+      };
+      load_singly(at, v);
+    } else if (dtype == Dtype::f32) {
+      if constexpr (kPairs) {
+        const Word2 a = *reinterpret_cast<const Word2*>(copied + 8 * lane),
+                    b = *reinterpret_cast<const Word2*>(copied + 8 * lane + 256);
+        v[0] = bits_float(a.w[0]), v[1] = bits_float(b.w[0]), v[2] = bits_float(a.w[1]),
+        v[3] = bits_float(b.w[1]);
+      } else {
+        const Word4 a = *reinterpret_cast<const Word4*>(copied + 16 * lane);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) v[k] = bits_float(a.w[k]);
+      }
+    } else if constexpr (kPairs) {
+      from_halves(*reinterpret_cast<const uint32_t*>(copied + 4 * lane), v[0], v[2]);
+      from_halves(*reinterpret_cast<const uint32_t*>(copied + 4 * lane + 128), v[1], v[3]);
+    } else {
+      const Word2 a = *reinterpret_cast<const Word2*>(copied + 8 * lane);
+      from_halves(a.w[0], v[0], v[1]), from_halves(a.w[1], v[2], v[3]);
+    }
+  }
+  // Elements c + 4 lane .. c + 4 lane + 3 of the tile that begins at c, as they lie in memory: a
+  // load that nothing waits for before from_raw(). 16 bits: two words.
+  TWA_DEVICE void load_raw(int c, uint32_t* w) const {
     const int j = c + 4 * lane_index();
     if (!aligned || c + kTileColumns > count) {
-      load_singly([&](int k) { return j + k; }, v);
+      if (dtype == Dtype::f32) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) w[k] = j + k < count ? load_4(data + 4 * (j + k)) : 0u;
+      } else {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const uint32_t low = j + 2 * k < count ? load_2(data + 2 * (j + 2 * k)) : 0u,
+                         high = j + 2 * k + 1 < count ? load_2(data + 2 * (j + 2 * k + 1)) : 0u;
+          w[k] = low | high << 16;
+        }
+      }
     } else if (dtype == Dtype::f32) {
-      const uint4 w = load_16(data + 4 * j);
-      v[0] = bits_float(w.x), v[1] = bits_float(w.y), v[2] = bits_float(w.z),
-      v[3] = bits_float(w.w);
+      const uint4 a = load_16(data + 4 * j);
+      w[0] = a.x, w[1] = a.y, w[2] = a.z, w[3] = a.w;
     } else {
-      const uint2 w = load_8(data + 2 * j);
-      v[0] = half(static_cast<uint16_t>(w.x)), v[1] = half(static_cast<uint16_t>(w.x >> 16));
-      v[2] = half(static_cast<uint16_t>(w.y)), v[3] = half(static_cast<uint16_t>(w.y >> 16));
+      const uint2 a = load_8(data + 2 * j);
+      w[0] = a.x, w[1] = a.y;
     }
   }
-  // Elements j, j + 64, j + 1, j + 65 with j = c + 2 lane.
-  TWA_DEVICE void load_pairs(int c, float* v) const {
-    const int j = c + 2 * lane_index();
-    if (!aligned || c + kTileColumns > count) {
-      load_singly([&](int k) { return j + k / 2 + 64 * (k % 2); }, v);
-    } else if (dtype == Dtype::f32) {
-      const uint2 a = load_8(data + 4 * j), b = load_8(data + 4 * j + 256);
-      v[0] = bits_float(a.x), v[1] = bits_float(b.x), v[2] = bits_float(a.y),
-      v[3] = bits_float(b.y);
+  TWA_DEVICE void from_raw(const uint32_t* w, float* v) const {
+    if (dtype == Dtype::f32) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) v[k] = bits_float(w[k]);
     } else {
-      const uint32_t a = load_4(data + 2 * j), b = load_4(data + 2 * j + 128);
-      v[0] = half(static_cast<uint16_t>(a)), v[1] = half(static_cast<uint16_t>(b));
-      v[2] = half(static_cast<uint16_t>(a >> 16)), v[3] = half(static_cast<uint16_t>(b >> 16));
+      from_halves(w[0], v[0], v[1]), from_halves(w[1], v[2], v[3]);
     }
   }
-  // As load_four.
+  // Elements as load_raw().
   TWA_DEVICE void store_four(int c, const float* v) const {
     const int j = c + 4 * lane_index();
     if (!aligned || c + kTileColumns > count) {
@@ -118,6 +161,17 @@ struct Columns {
   }
 };
 
+// One item's tiles of one tensor, from the first copies on: those of a fused step's next task begin
+// before the one before has ended.
+struct Task {
+  Item item;
+  Columns columns;  // of the gradient, or of the weights
+  int tile, row;    // whose copy comes next; project: its first row
+
+  TWA_DEVICE Task(const DeviceWork& work, int64_t at, const DeviceTensor* tensors)
+      : item(load_item(work, at)), columns(tensors, item), tile(warp_index()), row(0) {}
+};
+
 // Scales of the rows as bytes, row 32 j + lane in s[j]; zero past the last row, so whatever lies
 // there in the ring counts nothing.
 template <int kCount>
@@ -127,6 +181,8 @@ TWA_DEVICE void load_scales(const uint8_t* scales, int rows, uint32_t* s) {
     s[j] = 32 * j + lane_index() < rows ? load_1(scales + 32 * j + lane_index()) : 0u;
 }
 
+constexpr int kGradientBytes = 4 * kTileColumns;  // at the end of a slot, where project has them
+
 // A warp's ring of slots in shared memory, filled by asynchronous copies in the order in which they
 // are used.
 struct Ring {
@@ -135,7 +191,7 @@ struct Ring {
   int slots, slot_bytes;
   int fill, use;    // slots next filled and next used
   uint32_t parity;  // of the phase that the next used slot completes
-  uint64_t policy;
+  uint64_t policy;  // of packed rows
 
   TWA_DEVICE void open(uint8_t* bytes, uint64_t* barriers, int count, int size,
                        uint64_t cache_policy) {
@@ -145,17 +201,21 @@ struct Ring {
     barrier_publish();
     sync_warp();
   }
-  // Starts the copy of `rows` packed rows into the next slot. At 8 bits groups of 8 rows lie kPad
-  // bytes apart.
+  // Starts the copy of `rows` packed rows into the next slot, and of `more` bytes to its end (512
+  // at most, multiples of 16). At 8 bits groups of 8 rows lie kPad bytes apart.
   template <int kBits, int kPad>
-  TWA_DEVICE void copy(const uint8_t* from, int rows) {
+  TWA_DEVICE void copy(const uint8_t* from, int rows, const uint8_t* more_from = nullptr,
+                       int more = 0) {
     const int lane = lane_index();
-    uint8_t* to = data + fill * slot_bytes;
+    uint8_t *to = data + fill * slot_bytes, *more_to = to + slot_bytes - kGradientBytes;
     uint64_t* barrier = &full[fill];
     fill = fill + 1 == slots ? 0 : fill + 1;
     if (bulk_copies()) {
-      if (lane == 0) barrier_expect(barrier, rows * row_bytes(kBits));
-      sync_warp();
+      if (lane == 0) {
+        barrier_expect(barrier, rows * row_bytes(kBits) + more);
+        if (more) copy_bulk(more_to, more_from, more, barrier, evict_first());
+      }
+      if (kBits == 8) sync_warp();
       if constexpr (kBits == 8) {
         const int left = rows - 8 * lane;
         if (left > 0)
@@ -168,6 +228,7 @@ struct Ring {
       const int chunks = rows * kBits;  // of 16 bytes
       for (int k = lane; k < chunks; k += 32)
         copy_16(to + k * 16 + (kBits == 8 ? k / 64 * kPad : 0), from + k * 16, policy);
+      if (16 * lane < more) copy_16(more_to + 16 * lane, more_from + 16 * lane, evict_first());
       barrier_arrive_after_copies(barrier);
     }
   }
@@ -181,6 +242,7 @@ struct Ring {
   }
 };
 
+// Slots of a warp's ring.
 constexpr int ring_slots(int slot_bytes) {
   const int fit = kRingBytes / slot_bytes;
   return fit < 2 ? 2 : fit > kMaxStages ? kMaxStages : fit;

@@ -234,10 +234,18 @@ TWA_DEVICE void barrier_arrive_after_copies(uint64_t* barrier) {
                : "memory");
 }
 
-// Between blocks of one kernel: everything written before `publish` is seen by who reads the
-// counter's new value.
-TWA_DEVICE void fence() { __threadfence(); }
 TWA_DEVICE int counter_add(int* counter, int by) { return atomicAdd(counter, by); }
+// Between blocks of one kernel: what was written before counter_release() is seen by who reads the
+// counter's new value by counter_read(), or by counter_release() and then calls acquire().
+TWA_DEVICE int counter_release(int* counter, int by) {
+  int v;
+  asm volatile("atom.release.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(v)
+               : "l"(counter), "r"(by)
+               : "memory");
+  return v;
+}
+TWA_DEVICE void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 TWA_DEVICE int counter_read(const int* counter) {
   int v;
   asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");

@@ -14,21 +14,13 @@ constexpr int kLaunchOutOfResources = 701;  // cudaErrorLaunchOutOfResources
 // where a row is 16 bytes, 256.
 constexpr int most_units(int bits) { return bits == 1 ? 16 : 8; }
 constexpr int built_units(int units) { return units <= 6 ? units : units <= 8 ? 8 : 16; }
-// project: two slots of 64 rows are 17 KiB at 8 bits, and a block must do with 99 KiB (sm_86,
-// sm_89, sm_120); at 1 bit rows go in pairs, 32 to an operand.
-constexpr int project_most_units(int bits) { return bits == 8 ? 4 : most_units(bits); }
-constexpr int kMostShared = 99 << 10;
-constexpr int project_built_units(int bits, int units) {
-  return built_units(bits == 1 ? (units + 1) / 2 * 2 : units);
-}
-constexpr bool is_built_for_project(int bits, int units) {
-  return units <= project_most_units(bits) && units == project_built_units(bits, units);
-}
-// Rows are split evenly over as few blocks as hold them.
-inline int project_units(int64_t n, int bits) {
-  const int64_t units = (n + 15) / 16, most = project_most_units(bits),
-                blocks = (units + most - 1) / most;
-  return project_built_units(bits, static_cast<int>((units + blocks - 1) / blocks));
+// project: at 8 bits more rows would leave a multiprocessor two blocks, or none.
+constexpr int project_most_units(int bits) { return bits == 8 ? 3 : most_units(bits); }
+constexpr int kMostShared = 99 << 10;  // of a block on sm_86, sm_89 and sm_120
+// Rows, in units of 16, are split evenly over as few blocks as hold them.
+constexpr int project_units(int64_t units, int bits) {
+  const int64_t most = project_most_units(bits), blocks = (units + most - 1) / most;
+  return built_units(static_cast<int>((units + blocks - 1) / blocks));
 }
 inline int reconstruct_units(int64_t n, int bits) {
   const int most = most_units(bits);

@@ -100,26 +100,34 @@ TWA_HD uint32_t upper_half(uint32_t w) {
 #endif
 }
 
+// First words of the tables that look_up() and look_up_halves() permute: given to them, so that
+// they stay in registers (in_register() of device.h).
+template <int kBits>
+TWA_HD constexpr uint32_t first_levels(int k) {
+  if (kBits == 4) return k == 0 ? level_word<4>(0) - 0x01010101u : level_word<4>(8);
+  return level_word<kBits>(0);
+}
 // Eight codes below 8, a nibble each, to int8 levels: of the low four and of the high four. The
 // nibbles are the selectors of a byte permutation.
 template <int kBits>
-TWA_HD void look_up(uint32_t codes, uint32_t& low, uint32_t& high) {
-  constexpr uint32_t t0 = level_word<kBits>(0), t1 = level_word<kBits>(4);
-  low = byte_perm(t0, t1, codes);
-  high = byte_perm(t0, t1, upper_half(codes));
+TWA_HD void look_up(uint32_t codes, const uint32_t* table, uint32_t& low, uint32_t& high) {
+  constexpr uint32_t t1 = level_word<kBits>(4);
+  low = byte_perm(table[0], t1, codes);
+  high = byte_perm(table[0], t1, upper_half(codes));
 }
 
 // 4 bits: 16 levels do not fit into a permutation's eight bytes. Bit 3 of a selector gives a byte's
 // sign instead of the byte, so two permutations give two operands whose sum is level - 1: the lower
 // levels less 1 where the code is below 8, else -1 (their sign); and the upper levels where it is
 // not, else 0 (theirs). Both are multiplied, and the sum of the other operand is added in the end.
-TWA_HD void look_up_halves(uint32_t codes, uint32_t (&lower)[2], uint32_t (&upper)[2]) {
-  constexpr uint32_t n0 = level_word<4>(0) - 0x01010101u,
-                     n1 = level_word<4>(4) - 0x01010101u;  // no byte is -128: nothing is borrowed
-  constexpr uint32_t p0 = level_word<4>(8), p1 = level_word<4>(12);
+TWA_HD void look_up_halves(uint32_t codes, const uint32_t* table, uint32_t (&lower)[2],
+                           uint32_t (&upper)[2]) {
+  constexpr uint32_t n1 = level_word<4>(4) - 0x01010101u,  // no byte is -128: nothing is borrowed
+      p1 = level_word<4>(12);
   const uint32_t flipped = codes ^ 0x88888888u;
-  lower[0] = byte_perm(n0, n1, codes), lower[1] = byte_perm(n0, n1, upper_half(codes));
-  upper[0] = byte_perm(p0, p1, flipped), upper[1] = byte_perm(p0, p1, upper_half(flipped));
+  lower[0] = byte_perm(table[0], n1, codes), lower[1] = byte_perm(table[0], n1, upper_half(codes));
+  upper[0] = byte_perm(table[1], p1, flipped),
+  upper[1] = byte_perm(table[1], p1, upper_half(flipped));
 }
 // What is to be added to the level that an operand's bytes stand for, times the sum of the other
 // operand.
@@ -167,9 +175,9 @@ TWA_HD constexpr int project_offset(int row) {
 }
 
 // Operand words of one row of a tile for lane 4 g + t: a[2 s], a[2 s + 1] are the first and second
-// word of multiplication s; at 4 bits a[8 + ..] those of the second pass.
+// word of multiplication s; at 4 bits a[8 + ..] those of the second pass. table: first_levels().
 template <int kBits>
-TWA_HD void project_operand(const uint8_t* row, int t, uint32_t* a) {
+TWA_HD void project_operand(const uint8_t* row, int t, const uint32_t* table, uint32_t* a) {
   if constexpr (kBits == 8) {
     const Word4 x = *reinterpret_cast<const Word4*>(row + 16 * t),
                 y = *reinterpret_cast<const Word4*>(row + 64 + 16 * t);
@@ -178,7 +186,7 @@ TWA_HD void project_operand(const uint8_t* row, int t, uint32_t* a) {
     const Word4 x = *reinterpret_cast<const Word4*>(row + 16 * t);
     for (int k = 0; k < 4; ++k) {
       uint32_t lower[2], upper[2];
-      look_up_halves(x.w[k], lower, upper);
+      look_up_halves(x.w[k], table, lower, upper);
       a[2 * k] = lower[0], a[2 * k + 1] = lower[1], a[8 + 2 * k] = upper[0],
             a[8 + 2 * k + 1] = upper[1];
     }
@@ -194,7 +202,7 @@ TWA_HD void project_operand(const uint8_t* row, int t, uint32_t* a) {
     for (int k = 0; k < 2; ++k) {
       const uint32_t third = kBits == 3 ? top_bits(top.w[k], t / 2) : 0;
       for (int odd = 0; odd < 2; ++odd)
-        look_up<kBits>(nibble_codes<kBits>(x.w[k], third, odd), a[4 * k + 2 * odd],
+        look_up<kBits>(nibble_codes<kBits>(x.w[k], third, odd), table, a[4 * k + 2 * odd],
                        a[4 * k + 2 * odd + 1]);
     }
   }
@@ -271,7 +279,8 @@ TWA_HD void transpose_nibbles(uint32_t a, uint32_t b, uint32_t c, uint32_t d, ui
 // rows a word. kPart is which half of the tile at 8 bits, which nibble at 4, which field at 3, 2
 // and 1. out[p] belongs to byte p of the words; at 4 bits out[4 + p] is the second operand.
 template <int kBits, int kPart>
-TWA_HD void reconstruct_operand(const uint32_t* w, const uint32_t* top, int g, uint32_t* out) {
+TWA_HD void reconstruct_operand(const uint32_t* w, const uint32_t* top, int g,
+                                const uint32_t* table, uint32_t* out) {
   if constexpr (kBits == 8) {
     transpose_bytes(w[0], w[1], w[2], w[3], out);
     for (int p = 0; p < 4; ++p) out[p] ^= 0x80808080u;
@@ -286,11 +295,12 @@ TWA_HD void reconstruct_operand(const uint32_t* w, const uint32_t* top, int g, u
     for (int k = 0; k < 2; ++k) {
       if constexpr (kBits == 4) {
         uint32_t lower[2], upper[2];
-        look_up_halves(n[k], lower, upper);
+        look_up_halves(n[k], table, lower, upper);
         out[2 * k] = lower[0], out[2 * k + 1] = lower[1], out[4 + 2 * k] = upper[0],
                 out[4 + 2 * k + 1] = upper[1];
       } else {
-        look_up<kBits>(nibble_codes<kBits>(n[k], third[k], kPart % 2), out[2 * k], out[2 * k + 1]);
+        look_up<kBits>(nibble_codes<kBits>(n[k], third[k], kPart % 2), table, out[2 * k],
+                       out[2 * k + 1]);
       }
     }
   }

@@ -11,15 +11,18 @@ template <int kBits, int kUnits>
 TWA_KERNEL(kThreads, kBits == 8 ? 2 : 4)
 project_kernel(ProjectArguments a) {
   using P = Project<kBits, kUnits>;
-  const int stride = P::warp_bytes(a.slots);
+  const int stride = P::warp_bytes(a.slots, a.slot_bytes);
   uint8_t* mine = shared_memory() + warp_index() * stride;
   Ring ring;
-  ring.open(mine + P::kHeader, reinterpret_cast<uint64_t*>(mine), a.slots, P::kSlot,
+  ring.open(mine + P::kHeader, reinterpret_cast<uint64_t*>(mine), a.slots, a.slot_bytes,
             a.keep ? evict_normal() : evict_first());
   const uint32_t block = static_cast<uint32_t>(block_index()),
                  row_blocks = static_cast<uint32_t>(a.row_blocks);
-  project_item<kBits, kUnits>(a, ring, shared_memory(), stride, block / row_blocks,
-                              static_cast<int>(block % row_blocks));
+  const int64_t item = block / row_blocks;
+  const ProjectTask<kBits, kUnits> task(a, ring, item, static_cast<int>(block % row_blocks));
+  task.run(a, ring, mine);
+  sync_block();
+  task.store(a, shared_memory(), stride, item);
 }
 
 // Block = (group, 32 rows).
@@ -48,20 +51,22 @@ TWA_KERNEL(kThreads, 8) update_kernel(UpdateArguments a) {
 }  // namespace
 
 int launch_project(const ProjectArguments& arguments, int bits, const Place& where) {
-  return with_bits_and_units(bits, project_units(arguments.n, bits), [&](auto b, auto g) {
-    constexpr int kBits = decltype(b)::value, kUnits = decltype(g)::value;
-    if constexpr (is_built_for_project(kBits, kUnits)) {
-      using P = Project<kBits, kUnits>;
-      static_assert(kWarps * P::warp_bytes(ring_slots(P::kSlot)) <= kMostShared,
-                    "shared memory of the smaller devices");
-      ProjectArguments a = arguments;
-      a.slots = ring_slots(P::kSlot);
-      a.row_blocks = static_cast<int>((a.n + P::kRows - 1) / P::kRows);
-      return launch(project_kernel<kBits, kUnits>, a.work.items * a.row_blocks, kThreads,
-                    kWarps * P::warp_bytes(a.slots), where, a);
-    }
-    return kInvalidValue;
-  });
+  return with_bits_and_units(
+      bits, project_units((arguments.n + 15) / 16, bits), [&](auto b, auto g) {
+        constexpr int kBits = decltype(b)::value, kUnits = decltype(g)::value;
+        if constexpr (kUnits <= project_most_units(kBits)) {
+          using P = Project<kBits, kUnits>;
+          static_assert(P::block_bytes(P::kMostSlot) <= kMostShared,
+                        "shared memory of the smaller devices");
+          ProjectArguments a = arguments;
+          a.slot_bytes = P::slot_bytes(a.n);
+          a.slots = ring_slots(a.slot_bytes);
+          a.row_blocks = static_cast<int>((a.n + P::kRows - 1) / P::kRows);
+          return launch(project_kernel<kBits, kUnits>, a.work.items * a.row_blocks, kThreads,
+                        P::block_bytes(a.slot_bytes), where, a);
+        }
+        return kInvalidValue;
+      });
 }
 
 int table_cuda(const int64_t* numbers, int64_t count, int64_t* to, const Place& where) {
@@ -87,7 +92,7 @@ int project_cuda(const BasisView& basis, const DeviceTensor* grads, const Device
                  float* partial, double* sums, float* c, const Place& where) {
   if (!is_valid(basis)) return kInvalidValue;
   const int error = launch_project(
-      {basis.codes, basis.scales, grads, work, partial, basis.n, 0, 1, fits_cache(basis)},
+      {basis.codes, basis.scales, grads, work, partial, basis.n, 0, 0, 1, fits_cache(basis)},
       basis.bits, where);
   if (error != 0) return error;
   UpdateArguments a{};

@@ -12,7 +12,8 @@
 //            its own four of the 8 columns.
 // Sums       a tile's exact sums times scale and unit are added in float32 over the warp's tiles,
 //            then over the warps, in order.
-// Shared     per warp: ring of packed rows, 624 bytes of limbs, scales of the rows as float32.
+// Shared     per warp: ring of packed rows, each slot with its tile's gradient behind them; 624
+//            bytes of limbs, scales of the rows as float32.
 // Bytes      n * D * (bits / 8 + 1 / 128) + D * gradient, once per block of rows.
 #pragma once
 
@@ -27,17 +28,16 @@ struct ProjectArguments {
   DeviceWork work;
   float* partial;  // (items, n)
   int64_t n;
-  int slots;  // of a warp's ring
+  int slots, slot_bytes;  // of a warp's ring
   int row_blocks;
   bool keep;  // packed bytes stay in the second-level cache as long as it has room
 };
 
-// kUnits: 16 rows each, that a block takes.
+// kUnits: 16 rows each, that a block takes. 1 bit: 32 rows an operand, the last may be a half.
 template <int kBits, int kUnits>
 struct Project {
   static constexpr int kRows = 16 * kUnits, kBlocks = kRows / kProjectRows<kBits>;
-  static constexpr int kSlot =
-      kBits == 8 ? kRows * 128 + kRows / 8 * kProjectPad : kRows * row_bytes(kBits);
+  static constexpr bool kHalf = kRows % kProjectRows<kBits> != 0;
   static constexpr int kLimbs = kBits == 1 ? 4 : 3;
   // Limbs lie 36 words apart, so that lanes of two of them read other banks; then 16 words of
   // zeros, for columns of the operand without a limb.
@@ -49,19 +49,20 @@ struct Project {
                        kScaleAt =
                            kLimbAt + kLimbBytes;  // in a warp's shared memory, after the barriers
   static constexpr int kHeader = kScaleAt + kScaleBytes;  // before its ring
-  TWA_HD static constexpr int warp_bytes(int slots) {
-    return (kHeader + slots * kSlot + 127) / 128 * 128;
+  // For n rows in all; lanes read kSlot bytes of it, whatever follows the last row.
+  TWA_HD static constexpr int slot_bytes(int64_t n) {
+    const int rows = n < kRows ? static_cast<int>(n) : kRows;
+    return project_offset<kBits>(rows) + kGradientBytes;
+  }
+  static constexpr int kSlot = project_offset<kBits>(kRows), kMostSlot = kSlot + kGradientBytes;
+  TWA_HD static constexpr int warp_bytes(int slots, int slot_bytes) {
+    return (kHeader + slots * slot_bytes + 127) / 128 * 128;
+  }
+  static constexpr int block_bytes(int slot_bytes) {
+    return kWarps * warp_bytes(ring_slots(slot_bytes), slot_bytes) +
+           (kSlot > slot_bytes ? kSlot - slot_bytes : 0);
   }
 };
-
-// The gradient of the tile that begins at column c, four columns a lane (project_column).
-template <int kBits>
-TWA_DEVICE void load_gradient(const Columns& grad, int c, float* g) {
-  if constexpr (kBits == 8 || kBits == 1)
-    grad.load_four(c, g);
-  else
-    grad.load_pairs(c, g);
-}
 
 // Writes the limbs of the tile's gradient. unit: 2^120 times the value of 1 in fixed point, NaN if
 // the gradient is not finite. sum: of this lane's limbs, 0 and 1, or 2 and 3; 1 bit: to be
@@ -101,112 +102,137 @@ TWA_DEVICE void write_limbs(const float* g, uint32_t* limbs, TwoFactors& unit, i
   if (largest >= 0x7f800000u) unit.second = bits_float(0x7fc00000u);
 }
 
-// base: the warps' shared memory, `stride` bytes each.
+// One item and one block of rows.
 template <int kBits, int kUnits>
-TWA_DEVICE void project_item(const ProjectArguments& a, Ring& ring, uint8_t* base, int stride,
-                             int64_t at, int row_block) {
+struct ProjectTask : Task {
   using P = Project<kBits, kUnits>;
-  const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4;
-  const Item item = load_item(a.work, at);
-  const Columns grad(a.grads, item);
-  const int n = static_cast<int>(a.n), row0 = row_block * P::kRows,
-            rows = n - row0 < P::kRows ? n - row0 : P::kRows;
-  float* out = a.partial + at * a.n + row0;
-  if (grad.data == nullptr) {
-    for (int i = thread_index(); i < rows; i += kThreads) out[i] = 0.0f;
-    return;
-  }
-  uint8_t* mine = base + warp * stride;
-  uint32_t* limbs = reinterpret_cast<uint32_t*>(mine + P::kLimbAt);
-  float* scale = reinterpret_cast<float*>(mine + P::kScaleAt);
-  if (lane < 16) limbs[P::kZeroAt + lane] = 0;
 
-  // This lane's words of the limbs: column g of the operand is limb g, or nothing. 1 bit: columns 4
-  // to 7 belong to the second row of a pair.
-  const bool has_limb = kBits == 1 ? (g >= 4) == (t >= 2) : g < P::kLimbs;
-  const uint32_t* my_limbs = limbs + (!has_limb    ? P::kZeroAt
-                                      : kBits == 1 ? g % 4 * P::kLimbStride + t % 2 * 16
-                                                   : g * P::kLimbStride + t * 8);
-  constexpr int kWords = 2 * kProjectSteps<kBits>;
+  explicit TWA_DEVICE ProjectTask(const Task& started) : Task(started) {}
+  TWA_DEVICE ProjectTask(const ProjectArguments& a, Ring& ring, int64_t at, int row_block)
+      : Task(a.work, at, a.grads) {
+    row = row_block * P::kRows;
+    if (columns.data == nullptr) return;
+    for (int k = 0; k < a.slots; ++k) copy(a, ring, warp_index() + kWarps * k);
+  }
+  TWA_DEVICE int rows(const ProjectArguments& a) const {
+    const int left = static_cast<int>(a.n) - row;
+    return left < P::kRows ? left : P::kRows;
+  }
+  TWA_DEVICE void copy(const ProjectArguments& a, Ring& ring, int at) const {
+    if (at >= item.tiles) return;
+    const int c = at * kTileColumns;  // an item has at most 64 tiles of 4096 rows
+    ring.template copy<kBits, kProjectPad>(
+        a.codes + (item.tile * a.n + row) * row_bytes(kBits) +
+            at * (static_cast<int>(a.n) * row_bytes(kBits)),
+        rows(a), columns.data + c * columns.element_bytes(),
+        columns.can_copy(c) ? kTileColumns * columns.element_bytes() : 0);
+  }
 
-  const int tile_bytes = n * row_bytes(kBits);  // an item has at most 64 tiles of 4096 rows
-  const uint8_t* codes = a.codes + (item.tile * a.n + row0) * row_bytes(kBits);
-  const uint8_t* scales = a.scales + item.tile * a.n + row0;
-  for (int k = 0; k < a.slots; ++k) {
-    const int tile = warp + kWarps * k;
-    if (tile < item.tiles) ring.template copy<kBits, kProjectPad>(codes + tile * tile_bytes, rows);
-  }
-  float gradient[4], acc[P::kBlocks][2] = {};
-  uint32_t s[P::kScales];
-  if (warp < item.tiles) {
-    load_gradient<kBits>(grad, warp * kTileColumns, gradient);
-    load_scales<P::kScales>(scales + warp * n, rows, s);
-  }
-  for (int tile = warp; tile < item.tiles; tile += kWarps) {
-    int sum;
-    TwoFactors unit;
-    write_limbs<kBits, P::kLimbStride>(gradient, limbs, unit, sum);
+  // Sums of the warp's tiles, in `mine`, its shared memory.
+  TWA_DEVICE void run(const ProjectArguments& a, Ring& ring, uint8_t* mine) const {
+    const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4,
+              n = static_cast<int>(a.n), count = rows(a);
+    if (columns.data == nullptr) return;
+    uint32_t* limbs = reinterpret_cast<uint32_t*>(mine + P::kLimbAt);
+    float* scale = reinterpret_cast<float*>(mine + P::kScaleAt);
+    if (lane < 16) limbs[P::kZeroAt + lane] = 0;
+
+    // This lane's words of the limbs: column g of the operand is limb g, or nothing. 1 bit: columns
+    // 4 to 7 belong to the second row of a pair.
+    const bool has_limb = kBits == 1 ? (g >= 4) == (t >= 2) : g < P::kLimbs;
+    const uint32_t* my_limbs = limbs + (!has_limb    ? P::kZeroAt
+                                        : kBits == 1 ? g % 4 * P::kLimbStride + t % 2 * 16
+                                                     : g * P::kLimbStride + t * 8);
+    constexpr int kWords = 2 * kProjectSteps<kBits>;
+
+    const uint8_t* scales = a.scales + item.tile * a.n + row;
+    const uint32_t table[2] = {in_register(first_levels<kBits>(0)),
+                               in_register(first_levels<kBits>(1))};
+    float acc[P::kBlocks + 1][2] = {}, last = 0.0f;
+    uint32_t s[P::kScales];
+    if (warp < item.tiles) load_scales<P::kScales>(scales + warp * n, count, s);
+    for (int tile = warp; tile < item.tiles; tile += kWarps) {
+      const uint8_t* slot = ring.next();
+      int sum;
+      TwoFactors unit;
+      float gradient[4];
+      columns.template take<kBits != 8 && kBits != 1>(slot + ring.slot_bytes - kGradientBytes,
+                                                      tile * kTileColumns, gradient);
+      write_limbs<kBits, P::kLimbStride>(gradient, limbs, unit, sum);
 #pragma unroll
-    for (int j = 0; j < P::kScales; ++j)
-      scale[32 * j + lane] = e4m3_shifted(s[j]) * unit.first * unit.second;
-    if (tile + kWarps < item.tiles) {  // the next tile's, while this one is computed
-      load_gradient<kBits>(grad, (tile + kWarps) * kTileColumns, gradient);
-      load_scales<P::kScales>(scales + (tile + kWarps) * n, rows, s);
-    }
-    sync_warp();
-    uint32_t b[kWords];
+      for (int j = 0; j < P::kScales; ++j)
+        scale[32 * j + lane] = e4m3_shifted(s[j]) * unit.first * unit.second;
+      sync_warp();
+      uint32_t b[kWords];
 #pragma unroll
-    for (int k = 0; k < kWords; k += 4) {
-      const Word4 w = *reinterpret_cast<const Word4*>(my_limbs + k);
-      b[k] = w.w[0], b[k + 1] = w.w[1], b[k + 2] = w.w[2], b[k + 3] = w.w[3];
-    }
-    const uint8_t* slot = ring.next();
-#pragma unroll
-    for (int block = 0; block < P::kBlocks; ++block) {
-      const int base = block * kProjectRows<kBits>, row = project_row<kBits>(g, t),
-                row8 = project_row<kBits>(g + 8, t);
-      uint32_t x[kWords * kProjectPasses<kBits>], y[kWords * kProjectPasses<kBits>];
-      project_operand<kBits>(slot + project_offset<kBits>(base + (kBits == 1 ? 2 * g : row)), t, x);
-      project_operand<kBits>(slot + project_offset<kBits>(base + (kBits == 1 ? 2 * g + 16 : row8)),
-                             t, y);
-      int d[4] = {0, 0, 0, 0};
-#pragma unroll
-      for (int k = 0; k < kProjectSteps<kBits> * kProjectPasses<kBits>; ++k)
-        multiply_add<kBits == 1>(d, x[2 * k], y[2 * k], x[2 * k + 1], y[2 * k + 1],
-                                 b[2 * k % kWords], b[2 * k % kWords + 1]);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {  // two limbs, below 2^30
+      for (int k = 0; k < kWords; k += 4) {
+        const Word4 w = *reinterpret_cast<const Word4*>(my_limbs + k);
+        b[k] = w.w[0], b[k + 1] = w.w[1], b[k + 2] = w.w[2], b[k + 3] = w.w[3];
+      }
+      const auto add = [&](float& to, const int (&d)[4], int h, int row) {
+        // two limbs, below 2^30
         const int v = kBits == 1 ? 512 * d[2 * h + 1] + (2 * d[2 * h] - sum)
                                  : 256 * d[2 * h + 1] + d[2 * h] + (kShifted<kBits> ? sum : 0);
-        acc[block][h] = fmaf(static_cast<float>(v), scale[base + (h ? row8 : row)], acc[block][h]);
+        to = fmaf(static_cast<float>(v), scale[row], to);
+      };
+#pragma unroll
+      for (int block = 0; block < P::kBlocks; ++block) {
+        const int base = block * kProjectRows<kBits>, upper = base + project_row<kBits>(g, t),
+                  lower = base + project_row<kBits>(g + 8, t);
+        uint32_t x[kWords * kProjectPasses<kBits>], y[kWords * kProjectPasses<kBits>];
+        project_operand<kBits>(slot + project_offset<kBits>(kBits == 1 ? base + 2 * g : upper), t,
+                               table, x);
+        project_operand<kBits>(slot + project_offset<kBits>(kBits == 1 ? base + 2 * g + 16 : lower),
+                               t, table, y);
+        int d[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int k = 0; k < kProjectSteps<kBits> * kProjectPasses<kBits>; ++k)
+          multiply_add<kBits == 1>(d, x[2 * k], y[2 * k], x[2 * k + 1], y[2 * k + 1],
+                                   b[2 * k % kWords], b[2 * k % kWords + 1]);
+        add(acc[block][0], d, 0, upper), add(acc[block][1], d, 1, lower);
       }
+      if constexpr (P::kHalf) {  // 16 rows: the operand's upper half, zeros below
+        const int row = 32 * P::kBlocks + project_row<kBits>(g, t);
+        uint32_t x[kWords];
+        project_operand<kBits>(slot + project_offset<kBits>(32 * P::kBlocks + 2 * g), t, table, x);
+        int d[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int k = 0; k < kProjectSteps<kBits>; ++k)
+          multiply_add<true>(d, x[2 * k], 0, x[2 * k + 1], 0, b[2 * k], b[2 * k + 1]);
+        add(last, d, 0, row);
+      }
+      release_to_copies();
+      sync_warp();  // the slot, the limbs and the scales have been read
+      copy(a, ring, tile + kWarps * a.slots);
+      if (tile + kWarps < item.tiles)  // after the fence, which would wait for them
+        load_scales<P::kScales>(scales + (tile + kWarps) * n, count, s);
     }
-    release_to_copies();
-    sync_warp();  // the slot, the limbs and the scales have been read
-    if (tile + kWarps * a.slots < item.tiles)
-      ring.template copy<kBits, kProjectPad>(codes + (tile + kWarps * a.slots) * tile_bytes, rows);
+
+    // Lanes with t = 0 (1 bit: and 2) have the lower limbs' sums, their neighbours the upper ones'.
+    // Rows past the last are not stored.
+    const auto keep = [&](float value, int row) {
+      value += 65536.0f * shuffle_xor(value, 1);
+      if (kBits == 1 ? t % 2 == 0 : t == 0) scale[row] = value;
+    };
+#pragma unroll
+    for (int block = 0; block < P::kBlocks; ++block) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        keep(acc[block][h], block * kProjectRows<kBits> + project_row<kBits>(g + 8 * h, t));
+    }
+    if constexpr (P::kHalf) keep(last, 32 * P::kBlocks + project_row<kBits>(g, t));
   }
 
-  // Lanes with t = 0 (1 bit: and 2) have the lower limbs' sums, their neighbours the upper ones'.
-  // Rows past the last are not stored.
-  float* total = scale;
-#pragma unroll
-  for (int block = 0; block < P::kBlocks; ++block) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float value = acc[block][h] + 65536.0f * shuffle_xor(acc[block][h], 1);
-      if (kBits == 1 ? t % 2 == 0 : t == 0)
-        total[block * kProjectRows<kBits> + project_row<kBits>(g + 8 * h, t)] = value;
+  // Adds the warps' sums, which all have come to. base: their shared memory, `stride` bytes each.
+  TWA_DEVICE void store(const ProjectArguments& a, const uint8_t* base, int stride,
+                        int64_t at) const {
+    for (int i = thread_index(); i < rows(a); i += kThreads) {
+      float value = 0.0f;
+      for (int w = 0; w < kWarps && columns.data != nullptr; ++w)
+        value += reinterpret_cast<const float*>(base + w * stride + P::kScaleAt)[i];
+      a.partial[at * a.n + row + i] = kBits == 1 ? 127.0f * value : value;
     }
   }
-  sync_block();
-  for (int i = thread_index(); i < rows; i += kThreads) {
-    float value = 0.0f;
-    for (int w = 0; w < kWarps; ++w)
-      value += reinterpret_cast<const float*>(base + w * stride + P::kScaleAt)[i];
-    out[i] = kBits == 1 ? 127.0f * value : value;
-  }
-  sync_block();
-}
+};
 
 }  // namespace twa

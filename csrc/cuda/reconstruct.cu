@@ -10,12 +10,14 @@ TWA_KERNEL(kThreads, 4)
 reconstruct_kernel(ReconstructArguments a) {
   using R = Reconstruct<kBits, kUnits>;
   float* x_row = reinterpret_cast<float*>(shared_memory());
-  uint8_t* mine = shared_memory() + R::x_count(a.n) * 4 + warp_index() * R::warp_bytes(a.slots);
+  uint8_t* mine =
+      shared_memory() + R::x_count(a.n) * 4 + warp_index() * R::warp_bytes(a.slots, a.slot_bytes);
   Ring ring;
-  ring.open(mine + R::kHeader, reinterpret_cast<uint64_t*>(mine), a.slots, R::kSlot,
+  ring.open(mine + R::kHeader, reinterpret_cast<uint64_t*>(mine), a.slots, a.slot_bytes,
             a.keep ? evict_normal() : evict_first());
-  reconstruct_item<kBits, kUnits, kMany>(
-      a, ring, mine, x_row, a.work.items - 1 - block_index());  // last first: project ended there
+  ReconstructTask<kBits, kUnits, kMany> task(
+      a, ring, a.work.items - 1 - block_index());  // last first: project ended there
+  task.run(a, ring, mine, x_row, [] {});
 }
 
 struct ScaleArguments {
@@ -38,11 +40,11 @@ int launch_reconstruct(const ReconstructArguments& arguments, int bits, const Pl
     constexpr int kBits = decltype(b)::value, kUnits = decltype(g)::value;
     using R = Reconstruct<kBits, kUnits>;
     ReconstructArguments a = arguments;
-    a.slots = ring_slots(R::kSlot);
-    static_assert(
-        R::x_count(kMaxRows) * 4 + kWarps * R::warp_bytes(ring_slots(R::kSlot)) <= kMostShared,
-        "shared memory of the smaller devices");
-    const int shared = R::x_count(a.n) * 4 + kWarps * R::warp_bytes(a.slots);
+    static_assert(R::block_bytes(kMaxRows, R::kSlot) <= kMostShared,
+                  "shared memory of the smaller devices");
+    a.slot_bytes = R::slot_bytes(a.n);
+    a.slots = ring_slots(a.slot_bytes);
+    const int shared = R::block_bytes(a.n, a.slot_bytes);
     if constexpr (kUnits == most_units(kBits)) {
       if (a.n > 16 * kUnits)
         return launch(reconstruct_kernel<kBits, kUnits, true>, a.work.items, kThreads, shared,
@@ -63,7 +65,7 @@ int reconstruct_cuda(const BasisView& basis, const float* x, const DeviceTensor*
       launch(scale_kernel, (threads + kThreads - 1) / kThreads, kThreads, 0, where, scale);
   if (error != 0) return error;
   return launch_reconstruct(
-      {basis.codes, basis.scales, x_rows, center, out, work, basis.n, 0, fits_cache(basis)},
+      {basis.codes, basis.scales, x_rows, center, out, work, basis.n, 0, 0, fits_cache(basis)},
       basis.bits, where);
 }
 

@@ -29,8 +29,8 @@ struct ReconstructArguments {
   const DeviceTensor* out;     // (tensors,)
   DeviceWork work;
   int64_t n;
-  int slots;  // of a warp's ring
-  bool keep;  // as in project
+  int slots, slot_bytes;  // of a warp's ring
+  bool keep;              // as in project
 };
 
 // kUnits: 16 rows each; groups of 32 whose coefficients a lane holds, one row each. The last group
@@ -41,11 +41,19 @@ struct Reconstruct {
   static constexpr bool kHalf =
       kUnits % 2 != 0 &&
       kBits != 8;  // at 8 bits the first 16 rows are not what the first words contract
-  static constexpr int kMost = kBits == 8 ? 1 : kBits == 4 || kBits == 3 ? 2 : kBits == 2 ? 4 : 8;
-  static constexpr int kSlotGroups =
-      kGroups < kMost ? kGroups : kMost;  // of 32 rows in a slot: at most 4 KiB
-  static constexpr int kSlot =
-      kSlotGroups * 32 * row_bytes(kBits) + (kBits == 8 ? 4 * kReconstructPad : 0);
+  // A slot has some groups of a tile: all, or parts of 6 KiB at most that are alike.
+  static constexpr int kMost = kBits == 8                 ? 1
+                               : kBits == 4 || kBits == 3 ? 3
+                               : kBits == 2               ? 4
+                                                          : 8,
+                       kParts = (kGroups + kMost - 1) / kMost,
+                       kSlotGroups = (kGroups + kParts - 1) / kParts;
+  // For n rows in all; lanes read kSlot bytes of it, whatever follows the last row.
+  TWA_HD static constexpr int slot_bytes(int64_t n) {
+    const int rows = n < 32 * kSlotGroups ? static_cast<int>(n) : 32 * kSlotGroups;
+    return reconstruct_offset<kBits>(rows);
+  }
+  static constexpr int kSlot = reconstruct_offset<kBits>(32 * kSlotGroups);
   static constexpr int kLimbBytes =
       3 * kGroups * 32 +
       32;  // and 32 bytes of zeros, for the columns of the operand that no limb has
@@ -57,15 +65,20 @@ struct Reconstruct {
   TWA_HD static constexpr int x_count(int64_t n) {
     return static_cast<int>((n + 32 * kGroups - 1) / (32 * kGroups) * (32 * kGroups));
   }
-  TWA_HD static constexpr int warp_bytes(int slots) {
-    return (kHeader + slots * kSlot + 127) / 128 * 128;
+  TWA_HD static constexpr int warp_bytes(int slots, int slot_bytes) {
+    return (kHeader + slots * slot_bytes + 127) / 128 * 128;
+  }
+  static constexpr int block_bytes(int64_t n, int slot_bytes) {
+    return x_count(n) * 4 + kWarps * warp_bytes(ring_slots(slot_bytes), slot_bytes) +
+           (kSlot > slot_bytes ? kSlot - slot_bytes : 0);
   }
 };
 
 // Adds 32 rows of a slot: sums[m] += levels of columns (reconstruct_column) times limbs b0, b1.
 // kHalf: 16 rows, the first of b.
 template <int kBits, bool kHalf>
-TWA_DEVICE void add_rows(const uint8_t* rows, uint32_t b0, uint32_t b1, int (&sums)[8][4]) {
+TWA_DEVICE void add_rows(const uint8_t* rows, uint32_t b0, uint32_t b1, const uint32_t* table,
+                         int (&sums)[8][4]) {
   const int g = lane_index() / 4, t = lane_index() % 4;
   // Words of this lane's eight rows; each lane has as many bytes of a row as make 8
   // multiplications.
@@ -99,7 +112,7 @@ TWA_DEVICE void add_rows(const uint8_t* rows, uint32_t b0, uint32_t b1, int (&su
     const auto multiply = [&](auto constant, int word, int m) {
       constexpr int kPart = decltype(constant)::value;
       uint32_t x[8], y[8];  // 4 bits: two operands
-      reconstruct_operand<kBits, kPart>(w[word][0], top[0], g, x);
+      reconstruct_operand<kBits, kPart>(w[word][0], top[0], g, table, x);
       if constexpr (kHalf) {
 #pragma unroll
         for (int k = 0; k < (kBits == 4 ? 8 : 4); k += 4) {
@@ -108,7 +121,7 @@ TWA_DEVICE void add_rows(const uint8_t* rows, uint32_t b0, uint32_t b1, int (&su
         }
         return;
       }
-      reconstruct_operand<kBits, kPart>(w[word][1], top[1], g, y);
+      reconstruct_operand<kBits, kPart>(w[word][1], top[1], g, table, y);
 #pragma unroll
       for (int k = 0; k < (kBits == 4 ? 8 : 4); k += 4) {
         multiply_add<kBits == 1>(sums[m], x[k], x[k + 1], y[k], y[k + 1], b0, b1);
@@ -165,144 +178,158 @@ TWA_DEVICE void add_sums(const Word4* columns, int low, int high, TwoFactors uni
   }
 }
 
-// kMany: more than 16 * kUnits rows. `mine`: this warp's shared memory; x_row: the segment's x_rows
-// in shared memory.
+// One item. kMany: more than 16 * kUnits rows.
 template <int kBits, int kUnits, bool kMany>
-TWA_DEVICE void reconstruct_item(const ReconstructArguments& a, Ring& ring, uint8_t* mine,
-                                 float* x_row, int64_t at) {
+struct ReconstructTask : Task {
   using R = Reconstruct<kBits, kUnits>;
-  constexpr int kGroups = R::kGroups;
-  const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4;
-  const Item item = load_item(a.work, at);
-  const Columns out(a.out, item), center(a.center, item);  // an absent center has no columns: zeros
-  if (out.data == nullptr) return;
-  const int n = static_cast<int>(a.n);
-  uint8_t* limbs = mine + R::kLimbAt;
-  Word4* columns = reinterpret_cast<Word4*>(mine + R::kSumAt);
-  if (lane < 8) reinterpret_cast<uint32_t*>(limbs + 3 * kGroups * 32)[lane] = 0;
 
+  explicit TWA_DEVICE ReconstructTask(const Task& started) : Task(started) {}
+  TWA_DEVICE ReconstructTask(const ReconstructArguments& a, Ring& ring, int64_t at)
+      : Task(a.work, at, a.out) {
+    if (columns.data == nullptr) return;
+    for (int k = 0; k < a.slots; ++k) copy_next(a, ring);
+  }
   // Copies run ahead over (tile, rows of a slot), in the order of their use.
-  constexpr int kSlotRows = 32 * R::kSlotGroups;
-  const int tile_bytes = n * row_bytes(kBits);  // an item has at most 64 tiles of 4096 rows
-  const uint8_t* codes = a.codes + item.tile * a.n * row_bytes(kBits);
-  const uint8_t* scales = a.scales + item.tile * a.n;
-  int copy_tile = warp, copy_row = 0;
-  const auto copy_next = [&] {
-    if (copy_tile >= item.tiles) return;
-    if constexpr (!kMany && kGroups == R::kSlotGroups) {  // a tile is one slot
-      ring.template copy<kBits, kReconstructPad>(codes + copy_tile * tile_bytes, n);
-      copy_tile += kWarps;
+  TWA_DEVICE void copy_next(const ReconstructArguments& a, Ring& ring) {
+    if (tile >= item.tiles) return;
+    const int n = static_cast<int>(a.n);
+    const uint8_t* codes =
+        a.codes + item.tile * a.n * row_bytes(kBits) +
+        tile * (n * row_bytes(kBits));         // an item has at most 64 tiles of 4096 rows
+    if constexpr (!kMany && R::kParts == 1) {  // a tile is one slot
+      ring.template copy<kBits, kReconstructPad>(codes, n);
+      tile += kWarps;
     } else {
-      const int rows = n - copy_row < kSlotRows ? n - copy_row : kSlotRows;
-      ring.template copy<kBits, kReconstructPad>(
-          codes + copy_tile * tile_bytes + copy_row * row_bytes(kBits), rows);
-      copy_row += kSlotRows;
-      if (copy_row >= n) copy_row = 0, copy_tile += kWarps;
+      constexpr int kSlotRows = 32 * R::kSlotGroups;
+      const int rows = n - row < kSlotRows ? n - row : kSlotRows;
+      ring.template copy<kBits, kReconstructPad>(codes + row * row_bytes(kBits), rows);
+      row += kSlotRows;
+      if (row >= n) row = 0, tile += kWarps;
     }
-  };
-  for (int k = 0; k < a.slots; ++k) copy_next();
-
-  const float* x = a.x_rows + item.segment * a.n;
-  for (int i = thread_index(); i < R::x_count(n); i += kThreads)
-    x_row[i] = i < n ? load_shared_by_all(x + i) : 0.0f;
-  sync_block();
-
-  // Column g of the operand is limb g, or nothing; this lane's words of 32 rows follow each other
-  // every 32 bytes.
-  const uint8_t* my_limbs =
-      g < 3 ? limbs + g * kGroups * 32 + 8 * t : limbs + 3 * kGroups * 32 + 8 * t;
-  const int limb_step = g < 3 ? 32 : 0;
-  uint32_t s[kGroups];
-  float middle[4];
-  if (warp < item.tiles) {
-    load_scales<kGroups>(scales + warp * n, n, s);
-    center.load_four(warp * kTileColumns, middle);
   }
-  for (int tile = warp; tile < item.tiles; tile += kWarps) {
-    const uint8_t* tile_scales = scales + tile * n;
-    float y[kGroups];
-    coefficients<kGroups>(x_row, tile_scales, 0, n, s, y);
-    uint32_t largest = 0;
-#pragma unroll
-    for (int j = 0; j < kGroups; ++j) largest = max(largest, float_bits(y[j]) & 0x7fffffffu);
-    if constexpr (kMany) {
-      for (int row0 = 32 * kGroups; row0 < n; row0 += 32 * kGroups) {
-        float more[kGroups];
-        coefficients<kGroups>(x_row, tile_scales, row0, n, nullptr, more);
-        for (int j = 0; j < kGroups; ++j) largest = max(largest, float_bits(more[j]) & 0x7fffffffu);
-      }
-    }
-    largest = warp_max(largest);
-    const int e = fixed_exponent(largest);
-    const TwoFactors up = pow2_factors(23 - e);
-    if (tile + kWarps < item.tiles) load_scales<kGroups>(tile_scales + kWarps * n, n, s);
 
-    int sums[8][4] = {}, q_sum = 0;
-    for (int row0 = 0; row0 < (kMany ? n : 1); row0 += 32 * kGroups) {
-      if (kMany && row0 > 0) coefficients<kGroups>(x_row, tile_scales, row0, n, nullptr, y);
+  // `mine`: this warp's shared memory; x_row: the segment's x_rows in shared memory. wait: until
+  // they are there to be read.
+  template <class Wait>
+  TWA_DEVICE void run(const ReconstructArguments& a, Ring& ring, uint8_t* mine, float* x_row,
+                      const Wait& wait) {
+    if (columns.data == nullptr) return;
+    constexpr int kGroups = R::kGroups;
+    const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4,
+              n = static_cast<int>(a.n);
+    const Columns center(a.center, item);  // an absent center has no columns: zeros
+    uint8_t* limbs = mine + R::kLimbAt;
+    Word4* to_columns = reinterpret_cast<Word4*>(mine + R::kSumAt);
+    if (lane < 8) reinterpret_cast<uint32_t*>(limbs + 3 * kGroups * 32)[lane] = 0;
+    const uint8_t* scales = a.scales + item.tile * a.n;
+    uint32_t s[kGroups], middle[4];
+    if (warp < item.tiles) {
+      load_scales<kGroups>(scales + warp * n, n, s);
+      center.load_raw(warp * kTileColumns, middle);
+    }
+    wait();
+    const float* x = a.x_rows + item.segment * a.n;
+    for (int i = thread_index(); i < R::x_count(n); i += kThreads)
+      x_row[i] = i < n ? load_shared_by_all(x + i) : 0.0f;
+    sync_block();
+
+    // Column g of the operand is limb g, or nothing; this lane's words of 32 rows follow each other
+    // every 32 bytes.
+    const uint8_t* my_limbs =
+        g < 3 ? limbs + g * kGroups * 32 + 8 * t : limbs + 3 * kGroups * 32 + 8 * t;
+    const int limb_step = g < 3 ? 32 : 0;
+    const uint32_t table[2] = {in_register(first_levels<kBits>(0)),
+                               in_register(first_levels<kBits>(1))};
+    for (int at = warp; at < item.tiles; at += kWarps) {
+      const uint8_t* tile_scales = scales + at * n;
+      float y[kGroups];
+      coefficients<kGroups>(x_row, tile_scales, 0, n, s, y);
+      uint32_t largest = 0;
 #pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
-        const int q = round_to_int(y[j] * up.first * up.second);
-        const uint32_t v = limbs3(q);
-        if constexpr (kBits == 1 || kShifted<kBits>)
-          q_sum = static_cast<int>(static_cast<uint32_t>(q_sum) +
-                                   static_cast<uint32_t>(q));  // may wrap where NaN follows anyway
-        const int byte = j * 32 + reconstruct_byte<kBits>(lane);
-        limbs[byte] = static_cast<uint8_t>(v);
-        limbs[kGroups * 32 + byte] = static_cast<uint8_t>(v >> 8);
-        limbs[2 * kGroups * 32 + byte] = static_cast<uint8_t>(v >> 16);
-      }
-      sync_warp();
-#pragma unroll
-      for (int j = 0; j < kGroups; j += R::kSlotGroups) {
-        if ((j > 0 || kMany) && row0 + 32 * j >= n) continue;
-        const uint8_t* slot = ring.next();
-#pragma unroll
-        for (int i = 0; i < R::kSlotGroups && i + j < kGroups; ++i) {
-          const Word2 b = *reinterpret_cast<const Word2*>(my_limbs + (j + i) * limb_step);
-          if constexpr (R::kHalf && !kMany) {
-            if (i + j == kGroups - 1) {
-              add_rows<kBits, true>(slot + reconstruct_offset<kBits>(32 * i), b.w[0], b.w[1], sums);
-              continue;
-            }
-          }
-          add_rows<kBits, false>(slot + reconstruct_offset<kBits>(32 * i), b.w[0], b.w[1], sums);
+      for (int j = 0; j < kGroups; ++j) largest = max(largest, float_bits(y[j]) & 0x7fffffffu);
+      if constexpr (kMany) {
+        for (int row0 = 32 * kGroups; row0 < n; row0 += 32 * kGroups) {
+          float more[kGroups];
+          coefficients<kGroups>(x_row, tile_scales, row0, n, nullptr, more);
+          for (int j = 0; j < kGroups; ++j)
+            largest = max(largest, float_bits(more[j]) & 0x7fffffffu);
         }
-        release_to_copies();
+      }
+      largest = warp_max(largest);
+      const int e = fixed_exponent(largest);
+      const TwoFactors up = pow2_factors(23 - e);
+
+      int sums[8][4] = {}, q_sum = 0;
+      for (int row0 = 0; row0 < (kMany ? n : 1); row0 += 32 * kGroups) {
+        if (kMany && row0 > 0) coefficients<kGroups>(x_row, tile_scales, row0, n, nullptr, y);
+#pragma unroll
+        for (int j = 0; j < kGroups; ++j) {
+          const int q = round_to_int(y[j] * up.first * up.second);
+          const uint32_t v = limbs3(q);
+          if constexpr (kBits == 1 || kShifted<kBits>)
+            q_sum =
+                static_cast<int>(static_cast<uint32_t>(q_sum) +
+                                 static_cast<uint32_t>(q));  // may wrap where NaN follows anyway
+          const int byte = j * 32 + reconstruct_byte<kBits>(lane);
+          limbs[byte] = static_cast<uint8_t>(v);
+          limbs[kGroups * 32 + byte] = static_cast<uint8_t>(v >> 8);
+          limbs[2 * kGroups * 32 + byte] = static_cast<uint8_t>(v >> 16);
+        }
         sync_warp();
-        copy_next();
-      }
-    }
-
-    // From the matrix layout, two limbs of 16 columns a lane, to three limbs of four columns.
-    if (t < 2) {
-      const int mine = reconstruct_column<kBits>(0, 0, g);  // a multiple of 4
-      Word2* to = reinterpret_cast<Word2*>(columns + mine + mine / 4) + t;
 #pragma unroll
-      for (int m = 0; m < 8; ++m) {
+        for (int j = 0; j < kGroups; j += R::kSlotGroups) {
+          if ((j > 0 || kMany) && row0 + 32 * j >= n) continue;
+          const uint8_t* slot = ring.next();
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int column = reconstruct_column<kBits>(m, h, 0);
-          to[2 * (column + column / 4)] = Word2{
-              {static_cast<uint32_t>(sums[m][2 * h]), static_cast<uint32_t>(sums[m][2 * h + 1])}};
+          for (int i = 0; i < R::kSlotGroups && i + j < kGroups; ++i) {
+            const Word2 b = *reinterpret_cast<const Word2*>(my_limbs + (j + i) * limb_step);
+            if constexpr (R::kHalf && !kMany) {
+              if (i + j == kGroups - 1) {
+                add_rows<kBits, true>(slot + reconstruct_offset<kBits>(32 * i), b.w[0], b.w[1],
+                                      table, sums);
+                continue;
+              }
+            }
+            add_rows<kBits, false>(slot + reconstruct_offset<kBits>(32 * i), b.w[0], b.w[1], table,
+                                   sums);
+          }
+          release_to_copies();
+          sync_warp();
+          copy_next(a, ring);
         }
       }
-    }
-    int low = 0, high = 0;
-    if constexpr (kBits == 1 || kShifted<kBits>)
-      low = warp_sum(q_sum & 0xffff), high = warp_sum(q_sum >> 16);
-    sync_warp();
-    float value[4];
+
+      // From the matrix layout, two limbs of 16 columns a lane, to three limbs of four columns.
+      if (t < 2) {
+        const int mine = reconstruct_column<kBits>(0, 0, g);  // a multiple of 4
+        Word2* to = reinterpret_cast<Word2*>(to_columns + mine + mine / 4) + t;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) value[k] = middle[k];
-    TwoFactors unit = pow2_factors(e - 23);
-    if (largest >= 0x7f800000u) unit.second = bits_float(0x7fc00000u);
-    add_sums<kBits>(columns, low, high, unit, value);
-    if (tile + kWarps < item.tiles) center.load_four((tile + kWarps) * kTileColumns, middle);
-    out.store_four(tile * kTileColumns, value);
-    sync_warp();  // the sums have been read
+        for (int m = 0; m < 8; ++m) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int column = reconstruct_column<kBits>(m, h, 0);
+            to[2 * (column + column / 4)] = Word2{
+                {static_cast<uint32_t>(sums[m][2 * h]), static_cast<uint32_t>(sums[m][2 * h + 1])}};
+          }
+        }
+      }
+      int low = 0, high = 0;
+      if constexpr (kBits == 1 || kShifted<kBits>)
+        low = warp_sum(q_sum & 0xffff), high = warp_sum(q_sum >> 16);
+      sync_warp();
+      float value[4];
+      center.from_raw(middle, value);
+      TwoFactors unit = pow2_factors(e - 23);
+      if (largest >= 0x7f800000u) unit.second = bits_float(0x7fc00000u);
+      add_sums<kBits>(to_columns, low, high, unit, value);
+      if (at + kWarps < item.tiles) {  // after the fences, which would wait for them
+        load_scales<kGroups>(tile_scales + kWarps * n, n, s);
+        center.load_raw((at + kWarps) * kTileColumns, middle);
+      }
+      columns.store_four(at * kTileColumns, value);
+      sync_warp();  // the sums have been read
+    }
   }
-  sync_block();  // x_row too
-}
+};
 
 }  // namespace twa

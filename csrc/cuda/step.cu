@@ -30,109 +30,145 @@ constexpr int kStrandBytes = kThreads * 8, kTaskBytes = 128;
 
 template <int kBits, int kUnits, bool kMany>
 struct Step {
-  static constexpr int kProjectUnits = kUnits < project_most_units(kBits)
-                                           ? project_built_units(kBits, kUnits)
-                                           : project_most_units(kBits);
+  static constexpr int kProjectUnits =
+      kMany ? project_most_units(kBits) : project_units(kUnits, kBits);
   using P = Project<kBits, kProjectUnits>;
   using R = Reconstruct<kBits, kUnits>;
   static constexpr int kSlot = P::kSlot > R::kSlot ? P::kSlot : R::kSlot,
+                       kMostSlot = P::kMostSlot > R::kSlot ? P::kMostSlot : R::kSlot,
                        kHeader = P::kHeader > R::kHeader ? P::kHeader : R::kHeader;
-  TWA_HD static constexpr int warp_bytes(int slots) {
-    return (kHeader + slots * kSlot + 127) / 128 * 128;
+  static constexpr int slot_bytes(int64_t n) {
+    const int project = P::slot_bytes(n), reconstruct = R::slot_bytes(n);
+    return project > reconstruct ? project : reconstruct;
   }
-  static constexpr int shared_bytes(int64_t n, int slots) {
-    return kTaskBytes + kStrandBytes + R::x_count(n) * 4 + kWarps * warp_bytes(slots);
+  TWA_HD static constexpr int warp_bytes(int slots, int slot_bytes) {
+    return (kHeader + slots * slot_bytes + 127) / 128 * 128;
+  }
+  static constexpr int block_bytes(int64_t n, int slot_bytes) {
+    return kTaskBytes + kStrandBytes + R::x_count(n) * 4 +
+           kWarps * warp_bytes(ring_slots(slot_bytes), slot_bytes) +
+           (kSlot > slot_bytes ? kSlot - slot_bytes : 0);
   }
 };
 
-// True in every thread of the last of `of` blocks that come here.
-TWA_DEVICE bool is_last(int32_t* counter, int of, int32_t* shared) {
+// True in every thread of the last of `of` blocks that come here. meanwhile: what this block does
+// until it knows.
+template <class Meanwhile>
+TWA_DEVICE bool is_last(int32_t* counter, int of, int32_t* shared, const Meanwhile& meanwhile) {
   sync_block();
-  if (thread_index() == 0) {  // its fences order what the whole block wrote before and reads after
-    fence();
-    *shared = counter_add(counter, 1) == of - 1;
-    fence();
+  if (thread_index() == 0) {  // in the order of what the whole block wrote before and reads after
+    const bool last = counter_release(counter, 1) == of - 1;
+    if (last) acquire();
+    *shared = last;
   }
+  meanwhile();
   sync_block();
   const bool last = *shared;
   sync_block();  // before *shared is written again
   return last;
 }
 
-TWA_DEVICE void finish_item(const StepArguments& a, int64_t item, int32_t* shared,
-                            double* strands) {
+template <class Meanwhile>
+TWA_DEVICE void finish_item(const StepArguments& a, int64_t item, int segment, int32_t* shared,
+                            double* strands, const Meanwhile& meanwhile) {
   const UpdateArguments& u = a.update;
   int32_t* items_done = a.counters + 1;
   int32_t* groups_done = items_done + u.work.groups;
   int32_t* flags = groups_done + u.num_segments;
-  const int group = u.work.item_group[item], segment = u.work.item_segment[item];
+  const int group = u.work.item_group[item];
   if (!is_last(items_done + group, u.work.group_begin[group + 1] - u.work.group_begin[group],
-               shared))
+               shared, meanwhile))
     return;
   for (int64_t chunk = 0; chunk < row_chunks(u.n); ++chunk) sum_group(u, group, chunk, strands);
   if (!is_last(groups_done + segment,
-               u.work.segment_groups[segment + 1] - u.work.segment_groups[segment], shared))
+               u.work.segment_groups[segment + 1] - u.work.segment_groups[segment], shared, [] {}))
     return;
   for (int64_t row = thread_index(); row < u.n; row += kThreads) update_row(u, segment, row);
   sync_block();
-  if (thread_index() == 0) {
-    fence();
-    counter_add(flags + segment, 1);
-  }
+  if (thread_index() == 0) counter_release(flags + segment, 1);
 }
 
 template <int kBits, int kUnits, bool kMany>
-TWA_KERNEL(kThreads, kBits == 8 ? 2 : 3)
+TWA_KERNEL(kThreads, kBits == 8 && kUnits > 6 ? 2 : 3)
 step_kernel(StepArguments a) {
   using S = Step<kBits, kUnits, kMany>;
+  using ToProject = ProjectTask<kBits, S::kProjectUnits>;
+  using ToReconstruct = ReconstructTask<kBits, kUnits, kMany>;
   int32_t* shared = reinterpret_cast<int32_t*>(shared_memory());
   double* strands = reinterpret_cast<double*>(shared_memory() + kTaskBytes);
   float* x_row = reinterpret_cast<float*>(shared_memory() + kTaskBytes + kStrandBytes);
   uint8_t* base = shared_memory() + kTaskBytes + kStrandBytes + S::R::x_count(a.update.n) * 4;
-  const int stride = S::warp_bytes(a.project.slots);
+  const int stride = S::warp_bytes(a.project.slots, a.project.slot_bytes);
   uint8_t* mine = base + warp_index() * stride;
   Ring ring;
-  ring.open(mine + S::kHeader, reinterpret_cast<uint64_t*>(mine), a.project.slots, S::kSlot,
-            evict_normal());
+  ring.open(mine + S::kHeader, reinterpret_cast<uint64_t*>(mine), a.project.slots,
+            a.project.slot_bytes, evict_normal());
   const int32_t* flags = a.counters + 1 + a.update.work.groups + a.update.num_segments;
+
+  const auto start = [&](int task) {
+    if (task >= 0) {
+      ring.policy = evict_normal();
+      return Task(ToProject(a.project, ring, task, 0));
+    }
+    ring.policy = evict_first();  // what is reconstructed is not read again
+    return Task(ToReconstruct(a.reconstruct, ring, -1 - task));
+  };
   if (thread_index() == 0) shared[1] = counter_add(a.counters, 1);
   sync_block();
-  for (int64_t taken = shared[1]; taken < a.count; taken = shared[1]) {
+  int64_t taken = shared[1];
+  if (taken >= a.count) return;
+  int task = a.tasks[taken];
+  Task started = start(task);
+  for (;;) {
     // The next task is taken before this one is done: a task still waits for smaller numbers only,
     // so the smallest unfinished one can run.
     const int next = thread_index() == 0 ? counter_add(a.counters, 1) : 0;
-    const int task = a.tasks[taken];
-    ring.policy =
-        task >= 0 ? evict_normal() : evict_first();  // what is reconstructed is not read again
-    if (task >= 0) {
-      for (int block = 0; block < a.project.row_blocks; ++block)
-        project_item<kBits, S::kProjectUnits>(a.project, ring, base, stride, task, block);
-      finish_item(a, task, shared, strands);
+    const int now = task;
+    const int segment = started.item.segment;
+    const auto start_next = [&] {
+      taken = shared[1];
+      if (taken >= a.count) return;
+      task = a.tasks[taken];
+      started = start(task);
+    };
+    if (now >= 0) {
+      for (int block = 0; block < a.project.row_blocks; ++block) {
+        if (block > 0) started = ToProject(a.project, ring, now, block);
+        const ToProject project(started);
+        project.run(a.project, ring, mine);
+        if (thread_index() == 0) shared[1] = next;
+        sync_block();
+        project.store(a.project, base, stride, now);
+        sync_block();  // before the sums are written again
+      }
+      finish_item(a, now, segment, shared, strands, start_next);
     } else {
-      const int item = -1 - task;
-      if (thread_index() == 0)
-        while (counter_read(flags + a.update.work.item_segment[item]) == 0) pause();
+      ToReconstruct(started).run(a.reconstruct, ring, mine, x_row, [&] {
+        if (thread_index() == 0)
+          while (counter_read(flags + segment) == 0) pause();
+        sync_block();
+      });
+      if (thread_index() == 0) shared[1] = next;
       sync_block();
-      reconstruct_item<kBits, kUnits, kMany>(a.reconstruct, ring, mine, x_row, item);
+      start_next();
+      sync_block();  // before shared[1] is written again
     }
-    sync_block();
-    if (thread_index() == 0) shared[1] = next;
-    sync_block();
+    if (taken >= a.count) return;
   }
 }
 
-// f(kernel, shared bytes, slots) of the kernel for n rows.
+// f(kernel, shared bytes, bytes of a slot, rows of a block) of the kernel for n rows.
 template <class F>
 int with_kernel(int64_t n, int bits, const F& f) {
   return with_bits_and_units(bits, reconstruct_units(n, bits), [&](auto b, auto g) {
     constexpr int kBits = decltype(b)::value, kUnits = decltype(g)::value;
     const auto run = [&](auto many) {
       using S = Step<kBits, kUnits, decltype(many)::value>;
-      constexpr int slots = ring_slots(S::kSlot);
-      static_assert(S::shared_bytes(kMaxRows, slots) <= kMostShared,
+      static_assert(S::block_bytes(kMaxRows, S::kMostSlot) <= kMostShared,
                     "shared memory of the smaller devices");
-      return f(step_kernel<kBits, kUnits, decltype(many)::value>, S::shared_bytes(n, slots), slots,
-               16 * S::kProjectUnits);
+      const int slot_bytes = S::slot_bytes(n);
+      return f(step_kernel<kBits, kUnits, decltype(many)::value>, S::block_bytes(n, slot_bytes),
+               slot_bytes, 16 * S::kProjectUnits);
     };
     if constexpr (kUnits == most_units(kBits)) {
       if (n > 16 * kUnits) return run(std::true_type());
@@ -185,10 +221,10 @@ int step_cuda(const BasisView& basis, const DeviceTensor* grads, const Update& u
   u.first = update.keeps_first() ? coefficients.first : nullptr,
   u.second = update.keeps_second() ? coefficients.second : nullptr,
   u.num_segments = basis.num_segments;
-  ProjectArguments p{basis.codes, basis.scales,     grads, work, space.partial, basis.n, 0,
+  ProjectArguments p{basis.codes, basis.scales,     grads, work, space.partial, basis.n, 0, 0,
                      1,           fits_cache(basis)};
   const ReconstructArguments r{
-      basis.codes, basis.scales, space.x_rows, center, out, work, basis.n, 0, fits_cache(basis)};
+      basis.codes, basis.scales, space.x_rows, center, out, work, basis.n, 0, 0, fits_cache(basis)};
   if (u.adamw && space.steps_before) {
     const CorrectionArguments correction{space.steps_before, space.corrections, update.lr,
                                          update.beta1, update.beta2};
@@ -200,9 +236,10 @@ int step_cuda(const BasisView& basis, const DeviceTensor* grads, const Update& u
     if (error == 0) error = launch_update(u, where);
     return error == 0 ? launch_reconstruct(r, basis.bits, where) : error;
   }
-  return with_kernel(basis.n, basis.bits, [&](auto kernel, int shared, int slots, int rows) {
+  return with_kernel(basis.n, basis.bits, [&](auto kernel, int shared, int slot_bytes, int rows) {
     StepArguments a{p, r, u, space.tasks, space.counters, 2 * work.items};
-    a.project.slots = a.reconstruct.slots = slots;
+    a.project.slots = a.reconstruct.slots = ring_slots(slot_bytes);
+    a.project.slot_bytes = a.reconstruct.slot_bytes = slot_bytes;
     a.project.row_blocks = static_cast<int>((basis.n + rows - 1) / rows);
     if (space.window < 1) return kInvalidValue;  // no block would take a task
     const int error =

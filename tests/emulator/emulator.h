@@ -410,12 +410,13 @@ inline void barrier_arrive_after_copies(uint64_t* barrier) {
   --b.pending;
 }
 
-inline void fence() {}
 inline int counter_add(int* counter, int by) {
   const int before = *counter;
   *counter += by;
   return before;
 }
+inline int counter_release(int* counter, int by) { return counter_add(counter, by); }
+inline void acquire() {}
 inline int counter_read(const int* counter) { return *counter; }
 inline void pause() { emulator::wait(nullptr, 0); }
 

@@ -51,8 +51,9 @@ void project(std::mt19937& random) {
     for (uint8_t& byte : rows) byte = static_cast<uint8_t>(random());
     for (int lane = 0; lane < 32; ++lane) {
       const int t = lane % 4;
+      const uint32_t table[2] = {first_levels<kBits>(0), first_levels<kBits>(1)};
       uint32_t a[kWords * kProjectPasses<kBits>];
-      project_operand<kBits>(rows, t, a);
+      project_operand<kBits>(rows, t, table, a);
       const uint8_t* row = rows + (kBits == 1 ? t / 2 * 16 : 0);
       const int first =
           kBits == 1 ? t % 2 * 16 : t * 8;  // words of the gradient's operand that meet this lane's
@@ -85,6 +86,7 @@ void reconstruct_part(std::mt19937& random, std::vector<int>& seen) {
                        : kBits == 4 ? 8 * g + 4 * word
                        : kBits == 1 ? 4 * (g % 4)
                                     : 4 * g;
+      const uint32_t table[2] = {first_levels<kBits>(0), first_levels<kBits>(1)};
       uint32_t w[4], top[4], out[8];
       for (int j = 0; j < 4; ++j) {
         std::memcpy(&w[j], rows.data() + j * kStride + from, 4);
@@ -98,7 +100,7 @@ void reconstruct_part(std::mt19937& random, std::vector<int>& seen) {
         transpose_bytes(w[0], w[1], w[2], w[3], bytes);
         for (int p = 0; p < 4; ++p) w[p] = bytes[p];
       }
-      reconstruct_operand<kBits, kBits == 8 ? 0 : kPart>(w, top, g, out);
+      reconstruct_operand<kBits, kBits == 8 ? 0 : kPart>(w, top, g, table, out);
       for (int p = 0; p < 4; ++p) {
         const int m = kBits == 8 || kBits == 4 ? 4 * kPart + 2 * word + p / 2 : 2 * kPart + p / 2;
         const int column = reconstruct_column<kBits>(m, p % 2, g);
