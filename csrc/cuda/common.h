@@ -169,7 +169,13 @@ struct Task {
   int tile, row;    // whose copy comes next; project: its first row
 
   TWA_DEVICE Task(const DeviceWork& work, int64_t at, const DeviceTensor* tensors)
-      : item(load_item(work, at)), columns(tensors, item), tile(warp_index()), row(0) {}
+      : item(load_item(work, at)), columns(tensors, item), tile(uniform(warp_index())), row(0) {
+    item.tile = uniform(item.tile), item.tiles = uniform(item.tiles);
+    columns.data = reinterpret_cast<uint8_t*>(
+        uniform(static_cast<int64_t>(reinterpret_cast<uintptr_t>(columns.data))));
+    columns.count = uniform(columns.count);
+    columns.dtype = static_cast<Dtype>(uniform(static_cast<int>(columns.dtype)));
+  }
 };
 
 // Scales of the rows as bytes, row 32 j + lane in s[j]; zero past the last row, so whatever lies

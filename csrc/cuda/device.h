@@ -36,6 +36,11 @@ TWA_DEVICE uint32_t shuffle_xor(uint32_t v, int mask) {
   return __shfl_xor_sync(0xffffffffu, v, mask);
 }
 
+// A value that is the same in all lanes, which the compiler cannot know of what comes from memory
+// or from the thread's index: it then keeps it, and what follows from it, in registers of the warp.
+TWA_DEVICE int uniform(int v) { return __shfl_sync(0xffffffffu, v, 0); }
+TWA_DEVICE int64_t uniform(int64_t v) { return __shfl_sync(0xffffffffu, v, 0); }
+
 TWA_DEVICE int dot4(uint32_t a, uint32_t b, int c) {
   return __dp4a(static_cast<int>(a), static_cast<int>(b), c);
 }

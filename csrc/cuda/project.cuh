@@ -112,7 +112,7 @@ struct ProjectTask : Task {
       : Task(a.work, at, a.grads) {
     row = row_block * P::kRows;
     if (columns.data == nullptr) return;
-    for (int k = 0; k < a.slots; ++k) copy(a, ring, warp_index() + kWarps * k);
+    for (int k = 0; k < a.slots; ++k) copy(a, ring, tile + kWarps * k);
   }
   TWA_DEVICE int rows(const ProjectArguments& a) const {
     const int left = static_cast<int>(a.n) - row;
@@ -130,7 +130,7 @@ struct ProjectTask : Task {
 
   // Sums of the warp's tiles, in `mine`, its shared memory.
   TWA_DEVICE void run(const ProjectArguments& a, Ring& ring, uint8_t* mine) const {
-    const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4,
+    const int lane = lane_index(), warp = tile, g = lane / 4, t = lane % 4,
               n = static_cast<int>(a.n), count = rows(a);
     if (columns.data == nullptr) return;
     uint32_t* limbs = reinterpret_cast<uint32_t*>(mine + P::kLimbAt);
@@ -151,13 +151,13 @@ struct ProjectTask : Task {
     float acc[P::kBlocks + 1][2] = {}, last = 0.0f;
     uint32_t s[P::kScales];
     if (warp < item.tiles) load_scales<P::kScales>(scales + warp * n, count, s);
-    for (int tile = warp; tile < item.tiles; tile += kWarps) {
+    for (int at = warp; at < item.tiles; at += kWarps) {
       const uint8_t* slot = ring.next();
       int sum;
       TwoFactors unit;
       float gradient[4];
       columns.template take<kBits != 8 && kBits != 1>(slot + ring.slot_bytes - kGradientBytes,
-                                                      tile * kTileColumns, gradient);
+                                                      at * kTileColumns, gradient);
       write_limbs<kBits, P::kLimbStride>(gradient, limbs, unit, sum);
 #pragma unroll
       for (int j = 0; j < P::kScales; ++j)
@@ -203,9 +203,9 @@ struct ProjectTask : Task {
       }
       release_to_copies();
       sync_warp();  // the slot, the limbs and the scales have been read
-      copy(a, ring, tile + kWarps * a.slots);
-      if (tile + kWarps < item.tiles)  // after the fence, which would wait for them
-        load_scales<P::kScales>(scales + (tile + kWarps) * n, count, s);
+      copy(a, ring, at + kWarps * a.slots);
+      if (at + kWarps < item.tiles)  // after the fence, which would wait for them
+        load_scales<P::kScales>(scales + (at + kWarps) * n, count, s);
     }
 
     // Lanes with t = 0 (1 bit: and 2) have the lower limbs' sums, their neighbours the upper ones'.

@@ -215,7 +215,7 @@ struct ReconstructTask : Task {
                       const Wait& wait) {
     if (columns.data == nullptr) return;
     constexpr int kGroups = R::kGroups;
-    const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4,
+    const int lane = lane_index(), warp = uniform(warp_index()), g = lane / 4, t = lane % 4,
               n = static_cast<int>(a.n);
     const Columns center(a.center, item);  // an absent center has no columns: zeros
     uint8_t* limbs = mine + R::kLimbAt;

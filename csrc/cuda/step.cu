@@ -99,7 +99,7 @@ step_kernel(StepArguments a) {
   float* x_row = reinterpret_cast<float*>(shared_memory() + kTaskBytes + kStrandBytes);
   uint8_t* base = shared_memory() + kTaskBytes + kStrandBytes + S::R::x_count(a.update.n) * 4;
   const int stride = S::warp_bytes(a.project.slots, a.project.slot_bytes);
-  uint8_t* mine = base + warp_index() * stride;
+  uint8_t* mine = base + uniform(warp_index()) * stride;
   Ring ring;
   ring.open(mine + S::kHeader, reinterpret_cast<uint64_t*>(mine), a.project.slots,
             a.project.slot_bytes, evict_normal());
@@ -116,6 +116,7 @@ step_kernel(StepArguments a) {
   if (thread_index() == 0) shared[1] = counter_add(a.counters, 1);
   sync_block();
   int64_t taken = shared[1];
+  sync_block();  // before it is written again
   if (taken >= a.count) return;
   int task = a.tasks[taken];
   Task started = start(task);

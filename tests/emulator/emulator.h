@@ -163,6 +163,21 @@ inline uint32_t shuffle_xor(uint32_t v, int mask) {
   return emulator::exchange("shuffle_xor", v, mask, true);
 }
 
+inline int uniform(int v) {
+  uint32_t in[1] = {static_cast<uint32_t>(v)}, out[1];
+  emulator::together("uniform", in, out, [](auto& a, auto& b) {
+    for (int k = 0; k < 32; ++k) {
+      if (a[k][0] != a[0][0]) emulator::fail("a value is not the same in all lanes of a warp");
+      b[k][0] = a[0][0];
+    }
+  });
+  return static_cast<int>(out[0]);
+}
+inline int64_t uniform(int64_t v) {
+  const int low = uniform(static_cast<int>(v)), high = uniform(static_cast<int>(v >> 32));
+  return static_cast<int64_t>(high) << 32 | static_cast<uint32_t>(low);
+}
+
 inline int dot4(uint32_t a, uint32_t b, int c) {
   for (int k = 0; k < 4; ++k)
     c += static_cast<int8_t>(a >> (8 * k)) * static_cast<int8_t>(b >> (8 * k));
