@@ -324,6 +324,17 @@ constexpr int64_t step_counters(int64_t groups, int64_t num_segments) {
 // wants; or minus the CUDA error.
 int step_window(int64_t n, int bits, int device);
 
+// How project, reconstruct and step are launched, with the same results: others than these numbers
+// are for measurements side by side, and are set while nothing is launched.
+struct CudaVariant {
+  int ring_kib = 10;  // of a warp's ring, if two slots fit. 10: four blocks of reconstruct share a
+                      // multiprocessor of Hopper
+  bool fence = true;  // between reading a slot and its next copy
+  int step_blocks = 3;  // of step, on a multiprocessor: more have more on its way, and leave less
+                        // of a segment in the second-level cache
+};
+CudaVariant& cuda_variant();
+
 // As orthonormalize_pass_cpu without `fast`: float64, products with probes float32 (n > 64:
 // float64). out may be null; r counts only with a transform. Columns of each tensor come in chunks
 // of kOrthonormalizeChunk; tensor k begins with chunk chunk_begin[k], and there are `chunks` in

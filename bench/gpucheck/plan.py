@@ -144,5 +144,6 @@ def counted() -> list[dict]:
 
 def variants() -> list[dict]:
     """What --variants compares: backends with more than one way to launch an op."""
-    ways = [("project", "triton"), ("reconstruct", "triton"), ("pack", "triton"), ("step", "cuda")]
+    ways = [(op, "cuda") for op in ("step", "project", "reconstruct")]
+    ways += [(op, "triton") for op in ("project", "reconstruct", "pack")]
     return [packed(op, backend, bits) for bits in BITS for op, backend in ways]

@@ -53,8 +53,35 @@ def separate_launches() -> Iterator[None]:
         cuda.step_tasks = build
 
 
+#: csrc/twa.h, CudaVariant: other ways to launch project, reconstruct and step; and those of step
+RING: dict[str, dict[str, int | bool]] = {
+    "no fence before a copy": {"fence": False},
+    "rings of 5 KiB": {"ring_kib": 5},
+    "rings of 20 KiB": {"ring_kib": 20},
+}
+STEP: dict[str, dict[str, int | bool]] = {
+    "2 blocks a multiprocessor": {"step_blocks": 2},
+    "4 blocks a multiprocessor": {"step_blocks": 4},
+}
+
+
+@contextlib.contextmanager
+def cuda_variant(options: dict[str, int | bool]) -> Iterator[None]:
+    cuda = twa_kernels.backends.cuda
+    cuda._window.cache_clear()  # it follows from the variant
+    cuda.module.set_cuda_variant(**options)
+    try:
+        yield
+    finally:
+        cuda._window.cache_clear()
+        cuda.module.set_cuda_variant()
+
+
 def cuda(op: str, bits: int) -> Variants:
     yield "shipped", contextlib.nullcontext
+    if op in ("project", "reconstruct", "step"):
+        for name, options in (RING | (STEP if op == "step" else {})).items():
+            yield name, functools.partial(cuda_variant, options)
     if op == "step":
         yield "separate launches", separate_launches
 

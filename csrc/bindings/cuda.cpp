@@ -261,6 +261,17 @@ void bind_cuda(py::module_& m) {
     check("step", window < 0 ? -window : 0, device);
     return window;
   });
+  const CudaVariant shipped;
+  m.def(
+      "set_cuda_variant",
+      [](int ring_kib, bool fence, int step_blocks) {
+        if (ring_kib < 1 || ring_kib > 32 || step_blocks < 1)
+          throw py::value_error("expected 1 <= ring_kib <= 32 and step_blocks >= 1, found " +
+                                std::to_string(ring_kib) + " and " + std::to_string(step_blocks));
+        cuda_variant() = {ring_kib, fence, step_blocks};
+      },
+      py::kw_only(), "ring_kib"_a = shipped.ring_kib, "fence"_a = shipped.fence,
+      "step_blocks"_a = shipped.step_blocks);
   m.def("cuda_device_count", &cuda_device_count);
 }
 

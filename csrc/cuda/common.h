@@ -8,9 +8,7 @@ namespace twa {
 constexpr int kWarps = 4;  // warps of a block; each streams tiles of its own, and nothing in the
                            // main loops waits for another warp
 constexpr int kThreads = 32 * kWarps;
-constexpr int kMaxStages = 8;         // slots of a warp's ring
-constexpr int kRingBytes = 10 << 10;  // of a warp, where two slots fit: four blocks of reconstruct
-                                      // share a multiprocessor of Hopper
+constexpr int kMaxStages = 8;  // slots of a warp's ring
 
 // An item: up to item_tiles(bits) tiles of one tensor and one segment.
 struct Item {
@@ -249,9 +247,11 @@ struct Ring {
 };
 
 // Slots of a warp's ring.
-constexpr int ring_slots(int slot_bytes) {
-  const int fit = kRingBytes / slot_bytes;
+constexpr int ring_slots(int slot_bytes, int ring_kib) {
+  const int fit = (ring_kib << 10) / slot_bytes;
   return fit < 2 ? 2 : fit > kMaxStages ? kMaxStages : fit;
 }
+inline int ring_slots(int slot_bytes) { return ring_slots(slot_bytes, cuda_variant().ring_kib); }
+constexpr int kRingKib = CudaVariant().ring_kib;
 
 }  // namespace twa

@@ -288,9 +288,11 @@ int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_by
         static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(where.stream));
   }));
 }
-// Blocks of a kernel that the device runs at once, or minus the CUDA error.
+// Blocks of a kernel that the device runs at once, `most` of them on a multiprocessor; or minus the
+// CUDA error.
 template <class Arguments>
-int resident_blocks(void (*kernel)(Arguments), int threads, int shared_bytes, int device) {
+int resident_blocks(void (*kernel)(Arguments), int threads, int shared_bytes, int device,
+                    int most) {
   int per = 0, count = 0;
   const cudaError_t error = on_device(device, [&] {
     cudaError_t e = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
@@ -301,7 +303,7 @@ int resident_blocks(void (*kernel)(Arguments), int threads, int shared_bytes, in
                                                         static_cast<size_t>(shared_bytes));
     return e;
   });
-  return error == cudaSuccess ? per * count : -static_cast<int>(error);
+  return error == cudaSuccess ? (per < most ? per : most) * count : -static_cast<int>(error);
 }
 // Sets device memory to zero, in the stream's order.
 inline int clear(void* p, int64_t bytes, const Place& where) {

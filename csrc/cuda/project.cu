@@ -56,14 +56,15 @@ int launch_project(const ProjectArguments& arguments, int bits, const Place& whe
         constexpr int kBits = decltype(b)::value, kUnits = decltype(g)::value;
         if constexpr (kUnits <= project_most_units(kBits)) {
           using P = Project<kBits, kUnits>;
-          static_assert(P::block_bytes(P::kMostSlot) <= kMostShared,
-                        "shared memory of the smaller devices");
+          static_assert(
+              P::block_bytes(ring_slots(P::kMostSlot, kRingKib), P::kMostSlot) <= kMostShared,
+              "shared memory of the smaller devices");
           ProjectArguments a = arguments;
           a.slot_bytes = P::slot_bytes(a.n);
           a.slots = ring_slots(a.slot_bytes);
           a.row_blocks = static_cast<int>((a.n + P::kRows - 1) / P::kRows);
           return launch(project_kernel<kBits, kUnits>, a.work.items * a.row_blocks, kThreads,
-                        P::block_bytes(a.slot_bytes), where, a);
+                        P::block_bytes(a.slots, a.slot_bytes), where, a);
         }
         return kInvalidValue;
       });
@@ -91,9 +92,9 @@ int launch_update(const UpdateArguments& a, const Place& where) {
 int project_cuda(const BasisView& basis, const DeviceTensor* grads, const DeviceWork& work,
                  float* partial, double* sums, float* c, const Place& where) {
   if (!is_valid(basis)) return kInvalidValue;
-  const int error = launch_project(
-      {basis.codes, basis.scales, grads, work, partial, basis.n, 0, 0, 1, fits_cache(basis)},
-      basis.bits, where);
+  const int error = launch_project({basis.codes, basis.scales, grads, work, partial, basis.n, 0, 0,
+                                    1, cuda_variant().fence, fits_cache(basis)},
+                                   basis.bits, where);
   if (error != 0) return error;
   UpdateArguments a{};
   a.partial = partial, a.sums = sums, a.row_scale = basis.row_scale, a.c = c, a.work = work,

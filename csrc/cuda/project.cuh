@@ -30,7 +30,8 @@ struct ProjectArguments {
   int64_t n;
   int slots, slot_bytes;  // of a warp's ring
   int row_blocks;
-  bool keep;  // packed bytes stay in the second-level cache as long as it has room
+  bool fence;  // of CudaVariant
+  bool keep;   // packed bytes stay in the second-level cache as long as it has room
 };
 
 // kUnits: 16 rows each, that a block takes. 1 bit: 32 rows an operand, the last may be a half.
@@ -58,9 +59,8 @@ struct Project {
   TWA_HD static constexpr int warp_bytes(int slots, int slot_bytes) {
     return (kHeader + slots * slot_bytes + 127) / 128 * 128;
   }
-  static constexpr int block_bytes(int slot_bytes) {
-    return kWarps * warp_bytes(ring_slots(slot_bytes), slot_bytes) +
-           (kSlot > slot_bytes ? kSlot - slot_bytes : 0);
+  static constexpr int block_bytes(int slots, int slot_bytes) {
+    return kWarps * warp_bytes(slots, slot_bytes) + (kSlot > slot_bytes ? kSlot - slot_bytes : 0);
   }
 };
 
@@ -201,7 +201,7 @@ struct ProjectTask : Task {
           multiply_add<true>(d, x[2 * k], 0, x[2 * k + 1], 0, b[2 * k], b[2 * k + 1]);
         add(last, d, 0, row);
       }
-      release_to_copies();
+      if (a.fence) release_to_copies();
       sync_warp();  // the slot, the limbs and the scales have been read
       copy(a, ring, at + kWarps * a.slots);
       if (at + kWarps < item.tiles)  // after the fence, which would wait for them

@@ -40,11 +40,11 @@ int launch_reconstruct(const ReconstructArguments& arguments, int bits, const Pl
     constexpr int kBits = decltype(b)::value, kUnits = decltype(g)::value;
     using R = Reconstruct<kBits, kUnits>;
     ReconstructArguments a = arguments;
-    static_assert(R::block_bytes(kMaxRows, R::kSlot) <= kMostShared,
+    static_assert(R::block_bytes(kMaxRows, ring_slots(R::kSlot, kRingKib), R::kSlot) <= kMostShared,
                   "shared memory of the smaller devices");
     a.slot_bytes = R::slot_bytes(a.n);
     a.slots = ring_slots(a.slot_bytes);
-    const int shared = R::block_bytes(a.n, a.slot_bytes);
+    const int shared = R::block_bytes(a.n, a.slots, a.slot_bytes);
     if constexpr (kUnits == most_units(kBits)) {
       if (a.n > 16 * kUnits)
         return launch(reconstruct_kernel<kBits, kUnits, true>, a.work.items, kThreads, shared,
@@ -64,9 +64,9 @@ int reconstruct_cuda(const BasisView& basis, const float* x, const DeviceTensor*
   const int error =
       launch(scale_kernel, (threads + kThreads - 1) / kThreads, kThreads, 0, where, scale);
   if (error != 0) return error;
-  return launch_reconstruct(
-      {basis.codes, basis.scales, x_rows, center, out, work, basis.n, 0, 0, fits_cache(basis)},
-      basis.bits, where);
+  return launch_reconstruct({basis.codes, basis.scales, x_rows, center, out, work, basis.n, 0, 0,
+                             cuda_variant().fence, fits_cache(basis)},
+                            basis.bits, where);
 }
 
 }  // namespace twa

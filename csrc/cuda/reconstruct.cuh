@@ -30,7 +30,7 @@ struct ReconstructArguments {
   DeviceWork work;
   int64_t n;
   int slots, slot_bytes;  // of a warp's ring
-  bool keep;              // as in project
+  bool fence, keep;       // as in project
 };
 
 // kUnits: 16 rows each; groups of 32 whose coefficients a lane holds, one row each. The last group
@@ -68,8 +68,8 @@ struct Reconstruct {
   TWA_HD static constexpr int warp_bytes(int slots, int slot_bytes) {
     return (kHeader + slots * slot_bytes + 127) / 128 * 128;
   }
-  static constexpr int block_bytes(int64_t n, int slot_bytes) {
-    return x_count(n) * 4 + kWarps * warp_bytes(ring_slots(slot_bytes), slot_bytes) +
+  static constexpr int block_bytes(int64_t n, int slots, int slot_bytes) {
+    return x_count(n) * 4 + kWarps * warp_bytes(slots, slot_bytes) +
            (kSlot > slot_bytes ? kSlot - slot_bytes : 0);
   }
 };
@@ -293,7 +293,7 @@ struct ReconstructTask : Task {
             add_rows<kBits, false>(slot + reconstruct_offset<kBits>(32 * i), b.w[0], b.w[1], table,
                                    sums);
           }
-          release_to_copies();
+          if (a.fence) release_to_copies();
           sync_warp();
           copy_next(a, ring);
         }

@@ -10,6 +10,11 @@ const char* cuda_error_string(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
+CudaVariant& cuda_variant() {
+  static CudaVariant variant;
+  return variant;
+}
+
 int cuda_device_count() {
   int count = 0;
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;

@@ -44,9 +44,8 @@ struct Step {
   TWA_HD static constexpr int warp_bytes(int slots, int slot_bytes) {
     return (kHeader + slots * slot_bytes + 127) / 128 * 128;
   }
-  static constexpr int block_bytes(int64_t n, int slot_bytes) {
-    return kTaskBytes + kStrandBytes + R::x_count(n) * 4 +
-           kWarps * warp_bytes(ring_slots(slot_bytes), slot_bytes) +
+  static constexpr int block_bytes(int64_t n, int slots, int slot_bytes) {
+    return kTaskBytes + kStrandBytes + R::x_count(n) * 4 + kWarps * warp_bytes(slots, slot_bytes) +
            (kSlot > slot_bytes ? kSlot - slot_bytes : 0);
   }
 };
@@ -89,7 +88,7 @@ TWA_DEVICE void finish_item(const StepArguments& a, int64_t item, int segment, i
 }
 
 template <int kBits, int kUnits, bool kMany>
-TWA_KERNEL(kThreads, kBits == 8 && kUnits > 6 ? 2 : 3)
+TWA_KERNEL(kThreads, 3)
 step_kernel(StepArguments a) {
   using S = Step<kBits, kUnits, kMany>;
   using ToProject = ProjectTask<kBits, S::kProjectUnits>;
@@ -158,18 +157,19 @@ step_kernel(StepArguments a) {
   }
 }
 
-// f(kernel, shared bytes, bytes of a slot, rows of a block) of the kernel for n rows.
+// f(kernel, shared bytes, slots, bytes of a slot, rows of a block) of the kernel for n rows.
 template <class F>
 int with_kernel(int64_t n, int bits, const F& f) {
   return with_bits_and_units(bits, reconstruct_units(n, bits), [&](auto b, auto g) {
     constexpr int kBits = decltype(b)::value, kUnits = decltype(g)::value;
     const auto run = [&](auto many) {
       using S = Step<kBits, kUnits, decltype(many)::value>;
-      static_assert(S::block_bytes(kMaxRows, S::kMostSlot) <= kMostShared,
-                    "shared memory of the smaller devices");
-      const int slot_bytes = S::slot_bytes(n);
-      return f(step_kernel<kBits, kUnits, decltype(many)::value>, S::block_bytes(n, slot_bytes),
-               slot_bytes, 16 * S::kProjectUnits);
+      static_assert(
+          S::block_bytes(kMaxRows, ring_slots(S::kMostSlot, kRingKib), S::kMostSlot) <= kMostShared,
+          "shared memory of the smaller devices");
+      const int slot_bytes = S::slot_bytes(n), slots = ring_slots(slot_bytes);
+      return f(step_kernel<kBits, kUnits, decltype(many)::value>,
+               S::block_bytes(n, slots, slot_bytes), slots, slot_bytes, 16 * S::kProjectUnits);
     };
     if constexpr (kUnits == most_units(kBits)) {
       if (n > 16 * kUnits) return run(std::true_type());
@@ -222,10 +222,12 @@ int step_cuda(const BasisView& basis, const DeviceTensor* grads, const Update& u
   u.first = update.keeps_first() ? coefficients.first : nullptr,
   u.second = update.keeps_second() ? coefficients.second : nullptr,
   u.num_segments = basis.num_segments;
-  ProjectArguments p{basis.codes, basis.scales,     grads, work, space.partial, basis.n, 0, 0,
-                     1,           fits_cache(basis)};
+  ProjectArguments p{
+      basis.codes,          basis.scales,     grads, work, space.partial, basis.n, 0, 0, 1,
+      cuda_variant().fence, fits_cache(basis)};
   const ReconstructArguments r{
-      basis.codes, basis.scales, space.x_rows, center, out, work, basis.n, 0, 0, fits_cache(basis)};
+      basis.codes, basis.scales,         space.x_rows,     center, out, work, basis.n, 0,
+      0,           cuda_variant().fence, fits_cache(basis)};
   if (u.adamw && space.steps_before) {
     const CorrectionArguments correction{space.steps_before, space.corrections, update.lr,
                                          update.beta1, update.beta2};
@@ -237,23 +239,25 @@ int step_cuda(const BasisView& basis, const DeviceTensor* grads, const Update& u
     if (error == 0) error = launch_update(u, where);
     return error == 0 ? launch_reconstruct(r, basis.bits, where) : error;
   }
-  return with_kernel(basis.n, basis.bits, [&](auto kernel, int shared, int slot_bytes, int rows) {
-    StepArguments a{p, r, u, space.tasks, space.counters, 2 * work.items};
-    a.project.slots = a.reconstruct.slots = ring_slots(slot_bytes);
-    a.project.slot_bytes = a.reconstruct.slot_bytes = slot_bytes;
-    a.project.row_blocks = static_cast<int>((basis.n + rows - 1) / rows);
-    if (space.window < 1) return kInvalidValue;  // no block would take a task
-    const int error =
-        clear(space.counters, step_counters(work.groups, basis.num_segments) * 4, where);
-    return error != 0 ? error
-                      : launch(kernel, a.count < space.window ? a.count : space.window, kThreads,
-                               shared, where, a);
-  });
+  return with_kernel(
+      basis.n, basis.bits, [&](auto kernel, int shared, int slots, int slot_bytes, int rows) {
+        StepArguments a{p, r, u, space.tasks, space.counters, 2 * work.items};
+        a.project.slots = a.reconstruct.slots = slots;
+        a.project.slot_bytes = a.reconstruct.slot_bytes = slot_bytes;
+        a.project.row_blocks = static_cast<int>((basis.n + rows - 1) / rows);
+        if (space.window < 1) return kInvalidValue;  // no block would take a task
+        const int error =
+            clear(space.counters, step_counters(work.groups, basis.num_segments) * 4, where);
+        return error != 0 ? error
+                          : launch(kernel, a.count < space.window ? a.count : space.window,
+                                   kThreads, shared, where, a);
+      });
 }
 
 int step_window(int64_t n, int bits, int device) {
-  return with_kernel(n, bits, [&](auto kernel, int shared, int, int) {
-    const int blocks = resident_blocks(kernel, kThreads, shared, device);
+  return with_kernel(n, bits, [&](auto kernel, int shared, int, int, int) {
+    const int blocks =
+        resident_blocks(kernel, kThreads, shared, device, cuda_variant().step_blocks);
     return blocks == 0 ? -kLaunchOutOfResources
                        : blocks;  // a kernel that fits on no multiprocessor
   });

@@ -157,6 +157,10 @@ const char* cuda_error_string(int error) {
          : error == 701 ? "too many resources requested for launch"
                         : "invalid argument";
 }
+CudaVariant& cuda_variant() {
+  static CudaVariant variant;
+  return variant;
+}
 int cuda_device_count() { return 1; }
 
 }  // namespace twa

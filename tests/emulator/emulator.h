@@ -444,7 +444,7 @@ int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_by
   return 0;
 }
 template <class Arguments>
-int resident_blocks(void (*)(Arguments), int, int, int device) {
+int resident_blocks(void (*)(Arguments), int, int, int device, int) {
   const char* blocks = std::getenv("TWA_EMULATOR_RESIDENT");
   return device != 0 ? -101 : blocks ? std::atoi(blocks) : 3;
 }

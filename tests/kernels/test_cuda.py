@@ -182,6 +182,43 @@ def test_step_with_an_empty_segment():
     assert c[:, 1].tolist() == [0, 0, 0] and torch.allclose(x[:, 1].cpu(), torch.full((3,), 0.95))
 
 
+@pytest.fixture
+def variant():
+    """set_cuda_variant, and afterwards the shipped one."""
+
+    def choose(**options):
+        cuda._window.cache_clear()  # it follows from the variant
+        cuda.module.set_cuda_variant(**options)
+
+    yield choose
+    choose()
+
+
+@pytest.mark.parametrize(
+    "options", [{"fence": False}, {"ring_kib": 1}, {"ring_kib": 20}, {"step_blocks": 1}], ids=str
+)
+@pytest.mark.parametrize("bits", [8, 4, 1])
+def test_variants_have_the_bits_of_what_is_shipped(bits, options, variant):
+    shapes = [(128 * 20,), (200,)]
+    basis = put(tk.pack(rows_of(72, shapes), bits, segments=[0, 1]))
+    grads, center = put(tensors(shapes, 7)), put(tensors(shapes, 9))
+
+    def results():
+        x, out = torch.ones(72, 2, device=DEVICE), put(tensors(shapes, 1))
+        sgd = {"rule": "sgd", "options": {"lr": 0.1}, "state": {}, "backend": "cuda"}
+        c = tk.step(basis, grads, x, out, center, **sgd)
+        return [c, x, *out, tk.project(basis, grads, "cuda"), *tk.reconstruct(basis, x, center)]
+
+    shipped = results()
+    variant(**options)
+    assert all(torch.equal(a, b) for a, b in zip(results(), shipped, strict=True))
+
+
+def test_a_variant_that_is_none(variant):
+    with pytest.raises(ValueError, match="expected 1 <= ring_kib <= 32 and step_blocks >= 1"):
+        variant(ring_kib=0)
+
+
 # Streams, graphs, devices -------------------------------------------------------------------------
 
 
