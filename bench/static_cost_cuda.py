@@ -69,6 +69,10 @@ ALU = frozenset(
         "SHL",
     ]
 )
+#: of the pipe for multiplications: integers take it every other cycle, too
+FMA = frozenset(["IMAD", "FFMA", "FMUL", "FADD", "IDP", "HADD2", "HFMA2"])
+#: of the pipe for conversions and reductions of a warp
+XU = frozenset(["F2I", "I2F", "F2F", "REDUX", "MUFU"])
 OPS = (
     "pack",
     "look",
@@ -81,6 +85,27 @@ OPS = (
     "scale",
     "step",
 )
+
+
+def mix(path: list[str]) -> dict[str, int]:
+    """Instructions of a path by what they take: issue slots, pipes; and wavefronts of shared
+    memory, 128 bytes each, without conflicts of banks.
+    """
+    names = [text.split(".")[0] for text in path]
+    width = {"128": 4, "64": 2}
+    return {
+        "issue": len(path),
+        "alu": sum(name in ALU for name in names),
+        "fma": sum(name in FMA for name in names),
+        "xu": sum(name in XU for name in names),
+        "uniform": sum(name.startswith("U") and name != "UBLKCP" for name in names)
+        + names.count("R2UR"),
+        "shared": sum(
+            next((width[part] for part in text.split(".") if part in width), 1)
+            for text, name in zip(path, names, strict=True)
+            if name in ("LDS", "STS", "LDG", "STG")
+        ),
+    }
 
 
 def tile_bytes(op: str, bits: int, rows: int) -> int:
@@ -104,6 +129,7 @@ def measure(function: machine_code.Function) -> dict | None:
     path = machine_code.usual_path(function.code)
     names, instructions = machine_code.counts(path), 32 * len(path)
     row |= {"path": len(path), "per_weight": instructions / (row["rows"] * 128)}
+    row["mix"] = {"fp32": mix(path), "bf16": mix(machine_code.usual_path(function.code, True))}
     shapes = [text.split(".")[1] for text in path if text.startswith("IMMA")]
     row["products"] = sum({"16832": 512, "16816": 256}[shape] for shape in shapes)  # of one tile
     per_byte = PER_BYTE.get(function.arch, PER_BYTE["sm_90"])
