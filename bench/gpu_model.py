@@ -6,7 +6,7 @@ and dtype; times are seconds of one multiprocessor, for one tile:
 
     memory    the bytes that must move, at the rate of a copy
     issue     instructions, four a cycle
-    alu, fma, xu, uniform   instructions of each pipe, at its rate
+    alu, fma, xu, uniform   those of each pipe, at its rate; the fullest of these five counts
     matrix    products of the matrix units
     shared    wavefronts of shared memory: 128 bytes a cycle, what copies write included
     latency   bytes that must be on their way (rate times latency) over those that are
@@ -37,6 +37,7 @@ BITS, ROWS, DTYPES = (8, 4, 3, 2, 1), (16, 64, 72, 128, 256), {"fp32": 4, "bf16"
 COLUMNS = 1.13e8
 WARPS, STAGES, RING, STEP_BLOCKS = 4, 8, 10 << 10, 3  # csrc/cuda/common.h, csrc/twa.h
 POWER = 4
+INSTRUCTIONS = {"issue": 4, "alu": 2, "fma": 2, "xu": 0.5, "uniform": 2}  # a cycle
 #: seconds of a block without a use of memory. An item's numbers, its tensor's, their addresses: a
 #: load that waits for another each, 0.4 us; then the first copy, 0.8; and the block's own begin and
 #: end, 0.7. In a fused step the next task's begin and the end of the one before overlap: no begin
@@ -216,8 +217,7 @@ def terms(row: dict, op: str, n: int, size: int, shape: Shape, blocks: int, gpu:
     on_their_way = blocks * WARPS * (shape.slots - 0.5) * shape.slot_bytes
     if op == "reconstruct":  # and the center of the next tile
         on_their_way += blocks * WARPS * 128 * size
-    per_cycle = {"issue": 4, "alu": 2, "fma": 2, "xu": 0.5, "uniform": 2}
-    found = {name: times * mix[name] / rate * cycle for name, rate in per_cycle.items()}
+    found = {name: times * mix[name] / rate * cycle for name, rate in INSTRUCTIONS.items()}
     return {
         "memory": moved(op, row["bits"], n, size) / per,
         **found,
@@ -225,6 +225,13 @@ def terms(row: dict, op: str, n: int, size: int, shape: Shape, blocks: int, gpu:
         "shared": (times * mix["shared"] + nbytes / 128) * cycle,
         "latency": nbytes * gpu.latency / on_their_way,
     }
+
+
+def together(each: dict[str, float]) -> float:
+    """Seconds of a tile, from its terms."""
+    instructions = max(each[name] for name in INSTRUCTIONS)
+    others = [each[name] for name in ("memory", "matrix", "shared", "latency")]
+    return sum(t**POWER for t in [instructions, *others]) ** (1 / POWER)
 
 
 def busy(service: float, start: float, customers: int) -> float:
@@ -256,7 +263,7 @@ def line(rows: list[dict], op: str, bits: int, n: int, size: int, gpu: Gpu) -> L
     registers = 65536 // (_up(found["registers"], 8) * 128)
     blocks = min(gpu.shared // (shape.shared_bytes + 1024), registers, 16)
     each = terms(found, op, n, size, shape, blocks, gpu)
-    tile = sum(t**POWER for t in each.values()) ** (1 / POWER)
+    tile = together(each)
     service = tile * shape.item / shape.row_blocks
     share_busy = busy(service, START[op], blocks)
     total = COLUMNS / 128 * tile / gpu.multiprocessors / share_busy
@@ -274,12 +281,12 @@ def step(rows: list[dict], bits: int, n: int, size: int, gpu: Gpu) -> float | No
     found = next((r for r in rows if _is(r, "step", bits, shape.rows, gpu.arch)), None)
     registers = 65536 // (_up(found["registers"], 8) * 128) if found else STEP_BLOCKS
     blocks = min(gpu.shared // (shape.shared_bytes + 1024), registers, STEP_BLOCKS)
-    apart = together = 0.0
+    apart = fused = 0.0
     for of in both:
         service = of.tile * shape.item
         apart += of.tile / of.busy
-        together += of.tile / busy(service, START["step"], blocks)
-    return apart / together
+        fused += of.tile / busy(service, START["step"], blocks)
+    return apart / fused
 
 
 def _is(r: dict, op: str, bits: int, rows: int, arch: str) -> bool:
@@ -330,14 +337,14 @@ def tables(rows: list[dict]) -> dict[str, dict]:
 
 def limits(rows: list[dict], gpu: Gpu, n: int) -> list[str]:
     """What takes how much of the time at n rows, float32."""
-    names = ["memory", "issue", "alu", "fma", "xu", "uniform", "matrix", "shared", "latency"]
-    lines = [f"| op | bits | {' | '.join(names[1:])} | blocks | busy | percent |"]
-    lines.append("|---" * 2 + "|--:" * (len(names) + 2) + "|")
+    names = [*INSTRUCTIONS, "matrix", "shared", "latency"]
+    lines = [f"| op | bits | {' | '.join(names)} | blocks | busy | percent |"]
+    lines.append("|---" * 2 + "|--:" * (len(names) + 3) + "|")
     for op in SHAPES:
         for bits in BITS:
             if (of := line(rows, op, bits, n, 4, gpu)) is None:
                 continue
-            cells = [f"{of.terms[name] / of.terms['memory']:.2f}" for name in names[1:]]
+            cells = [f"{of.terms[name] / of.terms['memory']:.2f}" for name in names]
             cells += [str(of.blocks), f"{of.busy:.2f}", f"{100 * of.share:.0f}"]
             lines.append(f"| {op} | {bits} | {' | '.join(cells)} |")
     return lines

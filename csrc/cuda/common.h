@@ -33,9 +33,11 @@ struct Columns {
   bool aligned;  // vectors of four elements may be loaded at once: tiles begin at multiples of 128
                  // elements
   int count;
+  int whole;  // tiles that asynchronous copies can take, from the first on: 128 columns each, in
+              // pieces of 16 bytes
 
   TWA_DEVICE Columns(const DeviceTensor* table, const Item& item)
-      : data(nullptr), dtype(Dtype::f32), aligned(true), count(0) {
+      : data(nullptr), dtype(Dtype::f32), aligned(true), count(0), whole(0) {
     if (table == nullptr) return;
     const DeviceTensor tensor = table[item.tensor];
     if (tensor.data == nullptr) return;
@@ -44,6 +46,7 @@ struct Columns {
     count = left < item.tiles * kTileColumns ? static_cast<int>(left) : item.tiles * kTileColumns;
     data = static_cast<uint8_t*>(tensor.data) + item.column * element_bytes();
     aligned = reinterpret_cast<uintptr_t>(data) % (dtype == Dtype::f32 ? 16 : 8) == 0;
+    if (reinterpret_cast<uintptr_t>(data) % 16 == 0) whole = count / kTileColumns;
   }
   TWA_DEVICE int element_bytes() const { return dtype == Dtype::f32 ? 4 : 2; }
   TWA_DEVICE uint16_t to_half(float v) const {
@@ -71,17 +74,13 @@ struct Columns {
       from_halves(w[0] | w[1] << 16, v[0], v[1]), from_halves(w[2] | w[3] << 16, v[2], v[3]);
     }
   }
-  // Whether asynchronous copies can take the tile that begins at c: it is whole, and in pieces of
-  // 16 bytes.
-  TWA_DEVICE bool can_copy(int c) const {
-    return c + kTileColumns <= count && reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  }
-  // Elements of such a tile that was copied to shared memory, or of another one:  4 lane .. 4 lane
-  // + 3;  with kPairs j, j + 64, j + 1, j + 65 with j = 2 lane.
+  // Elements of a tile, which was copied to shared memory if it is one of `whole`:  4 lane .. 4
+  // lane + 3;  with kPairs j, j + 64, j + 1, j + 65 with j = 2 lane.
   template <bool kPairs>
-  TWA_DEVICE void take(const uint8_t* copied, int c, float* v) const {
+  TWA_DEVICE void take(const uint8_t* copied, int tile, float* v) const {
     const int lane = lane_index();
-    if (!can_copy(c)) {
+    if (tile >= whole) {
+      const int c = tile * kTileColumns;
       const auto at = [&](int k) {
         return c + (kPairs ? 2 * lane + k / 2 + 64 * (k % 2) : 4 * lane + k);
       };
@@ -163,26 +162,25 @@ struct Columns {
 // before the one before has ended.
 struct Task {
   Item item;
-  Columns columns;  // of the gradient, or of the weights
-  int tile, row;    // whose copy comes next; project: its first row
+  Columns columns;       // of the gradient, or of the weights
+  int tile, row;         // whose copy comes next; project: its first row
+  const uint8_t* codes;  // of that tile
 
   TWA_DEVICE Task(const DeviceWork& work, int64_t at, const DeviceTensor* tensors)
       : item(load_item(work, at)), columns(tensors, item), tile(uniform(warp_index())), row(0) {
     item.tile = uniform(item.tile), item.tiles = uniform(item.tiles);
-    columns.data = reinterpret_cast<uint8_t*>(
-        uniform(static_cast<int64_t>(reinterpret_cast<uintptr_t>(columns.data))));
-    columns.count = uniform(columns.count);
+    columns.data = uniform(columns.data), columns.count = uniform(columns.count),
+    columns.whole = uniform(columns.whole);
     columns.dtype = static_cast<Dtype>(uniform(static_cast<int>(columns.dtype)));
   }
 };
 
 // Scales of the rows as bytes, row 32 j + lane in s[j]; zero past the last row, so whatever lies
-// there in the ring counts nothing.
+// there in the ring counts nothing. mine: this lane's in the first 32 rows.
 template <int kCount>
-TWA_DEVICE void load_scales(const uint8_t* scales, int rows, uint32_t* s) {
+TWA_DEVICE void load_scales(const uint8_t* mine, int rows, uint32_t* s) {
 #pragma unroll
-  for (int j = 0; j < kCount; ++j)
-    s[j] = 32 * j + lane_index() < rows ? load_1(scales + 32 * j + lane_index()) : 0u;
+  for (int j = 0; j < kCount; ++j) s[j] = 32 * j + lane_index() < rows ? load_1(mine + 32 * j) : 0u;
 }
 
 constexpr int kGradientBytes = 4 * kTileColumns;  // at the end of a slot, where project has them
@@ -215,18 +213,17 @@ struct Ring {
     uint64_t* barrier = &full[fill];
     fill = fill + 1 == slots ? 0 : fill + 1;
     if (bulk_copies()) {
-      if (lane == 0) {
+      if (one_lane()) {
         barrier_expect(barrier, rows * row_bytes(kBits) + more);
         if (more) copy_bulk(more_to, more_from, more, barrier, evict_first());
+        if (kBits != 8) copy_bulk(to, from, rows * row_bytes(kBits), barrier, policy);
       }
-      if (kBits == 8) sync_warp();
       if constexpr (kBits == 8) {
+        sync_warp();
         const int left = rows - 8 * lane;
         if (left > 0)
           copy_bulk(to + lane * (1024 + kPad), from + lane * 1024, (left < 8 ? left : 8) * 128,
                     barrier, policy);
-      } else if (lane == 0) {
-        copy_bulk(to, from, rows * row_bytes(kBits), barrier, policy);
       }
     } else {
       const int chunks = rows * kBits;  // of 16 bytes

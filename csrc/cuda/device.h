@@ -41,6 +41,22 @@ TWA_DEVICE uint32_t shuffle_xor(uint32_t v, int mask) {
 TWA_DEVICE int uniform(int v) { return __shfl_sync(0xffffffffu, v, 0); }
 TWA_DEVICE int64_t uniform(int64_t v) { return __shfl_sync(0xffffffffu, v, 0); }
 
+template <class T>
+TWA_DEVICE T* uniform(T* p) {
+  return reinterpret_cast<T*>(uniform(static_cast<int64_t>(reinterpret_cast<uintptr_t>(p))));
+}
+// True in one lane of a warp, whose lanes all ask.
+TWA_DEVICE bool one_lane() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t chosen = 0;
+  asm volatile("{ .reg .pred one; elect.sync _|one, 0xffffffff; @one mov.b32 %0, 1; }"
+               : "+r"(chosen));
+  return chosen != 0;
+#else
+  return lane_index() == 0;
+#endif
+}
+
 TWA_DEVICE int dot4(uint32_t a, uint32_t b, int c) {
   return __dp4a(static_cast<int>(a), static_cast<int>(b), c);
 }

@@ -19,7 +19,7 @@ project_kernel(ProjectArguments a) {
   const uint32_t block = static_cast<uint32_t>(block_index()),
                  row_blocks = static_cast<uint32_t>(a.row_blocks);
   const int64_t item = block / row_blocks;
-  const ProjectTask<kBits, kUnits> task(a, ring, item, static_cast<int>(block % row_blocks));
+  ProjectTask<kBits, kUnits> task(a, ring, item, static_cast<int>(block % row_blocks));
   task.run(a, ring, mine);
   sync_block();
   task.store(a, shared_memory(), stride, item);

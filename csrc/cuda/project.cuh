@@ -111,26 +111,26 @@ struct ProjectTask : Task {
   TWA_DEVICE ProjectTask(const ProjectArguments& a, Ring& ring, int64_t at, int row_block)
       : Task(a.work, at, a.grads) {
     row = row_block * P::kRows;
+    codes = a.codes + ((item.tile + tile) * a.n + row) * row_bytes(kBits);
     if (columns.data == nullptr) return;
-    for (int k = 0; k < a.slots; ++k) copy(a, ring, tile + kWarps * k);
+    for (int k = 0; k < a.slots; ++k) copy(a, ring);
   }
   TWA_DEVICE int rows(const ProjectArguments& a) const {
     const int left = static_cast<int>(a.n) - row;
     return left < P::kRows ? left : P::kRows;
   }
-  TWA_DEVICE void copy(const ProjectArguments& a, Ring& ring, int at) const {
-    if (at >= item.tiles) return;
-    const int c = at * kTileColumns;  // an item has at most 64 tiles of 4096 rows
-    ring.template copy<kBits, kProjectPad>(
-        a.codes + (item.tile * a.n + row) * row_bytes(kBits) +
-            at * (static_cast<int>(a.n) * row_bytes(kBits)),
-        rows(a), columns.data + c * columns.element_bytes(),
-        columns.can_copy(c) ? kTileColumns * columns.element_bytes() : 0);
+  // Of the next tile.
+  TWA_DEVICE void copy(const ProjectArguments& a, Ring& ring) {
+    if (tile >= item.tiles) return;
+    const int bytes = kTileColumns * columns.element_bytes();
+    ring.template copy<kBits, kProjectPad>(codes, rows(a), columns.data + tile * bytes,
+                                           tile < columns.whole ? bytes : 0);
+    tile += kWarps, codes += kWarps * static_cast<int>(a.n) * row_bytes(kBits);
   }
 
   // Sums of the warp's tiles, in `mine`, its shared memory.
-  TWA_DEVICE void run(const ProjectArguments& a, Ring& ring, uint8_t* mine) const {
-    const int lane = lane_index(), warp = tile, g = lane / 4, t = lane % 4,
+  TWA_DEVICE void run(const ProjectArguments& a, Ring& ring, uint8_t* mine) {
+    const int lane = lane_index(), warp = uniform(warp_index()), g = lane / 4, t = lane % 4,
               n = static_cast<int>(a.n), count = rows(a);
     if (columns.data == nullptr) return;
     uint32_t* limbs = reinterpret_cast<uint32_t*>(mine + P::kLimbAt);
@@ -145,19 +145,19 @@ struct ProjectTask : Task {
                                                      : g * P::kLimbStride + t * 8);
     constexpr int kWords = 2 * kProjectSteps<kBits>;
 
-    const uint8_t* scales = a.scales + item.tile * a.n + row;
+    const uint8_t* scales = a.scales + (item.tile + warp) * a.n + row + lane;  // of this lane
     const uint32_t table[2] = {in_register(first_levels<kBits>(0)),
                                in_register(first_levels<kBits>(1))};
     float acc[P::kBlocks + 1][2] = {}, last = 0.0f;
     uint32_t s[P::kScales];
-    if (warp < item.tiles) load_scales<P::kScales>(scales + warp * n, count, s);
+    if (warp < item.tiles) load_scales<P::kScales>(scales, count, s);
     for (int at = warp; at < item.tiles; at += kWarps) {
       const uint8_t* slot = ring.next();
       int sum;
       TwoFactors unit;
       float gradient[4];
-      columns.template take<kBits != 8 && kBits != 1>(slot + ring.slot_bytes - kGradientBytes,
-                                                      at * kTileColumns, gradient);
+      columns.template take<kBits != 8 && kBits != 1>(slot + ring.slot_bytes - kGradientBytes, at,
+                                                      gradient);
       write_limbs<kBits, P::kLimbStride>(gradient, limbs, unit, sum);
 #pragma unroll
       for (int j = 0; j < P::kScales; ++j)
@@ -203,9 +203,10 @@ struct ProjectTask : Task {
       }
       if (a.fence) release_to_copies();
       sync_warp();  // the slot, the limbs and the scales have been read
-      copy(a, ring, at + kWarps * a.slots);
+      copy(a, ring);
+      scales += kWarps * n;
       if (at + kWarps < item.tiles)  // after the fence, which would wait for them
-        load_scales<P::kScales>(scales + (at + kWarps) * n, count, s);
+        load_scales<P::kScales>(scales, count, s);
     }
 
     // Lanes with t = 0 (1 bit: and 2) have the lower limbs' sums, their neighbours the upper ones'.

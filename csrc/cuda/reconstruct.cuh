@@ -186,6 +186,7 @@ struct ReconstructTask : Task {
   explicit TWA_DEVICE ReconstructTask(const Task& started) : Task(started) {}
   TWA_DEVICE ReconstructTask(const ReconstructArguments& a, Ring& ring, int64_t at)
       : Task(a.work, at, a.out) {
+    codes = a.codes + (item.tile + tile) * a.n * row_bytes(kBits);
     if (columns.data == nullptr) return;
     for (int k = 0; k < a.slots; ++k) copy_next(a, ring);
   }
@@ -193,18 +194,15 @@ struct ReconstructTask : Task {
   TWA_DEVICE void copy_next(const ReconstructArguments& a, Ring& ring) {
     if (tile >= item.tiles) return;
     const int n = static_cast<int>(a.n);
-    const uint8_t* codes =
-        a.codes + item.tile * a.n * row_bytes(kBits) +
-        tile * (n * row_bytes(kBits));         // an item has at most 64 tiles of 4096 rows
     if constexpr (!kMany && R::kParts == 1) {  // a tile is one slot
       ring.template copy<kBits, kReconstructPad>(codes, n);
-      tile += kWarps;
+      tile += kWarps, codes += kWarps * n * row_bytes(kBits);
     } else {
       constexpr int kSlotRows = 32 * R::kSlotGroups;
       const int rows = n - row < kSlotRows ? n - row : kSlotRows;
-      ring.template copy<kBits, kReconstructPad>(codes + row * row_bytes(kBits), rows);
-      row += kSlotRows;
-      if (row >= n) row = 0, tile += kWarps;
+      ring.template copy<kBits, kReconstructPad>(codes, rows);
+      row += rows, codes += rows * row_bytes(kBits);
+      if (row == n) row = 0, tile += kWarps, codes += (kWarps - 1) * n * row_bytes(kBits);
     }
   }
 
@@ -221,10 +219,10 @@ struct ReconstructTask : Task {
     uint8_t* limbs = mine + R::kLimbAt;
     Word4* to_columns = reinterpret_cast<Word4*>(mine + R::kSumAt);
     if (lane < 8) reinterpret_cast<uint32_t*>(limbs + 3 * kGroups * 32)[lane] = 0;
-    const uint8_t* scales = a.scales + item.tile * a.n;
+    const uint8_t* scales = a.scales + (item.tile + warp) * a.n;
     uint32_t s[kGroups], middle[4];
     if (warp < item.tiles) {
-      load_scales<kGroups>(scales + warp * n, n, s);
+      load_scales<kGroups>(scales + lane, n, s);
       center.load_raw(warp * kTileColumns, middle);
     }
     wait();
@@ -241,16 +239,15 @@ struct ReconstructTask : Task {
     const uint32_t table[2] = {in_register(first_levels<kBits>(0)),
                                in_register(first_levels<kBits>(1))};
     for (int at = warp; at < item.tiles; at += kWarps) {
-      const uint8_t* tile_scales = scales + at * n;
       float y[kGroups];
-      coefficients<kGroups>(x_row, tile_scales, 0, n, s, y);
+      coefficients<kGroups>(x_row, scales, 0, n, s, y);
       uint32_t largest = 0;
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) largest = max(largest, float_bits(y[j]) & 0x7fffffffu);
       if constexpr (kMany) {
         for (int row0 = 32 * kGroups; row0 < n; row0 += 32 * kGroups) {
           float more[kGroups];
-          coefficients<kGroups>(x_row, tile_scales, row0, n, nullptr, more);
+          coefficients<kGroups>(x_row, scales, row0, n, nullptr, more);
           for (int j = 0; j < kGroups; ++j)
             largest = max(largest, float_bits(more[j]) & 0x7fffffffu);
         }
@@ -261,7 +258,7 @@ struct ReconstructTask : Task {
 
       int sums[8][4] = {}, q_sum = 0;
       for (int row0 = 0; row0 < (kMany ? n : 1); row0 += 32 * kGroups) {
-        if (kMany && row0 > 0) coefficients<kGroups>(x_row, tile_scales, row0, n, nullptr, y);
+        if (kMany && row0 > 0) coefficients<kGroups>(x_row, scales, row0, n, nullptr, y);
 #pragma unroll
         for (int j = 0; j < kGroups; ++j) {
           const int q = round_to_int(y[j] * up.first * up.second);
@@ -322,8 +319,9 @@ struct ReconstructTask : Task {
       TwoFactors unit = pow2_factors(e - 23);
       if (largest >= 0x7f800000u) unit.second = bits_float(0x7fc00000u);
       add_sums<kBits>(to_columns, low, high, unit, value);
+      scales += kWarps * n;
       if (at + kWarps < item.tiles) {  // after the fences, which would wait for them
-        load_scales<kGroups>(tile_scales + kWarps * n, n, s);
+        load_scales<kGroups>(scales + lane, n, s);
         center.load_raw((at + kWarps) * kTileColumns, middle);
       }
       columns.store_four(at * kTileColumns, value);

@@ -134,7 +134,7 @@ step_kernel(StepArguments a) {
     if (now >= 0) {
       for (int block = 0; block < a.project.row_blocks; ++block) {
         if (block > 0) started = ToProject(a.project, ring, now, block);
-        const ToProject project(started);
+        ToProject project(started);
         project.run(a.project, ring, mine);
         if (thread_index() == 0) shared[1] = next;
         sync_block();

@@ -178,6 +178,18 @@ inline int64_t uniform(int64_t v) {
   return static_cast<int64_t>(high) << 32 | static_cast<uint32_t>(low);
 }
 
+template <class T>
+T* uniform(T* p) {
+  return reinterpret_cast<T*>(uniform(static_cast<int64_t>(reinterpret_cast<uintptr_t>(p))));
+}
+inline bool one_lane() {
+  uint32_t in[1] = {0}, out[1];
+  emulator::together("one_lane", in, out, [](auto&, auto& b) {
+    for (uint32_t k = 0; k < 32; ++k) b[k][0] = k == 0;
+  });
+  return out[0] != 0;
+}
+
 inline int dot4(uint32_t a, uint32_t b, int c) {
   for (int k = 0; k < 4; ++k)
     c += static_cast<int8_t>(a >> (8 * k)) * static_cast<int8_t>(b >> (8 * k));
