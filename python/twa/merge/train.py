@@ -287,7 +287,7 @@ class Trainer:
 
 
 def read_later(number: Tensor) -> Callable[[], float]:
-    """What reads a number from its device, and waits for nothing that is queued there after this."""
+    """What reads a number from its device, without waiting for what is queued there after this."""
     if number.device.type != "cuda":
         return number.detach().item
     here = number.detach().to("cpu", non_blocking=True)
