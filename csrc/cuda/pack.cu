@@ -14,11 +14,10 @@ namespace {
 
 // Blocks of a launch at most, since a grid has below 2^31: large bases take several.
 #if defined(TWA_EMULATE)
-constexpr int64_t kMostPackBlocks = 512;  // so that tests have several, too
+constexpr int64_t kMostPackBlocks = 32;  // so that tests have several, too
 #else
 constexpr int64_t kMostPackBlocks = 0x7fffffff;
 #endif
-static_assert(kMostPackBlocks >= kMaxRows / kQuantiseWarps, "the same tiles of all rows at least");
 
 struct PackArguments {
   DeviceRows in;
@@ -69,7 +68,7 @@ int pack_cuda(const DeviceRows& rows, const DevicePackTarget& target, const Plac
   if (!valid_bits(target.bits) || rows.n < 1 || rows.n > kMaxRows) return kInvalidValue;
   const int64_t row_blocks = (rows.n + kQuantiseWarps - 1) / kQuantiseWarps,
                 tile_blocks = (target.tiles + kQuantiseTiles - 1) / kQuantiseTiles,
-                most = kMostPackBlocks / row_blocks;
+                most = row_blocks < kMostPackBlocks ? kMostPackBlocks / row_blocks : 1;
   int error = 0;
   for (int64_t first = 0; first < tile_blocks && error == 0; first += most) {
     const int64_t count = tile_blocks - first < most ? tile_blocks - first : most;
