@@ -253,7 +253,7 @@ struct DevicePackTarget {
   uint8_t* codes;    // (tiles, n, row_bytes)
   uint16_t* scales;  // (tiles, n) bf16 with 4 significant bits
   double* squares;   // (tiles, n): squared norms of the groups
-  int32_t* bad;      // added to: groups with a NaN or Inf
+  int32_t* bad;      // becomes 1 where a group has a NaN or Inf; else left as it is
 };
 int pack_cuda(const DeviceRows& rows, const DevicePackTarget& target, const Place& where);
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from twa.coordinates import (
     BASES,
     CONSTRAINTS,
@@ -129,6 +130,26 @@ def test_pull_shares_is_the_transpose(basis):
     for l in range(L):
         at = slice(l, l + 1)
         torch.testing.assert_close(rows.pull_shares(c[:, at], at), pulled[:, at])
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_nothing_is_copied_to_the_device_twice(basis):
+    """A step does this twice, and a copy from pageable memory waits."""
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            copies.append(op is torch.ops.aten._to_copy.default)
+            return op(*args, **kwargs or {})
+
+    *_, rows = rows_of(basis)
+    counts = []
+    for _ in range(2):
+        copies = []
+        with Copies():
+            rows.from_shares(torch.zeros(N, L, dtype=torch.float64, device="meta"))
+            rows.pull_shares(torch.zeros(rows.shape, dtype=torch.float64, device="meta"), slice(L))
+        counts.append(sum(copies))
+    assert counts[0] > 0 == counts[1]
 
 
 def test_shares_of_differences():

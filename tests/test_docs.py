@@ -197,6 +197,7 @@ RUN = {
     "docs/recording.md": recording,
     "docs/tasks.md": tasks,
     "docs/trainers/accelerate.md": example_files,
+    "docs/trainers/cuda_graph.md": example_files,
     "docs/trainers/fsdp2.md": example_files,
     "docs/trainers/lightning.md": example_files,
     "docs/trainers/plain.md": example_files,

@@ -44,6 +44,36 @@ def empty_for_streaming(
     return t
 
 
+class Listed(list[Tensor]):
+    """Tensors of an operand of an op, of which each is looked at once.
+
+    What was found serves the op's rules, and the backend. The list must not change.
+
+    Attributes:
+        found: _C.Tensors of them; None where a tensor is of a class of its own, such as a fake one,
+            or no kernel takes it.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__(tensors)
+        self._given = tensors  # what `found` keeps: not this object, which keeps `found`
+        self._found: Any = None
+        self._looked = False
+
+    @property
+    def found(self) -> Any:
+        if not self._looked and _C is not None:
+            self._looked, self._found = True, _C.usual(self._given)
+        return self._found
+
+
+def made_of(tensors: Sequence[Tensor], module: Any) -> Any:
+    """_C.Tensors of a list, of that one of the native modules."""
+    found = tensors.found if isinstance(tensors, Listed) else None
+    is_of_module = found is not None and module.Tensors is type(found)
+    return found if is_of_module else module.Tensors(tensors)
+
+
 def are_usual(
     tensors: Sequence[Tensor], numels: Sequence[int], device: torch.device, absent: bool = False
 ) -> bool:
@@ -55,12 +85,9 @@ def are_usual(
     """
     if _C is None or device.type not in _DEVICES:
         return False
-    return _C.are_usual(
-        tensors=tensors,
-        numels=numels,
-        device=_DEVICES[device.type],
-        index=device.index or 0,
-        absent=absent,
+    found = tensors.found if isinstance(tensors, Listed) else _C.usual(list(tensors))
+    return found is not None and found.are(
+        numels=numels, device=_DEVICES[device.type], index=device.index or 0, absent=absent
     )
 
 
@@ -70,6 +97,8 @@ _DEVICES = {"cpu": 1, "cuda": 2}
 
 def first_shared(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """Numbers of two of the tensors that share memory; None if none do."""
+    if isinstance(tensors, Listed) and tensors.found is not None:
+        return tensors.found.first_shared()
     if _C is not None:
         return _C.first_shared(tensors)
     spans = sorted(

@@ -51,6 +51,8 @@ PYBIND11_MODULE(TWA_MODULE, m) {
       .def(py::init<const py::object&>(), "tensors"_a)
       .def_readonly("odd", &Tensors::odd)
       .def_property_readonly("key", &Tensors::key)
+      .def("are", &Tensors::are, py::kw_only(), "numels"_a, "device"_a, "index"_a, "absent"_a)
+      .def("first_shared", &Tensors::shared)
       .def("__len__", &Tensors::count);
   py::class_<Rows>(m, "Rows", py::module_local())
       .def(py::init<const Tensors&, const Tensors*, std::vector<int64_t>, int64_t>(), py::kw_only(),
@@ -68,9 +70,8 @@ PYBIND11_MODULE(TWA_MODULE, m) {
       .def_property_readonly("arrays", &arrays_of)
       .def("tasks",
            [](const HostWork& w, int64_t window) { return bytes_of(make_tasks(w, window)); });
-  m.def("are_usual", &are_usual, py::kw_only(), "tensors"_a, "numels"_a, "device"_a, "index"_a,
-        "absent"_a);
-  m.def("first_shared", &first_shared, "tensors"_a);
+  m.def("usual", &usual, "tensors"_a);
+  m.def("first_shared", py::overload_cast<const py::object&>(&first_shared), "tensors"_a);
   m.def("get_code", [](int bits, const std::string& row, int column) {
     return get_code(bits, reinterpret_cast<const uint8_t*>(row.data()), column);
   });

@@ -69,12 +69,43 @@ inline int number_of(Kind kind) {
   return kind == kFloat32 ? 0 : kind == kBfloat16 ? 1 : kind == kFloat16 ? 2 : -1;
 }
 
+// Number of one of two or more spans of memory, and of another that it overlaps; none if none do.
+struct Span {
+  uintptr_t begin, end;
+  size_t k;
+};
+inline py::object first_shared(std::vector<Span> spans) {
+  const auto before = [](const Span& a, const Span& b) { return a.begin < b.begin; };
+  if (!std::is_sorted(spans.begin(), spans.end(), before))
+    std::sort(spans.begin(), spans.end(), before);
+  for (size_t k = 1; k < spans.size(); ++k)
+    if (spans[k].begin < spans[k - 1].end) return py::make_tuple(spans[k - 1].k, spans[k].k);
+  return py::none();
+}
+inline void append(std::vector<Span>& spans, const void* data, int64_t numel, int bits, size_t k) {
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  const auto bytes = static_cast<uintptr_t>(numel) * static_cast<uintptr_t>(bits) / 8;
+  if (bytes) spans.push_back({begin, begin + bytes, k});
+}
+// Numbers of two of the tensors, of any dtype, that share memory; none if none do.
+inline py::object first_shared(const py::object& given) {
+  const py::list tensors(given);
+  std::vector<Span> spans;
+  for (size_t k = 0; k < tensors.size(); ++k) {
+    const Facts f = facts_of(tensors[k]);
+    append(spans, f.data, f.numel, f.kind.bits, k);
+  }
+  return first_shared(std::move(spans));
+}
+
 // Addresses, dtypes and sizes of a list of tensors, which it keeps alive.
 struct Tensors {
   std::vector<void*> data;
   std::vector<int64_t> numel;
   std::vector<Dtype> dtype;
   std::vector<int64_t> odd;  // those that no kernel can read or write as they lie in memory
+  int device = 0, index = 0;
+  bool together = true;  // on that device, all of them
   py::list owner;
 
   explicit Tensors(const py::object& tensors) : owner(tensors) {  // a list as it is, no copy
@@ -85,6 +116,8 @@ struct Tensors {
       const int number = number_of(f.kind);
       if (number < 0) throw py::type_error("expected float32, bfloat16 or float16 tensors");
       if (!f.contiguous) odd.push_back(static_cast<int64_t>(data.size()));
+      if (data.empty()) device = f.device, index = f.index;
+      if (f.device != device || f.index != index) together = false;
       data.push_back(f.data), numel.push_back(f.numel), dtype.push_back(static_cast<Dtype>(number));
     }
   }
@@ -104,52 +137,40 @@ struct Tensors {
       throw py::value_error(std::string(name) + "[" + std::to_string(odd[0]) +
                             "]: expected a contiguous tensor");
   }
+  // Whether they have these sizes and are on this device. absent: empty ones may stand for others.
+  bool are(const py::object& given, int on_device, int on_index, bool absent) const {
+    const py::tuple sizes(given);
+    if (data.size() != sizes.size()) return false;
+    if (data.empty()) return true;
+    if (!together || device != on_device || (device != kDeviceCpu && index != on_index))
+      return false;
+    for (size_t k = 0; k < data.size(); ++k) {
+      if (absent && numel[k] == 0) continue;
+      if (numel[k] != PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), k))) return false;
+    }
+    return true;
+  }
+  py::object shared() const {
+    std::vector<Span> spans;
+    spans.reserve(data.size());
+    for (size_t k = 0; k < data.size(); ++k)
+      append(spans, data[k], numel[k], dtype[k] == Dtype::f32 ? 32 : 16, k);
+    return first_shared(std::move(spans));
+  }
 };
 
-// Whether these are dense tensors of these sizes and of dtypes that kernels take, on one device:
-// what a list usually is. False does not say what is wrong. absent: empty ones may stand for
-// others.
-inline bool are_usual(const py::object& given, const py::object& sizes, int device, int index,
-                      bool absent) {
-  const py::list tensors(given);
-  const py::tuple numels(sizes);
-  if (tensors.size() != numels.size()) return false;
-  Py_ssize_t k = 0;
-  for (const py::handle t : tensors) {
-    if (!is_torchs_own(t)) return false;
-    Facts f{};
-    try {
-      f = facts_of(t);
-    } catch (const py::error_already_set&) {
-      return false;  // sparse, or without memory
-    }
-    const int64_t expected = PyLong_AsLongLong(PyTuple_GET_ITEM(numels.ptr(), k++));
-    if (number_of(f.kind) < 0 || f.device != device || (device != kDeviceCpu && f.index != index) ||
-        (f.numel != expected && !(absent && f.numel == 0)))
-      return false;
+// Tensors of a list that is what lists usually are: dense, of dtypes that kernels take, of no class
+// of their own; else none, which does not say what is wrong.
+inline py::object usual(const py::list& tensors) {
+  for (const py::handle t : tensors)
+    if (!is_torchs_own(t)) return py::none();
+  try {
+    return py::cast(Tensors(tensors));
+  } catch (const py::type_error&) {
+    return py::none();
+  } catch (const py::error_already_set&) {
+    return py::none();  // sparse, or without memory
   }
-  return true;
-}
-
-// Numbers of two of the tensors that share memory; none if none do.
-inline py::object first_shared(const py::object& given) {
-  const py::list tensors(given);
-  struct Span {
-    uintptr_t begin, end;
-    size_t k;
-  };
-  std::vector<Span> spans;
-  for (size_t k = 0; k < tensors.size(); ++k) {
-    const Facts f = facts_of(tensors[k]);
-    const auto begin = reinterpret_cast<uintptr_t>(f.data);
-    const auto bytes = static_cast<uintptr_t>(f.numel) * f.kind.bits / 8;
-    if (bytes) spans.push_back({begin, begin + bytes, k});
-  }
-  std::sort(spans.begin(), spans.end(),
-            [](const Span& a, const Span& b) { return a.begin < b.begin; });
-  for (size_t k = 1; k < spans.size(); ++k)
-    if (spans[k].begin < spans[k - 1].end) return py::make_tuple(spans[k - 1].k, spans[k].k);
-  return py::none();
 }
 
 // Checks a list with `each` tensors for each of these sizes. absent: empty ones stand for others.

@@ -12,9 +12,17 @@
 namespace twa {
 namespace {
 
+// Blocks of a launch at most, since a grid has below 2^31: large bases take several.
+#if defined(TWA_EMULATE)
+constexpr int64_t kMostPackBlocks = 32;  // so that tests have several, too
+#else
+constexpr int64_t kMostPackBlocks = 0x7fffffff;
+#endif
+
 struct PackArguments {
   DeviceRows in;
   DevicePackTarget out;
+  int64_t first;  // tile of this launch
 };
 
 template <int kBits>
@@ -25,7 +33,7 @@ pack_kernel(PackArguments a) {
   sync_block();
   const int64_t blocks = (n + kQuantiseWarps - 1) / kQuantiseWarps,
                 i = block_index() % blocks * kQuantiseWarps + warp_index();
-  int64_t tile = block_index() / blocks * kQuantiseTiles;
+  int64_t tile = a.first + block_index() / blocks * kQuantiseTiles;
   const int64_t end = tile + kQuantiseTiles < a.out.tiles ? tile + kQuantiseTiles : a.out.tiles;
   if (i >= n) return;
   int64_t k = tensor_of(a.out.tile_begin, a.in.count, tile);
@@ -49,7 +57,7 @@ pack_kernel(PackArguments a) {
     if (lane_index() == 0) {
       a.out.scales[group] = static_cast<uint16_t>(float_bits(found.scale) >> 16);
       a.out.squares[group] = ldexp(static_cast<double>(found.sum_sq), 2 * found.e);
-      if (!found.finite) counter_add(a.out.bad, 1);  // an integer count: its order does not matter
+      if (!found.finite) store_4(a.out.bad, 1);  // whoever writes it, and however often
     }
   }
 }
@@ -58,13 +66,19 @@ pack_kernel(PackArguments a) {
 
 int pack_cuda(const DeviceRows& rows, const DevicePackTarget& target, const Place& where) {
   if (!valid_bits(target.bits) || rows.n < 1 || rows.n > kMaxRows) return kInvalidValue;
-  const int64_t blocks = (target.tiles + kQuantiseTiles - 1) / kQuantiseTiles *
-                         ((rows.n + kQuantiseWarps - 1) / kQuantiseWarps);
-  return with_bits(target.bits, [&](auto b) {
-    constexpr int kBits = decltype(b)::value;
-    return launch(pack_kernel<kBits>, blocks, 32 * kQuantiseWarps, kQuantiseShared, where,
-                  PackArguments{rows, target});
-  });
+  const int64_t row_blocks = (rows.n + kQuantiseWarps - 1) / kQuantiseWarps,
+                tile_blocks = (target.tiles + kQuantiseTiles - 1) / kQuantiseTiles,
+                most = row_blocks < kMostPackBlocks ? kMostPackBlocks / row_blocks : 1;
+  int error = 0;
+  for (int64_t first = 0; first < tile_blocks && error == 0; first += most) {
+    const int64_t count = tile_blocks - first < most ? tile_blocks - first : most;
+    with_bits(target.bits, [&](auto b) {
+      constexpr int kBits = decltype(b)::value;
+      error = launch(pack_kernel<kBits>, count * row_blocks, 32 * kQuantiseWarps, kQuantiseShared,
+                     where, PackArguments{rows, target, first * kQuantiseTiles});
+    });
+  }
+  return error;
 }
 
 }  // namespace twa

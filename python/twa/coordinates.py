@@ -19,7 +19,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -50,6 +50,13 @@ class Coordinates:
 
     def __init__(self, center_weights: Tensor, shape: tuple[int, int]) -> None:
         self.center_weights, self.shape = center_weights, shape
+        self._moved: dict[tuple[torch.device, str], Tensor] = {}
+
+    def _on(self, device: torch.device, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, copied to a device once: a copy in every step would wait for it."""
+        if (device, name) not in self._moved:
+            self._moved[device, name] = make().to(device)
+        return self._moved[device, name]
 
     @property
     def rows(self) -> Coordinates:
@@ -143,13 +150,10 @@ class Divided(Coordinates):
     def __init__(self, center_weights: Tensor, divisor: Tensor) -> None:
         super().__init__(center_weights, (divisor.shape[0], divisor.shape[1]))
         self.divisor = divisor
-        self._moved: dict[torch.device, Tensor] = {}  # copies on other devices
 
     def divisor_on(self, device: torch.device) -> Tensor:
         """The divisor on a device, where it is copied once."""
-        if device not in self._moved:
-            self._moved[device] = self.divisor.to(device)
-        return self._moved[device]
+        return self._on(device, "divisor", lambda: self.divisor)
 
     def of_groups(self, counts: Sequence[int]) -> Coordinates:
         parts = self.divisor.split(list(counts), 1)
@@ -195,7 +199,7 @@ class Differences(Divided):
 
     def center_tails(self, device: torch.device) -> Tensor:
         """The tail sums (n - 1, 1) of the center's weights."""
-        return _tails(self.center_weights[:, None]).to(device)
+        return self._on(device, "tails", lambda: _tails(self.center_weights[:, None]))
 
     def shares(self, x: Tensor) -> Tensor:
         y = _divided(x.double().cpu(), self.divisor)
@@ -256,12 +260,13 @@ class Orthonormal(Coordinates):
 
     def from_shares(self, s: Tensor) -> Tensor:
         """The rows' coefficients: exact for candidates that were dropped, too."""
-        x = torch.einsum("lir,il->rl", self.R.to(s.device), s.double())
-        return x * self.inverse.to(s.device)
+        x = torch.einsum("lir,il->rl", self._on(s.device, "R", lambda: self.R), s.double())
+        return x * self._on(s.device, "inverse", lambda: self.inverse)
 
     def pull_shares(self, c: Tensor, columns: slice) -> Tensor:
-        scaled = c.double() * self.inverse[columns].to(c.device)
-        return torch.einsum("lir,rl->il", self.R[columns].to(c.device), scaled)
+        R = self._on(c.device, "R", lambda: self.R)[columns]
+        scaled = c.double() * self._on(c.device, "inverse", lambda: self.inverse)[columns]
+        return torch.einsum("lir,rl->il", R, scaled)
 
 
 def _signs_sq(gram: Tensor) -> float:

@@ -47,6 +47,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     optimizer, does what it does in other training. `state_dict` holds the inner state and x;
     `load_state_dict` also moves the model.
 
+    A CUDA graph can capture a whole training step after some that were not captured, with
+    capturable=True for AdamW. It repeats the learning rate; one that is a tensor on the device may
+    change between replays, and the step is not fused then.
+
     torch.amp.GradScaler works, and on several ranks a step that one of them skips is skipped by
     all.
 
@@ -220,6 +224,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         group = self.inner.param_groups[0]
         if self.low_memory or any(group.get(name) for name in UNSUPPORTED_OPTIONS):
             return None
+        lr = group["lr"]
+        if isinstance(lr, torch.Tensor) and lr.device.type != "cpu":
+            return None  # torch's own step reads it there; the fused one would wait for it
         own = self.inner._optimizer_step_pre_hooks or self.inner._optimizer_step_post_hooks
         if own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
             return None

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import twa_kernels as tk
+from twa_kernels import capture
 from twa_kernels.scaling import NORMALIZE
 
 from . import averages
@@ -305,6 +306,8 @@ class Subspace:
         Weights that were changed and put back, as for an evaluation, do not count.
         """
         if self._written is None or self._has_warned:  # once is enough, and looking takes time
+            return
+        if capture.capturing(self.coefficients.device):  # looking waits for the device
             return
         if (now := write_counts(self.sharding)) == self._written:
             return

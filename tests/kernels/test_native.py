@@ -1,5 +1,8 @@
 """How the native module sees tensors: by DLPack's C functions, or by their Python methods."""
 
+import types
+import weakref
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -78,6 +81,24 @@ def test_a_basis_says_what_kernels_take():
     assert basis.takes([torch.zeros(5).half(), torch.empty(0)])
     assert not basis.takes([torch.zeros(5), torch.zeros(3, dtype=torch.float64)])
     assert not basis.takes([torch.zeros(5)])
+
+
+def test_an_ops_tensors_are_looked_at_once():
+    tensors = [torch.zeros(3), torch.zeros(5).half()]
+    listed = native.Listed(tensors)
+    assert listed == tensors and listed.found is listed.found
+    assert native.made_of(listed, native._C) is listed.found
+    assert native.made_of(tensors, native._C) is not listed.found
+    other = types.SimpleNamespace(Tensors=lambda given: (given, "of another module"))
+    assert native.made_of(listed, other)[1] == "of another module"
+    assert native.are_usual(listed, (3, 5), CPU) and not native.are_usual(listed, (3, 6), CPU)
+    assert native.first_shared(listed) is None
+    assert native.first_shared(native.Listed([tensors[0], tensors[0][1:]])) == (0, 1)
+    for odd in (as_other(torch.zeros(3)), torch.zeros(3, dtype=torch.int64)):
+        assert native.Listed([torch.zeros(3), odd]).found is None
+    alive = weakref.ref(tensors[0])
+    del tensors, listed
+    assert alive() is None  # no cycle, which Python would not see
 
 
 @pytest.mark.parametrize("built", [True, False])

@@ -1,11 +1,13 @@
 """Without a number of steps: a trained average stops when one more is not worth it."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 import twa
 from torch import nn
+from twa.merge import train
 from twa.merge.settings import Settings
 from twa.merge.train import NEXT, Trainer, look_steps
 
@@ -118,3 +120,38 @@ def test_a_run_without_a_number_of_steps():
     assert cost["steps"] == trained.steps and cost["comparison"] == 0
     assert cost["start"] == pytest.approx(start.looks) and cost["looks"] > 0
     assert "100 more steps of TWA-t" in str(outcome) or "the run still learns" in str(outcome)
+
+
+def test_a_loss_is_read_after_its_step_is_queued(monkeypatch):
+    """And of a step whose loss is NaN nothing is kept."""
+    happened, read_later, step = [], train.read_later, twa.SubspaceOptimizer.step
+
+    def watched(number):
+        read = read_later(number)
+
+        def later():
+            happened.append("read")
+            return math.nan if len(happened) > 5 else read()
+
+        return later
+
+    def counted(self):
+        happened.append("step")
+        step(self)
+
+    monkeypatch.setattr(train, "read_later", watched)
+    monkeypatch.setattr(twa.SubspaceOptimizer, "step", counted)
+    torch.manual_seed(0)
+    net, states = nn.Linear(4, 1), [nn.Linear(4, 1).state_dict() for _ in range(3)]
+    data = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(2)]
+
+    def loss(model, batch):
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    candidates = twa.Candidates.of_states(states, names=["a", "b", "c"])
+    outcome = twa.average(
+        net, candidates, data, data, loss, methods=["t:tensor:4"], steps=9, progress=False
+    )
+    assert happened == ["step", "read"] * 3
+    assert "stopped: loss nan at step 2" in outcome.results[-1].note
+    assert torch.isfinite(net.weight).all()

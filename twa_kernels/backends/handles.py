@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
+from ..native import made_of
 from ..operands import BasisView, StepArgs
 from .tensors import readable, writable
 
 
 def read(tensors: Sequence[Tensor], module: Any) -> Any:
     """_C.Tensors of tensors to read, which it keeps alive; odd ones are copied, one by one."""
-    made = module.Tensors(tensors)
+    made = made_of(tensors, module)
     return module.Tensors(readable(tensors, made.odd)) if made.odd else made
 
 
@@ -30,7 +31,7 @@ def read_or_none(tensors: Sequence[Tensor], module: Any) -> Any:
 @contextlib.contextmanager
 def write(out: Sequence[Tensor], module: Any) -> Iterator[Any]:
     """_C.Tensors of tensors to write; into odd ones what was written is copied at the end."""
-    made = module.Tensors(out)
+    made = made_of(out, module)
     with writable(out, made.odd) as targets:
         yield module.Tensors(targets) if made.odd else made
 

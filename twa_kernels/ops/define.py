@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..native import Listed
 from ..operands import BasisView
 
 #: what a schema begins with where the op has a packed basis
@@ -22,9 +23,17 @@ Flat = tuple[Any, ...]
 
 
 def with_basis(*flat: Any) -> Flat:
-    """The first operands of a schema that begins with BASIS as one view; the others as they are."""
+    """The first operands of a schema that begins with BASIS as one view; the others as they are.
+
+    Lists of the model's tensors are looked at once: see `Listed`.
+    """
     codes, scales, row_scale, tile_segment, numels, bits, *others = flat
-    return BasisView(codes, scales, row_scale, tile_segment, tuple(numels), bits), *others
+    listed = (Listed(o) if isinstance(o, list) and _are_tensors(o) else o for o in others)
+    return BasisView(codes, scales, row_scale, tile_segment, tuple(numels), bits), *listed
+
+
+def _are_tensors(operand: list[Any]) -> bool:
+    return bool(operand) and isinstance(operand[0], Tensor)
 
 
 def as_they_are(*flat: Any) -> Flat:

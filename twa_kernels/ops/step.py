@@ -89,7 +89,8 @@ def step(
         options: lr, weight_decay, momentum, dampening, nesterov, betas, eps, maximize: a
             param_group of that optimizer, or a dict; what is left out has torch's default. amsgrad
             and differentiable must be false. capturable (adamw) counts steps on the device, so that
-            a CUDA graph can capture the call, after one that was not captured.
+            a CUDA graph can capture the call, after one that was not captured. A graph repeats all
+            other options as numbers: it refuses those that are tensors on its device.
         state: that optimizer's state of x, updated in place: {} at first, then step (a number or a
             0-d tensor) with exp_avg and exp_avg_sq, or momentum_buffer, tensors (n, L): torch's
             names, so that either may continue what the other began.
@@ -111,14 +112,14 @@ def step(
     given = {**DEFAULTS[rule], **options}
     betas = cast(Sequence[float], given.get("betas", (0.0, 0.0)))
     given["beta1"], given["beta2"] = betas
-    numbers = [float(cast(SupportsFloat, given[name])) for name in RULES[rule][0]]
+    numbers = [_number(name, given[name]) for name in RULES[rule][0]]
     if not torch.compiler.is_compiling() and x.is_neg():
         raise ValueError("x: expected a tensor to update in place, found a lazily negated one")
     x = x.detach()
     moments = RULES[rule][1] if rule == "adamw" or given["momentum"] else ()
     # torch's SGD counts no steps: its first one is the one that finds no buffer.
     counter = x.device if given.get("capturable") else "cpu"
-    steps = state.get("step", torch.zeros((), device=counter))
+    steps = state["step"] if "step" in state else torch.zeros((), device=counter)
     on_device = rule == "adamw" and (
         given.get("capturable") or (isinstance(steps, Tensor) and steps.device.type != "cpu")
     )
@@ -150,6 +151,17 @@ def step(
         state["step"] += 1
     torch.autograd.graph.increment_version([x, *held, *targets])
     return c
+
+
+def _number(name: str, value: object) -> float:
+    """An option's value; RuntimeError if it is on a device that a CUDA graph is captured on."""
+    if isinstance(value, Tensor) and capture.capturing(value.device):
+        raise RuntimeError(
+            f"options['{name}'] is a tensor on {value.device}, which a CUDA graph cannot read"
+            " back: give a number, which every replay repeats, or take the separate calls, whose"
+            " optimizer reads it there"
+        )
+    return float(cast(SupportsFloat, value))
 
 
 def _with_args(*flat: Any) -> Flat:

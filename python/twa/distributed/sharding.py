@@ -318,7 +318,8 @@ class Sharding:
     def gradient(self, t: Tensor) -> Tensor | None:
         """This rank's part of a tensor's gradient."""
         g = t.grad
-        if not is_dtensor(g):
+        # The usual types first, and fast: this runs for every tensor of every step.
+        if g is None or type(g) is Tensor or not is_dtensor(g):
             return g
         assert is_dtensor(t)  # as its gradient is
         with torch.no_grad():

@@ -120,30 +120,31 @@ class Trainer:
                 self.look()
             if self.step == self.last or self.is_stale() or self.is_spent():
                 break
-            loss = self.backward()
+            read_loss = self.backward()
+            self.optimizer.step()  # a GPU is given it before the loss is waited for
+            self.schedule.step()
+            loss = read_loss()
             if not math.isfinite(loss):
                 self.diverged = True
                 self.note = (
                     f"stopped: loss {loss} at step {self.step}; best coefficients so far kept"
                 )
                 break
-            self.optimizer.step()
-            self.schedule.step()
             self.average.update()
             self.curve.append(loss)
             bar.set_postfix(loss=f"{loss:.4f}", val=f"{self.val_curve[-1][1]:.4f}", refresh=False)
             bar.update(1)
         self.finish()
 
-    def backward(self) -> float:
+    def backward(self) -> Callable[[], float]:
         """Computes one step's gradients from this rank's batches.
 
         Returns:
-            the step's loss, of all ranks
+            what waits for the step's loss, of all ranks, which call it together
         """
         self.evaluator.train_mode()
         self.optimizer.zero_grad()
-        total = torch.zeros(1, dtype=torch.float64)
+        losses: list[tuple[Callable[[], float], float]] = []
         batches = self.stream.next_step()
         for k, (number, batch, weight) in enumerate(batches):
             seed_all(mix(self.settings.seed, number))  # the same Dropout on any number of ranks
@@ -152,8 +153,15 @@ class Trainer:
             with contextlib.nullcontext() if is_last else self.optimizer.no_sync():
                 (loss if weight == 1.0 else loss * weight).backward()
             if weight:
-                total += loss.item() * weight / self.ranks.world_size
-        return float(self.ranks.all_reduce_(total))
+                losses.append((read_later(loss), weight))
+
+        def read() -> float:
+            total = torch.zeros(1, dtype=torch.float64)
+            for loss, weight in losses:
+                total += loss() * weight / self.ranks.world_size
+            return float(self.ranks.all_reduce_(total))
+
+        return read
 
     def look(self) -> None:
         """Measures the average over the steps, and keeps it if it is the best."""
@@ -276,6 +284,21 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
         load_buffers(self.model, state["buffers"])
         self.stream.seek(state["position"])
+
+
+def read_later(number: Tensor) -> Callable[[], float]:
+    """What reads a number from its device, without waiting for what is queued there after this."""
+    if number.device.type != "cuda":
+        return number.detach().item
+    here = number.detach().to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(number.device))
+
+    def read() -> float:
+        copied.synchronize()
+        return float(here)
+
+    return read
 
 
 def step_of_best(val_curve: list[tuple[int, float]]) -> int:
