@@ -32,7 +32,12 @@ TWA_KERNEL(kThreads, 8) sum_kernel(UpdateArguments a) {
             reinterpret_cast<double*>(shared_memory()));
 }
 
-constexpr int kTableNumbers = 480;  // arguments of a kernel have 4 KiB
+// Arguments of a kernel have 4 KiB, 32 with the drivers of CUDA 13.
+#if defined(CUDART_VERSION) && CUDART_VERSION >= 13000
+constexpr int kTableNumbers = 4000;
+#else
+constexpr int kTableNumbers = 480;
+#endif
 struct TableArguments {
   int64_t* to;
   int count;
