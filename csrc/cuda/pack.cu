@@ -62,10 +62,12 @@ TWA_KERNEL(32 * kQuantiseWarps, 7)
 pack_kernel(PackArguments a) {
   const Encoder<kBits> encoder(shared_memory());
   sync_block();
+  // in 32 bits: a grid has no more blocks, and 64-bit divisions cost a hundred instructions
+  const uint32_t block = static_cast<uint32_t>(block_index());
   const int n = static_cast<int>(a.in.n), parts = (n + kPackRows - 1) / kPackRows,
-            first = static_cast<int>(block_index() % parts) * kPackRows,
+            first = static_cast<int>(block % parts) * kPackRows,
             last = first + kPackRows < n ? first + kPackRows : n;
-  const int64_t tile = block_index() / parts * kQuantiseTiles,
+  const int64_t tile = int64_t{block / parts} * kQuantiseTiles,
                 end = tile + kQuantiseTiles < a.out.tiles ? tile + kQuantiseTiles : a.out.tiles;
   const int64_t k = tensor_of(a.out.tile_begin, a.in.count, tile),
                 column = (tile - a.out.tile_begin[k]) * kTileColumns;
@@ -119,7 +121,7 @@ TWA_DEVICE Unit unit_of(const PackArguments& a, int64_t at) {
 
 // Sums and largest scales of a unit's pieces, which take the place of its first squares; piece p of
 // unit u: pieces[u * (kBlockTiles + 1) + 1 + p] is its segment, and before them is their number.
-TWA_KERNEL(kSumThreads, 8) unit_sums_kernel(PackArguments a) {
+TWA_KERNEL(kSumThreads, 6) unit_sums_kernel(PackArguments a) {
   const int64_t n = a.in.n, parts = (n + kSumThreads - 1) / kSumThreads, u = block_index() / parts,
                 i = block_index() % parts * kSumThreads + thread_index();
   if (i >= n || *a.out.bad != 0) return;
