@@ -150,10 +150,10 @@ class Subspace:
                 averaged over ranks
             group: the process group; default: the mesh of a sharded model, else all ranks
             progress: called with (tensor name, bytes read)
-            device: where the basis is built, and then moved from to the model's; None: there.
-                Candidates are read on the CPU and go to a GPU a block at a time (`block_bytes` of
-                them); packed there or on the CPU the basis has the same bits (but for an
-                orthonormal one, and Triton's sums)
+            device: where the basis is built, before it goes to the model's device; None: on that,
+                if it has kernels, else on the CPU. Candidates are read on the CPU and go to a GPU
+                a block at a time. The basis has the same bits wherever it is packed, but for
+                Triton's sums of squares, and for an orthonormal one
 
         Raises:
             CandidateError: files and model do not fit, or a candidate holds NaN or Inf

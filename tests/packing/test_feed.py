@@ -115,6 +115,11 @@ def test_whole_tensors(monkeypatch):
     assert feed.copied == codes.nbytes
 
 
+def test_a_device_without_kernels_has_its_basis_built_on_the_cpu():
+    for name, expected in {"cpu": "cpu", "mps": "cpu", "meta": "cpu", "cuda:1": "cuda:1"}.items():
+        assert build.usual_device(torch.device(name)) == torch.device(expected)
+
+
 # Bases -------------------------------------------------------------------------------------------
 
 

@@ -63,9 +63,9 @@ def build(
         normalize: "row" or "none", see `Subspace.from_candidates`
         weights: (n,), the merge weights of the center
         progress: called with (key of the tensor, bytes read)
-        device: where it is built, basis and center; None: where this rank's weights are
+        device: where it is built, basis and center; None: see `usual_device`
     """
-    feed = Feed(sharding.device if device is None else device)
+    feed = Feed(usual_device(sharding.device) if device is None else device)
     n, options = len(sharding.candidates), (segments, bits, normalize, weights, progress, feed)
     if basis == "deltas":
         return _in_one_stream(sharding, n, sharding.pack, Deltas, *options)
@@ -75,6 +75,11 @@ def build(
     centers = _centers(sharding, weights, progress, feed)
     made, rows = orthonormal.build(sharding, centers, segments, bits, normalize, weights, feed)
     return Built(made, rows, sharding.local_center(centers))
+
+
+def usual_device(device: torch.device) -> torch.device:
+    """Where a basis for a model on this device is built: there, if it has kernels; else the CPU."""
+    return device if tk.registry.default_backend("pack", device.type) else torch.device("cpu")
 
 
 def _in_one_stream(
