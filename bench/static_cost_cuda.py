@@ -98,8 +98,8 @@ def tile_bytes(op: str, bits: int, rows: int) -> int:
     return rows * (16 * bits + 1) + (512 if op == "project" else 1024)
 
 
-#: groups of four tiles that a warp takes for what its block does once
-TIMES = {"pack": 8, "record": 4}
+#: how often a warp takes four tiles for what its block does once; of pack with 72 rows
+TIMES = {"pack": 9, "record": 4}
 
 
 #: most that they may need of what an H200 can do while it moves their bytes

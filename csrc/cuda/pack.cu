@@ -2,9 +2,8 @@
 // order of pack_cpu.
 //
 // Operands   DeviceRows and DevicePackTarget of twa.h.
-// Work map   pack: block = 4 warps, kPackRows rows of kQuantiseTiles tiles; a warp takes every
-//            fourth of these rows, and holds their center. Blocks of the same tiles follow each
-//            other.
+// Work map   pack: block = 4 warps, some rows of kQuantiseTiles tiles; a warp takes every fourth
+//            of these rows, and holds their center. Blocks of the same tiles follow each other.
 //            unit_sums: a thread for each row of a unit, kBlockTiles tiles of a tensor; it adds up
 //            each piece, tiles of one segment, in order.
 //            segment_sums: a thread for each row and each `owners`-th segment adds up its pieces,
@@ -19,11 +18,12 @@
 namespace twa {
 namespace {
 
-constexpr int kPackRows = 32;  // of a block: its tables and centers serve 8 rows of each warp
+constexpr int kPackRows = 64;  // of a block, at most: its tables and centers serve them all
 
 struct PackArguments {
   DeviceRows in;
   DevicePackTarget out;
+  int parts;   // of the rows, each with a block of pack
   int owners;  // of segments, among which their sums are shared out
 };
 
@@ -62,11 +62,9 @@ TWA_KERNEL(32 * kQuantiseWarps, 7)
 pack_kernel(PackArguments a) {
   const Encoder<kBits> encoder(shared_memory());
   sync_block();
-  // in 32 bits: a grid has no more blocks, and 64-bit divisions cost a hundred instructions
-  const uint32_t block = static_cast<uint32_t>(block_index());
-  const int n = static_cast<int>(a.in.n), parts = (n + kPackRows - 1) / kPackRows,
-            first = static_cast<int>(block % parts) * kPackRows,
-            last = first + kPackRows < n ? first + kPackRows : n;
+  const uint32_t block = static_cast<uint32_t>(block_index()), parts = a.parts;  // fewer than 2^31
+  const int n = static_cast<int>(a.in.n), part = static_cast<int>(block % parts),
+            step = static_cast<int>(parts) * kQuantiseWarps;
   const int64_t tile = int64_t{block / parts} * kQuantiseTiles,
                 end = tile + kQuantiseTiles < a.out.tiles ? tile + kQuantiseTiles : a.out.tiles;
   const int64_t k = tensor_of(a.out.tile_begin, a.in.count, tile),
@@ -74,7 +72,8 @@ pack_kernel(PackArguments a) {
   const bool whole = a.in.numel[k] - column >= kQuantiseColumns;
   float c[4][4] = {};
   if (whole && a.in.center && a.in.center[k].data) load_four(a.in.center[k], column, c);
-  for (int i = first + warp_index(); i < last; i += kQuantiseWarps) {
+  // Parts of the rows are interleaved, so that they are even.
+  for (int i = part * kQuantiseWarps + warp_index(); i < n; i += step) {
     FourGroups found;
     bool usual = false;
     if (whole) {
@@ -210,11 +209,12 @@ int pack_cuda(const DeviceRows& rows, const DevicePackTarget& target, const Plac
   const int64_t n = rows.n, tiles = target.tiles;
   const auto parts = [](int64_t count, int64_t of) { return (count + of - 1) / of; };
   const int64_t owners = target.num_segments < kMostOwners ? target.num_segments : kMostOwners;
-  const PackArguments arguments{rows, target, static_cast<int>(owners)};
+  const PackArguments arguments{rows, target, static_cast<int>(parts(n, kPackRows)),
+                                static_cast<int>(owners)};
   if (const int error = clear(target.bad, sizeof(int32_t), where)) return error;
   if (const int error = with_bits(target.bits, [&](auto b) {
         constexpr int kBits = decltype(b)::value;
-        return launch(pack_kernel<kBits>, parts(tiles, kQuantiseTiles) * parts(n, kPackRows),
+        return launch(pack_kernel<kBits>, parts(tiles, kQuantiseTiles) * arguments.parts,
                       32 * kQuantiseWarps, kQuantiseShared, where, arguments);
       }))
     return error;
