@@ -60,8 +60,9 @@ struct Block {
   int64_t tiles;
   int32_t segment;
 };
-// Blocks of tensors of these sizes, in the order of their tiles. tile_segment: (total tiles,), or
-// null: all in segment 0.
+// Blocks of tensors of these sizes, in the order of their tiles: they end at multiples of `most`
+// tiles of a tensor, so that parts of it have the same blocks as the whole, and where the segment
+// changes. tile_segment: (total tiles,), or null: all in segment 0.
 std::vector<Block> make_blocks(const int64_t* numel, int64_t count, const int32_t* tile_segment,
                                int64_t most);
 
