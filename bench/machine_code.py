@@ -152,5 +152,53 @@ def usual_path(code: list[tuple[list[str], str]], halves: bool = False) -> list[
     return [*path, ops[k]]
 
 
+def quantiser_path(code: list[tuple[list[str], str]]) -> tuple[list[str], list[str]]:
+    """Operations of pack and record on four whole tiles of float32 weights, as a warp takes them.
+
+    That is the way with most shuffles and stores, and of these the longest: where tiles are taken
+    one by one there are fewer. Slow paths of divisions and roots, and 16-bit weights, are avoided.
+
+    Returns:
+        what comes before the loop over rows; one iteration of it (of record: all, and nothing)
+    """
+    after = successors(code)
+    ops = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for _, text in code]
+    rare = {k for k, (_, t) in enumerate(code) if re.search(r"CALL\S* `\(\$|LDG\S*U16", t)}
+    reached, todo = set(), [0]
+    while todo:
+        if (k := todo.pop()) not in reached:
+            reached.add(k)
+            todo += after[k]
+    marks = [k for k in reached if ops[k] == "SHFL.IDX"]  # of four tiles at a time
+    edges = [(last - first, first, last) for last in reached for first in after[last]]
+    around = [e for e in edges if e[0] >= 0 and e[1] <= min(marks) and e[2] >= max(marks)]
+    if around:
+        _, first, last = min(around)
+        return _longest(ops, after, rare, 0, {first})[:-1], _longest(
+            ops, after, rare, first, {last}
+        )
+    return _longest(ops, after, rare, 0, {k for k in reached if not after[k]}), []
+
+
+def _longest(
+    ops: list[str], after: list[list[int]], rare: set[int], first: int, ends: set[int]
+) -> list[str]:
+    """The way with most shuffles, stores, operations, in this order, that goes forward only."""
+    best: dict[int, tuple[int, int, int, int]] = {}  # these numbers from here on; next
+    for k in range(max(ends), first - 1, -1):
+        if k in rare:
+            continue
+        ways = [(*best[t][:3], t) for t in after[k] if t > k and t in best and k not in ends]
+        if ways or k in ends:
+            shuffles, stores, length, step = max(ways, default=(0, 0, 0, -1))
+            shuffles, stores = shuffles + (ops[k] == "SHFL.IDX"), stores + ops[k].startswith("STG")
+            best[k] = (shuffles, stores, length + 1, step)
+    path, k = [], first
+    while k >= 0:
+        path.append(ops[k])
+        k = best[k][3]
+    return path
+
+
 def counts(path: list[str]) -> dict[str, int]:
     return dict(collections.Counter(op.split(".")[0] for op in path).most_common())

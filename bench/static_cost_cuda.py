@@ -15,6 +15,12 @@ fixed point, scales, waiting, copies, center and store. Three measures:
 
 Below 1 in issue and pipe a kernel can run at the speed of memory; how far below is its slack.
 
+Of pack and record, which code four tiles of a row at a time, a quarter of that: float32 weights,
+whole tiles. What a block does once (tables, the center) is spread over what its warps do after it.
+Their bytes per weight: 4 read, bits / 8 and 2 / 128 written; of pack 8 / 128 of squared norms
+written and read; of record the weights again (not counted: they come from the cache), and 4 read
+and written of the reference.
+
     python bench/static_cost_cuda.py           writes bench/results/cuda_static_cost.{md,json,png}
     python bench/static_cost_cuda.py --check   exit status 1 if a kernel has a stack frame or spends
                                                more than it may
@@ -75,6 +81,8 @@ FMA = frozenset(["IMAD", "FFMA", "FMUL", "FADD", "IDP", "HADD2", "HFMA2"])
 XU = frozenset(["F2I", "I2F", "F2F", "REDUX", "MUFU"])
 OPS = (
     "pack",
+    "unit_sums",
+    "segment_sums",
     "look",
     "record",
     "replay",
@@ -115,6 +123,33 @@ def tile_bytes(op: str, bits: int, rows: int) -> int:
     return rows * (16 * bits + 1) + (512 if op == "project" else 1024)
 
 
+#: how often a warp takes four tiles for what its block does once; of pack with 72 rows
+TIMES = {"pack": 9, "record": 4}
+
+
+#: most that they may need of what an H200 can do while it moves their bytes
+LIMIT = {"pack": 1.5, "record": 1.0}
+
+
+def weight_bytes(op: str, bits: int) -> float:
+    """Bytes that pack or record moves for a weight."""
+    return 4 + bits / 8 + 2 / 128 + (2 * 8 / 128 if op == "pack" else 8)
+
+
+def measure_quantiser(function: machine_code.Function, op: str, bits: int) -> dict:
+    """What a tile of pack or record costs."""
+    before, loop = machine_code.quantiser_path(function.code)
+    available = 128 * weight_bytes(op, bits) * PER_BYTE.get(function.arch, PER_BYTE["sm_90"])
+
+    def of_tile(before: int, loop: int) -> float:
+        return (before / TIMES[op] + loop) / 4
+
+    group = of_tile(len(before), len(loop))
+    alu = of_tile(*(sum(text.split(".")[0] in ALU for text in path) for path in (before, loop)))
+    row = {"group": group, "per_weight": group * 32 / 128}
+    return row | {"share": 32 * group / available, "alu": 64 * alu / available}
+
+
 def measure(function: machine_code.Function) -> dict | None:
     """A row of what a kernel costs; None for a kernel that is none of OPS."""
     name = rf"\d({'|'.join(OPS)})_kernel(ILi(\d)E)?(Li(\d+)E)?(Lb(\d)E)?"
@@ -124,6 +159,8 @@ def measure(function: machine_code.Function) -> dict | None:
     row = {"op": op, "bits": bits, "rows": 16 * units, "many": many, "arch": function.arch}
     row |= {"registers": function.registers, "stack": function.stack}
     row["instructions"] = len(function.code)
+    if op in TIMES:
+        return row | measure_quantiser(function, op, bits)
     if op not in ("project", "reconstruct") or many:
         return row
     path = machine_code.usual_path(function.code)
@@ -183,6 +220,13 @@ def problems(row: dict) -> list[str]:
         found.append(f"{row['barriers']} barriers of the block in the main loop")
     if "path" in row and not row["copies"]:
         found.append("no asynchronous copies")
+    if row["arch"] == "sm_90" and "group" in row:  # pack: half of a copy's speed, or more
+        limit = LIMIT[op]
+        found += [
+            f"{100 * row[key]:.0f} % of {name} at the speed of memory, limit {100 * limit:.0f} %"
+            for key, name in (("share", "the instructions"), ("alu", "the integer and logic pipe"))
+            if row[key] > limit
+        ]
     if row["arch"] == "sm_90" and "path" in row:
         what = {"share": "instructions", "alu": "integer and logic pipe"}
         for key, name in what.items():
@@ -212,10 +256,16 @@ def markdown(rows: list[dict]) -> list[str]:
         "",
         *_tiles(rows),
         "",
+        "`pack` and `record`, a tile of a row of float32 weights; *issue* and *pipe* of what an"
+        " H200 can do while it moves their bytes (of `record`",
+        "without the second read of the weights):",
+        "",
+        *_quantisers([r for r in rows if "group" in r]),
+        "",
         f"{len(rows)} kernels ({', '.join(archs)}); largest stack frame {stack} bytes. The others,"
         f" on {archs[-1]}:",
         "",
-        *_others([r for r in rows if r["arch"] == archs[-1] and "path" not in r]),
+        *_others([r for r in rows if r["arch"] == archs[-1] and not {"path", "group"} & r.keys()]),
         "",
     ]
 
@@ -235,6 +285,22 @@ def _tiles(rows: list[dict]) -> list[str]:
             other = by.get(("sm_80", r["op"], r["bits"], r["rows"], False))
             cells = [r["op"], r["bits"], BUDGET[r["bits"]], r["rows"], r["path"]]
             cells += [f"{r[key]:.2f}" for key in ("per_weight", "share", "alu")]
+            cells += [f"{other[key]:.2f}" if other else "" for key in ("share", "alu")]
+            lines.append(_line([*cells, r["registers"], r["stack"]]))
+    return lines
+
+
+def _quantisers(rows: list[dict]) -> list[str]:
+    """What a tile of pack and of record costs on sm_90, and beside it on sm_80."""
+    head = ["op", "bits", "instructions", "per weight", "issue", "pipe"]
+    head += ["sm_80, A100: issue", "pipe", "registers", "stack"]
+    lines = [_line(head), "|" + "---|" * len(head)]
+    by = {(r["arch"], r["op"], r["bits"]): r for r in rows}
+    for r in rows:
+        if r["arch"] == "sm_90":
+            other = by.get(("sm_80", r["op"], r["bits"]))
+            cells = [r["op"], r["bits"], f"{r['group']:.0f}", f"{r['per_weight']:.0f}"]
+            cells += [f"{r[key]:.2f}" for key in ("share", "alu")]
             cells += [f"{other[key]:.2f}" if other else "" for key in ("share", "alu")]
             lines.append(_line([*cells, r["registers"], r["stack"]]))
     return lines

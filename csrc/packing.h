@@ -203,6 +203,14 @@ TWA_HD float round_scale(float s, bool up) {
 // 2^e for e in [-126, 127].
 TWA_HD float pow2f(int e) { return bits_float(static_cast<uint32_t>(e + 127) << 23); }
 
+// The same in float64, for e in [-1022, 1023].
+TWA_HD double pow2(int e) {
+  const uint64_t u = static_cast<uint64_t>(e + 1023) << 52;
+  double d;
+  memcpy(&d, &u, 8);
+  return d;
+}
+
 // e4m3 (no infinities, 0x7f is NaN, sign never set here) to float, exact.
 TWA_HD float e4m3_to_float(uint8_t x) {
   const uint32_t m = x & 0x7fu;

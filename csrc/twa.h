@@ -60,8 +60,9 @@ struct Block {
   int64_t tiles;
   int32_t segment;
 };
-// Blocks of tensors of these sizes, in the order of their tiles. tile_segment: (total tiles,), or
-// null: all in segment 0.
+// Blocks of tensors of these sizes, in the order of their tiles: they end at multiples of `most`
+// tiles of a tensor, so that parts of it have the same blocks as the whole, and where the segment
+// changes. tile_segment: (total tiles,), or null: all in segment 0.
 std::vector<Block> make_blocks(const int64_t* numel, int64_t count, const int32_t* tile_segment,
                                int64_t most);
 
@@ -245,15 +246,22 @@ struct DeviceRows {
   int64_t count, n;
 };
 
-// As pack_cpu, without sums over tiles.
+// As pack_cpu, without errors. *bad becomes 1 if a group has a NaN or Inf, else 0; if it is not 0,
+// sum_sq and max_scale are as they were. Units are kBlockTiles tiles of a tensor, its last one
+// fewer.
 struct DevicePackTarget {
-  const int64_t* tile_begin;  // (count,) first tile of each tensor
-  int64_t tiles;
+  const int64_t* tile_begin;    // (count,) first tile of each tensor
+  const int64_t* unit_begin;    // (count,) first unit of each tensor
+  const int32_t* tile_segment;  // (tiles,)
+  int64_t tiles, units, num_segments;
   int bits;
   uint8_t* codes;    // (tiles, n, row_bytes)
   uint16_t* scales;  // (tiles, n) bf16 with 4 significant bits
-  double* squares;   // (tiles, n): squared norms of the groups
-  int32_t* bad;      // becomes 1 where a group has a NaN or Inf; else left as it is
+  double* sum_sq;    // (n, L), added to
+  float* max_scale;  // (n, L)
+  double* squares;   // workspace (tiles, n): squared norms of the groups
+  int32_t* pieces;   // workspace (units * (kBlockTiles + 1),)
+  int32_t* bad;
 };
 int pack_cuda(const DeviceRows& rows, const DevicePackTarget& target, const Place& where);
 

@@ -15,7 +15,7 @@ std::vector<Block> make_blocks(const int64_t* numel, int64_t count, const int32_
     const int64_t begin = tile, end = tile + num_tiles(numel[k]);
     while (tile < end) {
       const int64_t first = tile++;
-      while (tile < end && tile - first < most && segment(tile) == segment(first)) ++tile;
+      while (tile < end && (tile - begin) % most != 0 && segment(tile) == segment(first)) ++tile;
       blocks.push_back({k, (first - begin) * kTileColumns, first, tile - first, segment(first)});
     }
   }

@@ -411,12 +411,12 @@ class Packer:
             raise ValueError("Packer: its sink has the codes; finish the scales with Scaling")
         scaling = Scaling.of(self.sum_sq, self.max_scale, normalize, divisor)
         scales = torch.empty(self.scales.shape, dtype=torch.uint8, device=self.scales.device)
-        lost = 0
+        zeros = []
         for first in range(0, len(scales), 1 << 14):
             at = slice(first, first + (1 << 14))
-            scales[at], zeros = scaling.apply(self.scales[at], self.tile_segment[at])
-            lost += zeros
-        if lost:
+            scales[at], of_part = scaling.apply(self.scales[at], self.tile_segment[at])
+            zeros.append(of_part)
+        if lost := int(torch.stack(zeros).sum()) if zeros else 0:
             warnings.warn(lost_groups(lost, scales.numel()), stacklevel=2)
         error: tuple[float, ...] | None = None
         if self.errors is not None:

@@ -64,7 +64,7 @@ def squared_norms(codes: Tensor, scales: Tensor, bits: int, numel: int) -> Tenso
     Returns:
         (tiles,) float64
     """
-    table = _squares_of_pairs(bits).to(codes.device)
+    table = _squares_of_pairs(bits, codes.device)
     total = torch.empty(len(codes), dtype=torch.float32, device=codes.device)
     for first in range(0, len(codes), CHUNK):
         pairs = _pairs(codes[first : first + CHUNK], bits)
@@ -89,7 +89,7 @@ def _pairs(codes: Tensor, bits: int) -> Tensor:
 
 
 @functools.lru_cache
-def _squares_of_pairs(bits: int) -> Tensor:
+def _squares_of_pairs(bits: int, device: torch.device) -> Tensor:
     """The sum of level^2 of the codes in two bytes, as `_pairs` puts them: (65536,) float32."""
     index = torch.arange(1 << 16)
     if bits == 3:
@@ -97,4 +97,4 @@ def _squares_of_pairs(bits: int) -> Tensor:
     else:
         fields = [index >> f & (1 << bits) - 1 for f in range(0, 16, bits)]
     squares = torch.tensor(LEVELS[bits], dtype=torch.float32).square()
-    return torch.stack([squares[f] for f in fields]).sum(0)
+    return torch.stack([squares[f] for f in fields]).sum(0).to(device)

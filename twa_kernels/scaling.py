@@ -30,7 +30,12 @@ class Scaling:
     def of(
         cls, sum_sq: Tensor, max_scale: Tensor, normalize: str, divisor: Tensor | None = None
     ) -> Scaling:
-        """Scaling from a packer's sums; normalize and divisor as in `Packer.finish`."""
+        """Scaling from a packer's sums; normalize and divisor as in `Packer.finish`.
+
+        It is made on the CPU, wherever the sums are, and moved to their device: the same bits.
+        """
+        device, sum_sq, max_scale = sum_sq.device, sum_sq.cpu(), max_scale.cpu()
+        divisor = None if divisor is None else divisor.cpu()
         if normalize not in NORMALIZE:
             raise ValueError(f"normalize: expected one of {NORMALIZE}, found {normalize!r}")
         if divisor is None:
@@ -43,12 +48,16 @@ class Scaling:
         power = torch.exp2(exponent.double())
         unit = torch.where(max_scale > 0, power, torch.zeros_like(divisor))  # (n, L)
         row_scale = torch.where(divisor > 0, unit / divisor, 0.0).float()
-        return cls(exponent.to(torch.int16).T.contiguous(), row_scale, divisor)
+        exponent = exponent.to(torch.int16).T.contiguous()
+        return cls(exponent.to(device), row_scale.to(device), divisor.to(device))
 
-    def apply(self, scales: Tensor, tile_segment: Tensor) -> tuple[Tensor, int]:
-        """Scales (tiles, n) bfloat16 as the bits of e4m3, uint8; and how many became zero."""
+    def apply(self, scales: Tensor, tile_segment: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales (tiles, n) bfloat16 as the bits of e4m3, uint8; and how many became zero, ().
+
+        On a GPU nothing waits for it.
+        """
         codes = _e4m3(scales, self.exponent[tile_segment.long()])
-        return codes, int(((scales > 0) & (codes == 0)).sum())
+        return codes, ((scales > 0) & (codes == 0)).sum()
 
 
 def lost_groups(lost: int, total: int) -> str:
@@ -68,10 +77,10 @@ def _e4m3(scales: Tensor, exponent: Tensor) -> Tensor:
     """
     bits = scales.view(torch.int16) >> 4  # biased exponent, then the mantissa bits that are in use
     code = bits - (exponent + 120) * 8
-    small = (code < 8) | (bits == 0)
-    if small.any():  # below e4m3's normal range, or zero
-        exact = scales[small].double() * torch.exp2(-exponent[small].double())
-        code[small] = (exact * 512).round().to(torch.int16)
+    small = (code < 8) | (bits == 0)  # below e4m3's normal range, or zero
+    if small.device.type != "cpu" or small.any():  # a GPU need not wait for the answer
+        power = ((1023 + 9 - exponent.long()) << 52).view(torch.float64)  # 512 * 2^-exponent
+        code = torch.where(small, (scales.double() * power).round().to(torch.int16), code)
     return code.to(torch.uint8)
 
 

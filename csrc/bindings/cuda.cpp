@@ -96,16 +96,26 @@ struct RowsOnDevice {
   }
 };
 
-void pack(const RowsOnDevice& rows, py::handle tile_begin, int bits, py::handle codes,
-          py::handle scales, py::handle squares, py::handle bad, int device, uintptr_t stream) {
+void pack(const RowsOnDevice& rows, py::handle tile_begin, py::handle unit_begin, int64_t units,
+          py::handle tile_segment, int bits, py::handle codes, py::handle scales, py::handle sum_sq,
+          py::handle max_scale, py::handle squares, py::handle pieces, py::handle bad, int device,
+          uintptr_t stream) {
   check_bits(bits);
-  const int64_t n = rows.view.n, tiles = size_of(codes, 0);
-  const DevicePackTarget target{array<int64_t>(tile_begin, rows.view.count, "tile_begin"),
+  const int64_t n = rows.view.n, count = rows.view.count, tiles = size_of(codes, 0),
+                segments = size_of(sum_sq, 1);
+  const DevicePackTarget target{array<int64_t>(tile_begin, count, "tile_begin"),
+                                array<int64_t>(unit_begin, count, "unit_begin"),
+                                array<int32_t>(tile_segment, tiles, "tile_segment"),
                                 tiles,
+                                units,
+                                segments,
                                 bits,
                                 array<uint8_t>(codes, tiles * n * row_bytes(bits), "codes"),
                                 array<uint16_t>(scales, tiles * n, "scales"),
+                                array<double>(sum_sq, n * segments, "sum_sq"),
+                                array<float>(max_scale, n * segments, "max_scale"),
                                 array<double>(squares, tiles * n, "squares"),
+                                array<int32_t>(pieces, units * (kBlockTiles + 1), "pieces"),
                                 array<int32_t>(bad, 1, "bad")};
   check("pack", pack_cuda(rows.view, target, place_of(device, stream)), device);
 }
@@ -238,8 +248,10 @@ void bind_cuda(py::module_& m) {
         "tile_begin"_a, "bits"_a, "codes"_a, "scales"_a, "bad"_a, "device"_a, "stream"_a);
   m.def("replay_cuda", &replay, py::kw_only(), "out"_a, "numel"_a, "tile_begin"_a, "tiles"_a,
         "bits"_a, "rows"_a, "ones"_a, "device"_a, "stream"_a);
-  m.def("pack_cuda", &pack, py::kw_only(), "rows"_a, "tile_begin"_a, "bits"_a, "codes"_a,
-        "scales"_a, "squares"_a, "bad"_a, "device"_a, "stream"_a);
+  m.attr("unit_tiles") = kBlockTiles;
+  m.def("pack_cuda", &pack, py::kw_only(), "rows"_a, "tile_begin"_a, "unit_begin"_a, "units"_a,
+        "tile_segment"_a, "bits"_a, "codes"_a, "scales"_a, "sum_sq"_a, "max_scale"_a, "squares"_a,
+        "pieces"_a, "bad"_a, "device"_a, "stream"_a);
   m.def("project_cuda", &project, py::kw_only(), "basis"_a, "grads"_a, "work"_a, "partial"_a,
         "sums"_a, "c"_a, "device"_a, "stream"_a);
   m.def("reconstruct_cuda", &reconstruct, py::kw_only(), "basis"_a, "x"_a, "center"_a, "out"_a,

@@ -56,11 +56,26 @@ TWA_DEVICE bool one_lane() {
   return lane_index() == 0;
 #endif
 }
+// v of that lane.
+TWA_DEVICE float shuffle(float v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+TWA_DEVICE int shuffle(int v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
 
 TWA_DEVICE int dot4(uint32_t a, uint32_t b, int c) {
   return __dp4a(static_cast<int>(a), static_cast<int>(b), c);
 }
 TWA_DEVICE int round_to_int(float v) { return __float2int_rn(v); }
+// Nearest integer of 8 bits: ties to even, -128 to 127.
+TWA_DEVICE int round_to_byte(float v) {
+  int k;
+  asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(k) : "f"(v));
+  return k;
+}
+// max(|a|, |b|), NaN if one of them is.
+TWA_DEVICE float larger_magnitude(float a, float b) {
+  float m;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(fabsf(a)), "f"(fabsf(b)));
+  return m;
+}
 
 // d += a (16 x 32) * b (32 x 8), 8-bit integers (b signed; a signed, or unsigned for kUnsigned),
 // int32 sums. Lane 4 g + t holds, in order, a: row g bytes 4 t .. 4 t + 3, row g + 8 the same
@@ -267,6 +282,10 @@ TWA_DEVICE int counter_release(int* counter, int by) {
   return v;
 }
 TWA_DEVICE void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+// *to = max(*to, v), both not negative: in any order.
+TWA_DEVICE void maximise(float* to, float v) {
+  atomicMax(reinterpret_cast<int*>(to), __float_as_int(v));
+}
 TWA_DEVICE int counter_read(const int* counter) {
   int v;
   asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");

@@ -1,10 +1,14 @@
-// The quantiser of packing.h on a GPU, one warp per group of 128 columns: shared by pack and
-// record.
+// The quantiser of packing.h on a GPU, shared by pack and record.
 //
-// Work map   Lane r holds columns r, r + 32, r + 64, r + 96, so the halving tree is two additions
-//            inside the lane, then butterflies over 16, 8, 4, 2, 1 lanes. The fields of a packed
-//            byte are 16, 32 or 64 columns apart: a lane has whole bytes, or half of them (1 bit
-//            and the third bits of 3) and its neighbour 16 lanes on the other half.
+// Work map   A warp codes four groups of 128 columns at a time: of each group lane r holds columns
+//            r, r + 32, r + 64, r + 96, so the halving tree is two additions inside the lane, then
+//            butterflies over 16, 8, 4, 2, 1 lanes. The first two butterflies leave a group to
+//            each eight lanes: the last three, and the divisions and roots behind them, are done
+//            once for all four (quantise_four). Groups that are ragged, zero, not finite or of
+//            extreme size go one at a time (quantise), with the same bits.
+//            The fields of a packed byte are 16, 32 or 64 columns apart: a lane has whole bytes,
+//            or half of them (1 bit and the third bits of 3) and its neighbour 16 lanes on the
+//            other half.
 // Shared     at 4, 3 and 2 bits, two tables of 256 bytes for the block: a bank has two of a table's
 //            words, so that 32 look-ups take two cycles at most.
 // To be compiled with -fmad=false: every float operation rounds once, as on the CPU.
@@ -14,10 +18,10 @@
 
 namespace twa {
 
-constexpr int kQuantiseWarps = 8;  // of a block: its 256 threads fill the tables, an entry each
-constexpr int kQuantiseTiles = 4;  // that a warp takes one after the other, for one such filling
+constexpr int kQuantiseWarps = 4;  // of a block: with 72 registers 28 warps share a multiprocessor
+constexpr int kQuantiseTiles = 4;  // that a warp codes at a time: one for each eight of its lanes
+constexpr int kQuantiseColumns = kQuantiseTiles * kTileColumns;
 constexpr int kQuantiseShared = 2 * 256;
-static_assert(32 * kQuantiseWarps == 256, "a thread for each entry of a table");
 
 // Tensor of a tile: the last k with tile_begin[k] <= tile.
 TWA_DEVICE int64_t tensor_of(const int64_t* __restrict__ tile_begin, int64_t count, int64_t tile) {
@@ -51,6 +55,27 @@ TWA_DEVICE void load_group(const DeviceTensor& t, int64_t column, int valid, flo
     v[r] = t.dtype == Dtype::bf16 ? bf16_to_float(half[r]) : f16_to_float(half[r]);
 }
 
+// v[t][r] = element column + 128 t + lane + 32 r of a tensor that has them all.
+TWA_DEVICE void load_four(const DeviceTensor& t, int64_t column, float (&v)[4][4]) {
+  if (t.dtype == Dtype::f32) {
+    const float* from = opaque(static_cast<const float*>(t.data) + (column + lane_index()));
+#pragma unroll
+    for (int k = 0; k < 16; ++k) v[k / 4][k % 4] = bits_float(load_4(from + 32 * k));
+    return;
+  }
+  const uint16_t* from = opaque(static_cast<const uint16_t*>(t.data) + (column + lane_index()));
+  uint16_t half[16];
+#pragma unroll
+  for (int k = 0; k < 16; ++k) half[k] = load_2(from + 32 * k);
+  if (t.dtype == Dtype::bf16) {
+#pragma unroll
+    for (int k = 0; k < 16; ++k) v[k / 4][k % 4] = bf16_to_float(half[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < 16; ++k) v[k / 4][k % 4] = f16_to_float(half[k]);
+  }
+}
+
 // Sum of 128 numbers, 4 a lane, in the halving-tree order of packing.h; every lane gets it.
 TWA_DEVICE float tree_sum(float v0, float v1, float v2, float v3) {
   float s = (v0 + v2) + (v1 + v3);
@@ -59,42 +84,64 @@ TWA_DEVICE float tree_sum(float v0, float v1, float v2, float v3) {
   return s;
 }
 
-// From numbers to codes and levels. A number is first rounded to an integer k in [-127, 127], kept
-// as the bits of 1.5 * 2^23 + k: its low byte is k's, and nothing is converted.
+// Each lane's share of four such sums; lane l gets that of group l / 8. The same additions in the
+// same order as tree_sum.
+TWA_DEVICE float tree_sums(const float (&s)[4]) {
+  const bool upper = lane_index() & 16, odd = lane_index() & 8;
+  float a = upper ? s[2] : s[0], b = upper ? s[3] : s[1];
+  a += shuffle_xor(upper ? s[0] : s[2], 16);
+  b += shuffle_xor(upper ? s[1] : s[3], 16);
+  float sum = (odd ? b : a) + shuffle_xor(odd ? a : b, 8);
+#pragma unroll
+  for (int h = 4; h > 0; h /= 2) sum += shuffle_xor(sum, h);
+  return sum;
+}
+// Of one number for each group, the same in all lanes, that of group lane / 8.
+TWA_DEVICE int own(const int (&of)[4]) {
+  const int lane = lane_index();
+  return lane < 16 ? (lane < 8 ? of[0] : of[1]) : (lane < 24 ? of[2] : of[3]);
+}
+
+// From numbers to codes and levels. A number is first rounded to an integer k in [-128, 127], where
+// -128 counts as -127 (at 8 bits there is none).
 template <int kBits>
 struct Encoder {
   static constexpr bool kTables = kBits > 1 && kBits < 8;
   static constexpr uint32_t kZero = 0x4b400000u;  // bits of 1.5 * 2^23
-  const uint8_t* codes;                           // (256,) by the low byte of k
+  const uint8_t* codes;                           // (256,) from k = -128 on
   const uint8_t* levels;                          // (256,) level + 128
 
   // All threads of the block make one; then the block synchronises.
   TWA_DEVICE explicit Encoder(uint8_t* shared) : codes(shared), levels(shared + 256) {
     if constexpr (kTables) {
-      const int code = nearest_code_of<kBits>(static_cast<int8_t>(thread_index()));
-      shared[thread_index()] = static_cast<uint8_t>(code);
-      shared[256 + thread_index()] = static_cast<uint8_t>(level_of<kBits>(code) + 128);
+#pragma unroll
+      for (int k = thread_index(); k < 256; k += 32 * kQuantiseWarps) {
+        const int code = nearest_code_of<kBits>(k - 128);
+        shared[k] = static_cast<uint8_t>(code);
+        shared[256 + k] = static_cast<uint8_t>(level_of<kBits>(code) + 128);
+      }
     }
   }
-  TWA_DEVICE uint32_t round(float u, float inverse) const {
-    return float_bits(fminf(fmaxf(u * inverse, -127.0f), 127.0f) + bits_float(kZero));
+  TWA_DEVICE int round(float u, float inverse) const { return round_to_byte(u * inverse); }
+  TWA_DEVICE uint32_t code(int k) const {
+    if constexpr (kBits == 8) return static_cast<uint32_t>(k + 128);
+    if constexpr (kBits == 1) return k > 0 ? 1u : 0u;
+    return codes[k + 128];
   }
-  TWA_DEVICE uint32_t code(uint32_t rounded) const {
-    if constexpr (kBits == 8) return (rounded & 0xffu) ^ 0x80u;
-    if constexpr (kBits == 1) return rounded > kZero ? 1u : 0u;
-    return codes[rounded & 0xffu];
-  }
-  TWA_DEVICE float level(uint32_t rounded) const {
-    if constexpr (kBits == 8) return bits_float(rounded) - bits_float(kZero);
-    if constexpr (kBits == 1) return rounded > kZero ? 127.0f : -127.0f;
-    return bits_float(0x4b000000u | levels[rounded & 0xffu]) - (0x1p23f + 128.0f);
+  TWA_DEVICE float level(int k) const {
+    if constexpr (kBits == 8) return bits_float(kZero + k) - bits_float(kZero);
+    if constexpr (kBits == 1) return k > 0 ? 127.0f : -127.0f;
+    return bits_float(0x4b000000u | levels[k + 128]) - (0x1p23f + 128.0f);
   }
 };
 
+// e with 2^(e - 1) <= v < 2^e, from the bits of a normal number.
+TWA_DEVICE int exponent(int bits) { return (bits >> 23) - 126; }
+
 struct Group {
-  uint32_t rounded[4];  // of each column, for the Encoder
-  float scale;          // 4 significant bits
-  float sum_sq;         // of the group times 2^-e
+  int rounded[4];  // of each column, for the Encoder
+  float scale;     // 4 significant bits
+  float sum_sq;    // of the group times 2^-e
   int e;
   bool finite;  // else it is coded as zeros
 };
@@ -108,7 +155,7 @@ TWA_DEVICE Group quantise(const Encoder<kBits>& encoder, const float (&v)[4], in
   m = static_cast<int>(warp_max(static_cast<uint32_t>(m)));
   group.finite = m < 0x7f800000;
   const bool usable = group.finite && m >= 0x00800000;
-  const int e = group.e = usable ? (m >> 23) - 126 : 0;
+  const int e = group.e = usable ? exponent(m) : 0;
   const float down = pow2f(-(e / 2)), down2 = pow2f(-(e - e / 2));
   float u[4];
 #pragma unroll
@@ -144,14 +191,84 @@ TWA_DEVICE Group quantise(const Encoder<kBits>& encoder, const float (&v)[4], in
   return group;
 }
 
-// Bytes of one row of one tile.
+// Four groups; scale, sum_sq and e are of group lane / 8.
+struct FourGroups {
+  int rounded[4][4];
+  float scale, sum_sq;
+  int e;
+};
+
+// v[t][r]: number r of this lane of group t; all columns are real. False, and nothing done, where
+// one of the groups is not usual: then `quantise` takes them one by one.
 template <int kBits>
-TWA_DEVICE void store_codes(const Encoder<kBits>& encoder, const Group& group, uint8_t* to) {
+TWA_DEVICE bool quantise_four(const Encoder<kBits>& encoder, float (&v)[4][4], FourGroups& found) {
+  int m[4];
+  bool usual = true;
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    const float most =
+        larger_magnitude(larger_magnitude(v[t][0], v[t][1]), larger_magnitude(v[t][2], v[t][3]));
+    m[t] = static_cast<int>(warp_max(float_bits(most)));
+    usual = usual && exponent(m[t]) >= -100 && exponent(m[t]) <= 100;
+  }
+  if (!usual) return false;
+  float sums[4];
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    const float down =
+        pow2f(-exponent(m[t]));  // one factor does what quantise() does in two: |e| is small
+#pragma unroll
+    for (int r = 0; r < 4; ++r) v[t][r] *= down;
+    sums[t] = (v[t][0] * v[t][0] + v[t][2] * v[t][2]) + (v[t][1] * v[t][1] + v[t][3] * v[t][3]);
+  }
+  const int own_m = own(m);
+  found.sum_sq = tree_sums(sums), found.e = exponent(own_m);
+  const float largest = bits_float((static_cast<uint32_t>(own_m) & 0x7fffffu) | 0x3f000000u);
+  float s;
+  if constexpr (kBits == 8) {
+    s = round_scale(largest / 127.0f, true);
+  } else {
+    s = square_root(found.sum_sq * 0x1p-7f) * rms_share(kBits) + largest * max_share(kBits);
+    const float inverse = 1.0f / s;
+    int norms[4];
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      const float of_group = shuffle(inverse, 8 * t);
+      float dot[4], norm = 0x1p23f;  // an integer in its low bits, below 2^17: exact in any order
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const float level = encoder.level(encoder.round(v[t][r], of_group));
+        dot[r] = v[t][r] * level;
+        norm = fmaf(level, level, norm);
+      }
+      sums[t] = (dot[0] + dot[2]) + (dot[1] + dot[3]);
+      if constexpr (kBits > 1) norms[t] = warp_sum(static_cast<int>(float_bits(norm)));
+    }
+    // 32 lanes' bits of 2^23 are 0x60000000 mod 2^32
+    float total = kTileColumns * 127.0f * 127.0f;
+    if constexpr (kBits > 1)
+      total = bits_float(static_cast<uint32_t>(own(norms)) - 0x60000000u + 0x4b000000u) - 0x1p23f;
+    s = round_scale(tree_sums(sums) / total, false);
+  }
+  const float inverse = 1.0f / s;
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    const float of_group = shuffle(inverse, 8 * t);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) found.rounded[t][r] = encoder.round(v[t][r], of_group);
+  }
+  found.scale = s * pow2f(found.e);
+  return true;
+}
+
+// Bytes of one row of one tile, from what its columns are rounded to.
+template <int kBits>
+TWA_DEVICE void store_codes(const Encoder<kBits>& encoder, const int (&rounded)[4], uint8_t* to) {
   const int lane = lane_index();
-  to = opaque(to + lane);
+  to += lane;
   uint32_t c[4];
 #pragma unroll
-  for (int r = 0; r < 4; ++r) c[r] = encoder.code(group.rounded[r]);
+  for (int r = 0; r < 4; ++r) c[r] = encoder.code(rounded[r]);
   if constexpr (kBits == 8) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) store_1(to + 32 * r, c[r]);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from .io.errors import StateError, TwaError
 from .io.key_map import match_model
 from .modes import plain_weights, with_own_train
 from .packing.build import build
+from .packing.feed import Feed
 from .packing.load import check_model, find_basis, load_state, part_of, warn_of_extra_state
 from .packing.save import check_savable, save_basis
 from .spectral_norm import refresh_spectral_norms
@@ -76,6 +78,8 @@ class Subspace:
         self.sharding, self.model = sharding, sharding.model
         self.candidates, self.key_map = sharding.candidates, sharding.key_map
         self.parameters = sharding.tensors
+        if isinstance(basis, tk.PackedBasis):  # its codes may be as large as a file
+            basis = replace(basis, codes=Feed(device).whole(basis.codes))
         self.basis = basis.to(device)
         self.center = None if center is None else [c.to(device) for c in center]
         self.segments, self.coordinates, self.normalize = segments, coordinates, normalize
@@ -102,6 +106,7 @@ class Subspace:
         sharding: str | Sharding = "auto",
         group: dist.ProcessGroup | None = None,
         progress: Callable[[str, int], None] | None = None,
+        device: torch.device | str | None = None,
     ) -> Subspace:
         """Streams the candidates tensor by tensor into a basis and moves the model to the center.
 
@@ -146,6 +151,10 @@ class Subspace:
                 averaged over ranks
             group: the process group; default: the mesh of a sharded model, else all ranks
             progress: called with (tensor name, bytes read)
+            device: where the basis is built, before it goes to the model's device; None: on that,
+                if it has kernels, else on the CPU. Candidates are read on the CPU and go to a GPU
+                a block at a time. The basis has the same bits wherever it is packed, but for
+                Triton's sums of squares, and for an orthonormal one
 
         Raises:
             CandidateError: files and model do not fit, or a candidate holds NaN or Inf
@@ -182,7 +191,7 @@ class Subspace:
                 ranks.check_equal(versions() | facts(model, candidates) | same)
             place = given or choose_sharding(name, model, candidates, key_map, bits, ranks)
         with ranks.fail_together("packing the candidates"):
-            made = build(place, segments, bits, basis, normalize, weights, progress)
+            made = build(place, segments, bits, basis, normalize, weights, progress, device)
             coordinates = constrained(made.coordinates, constraint)
             if balance:
                 coordinates = balanced(coordinates, made.basis, segments, place)

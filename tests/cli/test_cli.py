@@ -255,6 +255,10 @@ def test_task_file_and_a_loss_that_turns_nan(checkpoints, tmp_path):
     assert trained.val_loss <= 1.05 * min(r.val_loss for r in outcome.results[:-1])
     assert all(torch.isfinite(t.float()).all() for t in outcome.state.values())
     assert "test loss" not in report.table_rows(outcome.results, task)[0]
+    assert "GPU peak MB" not in report.table_rows(outcome.results, task)[0]
+    outcome.results[0].device_memory = 3_000_000
+    header, (first, *_) = report.table_rows(outcome.results, task)
+    assert dict(zip(header, first, strict=True))["GPU peak MB"] == "3"
 
 
 def test_validation_data_is_split_for_twa_v_only(checkpoints, tmp_path):

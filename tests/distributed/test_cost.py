@@ -76,6 +76,19 @@ def test_memory(job, sharding, parts, total):
     )
 
 
+@pytest.mark.parametrize(
+    "job, sharding, expected",
+    [  # basis, center, weights; 2 bytes of a scale; a block and half of one
+        (JOB, "replicate", 8.125e9 + 4e9 + 2e9 + 16e9 * 2 / 128),
+        (JOB, "rows", 2.03125e9 + 4e9 + 2e9 + 4e9 * 2 / 128),
+        (JOB, "columns", 2.03125e9 + 1e9 + 0.5e9 + 4e9 * 2 / 128),
+        (UNEVEN, "replicate", 28000 + 4000 + 4000),
+    ],
+)
+def test_memory_while_the_basis_is_built(job, sharding, expected):
+    assert cost.building(job, sharding) == pytest.approx(expected + 96 * 2**20, rel=1e-12)
+
+
 STEP = [  # payload and sent (ours, FSDP's)
     (JOB, "replicate", (648, 0), (972, 0)),
     (JOB, "rows", (8e9 + 648, 0), (12e9 + 972, 0)),
@@ -412,6 +425,8 @@ def test_prints_what_the_formulas_say(capsys):
         and rows["columns"]["FSDP bytes"] == "84 GB"
     )
     assert "Choice: columns, since replicate needs 256 GB and does not fit" in lines[-2]
+    # 7e9 * 64 * (3 / 8 + 3 / 128) + 28e9 * 2 + 0.1e9; of 16 ranks' rows or columns
+    assert "replicate 235 GB, rows 67.3 GB, columns 14.8 GB" in lines[-3]
     assert all(word in lines[-1] for word in ("ring", "blocks of 1/32", "docs/distributed.md"))
 
 

@@ -162,6 +162,8 @@ inline double shuffle_xor(double v, int mask) {
 inline uint32_t shuffle_xor(uint32_t v, int mask) {
   return emulator::exchange("shuffle_xor", v, mask, true);
 }
+inline float shuffle(float v, int lane) { return emulator::exchange("shuffle", v, lane, false); }
+inline int shuffle(int v, int lane) { return emulator::exchange("shuffle", v, lane, false); }
 
 inline int uniform(int v) {
   uint32_t in[1] = {static_cast<uint32_t>(v)}, out[1];
@@ -198,6 +200,15 @@ inline int dot4(uint32_t a, uint32_t b, int c) {
 inline int round_to_int(float v) {  // as the instruction: saturated, NaN is 0
   if (std::isnan(v)) return 0;
   return v >= 0x1p31f ? INT32_MAX : v <= -0x1p31f ? INT32_MIN : static_cast<int>(std::nearbyint(v));
+}
+inline int round_to_byte(float v) {
+  return std::isnan(v)  ? 0
+         : v >= 127.0f  ? 127
+         : v <= -128.0f ? -128
+                        : static_cast<int>(std::nearbyint(v));
+}
+inline float larger_magnitude(float a, float b) {
+  return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(std::fabs(a), std::fabs(b));
 }
 
 // mma.m16n8k32 by the definition of its fragments in the PTX manual ("Matrix Fragments for
@@ -437,6 +448,7 @@ inline void barrier_arrive_after_copies(uint64_t* barrier) {
   --b.pending;
 }
 
+inline void maximise(float* to, float v) { *to = max(*to, v); }
 inline int counter_add(int* counter, int by) {
   const int before = *counter;
   *counter += by;

@@ -33,6 +33,17 @@ def test_against_float64(backend, numel):
     assert torch.equal(found, exact(rows, weights).float())  # the same sums in the same order
 
 
+@pytest.mark.parametrize("numel", [0, 1, 129, 70_001])
+def test_gpus_have_the_bits_of_the_cpu(numel, gpu, monkeypatch):
+    """In parts, too; a row of weight 0 is not read."""
+    monkeypatch.setattr("twa_kernels.backends.average.CHUNK", 1000)
+    rows, weights = heap(7, numel)
+    weights[2] = 0.0
+    rows[2][:] = torch.nan
+    found = tk.average(gpu.put(rows), weights, backend=gpu.backend)
+    assert torch.equal(found.cpu(), tk.average(rows, weights))
+
+
 @pytest.mark.parametrize("n", [1, 2, 64, 512])
 def test_candidates(n):
     rows, weights = heap(n, 3000, seed=n)

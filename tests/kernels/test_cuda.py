@@ -429,3 +429,87 @@ def test_what_reads_back_is_refused_under_capture(backend, capture):
         torch.ops.twa_kernels.orthonormalize_pass(
             list(rows), [], [300], parent, None, None, 0, False, [], backend
         )
+
+
+# pack: sums over tiles, and the ways of its quantiser ---------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 33, 130])
+@pytest.mark.parametrize("width", [1, 3, 8, 64, 100, 10_000])
+def test_squared_norms_have_the_bits_of_the_cpu(width, n):
+    """Segments of `width` tiles, which units of 64 do not end with; one that comes again and again,
+    tensors of one segment, and parts of a tensor.
+    """
+    shapes = [(128 * 150 + 5,), (77,), (128 * 64,), (0,), (128 * 3,)]
+    tiles = [-(-shape[0] // 128) for shape in shapes]
+    segments = [t // width % 300 for t in range(sum(tiles))]
+    rows, center = rows_of(n, shapes), tensors(shapes, 5)
+    expected = tk.pack(rows, 4, center, segments, report=True)
+    found = tk.pack(put(rows), 4, put(center), segments, report=True, backend="cuda")
+    same_bits(found, expected)
+    assert found.relative_error == pytest.approx(expected.relative_error, rel=1e-12)
+    packer = tk.Packer(n, shapes, 4, segments, DEVICE, "cuda")
+    for row, c in zip(put(rows), put(center), strict=True):
+        for begin in range(0, row.shape[1], 8192):
+            at = slice(begin, begin + 8192)
+            packer.add_columns(row[:, at], begin, c[at])
+        packer.end_tensor()
+    same_bits(packer.finish(), expected)
+
+
+def same_bits(found, expected):
+    for name in ("codes", "scales", "row_scale", "divisor"):
+        a, b = getattr(found, name).cpu(), getattr(expected, name)
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
+
+
+@pytest.mark.filterwarnings("ignore:.* groups are zero in the packed basis")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", BITS)
+def test_four_tiles_at_a_time_and_one_by_one(bits, dtype):
+    """Four usual groups of a row go together; with a zero, extreme or ragged one among them they
+    go one by one.
+    """
+    rows = torch.randn(9, 128 * 41 + 30).to(dtype)
+    center = torch.randn(128 * 41 + 30)
+    rows[3, 128 * 5 : 128 * 6] = 0.0
+    center[128 * 5 : 128 * 6] = 0.0
+    rows[5, 128 * 9 : 128 * 10], center[128 * 9 : 128 * 10] = 2.0**-14, 0.0
+    if dtype != torch.float16:
+        rows[4, 128 * 12 : 128 * 13] *= 2.0**110
+        rows[4, 128 * 16 : 128 * 17] *= 2.0**-110
+        center[128 * 12 : 128 * 17] = 0.0
+    basis = tk.pack(put([rows]), bits, put([center]), backend="cuda")
+    same_bits(basis, tk.pack([rows], bits, [center]))
+    for shift in (1, 3):  # rows that begin anywhere
+        cut, c = rows[:, shift:], center[shift:]
+        same_bits(tk.pack([put(cut)], bits, [put(c)], backend="cuda"), tk.pack([cut], bits, [c]))
+
+
+def test_a_refused_part_adds_nothing():
+    packer = tk.Packer(3, [(20000,)], device=DEVICE, backend="cuda")
+    bad = torch.ones(3, 20000)
+    bad[1, -1] = torch.nan
+    with pytest.raises(tk.NotFiniteError, match="row 1 of tensor 0 at column 19999"):
+        packer.add(put(bad))
+    assert not packer.sum_sq.any() and not packer.max_scale.any()
+    packer.add(put(torch.ones(3, 20000)))
+    same_bits(packer.finish(), tk.pack([torch.ones(3, 20000)]))
+
+
+def test_pack_waits_once(monkeypatch):
+    """One number comes back: how many groups are not finite."""
+    read = []
+    for name in ("item", "tolist", "cpu", "__bool__", "__int__", "__float__", "nonzero"):
+        real = getattr(torch.Tensor, name)
+
+        def count(self, *args, real=real, name=name, **kwargs):
+            read.append(name)
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, count)
+    packer = tk.Packer(5, [(3000,)], segments=[0] * 12 + [1] * 12, device=DEVICE, backend="cuda")
+    rows = put(torch.randn(5, 3000))
+    read.clear()
+    packer.add(rows)
+    assert read == ["item"]

@@ -63,6 +63,8 @@ def test_static_cost_of_the_shipped_kernels(cost):
     for arch in native._C.cuda_architectures.replace("-real", "").split():
         for op in ("pack", "project", "reconstruct", "step"):
             assert {bits for a, o, bits in built if (a, o) == (f"sm_{arch}", op)} == set(BITS)
+    quantisers = {(r["op"], r["bits"]) for r in cost if "group" in r}
+    assert quantisers == {(op, bits) for op in ("pack", "record") for bits in BITS}
     for row in cost:
         if "path" in row:  # the matrix units contract every column of every row, and nothing more
             half = row["op"] == "reconstruct" and row["bits"] == 8 and row["rows"] % 32 == 16
@@ -102,6 +104,52 @@ def test_a_problem_is_reported(change, message):
     assert static_cost_cuda.problems(row) == []
     (found,) = static_cost_cuda.problems(row | change)
     assert message in found
+
+
+def test_a_quantiser_past_its_limit_is_reported():
+    import static_cost_cuda
+
+    row = {"op": "pack", "bits": 4, "rows": 0, "arch": "sm_90", "stack": 0}
+    row |= {"group": 150, "per_weight": 37.5, "share": 1.2, "alu": 0.9}
+    assert static_cost_cuda.problems(row) == []
+    (found,) = static_cost_cuda.problems(row | {"share": 1.7})
+    assert "170 % of the instructions at the speed of memory, limit 150 %" in found
+
+
+def test_the_way_of_a_quantiser():
+    """Four tiles at a time, not the longer way one by one, nor that of a division's rare case."""
+    import machine_code
+
+    text = """
+        .section .text.k,
+        /*0000*/ S2R R0 ;
+    .L_x_1:
+        /*0010*/ @P0 BRA `(.L_x_2) ;
+        /*0020*/ LDG.E R1 ;
+        /*0030*/ @P1 BRA `(.L_x_3) ;
+        /*0040*/ CALL.REL.NOINC `($__slow) ;
+    .L_x_3:
+        /*0050*/ SHFL.IDX R2 ;
+        /*0060*/ STG.E R2 ;
+        /*0070*/ STG.E R2 ;
+        /*0080*/ BRA `(.L_x_4) ;
+    .L_x_2:
+        /*0090*/ FADD R3 ;
+        /*00a0*/ FADD R3 ;
+        /*00b0*/ FADD R3 ;
+        /*00c0*/ FADD R3 ;
+        /*00d0*/ FADD R3 ;
+        /*00e0*/ FADD R3 ;
+        /*00f0*/ STG.E R3 ;
+    .L_x_4:
+        /*0100*/ @P2 BRA `(.L_x_1) ;
+        /*0110*/ EXIT ;
+    """
+    before, loop = machine_code.quantiser_path(
+        machine_code.parse(text.replace("    .L", ".L"))["k"]
+    )
+    assert before == ["S2R"]
+    assert loop == ["BRA", "LDG.E", "BRA", "SHFL.IDX", "STG.E", "STG.E", "BRA", "BRA"]
 
 
 def test_the_native_module_names_its_architectures():

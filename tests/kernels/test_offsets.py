@@ -143,14 +143,3 @@ def test_items_of_2_to_the_33_columns():
     assert len(groups) == -(-items // 64) + 1 and int(groups[-1]) == items
     tasks = torch.frombuffer(bytearray(work.tasks(528)), dtype=torch.int32)
     assert len(tasks) == 2 * items and int(tasks[items]) == -items and int(tasks[-1]) == -1
-
-
-def test_pack_in_several_launches():
-    """A grid has below 2^31 blocks, an emulated one of pack 32; the last one sees a NaN, too."""
-    rows = rows_of(9, [(128 * 70 + 5,)])  # 2 blocks of rows, 18 of tiles
-    ours, theirs = (tk.pack(rows, 4, backend=backend) for backend in ("cuda", "cpp"))
-    assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.divisor, theirs.divisor)
-    assert torch.equal(ours.scales.view(torch.uint8), theirs.scales.view(torch.uint8))
-    rows[0][-1, -1] = torch.nan
-    with pytest.raises(tk.NotFiniteError):
-        tk.pack(rows, 4, backend="cuda")

@@ -1,6 +1,8 @@
-"""What a GPU's pack leaves to PyTorch: sums over tiles, errors, where a NaN is."""
+"""What a GPU's pack leaves to PyTorch: errors, where a NaN is, for Triton sums over tiles."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -13,25 +15,43 @@ from .reference import bytes_to_codes, squared_error
 def finish_pack(args: PackArgs, squares: Tensor) -> tuple[int, int, int] | None:
     """Adds up what the kernel wrote; returns (row, tensor, column) of a NaN or Inf.
 
+    It waits for the device once; where there are several runs of segments, twice.
+
     squares: (num_tiles, n) float64, squared norms of the groups, NaN where one was not finite.
     """
-    if squares.isnan().any():
-        for at in range(len(args.rows)):
-            k, i = divmod(at, args.n)
-            finite = torch.isfinite(_difference(args, k, i))
-            if not finite.all():
-                return i, k, int(torch.nonzero(~finite)[0])
-    if args.errors is not None:
-        _add_errors(args, squares, args.errors)
+    if not len(squares):
+        return None
     # Runs of one segment are summed as slices: a fixed order, without float atomics.
-    values, counts = torch.unique_consecutive(args.tile_segment, return_counts=True)
-    first = 0
-    for segment, count in zip(values.tolist(), counts.tolist(), strict=True):
-        args.sum_sq[:, segment] += squares[first : first + count].sum(0)
-        top = args.scales[first : first + count].float().amax(0)
-        args.max_scale[:, segment] = torch.maximum(args.max_scale[:, segment], top)
-        first += count
+    changes = args.tile_segment.diff() != 0
+    bad, runs, segment = torch.stack(
+        [squares.isnan().any().int(), changes.sum(dtype=torch.int32), args.tile_segment[0]]
+    ).tolist()
+    if bad:
+        return first_not_finite(args)
+    begins, segments = [0], [segment]
+    if runs:
+        at = changes.nonzero()[:, 0] + 1
+        begins += at.tolist()
+        segments += args.tile_segment[at].tolist()
+    if args.errors is not None:
+        add_errors(args, squares, args.errors)
+    for (first, last), l in zip(itertools.pairwise([*begins, None]), segments, strict=True):
+        args.sum_sq[:, l] += squares[first:last].sum(0)
+        top = args.scales[first:last].float().amax(0)
+        args.max_scale[:, l] = torch.maximum(args.max_scale[:, l], top)
     return None
+
+
+def first_not_finite(args: PackArgs) -> tuple[int, int, int]:
+    """(row, tensor, column) of the first NaN or Inf, of which there is one."""
+    for at in range(len(args.rows)):
+        k, i = divmod(at, args.n)
+        finite = torch.isfinite(_difference(args, k, i))
+        if not finite.all():
+            return i, k, int(torch.nonzero(~finite)[0])
+    raise RuntimeError(
+        "pack: the kernel met a NaN or Inf that is not there: rows changed meanwhile"
+    )
 
 
 def _difference(args: PackArgs, k: int, i: int) -> Tensor:
@@ -40,8 +60,11 @@ def _difference(args: PackArgs, k: int, i: int) -> Tensor:
     return row - args.center[k].reshape(-1).float() if args.center else row
 
 
-def _add_errors(args: PackArgs, squares: Tensor, errors: Tensor) -> None:
-    """Adds quantisation errors, from the packed bytes, a row at a time."""
+def add_errors(args: PackArgs, squares: Tensor, errors: Tensor) -> None:
+    """Adds quantisation errors, from the packed bytes, a row at a time.
+
+    squares: (num_tiles, n) float64, of which each tensor's part has the sum of its squared norms.
+    """
     offsets = tile_offsets(args.numels)
     for k, numel in enumerate(args.numels):
         at = slice(offsets[k], offsets[k + 1])

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import capture, native
-from ..layout import TILE
+from ..layout import TILE, num_tiles
 from ..operands import BasisView, PackArgs, PassArgs, RecordArgs, ReplayArgs, StepArgs
 from . import handles
-from .after_pack import finish_pack
+from .after_pack import add_errors, first_not_finite
+from .average import average as average  # plain PyTorch, as on every GPU
 from .rows import used_rows
 from .tensors import Recent, current_stream, kept, on_device
 
@@ -280,27 +281,44 @@ def step(
 
 
 def pack(args: PackArgs) -> tuple[int, int, int] | None:
-    device = args.device
+    """Waits for the device once: for the number of groups that are not finite."""
+    device, n = args.device, args.n
     rows = handles.read(args.rows, module)
     center = handles.read_or_none(args.center, module)
-    squares = torch.empty(len(args.codes), args.n, dtype=torch.float64, device=device)
-    bad = torch.zeros((), dtype=torch.int32, device=device)
+    bad = torch.empty((), dtype=torch.int32, device=device)
     with on_device(device):
-        (numel, tile_begin), _ = _sizes(args.numels, TILE, device)
+        (numel, tile_begin), tiles = _sizes(args.numels, TILE, device)
+        (_, unit_begin), units = _sizes(args.numels, TILE * module.unit_tiles, device)
+        squares = torch.empty(tiles, n, dtype=torch.float64, device=device)
+        pieces = torch.empty(units, module.unit_tiles + 1, dtype=torch.int32, device=device)
         row_table = tensor_table(rows, device)
         center_table = tensor_table(center, device) if args.center else None
         module.pack_cuda(
-            rows=module.DeviceRows(rows=row_table, center=center_table, numel=numel, n=args.n),
+            rows=module.DeviceRows(rows=row_table, center=center_table, numel=numel, n=n),
             tile_begin=tile_begin,
+            unit_begin=unit_begin,
+            units=units,
+            tile_segment=args.tile_segment,
             bits=args.bits,
             codes=args.codes,
             scales=args.scales,
+            sum_sq=args.sum_sq,
+            max_scale=args.max_scale,
             squares=squares,
+            pieces=pieces,
             bad=bad,
             **_place(device),
         )
-    squares.masked_fill_(bad.bool(), torch.nan)  # some group was not finite: see finish_pack
-    return finish_pack(args, squares)
+    if bad.item():
+        return first_not_finite(args)
+    if args.errors is not None:
+        sizes = [num_tiles(numel) for numel in args.numels]
+        # The first tiles of each unit hold its sums, one for each of its pieces.
+        place = torch.arange(module.unit_tiles, device=device)
+        of_units = (place < pieces[:, :1]).split([-(-s // module.unit_tiles) for s in sizes])
+        are_sums = torch.cat([u.flatten()[:s] for u, s in zip(of_units, sizes, strict=True)])
+        add_errors(args, torch.where(are_sums[:, None], squares, 0.0), args.errors)
+    return None
 
 
 def record(args: RecordArgs) -> None:

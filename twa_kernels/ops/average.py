@@ -21,13 +21,13 @@ def average(
     """out = sum_i weights[i] * rows[i]: a weighted average of one tensor's versions.
 
     Each row is read once. Summed in float64 in the order of the rows and rounded once to float32;
-    the same bits for any number of threads and any instruction set.
+    the same bits for any number of threads, any instruction set and any device.
 
     Plain PyTorch: `sum(w * r.double() for w, r in zip(weights, rows)).float()`.
 
     Args:
-        rows: n tensors of one shape, float32, bfloat16 or float16, mixed as they come, on the CPU;
-            read in place if they are contiguous.
+        rows: n tensors of one shape, float32, bfloat16 or float16, mixed as they come; read in
+            place if they are contiguous.
         weights: n numbers; rows of weight 0 are not read, so that what they hold (NaN, too) does
             not matter.
         out: contiguous float32 tensor of as many elements to write into; default: a new one of the

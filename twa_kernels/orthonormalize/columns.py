@@ -207,7 +207,7 @@ class Source:
             self._check()
 
     def sample(self) -> list[Tensor]:
-        """Some columns in float64: (n, columns) of W, and (1, columns) of a center.
+        """Some columns in float64, on the CPU: (n, columns) of W, and (1, columns) of a center.
 
         Runs of columns spread over the tensors in memory, or the first blocks of a stream.
         """
@@ -229,7 +229,7 @@ class Source:
                         r.reshape(-1)[: runs * apart].view(runs, apart)[:, :width].reshape(-1)
                         for r in group
                     ]
-                    taken.append(torch.stack([f.double() for f in flat]))
+                    taken.append(torch.stack([f.double() for f in flat]).cpu())
                     left -= runs * width
             if self.streamed and left <= 0:
                 break

@@ -112,14 +112,23 @@ class DensePacker:
         n: number of rows
         shapes: of the tensors
         segments: of the tensors
+        device: where the rows are
     """
 
-    def __init__(self, n: int, shapes: Sequence[torch.Size], segments: Segments) -> None:
+    def __init__(
+        self,
+        n: int,
+        shapes: Sequence[torch.Size],
+        segments: Segments,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.shapes, self.segments, self.chunk = tuple(shapes), list(segments.first), segments.chunk
         self.rows: list[Tensor] = []
         self.filling: Tensor | None = None  # the next tensor, (n, numel)
-        self.sum_sq = torch.zeros(n, len(segments.labels), dtype=torch.float64)
-        self.max_scale = torch.zeros(0)  # nothing to agree on, unlike twa_kernels.Packer
+        self.sum_sq = torch.zeros(n, len(segments.labels), dtype=torch.float64, device=device)
+        self.max_scale = torch.zeros(
+            0, device=device
+        )  # nothing to agree on, unlike twa_kernels.Packer
 
     def add_columns(
         self,
@@ -140,7 +149,7 @@ class DensePacker:
             average(list(rows), weights, center)
         k, count = len(self.rows), rows[0].numel()
         if self.filling is None:
-            self.filling = torch.empty(len(self.sum_sq), self.shapes[k].numel())
+            self.filling = self._room(self.shapes[k].numel())
         p = self.filling[:, begin : begin + count]
         for to, row in zip(p, rows, strict=True):
             to.copy_(row.reshape(-1))
@@ -154,14 +163,19 @@ class DensePacker:
         else:
             self.sum_sq[:, self.segments[k]] += p.double().square().sum(1)
 
+    def _room(self, columns: int) -> Tensor:
+        """A place for so many columns."""
+        return torch.empty(len(self.sum_sq), columns, device=self.sum_sq.device)
+
     def _of_columns(self, k: int, begin: int, count: int) -> Tensor:
         """The segment of each of these columns of tensor k, with `chunk`."""
-        return self.segments[k] + torch.arange(begin, begin + count) // self.chunk
+        columns = torch.arange(begin, begin + count, device=self.sum_sq.device)
+        return self.segments[k] + columns // self.chunk
 
     def end_tensor(self) -> None:
         """Completes the tensor that `add_columns` was filling."""
         if self.filling is None:
-            self.filling = torch.empty(len(self.sum_sq), 0)
+            self.filling = self._room(0)
         self.rows.append(self.filling)
         self.filling = None
 
@@ -170,7 +184,7 @@ class DensePacker:
 
         `storage` then says what to receive before `finish`.
         """
-        self.rows.append(torch.empty(len(self.sum_sq), self.shapes[len(self.rows)].numel()))
+        self.rows.append(self._room(self.shapes[len(self.rows)].numel()))
 
     def storage(self, k: int) -> list[Tensor]:
         """What `add_columns` writes for tensor k, to send or receive."""
@@ -183,7 +197,9 @@ class DensePacker:
             normalize: "row" or "none"
             divisor: (n, L), in the place of what normalize gives
         """
-        divisor = row_divisor(self.sum_sq, normalize) if divisor is None else divisor
+        if divisor is None:
+            divisor = row_divisor(self.sum_sq.cpu(), normalize)
+        divisor = divisor.to(self.sum_sq.device)
         inverse = torch.where(divisor > 0, 1.0 / divisor, 0.0).float()
         for k, p in enumerate(self.rows):
             if self.chunk:
@@ -203,6 +219,7 @@ def new_packer(
     bits: int,
     segments: Segments,
     begins: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
 ) -> AnyPacker:
     """A packer for a packed basis, or for bits=32 a dense one.
 
@@ -212,11 +229,12 @@ def new_packer(
         bits: of the basis
         segments: of the tensors
         begins: where these parts begin in the tensors; None: at 0
+        device: where the rows and the basis are
     """
     numels = [s.numel() for s in shapes]
     if bits != 32:
         tiles = segments.of_tiles(numels, begins)
-        return Packer(n, shapes, bits, tiles, num_segments=len(segments.labels))
+        return Packer(n, shapes, bits, tiles, device, num_segments=len(segments.labels))
     if segments.chunk and begins:
         chunk = segments.chunk
         if any(begin % chunk for begin, numel in zip(begins, numels, strict=True) if numel):
@@ -226,4 +244,4 @@ def new_packer(
             )
         first = [f + begin // chunk for f, begin in zip(segments.first, begins, strict=True)]
         segments = replace(segments, first=first)
-    return DensePacker(n, shapes, segments)
+    return DensePacker(n, shapes, segments, device)

@@ -66,7 +66,8 @@ def _of_tensor(basis: tk.PackedBasis | DenseBasis, k: int, first: int) -> Tensor
         p = basis.rows[k][:, at.to(basis.device)].double().cpu()
         p *= weights.sqrt().repeat_interleave(TILE)[:columns]
         return p @ p.T
-    return _sampled(basis, first + chosen, columns, weights).gram().sum(0).cpu()
+    # on the CPU, wherever the basis is: a few tiles, and the same bits everywhere
+    return _sampled(basis, first + chosen, columns, weights).gram().sum(0)
 
 
 def _energies(basis: tk.PackedBasis | DenseBasis, k: int, first: int, tiles: int) -> Tensor:
@@ -76,29 +77,29 @@ def _energies(basis: tk.PackedBasis | DenseBasis, k: int, first: int, tiles: int
         return (
             torch.nn.functional.pad(squares, (0, tiles * TILE - len(squares))).view(-1, TILE).sum(1)
         )
-    parts = []
+    parts, row_scale = [], basis.row_scale.cpu()
     for begin in range(first, first + tiles, 1 << 16):
         at = slice(begin, min(begin + (1 << 16), first + tiles))
-        segments = basis.tile_segment[at].long()
-        scales = basis.scales[at].float() * basis.row_scale[:, segments].T  # (tiles, rows)
-        parts.append(scales.double().square().sum(1).cpu())
+        segments = basis.tile_segment[at].cpu().long()
+        scales = basis.scales[at].cpu().float() * row_scale[:, segments].T  # (tiles, rows)
+        parts.append(scales.double().square().sum(1))
     return torch.cat(parts)
 
 
 def _sampled(basis: tk.PackedBasis, tiles: Tensor, columns: int, weights: Tensor) -> tk.PackedBasis:
     """A basis of some tiles alone, each a segment, as one tensor of so many columns.
 
-    Its rows are longer in each tile, by the root of the tile's weight.
+    Its rows are longer in each tile, by the root of the tile's weight. It is on the CPU.
     """
     tiles = tiles.to(basis.device)
     segments = basis.tile_segment[tiles].long()
-    longer = weights.sqrt().to(basis.device, basis.row_scale.dtype)
+    longer = weights.sqrt().to(basis.row_scale.dtype)
     return tk.PackedBasis(
-        basis.codes[tiles],
-        basis.scales.view(torch.uint8)[tiles].view(basis.scales.dtype),
-        (basis.row_scale[:, segments] * longer).contiguous(),
-        torch.arange(len(tiles), dtype=basis.tile_segment.dtype, device=basis.device),
-        basis.divisor[:, segments].contiguous(),
+        basis.codes[tiles].cpu(),
+        basis.scales.view(torch.uint8)[tiles].cpu().view(basis.scales.dtype),
+        (basis.row_scale[:, segments].cpu() * longer).contiguous(),
+        torch.arange(len(tiles), dtype=basis.tile_segment.dtype),
+        basis.divisor[:, segments].cpu().contiguous(),
         (Size([columns]),),
         basis.bits,
     )

@@ -44,6 +44,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--center", metavar="CENTER", type=arguments.center, default="mean", help=center)
     norms = "see Subspace.from_candidates (default: %(default)s)"
     add("--normalize", choices=NORMALIZE, default="row", help=norms)
+    device = "where candidates are packed, a block at a time (default: %(default)s)"
+    add("--device", choices=("cpu", "cuda"), default="cpu", help=device)
     memory = "most that the process may hold in memory, such as 2GB"
     add("--max-memory", metavar="SIZE", type=arguments.amount_of_memory, help=memory)
     existing = p.add_mutually_exclusive_group()
@@ -74,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
         granularity=args.granularity,
         center=args.center,
         normalize=args.normalize,
+        device=args.device,
     )
     if job.unfinished and not args.resume and not args.overwrite:
         raise BasisError(

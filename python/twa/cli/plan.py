@@ -9,6 +9,7 @@ from dataclasses import replace
 from ..distributed.cost import (
     SHARDINGS,
     Job,
+    building,
     choose,
     memory,
     obstacle,
@@ -16,6 +17,7 @@ from ..distributed.cost import (
     sent,
     whole_model_limit,
 )
+from ..io.candidates import BLOCK_BYTES
 from ..io.errors import TwaError
 from ..io.tables import markdown_table
 
@@ -65,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
     print()
     print(markdown_table(header, [_cells(job, sharding, limit) for sharding in SHARDINGS]))
     print()
+    print(_building(job))
     print(_choice(job, limit))
     print(_assumptions(job))
 
@@ -146,6 +149,15 @@ def _auto(job: Job, limit: float | None) -> str:
         free = limit - job.params * job.weight_bytes
         other = choose(job, whole_model_limit(job, free), may_shard=False) or "an error"
     return f"`auto`: columns for a model sharded by fully_shard, else {other}"
+
+
+def _building(job: Job) -> str:
+    """What the device of a rank holds while the basis is built, in words."""
+    peaks = [f"{s} {quantity(building(job, s), 'B')}" for s in SHARDINGS if not obstacle(job, s)]
+    return (
+        f"While the basis is built, a rank's device holds at most: {', '.join(peaks)}; candidates"
+        f" go there in blocks of {quantity(BLOCK_BYTES, 'B')}."
+    )
 
 
 def _assumptions(job: Job) -> str:

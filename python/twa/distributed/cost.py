@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..io.candidates import BLOCK_BYTES
 from ..io.errors import TwaError
 
 SHARDINGS = ("replicate", "rows", "columns")
@@ -129,6 +130,18 @@ def memory(job: Job, sharding: str) -> dict[str, float]:
         "buffer": 4 * job.params if sharding == "rows" else 0.0,
     }
     return items | {"total": sum(items.values())}
+
+
+def building(job: Job, sharding: str) -> float:
+    """Bytes that the most loaded rank's device holds while the basis is built there, at most.
+
+    They are of the basis, whose scales take two bytes more until it is finished, the center, the
+    weights, and a block of candidates with what is made of it.
+    """
+    rows = basis_bytes(job, sharding) / row_bytes(job)  # times the rank's share of the model
+    scales = 0.0 if job.bits == 32 else rows * job.params * 2 / TILE
+    m = memory(job, sharding)
+    return m["basis"] + scales + m["center"] + m["weights"] + 1.5 * BLOCK_BYTES
 
 
 def payload(job: Job, sharding: str) -> dict[str, float]:

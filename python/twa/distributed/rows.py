@@ -54,7 +54,7 @@ class RowsSharding(Sharding):
         return slice(n * rank // world_size, n * (rank + 1) // world_size)
 
     def center(self, k: int, rows: Sequence[Tensor], weights: Tensor) -> Tensor:
-        partial = torch.empty(rows[0].shape, dtype=torch.float64)
+        partial = torch.empty(rows[0].shape, dtype=torch.float64, device=rows[0].device)
         average_into(partial, rows, weights[self.rows])
         if not torch.isfinite(partial).all():  # before the sum makes it everyone's
             raise tk.NotFiniteError(0, k, 0)
@@ -80,7 +80,7 @@ class RowsSharding(Sharding):
 
     def sum_sq(self, packer: AnyPacker) -> Tensor:
         total = torch.zeros(len(self.candidates), packer.sum_sq.shape[1], dtype=torch.float64)
-        total[self.rows] = packer.sum_sq
+        total[self.rows] = packer.sum_sq.cpu()
         return self.ranks.all_reduce_(total)
 
     def _flat(self) -> tuple[Tensor, list[Tensor]]:

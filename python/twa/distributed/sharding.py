@@ -286,7 +286,7 @@ class Sharding:
 
         It is sum_i weights[i] * rows[i].
         """
-        return average_into(torch.empty(rows[0].shape), rows, weights)
+        return average_into(torch.empty(rows[0].shape, device=rows[0].device), rows, weights)
 
     def pack(
         self, packer: AnyPacker, k: int, block: Block, weights: Tensor, center: Tensor

@@ -6,19 +6,26 @@ import resource
 import sys
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from .memory import proc_bytes
 
 
 class PeakMemory:
-    """Highest resident memory of this process since the object was made.
+    """Highest resident memory of this process since the object was made, and that of its GPU.
 
     Where the kernel does not let a process reset its high-water mark, it is the peak since the
     process started.
+
+    Args:
+        device: where tensors are; what a GPU's allocator has handed out is counted, too
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device if device is not None and device.type == "cuda" else None
+        if self.device is not None:
+            torch.cuda.reset_peak_memory_stats(self.device)
         try:
             with open("/proc/self/clear_refs", "w") as f:
                 f.write("5")
@@ -31,6 +38,10 @@ class PeakMemory:
         if peak is None:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return peak
+
+    def device_bytes(self) -> int:
+        """The peak of what PyTorch had allocated on the GPU, in bytes; 0 without one."""
+        return 0 if self.device is None else torch.cuda.max_memory_allocated(self.device)
 
 
 def progress_bar(text: str, total: int | None, shown: bool = True, **options: Any) -> tqdm:

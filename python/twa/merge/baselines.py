@@ -110,7 +110,8 @@ def measure(
     Returns:
         its row of the table, without test figures
     """
-    begun, memory, evaluator.cost = time.perf_counter(), PeakMemory(), 0.0
+    begun, memory = time.perf_counter(), PeakMemory(evaluator.sharding.device)
+    evaluator.cost = 0.0
 
     def loss(beta: Tensor) -> float:
         value = evaluator.at(beta)
@@ -128,5 +129,6 @@ def measure(
     peak = evaluator.ranks.most(memory.bytes())
     result = Result(name, members, 0, seconds, peak, val_loss, note=note, beta=beta)
     result.looks = evaluator.cost
+    result.device_memory = evaluator.ranks.most(memory.device_bytes())
     result.averaged_bn_loss = evaluator.averaged_bn_loss(beta) if changed else None
     return result

@@ -37,6 +37,7 @@ REMARKS = (
     " test. Those of the start come on top of a trained average's. peak MB: highest resident memory"
     " of the whole process while the method ran."
 )
+GPU_REMARK = "- GPU peak MB: the most that PyTorch had allocated on a rank's GPU meanwhile."
 COMPARED_REMARK = (
     "- The other fixed averages are there to compare with. What each chooses (best single, EMA"
     " decay, LAWA length, soup members) it chose on all of the validation data. A loss that"
@@ -52,6 +53,9 @@ AVERAGED_BN_REMARK = (
 def table_rows(results: list[Result], task: Task) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the result table."""
     header = ["method", "candidates", "steps", "looks", "seconds", "peak MB", "val loss"]
+    on_gpu = any(r.device_memory for r in results)
+    if on_gpu:
+        header.insert(-1, "GPU peak MB")
     both = any(r.averaged_bn_loss is not None for r in results)
     if both:
         header.append(AVERAGED_BN)
@@ -63,7 +67,10 @@ def table_rows(results: list[Result], task: Task) -> tuple[list[str], list[list[
     rows = []
     for r in results:
         row = [r.method, str(r.candidates), str(r.steps), f"{r.looks:.1f}", f"{r.seconds:.1f}"]
-        row += [f"{r.memory / 1e6:.0f}", f"{r.val_loss:.4f}"]
+        row.append(f"{r.memory / 1e6:.0f}")
+        if on_gpu:
+            row.append(f"{r.device_memory / 1e6:.0f}")
+        row.append(f"{r.val_loss:.4f}")
         if both:
             row.append("" if r.averaged_bn_loss is None else f"{r.averaged_bn_loss:.4f}")
         if r.test_loss is not None:
@@ -95,6 +102,8 @@ def markdown(outcome: Outcome, task: Task, names: list[str], command: str) -> st
     winner = outcome.winner
     note = f" ({winner.note})" if winner.note else ""
     said, remarks = advice(outcome.results), [REMARKS]
+    if any(r.device_memory for r in outcome.results):
+        remarks.append(GPU_REMARK)
     if len(fixed(outcome.results)) > 1:
         remarks.append(COMPARED_REMARK)
     if any(r.averaged_bn_loss is not None for r in outcome.results):

@@ -33,6 +33,8 @@ class Result:
         gain: by how much a step lowers the validation loss: of a trained average one more; of the
             start one of the candidates' own training; None: unknown
         is_average: False for a comparison that is no weighted average (annealing)
+        device_memory: the most that PyTorch had allocated on a rank's GPU meanwhile, in bytes; 0
+            without one
         averaged_bn_loss: validation loss with averaged BatchNorm statistics in the place of
             re-estimated ones; None where that is no question
     """
@@ -54,6 +56,7 @@ class Result:
     gain: float | None = None
     is_average: bool = True
     averaged_bn_loss: float | None = None
+    device_memory: int = 0
 
     @property
     def is_trained(self) -> bool:

@@ -98,6 +98,7 @@ _RESULT = _CURVES | {
     "gain": optional(is_number),
     "is_average": lambda value: isinstance(value, bool),
     "averaged_bn_loss": optional(is_number),
+    "device_memory": is_count,
 }
 #: `Trainer.state_dict`, and the seconds and looks that it took
 _TRAINER = _CURVES | {

@@ -232,7 +232,8 @@ class Merge:
             start, start_name, pace = row.beta, START, row.gain
             assert start is not None  # as it is a fixed average
         before = saved or {"seconds": 0.0, "looks": 0.0}
-        begun, memory = time.perf_counter() - before["seconds"], PeakMemory()
+        begun = time.perf_counter() - before["seconds"]
+        memory = PeakMemory(self.sharding.device)
         self.evaluator.cost = before["looks"]
         data = self._data_of(method)
         method, why = fitted(method, self.sharding, data if coarsen else None)
@@ -267,6 +268,7 @@ class Merge:
         result.note = "; ".join(filter(None, (f"from {start_name}{why}", trainer.note)))
         result.seconds, result.looks = time.perf_counter() - begun, self.evaluator.cost
         result.memory = self.ranks.most(memory.bytes())
+        result.device_memory = self.ranks.most(memory.device_bytes())
         result.averaged_bn_loss = self.evaluator.averaged_bn_loss(start)
         self._add(result)
         return result

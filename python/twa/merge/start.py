@@ -66,7 +66,8 @@ def choose(
     Returns:
         its row of the table, without test figures
     """
-    begun, memory, evaluator.cost = time.perf_counter(), PeakMemory(), 0.0
+    begun, memory = time.perf_counter(), PeakMemory(evaluator.sharding.device)
+    evaluator.cost = 0.0
     names = evaluator.sharding.candidates.names
     n = len(names)
     method, note, beta = "last", names[-1], averages.candidate(n, -1)
@@ -90,6 +91,7 @@ def choose(
     seconds, peak = time.perf_counter() - begun, evaluator.ranks.most(memory.bytes())
     result = Result(method, members, 0, seconds, peak, val_loss, note=note, beta=beta)
     result.looks, result.gain = evaluator.cost, gain
+    result.device_memory = evaluator.ranks.most(memory.device_bytes())
     result.averaged_bn_loss = evaluator.averaged_bn_loss(beta) if has_statistics else None
     return result
 

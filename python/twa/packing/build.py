@@ -18,6 +18,7 @@ from ..distributed.sharding import Basis, Sharding
 from ..io.averaging import not_finite
 from ..io.candidates import Block
 from . import differences, orthonormal
+from .feed import Feed
 
 Progress = Callable[[str, int], None]
 #: packs a block of tensor k and writes its center: (packer, k, block, weights, center)
@@ -48,8 +49,11 @@ def build(
     normalize: str,
     weights: Tensor,
     progress: Progress | None = None,
+    device: torch.device | str | None = None,
 ) -> Built:
     """The basis of some candidates around a center; ranks call it together.
+
+    Candidates are read on the CPU, and a block at a time is on the device.
 
     Args:
         sharding: the candidates, and which part of the basis this rank holds
@@ -59,16 +63,23 @@ def build(
         normalize: "row" or "none", see `Subspace.from_candidates`
         weights: (n,), the merge weights of the center
         progress: called with (key of the tensor, bytes read)
+        device: where it is built, basis and center; None: see `usual_device`
     """
-    n, options = len(sharding.candidates), (segments, bits, normalize, weights, progress)
+    feed = Feed(usual_device(sharding.device) if device is None else device)
+    n, options = len(sharding.candidates), (segments, bits, normalize, weights, progress, feed)
     if basis == "deltas":
         return _in_one_stream(sharding, n, sharding.pack, Deltas, *options)
     if basis == "differences":
         differences.check(sharding)
         return _in_one_stream(sharding, n - 1, differences.pack, Differences, *options)
-    centers = _centers(sharding, weights, progress)
-    made, rows = orthonormal.build(sharding, centers, segments, bits, normalize, weights)
+    centers = _centers(sharding, weights, progress, feed)
+    made, rows = orthonormal.build(sharding, centers, segments, bits, normalize, weights, feed)
     return Built(made, rows, sharding.local_center(centers))
+
+
+def usual_device(device: torch.device) -> torch.device:
+    """Where a basis for a model on this device is built: there, if it has kernels; else the CPU."""
+    return device if tk.registry.default_backend("pack", device.type) else torch.device("cpu")
 
 
 def _in_one_stream(
@@ -81,11 +92,13 @@ def _in_one_stream(
     normalize: str,
     weights: Tensor,
     progress: Progress | None,
+    feed: Feed,
 ) -> Built:
     """A basis of n rows that are made of some columns at a time, as the center is.
 
     Args:
         sharding, segments, bits, normalize, weights, progress: as for `build`
+        feed: to the device where it is built
         n: rows of P
         pack: makes codes and center of a block
         kind: makes the coordinates of the center's weights and the divisor (n, L)
@@ -94,16 +107,16 @@ def _in_one_stream(
     rows, begins = sharding.local_rows(n), None
     if segments.chunk:
         begins = [sharding.begin(k, segments.chunk) for k in range(len(shapes))]
-    packer = new_packer(rows.stop - rows.start, shapes, bits, segments, begins)
-    centers = [torch.empty(shape) for shape in shapes]
+    packer = new_packer(rows.stop - rows.start, shapes, bits, segments, begins, feed.device)
+    centers = [torch.empty(shape, device=feed.device) for shape in shapes]
     recorded = differences.recorded(sharding, bits) if kind is Differences else {}
-    for k, blocks in _tensors(sharding, progress, recorded.keys()):
+    for k, blocks in _tensors(sharding, progress, feed, recorded.keys()):
         if blocks is None:
             packer.skip()
             continue
         before = packer.sum_sq.clone()
         if k in recorded and isinstance(packer, tk.Packer):
-            differences.take(packer, sharding, k, recorded[k], weights, centers[k], progress)
+            differences.take(packer, sharding, k, recorded[k], weights, centers[k], progress, feed)
         for block in blocks:
             center = centers[k].view(-1)[block.begin : block.end]
             try:
@@ -114,15 +127,17 @@ def _in_one_stream(
         if not sharding.shards[k].counts:  # another rank holds these columns, too
             packer.sum_sq.copy_(before)
     sharding.exchange(packer, centers)
-    divisor = row_divisor(sharding.sum_sq(packer), normalize)
+    divisor = row_divisor(sharding.sum_sq(packer).cpu(), normalize)
     basis = packer.finish(normalize, divisor[rows])
     return Built(basis, kind(weights, divisor), sharding.local_center(centers))
 
 
-def _centers(sharding: Sharding, weights: Tensor, progress: Progress | None) -> list[Tensor]:
+def _centers(
+    sharding: Sharding, weights: Tensor, progress: Progress | None, feed: Feed
+) -> list[Tensor]:
     """The center of this rank's columns, float32."""
-    centers = [torch.empty(shard.shape) for shard in sharding.shards]
-    for k, blocks in _tensors(sharding, progress):
+    centers = [torch.empty(shard.shape, device=feed.device) for shard in sharding.shards]
+    for k, blocks in _tensors(sharding, progress, feed):
         for block in blocks or ():
             try:
                 made = sharding.center(k, block.rows, weights)
@@ -133,13 +148,13 @@ def _centers(sharding: Sharding, weights: Tensor, progress: Progress | None) -> 
 
 
 def _tensors(
-    sharding: Sharding, progress: Progress | None, but: Collection[int] = ()
+    sharding: Sharding, progress: Progress | None, feed: Feed, but: Collection[int] = ()
 ) -> Iterator[tuple[int, Iterator[Block] | None]]:
-    """`packed_tensors`, with progress as its blocks are read; no blocks of tensors in `but`."""
+    """`packed_tensors` by way of `feed`, with progress as blocks are read; none of `but`."""
 
     def counted(k: int, blocks: Iterator[Block]) -> Iterator[Block]:
         for block in blocks:
-            yield block
+            yield feed.block(block)
             if progress:
                 progress(sharding.keys[k], sum(r.nbytes for r in block.rows))
 

@@ -21,6 +21,7 @@ from ..io.averaging import average_into
 from ..io.candidates import Block
 from ..io.errors import TwaError
 from ..io.trail import Trail
+from .feed import Feed
 
 
 def check(sharding: Sharding) -> None:
@@ -44,23 +45,27 @@ def pack(packer: AnyPacker, k: int, block: Block, weights: Tensor, center: Tenso
     average_into(center, block.rows, weights)
     first, *others = (row.reshape(-1) for row in block.rows)
     reference = first.to(torch.float32, copy=True)
-    if not (reference.abs() < MOST_WEIGHT).all():
-        raise tk.NotFiniteError(0, k, block.begin)
+    bad = [(~(reference.abs() < MOST_WEIGHT)).any()]  # read once, for all rows
     if isinstance(packer, tk.Packer):
-        codes, scales = [], []
-        for r, row in enumerate(others, 1):
-            code, scale, bad = tk.record([row], [reference], packer.bits)
-            if bad:
-                raise tk.NotFiniteError(r, k, block.begin)
-            codes.append(code)
-            scales.append(scale)
+        recorded = [tk.record([row], [reference], packer.bits) for row in others]
+        bad += [of_row for _, _, of_row in recorded]
+        _check_finite(bad, k, block.begin)
+        codes, scales = [code for code, _, _ in recorded], [scale for _, scale, _ in recorded]
         packer.add_recorded(codes, scales, block.begin)
         return
+    _check_finite(bad, k, block.begin)
     rows = []
     for row in others:
         rows.append(row.float() - reference)
         reference += rows[-1]
     packer.add_columns(rows, block.begin)
+
+
+def _check_finite(bad: list[Tensor], k: int, begin: int) -> None:
+    """NotFiniteError for the first row of a block of tensor k that is bad."""
+    for row, is_bad in enumerate(torch.stack([b.int() for b in bad]).tolist()):
+        if is_bad:
+            raise tk.NotFiniteError(row, k, begin)
 
 
 # Rows of a recording, as they are ----------------------------------------------------------------
@@ -91,6 +96,7 @@ def take(
     weights: Tensor,
     center: Tensor,
     progress: Callable[[str, int], None] | None,
+    feed: Feed,
 ) -> None:
     """Packs tensor k of a recording without decoding it, and writes its center to `center`."""
     (trail, number, at), flat = place, center.view(-1)
@@ -101,6 +107,8 @@ def take(
         first = trail.tiles[number] + (at + begin) // TILE
         last = first + num_tiles(end - begin)
         codes = [row.codes(first, last) for row in trail.rows]
-        packer.add_recorded(codes, [row.scales(first, last) for row in trail.rows], begin)
+        scales = [row.scales(first, last) for row in trail.rows]
+        sent = feed.rows([*codes, *scales])
+        packer.add_recorded(sent[: len(codes)], sent[len(codes) :], begin)
         if progress:
             progress(sharding.keys[k], 4 * (end - begin) * len(weights))

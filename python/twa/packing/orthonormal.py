@@ -21,6 +21,7 @@ from ..coordinates import Orthonormal
 from ..distributed.sharding import Basis, Sharding
 from ..io.averaging import not_finite
 from ..io.errors import TwaError
+from .feed import Feed
 
 
 def build(
@@ -30,6 +31,7 @@ def build(
     bits: int,
     normalize: str,
     weights: Tensor,
+    feed: Feed,
 ) -> tuple[Basis, Orthonormal]:
     """The orthonormal basis, and its coordinates.
 
@@ -44,6 +46,7 @@ def build(
         bits: of the basis
         normalize: "row" or "none"
         weights: (n,), the merge weights of the center
+        feed: to the device where Gram-Schmidt runs and Q is packed, which has the centers
     """
     flat = [c.view(-1) for c in centers]
     numels = [t.numel() for t in sharding.tensors]
@@ -52,7 +55,7 @@ def build(
         members = [k for k, l in enumerate(segments.first) if l == segment]
         columns = sum(numels[k] for k in members)
         # there are none of parameters without elements
-        found.append(_of_segment(sharding, flat, members) if columns else None)
+        found.append(_of_segment(sharding, flat, members, feed) if columns else None)
     coordinates = _coordinates(found, normalize, weights)
     r, scale = coordinates.shape[0], coordinates.scale
     mine = sharding.local_rows(r)  # rows of Q that this rank keeps
@@ -62,7 +65,7 @@ def build(
             " ranks; use 'replicate' or 'columns'"
         )
     shapes = [h.shape for h in sharding.shards]
-    packer = new_packer(mine.stop - mine.start, shapes, bits, segments)
+    packer = new_packer(mine.stop - mine.start, shapes, bits, segments, device=feed.device)
 
     def rows_of_q(k: int, columns: list[Tensor], begin: int) -> Tensor:
         """Some columns of tensor k, (n, count), as this rank's rows of Q there."""
@@ -73,11 +76,12 @@ def build(
         q = torch.nn.functional.pad(q, (0, 0, 0, r - len(q)))[mine]
         return q if bits != 32 else q * float(scale[segments.first[k]])
 
-    _pack(sharding, packer, rows_of_q)
+    _pack(sharding, packer, rows_of_q, feed)
     sharding.exchange(packer, centers)
     basis = packer.finish("none", torch.ones_like(packer.sum_sq))
     if isinstance(basis, tk.PackedBasis):
-        basis = replace(basis, row_scale=(basis.row_scale.double() * scale).float())
+        row_scale = (basis.row_scale.double() * scale.to(feed.device)).float()
+        basis = replace(basis, row_scale=row_scale)
     return basis, coordinates
 
 
@@ -107,7 +111,10 @@ def _coordinates(
 
 
 def _pack(
-    sharding: Sharding, packer: AnyPacker, rows_of_q: Callable[[int, list[Tensor], int], Tensor]
+    sharding: Sharding,
+    packer: AnyPacker,
+    rows_of_q: Callable[[int, list[Tensor], int], Tensor],
+    feed: Feed,
 ) -> None:
     """Packs Q, PACK_COLUMNS columns at a time.
 
@@ -115,12 +122,13 @@ def _pack(
         sharding: says which tensors this rank packs
         packer: takes Q
         rows_of_q: called with a tensor's index, columns of the candidates and the first column
+        feed: to the packer's device
     """
     for k, blocks in sharding.packed_tensors(slice(0, len(sharding.candidates))):
         if blocks is None:
             packer.skip()
             continue
-        for block in blocks:
+        for block in map(feed.block, blocks):
             count = block.end - block.begin
             for first in range(0, count, PACK_COLUMNS):
                 at = slice(first, min(first + PACK_COLUMNS, count))
@@ -129,13 +137,16 @@ def _pack(
         packer.end_tensor()
 
 
-def _of_segment(sharding: Sharding, flat: list[Tensor], tensors: list[int]) -> tk.Orthonormal:
+def _of_segment(
+    sharding: Sharding, flat: list[Tensor], tensors: list[int], feed: Feed
+) -> tk.Orthonormal:
     """The implicit basis of one segment, streamed in blocks of columns.
 
     Args:
         sharding: the candidates
         flat: the center of each tensor, (numel,)
         tensors: those of the segment
+        feed: to the device where they are summed, which has the centers
     """
     fed = [k for k in tensors if sharding.sums_columns(k)]
     everything = slice(0, len(sharding.candidates))
@@ -146,9 +157,9 @@ def _of_segment(sharding: Sharding, flat: list[Tensor], tensors: list[int]) -> t
         read.clear()
         for k, block in sharding.stream(fed, everything):
             read.append((k, block.begin))
-            yield block.rows
+            yield feed.rows(block.rows)
         if not fed:  # a rank without columns of this segment takes part all the same
-            yield [torch.zeros(0)] * len(sharding.candidates)
+            yield [torch.zeros(0, device=feed.device)] * len(sharding.candidates)
 
     def center() -> Iterator[Tensor]:
         step = sharding.block_columns
@@ -156,7 +167,7 @@ def _of_segment(sharding: Sharding, flat: list[Tensor], tensors: list[int]) -> t
             for begin in range(0, max(1, flat[k].numel()), step):
                 yield flat[k][begin : begin + step]
         if not fed:
-            yield torch.zeros(0)
+            yield torch.zeros(0, device=feed.device)
 
     def add_up(t: Tensor) -> None:
         sharding.ranks.all_reduce_(t)

@@ -38,6 +38,7 @@ from ..io.key_map import match_model
 from ..io.progress import PeakMemory
 from ..io.safetensors import raw_bytes
 from ..modes import plain_weights
+from .feed import Feed
 from .save import contents_of, untrained
 
 SAVE_SECONDS = 10.0  # between saved positions
@@ -128,6 +129,8 @@ class PackToFile:
         granularity: see `Subspace.from_candidates`
         center: see `Subspace.from_candidates`
         normalize: "row" or "none"
+        device: where they are packed, a block at a time; the file has the same bits (with Triton
+            but for the last ones of row_scale and divisor)
 
     Raises:
         CandidateError: candidates and model do not fit
@@ -144,7 +147,9 @@ class PackToFile:
         granularity: Granularity = "tensor",
         center: str | int | Tensor = "mean",
         normalize: str = "row",
+        device: torch.device | str = "cpu",
     ) -> None:
+        self.feed = Feed(device)
         candidates, key_map = match_model(model, candidates)
         self.path, self.candidates = Path(path), candidates
         self.weights = averages.of_center(center, len(candidates))
@@ -190,6 +195,7 @@ class PackToFile:
             c.shapes,
             c.bits,
             c.tensor_segments.of_tiles(c.numels),
+            self.feed.device,
             sink=self._keep,
             num_segments=len(c.labels),
         )
@@ -222,9 +228,9 @@ class PackToFile:
 
     def _keep(self, first: int, codes: Tensor, scales: Tensor) -> None:
         """Writes tiles as they are packed, from tile `first` on."""
-        self.writer.put("codes", codes, first * codes[0].numel() if len(codes) else 0)
+        self.writer.put("codes", codes.cpu(), first * codes[0].numel() if len(codes) else 0)
         self.raw_file.seek(first * scales.shape[1] * 2)
-        self.raw_file.write(raw_bytes(scales))
+        self.raw_file.write(raw_bytes(scales.cpu()))
 
     @torch.no_grad()
     def _stream(
@@ -237,9 +243,9 @@ class PackToFile:
             raise BasisError("expected a position inside a tensor, found its end", self.position)
         for k, block in self.sharding.stream(range(len(numels)), begin=begin):
             try:
-                center = torch.empty(block.end - block.begin)
-                self.sharding.pack(packer, k, block, self.weights, center)
-                self.writer.put("center", center, starts[k] + block.begin)
+                center = torch.empty(block.end - block.begin, device=self.feed.device)
+                self.sharding.pack(packer, k, self.feed.block(block), self.weights, center)
+                self.writer.put("center", center.cpu(), starts[k] + block.begin)
             except tk.NotFiniteError as error:
                 self.clear()  # other files will make another basis
                 raise not_finite(
@@ -257,8 +263,9 @@ class PackToFile:
 
     def _finish(self, packer: tk.Packer) -> None:
         """Writes all but codes and center, and puts the file at its place."""
-        scaling = Scaling.of(packer.sum_sq, packer.max_scale, self.contents.normalize)
-        self._write_scales(scaling, packer.tile_segment)
+        sums = packer.sum_sq.cpu(), packer.max_scale.cpu()
+        scaling = Scaling.of(*sums, self.contents.normalize)
+        self._write_scales(scaling, packer.tile_segment.cpu())
         small = {
             "row_scale": scaling.row_scale,
             "divisor": scaling.divisor,
@@ -295,7 +302,7 @@ class PackToFile:
                     self.raw,
                 )
             self.writer.put("scales", scales, first * n)
-            lost += zeros
+            lost += int(zeros)
         if lost:
             print(f"twa: warning: {lost_groups(lost, len(segment) * n)}", file=sys.stderr)
 

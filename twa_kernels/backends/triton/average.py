@@ -1,0 +1,3 @@
+"""average: plain PyTorch, as on every GPU."""
+
+from ..average import average as average
