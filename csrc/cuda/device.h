@@ -60,6 +60,13 @@ TWA_DEVICE bool one_lane() {
 TWA_DEVICE float shuffle(float v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
 TWA_DEVICE int shuffle(int v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
 
+// What happens to be in a register.
+TWA_DEVICE uint32_t anything() {
+  uint32_t v;
+  asm("" : "=r"(v));
+  return v;
+}
+
 TWA_DEVICE int dot4(uint32_t a, uint32_t b, int c) {
   return __dp4a(static_cast<int>(a), static_cast<int>(b), c);
 }

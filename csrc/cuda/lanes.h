@@ -86,19 +86,19 @@ TWA_HD int nearest_code_of(int k) {
   return count_thresholds<kBits>(k, std::make_integer_sequence<int, (1 << kBits) - 1>());
 }
 
-// Upper half of a word. Shifts, logic and permutations share a pipe that is the limit of these
-// kernels; multiplications have another one.
-TWA_HD uint32_t upper_half(uint32_t w) {
+// w >> kBy. Shifts, logic and permutations share a pipe that is the limit of these kernels;
+// multiplications have another one.
+template <int kBy>
+TWA_HD uint32_t shift_right(uint32_t w) {
 #if defined(__CUDA_ARCH__)
-  uint32_t low, high;
-  asm("{ .reg .b64 wide; mul.wide.u32 wide, %2, 65536; mov.b64 {%0, %1}, wide; }"
-      : "=r"(low), "=r"(high)
-      : "r"(w));
+  uint32_t high;
+  asm("mul.hi.u32 %0, %1, %2;" : "=r"(high) : "r"(w), "n"(1u << (32 - kBy)));
   return high;
 #else
-  return w >> 16;
+  return w >> kBy;
 #endif
 }
+TWA_HD uint32_t upper_half(uint32_t w) { return shift_right<16>(w); }
 
 // First words of the tables that look_up() and look_up_halves() permute: given to them, so that
 // they stay in registers (in_register() of device.h).
@@ -138,7 +138,7 @@ constexpr bool kShifted = kBits == 4;
 // nibble. top, 3 bits: the nibbles' bits 0 and 2 are the codes' third bits.
 template <int kBits>
 TWA_HD uint32_t nibble_codes(uint32_t w, uint32_t top, int odd) {
-  const uint32_t two = odd ? w >> 2 : w;
+  const uint32_t two = odd ? shift_right<2>(w) : w;
   if constexpr (kBits == 3) return select_bits(0x33333333u, two, odd ? top : top << 2);
   return two & 0x33333333u;
 }
@@ -270,8 +270,8 @@ TWA_HD void transpose_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint
 template <bool kHigh>
 TWA_HD void transpose_nibbles(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint32_t* out) {
   constexpr uint32_t low = 0x0f0f0f0fu;
-  const uint32_t ab = kHigh ? select_bits(low, a >> 4, b) : select_bits(low, a, b << 4);
-  const uint32_t cd = kHigh ? select_bits(low, c >> 4, d) : select_bits(low, c, d << 4);
+  const uint32_t ab = kHigh ? select_bits(low, shift_right<4>(a), b) : select_bits(low, a, b << 4);
+  const uint32_t cd = kHigh ? select_bits(low, shift_right<4>(c), d) : select_bits(low, c, d << 4);
   out[0] = byte_perm(ab, cd, 0x5140), out[1] = byte_perm(ab, cd, 0x7362);
 }
 

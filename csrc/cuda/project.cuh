@@ -191,14 +191,16 @@ struct ProjectTask : Task {
                                    b[2 * k % kWords], b[2 * k % kWords + 1]);
         add(acc[block][0], d, 0, upper), add(acc[block][1], d, 1, lower);
       }
-      if constexpr (P::kHalf) {  // 16 rows: the operand's upper half, zeros below
+      if constexpr (P::kHalf) {  // 16 rows: the operand's upper half; nobody looks at the lower
+                                 // one's sums
         const int row = 32 * P::kBlocks + project_row<kBits>(g, t);
         uint32_t x[kWords];
         project_operand<kBits>(slot + project_offset<kBits>(32 * P::kBlocks + 2 * g), t, table, x);
         int d[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int k = 0; k < kProjectSteps<kBits>; ++k)
-          multiply_add<true>(d, x[2 * k], 0, x[2 * k + 1], 0, b[2 * k], b[2 * k + 1]);
+          multiply_add<true>(d, x[2 * k], anything(), x[2 * k + 1], anything(), b[2 * k],
+                             b[2 * k + 1]);
         add(last, d, 0, row);
       }
       if (a.fence) release_to_copies();
