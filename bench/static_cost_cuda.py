@@ -192,31 +192,6 @@ def measure_all(library: Path) -> list[dict]:
     )
 
 
-def predicted(
-    rows: list[dict], op: str, bits: int, n: int, per_byte: float = PER_BYTE["sm_90"]
-) -> float | None:
-    """Percent of a copy that project or reconstruct should reach: 93 where memory is the limit, as
-    streaming kernels do, less where issue slots or the integer pipe would be more than 0.9 full.
-    None where no whole tile was counted.
-
-    Args:
-        per_byte: thread-instructions that the GPU can issue while it copies a byte; default: an
-            H200's
-    """
-    built = {
-        r["rows"]: r
-        for r in rows
-        if (r["arch"], r["op"], r["bits"], r["many"]) == ("sm_90", op, bits, False) and "path" in r
-    }
-    if not built or (op == "reconstruct" and n > max(built)):
-        return None
-    blocks = -(-n // max(built))
-    fit = built[min(rows for rows in built if rows >= -(-n // blocks))]
-    bytes_moved = n * (16 * bits + 1) + (512 if op == "project" else 1024)
-    full = blocks * max(fit["share"], fit["alu"]) * tile_bytes(op, bits, fit["rows"]) / bytes_moved
-    return 100 * min(0.93, 0.9 / (full * PER_BYTE["sm_90"] / per_byte))
-
-
 def problems(row: dict) -> list[str]:
     """What is not as it should be."""
     op, bits, rows, found = row["op"], row["bits"], row["rows"], []

@@ -10,7 +10,6 @@ from .events import ABSENT, GOOD
 from .plan import BACKENDS, EVERY
 
 RESULTS = ROOT / "bench" / "results"
-CLOCK = 1.755e9  # Hopper's, as in the static cost
 TARGET = 90.0  # percent of a copy, where nothing is predicted
 MOST_LINES = 40
 
@@ -46,16 +45,13 @@ def share(row: dict, copy: float) -> float | None:
 
 
 def predicted(row: dict, found: dict, copy: float) -> float | None:
-    """Percent of a copy that the instructions of a CUDA kernel allow on this GPU."""
+    """Percent of a copy that the model of a CUDA kernel says (bench/gpu_model.py)."""
     static = RESULTS / "cuda_static_cost.json"
-    if row["backend"] != "cuda" or row["dtype"] != "fp32" or not static.exists() or not copy:
+    if row["backend"] != "cuda" or not static.exists() or not copy:
         return None
-    from static_cost_cuda import predicted as of
+    from gpu_model import predicted as of
 
-    per_byte = found.get("multiprocessors", 0) * 128 * CLOCK / copy
-    if row["op"] not in ("project", "reconstruct") or not per_byte:
-        return None
-    return of(json.loads(static.read_text()), row["op"], row["bits"], row["n"], per_byte)
+    return of(json.loads(static.read_text()), row, found.get("multiprocessors", 0), copy)
 
 
 def gaps(events: list[dict], found: dict) -> list[dict]:
@@ -171,7 +167,7 @@ def page(events: list[dict], found: dict) -> str:
     lines += [
         "kernels: by the profiler; host: to launch one call; peak: memory beside the operands;"
     ]
-    lines += [f"predicted: before this run, from the CUDA kernels' code at {CLOCK / 1e9} GHz.", ""]
+    lines += ["predicted: before this run, from the CUDA kernels' code (bench/gpu_model.py).", ""]
     lines += [*largest_gaps(events, found)]
     for e in cases(events, "variants"):
         lines += ["", f"Variants of {e['case']} (ms): {e['note']}", ""]

@@ -30,6 +30,7 @@ ucontext_t scheduler;
 Fiber* current = nullptr;
 const std::function<void()>* body = nullptr;
 std::string error;
+std::vector<int64_t> launches;  // blocks, threads and shared bytes of each
 
 void enter() {
   try {
@@ -68,6 +69,7 @@ void complete(Barrier& b) {
 }
 
 void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {
+  launches.insert(launches.end(), {blocks, threads, shared_bytes});
   if (current) throw std::runtime_error("emulator: kernels do not nest");
   const char* seed = std::getenv("TWA_EMULATOR_SEED");
   std::mt19937 random(seed ? static_cast<unsigned>(std::atoi(seed)) : 0u);
@@ -164,3 +166,13 @@ CudaVariant& cuda_variant() {
 int cuda_device_count() { return 1; }
 
 }  // namespace twa
+
+// Takes the launches so far, of three numbers each: how many numbers there were, `most` of them
+// written.
+extern "C" __attribute__((visibility("default"))) int64_t twa_emulator_launches(int64_t* to,
+                                                                                int64_t most) {
+  const int64_t count = static_cast<int64_t>(twa::emulator::launches.size());
+  for (int64_t k = 0; k < count && k < most; ++k) to[k] = twa::emulator::launches[k];
+  twa::emulator::launches.clear();
+  return count;
+}
