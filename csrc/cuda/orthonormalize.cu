@@ -31,6 +31,7 @@
 // Bytes      n * D * input read; r * D * output written. At n = 64, for 4 columns of all rows: 36
 //            products of 8 x 4 by 4 x 8 (m8n8k4, four of them one m16n8k8 from sm_90 on) for each
 //            of V V^T and the transform; 64 differences, of which each takes two conversions.
+#include "orthonormalize_held.cuh"
 #include "orthonormalize_panels.cuh"
 #include "orthonormalize_small.cuh"
 
@@ -97,25 +98,74 @@ int run_small(const Arguments& a, int64_t blocks, const Place& where) {
   }
 }
 
+// A block holds all rows.
+template <int kForm, int kBlocks>
+int run_held(const Arguments& a, int64_t parts, const Place& where) {
+  using H = Held<kForm, kWhole, kBlocks>;
+  if constexpr (kForm == kWrite || H::kRows <= kHeldRows)
+    if (a.n <= H::kRows)
+      return launch(orthonormalize_held_kernel<kForm, kWhole, kBlocks>, parts, H::kMembers,
+                    H::kBytes, where, a);
+  if constexpr (H::kRows < (kForm == kWrite ? kWrittenRows : kHeldRows))
+    return run_held<kForm, kBlocks + 1>(a, parts, where);
+  return 1;  // cudaErrorInvalidValue: never
+}
+
+// Groups of rows, by which the triangle of V V^T is shared out.
+struct Groups {
+  int64_t count;
+  int blocks;  // of 16 rows, of each
+};
+Groups groups_of(int64_t rows) {
+  const int64_t count = divide_up(rows, 64);
+  return {count, rows <= 48 * count ? 3 : 4};
+}
+template <int kForm, int kBlocks>
+int run_pairs(const Arguments& a, int64_t parts, const Place& where) {
+  using D = Held<kForm, kDiagonal, kBlocks>;
+  using S = Held<kForm, kSquare, 2 * kBlocks>;
+  const int error = launch(orthonormalize_held_kernel<kForm, kDiagonal, kBlocks>, a.groups * parts,
+                           D::kMembers, D::kBytes, where, a);
+  if (error != 0) return error;
+  return launch(orthonormalize_held_kernel<kForm, kSquare, 2 * kBlocks>,
+                a.groups * (a.groups - 1) / 2 * parts, S::kMembers, S::kBytes, where, a);
+}
+template <int kForm>
+int run_groups(Arguments a, int64_t rows, int64_t parts, const Place& where) {
+  const Groups groups = groups_of(rows);
+  a.groups = groups.count;
+  return groups.blocks == 3 ? run_pairs<kForm, 3>(a, parts, where)
+                            : run_pairs<kForm, 4>(a, parts, where);
+}
+
 // Panels of columns, one after the other.
-int run_large(Arguments a, int64_t most, const Place& where) {
+int run_panels(Arguments a, int64_t most, const Place& where) {
   int error = clear(a.partials, a.slices * a.stride * 8, where);
   const auto run = [&](auto kernel, int64_t warps) {
     if (error == 0) error = launch(kernel, divide_up(warps, kWarps), kThreads, 0, where, a);
   };
   for (a.from = 0; a.from < a.chunks; a.from += most) {
     a.panel = a.chunks - a.from < most ? a.chunks - a.from : most;
+    a.per_block = divide_up(a.panel, a.slices);
     run(orthonormalize_differences_kernel, round_up(a.n, kBlock) * a.slices);
-    if (a.transform) run(orthonormalize_transform_kernel, divide_up(a.r, kBlock) * a.panel);
+    run(orthonormalize_transform_kernel, divide_up(a.r, kBlock) * a.panel);
     if (a.out) {
       run(orthonormalize_probe_kernel, a.panel);
       run(orthonormalize_probed_kernel, a.r * a.slices);
-    } else {
-      const int64_t blocks = divide_up(a.transform ? a.r : a.n, kBlock);
-      run(orthonormalize_products_kernel, blocks * (blocks + 1) / 2 * a.slices);
+    } else if (error == 0) {
+      error = run_groups<kPanel>(a, a.r, a.slices, where);
     }
   }
   return error;
+}
+
+// How many rows take part in the plan below.
+enum Way { kSmall, kHeld, kGroups, kPanels };
+Way way_of(int64_t n, bool transform, bool write) {
+  return n <= kSmallRows                           ? kSmall
+         : n <= (write ? kWrittenRows : kHeldRows) ? kHeld
+         : transform                               ? kPanels
+                                                   : kGroups;
 }
 
 }  // namespace
@@ -124,21 +174,33 @@ GramSchmidtPlan orthonormalize_plan(int64_t n, int64_t r, int64_t chunks, bool t
                                     bool write) {
   GramSchmidtPlan plan{};
   const int64_t m = transform ? r : n, rows = round_up(n, 16);
-  if (n <= kSmallRows) {
+  const int64_t operands = transform ? rows / 8 * (rows / 8) * 65 + (write ? 4 * rows : 0) : 0;
+  const Way way = way_of(n, transform, write);
+  if (way == kSmall) {
     plan.stride = (write ? rows * 8 : triangle(rows / 8)) + rows;
     const int64_t blocks = divide_up(chunks, 2 * kWarps) < kMostBlocks
                                ? divide_up(chunks, 2 * kWarps)
                                : kMostBlocks;  // two chunks a warp at least
     plan.per_block = blocks ? round_up(divide_up(chunks, blocks), kWarps) : kWarps;
     plan.parts = divide_up(chunks, plan.per_block);
-    plan.space = transform ? (rows / 8) * (rows / 8) * 65 : 0;
+    plan.space = operands;
     return plan;
   }
   plan.stride = (write ? round_up(m, 8) * 8 : triangle(divide_up(m, 8))) + rows;
-  plan.parts = kPartialBytes / 8 / plan.stride;
-  plan.parts = plan.parts < 1 ? 1 : plan.parts > kSlices ? kSlices : plan.parts;
-  const int64_t per_chunk =
-      kChunk * (round_up(n, kBlock) + (transform ? round_up(r, kBlock) : 0) + (write ? 8 : 0));
+  const auto at_most = [&](int64_t bytes, int64_t parts) {
+    const int64_t fit = bytes / 8 / plan.stride;
+    return fit < 1 ? 1 : fit < parts ? fit : parts;
+  };
+  if (way != kPanels) {
+    const int64_t most = at_most(kPartialBytes, way == kHeld ? kHeldParts : kHeldParts / 3),
+                  parts = divide_up(chunks, 2) < most ? divide_up(chunks, 2) : most;
+    plan.per_block = parts ? divide_up(chunks, parts) : 1;
+    plan.parts = divide_up(chunks, plan.per_block);
+    plan.space = operands;
+    return plan;
+  }
+  plan.parts = at_most(kAddedBytes, kSlices);
+  const int64_t per_chunk = kChunk * (round_up(n, kBlock) + round_up(r, kBlock) + (write ? 8 : 0));
   plan.per_block = kPanelBytes / 8 / per_chunk;
   plan.per_block = plan.per_block < 1 ? 1 : plan.per_block > chunks ? chunks : plan.per_block;
   plan.space = plan.per_block * per_chunk;
@@ -159,18 +221,25 @@ int orthonormalize_pass_cuda(const DeviceRows& rows, const GramSchmidtPass& pass
   a.first = pass.first, a.per_block = plan.per_block, a.partials = space.partials;
   a.stride = plan.stride, a.fragments = space.space, a.slices = plan.parts;
   int error = 0;
-  if (n <= kSmallRows) {
-    if (pass.transform)
-      error = launch(orthonormalize_operands_kernel, tiles * tiles, 32, 0, where, a);
-    if (error == 0)
-      error = out              ? run_small<kWrite>(a, plan.parts, where)
-              : pass.transform ? run_small<kAgain>(a, plan.parts, where)
-                               : run_small<kGram>(a, plan.parts, where);
+  const Way way = way_of(n, pass.transform != nullptr, out != nullptr);
+  if (pass.transform && way != kPanels)
+    error = launch(orthonormalize_operands_kernel, tiles * tiles, 32, 0, where, a);
+  if (error != 0) return error;
+  if (way == kSmall) {
+    error = out              ? run_small<kWrite>(a, plan.parts, where)
+            : pass.transform ? run_small<kAgain>(a, plan.parts, where)
+                             : run_small<kGram>(a, plan.parts, where);
+  } else if (way == kHeld) {
+    error = out              ? run_held<kWrite, kSmallRows / 16 + 1>(a, plan.parts, where)
+            : pass.transform ? run_held<kAgain, kSmallRows / 16 + 1>(a, plan.parts, where)
+                             : run_held<kGram, kSmallRows / 16 + 1>(a, plan.parts, where);
+  } else if (way == kGroups) {
+    error = run_groups<kGram>(a, n, plan.parts, where);
   } else {
     const int64_t columns = plan.per_block * kChunk;
     a.v = space.space, a.u = a.v + round_up(n, kBlock) * columns;
     a.s = a.u + round_up(r, kBlock) * columns;
-    error = run_large(a, plan.per_block, where);
+    error = run_panels(a, plan.per_block, where);
   }
   if (error != 0) return error;
   const TotalArguments total{space.partials,
