@@ -13,22 +13,30 @@
 //            warp streams chunks of its own and holds the whole lower triangle of V V^T (8 x 8
 //            tiles of the matrix units) in registers. So every number is read, converted and
 //            subtracted once, and no warp waits for another until the end, when the warps' sums are
-//            added in order; a second kernel adds the blocks', in order. n > 64: panels of columns,
-//            a launch for each step: differences to global memory, transform, products of 32 x 32
-//            rows a warp.
+//            added in order; a second kernel adds the blocks', in order.
+//            n <= 128 (write: 256): the block streams a chunk at a time. Its threads put V into
+//            shared memory as float64; its warps share the triangle, a quarter of the tiles each
+//            (at 128 rows 34 of 136 and 144 registers), and the strips of 16 rows of the transform.
+//            More rows, gram: blocks = ranges of chunks x groups of 48 or 64 rows, and pairs of
+//            groups; parents from other groups are read beside the rows.
+//            More rows with a transform: panels of columns, a launch for each step: differences to
+//            global memory, transform, products by pairs of groups.
 // Fragments  The order of a contracted index is free, so lane 4 g + t takes what lies together: in
 //            V V^T row g of a tile and two neighbours of its columns, an operand for both sides; in
 //            transform * V row t and four neighbours, whose results are eight neighbours in row g.
-// Shared     2 slots a warp: 65 rows (the last: center) of 32 float32 columns, filled by
-//            asynchronous copies one chunk ahead. 16-byte pieces of a row are exchanged by its
-//            number (row_code), so that no access below has bank conflicts but by parents. `write`
-//            puts V where W was.
+// Shared     2 slots a warp (n > 64: a block; 1 from 129 rows written on): 65 rows (the last:
+//            center) of 32 float32 columns, filled by asynchronous copies one chunk ahead. 16-byte
+//            pieces of a row are exchanged by its number (row_code), so that no access below has
+//            bank conflicts but by parents; those of V likewise (held_code). `write` puts V where W
+//            was. At most 99 KiB.
 // Sums       float64 in a fixed order; differences too; transform and V V^T on the float64 matrix
 //            units; `fast` makes no difference here. The units run at the speed of float32 on sm_80
 //            and sm_90; on chips whose float64 is slow (sm_86, sm_89, sm_120) all is right, and
 //            slow. Products with probes: float32 over the columns of a chunk, then float64, as on
-//            the CPU (n > 64: float64).
-// Bytes      n * D * input read; r * D * output written. At n = 64, for 4 columns of all rows: 36
+//            the CPU (in panels: float64).
+// Bytes      n * D * input read (in G groups: G times, which the second-level cache meets, since
+//            blocks of one range run side by side; in panels 8 n D and 8 r D written and read
+//            besides); r * D * output written. At n = 64, for 4 columns of all rows: 36
 //            products of 8 x 4 by 4 x 8 (m8n8k4, four of them one m16n8k8 from sm_90 on) for each
 //            of V V^T and the transform; 64 differences, of which each takes two conversions.
 #include "orthonormalize_held.cuh"
@@ -139,14 +147,14 @@ int run_groups(Arguments a, int64_t rows, int64_t parts, const Place& where) {
 }
 
 // Panels of columns, one after the other.
-int run_panels(Arguments a, int64_t most, const Place& where) {
-  int error = clear(a.partials, a.slices * a.stride * 8, where);
+int run_panels(Arguments a, int64_t most, int64_t slices, const Place& where) {
+  int error = clear(a.partials, slices * a.stride * 8, where);
   const auto run = [&](auto kernel, int64_t warps) {
     if (error == 0) error = launch(kernel, divide_up(warps, kWarps), kThreads, 0, where, a);
   };
   for (a.from = 0; a.from < a.chunks; a.from += most) {
     a.panel = a.chunks - a.from < most ? a.chunks - a.from : most;
-    a.per_block = divide_up(a.panel, a.slices);
+    a.per_block = divide_up(a.panel, slices), a.slices = divide_up(a.panel, a.per_block);
     run(orthonormalize_differences_kernel, round_up(a.n, kBlock) * a.slices);
     run(orthonormalize_transform_kernel, divide_up(a.r, kBlock) * a.panel);
     if (a.out) {
@@ -159,7 +167,7 @@ int run_panels(Arguments a, int64_t most, const Place& where) {
   return error;
 }
 
-// How many rows take part in the plan below.
+// By which kernels.
 enum Way { kSmall, kHeld, kGroups, kPanels };
 Way way_of(int64_t n, bool transform, bool write) {
   return n <= kSmallRows                           ? kSmall
@@ -193,13 +201,14 @@ GramSchmidtPlan orthonormalize_plan(int64_t n, int64_t r, int64_t chunks, bool t
   };
   if (way != kPanels) {
     const int64_t most = at_most(kPartialBytes, way == kHeld ? kHeldParts : kHeldParts / 3),
-                  parts = divide_up(chunks, 2) < most ? divide_up(chunks, 2) : most;
+                  some = divide_up(chunks, kHeldChunks), parts = some < most ? some : most;
     plan.per_block = parts ? divide_up(chunks, parts) : 1;
     plan.parts = divide_up(chunks, plan.per_block);
     plan.space = operands;
     return plan;
   }
-  plan.parts = at_most(kAddedBytes, kSlices);
+  const int64_t slices = divide_up(kSlicedRows, n);
+  plan.parts = at_most(kAddedBytes, slices < kSlices ? slices : kSlices);
   const int64_t per_chunk = kChunk * (round_up(n, kBlock) + round_up(r, kBlock) + (write ? 8 : 0));
   plan.per_block = kPanelBytes / 8 / per_chunk;
   plan.per_block = plan.per_block < 1 ? 1 : plan.per_block > chunks ? chunks : plan.per_block;
@@ -219,7 +228,7 @@ int orthonormalize_pass_cuda(const DeviceRows& rows, const GramSchmidtPass& pass
   a.chunk_begin = space.chunk_begin, a.parent = pass.parent, a.transform = pass.transform;
   a.probes = pass.probes, a.count = rows.count, a.chunks = space.chunks, a.n = n, a.r = r;
   a.first = pass.first, a.per_block = plan.per_block, a.partials = space.partials;
-  a.stride = plan.stride, a.fragments = space.space, a.slices = plan.parts;
+  a.stride = plan.stride, a.fragments = space.space;
   int error = 0;
   const Way way = way_of(n, pass.transform != nullptr, out != nullptr);
   if (pass.transform && way != kPanels)
@@ -239,7 +248,7 @@ int orthonormalize_pass_cuda(const DeviceRows& rows, const GramSchmidtPass& pass
     const int64_t columns = plan.per_block * kChunk;
     a.v = space.space, a.u = a.v + round_up(n, kBlock) * columns;
     a.s = a.u + round_up(r, kBlock) * columns;
-    error = run_panels(a, plan.per_block, where);
+    error = run_panels(a, plan.per_block, plan.parts, where);
   }
   if (error != 0) return error;
   const TotalArguments total{space.partials,

@@ -18,11 +18,13 @@ constexpr int kSmallRows =
     64;  // whose triangle fits in the registers of a warp: 36 tiles, 144 registers
 constexpr int64_t kMostBlocks = 1056;  // four times what 132 multiprocessors run at once, so that
                                        // other numbers of them have little left over
-constexpr int64_t kHeldParts = 792;    // n > 64: three times two, or two times three, blocks on
-                                       // each of 132 multiprocessors
 constexpr int kHeldRows = 128;         // whose triangle fits in the registers of a block,
 constexpr int kWrittenRows = 256;      // and what the transform makes of them
-constexpr int kSlices = 128;           // parts of a panel's columns, each with its own sums
+constexpr int64_t kHeldParts = 792;  // n > 64: two times three or three times two blocks on each of
+                                     // 132 multiprocessors
+constexpr int kHeldChunks = 4;       // of a part at least: two are on their way
+constexpr int64_t kSlices = 128,     // parts of a panel's columns, each with its own sums; fewer
+    kSlicedRows = 32 << 10;          // where this many warps have a row of one each
 constexpr int64_t kPartialBytes = 64 << 20,
                   kPanelBytes = 64 << 20,  // workspaces: as much as the second-level cache, about;
     kAddedBytes = 16 << 20;                // what every panel reads and writes again
@@ -124,11 +126,10 @@ struct Tensors {
   TWA_DEVICE void open() {
     if (lane_index() == 0) at = Cursor{};
   }
-  // When chunk is in another tensor than before: table[i] = tensor(number of the tensor of the
-  // model, i), i < count; no table, no copies of them.
+  // When chunk is in another tensor than before: asks for tensor(number of the tensor of the model,
+  // i), i < count.
   template <class Tensor>
-  TWA_DEVICE void seek(const Arguments& a, int64_t chunk, DeviceTensor* table, int count,
-                       const Tensor& tensor) {
+  TWA_DEVICE void seek(const Arguments& a, int64_t chunk, int count, const Tensor& tensor) {
     if (chunk < at.end) return;
     Cursor next;
     next.seek(a, chunk);
@@ -136,7 +137,6 @@ struct Tensors {
     sync_warp();  // everybody has read what was there
     for (int i = lane_index(); i < count; i += 32) {
       const DeviceTensor t = tensor(next.tensor, i);
-      if (table) table[i] = t;
       odd |= t.dtype != Dtype::f32 || reinterpret_cast<uintptr_t>(t.data) % 16 != 0;
       odd_half |= t.dtype == Dtype::f32 || reinterpret_cast<uintptr_t>(t.data) % 8 != 0;
       other |= t.dtype != Dtype::f32;

@@ -43,8 +43,9 @@ struct Held {
   }
   // A strip of the transform takes 2 strip + 2 tiles of V: a warp has one strip from the end and
   // one from the begin.
-  TWA_DEVICE static int first_strip() { return kBlocks - 1 - warp_index(); }
-  TWA_DEVICE static int second_strip() { return warp_index() + kBlocks - 2 * kTeam; }
+  TWA_DEVICE static int strip(int z) {
+    return z ? warp_index() + kBlocks - 2 * kTeam : kBlocks - 1 - warp_index();
+  }
 
   // A slot: rows, the center, and parents that are not among the rows.
   static constexpr bool kFar = kShape != kWhole, kFromPanel = kForm == kPanel;
@@ -66,7 +67,7 @@ struct Held {
                                       // has been read
   static_assert(kFromPanel || kTeam * kChunk * 32 <= kRows * kHeldRowBytes, "they fit");
   static_assert(kSlotBytes <= 1 << 16, "row codes have 16 bits");
-  static constexpr int kResident = kUnits > 12 || kTeam == 8 || kForm == kAgain ? 2 : 3;
+  static constexpr int kResident = kTeam == 8 || kUnits > 5 ? 2 : 3;
   static_assert(kBytes <= 99 << 10, "one block fits on sm_86 and later");
 };
 
@@ -138,7 +139,7 @@ struct Feed {
       }
     } else {
       Tensors& tensors = source();
-      tensors.seek(a, chunk, nullptr, static_cast<int>(a.n) + (a.center ? 1 : 0),
+      tensors.seek(a, chunk, static_cast<int>(a.n) + (a.center ? 1 : 0),
                    [&](int64_t tensor, int i) {
                      return i < a.n ? a.rows[tensor * a.n + i] : a.center[tensor];
                    });
@@ -239,28 +240,23 @@ TWA_DEVICE void add_chunk(double (&sums)[H::kUnits][2][2], const uint8_t* held) 
   }
 }
 
-// made = transform * V for a warp's strips and kCount times 8 columns, from block b0 of 8 columns
-// on: made[z][half][b][e] is row g of half a strip, column 8 (b0 + b) + 2 t + e.
+// made = transform * V for a strip and kCount times 8 columns, from block b0 of 8 columns on:
+// made[half][b][e] is row g of half of the strip, column 8 (b0 + b) + 2 t + e.
 template <class H, int kCount>
-TWA_DEVICE void transform_strips(const double* fragments, const uint8_t* held, int b0,
-                                 double (&made)[2][2][kCount][2]) {
+TWA_DEVICE void transform_strip(const double* fragments, const uint8_t* held, int strip, int b0,
+                                double (&made)[2][kCount][2]) {
   const uint32_t* const masks = reinterpret_cast<const uint32_t*>(shared_memory() + H::kMasks);
   const int lane = lane_index(), g = lane / 4, t = lane % 4;
-  const int strips[2] = {H::first_strip(), H::second_strip()};
 #pragma unroll
-  for (int z = 0; z < 2; ++z)
+  for (int half = 0; half < 2; ++half)
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int b = 0; b < kCount; ++b) made[z][half][b][0] = made[z][half][b][1] = 0.0;
+    for (int b = 0; b < kCount; ++b) made[half][b][0] = made[half][b][1] = 0.0;
 #pragma unroll 1
   for (int q = 0; q < H::kTiles; ++q) {
-    bool take[2];
-#pragma unroll
-    for (int z = 0; z < 2; ++z)
-      take[z] = strips[z] >= 0 && (masks[q] >> (2 * (strips[z] < 0 ? 0 : strips[z])) & 3);
-    if (!take[0] && !take[1]) continue;
-    double v[kCount][2];
+    if (strip < 0 || !(masks[q] >> (2 * strip) & 3)) continue;
+    const double* const at = fragments + ((2 * strip * H::kTiles + q) * 32 + lane) * 2;
+    const uint4 w[2] = {load_16(at), load_16(at + H::kTiles * 64)};
+    double v[kCount][2], upper[2], lower[2];
 #pragma unroll
     for (int b = 0; b < kCount; ++b)
 #pragma unroll
@@ -268,17 +264,9 @@ TWA_DEVICE void transform_strips(const double* fragments, const uint8_t* held, i
         v[b][u] = *reinterpret_cast<const double*>(
             held + (8 * q + 4 * u) * kHeldRowBytes +
             (held_code(static_cast<uint32_t>(t)) ^ (16 * (4 * (b0 + b) + g / 2))) + g % 2 * 8);
+    memcpy(upper, &w[0], sizeof(upper)), memcpy(lower, &w[1], sizeof(lower));
 #pragma unroll
-    for (int z = 0; z < 2; ++z) {
-      if (!take[z]) continue;
-      const double* const at = fragments + ((2 * strips[z] * H::kTiles + q) * 32 + lane) * 2;
-      const uint4 w[2] = {load_16(at), load_16(at + H::kTiles * 64)};
-      double upper[2], lower[2];
-      memcpy(upper, &w[0], sizeof(upper)), memcpy(lower, &w[1], sizeof(lower));
-#pragma unroll
-      for (int b = 0; b < kCount; ++b)
-        multiply_add_f64(made[z][0][b], made[z][1][b], upper, lower, v[b]);
-    }
+    for (int b = 0; b < kCount; ++b) multiply_add_f64(made[0][b], made[1][b], upper, lower, v[b]);
   }
 }
 
@@ -334,8 +322,9 @@ orthonormalize_held_kernel(Arguments a) {
 
   // Differences and squares: a thread has a piece of four columns, of every kClasses-th row.
   constexpr int kClasses = H::kMembers / 8, kTurns = (H::kRows + kClasses - 1) / kClasses;
+  static_assert(kTurns <= 8, "a lane goes on with one of eight sums");
   const int row_class = thread / 8, piece = thread % 8;
-  double sums[H::kUnits + (H::kUnits == 0)][2][2] = {}, squares[kTurns] = {}, kept[kProbes] = {};
+  double sums[H::kUnits + (H::kUnits == 0)][2][2] = {}, square = 0.0, kept[kProbes] = {};
 
   const int64_t all = H::kFromPanel ? a.panel : a.chunks, begin = places.part * a.per_block;
   const int count =
@@ -352,6 +341,7 @@ orthonormalize_held_kernel(Arguments a) {
       if (k + H::kSlots < count) feed.fill(a, slot_index, begin + k + H::kSlots);
     };
     if constexpr (!H::kFromPanel) {
+      double squares[8] = {};
 #pragma unroll
       for (int i = 0; i < kTurns; ++i) {
         const int row = kClasses * i + row_class;
@@ -362,7 +352,7 @@ orthonormalize_held_kernel(Arguments a) {
         const double x[4] = {widened(w.x), widened(w.y), widened(w.z), widened(w.w)};
         const double v[2][2] = {{x[0] - widened(p.x), x[1] - widened(p.y)},
                                 {x[2] - widened(p.z), x[3] - widened(p.w)}};
-        squares[i] += fma(x[0], x[0], x[1] * x[1]) + fma(x[2], x[2], x[3] * x[3]);
+        squares[i] = fma(x[0], x[0], x[1] * x[1]) + fma(x[2], x[2], x[3] * x[3]);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {  // in an order that has eight lanes in different banks
           const int second = e ^ piece / 4;
@@ -373,6 +363,14 @@ orthonormalize_held_kernel(Arguments a) {
               held + (held_code(static_cast<uint32_t>(row)) ^ (16 * (2 * piece + second)))) = pair;
         }
       }
+      // Over the pieces of a row; each lane goes on with one of its rows.
+#pragma unroll
+      for (int h = 4; h > 0; h /= 2)
+#pragma unroll
+        for (int i = 0; i < h; ++i)
+          squares[i] = (piece & h ? squares[i + h] : squares[i]) +
+                       shuffle_xor(piece & h ? squares[i] : squares[i + h], h);
+      square += squares[0];
       sync_block();
     }
     if constexpr (kForm == kGram || kForm == kAgain) refill();
@@ -381,11 +379,13 @@ orthonormalize_held_kernel(Arguments a) {
 #pragma unroll 1
       for (int b0 = 0; b0 < kChunk / 8; b0 += kCount) {
         double made[2][2][kCount][2];
-        transform_strips<H, kCount>(a.fragments, held, b0, made);
+#pragma unroll
+        for (int z = 0; z < 2; ++z)
+          transform_strip<H, kCount>(a.fragments, held, H::strip(z), b0, made[z]);
         sync_block();  // everybody has read these columns
 #pragma unroll
         for (int z = 0; z < 2; ++z) {
-          const int strip = z ? H::second_strip() : H::first_strip();
+          const int strip = H::strip(z);
           if (strip < 0) continue;
 #pragma unroll
           for (int half = 0; half < 2; ++half)
@@ -417,17 +417,17 @@ orthonormalize_held_kernel(Arguments a) {
       }
     } else {
       Tensors& target = reinterpret_cast<Tensors*>(shared + H::kTarget)[warp];
-      target.seek(a, begin + k, nullptr, static_cast<int>(a.r),
+      target.seek(a, begin + k, static_cast<int>(a.r),
                   [&](int64_t tensor, int i) { return a.out[tensor * a.r + i]; });
       const DeviceTensor* const out = a.out + target.at.tensor * a.r;
       {
-        double made[2][2][4][2];
-        transform_strips<H, 4>(a.fragments, held, 0, made);
         // To where W was: everybody has read it.
-#pragma unroll
+#pragma unroll 1
         for (int z = 0; z < 2; ++z) {
-          const int strip = z ? H::second_strip() : H::first_strip();
+          const int strip = H::strip(z);
           if (strip < 0) continue;
+          double made[2][4][2];
+          transform_strip<H, 4>(a.fragments, held, strip, 0, made);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int row = 16 * strip + 8 * half + g;
@@ -438,8 +438,8 @@ orthonormalize_held_kernel(Arguments a) {
               *reinterpret_cast<uint2*>(
                   slot + (row_code(static_cast<uint32_t>(row)) ^ (16 * (2 * b + t / 2))) +
                   t % 2 * 8) =
-                  uint2{float_bits(rounded(dtype, static_cast<float>(made[z][half][b][0]))),
-                        float_bits(rounded(dtype, static_cast<float>(made[z][half][b][1])))};
+                  uint2{float_bits(rounded(dtype, static_cast<float>(made[half][b][0]))),
+                        float_bits(rounded(dtype, static_cast<float>(made[half][b][1])))};
           }
         }
       }
@@ -537,14 +537,11 @@ orthonormalize_held_kernel(Arguments a) {
       }
     }
   }
-  if constexpr (!H::kFromPanel && kShape != kSquare)
-#pragma unroll
-    for (int i = 0; i < kTurns; ++i) {
-      for (int h = 4; h > 0; h /= 2) squares[i] += shuffle_xor(squares[i], h);
-      const int64_t row = places.row(kClasses * i + row_class);
-      if (piece == 0 && kClasses * i + row_class < H::kRows && row < a.n)
-        partial[a.stride - round_up(a.n, 16) + row] = squares[i];
-    }
+  if constexpr (!H::kFromPanel && kShape != kSquare) {
+    const int s = kClasses * piece + row_class;
+    if (s < H::kRows && places.row(s) < a.n)
+      partial[a.stride - round_up(a.n, 16) + places.row(s)] = square;
+  }
 }
 
 }  // namespace

@@ -82,8 +82,8 @@ struct Stream {
     DeviceTensor* const table = reinterpret_cast<DeviceTensor*>(shared_memory() + L::kTables) +
                                 warp_index() * (L::kRows + 1);
     const int tensors = static_cast<int>(a.n) + (a.center ? 1 : 0), lane = lane_index();
-    source.seek(a, chunk, table, tensors, [&](int64_t tensor, int i) {
-      return i < a.n ? a.rows[tensor * a.n + i] : a.center[tensor];
+    source.seek(a, chunk, tensors, [&](int64_t tensor, int i) {
+      return table[i] = i < a.n ? a.rows[tensor * a.n + i] : a.center[tensor];
     });
     const int64_t column = source.at.column(chunk);
     const int columns = source.at.columns(chunk);
@@ -322,8 +322,8 @@ orthonormalize_kernel(Arguments a) {
       Tensors& target = reinterpret_cast<Tensors*>(shared + L::kTarget)[warp];
       DeviceTensor* const outputs =
           reinterpret_cast<DeviceTensor*>(shared + L::kOutputs) + warp * L::kRows;
-      target.seek(a, chunk, outputs, static_cast<int>(a.r),
-                  [&](int64_t tensor, int i) { return a.out[tensor * a.r + i]; });
+      target.seek(a, chunk, static_cast<int>(a.r),
+                  [&](int64_t tensor, int i) { return outputs[i] = a.out[tensor * a.r + i]; });
       {
         double made[kTiles][4][2];
         transform_rows<kPairs, 4>(
