@@ -156,9 +156,14 @@ int run_panels(Arguments a, int64_t most, int64_t slices, const Place& where) {
     a.panel = a.chunks - a.from < most ? a.chunks - a.from : most;
     a.per_block = divide_up(a.panel, slices), a.slices = divide_up(a.panel, a.per_block);
     run(orthonormalize_differences_kernel, round_up(a.n, kBlock) * a.slices);
-    run(orthonormalize_transform_kernel, divide_up(a.r, kBlock) * a.panel);
+    if (error == 0)
+      error =
+          launch(orthonormalize_transform_kernel,
+                 divide_up(a.r, 4 * kBlock) * divide_up(a.panel, 4), 32 * kWideWarps, 0, where, a);
     if (a.out) {
-      run(orthonormalize_probe_kernel, a.panel);
+      if (error == 0)
+        error = launch(orthonormalize_probe_kernel, a.panel, 32 * kWideWarps,
+                       8 * 32 * kProbes * kWideWarps, where, a);
       run(orthonormalize_probed_kernel, a.r * a.slices);
     } else if (error == 0) {
       error = run_groups<kPanel>(a, a.r, a.slices, where);

@@ -36,6 +36,8 @@ struct Held {
       kShape == kSquare ? kBlocks / 2 * kBlocks : kBlocks * (kBlocks + 1);
   static constexpr int kUnits = kForm == kWrite ? 0 : (kAllUnits + kTeam - 1) / kTeam;
   TWA_HD static constexpr Unit unit(int u) {
+    if (kShape == kSquare && kBlocks == 8)  // a warp's: two strips and half of the tiles
+      return {u / 16 * 2 + u % 8 / 4, kBlocks + u / 8 % 2 * 4 + u % 4};
     if (kShape == kSquare) return {u / kBlocks, kBlocks + u % kBlocks};
     int strip = 0;
     while (u >= 2 * strip + 2) u -= 2 * strip + 2, ++strip;

@@ -9,7 +9,8 @@ namespace {
 
 // Each launch leaves its results to the next one; a warp alone adds to its sums, launch by launch.
 
-constexpr int kBlock = 32;  // rows: 4 x 4 tiles are 64 registers
+constexpr int kBlock = 32;      // rows: 4 x 4 tiles are 64 registers
+constexpr int kWideWarps = 16;  // of a block whose warps have operands in common
 
 struct Slice {
   int64_t begin, end;  // chunks of the panel
@@ -49,13 +50,15 @@ orthonormalize_differences_kernel(Arguments a) {
   if (lane == 0 && i < a.n) a.partials[z * a.stride + a.stride - round_up(a.n, 16) + i] += square;
 }
 
-// U = transform * V; with `out` rounded and stored. Warp = 32 rows of U, one chunk.
-TWA_KERNEL(kThreads, 4)
+// U = transform * V; with `out` rounded and stored. Warp = 32 rows of U, one chunk; block = four of
+// each, so that the first-level cache has most of what they read.
+TWA_KERNEL(32 * kWideWarps, 1)
 orthonormalize_transform_kernel(Arguments a) {
-  const int64_t height = divide_up(a.r, kBlock), task = block_index() * kWarps + warp_index(),
-                c = task / height, j0 = task % height * kBlock;
+  const int64_t height = divide_up(a.r, 4 * kBlock),
+                c = block_index() / height * 4 + warp_index() % 4,
+                j0 = (block_index() % height * 4 + warp_index() / 4) * kBlock;
   const int lane = lane_index(), g = lane / 4, t = lane % 4;
-  if (c >= a.panel) return;
+  if (c >= a.panel || j0 >= a.r) return;
   const int64_t stride = a.panel * kChunk;
   double made[4][4][2] = {};
   for (int64_t k0 = 0; k0 < a.n; k0 += 8) {
@@ -104,20 +107,26 @@ orthonormalize_transform_kernel(Arguments a) {
   }
 }
 
-// probes * U. Warp = one chunk; lane = column.
-TWA_KERNEL(kThreads, 4)
+// probes * U. Block = one chunk; lane = column; warp = every 16th row.
+TWA_KERNEL(32 * kWideWarps, 1)
 orthonormalize_probe_kernel(Arguments a) {
-  const int64_t c = block_index() * kWarps + warp_index(), column = c * kChunk + lane_index(),
-                stride = a.panel * kChunk;
-  if (c >= a.panel) return;
+  const int64_t c = block_index(), stride = a.panel * kChunk;
+  const int lane = lane_index(), warp = warp_index();
+  double* const sums = reinterpret_cast<double*>(shared_memory());  // (warps, 6, lane)
   double sum[kProbes] = {};
-  for (int64_t j = 0; j < a.r; ++j) {
-    const double v = a.u[j * stride + column];
+#pragma unroll 4
+  for (int64_t j = warp; j < a.r; j += kWideWarps) {
+    const double v = a.u[j * stride + c * kChunk + lane];
 #pragma unroll
     for (int p = 0; p < kProbes; ++p) sum[p] = fma(a.probes[p * a.r + j], v, sum[p]);
   }
 #pragma unroll
-  for (int p = 0; p < kProbes; ++p) a.s[p * stride + column] = sum[p];
+  for (int p = 0; p < kProbes; ++p) sums[(warp * kProbes + p) * 32 + lane] = sum[p];
+  sync_block();
+  if (warp >= kProbes) return;
+  double all = 0.0;
+  for (int w = 0; w < kWideWarps; ++w) all += sums[(w * kProbes + warp) * 32 + lane];
+  a.s[warp * stride + c * kChunk + lane] = all;
 }
 
 // sums += U (probes * U)^T. Warp = one row, one slice.
@@ -129,6 +138,7 @@ orthonormalize_probed_kernel(Arguments a) {
   if (z >= a.slices) return;
   const Slice slice = slice_of(a, z);
   double sum[kProbes] = {};
+#pragma unroll 4
   for (int64_t c = slice.begin; c < slice.end; ++c) {
     const double v = a.u[j * stride + c * kChunk + lane];
 #pragma unroll
