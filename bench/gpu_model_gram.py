@@ -4,7 +4,7 @@ hand: a model that a measurement can refute, like gpu_model.py, whose `Gpu` it t
 Seconds of a multiprocessor for a chunk of 32 columns, each resource alone:
 
     memory   bytes that must move, at the rate of a copy
-    cache    bytes that blocks read from the second-level cache, at CACHE times that rate
+    cache    bytes that blocks read from the second-level cache, at CACHE times that rate (assumed)
     matrix   float64 products of the busiest warp, by whose tiles the others wait
     convert  float32 to float64 and back, on a pipe of its own
     shared   wavefronts of 128 bytes
@@ -29,6 +29,9 @@ CACHE = 1.4
 #: seconds between the work of one launch and the next one's
 LAUNCH = 4e-6
 HELD, WRITTEN, PANEL_BYTES = 128, 256, 64 << 20  # csrc/cuda/orthonormalize.cuh
+#: how often four warps read a tile of V, by their units: of a triangle of 8 blocks of 16 rows 50 of
+#: 16 tiles, of a square of 64 rows 32 of 16
+TILES_READ = 2.5
 TRIANGLE = {1: 4, 2: 8, 3: 14, 4: 20}  # instructions for 8 columns, n <= 64, one warp
 
 
@@ -125,7 +128,7 @@ def _strips(blocks: int, team: int) -> float:
     return max(quarter)
 
 
-def _held(n: int, form: str, blocks_of_launch: int = 792) -> list[Chunk]:
+def _held(n: int, form: str) -> list[Chunk]:
     """A block holds V: all rows."""
     blocks = _up(n, 16)
     rows, team = 16 * blocks, 8 if blocks > 8 else 4
@@ -134,15 +137,15 @@ def _held(n: int, form: str, blocks_of_launch: int = 792) -> list[Chunk]:
     conversions = rows * CHUNK * (3 if form == "write" else 2)
     memory = 4 * CHUNK * (n + 1 + (n if form == "write" else 0))
     of_v = 8 * CHUNK * rows
-    # Rows written, read twice; V written; tiles of V read by four warps.
-    shared = 12 * CHUNK * rows + of_v + 4 * 0.75 * of_v * (2 if form == "again" else 1)
+    # Rows written, read twice, V written; tiles of V read by four warps.
+    shared = 20 * CHUNK * rows + TILES_READ * of_v * (2 if form == "again" else 1)
     fragments = 0.0
     if form != "gram":  # the transform, which fits in the first-level cache up to 128 rows
         size = blocks * (2 * blocks + 2) / 2 * 2 * 512
         times = 2 if form == "again" else 1
         shared += times * size
         fragments = times * size if team == 8 else 0.0
-    return [Chunk(memory, warp, conversions, shared, fragments, blocks_of_launch)]
+    return [Chunk(memory, warp, conversions, shared, fragments, 792)]
 
 
 def _groups(m: int) -> tuple[int, int]:
@@ -161,7 +164,9 @@ def _pairs(m: int, parts: int, row: int, conversions: int) -> list[Chunk]:
     ):
         if tasks:
             read = tasks * (held + 1) * row
-            shared = tasks * held * CHUNK * (12 + 8 + 24)
+            # As in _held, but that a panel's V is there.
+            staged = 20 if conversions else 8
+            shared = tasks * held * CHUNK * (staged + 8 * TILES_READ)
             out.append(
                 Chunk(
                     m * row,
@@ -191,7 +196,8 @@ def _panels(n: int, form: str) -> tuple[list[Chunk], int]:
     v = 8 * CHUNK * n
     steps = [
         Chunk(4 * CHUNK * n + v, 0.0, 2 * n * CHUNK),
-        Chunk(2 * v, tiles / 4, 0.0, 0.0, tiles * 1.5 * 1024 / 2, _up(panel * strips, 4)),
+        # Each warp reads 4 KiB for 8 products, a quarter of it past the first-level cache.
+        Chunk(2 * v, tiles / 4, 0.0, 512 * tiles, 128 * tiles, _up(panel, 4) * _up(strips, 4)),
     ]
     if form == "write":
         return [*steps, Chunk(v + 4 * CHUNK * n, 0.0), Chunk(v, 0.0)], panel
@@ -199,8 +205,7 @@ def _panels(n: int, form: str) -> tuple[list[Chunk], int]:
     slices = max(1, min(128, _up(32 << 10, n), int((16 << 20) / 8 / (tiles_of_triangle * 64))))
     added = 2 * 8 * 64 * tiles_of_triangle * slices / panel
     pairs = [
-        dataclasses.replace(c, memory=c.memory + added / 2)
-        for c in _pairs(n, slices, 8 * CHUNK, 0)
+        dataclasses.replace(c, memory=c.memory + added / 2) for c in _pairs(n, slices, 8 * CHUNK, 0)
     ]
     return [*steps, *pairs], panel
 
@@ -245,7 +250,8 @@ def floor(p: Pass, gpu: Gpu) -> float:
 
 
 def table(gpu: Gpu, show: Callable[[str], None] = print) -> None:
-    show("| rows | form | moved, GB | products, 1e12 | busy | ms | of them bytes or products | limit |")
+    head = ("rows", "form", "GB moved", "1e12 products", "busy", "ms", "ms at least", "limit")
+    show(f"| {' | '.join(head)} |")
     show("|--:|---|--:|--:|--:|--:|--:|---|")
     for n in (64, 65, 72, 96, 128, 129, 256, 257, 512):
         for form in ("gram", "again", "write"):
