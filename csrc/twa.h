@@ -343,7 +343,7 @@ struct CudaVariant {
 };
 CudaVariant& cuda_variant();
 
-// As orthonormalize_pass_cpu without `fast`: float64, products with probes float32 (n > 64:
+// As orthonormalize_pass_cpu without `fast`: float64, products with probes float32 (n > 256:
 // float64). out may be null; r counts only with a transform. Columns of each tensor come in chunks
 // of kOrthonormalizeChunk; tensor k begins with chunk chunk_begin[k], and there are `chunks` in
 // all.
@@ -351,7 +351,7 @@ constexpr int kOrthonormalizeChunk = 32;
 struct GramSchmidtPlan {
   int64_t parts, stride;  // partial sums
   int64_t space;
-  int64_t per_block;  // chunks of a block; of a panel, for more than 64 rows
+  int64_t per_block;  // chunks of a block, or of a panel
 };
 // It depends on its arguments alone.
 GramSchmidtPlan orthonormalize_plan(int64_t n, int64_t r, int64_t chunks, bool transform,

@@ -13,24 +13,33 @@
 //            warp streams chunks of its own and holds the whole lower triangle of V V^T (8 x 8
 //            tiles of the matrix units) in registers. So every number is read, converted and
 //            subtracted once, and no warp waits for another until the end, when the warps' sums are
-//            added in order; a second kernel adds the blocks', in order. n > 64: panels of columns,
-//            a launch for each step: differences to global memory, transform, products of 32 x 32
-//            rows a warp.
+//            added in order; a second kernel adds the blocks', in order.
+//            n <= 128 (write: 256): the block streams a chunk at a time. Its threads put V into
+//            shared memory as float64; its warps share the triangle, a quarter of the tiles each
+//            (at 128 rows 34 of 136 and 144 registers), and the strips of 16 rows of the transform.
+//            More rows, gram: blocks = ranges of chunks x groups of 48 or 64 rows, and pairs of
+//            groups; parents from other groups are read beside the rows.
+//            More rows with a transform: panels of columns, a launch for each step: differences to
+//            global memory, transform, products by pairs of groups.
 // Fragments  The order of a contracted index is free, so lane 4 g + t takes what lies together: in
 //            V V^T row g of a tile and two neighbours of its columns, an operand for both sides; in
 //            transform * V row t and four neighbours, whose results are eight neighbours in row g.
-// Shared     2 slots a warp: 65 rows (the last: center) of 32 float32 columns, filled by
-//            asynchronous copies one chunk ahead. 16-byte pieces of a row are exchanged by its
-//            number (row_code), so that no access below has bank conflicts but by parents. `write`
-//            puts V where W was.
+// Shared     2 slots a warp (n > 64: a block; 1 from 129 rows written on): 65 rows (the last:
+//            center) of 32 float32 columns, filled by asynchronous copies one chunk ahead. 16-byte
+//            pieces of a row are exchanged by its number (row_code), so that no access below has
+//            bank conflicts but by parents; those of V likewise (held_code). `write` puts V where W
+//            was. At most 99 KiB.
 // Sums       float64 in a fixed order; differences too; transform and V V^T on the float64 matrix
 //            units; `fast` makes no difference here. The units run at the speed of float32 on sm_80
 //            and sm_90; on chips whose float64 is slow (sm_86, sm_89, sm_120) all is right, and
 //            slow. Products with probes: float32 over the columns of a chunk, then float64, as on
-//            the CPU (n > 64: float64).
-// Bytes      n * D * input read; r * D * output written. At n = 64, for 4 columns of all rows: 36
+//            the CPU (in panels: float64).
+// Bytes      n * D * input read (in G groups: G times, which the second-level cache meets, since
+//            blocks of one range run side by side; in panels 8 n D and 8 r D written and read
+//            besides); r * D * output written. At n = 64, for 4 columns of all rows: 36
 //            products of 8 x 4 by 4 x 8 (m8n8k4, four of them one m16n8k8 from sm_90 on) for each
 //            of V V^T and the transform; 64 differences, of which each takes two conversions.
+#include "orthonormalize_held.cuh"
 #include "orthonormalize_panels.cuh"
 #include "orthonormalize_small.cuh"
 
@@ -97,25 +106,79 @@ int run_small(const Arguments& a, int64_t blocks, const Place& where) {
   }
 }
 
+// A block holds all rows.
+template <int kForm, int kBlocks>
+int run_held(const Arguments& a, int64_t parts, const Place& where) {
+  using H = Held<kForm, kWhole, kBlocks>;
+  if constexpr (kForm == kWrite || H::kRows <= kHeldRows)
+    if (a.n <= H::kRows)
+      return launch(orthonormalize_held_kernel<kForm, kWhole, kBlocks>, parts, H::kMembers,
+                    H::kBytes, where, a);
+  if constexpr (H::kRows < (kForm == kWrite ? kWrittenRows : kHeldRows))
+    return run_held<kForm, kBlocks + 1>(a, parts, where);
+  return 1;  // cudaErrorInvalidValue: never
+}
+
+// Groups of rows, by which the triangle of V V^T is shared out.
+struct Groups {
+  int64_t count;
+  int blocks;  // of 16 rows, of each
+};
+Groups groups_of(int64_t rows) {
+  const int64_t count = divide_up(rows, 64);
+  return {count, rows <= 48 * count ? 3 : 4};
+}
+template <int kForm, int kBlocks>
+int run_pairs(const Arguments& a, int64_t parts, const Place& where) {
+  using D = Held<kForm, kDiagonal, kBlocks>;
+  using S = Held<kForm, kSquare, 2 * kBlocks>;
+  const int error = launch(orthonormalize_held_kernel<kForm, kDiagonal, kBlocks>, a.groups * parts,
+                           D::kMembers, D::kBytes, where, a);
+  if (error != 0) return error;
+  return launch(orthonormalize_held_kernel<kForm, kSquare, 2 * kBlocks>,
+                a.groups * (a.groups - 1) / 2 * parts, S::kMembers, S::kBytes, where, a);
+}
+template <int kForm>
+int run_groups(Arguments a, int64_t rows, int64_t parts, const Place& where) {
+  const Groups groups = groups_of(rows);
+  a.groups = groups.count;
+  return groups.blocks == 3 ? run_pairs<kForm, 3>(a, parts, where)
+                            : run_pairs<kForm, 4>(a, parts, where);
+}
+
 // Panels of columns, one after the other.
-int run_large(Arguments a, int64_t most, const Place& where) {
-  int error = clear(a.partials, a.slices * a.stride * 8, where);
+int run_panels(Arguments a, int64_t most, int64_t slices, const Place& where) {
+  int error = clear(a.partials, slices * a.stride * 8, where);
   const auto run = [&](auto kernel, int64_t warps) {
     if (error == 0) error = launch(kernel, divide_up(warps, kWarps), kThreads, 0, where, a);
   };
   for (a.from = 0; a.from < a.chunks; a.from += most) {
     a.panel = a.chunks - a.from < most ? a.chunks - a.from : most;
+    a.per_block = divide_up(a.panel, slices), a.slices = divide_up(a.panel, a.per_block);
     run(orthonormalize_differences_kernel, round_up(a.n, kBlock) * a.slices);
-    if (a.transform) run(orthonormalize_transform_kernel, divide_up(a.r, kBlock) * a.panel);
+    if (error == 0)
+      error =
+          launch(orthonormalize_transform_kernel,
+                 divide_up(a.r, 4 * kBlock) * divide_up(a.panel, 4), 32 * kWideWarps, 0, where, a);
     if (a.out) {
-      run(orthonormalize_probe_kernel, a.panel);
+      if (error == 0)
+        error = launch(orthonormalize_probe_kernel, a.panel, 32 * kWideWarps,
+                       8 * 32 * kProbes * kWideWarps, where, a);
       run(orthonormalize_probed_kernel, a.r * a.slices);
-    } else {
-      const int64_t blocks = divide_up(a.transform ? a.r : a.n, kBlock);
-      run(orthonormalize_products_kernel, blocks * (blocks + 1) / 2 * a.slices);
+    } else if (error == 0) {
+      error = run_groups<kPanel>(a, a.r, a.slices, where);
     }
   }
   return error;
+}
+
+// By which kernels.
+enum Way { kSmall, kHeld, kGroups, kPanels };
+Way way_of(int64_t n, bool transform, bool write) {
+  return n <= kSmallRows                           ? kSmall
+         : n <= (write ? kWrittenRows : kHeldRows) ? kHeld
+         : transform                               ? kPanels
+                                                   : kGroups;
 }
 
 }  // namespace
@@ -124,21 +187,34 @@ GramSchmidtPlan orthonormalize_plan(int64_t n, int64_t r, int64_t chunks, bool t
                                     bool write) {
   GramSchmidtPlan plan{};
   const int64_t m = transform ? r : n, rows = round_up(n, 16);
-  if (n <= kSmallRows) {
+  const int64_t operands = transform ? rows / 8 * (rows / 8) * 65 + (write ? 4 * rows : 0) : 0;
+  const Way way = way_of(n, transform, write);
+  if (way == kSmall) {
     plan.stride = (write ? rows * 8 : triangle(rows / 8)) + rows;
     const int64_t blocks = divide_up(chunks, 2 * kWarps) < kMostBlocks
                                ? divide_up(chunks, 2 * kWarps)
                                : kMostBlocks;  // two chunks a warp at least
     plan.per_block = blocks ? round_up(divide_up(chunks, blocks), kWarps) : kWarps;
     plan.parts = divide_up(chunks, plan.per_block);
-    plan.space = transform ? (rows / 8) * (rows / 8) * 65 : 0;
+    plan.space = operands;
     return plan;
   }
   plan.stride = (write ? round_up(m, 8) * 8 : triangle(divide_up(m, 8))) + rows;
-  plan.parts = kPartialBytes / 8 / plan.stride;
-  plan.parts = plan.parts < 1 ? 1 : plan.parts > kSlices ? kSlices : plan.parts;
-  const int64_t per_chunk =
-      kChunk * (round_up(n, kBlock) + (transform ? round_up(r, kBlock) : 0) + (write ? 8 : 0));
+  const auto at_most = [&](int64_t bytes, int64_t parts) {
+    const int64_t fit = bytes / 8 / plan.stride;
+    return fit < 1 ? 1 : fit < parts ? fit : parts;
+  };
+  if (way != kPanels) {
+    const int64_t most = at_most(kPartialBytes, way == kHeld ? kHeldParts : kHeldParts / 3),
+                  some = divide_up(chunks, kHeldChunks), parts = some < most ? some : most;
+    plan.per_block = parts ? divide_up(chunks, parts) : 1;
+    plan.parts = divide_up(chunks, plan.per_block);
+    plan.space = operands;
+    return plan;
+  }
+  const int64_t slices = divide_up(kSlicedRows, n);
+  plan.parts = at_most(kAddedBytes, slices < kSlices ? slices : kSlices);
+  const int64_t per_chunk = kChunk * (round_up(n, kBlock) + round_up(r, kBlock) + (write ? 8 : 0));
   plan.per_block = kPanelBytes / 8 / per_chunk;
   plan.per_block = plan.per_block < 1 ? 1 : plan.per_block > chunks ? chunks : plan.per_block;
   plan.space = plan.per_block * per_chunk;
@@ -157,20 +233,27 @@ int orthonormalize_pass_cuda(const DeviceRows& rows, const GramSchmidtPass& pass
   a.chunk_begin = space.chunk_begin, a.parent = pass.parent, a.transform = pass.transform;
   a.probes = pass.probes, a.count = rows.count, a.chunks = space.chunks, a.n = n, a.r = r;
   a.first = pass.first, a.per_block = plan.per_block, a.partials = space.partials;
-  a.stride = plan.stride, a.fragments = space.space, a.slices = plan.parts;
+  a.stride = plan.stride, a.fragments = space.space;
   int error = 0;
-  if (n <= kSmallRows) {
-    if (pass.transform)
-      error = launch(orthonormalize_operands_kernel, tiles * tiles, 32, 0, where, a);
-    if (error == 0)
-      error = out              ? run_small<kWrite>(a, plan.parts, where)
-              : pass.transform ? run_small<kAgain>(a, plan.parts, where)
-                               : run_small<kGram>(a, plan.parts, where);
+  const Way way = way_of(n, pass.transform != nullptr, out != nullptr);
+  if (pass.transform && way != kPanels)
+    error = launch(orthonormalize_operands_kernel, tiles * tiles, 32, 0, where, a);
+  if (error != 0) return error;
+  if (way == kSmall) {
+    error = out              ? run_small<kWrite>(a, plan.parts, where)
+            : pass.transform ? run_small<kAgain>(a, plan.parts, where)
+                             : run_small<kGram>(a, plan.parts, where);
+  } else if (way == kHeld) {
+    error = out              ? run_held<kWrite, kSmallRows / 16 + 1>(a, plan.parts, where)
+            : pass.transform ? run_held<kAgain, kSmallRows / 16 + 1>(a, plan.parts, where)
+                             : run_held<kGram, kSmallRows / 16 + 1>(a, plan.parts, where);
+  } else if (way == kGroups) {
+    error = run_groups<kGram>(a, n, plan.parts, where);
   } else {
     const int64_t columns = plan.per_block * kChunk;
     a.v = space.space, a.u = a.v + round_up(n, kBlock) * columns;
     a.s = a.u + round_up(r, kBlock) * columns;
-    error = run_large(a, plan.per_block, where);
+    error = run_panels(a, plan.per_block, plan.parts, where);
   }
   if (error != 0) return error;
   const TotalArguments total{space.partials,

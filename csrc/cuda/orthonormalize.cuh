@@ -7,7 +7,7 @@
 namespace twa {
 namespace {
 
-enum Form { kGram, kAgain, kWrite };
+enum Form { kGram, kAgain, kWrite, kPanel };  // the last: V V^T of a panel made before
 
 constexpr int kChunk = kOrthonormalizeChunk;  // columns: a line of the cache from each row;
                                               // 128-byte rows make 4 tiles of 8 columns
@@ -18,10 +18,16 @@ constexpr int kSmallRows =
     64;  // whose triangle fits in the registers of a warp: 36 tiles, 144 registers
 constexpr int64_t kMostBlocks = 1056;  // four times what 132 multiprocessors run at once, so that
                                        // other numbers of them have little left over
-constexpr int kSlices = 32;            // n > 64: parts of a panel's columns, each with its own sums
+constexpr int kHeldRows = 128;         // whose triangle fits in the registers of a block,
+constexpr int kWrittenRows = 256;      // and what the transform makes of them
+constexpr int64_t kHeldParts = 792;  // n > 64: two times three or three times two blocks on each of
+                                     // 132 multiprocessors
+constexpr int kHeldChunks = 4;       // of a part at least: two are on their way
+constexpr int64_t kSlices = 128,     // parts of a panel's columns, each with its own sums; fewer
+    kSlicedRows = 32 << 10;          // where this many warps have a row of one each
 constexpr int64_t kPartialBytes = 64 << 20,
-                  kPanelBytes =
-                      64 << 20;  // workspaces for n > 64: as much as the second-level cache, about
+                  kPanelBytes = 64 << 20,  // workspaces: as much as the second-level cache, about;
+    kAddedBytes = 16 << 20;                // what every panel reads and writes again
 constexpr int kTotalThreads = 256,
               kTotalWays = 8;  // second kernel: 32 sums a block, 8 threads each
 
@@ -44,12 +50,13 @@ struct Arguments {
   int64_t per_block;  // chunks
   double* partials;   // (blocks, stride): tiles, then squares of rows
   int64_t stride;
-  double* fragments;  // n <= 64: the transform as operands, (row tile, tile of 8 rows of V, lane,
-                      // 2), then a mask
-  // n > 64: a panel of columns
+  double* fragments;  // the transform as operands, (row tile, tile of 8 rows of V, lane, 2), then a
+                      // mask, then (rows, 8) float32: the probes' columns
+  int64_t groups;     // of rows, whose pairs are blocks' tasks
+  // A panel of columns
   int64_t from, panel;  // first chunk, chunks
   double *v, *u, *s;  // (rows of n, or r, to a multiple of 32, columns of the panel); (6, columns)
-  int64_t slices;
+  int64_t slices;     // of per_block chunks
 };
 
 // Where a chunk lies.
@@ -119,11 +126,10 @@ struct Tensors {
   TWA_DEVICE void open() {
     if (lane_index() == 0) at = Cursor{};
   }
-  // When chunk is in another tensor than before: table[i] = tensor(number of the tensor of the
-  // model, i), i < count.
+  // When chunk is in another tensor than before: asks for tensor(number of the tensor of the model,
+  // i), i < count.
   template <class Tensor>
-  TWA_DEVICE void seek(const Arguments& a, int64_t chunk, DeviceTensor* table, int count,
-                       const Tensor& tensor) {
+  TWA_DEVICE void seek(const Arguments& a, int64_t chunk, int count, const Tensor& tensor) {
     if (chunk < at.end) return;
     Cursor next;
     next.seek(a, chunk);
@@ -131,7 +137,6 @@ struct Tensors {
     sync_warp();  // everybody has read what was there
     for (int i = lane_index(); i < count; i += 32) {
       const DeviceTensor t = tensor(next.tensor, i);
-      table[i] = t;
       odd |= t.dtype != Dtype::f32 || reinterpret_cast<uintptr_t>(t.data) % 16 != 0;
       odd_half |= t.dtype == Dtype::f32 || reinterpret_cast<uintptr_t>(t.data) % 8 != 0;
       other |= t.dtype != Dtype::f32;
@@ -142,6 +147,54 @@ struct Tensors {
     sync_warp();
   }
 };
+
+TWA_DEVICE float* probe_operands(const Arguments& a) {
+  const int64_t tiles = divide_up(a.n, 16) * 2;
+  return reinterpret_cast<float*>(a.fragments + tiles * tiles * 65);
+}
+// The transform in the order in which the kernels take it, which of its 8 x 8 tiles are not zero,
+// and the probes as float32. Block = 1 warp = 1 tile.
+TWA_KERNEL(32, 1)
+orthonormalize_operands_kernel(Arguments a) {
+  const int64_t tiles = divide_up(a.n, 16) * 2, tile = block_index();
+  const int lane = lane_index();
+  uint32_t any = 0;
+  for (int e = 0; e < 2; ++e) {
+    const int64_t j = tile / tiles * 8 + lane / 4, k = tile % tiles * 8 + 4 * e + lane % 4;
+    const double v = j < a.r && k < a.n ? a.transform[j * a.n + k] : 0.0;
+    a.fragments[(tile * 32 + lane) * 2 + e] = v;
+    any |= v != 0.0;
+  }
+  any = warp_max(any);
+  if (lane == 0) a.fragments[tiles * tiles * 64 + tile] = any ? 1.0 : 0.0;
+  if (a.out && tile < tiles)
+    for (int e = lane; e < 64; e += 32) {
+      const int64_t j = 8 * tile + e / 8, p = e % 8;
+      probe_operands(a)[8 * j + p] =
+          p < kProbes && j < a.r ? static_cast<float>(a.probes[p * a.r + j]) : 0.0f;
+    }
+}
+
+TWA_DEVICE void load_probes(const float* four, const float* two, float (&v)[kProbes]) {
+  const uint4 a = *reinterpret_cast<const uint4*>(four);
+  const uint2 b = *reinterpret_cast<const uint2*>(two);
+  v[0] = bits_float(a.x), v[1] = bits_float(a.y), v[2] = bits_float(a.z), v[3] = bits_float(a.w),
+  v[4] = bits_float(b.x), v[5] = bits_float(b.y);
+}
+// product[c][p], of column 4 (lane % 8) + c and the rows of class lane / 8, over the four classes.
+// Each lane goes on with one of its columns: c is returned.
+TWA_DEVICE int add_classes(const float (&product)[4][kProbes], float (&one)[kProbes]) {
+  const bool second = lane_index() & 16, odd = lane_index() & 8;
+#pragma unroll
+  for (int p = 0; p < kProbes; ++p) {
+    const float even_half = (second ? product[2][p] : product[0][p]) +
+                            shuffle_xor(second ? product[0][p] : product[2][p], 16);
+    const float odd_half = (second ? product[3][p] : product[1][p]) +
+                           shuffle_xor(second ? product[1][p] : product[3][p], 16);
+    one[p] = (odd ? odd_half : even_half) + shuffle_xor(odd ? even_half : odd_half, 8);
+  }
+  return lane_index() / 16 * 2 + lane_index() / 8 % 2;
+}
 
 }  // namespace
 }  // namespace twa

@@ -1,5 +1,5 @@
-// orthonormalize_pass for more than 64 rows: panels of columns by way of global memory, a kernel
-// for each step (see orthonormalize.cu).
+// orthonormalize_pass with a transform of more rows than a block holds: panels of columns by way of
+// global memory, a kernel for each step (see orthonormalize.cu).
 #pragma once
 
 #include "orthonormalize.cuh"
@@ -7,17 +7,17 @@
 namespace twa {
 namespace {
 
-// n > 64 ------------------------------------------------------------------------------------------
 // Each launch leaves its results to the next one; a warp alone adds to its sums, launch by launch.
 
-constexpr int kBlock = 32;  // rows: 4 x 4 tiles of products are 64 registers
+constexpr int kBlock = 32;      // rows: 4 x 4 tiles are 64 registers
+constexpr int kWideWarps = 16;  // of a block whose warps have operands in common
 
 struct Slice {
   int64_t begin, end;  // chunks of the panel
 };
 TWA_DEVICE Slice slice_of(const Arguments& a, int64_t z) {
-  const int64_t per = divide_up(a.panel, a.slices), begin = z * per < a.panel ? z * per : a.panel;
-  return {begin, begin + per < a.panel ? begin + per : a.panel};
+  const int64_t begin = z * a.per_block < a.panel ? z * a.per_block : a.panel;
+  return {begin, begin + a.per_block < a.panel ? begin + a.per_block : a.panel};
 }
 
 // V = rows minus parents, and squares of rows. Warp = one row, one slice; lane = column.
@@ -31,6 +31,7 @@ orthonormalize_differences_kernel(Arguments a) {
   const Slice slice = slice_of(a, z);
   Cursor at;
   double square = 0.0;
+#pragma unroll 4
   for (int64_t c = slice.begin; c < slice.end; ++c) {
     at.seek(a, a.from + c);
     double w = 0.0, p = 0.0;
@@ -49,18 +50,24 @@ orthonormalize_differences_kernel(Arguments a) {
   if (lane == 0 && i < a.n) a.partials[z * a.stride + a.stride - round_up(a.n, 16) + i] += square;
 }
 
-// U = transform * V; with `out` rounded and stored. Warp = 32 rows of U, one chunk.
-TWA_KERNEL(kThreads, 4)
+// U = transform * V; with `out` rounded and stored. Warp = 32 rows of U, one chunk; block = four of
+// each, so that the first-level cache has most of what they read.
+TWA_KERNEL(32 * kWideWarps, 1)
 orthonormalize_transform_kernel(Arguments a) {
-  const int64_t height = divide_up(a.r, kBlock), task = block_index() * kWarps + warp_index(),
-                c = task / height, j0 = task % height * kBlock;
+  const int64_t height = divide_up(a.r, 4 * kBlock),
+                c = block_index() / height * 4 + warp_index() % 4,
+                j0 = (block_index() % height * 4 + warp_index() / 4) * kBlock;
   const int lane = lane_index(), g = lane / 4, t = lane % 4;
-  if (c >= a.panel) return;
+  if (c >= a.panel || j0 >= a.r) return;
   const int64_t stride = a.panel * kChunk;
   double made[4][4][2] = {};
   for (int64_t k0 = 0; k0 < a.n; k0 += 8) {
     double x[4][2], v[4][2];
     uint32_t any = 0;
+#pragma unroll
+    for (int u = 0; u < 2; ++u)  // loaded together with the transform
+#pragma unroll
+      for (int b = 0; b < 4; ++b) v[b][u] = a.v[(k0 + 4 * u + t) * stride + c * kChunk + 4 * g + b];
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -70,10 +77,6 @@ orthonormalize_transform_kernel(Arguments a) {
         any |= x[j][u] != 0.0;
       }
     if (warp_max(any) == 0) continue;
-#pragma unroll
-    for (int u = 0; u < 2; ++u)
-#pragma unroll
-      for (int b = 0; b < 4; ++b) v[b][u] = a.v[(k0 + 4 * u + t) * stride + c * kChunk + 4 * g + b];
 #pragma unroll
     for (int j = 0; j < 4; j += 2)
 #pragma unroll
@@ -104,60 +107,26 @@ orthonormalize_transform_kernel(Arguments a) {
   }
 }
 
-// sums += U U^T (of V where there is no transform). Warp = 32 x 32 of the products, one slice.
-TWA_KERNEL(kThreads, 2)
-orthonormalize_products_kernel(Arguments a) {
-  const int64_t m = a.transform ? a.r : a.n, blocks = divide_up(m, kBlock),
-                pairs = blocks * (blocks + 1) / 2;
-  const int64_t task = block_index() * kWarps + warp_index(), z = task / pairs;
-  const int lane = lane_index(), g = lane / 4, t = lane % 4;
-  if (z >= a.slices) return;
-  int64_t i0 = 0, k0 = task % pairs;
-  while (k0 > i0) k0 -= ++i0;
-  const double* const u = a.transform ? a.u : a.v;
-  const int64_t stride = a.panel * kChunk;
-  const Slice slice = slice_of(a, z);
-  double sums[4][4][2] = {};
-  for (int64_t c = slice.begin * kChunk + 2 * t; c < slice.end * kChunk; c += 8) {
-    double x[4][2], y[4][2];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        x[i][e] = u[(i0 * kBlock + 8 * i + g) * stride + c + e];
-        y[i][e] = u[(k0 * kBlock + 8 * i + g) * stride + c + e];
-      }
-#pragma unroll
-    for (int i = 0; i < 4; i += 2)
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-        multiply_add_f64(sums[i][k], sums[i + 1][k], x[i], x[i + 1], y[k]);
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int64_t row = 4 * i0 + i, column = 4 * k0 + k;  // of tiles
-      if (column > row || 8 * row >= m) continue;
-      double* const tile = a.partials + z * a.stride + (row * (row + 1) / 2 + column) * 64;
-      tile[2 * lane] += sums[i][k][0], tile[2 * lane + 1] += sums[i][k][1];
-    }
-}
-
-// probes * U. Warp = one chunk; lane = column.
-TWA_KERNEL(kThreads, 4)
+// probes * U. Block = one chunk; lane = column; warp = every 16th row.
+TWA_KERNEL(32 * kWideWarps, 1)
 orthonormalize_probe_kernel(Arguments a) {
-  const int64_t c = block_index() * kWarps + warp_index(), column = c * kChunk + lane_index(),
-                stride = a.panel * kChunk;
-  if (c >= a.panel) return;
+  const int64_t c = block_index(), stride = a.panel * kChunk;
+  const int lane = lane_index(), warp = warp_index();
+  double* const sums = reinterpret_cast<double*>(shared_memory());  // (warps, 6, lane)
   double sum[kProbes] = {};
-  for (int64_t j = 0; j < a.r; ++j) {
-    const double v = a.u[j * stride + column];
+#pragma unroll 4
+  for (int64_t j = warp; j < a.r; j += kWideWarps) {
+    const double v = a.u[j * stride + c * kChunk + lane];
 #pragma unroll
     for (int p = 0; p < kProbes; ++p) sum[p] = fma(a.probes[p * a.r + j], v, sum[p]);
   }
 #pragma unroll
-  for (int p = 0; p < kProbes; ++p) a.s[p * stride + column] = sum[p];
+  for (int p = 0; p < kProbes; ++p) sums[(warp * kProbes + p) * 32 + lane] = sum[p];
+  sync_block();
+  if (warp >= kProbes) return;
+  double all = 0.0;
+  for (int w = 0; w < kWideWarps; ++w) all += sums[(w * kProbes + warp) * 32 + lane];
+  a.s[warp * stride + c * kChunk + lane] = all;
 }
 
 // sums += U (probes * U)^T. Warp = one row, one slice.
@@ -169,6 +138,7 @@ orthonormalize_probed_kernel(Arguments a) {
   if (z >= a.slices) return;
   const Slice slice = slice_of(a, z);
   double sum[kProbes] = {};
+#pragma unroll 4
   for (int64_t c = slice.begin; c < slice.end; ++c) {
     const double v = a.u[j * stride + c * kChunk + lane];
 #pragma unroll

@@ -82,8 +82,8 @@ struct Stream {
     DeviceTensor* const table = reinterpret_cast<DeviceTensor*>(shared_memory() + L::kTables) +
                                 warp_index() * (L::kRows + 1);
     const int tensors = static_cast<int>(a.n) + (a.center ? 1 : 0), lane = lane_index();
-    source.seek(a, chunk, table, tensors, [&](int64_t tensor, int i) {
-      return i < a.n ? a.rows[tensor * a.n + i] : a.center[tensor];
+    source.seek(a, chunk, tensors, [&](int64_t tensor, int i) {
+      return table[i] = i < a.n ? a.rows[tensor * a.n + i] : a.center[tensor];
     });
     const int64_t column = source.at.column(chunk);
     const int columns = source.at.columns(chunk);
@@ -218,30 +218,6 @@ TWA_DEVICE void transform_rows(const double* fragments, const uint32_t* masks, c
 
 // n <= 64 -----------------------------------------------------------------------------------------
 
-// The transform in the order in which the kernel takes it, and which of its 8 x 8 tiles are not
-// zero. Block = 1 warp = 1 tile.
-TWA_KERNEL(32, 1)
-orthonormalize_operands_kernel(Arguments a) {
-  const int64_t tiles = divide_up(a.n, 16) * 2, tile = block_index();
-  const int lane = lane_index();
-  uint32_t any = 0;
-  for (int e = 0; e < 2; ++e) {
-    const int64_t j = tile / tiles * 8 + lane / 4, k = tile % tiles * 8 + 4 * e + lane % 4;
-    const double v = j < a.r && k < a.n ? a.transform[j * a.n + k] : 0.0;
-    a.fragments[(tile * 32 + lane) * 2 + e] = v;
-    any |= v != 0.0;
-  }
-  any = warp_max(any);
-  if (lane == 0) a.fragments[tiles * tiles * 64 + tile] = any ? 1.0 : 0.0;
-}
-
-TWA_DEVICE void load_probes(const float* four, const float* two, float (&v)[kProbes]) {
-  const uint4 a = *reinterpret_cast<const uint4*>(four);
-  const uint2 b = *reinterpret_cast<const uint2*>(two);
-  v[0] = bits_float(a.x), v[1] = bits_float(a.y), v[2] = bits_float(a.z), v[3] = bits_float(a.w),
-  v[4] = bits_float(b.x), v[5] = bits_float(b.y);
-}
-
 template <int kForm, int kPairs>
 TWA_KERNEL(kThreads, 2)
 orthonormalize_kernel(Arguments a) {
@@ -346,8 +322,8 @@ orthonormalize_kernel(Arguments a) {
       Tensors& target = reinterpret_cast<Tensors*>(shared + L::kTarget)[warp];
       DeviceTensor* const outputs =
           reinterpret_cast<DeviceTensor*>(shared + L::kOutputs) + warp * L::kRows;
-      target.seek(a, chunk, outputs, static_cast<int>(a.r),
-                  [&](int64_t tensor, int i) { return a.out[tensor * a.r + i]; });
+      target.seek(a, chunk, static_cast<int>(a.r),
+                  [&](int64_t tensor, int i) { return outputs[i] = a.out[tensor * a.r + i]; });
       {
         double made[kTiles][4][2];
         transform_rows<kPairs, 4>(
@@ -415,19 +391,9 @@ orthonormalize_kernel(Arguments a) {
                         *reinterpret_cast<const float*>(
                             slot + (row_code(static_cast<uint32_t>(i)) ^ (16 * (lane / 4))) +
                             4 * (lane % 4)));
-      // Over the four classes of rows; each lane goes on with one of its columns, 4 (lane % 8) +
-      // lane / 16 * 2 + lane / 8 % 2.
       float* const probed = reinterpret_cast<float*>(shared + L::kProbed) + warp * 32 * kProbes;
-      const bool second = lane & 16, odd = lane & 8;
-      float one[kProbes];
-#pragma unroll
-      for (int p = 0; p < kProbes; ++p) {
-        const float even_half = (second ? product[2][p] : product[0][p]) +
-                                shuffle_xor(second ? product[0][p] : product[2][p], 16);
-        const float odd_half = (second ? product[3][p] : product[1][p]) +
-                               shuffle_xor(second ? product[1][p] : product[3][p], 16);
-        one[p] = (odd ? odd_half : even_half) + shuffle_xor(odd ? even_half : odd_half, 8);
-      }
+      float one[kProbes];  // of column 4 (lane % 8) + lane / 16 * 2 + lane / 8 % 2
+      add_classes(product, one);
       *reinterpret_cast<uint4*>(probed + 4 * lane) =
           uint4{float_bits(one[0]), float_bits(one[1]), float_bits(one[2]), float_bits(one[3])};
       *reinterpret_cast<uint2*>(probed + 128 + 2 * lane) =

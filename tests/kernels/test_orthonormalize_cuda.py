@@ -84,7 +84,7 @@ def agree(given, numels, form, first=0, dtype=F32):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("n", "r"), [(16, 9), (17, 17), (48, 48), (64, 57)])
+@pytest.mark.parametrize(("n", "r"), [(16, 9), (17, 17), (48, 48), (64, 57), (100, 97)])
 def test_rows_around_the_tiles(n, r, form, instructions, monkeypatch):
     monkeypatch.setenv("TWA_EMULATOR_SEED", str(n))
     numels = [1, 95, 0, 32, 129]
@@ -92,11 +92,64 @@ def test_rows_around_the_tiles(n, r, form, instructions, monkeypatch):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("n", "r"), [exhaustive(65, 65), (70, 41), (130, 130), (300, 20)])
+@pytest.mark.parametrize(
+    ("n", "r"),
+    [
+        (65, 65),
+        exhaustive(72, 60),
+        (96, 81),
+        exhaustive(112, 112),
+        (128, 127),
+        (129, 129),
+        (150, 41),
+        exhaustive(200, 200),
+        exhaustive(257, 250),
+        (300, 20),
+    ],
+)
 def test_more_rows_than_one_warp_holds(n, r, form, monkeypatch):
+    """In one block, in pairs of groups, in panels; more chunks than slots."""
     monkeypatch.setenv("TWA_EMULATOR_SEED", str(n))
-    numels = [0, 33, 1] if n == 300 else [40, 0, 1, 130]
+    numels = [0, 33, 1] if n >= 257 else [40, 0, 1, 157]
     agree(problem(n, r, numels), numels, form, first=5)
+
+
+@pytest.mark.parametrize("parents", ["before", "first", "none"])
+def test_parents_of_other_groups(parents):
+    """Whatever a row's parent is, a block of two groups of rows finds it."""
+    n, numels = 193, [70]
+    given = list(problem(n, n, numels, center=parents != "first"))
+    given[2] = (
+        {
+            "before": torch.arange(-1, n - 1),
+            "first": torch.zeros(n).index_fill(0, torch.tensor(0), -1),
+            "none": torch.full((n,), -1),
+        }[parents]
+        .to(torch.int32, copy=True)
+        .to(DEVICE)
+    )
+    agree(given, numels, "gram")
+
+
+@pytest.mark.parametrize("n", [40, 70, 121, 130])
+@pytest.mark.parametrize("form", ["gram", "write"])
+def test_nan_stays_where_it_is(n, form):
+    """In its row, and the rows that are differences from it; in its column of the result."""
+    numels, bad, column = [300], n - 3, 45
+    given = problem(n, n, numels)
+    given[2][bad + 1 :] = 0
+    clean = run("cuda", given, numels, form)
+    given[0][bad][column] = torch.nan
+    gram, norms, out = run("cuda", given, numels, form)
+    assert norms.isnan().nonzero().flatten().tolist() == [bad]
+    if form == "gram":
+        rows = torch.arange(n) != bad
+        assert gram[bad, : bad + 1].isnan().all() and gram[bad:, bad].isnan().all()
+        assert torch.equal(gram[rows][:, rows], clean[0][rows][:, rows])
+    else:
+        columns = torch.arange(numels[0]) != column
+        assert all(torch.equal(f[columns], c[columns]) for f, c in zip(out, clean[2], strict=True))
+        assert out[bad][column].isnan() and not out[0][column].isnan()
 
 
 def test_several_panels_of_columns(form="write"):
@@ -112,7 +165,7 @@ def test_several_panels_of_columns(form="write"):
     agree(given, numels, form)
 
 
-@pytest.mark.parametrize(("n", "offset"), [(5, 1), (5, 2), (5, 3), (5, 4), (70, 1)])
+@pytest.mark.parametrize(("n", "offset"), [(5, 1), (5, 2), (5, 3), (5, 4), (70, 1), (130, 3)])
 @pytest.mark.parametrize("center", [True, False])
 def test_rows_at_any_address(offset, center, n):
     numels = [97, 33] if n == 5 else [33]
@@ -120,7 +173,9 @@ def test_rows_at_any_address(offset, center, n):
     agree(problem(n, n, numels, offset=offset, center=center), numels, "write")
 
 
-@pytest.mark.parametrize("offset, n", [(0, 9), (1, 9), (4, 9), (1, 66)])
+@pytest.mark.parametrize(
+    "offset, n", [(0, 9), (1, 9), (4, 9), (1, 66), (4, 80), exhaustive(4, 130)]
+)
 @pytest.mark.parametrize(
     "dtypes", [(BF16,), exhaustive((F16,)), exhaustive((BF16, F16)), (F32, BF16, F16)]
 )
@@ -133,13 +188,13 @@ def test_dtypes(dtypes, offset, n):
     agree(given, numels, "write", dtype=dtypes[0])
 
 
-@pytest.mark.parametrize("n", [1, 6, 64, 70])
+@pytest.mark.parametrize("n", [1, 6, 64, 70, 130])
 def test_one_column(n):
     for form in FORMS:
         agree(problem(n, n, [1]), [1], form)
 
 
-@pytest.mark.parametrize("n", [4, 80])
+@pytest.mark.parametrize("n", [4, 80, 140])
 def test_no_columns(n):
     for form in FORMS:
         gram, norms, _ = run("cuda", problem(n, n, [0, 0]), [0, 0], form)
@@ -147,7 +202,9 @@ def test_no_columns(n):
 
 
 @pytest.mark.parametrize("seed", [1, exhaustive(2), exhaustive(3)])
-@pytest.mark.parametrize(("n", "r"), [(7, 5), (64, 60), (72, 70)])
+@pytest.mark.parametrize(
+    ("n", "r"), [(7, 5), (64, 60), (72, 70), exhaustive(128, 128), (140, 140), exhaustive(256, 200)]
+)
 def test_in_place(n, r, seed, monkeypatch):
     """V takes the place of the first rows, whatever runs first."""
     monkeypatch.setenv("TWA_EMULATOR_SEED", str(seed))
@@ -160,7 +217,7 @@ def test_in_place(n, r, seed, monkeypatch):
         assert all(torch.equal(given[0][k * n + j], out[k * r + j]) for j in range(r))
 
 
-@pytest.mark.parametrize("n", [20, exhaustive(66)])
+@pytest.mark.parametrize("n", [20, 66, exhaustive(130)])
 def test_the_same_bits_in_any_order(n, monkeypatch):
     numels = [3000, 5, 700] if n == 20 else [300, 5]
     given = problem(n, n, numels)
@@ -180,7 +237,7 @@ def test_the_same_bits_in_any_order(n, monkeypatch):
 
 def test_workspaces_are_bounded():
     plan = cuda.module.orthonormalize_plan
-    for n in (1, 16, 64, 65, 300, 4096):
+    for n in (1, 16, 64, 65, 128, 129, 256, 257, 1024, 4096):
         for chunks in (0, 1, 1000, 10**8):
             for transform, write in ((False, False), (True, False), (True, True)):
                 parts, stride, space = plan(n, n, chunks, transform, write)
