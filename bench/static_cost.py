@@ -129,7 +129,7 @@ def weights_of(variant) -> int:
     if variant.op == "gram":
         return 2 * c["ROWS"] * 128
     if variant.op in ("project", "reconstruct", "replay"):
-        return c["ROWS"] * c["TILES"] * 128
+        return (c["ROWS"] + c.get("MORE", 0)) * c["TILES"] * 128
     return c.get("TILES", 0) * 128
 
 

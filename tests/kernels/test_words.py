@@ -95,7 +95,7 @@ def _fixed(v, q, limbs, units, K: tl.constexpr):
     x = tl.load(v + k)
     largest = tl.max(words.magnitude(x), 0)
     e = words.exponent_of(largest)
-    fixed = words.to_fixed(x, e)
+    fixed = words.to_fixed(x, e, "generic")
     tl.store(q + k, fixed)
     tl.store(limbs + k, words.limbs(fixed))
     tl.store(units + k, words.unit_of(tl.full((K,), largest, tl.int32), e))
