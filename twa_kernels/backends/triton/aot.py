@@ -37,7 +37,7 @@ from .unpack import unpack_kernel
 def _parts(bits: int) -> list[tuple[int, int]]:
     """(rows, more) that a program of project may take."""
     powers = [size for size in (16, 32, 64, 128) if size >= least_rows(bits)]
-    pairs = [(rows, more) for rows in powers for more in (0, *powers) if more <= rows]
+    pairs = [(rows, more) for rows in powers for more in (0, *powers) if more < rows]
     return sorted(pairs, key=lambda pair: (sum(pair), pair))
 
 

@@ -17,11 +17,11 @@ from ...layout import BITS
 #: item; warps; stages of the copy pipeline.
 DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
     "project": {
-        8: {"rows": 96, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
-        4: {"rows": 64, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
-        3: {"rows": 64, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
-        2: {"rows": 128, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
-        1: {"rows": 128, "tiles": 4, "item": 64, "warps": 4, "stages": 4},
+        8: {"rows": 80, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
+        4: {"rows": 128, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
+        3: {"rows": 128, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
+        2: {"rows": 160, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
+        1: {"rows": 192, "tiles": 4, "item": 64, "warps": 4, "stages": 4},
     },
     # 16 bytes a thread and row: `tiles` is what the threads of a program cover. rows: in flight.
     "reconstruct": {
@@ -68,6 +68,8 @@ DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
 
 #: (op, bits, architecture) -> what differs from DEFAULTS there
 OVERRIDES: dict[tuple[str, int, str], dict[str, int]] = {
+    # two programs in the shared memory of a multiprocessor
+    **{("project", 8, arch): {"rows": 64} for arch in ("sm_80", "sm_86", "sm_89", "sm_120")},
     ("project", 8, "gfx942"): {"rows": 32},  # 64 KB of shared memory
     ("project", 2, "gfx942"): {"rows": 64},
     **{("gram", bits, "gfx942"): {"rows": 32} for bits in BITS},

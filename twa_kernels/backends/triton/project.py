@@ -1,12 +1,14 @@
 """c[i, l] = sum over columns j of segment l of P[i, j] g[j], on packed words.
 
-Work map   program (work item, block of ROWS rows). An item is up to `tiles` tiles of one tensor and
-           one segment; a program takes TILES of them at a time. Packed rows stream through shared
-           memory (cp.async, 16 bytes a thread) and are decoded in registers.
-Product    level (int8) x three int8 limbs of the tile's gradient in 24-bit fixed point, on the
-           matrix units: exact int32 sums, one tile a warp. 1 and 3 bits have 16 columns a field,
-           half of what the units contract at once: two rows lie side by side, and each meets the
-           gradient in its own half of the limb columns.
+Work map   program (work item, block of ROWS + MORE rows, which share the gradient's work). An item
+           is up to `tiles` tiles of one tensor and one segment; a program takes TILES of them at a
+           time. Packed rows stream through shared memory (cp.async, 16 bytes a thread) and are
+           decoded in registers.
+Product    operands made of packed bytes (words.operands) x three int8 limbs of the tile's gradient
+           in 24-bit fixed point, on the matrix units: exact int32 sums, one tile a warp. Where
+           operands are not quite the levels, limbs' sums make up for it. 1 and 3 bits have 16
+           columns a field, half of what the units contract at once: two rows lie side by side, and
+           each meets the gradient in its own half of the limb columns.
 Sums       a tile's exact sums times scale and unit are added in float32 over the tiles of an item;
            items are then added in float64 in their order. No atomics: the same bits every time.
 Bytes      n * D * (bits / 8 + 1 / 128) + gradients, which are read once per block of rows.
@@ -99,9 +101,7 @@ def _load_rows(here, inside, mask, BITS: tl.constexpr):
 
 
 @triton.jit
-def _products(
-    w, limb_columns, lack, UNITS: tl.constexpr, BITS: tl.constexpr, ISA: tl.constexpr
-):
+def _products(w, limb_columns, lack, UNITS: tl.constexpr, BITS: tl.constexpr, ISA: tl.constexpr):
     """Levels of the rows times limbs, int32 (TILES, UNITS, LIMBS); 1 bit: 2^8 b - 2^7 for a bit b.
 
     lack: (TILES, 1, LIMBS), what the sums of operands are short of; 1 bit: too much by.
@@ -122,8 +122,8 @@ def _products(
             exact = tl.dot(
                 x[k], limb_columns[part * PER_PART + k // TWICE], acc=exact, out_dtype=tl.int32
             )
-    if BITS == 1:  # each column was counted twice, once for either of two rows
-        exact = 4 * exact - lack
+    if BITS == 1:
+        exact = 2 * exact - lack
     return exact
 
 
@@ -194,9 +194,7 @@ def project_kernel(
         )
         if MORE > 0:
             more = row0 + ROWS + GROUP * tl.arange(0, MORE_UNITS)[None, :, None] + byte // WIDTH
-            more_scale = (
-                row0 + ROWS + GROUP * tl.arange(0, MORE_UNITS)[None, :, None] + limb // 4
-            )
+            more_scale = row0 + ROWS + GROUP * tl.arange(0, MORE_UNITS)[None, :, None] + limb // 4
             more_inside = (tile_row + tl.minimum(more, n - 1)) * row_bytes + byte % WIDTH
             more_acc = tl.zeros((TILES, MORE_UNITS, LIMBS), tl.float32)
             more_s = tl.load(
@@ -216,16 +214,12 @@ def project_kernel(
             unit = unit_of(largest, e)[:, None, None]
             q = ()
             low = tl.zeros((TILES, 32), tl.int32)
-            high = tl.zeros((TILES, 32), tl.int32)
+            high = low
             for step in tl.static_range(STEPS):
                 fixed = to_fixed(g[step], e[:, None], ISA)
                 if MASKED:  # evens 2^field out
+                    low += fixed
                     fixed = -fixed if step == 7 else fixed << (7 - step)
-                    # Sums of the bits' powers times the upper limbs, and times the lower ones.
-                    upper = (fixed + 0x8080) >> 16
-                    lower = fixed - (upper << 16)
-                    high += upper * -128 if step == 7 else upper << step
-                    low += lower * -128 if step == 7 else lower << step
                 if SHIFTED:  # sums of limb + 128: of the third and the first, and of the second
                     biased = fixed + 0x808080
                     low += biased & 0xFF00FF
@@ -246,15 +240,15 @@ def project_kernel(
                 )
 
             lack = tl.zeros((TILES, 1, LIMBS), tl.int32)
-            if MASKED or SHIFTED:
+            if MASKED:  # 64 times the sum in digits of 8 bits, the last one whatever is left
+                low = tl.sum(low, 1)[:, None, None]
+                shifted = tl.where(limb % 4 == 0, low << 6, low >> tl.maximum(limb % 4 * 8 - 6, 0))
+                lack = tl.where(limb % 4 == 3, shifted, shifted & 255)
+            if SHIFTED:
                 high = tl.sum(high, 1)[:, None, None]
                 low = tl.sum(low, 1)[:, None, None]
-                if SHIFTED:
-                    lack = tl.where(limb == 1, high, tl.where(limb == 2, low >> 16, low & 0xFFFF))
-                    lack -= 128 * 128
-                else:
-                    lack = tl.where(limb % 4 < 2, low, high)
-                    lack = tl.where(limb % 2 == 0, lack & 255, lack >> 8)
+                lack = tl.where(limb == 1, high, tl.where(limb == 2, low >> 16, low & 0xFFFF))
+                lack -= 128 * 128
             exact = _products(w, q, lack, UNITS, BITS, ISA)
             acc += (exact.to(tl.float32) * scale) * unit
             if MORE > 0:
@@ -268,14 +262,12 @@ def project_kernel(
 
 
 @triton.jit
-def _store_sums(
-    out, acc, row0, n, TILES: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr
-):
+def _store_sums(out, acc, row0, n, TILES: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr):
     """Sums over limbs and tiles of the rows from row0 on."""
     limb = tl.arange(0, acc.shape[2])[None, None, :] % 4
     weight = tl.where(limb == 0, 1.0, tl.where(limb == 1, 256.0, 65536.0))
     if BITS == 1:
-        weight = tl.where(limb == 3, 16777216.0, weight) * 0.49609375  # 127 / 256
+        weight = tl.where(limb == 3, 16777216.0, weight) * 0.9921875  # 127 / 128
     else:
         weight = tl.where(limb == 3, 0.0, weight)
     sums = tl.sum((acc * weight).reshape(TILES, ROWS, 4), 2)

@@ -237,7 +237,9 @@ _DOT_2 = (
 
 def _shift(to: str, word: str, amount: int) -> str:
     """Assembly: the word shifted right by `amount` bits, left if that is negative."""
-    return f"shr.u32 {to}, {word}, {amount};" if amount >= 0 else f"shl.b32 {to}, {word}, {-amount};"
+    return (
+        f"shr.u32 {to}, {word}, {amount};" if amount >= 0 else f"shl.b32 {to}, {word}, {-amount};"
+    )
 
 
 # 3 bits: $8 and $9 are the halves of the 2-bit plane, $10 the 1-bit plane. Low nibbles hold field
@@ -257,9 +259,7 @@ _DOT_3 = (
 )
 # 1 bit: bits stay where they are, so that a byte is 0 or 2^field; as a signed byte that is -128 for
 # field 7. `project` evens the powers out in the gradient.
-DOT_1 = tl.constexpr(
-    " ".join(f"and.b32 ${f}, $8, 0x{0x01010101 << f:08x};" for f in range(8))
-)
+DOT_1 = tl.constexpr(" ".join(f"and.b32 ${f}, $8, 0x{0x01010101 << f:08x};" for f in range(8)))
 DOT_4, DOT_3, DOT_2 = (tl.constexpr(asm) for asm in (_DOT_4, _DOT_3, _DOT_2))
 
 
