@@ -26,7 +26,7 @@ from .config import ARCHITECTURES, configuration, isa, least_rows, warps_and_sta
 from .gram import gram_kernel
 from .orthonormalize import norms_kernel, products_kernel, transform_kernel, transformed_kernel
 from .pack import pack_kernel
-from .project import project_kernel, sum_kernel
+from .project import GROUPS, group_kernel, project_kernel, sum_kernel
 from .reconstruct import reconstruct_kernel
 from .record import look_kernel, record_kernel
 from .replay import replay_kernel
@@ -52,7 +52,7 @@ TYPES = {
     **dict.fromkeys(("numel", "tile_begin", "item_tile"), "*i64"),
     **dict.fromkeys(("piece_tensor", "piece_column", "piece_end"), "*i64"),
     **dict.fromkeys(("row_scale", "partial", "c", "x", "x_rows", "first", "second"), "*fp32"),
-    **dict.fromkeys(("squares", "transform", "probes"), "*fp64"),
+    **dict.fromkeys(("squares", "transform", "probes", "groups"), "*fp64"),
     **dict.fromkeys(("n", "padded", "num_segments", "count"), "i32"),
     **dict.fromkeys(("m", "r", "skip", "tensor", "begin", "end"), "i32"),
     **dict.fromkeys(("lr", "decay", "w1", "w2", "beta2", "root", "eps"), "fp32"),
@@ -168,6 +168,10 @@ def _variants(arch: str) -> Iterator[Variant]:
     config = configuration("sum", 4, arch)
     size: dict[str, object] = dict(ITEMS=config["items"], ROWS=config["rows"])
     yield variant("sum", 4, "second stage of project", sum_kernel, config, size, False)
+    of_groups = {"partial": "*fp64"}
+    yield variant("sum", 4, "of groups", sum_kernel, config, size, False, of_groups)
+    grouped = size | dict(GROUPS=GROUPS)
+    yield variant("sum", 4, "in groups", group_kernel, config, grouped, False)
     for adamw, momentum, fresh in (
         (True, False, False),
         (False, True, False),

@@ -10,7 +10,8 @@ Product    operands made of packed bytes (words.operands) x three int8 limbs of 
            columns a field, half of what the units contract at once: two rows lie side by side, and
            each meets the gradient in its own half of the limb columns.
 Sums       a tile's exact sums times scale and unit are added in float32 over the tiles of an item;
-           items are then added in float64 in their order. No atomics: the same bits every time.
+           items are then added in float64 in their order, many of one segment in groups first. No
+           atomics: the same bits every time.
 Bytes      n * D * (bits / 8 + 1 / 128) + gradients, which are read once per block of rows.
 """
 
@@ -266,20 +267,18 @@ def _store_sums(out, acc, row0, n, TILES: tl.constexpr, ROWS: tl.constexpr, BITS
     """Sums over limbs and tiles of the rows from row0 on."""
     limb = tl.arange(0, acc.shape[2])[None, None, :] % 4
     weight = tl.where(limb == 0, 1.0, tl.where(limb == 1, 256.0, 65536.0))
-    if BITS == 1:
-        weight = tl.where(limb == 3, 16777216.0, weight) * 0.9921875  # 127 / 128
-    else:
-        weight = tl.where(limb == 3, 0.0, weight)
+    weight = tl.where(limb == 3, 16777216.0 if BITS == 1 else 0.0, weight)
     sums = tl.sum((acc * weight).reshape(TILES, ROWS, 4), 2)
     row = row0 + tl.arange(0, ROWS)
-    tl.store(out + row, tl.sum(sums, 0), mask=row < n)
+    total = tl.sum(sums, 0)
+    if BITS == 1:  # `_products` has 128 for each 127
+        total *= 0.9921875
+    tl.store(out + row, total, mask=row < n)
 
 
 @triton.jit
-def segment_sums(partial, segment_begin, segment, rows, n, ITEMS: tl.constexpr, ROWS: tl.constexpr):
-    """Sum over the items of one segment, float64, for `rows` (ROWS,)."""
-    begin = tl.load(segment_begin + segment)
-    end = tl.load(segment_begin + segment + 1)
+def _item_sums(partial, begin, end, rows, n, ITEMS: tl.constexpr, ROWS: tl.constexpr):
+    """Sum over items begin .. end - 1, float64, for `rows` (ROWS,)."""
     total = tl.zeros((ITEMS, ROWS), tl.float64)
     for first in tl.range(begin, end, ITEMS):
         item = first + tl.arange(0, ITEMS)
@@ -290,9 +289,38 @@ def segment_sums(partial, segment_begin, segment, rows, n, ITEMS: tl.constexpr, 
     return tl.sum(total, 0)
 
 
+@triton.jit
+def segment_sums(partial, segment_begin, segment, rows, n, ITEMS: tl.constexpr, ROWS: tl.constexpr):
+    """Sum over the items (or groups) of one segment, float64, for `rows` (ROWS,)."""
+    begin = tl.load(segment_begin + segment)
+    end = tl.load(segment_begin + segment + 1)
+    return _item_sums(partial, begin, end, rows, n, ITEMS, ROWS)
+
+
+@triton.jit(do_not_specialize=["n"])
+def group_kernel(
+    partial,  # (items, n) float32
+    segment_begin,  # (L + 1,) int32: items of each segment
+    groups,  # (L * GROUPS, n) float64
+    n,
+    GROUPS: tl.constexpr,
+    ITEMS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Sums over runs of a segment's items, GROUPS of them: between the two stages."""
+    group = tl.program_id(0)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    begin = tl.load(segment_begin + group // GROUPS)
+    end = tl.load(segment_begin + group // GROUPS + 1)
+    items = tl.cdiv(end - begin, GROUPS * ITEMS) * ITEMS
+    first = tl.minimum(begin + group % GROUPS * items, end)
+    total = _item_sums(partial, first, tl.minimum(first + items, end), rows, n, ITEMS, ROWS)
+    tl.store(groups + group.to(tl.int64) * n + rows, total, mask=rows < n)
+
+
 @triton.jit(do_not_specialize=["n", "num_segments"])
 def sum_kernel(
-    partial,  # (items, n) float32
+    partial,  # (items, n) float32, or (groups, n) float64
     segment_begin,  # (L + 1,) int32: items of each segment
     row_scale,  # (n, L) float32
     c,  # (n, L) float32
@@ -310,10 +338,11 @@ def sum_kernel(
     tl.store(c + at, (total * scale).to(tl.float32), mask=rows < n)
 
 
-def partial_sums(basis: BasisView, grads: Sequence[Tensor]) -> tuple[Tensor, Work]:
-    """First stage of project: sums per work item (items, n) float32, without row_scale.
+def partial_sums(basis: BasisView, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """First stage of project, without row_scale: sums and the first one of each segment.
 
-    And the work items.
+    Per work item (items, n) float32; or, where one segment has so many that adding them would be a
+    long chain of few programs, per group of them (groups, n) float64.
     """
     grads = readable(grads, odd_ones(grads))
     launch, n = Launch("project", basis.bits, basis.device), basis.n
@@ -351,7 +380,32 @@ def partial_sums(basis: BasisView, grads: Sequence[Tensor]) -> tuple[Tensor, Wor
             )
             if compiled is not None:  # as it is under the interpreter
                 _require_order(compiled)
-    return partial, work
+    return _grouped(partial, work, basis)
+
+
+#: runs of items that a segment is cut into, and from how many blocks of items in one segment on
+GROUPS, LONG = 32, 4
+
+
+def _grouped(partial: Tensor, work: Work, basis: BasisView) -> tuple[Tensor, Tensor]:
+    launch, segments = Launch("sum", basis.bits, basis.device), basis.num_segments
+    items, rows = launch.config["items"], launch.config["rows"]
+    if work.most < LONG * items:
+        return partial, work.segment_begin
+    groups = partial.new_empty(segments * GROUPS, basis.n, dtype=torch.float64)
+    with launch.on_device():
+        group_kernel[segments * GROUPS, -(-basis.n // rows)](
+            partial,
+            work.segment_begin,
+            groups,
+            basis.n,
+            GROUPS=GROUPS,
+            ITEMS=items,
+            ROWS=rows,
+            **launch.options(fuse=False),
+        )
+    end = segments * GROUPS + 1
+    return groups, torch.arange(0, end, GROUPS, dtype=torch.int32, device=basis.device)
 
 
 _known_order: set[str] = set()
@@ -369,14 +423,14 @@ def _require_order(compiled: triton.compiler.CompiledKernel) -> None:
 
 
 def project(basis: BasisView, grads: Sequence[Tensor]) -> Tensor:
-    partial, work = partial_sums(basis, grads)
+    partial, begin = partial_sums(basis, grads)
     c = torch.empty_like(basis.row_scale)
     launch = Launch("sum", basis.bits, basis.device)
     items, rows = launch.config["items"], launch.config["rows"]
     with launch.on_device():
         sum_kernel[basis.num_segments, -(-basis.n // rows)](
             partial,
-            work.segment_begin,
+            begin,
             basis.row_scale,
             c,
             basis.n,

@@ -38,7 +38,7 @@ T3_0, T3_1 = (tl.constexpr(t) for t in TABLES[3][:2])
 T2_0 = tl.constexpr(TABLES[2][0])
 T1_0 = tl.constexpr(TABLES[1][0])
 
-# Decoding ------------------------------------------------------------------------------------------
+# Decoding -----------------------------------------------------------------------------------------
 # Four bytes in, four int8 levels out per field: field f of byte b is column
 # f * (bytes of a row) + b (csrc/packing.h). 0x6420 and 0x7531 separate what low and high nibbles
 # gave, so that output k belongs to byte k whatever layout the compiler chose.
