@@ -8,7 +8,9 @@ namespace twa {
 namespace {
 
 template <int kBits, int kUnits>
-TWA_KERNEL(kThreads, kBits == 8 ? 2 : 4)
+TWA_KERNEL(kThreads, kBits == 8     ? 2
+                     : kUnits == 16 ? 3
+                                    : 4)
 project_kernel(ProjectArguments a) {
   using P = Project<kBits, kUnits>;
   const int stride = P::warp_bytes(a.slots);
