@@ -13,7 +13,7 @@
 
 #define TWA_DEVICE __device__ __forceinline__
 // blocks: that a multiprocessor should have registers for. Where it has 100 KiB of shared memory,
-// more than three do not fit, and spare registers keep numbers out of memory.
+// rings leave room for two, and spare registers keep numbers out of memory.
 #if defined(__CUDA_ARCH__) && \
     (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
 #define TWA_BLOCKS(blocks) ((blocks) < 3 ? (blocks) : 3)

@@ -70,8 +70,9 @@ DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
 OVERRIDES: dict[tuple[str, int, str], dict[str, int]] = {
     # two programs in the shared memory of a multiprocessor
     **{("project", 8, arch): {"rows": 64} for arch in ("sm_80", "sm_86", "sm_89", "sm_120")},
-    ("project", 8, "gfx942"): {"rows": 32},  # 64 KB of shared memory
-    ("project", 2, "gfx942"): {"rows": 64},
+    ("project", 1, "sm_100"): {"rows": 128},  # spills
+    ("project", 8, "gfx942"): {"rows": 32},
+    **{("project", bits, "gfx942"): {"rows": 64} for bits in (4, 3, 2, 1)},
     **{("gram", bits, "gfx942"): {"rows": 32} for bits in BITS},
     **{
         ("orthonormalize", bits, "gfx942"): {"probes": 16} for bits in BITS
