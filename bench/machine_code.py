@@ -36,6 +36,7 @@ class Function:
         arch: such as sm_90
         code: (labels before it, instruction) of each
         stack: bytes: spills, and arrays in memory
+        shared: bytes of static shared memory
     """
 
     name: str
@@ -43,6 +44,7 @@ class Function:
     code: list[tuple[list[str], str]]
     registers: int
     stack: int
+    shared: int
 
 
 def functions(library: Path) -> list[Function]:
@@ -53,8 +55,9 @@ def functions(library: Path) -> list[Function]:
         for cubin in sorted(Path(folder).glob("*.cubin")):
             arch = re.search(r"sm_\d+a?", cubin.name)[0]
             resources = tool("cuobjdump", "--dump-resource-usage", str(cubin))
-            table = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", resources)
-            usage = {name: (int(registers), int(stack)) for name, registers, stack in table}
+            pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)"
+            table = re.findall(pattern, resources)
+            usage = {name: tuple(map(int, numbers)) for name, *numbers in table}
             for name, code in parse(tool("nvdisasm", "-c", str(cubin))).items():
                 found.append(Function(name, arch, code, *usage[name]))
     return found

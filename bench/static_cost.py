@@ -35,7 +35,13 @@ from pathlib import Path
 
 BUDGET = {8: 7.0, 4: 3.7, 3: 2.8, 2: 1.8, 1: 0.9}  # instructions per weight, H200 at full bandwidth
 # bytes of shared memory that a block may have
-SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
+SHARED = {
+    "sm_80": 163 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+}
 LIMIT = 1.5  # of the budget, at 8 and 4 bits
 BRIEF_BITS = (4,)  # of architectures other than sm_90
 TOOLS = "backends/nvidia/bin"
@@ -88,18 +94,16 @@ def per_weight(rows: list[dict], op: str, bits: int, n: int) -> float | None:
     """Instructions of the main loops per packed weight of a basis of n rows, rows of padding
     included; None: not among the (compiled) variants.
     """
-    from twa_kernels.backends.triton.config import configuration, least_rows, row_blocks
+    from twa_kernels.backends.triton.config import configuration, least_rows, row_parts
 
     by = {(r["op"], r["bits"], r["variant"]): r.get("per_weight") for r in rows}
     size = configuration(op, bits, rows[0]["arch"])["rows"]
-    launches = [(size, -(-n // size), f"center fp32, out fp32, n {'any' if n % size else 'even'}")]
+    blocks, name = -(-n // size), f"center fp32, out fp32, n {'any' if n % size else 'even'}"
     if op == "project":
-        blocks_of = row_blocks(n, size, least_rows(bits))
-        launches = [(rows, blocks, f"{rows} rows, fp32") for rows, _, blocks in blocks_of]
-    costs = [(size * blocks, by.get((op, bits, name))) for size, blocks, name in launches]
-    if any(cost is None for _, cost in costs):
-        return None
-    return sum(handled * cost for handled, cost in costs) / n
+        first, more, blocks = row_parts(n, size, least_rows(bits))
+        size, name = first + more, f"{first}{f' + {more}' if more else ''} rows, fp32"
+    cost = by.get((op, bits, name))
+    return None if cost is None else size * blocks * cost / n
 
 
 def main_loop(lines: list[tuple[str, str]]) -> list[str]:
@@ -129,7 +133,7 @@ def weights_of(variant) -> int:
     if variant.op == "gram":
         return 2 * c["ROWS"] * 128
     if variant.op in ("project", "reconstruct", "replay"):
-        return c["ROWS"] * c["TILES"] * 128
+        return (c["ROWS"] + c.get("MORE", 0)) * c["TILES"] * 128
     return c.get("TILES", 0) * 128
 
 
@@ -176,6 +180,7 @@ def measure(variant, arch: str) -> dict:
     import triton
 
     from twa_kernels.backends.triton.aot import compile_variant, specialised
+    from twa_kernels.backends.triton.words import in_order
 
     kernel = compile_variant(variant, arch)
     lines, row = (gcn if arch.startswith("gfx") else sass)(kernel)
@@ -194,6 +199,10 @@ def measure(variant, arch: str) -> dict:
         row["wide"] = wide * 16 * threads / (weights * variant.bits / 8)
     if variant.op == "orthonormalize":
         row["behind"] = behind_products(kernel.asm["ttir"])
+    if variant.op == "project" and arch.startswith("sm_"):
+        row["in_order"] = in_order(kernel.asm["ttgir"])
+    if arch.startswith("gfx"):
+        row["assembly"] = kernel.asm["amdgcn"].count("#ASMSTART")
     names = [re.split(r"[.\s]", i)[0] for i in loop]
     matrix, shared = ("IMMA", "IGMMA", "DMMA"), ("LDS", "STS", "LDSM", "STSM")
     row["matrix"] = sum(n in matrix or n.startswith(("v_mfma", "v_dot4")) for n in names)
@@ -215,6 +224,10 @@ def problems(row: dict) -> list[str]:
         f"float64 products with '{what}' behind them, which Triton before 3.9 does not compile"
         for what in row.get("behind", [])
     ]
+    if not row.get("in_order", True):
+        found.append("bytes in an order that the kernel does not know")
+    if row.get("assembly"):
+        found.append("assembly, around which AMD's compiler inserts no wait states")
     if row["shared"] > SHARED[arch]:
         found.append(f"{row['shared']} bytes of shared memory, {arch} has {SHARED[arch]}")
     if arch.startswith("sm_") and row.get("wide", 1.0) != 1.0:
@@ -330,7 +343,8 @@ def markdown(rows: list[dict]) -> list[str]:
 
 
 def _architectures(rows: list[dict]) -> list[str]:
-    return [a for a in ("sm_90", "sm_80", "gfx942") if any(r["arch"] == a for r in rows)]
+    order = ("sm_90", "sm_80", "sm_100", "sm_120", "gfx942")
+    return [a for a in order if any(r["arch"] == a for r in rows)]
 
 
 def _line(cells: Iterable[object]) -> str:

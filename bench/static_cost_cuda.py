@@ -24,6 +24,11 @@ and written of the reference.
     python bench/static_cost_cuda.py           writes bench/results/cuda_static_cost.{md,json,png}
     python bench/static_cost_cuda.py --check   exit status 1 if a kernel has a stack frame or spends
                                                more than it may
+    python bench/static_cost_cuda.py --architectures 100,120
+                                               compiles into build/ for these, a file at a time
+                                               (nvcc is needed), and checks stack frames and static
+                                               shared memory of every kernel; what blocks ask for at
+                                               launch is held to 99 KiB by the sources themselves
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ import argparse
 import itertools
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -93,6 +99,10 @@ OPS = (
     "scale",
     "step",
 )
+
+
+#: static shared memory of a block, on any architecture
+MOST_STATIC = 48 << 10
 
 
 def mix(path: list[str]) -> dict[str, int]:
@@ -218,6 +228,52 @@ def problems(row: dict) -> list[str]:
             cost = row["per_weight"]
             found.append(f"{cost:.2f} instructions per weight, budget {BUDGET[bits]}")
     return [f"{row['arch']} {op} {bits} bits, {rows} rows: {problem}" for problem in found]
+
+
+def compiled(architecture: str) -> list[Path]:
+    """Objects of all kernels for an architecture, in build/; those of this tree are kept."""
+    from gpucheck import ROOT, build
+
+    folder = ROOT / "build" / f"objects-sm_{architecture}"
+    folder.mkdir(parents=True, exist_ok=True)
+    made, digest = folder / "digest", build.digest(architecture)
+    if not made.exists() or made.read_text() != digest:
+        for old in folder.glob("*"):
+            old.unlink()
+    objects = []
+    for name, (command, source) in build.commands(architecture).items():
+        if source.suffix == ".cu":
+            objects.append(folder / name)
+            if not objects[-1].exists():
+                print(f"sm_{architecture}: {source.name}", file=sys.stderr)
+                # this machine has other work
+                one = [
+                    w
+                    for w in command
+                    if not w.startswith(("--split-compile", "--threads", "-Xptxas"))
+                ]
+                part = folder / "part.o"
+                subprocess.run(["nice", *one, str(source), "-o", str(part)], check=True)
+                part.rename(objects[-1])
+                made.write_text(digest)
+    return objects
+
+
+def check_architecture(architecture: str) -> list[str]:
+    """What is wrong with kernels for an architecture that the module is not built for."""
+    functions = [f for o in compiled(architecture) for f in machine_code.functions(o)]
+    found = []
+    for f in functions:
+        row = measure(f)
+        label = f"{row['op']} {row['bits']} bits, {row['rows']} rows" if row else f.name
+        if f.stack:
+            found.append(f"{f.arch} {label}: {f.stack} bytes of stack (spills)")
+        if f.shared > MOST_STATIC:
+            found.append(f"{f.arch} {label}: {f.shared} bytes of static shared memory")
+    registers, stack = max(f.registers for f in functions), max(f.stack for f in functions)
+    figures = f"{len(functions)} kernels, at most {registers} registers, {stack} bytes of stack"
+    print(f"sm_{architecture}: {figures}")
+    return found
 
 
 def markdown(rows: list[dict]) -> list[str]:
@@ -348,8 +404,13 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing, report problems")
     library = "object, archive or library with the kernels (default: the native module)"
     parser.add_argument("--library", type=Path, help=library)
+    parser.add_argument("--architectures", help="compile for these and check them, such as 100,120")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
+    if args.architectures:
+        found = [p for a in args.architectures.split(",") for p in check_architecture(a)]
+        print("\n".join(found) or "no stack")
+        sys.exit(bool(found))
     if args.library is None:
         from twa_kernels import native
 

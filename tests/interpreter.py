@@ -3,8 +3,8 @@
 conftest.py installs it where there is no GPU.
 
 Assembly   The interpreter has none. Here each block is parsed and run on NumPy arrays, instruction
-           by instruction as the manuals of PTX and of the CDNA 3 instruction set define them, so
-           that the very strings that ship are what the tests run.
+           by instruction as the manual of PTX defines them, so that the very strings that ship are
+           what the tests run. LLVM's intrinsics for AMD likewise, by their names.
 Rounding   The interpreter truncates float32 to bfloat16; compiled code rounds to nearest even, and
            so does this.
 Speed      The interpreter prepares the language module anew at every call of a helper function,
@@ -19,6 +19,8 @@ import re
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
+
+from twa_kernels.backends.triton import words
 
 # Assembly -----------------------------------------------------------------------------------------
 
@@ -81,7 +83,16 @@ def dp2a(first_byte):
     return run
 
 
+def round_to_int(v):
+    """float32 -> int32, to nearest even; NaN gives 0, and what is too large the nearest."""
+    v = np.nan_to_num(np.rint(v.view(np.float32).astype(np.float64)), nan=0.0)
+    return np.clip(v, -(2.0**31), 2.0**31 - 1).astype(np.int32).view(np.uint32)
+
+
 INSTRUCTIONS = {
+    "cvt.rni.s32.f32": round_to_int,
+    "mov.b32": lambda a: a,
+    "popc.b32": lambda a: sum((a >> np.uint32(k)) & np.uint32(1) for k in range(32)),
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
     "xor.b32": lambda a, b: a ^ b,
@@ -91,9 +102,9 @@ INSTRUCTIONS = {
     "dp4a.s32.s32": dp4a,
     "dp2a.lo.s32.s32": dp2a(0),
     "dp2a.hi.s32.s32": dp2a(2),
-    "v_perm_b32": v_perm,
-    "v_dot4_i32_i8": dp4a,
 }
+#: LLVM's names of AMD's instructions
+INTRINSICS = {"llvm.amdgcn.perm": v_perm, "llvm.amdgcn.sdot4": lambda a, b, c, clamp: dp4a(a, b, c)}
 
 
 @functools.cache
@@ -107,7 +118,7 @@ def _parse(asm):
     parsed = []
     for line in lines:
         name, _, operands = line.partition(" ")
-        if name not in (".reg", "s_nop"):
+        if name != ".reg":
             to, *sources = [operand.strip() for operand in operands.split(",")]
             parsed.append((name, to, tuple(sources)))
     return parsed
@@ -118,6 +129,8 @@ def run_assembly(asm, outputs, words):
     registers = {f"${outputs + k}": word for k, word in enumerate(words)}
 
     def value(operand):
+        if operand == "%lanemask_eq":
+            return np.uint32(1) << (np.arange(len(words[0]), dtype=np.uint32) % np.uint32(32))
         if re.fullmatch(r"0x[0-9a-f]+|\d+", operand):
             return np.full_like(words[0], int(operand, 0))
         return registers[operand]  # KeyError: read before it was written
@@ -128,14 +141,23 @@ def run_assembly(asm, outputs, words):
     return [registers[f"${k}"] for k in range(outputs)]
 
 
+def _array(a):
+    """NumPy array of a tensor, a constant or a number."""
+    if isinstance(a, tl.tensor):
+        return a.handle.data
+    return np.array(a.value if isinstance(a, tl.constexpr) else a)
+
+
+def _tensor(data, kind):
+    shape = list(data.shape)
+    return tl.tensor(
+        interpreter.TensorHandle(data, kind), tl.block_type(kind, shape) if shape else kind
+    )
+
+
 def _inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack, _semantic=None):
     asm, constraints = (v.value if isinstance(v, tl.constexpr) else v for v in (asm, constraints))
-    arrays = [
-        a.handle.data
-        if isinstance(a, tl.tensor)
-        else np.array(a.value if isinstance(a, tl.constexpr) else a)
-        for a in args
-    ]
+    arrays = [_array(a) for a in args]
     shape = np.broadcast_shapes(*(a.shape for a in arrays))
     size = 4 // pack  # bytes of an element
     assert size in (1, 4) and is_pure
@@ -153,13 +175,18 @@ def _inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack, _seman
     out = []
     for word, kind in zip(results, dtypes, strict=True):
         data = word.view({1: np.int8, 4: np.int32}[size]).reshape(shape)
-        out.append(
-            tl.tensor(
-                interpreter.TensorHandle(data, kind),
-                tl.block_type(kind, list(shape)) if shape else kind,
-            )
-        )
+        out.append(_tensor(data, kind))
     return out[0] if len(out) == 1 else tuple(out)
+
+
+def _extern_elementwise(lib_name, lib_path, args, arg_type_symbol_dict, is_pure, _semantic=None):
+    ((symbol, kind),) = arg_type_symbol_dict.values()
+    assert (lib_name, lib_path, is_pure) == ("", "", True)
+    shape = np.broadcast_shapes(*(_array(a).shape for a in args))
+    words = [np.broadcast_to(_array(a).astype(np.int64).astype(np.uint32), shape) for a in args]
+    with np.errstate(over="ignore"):
+        data = INTRINSICS[symbol](*words).view(np.int32)
+    return _tensor(data, kind)
 
 
 # Rounding -----------------------------------------------------------------------------------------
@@ -220,3 +247,7 @@ def install():
     interpreter._patch_lang = prepare_once
     interpreter.GridExecutor.__call__ = launch_afresh
     tl.inline_asm_elementwise = tl.core.inline_asm_elementwise = _inline_asm_elementwise
+    tl.core.extern_elementwise = _extern_elementwise
+    for name in ("amd_perm", "amd_dot4"):  # what Triton gives functions of its own only
+        given = functools.partial(getattr(words, name).__wrapped__, _semantic=object())
+        setattr(words, name, given)

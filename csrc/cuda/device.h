@@ -12,7 +12,15 @@
 #include <cuda_runtime.h>
 
 #define TWA_DEVICE __device__ __forceinline__
-#define TWA_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+// blocks: that a multiprocessor should have registers for. Where it has 100 KiB of shared memory,
+// rings leave room for two, and spare registers keep numbers out of memory.
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+#define TWA_BLOCKS(blocks) ((blocks) < 3 ? (blocks) : 3)
+#else
+#define TWA_BLOCKS(blocks) (blocks)
+#endif
+#define TWA_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, TWA_BLOCKS(blocks))
 
 namespace twa {
 

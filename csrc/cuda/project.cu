@@ -7,8 +7,17 @@
 namespace twa {
 namespace {
 
+// Of a multiprocessor, with 256 rows: Blackwell's code needs a few of Hopper's 128 registers more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kWideBlocks = 3;
+#else
+constexpr int kWideBlocks = 4;
+#endif
+
 template <int kBits, int kUnits>
-TWA_KERNEL(kThreads, kBits == 8 ? 2 : 4)
+TWA_KERNEL(kThreads, kBits == 8     ? 2
+                     : kUnits == 16 ? kWideBlocks
+                                    : 4)
 project_kernel(ProjectArguments a) {
   using P = Project<kBits, kUnits>;
   const int stride = P::warp_bytes(a.slots, a.slot_bytes);

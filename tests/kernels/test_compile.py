@@ -119,6 +119,8 @@ def test_what_is_behind_products_is_found():
         ({"shared": 1 << 18}, "262144 bytes of shared memory, sm_90 has 232448"),
         ({"wide": 0.5}, "50 % of the packed bytes"),
         ({"specialised": ["n"]}, "specialised on n"),
+        ({"assembly": 1}, "assembly, around which AMD's compiler inserts no wait states"),
+        ({"in_order": False}, "bytes in an order that the kernel does not know"),
         ({"behind": ["16 bits"]}, "float64 products with '16 bits' behind them"),
         ({"per_weight": 5.6}, "5.60 instructions per weight, budget 3.7"),
     ],

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,16 @@ def test_static_cost_of_the_shipped_kernels(cost):
             padded = row["rows"] + 16 * half
             times = 2 if row["bits"] == 4 else 1  # 4 bits: lower and upper levels
             assert row["products"] == padded * 128 * times
+
+
+@pytest.mark.exhaustive
+def test_blackwell_compiles_without_stack_frames():
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    command = [sys.executable, str(ROOT / "bench/static_cost_cuda.py")]
+    done = processes.run([*command, "--architectures", "100,120"])
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "sm_100" in done.stdout and "sm_120" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import mmap
 
 import pytest
 import torch
-from conftest import BITS, SHAPES, exhaustive, rows_of, tensors
+from conftest import BITS, ON_GPU, SHAPES, exhaustive, rows_of, tensors
 
 import twa_kernels as tk
 from twa_kernels.backends import reference
@@ -200,6 +200,59 @@ def test_gpu_any_gradient_magnitude(factor, basis_of, gpu):
         (tk.project(gpu.put(basis), gpu.put(grads), gpu.backend).cpu() - truth).abs()
         <= 1e-5 * truth.abs().max()
     ).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_gpu_gradient_of_one_sign(bits, gpu):
+    """Sums over rows of both signs, of numbers of one sign: what codes stand for, less what they
+    are, is a sum far larger than the result.
+    """
+    gpu.needs("project")
+    basis, grads = tk.pack(rows_of(8, [(1000,)]), bits), [torch.linspace(1, 1.1, 1000)]
+    truth, plain = exact(basis, grads), tk.unpack(basis)[0] @ grads[0]
+    ours = tk.project(gpu.put(basis), gpu.put(grads), gpu.backend).cpu()[:, 0]
+    assert (ours - truth[:, 0]).abs().max() <= 2 * (plain - truth[:, 0]).abs().max() + 1e-7
+
+
+def test_many_items_of_a_segment_are_added_in_groups(basis_of, monkeypatch):
+    """Of Triton: as without groups but for the last bit, whatever the segments' sizes."""
+    module = pytest.importorskip("twa_kernels.backends.triton.project")
+    if ON_GPU:
+        pytest.skip("runs in Triton's interpreter")
+    basis, grads = basis_of(5, 4), tensors(SHAPES, 7)
+    plain = tk.project(basis, grads, "triton")
+    used, group = [], module.group_kernel
+
+    class Counted:
+        def __getitem__(self, grid):
+            used.append(grid)
+            return group[grid]
+
+    monkeypatch.setattr(module, "group_kernel", Counted())
+    monkeypatch.setattr(module, "LONG", 0)
+    grouped = tk.project(basis, grads, "triton")
+    assert used == [(module.GROUPS * basis.num_segments, 1)]
+    assert ((grouped - plain).abs() <= 2**-23 * plain.abs()).all()
+
+
+@pytest.mark.parametrize("count", [1, 31, 128, 4095, 4096, 4097, 9000])
+def test_groups_cover_every_item(count):
+    """Sums of whole numbers, which are exact in any order: two segments, the first without an item
+    of the second.
+    """
+    project = pytest.importorskip("twa_kernels.backends.triton.project")
+    if ON_GPU:
+        pytest.skip("runs in Triton's interpreter")
+    partial = torch.arange(count * 2.0).reshape(count, 2)
+    begin = torch.tensor([0, count // 3, count], dtype=torch.int32)
+    groups = torch.full((2 * project.GROUPS, 2), float("nan"), dtype=torch.float64)
+    project.group_kernel[2 * project.GROUPS, 1](
+        partial, begin, groups, 2, GROUPS=project.GROUPS, ITEMS=128, ROWS=16
+    )
+    found = groups.view(2, project.GROUPS, 2).sum(1)
+    cut = count // 3
+    wanted = torch.stack([partial[:cut].double().sum(0), partial[cut:].double().sum(0)])
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -74,23 +74,22 @@ def test_rows_per_program(n, rows):
 @pytest.mark.parametrize(
     ("n", "most", "least", "expected"),
     [
-        (1, 64, 16, [(16, 0, 1)]),
-        (64, 64, 16, [(64, 0, 1)]),
-        (72, 64, 16, [(64, 0, 1), (16, 64, 1)]),
-        (72, 64, 32, [(64, 0, 1), (32, 64, 1)]),
-        (130, 128, 16, [(128, 0, 1), (16, 128, 1)]),
-        (1000, 64, 16, [(64, 0, 16)]),
+        (1, 64, 16, (16, 0, 1)),
+        (64, 64, 16, (64, 0, 1)),
+        (72, 64, 16, (32, 16, 2)),
+        (72, 80, 16, (64, 16, 1)),
+        (72, 128, 32, (64, 32, 1)),
+        (130, 160, 16, (128, 16, 1)),
+        (1000, 64, 16, (64, 0, 16)),
     ],
 )
-def test_row_blocks(n, most, least, expected):
-    assert config.row_blocks(n, most, least) == expected
+def test_row_parts(n, most, least, expected):
+    assert config.row_parts(n, most, least) == expected
 
 
-def test_row_blocks_cover_every_row_once():
+def test_row_parts_cover_every_row():
     for n in range(1, 300):
-        for most, least in ((64, 16), (128, 16), (64, 32), (32, 16)):
-            at = 0
-            for size, full, blocks in config.row_blocks(n, most, least):
-                assert blocks > 0 and at == (n // full * full if full else 0)
-                at += size * blocks
-            assert n <= at < n + config.row_blocks(n, most, least)[-1][0]
+        for most, least in ((64, 16), (128, 16), (64, 32), (32, 16), (192, 32)):
+            rows, more, programs = config.row_parts(n, most, least)
+            assert least <= rows + more <= most and (more == 0 or least <= more < rows)
+            assert n <= (rows + more) * programs < n + rows + more

@@ -61,6 +61,61 @@ def test_assembly_declares_what_it_uses(bits):
     assert operands == set(range(fields + inputs))
 
 
+DOT_BLOCKS = {4: words.DOT_4, 3: words.DOT_3, 2: words.DOT_2, 1: words.DOT_1}
+
+
+@pytest.mark.parametrize("bits", sorted(DOT_BLOCKS))
+def test_operands_stand_for_the_columns_that_they_are_multiplied_with(bits):
+    """The blocks of project: step s, place k of 32 is column_of(k, s) of the row (3 bits and 1: of
+    two rows side by side).
+    """
+    codes, packed = packed_words(bits)
+    levels = np.array(reference.LEVELS[bits])[codes.numpy()]
+    paired, k = bits in (3, 1), np.arange(32)
+    planes = [packed] if bits != 3 else [packed[:, :16], packed[:, 16:32], packed[:, 32:]]
+    parts = [packed[:, :32], packed[:, 32:]] if bits == 4 else [np.concatenate(planes)]
+    steps, step = (8 if paired else 2 if bits == 4 else 4), 0
+    for part in parts:
+        inputs = [part] if bits != 3 else planes
+        arrays = [np.ascontiguousarray(i).reshape(-1).view(np.uint32) for i in inputs]
+        outputs = interpreter.run_assembly(DOT_BLOCKS[bits].value, 4 if not paired else 8, arrays)
+        found = [o.view(np.int8).reshape(-1, 32).astype(int) for o in outputs]
+        if bits == 4:  # two operands whose sum is level - 1
+            found = [a + b + 1 for a, b in zip(found[::2], found[1::2], strict=True)]
+        assert len(found) == steps
+        for operand in found:
+            column = words.column_of.fn(k, step, bits, "ptx")
+            assert column.min() >= 0 and column.max() < 128
+            if bits == 1:  # a bit where it is
+                operand = 127 * np.where(operand == 0, -1, 1)
+            if paired:
+                wanted = levels.reshape(-1, 2, 128)[:, k // 16, column]
+            else:
+                wanted = levels[:, column]
+            assert (operand == wanted).all()
+            step += 1
+
+
+def test_every_column_is_contracted_once():
+    for how in ("ptx", "generic"):
+        for bits in BITS:
+            steps, places = (8, range(16)) if bits in (3, 1) else (4, range(32))
+            found = [words.column_of.fn(k, s, bits, how) for s in range(steps) for k in places]
+            assert sorted(found) == list(range(128))
+
+
+def test_a_layout_that_the_blocks_do_not_know_is_noticed():
+    ttgir = """
+    %x = tt.elementwise_inline_asm "prmt" {packed_element = 4 : i32} %w : \
+    tensor<4x64x32xi8, #ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 4}>> -> \
+    tensor<4x64x32xi8, #ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 4}>> loc(#loc1)
+    %y = tt.elementwise_inline_asm "cvt" {packed_element = 1 : i32} %v : tensor<4x32xi32, #blocked>
+    """.replace("\\\n", "")
+    assert words.in_order(ttgir)
+    assert not words.in_order(ttgir.replace("kWidth = 4", "kWidth = 2"))
+    assert not words.in_order(ttgir.replace("xi32, #blocked", "xi8, #blocked"))
+
+
 @triton.jit
 def _pieces(a, b, s, out, K: tl.constexpr, SELECTOR: tl.constexpr, ISA: tl.constexpr):
     k = tl.arange(0, K)
@@ -95,7 +150,7 @@ def _fixed(v, q, limbs, units, K: tl.constexpr):
     x = tl.load(v + k)
     largest = tl.max(words.magnitude(x), 0)
     e = words.exponent_of(largest)
-    fixed = words.to_fixed(x, e)
+    fixed = words.to_fixed(x, e, "generic")
     tl.store(q + k, fixed)
     tl.store(limbs + k, words.limbs(fixed))
     tl.store(units + k, words.unit_of(tl.full((K,), largest, tl.int32), e))

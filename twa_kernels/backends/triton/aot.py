@@ -26,12 +26,20 @@ from .config import ARCHITECTURES, configuration, isa, least_rows, warps_and_sta
 from .gram import gram_kernel
 from .orthonormalize import norms_kernel, products_kernel, transform_kernel, transformed_kernel
 from .pack import pack_kernel
-from .project import project_kernel, sum_kernel
+from .project import GROUPS, group_kernel, project_kernel, sum_kernel
 from .reconstruct import reconstruct_kernel
 from .record import look_kernel, record_kernel
 from .replay import replay_kernel
 from .step import update_kernel
 from .unpack import unpack_kernel
+
+
+def _parts(bits: int) -> list[tuple[int, int]]:
+    """(rows, more) that a program of project may take."""
+    powers = [size for size in (16, 32, 64, 128) if size >= least_rows(bits)]
+    pairs = [(rows, more) for rows in powers for more in (0, *powers) if more < rows]
+    return sorted(pairs, key=lambda pair: (sum(pair), pair))
+
 
 #: argument -> type; every other argument that is not a constant is a pointer of the type after the
 #: star
@@ -44,11 +52,13 @@ TYPES = {
     **dict.fromkeys(("numel", "tile_begin", "item_tile"), "*i64"),
     **dict.fromkeys(("piece_tensor", "piece_column", "piece_end"), "*i64"),
     **dict.fromkeys(("row_scale", "partial", "c", "x", "x_rows", "first", "second"), "*fp32"),
-    **dict.fromkeys(("squares", "transform", "probes"), "*fp64"),
+    **dict.fromkeys(("squares", "transform", "probes", "groups"), "*fp64"),
     **dict.fromkeys(("n", "padded", "num_segments", "count"), "i32"),
     **dict.fromkeys(("m", "r", "skip", "tensor", "begin", "end"), "i32"),
     **dict.fromkeys(("lr", "decay", "w1", "w2", "beta2", "root", "eps"), "fp32"),
 }
+#: rows at a time that `row_parts` chooses for project
+PARTS = {bits: _parts(bits) for bits in BITS}
 FLOATS = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}
 
 
@@ -102,15 +112,15 @@ def _variants(arch: str) -> Iterator[Variant]:
 
     for bits in BITS:
         config = configuration("project", bits, arch)
-        for rows in (16, 32, 64, 128):
-            dtypes = {64: tuple(FLOATS), 16: ("fp32", "bf16")}.get(rows) if bits == 4 else None
-            for dtype in dtypes or ("fp32",):
-                if least_rows(bits) <= rows <= config["rows"]:
-                    full = 64 if rows == least_rows(bits) else 0  # what is left of n = 72
-                    constants = dict(BITS=bits, DTYPE=FLOATS[dtype], ISA=how, ROWS=rows, FULL=full)
-                    constants |= dict(TILES=config["tiles"], STAGES=config["stages"])
-                    name = f"{rows} rows, {dtype}"
-                    yield variant("project", bits, name, project_kernel, config, constants)
+        for rows, more in PARTS[bits]:
+            if rows + more > config["rows"]:
+                continue
+            dtypes = tuple(FLOATS) if (bits, rows, more) == (4, 64, 0) else ("fp32",)
+            for dtype in dtypes:
+                constants = dict(BITS=bits, DTYPE=FLOATS[dtype], ISA=how, ROWS=rows, MORE=more)
+                constants |= dict(TILES=config["tiles"], STAGES=config["stages"])
+                name = f"{rows}{f' + {more}' if more else ''} rows, {dtype}"
+                yield variant("project", bits, name, project_kernel, config, constants)
         config = configuration("reconstruct", bits, arch)
         # Dtypes of center and weights, whether there is a center, EVEN, FEW.
         shapes = [("fp32", "fp32", True, True, True), ("fp32", "fp32", True, False, True)]
@@ -158,6 +168,10 @@ def _variants(arch: str) -> Iterator[Variant]:
     config = configuration("sum", 4, arch)
     size: dict[str, object] = dict(ITEMS=config["items"], ROWS=config["rows"])
     yield variant("sum", 4, "second stage of project", sum_kernel, config, size, False)
+    of_groups = {"partial": "*fp64"}
+    yield variant("sum", 4, "of groups", sum_kernel, config, size, False, of_groups)
+    grouped = size | dict(GROUPS=GROUPS)
+    yield variant("sum", 4, "in groups", group_kernel, config, grouped, False)
     for adamw, momentum, fresh in (
         (True, False, False),
         (False, True, False),

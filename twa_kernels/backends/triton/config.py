@@ -17,11 +17,11 @@ from ...layout import BITS
 #: item; warps; stages of the copy pipeline.
 DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
     "project": {
-        8: {"rows": 64, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
-        4: {"rows": 64, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
-        3: {"rows": 64, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
-        2: {"rows": 128, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
-        1: {"rows": 128, "tiles": 4, "item": 64, "warps": 4, "stages": 4},
+        8: {"rows": 80, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
+        4: {"rows": 128, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
+        3: {"rows": 128, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
+        2: {"rows": 160, "tiles": 4, "item": 64, "warps": 4, "stages": 3},
+        1: {"rows": 192, "tiles": 4, "item": 64, "warps": 4, "stages": 4},
     },
     # 16 bytes a thread and row: `tiles` is what the threads of a program cover. rows: in flight.
     "reconstruct": {
@@ -68,8 +68,11 @@ DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
 
 #: (op, bits, architecture) -> what differs from DEFAULTS there
 OVERRIDES: dict[tuple[str, int, str], dict[str, int]] = {
-    ("project", 8, "gfx942"): {"rows": 32},  # 64 KB of shared memory
-    ("project", 2, "gfx942"): {"rows": 64},
+    # two programs in the shared memory of a multiprocessor
+    **{("project", 8, arch): {"rows": 64} for arch in ("sm_80", "sm_86", "sm_89", "sm_120")},
+    ("project", 1, "sm_100"): {"rows": 128},  # spills
+    ("project", 8, "gfx942"): {"rows": 32},
+    **{("project", bits, "gfx942"): {"rows": 64} for bits in (4, 3, 2, 1)},
     **{("gram", bits, "gfx942"): {"rows": 32} for bits in BITS},
     **{
         ("orthonormalize", bits, "gfx942"): {"probes": 16} for bits in BITS
@@ -125,20 +128,26 @@ def rows_per_program(n: int, most: int, least: int = 16) -> int:
     return min(sizes, key=lambda size: -(-n // size) * (size + 16))
 
 
-def row_blocks(n: int, most: int, least: int = 16) -> list[tuple[int, int, int]]:
-    """[(rows of a block, those of the launch before or 0, blocks)] per launch of project.
+#: what a block of rows costs `project` beside its rows, in rows: the gradient's fixed point
+ROW_OVERHEAD = 48
 
-    One launch, or a second one with smaller blocks for what is left. Chosen as in rows_per_program:
-    64 + 16 rows for n = 72.
+
+def row_parts(n: int, most: int, least: int = 16) -> tuple[int, int, int]:
+    """(rows, more, programs) of project: a program takes `rows` + `more` rows at a time.
+
+    Both are powers of two, more may be 0; the sum is at most `most`, and chosen so that rows of
+    padding and the gradient's work cost least: 64 + 16 rows for n = 72.
     """
-    sizes = [size for size in (16, 32, 64, 128) if least <= size <= most]
-    choices = []
-    for size in sizes:
-        full, rest = divmod(n, size)
-        for other in sizes[: sizes.index(size)] if full and rest else []:
-            choices.append([(size, 0, full), (other, size, -(-rest // other))])
-        choices.append([(size, 0, -(-n // size))])
-    return min(choices, key=lambda c: (sum(blocks * (size + 16) for size, _, blocks in c), len(c)))
+    powers = [size for size in (16, 32, 64, 128) if least <= size <= most]
+    choices = [(rows, 0) for rows in powers]
+    choices += [(rows, more) for rows in powers for more in powers if more < rows]
+    sizes = [c for c in choices if sum(c) <= most]
+
+    def cost(size: tuple[int, int]) -> tuple[int, int]:
+        return -(-n // sum(size)) * (sum(size) + ROW_OVERHEAD), size[1]
+
+    rows, more = min(sizes, key=cost)
+    return rows, more, -(-n // (rows + more))
 
 
 def warps_and_stages(

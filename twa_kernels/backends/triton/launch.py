@@ -44,6 +44,7 @@ class Work:
     segment_begin: Tensor  # (L + 1,) int32: first item of each segment
     numel: Tensor  # (tensors,) int64
     tile_begin: Tensor  # (tensors,) int64
+    most: int  # items of the segment that has most
 
     @property
     def count(self) -> int:
@@ -78,6 +79,7 @@ def _build(tile_segment: Tensor, numels: Sequence[int], num_segments: int, size:
         put(begin.int()),
         put(torch.tensor(list(numels), dtype=torch.int64)),
         put(offsets[:-1].clone()),
+        int(begin.diff().max()),
     )
 
 

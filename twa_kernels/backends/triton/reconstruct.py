@@ -207,7 +207,7 @@ def _add_rows(
     q = ()
     for r in tl.static_range(ROWS):
         s = scale_of(tl.load(tile_scales + row0 + (r if EVEN else tl.where(row0 + r < n, r, 0))))
-        q = q + (to_fixed(tl.load(x_row + row0 + r) * s, e),)
+        q = q + (to_fixed(tl.load(x_row + row0 + r) * s, e, ISA),)
     coefficients = ()
     sum_q = tl.zeros_like(e)
     for group in tl.static_range(GROUPS):

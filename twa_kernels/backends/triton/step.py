@@ -28,7 +28,7 @@ from .reconstruct import ROW_PADDING, weights_of
     do_not_specialize=["n", "num_segments"], do_not_specialize_on_alignment=["x", "first", "second"]
 )
 def update_kernel(
-    partial,  # (items, n) float32
+    partial,  # (items, n) float32, or (groups, n) float64
     segment_begin,  # (L + 1,) int32
     row_scale,  # (n, L) float32
     c,  # (n, L) float32, written: the gradient of the coefficients
@@ -99,7 +99,7 @@ def step(
     center: Sequence[Tensor],
     out: Sequence[Tensor],
 ) -> Tensor:
-    partial, work = partial_sums(basis, grads)
+    partial, begin = partial_sums(basis, grads)
     if args.rule == "adamw":
         numbers = (
             args.lr / (1 - args.beta1**args.count),
@@ -120,7 +120,7 @@ def step(
     with launch.on_device():
         update_kernel[basis.num_segments, -(-x_rows.shape[1] // rows)](
             partial,
-            work.segment_begin,
+            begin,
             basis.row_scale,
             c,
             x,

@@ -6,7 +6,9 @@ fetches four int8 levels from a table in two registers. ISA says how a piece is 
 
     "ptx"      NVIDIA: one instruction (PTX `prmt`, `dp4a`), or a short block of them, as inline
                assembly
-    "gcn"      AMD: `v_perm_b32` and `v_dot4_i32_i8`, whose selectors are whole bytes
+    "gcn"      AMD: `v_perm_b32`, whose selectors are whole bytes, and `v_dot4_i32_i8`, as LLVM's
+               intrinsics: the compiler then knows how long to wait for a product (three wait
+               states before another instruction reads it), which in assembly nobody would
     "generic"  plain Triton arithmetic: the interpreter, and any other GPU
 
 Tables of levels come from reference.LEVELS; tests run each assembly block in a small emulator
@@ -14,6 +16,9 @@ against them.
 """
 
 from __future__ import annotations
+
+import re
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -33,7 +38,7 @@ T3_0, T3_1 = (tl.constexpr(t) for t in TABLES[3][:2])
 T2_0 = tl.constexpr(TABLES[2][0])
 T1_0 = tl.constexpr(TABLES[1][0])
 
-# Decoding for tl.dot ------------------------------------------------------------------------------
+# Decoding -----------------------------------------------------------------------------------------
 # Four bytes in, four int8 levels out per field: field f of byte b is column
 # f * (bytes of a row) + b (csrc/packing.h). 0x6420 and 0x7531 separate what low and high nibbles
 # gave, so that output k belongs to byte k whatever layout the compiler chose.
@@ -178,9 +183,189 @@ def decode(w, w1, w2, BITS: tl.constexpr, ISA: tl.constexpr):
         return out
 
 
-GCN_DOT4 = tl.constexpr("v_dot4_i32_i8 $0, $1, $2, $3\n\ts_nop 2")
+# Decoding for tl.dot ------------------------------------------------------------------------------
+# Four bytes in, four int8 operands out per step of a product; an operand stands for four columns.
+# The order of the contracted index is free, so on NVIDIA levels stay where a permutation left them,
+# and the gradient is put in that order (`column_of`). That takes the four bytes for neighbours
+# along K, as they are in the layouts of the matrix units: `in_order` looks whether a compiled
+# kernel has those.
+
+# A table in a register: the assembler, which would move it there anew for each permutation, does
+# not see that this is a constant (one lane has one bit of the mask).
+_TABLE = "mov.b32 z, %lanemask_eq; popc.b32 z, z; xor.b32 {}, z, 0x{:08x};"
+_REGISTERS = "{ .reg .b32 z, t, v, m, n, h;"
+
+
+def _word(levels: Sequence[int]) -> int:
+    return sum((level & 0xFF) << (8 * k) for k, level in enumerate(levels))
+
+
+# 4 bits: 16 levels do not fit into a permutation's eight bytes. Bit 3 of a selector gives a byte's
+# sign instead of the byte, so two permutations of the raw codes give two operands whose sum is
+# level - 1: the lower levels less 1, or -1 (their sign); and the upper levels, or 0 (theirs). Both
+# are multiplied, and the sum of the gradient is added.
+_LOW = [_word([level - 1 for level in LEVELS[4][k : k + 4]]) for k in (0, 4)]
+_HIGH = [_word(LEVELS[4][k : k + 4]) for k in (8, 12)]
+_DOT_4 = (
+    _REGISTERS
+    + _TABLE.format("t", _LOW[0] ^ 1)
+    + _TABLE.format("v", _HIGH[0] ^ 1)
+    + f"prmt.b32 $0, t, 0x{_LOW[1]:08x}, $4; xor.b32 m, $4, 0x88888888;"
+    f"prmt.b32 $1, v, 0x{_HIGH[1]:08x}, m; shr.u32 n, $4, 16; shr.u32 m, m, 16;"
+    f"prmt.b32 $2, t, 0x{_LOW[1]:08x}, n; prmt.b32 $3, v, 0x{_HIGH[1]:08x}, m; }}"
+)
+
+
+def _look_up(bits: int, low: int) -> str:
+    """Assembly: levels of the nibbles of m, all below 8, into outputs `low` and `low` + 1."""
+    return (
+        f"prmt.b32 ${low}, t, 0x{TABLES[bits][1]:08x}, m; shr.u32 m, m, 16;"
+        f"prmt.b32 ${low + 1}, t, 0x{TABLES[bits][1]:08x}, m;"
+    )
+
+
+_DOT_2 = (
+    _REGISTERS
+    + _TABLE.format("t", TABLES[2][0] ^ 1)
+    + "and.b32 m, $4, 0x33333333;"
+    + _look_up(2, 0)
+    + "shr.u32 m, $4, 2; and.b32 m, m, 0x33333333;"
+    + _look_up(2, 2)
+    + "}"
+)
+
+
+def _shift(to: str, word: str, amount: int) -> str:
+    """Assembly: the word shifted right by `amount` bits, left if that is negative."""
+    return (
+        f"shr.u32 {to}, {word}, {amount};" if amount >= 0 else f"shl.b32 {to}, {word}, {-amount};"
+    )
+
+
+# 3 bits: $8 and $9 are the halves of the 2-bit plane, $10 the 1-bit plane. Low nibbles hold field
+# k, high ones field k + 2.
+_DOT_3 = (
+    _REGISTERS
+    + _TABLE.format("t", TABLES[3][0] ^ 1)
+    + "".join(
+        f"shr.u32 m, ${8 + half}, {2 * k}; and.b32 m, m, 0x33333333; "
+        + _shift("h", "$10", 2 * k + half - 2)
+        + "and.b32 h, h, 0x44444444; or.b32 m, m, h;"
+        + _look_up(3, 4 * half + 2 * k)
+        for half in (0, 1)
+        for k in (0, 1)
+    )
+    + "}"
+)
+# 1 bit: bits stay where they are, so that a byte is 0 or 2^field; as a signed byte that is -128 for
+# field 7. `project` evens the powers out in the gradient.
+DOT_1 = tl.constexpr(" ".join(f"and.b32 ${f}, $8, 0x{0x01010101 << f:08x};" for f in range(8)))
+DOT_4, DOT_3, DOT_2 = (tl.constexpr(asm) for asm in (_DOT_4, _DOT_3, _DOT_2))
+
+
+def in_order(ttgir: str) -> bool:
+    """Whether every assembly block of a compiled kernel gets bytes that are neighbours along K.
+
+    ttgir: the kernel in Triton's representation with layouts.
+    """
+    blocks = [line for line in ttgir.splitlines() if "tt.elementwise_inline_asm" in line]
+    others = [re.sub(r"xi8, #ttg\.dot_op<\{[^}]*kWidth = (4|8|16)\}>", "", b) for b in blocks]
+    return not any(re.search(r"xi8\b", block) for block in others)
+
+
+@triton.jit
+def operands(w, w1, w2, BITS: tl.constexpr, ISA: tl.constexpr):
+    """Packed bytes (..., K) uint8 -> tuple of int8 operands (..., K), for `column_of`'s steps.
+
+    3 bits: w and w1 are the first and second 16 bytes of the 2-bit plane, w2 the 1-bit plane; else
+    they are not used. 4 bits on NVIDIA: two operands a step, whose sum is level - 1. 1 bit: 0 or
+    2^field (field 7: -128).
+    """
+    i = tl.int8
+    if ISA == "ptx" and BITS == 8:
+        return (tl.inline_asm_elementwise(PTX_8, "=r,r", [w], dtype=i, is_pure=True, pack=4),)
+    elif ISA == "ptx" and BITS == 4:
+        return tl.inline_asm_elementwise(
+            DOT_4, OUT_4 + ",r", [w], dtype=(i, i, i, i), is_pure=True, pack=4
+        )
+    elif ISA == "ptx" and BITS == 3:
+        return tl.inline_asm_elementwise(
+            DOT_3,
+            OUT_8 + ",r,r,r",
+            [w, w1, w2],
+            dtype=(i, i, i, i, i, i, i, i),
+            is_pure=True,
+            pack=4,
+        )
+    elif ISA == "ptx" and BITS == 2:
+        return tl.inline_asm_elementwise(
+            DOT_2, OUT_4 + ",r", [w], dtype=(i, i, i, i), is_pure=True, pack=4
+        )
+    elif ISA == "ptx":
+        return tl.inline_asm_elementwise(
+            DOT_1, OUT_8 + ",r", [w], dtype=(i, i, i, i, i, i, i, i), is_pure=True, pack=4
+        )
+    else:
+        out = ()
+        if BITS == 3:
+            for f in tl.static_range(4):
+                top = w2.to(tl.int32) >> (2 * f)
+                out = out + (level_of(((w.to(tl.int32) >> (2 * f)) & 3) | ((top & 1) << 2), 3),)
+                out = out + (level_of(((w1.to(tl.int32) >> (2 * f)) & 3) | (top & 2) << 1, 3),)
+        elif BITS == 1:
+            for f in tl.static_range(8):
+                out = out + ((w & (1 << f)).to(tl.int8, bitcast=True),)
+        else:
+            for f in tl.static_range(8 // BITS):
+                out = out + (level_of((w.to(tl.int32) >> (BITS * f)) & ((1 << BITS) - 1), BITS),)
+        return out
+
+
+@triton.jit
+def column_of(k, STEP: tl.constexpr, BITS: tl.constexpr, ISA: tl.constexpr):
+    """Column of the tile that place k of K = 32 has in step STEP of the product, as decoded.
+
+    At 8 and 4 bits the packed row is taken 32 bytes at a time. At 3 bits and 1 a row has 16 of
+    them, and k - 16 is the same place in the row beside it.
+    """
+    if ISA == "ptx" and (BITS == 4 or BITS == 3 or BITS == 2):
+        # Nibbles in their order: two fields of a byte, then of the next; half a word a step.
+        byte = k // 4 * 4 + k % 4 // 2 + STEP % 2 * 2
+        if BITS == 4:
+            return k % 2 * 64 + STEP // 2 * 32 + byte
+        elif BITS == 3:
+            return k % 2 * 64 + STEP // 2 % 2 * 32 + STEP // 4 * 16 + byte % 16
+        else:
+            return k % 2 * 64 + STEP // 2 * 32 + byte
+    elif BITS == 4:
+        return STEP % 2 * 64 + STEP // 2 * 32 + k
+    elif BITS == 3 or BITS == 1:
+        return STEP * 16 + k % 16
+    else:
+        return STEP * 32 + k
+
 
 # Words of 32 bits, for reconstruct ----------------------------------------------------------------
+
+
+@tl.core.extern
+def amd_perm(high, low, selector, _semantic=None):
+    """AMD's v_perm_b32 on int32 tensors."""
+    i = tl.core.dtype("int32")
+    symbols = {(i, i, i): ("llvm.amdgcn.perm", i)}
+    return tl.core.extern_elementwise(
+        "", "", [high, low, selector], symbols, is_pure=True, _semantic=_semantic
+    )
+
+
+@tl.core.extern
+def amd_dot4(a, b, c, _semantic=None):
+    """AMD's v_dot4_i32_i8 on int32 tensors, without clamping."""
+    i = tl.core.dtype("int32")
+    symbols = {(i, i, i, tl.core.dtype("int1")): ("llvm.amdgcn.sdot4", i)}
+    return tl.core.extern_elementwise(
+        "", "", [a, b, c, tl.core.constexpr(False)], symbols, is_pure=True, _semantic=_semantic
+    )
 
 
 @triton.jit
@@ -201,14 +386,7 @@ def byte_perm(a, b, selector, ISA: tl.constexpr):
     elif ISA == "gcn":
         wide = (selector & 0xFF) | ((selector & 0xFF00) << 8)
         wide = (wide & 0x000F000F) | ((wide & 0x00F000F0) << 4)
-        return tl.inline_asm_elementwise(
-            "v_perm_b32 $0, $1, $2, $3",
-            "=v,v,v,v",
-            [b, a, wide],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
+        return amd_perm(b, a, wide)
     else:
         selector += tl.zeros_like(a)
         both = b.to(tl.uint32, bitcast=True).to(tl.uint64) << 32
@@ -233,11 +411,7 @@ def dp4a(a, b, c, ISA: tl.constexpr):
             pack=1,
         )
     elif ISA == "gcn":
-        # Three wait states before another instruction may read the result: the compiler inserts
-        # them for its own products, not in assembly.
-        return tl.inline_asm_elementwise(
-            GCN_DOT4, "=v,v,v,v", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
-        )
+        return amd_dot4(a, b, c)
     else:
         for k in tl.static_range(4):
             c += ((a << (24 - 8 * k)) >> 24) * ((b << (24 - 8 * k)) >> 24)
@@ -319,17 +493,26 @@ def power_of_two(e):
 
 
 @triton.jit
-def to_fixed(v, e):
-    """round(v * 2^(23 - e)), ties away from zero: float32 -> int32. v and e broadcast.
+def to_fixed(v, e, ISA: tl.constexpr):
+    """round(v * 2^(23 - e)), ties to even: float32 -> int32. v and e broadcast.
 
     The factor may pass float32's range, so it is two.
     """
     up = 23 - e
     half = up >> 1
     scaled = v * power_of_two(half) * power_of_two(up - half)
-    sign = scaled.to(tl.int32, bitcast=True) & -2147483648
-    away = (sign | 0x3F000000).to(tl.float32, bitcast=True)  # 0.5 with its sign
-    return (scaled + away).to(tl.int32)
+    if ISA == "ptx":
+        return tl.inline_asm_elementwise(
+            "cvt.rni.s32.f32 $0, $1;",
+            "=r,r",
+            [scaled.to(tl.int32, bitcast=True)],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    # Below 2^24 and above 2^23 float32 numbers are integers, and the last bits of their words.
+    size = (tl.abs(scaled) + 8388608.0).to(tl.int32, bitcast=True) - 0x4B000000
+    return tl.where(scaled < 0, -size, size)
 
 
 @triton.jit
