@@ -38,11 +38,12 @@ COLUMNS = 1.13e8
 WARPS, STAGES, RING, STEP_BLOCKS = 4, 8, 10 << 10, 3  # csrc/cuda/common.h, csrc/twa.h
 POWER = 4
 INSTRUCTIONS = {"issue": 4, "alu": 2, "fma": 2, "xu": 0.5, "uniform": 2}  # a cycle
-#: seconds of a block without a use of memory. An item's numbers, its tensor's, their addresses: a
-#: load that waits for another each, 0.4 us; then the first copy, 0.8; and the block's own begin and
-#: end, 0.7. In a fused step the next task's begin and the end of the one before overlap: no begin
-#: of a block, one load fewer, and 0.5 of taking and counting tasks.
-START = {"project": 2.7e-6, "reconstruct": 2.7e-6, "step": 2.1e-6}
+#: seconds of a block without a use of memory: three loads that wait for each other (an item's
+#: numbers, its tensor's, their addresses), the first copy, its begin and end
+BEGIN, WAIT, FIRST = 0.25e-6, 0.3e-6, 0.6e-6
+START = {"project": BEGIN + 3 * WAIT + FIRST, "reconstruct": BEGIN + 3 * WAIT + FIRST}
+#: in a fused step a task's begin and the end of the one before overlap; one is taken and counted
+START["step"] = 2 * WAIT + FIRST + 0.25e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +69,18 @@ class Gpu:
     shared: int
 
 
-# Copies: measured by others at 90 to 92 % of the data sheets' bandwidth. Products: data sheets;
-# from Hopper on mma.sync reaches about 0.6 of what wgmma does.
+# Copies and latency: of figures that others measured (gpu_model_published.py), asynchronous copies'
+# 0.15 us above those of plain loads; B200 and RTX 5090: 0.9 of the data sheet, latency assumed.
+# Products: data sheets; from Hopper on mma.sync reaches about 0.6 of what wgmma does; of Blackwell
+# assumed.
 GPUS = {
     g.name: g
     for g in (
-        Gpu("H100", "sm_90", 132, 1.755e9, 3.0e12, 0.8e-6, 2560, 228 << 10),
-        Gpu("H200", "sm_90", 132, 1.755e9, 4.3e12, 0.8e-6, 2560, 228 << 10),
-        Gpu("A100", "sm_80", 108, 1.41e9, 1.75e12, 0.7e-6, 2048, 164 << 10),
-        Gpu("B200", "sm_100", 148, 1.85e9, 7.0e12, 0.9e-6, 2048, 228 << 10),
-        Gpu("RTX 5090", "sm_120", 170, 2.4e9, 1.6e12, 0.7e-6, 1024, 100 << 10),
+        Gpu("H100", "sm_90", 132, 1.755e9, 3.1e12, 0.6e-6, 2560, 228 << 10),
+        Gpu("H200", "sm_90", 132, 1.755e9, 4.15e12, 0.6e-6, 2560, 228 << 10),
+        Gpu("A100", "sm_80", 108, 1.41e9, 1.75e12, 0.6e-6, 2048, 164 << 10),
+        Gpu("B200", "sm_100", 148, 1.85e9, 7.0e12, 0.7e-6, 2048, 228 << 10),
+        Gpu("RTX 5090", "sm_120", 170, 2.4e9, 1.6e12, 0.6e-6, 1024, 100 << 10),
     )
 }
 
