@@ -5,8 +5,9 @@ child processes that find it before the environment's own. PyTorch imports Trito
 of them goes with the environment's PyTorch.
 
     python bench/triton_versions.py    writes bench/results/triton_versions.md; exit status 1 if a
-                                       kernel fails to compile, or spills on sm_90 or sm_120 with the oldest
-                                       version or the newest, for which launches are chosen
+                                       kernel fails to compile, or spills on sm_90 or
+                                       sm_120 with the oldest version or the newest, for
+                                       which launches are chosen
 """
 
 from __future__ import annotations
@@ -154,8 +155,8 @@ def main() -> None:
         (args.output / "triton_versions.md").write_text(text)  # after each: a run may be cut short
     print(text)
     found = problems(rows)
-    fine = "every kernel compiles with every version; none spills on sm_90 or sm_120 with the oldest and"
-    print("\n".join(found) or f"{fine} the newest")
+    fine = "every kernel compiles with every version; none spills on sm_90 or sm_120"
+    print("\n".join(found) or f"{fine} with the oldest and the newest")
     sys.exit(bool(found))
 
 
