@@ -90,20 +90,27 @@ def gcn(kernel) -> tuple[list[tuple[str, str]], dict[str, int]]:
     return lines, found | {"shared": kernel.metadata.shared}
 
 
+def launch_of(op: str, bits: int, n: int, arch: str) -> tuple[int, int, str]:
+    """Rows that a program of project or reconstruct takes at a time, how often for n of them, and
+    the variant's name; float32.
+    """
+    from twa_kernels.backends.triton.config import configuration, least_rows, row_parts
+
+    size = configuration(op, bits, arch)["rows"]
+    if op == "reconstruct":
+        return size, -(-n // size), f"center fp32, out fp32, n {'any' if n % size else 'even'}"
+    rows, more, programs = row_parts(n, size, least_rows(bits))
+    return rows + more, programs, f"{rows}{f' + {more}' if more else ''} rows, fp32"
+
+
 def per_weight(rows: list[dict], op: str, bits: int, n: int) -> float | None:
     """Instructions of the main loops per packed weight of a basis of n rows, rows of padding
     included; None: not among the (compiled) variants.
     """
-    from twa_kernels.backends.triton.config import configuration, least_rows, row_parts
-
     by = {(r["op"], r["bits"], r["variant"]): r.get("per_weight") for r in rows}
-    size = configuration(op, bits, rows[0]["arch"])["rows"]
-    blocks, name = -(-n // size), f"center fp32, out fp32, n {'any' if n % size else 'even'}"
-    if op == "project":
-        first, more, blocks = row_parts(n, size, least_rows(bits))
-        size, name = first + more, f"{first}{f' + {more}' if more else ''} rows, fp32"
+    size, times, name = launch_of(op, bits, n, rows[0]["arch"])
     cost = by.get((op, bits, name))
-    return None if cost is None else size * blocks * cost / n
+    return None if cost is None else size * times * cost / n
 
 
 def main_loop(lines: list[tuple[str, str]]) -> list[str]:
@@ -284,7 +291,9 @@ def chosen(arch: str, brief: bool) -> list[int]:
             if v.op == "orthonormalize":  # its last word is the accuracy
                 kind += (form_of(v.name), v.name.split()[-1])
             row = {"op": v.op, "variant": v.name}
-            table = v.bits in (8, 4) and v.name.endswith((" rows, fp32", "out fp32, n any"))
+            table = v.op in ("project", "reconstruct") and v.name in (
+                launch_of(v.op, v.bits, n, arch)[2] for n in SIZES
+            )
             mine = kind not in seen or is_main(row) or is_narrow(row) or table
         seen.add(kind)
         if not brief or mine:

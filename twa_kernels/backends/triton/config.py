@@ -66,6 +66,7 @@ DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
     },
 }
 
+BLACKWELL = ("sm_100", "sm_120")
 #: (op, bits, architecture) -> what differs from DEFAULTS there
 OVERRIDES: dict[tuple[str, int, str], dict[str, int]] = {
     # two programs in the shared memory of a multiprocessor
@@ -73,7 +74,13 @@ OVERRIDES: dict[tuple[str, int, str], dict[str, int]] = {
     ("project", 1, "sm_100"): {"rows": 128},  # spills
     ("project", 8, "gfx942"): {"rows": 32},
     **{("project", bits, "gfx942"): {"rows": 64} for bits in (4, 3, 2, 1)},
-    **{("gram", bits, "gfx942"): {"rows": 32} for bits in BITS},
+    **{("gram", bits, arch): {"rows": 32} for bits in BITS for arch in (*BLACKWELL, "gfx942")},
+    # float64 products are multiply-adds there, which need more registers: 64 rows would spill
+    **{
+        ("orthonormalize", bits, arch): {"rows": 32, "made": 32}
+        for bits in BITS
+        for arch in BLACKWELL
+    },
     **{
         ("orthonormalize", bits, "gfx942"): {"probes": 16} for bits in BITS
     },  # its matrix units have no narrower tiles

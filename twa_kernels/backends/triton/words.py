@@ -235,7 +235,7 @@ _DOT_2 = (
 )
 
 
-def _shift(to: str, word: str, amount: int) -> str:
+def _shifted(to: str, word: str, amount: int) -> str:
     """Assembly: the word shifted right by `amount` bits, left if that is negative."""
     return (
         f"shr.u32 {to}, {word}, {amount};" if amount >= 0 else f"shl.b32 {to}, {word}, {-amount};"
@@ -249,7 +249,7 @@ _DOT_3 = (
     + _TABLE.format("t", TABLES[3][0] ^ 1)
     + "".join(
         f"shr.u32 m, ${8 + half}, {2 * k}; and.b32 m, m, 0x33333333; "
-        + _shift("h", "$10", 2 * k + half - 2)
+        + _shifted("h", "$10", 2 * k + half - 2)
         + "and.b32 h, h, 0x44444444; or.b32 m, m, h;"
         + _look_up(3, 4 * half + 2 * k)
         for half in (0, 1)
