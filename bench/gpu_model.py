@@ -18,6 +18,7 @@ its customers. The last blocks leave half a block's time unused.
 
     python bench/gpu_model.py                  tables to bench/results/gpu_model.{md,json}
     python bench/gpu_model.py --library FILE   of the kernels in an object or library instead
+    python bench/gpu_model.py --architectures 100,120    of others, too, which nvcc compiles first
     python bench/gpu_model.py --terms project 4 72 fp32 H200     the terms of one line
 """
 
@@ -79,7 +80,7 @@ GPUS = {
         Gpu("H100", "sm_90", 132, 1.755e9, 3.1e12, 0.6e-6, 2560, 228 << 10),
         Gpu("H200", "sm_90", 132, 1.755e9, 4.15e12, 0.6e-6, 2560, 228 << 10),
         Gpu("A100", "sm_80", 108, 1.41e9, 1.75e12, 0.6e-6, 2048, 164 << 10),
-        Gpu("B200", "sm_100", 148, 1.85e9, 7.0e12, 0.7e-6, 2048, 228 << 10),
+        Gpu("B200", "sm_100", 148, 1.85e9, 7.2e12, 0.7e-6, 2048, 228 << 10),
         Gpu("RTX 5090", "sm_120", 170, 2.4e9, 1.6e12, 0.6e-6, 1024, 100 << 10),
     )
 }
@@ -217,7 +218,8 @@ def terms(row: dict, op: str, n: int, size: int, shape: Shape, blocks: int, gpu:
     nbytes = moved(op, row["bits"], n, size) + (shape.row_blocks - 1) * 128 * size
     times = shape.row_blocks if op == "project" else 1
     per = gpu.copy / gpu.multiprocessors
-    on_their_way = blocks * WARPS * (shape.slots - 0.5) * shape.slot_bytes
+    unused = 128 * (4 - size) if op == "project" else 0  # of a slot: there is room for float32
+    on_their_way = blocks * WARPS * (shape.slots - 0.5) * (shape.slot_bytes - unused)
     if op == "reconstruct":  # and the center of the next tile
         on_their_way += blocks * WARPS * 128 * size
     found = {name: times * mix[name] / rate * cycle for name, rate in INSTRUCTIONS.items()}
@@ -354,6 +356,8 @@ def limits(rows: list[dict], gpu: Gpu, n: int) -> list[str]:
 
 
 def markdown(rows: list[dict], found: dict[str, dict]) -> str:
+    import gpu_model_gram  # which takes its numbers from here
+
     lines = [
         "# Predictions for GPUs that were not at hand",
         "",
@@ -378,7 +382,10 @@ def markdown(rows: list[dict], found: dict[str, dict]) -> str:
             lines.append(f"| {op} | {dtype} | {n} | {cells} |")
         lines.append("")
     lines += ["## What takes the time", "", "H200, n = 72, float32; memory is 1.", ""]
-    return "\n".join([*lines, *limits(rows, GPUS["H200"], 72), ""])
+    lines += limits(rows, GPUS["H200"], 72)
+    lines += ["", "## Passes of Gram-Schmidt", "", "H200, float32; `gpu_model_gram.py`.", ""]
+    gpu_model_gram.table(GPUS["H200"], lines.append)
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:
@@ -386,6 +393,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--library", type=Path, nargs="+", help="objects, archives or libraries")
+    parser.add_argument("--architectures", default="", help="to compile for, such as 100,120")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--terms", nargs=5, metavar=("OP", "BITS", "N", "DTYPE", "GPU"))
     args = parser.parse_args()
@@ -395,6 +403,8 @@ def main() -> None:
         if native._C is None or not native._C.with_cuda:
             sys.exit("the native module was built without CUDA: nothing to count")
         args.library = [Path(native._C.__file__)]
+    for architecture in filter(None, args.architectures.split(",")):
+        args.library += static_cost_cuda.compiled(architecture)
     rows = [row for path in args.library for row in static_cost_cuda.measure_all(path)]
     if args.terms:
         op, bits, n, dtype, name = args.terms

@@ -12,14 +12,15 @@ Seconds of a multiprocessor for a chunk of 32 columns, each resource alone:
 They overlap, t = (sum of the fourth powers)^(1/4), which is what is assumed, not known. Kernels of
 several launches add up; a launch costs LAUNCH.
 
-    python bench/gpu_model_gram.py      tables for an H200
+Its table is in that of gpu_model.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+
+from gpu_model import Gpu
 
 CHUNK, COLUMNS, POWER = 32, 1.13e8, 4
 #: products of float64 by the matrix units, and conversions, a cycle and multiprocessor
@@ -33,19 +34,6 @@ HELD, WRITTEN, PANEL_BYTES = 128, 256, 64 << 20  # csrc/cuda/orthonormalize.cuh
 #: 16 tiles, of a square of 64 rows 32 of 16
 TILES_READ = 2.5
 TRIANGLE = {1: 4, 2: 8, 3: 14, 4: 20}  # instructions for 8 columns, n <= 64, one warp
-
-
-class Gpu(Protocol):
-    """What is asked of gpu_model.Gpu."""
-
-    @property
-    def arch(self) -> str: ...
-    @property
-    def multiprocessors(self) -> int: ...
-    @property
-    def clock(self) -> float: ...
-    @property
-    def copy(self) -> float: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +237,8 @@ def floor(p: Pass, gpu: Gpu) -> float:
     return max(p.moved / gpu.copy, p.products / rate)
 
 
-def table(gpu: Gpu, show: Callable[[str], None] = print) -> None:
+def table(gpu: Gpu, show: Callable[[str], None]) -> None:
+    """The lines of a table of passes, to `show`."""
     head = ("rows", "form", "GB moved", "1e12 products", "busy", "ms", "ms at least", "limit")
     show(f"| {' | '.join(head)} |")
     show("|--:|---|--:|--:|--:|--:|--:|---|")
@@ -261,17 +250,3 @@ def table(gpu: Gpu, show: Callable[[str], None] = print) -> None:
                 f"{p.multiprocessors} | {p.seconds * 1e3:.1f} | {floor(p, gpu) * 1e3:.1f} | "
                 f"{p.limit} |"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class _H200:
-    """Until gpu_model.GPUS is imported: the same numbers."""
-
-    arch: str = "sm_90"
-    multiprocessors: int = 132
-    clock: float = 1.755e9
-    copy: float = 4.3e12
-
-
-if __name__ == "__main__":
-    table(_H200())

@@ -1,8 +1,9 @@
 """gpu_model.py's formulas on kernels of others, whose source and speed are public.
 
 Instructions were counted in the machine code that nvcc 13 makes of their sources, as
-static_cost_cuda.py counts ours. Two numbers of the model were chosen on the cases marked so: the
-latency of a plain load, 0.45 us, and with it the begin of a block. The others test it.
+static_cost_cuda.py counts ours. Two numbers of the model were chosen on the cases marked so, which
+are all but one: the latency of a plain load, 0.45 us, and the begin of a block. That they can be
+chosen for all of them at once is what this shows.
 
     python bench/gpu_model_published.py        writes bench/results/gpu_model_published.md
 """

@@ -241,17 +241,19 @@ TWA_DEVICE void barrier_expect(uint64_t* barrier, int bytes) {
                : "memory");
 #endif
 }
+// Lanes may see it complete at different tries: not a branch that promises they agree (bra.uni),
+// after which the compiler would take the warp for whole.
 TWA_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile(
-      "{ .reg .pred done; wait: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra.uni "
+      "{ .reg .pred done; wait: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra "
       "wait; }" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
 #else
   asm volatile(
-      "{ .reg .pred done; wait: mbarrier.test_wait.parity.shared.b64 done, [%0], %1; @!done "
-      "bra.uni wait; }" ::"r"(shared_address(barrier)),
+      "{ .reg .pred done; wait: mbarrier.test_wait.parity.shared.b64 done, [%0], %1; @!done bra "
+      "wait; }" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
 #endif

@@ -513,6 +513,7 @@ orthonormalize_held_kernel(Arguments a) {
     }
     sync_block();  // everybody has read V, and the slot
     if constexpr (kForm == kWrite || H::kFromPanel) refill();
+    if constexpr (H::kSlots == 1) sync_block();  // before wait() of the same slot
     if (++slot_index == H::kSlots) slot_index = 0, parity ^= 1;
   }
 

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import lightning as L
-import processes
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -132,4 +131,3 @@ if __name__ == "__main__":
     for kind in ("ddp", "fsdp2"):
         found, rank = job(folder / kind, kind == "fsdp2")
         torch.save(found, folder / f"{kind}_{rank}.pt")
-    processes.leave_job()

@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import gpu_model  # noqa: E402
+import gpu_model_gram  # noqa: E402
+import gpu_model_published  # noqa: E402
 
 emulated = pytest.mark.skipif(
     ON_GPU or cuda.why_unusable() is not None, reason="the launches are those of the emulator"
@@ -98,3 +100,21 @@ def test_what_was_not_counted_is_not_predicted():
         assert gpu_model.predicted(ROWS, case | change, 132, 4.3e12) is None
     assert gpu_model.predicted(ROWS, case | {"op": "reconstruct", "n": 300}, 132, 4.3e12) is None
     assert gpu_model.predicted(ROWS, case, 0, 4.3e12) is None
+
+
+@pytest.mark.parametrize("form", ["gram", "again", "write"])
+def test_gram_schmidt_takes_what_bytes_and_products_do_and_has_no_cliff(form):
+    passes = {}
+    for n in (64, 65, 72, 128, 256):
+        passes[n] = gpu_model_gram.orthonormalize_model(n, 1.13e8, form, H200)
+        assert passes[n].seconds >= gpu_model_gram.floor(passes[n], H200)
+        assert passes[n].multiprocessors == H200.multiprocessors
+    assert passes[64].seconds < passes[65].seconds < 2 * passes[64].seconds
+    assert passes[65].seconds <= passes[72].seconds < passes[128].seconds < passes[256].seconds
+
+
+def test_kernels_of_others():
+    """A term or a unit that is wrong misses most of them by more."""
+    cases = gpu_model_published.copies() + gpu_model_published.others()
+    misses = [abs(gpu_model_published.predict(c) / c.published - 1) for c in cases]
+    assert sum(misses) / len(misses) < 0.10 and sum(m <= 0.10 for m in misses) >= 20

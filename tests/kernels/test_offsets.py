@@ -81,7 +81,7 @@ def last_item(monkeypatch):
 
         arrays = [numbers[f"item_{name}"] for name in ("tensor", "tile", "tiles", "segment")]
         begin = torch.tensor([0, 1], dtype=torch.int32)
-        work = launch.Work(*arrays, begin, numbers["numel"], numbers["tile_begin"])
+        work = launch.Work(*arrays, begin, numbers["numel"], numbers["tile_begin"], 1)
         for module in (project, reconstruct):
             monkeypatch.setattr(module, "work_items", lambda basis, size: work)
 

@@ -281,7 +281,7 @@ def step(
 
 
 def pack(args: PackArgs) -> tuple[int, int, int] | None:
-    """Waits for the device once: for the number of groups that are not finite."""
+    """Waits for the device once: for whether a group is not finite."""
     device, n = args.device, args.n
     rows = handles.read(args.rows, module)
     center = handles.read_or_none(args.center, module)
