@@ -364,9 +364,12 @@ def picture(path: Path, rows: list[dict]) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for k, (op, n) in enumerate(itertools.product(("project", "reconstruct"), (64, 128))):
-        wanted = ("sm_90", op, n, False)
-        chosen = [r for r in rows if (r["arch"], r["op"], r["rows"], r["many"]) == wanted]
-        by = {r["bits"]: r for r in chosen}
+        chosen = [
+            r
+            for r in rows
+            if (r["arch"], r["op"], r["many"]) == ("sm_90", op, False) and r["rows"] <= n
+        ]
+        by = {r["bits"]: r for r in sorted(chosen, key=lambda r: r["rows"])}  # 8 bits: 48 rows
         at = [i + 0.2 * k - 0.3 for i in range(len(BUDGET))]
         costs = [by[b]["per_weight"] if b in by else 0.0 for b in BUDGET]
         shares = [max(by[b]["share"], by[b]["alu"]) if b in by else 0.0 for b in BUDGET]

@@ -13,10 +13,10 @@
 
 #define TWA_DEVICE __device__ __forceinline__
 // blocks: that a multiprocessor should have registers for. Where it has 100 KiB of shared memory,
-// rings leave room for two, and spare registers keep numbers out of memory.
+// rings leave room for two.
 #if defined(__CUDA_ARCH__) && \
     (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
-#define TWA_BLOCKS(blocks) ((blocks) < 3 ? (blocks) : 3)
+#define TWA_BLOCKS(blocks) ((blocks) < 2 ? (blocks) : 2)
 #else
 #define TWA_BLOCKS(blocks) (blocks)
 #endif
