@@ -359,8 +359,8 @@ def test_any_condition(condition, accuracy):
     W = conditioned(24, 50_000, condition)
     o = tk.orthonormalize(W, accuracy=accuracy)
     check(o, W, 1e-7 if accuracy == "high" else 3e-7)
-    if accuracy == "high":
-        assert (o.Q.double() - exact(W)).norm(dim=1).max() <= 5e-8
+    if accuracy == "high":  # 2.5e-8 is float32's rounding; rows that another LAPACK makes: 5.2e-8
+        assert (o.Q.double() - exact(W)).norm(dim=1).max() <= 1e-7
     assert condition / 30 <= o.report.condition_before <= condition * 2
 
 
