@@ -67,14 +67,11 @@ STEP: dict[str, dict[str, int | bool]] = {
 
 @contextlib.contextmanager
 def cuda_variant(options: dict[str, int | bool]) -> Iterator[None]:
-    cuda = twa_kernels.backends.cuda
-    cuda._window.cache_clear()  # it follows from the variant
-    cuda.module.set_cuda_variant(**options)
+    twa_kernels.backends.cuda.set_variant(**options)
     try:
         yield
     finally:
-        cuda._window.cache_clear()
-        cuda.module.set_cuda_variant()
+        twa_kernels.backends.cuda.set_variant()
 
 
 def cuda(op: str, bits: int) -> Variants:

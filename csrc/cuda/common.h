@@ -60,18 +60,17 @@ struct Columns {
       low = f16_to_float(static_cast<uint16_t>(w)),
       high = f16_to_float(static_cast<uint16_t>(w >> 16));
   }
-  // v[k] = element at(k), zero past the last.
+  // Four elements as they lie in memory, at(0) .. at(3), zero past the last; 16 bits: two a word.
   template <class At>
-  TWA_DEVICE void load_singly(const At& at, float* v) const {
+  TWA_DEVICE void load_singly(const At& at, uint32_t* w) const {
     if (dtype == Dtype::f32) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-        v[k] = at(k) < count ? bits_float(load_4(data + 4 * at(k))) : 0.0f;
+      for (int k = 0; k < 4; ++k) w[k] = at(k) < count ? load_4(data + 4 * at(k)) : 0u;
     } else {
-      uint32_t w[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) w[k] = at(k) < count ? load_2(data + 2 * at(k)) : 0u;
-      from_halves(w[0] | w[1] << 16, v[0], v[1]), from_halves(w[2] | w[3] << 16, v[2], v[3]);
+      const auto half = [&](int k) -> uint32_t {
+        return at(k) < count ? load_2(data + 2 * at(k)) : 0u;
+      };
+      w[0] = half(0) | half(1) << 16, w[1] = half(2) | half(3) << 16;
     }
   }
   // Elements of a tile, which was copied to shared memory if it is one of `whole`:  4 lane .. 4
@@ -81,10 +80,10 @@ struct Columns {
     const int lane = lane_index();
     if (tile >= whole) {
       const int c = tile * kTileColumns;
-      const auto at = [&](int k) {
-        return c + (kPairs ? 2 * lane + k / 2 + 64 * (k % 2) : 4 * lane + k);
-      };
-      load_singly(at, v);
+      uint32_t w[4];
+      load_singly(
+          [&](int k) { return c + (kPairs ? 2 * lane + k / 2 + 64 * (k % 2) : 4 * lane + k); }, w);
+      from_raw(w, v);
     } else if (dtype == Dtype::f32) {
       if constexpr (kPairs) {
         const Word2 a = *reinterpret_cast<const Word2*>(copied + 8 * lane),
@@ -109,17 +108,7 @@ struct Columns {
   TWA_DEVICE void load_raw(int c, uint32_t* w) const {
     const int j = c + 4 * lane_index();
     if (!aligned || c + kTileColumns > count) {
-      if (dtype == Dtype::f32) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) w[k] = j + k < count ? load_4(data + 4 * (j + k)) : 0u;
-      } else {
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const uint32_t low = j + 2 * k < count ? load_2(data + 2 * (j + 2 * k)) : 0u,
-                         high = j + 2 * k + 1 < count ? load_2(data + 2 * (j + 2 * k + 1)) : 0u;
-          w[k] = low | high << 16;
-        }
-      }
+      load_singly([&](int k) { return j + k; }, w);
     } else if (dtype == Dtype::f32) {
       const uint4 a = load_16(data + 4 * j);
       w[0] = a.x, w[1] = a.y, w[2] = a.z, w[3] = a.w;
@@ -250,5 +239,15 @@ constexpr int ring_slots(int slot_bytes, int ring_kib) {
 }
 inline int ring_slots(int slot_bytes) { return ring_slots(slot_bytes, cuda_variant().ring_kib); }
 constexpr int kRingKib = CudaVariant().ring_kib;
+
+// Shared memory of a warp: `header` bytes, then its ring.
+TWA_HD constexpr int warp_bytes(int header, int slots, int slot_bytes) {
+  return (header + slots * slot_bytes + 127) / 128 * 128;
+}
+// Of a block's warps, of whose slots lanes read `read` bytes, whatever the last row is.
+constexpr int warps_bytes(int header, int slots, int slot_bytes, int read) {
+  return kWarps * warp_bytes(header, slots, slot_bytes) +
+         (read > slot_bytes ? read - slot_bytes : 0);
+}
 
 }  // namespace twa

@@ -362,12 +362,10 @@ TWA_HD constexpr int replay_sum(int e, int j) {
   if (kBits == 4) return 16 * (nibble % 2) + 4 * (e / 2) + nibble / 2;
   return 8 * (2 * (nibble % 2) + e / 2 % 2) + 4 * (e / 4) + nibble / 2;
 }
-// First words of the tables of levels: operands that replay_levels() is given, so that they stay in
-// registers.
+// First words of the tables of levels, as first_levels().
 template <int kBits>
 TWA_HD constexpr uint32_t replay_table(int k) {
-  if (kBits == 4) return k == 0 ? level_word<4>(0) - 0x01010101u : level_word<4>(8);
-  return level_word<kBits>(0) ^ 0x80808080u;
+  return first_levels<kBits>(k) ^ (kBits == 4 ? 0u : 0x80808080u);
 }
 // Levels + bias of a lane's columns as bytes, kReplayColumns / 4 words of them. third: 3 bits, lane
 // t's 8 bytes of the 1-bit plane. table: replay_table(0) and (1). Not for 1 bit.

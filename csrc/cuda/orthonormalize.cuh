@@ -100,6 +100,21 @@ TWA_DEVICE float load_element(const DeviceTensor& t, int64_t column) {
   const uint8_t* p = element(t, column);
   return t.dtype == Dtype::f32 ? bits_float(load_4(p)) : from_half(t.dtype, load_2(p));
 }
+// Four elements of 16 bits as they lie in memory, as float32.
+TWA_DEVICE uint4 widen(Dtype dtype, uint2 w) {
+  const auto half = [&](uint32_t h) {
+    return float_bits(from_half(dtype, static_cast<uint16_t>(h)));
+  };
+  return uint4{half(w.x), half(w.x >> 16), half(w.y), half(w.y >> 16)};
+}
+// Puts an element into shared memory as float32, by an asynchronous copy if it is one; 0 outside.
+TWA_DEVICE void fill_element(uint8_t* to, const DeviceTensor& t, int64_t column, bool inside,
+                             uint64_t policy) {
+  if (inside && t.dtype == Dtype::f32)
+    copy_4(to, element(t, column), policy);
+  else
+    *reinterpret_cast<uint32_t*>(to) = inside ? float_bits(load_element(t, column)) : 0u;
+}
 TWA_DEVICE void store_element(const DeviceTensor& t, int64_t column, float v) {
   uint8_t* p = const_cast<uint8_t*>(element(t, column));
   if (t.dtype == Dtype::f32)

@@ -178,11 +178,7 @@ struct Feed {
           for (int k = 0; k < kAtOnce; ++k) {
             const int s = s0 + kStep * k;
             if (s >= H::kSlotRows || numbers()[s] < 0) continue;
-            const auto half = [&](uint32_t h) {
-              return float_bits(from_half(dtype[k], static_cast<uint16_t>(h)));
-            };
-            *reinterpret_cast<uint4*>(place(s, piece)) =
-                uint4{half(w[k].x), half(w[k].x >> 16), half(w[k].y), half(w[k].y >> 16)};
+            *reinterpret_cast<uint4*>(place(s, piece)) = widen(dtype[k], w[k]);
           }
         }
       } else {
@@ -191,12 +187,7 @@ struct Feed {
           const int row = numbers()[s];
           if (row < 0) continue;
           uint8_t* const p = place(s, lane / 4) + 4 * (lane % 4);
-          const DeviceTensor t = tensor_of(row);
-          if (lane < columns && t.dtype == Dtype::f32)
-            copy_4(p, element(t, column + lane), policy);
-          else
-            *reinterpret_cast<uint32_t*>(p) =
-                lane < columns ? float_bits(load_element(t, column + lane)) : 0u;
+          fill_element(p, tensor_of(row), column + lane, lane < columns, policy);
         }
       }
     }

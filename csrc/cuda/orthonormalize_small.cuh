@@ -109,23 +109,14 @@ struct Stream {
         for (int k = 0; k < kAtOnce; ++k) {
           const int i = i0 + 4 * k;
           if (i >= tensors) break;
-          const Dtype dtype = table[i].dtype;
-          const auto half = [&](uint32_t h) {
-            return float_bits(from_half(dtype, static_cast<uint16_t>(h)));
-          };
           *reinterpret_cast<uint4*>(to + (row_of(i) ^ (16 * (lane % 8)))) =
-              uint4{half(w[k].x), half(w[k].x >> 16), half(w[k].y), half(w[k].y >> 16)};
+              widen(table[i].dtype, w[k]);
         }
       }
     } else {
       for (int i = 0; i < tensors; ++i) {  // lane = column
         uint8_t* p = to + (row_of(i) ^ (16 * (lane / 4))) + 4 * (lane % 4);
-        const DeviceTensor t = table[i];
-        if (lane < columns && t.dtype == Dtype::f32)
-          copy_4(p, element(t, column + lane), policy);
-        else
-          *reinterpret_cast<uint32_t*>(p) =
-              lane < columns ? float_bits(load_element(t, column + lane)) : 0u;
+        fill_element(p, table[i], column + lane, lane < columns, policy);
       }
     }
     barrier_arrive_after_copies(barrier(k));

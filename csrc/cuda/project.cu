@@ -20,7 +20,7 @@ TWA_KERNEL(kThreads, kBits == 8     ? 2
                                     : 4)
 project_kernel(ProjectArguments a) {
   using P = Project<kBits, kUnits>;
-  const int stride = P::warp_bytes(a.slots, a.slot_bytes);
+  const int stride = warp_bytes(P::kHeader, a.slots, a.slot_bytes);
   uint8_t* mine = shared_memory() + uniform(warp_index()) * stride;
   Ring ring;
   ring.open(mine + P::kHeader, reinterpret_cast<uint64_t*>(mine), a.slots, a.slot_bytes,

@@ -56,11 +56,8 @@ struct Project {
     return project_offset<kBits>(rows) + kGradientBytes;
   }
   static constexpr int kSlot = project_offset<kBits>(kRows), kMostSlot = kSlot + kGradientBytes;
-  TWA_HD static constexpr int warp_bytes(int slots, int slot_bytes) {
-    return (kHeader + slots * slot_bytes + 127) / 128 * 128;
-  }
   static constexpr int block_bytes(int slots, int slot_bytes) {
-    return kWarps * warp_bytes(slots, slot_bytes) + (kSlot > slot_bytes ? kSlot - slot_bytes : 0);
+    return warps_bytes(kHeader, slots, slot_bytes, kSlot);
   }
 };
 

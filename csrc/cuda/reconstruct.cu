@@ -11,7 +11,7 @@ reconstruct_kernel(ReconstructArguments a) {
   using R = Reconstruct<kBits, kUnits>;
   float* x_row = reinterpret_cast<float*>(shared_memory());
   uint8_t* mine = shared_memory() + R::x_count(a.n) * 4 +
-                  uniform(warp_index()) * R::warp_bytes(a.slots, a.slot_bytes);
+                  uniform(warp_index()) * warp_bytes(R::kHeader, a.slots, a.slot_bytes);
   Ring ring;
   ring.open(mine + R::kHeader, reinterpret_cast<uint64_t*>(mine), a.slots, a.slot_bytes,
             a.keep ? evict_normal() : evict_first());

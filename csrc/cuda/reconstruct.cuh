@@ -65,12 +65,8 @@ struct Reconstruct {
   TWA_HD static constexpr int x_count(int64_t n) {
     return static_cast<int>((n + 32 * kGroups - 1) / (32 * kGroups) * (32 * kGroups));
   }
-  TWA_HD static constexpr int warp_bytes(int slots, int slot_bytes) {
-    return (kHeader + slots * slot_bytes + 127) / 128 * 128;
-  }
   static constexpr int block_bytes(int64_t n, int slots, int slot_bytes) {
-    return x_count(n) * 4 + kWarps * warp_bytes(slots, slot_bytes) +
-           (kSlot > slot_bytes ? kSlot - slot_bytes : 0);
+    return x_count(n) * 4 + warps_bytes(kHeader, slots, slot_bytes, kSlot);
   }
 };
 

@@ -41,12 +41,9 @@ struct Step {
     const int project = P::slot_bytes(n), reconstruct = R::slot_bytes(n);
     return project > reconstruct ? project : reconstruct;
   }
-  TWA_HD static constexpr int warp_bytes(int slots, int slot_bytes) {
-    return (kHeader + slots * slot_bytes + 127) / 128 * 128;
-  }
   static constexpr int block_bytes(int64_t n, int slots, int slot_bytes) {
-    return kTaskBytes + kStrandBytes + R::x_count(n) * 4 + kWarps * warp_bytes(slots, slot_bytes) +
-           (kSlot > slot_bytes ? kSlot - slot_bytes : 0);
+    return kTaskBytes + kStrandBytes + R::x_count(n) * 4 +
+           warps_bytes(kHeader, slots, slot_bytes, kSlot);
   }
 };
 
@@ -97,7 +94,7 @@ step_kernel(StepArguments a) {
   double* strands = reinterpret_cast<double*>(shared_memory() + kTaskBytes);
   float* x_row = reinterpret_cast<float*>(shared_memory() + kTaskBytes + kStrandBytes);
   uint8_t* base = shared_memory() + kTaskBytes + kStrandBytes + S::R::x_count(a.update.n) * 4;
-  const int stride = S::warp_bytes(a.project.slots, a.project.slot_bytes);
+  const int stride = warp_bytes(S::kHeader, a.project.slots, a.project.slot_bytes);
   uint8_t* mine = base + uniform(warp_index()) * stride;
   Ring ring;
   ring.open(mine + S::kHeader, reinterpret_cast<uint64_t*>(mine), a.project.slots,

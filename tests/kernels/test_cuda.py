@@ -184,14 +184,9 @@ def test_step_with_an_empty_segment():
 
 @pytest.fixture
 def variant():
-    """set_cuda_variant, and afterwards the shipped one."""
-
-    def choose(**options):
-        cuda._window.cache_clear()  # it follows from the variant
-        cuda.module.set_cuda_variant(**options)
-
-    yield choose
-    choose()
+    """set_variant, and afterwards the shipped one."""
+    yield cuda.set_variant
+    cuda.set_variant()
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,12 @@ def _window(n: int, bits: int, device: int) -> int:
     return module.step_window(n, bits, device)
 
 
+def set_variant(**options: int | bool) -> None:
+    """Other ways to launch, for measurements (csrc/twa.h, CudaVariant); none: the shipped one."""
+    module.set_cuda_variant(**options)
+    _window.cache_clear()  # it follows from the variant
+
+
 def step_tasks(work: Work, window: int, device: torch.device) -> Tensor | None:
     """Order of a fused step's tasks on the device; None: the step runs as separate kernels."""
     if window not in work.tasks:

@@ -282,8 +282,8 @@ def operands(w, w1, w2, BITS: tl.constexpr, ISA: tl.constexpr):
     2^field (field 7: -128).
     """
     i = tl.int8
-    if ISA == "ptx" and BITS == 8:
-        return (tl.inline_asm_elementwise(PTX_8, "=r,r", [w], dtype=i, is_pure=True, pack=4),)
+    if BITS == 8 or (ISA != "ptx" and BITS != 1):
+        return decode(w, w1, w2, BITS, ISA)
     elif ISA == "ptx" and BITS == 4:
         return tl.inline_asm_elementwise(
             DOT_4, OUT_4 + ",r", [w], dtype=(i, i, i, i), is_pure=True, pack=4
@@ -307,17 +307,8 @@ def operands(w, w1, w2, BITS: tl.constexpr, ISA: tl.constexpr):
         )
     else:
         out = ()
-        if BITS == 3:
-            for f in tl.static_range(4):
-                top = w2.to(tl.int32) >> (2 * f)
-                out = out + (level_of(((w.to(tl.int32) >> (2 * f)) & 3) | ((top & 1) << 2), 3),)
-                out = out + (level_of(((w1.to(tl.int32) >> (2 * f)) & 3) | (top & 2) << 1, 3),)
-        elif BITS == 1:
-            for f in tl.static_range(8):
-                out = out + ((w & (1 << f)).to(tl.int8, bitcast=True),)
-        else:
-            for f in tl.static_range(8 // BITS):
-                out = out + (level_of((w.to(tl.int32) >> (BITS * f)) & ((1 << BITS) - 1), BITS),)
+        for f in tl.static_range(8):
+            out = out + ((w & (1 << f)).to(tl.int8, bitcast=True),)
         return out
 
 
