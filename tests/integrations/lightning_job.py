@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import lightning as L
+import processes
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -131,3 +132,5 @@ if __name__ == "__main__":
     for kind in ("ddp", "fsdp2"):
         found, rank = job(folder / kind, kind == "fsdp2")
         torch.save(found, folder / f"{kind}_{rank}.pt")
+    torch.distributed.barrier()  # rank 1 ends with rank 0, which has started it
+    processes.leave_job()

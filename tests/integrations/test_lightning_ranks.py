@@ -24,7 +24,7 @@ def ranks(tmp_path_factory):
     """ranks[kind]: the directory of a job on two ranks, and what each rank has found."""
     folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).with_name("lightning_job.py")
-    done = processes.run([sys.executable, str(script), str(folder)])
+    done = processes.run([sys.executable, str(script), str(folder)], env=processes.environment())
     assert done.returncode == 0, done.stderr
     assert "self.log('avg_" not in done.stderr  # no advice on what this logs
     return {

@@ -833,6 +833,7 @@ def test_row_cholesky_without_noise_keeps_independent_rows():
 RANKS = """
     import sys, torch, torch.distributed as dist
     sys.path[:0] = {paths}
+    import processes
     import twa_kernels as tk
     from test_orthonormalize import trajectory
     file, rank = "file://{file}", int(sys.argv[1])
@@ -862,6 +863,7 @@ RANKS = """
         assert said in str(error), error
     else:
         raise AssertionError("NaN went unnoticed")
+    processes.leave_job()
 """
 
 
