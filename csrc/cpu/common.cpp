@@ -6,6 +6,12 @@
 #ifdef __linux__
 #include <dlfcn.h>
 #endif
+#if defined(TWA_NEON) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(TWA_NEON) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -17,37 +23,51 @@
 namespace twa {
 namespace {
 
-#ifdef TWA_X86
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+#ifdef TWA_NEON
+bool has_dot_products() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__APPLE__)
+  int found = 0;
+  size_t size = sizeof found;
+  return !sysctlbyname("hw.optional.arm.FEAT_DotProd", &found, &size, nullptr, 0) && found;
+#else
+  return false;
+#endif
 }
 #endif
-Isa best_isa() {
-#ifdef TWA_X86
-  __builtin_cpu_init();
-  if (has_avx512()) return Isa::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
-      __builtin_cpu_supports("fma"))
-    return Isa::avx2;
-#endif
-  return Isa::portable;
-}
 
 struct IsaChoice {
   Isa isa;
-  const char* name;  // null: TWA_KERNELS_ISA asks for what this machine or build lacks
+  const char* name;
 };
+// What this build has and this machine runs, the best one last.
+std::vector<IsaChoice> usable_isas() {
+  std::vector<IsaChoice> found = {{Isa::portable, "portable"}};
+#if defined(TWA_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
+      __builtin_cpu_supports("fma"))
+    found.push_back({Isa::avx2, "avx2"});
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi"))
+    found.push_back({Isa::avx512, "avx512"});
+#elif defined(TWA_NEON)
+  if (has_dot_products()) found.push_back({Isa::neon, "neon"});
+#endif
+  return found;
+}
+
+// name is null if TWA_KERNELS_ISA asks for what this machine or build lacks.
 const IsaChoice& isa_choice() {
   static const IsaChoice choice = [] {
-    constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
-    const Isa best = best_isa();
+    const std::vector<IsaChoice> usable = usable_isas();
     const char* forced = std::getenv("TWA_KERNELS_ISA");
-    if (!forced || !*forced) return IsaChoice{best, kNames[static_cast<int>(best)]};
-    for (int k = 0; k <= static_cast<int>(best); ++k)
-      if (!std::strcmp(forced, kNames[k])) return IsaChoice{static_cast<Isa>(k), kNames[k]};
-    return IsaChoice{best, nullptr};
+    if (!forced || !*forced) return usable.back();
+    for (const IsaChoice& one : usable)
+      if (!std::strcmp(forced, one.name)) return one;
+    return IsaChoice{Isa::portable, nullptr};
   }();
   return choice;
 }
@@ -153,6 +173,11 @@ Pool& get_pool() {
 
 Isa isa() { return isa_choice().isa; }
 const char* cpu_isa() { return isa_choice().name; }
+std::vector<const char*> cpu_isas() {
+  std::vector<const char*> names;
+  for (const IsaChoice& one : usable_isas()) names.push_back(one.name);
+  return names;
+}
 
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& fn) {
   if (count < threads) threads = static_cast<int>(count);

@@ -17,6 +17,10 @@
   __attribute__((                                                           \
       target("avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni," \
              "avx512vbmi")))
+#elif defined(__aarch64__) && defined(__GNUC__) && !defined(__AARCH64EB__)
+// 64-bit Arm: what every such processor has (NEON), and the dot products of bytes that most have.
+#define TWA_NEON 1
+#include <arm_neon.h>
 #endif
 // Bodies written once in plain C++ and compiled for each tier by being inlined into a function with
 // that target.
@@ -24,20 +28,27 @@
 
 namespace twa {
 
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, avx2, avx512, neon };
 Isa isa();  // decided once; see cpu_isa() in twa.h
 
 // One kernel for each instruction set; those that this build lacks are empty.
 template <class Kernel>
 struct Tiers {
-  Kernel portable, avx2 = {}, avx512 = {};
+  Kernel portable, avx2 = {}, avx512 = {}, neon = {};
 };
-// tiers<kBits>() of a file whose block_portable, block_avx2 and block_avx512 are of this type.
+// tiers<kBits>() of a file whose block_portable, block_avx2, block_avx512 and block_neon are of
+// this type.
 #ifdef TWA_X86
 #define TWA_TIERS(Kernel)                                                   \
   template <int kBits>                                                      \
   constexpr Tiers<Kernel> tiers() {                                         \
     return {block_portable<kBits>, block_avx2<kBits>, block_avx512<kBits>}; \
+  }
+#elif defined(TWA_NEON)
+#define TWA_TIERS(Kernel)                                      \
+  template <int kBits>                                         \
+  constexpr Tiers<Kernel> tiers() {                            \
+    return {block_portable<kBits>, {}, {}, block_neon<kBits>}; \
   }
 #else
 #define TWA_TIERS(Kernel)           \
@@ -49,7 +60,16 @@ struct Tiers {
 // The kernel for the instruction set in use.
 template <class Kernel>
 Kernel pick(const Tiers<Kernel>& tiers) {
-  return isa() == Isa::avx512 ? tiers.avx512 : isa() == Isa::avx2 ? tiers.avx2 : tiers.portable;
+  switch (isa()) {
+    case Isa::avx512:
+      return tiers.avx512;
+    case Isa::avx2:
+      return tiers.avx2;
+    case Isa::neon:
+      return tiers.neon;
+    default:
+      return tiers.portable;
+  }
 }
 
 // Runs fn(item) for item in [0, count) on `threads` threads (the caller is one of them). Which
