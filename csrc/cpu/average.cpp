@@ -33,7 +33,7 @@ using Average = void (*)(const TensorTable& rows, const double* weights, int64_t
 #ifdef TWA_X86
 constexpr Tiers<Average> kTiers{average_portable, average_avx2, average_avx512};
 #else
-constexpr Tiers<Average> kTiers{average_portable};
+constexpr Tiers<Average> kTiers = tiers_of<Average>(average_portable, average_portable);
 #endif
 
 }  // namespace

@@ -6,10 +6,10 @@
 #ifdef __linux__
 #include <dlfcn.h>
 #endif
-#if defined(TWA_NEON) && defined(__linux__)
+#if defined(TWA_ARM) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
-#elif defined(TWA_NEON) && defined(__APPLE__)
+#elif defined(TWA_ARM) && defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
 
@@ -23,7 +23,7 @@
 namespace twa {
 namespace {
 
-#ifdef TWA_NEON
+#ifdef TWA_ARM
 bool has_dot_products() {
 #if defined(__linux__)
   return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
@@ -53,7 +53,7 @@ std::vector<IsaChoice> usable_isas() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi"))
     found.push_back({Isa::avx512, "avx512"});
-#elif defined(TWA_NEON)
+#elif defined(TWA_ARM)
   if (has_dot_products()) found.push_back({Isa::neon, "neon"});
 #endif
   return found;

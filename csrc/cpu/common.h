@@ -18,9 +18,16 @@
       target("avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni," \
              "avx512vbmi")))
 #elif defined(__aarch64__) && defined(__GNUC__) && !defined(__AARCH64EB__)
-// 64-bit Arm: what every such processor has (NEON), and the dot products of bytes that most have.
-#define TWA_NEON 1
+#define TWA_ARM 1
 #include <arm_neon.h>
+// NEON, which every such processor has, and dot products of bytes, which most have.
+#if defined(__ARM_FEATURE_DOTPROD)
+#define TWA_NEON
+#elif defined(__clang__)
+#define TWA_NEON __attribute__((target("dotprod")))
+#else
+#define TWA_NEON __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
 #endif
 // Bodies written once in plain C++ and compiled for each tier by being inlined into a function with
 // that target.
@@ -36,6 +43,13 @@ template <class Kernel>
 struct Tiers {
   Kernel portable, avx2 = {}, avx512 = {}, neon = {};
 };
+// Outside x86-64, where `neon` may be the same kernel again.
+template <class Kernel>
+constexpr Tiers<Kernel> tiers_of(Kernel portable, Kernel neon) {
+  Tiers<Kernel> tiers{portable};
+  tiers.neon = neon;
+  return tiers;
+}
 // tiers<kBits>() of a file whose block_portable, block_avx2, block_avx512 and block_neon are of
 // this type.
 #ifdef TWA_X86
@@ -44,11 +58,11 @@ struct Tiers {
   constexpr Tiers<Kernel> tiers() {                                         \
     return {block_portable<kBits>, block_avx2<kBits>, block_avx512<kBits>}; \
   }
-#elif defined(TWA_NEON)
-#define TWA_TIERS(Kernel)                                      \
-  template <int kBits>                                         \
-  constexpr Tiers<Kernel> tiers() {                            \
-    return {block_portable<kBits>, {}, {}, block_neon<kBits>}; \
+#elif defined(TWA_ARM)
+#define TWA_TIERS(Kernel)                                              \
+  template <int kBits>                                                 \
+  constexpr Tiers<Kernel> tiers() {                                    \
+    return tiers_of<Kernel>(block_portable<kBits>, block_neon<kBits>); \
   }
 #else
 #define TWA_TIERS(Kernel)           \

@@ -15,6 +15,7 @@
 #include <algorithm>
 
 #include "decode.h"
+#include "project_neon.h"
 
 namespace twa {
 namespace {

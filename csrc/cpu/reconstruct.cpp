@@ -17,6 +17,7 @@
 #include <algorithm>
 
 #include "decode.h"
+#include "reconstruct_neon.h"
 
 namespace twa {
 namespace {
