@@ -182,4 +182,5 @@ def has_isa(name):
         "portable": True,
         "avx2": "avx2" in flags and "f16c" in flags,
         "avx512": "avx512vbmi" in flags and "avx512_vnni" in flags,
+        "neon": "asimddp" in flags,
     }[name]
