@@ -103,7 +103,10 @@ struct NeonDecoder {
 // e4m3 scales / 256 of up to 4 rows, exact: their bits are those of a float16 but for its exponent.
 TWA_INLINE float32x4_t scales_neon(const uint8_t* scales, int64_t rows) {
   uint64_t bytes = 0;
-  std::memcpy(&bytes, scales, rows >= 4 ? 4 : static_cast<size_t>(rows));
+  if (rows >= 4)
+    std::memcpy(&bytes, scales, 4);
+  else
+    std::memcpy(&bytes, scales, static_cast<size_t>(rows));
   return vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(vshll_n_u8(vcreate_u8(bytes), 7))));
 }
 

@@ -55,13 +55,18 @@ TWA_INLINE int32x4_t add_lanes(int32x4_t v0, int32x4_t v1, int32x4_t v2, int32x4
 template <int kBits>
 TWA_INLINE void add_rows4(const uint8_t* codes, const uint8_t* scales, int64_t rows,
                           const NeonGradient& g, const NeonTables<kBits>& tables, double* acc) {
-  const uint8_t* row[4];
-  for (int r = 0; r < 4; ++r) row[r] = codes + std::min<int64_t>(r, rows - 1) * row_bytes(kBits);
+  constexpr int kBytes = row_bytes(kBits);
+  uint8_t last[4 * kBytes];
+  if (rows < 4) {  // followed by anything
+    std::memcpy(last, codes, static_cast<size_t>(rows * kBytes));
+    codes = last;
+  }
   int32x4_t sum[3][4] = {};
 #pragma GCC unroll 8
   for (int j = 0; j < kParts<kBits>; ++j) {
-    const NeonFields<kBits> fields[4] = {fields_of<kBits>(row[0], j), fields_of<kBits>(row[1], j),
-                                         fields_of<kBits>(row[2], j), fields_of<kBits>(row[3], j)};
+    const NeonFields<kBits> fields[4] = {
+        fields_of<kBits>(codes, j), fields_of<kBits>(codes + kBytes, j),
+        fields_of<kBits>(codes + 2 * kBytes, j), fields_of<kBits>(codes + 3 * kBytes, j)};
 #pragma GCC unroll 8
     for (int f = 0; f < kFields<kBits>; ++f) {
       int8x16_t k[3];
@@ -82,15 +87,15 @@ TWA_INLINE void add_rows4(const uint8_t* codes, const uint8_t* scales, int64_t r
   const float32x4_t scale = scales_neon(scales, rows);
   const float64x2_t factor[2] = {vmulq_n_f64(vcvt_f64_f32(vget_low_f32(scale)), 256.0 * g.unit),
                                  vmulq_n_f64(vcvt_high_f64_f32(scale), 256.0 * g.unit)};
-  double last[4] = {};
+  double sums[4] = {};
   double* to = acc;
-  if (rows < 4) to = last, std::memcpy(last, acc, static_cast<size_t>(rows) * sizeof(double));
+  if (rows < 4) to = sums, std::memcpy(sums, acc, static_cast<size_t>(rows) * sizeof(double));
   for (int h = 0; h < 2; ++h) {
     if (kBits == 1) dot[h] = vfmaq_n_f64(vdupq_n_f64(g.offset), dot[h], -254.0);
     // The product is exact: the dot product has 38 bits, the scale 4.
     vst1q_f64(to + 2 * h, vfmaq_f64(vld1q_f64(to + 2 * h), dot[h], factor[h]));
   }
-  if (rows < 4) std::memcpy(acc, last, static_cast<size_t>(rows) * sizeof(double));
+  if (rows < 4) std::memcpy(acc, sums, static_cast<size_t>(rows) * sizeof(double));
 }
 
 template <int kBits>

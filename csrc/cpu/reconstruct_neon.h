@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 
 #include "neon.h"
 
@@ -25,14 +26,14 @@ constexpr int first_column(int p, int u) {
 
 // kBytes bytes of four rows: dword d of all out[.] together has byte d of each row.
 template <int kBytes>
-TWA_INLINE void interleave(const uint8_t* const* rows, int at, uint8x16_t* out) {
+TWA_INLINE void interleave(const uint8_t* rows, int stride, uint8x16_t* out) {
   uint8x16_t v[4];
   for (int r = 0; r < 4; ++r) {
-    if constexpr (kBytes == 16) v[r] = vld1q_u8(rows[r] + at);
-    if constexpr (kBytes == 8) v[r] = vcombine_u8(vld1_u8(rows[r] + at), vcreate_u8(0));
+    if constexpr (kBytes == 16) v[r] = vld1q_u8(rows + r * stride);
+    if constexpr (kBytes == 8) v[r] = vcombine_u8(vld1_u8(rows + r * stride), vcreate_u8(0));
     if constexpr (kBytes == 4) {
       uint32_t bytes;
-      std::memcpy(&bytes, rows[r] + at, 4);
+      std::memcpy(&bytes, rows + r * stride, 4);
       v[r] = vreinterpretq_u8_u32(vsetq_lane_u32(bytes, vdupq_n_u32(0), 0));
     }
   }
@@ -47,7 +48,7 @@ TWA_INLINE void interleave(const uint8_t* const* rows, int at, uint8x16_t* out) 
 
 // add(u, levels) for the 8 vectors of pass p, from four rows.
 template <int kBits, class Add>
-TWA_INLINE void expand_rows4(const uint8_t* const* rows, int p, const NeonTables<kBits>& tables,
+TWA_INLINE void expand_rows4(const uint8_t* rows, int p, const NeonTables<kBits>& tables,
                              const Add& add) {
   constexpr int kBytes = 4 * kBits > 16 ? 16
                          : kBits == 3   ? 8
@@ -57,8 +58,9 @@ TWA_INLINE void expand_rows4(const uint8_t* const* rows, int p, const NeonTables
 #pragma GCC unroll 2
   for (int half = 0; half < 8 / (kVectors * kEach); ++half) {
     uint8x16_t packed[kVectors], high[2] = {};
-    interleave<kBytes>(rows, kBits == 8 ? 32 * p + 16 * half : kBytes * p, packed);
-    if constexpr (kBits == 3) interleave<8>(rows, 32 + 8 * (p % 2), high);
+    interleave<kBytes>(rows + 4 * kBits * p + kBytes * half, row_bytes(kBits),
+                       packed);
+    if constexpr (kBits == 3) interleave<8>(rows + 32 + 8 * (p % 2), row_bytes(3), high);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const auto fields = [&] {
@@ -88,22 +90,22 @@ struct NeonTarget {
 };
 
 template <int kBits, int kPass>
-TWA_INLINE void columns_neon(const uint8_t* codes, int64_t n, const int32_t* limbs,
-                             const NeonTables<kBits>& tables, const NeonTarget& target) {
+TWA_INLINE void columns_neon(const uint8_t* codes, const uint8_t* last, int64_t n,
+                             const int32_t* limbs, const NeonTables<kBits>& tables,
+                             const NeonTarget& target) {
   constexpr int kBytes = row_bytes(kBits);
   int32x4_t sum[3][8] = {};
-  for (int64_t i = 0; i < n; i += 4) {
-    const uint8_t* rows[4];
-    for (int r = 0; r < 4; ++r)
-      rows[r] = codes + std::min(i + r, n - 1) * kBytes;  // rows past n have zero limbs
-    const int8x16_t k = vreinterpretq_s8_s32(vld1q_s32(limbs + i));
-    expand_rows4<kBits>(rows, kPass, tables,
-                        [&](int u, int8x16_t levels) __attribute__((always_inline)) {
-                          add_dot<0>(&sum[0][u], levels, k);
-                          add_dot<1>(&sum[1][u], levels, k);
-                          add_dot<2>(&sum[2][u], levels, k);
-                        });
-  }
+  const auto add_rows4 = [&](const uint8_t* rows, const int32_t* rows_limbs) __attribute__((always_inline)) {
+    const int8x16_t k = vreinterpretq_s8_s32(vld1q_s32(rows_limbs));
+    expand_rows4<kBits>(rows, kPass, tables, [&](int u, int8x16_t levels) __attribute__((always_inline)) {
+      add_dot<0>(&sum[0][u], levels, k);
+      add_dot<1>(&sum[1][u], levels, k);
+      add_dot<2>(&sum[2][u], levels, k);
+    });
+  };
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) add_rows4(codes + i * kBytes, limbs + i);
+  if (i < n) add_rows4(last, limbs + i);
 #pragma GCC unroll 8
   for (int u = 0; u < 8; ++u) {
     float64x2_t dot[2];
@@ -120,10 +122,12 @@ TWA_INLINE void columns_neon(const uint8_t* codes, int64_t n, const int32_t* lim
 }
 
 template <int kBits>
-TWA_INLINE void tile_neon(const uint8_t* codes, const uint8_t* scales, const float* x_row,
-                          int64_t n, const TensorTable& center, const TensorTable& out,
-                          const Block& block, int64_t tile, const NeonTables<kBits>& tables,
-                          NeonCoefficients* k) {
+TWA_INLINE void tile_neon(const uint8_t* codes, const uint8_t* scales,
+                                                  const float* x_row, int64_t n,
+                                                  const TensorTable& center, const TensorTable& out,
+                                                  const Block& block, int64_t tile,
+                                                  const NeonTables<kBits>& tables,
+                                                  NeonCoefficients* k) {
   const int64_t padded = (n + 15) / 16 * 16, whole = n / 4 * 4;
   for (int64_t i = 0; i < whole; i += 4)
     vst1q_f32(k->w + i,
@@ -157,10 +161,14 @@ TWA_INLINE void tile_neon(const uint8_t* codes, const uint8_t* scales, const flo
   } else {
     load_tile(center.dtype[block.tensor], center.data[block.tensor], column, valid, base);
   }
-  columns_neon<kBits, 0>(codes, n, k->limbs, tables, target);
-  columns_neon<kBits, 1>(codes, n, k->limbs, tables, target);
-  columns_neon<kBits, 2>(codes, n, k->limbs, tables, target);
-  columns_neon<kBits, 3>(codes, n, k->limbs, tables, target);
+  alignas(16) uint8_t
+      last[4 * row_bytes(kBits)];  // the rows past the last multiple of 4, followed by anything
+  std::memcpy(last, codes + whole * row_bytes(kBits),
+              static_cast<size_t>((n - whole) * row_bytes(kBits)));
+  columns_neon<kBits, 0>(codes, last, n, k->limbs, tables, target);
+  columns_neon<kBits, 1>(codes, last, n, k->limbs, tables, target);
+  columns_neon<kBits, 2>(codes, last, n, k->limbs, tables, target);
+  columns_neon<kBits, 3>(codes, last, n, k->limbs, tables, target);
   if (target.to == value)
     store_tile(out.dtype[block.tensor], out.data[block.tensor], column, valid, value);
 }
@@ -168,11 +176,13 @@ TWA_INLINE void tile_neon(const uint8_t* codes, const uint8_t* scales, const flo
 template <int kBits>
 TWA_NEON void block_neon(const BasisView& basis, const float* x_row, const TensorTable& center,
                          const TensorTable& out, const Block& block) {
-  static thread_local NeonCoefficients workspace;
+  // By a pointer: the address of a thread's own data is worked out anew wherever it is used.
+  static thread_local const auto workspace = std::make_unique<NeonCoefficients>();
+  NeonCoefficients* k = workspace.get();
   const NeonTables<kBits> tables;
   each_tile<kBits>(
       basis, block, [&](const uint8_t* codes, const uint8_t* scales, int64_t t) TWA_NEON {
-        tile_neon<kBits>(codes, scales, x_row, basis.n, center, out, block, t, tables, &workspace);
+        tile_neon<kBits>(codes, scales, x_row, basis.n, center, out, block, t, tables, k);
       });
 }
 
