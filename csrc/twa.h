@@ -198,8 +198,8 @@ void copy_bytes(const void* from, void* to, int64_t bytes, int threads);
 // bytes through 4 KiB pages costs a fifth of the bandwidth. Call before the buffer is written.
 void advise_huge_pages(void* data, int64_t bytes);
 
-// Name of the instruction set in use: "avx512", "avx2" or "portable" (TWA_KERNELS_ISA forces one;
-// null if it is not available).
+// Name of the instruction set in use: "avx512", "avx512vl" (its 256-bit vpdpbusd), "avxvnni", "avx2"
+// or "portable" (TWA_KERNELS_ISA forces one; null if it is not available).
 const char* cpu_isa();
 
 // CUDA --------------------------------------------------------------------------------------------

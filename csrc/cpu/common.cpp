@@ -8,6 +8,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
@@ -17,22 +18,30 @@
 namespace twa {
 namespace {
 
-#ifdef TWA_X86
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
-}
-#endif
-Isa best_isa() {
+struct Tier {
+  const char* name;
+  bool here;
+};
+// In the order of Isa.
+std::array<Tier, kIsas> known_tiers() {
+  std::array<Tier, kIsas> tiers{{{"portable", true},
+                                 {"avx2", false},
+                                 {"avxvnni", false},
+                                 {"avx512vl", false},
+                                 {"avx512", false}}};
 #ifdef TWA_X86
   __builtin_cpu_init();
-  if (has_avx512()) return Isa::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
-      __builtin_cpu_supports("fma"))
-    return Isa::avx2;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
+                    __builtin_cpu_supports("fma");
+  const bool vl = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                  __builtin_cpu_supports("avx512vnni");
+  tiers[1].here = avx2;
+  tiers[2].here = avx2 && __builtin_cpu_supports("avxvnni");
+  tiers[3].here = vl;
+  tiers[4].here = vl && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vbmi");
 #endif
-  return Isa::portable;
+  return tiers;
 }
 
 struct IsaChoice {
@@ -41,13 +50,13 @@ struct IsaChoice {
 };
 const IsaChoice& isa_choice() {
   static const IsaChoice choice = [] {
-    constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
-    const Isa best = best_isa();
     const char* forced = std::getenv("TWA_KERNELS_ISA");
-    if (!forced || !*forced) return IsaChoice{best, kNames[static_cast<int>(best)]};
-    for (int k = 0; k <= static_cast<int>(best); ++k)
-      if (!std::strcmp(forced, kNames[k])) return IsaChoice{static_cast<Isa>(k), kNames[k]};
-    return IsaChoice{best, nullptr};
+    const std::array<Tier, kIsas> tiers = known_tiers();
+    IsaChoice best{Isa::portable, nullptr};
+    for (int k = 0; k < kIsas; ++k)
+      if (tiers[k].here && (!forced || !*forced || !std::strcmp(forced, tiers[k].name)))
+        best = {static_cast<Isa>(k), tiers[k].name};
+    return best;
   }();
   return choice;
 }

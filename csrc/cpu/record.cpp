@@ -103,9 +103,9 @@ TWA_AVX512 void block_avx512(const Job& job, const Block& block) {
 TWA_TIERS(BlockKernel)
 constexpr Tiers<FirstBad> looks() {
 #ifdef TWA_X86
-  return {bad_portable, bad_avx2, bad_avx512};
+  return {{bad_portable, bad_avx2, {}, {}, bad_avx512}};
 #else
-  return {bad_portable};
+  return {{bad_portable}};
 #endif
 }
 
