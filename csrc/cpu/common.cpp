@@ -37,37 +37,40 @@ bool has_dot_products() {
 }
 #endif
 
-struct IsaChoice {
+struct Tier {
   Isa isa;
   const char* name;
 };
-// What this build has and this machine runs, the best one last.
-std::vector<IsaChoice> usable_isas() {
-  std::vector<IsaChoice> found = {{Isa::portable, "portable"}};
+// Those that this machine has, in the order of Isa.
+std::vector<Tier> tiers_here() {
+  std::vector<Tier> tiers{{Isa::portable, "portable"}};
 #if defined(TWA_X86)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
-      __builtin_cpu_supports("fma"))
-    found.push_back({Isa::avx2, "avx2"});
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi"))
-    found.push_back({Isa::avx512, "avx512"});
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
+                    __builtin_cpu_supports("fma");
+  const bool vl = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                  __builtin_cpu_supports("avx512vnni");
+  if (avx2) tiers.push_back({Isa::avx2, "avx2"});
+  if (avx2 && __builtin_cpu_supports("avxvnni")) tiers.push_back({Isa::avxvnni, "avxvnni"});
+  if (vl) tiers.push_back({Isa::avx512vl, "avx512vl"});
+  if (vl && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vbmi"))
+    tiers.push_back({Isa::avx512, "avx512"});
 #elif defined(TWA_ARM)
-  if (has_dot_products()) found.push_back({Isa::neon, "neon"});
+  if (has_dot_products()) tiers.push_back({Isa::neon, "neon"});
 #endif
-  return found;
+  return tiers;
 }
 
 // name is null if TWA_KERNELS_ISA asks for what this machine or build lacks.
-const IsaChoice& isa_choice() {
-  static const IsaChoice choice = [] {
-    const std::vector<IsaChoice> usable = usable_isas();
+const Tier& tier_in_use() {
+  static const Tier choice = [] {
+    const std::vector<Tier> tiers = tiers_here();
     const char* forced = std::getenv("TWA_KERNELS_ISA");
-    if (!forced || !*forced) return usable.back();
-    for (const IsaChoice& one : usable)
-      if (!std::strcmp(forced, one.name)) return one;
-    return IsaChoice{Isa::portable, nullptr};
+    if (!forced || !*forced) return tiers.back();
+    for (const Tier& tier : tiers)
+      if (!std::strcmp(forced, tier.name)) return tier;
+    return Tier{Isa::portable, nullptr};
   }();
   return choice;
 }
@@ -171,11 +174,11 @@ Pool& get_pool() {
 
 }  // namespace
 
-Isa isa() { return isa_choice().isa; }
-const char* cpu_isa() { return isa_choice().name; }
+Isa isa() { return tier_in_use().isa; }
+const char* cpu_isa() { return tier_in_use().name; }
 std::vector<const char*> cpu_isas() {
   std::vector<const char*> names;
-  for (const IsaChoice& one : usable_isas()) names.push_back(one.name);
+  for (const Tier& tier : tiers_here()) names.push_back(tier.name);
   return names;
 }
 

@@ -9,13 +9,13 @@
 //            in order within a block, blocks in float64 in order: same bits for any thread count
 //            and tier.
 // Bytes      n * D * (bits / 8 + 1 / 128) read once as one stream, plus the gradient once.
-// Products   AVX-512: gradient in three int8 limbs, vpdpbusd against (level + 128), corrected by
-//            128 * sum(q); 1 bit: table look-ups. AVX2: two int16 limbs of 12 bits, vpmaddwd.
-//            Portable: the same in plain C++.
+// Products   AVX-512, AVX-VNNI: gradient in three int8 limbs, vpdpbusd against (level + 128),
+//            corrected by 128 * sum(q); AVX-512 at 1 bit: table look-ups. AVX2: two int16 limbs of
+//            12 bits, vpmaddwd. Portable: two limbs in plain C++.
 #include <algorithm>
 
-#include "decode.h"
-#include "project_neon.h"
+#include "lanes.h"
+#include "neon.h"
 
 namespace twa {
 namespace {
@@ -63,53 +63,89 @@ void block_portable(const BasisView& basis, const TensorTable& grads, const Bloc
   });
 }
 
-#ifdef TWA_X86
+// One tile's gradient in fixed point; q lies at a multiple of 64. Returns its unit.
+template <class M>
+TWA_INLINE double load_fixed(const TensorTable& grads, const Block& block, int64_t tile,
+                             int32_t* q) {
+  alignas(64) float v[kTileColumns];
+  const int64_t column = block.first_column + tile * kTileColumns;
+  const int valid = valid_columns(grads.numel, block, tile);
+  const Dtype dtype = grads.dtype[block.tensor];
+  const int64_t size = dtype == Dtype::f32 ? 4 : 2;
+  const auto* data = static_cast<const uint8_t*>(grads.data[block.tensor]) + column * size;
+  const float* from = v;
+  if (dtype == Dtype::f32 && valid == kTileColumns) {
+    from = reinterpret_cast<const float*>(data);
+  } else {
+    load_tile(dtype, grads.data[block.tensor], column, valid, v);
+  }
+  for (int c = 0; c < kTileColumns * size; c += 64) M::prefetch_input(data + c);
+  return M::to_fixed(from, kTileColumns, q);
+}
 
-template <int kBits>
-TWA_AVX2 inline void tile_avx2(const uint8_t* codes, const uint8_t* scales, int64_t n,
-                               const TensorTable& grads, const Block& block, int64_t tile,
-                               double* acc) {
-  TileGradient g;
-  load_gradient(grads, block, tile, &g);
-  split_gradient_int16(&g);
-  const __m256i table = level_table_avx2<kBits>();
-  const auto operand = [](const int16_t* p, int k) TWA_AVX2 {
-    return _mm256_load_si256(reinterpret_cast<const __m256i*>(p) + k);
-  };
-  for (int64_t i = 0; i < n; ++i) {
-    const uint8_t* row = codes + i * row_bytes(kBits);
-    __m256i high = _mm256_setzero_si256(), low = high;
-    const auto add = [&](__m256i lev, int k) TWA_AVX2 {
-      const __m256i l0 = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(lev)),
-                    l1 = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(lev, 1));
-      high = _mm256_add_epi32(high,
-                              _mm256_add_epi32(_mm256_madd_epi16(l0, operand(g.high, 2 * k)),
-                                               _mm256_madd_epi16(l1, operand(g.high, 2 * k + 1))));
-      low =
-          _mm256_add_epi32(low, _mm256_add_epi32(_mm256_madd_epi16(l0, operand(g.low, 2 * k)),
-                                                 _mm256_madd_epi16(l1, operand(g.low, 2 * k + 1))));
-    };
-    add(decode_avx2<kBits, 0>(row, table), 0);
-    add(decode_avx2<kBits, 1>(row, table), 1);
-    add(decode_avx2<kBits, 2>(row, table), 2);
-    add(decode_avx2<kBits, 3>(row, table), 3);
-    // [high x4 | low x4 pairs] -> one sum each
-    const __m256i pairs = _mm256_hadd_epi32(high, low);
-    const __m128i quads = _mm_hadd_epi32(_mm256_castsi256_si128(pairs),
-                                         _mm256_extracti128_si256(pairs, 1));  // [h, l, h, l]
-    const __m128i sums = _mm_add_epi32(quads, _mm_shuffle_epi32(quads, 0x4e));
-    const int64_t dot = int64_t{4096} * _mm_extract_epi32(sums, 0) + _mm_extract_epi32(sums, 1);
-    acc[i] += static_cast<double>(dot) * (e4m3_to_float(scales[i]) * g.unit);
+// Columns in lanes (lanes.h): a row's levels as they lie, kTogether rows at a time, which share the
+// gradient's operands; kRows rows are summed across at once.
+template <class M, int kBits>
+TWA_INLINE void block_lanes(const BasisView& basis, const TensorTable& grads, const Block& block,
+                            double* acc) {
+  using V = typename M::V;
+  constexpr int kBytes = row_bytes(kBits), kRows = M::kRows;
+  const typename M::template Levels<kBits> levels;
+  const int64_t n = basis.n;
+  alignas(64) int32_t q[kTileColumns];
+  V by[M::kVectors][M::kOperands], high[kRows], low[kRows];
+  for (int64_t tile = 0; tile < block.tiles; ++tile) {
+    const double unit = load_fixed<M>(grads, block, tile, q);
+    const double offset =
+        M::template kOffset<kBits> * static_cast<double>(M::prepare_columns(q, by));
+    const uint8_t* codes = basis.codes + (block.first_tile + tile) * n * kBytes;
+    const uint8_t* scales = basis.scales + (block.first_tile + tile) * n;
+    M::prefetch_scales(scales + kScalesAhead * n);
+    for (int64_t i0 = 0; i0 < n; i0 += kRows) {
+      const uint8_t *stream = codes + i0 * kBytes, *rows = stream;
+      alignas(64) uint8_t padded[kRows * kBytes];
+      if (n - i0 < kRows) {  // the last rows, followed by anything
+        std::memcpy(padded, rows, static_cast<size_t>((n - i0) * kBytes));
+        rows = padded;
+      }
+#pragma GCC unroll 1
+      for (int r = 0; r < kRows; r += M::kTogether) {
+        V sums[M::kTogether][M::kSums];
+        for (int row = 0; row < M::kTogether; ++row)
+          for (int k = 0; k < M::kSums; ++k) sums[row][k] = M::zero();
+#pragma GCC unroll 8
+        for (int v = 0; v < M::kVectors; ++v) {
+#pragma GCC unroll 4
+          for (int row = 0; row < M::kTogether; ++row)
+            M::multiply(levels.get(rows + (r + row) * kBytes, v), by[v], sums[row]);
+          if (v * 64 < M::kTogether * kBytes)
+            M::prefetch_line(stream + r * kBytes + 64 * v, sums[0]);
+        }
+        for (int row = 0; row < M::kTogether; ++row)
+          M::close(sums[row], high + r + row, low + r + row);
+      }
+      M::add_rows(M::add_across(high), M::add_across(low), M::kHigh, offset,
+                  unit * M::template kFactor<kBits>, scales + i0, n - i0, acc + i0);
+    }
   }
 }
+
+#ifdef TWA_X86
 
 template <int kBits>
 TWA_AVX2 void block_avx2(const BasisView& basis, const TensorTable& grads, const Block& block,
                          double* acc) {
-  each_tile<kBits>(basis, block,
-                   [&](const uint8_t* codes, const uint8_t* scales, int64_t t) TWA_AVX2 {
-                     tile_avx2<kBits>(codes, scales, basis.n, grads, block, t, acc);
-                   });
+  block_lanes<Avx2, kBits>(basis, grads, block, acc);
+}
+template <int kBits>
+TWA_AVXVNNI void block_avxvnni(const BasisView& basis, const TensorTable& grads, const Block& block,
+                               double* acc) {
+  block_lanes<AvxVnni, kBits>(basis, grads, block, acc);
+}
+template <int kBits>
+TWA_AVX512VL void block_avx512vl(const BasisView& basis, const TensorTable& grads,
+                                 const Block& block, double* acc) {
+  block_lanes<Avx512Vl, kBits>(basis, grads, block, acc);
 }
 
 // AVX-512. 16 rows at a time; transposing 4 x 4 dwords in each 128-bit lane gives vectors U[m]
@@ -152,35 +188,20 @@ struct Prepared {
   double unit, offset;  // offset: what the dot products lack because levels are not signed
 };
 
-// One tile's gradient in fixed point. Returns its unit.
-TWA_AVX512 inline double load_fixed(const TensorTable& grads, const Block& block, int64_t tile,
-                                    int32_t* q) {
-  alignas(64) float v[kTileColumns];
-  const int64_t column = block.first_column + tile * kTileColumns;
-  const int valid = valid_columns(grads.numel, block, tile);
-  const Dtype dtype = grads.dtype[block.tensor];
-  const float* from = v;
-  if (dtype == Dtype::f32 && valid == kTileColumns) {
-    from = static_cast<const float*>(grads.data[block.tensor]) + column;
-  } else {
-    load_tile(dtype, grads.data[block.tensor], column, valid, v);
+struct Avx512 {
+  TWA_AVX512 static double to_fixed(const float* v, int count, int32_t* q) {
+    return to_fixed_avx512(v, count, q);
   }
-  const double unit = to_fixed_avx512(from, kTileColumns, q);
-  const int64_t size = dtype == Dtype::f32 ? 4 : 2;
-  const auto* ahead = static_cast<const uint8_t*>(grads.data[block.tensor]) + column * size;
-  __m512i number;
-  for (int c = 0; c < kTileColumns * size; c += 64) {
-    number = _mm512_load_si512(q + c / 4 % kTileColumns);
-    prefetch_input(ahead + c, &number);
+  TWA_AVX512 static void prefetch_input(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p) + kPrefetchInput, _MM_HINT_T0);
   }
-  return unit;
-}
+};
 
 template <int kBits>
 TWA_AVX512 inline void prepare(const TensorTable& grads, const Block& block, int64_t tile,
                                Prepared<kBits>* out) {
   alignas(64) int32_t q[kTileColumns];
-  out->unit = load_fixed(grads, block, tile, q);
+  out->unit = load_fixed<Avx512>(grads, block, tile, q);
   __m512i total = _mm512_setzero_si512();
   for (int c = 0; c < kTileColumns; c += 16)
     total = _mm512_add_epi32(total, _mm512_load_si512(q + c));
@@ -391,9 +412,27 @@ TWA_AVX512 void block_avx512(const BasisView& basis, const TensorTable& grads, c
   }
 }
 
-#endif  // TWA_X86
+#elif defined(TWA_ARM)
 
-TWA_TIERS(ProjectBlock)
+template <int kBits>
+TWA_NEON void block_neon(const BasisView& basis, const TensorTable& grads, const Block& block,
+                         double* acc) {
+  block_lanes<Neon, kBits>(basis, grads, block, acc);
+}
+
+#endif
+
+template <int kBits>
+constexpr Tiers<ProjectBlock> tiers() {
+#ifdef TWA_X86
+  return {{block_portable<kBits>, block_avx2<kBits>, block_avxvnni<kBits>, block_avx512vl<kBits>,
+           block_avx512<kBits>}};
+#elif defined(TWA_ARM)
+  return {{block_portable<kBits>, block_neon<kBits>}};
+#else
+  return {{block_portable<kBits>}};
+#endif
+}
 
 }  // namespace
 
@@ -404,9 +443,9 @@ ProjectBlock project_block(int bits) {
 void project_partial(ProjectBlock kernel, const BasisView& basis, const TensorTable& grads,
                      const Block& block, double* partial) {
   static thread_local std::vector<double> acc;
-  acc.assign(static_cast<size_t>(basis.n), 0.0);
+  acc.assign(static_cast<size_t>(basis.n + 7), 0.0);  // rows in eights
   kernel(basis, grads, block, acc.data());
-  std::copy(acc.begin(), acc.end(), partial);
+  std::copy_n(acc.begin(), basis.n, partial);
 }
 
 Status project_cpu(const BasisView& basis, const TensorTable& grads, float* c, int threads) {
