@@ -37,7 +37,10 @@ struct NeonFields {
   TWA_INLINE explicit NeonFields(uint8x16_t w) : lower(w), upper(w) {
     if constexpr (kBits == 4 || kBits == 2)
       lower = vandq_u8(w, vdupq_n_u8(15)), upper = vshrq_n_u8(w, 4);
-    if constexpr (kBits == 1) lower = vmvnq_u8(w);
+    if constexpr (kBits == 1) {
+      lower = vmvnq_u8(w);
+      asm("" : "+w"(lower));  // once, not with every field
+    }
   }
   // Levels of field f; 1 bit: 0 where the bit is set, else -1.
   TWA_INLINE int8x16_t get(int f, const NeonTables<kBits>& tables) const {

@@ -14,7 +14,7 @@ import pytest
 from conftest import has_isa
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-ISAS = ("portable", "avx2", "avx512", "neon")
+ISAS = ("portable", "avx2", "avxvnni", "avx512vl", "avx512", "neon")  # in order of preference
 
 
 def run(command, isa=""):
