@@ -149,11 +149,24 @@ struct Lanes256 {
       }
   }
 
- protected:
+  TWA_AVX2 static int64_t sum(const int32_t* q) {  // of 128
+    V total = zero();
+    for (int c = 0; c < kTileColumns; c += 8) total = _mm256_add_epi32(total, load_numbers(q + c));
+    return sum_of(total);
+  }
+  // Transposes 4 x 4 dwords in each lane: v[m] element e <- v[e] element m.
+  TWA_AVX2 static void transpose_dwords(V* v) {
+    const V a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpackhi_epi32(v[0], v[1]),
+            c = _mm256_unpacklo_epi32(v[2], v[3]), d = _mm256_unpackhi_epi32(v[2], v[3]);
+    v[0] = _mm256_unpacklo_epi64(a, c), v[1] = _mm256_unpackhi_epi64(a, c);
+    v[2] = _mm256_unpacklo_epi64(b, d), v[3] = _mm256_unpackhi_epi64(b, d);
+  }
   // dwords 0 .. 7 <- 0, 4, 1, 5, 2, 6, 3, 7: undoes the lanes of two unpacks or packs.
   TWA_AVX2 static V join_lanes(V v) {
     return _mm256_permutevar8x32_epi32(v, _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0));
   }
+
+ protected:
   TWA_AVX2 static int64_t sum_of(V v) {
     const __m128i two = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     const __m128i one = _mm_add_epi32(two, _mm_shuffle_epi32(two, 0x4e));
