@@ -2,6 +2,9 @@
 #include "common.h"
 
 #include <pthread.h>
+#ifdef TWA_X86
+#include <cpuid.h>
+#endif
 
 #ifdef __linux__
 #include <dlfcn.h>
@@ -36,7 +39,10 @@ std::array<Tier, kIsas> known_tiers() {
   const bool vl = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                   __builtin_cpu_supports("avx512vnni");
   tiers[1].here = avx2;
-  tiers[2].here = avx2 && __builtin_cpu_supports("avxvnni");
+#ifdef TWA_AVXVNNI
+  unsigned a = 0, b, c, d;  // not all compilers know this feature's name
+  tiers[2].here = avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+#endif
   tiers[3].here = vl;
   tiers[4].here = vl && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vbmi");

@@ -275,11 +275,13 @@ struct Dot256 : Lanes256 {
   }
 };
 
+#ifdef TWA_AVXVNNI
 struct AvxVnni : Dot256 {  // Alder Lake, Zen 5
   TWA_AVXVNNI static void multiply(V levels, const V* by, V* sums) {
     for (int k = 0; k < kSums; ++k) sums[k] = _mm256_dpbusd_avx_epi32(sums[k], levels, by[k]);
   }
 };
+#endif
 struct Avx512Vl : Dot256 {  // Cascade Lake
   TWA_AVX512VL static void multiply(V levels, const V* by, V* sums) {
     for (int k = 0; k < kSums; ++k) sums[k] = _mm256_dpbusd_epi32(sums[k], levels, by[k]);

@@ -204,11 +204,16 @@ TWA_AVX2 void block_avx2(const BasisView& basis, const TensorTable& grads, const
   if constexpr (kBits == 1) return block_look_up(basis, grads, block, acc);
   block_lanes<Avx2, kBits>(basis, grads, block, acc);
 }
+#ifdef TWA_AVXVNNI
 template <int kBits>
 TWA_AVXVNNI void block_avxvnni(const BasisView& basis, const TensorTable& grads, const Block& block,
                                double* acc) {
   block_lanes<AvxVnni, kBits>(basis, grads, block, acc);
 }
+#else
+template <int kBits>
+constexpr ProjectBlock block_avxvnni = nullptr;
+#endif
 template <int kBits>
 TWA_AVX512VL void block_avx512vl(const BasisView& basis, const TensorTable& grads,
                                  const Block& block, double* acc) {
