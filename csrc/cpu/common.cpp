@@ -2,6 +2,9 @@
 #include "common.h"
 
 #include <pthread.h>
+#ifdef TWA_X86
+#include <cpuid.h>
+#endif
 
 #ifdef __linux__
 #include <dlfcn.h>
@@ -51,7 +54,11 @@ std::vector<Tier> tiers_here() {
   const bool vl = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                   __builtin_cpu_supports("avx512vnni");
   if (avx2) tiers.push_back({Isa::avx2, "avx2"});
-  if (avx2 && __builtin_cpu_supports("avxvnni")) tiers.push_back({Isa::avxvnni, "avxvnni"});
+#ifdef TWA_AVXVNNI
+  unsigned a = 0, b, c, d;  // not all compilers know this feature's name
+  if (avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1))
+    tiers.push_back({Isa::avxvnni, "avxvnni"});
+#endif
   if (vl) tiers.push_back({Isa::avx512vl, "avx512vl"});
   if (vl && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vbmi"))

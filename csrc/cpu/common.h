@@ -13,7 +13,9 @@
 // Kernels of the higher tiers carry their target in the function, so one object file serves every
 // machine. AVX-512: Ice Lake, Zen 4.
 #define TWA_AVX2 __attribute__((target("avx2,f16c,fma")))
+#if __has_include(<avxvnniintrin.h>)  // GCC 11, Clang 12
 #define TWA_AVXVNNI __attribute__((target("avx2,f16c,fma,avxvnni")))
+#endif
 #define TWA_AVX512VL __attribute__((target("avx2,f16c,fma,avx512f,avx512vl,avx512vnni")))
 #define TWA_AVX512                                                          \
   __attribute__((                                                           \

@@ -1,19 +1,18 @@
-// Tiers with columns in lanes: what project and reconstruct need of AVX2, AVX-VNNI and AVX-512VL.
+// Tiers with columns in lanes: what project and reconstruct need of AVX2, AVX-VNNI and AVX-512VL
+// (NEON: neon.h).
 //
 // A tier is a struct, the argument of the bodies in project.cpp and reconstruct.cpp:
 //
-//   V, kColumns                register of levels, one byte each, and how many
+//   V, kColumns                register of sums; how many columns one of levels has, a byte each
 //   kVectors                   registers of a row of a tile
 //   kTogether, kRows           rows whose products share operands; rows that add_across sums
 //   Levels<bits>               get(row, v): columns kColumns * v ..+kColumns - 1 of a row
-//   FourRows<bits, pass>       get(u), for u = 0, 1, ... in this order: four rows, a 32-bit lane
-//   has
-//                              one column's four
+//   FourRows<bits, pass>       get(u), for u = 0, 1, ... in this order: four rows, a dword has one
+//                              column's four
 //   kFactor, kOffset<bits>     of what these give: levels are kFactor * (it + kOffset)
 //   to_fixed                   to_fixed() of common.h
-//   kOperands, prepare_columns the numbers q of 128 columns, for multiply() with get(): one array
-//   of
-//                              kOperands registers for each v. Returns the sum of q.
+//   kOperands, prepare_columns the numbers q of 128 columns, for multiply() with get(): kOperands
+//                              registers for each v. Returns the sum of q.
 //   prepare_rows, RowOperands  of four rows, for multiply() with FourRows: up to four dwords, and
 //                              the registers with them
 //   kSums, multiply            sums[0 .. kSums) += levels * q, limb by limb; kWeight: of each sum
@@ -170,11 +169,24 @@ struct Lanes256 {
       }
   }
 
- protected:
+  TWA_AVX2 static int64_t sum(const int32_t* q) {  // of 128
+    V total = zero();
+    for (int c = 0; c < kTileColumns; c += 8) total = _mm256_add_epi32(total, load_numbers(q + c));
+    return sum_of(total);
+  }
+  // Transposes 4 x 4 dwords in each lane: v[m] element e <- v[e] element m.
+  TWA_AVX2 static void transpose_dwords(V* v) {
+    const V a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpackhi_epi32(v[0], v[1]),
+            c = _mm256_unpacklo_epi32(v[2], v[3]), d = _mm256_unpackhi_epi32(v[2], v[3]);
+    v[0] = _mm256_unpacklo_epi64(a, c), v[1] = _mm256_unpackhi_epi64(a, c);
+    v[2] = _mm256_unpacklo_epi64(b, d), v[3] = _mm256_unpackhi_epi64(b, d);
+  }
   // dwords 0 .. 7 <- 0, 4, 1, 5, 2, 6, 3, 7: undoes the lanes of two unpacks or packs.
   TWA_AVX2 static V join_lanes(V v) {
     return _mm256_permutevar8x32_epi32(v, _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0));
   }
+
+ protected:
   TWA_AVX2 static int64_t sum_of(V v) {
     const __m128i two = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     const __m128i one = _mm_add_epi32(two, _mm_shuffle_epi32(two, 0x4e));
@@ -285,11 +297,13 @@ struct Dot256 : Lanes256 {
   }
 };
 
+#ifdef TWA_AVXVNNI
 struct AvxVnni : Dot256 {  // Alder Lake, Zen 5
   TWA_AVXVNNI static void multiply(V levels, const V* by, V* sums) {
     for (int k = 0; k < kSums; ++k) sums[k] = _mm256_dpbusd_avx_epi32(sums[k], levels, by[k]);
   }
 };
+#endif
 struct Avx512Vl : Dot256 {  // Cascade Lake
   TWA_AVX512VL static void multiply(V levels, const V* by, V* sums) {
     for (int k = 0; k < kSums; ++k) sums[k] = _mm256_dpbusd_epi32(sums[k], levels, by[k]);

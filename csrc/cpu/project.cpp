@@ -10,8 +10,8 @@
 //            and tier.
 // Bytes      n * D * (bits / 8 + 1 / 128) read once as one stream, plus the gradient once.
 // Products   AVX-512, AVX-VNNI: gradient in three int8 limbs, vpdpbusd against (level + 128),
-//            corrected by 128 * sum(q); AVX-512 at 1 bit: table look-ups. AVX2: two int16 limbs of
-//            12 bits, vpmaddwd. Portable: two limbs in plain C++.
+//            corrected by 128 * sum(q); AVX2: two int16 limbs of 12 bits, vpmaddwd.
+//            AVX-512 and AVX2 at 1 bit: table look-ups. Portable: two limbs in plain C++.
 #include <algorithm>
 
 #include "lanes.h"
@@ -132,16 +132,93 @@ TWA_INLINE void block_lanes(const BasisView& basis, const TensorTable& grads, co
 
 #ifdef TWA_X86
 
+// 1 bit needs no product: three bits of a row name one of 8 sums of three numbers, which vpermd
+// reads from a table for 8 rows at once. A row is four dwords; bit j of dword m is column
+// 16 (j % 8) + 4 m + j / 8. sum(level * q) = 254 * sum(bit * q) - 127 * sum(q).
+struct BitSums {
+  static constexpr int kLookups = 11;  // of a dword
+  alignas(32) int32_t sums[4][kLookups][8];
+
+  TWA_AVX2 explicit BitSums(const int32_t* q) {
+    const __m256i index = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    __m256i has[3];  // all ones where the index has the bit
+    for (int j = 0; j < 3; ++j) has[j] = _mm256_srai_epi32(_mm256_slli_epi32(index, 31 - j), 31);
+    for (int m = 0; m < 4; ++m)
+#pragma GCC unroll 11
+      for (int k = 0; k < kLookups; ++k) {
+        __m256i sum = _mm256_setzero_si256();
+#pragma GCC unroll 3
+        for (int j = 0; j < 3; ++j) {
+          const int bit = std::min(3 * k + j, 31);  // the last look-up has two bits
+          const __m256i number = _mm256_set1_epi32(q[16 * (bit % 8) + 4 * m + bit / 8]);
+          sum = _mm256_add_epi32(sum, _mm256_and_si256(number, has[j]));
+        }
+        _mm256_store_si256(reinterpret_cast<__m256i*>(sums[m][k]), sum);
+      }
+  }
+  // Element r: sum(bit * q) of row r of 8, below 2^30.
+  TWA_AVX2 __m256i look_up(const uint8_t* rows) const {
+    __m256i u[4];  // rows 2 e and 2 e + 1; then their dword m, lane k element e = row 2 e + k
+    for (int e = 0; e < 4; ++e)
+      u[e] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + 32 * e));
+    Lanes256::transpose_dwords(u);
+    __m256i total = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; ++m)
+#pragma GCC unroll 11
+      for (int k = 0; k < kLookups; ++k)
+        total = _mm256_add_epi32(
+            total, _mm256_permutevar8x32_epi32(
+                       _mm256_load_si256(reinterpret_cast<const __m256i*>(sums[m][k])),
+                       _mm256_srli_epi32(u[m], 3 * k)));
+    return Lanes256::join_lanes(total);
+  }
+};
+
+TWA_AVX2 void block_look_up(const BasisView& basis, const TensorTable& grads, const Block& block,
+                            double* acc) {
+  constexpr int kBytes = row_bytes(1), kRows = 8;
+  const int64_t n = basis.n;
+  alignas(64) int32_t q[kTileColumns];
+  for (int64_t tile = 0; tile < block.tiles; ++tile) {
+    const double unit = load_fixed<Lanes256>(grads, block, tile, q);
+    const double offset = -127.0 * static_cast<double>(Lanes256::sum(q));
+    const BitSums table(q);
+    const uint8_t* codes = basis.codes + (block.first_tile + tile) * n * kBytes;
+    const uint8_t* scales = basis.scales + (block.first_tile + tile) * n;
+    Lanes256::prefetch_scales(scales + kScalesAhead * n);
+    for (int64_t i0 = 0; i0 < n; i0 += kRows) {
+      const uint8_t* rows = codes + i0 * kBytes;
+      __m256i low = Lanes256::zero();
+      Lanes256::prefetch_line(rows, &low);
+      Lanes256::prefetch_line(rows + 64, &low);
+      alignas(64) uint8_t padded[kRows * kBytes];
+      if (n - i0 < kRows) {  // the last rows, followed by anything
+        std::memcpy(padded, rows, static_cast<size_t>((n - i0) * kBytes));
+        rows = padded;
+      }
+      Lanes256::add_rows(table.look_up(rows), low, 254.0, offset, unit, scales + i0, n - i0,
+                         acc + i0);
+    }
+  }
+}
+
 template <int kBits>
 TWA_AVX2 void block_avx2(const BasisView& basis, const TensorTable& grads, const Block& block,
                          double* acc) {
+  if constexpr (kBits == 1) return block_look_up(basis, grads, block, acc);
   block_lanes<Avx2, kBits>(basis, grads, block, acc);
 }
+#ifdef TWA_AVXVNNI
 template <int kBits>
 TWA_AVXVNNI void block_avxvnni(const BasisView& basis, const TensorTable& grads, const Block& block,
                                double* acc) {
   block_lanes<AvxVnni, kBits>(basis, grads, block, acc);
 }
+#else
+template <int kBits>
+constexpr ProjectBlock block_avxvnni = nullptr;
+#endif
 template <int kBits>
 TWA_AVX512VL void block_avx512vl(const BasisView& basis, const TensorTable& grads,
                                  const Block& block, double* acc) {

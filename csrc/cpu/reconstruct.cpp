@@ -191,12 +191,17 @@ TWA_AVX2 void block_avx2(const BasisView& basis, const float* x_row, const Tenso
                          const TensorTable& out, const Block& block) {
   block_lanes<Avx2, kBits>(basis, x_row, center, out, block);
 }
+#ifdef TWA_AVXVNNI
 template <int kBits>
 TWA_AVXVNNI void block_avxvnni(const BasisView& basis, const float* x_row,
                                const TensorTable& center, const TensorTable& out,
                                const Block& block) {
   block_lanes<AvxVnni, kBits>(basis, x_row, center, out, block);
 }
+#else
+template <int kBits>
+constexpr ReconstructBlock block_avxvnni = nullptr;
+#endif
 template <int kBits>
 TWA_AVX512VL void block_avx512vl(const BasisView& basis, const float* x_row,
                                  const TensorTable& center, const TensorTable& out,
