@@ -186,15 +186,16 @@ struct Neon {
   TWA_INLINE static void prefetch_input(const void*) {}
   TWA_INLINE static void prefetch_scales(const void*) {}
 
-  // As assembly: compilers differ in where they offer the intrinsics.
+  // As assembly: compilers differ in where they offer the intrinsics. Volatile: in this order, else
+  // more levels are expanded early than there are registers.
   TWA_INLINE static void multiply(int8x16_t levels, const V* by, V* sums) {
     for (int k = 0; k < kSums; ++k)
-      asm("sdot %0.4s, %1.16b, %2.16b" : "+w"(sums[k]) : "w"(levels), "w"(by[k]));
+      asm volatile("sdot %0.4s, %1.16b, %2.16b" : "+w"(sums[k]) : "w"(levels), "w"(by[k]));
   }
   TWA_INLINE static void multiply(int8x16_t levels, const RowOperands& by, V* sums) {
-    asm("sdot %0.4s, %1.16b, %2.4b[0]" : "+w"(sums[0]) : "w"(levels), "w"(by.limbs));
-    asm("sdot %0.4s, %1.16b, %2.4b[1]" : "+w"(sums[1]) : "w"(levels), "w"(by.limbs));
-    asm("sdot %0.4s, %1.16b, %2.4b[2]" : "+w"(sums[2]) : "w"(levels), "w"(by.limbs));
+    asm volatile("sdot %0.4s, %1.16b, %2.4b[0]" : "+w"(sums[0]) : "w"(levels), "w"(by.limbs));
+    asm volatile("sdot %0.4s, %1.16b, %2.4b[1]" : "+w"(sums[1]) : "w"(levels), "w"(by.limbs));
+    asm volatile("sdot %0.4s, %1.16b, %2.4b[2]" : "+w"(sums[2]) : "w"(levels), "w"(by.limbs));
   }
   TWA_INLINE static void close(const V* sums, V* high, V* low) {
     *high = sums[2];
