@@ -49,13 +49,13 @@ std::vector<Tier> tiers_here() {
   std::vector<Tier> tiers{{Isa::portable, "portable"}};
 #if defined(TWA_X86)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
-                    __builtin_cpu_supports("fma");
+  unsigned a = 0, b = 0, c = 0, d = 0;  // what some compilers have no name for
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+  const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool vl = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                   __builtin_cpu_supports("avx512vnni");
   if (avx2) tiers.push_back({Isa::avx2, "avx2"});
 #ifdef TWA_AVXVNNI
-  unsigned a = 0, b, c, d;  // not all compilers know this feature's name
   if (avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1))
     tiers.push_back({Isa::avxvnni, "avxvnni"});
 #endif
