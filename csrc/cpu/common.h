@@ -23,6 +23,17 @@
   __attribute__((                                                           \
       target("avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni," \
              "avx512vbmi")))
+#elif defined(__aarch64__) && defined(__GNUC__) && !defined(__AARCH64EB__)
+#define TWA_ARM 1
+#include <arm_neon.h>
+// NEON, which every such processor has, and dot products of bytes, which most have.
+#if defined(__ARM_FEATURE_DOTPROD)
+#define TWA_NEON
+#elif defined(__clang__)
+#define TWA_NEON __attribute__((target("dotprod")))
+#else
+#define TWA_NEON __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
 #endif
 // Bodies written once in plain C++ and compiled for each tier by being inlined into a function with
 // that target.
@@ -30,22 +41,37 @@
 
 namespace twa {
 
-// Tiers, each after those that it is faster than. A machine has some of them.
+// Tiers of this build, each after those that it is faster than. A machine has some of them.
+#if defined(TWA_X86)
 enum class Isa { portable, avx2, avxvnni, avx512vl, avx512 };
 constexpr int kIsas = 5;
+#elif defined(TWA_ARM)
+enum class Isa { portable, neon };
+constexpr int kIsas = 2;
+#else
+enum class Isa { portable };
+constexpr int kIsas = 1;
+#endif
 Isa isa();  // decided once; see cpu_isa() in twa.h
 
-// One kernel for each tier; those that this build or this op lacks are empty.
+// One kernel for each tier; those that this op lacks are empty.
 template <class Kernel>
 struct Tiers {
   Kernel kernels[kIsas];
 };
-// tiers<kBits>() of a file whose block_portable, block_avx2 and block_avx512 are of this type.
+// tiers<kBits>() of a file whose block_portable, block_avx2, block_avx512 and block_neon are of
+// this type.
 #ifdef TWA_X86
 #define TWA_TIERS(Kernel)                                                             \
   template <int kBits>                                                                \
   constexpr Tiers<Kernel> tiers() {                                                   \
     return {{block_portable<kBits>, block_avx2<kBits>, {}, {}, block_avx512<kBits>}}; \
+  }
+#elif defined(TWA_ARM)
+#define TWA_TIERS(Kernel)                                \
+  template <int kBits>                                   \
+  constexpr Tiers<Kernel> tiers() {                      \
+    return {{block_portable<kBits>, block_neon<kBits>}}; \
   }
 #else
 #define TWA_TIERS(Kernel)             \
@@ -67,6 +93,9 @@ Kernel pick(const Tiers<Kernel>& tiers) {
 // thread takes which item is not fixed, so fn must write only what belongs to its item.
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& fn);
 
+// The small streams beside the codes, gradient and center, which are read in one go per tile; and
+// the scales, in tiles.
+constexpr int kPrefetchInput = 2048, kScalesAhead = 16;
 #ifdef TWA_X86
 // Asks for the cache line that lies kPrefetch bytes after p: hardware prefetchers stop at each 4
 // KiB page. Past the end of the data the instruction does nothing. Codes go to the second-level
@@ -80,9 +109,6 @@ TWA_AVX512 inline void prefetch_line(const uint8_t* p, __m512i* after) {
 TWA_AVX512 inline void prefetch_near(const void* p, __m512i* after) {
   asm volatile("prefetcht0 %1" : "+v"(*after) : "m"(*static_cast<const char*>(p)));
 }
-// The small streams beside the codes, gradient and center, which are read in one go per tile; and
-// the scales, in tiles.
-constexpr int kPrefetchInput = 2048, kScalesAhead = 16;
 TWA_AVX512 inline void prefetch_input(const void* p, __m512i* after) {
   prefetch_near(static_cast<const char*>(p) + kPrefetchInput, after);
 }

@@ -1,19 +1,20 @@
-// Tiers with columns in lanes: what project and reconstruct need of AVX2, AVX-VNNI and AVX-512VL.
+// Tiers with columns in lanes: what project and reconstruct need of AVX2, AVX-VNNI and AVX-512VL
+// (NEON: neon.h).
 //
 // A tier is a struct, the argument of the bodies in project.cpp and reconstruct.cpp:
 //
-//   V, kColumns                register of levels, one byte each, and how many
-//   kVectors, kRows            registers of a row of a tile; rows that add_across sums at a time
-//   kOffset                    of the levels: they are level + kOffset
-//   Levels<bits>               get(row, v): columns kColumns * v ..+kColumns - 1 of a row;
-//                              get4<pass>(rows, out): four rows, a 32-bit lane has one column's
-//                              four
+//   V, kColumns                register of sums; how many columns one of levels has, a byte each
+//   kVectors                   registers of a row of a tile
+//   kTogether, kRows           rows whose products share operands; rows that add_across sums
+//   Levels<bits>               get(row, v): columns kColumns * v ..+kColumns - 1 of a row
+//   FourRows<bits, pass>       get(u), for u = 0, 1, ... in this order: four rows, a dword has one
+//                              column's four
+//   kFactor, kOffset<bits>     of what these give: levels are kFactor * (it + kOffset)
 //   to_fixed                   to_fixed() of common.h
-//   kOperands, prepare_columns the numbers q of 128 columns, for multiply() with get(): one array
-//   of
-//                              kOperands registers for each v. Returns the sum of q.
-//   prepare_rows               of four rows, for multiply() with get4(), kOperands dwords of four:
-//                              what lies in all lanes of the registers
+//   kOperands, prepare_columns the numbers q of 128 columns, for multiply() with get(): kOperands
+//                              registers for each v. Returns the sum of q.
+//   prepare_rows, RowOperands  of four rows, for multiply() with FourRows: up to four dwords, and
+//                              the registers with them
 //   kSums, multiply            sums[0 .. kSums) += levels * q, limb by limb; kWeight: of each sum
 //   kHigh, close               the same as two sums: kHigh * high + low
 //   add_across, add_rows       project's end: one sum a row, scaled, added to the rows' totals
@@ -31,15 +32,34 @@ namespace twa {
 // What all tiers of 256 bits share.
 struct Lanes256 {
   using V = __m256i;
-  static constexpr int kColumns = 32, kVectors = 4, kRows = 8, kOffset = 128, kPasses = 4,
+  static constexpr int kColumns = 32, kVectors = 4, kTogether = 2, kRows = 8, kPasses = 4,
                        kPerPass = 4;
   template <int kBits>
+  static constexpr double kFactor = 1.0;
+  template <int kBits>
+  static constexpr double kOffset = -128.0;
+  template <int kBits>
   using Levels = Levels256<kBits>;
+  template <int kBits, int kPass>
+  struct FourRows {
+    V levels[kPerPass];
+    TWA_AVX2 FourRows(const Levels<kBits>& of, const uint8_t* rows) {
+      of.template get4<kPass>(rows, levels);
+    }
+    TWA_AVX2 V get(int u) const { return levels[u]; }
+  };
+  template <int kCount>
+  struct Broadcast {
+    V v[kCount];
+    TWA_AVX2 explicit Broadcast(const int32_t* dwords) {
+      for (int k = 0; k < kCount; ++k) v[k] = _mm256_set1_epi32(dwords[k]);
+    }
+    TWA_AVX2 operator const V*() const { return v; }
+  };
 
   TWA_AVX2 static V zero() { return _mm256_setzero_si256(); }
   // The compiler would gather products to add them up as a tree, and spill them.
   TWA_AVX2 static void now(V* sum) { asm volatile("" : "+x"(*sum)); }
-  TWA_AVX2 static V broadcast(int32_t v) { return _mm256_set1_epi32(v); }
   TWA_AVX2 static void prefetch_line(const uint8_t* p, V* after) {
     asm volatile("prefetcht1 %c2(%1)" : "+x"(*after) : "r"(p), "i"(kPrefetch));
   }
@@ -180,6 +200,7 @@ struct Lanes256 {
 // Operands: high even, high odd, low even, low odd.
 struct Avx2 : Lanes256 {
   static constexpr int kOperands = 4, kSums = 2;
+  using RowOperands = Broadcast<kOperands>;
   static constexpr double kHigh = 4096.0, kWeight[kSums] = {4096.0, 1.0};
 
   TWA_AVX2 static void multiply(V levels, const V* by, V* sums) {
@@ -236,6 +257,7 @@ struct Avx2 : Lanes256 {
 // vpdpbusd: q = 65536 a + 256 b + c, three int8 limbs. Operands: c, b, a.
 struct Dot256 : Lanes256 {
   static constexpr int kOperands = 3, kSums = 3;
+  using RowOperands = Broadcast<kOperands>;
   static constexpr double kHigh = 65536.0, kWeight[kSums] = {1.0, 256.0, 65536.0};
 
   TWA_AVX2 static void close(const V* sums, V* high, V* low) {

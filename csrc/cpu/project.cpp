@@ -15,6 +15,7 @@
 #include <algorithm>
 
 #include "lanes.h"
+#include "neon.h"
 
 namespace twa {
 namespace {
@@ -62,8 +63,6 @@ void block_portable(const BasisView& basis, const TensorTable& grads, const Bloc
   });
 }
 
-#ifdef TWA_X86
-
 // One tile's gradient in fixed point; q lies at a multiple of 64. Returns its unit.
 template <class M>
 TWA_INLINE double load_fixed(const TensorTable& grads, const Block& block, int64_t tile,
@@ -84,7 +83,7 @@ TWA_INLINE double load_fixed(const TensorTable& grads, const Block& block, int64
   return M::to_fixed(from, kTileColumns, q);
 }
 
-// Columns in lanes (lanes.h): a row's levels as they lie, two rows at a time, which share the
+// Columns in lanes (lanes.h): a row's levels as they lie, kTogether rows at a time, which share the
 // gradient's operands; kRows rows are summed across at once.
 template <class M, int kBits>
 TWA_INLINE void block_lanes(const BasisView& basis, const TensorTable& grads, const Block& block,
@@ -97,7 +96,8 @@ TWA_INLINE void block_lanes(const BasisView& basis, const TensorTable& grads, co
   V by[M::kVectors][M::kOperands], high[kRows], low[kRows];
   for (int64_t tile = 0; tile < block.tiles; ++tile) {
     const double unit = load_fixed<M>(grads, block, tile, q);
-    const double offset = -static_cast<double>(M::kOffset * M::prepare_columns(q, by));
+    const double offset =
+        M::template kOffset<kBits> * static_cast<double>(M::prepare_columns(q, by));
     const uint8_t* codes = basis.codes + (block.first_tile + tile) * n * kBytes;
     const uint8_t* scales = basis.scales + (block.first_tile + tile) * n;
     M::prefetch_scales(scales + kScalesAhead * n);
@@ -109,23 +109,28 @@ TWA_INLINE void block_lanes(const BasisView& basis, const TensorTable& grads, co
         rows = padded;
       }
 #pragma GCC unroll 1
-      for (int r = 0; r < kRows; r += 2) {
-        V first[M::kSums], second[M::kSums];
-        for (int k = 0; k < M::kSums; ++k) first[k] = second[k] = M::zero();
+      for (int r = 0; r < kRows; r += M::kTogether) {
+        V sums[M::kTogether][M::kSums];
+        for (int row = 0; row < M::kTogether; ++row)
+          for (int k = 0; k < M::kSums; ++k) sums[row][k] = M::zero();
 #pragma GCC unroll 8
         for (int v = 0; v < M::kVectors; ++v) {
-          M::multiply(levels.get(rows + r * kBytes, v), by[v], first);
-          M::multiply(levels.get(rows + (r + 1) * kBytes, v), by[v], second);
-          if (v * 64 < 2 * kBytes) M::prefetch_line(stream + r * kBytes + 64 * v, first);
+#pragma GCC unroll 4
+          for (int row = 0; row < M::kTogether; ++row)
+            M::multiply(levels.get(rows + (r + row) * kBytes, v), by[v], sums[row]);
+          if (v * 64 < M::kTogether * kBytes)
+            M::prefetch_line(stream + r * kBytes + 64 * v, sums[0]);
         }
-        M::close(first, high + r, low + r);
-        M::close(second, high + r + 1, low + r + 1);
+        for (int row = 0; row < M::kTogether; ++row)
+          M::close(sums[row], high + r + row, low + r + row);
       }
-      M::add_rows(M::add_across(high), M::add_across(low), M::kHigh, offset, unit, scales + i0,
-                  n - i0, acc + i0);
+      M::add_rows(M::add_across(high), M::add_across(low), M::kHigh, offset,
+                  unit * M::template kFactor<kBits>, scales + i0, n - i0, acc + i0);
     }
   }
 }
+
+#ifdef TWA_X86
 
 // 1 bit needs no product: three bits of a row name one of 8 sums of three numbers, which vpermd
 // reads from a table for 8 rows at once. A row is four dwords; bit j of dword m is column
@@ -484,13 +489,23 @@ TWA_AVX512 void block_avx512(const BasisView& basis, const TensorTable& grads, c
   }
 }
 
-#endif  // TWA_X86
+#elif defined(TWA_ARM)
+
+template <int kBits>
+TWA_NEON void block_neon(const BasisView& basis, const TensorTable& grads, const Block& block,
+                         double* acc) {
+  block_lanes<Neon, kBits>(basis, grads, block, acc);
+}
+
+#endif
 
 template <int kBits>
 constexpr Tiers<ProjectBlock> tiers() {
 #ifdef TWA_X86
   return {{block_portable<kBits>, block_avx2<kBits>, block_avxvnni<kBits>, block_avx512vl<kBits>,
            block_avx512<kBits>}};
+#elif defined(TWA_ARM)
+  return {{block_portable<kBits>, block_neon<kBits>}};
 #else
   return {{block_portable<kBits>}};
 #endif

@@ -16,9 +16,11 @@
 //            AVX-VNNI: the same with 256 bits, four passes. AVX2: the same with two int16 limbs and
 //            vpmaddwd. Portable: two limbs in plain C++.
 #include <algorithm>
+#include <memory>
 #include <utility>
 
 #include "lanes.h"
+#include "neon.h"
 
 namespace twa {
 namespace {
@@ -113,8 +115,6 @@ TWA_INLINE void copy_tail(const uint8_t* codes, int64_t n, uint8_t* tail) {
                 static_cast<size_t>(n % 4 * row_bytes(kBits)));
 }
 
-#ifdef TWA_X86
-
 // Columns in lanes (lanes.h): four rows at a time, a 32-bit lane with one column's four levels;
 // each pass over the rows sums a part of the tile's columns, so that its sums stay in registers.
 template <class M, int kBits, int kPass>
@@ -130,16 +130,15 @@ TWA_INLINE void pass_lanes(const uint8_t* codes, int64_t n, const uint8_t* tail,
 #pragma GCC unroll 1
   for (int64_t i = 0; i < n; i += 4) {
     const uint8_t* rows = i + 4 <= n ? codes + i * kBytes : tail;
-    V by[M::kOperands], four[M::kPerPass];
-    for (int k = 0; k < M::kOperands; ++k) by[k] = M::broadcast(limbs[i + k]);
-    levels.template get4<kPass>(rows, four);
+    const typename M::RowOperands by(limbs + i);
+    typename M::template FourRows<kBits, kPass> four(levels, rows);
 #pragma GCC unroll 8
     for (int u = 0; u < M::kPerPass; ++u) {
       if (kPass == 0 && u * 64 < 4 * kBytes)
         M::prefetch_line(codes + i * kBytes + 64 * u, &sums[u][0]);
       if (kPass == 1 && u * 64 + 256 < 4 * kBytes)
         M::prefetch_line(codes + i * kBytes + 64 * u + 256, &sums[u][0]);
-      M::multiply(four[u], by, sums[u]);
+      M::multiply(four.get(u), by, sums[u]);
     }
   }
   M::template finish<kBits, kPass, M>(sums, offset, unit, ends.from, ends.to);
@@ -152,7 +151,7 @@ TWA_INLINE void tile_lanes(const uint8_t* codes, const uint8_t* scales, const fl
                            std::integer_sequence<int, kPass...>) {
   const int padded = static_cast<int>((n + 7) / 8 * 8);
   for (int i = 0; i < padded; i += 8) M::scale_rows(x_row + i, scales + i, n - i, k->w + i);
-  const double unit = M::to_fixed(k->w, padded, k->q);
+  const double unit = M::to_fixed(k->w, padded, k->q) * M::template kFactor<kBits>;
   int64_t total = 0;
   for (int i = 0; i < padded; i += 4) {
     M::prepare_rows(k->q + i, k->limbs + i);
@@ -160,7 +159,7 @@ TWA_INLINE void tile_lanes(const uint8_t* codes, const uint8_t* scales, const fl
   }
   alignas(64) uint8_t tail[4 * row_bytes(kBits)];
   copy_tail<kBits>(codes, n, tail);
-  const double offset = -static_cast<double>(M::kOffset * total);
+  const double offset = M::template kOffset<kBits> * static_cast<double>(total);
   (pass_lanes<M, kBits, kPass>(codes, n, tail, k->limbs, levels, offset, unit, ends), ...);
   M::prefetch_scales(scales + kScalesAhead * n);
 }
@@ -168,7 +167,9 @@ TWA_INLINE void tile_lanes(const uint8_t* codes, const uint8_t* scales, const fl
 template <class M, int kBits>
 TWA_INLINE void block_lanes(const BasisView& basis, const float* x_row, const TensorTable& center,
                             const TensorTable& out, const Block& block) {
-  static thread_local TileCoefficients workspace;
+  // By a pointer: in loops, compilers look a thread's own data up again and again.
+  static thread_local const auto workspace = std::make_unique<TileCoefficients>();
+  TileCoefficients* const k = workspace.get();
   const typename M::template Levels<kBits> levels;
   for (int64_t t = 0; t < block.tiles; ++t) {
     const int64_t group = (block.first_tile + t) * basis.n;
@@ -178,11 +179,12 @@ TWA_INLINE void block_lanes(const BasisView& basis, const float* x_row, const Te
       M::prefetch_input(ends.to + c);
     }
     tile_lanes<M, kBits>(basis.codes + group * row_bytes(kBits), basis.scales + group, x_row,
-                         basis.n, levels, ends, &workspace,
-                         std::make_integer_sequence<int, M::kPasses>());
+                         basis.n, levels, ends, k, std::make_integer_sequence<int, M::kPasses>());
     ends.store();
   }
 }
+
+#ifdef TWA_X86
 
 template <int kBits>
 TWA_AVX2 void block_avx2(const BasisView& basis, const float* x_row, const TensorTable& center,
@@ -399,13 +401,23 @@ TWA_AVX512 void block_avx512(const BasisView& basis, const float* x_row, const T
                    });
 }
 
-#endif  // TWA_X86
+#elif defined(TWA_ARM)
+
+template <int kBits>
+TWA_NEON void block_neon(const BasisView& basis, const float* x_row, const TensorTable& center,
+                         const TensorTable& out, const Block& block) {
+  block_lanes<Neon, kBits>(basis, x_row, center, out, block);
+}
+
+#endif
 
 template <int kBits>
 constexpr Tiers<ReconstructBlock> tiers() {
 #ifdef TWA_X86
   return {{block_portable<kBits>, block_avx2<kBits>, block_avxvnni<kBits>, block_avx512vl<kBits>,
            block_avx512<kBits>}};
+#elif defined(TWA_ARM)
+  return {{block_portable<kBits>, block_neon<kBits>}};
 #else
   return {{block_portable<kBits>}};
 #endif

@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "decode.h"
+#include "neon.h"
 #include "quantise.h"
 
 namespace twa {
@@ -97,6 +98,11 @@ TWA_AVX2 void block_avx2(const Job& job, const Block& block) {
 template <int kBits>
 TWA_AVX512 void block_avx512(const Job& job, const Block& block) {
   record_block<kBits>(job, block, VectorQuantiser<kBits>(), Avx2Decoder<kBits>());
+}
+#elif defined(TWA_ARM)
+template <int kBits>
+void block_neon(const Job& job, const Block& block) {
+  record_block<kBits>(job, block, PlainQuantiser<kBits>(), NeonDecoder<kBits>());
 }
 #endif
 
