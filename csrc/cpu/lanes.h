@@ -297,16 +297,19 @@ struct Dot256 : Lanes256 {
   }
 };
 
+// By hand: around the intrinsics GCC copies the sums.
 #ifdef TWA_AVXVNNI
 struct AvxVnni : Dot256 {  // Alder Lake, Zen 5
   TWA_AVXVNNI static void multiply(V levels, const V* by, V* sums) {
-    for (int k = 0; k < kSums; ++k) sums[k] = _mm256_dpbusd_avx_epi32(sums[k], levels, by[k]);
+    for (int k = 0; k < kSums; ++k)
+      asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums[k]) : "x"(levels), "xm"(by[k]));
   }
 };
 #endif
 struct Avx512Vl : Dot256 {  // Cascade Lake
   TWA_AVX512VL static void multiply(V levels, const V* by, V* sums) {
-    for (int k = 0; k < kSums; ++k) sums[k] = _mm256_dpbusd_epi32(sums[k], levels, by[k]);
+    for (int k = 0; k < kSums; ++k)
+      asm("vpdpbusd %2, %1, %0" : "+v"(sums[k]) : "v"(levels), "vm"(by[k]));
   }
 };
 

@@ -5,6 +5,7 @@ compiled for this machine, and for Arm where a compiler and an emulator are inst
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -73,6 +74,20 @@ def arm_program():
     emulator.configure(folder, options)
     emulator.build("twa_tiers", folder)
     return folder / "tests" / "core" / "twa_tiers"
+
+
+def test_tiers_without_avx512_have_no_instruction_of_it(program):
+    """Machines with AVX-VNNI and no AVX-512 are rare here: what is not run is read."""
+    if not shutil.which("objdump"):
+        pytest.skip("needs objdump")
+    code = processes.run(["objdump", "-d", "-C", program[0]]).stdout
+    functions = re.findall(r"^\w+ <(.*)>:\n((?:.+\n)+)", code, re.M)
+    found = [(name, text) for name, text in functions if re.search("block_avx(2|vnni)<", name)]
+    if not found:
+        pytest.skip("not a processor of this kind, or its compiler knows no AVX-VNNI")
+    assert sum("vpdpbusd" in text for _, text in found) in (0, 10)  # bit widths and two kernels
+    for name, text in found:
+        assert not re.search(r"^\s*\w+:\t62 |%zmm|%k[0-7]", text, re.M), name
 
 
 def test_the_machine_has_the_instruction_sets_that_it_reports(program):
