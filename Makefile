@@ -28,7 +28,8 @@ test-stack: $(STACK)/.built
 	$(STACK)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: build
-	$(BIN)/python -m pytest -o python_files="benchmark_*.py" -p no:cacheprovider bench --benchmark-only --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --save cpu
+	$(BIN)/python -m pytest -o python_files="benchmark_*.py" -p no:cacheprovider bench --benchmark-only --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --save cpu_{cpu}
+	$(BIN)/python bench/cpu_tiers.py --save
 	$(BIN)/python bench/peak_memory.py
 
 # For a machine with a GPU and PyTorch already installed: its own Python, no network. What is right, what is wrong, percent of a copy.

@@ -32,7 +32,7 @@ from cpu_trace import Cost, Program, newest_library
 
 RESULTS = Path(__file__).parent / "results"
 BITS = (8, 4, 3, 2, 1)
-TIERS = ("portable", "avx2", "avxvnni", "avx512")
+TIERS = ("portable", "avx2", "avxvnni", "avx512vl", "avx512")
 COLUMNS = 128  # of a tile
 ROWS = (64, 16)
 
@@ -75,6 +75,7 @@ def count(
     bits: list[int],
     cores: list[str],
     with_mca: bool = False,
+    numbers: tuple[int, ...] = ROWS,
 ) -> list[dict]:
     """One row for each kernel, number of rows and core that runs its tier."""
     rows = []
@@ -87,7 +88,7 @@ def count(
         except RuntimeError as error:  # not this machine's
             print(error)
             continue
-        for n in ROWS:
+        for n in numbers:
             size = n * COLUMNS
             instructions = sum(cost.tile(n).values()) / size
             fixed = sum(cost.fixed.values())
@@ -95,7 +96,7 @@ def count(
             row |= {"instructions": instructions, "fixed": fixed}
             for core in runs:
                 rows.append(row | {"core": core} | figures(cost, CORES[core], b, n))
-                if with_mca and n == ROWS[0] and (cycles := mca(cost, core)):
+                if with_mca and n == numbers[0] and (cycles := mca(cost, core)):
                     same = figures(cost, CORES[core], b, cost.path_rows)["cycles"]
                     rows[-1] |= {"mca": cycles, "mca, of the bound": cycles / same}
     return rows

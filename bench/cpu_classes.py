@@ -10,7 +10,7 @@ _VECTOR = [
     (r"v?pmuldq|v?pmuludq|v?pmadd(wd|ubsw)|v?pmul[lh]u?w|v?pmulhrsw", "multiply"),
     (r"v?pmulld", "multiply dwords"),
     (r"vpdp(busd|wssd)s?", "dot"),
-    (r"v?ph(add|sub)s?[wd]", "horizontal"),
+    (r"v?ph(add|sub)s?[wd]|v?h(add|sub)p[sd]", "horizontal"),
     (r"v?psadbw", "sad"),
     (r"vp?blendm\w+", "blend"),
     (
@@ -96,6 +96,8 @@ def classify(instruction: Instruction) -> tuple[list[str], int]:
         from_scalar = op.startswith("kmov") and not operands[0].startswith("%k") and not load
         name = "mask to scalar" if to_scalar else "mask from scalar" if from_scalar else "mask"
         return [name], 0
+    if re.fullmatch(r"vp?maskmov\w+", op):
+        return ["vector store"] if store else ["blend", "load"], bits
     if bits:
         if _MOVE.fullmatch(op):
             wide = ["%" in o and not re.match(r"%[xyz]mm", o) for o in operands]

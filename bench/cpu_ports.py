@@ -7,8 +7,10 @@ registers takes no port.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from cpu_classes import classify
 from cpu_trace import Instruction
@@ -150,7 +152,9 @@ _ZEN4 = _ZEN3 | {
     "mask to scalar": "E",
 }
 #: 512-bit operations are one micro-operation that keeps its port for two cycles
-ZEN4 = Core("Zen 4", 6, _ZEN4, zmm={}, zmm_cycles=2, tiers=("portable", "avx2", "avx512"))
+ZEN4 = Core(
+    "Zen 4", 6, _ZEN4, zmm={}, zmm_cycles=2, tiers=("portable", "avx2", "avx512vl", "avx512")
+)
 
 _INTEL = {
     # vectors on 015, scalars on 0156; loads 23; store data 4, store addresses 237
@@ -200,6 +204,13 @@ _INTEL = {
     "convert scalar": "1 5",
     "scalar to float": "1 5",
 }
+_MASKS = {  # and what comes with them
+    "two tables": "5",
+    "mask": "0",
+    "compare to mask": "5",
+    "mask from scalar": "5",
+    "mask to scalar": "0",
+}
 HASWELL = Core("Haswell", 4, _INTEL)
 _SKYLAKE = _INTEL | {
     "multiply": "01",
@@ -219,6 +230,13 @@ _SKYLAKE = _INTEL | {
     "root": "0:4",
 }
 SKYLAKE = Core("Skylake", 4, _SKYLAKE)
+#: 256-bit operations only
+CASCADE_LAKE = Core(
+    "Cascade Lake",
+    4,
+    _SKYLAKE | {"dot": "01", **_MASKS},
+    tiers=("portable", "avx2", "avx512vl"),
+)
 _ICE_LAKE = _SKYLAKE | {
     "store": "49",
     "vector store": "49",
@@ -227,21 +245,19 @@ _ICE_LAKE = _SKYLAKE | {
     "unpack": "15",
     "horizontal": "15 15 015",
     "dot": "01",
-    "two tables": "5",
-    "mask": "0",
-    "compare to mask": "5",
-    "mask from scalar": "5",
-    "mask to scalar": "0",
+    **_MASKS,
 }
 #: ports 0 and 1 do a 512-bit operation together, as port 0; servers multiply on 5, too
 _ZMM = {"01": "05", "015": "05", "15": "5", "1": "0", "49": "49:2"}
-ICE_LAKE = Core("Ice Lake (server)", 5, _ICE_LAKE, zmm=_ZMM, tiers=("portable", "avx2", "avx512"))
+ICE_LAKE = Core(
+    "Ice Lake (server)", 5, _ICE_LAKE, zmm=_ZMM, tiers=("portable", "avx2", "avx512vl", "avx512")
+)
 GOLDEN_COVE = Core(
     "Golden Cove",  # Alder Lake's P core, Sapphire Rapids
     6,
     _ICE_LAKE | {"scalar": "0156B", "load": "23A", "broadcast load": "23A", "float add": "15"},
     zmm=_ZMM | {"23A": "23"},
-    tiers=("portable", "avx2", "avxvnni", "avx512"),
+    tiers=("portable", "avx2", "avxvnni", "avx512vl", "avx512"),
 )
 CORES = {
     "zen1": ZEN1,
@@ -250,6 +266,7 @@ CORES = {
     "zen4": ZEN4,
     "haswell": HASWELL,
     "skylake": SKYLAKE,
+    "cascadelake": CASCADE_LAKE,
     "icelake": ICE_LAKE,
     "goldencove": GOLDEN_COVE,
 }
@@ -261,9 +278,39 @@ LLVM = {
     "zen3": "znver3",
     "haswell": "haswell",
     "skylake": "skylake",
+    "cascadelake": "cascadelake",
     "icelake": "icelake-server",
     "goldencove": "alderlake",
 }
+
+#: as /proc/cpuinfo numbers them: {family: {first model: core}}
+_AMD = {
+    23: {0x00: "zen1", 0x30: "zen2"},
+    25: {0x00: "zen3", 0x10: "zen4", 0x20: "zen3", 0x60: "zen4"},
+}
+_INTEL_MODELS = {
+    "haswell": (60, 61, 63, 69, 70, 71, 79, 86),  # and Broadwell
+    "skylake": (78, 85, 94, 142, 158, 165, 166),
+    "icelake": (106, 108, 125, 126),
+    "goldencove": (143, 151, 154, 183, 186, 191, 207),
+}
+
+
+def this_core(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """Key in CORES of this machine's core; None if it is not there."""
+    if not cpuinfo.exists():
+        return None
+    text = cpuinfo.read_text()
+    fields = dict(re.findall(r"^(vendor_id|cpu family|model)\s*: (\S+)", text, re.M))
+    family, model = int(fields.get("cpu family", 0)), int(fields.get("model", 0))
+    if fields.get("vendor_id") == "AuthenticAMD":
+        starts = [first for first in _AMD.get(family, {}) if first <= model]
+        return _AMD[family][max(starts)] if starts else None
+    if fields.get("vendor_id") == "GenuineIntel" and family == 6:
+        found = next((core for core, models in _INTEL_MODELS.items() if model in models), None)
+        return "cascadelake" if found == "skylake" and "avx512_vnni" in text else found
+    return None
+
 
 # The bound ---------------------------------------------------------------------------------------
 
@@ -287,12 +334,9 @@ def micro_operations(core: Core, instruction: Instruction | None) -> tuple[int, 
                 )
             spec = core.ports[name]
         parts = spec.split() * times
-        if name in ("load", "store", "vector store") and len(classes) > 1:
-            front += times - 1  # in the same micro-operation as what uses it
-        elif name == "vector store":
-            front += times
-        else:
-            front += len(parts)
+        rides = len(classes) > 1 and name in ("load", "store", "vector store")
+        if not rides:  # in the same micro-operation as what uses it
+            front += times if name == "vector store" else len(parts)
         for part in parts:
             where, _, cycles = part.partition(":")
             if bits == 512:

@@ -88,8 +88,9 @@ def kernels(functions: dict[str, list[int]]) -> dict[tuple[str, str, int], int]:
     found = {}
     for name, addresses in functions.items():
         if match := _KERNEL.fullmatch(name):
-            op = next(op for operand, op in _OPERANDS.items() if operand in match[3])
-            found[op, match[1], int(match[2])] = addresses[0]
+            for operand, op in _OPERANDS.items():
+                if operand in match[3]:
+                    found[op, match[1], int(match[2])] = addresses[0]
     return found
 
 
