@@ -6,11 +6,14 @@ import sys
 
 import cpu_bound
 import cpu_ports
+import cpu_tiers
 import cpu_trace
 import pytest
 from conftest import BITS, has_isa, run_python
 from cpu_classes import classify
 from cpu_trace import Instruction
+
+from twa_kernels import native
 
 LISTING = """
 kernels.o:     file format elf64-x86-64
@@ -198,3 +201,24 @@ with tempfile.TemporaryDirectory() as folder:
         assert few < many < 4 * few
         if isa == "avx512":
             assert found[op]["products"] == 48 * 3 * 128 / 64
+
+
+def test_table_of_tiers():
+    assert 0 < native._C.clock_rate() < float("inf")
+    n, columns = 64, 1000
+    rows = [
+        {"op": "memory", "bits": 0, "what": "read", "seconds": 1.0, "bytes": 20e9},
+        {"op": "memory", "bits": 0, "what": "copy", "seconds": 1.0, "bytes": 16e9},
+        {"op": "project", "bits": 4, "what": "avx2", "seconds": 0.5, "bytes": 5e9},
+        {"op": "project", "bits": 0, "what": "torch float32", "seconds": 2.0, "bytes": 20e9},
+        {"op": "reconstruct", "bits": 4, "what": "avx2", "seconds": 0.5, "bytes": 4e9},
+        {"op": "reconstruct", "bits": 0, "what": "torch float32", "seconds": 1.0, "bytes": 16e9},
+    ]
+    bound = {("project", 4, "avx2"): 0.2}  # cycles for a weight, on two threads of 32 kHz
+    found = cpu_tiers.finish(rows, bound, 32e3, n, columns, 2)
+    assert found[2]["bandwidth"] == found[4]["bandwidth"] == 50
+    assert (found[2]["torch float32"], found[4]["torch float32"]) == (4, 2)
+    assert found[2]["counted bound"] == pytest.approx(100 * 0.2 * n * columns / 64e3 / 0.5)
+    assert "counted bound" not in found[4]
+    text = "\n".join(cpu_tiers.markdown(found, {"core": "Zen 2"}, n, columns))
+    assert "50 % of read" in text and "40 %" in text and "read 20.0 GB/s" in text
