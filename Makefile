@@ -7,7 +7,7 @@ DOCS := .venv-docs
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 
-.PHONY: demo test test-all test-stack bench docs lint format build clean sanitize gpu-check gpu-objects static-cost triton-versions
+.PHONY: demo test test-arm test-all test-stack bench docs lint format build clean sanitize gpu-check gpu-objects static-cost triton-versions
 
 # CUDA code takes minutes to compile: for the demo only where there is a GPU, or a whole build.
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -o -m 1 GPU)
@@ -26,6 +26,11 @@ test-all: build
 # that PyTorch takes 5 GB of disk with its CUDA libraries, so this is no part of `make test`.
 test-stack: $(STACK)/.built
 	$(STACK)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The kernels compiled for 64-bit Arm, under an emulator; Debian's and Ubuntu's packages
+# g++-aarch64-linux-gnu and qemu-user. `make test` does the same where it finds them.
+test-arm: build
+	TWA_REQUIRE_ARM=1 $(BIN)/python -m pytest tests/kernels/test_tiers.py
 
 bench: build
 	$(BIN)/python -m pytest -o python_files="benchmark_*.py" -p no:cacheprovider bench --benchmark-only --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --save cpu_{cpu}
@@ -78,12 +83,12 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'bench/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulator/*.h' 'tests/emulator/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'bench/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulator/*.h' 'tests/emulator/*.cpp' 'tests/core/*.h' 'tests/core/*.cpp')
 
 format: build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'bench/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulator/*.h' 'tests/emulator/*.cpp')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'bench/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulator/*.h' 'tests/emulator/*.cpp' 'tests/core/*.h' 'tests/core/*.cpp')
 
 build: $(VENV)/.built
 

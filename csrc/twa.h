@@ -201,9 +201,12 @@ double clock_rate();
 // bytes through 4 KiB pages costs a fifth of the bandwidth. Call before the buffer is written.
 void advise_huge_pages(void* data, int64_t bytes);
 
-// Name of the instruction set in use: "avx512", "avx2" or "portable" (TWA_KERNELS_ISA forces one;
-// null if it is not available).
+// Name of the instruction set in use: the best of cpu_isas(), or the one that TWA_KERNELS_ISA asks
+// for; null if it is not among them.
 const char* cpu_isa();
+// Those that this build has and this machine runs, the best one last: "portable"; on x86-64 "avx2",
+// "avxvnni", "avx512vl" (its 256-bit vpdpbusd) and "avx512"; on 64-bit Arm "neon" (with sdot).
+std::vector<const char*> cpu_isas();
 
 // CUDA --------------------------------------------------------------------------------------------
 // All pointers are device pointers (the tables too), on device `where.device`, and work is queued

@@ -181,5 +181,8 @@ def has_isa(name):
     return {
         "portable": True,
         "avx2": "avx2" in flags and "f16c" in flags,
+        "avxvnni": "avx_vnni" in flags,
+        "avx512vl": "avx512vl" in flags and "avx512_vnni" in flags,
         "avx512": "avx512vbmi" in flags and "avx512_vnni" in flags,
+        "neon": "asimddp" in flags,
     }[name]

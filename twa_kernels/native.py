@@ -29,7 +29,7 @@ def why_unusable() -> str | None:
     if _C.cpu_isa() is None:
         return (
             "TWA_KERNELS_ISA asks for an instruction set that this machine lacks; "
-            "expected portable, avx2 or avx512"
+            f"expected one of: {', '.join(_C.cpu_isas())}"
         )
     return None
 

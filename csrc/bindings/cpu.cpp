@@ -177,6 +177,7 @@ void bind_cpu(py::module_& m) {
         "transform"_a, "probes"_a, "first"_a, "fast"_a, "out"_a.none(true), "gram"_a, "norms"_a,
         "threads"_a);
   m.def("cpu_isa", &cpu_isa);
+  m.def("cpu_isas", &cpu_isas);
   m.def(
       "read_bytes",
       [](uintptr_t data, int64_t bytes, int threads, bool ahead) {

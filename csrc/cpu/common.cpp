@@ -2,9 +2,18 @@
 #include "common.h"
 
 #include <pthread.h>
+#ifdef TWA_X86
+#include <cpuid.h>
+#endif
 
 #ifdef __linux__
 #include <dlfcn.h>
+#endif
+#if defined(TWA_ARM) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(TWA_ARM) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include <algorithm>
@@ -17,37 +26,58 @@
 namespace twa {
 namespace {
 
-#ifdef TWA_X86
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+#ifdef TWA_ARM
+bool has_dot_products() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__APPLE__)
+  int found = 0;
+  size_t size = sizeof found;
+  return !sysctlbyname("hw.optional.arm.FEAT_DotProd", &found, &size, nullptr, 0) && found;
+#else
+  return false;
+#endif
 }
 #endif
-Isa best_isa() {
-#ifdef TWA_X86
+
+struct Tier {
+  Isa isa;
+  const char* name;
+};
+// Those that this machine has, in the order of Isa.
+std::vector<Tier> tiers_here() {
+  std::vector<Tier> tiers{{Isa::portable, "portable"}};
+#if defined(TWA_X86)
   __builtin_cpu_init();
-  if (has_avx512()) return Isa::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
-      __builtin_cpu_supports("fma"))
-    return Isa::avx2;
+  unsigned a = 0, b = 0, c = 0, d = 0;  // what some compilers have no name for
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+  const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool vl = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                  __builtin_cpu_supports("avx512vnni");
+  if (avx2) tiers.push_back({Isa::avx2, "avx2"});
+#ifdef TWA_AVXVNNI
+  if (avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1))
+    tiers.push_back({Isa::avxvnni, "avxvnni"});
 #endif
-  return Isa::portable;
+  if (vl) tiers.push_back({Isa::avx512vl, "avx512vl"});
+  if (vl && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vbmi"))
+    tiers.push_back({Isa::avx512, "avx512"});
+#elif defined(TWA_ARM)
+  if (has_dot_products()) tiers.push_back({Isa::neon, "neon"});
+#endif
+  return tiers;
 }
 
-struct IsaChoice {
-  Isa isa;
-  const char* name;  // null: TWA_KERNELS_ISA asks for what this machine or build lacks
-};
-const IsaChoice& isa_choice() {
-  static const IsaChoice choice = [] {
-    constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
-    const Isa best = best_isa();
+// name is null if TWA_KERNELS_ISA asks for what this machine or build lacks.
+const Tier& tier_in_use() {
+  static const Tier choice = [] {
+    const std::vector<Tier> tiers = tiers_here();
     const char* forced = std::getenv("TWA_KERNELS_ISA");
-    if (!forced || !*forced) return IsaChoice{best, kNames[static_cast<int>(best)]};
-    for (int k = 0; k <= static_cast<int>(best); ++k)
-      if (!std::strcmp(forced, kNames[k])) return IsaChoice{static_cast<Isa>(k), kNames[k]};
-    return IsaChoice{best, nullptr};
+    if (!forced || !*forced) return tiers.back();
+    for (const Tier& tier : tiers)
+      if (!std::strcmp(forced, tier.name)) return tier;
+    return Tier{Isa::portable, nullptr};
   }();
   return choice;
 }
@@ -166,8 +196,13 @@ Pool& get_pool() {
 
 }  // namespace
 
-Isa isa() { return isa_choice().isa; }
-const char* cpu_isa() { return isa_choice().name; }
+Isa isa() { return tier_in_use().isa; }
+const char* cpu_isa() { return tier_in_use().name; }
+std::vector<const char*> cpu_isas() {
+  std::vector<const char*> names;
+  for (const Tier& tier : tiers_here()) names.push_back(tier.name);
+  return names;
+}
 
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& fn) {
   if (count < threads) threads = static_cast<int>(count);

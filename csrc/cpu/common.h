@@ -7,16 +7,33 @@
 
 #include "../twa.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+// Not with Clang: it refuses vectors as arguments of bodies that have their target only from the
+// function they are inlined into.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define TWA_X86 1
 #include <immintrin.h>
 // Kernels of the higher tiers carry their target in the function, so one object file serves every
 // machine. AVX-512: Ice Lake, Zen 4.
 #define TWA_AVX2 __attribute__((target("avx2,f16c,fma")))
+#if __has_include(<avxvnniintrin.h>)  // GCC 11
+#define TWA_AVXVNNI __attribute__((target("avx2,f16c,fma,avxvnni")))
+#endif
+#define TWA_AVX512VL __attribute__((target("avx2,f16c,fma,avx512f,avx512vl,avx512vnni")))
 #define TWA_AVX512                                                          \
   __attribute__((                                                           \
       target("avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni," \
              "avx512vbmi")))
+#elif defined(__aarch64__) && defined(__GNUC__) && !defined(__AARCH64EB__)
+#define TWA_ARM 1
+#include <arm_neon.h>
+// NEON, which every such processor has, and dot products of bytes, which most have.
+#if defined(__ARM_FEATURE_DOTPROD)
+#define TWA_NEON
+#elif defined(__clang__)
+#define TWA_NEON __attribute__((target("dotprod")))
+#else
+#define TWA_NEON __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
 #endif
 // Bodies written once in plain C++ and compiled for each tier by being inlined into a function with
 // that target.
@@ -24,38 +41,61 @@
 
 namespace twa {
 
-enum class Isa { portable, avx2, avx512 };
+// Tiers of this build, each after those that it is faster than. A machine has some of them.
+#if defined(TWA_X86)
+enum class Isa { portable, avx2, avxvnni, avx512vl, avx512 };
+constexpr int kIsas = 5;
+#elif defined(TWA_ARM)
+enum class Isa { portable, neon };
+constexpr int kIsas = 2;
+#else
+enum class Isa { portable };
+constexpr int kIsas = 1;
+#endif
 Isa isa();  // decided once; see cpu_isa() in twa.h
 
-// One kernel for each instruction set; those that this build lacks are empty.
+// One kernel for each tier; those that this op lacks are empty.
 template <class Kernel>
 struct Tiers {
-  Kernel portable, avx2 = {}, avx512 = {};
+  Kernel kernels[kIsas];
 };
-// tiers<kBits>() of a file whose block_portable, block_avx2 and block_avx512 are of this type.
+// tiers<kBits>() of a file whose block_portable, block_avx2, block_avx512 and block_neon are of
+// this type.
 #ifdef TWA_X86
-#define TWA_TIERS(Kernel)                                                   \
-  template <int kBits>                                                      \
-  constexpr Tiers<Kernel> tiers() {                                         \
-    return {block_portable<kBits>, block_avx2<kBits>, block_avx512<kBits>}; \
+#define TWA_TIERS(Kernel)                                                             \
+  template <int kBits>                                                                \
+  constexpr Tiers<Kernel> tiers() {                                                   \
+    return {{block_portable<kBits>, block_avx2<kBits>, {}, {}, block_avx512<kBits>}}; \
+  }
+#elif defined(TWA_ARM)
+#define TWA_TIERS(Kernel)                                \
+  template <int kBits>                                   \
+  constexpr Tiers<Kernel> tiers() {                      \
+    return {{block_portable<kBits>, block_neon<kBits>}}; \
   }
 #else
-#define TWA_TIERS(Kernel)           \
-  template <int kBits>              \
-  constexpr Tiers<Kernel> tiers() { \
-    return {block_portable<kBits>}; \
+#define TWA_TIERS(Kernel)             \
+  template <int kBits>                \
+  constexpr Tiers<Kernel> tiers() {   \
+    return {{block_portable<kBits>}}; \
   }
 #endif
-// The kernel for the instruction set in use.
+// The kernel for the tier in use, or for the next one below it that the op has: an op has all of
+// the tiers with products of bytes, or none between AVX2 and AVX-512.
 template <class Kernel>
 Kernel pick(const Tiers<Kernel>& tiers) {
-  return isa() == Isa::avx512 ? tiers.avx512 : isa() == Isa::avx2 ? tiers.avx2 : tiers.portable;
+  int k = static_cast<int>(isa());
+  while (!tiers.kernels[k]) --k;
+  return tiers.kernels[k];
 }
 
 // Runs fn(item) for item in [0, count) on `threads` threads (the caller is one of them). Which
 // thread takes which item is not fixed, so fn must write only what belongs to its item.
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& fn);
 
+// The small streams beside the codes, gradient and center, which are read in one go per tile; and
+// the scales, in tiles.
+constexpr int kPrefetchInput = 2048, kScalesAhead = 16;
 #ifdef TWA_X86
 // Asks for the cache line that lies kPrefetch bytes after p: hardware prefetchers stop at each 4
 // KiB page. Past the end of the data the instruction does nothing. Codes go to the second-level
@@ -69,9 +109,6 @@ TWA_AVX512 inline void prefetch_line(const uint8_t* p, __m512i* after) {
 TWA_AVX512 inline void prefetch_near(const void* p, __m512i* after) {
   asm volatile("prefetcht0 %1" : "+v"(*after) : "m"(*static_cast<const char*>(p)));
 }
-// The small streams beside the codes, gradient and center, which are read in one go per tile; and
-// the scales, in tiles.
-constexpr int kPrefetchInput = 2048, kScalesAhead = 16;
 TWA_AVX512 inline void prefetch_input(const void* p, __m512i* after) {
   prefetch_near(static_cast<const char*>(p) + kPrefetchInput, after);
 }
@@ -193,6 +230,16 @@ TWA_INLINE double to_fixed(const float* __restrict__ v, int count, int32_t* __re
   for (int c = 0; c < count; ++c)
     q[c] = static_cast<int32_t>((static_cast<double>(v[c]) * factor + 0x1.8p52) - 0x1.8p52);
   return std::ldexp(1.0, e - 23);
+}
+
+// The exponent e above from the bits of max|v|, where the factor 2^(23 - e) is a normal float32, so
+// that v times it is exact; kUnusual if it is zero, tiny, huge or not finite.
+constexpr int kUnusual = 1 << 20;
+inline int fixed_exponent(int32_t largest) {
+  const int e = (largest >> 23) - 126;
+  if (largest == 0 || e < -100 || e > 120) return kUnusual;
+  return e + (bits_float(static_cast<uint32_t>(largest)) * pow2f(23 - e) >
+              static_cast<float>(kMaxFixed));
 }
 
 // Limbs of a fixed-point number: q = 4096 high + low (decode.h has the int8 limbs of AVX-512: q =

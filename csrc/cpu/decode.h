@@ -29,55 +29,120 @@ struct PortableDecoder {
 };
 #ifdef TWA_X86
 
-// Levels as signed bytes of columns 32 * quarter .. + 31, in order.
-template <int kBits, int kQuarter>
-TWA_AVX2 inline __m256i decode_avx2(const uint8_t* row, __m256i table) {
-  const auto load = [](const uint8_t* p) TWA_AVX2 {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  };
-  // All ones in the bytes whose 1-bit field is set: lower lane field 2 quarter, upper lane field 2
-  // quarter + 1.
-  const auto bit_mask = [](const uint8_t* p) TWA_AVX2 {
-    const __m256i bit = _mm256_set_m128i(_mm_set1_epi8(static_cast<char>(2 << 2 * kQuarter)),
-                                         _mm_set1_epi8(static_cast<char>(1 << 2 * kQuarter)));
-    const __m256i w =
-        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return _mm256_cmpeq_epi8(_mm256_and_si256(w, bit), bit);
-  };
-  if constexpr (kBits == 8)
-    return _mm256_xor_si256(load(row + 32 * kQuarter), _mm256_set1_epi8(-128));
-  if constexpr (kBits == 4) {
-    const __m256i w = load(row + 32 * (kQuarter % 2));
-    return _mm256_shuffle_epi8(
-        table, _mm256_and_si256(_mm256_srli_epi16(w, kQuarter < 2 ? 0 : 4), _mm256_set1_epi8(15)));
-  }
-  if constexpr (kBits == 1)  // -127 or -127 + 254
-    return _mm256_add_epi8(_mm256_and_si256(bit_mask(row), _mm256_set1_epi8(-2)),
-                           _mm256_set1_epi8(-127));
-  __m256i code = _mm256_and_si256(_mm256_srli_epi16(load(row), 2 * kQuarter), _mm256_set1_epi8(3));
-  if constexpr (kBits == 3)
-    code = _mm256_or_si256(code, _mm256_and_si256(bit_mask(row + 32), _mm256_set1_epi8(4)));
-  return _mm256_shuffle_epi8(table, code);
+// Levels + 128 as unsigned bytes, 32 columns at a time. vpshufb looks a byte's low 4 bits up in a
+// table of 16: a field of 4 bits, or either of two fields of 2. The 1-bit plane, in both lanes,
+// with its odd bits shifted down in the upper one, looks like fields of 2 bits.
+template <int kBits>
+struct alignas(16) NibbleLevels {
+  static constexpr int kCount = kBits < 3 ? 2 : 1;
+  uint8_t v[kCount][16];
+};
+template <int kBits>
+constexpr NibbleLevels<kBits> nibble_levels() {
+  NibbleLevels<kBits> t{};
+  for (int f = 0; f < NibbleLevels<kBits>::kCount; ++f)
+    for (int i = 0; i < 16; ++i)
+      t.v[f][i] = static_cast<uint8_t>(level(kBits, (i >> (2 * f)) & ((1 << kBits) - 1)) + 128);
+  return t;
 }
 
 template <int kBits>
-TWA_AVX2 inline __m256i level_table_avx2() {
-  alignas(16) int8_t t[16] = {};
-  if constexpr (kBits < 8)
-    for (int k = 0; k < 1 << kBits; ++k) t[k] = static_cast<int8_t>(level(kBits, k));
-  return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(t)));
-}
+struct Levels256 {
+  __m256i table[NibbleLevels<kBits>::kCount];
+  TWA_AVX2 Levels256() {
+    static constexpr NibbleLevels<kBits> kBytes = nibble_levels<kBits>();
+    for (int f = 0; f < NibbleLevels<kBits>::kCount; ++f)
+      table[f] = _mm256_broadcastsi128_si256(
+          _mm_load_si128(reinterpret_cast<const __m128i*>(kBytes.v[f])));
+  }
+
+  // Columns 32 v .. + 31 of a row, in order.
+  TWA_AVX2 __m256i get(const uint8_t* row, int v) const {
+    if constexpr (kBits == 8) return load(row + 32 * v);
+    if constexpr (kBits == 4) return field(load(row + 32 * (v % 2)), v / 2);
+    if constexpr (kBits == 3) return field3(load(row), plane(both(row + 32)), v);
+    if constexpr (kBits == 2) return field(load(row), v);
+    return field(plane(both(row)), v);
+  }
+
+  // Four rows, a dword with one column's four levels: dword d of out[2 f + x] is column
+  // column(kPass, f) + 16 (d / 4) + 4 x + d % 4. The packed bytes are interleaved, then expanded.
+  static constexpr int column(int pass, int f) {
+    return kBits == 8   ? 32 * pass + 8 * f
+           : kBits == 4 ? 64 * f + 32 * (pass / 2) + 8 * (pass % 2)
+                        : 32 * (2 * (pass / 2) + f) + 8 * (pass % 2);
+  }
+  template <int kPass>
+  TWA_AVX2 void get4(const uint8_t* rows, __m256i* out) const {
+    constexpr int kBytes = row_bytes(kBits), kFirst = kBits == 4 ? 0 : 2 * (kPass / 2);
+    __m256i r[4], x[2], y[2];
+    for (int k = 0; k < 4; ++k)
+      r[k] = kBits == 1   ? both(rows + k * kBytes)
+             : kBits == 8 ? load(rows + k * kBytes + 32 * kPass)
+             : kBits == 4 ? load(rows + k * kBytes + 32 * (kPass / 2))
+                          : load(rows + k * kBytes);
+    if constexpr (kBits == 8) {
+      interleave<true>(r, out);
+      interleave<false>(r, out + 2);
+      return;
+    }
+    interleave<kPass % 2 == 0>(r, x);
+    if constexpr (kBits == 1)
+      for (int k = 0; k < 2; ++k) x[k] = plane(x[k]);
+    if constexpr (kBits == 3) {
+      for (int k = 0; k < 4; ++k) r[k] = both(rows + k * kBytes + 32);
+      interleave<kPass % 2 == 0>(r, y);
+      for (int k = 0; k < 2; ++k) y[k] = plane(y[k]);
+    }
+    for (int f = 0; f < 2; ++f)
+      for (int k = 0; k < 2; ++k)
+        out[2 * f + k] = kBits == 3 ? field3(x[k], y[k], kFirst + f) : field(x[k], kFirst + f);
+  }
+
+ private:
+  TWA_AVX2 static __m256i load(const uint8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  TWA_AVX2 static __m256i both(const uint8_t* p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  // Of the 1-bit plane in both lanes: bit 2 f is field 2 f in the lower, 2 f + 1 in the upper lane.
+  TWA_AVX2 static __m256i plane(__m256i bytes) {
+    return _mm256_srlv_epi64(bytes, _mm256_set_epi64x(1, 1, 0, 0));
+  }
+  TWA_AVX2 __m256i field(__m256i bytes, int f) const {
+    constexpr int kFields = NibbleLevels<kBits>::kCount;  // in a nibble
+    const __m256i nibble = f < kFields ? bytes : _mm256_srli_epi16(bytes, 4);
+    return _mm256_shuffle_epi8(table[f % kFields], _mm256_and_si256(nibble, _mm256_set1_epi8(15)));
+  }
+  // 3 bits: field f of the 2-bit plane's bytes with bit 2 f of the 1-bit plane's as bit 2.
+  TWA_AVX2 __m256i field3(__m256i plane2, __m256i plane1, int f) const {
+    const __m256i low = _mm256_srli_epi16(plane2, 2 * f),
+                  high =
+                      f == 0 ? _mm256_slli_epi16(plane1, 2) : _mm256_srli_epi16(plane1, 2 * f - 2);
+    return _mm256_shuffle_epi8(table[0],
+                               _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi8(3)),
+                                               _mm256_and_si256(high, _mm256_set1_epi8(4))));
+  }
+  // Dword d of out[x]: byte 16 (d / 4) + 4 x + d % 4 of each row; !kLow: 8 bytes further.
+  template <bool kLow>
+  TWA_AVX2 static void interleave(const __m256i* r, __m256i* out) {
+    const __m256i r01 = kLow ? _mm256_unpacklo_epi8(r[0], r[1]) : _mm256_unpackhi_epi8(r[0], r[1]),
+                  r23 = kLow ? _mm256_unpacklo_epi8(r[2], r[3]) : _mm256_unpackhi_epi8(r[2], r[3]);
+    out[0] = _mm256_unpacklo_epi16(r01, r23);
+    out[1] = _mm256_unpackhi_epi16(r01, r23);
+  }
+};
 
 template <int kBits>
 struct Avx2Decoder {
-  __m256i table;
-  TWA_AVX2 Avx2Decoder() : table(level_table_avx2<kBits>()) {}
+  Levels256<kBits> levels;
+  TWA_AVX2 Avx2Decoder() {}
   TWA_AVX2 void operator()(const uint8_t* row, int8_t* out) const {
     auto* to = reinterpret_cast<__m256i*>(out);
-    _mm256_store_si256(to, decode_avx2<kBits, 0>(row, table));
-    _mm256_store_si256(to + 1, decode_avx2<kBits, 1>(row, table));
-    _mm256_store_si256(to + 2, decode_avx2<kBits, 2>(row, table));
-    _mm256_store_si256(to + 3, decode_avx2<kBits, 3>(row, table));
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v)
+      _mm256_store_si256(to + v, _mm256_xor_si256(levels.get(row, v), _mm256_set1_epi8(-128)));
   }
 };
 
@@ -161,11 +226,8 @@ TWA_AVX512 inline double to_fixed_avx512(const float* v, int count, int32_t* q) 
     m = _mm512_max_epu32(
         m, _mm512_and_si512(_mm512_loadu_si512(v + c), _mm512_set1_epi32(0x7fffffff)));
   const int32_t largest = static_cast<int32_t>(_mm512_reduce_max_epu32(m));
-  int e = (largest >> 23) - 126;
-  if (largest == 0 || e < -100 || e > 120)
-    return to_fixed(v, count, q);  // zero, tiny, huge or not finite
-  if (bits_float(static_cast<uint32_t>(largest)) * pow2f(23 - e) > static_cast<float>(kMaxFixed))
-    ++e;
+  const int e = fixed_exponent(largest);
+  if (e == kUnusual) return to_fixed(v, count, q);
   const __m512 factor = _mm512_set1_ps(pow2f(23 - e));  // a power of two: the product is exact
   for (int c = 0; c < count; c += 16)
     _mm512_storeu_si512(q + c,

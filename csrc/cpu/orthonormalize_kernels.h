@@ -378,7 +378,7 @@ Kernels<Real> kernels() {
                                  transform_avx512<Wide>,
                                  difference_avx512<Real>,
                                  finish_avx512<Real>};
-  return pick(Tiers<Kernels<Real>>{portable, avx2, avx512});
+  return isa() == Isa::avx512 ? avx512 : isa() == Isa::portable ? portable : avx2;
 #else
   return portable;
 #endif

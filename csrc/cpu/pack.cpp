@@ -145,6 +145,9 @@ template <int kBits>
 TWA_AVX512 void block_avx512(const Job& job, const Block& block, Sums* sums) {
   pack_block<kBits>(job, block, sums, VectorQuantiser<kBits>());
 }
+#elif defined(TWA_ARM)
+template <int kBits>
+constexpr BlockKernel block_neon = block_portable<kBits>;  // which compilers vectorise for it
 #endif
 
 TWA_TIERS(BlockKernel)

@@ -9,12 +9,13 @@
 //            in order within a block, blocks in float64 in order: same bits for any thread count
 //            and tier.
 // Bytes      n * D * (bits / 8 + 1 / 128) read once as one stream, plus the gradient once.
-// Products   AVX-512: gradient in three int8 limbs, vpdpbusd against (level + 128), corrected by
-//            128 * sum(q); 1 bit: table look-ups. AVX2: two int16 limbs of 12 bits, vpmaddwd.
-//            Portable: the same in plain C++.
+// Products   AVX-512, AVX-VNNI: gradient in three int8 limbs, vpdpbusd against (level + 128),
+//            corrected by 128 * sum(q); AVX2: two int16 limbs of 12 bits, vpmaddwd.
+//            AVX-512 and AVX2 at 1 bit: table look-ups. Portable: two limbs in plain C++.
 #include <algorithm>
 
-#include "decode.h"
+#include "lanes.h"
+#include "neon.h"
 
 namespace twa {
 namespace {
@@ -62,53 +63,166 @@ void block_portable(const BasisView& basis, const TensorTable& grads, const Bloc
   });
 }
 
+// One tile's gradient in fixed point; q lies at a multiple of 64. Returns its unit.
+template <class M>
+TWA_INLINE double load_fixed(const TensorTable& grads, const Block& block, int64_t tile,
+                             int32_t* q) {
+  alignas(64) float v[kTileColumns];
+  const int64_t column = block.first_column + tile * kTileColumns;
+  const int valid = valid_columns(grads.numel, block, tile);
+  const Dtype dtype = grads.dtype[block.tensor];
+  const int64_t size = dtype == Dtype::f32 ? 4 : 2;
+  const auto* data = static_cast<const uint8_t*>(grads.data[block.tensor]) + column * size;
+  const float* from = v;
+  if (dtype == Dtype::f32 && valid == kTileColumns) {
+    from = reinterpret_cast<const float*>(data);
+  } else {
+    load_tile(dtype, grads.data[block.tensor], column, valid, v);
+  }
+  for (int c = 0; c < kTileColumns * size; c += 64) M::prefetch_input(data + c);
+  return M::to_fixed(from, kTileColumns, q);
+}
+
+// Columns in lanes (lanes.h): a row's levels as they lie, kTogether rows at a time, which share the
+// gradient's operands; kRows rows are summed across at once.
+template <class M, int kBits>
+TWA_INLINE void block_lanes(const BasisView& basis, const TensorTable& grads, const Block& block,
+                            double* acc) {
+  using V = typename M::V;
+  constexpr int kBytes = row_bytes(kBits), kRows = M::kRows;
+  const typename M::template Levels<kBits> levels;
+  const int64_t n = basis.n;
+  alignas(64) int32_t q[kTileColumns];
+  V by[M::kVectors][M::kOperands], high[kRows], low[kRows];
+  for (int64_t tile = 0; tile < block.tiles; ++tile) {
+    const double unit = load_fixed<M>(grads, block, tile, q);
+    const double offset =
+        M::template kOffset<kBits> * static_cast<double>(M::prepare_columns(q, by));
+    const uint8_t* codes = basis.codes + (block.first_tile + tile) * n * kBytes;
+    const uint8_t* scales = basis.scales + (block.first_tile + tile) * n;
+    M::prefetch_scales(scales + kScalesAhead * n);
+    for (int64_t i0 = 0; i0 < n; i0 += kRows) {
+      const uint8_t *stream = codes + i0 * kBytes, *rows = stream;
+      alignas(64) uint8_t padded[kRows * kBytes];
+      if (n - i0 < kRows) {  // the last rows, followed by anything
+        std::memcpy(padded, rows, static_cast<size_t>((n - i0) * kBytes));
+        rows = padded;
+      }
+#pragma GCC unroll 1
+      for (int r = 0; r < kRows; r += M::kTogether) {
+        V sums[M::kTogether][M::kSums];
+        for (int row = 0; row < M::kTogether; ++row)
+          for (int k = 0; k < M::kSums; ++k) sums[row][k] = M::zero();
+#pragma GCC unroll 8
+        for (int v = 0; v < M::kVectors; ++v) {
+#pragma GCC unroll 4
+          for (int row = 0; row < M::kTogether; ++row)
+            M::multiply(levels.get(rows + (r + row) * kBytes, v), by[v], sums[row]);
+          if (v * 64 < M::kTogether * kBytes)
+            M::prefetch_line(stream + r * kBytes + 64 * v, sums[0]);
+        }
+        for (int row = 0; row < M::kTogether; ++row)
+          M::close(sums[row], high + r + row, low + r + row);
+      }
+      M::add_rows(M::add_across(high), M::add_across(low), M::kHigh, offset,
+                  unit * M::template kFactor<kBits>, scales + i0, n - i0, acc + i0);
+    }
+  }
+}
+
 #ifdef TWA_X86
 
-template <int kBits>
-TWA_AVX2 inline void tile_avx2(const uint8_t* codes, const uint8_t* scales, int64_t n,
-                               const TensorTable& grads, const Block& block, int64_t tile,
-                               double* acc) {
-  TileGradient g;
-  load_gradient(grads, block, tile, &g);
-  split_gradient_int16(&g);
-  const __m256i table = level_table_avx2<kBits>();
-  const auto operand = [](const int16_t* p, int k) TWA_AVX2 {
-    return _mm256_load_si256(reinterpret_cast<const __m256i*>(p) + k);
-  };
-  for (int64_t i = 0; i < n; ++i) {
-    const uint8_t* row = codes + i * row_bytes(kBits);
-    __m256i high = _mm256_setzero_si256(), low = high;
-    const auto add = [&](__m256i lev, int k) TWA_AVX2 {
-      const __m256i l0 = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(lev)),
-                    l1 = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(lev, 1));
-      high = _mm256_add_epi32(high,
-                              _mm256_add_epi32(_mm256_madd_epi16(l0, operand(g.high, 2 * k)),
-                                               _mm256_madd_epi16(l1, operand(g.high, 2 * k + 1))));
-      low =
-          _mm256_add_epi32(low, _mm256_add_epi32(_mm256_madd_epi16(l0, operand(g.low, 2 * k)),
-                                                 _mm256_madd_epi16(l1, operand(g.low, 2 * k + 1))));
-    };
-    add(decode_avx2<kBits, 0>(row, table), 0);
-    add(decode_avx2<kBits, 1>(row, table), 1);
-    add(decode_avx2<kBits, 2>(row, table), 2);
-    add(decode_avx2<kBits, 3>(row, table), 3);
-    // [high x4 | low x4 pairs] -> one sum each
-    const __m256i pairs = _mm256_hadd_epi32(high, low);
-    const __m128i quads = _mm_hadd_epi32(_mm256_castsi256_si128(pairs),
-                                         _mm256_extracti128_si256(pairs, 1));  // [h, l, h, l]
-    const __m128i sums = _mm_add_epi32(quads, _mm_shuffle_epi32(quads, 0x4e));
-    const int64_t dot = int64_t{4096} * _mm_extract_epi32(sums, 0) + _mm_extract_epi32(sums, 1);
-    acc[i] += static_cast<double>(dot) * (e4m3_to_float(scales[i]) * g.unit);
+// 1 bit needs no product: three bits of a row name one of 8 sums of three numbers, which vpermd
+// reads from a table for 8 rows at once. A row is four dwords; bit j of dword m is column
+// 16 (j % 8) + 4 m + j / 8. sum(level * q) = 254 * sum(bit * q) - 127 * sum(q).
+struct BitSums {
+  static constexpr int kLookups = 11;  // of a dword
+  alignas(32) int32_t sums[4][kLookups][8];
+
+  TWA_AVX2 explicit BitSums(const int32_t* q) {
+    const __m256i index = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    __m256i has[3];  // all ones where the index has the bit
+    for (int j = 0; j < 3; ++j) has[j] = _mm256_srai_epi32(_mm256_slli_epi32(index, 31 - j), 31);
+    for (int m = 0; m < 4; ++m)
+#pragma GCC unroll 11
+      for (int k = 0; k < kLookups; ++k) {
+        __m256i sum = _mm256_setzero_si256();
+#pragma GCC unroll 3
+        for (int j = 0; j < 3; ++j) {
+          const int bit = std::min(3 * k + j, 31);  // the last look-up has two bits
+          const __m256i number = _mm256_set1_epi32(q[16 * (bit % 8) + 4 * m + bit / 8]);
+          sum = _mm256_add_epi32(sum, _mm256_and_si256(number, has[j]));
+        }
+        _mm256_store_si256(reinterpret_cast<__m256i*>(sums[m][k]), sum);
+      }
+  }
+  // Element r: sum(bit * q) of row r of 8, below 2^30.
+  TWA_AVX2 __m256i look_up(const uint8_t* rows) const {
+    __m256i u[4];  // rows 2 e and 2 e + 1; then their dword m, lane k element e = row 2 e + k
+    for (int e = 0; e < 4; ++e)
+      u[e] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + 32 * e));
+    Lanes256::transpose_dwords(u);
+    __m256i total = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; ++m)
+#pragma GCC unroll 11
+      for (int k = 0; k < kLookups; ++k)
+        total = _mm256_add_epi32(
+            total, _mm256_permutevar8x32_epi32(
+                       _mm256_load_si256(reinterpret_cast<const __m256i*>(sums[m][k])),
+                       _mm256_srli_epi32(u[m], 3 * k)));
+    return Lanes256::join_lanes(total);
+  }
+};
+
+TWA_AVX2 void block_look_up(const BasisView& basis, const TensorTable& grads, const Block& block,
+                            double* acc) {
+  constexpr int kBytes = row_bytes(1), kRows = 8;
+  const int64_t n = basis.n;
+  alignas(64) int32_t q[kTileColumns];
+  for (int64_t tile = 0; tile < block.tiles; ++tile) {
+    const double unit = load_fixed<Lanes256>(grads, block, tile, q);
+    const double offset = -127.0 * static_cast<double>(Lanes256::sum(q));
+    const BitSums table(q);
+    const uint8_t* codes = basis.codes + (block.first_tile + tile) * n * kBytes;
+    const uint8_t* scales = basis.scales + (block.first_tile + tile) * n;
+    Lanes256::prefetch_scales(scales + kScalesAhead * n);
+    for (int64_t i0 = 0; i0 < n; i0 += kRows) {
+      const uint8_t* rows = codes + i0 * kBytes;
+      __m256i low = Lanes256::zero();
+      Lanes256::prefetch_line(rows, &low);
+      Lanes256::prefetch_line(rows + 64, &low);
+      alignas(64) uint8_t padded[kRows * kBytes];
+      if (n - i0 < kRows) {  // the last rows, followed by anything
+        std::memcpy(padded, rows, static_cast<size_t>((n - i0) * kBytes));
+        rows = padded;
+      }
+      Lanes256::add_rows(table.look_up(rows), low, 254.0, offset, unit, scales + i0, n - i0,
+                         acc + i0);
+    }
   }
 }
 
 template <int kBits>
 TWA_AVX2 void block_avx2(const BasisView& basis, const TensorTable& grads, const Block& block,
                          double* acc) {
-  each_tile<kBits>(basis, block,
-                   [&](const uint8_t* codes, const uint8_t* scales, int64_t t) TWA_AVX2 {
-                     tile_avx2<kBits>(codes, scales, basis.n, grads, block, t, acc);
-                   });
+  if constexpr (kBits == 1) return block_look_up(basis, grads, block, acc);
+  block_lanes<Avx2, kBits>(basis, grads, block, acc);
+}
+#ifdef TWA_AVXVNNI
+template <int kBits>
+TWA_AVXVNNI void block_avxvnni(const BasisView& basis, const TensorTable& grads, const Block& block,
+                               double* acc) {
+  block_lanes<AvxVnni, kBits>(basis, grads, block, acc);
+}
+#else
+template <int kBits>
+constexpr ProjectBlock block_avxvnni = nullptr;
+#endif
+template <int kBits>
+TWA_AVX512VL void block_avx512vl(const BasisView& basis, const TensorTable& grads,
+                                 const Block& block, double* acc) {
+  block_lanes<Avx512Vl, kBits>(basis, grads, block, acc);
 }
 
 // AVX-512. 16 rows at a time; transposing 4 x 4 dwords in each 128-bit lane gives vectors U[m]
@@ -151,35 +265,20 @@ struct Prepared {
   double unit, offset;  // offset: what the dot products lack because levels are not signed
 };
 
-// One tile's gradient in fixed point. Returns its unit.
-TWA_AVX512 inline double load_fixed(const TensorTable& grads, const Block& block, int64_t tile,
-                                    int32_t* q) {
-  alignas(64) float v[kTileColumns];
-  const int64_t column = block.first_column + tile * kTileColumns;
-  const int valid = valid_columns(grads.numel, block, tile);
-  const Dtype dtype = grads.dtype[block.tensor];
-  const float* from = v;
-  if (dtype == Dtype::f32 && valid == kTileColumns) {
-    from = static_cast<const float*>(grads.data[block.tensor]) + column;
-  } else {
-    load_tile(dtype, grads.data[block.tensor], column, valid, v);
+struct Avx512 {
+  TWA_AVX512 static double to_fixed(const float* v, int count, int32_t* q) {
+    return to_fixed_avx512(v, count, q);
   }
-  const double unit = to_fixed_avx512(from, kTileColumns, q);
-  const int64_t size = dtype == Dtype::f32 ? 4 : 2;
-  const auto* ahead = static_cast<const uint8_t*>(grads.data[block.tensor]) + column * size;
-  __m512i number;
-  for (int c = 0; c < kTileColumns * size; c += 64) {
-    number = _mm512_load_si512(q + c / 4 % kTileColumns);
-    prefetch_input(ahead + c, &number);
+  TWA_AVX512 static void prefetch_input(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p) + kPrefetchInput, _MM_HINT_T0);
   }
-  return unit;
-}
+};
 
 template <int kBits>
 TWA_AVX512 inline void prepare(const TensorTable& grads, const Block& block, int64_t tile,
                                Prepared<kBits>* out) {
   alignas(64) int32_t q[kTileColumns];
-  out->unit = load_fixed(grads, block, tile, q);
+  out->unit = load_fixed<Avx512>(grads, block, tile, q);
   __m512i total = _mm512_setzero_si512();
   for (int c = 0; c < kTileColumns; c += 16)
     total = _mm512_add_epi32(total, _mm512_load_si512(q + c));
@@ -390,9 +489,27 @@ TWA_AVX512 void block_avx512(const BasisView& basis, const TensorTable& grads, c
   }
 }
 
-#endif  // TWA_X86
+#elif defined(TWA_ARM)
 
-TWA_TIERS(ProjectBlock)
+template <int kBits>
+TWA_NEON void block_neon(const BasisView& basis, const TensorTable& grads, const Block& block,
+                         double* acc) {
+  block_lanes<Neon, kBits>(basis, grads, block, acc);
+}
+
+#endif
+
+template <int kBits>
+constexpr Tiers<ProjectBlock> tiers() {
+#ifdef TWA_X86
+  return {{block_portable<kBits>, block_avx2<kBits>, block_avxvnni<kBits>, block_avx512vl<kBits>,
+           block_avx512<kBits>}};
+#elif defined(TWA_ARM)
+  return {{block_portable<kBits>, block_neon<kBits>}};
+#else
+  return {{block_portable<kBits>}};
+#endif
+}
 
 }  // namespace
 
@@ -403,9 +520,9 @@ ProjectBlock project_block(int bits) {
 void project_partial(ProjectBlock kernel, const BasisView& basis, const TensorTable& grads,
                      const Block& block, double* partial) {
   static thread_local std::vector<double> acc;
-  acc.assign(static_cast<size_t>(basis.n), 0.0);
+  acc.assign(static_cast<size_t>(basis.n + 7), 0.0);  // rows in eights
   kernel(basis, grads, block, acc.data());
-  std::copy(acc.begin(), acc.end(), partial);
+  std::copy_n(acc.begin(), basis.n, partial);
 }
 
 Status project_cpu(const BasisView& basis, const TensorTable& grads, float* c, int threads) {

@@ -13,10 +13,14 @@
 //            columns: 12 accumulators, and all rows once more for the other half of the columns,
 //            from cache. Corrected by 128 * sum(q).
 //            The packed bytes are interleaved, before they are expanded.
-//            AVX2: rows in pairs, two int16 limbs, vpmaddwd. Portable: the same in plain C++.
+//            AVX-VNNI: the same with 256 bits, four passes. AVX2: the same with two int16 limbs and
+//            vpmaddwd. Portable: two limbs in plain C++.
 #include <algorithm>
+#include <memory>
+#include <utility>
 
-#include "decode.h"
+#include "lanes.h"
+#include "neon.h"
 
 namespace twa {
 namespace {
@@ -25,40 +29,59 @@ namespace {
 struct alignas(64) TileCoefficients {
   float w[kMaxRows];
   int32_t q[kMaxRows];
-  int32_t limbs[kMaxRows];  // AVX-512: 4 rows' limbs c, b, a and zeros, one dword each
-  int16_t high[kMaxRows], low[kMaxRows];
-  double unit;
+  int32_t limbs[kMaxRows];  // of 4 rows: what multiply() of lanes.h takes; AVX-512: c, b, a, zeros
 };
 
-TWA_INLINE int64_t load_coefficients(const float* x_row, const uint8_t* scales, int64_t n,
-                                     TileCoefficients* k) {
-  const int64_t padded = (n + 15) / 16 * 16;
+TWA_INLINE double load_coefficients(const float* x_row, const uint8_t* scales, int64_t n,
+                                    TileCoefficients* k) {
   for (int64_t i = 0; i < n; ++i) k->w[i] = x_row[i] * e4m3_to_float(scales[i]);
-  for (int64_t i = n; i < padded; ++i) k->w[i] = 0.0f;
-  k->unit = to_fixed(k->w, static_cast<int>(padded), k->q);
-  return padded;
+  return to_fixed(k->w, static_cast<int>(n), k->q);
 }
 
-TWA_INLINE void finish_tile(const TensorTable& center, const TensorTable& out, const Block& block,
-                            int64_t tile, double unit, const double* __restrict__ sum) {
-  alignas(64) float base[kTileColumns], value[kTileColumns];
-  const int valid = valid_columns(out.numel, block, tile);
-  const int64_t column = block.first_column + tile * kTileColumns;
-  if (center.data) {
-    load_tile(center.dtype[block.tensor], center.data[block.tensor], column, valid, base);
-  } else {
-    for (int c = 0; c < kTileColumns; ++c) base[c] = 0.0f;
+// Where one tile's numbers come from and go to: the tensors themselves, or a copy, where a tile is
+// ragged or of another dtype.
+class TileEnds {
+ public:
+  TWA_INLINE TileEnds(const TensorTable& center, const TensorTable& out, const Block& block,
+                      int64_t tile)
+      : out_(out),
+        block_(block),
+        valid_(valid_columns(out.numel, block, tile)),
+        column_(block.first_column + tile * kTileColumns) {
+    to = direct(out) ? static_cast<float*>(out.data[block.tensor]) + column_ : value_;
+    if (!center.data) {
+      for (int c = 0; c < kTileColumns; ++c) base_[c] = 0.0f;
+    } else if (direct(center)) {
+      from = static_cast<const float*>(center.data[block.tensor]) + column_;
+    } else {
+      load_tile(center.dtype[block.tensor], center.data[block.tensor], column_, valid_, base_);
+    }
   }
-  for (int c = 0; c < kTileColumns; ++c)
-    value[c] = static_cast<float>(static_cast<double>(base[c]) + sum[c] * unit);
-  store_tile(out.dtype[block.tensor], out.data[block.tensor], column, valid, value);
-}
+  TWA_INLINE void store() const {
+    if (to == value_)
+      store_tile(out_.dtype[block_.tensor], out_.data[block_.tensor], column_, valid_, value_);
+  }
+
+ private:
+  TWA_INLINE bool direct(const TensorTable& t) const {
+    return valid_ == kTileColumns && t.dtype[block_.tensor] == Dtype::f32;
+  }
+
+  const TensorTable& out_;
+  const Block& block_;
+  int valid_;
+  int64_t column_;
+  alignas(64) float base_[kTileColumns], value_[kTileColumns];
+
+ public:
+  const float* from = base_;
+  float* to;
+};
 
 template <int kBits>
 TWA_INLINE void tile_portable(const uint8_t* codes, const uint8_t* scales, const float* x_row,
-                              int64_t n, const TensorTable& center, const TensorTable& out,
-                              const Block& block, int64_t tile, TileCoefficients* k) {
-  load_coefficients(x_row, scales, n, k);
+                              int64_t n, const TileEnds& ends, TileCoefficients* k) {
+  const double unit = load_coefficients(x_row, scales, n, k);
   alignas(64) int16_t lev[kTileColumns];
   alignas(64) int32_t high[kTileColumns] = {}, low[kTileColumns] = {};
   for (int64_t i = 0; i < n; ++i) {
@@ -68,9 +91,9 @@ TWA_INLINE void tile_portable(const uint8_t* codes, const uint8_t* scales, const
     for (int c = 0; c < kTileColumns; ++c) high[c] += lev[c] * h;
     for (int c = 0; c < kTileColumns; ++c) low[c] += lev[c] * l;
   }
-  alignas(64) double sum[kTileColumns];
-  for (int c = 0; c < kTileColumns; ++c) sum[c] = 4096.0 * high[c] + low[c];
-  finish_tile(center, out, block, tile, k->unit, sum);
+  for (int c = 0; c < kTileColumns; ++c)
+    ends.to[c] =
+        static_cast<float>(static_cast<double>(ends.from[c]) + (4096.0 * high[c] + low[c]) * unit);
 }
 
 template <int kBits>
@@ -78,76 +101,112 @@ void block_portable(const BasisView& basis, const float* x_row, const TensorTabl
                     const TensorTable& out, const Block& block) {
   static thread_local TileCoefficients workspace;
   each_tile<kBits>(basis, block, [&](const uint8_t* codes, const uint8_t* scales, int64_t t) {
-    tile_portable<kBits>(codes, scales, x_row, basis.n, center, out, block, t, &workspace);
+    const TileEnds ends(center, out, block, t);
+    tile_portable<kBits>(codes, scales, x_row, basis.n, ends, &workspace);
+    ends.store();
   });
+}
+
+// The last rows where n is no multiple of 4, followed by anything: their limbs are zero.
+template <int kBits>
+TWA_INLINE void copy_tail(const uint8_t* codes, int64_t n, uint8_t* tail) {
+  if (n % 4)
+    std::memcpy(tail, codes + n / 4 * 4 * row_bytes(kBits),
+                static_cast<size_t>(n % 4 * row_bytes(kBits)));
+}
+
+// Columns in lanes (lanes.h): four rows at a time, a 32-bit lane with one column's four levels;
+// each pass over the rows sums a part of the tile's columns, so that its sums stay in registers.
+template <class M, int kBits, int kPass>
+TWA_INLINE void pass_lanes(const uint8_t* codes, int64_t n, const uint8_t* tail,
+                           const int32_t* limbs, const typename M::template Levels<kBits>& levels,
+                           double offset, double unit, const TileEnds& ends) {
+  using V = typename M::V;
+  constexpr int kBytes = row_bytes(kBits);
+  V sums[M::kPerPass][M::kSums];
+#pragma GCC unroll 8
+  for (int u = 0; u < M::kPerPass; ++u)
+    for (int k = 0; k < M::kSums; ++k) sums[u][k] = M::zero();
+#pragma GCC unroll 1
+  for (int64_t i = 0; i < n; i += 4) {
+    const uint8_t* rows = i + 4 <= n ? codes + i * kBytes : tail;
+    const typename M::RowOperands by(limbs + i);
+    typename M::template FourRows<kBits, kPass> four(levels, rows);
+#pragma GCC unroll 8
+    for (int u = 0; u < M::kPerPass; ++u) {
+      if (kPass == 0 && u * 64 < 4 * kBytes)
+        M::prefetch_line(codes + i * kBytes + 64 * u, &sums[u][0]);
+      if (kPass == 1 && u * 64 + 256 < 4 * kBytes)
+        M::prefetch_line(codes + i * kBytes + 64 * u + 256, &sums[u][0]);
+      M::multiply(four.get(u), by, sums[u]);
+    }
+  }
+  M::template finish<kBits, kPass, M>(sums, offset, unit, ends.from, ends.to);
+}
+
+template <class M, int kBits, int... kPass>
+TWA_INLINE void tile_lanes(const uint8_t* codes, const uint8_t* scales, const float* x_row,
+                           int64_t n, const typename M::template Levels<kBits>& levels,
+                           const TileEnds& ends, TileCoefficients* k,
+                           std::integer_sequence<int, kPass...>) {
+  const int padded = static_cast<int>((n + 7) / 8 * 8);
+  for (int i = 0; i < padded; i += 8) M::scale_rows(x_row + i, scales + i, n - i, k->w + i);
+  const double unit = M::to_fixed(k->w, padded, k->q) * M::template kFactor<kBits>;
+  int64_t total = 0;
+  for (int i = 0; i < padded; i += 4) {
+    M::prepare_rows(k->q + i, k->limbs + i);
+    total += k->q[i] + k->q[i + 1] + k->q[i + 2] + k->q[i + 3];
+  }
+  alignas(64) uint8_t tail[4 * row_bytes(kBits)];
+  copy_tail<kBits>(codes, n, tail);
+  const double offset = M::template kOffset<kBits> * static_cast<double>(total);
+  (pass_lanes<M, kBits, kPass>(codes, n, tail, k->limbs, levels, offset, unit, ends), ...);
+  M::prefetch_scales(scales + kScalesAhead * n);
+}
+
+template <class M, int kBits>
+TWA_INLINE void block_lanes(const BasisView& basis, const float* x_row, const TensorTable& center,
+                            const TensorTable& out, const Block& block) {
+  // By a pointer: in loops, compilers look a thread's own data up again and again.
+  static thread_local const auto workspace = std::make_unique<TileCoefficients>();
+  TileCoefficients* const k = workspace.get();
+  const typename M::template Levels<kBits> levels;
+  for (int64_t t = 0; t < block.tiles; ++t) {
+    const int64_t group = (block.first_tile + t) * basis.n;
+    const TileEnds ends(center, out, block, t);
+    for (int c = 0; c < kTileColumns; c += 16) {
+      M::prefetch_input(ends.from + c);
+      M::prefetch_input(ends.to + c);
+    }
+    tile_lanes<M, kBits>(basis.codes + group * row_bytes(kBits), basis.scales + group, x_row,
+                         basis.n, levels, ends, k, std::make_integer_sequence<int, M::kPasses>());
+    ends.store();
+  }
 }
 
 #ifdef TWA_X86
 
-// Adds two rows' levels (int8, 32 columns) times their limbs (a pair of int16 in each 32-bit lane)
-// to 4 x 8 columns.
-// in order: byte interleaving works within 128-bit lanes, so p[0 .. 3] hold columns 0-7, 8-15,
-// 16-23, 24-31.
-TWA_AVX2 inline void add_pair(__m256i lev0, __m256i lev1, __m256i high, __m256i low,
-                              __m256i* acc_high, __m256i* acc_low) {
-  const __m256i lo = _mm256_unpacklo_epi8(lev0, lev1),
-                hi = _mm256_unpackhi_epi8(lev0, lev1);  // per lane: columns 0-7, 8-15
-  const __m256i p[4] = {_mm256_cvtepi8_epi16(_mm256_castsi256_si128(lo)),
-                        _mm256_cvtepi8_epi16(_mm256_castsi256_si128(hi)),
-                        _mm256_cvtepi8_epi16(_mm256_extracti128_si256(lo, 1)),
-                        _mm256_cvtepi8_epi16(_mm256_extracti128_si256(hi, 1))};
-  for (int j = 0; j < 4; ++j) {
-    acc_high[j] = _mm256_add_epi32(acc_high[j], _mm256_madd_epi16(p[j], high));
-    acc_low[j] = _mm256_add_epi32(acc_low[j], _mm256_madd_epi16(p[j], low));
-  }
-}
-
-// One quarter (32 columns) of the tile, all rows: 8 accumulators stay in registers.
-template <int kBits, int kQuarter>
-TWA_AVX2 inline void quarter_avx2(const uint8_t* codes, int64_t n, const TileCoefficients& k,
-                                  __m256i table, double* sum) {
-  __m256i high[4], low[4];
-  for (int j = 0; j < 4; ++j) high[j] = low[j] = _mm256_setzero_si256();
-  for (int64_t i = 0; i < n; i += 2) {
-    int32_t h, l;  // limbs of rows i and i + 1; the row past an odd n has zero limbs
-    std::memcpy(&h, k.high + i, 4);
-    std::memcpy(&l, k.low + i, 4);
-    const uint8_t *row0 = codes + i * row_bytes(kBits),
-                  *row1 = i + 1 < n ? row0 + row_bytes(kBits) : row0;
-    add_pair(decode_avx2<kBits, kQuarter>(row0, table), decode_avx2<kBits, kQuarter>(row1, table),
-             _mm256_set1_epi32(h), _mm256_set1_epi32(l), high, low);
-  }
-  alignas(32) int32_t h[8], l[8];
-  for (int j = 0; j < 4; ++j) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(h), high[j]);
-    _mm256_store_si256(reinterpret_cast<__m256i*>(l), low[j]);
-    for (int c = 0; c < 8; ++c) sum[32 * kQuarter + 8 * j + c] = 4096.0 * h[c] + l[c];
-  }
-}
-
-template <int kBits>
-TWA_AVX2 inline void tile_avx2(const uint8_t* codes, const uint8_t* scales, const float* x_row,
-                               int64_t n, const TensorTable& center, const TensorTable& out,
-                               const Block& block, int64_t tile, TileCoefficients* k) {
-  const int64_t padded = load_coefficients(x_row, scales, n, k);
-  for (int64_t i = 0; i < padded; ++i) split_int16(k->q[i], &k->high[i], &k->low[i]);
-  const __m256i table = level_table_avx2<kBits>();
-  alignas(64) double sum[kTileColumns];
-  quarter_avx2<kBits, 0>(codes, n, *k, table, sum);
-  quarter_avx2<kBits, 1>(codes, n, *k, table, sum);
-  quarter_avx2<kBits, 2>(codes, n, *k, table, sum);
-  quarter_avx2<kBits, 3>(codes, n, *k, table, sum);
-  finish_tile(center, out, block, tile, k->unit, sum);
-}
-
 template <int kBits>
 TWA_AVX2 void block_avx2(const BasisView& basis, const float* x_row, const TensorTable& center,
                          const TensorTable& out, const Block& block) {
-  static thread_local TileCoefficients workspace;
-  each_tile<kBits>(
-      basis, block, [&](const uint8_t* codes, const uint8_t* scales, int64_t t) TWA_AVX2 {
-        tile_avx2<kBits>(codes, scales, x_row, basis.n, center, out, block, t, &workspace);
-      });
+  block_lanes<Avx2, kBits>(basis, x_row, center, out, block);
+}
+#ifdef TWA_AVXVNNI
+template <int kBits>
+TWA_AVXVNNI void block_avxvnni(const BasisView& basis, const float* x_row,
+                               const TensorTable& center, const TensorTable& out,
+                               const Block& block) {
+  block_lanes<AvxVnni, kBits>(basis, x_row, center, out, block);
+}
+#else
+template <int kBits>
+constexpr ReconstructBlock block_avxvnni = nullptr;
+#endif
+template <int kBits>
+TWA_AVX512VL void block_avx512vl(const BasisView& basis, const float* x_row,
+                                 const TensorTable& center, const TensorTable& out,
+                                 const Block& block) {
+  block_lanes<Avx512Vl, kBits>(basis, x_row, center, out, block);
 }
 
 // AVX-512. Four rows at a time; their packed bytes are interleaved so that a dword holds one byte
@@ -183,12 +242,12 @@ TWA_AVX512 inline void put_in_order(__m512i* v) {
 // Interleaves the bytes of four rows of 64 bytes: dword d of out[j] has byte 16 (d / 4) + 4 j + d %
 // 4 of each; kLow: j = 0, 1, else j = 2, 3.
 template <bool kLow>
-TWA_AVX512 inline void interleave_rows(const uint8_t* const* rows, int at, __m512i* out) {
-  const auto pair = [at](const uint8_t* x, const uint8_t* y) TWA_AVX512 {
-    const __m512i v = _mm512_loadu_si512(x + at), w = _mm512_loadu_si512(y + at);
+TWA_AVX512 inline void interleave_rows(const uint8_t* rows, int stride, __m512i* out) {
+  const auto pair = [](const uint8_t* x, const uint8_t* y) TWA_AVX512 {
+    const __m512i v = _mm512_loadu_si512(x), w = _mm512_loadu_si512(y);
     return kLow ? _mm512_unpacklo_epi8(v, w) : _mm512_unpackhi_epi8(v, w);
   };
-  const __m512i r01 = pair(rows[0], rows[1]), r23 = pair(rows[2], rows[3]);
+  const __m512i r01 = pair(rows, rows + stride), r23 = pair(rows + 2 * stride, rows + 3 * stride);
   out[0] = _mm512_unpacklo_epi16(r01, r23);
   out[1] = _mm512_unpackhi_epi16(r01, r23);
 }
@@ -201,25 +260,28 @@ TWA_AVX512 inline __m512i transpose_bytes(__m512i v) {
 
 // out[0 .. 3]: levels of vectors 4 * kPass ..+3 of the tile (see above), from four rows.
 template <int kBits, int kPass>
-TWA_AVX512 inline void expand_rows4(const uint8_t* const* rows, const LevelTables<kBits>& tables,
+TWA_AVX512 inline void expand_rows4(const uint8_t* rows, const LevelTables<kBits>& tables,
                                     __m512i* out) {
+  constexpr int kBytes = row_bytes(kBits);
+  const auto quarters = [](const uint8_t* p) TWA_AVX512 {
+    return four_quarters(p, p + kBytes, p + 2 * kBytes, p + 3 * kBytes);
+  };
   if constexpr (kBits == 8) {
-    interleave_rows<true>(rows, 64 * kPass, out);
-    interleave_rows<false>(rows, 64 * kPass, out + 2);
+    interleave_rows<true>(rows + 64 * kPass, kBytes, out);
+    interleave_rows<false>(rows + 64 * kPass, kBytes, out + 2);
   } else if constexpr (kBits == 4) {
     __m512i bytes[2];
-    interleave_rows<kPass == 0>(rows, 0, bytes);
+    interleave_rows<kPass == 0>(rows, kBytes, bytes);
     expand_avx512<4>(bytes[0], tables, out);
     expand_avx512<4>(bytes[1], tables, out + 2);
   } else if constexpr (kBits == 1) {
     // dword k of rows 0..3 into lane k
     const __m512i lanes = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-    const __m512i bytes = transpose_bytes(
-        _mm512_permutexvar_epi32(lanes, four_quarters(rows[0], rows[1], rows[2], rows[3])));
+    const __m512i bytes = transpose_bytes(_mm512_permutexvar_epi32(lanes, quarters(rows)));
     expand_avx512<1, 4 * kPass, 4 * kPass + 4>(bytes, tables, out);
   } else {
-    const __m512i r01 = two_halves(rows[0], rows[1]),
-                  r23 = two_halves(rows[2], rows[3]);  // 8 dwords a row
+    const __m512i r01 = two_halves(rows, rows + kBytes),
+                  r23 = two_halves(rows + 2 * kBytes, rows + 3 * kBytes);  // 8 dwords a row
     const __m512i q =
         _mm512_add_epi32(_mm512_set_epi32(27, 19, 11, 3, 26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0),
                          _mm512_set1_epi32(4 * kPass));
@@ -228,25 +290,24 @@ TWA_AVX512 inline void expand_rows4(const uint8_t* const* rows, const LevelTable
       expand_avx512<2>(half, tables, out);
     } else {
       const __m512i lanes = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-      const __m512i plane1 = transpose_bytes(_mm512_permutexvar_epi32(
-          lanes, four_quarters(rows[0] + 32, rows[1] + 32, rows[2] + 32, rows[3] + 32)));
+      const __m512i plane1 = transpose_bytes(_mm512_permutexvar_epi32(lanes, quarters(rows + 32)));
       expand3_avx512(half, kPass == 0 ? plane1 : _mm512_srli_epi16(plane1, 1), tables, out);
     }
   }
 }
 
 // One half of the tile's columns, all rows: 12 accumulators and their operands stay in registers.
+// tail: a copy of the last rows where n is no multiple of 4, followed by anything.
 template <int kBits, int kPass>
-TWA_AVX512 inline void sum_half(const uint8_t* codes, int64_t n, const int32_t* limbs,
-                                const LevelTables<kBits>& tables, __m512i* a, __m512i* b,
-                                __m512i* c) {
+TWA_AVX512 inline void sum_half(const uint8_t* codes, int64_t n, const uint8_t* tail,
+                                const int32_t* limbs, const LevelTables<kBits>& tables,
+                                __m512i (*sums)[8]) {
   constexpr int kBytes = row_bytes(kBits);
+  __m512i a[4], b[4], c[4];
 #pragma GCC unroll 4
   for (int u = 0; u < 4; ++u) a[u] = b[u] = c[u] = _mm512_setzero_si512();
   for (int64_t i = 0; i < n; i += 4) {
-    const uint8_t* rows[4];
-    for (int r = 0; r < 4; ++r)
-      rows[r] = codes + std::min(i + r, n - 1) * kBytes;  // rows past n have zero limbs
+    const uint8_t* rows = i + 4 <= n ? codes + i * kBytes : tail;  // rows past n have zero limbs
     const __m512i kc = _mm512_set1_epi32(limbs[i]), kb = _mm512_set1_epi32(limbs[i + 1]),
                   ka = _mm512_set1_epi32(limbs[i + 2]);
     __m512i levels[4];
@@ -262,28 +323,20 @@ TWA_AVX512 inline void sum_half(const uint8_t* codes, int64_t n, const int32_t* 
       c[u] = _mm512_dpbusd_epi32(c[u], levels[u], kc);
     }
   }
+#pragma GCC unroll 4
+  for (int u = 0; u < 4; ++u) {
+    sums[0][4 * kPass + u] = a[u];
+    sums[1][4 * kPass + u] = b[u];
+    sums[2][4 * kPass + u] = c[u];
+  }
 }
 
-// finish_tile for sums 65536 a + 256 b + c + offset, in vectors of 16 consecutive columns.
-TWA_AVX512 inline void finish_avx512(const TensorTable& center, const TensorTable& out,
-                                     const Block& block, int64_t tile, int64_t n, double unit,
-                                     double offset, const __m512i* a, const __m512i* b,
-                                     const __m512i* c) {
-  alignas(64) float base[kTileColumns], value[kTileColumns];
-  const int valid = valid_columns(out.numel, block, tile);
-  const int64_t column = block.first_column + tile * kTileColumns;
-  const auto direct = [&](const TensorTable& t) {
-    return valid == kTileColumns && t.dtype[block.tensor] == Dtype::f32;
-  };
-  float* to = direct(out) ? static_cast<float*>(out.data[block.tensor]) + column : value;
-  const float* from = base;
-  if (!center.data) {
-    for (int k = 0; k < kTileColumns; ++k) base[k] = 0.0f;
-  } else if (direct(center)) {
-    from = static_cast<const float*>(center.data[block.tensor]) + column;
-  } else {
-    load_tile(center.dtype[block.tensor], center.data[block.tensor], column, valid, base);
-  }
+// to = from + unit * (65536 a + 256 b + c + offset), in vectors of 16 consecutive columns.
+TWA_AVX512 inline void finish_avx512(const TileEnds& ends, int64_t n, double unit, double offset,
+                                     const __m512i (*sums)[8]) {
+  const __m512i *a = sums[0], *b = sums[1], *c = sums[2];
+  const float* from = ends.from;
+  float* to = ends.to;
   const __m512d two16 = _mm512_set1_pd(65536.0), two8 = _mm512_set1_pd(256.0),
                 offsets = _mm512_set1_pd(offset), units = _mm512_set1_pd(unit);
   const bool narrow = n <= 256;  // 256 b + c stays below 2^31: 256 rows * 255 * 128 * 257
@@ -306,21 +359,18 @@ TWA_AVX512 inline void finish_avx512(const TensorTable& center, const TensorTabl
     _mm256_storeu_ps(to + 16 * u, first);
     _mm256_storeu_ps(to + 16 * u + 8, second);
   }
-  if (to == value)
-    store_tile(out.dtype[block.tensor], out.data[block.tensor], column, valid, value);
 }
 
 template <int kBits>
 TWA_AVX512 inline void tile_avx512(const uint8_t* codes, const uint8_t* scales, const float* x_row,
-                                   int64_t n, const TensorTable& center, const TensorTable& out,
-                                   const Block& block, int64_t tile, TileCoefficients* k) {
+                                   int64_t n, const TileEnds& ends, TileCoefficients* k) {
   const int padded = static_cast<int>((n + 15) / 16 * 16);
   for (int i = 0; i < padded; i += 16) {
     const __mmask16 mask = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1);
     const __m512 scale = e4m3_to_float_avx512(_mm_maskz_loadu_epi8(mask, scales + i));
     _mm512_store_ps(k->w + i, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x_row + i), scale));
   }
-  k->unit = to_fixed_avx512(k->w, padded, k->q);
+  const double unit = to_fixed_avx512(k->w, padded, k->q);
   int64_t total = 0;
   for (int i = 0; i < padded; i += 16) {
     const __m512i q = _mm512_load_si512(k->q + i);
@@ -328,27 +378,50 @@ TWA_AVX512 inline void tile_avx512(const uint8_t* codes, const uint8_t* scales, 
     total += _mm512_reduce_add_epi32(q);  // 16 numbers of 24 bits
   }
   const LevelTables<kBits> tables;
-  __m512i a[8], b[8], c[8];
-  sum_half<kBits, 0>(codes, n, k->limbs, tables, a, b, c);
-  sum_half<kBits, 1>(codes, n, k->limbs, tables, a + 4, b + 4, c + 4);
+  alignas(64) uint8_t tail[4 * row_bytes(kBits)];
+  copy_tail<kBits>(codes, n, tail);
+  __m512i sums[3][8];
+  sum_half<kBits, 0>(codes, n, tail, k->limbs, tables, sums);
+  sum_half<kBits, 1>(codes, n, tail, k->limbs, tables, sums);
   _mm_prefetch(reinterpret_cast<const char*>(scales + kScalesAhead * n), _MM_HINT_T0);
-  for (__m512i* sums : {a, b, c}) put_in_order<kBits>(sums);
-  finish_avx512(center, out, block, tile, n, k->unit, -128.0 * static_cast<double>(total), a, b, c);
+#pragma GCC unroll 3
+  for (int limb = 0; limb < 3; ++limb) put_in_order<kBits>(sums[limb]);
+  finish_avx512(ends, n, unit, -128.0 * static_cast<double>(total), sums);
 }
 
 template <int kBits>
 TWA_AVX512 void block_avx512(const BasisView& basis, const float* x_row, const TensorTable& center,
                              const TensorTable& out, const Block& block) {
   static thread_local TileCoefficients workspace;
-  each_tile<kBits>(
-      basis, block, [&](const uint8_t* codes, const uint8_t* scales, int64_t t) TWA_AVX512 {
-        tile_avx512<kBits>(codes, scales, x_row, basis.n, center, out, block, t, &workspace);
-      });
+  each_tile<kBits>(basis, block,
+                   [&](const uint8_t* codes, const uint8_t* scales, int64_t t) TWA_AVX512 {
+                     const TileEnds ends(center, out, block, t);
+                     tile_avx512<kBits>(codes, scales, x_row, basis.n, ends, &workspace);
+                     ends.store();
+                   });
 }
 
-#endif  // TWA_X86
+#elif defined(TWA_ARM)
 
-TWA_TIERS(ReconstructBlock)
+template <int kBits>
+TWA_NEON void block_neon(const BasisView& basis, const float* x_row, const TensorTable& center,
+                         const TensorTable& out, const Block& block) {
+  block_lanes<Neon, kBits>(basis, x_row, center, out, block);
+}
+
+#endif
+
+template <int kBits>
+constexpr Tiers<ReconstructBlock> tiers() {
+#ifdef TWA_X86
+  return {{block_portable<kBits>, block_avx2<kBits>, block_avxvnni<kBits>, block_avx512vl<kBits>,
+           block_avx512<kBits>}};
+#elif defined(TWA_ARM)
+  return {{block_portable<kBits>, block_neon<kBits>}};
+#else
+  return {{block_portable<kBits>}};
+#endif
+}
 
 }  // namespace
 

@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "decode.h"
+#include "neon.h"
 #include "quantise.h"
 
 namespace twa {
@@ -98,14 +99,19 @@ template <int kBits>
 TWA_AVX512 void block_avx512(const Job& job, const Block& block) {
   record_block<kBits>(job, block, VectorQuantiser<kBits>(), Avx2Decoder<kBits>());
 }
+#elif defined(TWA_ARM)
+template <int kBits>
+void block_neon(const Job& job, const Block& block) {
+  record_block<kBits>(job, block, PlainQuantiser<kBits>(), NeonDecoder<kBits>());
+}
 #endif
 
 TWA_TIERS(BlockKernel)
 constexpr Tiers<FirstBad> looks() {
 #ifdef TWA_X86
-  return {bad_portable, bad_avx2, bad_avx512};
+  return {{bad_portable, bad_avx2, {}, {}, bad_avx512}};
 #else
-  return {bad_portable};
+  return {{bad_portable}};
 #endif
 }
 

@@ -7,6 +7,7 @@
 // Exactness  coefficient * scale, times the level, plus the sum: three roundings to float32 a row;
 //            with a coefficient of 1 only the last is not exact.
 #include "decode.h"
+#include "neon.h"
 
 namespace twa {
 namespace {
@@ -57,6 +58,11 @@ TWA_AVX2 void block_avx2(const Job& job, const Block& block) {
 template <int kBits>
 TWA_AVX512 void block_avx512(const Job& job, const Block& block) {
   replay_block<kBits>(job, block, Avx2Decoder<kBits>());
+}
+#elif defined(TWA_ARM)
+template <int kBits>
+void block_neon(const Job& job, const Block& block) {
+  replay_block<kBits>(job, block, NeonDecoder<kBits>());
 }
 #endif
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "decode.h"
+#include "neon.h"
 
 namespace twa {
 namespace {
@@ -51,6 +52,11 @@ TWA_AVX2 void block_avx2(const BasisView& basis, const TensorTable& out, const B
 template <int kBits>
 TWA_AVX512 void block_avx512(const BasisView& basis, const TensorTable& out, const Block& block) {
   unpack_block<kBits>(basis, out, block, Avx2Decoder<kBits>());
+}
+#elif defined(TWA_ARM)
+template <int kBits>
+void block_neon(const BasisView& basis, const TensorTable& out, const Block& block) {
+  unpack_block<kBits>(basis, out, block, NeonDecoder<kBits>());
 }
 #endif
 

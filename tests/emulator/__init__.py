@@ -19,24 +19,27 @@ BUILD = Path(
 )
 
 
-def build(target: str, folder: Path = BUILD) -> None:
-    """Builds a target of CMakeLists.txt with this Python's cmake.
+def configure(folder: Path, options: dict[str, str]) -> None:
+    """Makes a build folder of CMakeLists.txt, if there is none."""
+    if not (folder / "build.ninja").exists():
+        run(["-G", "Ninja", "-S", ROOT, "-B", folder, *(f"-D{k}={v}" for k, v in options.items())])
 
-    Without the sanitizers that may be loaded into this process.
-    """
-    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+
+def build(target: str, folder: Path = BUILD) -> None:
+    """Builds a target of CMakeLists.txt."""
     with open(folder / ".building", "w") as lock:  # test processes that run side by side build once
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = subprocess.run(
-            ["cmake", "--build", folder, "--target", target],
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
+        run(["--build", folder, "--target", target])
+
+
+def run(arguments: list) -> None:
+    """This Python's cmake, without the sanitizers that may be loaded into this process."""
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    done = subprocess.run(["cmake", *arguments], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(
-            f"{target} does not build in {folder}:\n{done.stdout[-4000:]}{done.stderr[-2000:]}"
+            f"cmake {' '.join(map(str, arguments))}:\n{done.stdout[-4000:]}{done.stderr[-2000:]}"
         )
 
 
