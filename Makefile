@@ -33,7 +33,8 @@ test-arm: build
 	TWA_REQUIRE_ARM=1 $(BIN)/python -m pytest tests/kernels/test_tiers.py
 
 bench: build
-	$(BIN)/python -m pytest -o python_files="benchmark_*.py" -p no:cacheprovider bench --benchmark-only --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --save cpu
+	$(BIN)/python -m pytest -o python_files="benchmark_*.py" -p no:cacheprovider bench --benchmark-only --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --save cpu_{cpu}
+	$(BIN)/python bench/cpu_tiers.py --save
 	$(BIN)/python bench/peak_memory.py
 
 # For a machine with a GPU and PyTorch already installed: its own Python, no network. What is right, what is wrong, percent of a copy.
@@ -82,12 +83,12 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulator/*.h' 'tests/emulator/*.cpp' 'tests/core/*.h' 'tests/core/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'bench/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulator/*.h' 'tests/emulator/*.cpp' 'tests/core/*.h' 'tests/core/*.cpp')
 
 format: build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulator/*.h' 'tests/emulator/*.cpp' 'tests/core/*.h' 'tests/core/*.cpp')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'bench/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulator/*.h' 'tests/emulator/*.cpp' 'tests/core/*.h' 'tests/core/*.cpp')
 
 build: $(VENV)/.built
 

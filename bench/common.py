@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import functools
 import platform
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,26 +47,33 @@ def median_seconds(run, at_least: int = 5, seconds: float = 1.0) -> float:
     return sorted(times)[len(times) // 2]
 
 
-@functools.cache
-def bandwidth() -> dict[str, float]:
-    """GB/s of reading 1 GB by a plain loop, of reading it with software prefetch, and of copying it
-    (memcpy; read + write), with the threads that the kernels use.
+def memory_runs(size: int = 1 << 30) -> dict[str, tuple[Callable[[], object], int]]:
+    """{name: (run, bytes moved)} of reading `size` bytes by a plain loop, of reading them with
+    software prefetch, and of copying them (memcpy; read + write), with the threads that the kernels
+    use.
     """
     native, threads = native_backend._C, torch.get_num_threads()
-    source, target = empty_for_streaming((1 << 30,), "cpu"), empty_for_streaming((1 << 30,), "cpu")
+    source, target = empty_for_streaming((size,), "cpu"), empty_for_streaming((size,), "cpu")
     source.random_(0, 256), target.zero_()
-    read = median_seconds(lambda: native.read_bytes(source.data_ptr(), source.numel(), threads))
-    ahead = median_seconds(
-        lambda: native.read_bytes(source.data_ptr(), source.numel(), threads, ahead=True)
-    )
-    copy = median_seconds(
-        lambda: native.copy_bytes(source.data_ptr(), target.data_ptr(), source.numel(), threads)
-    )
+
+    def read(ahead: bool) -> None:
+        native.read_bytes(source.data_ptr(), size, threads, ahead=ahead)
+
+    def copy() -> None:
+        native.copy_bytes(source.data_ptr(), target.data_ptr(), size, threads)
+
     return {
-        "read": source.numel() / read / 1e9,
-        "prefetched read": source.numel() / ahead / 1e9,
-        "copy": 2 * source.numel() / copy / 1e9,
+        "read": (functools.partial(read, False), size),
+        "prefetched read": (functools.partial(read, True), size),
+        "copy": (copy, 2 * size),
     }
+
+
+@functools.cache
+def bandwidth() -> dict[str, float]:
+    """GB/s of memory_runs(): medians."""
+    runs = memory_runs()
+    return {name: moved / median_seconds(run) / 1e9 for name, (run, moved) in runs.items()}
 
 
 class Published:
@@ -92,6 +101,12 @@ def hardware() -> dict[str, str]:
         "python": platform.python_version(),
         "commit": commit(),
     }
+
+
+def page(name: str) -> str:
+    """Name of a result with "{cpu}" replaced by the processor's: cpu_{cpu} -> cpu_intel_xeon."""
+    words = re.sub(r"\((R|TM)\)|Processor|CPU|@.*", " ", processor(), flags=re.IGNORECASE)
+    return name.replace("{cpu}", "_".join(re.findall(r"\w+", words.lower())))
 
 
 def publish(name: str, lines: list[str], save: bool) -> None:

@@ -17,7 +17,9 @@ def pytest_addoption(parser) -> None:
     parser.addoption("--columns", type=float, nargs="+", default=[8e6], help="columns D")
     parser.addoption("--threads", type=int, default=torch.get_num_threads())
     parser.addoption(
-        "--save", default="", help="name of a result under bench/results/ (NAME.json, NAME.md)"
+        "--save",
+        default="",
+        help="name of a result under bench/results/ (NAME.json, NAME.md); {cpu}: the processor",
     )
 
 
@@ -75,7 +77,7 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
     terminalreporter.write_line("")
     for line in lines:
         terminalreporter.write_line(line)
-    if name := config.getoption("--save"):
+    if name := common.page(config.getoption("--save")):
         common.RESULTS.mkdir(exist_ok=True)
         result = {"hardware": common.hardware(), "bandwidth": common.bandwidth(), "rows": ROWS}
         (common.RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

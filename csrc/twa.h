@@ -193,6 +193,9 @@ Status orthonormalize_pass_cpu(const RowTable& rows, const GramSchmidtPass& pass
 // with the kernels' software prefetch, on AVX-512), and a copy (2 * bytes).
 uint64_t read_bytes(const void* data, int64_t bytes, int threads, bool ahead);
 void copy_bytes(const void* from, void* to, int64_t bytes, int threads);
+// Cycles a second of the core that runs it, now: from a chain of additions and exclusive ors, each
+// of which waits a cycle for the one before. The best of a few milliseconds.
+double clock_rate();
 
 // Asks the system for huge pages under a large buffer, where it can: streaming n * D * bits / 8
 // bytes through 4 KiB pages costs a fifth of the bandwidth. Call before the buffer is written.

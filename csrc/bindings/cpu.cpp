@@ -189,6 +189,10 @@ void bind_cpu(py::module_& m) {
     py::gil_scoped_release release;
     copy_bytes(pointer<const void>(from), pointer<void>(to), bytes, threads);
   });
+  m.def("clock_rate", [] {
+    py::gil_scoped_release release;
+    return clock_rate();
+  });
   m.def("advise_huge_pages",
         [](uintptr_t data, int64_t bytes) { advise_huge_pages(pointer<void>(data), bytes); });
 }

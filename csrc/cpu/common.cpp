@@ -82,32 +82,49 @@ const Tier& tier_in_use() {
   return choice;
 }
 
+// Items [0, count) for threads to take, each a run of neighbours: long ones first, so that what a
+// kernel prefetches beyond its item is mostly its own thread's, and few threads meet at the
+// counter; single items at the end, so that no thread waits long for another.
+class Items {
+ public:
+  Items(int64_t count, int threads) : count_(count), share_(int64_t{8} * threads) {}
+  void drain(const std::function<void(int64_t)>& fn) {
+    for (;;) {
+      const int64_t left = count_ - next_.load(std::memory_order_relaxed);
+      const int64_t run = std::max<int64_t>(left / share_, 1), begin = next_.fetch_add(run);
+      if (begin >= count_) return;
+      for (int64_t item = begin; item < std::min(begin + run, count_); ++item) fn(item);
+    }
+  }
+
+ private:
+  const int64_t count_, share_;
+  std::atomic<int64_t> next_{0};
+};
+
 // Threads that sleep between calls. One call runs at a time; a second caller waits for the first.
 class Pool {
  public:
   void run(int64_t count, int threads, const std::function<void(int64_t)>& fn) {
     std::lock_guard<std::mutex> one_call(call_mutex_);
     const int helpers = threads - 1;
+    Items items(count, threads);
     while (static_cast<int>(workers_.size()) < helpers)
       workers_.emplace_back([this, id = static_cast<int>(workers_.size())] { work(id); });
     {
       std::lock_guard<std::mutex> lock(mutex_);
       fn_ = &fn;
-      count_ = count;
-      next_.store(0);
+      items_ = &items;
       helpers_ = running_ = helpers;
       ++generation_;
     }
     start_.notify_all();
-    drain(fn, count);
+    items.drain(fn);
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return running_ == 0; });
   }
 
  private:
-  void drain(const std::function<void(int64_t)>& fn, int64_t count) {
-    for (int64_t item; (item = next_.fetch_add(1)) < count;) fn(item);
-  }
   void work(int id) {
     uint64_t seen = 0;
     for (;;) {
@@ -116,9 +133,9 @@ class Pool {
       seen = generation_;
       if (id >= helpers_) continue;
       const auto* fn = fn_;
-      const int64_t count = count_;
+      Items* items = items_;
       lock.unlock();
-      drain(*fn, count);
+      items->drain(*fn);
       lock.lock();
       if (--running_ == 0) done_.notify_one();
     }
@@ -128,8 +145,7 @@ class Pool {
   std::condition_variable start_, done_;
   std::vector<std::thread> workers_;
   const std::function<void(int64_t)>* fn_ = nullptr;
-  int64_t count_ = 0;
-  std::atomic<int64_t> next_{0};
+  Items* items_ = nullptr;
   int helpers_ = 0, running_ = 0;
   uint64_t generation_ = 0;
 };
@@ -155,11 +171,10 @@ const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked.store(tr
 
 struct Region {
   const std::function<void(int64_t)>& fn;
-  int64_t count;
-  std::atomic<int64_t> next{0};
+  Items items;
   static void run(void* data) {
     auto* region = static_cast<Region*>(data);
-    for (int64_t item; (item = region->next.fetch_add(1)) < region->count;) region->fn(item);
+    region->items.drain(region->fn);
   }
 };
 #endif
@@ -197,7 +212,7 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>
   }
 #ifdef __linux__
   if (const OpenMp parallel = watching_forks == 0 && !forked.load() ? openmp() : nullptr) {
-    Region region{fn, count};
+    Region region{fn, Items(count, threads)};
     parallel(Region::run, &region, static_cast<unsigned>(threads), 0);
     return;
   }

@@ -1,11 +1,12 @@
-// Huge pages, and memory bandwidth with the kernels' own threads: what benchmarks compare
-// themselves with.
+// Huge pages, and what benchmarks compare themselves with: memory bandwidth with the kernels' own
+// threads, and the clock.
 //
 // read_bytes   sums 64-bit words; bytes moved = bytes.
 // copy_bytes   one read and one write per byte.
 // Work map     items of 1 MiB, taken by the threads in order, as the kernels take their blocks.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 
 #include "common.h"
 
@@ -63,6 +64,24 @@ void copy_bytes(const void* from, void* to, int64_t bytes, int threads) {
     std::memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin,
                 static_cast<size_t>(std::min(kItem, bytes - begin)));
   });
+}
+
+double clock_rate() {
+  constexpr int64_t kLinks = int64_t{1} << 22;
+  using Clock = std::chrono::steady_clock;
+  static std::atomic<uint64_t> kept{0x9e3779b97f4a7c15u};  // unknown to the compiler
+  const uint64_t a = kept.load() | 1, b = a >> 7;
+  double best = 0.0;
+  for (int round = 0; round < 8; ++round) {
+    uint64_t x = kept.load();
+    const auto start = Clock::now();
+    for (int64_t k = 0; k < kLinks; k += 32)
+      for (int j = 0; j < 16; ++j) x = (x + a) ^ b;  // two links: no two can be made one
+    kept.store(x);
+    const std::chrono::duration<double> seconds = Clock::now() - start;
+    best = std::max(best, static_cast<double>(kLinks) / seconds.count());
+  }
+  return best;
 }
 
 void advise_huge_pages(void* data, int64_t bytes) {
