@@ -39,7 +39,7 @@ constexpr int64_t kBuffer = 1 << 20;
 constexpr int64_t kMostItems = 128;          // enough for every thread to have several
 constexpr int64_t kPartialBytes = 64 << 20;  // of all items' Gram matrices
 constexpr int kRowMultiple = 12;             // rows of a buffer: a multiple of every tile's
-constexpr int64_t kChunk = 512;  // numbers at a time in sums over items
+constexpr int64_t kChunk = 512;              // numbers at a time in sums over items
 constexpr int kSquares = 8;  // sums of a row's squares: four of the row, four of its differences
 
 // The pass ----------------------------------------------------------------------------------------
@@ -65,8 +65,9 @@ struct Buffer {
   Buffer(int64_t rows, int64_t columns)
       : stride(round_up(columns, kLine)),
         storage(static_cast<size_t>(rows * stride + kLine), Real(0)),
-        data(storage.data() + (kLineBytes - reinterpret_cast<uintptr_t>(storage.data()) %
-                                                kLineBytes) % kLineBytes / sizeof(Real)) {}
+        data(storage.data() +
+             (kLineBytes - reinterpret_cast<uintptr_t>(storage.data()) % kLineBytes) % kLineBytes /
+                 sizeof(Real)) {}
   Real* row(int64_t i) { return data + i * stride; }
 
  private:
@@ -144,8 +145,8 @@ void add_products(const Tile<Real, Made>& tile, const Real* a, const Real* b, in
                   double* total, int64_t ld, Ahead& ahead) {
   for (int64_t i0 = 0; i0 < height; i0 += kRowMultiple)
     for (int64_t k = std::max(first, triangular ? i0 : 0) / kQuad * kQuad; k < count; k += kQuad)
-      for (int64_t i = i0; i < std::min({i0 + kRowMultiple, height,
-                                         triangular ? k + kQuad : height});
+      for (int64_t i = i0;
+           i < std::min({i0 + kRowMultiple, height, triangular ? k + kQuad : height});
            i += tile.rows)
         tile.product(a + i * stride, b + k * stride, stride, columns, total + i * ld + k, ld,
                      ahead.next(columns * 4, a + i * stride));
@@ -198,9 +199,9 @@ void run(const Problem& p, int threads) {
   const Transform<Made> probes(p.pass.probes, stored ? kProbes : 0, r, made_kernel.probe.rows);
   const int64_t panel = kPanel * kernel.lanes, made_panel = kPanel * made_kernel.lanes,
                 most_columns = kMostVectors * kernel.lanes,
-                block = std::clamp(kBuffer / (n * static_cast<int64_t>(sizeof(Real))) /
-                                       made_panel * made_panel,
-                                   most_columns / 2, most_columns);
+                block = std::clamp(
+                    kBuffer / (n * static_cast<int64_t>(sizeof(Real))) / made_panel * made_panel,
+                    most_columns / 2, most_columns);
   // Products of a[0 .. height) with m rows.
   const int64_t m = transformed ? r : n, width = round_up(m, kRowMultiple),
                 height = stored ? kProbes : m;

@@ -220,39 +220,42 @@ TWA_INLINE void transform_body(const typename R::Real* factor, int64_t extent,
 // One panel of differences, and the sums of squares so far.
 template <class R>
 TWA_INLINE void difference_panel(const float* a, const float* b, typename R::Real* out,
-                                 bool differences, typename R::V (&of_a)[kPanel],
-                                 typename R::Double::V (&of_out)[4]) {
-  using D = typename R::Double;
+                                 typename R::V (&squares)[kPanel]) {
   for (int v = 0; v < kPanel; ++v) {
     const typename R::V x = R::from(a + v * R::kLanes);
-    of_a[v] = R::fma(x, x, of_a[v]);
+    squares[v] = R::fma(x, x, squares[v]);
     R::store(out + v * R::kLanes, b ? R::sub(x, R::from(b + v * R::kLanes)) : x);
   }
-  if constexpr (sizeof(typename R::Real) == sizeof(float))
-    for (int v = 0; v < 2 * kPanel && differences; ++v) {
-      const typename D::V y = D::from(out + v * D::kLanes);
-      of_out[v % 4] = D::fma(y, y, of_out[v % 4]);
-    }
 }
 template <class R>
 TWA_INLINE void difference_body(const float* a, const float* b, int64_t count,
                                 typename R::Real* out, bool differences, double* squares) {
+  using D = typename R::Double;
   constexpr int kStep = kPanel * R::kLanes;
   typename R::V of_a[kPanel];
-  typename R::Double::V of_out[4];
   for (int v = 0; v < kPanel; ++v) of_a[v] = R::zero();
-  for (int v = 0; v < 4; ++v) of_out[v] = R::Double::zero();
   int64_t c = 0;
   for (; c + kStep <= count; c += kStep)
-    difference_panel<R>(a + c, b ? b + c : nullptr, out + c, differences, of_a, of_out);
+    difference_panel<R>(a + c, b ? b + c : nullptr, out + c, of_a);
   if (c < count) {
     float end_a[kStep] = {}, end_b[kStep] = {};
     std::memcpy(end_a, a + c, static_cast<size_t>(count - c) * sizeof(float));
     if (b) std::memcpy(end_b, b + c, static_cast<size_t>(count - c) * sizeof(float));
-    difference_panel<R>(end_a, end_b, out + c, differences, of_a, of_out);
+    difference_panel<R>(end_a, end_b, out + c, of_a);
+    c += kStep;
   }
   R::add_sums(of_a, squares);
-  R::Double::add_sums(of_out, squares + 4);
+  if constexpr (sizeof(typename R::Real) == sizeof(float))
+    if (differences) {
+      typename D::V of_out[4];
+      for (int v = 0; v < 4; ++v) of_out[v] = D::zero();
+      for (int64_t d = 0; d < c; d += 4 * D::kLanes)
+        for (int v = 0; v < 4; ++v) {
+          const typename D::V y = D::from(out + d + v * D::kLanes);
+          of_out[v] = D::fma(y, y, of_out[v]);
+        }
+      D::add_sums(of_out, squares + 4);
+    }
 }
 
 template <class R>
@@ -339,12 +342,11 @@ Kernels<Real, Made> kernels() {
 #ifdef TWA_X86
   using Narrow = std::conditional_t<sizeof(Real) == 8, Double4, Float8>;
   using Wide = std::conditional_t<sizeof(Real) == 8, Double8, Float16>;
-  constexpr Kernels<Real, Made> avx2{
-      Narrow::kLanes,
-      {3, product_avx2<Narrow, 3>, transform_avx2<Narrow, 3, Made>},
-      {3, product_avx2<Narrow, 3>, transform_avx2<Narrow, 3, Made>},
-      difference_avx2<Narrow>,
-      finish_avx2};
+  constexpr Kernels<Real, Made> avx2{Narrow::kLanes,
+                                     {3, product_avx2<Narrow, 3>, transform_avx2<Narrow, 3, Made>},
+                                     {3, product_avx2<Narrow, 3>, transform_avx2<Narrow, 3, Made>},
+                                     difference_avx2<Narrow>,
+                                     finish_avx2};
   constexpr Kernels<Real, Made> avx512{
       Wide::kLanes,
       {4, product_avx512<Wide, 4>, transform_avx512<Wide, 4, Made>},
