@@ -26,21 +26,24 @@
 // Bytes      n * D * input read; r * D * output written. n^2 D / 2 multiply-adds for gram, n r D /
 //            2 for the transform.
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <new>
 
 #include "orthonormalize_kernels.h"
 
 namespace twa {
 namespace {
 
-// Bytes of a block's rows, at most, where that leaves rows of a useful length.
+// Bytes of a block's rows, at most, where they are transformed and that leaves half of their
+// length.
 constexpr int64_t kBuffer = 1 << 20;
 constexpr int64_t kMostItems = 128;          // enough for every thread to have several
 constexpr int64_t kPartialBytes = 64 << 20;  // of all items' Gram matrices
 constexpr int kRowMultiple = 12;             // rows of a buffer: a multiple of every tile's
-constexpr int64_t kChunk = 512;              // numbers at a time in sums over items
-constexpr int kSquares = 8;  // sums of a row's squares: four of the row, four of its differences
+constexpr int64_t kGroup = 24;  // rows of a product that stay in cache while the others go by
+constexpr int kSquares = 8;     // sums of a row's squares: four of the row, four of its differences
 
 // The pass ----------------------------------------------------------------------------------------
 
@@ -55,23 +58,30 @@ struct Problem {
   int64_t n, r;  // r: 0 without a transform
 };
 
-// Rows of Real numbers on cache lines of their own, `stride` apart: in a block more than a power of
-// two, so that rows do not share cache sets.
+// Rows of zeros on cache lines of their own, `stride` apart: in a block more than a power of two,
+// so that rows do not share cache sets. Zeros of large buffers are those of fresh pages.
 template <class Real>
-struct Buffer {
-  int64_t stride;
-  std::vector<Real> storage;
-  Real* data;
+class Buffer {
+ public:
   Buffer(int64_t rows, int64_t columns)
       : stride(round_up(columns, kLine)),
-        storage(static_cast<size_t>(rows * stride + kLine), Real(0)),
-        data(storage.data() +
-             (kLineBytes - reinterpret_cast<uintptr_t>(storage.data()) % kLineBytes) % kLineBytes /
-                 sizeof(Real)) {}
+        storage_(std::calloc(static_cast<size_t>(rows * stride + kLine), sizeof(Real))) {
+    if (!storage_) throw std::bad_alloc();
+    const auto begin = reinterpret_cast<uintptr_t>(storage_.get());
+    data = reinterpret_cast<Real*>((begin + kLineBytes - 1) / kLineBytes * kLineBytes);
+    advise_huge_pages(data, rows * stride * static_cast<int64_t>(sizeof(Real)));
+  }
   Real* row(int64_t i) { return data + i * stride; }
+
+  int64_t stride;
+  Real* data;
 
  private:
   static constexpr int64_t kLineBytes = 128, kLine = kLineBytes / sizeof(Real);
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> storage_;
 };
 
 // Buffers of one thread; fresh memory for every item would cost as much as a tenth of the pass.
@@ -137,16 +147,14 @@ struct Ahead {
 };
 
 // total[i, k] += products of rows a[i] and b[k], for k from `first` on and i < height; i <= k where
-// `triangular` (and some more of the same tile, which nobody reads). Rows a 12 at a time, which
-// stay in the first-level cache.
+// `triangular` (and some more of the same tile, which nobody reads).
 template <class Real, class Made>
 void add_products(const Tile<Real, Made>& tile, const Real* a, const Real* b, int64_t stride,
                   int64_t height, int64_t first, int64_t count, bool triangular, int64_t columns,
                   double* total, int64_t ld, Ahead& ahead) {
-  for (int64_t i0 = 0; i0 < height; i0 += kRowMultiple)
+  for (int64_t i0 = 0; i0 < height; i0 += kGroup)
     for (int64_t k = std::max(first, triangular ? i0 : 0) / kQuad * kQuad; k < count; k += kQuad)
-      for (int64_t i = i0;
-           i < std::min({i0 + kRowMultiple, height, triangular ? k + kQuad : height});
+      for (int64_t i = i0; i < std::min({i0 + kGroup, height, triangular ? k + kQuad : height});
            i += tile.rows)
         tile.product(a + i * stride, b + k * stride, stride, columns, total + i * ld + k, ld,
                      ahead.next(columns * 4, a + i * stride));
@@ -198,10 +206,10 @@ void run(const Problem& p, int threads) {
   const Transform<Real> by(p.pass.transform, r, n, kernel.tile.rows);
   const Transform<Made> probes(p.pass.probes, stored ? kProbes : 0, r, made_kernel.probe.rows);
   const int64_t panel = kPanel * kernel.lanes, made_panel = kPanel * made_kernel.lanes,
-                most_columns = kMostVectors * kernel.lanes,
-                block = std::clamp(
-                    kBuffer / (n * static_cast<int64_t>(sizeof(Real))) / made_panel * made_panel,
-                    most_columns / 2, most_columns);
+                most = kMostVectors * kernel.lanes,
+                in_cache = kBuffer / (n * static_cast<int64_t>(sizeof(Real))),
+                block = transformed ? std::clamp(in_cache / made_panel * made_panel, most / 2, most)
+                                    : most;
   // Products of a[0 .. height) with m rows.
   const int64_t m = transformed ? r : n, width = round_up(m, kRowMultiple),
                 height = stored ? kProbes : m;
@@ -210,8 +218,8 @@ void run(const Problem& p, int threads) {
   for (int64_t t = 0; t < rows_in.count; ++t) begin.push_back(total), total += rows_in.numel[t];
   const int64_t products = round_up(height, kRowMultiple) * width,
                 partial = products + kSquares * n;
-  const int64_t most = std::clamp<int64_t>(kPartialBytes / (partial * 8), 2, kMostItems);
-  const int64_t per_item = std::max(round_up((total + most - 1) / most, block), block),
+  const int64_t most_items = std::clamp<int64_t>(kPartialBytes / (partial * 8), 2, kMostItems),
+                per_item = std::max(round_up((total + most_items - 1) / most_items, block), block),
                 items = (total + per_item - 1) / per_item;
   Buffer<double> partials(std::max<int64_t>(items, 1), partial);
   const bool past_cache = total * r * 4 > 8 << 20;
@@ -283,11 +291,13 @@ void run(const Problem& p, int threads) {
 #endif
     idle.give(std::move(workspace));
   });
-  double* sums = partials.row(0);  // over items
-  parallel_for((partial + kChunk - 1) / kChunk, threads, [&](int64_t chunk) {
+  double* sums = partials.row(0);  // over items, a row at a time: of products, then of squares
+  parallel_for(height + n, threads, [&](int64_t i) {
+    const int64_t from = i < height ? i * width + (stored ? 0 : i)
+                                    : products + kSquares * (i - height),
+                  to = i < height ? (i + 1) * width : from + kSquares;
     for (int64_t item = 1; item < items; ++item)
-      for (int64_t k = chunk * kChunk; k < std::min((chunk + 1) * kChunk, partial); ++k)
-        sums[k] += partials.row(item)[k];
+      for (int64_t k = from; k < to; ++k) sums[k] += partials.row(item)[k];
   });
   const auto square = [&](int64_t i, int64_t from) {
     const double* of = sums + products + kSquares * i + from;
@@ -302,7 +312,20 @@ void run(const Problem& p, int threads) {
   }
 }
 
+template <class Real>
+int64_t multiply(int64_t turns, int threads) {
+  const Kernels<Real, Real> kernel = kernels<Real, Real>();
+  const int64_t sums = kChains * kernel.lanes;
+  Buffer<Real> out(threads, sums);
+  parallel_for(threads, threads, [&](int64_t item) { kernel.multiply(turns, out.row(item)); });
+  return threads * turns * sums;
+}
+
 }  // namespace
+
+int64_t multiply_adds(int64_t turns, bool fast, int threads) {
+  return fast ? multiply<float>(turns, threads) : multiply<double>(turns, threads);
+}
 
 Status orthonormalize_pass_cpu(const RowTable& rows, const GramSchmidtPass& pass,
                                const TensorTable& out, int threads) {

@@ -40,6 +40,8 @@ struct Kernels {
   // together += sum of a[c]^2, and for float32 `out`, if `differences`, squares[4..7] += out[c]^2.
   void (*difference)(const float* a, const float* b, int64_t count, Real* out, bool differences,
                      double* squares);
+  // Multiply-adds on 12 registers, `turns` of each: what the processor can do at most.
+  void (*multiply)(int64_t turns, Real* out);
   // Rounds `kept` to `dtype` and stores it (if `to` is not null).
   void (*finish)(float* kept, int64_t count, Dtype dtype, void* to, bool past_cache);
 };
@@ -258,6 +260,18 @@ TWA_INLINE void difference_body(const float* a, const float* b, int64_t count,
     }
 }
 
+constexpr int kChains = 12;  // independent sums: more than any core's latency times its units
+template <class R>
+TWA_INLINE void multiply_body(int64_t turns, typename R::Real* out) {
+  const typename R::Real half = 0.5;
+  const typename R::V x = R::all(&half);
+  typename R::V sum[kChains];
+  for (int k = 0; k < kChains; ++k) sum[k] = R::zero();
+  for (int64_t t = 0; t < turns; ++t)
+    for (int k = 0; k < kChains; ++k) sum[k] = R::fma(sum[k], x, x);
+  for (int k = 0; k < kChains; ++k) R::store(out + k * R::kLanes, sum[k]);
+}
+
 template <class R>
 TWA_INLINE void finish_body(float* kept, int64_t count, Dtype dtype, void* to, bool past_cache) {
   if (dtype != Dtype::f32) {
@@ -302,6 +316,10 @@ TWA_AVX512 void difference_avx512(const float* a, const float* b, int64_t count,
                                   typename R::Real* out, bool differences, double* squares) {
   difference_body<R>(a, b, count, out, differences, squares);
 }
+template <class R>
+TWA_AVX512 void multiply_avx512(int64_t turns, typename R::Real* out) {
+  multiply_body<R>(turns, out);
+}
 TWA_AVX512 inline void finish_avx512(float* kept, int64_t count, Dtype dtype, void* to,
                                      bool past_cache) {
   finish_body<Float16>(kept, count, dtype, to, past_cache);
@@ -322,6 +340,10 @@ TWA_AVX2 void difference_avx2(const float* a, const float* b, int64_t count, typ
                               bool differences, double* squares) {
   difference_body<R>(a, b, count, out, differences, squares);
 }
+template <class R>
+TWA_AVX2 void multiply_avx2(int64_t turns, typename R::Real* out) {
+  multiply_body<R>(turns, out);
+}
 TWA_AVX2 inline void finish_avx2(float* kept, int64_t count, Dtype dtype, void* to,
                                  bool past_cache) {
   finish_body<Float8>(kept, count, dtype, to, past_cache);
@@ -338,6 +360,7 @@ Kernels<Real, Made> kernels() {
       {3, product_body<Basic, 3>, transform_body<Basic, 3, Made>},
       {3, product_body<Basic, 3>, transform_body<Basic, 3, Made>},
       difference_body<Basic>,
+      multiply_body<Basic>,
       finish_body<Plain<float>>};
 #ifdef TWA_X86
   using Narrow = std::conditional_t<sizeof(Real) == 8, Double4, Float8>;
@@ -346,12 +369,14 @@ Kernels<Real, Made> kernels() {
                                      {3, product_avx2<Narrow, 3>, transform_avx2<Narrow, 3, Made>},
                                      {3, product_avx2<Narrow, 3>, transform_avx2<Narrow, 3, Made>},
                                      difference_avx2<Narrow>,
+                                     multiply_avx2<Narrow>,
                                      finish_avx2};
   constexpr Kernels<Real, Made> avx512{
       Wide::kLanes,
       {4, product_avx512<Wide, 4>, transform_avx512<Wide, 4, Made>},
       {6, product_avx512<Wide, 6>, transform_avx512<Wide, 6, Made>},
       difference_avx512<Wide>,
+      multiply_avx512<Wide>,
       finish_avx512};
   return pick(Tiers<Kernels<Real, Made>>{portable, avx2, avx512});
 #else
