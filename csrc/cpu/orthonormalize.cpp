@@ -130,16 +130,17 @@ const float* as_float(const void* data, Dtype dtype, int64_t column, int64_t cou
   return scratch;
 }
 
-// Where the next block's rows lie, for prefetches: row by row, then nothing more.
+// Where the next block's rows lie, for prefetches: row by row, twice (a core drops some), then
+// nothing more.
 struct Ahead {
   const RowTable* rows = nullptr;
-  int64_t at = 0, end = 0, column = 0, count = 0;  // entries [at, end) of the table; columns
-  int64_t bytes = 0;                               // of entry `at`, so far
+  int64_t tensor = 0, column = 0, count = 0;
+  int64_t at = 0, bytes = 0;  // of 2 n rows; of that row
   // Where a loop that will prefetch so many bytes begins.
   const void* next(int64_t many, const void* otherwise) {
-    if (at >= end) return otherwise;
-    const int64_t size = rows->dtype[at] == Dtype::f32 ? 4 : 2;
-    const void* from = static_cast<const char*>(rows->data[at]) + column * size + bytes;
+    if (!rows || at >= 2 * rows->n) return otherwise;
+    const int64_t k = tensor * rows->n + at % rows->n, size = rows->dtype[k] == Dtype::f32 ? 4 : 2;
+    const void* from = static_cast<const char*>(rows->data[k]) + column * size + bytes;
     bytes += many;
     if (bytes >= count * size) ++at, bytes = 0;
     return from;
@@ -256,8 +257,7 @@ void run(const Problem& p, int threads) {
         std::fill(rows.row(i) + std::min(done, columns), rows.row(i) + columns, Real(0));
       }
       Ahead ahead;
-      if (column + count + block <= rows_in.numel[t])
-        ahead = {&rows_in, t * n, t * n + n, column + count, block};
+      if (column + count + block <= rows_in.numel[t]) ahead = {&rows_in, t, column + count, block};
       if (!transformed) {
         if constexpr (std::is_same_v<Real, Made>)
           add_products(kernel.tile, rows.data, rows.data, rows.stride, n, lowest, n, true, columns,
