@@ -230,8 +230,9 @@ def time_table(W: Tensor) -> tuple[list[str], dict[str, float]]:
         ratios = " | ".join(
             f"{seconds[base] / s:.1f}" for base in ("torch.linalg.qr", "published loop")
         )
-        shares = [floor, *(arithmetic_seconds(n, columns, name == "ours, fast"))]
-        cells = " | ".join(f"{100 * share / s:.0f} %" for share in shares)
+        bounds = arithmetic_seconds(n, columns, name == "ours, fast") if "ours" in name else ()
+        cells = " | ".join(f"{100 * share / s:.0f} %" for share in (floor, *bounds))
+        cells += " | " * (2 - len(bounds))
         lines.append(f"| {name} | {s * 1e3:.1f} | {ratios} | {cells} |")
     lines += [
         "",

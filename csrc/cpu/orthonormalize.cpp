@@ -16,9 +16,9 @@
 //            or null pointers.
 // Work map   item = a range of columns of all tensors joined, at most kMostItems of them, fewer
 //            where n is large; its Gram matrix is its own. Inside, blocks of columns that stay in
-//            the second-level cache: (a) differences of all rows, (b) transform, 6 rows x 256 bytes
-//            at a time, (c) products, 6 x 4 rows at a time (AVX-512).
-// Sums       float64; `fast`: float32 over at most 32 columns a lane, then float64. But squares in
+//            the second-level cache: (a) differences of all rows, (b) transform, a tile of rows x
+//            4 registers at a time, (c) stores, (d) products, a tile x 4 rows at a time.
+// Sums       float64; `fast`: float32 over at most 64 columns a lane, then float64. But squares in
 //            float64: float32 differences of float32 weights are multiples of a coarse unit,
 //            residues of their squares are not symmetric, and roundings add up (2e-8 of the sum).
 //            Lanes, blocks and items in a fixed order: the same bits for any number of threads (not

@@ -14,7 +14,7 @@ import torch
 from conftest import exhaustive, has_isa, rows_of, run_python, tensors
 
 import twa_kernels as tk
-from twa_kernels import registry
+from twa_kernels import native, registry
 from twa_kernels.layout import FLOATS
 from twa_kernels.orthonormalize.gram_schmidt import (
     choose_parents,
@@ -348,6 +348,12 @@ def test_every_instruction_set(isa):
         f"import sys; sys.path[:0] = {PATHS!r}\n" + textwrap.dedent(code).replace("{isa}", isa),
         TWA_KERNELS_ISA=isa,
     )
+
+
+def test_the_bound_counts_multiply_adds():
+    """What bench/orthonormalize.py measures against: twice the lanes in float32."""
+    fast, high = (native._C.multiply_adds(10, fast, 3) for fast in (True, False))
+    assert fast == 2 * high > 0 and native._C.multiply_adds(20, True, 3) == 2 * fast
 
 
 # The basis ----------------------------------------------------------------------------------------
