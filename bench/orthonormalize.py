@@ -12,6 +12,7 @@ written.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,7 @@ from common import RESULTS, bandwidth, median_seconds, publish
 from torch import Tensor
 
 import twa_kernels as tk
+from twa_kernels import native
 
 F64 = torch.float64
 CONDITIONS = (1e1, 1e3, 1e5, 1e7)
@@ -219,32 +221,49 @@ def time_table(W: Tensor) -> tuple[list[str], dict[str, float]]:
             seconds[name] = math.nan
         print(f"{name} {seconds[name] * 1e3:.1f} ms", flush=True)
     floor = floor_seconds(n, columns)
-    rates = {d: multiply_adds(d) for d in (torch.float32, F64)}
-    arithmetic = {d: n * n * columns / rate for d, rate in rates.items()}
     lines = [
-        "| method | ms | torch.linalg.qr / it | published loop / it | floor / it |",
-        "|---|--:|--:|--:|--:|",
+        "| method | ms | torch.linalg.qr / it | published loop / it | floor / it |"
+        " arithmetic bound / it | with the certificate |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name, s in seconds.items():
         ratios = " | ".join(
             f"{seconds[base] / s:.1f}" for base in ("torch.linalg.qr", "published loop")
         )
-        lines.append(f"| {name} | {s * 1e3:.1f} | {ratios} | {100 * floor / s:.0f} % |")
+        bounds = arithmetic_seconds(n, columns, name == "ours, fast") if "ours" in name else ()
+        cells = " | ".join(f"{100 * share / s:.0f} %" for share in (floor, *bounds))
+        cells += " | " * (2 - len(bounds))
+        lines.append(f"| {name} | {s * 1e3:.1f} | {ratios} | {cells} |")
     lines += [
         "",
         "Floor: 2 reads and 1 write of n D float32 at the measured copy bandwidth of"
         f" {bandwidth()['copy']:.1f} GB/s: {floor * 1e3:.1f} ms.",
-        "Arithmetic: n^2 D multiply-adds (half for the Gram matrix, half for the triangular factor)"
-        " at the rate of PyTorch's matrix products in this run,"
-        f" {rates[torch.float32] / 1e9:.0f} and {rates[F64] / 1e9:.0f} billion a second in"
-        f" float32 and float64: {arithmetic[torch.float32] * 1e3:.1f} and"
-        f" {arithmetic[F64] * 1e3:.1f} ms.",
+        "Arithmetic bound: n^2 D multiply-adds (half for the Gram matrix, half for the triangular"
+        " factor), and 12 n D in float32 for the certificate, at the rate of multiply-adds on"
+        f" registers in this run, {registers(True) / 1e9:.0f} and {registers(False) / 1e9:.0f}"
+        " billion a second in float32 and float64; PyTorch's products of matrices:"
+        f" {products(torch.float32) / 1e9:.0f} and {products(F64) / 1e9:.0f}.",
     ]
     return lines, seconds
 
 
-def multiply_adds(dtype: torch.dtype) -> float:
-    """A second, in a product of two matrices that fit into the cache."""
+def arithmetic_seconds(n: int, columns: int, fast: bool) -> tuple[float, float]:
+    """n^2 D multiply-adds at the speed of registers; with those of the certificate."""
+    bound = n * n * columns / registers(fast)
+    return bound, bound + 12 * n * columns / registers(True)
+
+
+@functools.cache
+def registers(fast: bool) -> float:
+    """Multiply-adds a second on registers alone, in float32 (fast) or float64."""
+    turns, threads = 10**6, torch.get_num_threads()
+    made = native._C.multiply_adds(turns, fast, threads)
+    run = partial(native._C.multiply_adds, turns, fast, threads)
+    return made / median_seconds(run, seconds=0.3)
+
+
+def products(dtype: torch.dtype) -> float:
+    """Multiply-adds a second in a product of two matrices that fit into the cache."""
     a, b = torch.randn(2, 1024, 1024).to(dtype)
     return 1024**3 / median_seconds(lambda: a @ b)
 
@@ -252,8 +271,8 @@ def multiply_adds(dtype: torch.dtype) -> float:
 def scaling_table(sizes: list[tuple[int, int]]) -> list[str]:
     lines = [
         "| n x D | fast ms | high ms | fast, of the floor | high, of the floor |"
-        " torch.linalg.qr ms | qr / fast | qr / high |",
-        "|---|" + "--:|" * 7,
+        " of the arithmetic bound | torch.linalg.qr ms | qr / fast | qr / high |",
+        "|---|" + "--:|" * 8,
     ]
     for n, columns in sizes:
         W = walk(n, columns)
@@ -263,9 +282,11 @@ def scaling_table(sizes: list[tuple[int, int]]) -> list[str]:
         if n * columns <= 6.5e7:
             q = median_seconds(partial(householder, W, Q), 1, 0.1)
         floor = floor_seconds(n, columns)
+        bounds = [arithmetic_seconds(n, columns, mode)[0] for mode in (True, False)]
         lines.append(
             f"| {n} x {columns:.0e} | {f * 1e3:.1f} | {h * 1e3:.1f} | {100 * floor / f:.0f} % |"
-            f" {100 * floor / h:.0f} % | {q * 1e3:.0f} | {q / f:.1f} | {q / h:.1f} |"
+            f" {100 * floor / h:.0f} % | {100 * bounds[0] / f:.0f}, {100 * bounds[1] / h:.0f} % |"
+            f" {q * 1e3:.0f} | {q / f:.1f} | {q / h:.1f} |"
         )
         print(lines[-1], flush=True)
     return lines

@@ -197,6 +197,10 @@ void copy_bytes(const void* from, void* to, int64_t bytes, int threads);
 // of which waits a cycle for the one before. The best of a few milliseconds.
 double clock_rate();
 
+// Multiply-adds on registers alone, in float32 or float64, by the instruction set in use: what
+// bounds orthonormalize. Each thread takes `turns` turns; returns how many it made in all.
+int64_t multiply_adds(int64_t turns, bool fast, int threads);
+
 // Asks the system for huge pages under a large buffer, where it can: streaming n * D * bits / 8
 // bytes through 4 KiB pages costs a fifth of the bandwidth. Call before the buffer is written.
 void advise_huge_pages(void* data, int64_t bytes);

@@ -179,6 +179,10 @@ void bind_cpu(py::module_& m) {
   m.def("cpu_isa", &cpu_isa);
   m.def("cpu_isas", &cpu_isas);
   m.def(
+      "multiply_adds",
+      [](int64_t turns, bool fast, int threads) { return multiply_adds(turns, fast, threads); },
+      "turns"_a, "fast"_a, "threads"_a, py::call_guard<py::gil_scoped_release>());
+  m.def(
       "read_bytes",
       [](uintptr_t data, int64_t bytes, int threads, bool ahead) {
         py::gil_scoped_release release;

@@ -16,9 +16,9 @@
 //            or null pointers.
 // Work map   item = a range of columns of all tensors joined, at most kMostItems of them, fewer
 //            where n is large; its Gram matrix is its own. Inside, blocks of columns that stay in
-//            the second-level cache: (a) differences of all rows, (b) transform, 6 rows x 256 bytes
-//            at a time, (c) products, 6 x 4 rows at a time (AVX-512).
-// Sums       float64; `fast`: float32 over at most 32 columns a lane, then float64. But squares in
+//            the second-level cache: (a) differences of all rows, (b) transform, a tile of rows x
+//            4 registers at a time, (c) stores, (d) products, a tile x 4 rows at a time.
+// Sums       float64; `fast`: float32 over at most 64 columns a lane, then float64. But squares in
 //            float64: float32 differences of float32 weights are multiples of a coarse unit,
 //            residues of their squares are not symmetric, and roundings add up (2e-8 of the sum).
 //            Lanes, blocks and items in a fixed order: the same bits for any number of threads (not
@@ -26,19 +26,24 @@
 // Bytes      n * D * input read; r * D * output written. n^2 D / 2 multiply-adds for gram, n r D /
 //            2 for the transform.
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <new>
 
 #include "orthonormalize_kernels.h"
 
 namespace twa {
 namespace {
 
-// Bytes of a block's rows, at most, where that leaves rows of a useful length.
+// Bytes of a block's rows, at most, where they are transformed and that leaves half of their
+// length.
 constexpr int64_t kBuffer = 1 << 20;
 constexpr int64_t kMostItems = 128;          // enough for every thread to have several
 constexpr int64_t kPartialBytes = 64 << 20;  // of all items' Gram matrices
-constexpr int kRowMultiple = 12;             // rows of a buffer: a multiple of every tile height
+constexpr int kRowMultiple = 12;             // rows of a buffer: a multiple of every tile's
+constexpr int64_t kGroup = 24;  // rows of a product that stay in cache while the others go by
+constexpr int kSquares = 8;     // sums of a row's squares: four of the row, four of its differences
 
 // The pass ----------------------------------------------------------------------------------------
 
@@ -53,19 +58,30 @@ struct Problem {
   int64_t n, r;  // r: 0 without a transform
 };
 
-// Rows of a block in cache: Real numbers, `stride` apart, more than a power of two so that rows do
-// not share cache sets.
+// Rows of zeros on cache lines of their own, `stride` apart: in a block more than a power of two,
+// so that rows do not share cache sets. Zeros of large buffers are those of fresh pages.
 template <class Real>
-struct Buffer {
-  int64_t stride;
-  std::vector<Real> storage;
-  Real* data;
+class Buffer {
+ public:
   Buffer(int64_t rows, int64_t columns)
-      : stride(columns + kPanelBytes / static_cast<int64_t>(sizeof(Real))),
-        storage(static_cast<size_t>(rows * stride + 64), Real(0)),
-        data(storage.data() +
-             (64 - reinterpret_cast<uintptr_t>(storage.data()) % 64) % 64 / sizeof(Real)) {}
+      : stride(round_up(columns, kLine)),
+        storage_(std::calloc(static_cast<size_t>(rows * stride + kLine), sizeof(Real))) {
+    if (!storage_) throw std::bad_alloc();
+    const auto begin = reinterpret_cast<uintptr_t>(storage_.get());
+    data = reinterpret_cast<Real*>((begin + kLineBytes - 1) / kLineBytes * kLineBytes);
+    advise_huge_pages(data, rows * stride * static_cast<int64_t>(sizeof(Real)));
+  }
   Real* row(int64_t i) { return data + i * stride; }
+
+  int64_t stride;
+  Real* data;
+
+ private:
+  static constexpr int64_t kLineBytes = 128, kLine = kLineBytes / sizeof(Real);
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> storage_;
 };
 
 // Buffers of one thread; fresh memory for every item would cost as much as a tenth of the pass.
@@ -74,12 +90,10 @@ struct Workspace {
   Buffer<Real> rows;
   Buffer<Made> made;
   std::vector<float> scratch;
-  std::vector<Real> strip;
-  Workspace(int64_t n, int64_t made_rows, int64_t block)
-      : rows(round_up(n, kRowMultiple), block),
-        made(made_rows, made_rows ? block : 0),
-        scratch(static_cast<size_t>(2 * block)),
-        strip(static_cast<size_t>(made_rows ? kTransformRows * block : 0)) {}
+  Workspace(int64_t n, int64_t made_rows, int64_t block, int64_t panel)
+      : rows(round_up(n, kRowMultiple), block + panel),
+        made(made_rows, made_rows ? block + panel : 0),
+        scratch(static_cast<size_t>(2 * block)) {}
 };
 template <class T>
 class Idle {
@@ -106,13 +120,6 @@ class Idle {
   std::vector<std::unique_ptr<T>> items_;
 };
 
-template <class Real>
-int64_t block_columns(int64_t n) {
-  constexpr int64_t size = sizeof(Real), panel = kPanelBytes / size;
-  return std::clamp(kBuffer / (n * size) / panel * panel, kMostColumns / 2 / size,
-                    kMostColumns / size);
-}
-
 // A row from `column` on as float32: in place, or converted into scratch.
 const float* as_float(const void* data, Dtype dtype, int64_t column, int64_t count,
                       float* scratch) {
@@ -123,101 +130,118 @@ const float* as_float(const void* data, Dtype dtype, int64_t column, int64_t cou
   return scratch;
 }
 
-// Where the next block's rows lie, for prefetches: row by row, then nothing more.
+// Where the next block's rows lie, for prefetches: row by row, twice (a core drops some), then
+// nothing more.
 struct Ahead {
   const RowTable* rows = nullptr;
-  int64_t at = 0, end = 0, column = 0;  // entries [at, end) of the table
-  const void* next(const void* otherwise) {
-    if (at >= end) return otherwise;
-    const int64_t k = at++;
-    return static_cast<const char*>(rows->data[k]) +
-           column * (rows->dtype[k] == Dtype::f32 ? 4 : 2);
+  int64_t tensor = 0, column = 0, count = 0;
+  int64_t at = 0, bytes = 0;  // of 2 n rows; of that row
+  // Where a loop that will prefetch so many bytes begins.
+  const void* next(int64_t many, const void* otherwise) {
+    if (!rows || at >= 2 * rows->n) return otherwise;
+    const int64_t k = tensor * rows->n + at % rows->n, size = rows->dtype[k] == Dtype::f32 ? 4 : 2;
+    const void* from = static_cast<const char*>(rows->data[k]) + column * size + bytes;
+    bytes += many;
+    if (bytes >= count * size) ++at, bytes = 0;
+    return from;
   }
 };
 
-// 12 rows a at a time, which stay in the first-level cache: total[i, k] += products of rows a[i], i
-// in [first, count), and b[k], k <= i where `triangular` (and some more of the same tile, which
-// nobody reads), else k < width.
-template <class Real>
-void add_products(const Kernels<Real>& kernel, const Real* a, const Real* b, int64_t stride,
-                  int64_t first, int64_t count, int64_t width, bool triangular, int64_t columns,
+// total[i, k] += products of rows a[i] and b[k], for k from `first` on and i < height; i <= k where
+// `triangular` (and some more of the same tile, which nobody reads).
+template <class Real, class Made>
+void add_products(const Tile<Real, Made>& tile, const Real* a, const Real* b, int64_t stride,
+                  int64_t height, int64_t first, int64_t count, bool triangular, int64_t columns,
                   double* total, int64_t ld, Ahead& ahead) {
-  for (int64_t i0 = first / kRowMultiple * kRowMultiple; i0 < count; i0 += kRowMultiple) {
-    const int64_t i1 = std::min(i0 + kRowMultiple, count);
-    for (int64_t k = 0; k < (triangular ? i1 : width); k += kernel.rows_b)
-      for (int64_t i = i0; i < i1; i += kernel.rows_a)
-        if (!triangular || k < i + kernel.rows_a)
-          kernel.product(a + i * stride, b + k * stride, stride, columns, total + i * ld + k, ld,
-                         ahead.next(a + i * stride));
-  }
+  for (int64_t i0 = 0; i0 < height; i0 += kGroup)
+    for (int64_t k = std::max(first, triangular ? i0 : 0) / kQuad * kQuad; k < count; k += kQuad)
+      for (int64_t i = i0; i < std::min({i0 + kGroup, height, triangular ? k + kQuad : height});
+           i += tile.rows)
+        tile.product(a + i * stride, b + k * stride, stride, columns, total + i * ld + k, ld,
+                     ahead.next(columns * 4, a + i * stride));
 }
 
-// The transform in tiles of 6 rows: (extent, 6) numbers each, so that they are read in order.
+// The transform in tiles of `height` rows: (extent, height) numbers each, read in order.
 template <class Real>
 struct Transform {
-  struct Tile {
+  struct Part {
     int64_t begin, extent;
   };
-  std::vector<Tile> tiles;
+  int64_t height;
+  std::vector<Part> parts;
   std::vector<Real> values;
-  Transform(const double* transform, int64_t r, int64_t n) {
-    for (int64_t j0 = 0; j0 < r; j0 += kTransformRows) {
+  Transform(const double* transform, int64_t r, int64_t n, int64_t height) : height(height) {
+    for (int64_t j0 = 0; j0 < r; j0 += height) {
       int64_t extent = 0;
-      for (int64_t j = j0; j < std::min(j0 + kTransformRows, r); ++j)
+      for (int64_t j = j0; j < std::min(j0 + height, r); ++j)
         for (int64_t k = 0; k < n; ++k)
           if (transform[j * n + k] != 0.0) extent = std::max(extent, k + 1);
-      tiles.push_back({static_cast<int64_t>(values.size()), extent});
+      parts.push_back({static_cast<int64_t>(values.size()), extent});
       for (int64_t k = 0; k < extent; ++k)
-        for (int64_t j = j0; j < j0 + kTransformRows; ++j)
+        for (int64_t j = j0; j < j0 + height; ++j)
           values.push_back(j < r ? static_cast<Real>(transform[j * n + k]) : Real(0));
     }
+  }
+  // out = transform * rows, a panel at a time, whose rows stay in the first-level cache.
+  template <class Made>
+  void apply(const Tile<Real, Made>& tile, const Real* rows, int64_t stride, int64_t columns,
+             int64_t panel, Made* out, int64_t out_stride, Ahead& ahead) const {
+    for (int64_t c = 0; c < columns; c += panel)
+      for (size_t k = 0; k < parts.size(); ++k)
+        tile.transform(values.data() + parts[k].begin, parts[k].extent, rows + c, stride,
+                       out + static_cast<int64_t>(k) * height * out_stride + c, out_stride,
+                       ahead.next(parts[k].extent * 64, rows + c));
   }
 };
 
 // Real: differences and the transform; Made: what the transform makes, whose products are summed
 // (float32 for stored results).
 template <class Real, class Made>
-void run(const Problem& p, const Transform<Real>* transform, const Transform<Made>* probes,
-         int threads) {
+void run(const Problem& p, int threads) {
   const RowTable& rows_in = p.rows;
-  const int64_t lowest = p.pass.first;
+  const int64_t lowest = p.pass.first, n = p.n, r = p.r;
+  const bool transformed = p.pass.transform, stored = p.out.count;
   double *gram = p.pass.gram, *norms = p.pass.norms;
-  const Kernels<Real> kernel = kernels<Real>();
-  const Kernels<Made> made_kernel = kernels<Made>();
-  constexpr int64_t kPanel = kPanelBytes / static_cast<int64_t>(sizeof(Real)),
-                    kMadePanel = kPanelBytes / static_cast<int64_t>(sizeof(Made));
-  const int64_t n = p.n, r = p.r, block = block_columns<Real>(n);
-  const int64_t m = transform ? r : n, height = round_up(m, kRowMultiple),
-                width = probes ? kProbeRows : height;
+  const Kernels<Real, Made> kernel = kernels<Real, Made>();
+  const Kernels<Made, Made> made_kernel = kernels<Made, Made>();
+  const Transform<Real> by(p.pass.transform, r, n, kernel.tile.rows);
+  const Transform<Made> probes(p.pass.probes, stored ? kProbes : 0, r, made_kernel.probe.rows);
+  const int64_t panel = kPanel * kernel.lanes, made_panel = kPanel * made_kernel.lanes,
+                most = kMostVectors * kernel.lanes,
+                in_cache = kBuffer / (n * static_cast<int64_t>(sizeof(Real))),
+                block = transformed ? std::clamp(in_cache / made_panel * made_panel, most / 2, most)
+                                    : most;
+  // Products of a[0 .. height) with m rows.
+  const int64_t m = transformed ? r : n, width = round_up(m, kRowMultiple),
+                height = stored ? kProbes : m;
   int64_t total = 0;
   std::vector<int64_t> begin;  // first column of each tensor, all joined
   for (int64_t t = 0; t < rows_in.count; ++t) begin.push_back(total), total += rows_in.numel[t];
-  const int64_t partial = height * width + round_up(2 * n, 8);
-  const int64_t most = std::clamp<int64_t>(kPartialBytes / (partial * 8), 2, kMostItems);
-  const int64_t per_item = std::max(round_up((total + most - 1) / most, block), block),
+  const int64_t products = round_up(height, kRowMultiple) * width,
+                partial = products + kSquares * n;
+  const int64_t most_items = std::clamp<int64_t>(kPartialBytes / (partial * 8), 2, kMostItems),
+                per_item = std::max(round_up((total + most_items - 1) / most_items, block), block),
                 items = (total + per_item - 1) / per_item;
-  const std::unique_ptr<double[]> partials(new double[static_cast<size_t>(items * partial)]);
+  Buffer<double> partials(std::max<int64_t>(items, 1), partial);
   const bool past_cache = total * r * 4 > 8 << 20;
 
   Idle<Workspace<Real, Made>> idle;
   parallel_for(items, threads, [&](int64_t item) {
-    double *sums = partials.get() + item * partial, *squares = sums + height * width;
-    std::fill(sums, sums + partial, 0.0);
+    double *sums = partials.row(item), *squares = sums + products;
     auto workspace = idle.take([&] {
       return std::make_unique<Workspace<Real, Made>>(
-          n, transform ? height + (probes ? kRowMultiple : 0) : 0, block);
+          n, transformed ? width + (stored ? kProbes : 0) : 0, block, made_panel);
     });
     Buffer<Real>& rows = workspace->rows;
     Buffer<Made>& made = workspace->made;
     std::vector<float>& scratch = workspace->scratch;
-    std::vector<Real>& strip = workspace->strip;
     const int64_t end = std::min(total, (item + 1) * per_item);
     int64_t t = std::upper_bound(begin.begin(), begin.end(), item * per_item) - begin.begin() - 1;
     for (int64_t at = item * per_item; at < end;) {
       while (at >= begin[t] + rows_in.numel[t]) ++t;  // past empty tensors, too
       const int64_t column = at - begin[t],
                     count = std::min({block, end - at, rows_in.numel[t] - column}),
-                    padded = round_up(count, kPanel);
+                    columns = round_up(count, made_panel);
       for (int64_t i = 0; i < n; ++i) {
         const auto row = [&](int64_t k, float* to) {
           return as_float(rows_in.data[t * n + k], rows_in.dtype[t * n + k], column, count, to);
@@ -228,46 +252,37 @@ void run(const Problem& p, const Transform<Real>* transform, const Transform<Mad
                          : rows_in.center ? as_float(rows_in.center[t], rows_in.center_dtype[t],
                                                      column, count, scratch.data() + block)
                                           : nullptr;
-        kernel.difference(a, b, count, rows.row(i), !transform, squares + 2 * i);
-        std::fill(rows.row(i) + count, rows.row(i) + padded, Real(0));
+        kernel.difference(a, b, count, rows.row(i), !transformed, squares + kSquares * i);
+        const int64_t done = round_up(count, panel);
+        std::fill(rows.row(i) + std::min(done, columns), rows.row(i) + columns, Real(0));
       }
       Ahead ahead;
-      if (column + count + block <= rows_in.numel[t])
-        ahead = {&rows_in, t * n, t * n + n, column + count};
-      if (!transform) {
-        add_products(kernel, rows.data, rows.data, rows.stride, lowest, n, n, true, padded, sums,
-                     width, ahead);
-      } else {
-        for (size_t tile = 0; tile < transform->tiles.size(); ++tile) {
-          const auto [from, extent] = transform->tiles[tile];
-          const int64_t j0 = static_cast<int64_t>(tile) * kTransformRows;
-          // Straight to its place where nothing has to be rounded on the way.
-          Real* to = strip.data();
-          int64_t stride = block;
-          if constexpr (std::is_same_v<Real, Made>) to = made.row(j0), stride = made.stride;
-          for (int64_t c = 0; c < padded; c += kPanel)
-            kernel.transform(transform->values.data() + from, extent, rows.data + c, rows.stride,
-                             to + c, stride, ahead.next(rows.data));
-          if constexpr (std::is_same_v<Made, float>)
-            for (int64_t j = j0; j < std::min(j0 + kTransformRows, r) && p.out.count; ++j) {
-              const Dtype dtype = p.out.dtype[t * r + j];
-              char* out = j >= lowest ? static_cast<char*>(p.out.data[t * r + j]) : nullptr;
-              if (out) out += column * (dtype == Dtype::f32 ? 4 : 2);
-              kernel.finish(to + (j - j0) * stride, count, dtype, out, made.row(j), past_cache);
-              std::fill(made.row(j) + count, made.row(j) + round_up(count, kMadePanel), 0.0f);
-            }
-        }
-        const int64_t columns = round_up(count, kMadePanel);
-        if (probes) {
-          for (int64_t c = 0; c < columns; c += kMadePanel)
-            made_kernel.transform(probes->values.data(), probes->tiles[0].extent, made.data + c,
-                                  made.stride, made.row(height) + c, made.stride, made.data);
-          add_products(made_kernel, made.data, made.row(height), made.stride, 0, r, kProbeRows,
-                       false, columns, sums, width, ahead);
-        } else {
-          add_products(made_kernel, made.data, made.data, made.stride, lowest, r, r, true, columns,
+      if (column + count + block <= rows_in.numel[t]) ahead = {&rows_in, t, column + count, block};
+      if (!transformed) {
+        if constexpr (std::is_same_v<Real, Made>)
+          add_products(kernel.tile, rows.data, rows.data, rows.stride, n, lowest, n, true, columns,
                        sums, width, ahead);
+        at += count;
+        continue;
+      }
+      by.apply(kernel.tile, rows.data, rows.stride, columns, panel, made.data, made.stride, ahead);
+      if (!stored) {
+        add_products(made_kernel.tile, made.data, made.data, made.stride, r, lowest, r, true,
+                     columns, sums, width, ahead);
+        at += count;
+        continue;
+      }
+      if constexpr (std::is_same_v<Made, float>) {
+        for (int64_t j = 0; j < r; ++j) {
+          const Dtype dtype = p.out.dtype[t * r + j];
+          char* out = j >= lowest ? static_cast<char*>(p.out.data[t * r + j]) : nullptr;
+          if (out) out += column * (dtype == Dtype::f32 ? 4 : 2);
+          kernel.finish(made.row(j), count, dtype, out, past_cache);
         }
+        probes.apply(made_kernel.probe, made.data, made.stride, columns, made_panel,
+                     made.row(width), made.stride, ahead);
+        add_products(made_kernel.probe, made.row(width), made.data, made.stride, kProbes, 0, r,
+                     false, columns, sums, width, ahead);
       }
       at += count;
     }
@@ -276,25 +291,41 @@ void run(const Problem& p, const Transform<Real>* transform, const Transform<Mad
 #endif
     idle.give(std::move(workspace));
   });
-  const auto sum_over_items = [&](int64_t from, int64_t count, double* to) {
-    std::fill(to, to + count, 0.0);
-    for (int64_t item = 0; item < items; ++item)
-      for (int64_t k = 0; k < count; ++k) to[k] += partials[item * partial + from + k];
-  };
-  std::vector<double> squares(static_cast<size_t>(2 * n));
-  sum_over_items(height * width, 2 * n, squares.data());
-  for (int64_t i = 0; i < n; ++i) norms[i] = squares[2 * i];
-  const int64_t columns = probes ? kProbes : m;
-  std::fill(gram, gram + m * columns, 0.0);
-  parallel_for(m, threads, [&](int64_t i) {
-    if (probes || i >= lowest)
-      sum_over_items(i * width, probes ? kProbes : i + 1, gram + i * columns);
-    if (std::is_same_v<Real, float> && !transform && i >= lowest)
-      gram[i * columns + i] = squares[2 * i + 1];
+  double* sums = partials.row(0);  // over items, a row at a time: of products, then of squares
+  parallel_for(height + n, threads, [&](int64_t i) {
+    const int64_t from = i < height ? i * width + (stored ? 0 : i)
+                                    : products + kSquares * (i - height),
+                  to = i < height ? (i + 1) * width : from + kSquares;
+    for (int64_t item = 1; item < items; ++item)
+      for (int64_t k = from; k < to; ++k) sums[k] += partials.row(item)[k];
   });
+  const auto square = [&](int64_t i, int64_t from) {
+    const double* of = sums + products + kSquares * i + from;
+    return (of[0] + of[1]) + (of[2] + of[3]);
+  };
+  for (int64_t i = 0; i < n; ++i) norms[i] = square(i, 0);
+  const int64_t ld = stored ? kProbes : m;
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t k = 0; k < ld; ++k)
+      gram[i * ld + k] = stored || (i >= lowest && k <= i) ? sums[k * width + i] : 0.0;
+    if (std::is_same_v<Real, float> && !transformed && i >= lowest) gram[i * ld + i] = square(i, 4);
+  }
+}
+
+template <class Real>
+int64_t multiply(int64_t turns, int threads) {
+  const Kernels<Real, Real> kernel = kernels<Real, Real>();
+  const int64_t sums = kChains * kernel.lanes;
+  Buffer<Real> out(threads, sums);
+  parallel_for(threads, threads, [&](int64_t item) { kernel.multiply(turns, out.row(item)); });
+  return threads * turns * sums;
 }
 
 }  // namespace
+
+int64_t multiply_adds(int64_t turns, bool fast, int threads) {
+  return fast ? multiply<float>(turns, threads) : multiply<double>(turns, threads);
+}
 
 Status orthonormalize_pass_cpu(const RowTable& rows, const GramSchmidtPass& pass,
                                const TensorTable& out, int threads) {
@@ -306,26 +337,12 @@ Status orthonormalize_pass_cpu(const RowTable& rows, const GramSchmidtPass& pass
     if (pass.parent[i] < -1 || pass.parent[i] >= i) return Status::bad_argument;
   if (total_tiles(rows.numel, rows.count) < 0) return Status::bad_argument;
   const Problem p{rows, out, pass, n, r};
-  if (!pass.transform) {
-    if (pass.fast)
-      run<float, float>(p, nullptr, nullptr, threads);
-    else
-      run<double, double>(p, nullptr, nullptr, threads);
-    return Status::ok;
-  }
-  if (!out.count) {
-    const Transform<double> by(pass.transform, r, n);
-    run<double, double>(p, &by, nullptr, threads);
-    return Status::ok;
-  }
-  const Transform<float> combined(pass.probes, kProbes, r);
-  if (pass.fast) {
-    const Transform<float> by(pass.transform, r, n);
-    run<float, float>(p, &by, &combined, threads);
-  } else {
-    const Transform<double> by(pass.transform, r, n);
-    run<double, float>(p, &by, &combined, threads);
-  }
+  if (pass.fast && (!pass.transform || out.count))
+    run<float, float>(p, threads);
+  else if (out.count)
+    run<double, float>(p, threads);
+  else
+    run<double, double>(p, threads);
   return Status::ok;
 }
 

@@ -1,133 +1,104 @@
 // The innermost loops of orthonormalize_pass on a CPU (orthonormalize.cpp): products of rows, the
-// transform, differences, rounding and storing; portable, AVX2 and AVX-512, in float64 and float32.
+// transform, differences, storing. Each loop is written once, over a register of one instruction
+// set: portable, AVX2 and AVX-512, in float64 and float32.
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "common.h"
 
 namespace twa {
 namespace {
 
-constexpr int kPanelBytes = 256;  // of a row in the transform: 4 AVX-512 registers
-// Bytes of a row of a block: 12 rows and 4 stay in the first-level cache.
-constexpr int64_t kMostColumns = 2048;
-constexpr int kTransformRows = 6, kProbeRows = 8;
+// Registers of a row in the transform, rows on the other side of a product, registers of a row of a
+// block at most (float32 sums go over as many columns a lane).
+constexpr int kPanel = 4, kQuad = 4, kMostVectors = 64;
 
-// The innermost loops for one instruction set. Strides in elements.
-template <class Real>
-struct Kernels {
-  int rows_a, rows_b;  // of a product tile
-  // total[a * ld + b] += sum over columns of a_row * b_row, `columns` a multiple of a panel.
-  // Prefetches `columns` float32 numbers from `next` on: rows of the next block, a line at a time
-  // between products. In the loop over differences they would come in a burst, which stalls a core.
+// A tile: `rows` rows that stay in registers beside those of the other operand. Strides in
+// elements. Both loops prefetch from `next` on, a line at a time between products (rows of the next
+// block; in the loop over differences they would come in a burst, which stalls a core).
+template <class Real, class Made>
+struct Tile {
+  int rows;
+  // total[i * ld + k] += sum over columns of a row i * b row k, for 4 rows k; `columns` a multiple
+  // of a panel. Prefetches `columns` float32 numbers.
   void (*product)(const Real* a, const Real* b, int64_t stride, int64_t columns, double* total,
                   int64_t ld, const void* next);
-  // out (6 rows x one panel) = transform tile (extent, 6) * rows; prefetches from `next` on, too
-  void (*transform)(const Real* tile, int64_t extent, const Real* rows, int64_t stride, Real* out,
+  // out (rows x one panel) = factor (extent, rows) * x. Prefetches `extent` lines.
+  void (*transform)(const Real* factor, int64_t extent, const Real* x, int64_t stride, Made* out,
                     int64_t out_stride, const void* next);
-  // out[c] = a[c] - b[c] (b null: a[c]); squares[0] += sum of a[c]^2, and for float32 `out`, if
-  // `differences`, squares[1] += sum of out[c]^2
-  void (*difference)(const float* a, const float* b, int64_t count, Real* out, bool differences,
-                     double* squares);
-  // rounds to `dtype`, stores (if `to` is not null) and keeps the rounded numbers as float32;
-  // `kept` may be `from`
-  void (*finish)(const Real* from, int64_t count, Dtype dtype, void* to, float* kept,
-                 bool past_cache);
 };
 
-// Portable bodies ---------------------------------------------------------------------------------
+// The loops for one instruction set.
+template <class Real, class Made>
+struct Kernels {
+  int lanes;  // of a register of Real
+  Tile<Real, Made> tile;
+  Tile<Real, Made> probe;  // whose rows divide the 6 probes
+  // out[c] = a[c] - b[c] (b null: a[c]), zero up to the end of the panel. The four squares[0..3]
+  // together += sum of a[c]^2, and for float32 `out`, if `differences`, squares[4..7] += out[c]^2.
+  void (*difference)(const float* a, const float* b, int64_t count, Real* out, bool differences,
+                     double* squares);
+  // Multiply-adds on 12 registers, `turns` of each: what the processor can do at most.
+  void (*multiply)(int64_t turns, Real* out);
+  // Rounds `kept` to `dtype` and stores it (if `to` is not null).
+  void (*finish)(float* kept, int64_t count, Dtype dtype, void* to, bool past_cache);
+};
 
-template <class Real>
-void product_portable(const Real* a, const Real* b, int64_t stride, int64_t columns, double* total,
-                      int64_t ld, const void*) {
-  constexpr int kLanes = 8;
-  for (int i = 0; i < 2; ++i)
-    for (int k = 0; k < 2; ++k) {
-      const Real* __restrict__ x = a + i * stride, * __restrict__ y = b + k * stride;
-      Real lanes[kLanes] = {};
-      for (int64_t c = 0; c < columns; c += kLanes)
-        for (int j = 0; j < kLanes; ++j) lanes[j] += x[c + j] * y[c + j];
-      double sum = 0.0;
-      for (int j = 0; j < kLanes; ++j) sum += static_cast<double>(lanes[j]);
-      total[i * ld + k] += sum;
-    }
-}
+// Registers of float64 and float32, and what is done with them -----------------------------------
+//
+// from     load of as many float32 numbers
+// add_sums total[0..3] += the sums of four registers
 
-template <class Real>
-void transform_portable(const Real* tile, int64_t extent, const Real* rows, int64_t stride,
-                        Real* out, int64_t out_stride, const void*) {
-  constexpr int kColumns = kPanelBytes / sizeof(Real);
-  for (int j = 0; j < kTransformRows; ++j) {
-    Real sum[kColumns] = {};
-    for (int64_t k = 0; k < extent; ++k)
-      for (int c = 0; c < kColumns; ++c)
-        sum[c] += tile[k * kTransformRows + j] * rows[k * stride + c];
-    for (int c = 0; c < kColumns; ++c) out[j * out_stride + c] = sum[c];
+// Vectors of 16 bytes by the compiler's extension.
+template <class Number>
+struct Plain {
+  using Real = Number;
+  using Double = Plain<double>;
+  static constexpr int kLanes = 16 / sizeof(Real);
+  typedef Real V __attribute__((vector_size(16)));
+  static TWA_INLINE V zero() { return V{}; }
+  static TWA_INLINE V load(const Real* p) {
+    V v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
   }
-}
-
-template <class Real>
-TWA_INLINE void difference_body(const float* __restrict__ a, const float* __restrict__ b,
-                                int64_t count, Real* __restrict__ out, bool differences,
-                                double* __restrict__ squares) {
-  constexpr int kLanes = 16;
-  double of_a[kLanes] = {}, of_out[kLanes] = {};
-  for (int64_t c0 = 0; c0 < count; c0 += kLanes) {
-    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, count - c0));
-    for (int j = 0; j < lanes; ++j) {
-      const int64_t c = c0 + j;
-      out[c] = b ? static_cast<Real>(a[c]) - static_cast<Real>(b[c]) : static_cast<Real>(a[c]);
-      of_a[j] += static_cast<double>(a[c]) * static_cast<double>(a[c]);
-      if (differences) of_out[j] += static_cast<double>(out[c]) * static_cast<double>(out[c]);
-    }
+  static TWA_INLINE V from(const float* p) {
+    V v;
+    for (int j = 0; j < kLanes; ++j) v[j] = p[j];
+    return v;
   }
-  for (int h = kLanes / 2; h; h /= 2)
-    for (int j = 0; j < h; ++j) of_a[j] += of_a[j + h], of_out[j] += of_out[j + h];
-  squares[0] += of_a[0];
-  squares[1] += of_out[0];
-}
-
-template <class Real>
-TWA_INLINE void finish_body(const Real* from, int64_t count, Dtype dtype, void* to, float* kept) {
-  if (static_cast<const void*>(from) != kept)
-    for (int64_t c = 0; c < count; ++c) kept[c] = static_cast<float>(from[c]);
-  if (dtype != Dtype::f32) {
-    auto* half = static_cast<uint16_t*>(to);
-    for (int64_t c = 0; c < count; ++c) {
-      const uint16_t h = dtype == Dtype::bf16 ? float_to_bf16(kept[c]) : float_to_f16(kept[c]);
-      if (half) half[c] = h;
-      kept[c] = dtype == Dtype::bf16 ? bf16_to_float(h) : f16_to_float(h);
-    }
-  } else if (to) {
-    std::memcpy(to, kept, static_cast<size_t>(count) * sizeof(float));
+  static TWA_INLINE V all(const Real* p) { return V{} + *p; }
+  static TWA_INLINE V fma(V a, V b, V c) { return a * b + c; }
+  static TWA_INLINE V sub(V a, V b) { return a - b; }
+  template <class Made>
+  static TWA_INLINE void store(Made* p, V v) {
+    for (int j = 0; j < kLanes; ++j) p[j] = static_cast<Made>(v[j]);
   }
-}
-
-template <class Real>
-void difference_portable(const float* a, const float* b, int64_t count, Real* out, bool differences,
-                         double* squares) {
-  difference_body(a, b, count, out, differences, squares);
-}
-template <class Real>
-void finish_portable(const Real* from, int64_t count, Dtype dtype, void* to, float* kept, bool) {
-  finish_body(from, count, dtype, to, kept);
-}
+  static TWA_INLINE void stream(float* p, V v) { store(p, v); }
+  static TWA_INLINE void prefetch(const void*) {}
+  static TWA_INLINE void add_sums(const V (&v)[4], double* total) {
+    for (int k = 0; k < 4; ++k)
+      for (int j = 0; j < kLanes; ++j) total[k] += static_cast<double>(v[k][j]);
+  }
+};
 
 #ifdef TWA_X86
-// AVX2 and AVX-512: the same loops on registers. A register of float64 or float32 and what is done
-// with it:
 struct Double8 {
   using Real = double;
   using V = __m512d;
+  using Double = Double8;
   static constexpr int kLanes = 8;
   TWA_AVX512 static V zero() { return _mm512_setzero_pd(); }
   TWA_AVX512 static V load(const double* p) { return _mm512_loadu_pd(p); }
+  TWA_AVX512 static V from(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
   TWA_AVX512 static V all(const double* p) { return _mm512_set1_pd(*p); }
   TWA_AVX512 static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
+  TWA_AVX512 static V sub(V a, V b) { return _mm512_sub_pd(a, b); }
   TWA_AVX512 static void store(double* p, V v) { _mm512_storeu_pd(p, v); }
+  TWA_AVX512 static void store(float* p, V v) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
   TWA_AVX512 static void prefetch(const void* p) { asm volatile("prefetcht1 (%0)" ::"r"(p)); }
-  // total[0..3] += the sums of four registers
   TWA_AVX512 static void add_sums(const V (&v)[4], double* total) {
     const V low = _mm512_add_pd(_mm512_unpacklo_pd(v[0], v[1]), _mm512_unpackhi_pd(v[0], v[1]));
     const V high = _mm512_add_pd(_mm512_unpacklo_pd(v[2], v[3]), _mm512_unpackhi_pd(v[2], v[3]));
@@ -141,12 +112,16 @@ struct Double8 {
 struct Float16 {
   using Real = float;
   using V = __m512;
+  using Double = Double8;
   static constexpr int kLanes = 16;
   TWA_AVX512 static V zero() { return _mm512_setzero_ps(); }
   TWA_AVX512 static V load(const float* p) { return _mm512_loadu_ps(p); }
+  TWA_AVX512 static V from(const float* p) { return load(p); }
   TWA_AVX512 static V all(const float* p) { return _mm512_set1_ps(*p); }
   TWA_AVX512 static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  TWA_AVX512 static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
   TWA_AVX512 static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+  TWA_AVX512 static void stream(float* p, V v) { _mm512_stream_ps(p, v); }
   TWA_AVX512 static void prefetch(const void* p) { asm volatile("prefetcht1 (%0)" ::"r"(p)); }
   TWA_AVX512 static void add_sums(const V (&v)[4], double* total) {
     const V low = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
@@ -163,12 +138,16 @@ struct Float16 {
 struct Double4 {
   using Real = double;
   using V = __m256d;
+  using Double = Double4;
   static constexpr int kLanes = 4;
   TWA_AVX2 static V zero() { return _mm256_setzero_pd(); }
   TWA_AVX2 static V load(const double* p) { return _mm256_loadu_pd(p); }
+  TWA_AVX2 static V from(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
   TWA_AVX2 static V all(const double* p) { return _mm256_set1_pd(*p); }
   TWA_AVX2 static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
+  TWA_AVX2 static V sub(V a, V b) { return _mm256_sub_pd(a, b); }
   TWA_AVX2 static void store(double* p, V v) { _mm256_storeu_pd(p, v); }
+  TWA_AVX2 static void store(float* p, V v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
   TWA_AVX2 static void prefetch(const void* p) { asm volatile("prefetcht1 (%0)" ::"r"(p)); }
   TWA_AVX2 static void add_sums(const V (&v)[4], double* total) {
     const V low = _mm256_hadd_pd(v[0], v[1]), high = _mm256_hadd_pd(v[2], v[3]);
@@ -180,12 +159,16 @@ struct Double4 {
 struct Float8 {
   using Real = float;
   using V = __m256;
+  using Double = Double4;
   static constexpr int kLanes = 8;
   TWA_AVX2 static V zero() { return _mm256_setzero_ps(); }
   TWA_AVX2 static V load(const float* p) { return _mm256_loadu_ps(p); }
+  TWA_AVX2 static V from(const float* p) { return load(p); }
   TWA_AVX2 static V all(const float* p) { return _mm256_set1_ps(*p); }
   TWA_AVX2 static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  TWA_AVX2 static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
   TWA_AVX2 static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+  TWA_AVX2 static void stream(float* p, V v) { _mm256_stream_ps(p, v); }
   TWA_AVX2 static void prefetch(const void* p) { asm volatile("prefetcht1 (%0)" ::"r"(p)); }
   TWA_AVX2 static void add_sums(const V (&v)[4], double* total) {
     const V sum = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
@@ -194,190 +177,207 @@ struct Float8 {
     _mm256_storeu_pd(total, _mm256_add_pd(_mm256_loadu_pd(total), all));
   }
 };
+#endif
 
-// kA x 4 accumulators; in the transform kJ rows x kV registers. AVX-512 has 32 registers: 24 of
-// them accumulate; AVX2 16: 12.
-template <class R, int kA>
+// Loops over a register R -------------------------------------------------------------------------
+
+template <class R, int kRows>
 TWA_INLINE void product_body(const typename R::Real* a, const typename R::Real* b, int64_t stride,
                              int64_t columns, double* total, int64_t ld, const void* next) {
-  constexpr int kB = 4;
-  typename R::V sum[kA][kB];
-  for (int i = 0; i < kA; ++i)
-    for (int k = 0; k < kB; ++k) sum[i][k] = R::zero();
+  typename R::V sum[kRows][kQuad];
+  for (int i = 0; i < kRows; ++i)
+    for (int k = 0; k < kQuad; ++k) sum[i][k] = R::zero();
   for (int64_t c = 0; c < columns; c += R::kLanes) {
     R::prefetch(static_cast<const float*>(next) + c);
-    typename R::V y[kB];
-    for (int k = 0; k < kB; ++k) y[k] = R::load(b + k * stride + c);
-    for (int i = 0; i < kA; ++i) {
+    typename R::V y[kQuad];
+    for (int k = 0; k < kQuad; ++k) y[k] = R::load(b + k * stride + c);
+    for (int i = 0; i < kRows; ++i) {
       const typename R::V x = R::load(a + i * stride + c);
-      for (int k = 0; k < kB; ++k) sum[i][k] = R::fma(x, y[k], sum[i][k]);
+      for (int k = 0; k < kQuad; ++k) sum[i][k] = R::fma(x, y[k], sum[i][k]);
     }
   }
-  for (int i = 0; i < kA; ++i) R::add_sums(sum[i], total + i * ld);
+  for (int i = 0; i < kRows; ++i) R::add_sums(sum[i], total + i * ld);
 }
-template <class R, int kJ, int kV>
-TWA_INLINE void transform_body(const typename R::Real* tile, int64_t extent,
-                               const typename R::Real* rows, int64_t stride, typename R::Real* out,
+
+template <class R, int kRows, class Made>
+TWA_INLINE void transform_body(const typename R::Real* factor, int64_t extent,
+                               const typename R::Real* x, int64_t stride, Made* out,
                                int64_t out_stride, const void* next) {
-  for (int j0 = 0; j0 < kTransformRows; j0 += kJ)
-    for (int v0 = 0; v0 < kPanelBytes / static_cast<int>(sizeof(typename R::V)); v0 += kV) {
-      typename R::V sum[kJ][kV];
-      for (int j = 0; j < kJ; ++j)
-        for (int v = 0; v < kV; ++v) sum[j][v] = R::zero();
-      for (int64_t k = 0; k < extent; ++k) {
-        R::prefetch(static_cast<const char*>(next) + (k * 64) % (kMostColumns / 2));
-        typename R::V x[kV];
-        for (int v = 0; v < kV; ++v) x[v] = R::load(rows + k * stride + (v0 + v) * R::kLanes);
-        for (int j = 0; j < kJ; ++j) {
-          const typename R::V t = R::all(tile + k * kTransformRows + j0 + j);
-          for (int v = 0; v < kV; ++v) sum[j][v] = R::fma(t, x[v], sum[j][v]);
+  typename R::V sum[kRows][kPanel];
+  for (int j = 0; j < kRows; ++j)
+    for (int v = 0; v < kPanel; ++v) sum[j][v] = R::zero();
+  for (int64_t k = 0; k < extent; ++k) {
+    R::prefetch(static_cast<const char*>(next) + k * 64);
+    typename R::V y[kPanel];
+    for (int v = 0; v < kPanel; ++v) y[v] = R::load(x + k * stride + v * R::kLanes);
+    for (int j = 0; j < kRows; ++j) {
+      const typename R::V t = R::all(factor + k * kRows + j);
+      for (int v = 0; v < kPanel; ++v) sum[j][v] = R::fma(t, y[v], sum[j][v]);
+    }
+  }
+  for (int j = 0; j < kRows; ++j)
+    for (int v = 0; v < kPanel; ++v) R::store(out + j * out_stride + v * R::kLanes, sum[j][v]);
+}
+
+// One panel of differences, and the sums of squares so far.
+template <class R>
+TWA_INLINE void difference_panel(const float* a, const float* b, typename R::Real* out,
+                                 typename R::V (&squares)[kPanel]) {
+  for (int v = 0; v < kPanel; ++v) {
+    const typename R::V x = R::from(a + v * R::kLanes);
+    squares[v] = R::fma(x, x, squares[v]);
+    R::store(out + v * R::kLanes, b ? R::sub(x, R::from(b + v * R::kLanes)) : x);
+  }
+}
+template <class R>
+TWA_INLINE void difference_body(const float* a, const float* b, int64_t count,
+                                typename R::Real* out, bool differences, double* squares) {
+  using D = typename R::Double;
+  constexpr int kStep = kPanel * R::kLanes;
+  typename R::V of_a[kPanel];
+  for (int v = 0; v < kPanel; ++v) of_a[v] = R::zero();
+  int64_t c = 0;
+  for (; c + kStep <= count; c += kStep)
+    difference_panel<R>(a + c, b ? b + c : nullptr, out + c, of_a);
+  if (c < count) {
+    float end_a[kStep] = {}, end_b[kStep] = {};
+    std::memcpy(end_a, a + c, static_cast<size_t>(count - c) * sizeof(float));
+    if (b) std::memcpy(end_b, b + c, static_cast<size_t>(count - c) * sizeof(float));
+    difference_panel<R>(end_a, end_b, out + c, of_a);
+    c += kStep;
+  }
+  R::add_sums(of_a, squares);
+  if constexpr (sizeof(typename R::Real) == sizeof(float))
+    if (differences) {
+      typename D::V of_out[4];
+      for (int v = 0; v < 4; ++v) of_out[v] = D::zero();
+      for (int64_t d = 0; d < c; d += 4 * D::kLanes)
+        for (int v = 0; v < 4; ++v) {
+          const typename D::V y = D::from(out + d + v * D::kLanes);
+          of_out[v] = D::fma(y, y, of_out[v]);
         }
-      }
-      for (int j = 0; j < kJ; ++j)
-        for (int v = 0; v < kV; ++v)
-          R::store(out + (j0 + j) * out_stride + (v0 + v) * R::kLanes, sum[j][v]);
+      D::add_sums(of_out, squares + 4);
     }
 }
 
+constexpr int kChains = 12;  // independent sums: more than any core's latency times its units
 template <class R>
-TWA_AVX512 void product_avx512(const typename R::Real* a, const typename R::Real* b, int64_t stride,
-                               int64_t columns, double* total, int64_t ld, const void* next) {
-  product_body<R, 6>(a, b, stride, columns, total, ld, next);
-}
-template <class R>
-TWA_AVX512 void transform_avx512(const typename R::Real* tile, int64_t extent,
-                                 const typename R::Real* rows, int64_t stride,
-                                 typename R::Real* out, int64_t out_stride, const void* next) {
-  transform_body<R, 6, 4>(tile, extent, rows, stride, out, out_stride, next);
-}
-template <class R>
-TWA_AVX2 void product_avx2(const typename R::Real* a, const typename R::Real* b, int64_t stride,
-                           int64_t columns, double* total, int64_t ld, const void* next) {
-  product_body<R, 3>(a, b, stride, columns, total, ld, next);
-}
-template <class R>
-TWA_AVX2 void transform_avx2(const typename R::Real* tile, int64_t extent,
-                             const typename R::Real* rows, int64_t stride, typename R::Real* out,
-                             int64_t out_stride, const void* next) {
-  transform_body<R, 3, 4>(tile, extent, rows, stride, out, out_stride, next);
-}
-template <class Real>
-TWA_AVX2 void difference_avx2(const float* a, const float* b, int64_t count, Real* out,
-                              bool differences, double* squares) {
-  difference_body(a, b, count, out, differences, squares);
-}
-template <class Real>
-TWA_AVX2 void finish_avx2(const Real* from, int64_t count, Dtype dtype, void* to, float* kept,
-                          bool) {
-  finish_body(from, count, dtype, to, kept);
+TWA_INLINE void multiply_body(int64_t turns, typename R::Real* out) {
+  const typename R::Real half = 0.5;
+  const typename R::V x = R::all(&half);
+  typename R::V sum[kChains];
+  for (int k = 0; k < kChains; ++k) sum[k] = R::zero();
+  for (int64_t t = 0; t < turns; ++t)
+    for (int k = 0; k < kChains; ++k) sum[k] = R::fma(sum[k], x, x);
+  for (int k = 0; k < kChains; ++k) R::store(out + k * R::kLanes, sum[k]);
 }
 
-TWA_AVX512 inline __m512d low_half(__m512 v) { return _mm512_cvtps_pd(_mm512_castps512_ps256(v)); }
-TWA_AVX512 inline __m512d high_half(__m512 v) {
-  return _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
-}
-
-// One register: the differences, and the sums of squares so far.
-struct Difference {
-  __m512 short_sum;
-  __m512d sum[2];
-  TWA_AVX512 Difference()
-      : short_sum(_mm512_setzero_ps()), sum{_mm512_setzero_pd(), _mm512_setzero_pd()} {}
-  TWA_AVX512 void add_squares(__m512 v) {
-    sum[0] = _mm512_fmadd_pd(low_half(v), low_half(v), sum[0]);
-    sum[1] = _mm512_fmadd_pd(high_half(v), high_half(v), sum[1]);
-  }
-  TWA_AVX512 void step(__m512 v, __m512 u, double* out, bool) {
-    const __m512d low = low_half(v), high = high_half(v);
-    sum[0] = _mm512_fmadd_pd(low, low, sum[0]);
-    sum[1] = _mm512_fmadd_pd(high, high, sum[1]);
-    _mm512_storeu_pd(out, _mm512_sub_pd(low, low_half(u)));
-    _mm512_storeu_pd(out + 8, _mm512_sub_pd(high, high_half(u)));
-  }
-  TWA_AVX512 void step(__m512 v, __m512 u, float* out, bool differences) {
-    const __m512 d = _mm512_sub_ps(v, u);
-    short_sum = _mm512_fmadd_ps(v, v, short_sum);
-    if (differences) add_squares(d);
-    _mm512_storeu_ps(out, d);
-  }
-  TWA_AVX512 double squares() const { return _mm512_reduce_add_pd(_mm512_add_pd(sum[0], sum[1])); }
-  TWA_AVX512 double short_squares() const {
-    return _mm512_reduce_add_pd(_mm512_add_pd(low_half(short_sum), high_half(short_sum)));
-  }
-};
-
-template <class Real>
-TWA_AVX512 void difference_avx512(const float* a, const float* b, int64_t count, Real* out,
-                                  bool differences, double* squares) {
-  Difference d;
-  const __m512 none = _mm512_setzero_ps();
-  int64_t c = 0;
-  if (b)
-    for (; c + 16 <= count; c += 16)
-      d.step(_mm512_loadu_ps(a + c), _mm512_loadu_ps(b + c), out + c, differences);
-  else
-    for (; c + 16 <= count; c += 16) d.step(_mm512_loadu_ps(a + c), none, out + c, differences);
-  if (c < count) {
-    const __mmask16 in = static_cast<__mmask16>((1u << (count - c)) - 1);
-    d.step(_mm512_maskz_loadu_ps(in, a + c), b ? _mm512_maskz_loadu_ps(in, b + c) : none, out + c,
-           differences);
-  }
-  squares[0] += sizeof(Real) == 8 ? d.squares() : d.short_squares();
-  if (sizeof(Real) == 4) squares[1] += d.squares();
-}
-
-template <class Real>
-TWA_AVX512 void finish_avx512(const Real* from, int64_t count, Dtype dtype, void* to, float* kept,
-                              bool past_cache) {
-  if (dtype != Dtype::f32 || !to || !past_cache) {
-    finish_body(from, count, dtype, to, kept);
+template <class R>
+TWA_INLINE void finish_body(float* kept, int64_t count, Dtype dtype, void* to, bool past_cache) {
+  if (dtype != Dtype::f32) {
+    auto* half = static_cast<uint16_t*>(to);
+    for (int64_t c = 0; c < count; ++c) {
+      const uint16_t h = dtype == Dtype::bf16 ? float_to_bf16(kept[c]) : float_to_f16(kept[c]);
+      if (half) half[c] = h;
+      kept[c] = dtype == Dtype::bf16 ? bf16_to_float(h) : f16_to_float(h);
+    }
     return;
   }
+  if (!to) return;
   auto* out = static_cast<float*>(to);
-  const auto as_floats = [&](int64_t c) TWA_AVX512 {
-    if constexpr (sizeof(Real) == 4)
-      return _mm512_loadu_ps(from + c);
-    else
-      return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(_mm512_loadu_pd(from + c))),
-                                _mm512_cvtpd_ps(_mm512_loadu_pd(from + c + 8)), 1);
-  };
-  const int64_t whole = reinterpret_cast<uintptr_t>(out) % 64 ? 0 : count / 16 * 16;
-  for (int64_t c = 0; c < whole; c += 16) {
-    const __m512 v = as_floats(c);
-    _mm512_storeu_ps(kept + c, v);
-    _mm512_stream_ps(out + c, v);
+  int64_t c = 0;
+  if (past_cache) {  // whole cache lines; the ends as usual
+    constexpr int kLine = 16;
+    const auto begin = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % 64 / 4);
+    for (; c < std::min((kLine - begin) % kLine, count); ++c) out[c] = kept[c];
+    for (; c + kLine <= count; c += kLine)
+      for (int v = 0; v < kLine; v += R::kLanes) R::stream(out + c + v, R::load(kept + c + v));
   }
-  if (whole == count) return;
-  finish_body(from + whole, count - whole, dtype, nullptr, kept + whole);
-  int64_t c = whole;  // unaligned: whole cache lines past the cache, the ends as usual
-  for (const int64_t head =
-           (64 - static_cast<int64_t>(reinterpret_cast<uintptr_t>(out + c) % 64)) % 64 / 4 + c;
-       c < std::min(head, count); ++c)
-    out[c] = kept[c];
-  for (; c + 16 <= count; c += 16) _mm512_stream_ps(out + c, _mm512_loadu_ps(kept + c));
-  for (; c < count; ++c) out[c] = kept[c];
+  std::memcpy(out + c, kept + c, static_cast<size_t>(count - c) * sizeof(float));
+}
+
+// The loops for each instruction set --------------------------------------------------------------
+
+// The same functions with the target that their registers need.
+#ifdef TWA_X86
+template <class R, int kRows>
+TWA_AVX512 void product_avx512(const typename R::Real* a, const typename R::Real* b, int64_t stride,
+                               int64_t columns, double* total, int64_t ld, const void* next) {
+  product_body<R, kRows>(a, b, stride, columns, total, ld, next);
+}
+template <class R, int kRows, class Made>
+TWA_AVX512 void transform_avx512(const typename R::Real* factor, int64_t extent,
+                                 const typename R::Real* x, int64_t stride, Made* out,
+                                 int64_t out_stride, const void* next) {
+  transform_body<R, kRows>(factor, extent, x, stride, out, out_stride, next);
+}
+template <class R>
+TWA_AVX512 void difference_avx512(const float* a, const float* b, int64_t count,
+                                  typename R::Real* out, bool differences, double* squares) {
+  difference_body<R>(a, b, count, out, differences, squares);
+}
+template <class R>
+TWA_AVX512 void multiply_avx512(int64_t turns, typename R::Real* out) {
+  multiply_body<R>(turns, out);
+}
+TWA_AVX512 inline void finish_avx512(float* kept, int64_t count, Dtype dtype, void* to,
+                                     bool past_cache) {
+  finish_body<Float16>(kept, count, dtype, to, past_cache);
+}
+template <class R, int kRows>
+TWA_AVX2 void product_avx2(const typename R::Real* a, const typename R::Real* b, int64_t stride,
+                           int64_t columns, double* total, int64_t ld, const void* next) {
+  product_body<R, kRows>(a, b, stride, columns, total, ld, next);
+}
+template <class R, int kRows, class Made>
+TWA_AVX2 void transform_avx2(const typename R::Real* factor, int64_t extent,
+                             const typename R::Real* x, int64_t stride, Made* out,
+                             int64_t out_stride, const void* next) {
+  transform_body<R, kRows>(factor, extent, x, stride, out, out_stride, next);
+}
+template <class R>
+TWA_AVX2 void difference_avx2(const float* a, const float* b, int64_t count, typename R::Real* out,
+                              bool differences, double* squares) {
+  difference_body<R>(a, b, count, out, differences, squares);
+}
+template <class R>
+TWA_AVX2 void multiply_avx2(int64_t turns, typename R::Real* out) {
+  multiply_body<R>(turns, out);
+}
+TWA_AVX2 inline void finish_avx2(float* kept, int64_t count, Dtype dtype, void* to,
+                                 bool past_cache) {
+  finish_body<Float8>(kept, count, dtype, to, past_cache);
 }
 #endif
 
-template <class Real>
-Kernels<Real> kernels() {
-  constexpr Kernels<Real> portable{2,
-                                   2,
-                                   product_portable<Real>,
-                                   transform_portable<Real>,
-                                   difference_portable<Real>,
-                                   finish_portable<Real>};
+// AVX2's 16 registers hold 3 x 4 sums and their operands; AVX-512's 32 6 x 4, but 4 x 4 are as
+// fast and waste less on the diagonal.
+template <class Real, class Made>
+Kernels<Real, Made> kernels() {
+  using Basic = Plain<Real>;
+  constexpr Kernels<Real, Made> portable{
+      Basic::kLanes,
+      {3, product_body<Basic, 3>, transform_body<Basic, 3, Made>},
+      {3, product_body<Basic, 3>, transform_body<Basic, 3, Made>},
+      difference_body<Basic>,
+      multiply_body<Basic>,
+      finish_body<Plain<float>>};
 #ifdef TWA_X86
-  using Wide = std::conditional_t<sizeof(Real) == 8, Double8, Float16>;
   using Narrow = std::conditional_t<sizeof(Real) == 8, Double4, Float8>;
-  constexpr Kernels<Real> avx2{
-      3, 4, product_avx2<Narrow>, transform_avx2<Narrow>, difference_avx2<Real>, finish_avx2<Real>};
-  constexpr Kernels<Real> avx512{6,
-                                 4,
-                                 product_avx512<Wide>,
-                                 transform_avx512<Wide>,
-                                 difference_avx512<Real>,
-                                 finish_avx512<Real>};
+  using Wide = std::conditional_t<sizeof(Real) == 8, Double8, Float16>;
+  constexpr Kernels<Real, Made> avx2{Narrow::kLanes,
+                                     {3, product_avx2<Narrow, 3>, transform_avx2<Narrow, 3, Made>},
+                                     {3, product_avx2<Narrow, 3>, transform_avx2<Narrow, 3, Made>},
+                                     difference_avx2<Narrow>,
+                                     multiply_avx2<Narrow>,
+                                     finish_avx2};
+  constexpr Kernels<Real, Made> avx512{
+      Wide::kLanes,
+      {4, product_avx512<Wide, 4>, transform_avx512<Wide, 4, Made>},
+      {6, product_avx512<Wide, 6>, transform_avx512<Wide, 6, Made>},
+      difference_avx512<Wide>,
+      multiply_avx512<Wide>,
+      finish_avx512};
   return isa() == Isa::avx512 ? avx512 : isa() == Isa::portable ? portable : avx2;
 #else
   return portable;

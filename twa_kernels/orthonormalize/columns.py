@@ -225,11 +225,8 @@ class Source:
                         *tensors.rows[k * tensors.n : (k + 1) * tensors.n],
                         *tensors.center[k : k + 1],
                     ]
-                    flat = [
-                        r.reshape(-1)[: runs * apart].view(runs, apart)[:, :width].reshape(-1)
-                        for r in group
-                    ]
-                    taken.append(torch.stack([f.double() for f in flat]).cpu())
+                    flat = [r.reshape(-1).as_strided((runs, width), (apart, 1)) for r in group]
+                    taken.append(torch.stack(flat).double().flatten(1).cpu())
                     left -= runs * width
             if self.streamed and left <= 0:
                 break

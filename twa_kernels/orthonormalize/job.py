@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..basis import PackedBasis
-from ..layout import FLOATS
+from ..layout import FLOATS, MAX_ROWS
 from ..operands import PROBES, PassArgs
 from ..ops.orthonormalize_pass import orthonormalize_pass
 from ..ops.pack import NotFiniteError
@@ -82,7 +82,7 @@ class Report:
     Attributes:
         accuracy: "high" or "fast".
         reads: times that all of W was read (a sample of columns for the parents not counted).
-        refined: of these, reads that only looked again.
+        refined: how often W was looked at again (a read each, and one more after two).
         certificate: estimate, by six Gaussian vectors, of the loss of orthogonality of the rounded
             Q: the Schatten 4-norm of Q Q^T - I, which is at least its 2-norm (packed: of Q in
             float32, before it is packed); None without explicit Q.
@@ -199,8 +199,9 @@ def orthonormalize(
     Duplicates, zero rows and n > D are no errors: dependent rows are in `Orthonormal.dropped`.
 
     W - center = R Q holds row by row up to `tolerance` of the row's norm, also where steps too
-    small to keep add up; up to about a hundred times that where W had to be looked at again and
-    holds rows within a hundred times `tolerance` of combinations of others.
+    small to keep add up. Where W had to be looked at twice again, one read more takes R from W (not
+    beyond 2048 rows: there rows within a hundred times `tolerance` of combinations of others may
+    miss up to about that).
 
     Error of Q against Gram-Schmidt in exact arithmetic: rounding to `dtype`, plus 2^-52 times the
     square of the condition number of the differences, at most 1e-9 (one read more makes it 2^-52
@@ -345,12 +346,25 @@ class Job:
 
     # Reads ----------------------------------------------------------------------------------------
 
-    def _gram(self, parent: Tensor, A: Tensor | None, first: int, fast: bool) -> Tensor:
-        """One read: Gram matrix of the differences, or of A times them, rows from `first` on."""
+    def _read(
+        self,
+        parent: Tensor,
+        A: Tensor | None,
+        first: int,
+        fast: bool,
+        part: Callable[[Tensor], Tensor],
+        copies: int = 1,
+    ) -> Tensor:
+        """One read, of W or of two copies of it under each other.
+
+        Gram matrix of the differences, or of A times them, rows from `first` on: of it the vector
+        that `part` takes (as few numbers as are needed), summed over ranks.
+        """
 
         def products(t: Tensors) -> tuple[Tensor, Tensor]:
+            starts = range(0, len(t.rows), t.n)
             args = PassArgs(
-                rows=t.rows,
+                rows=[r for at in starts for r in t.rows[at : at + t.n] * copies],
                 center=t.center,
                 numels=t.numels,
                 parent=parent.to(t.device),
@@ -360,33 +374,54 @@ class Job:
                 fast=fast,
                 out=[],
             )
-            return orthonormalize_pass(args, self.backend)
+            gram, norms = orthonormalize_pass(args, self.backend)
+            return part(gram), norms[: t.n]
 
         blocks = map(products, self.source)
-        gram, norms = next(blocks)  # a source without a block raises ValueError
-        for more_gram, more_norms in blocks:
-            gram, norms = gram + more_gram, norms + more_norms
-        # As few numbers as there are: the lower triangle, the norms, and the number of columns.
+        found, norms = next(blocks)  # a source without a block raises ValueError
+        for more, more_norms in blocks:
+            found, norms = found + more, norms + more_norms
+        # With the norms, and the number of columns.
         columns = norms.new_tensor([sum(s.numel() for s in self.source.shapes)])
-        vector = torch.cat([pack_lower(gram), norms, columns])
+        vector = torch.cat([found, norms, columns])
         self.reduce(vector)
         vector = vector.cpu()
-        end = -len(norms) - 1
-        gram, norms = unpack_lower(vector[:end], len(gram)), vector[end:-1]
+        found, norms = vector[: len(found)], vector[len(found) : -1]
         self.columns = int(vector[-1])
         if not self.columns:
             raise ValueError("W: expected at least one column, found none on any rank")
         self.reads += 1
-        if fast and not (norms.isfinite().all() and gram.isfinite().all()):
-            return gram  # a square overflows float32: factorise() looks again
+        if fast and not (norms.isfinite().all() and found.isfinite().all()):
+            return found  # a square overflows float32: factorise() looks again
         self._check_norms(norms, fast)
-        if not gram.isfinite().all():
+        if not found.isfinite().all():
             raise ValueError(
                 "center: NaN or Inf"
                 if self.source.has_center
                 else "W: inner products of its rows overflow float64"
             )
-        return gram
+        return found
+
+    def _gram(self, parent: Tensor, A: Tensor | None, first: int, fast: bool) -> Tensor:
+        """One read: Gram matrix of the differences, or of A times them, rows from `first` on."""
+        return unpack_lower(
+            self._read(parent, A, first, fast, pack_lower), len(parent) if A is None else len(A)
+        )
+
+    def _coordinates(self, f: Factor) -> Tensor:
+        """One read: inner products of the rows of W - center with A * differences (n, r).
+
+        Those of a row with vectors made for later rows are zero.
+        """
+        n, r = f.L.shape
+        earlier = torch.arange(n)[:, None] >= torch.tensor(f.kept)  # (n, r)
+        parent = torch.cat([f.parent, torch.full_like(f.parent, -1)])
+        both = torch.block_diag(f.A, torch.eye(n, dtype=f.A.dtype))
+        rows = f.A.new_zeros(n, r)
+        rows[earlier] = self._read(
+            parent, both, r, False, lambda gram: gram[r:, :r][earlier.to(gram.device)], copies=2
+        )
+        return rows
 
     def _check_norms(self, norms: Tensor, fast: bool) -> None:
         if bad := (~norms.isfinite()).nonzero().flatten().tolist():
@@ -549,7 +584,7 @@ class Job:
         length = gram.diagonal()[r0:].clamp(min=0).sqrt()
         # Rows whose second look still finds nothing but noise have nothing; at the last look,
         # whatever is in doubt is taken for that.
-        negligible = 1e-13 if self.refined < MOST_REFINEMENTS else torch.inf
+        negligible = 1e-15 if self.refined < MOST_REFINEMENTS else torch.inf
         lone = torch.full((len(gram),), -1, dtype=torch.int32)
         to_frame, L, of_frame, _, _, doubt, _ = row_cholesky(
             gram, r0, eye, gram.new_ones(r0), 1e-9 * length, noise, lone, negligible=negligible
@@ -567,6 +602,9 @@ class Job:
             # Not orthonormal yet: all rows stay, and the next look decides.
             return self.all_rows
         rows = torch.linalg.solve_triangular(f.U, L, upper=False, unitriangular=True)
+        if self.refined > 1 and 2 * len(rows) <= MAX_ROWS:
+            # Two provisional factors in a row leave L less exact than the tolerance.
+            rows[self.first :] = self._coordinates(self.all_rows)[self.first :]
         B, R, kept, distances = row_gram_schmidt(rows, self.first, r0, self.tolerance * f.norms)
         all_distances = f.distances.clone()
         all_distances[self.first :] = distances
