@@ -60,6 +60,33 @@ def test_scales_as_e4m3_at_every_boundary():
         )
 
 
+@pytest.mark.parametrize("n", [1, 5, 64])
+def test_finished_scales_are_those_of_plain_pytorch(n):
+    generator = torch.Generator().manual_seed(n)
+    tiles, segments = 700, 3
+    mantissa = torch.randint(8, 16, (tiles, n), generator=generator)
+    power = torch.randint(-40, 5, (tiles, n), generator=generator)
+    scales = (mantissa * 2.0**power).bfloat16()
+    scales[torch.rand(tiles, n, generator=generator) < 0.1] = 0
+    segment = torch.randint(0, segments, (tiles,), generator=generator, dtype=torch.int32)
+    exponent = torch.randint(0, 4, (segments, n), generator=generator).to(torch.int16)
+    scaling_of = scaling.Scaling(exponent, torch.ones(n, segments), torch.ones(n, segments))
+    expected = scaling._e4m3(scales, exponent[segment.long()])
+    lost = int(((scales > 0) & (expected == 0)).sum())
+    assert lost and (expected >= 8).any() and ((expected > 0) & (expected < 8)).any()
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            codes, zeros = scaling_of.apply(scales, segment)
+            assert torch.equal(codes, expected) and int(zeros) == lost
+    finally:
+        torch.set_num_threads(before)
+    segment[-1] = segments
+    with pytest.raises(ValueError, match="refused"):
+        scaling_of.apply(scales, segment)
+
+
 def test_a_zero_tensor_in_a_tiny_segment_is_zero():
     basis = tk.pack(
         [1e-36 * torch.randn(3, 300), torch.zeros(3, 200)], 4, segments=[0, 0], normalize="none"
