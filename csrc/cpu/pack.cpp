@@ -80,8 +80,8 @@ TWA_INLINE void pack_block(const Job& job, const Block& block, Sums* sums,
     }
     if (job.weights) {  // the rows are then read again from the second-level cache
       const int count = static_cast<int>((tiles - 1) * kTileColumns + valid[tiles - 1]);
-      average_span(rows.data + block.tensor * n, rows.dtype + block.tensor * n, n, job.weights,
-                   column, count, center);
+      quantiser.average(rows.data + block.tensor * n, rows.dtype + block.tensor * n, n, job.weights,
+                        column, count, center);
       std::memcpy(static_cast<float*>(rows.center[block.tensor]) + column, center,
                   static_cast<size_t>(count) * sizeof(float));
       std::fill(center + count, center + tiles * kTileColumns, 0.0f);

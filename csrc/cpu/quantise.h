@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "average.h"
 #include "quantise_vector.h"
 
 namespace twa {
@@ -147,7 +148,8 @@ TWA_INLINE Span span_of(const Span& row, int valid, float* rest) {
   return {Dtype::f32, rest, 1, row.next};
 }
 
-// Quantisers of up to kGroups neighbouring groups, span - center, and how packed bytes go out.
+// Quantisers of up to kGroups neighbouring groups, span - center, how packed bytes go out, and how
+// centers are made.
 // valid: real columns of each group, of which there are kGroups.
 template <int kBits>
 struct PlainQuantiser {
@@ -161,6 +163,10 @@ struct PlainQuantiser {
   }
   TWA_INLINE void copy(const uint8_t* from, uint8_t* to, int64_t bytes) const {
     std::memcpy(to, from, static_cast<size_t>(bytes));
+  }
+  TWA_INLINE void average(void* const* data, const Dtype* dtype, int64_t n, const double* weights,
+                          int64_t begin, int count, float* out) const {
+    average_span(data, dtype, n, weights, begin, count, out);
   }
 };
 #ifdef TWA_X86
@@ -196,6 +202,10 @@ struct Avx2Quantiser {
   TWA_AVX2 void copy(const uint8_t* from, uint8_t* to, int64_t bytes) const {
     stream_out_avx2(from, to, bytes);
   }
+  TWA_AVX2 void average(void* const* data, const Dtype* dtype, int64_t n, const double* weights,
+                        int64_t begin, int count, float* out) const {
+    average_strips<Quantise8>(data, dtype, n, weights, begin, count, out);
+  }
 };
 template <int kBits>
 struct Avx512Quantiser {
@@ -205,6 +215,10 @@ struct Avx512Quantiser {
   }
   TWA_AVX512 void copy(const uint8_t* from, uint8_t* to, int64_t bytes) const {
     stream_out_avx512(from, to, bytes);
+  }
+  TWA_AVX512 void average(void* const* data, const Dtype* dtype, int64_t n, const double* weights,
+                          int64_t begin, int count, float* out) const {
+    average_strips<Quantise16>(data, dtype, n, weights, begin, count, out);
   }
 };
 #endif

@@ -162,6 +162,18 @@ struct Quantise8 {
   TWA_AVX2 static __m256 half_of_squares(I v) { return _mm256_castsi256_ps(v); }
   TWA_AVX2 static __m256 half_of_sizes(I v) { return _mm256_castsi256_ps(v); }
 
+  // For averages: numbers of `load_row` as float64, in two registers.
+  using D = __m256d;
+  TWA_AVX2 static D no_sum() { return _mm256_setzero_pd(); }
+  TWA_AVX2 static void add_product(double w, F v, D* sum) {
+    const D factor = _mm256_set1_pd(w);
+    sum[0] =
+        _mm256_add_pd(sum[0], _mm256_mul_pd(factor, _mm256_cvtps_pd(_mm256_castps256_ps128(v))));
+    sum[1] =
+        _mm256_add_pd(sum[1], _mm256_mul_pd(factor, _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))));
+  }
+  TWA_AVX2 static void store_rounded(float* p, D v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
+
   TWA_AVX2 static void put(uint8_t* p, I v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
   }
@@ -263,6 +275,17 @@ struct Quantise16 {
     return _mm256_castsi256_ps(
         _mm256_max_epu32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1)));
   }
+  using D = __m512d;
+  TWA_AVX512 static D no_sum() { return _mm512_setzero_pd(); }
+  TWA_AVX512 static void add_product(double w, F v, D* sum) {
+    const D factor = _mm512_set1_pd(w);
+    sum[0] =
+        _mm512_add_pd(sum[0], _mm512_mul_pd(factor, _mm512_cvtps_pd(_mm512_castps512_ps256(v))));
+    sum[1] =
+        _mm512_add_pd(sum[1], _mm512_mul_pd(factor, _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
+  }
+  TWA_AVX512 static void store_rounded(float* p, D v) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
+
   // code[q]: columns 64 q .. 64 q + 63
   template <int kBits>
   TWA_AVX512 static void put_codes(const I* code, uint8_t* out) {

@@ -281,6 +281,45 @@ def test_every_instruction_set_gives_the_same_bits(isa, portable_digests):
     assert digests(isa) == portable_digests
 
 
+PACKED_ALIKE = """
+import hashlib, torch, twa_kernels as tk
+
+# One full group of each size of number, zeros and numbers below the normal range among them, in the
+# quads of the kernels at every place; all tails.
+n, sizes = 9, [1, 31, 32, 127, 128, 8 * 128, 9 * 128 + 5, 21 * 128 + 100]
+generator = torch.Generator().manual_seed(7)
+powers = torch.tensor([0.0, 1e-44, 1e-38, 1e-30, 1e-3, 1.0, 2.0, 1e4, 1e30, 1e37])
+for threads in (1, 3):
+    torch.set_num_threads(threads)
+    h = hashlib.sha256()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for bits in (8, 4, 3, 2, 1):
+            packer = tk.Packer(n, [(size,) for size in sizes], bits)
+            for size in sizes:
+                rows = torch.randn(n, size, generator=generator.manual_seed(size)).clamp(-3, 3)
+                power = powers[torch.randint(10, (n, -(-size // 128)), generator=generator)]
+                if dtype == torch.float16:
+                    power = power.clamp(0, 1e4)
+                rows = (rows * power.repeat_interleave(128, 1)[:, :size]).to(dtype)
+                center = torch.empty(size)
+                packer.add_columns(rows, 0, center, torch.rand(n, generator=generator).tolist())
+                packer.end_tensor()
+                h.update(center.numpy().tobytes())
+            for t in (packer.codes, packer.scales.view(torch.int16), packer.sum_sq):
+                h.update(t.numpy().tobytes())
+    print(h.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_every_instruction_set_packs_any_input_alike(isa):
+    if not has_isa(isa):
+        pytest.skip(f"this processor lacks {isa}")
+    portable = run_python(PACKED_ALIKE, TWA_KERNELS_ISA="portable").split()
+    assert run_python(PACKED_ALIKE, TWA_KERNELS_ISA=isa).split() == portable
+    assert len(portable) == 2 and len(set(portable)) == 1
+
+
 def test_repeats_give_the_same_bits(basis_of):
     basis, grads = basis_of(5, 4), tensors(SHAPES, 9)
     digests = {
