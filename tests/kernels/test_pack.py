@@ -94,6 +94,21 @@ def test_a_zero_tensor_in_a_tiny_segment_is_zero():
     assert not tk.unpack(basis)[1].any() and tk.unpack(basis)[0].any()
 
 
+def test_a_part_stays_with_the_sink_while_the_next_one_is_packed():
+    rows, sizes, kept = rows_of(3, [(8192,)] * 4), [(8192,)] * 4, []
+
+    def sink(first, codes, scales):
+        for at, part in kept[-1:]:
+            assert torch.equal(part, whole.codes[at : at + len(part)])
+        kept.append((first, codes))
+
+    whole = tk.pack(rows)
+    packer = tk.Packer(3, sizes, sink=sink)
+    for r in rows:
+        packer.add(r)
+    assert [first for first, _ in kept] == [0, 64, 128, 192]
+
+
 def test_a_refused_tensor_adds_nothing():
     packer = tk.Packer(3, [(20000,)])
     bad = torch.ones(3, 20000)
