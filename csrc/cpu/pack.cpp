@@ -11,8 +11,7 @@
 //            multiples of kBlockTiles tiles.
 // Bytes      n * D * input read, n * D * (bits / 8 + 2 / 128) written.
 // Speed      bound by arithmetic, not memory, below 8 bits: two encodings and a least-squares sum a
-//            group, most of it
-//            one chain of dependent operations, so AVX-512 works on two groups at a time.
+//            group. quantise_vector.h has how the chains of eight groups overlap.
 #include <algorithm>
 
 #include "average.h"
