@@ -112,6 +112,13 @@ struct Where {
 Status pack_cpu(const RowTable& rows, const double* weights, const PackTarget& target, Where* where,
                 int threads);
 
+// out (tiles, n) e4m3 = scales (tiles, n) * 2^-exponent[segment, row], rounded to nearest even;
+// scales as pack writes them, exponent (segments, n) in [-900, 900], below which a segment's scales
+// are 2^(exponent + 8) at most. *lost: how many that are not 0 became 0.
+Status finish_scales_cpu(const uint16_t* scales, const int32_t* tile_segment,
+                         const int32_t* exponent, int64_t tiles, int64_t n, int64_t segments,
+                         uint8_t* out, int64_t* lost, int threads);
+
 // A difference of one row, as record writes it and replay adds it: no segments, no row_scale.
 //   value(column c of tile t) = scales[t] * level[code(t, c)]
 struct Difference {

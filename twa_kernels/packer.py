@@ -91,8 +91,9 @@ class Packer:
         backend: the one to run; "": the default of the device (registry.py).
         report: also measure the relative error of each tensor, `PackedBasis.relative_error`.
         sink: called with (first tile, codes (tiles, n, 16 * bits) uint8, scales (tiles, n)
-            bfloat16) of each part as it is packed, instead of keeping them: memory is then one
-            part, which is written over by the next. `Scaling` finishes such scales.
+            bfloat16) of each part as it is packed, instead of keeping them: memory is then two
+            parts, of which each is written over by the next but one. `Scaling` finishes such
+            scales.
         num_segments: L, where the last segments may have no columns here.
 
     Raises:
@@ -132,7 +133,7 @@ class Packer:
             )
         tiles = self._offsets[-1]
         self.sink = sink
-        self._part: tuple[Tensor, Tensor] | None = None
+        self._parts: list[tuple[Tensor, Tensor]] = []
         kept = tiles if sink is None else 0
         self.codes = empty_for_streaming((kept, n, 16 * bits), device)
         self.scales = torch.zeros(kept, n, dtype=torch.bfloat16, device=device)
@@ -344,14 +345,16 @@ class Packer:
         if self.sink is None:
             at = slice(first, first + tiles)
             return self.codes[at], self.scales[at]
-        # Made once: fresh memory costs more than packing into it.
-        if self._part is None or len(self._part[0]) < tiles:
-            device = self.tile_segment.device
-            self._part = (
+        # Made once: fresh memory costs more than packing into it. The sink has the one before.
+        device = self.tile_segment.device
+        oldest = self._parts.pop(0) if len(self._parts) == 2 else None
+        if oldest is None or len(oldest[0]) < tiles:
+            oldest = (
                 empty_for_streaming((tiles, self.n, 16 * self.bits), device),
                 torch.empty(tiles, self.n, dtype=torch.bfloat16, device=device),
             )
-        codes, scales = self._part
+        self._parts.append(oldest)
+        codes, scales = oldest
         return codes[:tiles], scales[:tiles].zero_()
 
     def _pack(
@@ -410,13 +413,8 @@ class Packer:
         if self.sink is not None:
             raise ValueError("Packer: its sink has the codes; finish the scales with Scaling")
         scaling = Scaling.of(self.sum_sq, self.max_scale, normalize, divisor)
-        scales = torch.empty(self.scales.shape, dtype=torch.uint8, device=self.scales.device)
-        zeros = []
-        for first in range(0, len(scales), 1 << 14):
-            at = slice(first, first + (1 << 14))
-            scales[at], of_part = scaling.apply(self.scales[at], self.tile_segment[at])
-            zeros.append(of_part)
-        if lost := int(torch.stack(zeros).sum()) if zeros else 0:
+        scales, zeros = scaling.apply(self.scales, self.tile_segment)
+        if lost := int(zeros):
             warnings.warn(lost_groups(lost, scales.numel()), stacklevel=2)
         error: tuple[float, ...] | None = None
         if self.errors is not None:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .native import _C
+
 NORMALIZE = ("row", "none")
+CHUNK = 1 << 14  # tiles that PyTorch's operators take at a time
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,22 @@ class Scaling:
 
         On a GPU nothing waits for it.
         """
-        codes = _e4m3(scales, self.exponent[tile_segment.long()])
-        return codes, ((scales > 0) & (codes == 0)).sum()
+        if _C is not None and scales.device.type == "cpu":
+            codes = torch.empty(scales.shape, dtype=torch.uint8)
+            lost = _C.finish_scales(
+                scales=scales,
+                tile_segment=tile_segment,
+                exponent=self.exponent.int(),
+                out=codes,
+                threads=torch.get_num_threads(),
+            )
+            return codes, torch.tensor(lost)
+        codes, zeros = torch.empty(scales.shape, dtype=torch.uint8, device=scales.device), []
+        for first in range(0, len(scales), CHUNK):
+            at = slice(first, first + CHUNK)
+            codes[at] = _e4m3(scales[at], self.exponent[tile_segment[at].long()])
+            zeros.append(((scales[at] > 0) & (codes[at] == 0)).sum())
+        return codes, torch.stack(zeros).sum() if zeros else torch.zeros((), dtype=torch.int64)
 
 
 def lost_groups(lost: int, total: int) -> str:

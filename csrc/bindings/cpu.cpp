@@ -68,6 +68,20 @@ py::object pack(const Rows& rows, const std::vector<double>& weights, const Targ
 }
 
 // (tensor, column) of the first weight that is not finite, or None.
+int64_t finish_scales(py::handle scales, py::handle tile_segment, py::handle exponent,
+                      py::handle out, int threads) {
+  const int64_t tiles = size_of(scales, 0), n = size_of(scales, 1), segments = size_of(exponent, 0);
+  const auto* from = array<uint16_t>(scales, tiles * n, "scales");
+  const auto* of_tiles = array<int32_t>(tile_segment, tiles, "tile_segment");
+  const auto* of_rows = array<int32_t>(exponent, segments * n, "exponent");
+  auto* to = array<uint8_t>(out, tiles * n, "out");
+  int64_t lost = 0;
+  run([&] {
+    return finish_scales_cpu(from, of_tiles, of_rows, tiles, n, segments, to, &lost, threads);
+  });
+  return lost;
+}
+
 py::object record(const Tensors& weights, const Tensors& reference, int bits, py::handle codes,
                   py::handle scales, int threads) {
   check_bits(bits);
@@ -163,6 +177,8 @@ void bind_cpu(py::module_& m) {
            "max_scale"_a, "errors"_a);
   m.def("average", &average, py::kw_only(), "rows"_a, "weights"_a, "out"_a, "threads"_a);
   m.def("pack", &pack, py::kw_only(), "rows"_a, "weights"_a, "target"_a, "threads"_a);
+  m.def("finish_scales", &finish_scales, py::kw_only(), "scales"_a, "tile_segment"_a, "exponent"_a,
+        "out"_a, "threads"_a);
   m.def("record", &record, py::kw_only(), "weights"_a, "reference"_a, "bits"_a, "codes"_a,
         "scales"_a, "threads"_a);
   m.def("replay", &replay, py::kw_only(), "out"_a, "codes"_a, "scales"_a, "coefficients"_a,

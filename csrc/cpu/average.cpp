@@ -3,8 +3,8 @@
 //
 // Operands   rows: n tables of equal length, each float32, bfloat16 or float16; weights (n,)
 //            float64, rows of weight 0 are not read; out (D,) float32.
-// Work map   one item = kSpan columns; an item's float64 sums stay in the first-level cache while
-//            it goes over the rows.
+// Work map   one item = some spans of kSpan columns; the float64 sums of a strip of a span stay in
+//            registers while it goes over the rows.
 // Bytes      n * D * input read, D * 4 written.
 #include "average.h"
 
@@ -20,11 +20,11 @@ void average_portable(const TensorTable& rows, const double* weights, int64_t be
 #ifdef TWA_X86
 TWA_AVX2 void average_avx2(const TensorTable& rows, const double* weights, int64_t begin, int count,
                            float* out) {
-  average_span(rows.data, rows.dtype, rows.count, weights, begin, count, out);
+  average_strips<Quantise8>(rows.data, rows.dtype, rows.count, weights, begin, count, out);
 }
 TWA_AVX512 void average_avx512(const TensorTable& rows, const double* weights, int64_t begin,
                                int count, float* out) {
-  average_span(rows.data, rows.dtype, rows.count, weights, begin, count, out);
+  average_strips<Quantise16>(rows.data, rows.dtype, rows.count, weights, begin, count, out);
 }
 #endif
 

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "common.h"
+#include "quantise_vector.h"
 
 namespace twa {
 
@@ -38,5 +38,50 @@ TWA_INLINE void average_span(void* const* data, const Dtype* dtype, int64_t n,
   }
   for (int c = 0; c < count; ++c) out[c] = static_cast<float>(sum[c]);
 }
+
+#ifdef TWA_X86
+// sum += w * the columns at p.
+template <class R, Dtype kDtype>
+TWA_BODY inline void add_strip(const char* p, double w, typename R::D* sum) {
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k)
+    R::add_product(w, R::template load_row<kDtype>(p + k * R::kLanes * size_of(kDtype)),
+                   sum + 2 * k);
+}
+// average_span, with the sums of a strip of columns in registers: 32 columns on AVX2, 64 on
+// AVX-512, of one row after the other.
+template <class R>
+TWA_BODY inline void average_strips(void* const* data, const Dtype* dtype, int64_t n,
+                                    const double* weights, int64_t begin, int count,
+                                    float* __restrict__ out) {
+  constexpr int kStrip = 4 * R::kLanes, kAhead = 256;  // columns
+  int c = 0;
+  for (; c + kStrip <= count; c += kStrip) {
+    typename R::D sum[8];
+    for (int k = 0; k < 8; ++k) sum[k] = R::no_sum();
+    for (int64_t i = 0; i < n; ++i) {
+      const double w = weights[i];
+      if (w == 0.0) continue;
+      const int64_t size = size_of(dtype[i]);
+      const char* p = static_cast<const char*>(data[i]) + (begin + c) * size;
+      for (int64_t b = 0; b < kStrip * size; b += 64)
+        asm volatile("prefetcht1 %0" ::"m"(p[kAhead * size + b]));
+      switch (dtype[i]) {
+        case Dtype::f32:
+          add_strip<R, Dtype::f32>(p, w, sum);
+          break;
+        case Dtype::bf16:
+          add_strip<R, Dtype::bf16>(p, w, sum);
+          break;
+        case Dtype::f16:
+          add_strip<R, Dtype::f16>(p, w, sum);
+          break;
+      }
+    }
+    for (int k = 0; k < 8; ++k) R::store_rounded(out + c + k * R::kLanes / 2, sum[k]);
+  }
+  if (c < count) average_span(data, dtype, n, weights, begin + c, count - c, out + c);
+}
+#endif
 
 }  // namespace twa

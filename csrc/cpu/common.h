@@ -152,6 +152,9 @@ inline int valid_columns(const int64_t* numel, const Block& b, int64_t tile) {
   return left < kTileColumns ? static_cast<int>(left) : kTileColumns;
 }
 
+// Bytes of a number.
+constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
 // out[0..127] = data[column .. column + valid) as float32, zero past `valid`.
 TWA_INLINE void load_tile(Dtype dtype, const void* data, int64_t column, int valid,
                           float* __restrict__ out) {

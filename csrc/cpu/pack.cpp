@@ -11,8 +11,7 @@
 //            multiples of kBlockTiles tiles.
 // Bytes      n * D * input read, n * D * (bits / 8 + 2 / 128) written.
 // Speed      bound by arithmetic, not memory, below 8 bits: two encodings and a least-squares sum a
-//            group, most of it
-//            one chain of dependent operations, so AVX-512 works on two groups at a time.
+//            group. quantise_vector.h has how the chains of eight groups overlap.
 #include <algorithm>
 
 #include "average.h"
@@ -52,16 +51,16 @@ TWA_INLINE double squared_error(const float* __restrict__ row, const float* __re
 }
 
 constexpr int kChunk = kSpan / kTileColumns;  // tiles: a page of float32 of each row
+constexpr int kRowsAhead = 2;                 // prefetched: a row is packed in 300 ns
 constexpr int64_t kBufferBytes = int64_t{256}
                                  << 10;  // of packed bytes, within the second-level cache
 
-// Quantiser: quantise(row, center, valid, ...) for `count` groups, 1 or 2; copy(...) writes the
-// buffer out.
+// Quantiser: of quantise.h.
 template <int kBits, class Quantiser>
 TWA_INLINE void pack_block(const Job& job, const Block& block, Sums* sums,
                            const Quantiser& quantiser) {
   constexpr int kBytes = row_bytes(kBits);
-  alignas(64) float center[kChunk * kTileColumns] = {}, loaded[2 * kTileColumns];
+  alignas(64) float center[kChunk * kTileColumns] = {}, rest[kTileColumns];
   static thread_local std::vector<uint8_t> buffer;
   const RowTable& rows = job.rows;
   const int64_t n = rows.n, chunk = std::clamp<int64_t>(kBufferBytes / (n * kBytes), 1, kChunk);
@@ -71,7 +70,7 @@ TWA_INLINE void pack_block(const Job& job, const Block& block, Sums* sums,
   for (int64_t t0 = 0; t0 < block.tiles; t0 += chunk) {
     const int64_t tiles = std::min(chunk, block.tiles - t0),
                   column = block.first_column + t0 * kTileColumns;
-    int valid[kChunk];
+    int valid[kChunk + kGroups] = {};  // any tile has kGroups after it
     for (int64_t t = 0; t < tiles; ++t) {
       valid[t] = valid_columns(rows.numel, block, t0 + t);
       if (rows.center && !job.weights)
@@ -80,52 +79,53 @@ TWA_INLINE void pack_block(const Job& job, const Block& block, Sums* sums,
     }
     if (job.weights) {  // the rows are then read again from the second-level cache
       const int count = static_cast<int>((tiles - 1) * kTileColumns + valid[tiles - 1]);
-      average_span(rows.data + block.tensor * n, rows.dtype + block.tensor * n, n, job.weights,
-                   column, count, center);
+      quantiser.average(rows.data + block.tensor * n, rows.dtype + block.tensor * n, n, job.weights,
+                        column, count, center);
       std::memcpy(static_cast<float*>(rows.center[block.tensor]) + column, center,
                   static_cast<size_t>(count) * sizeof(float));
       std::fill(center + count, center + tiles * kTileColumns, 0.0f);
     }
     for (int64_t i = 0; i < n; ++i) {
       const int64_t source = block.tensor * n + i;
-      for (int64_t t = 0; t < tiles; t += 2) {
-        const int count = t + 1 < tiles ? 2 : 1;
-        uint8_t* out[2];
-        Group groups[2];
-        const bool direct =
-            rows.dtype[source] == Dtype::f32 && valid[t + count - 1] == kTileColumns;
-        const float* row =
-            direct ? static_cast<const float*>(rows.data[source]) + column + t * kTileColumns
-                   : loaded;
+      const Dtype dtype = rows.dtype[source];
+      // The same columns of a later row; after the last row, of a row's next chunk. An address that
+      // is only prefetched.
+      const int64_t later = block.tensor * n + (i + kRowsAhead) % n,
+                    skip = (i + kRowsAhead) / n * chunk;
+      double sum_sq = sums->sum_sq[i];
+      float max_scale = sums->max_scale[i];
+      for (int64_t t = 0, count; t < tiles; t += count) {
+        count = std::min<int64_t>(kGroups, tiles - t);
+        const int64_t at = column + t * kTileColumns;
+        const char* row = static_cast<const char*>(rows.data[source]) + at * size_of(dtype);
+        const char* next = static_cast<const char*>(rows.data[later]) +
+                           (at + skip * kTileColumns) * size_of(rows.dtype[later]);
         const float* from = center + t * kTileColumns;
+        const Span span = span_of({dtype, row, count, next}, valid[t + count - 1], rest);
+        count = span.count;
+        uint8_t* out[kGroups];
+        for (int g = 0; g < count; ++g) out[g] = buffer.data() + ((t + g) * n + i) * kBytes;
+        Groups groups;
+        quantiser.quantise(span, from, valid + t, out, &groups);
         for (int g = 0; g < count; ++g) {
-          if (!direct)
-            load_tile(rows.dtype[source], rows.data[source], column + (t + g) * kTileColumns,
-                      valid[t + g], loaded + g * kTileColumns);
-          out[g] = buffer.data() + ((t + g) * n + i) * kBytes;
-        }
-        // The same columns of the next row; after the last row, of the first row's next chunk. An
-        // address that is only prefetched.
-        const int64_t ahead = i + 1 < n ? source + 1 : block.tensor * n,
-                      skip = i + 1 < n ? 0 : chunk;
-        const char* next =
-            static_cast<const char*>(rows.data[ahead]) +
-            (column + (t + skip) * kTileColumns) * (rows.dtype[ahead] == Dtype::f32 ? 4 : 2);
-        quantiser.quantise(row, from, valid + t, count, next, out, groups);
-        for (int g = 0; g < count; ++g) {
-          if (!groups[g].finite) {
+          if (!groups.finite[g]) {
             if (sums->bad_row < 0) sums->bad_row = i, sums->bad_tile = t0 + t + g;
             continue;
           }
           job.target.scales[(block.first_tile + t0 + t + g) * n + i] =
-              static_cast<uint16_t>(float_bits(groups[g].scale) >> 16);
-          sums->sum_sq[i] += groups[g].sum_sq;
-          sums->max_scale[i] = std::max(sums->max_scale[i], groups[g].scale);
-          if (job.target.errors)
-            sums->error_sq += squared_error<kBits>(row + g * kTileColumns, from + g * kTileColumns,
-                                                   valid[t + g], groups[g].scale, out[g]);
+              static_cast<uint16_t>(float_bits(groups.scale[g]) >> 16);
+          sum_sq += groups.sum_sq[g];
+          max_scale = std::max(max_scale, groups.scale[g]);
+          if (job.target.errors) {
+            alignas(64) float v[kTileColumns];
+            load_tile(span.dtype, span.data, g * kTileColumns, kTileColumns, v);
+            sums->error_sq += squared_error<kBits>(v, from + g * kTileColumns, valid[t + g],
+                                                   groups.scale[g], out[g]);
+          }
         }
       }
+      sums->sum_sq[i] = sum_sq;
+      sums->max_scale[i] = max_scale;
     }
     quantiser.copy(buffer.data(), job.target.codes + (block.first_tile + t0) * n * kBytes,
                    tiles * n * kBytes);
@@ -139,11 +139,11 @@ void block_portable(const Job& job, const Block& block, Sums* sums) {
 #ifdef TWA_X86
 template <int kBits>
 TWA_AVX2 void block_avx2(const Job& job, const Block& block, Sums* sums) {
-  pack_block<kBits>(job, block, sums, PlainQuantiser<kBits>());
+  pack_block<kBits>(job, block, sums, Avx2Quantiser<kBits>());
 }
 template <int kBits>
 TWA_AVX512 void block_avx512(const Job& job, const Block& block, Sums* sums) {
-  pack_block<kBits>(job, block, sums, VectorQuantiser<kBits>());
+  pack_block<kBits>(job, block, sums, Avx512Quantiser<kBits>());
 }
 #elif defined(TWA_ARM)
 template <int kBits>

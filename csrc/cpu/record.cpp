@@ -46,32 +46,34 @@ TWA_INLINE int64_t first_bad(const TensorTable& weights, const Block& block) {
 template <int kBits, class Quantiser, class Decoder>
 TWA_INLINE void record_block(const Job& job, const Block& block, const Quantiser& quantiser,
                              const Decoder& decode) {
-  alignas(64) float row[2 * kTileColumns], reference[2 * kTileColumns];
+  alignas(64) float rest[kTileColumns], reference[kGroups * kTileColumns];
   alignas(64) int8_t lev[kTileColumns];
   const int64_t k = block.tensor;
+  const Dtype dtype = job.weights.dtype[k];
   auto* to = static_cast<float*>(job.reference.data[k]);
-  const int64_t size = job.weights.dtype[k] == Dtype::f32 ? 4 : 2;
-  for (int64_t t = 0; t < block.tiles; t += 2) {
-    const int count = t + 1 < block.tiles ? 2 : 1;
+  for (int64_t t = 0, count; t < block.tiles; t += count) {
+    count = std::min<int64_t>(kGroups, block.tiles - t);
     const int64_t column = block.first_column + t * kTileColumns, tile = block.first_tile + t;
-    int valid[2] = {};
-    uint8_t* out[2] = {};
-    Group groups[2];
+    const char* row = static_cast<const char*>(job.weights.data[k]) + column * size_of(dtype);
+    // An address that is only prefetched.
+    const char* next = row + kGroups * kTileColumns * size_of(dtype);
+    const int of_last = valid_columns(job.weights.numel, block, t + count - 1);
+    const Span span = span_of({dtype, row, count, next}, of_last, rest);
+    count = span.count;
+    int valid[kGroups] = {};
+    uint8_t* out[kGroups] = {};
+    Groups groups;
     for (int g = 0; g < count; ++g) {
       valid[g] = valid_columns(job.weights.numel, block, t + g);
       out[g] = job.codes + (tile + g) * row_bytes(kBits);
-      const int64_t at = column + g * kTileColumns;
-      load_tile(job.weights.dtype[k], job.weights.data[k], at, valid[g], row + g * kTileColumns);
-      load_tile(Dtype::f32, to, at, valid[g], reference + g * kTileColumns);
+      load_tile(Dtype::f32, to, column + g * kTileColumns, valid[g], reference + g * kTileColumns);
     }
-    const char* next = static_cast<const char*>(job.weights.data[k]) +
-                       (column + 2 * kTileColumns) * size;  // an address that is only prefetched
-    quantiser.quantise(row, reference, valid, count, next, out, groups);
+    quantiser.quantise(span, reference, valid, out, &groups);
     for (int g = 0; g < count; ++g) {
-      job.scales[tile + g] = static_cast<uint16_t>(float_bits(groups[g].scale) >> 16);
+      job.scales[tile + g] = static_cast<uint16_t>(float_bits(groups.scale[g]) >> 16);
       decode(out[g], lev);
       float* r = reference + g * kTileColumns;
-      for (int c = 0; c < kTileColumns; ++c) r[c] += groups[g].scale * static_cast<float>(lev[c]);
+      for (int c = 0; c < kTileColumns; ++c) r[c] += groups.scale[g] * static_cast<float>(lev[c]);
       store_tile(Dtype::f32, to, column + g * kTileColumns, valid[g], r);
     }
   }
@@ -93,11 +95,11 @@ TWA_AVX512 int64_t bad_avx512(const TensorTable& weights, const Block& block) {
 }
 template <int kBits>
 TWA_AVX2 void block_avx2(const Job& job, const Block& block) {
-  record_block<kBits>(job, block, PlainQuantiser<kBits>(), Avx2Decoder<kBits>());
+  record_block<kBits>(job, block, Avx2Quantiser<kBits>(), Avx2Decoder<kBits>());
 }
 template <int kBits>
 TWA_AVX512 void block_avx512(const Job& job, const Block& block) {
-  record_block<kBits>(job, block, VectorQuantiser<kBits>(), Avx2Decoder<kBits>());
+  record_block<kBits>(job, block, Avx512Quantiser<kBits>(), Avx2Decoder<kBits>());
 }
 #elif defined(TWA_ARM)
 template <int kBits>

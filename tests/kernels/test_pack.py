@@ -60,11 +60,53 @@ def test_scales_as_e4m3_at_every_boundary():
         )
 
 
+@pytest.mark.parametrize("n", [1, 5, 64])
+def test_finished_scales_are_those_of_plain_pytorch(n):
+    generator = torch.Generator().manual_seed(n)
+    tiles, segments = 700, 3
+    mantissa = torch.randint(8, 16, (tiles, n), generator=generator)
+    power = torch.randint(-40, 5, (tiles, n), generator=generator)
+    scales = (mantissa * 2.0**power).bfloat16()
+    scales[torch.rand(tiles, n, generator=generator) < 0.1] = 0
+    segment = torch.randint(0, segments, (tiles,), generator=generator, dtype=torch.int32)
+    exponent = torch.randint(0, 4, (segments, n), generator=generator).to(torch.int16)
+    scaling_of = scaling.Scaling(exponent, torch.ones(n, segments), torch.ones(n, segments))
+    expected = scaling._e4m3(scales, exponent[segment.long()])
+    lost = int(((scales > 0) & (expected == 0)).sum())
+    assert lost and (expected >= 8).any() and ((expected > 0) & (expected < 8)).any()
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            codes, zeros = scaling_of.apply(scales, segment)
+            assert torch.equal(codes, expected) and int(zeros) == lost
+    finally:
+        torch.set_num_threads(before)
+    segment[-1] = segments
+    with pytest.raises(ValueError, match="refused"):
+        scaling_of.apply(scales, segment)
+
+
 def test_a_zero_tensor_in_a_tiny_segment_is_zero():
     basis = tk.pack(
         [1e-36 * torch.randn(3, 300), torch.zeros(3, 200)], 4, segments=[0, 0], normalize="none"
     )
     assert not tk.unpack(basis)[1].any() and tk.unpack(basis)[0].any()
+
+
+def test_a_part_stays_with_the_sink_while_the_next_one_is_packed():
+    rows, sizes, kept = rows_of(3, [(8192,)] * 4), [(8192,)] * 4, []
+
+    def sink(first, codes, scales):
+        for at, part in kept[-1:]:
+            assert torch.equal(part, whole.codes[at : at + len(part)])
+        kept.append((first, codes))
+
+    whole = tk.pack(rows)
+    packer = tk.Packer(3, sizes, sink=sink)
+    for r in rows:
+        packer.add(r)
+    assert [first for first, _ in kept] == [0, 64, 128, 192]
 
 
 def test_a_refused_tensor_adds_nothing():
@@ -252,6 +294,45 @@ def test_every_instruction_set_gives_the_same_bits(isa, portable_digests):
     if not has_isa(isa):
         pytest.skip(f"this processor lacks {isa}")
     assert digests(isa) == portable_digests
+
+
+PACKED_ALIKE = """
+import hashlib, torch, twa_kernels as tk
+
+# One full group of each size of number, zeros and numbers below the normal range among them, in the
+# quads of the kernels at every place; all tails.
+n, sizes = 9, [1, 31, 32, 127, 128, 8 * 128, 9 * 128 + 5, 21 * 128 + 100]
+generator = torch.Generator().manual_seed(7)
+powers = torch.tensor([0.0, 1e-44, 1e-38, 1e-30, 1e-3, 1.0, 2.0, 1e4, 1e30, 1e37])
+for threads in (1, 3):
+    torch.set_num_threads(threads)
+    h = hashlib.sha256()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for bits in (8, 4, 3, 2, 1):
+            packer = tk.Packer(n, [(size,) for size in sizes], bits)
+            for size in sizes:
+                rows = torch.randn(n, size, generator=generator.manual_seed(size)).clamp(-3, 3)
+                power = powers[torch.randint(10, (n, -(-size // 128)), generator=generator)]
+                if dtype == torch.float16:
+                    power = power.clamp(0, 1e4)
+                rows = (rows * power.repeat_interleave(128, 1)[:, :size]).to(dtype)
+                center = torch.empty(size)
+                packer.add_columns(rows, 0, center, torch.rand(n, generator=generator).tolist())
+                packer.end_tensor()
+                h.update(center.numpy().tobytes())
+            for t in (packer.codes, packer.scales.view(torch.int16), packer.sum_sq):
+                h.update(t.numpy().tobytes())
+    print(h.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_every_instruction_set_packs_any_input_alike(isa):
+    if not has_isa(isa):
+        pytest.skip(f"this processor lacks {isa}")
+    portable = run_python(PACKED_ALIKE, TWA_KERNELS_ISA="portable").split()
+    assert run_python(PACKED_ALIKE, TWA_KERNELS_ISA=isa).split() == portable
+    assert len(portable) == 2 and len(set(portable)) == 1
 
 
 def test_repeats_give_the_same_bits(basis_of):

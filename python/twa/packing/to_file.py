@@ -31,6 +31,7 @@ from ..distributed.sharding import Sharding
 from ..distributed.weights import load_untrained
 from ..io.atomic import clear_unfinished, lock, write_json
 from ..io.averaging import not_finite
+from ..io.behind import Behind
 from ..io.candidates import Candidates
 from ..io.checks import read_json
 from ..io.errors import BasisError, TwaError
@@ -209,7 +210,8 @@ class PackToFile:
             with open(self.raw, "r+b" if resumed else "w+b") as self.raw_file:
                 if progress and resumed:
                     progress(self._bytes_before(*begin))
-                self._stream(packer, begin, progress)
+                with Behind() as self.behind:
+                    self._stream(packer, begin, progress)
                 with plain_weights(self.sharding.model):
                     load_untrained(self.sharding, self.weights)
                     self._finish(packer)
@@ -227,10 +229,17 @@ class PackToFile:
         )
 
     def _keep(self, first: int, codes: Tensor, scales: Tensor) -> None:
-        """Writes tiles as they are packed, from tile `first` on."""
-        self.writer.put("codes", codes.cpu(), first * codes[0].numel() if len(codes) else 0)
+        """Has tiles written, from tile `first` on, while the next ones are packed.
+
+        Those before them are written: their memory is the next ones'.
+        """
+        self.behind.wait()
+        self.behind(self._write, first, codes.cpu(), scales.cpu())
+
+    def _write(self, first: int, codes: Tensor, scales: Tensor) -> None:
+        self.writer.put("codes", codes, first * codes[0].numel() if len(codes) else 0)
         self.raw_file.seek(first * scales.shape[1] * 2)
-        self.raw_file.write(raw_bytes(scales.cpu()))
+        self.raw_file.write(raw_bytes(scales))
 
     @torch.no_grad()
     def _stream(
@@ -245,7 +254,7 @@ class PackToFile:
             try:
                 center = torch.empty(block.end - block.begin, device=self.feed.device)
                 self.sharding.pack(packer, k, self.feed.block(block), self.weights, center)
-                self.writer.put("center", center.cpu(), starts[k] + block.begin)
+                self.behind(self.writer.put, "center", center.cpu(), starts[k] + block.begin)
             except tk.NotFiniteError as error:
                 self.clear()  # other files will make another basis
                 raise not_finite(
@@ -318,6 +327,7 @@ class PackToFile:
 
     def _save_position(self, packer: tk.Packer, at: tuple[int, int]) -> None:
         """Writes (tensor, column) to go on from, when the parts before it are on the disk."""
+        self.behind.wait()
         self.writer.sync()
         self.raw_file.flush()
         os.fsync(self.raw_file.fileno())
