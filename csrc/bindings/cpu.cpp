@@ -67,7 +67,7 @@ py::object pack(const Rows& rows, const std::vector<double>& weights, const Targ
   return py::none();
 }
 
-// (tensor, column) of the first weight that is not finite, or None.
+// How many scales became zero.
 int64_t finish_scales(py::handle scales, py::handle tile_segment, py::handle exponent,
                       py::handle out, int threads) {
   const int64_t tiles = size_of(scales, 0), n = size_of(scales, 1), segments = size_of(exponent, 0);
@@ -82,6 +82,7 @@ int64_t finish_scales(py::handle scales, py::handle tile_segment, py::handle exp
   return lost;
 }
 
+// (tensor, column) of the first weight that is not finite, or None.
 py::object record(const Tensors& weights, const Tensors& reference, int bits, py::handle codes,
                   py::handle scales, int threads) {
   check_bits(bits);

@@ -38,9 +38,9 @@ TWA_AVX2 bool finish_avx2(const uint16_t* scales, const int32_t* exponent, int64
                           uint8_t* out) {
   return finish_normal(scales, exponent, n, out);
 }
-constexpr Tiers<Finish> kTiers{finish_portable, finish_avx2, finish_avx2};
+constexpr Tiers<Finish> kTiers{{finish_portable, finish_avx2}};
 #else
-constexpr Tiers<Finish> kTiers{finish_portable};
+constexpr Tiers<Finish> kTiers{{finish_portable}};
 #endif
 
 // The numbers of a tile that are below e4m3's normal range, or zero; returns how many became zero.
