@@ -28,7 +28,7 @@ import tempfile
 from pathlib import Path
 
 from cpu_ports import CORES, LLVM, Core, bound
-from cpu_trace import Cost, Program, newest_library
+from cpu_trace import Cost, Program, built_library
 
 RESULTS = Path(__file__).parent / "results"
 BITS = (8, 4, 3, 2, 1)
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write bench/results/cpu_bound.*")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        program = Program(args.library or newest_library(), Path(folder))
+        program = Program(args.library or built_library(), Path(folder))
         rows = count(program, args.ops, args.tiers, args.bits, args.cores, args.mca)
     if not rows:
         raise SystemExit("nothing to count: the library has no such kernel")

@@ -29,7 +29,7 @@ import common
 import cpu_bound
 import torch
 from cpu_ports import CORES, this_core
-from cpu_trace import Program, newest_library
+from cpu_trace import Program, built_library
 from twa.io.tables import markdown_table
 
 import twa_kernels as tk
@@ -171,7 +171,7 @@ def counted(tiers: list[str], n: int, core: str | None) -> dict[tuple[str, int, 
         return {}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            program = Program(newest_library(), Path(folder))
+            program = Program(built_library(), Path(folder))
             ops = list(BOUNDS)
             rows = cpu_bound.count(program, ops, tiers, list(cpu_bound.BITS), [core], numbers=(n,))
     except (OSError, RuntimeError) as error:

@@ -22,6 +22,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,15 +47,15 @@ class Instruction:
     fused: bool = False
 
 
-def newest_library() -> Path:
-    """libtwa_core.a of the last build of the native module in this tree."""
-    found = sorted(ROOT.glob("build/*/libtwa_core.a"), key=lambda path: path.stat().st_mtime)
-    if not found:
+def built_library() -> Path:
+    """libtwa_core.a of the native module built in this tree."""
+    found = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}" / "libtwa_core.a"
+    if not found.exists():
         raise FileNotFoundError(
-            f"no build/*/libtwa_core.a under {ROOT}: build the native module there (`make build`),"
-            " or name the library with --library"
+            f"no {found}: build the native module there (`make build`), or name the library with"
+            " --library"
         )
-    return found[-1]
+    return found
 
 
 def disassemble(path: Path) -> str:

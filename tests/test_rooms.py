@@ -29,9 +29,9 @@ FLOORS = {
         "cli",
     ],
     "twa_kernels": [
-        "layout scaling capture machine",
+        "layout capture machine",
         "native",
-        "operands",
+        "operands scaling",
         "basis",
         "backends",
         "registry recorded",

@@ -404,12 +404,13 @@ TWA_BODY inline typename R::I code_of(typename R::I x, const Tables<R, kBits>& t
   return R::count_above(R::look_up(t.code, bucket), x, R::look_up(t.last, bucket));
 }
 
-TWA_AVX2 inline __m128 round_scales(__m128 s, bool up) {  // round_scale() of packing.h
+// round_scale() of packing.h; without its sign, which a group of zeros may have.
+TWA_AVX2 inline __m128 round_scales(__m128 s, bool up) {
   const __m128i u = _mm_castps_si128(s);
   const __m128i add = up ? _mm_set1_epi32(0xfffff)
                          : _mm_add_epi32(_mm_set1_epi32(0x7ffff),
                                          _mm_and_si128(_mm_srli_epi32(u, 20), _mm_set1_epi32(1)));
-  return _mm_castsi128_ps(_mm_andnot_si128(_mm_set1_epi32(0xfffff), _mm_add_epi32(u, add)));
+  return _mm_castsi128_ps(_mm_and_si128(_mm_set1_epi32(0x7ff00000), _mm_add_epi32(u, add)));
 }
 TWA_AVX2 inline __m128 inverses(__m128 s) {  // 0 of 0
   return _mm_and_ps(_mm_div_ps(_mm_set1_ps(1.0f), s), _mm_cmpgt_ps(s, _mm_setzero_ps()));

@@ -147,7 +147,7 @@ def library():
     if shutil.which("objdump") is None:
         pytest.skip("no objdump")
     try:
-        return cpu_trace.newest_library()
+        return cpu_trace.built_library()
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
