@@ -85,7 +85,7 @@ def classify(instruction: Instruction) -> tuple[list[str], int]:
         return ["load"], 0
     if op in ("push", "pushq"):
         return ["store"], 0
-    if op in ("pop", "popq"):
+    if op in ("pop", "popq", "leave", "leaveq"):
         return ["load"], 0
     if op.startswith("rep"):  # stepped through word by word
         return ["load", "store"] if "movs" in rest else ["store"], 0
