@@ -77,7 +77,7 @@ sanitize: build
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=halt_on_error=1 TWA_EMULATOR_BUILD=$(CURDIR)/$(SANITIZED)/cmake \
 	  $(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
-	  $(addprefix $(CURDIR)/tests/kernels/test_,pack.py record.py project.py reconstruct.py step.py gram.py cuda.py cuda_host.py orthonormalize.py orthonormalize_cuda.py)
+	  $(addprefix $(CURDIR)/tests/kernels/test_,tiers.py pack.py record.py project.py reconstruct.py step.py gram.py cuda.py cuda_host.py orthonormalize.py orthonormalize_cuda.py)
 
 lint: build
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -174,7 +175,7 @@ def counted(tiers: list[str], n: int, core: str | None) -> dict[tuple[str, int, 
             program = Program(built_library(), Path(folder))
             ops = list(BOUNDS)
             rows = cpu_bound.count(program, ops, tiers, list(cpu_bound.BITS), [core], numbers=(n,))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
         print(f"no counted bound: {error}")
         return {}
     return {(r["op"], r["bits"], r["tier"]): r["cycles"] for r in rows}

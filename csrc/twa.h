@@ -213,7 +213,8 @@ int64_t multiply_adds(int64_t turns, bool fast, int threads);
 void advise_huge_pages(void* data, int64_t bytes);
 
 // Name of the instruction set in use: the best of cpu_isas(), or the one that TWA_KERNELS_ISA asks
-// for; null if it is not among them.
+// for; null if it is not among them. That all of them give the same bits takes rounding to nearest,
+// which is what threads begin with.
 const char* cpu_isa();
 // Those that this build has and this machine runs, the best one last: "portable"; on x86-64 "avx2",
 // "avxvnni", "avx512vl" (its 256-bit vpdpbusd) and "avx512"; on 64-bit Arm "neon" (with sdot).

@@ -26,7 +26,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 import twa_kernels as tk
 import twa_kernels.capture
-from twa_kernels import registry
+from twa_kernels import native, registry
 
 BITS = (8, 4, 3, 2, 1)
 #: tensors of one model: single elements, odd sizes, tile - 1, tile, tile + 1, a block of 64 tiles +
@@ -176,13 +176,5 @@ def run_python(code, **environment):
 
 
 def has_isa(name):
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text() if info.exists() else ""
-    return {
-        "portable": True,
-        "avx2": "avx2" in flags and "f16c" in flags,
-        "avxvnni": "avx_vnni" in flags,
-        "avx512vl": "avx512vl" in flags and "avx512_vnni" in flags,
-        "avx512": "avx512vbmi" in flags and "avx512_vnni" in flags,
-        "neon": "asimddp" in flags,
-    }[name]
+    """Whether this machine and build have a tier of the CPU kernels."""
+    return name == "portable" or (native._C is not None and name in native._C.cpu_isas())

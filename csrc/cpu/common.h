@@ -15,7 +15,7 @@
 // Kernels of the higher tiers carry their target in the function, so one object file serves every
 // machine. AVX-512: Ice Lake, Zen 4.
 #define TWA_AVX2 __attribute__((target("avx2,f16c,fma")))
-#if __has_include(<avxvnniintrin.h>)  // GCC 11
+#if __has_include(<avxvnniintrin.h>) && !defined(TWA_NO_AVXVNNI)  // GCC 11
 #define TWA_AVXVNNI __attribute__((target("avx2,f16c,fma,avxvnni")))
 #endif
 #define TWA_AVX512VL __attribute__((target("avx2,f16c,fma,avx512f,avx512vl,avx512vnni")))

@@ -3,14 +3,18 @@
 //
 // A tier is a struct, the argument of the bodies in project.cpp and reconstruct.cpp:
 //
-//   V, kColumns                register of sums; how many columns one of levels has, a byte each
-//   kVectors                   registers of a row of a tile
+//   V, zero                    register of sums
+//   kVectors                   registers of levels, a byte each, of a row of a tile: 128 / kVectors
+//                              columns each
 //   kTogether, kRows           rows whose products share operands; rows that add_across sums
-//   Levels<bits>               get(row, v): columns kColumns * v ..+kColumns - 1 of a row
+//   Levels<bits>               get(row, v): register v of a row
+//   kPasses, kPerPass          of reconstruct over the rows; registers of sums in each
 //   FourRows<bits, pass>       get(u), for u = 0, 1, ... in this order: four rows, a dword has one
 //                              column's four
 //   kFactor, kOffset<bits>     of what these give: levels are kFactor * (it + kOffset)
 //   to_fixed                   to_fixed() of common.h
+//   scale_rows                 coefficients times scales, eight rows at a time
+//   prefetch_line, _input, _scales   of codes, of other numbers, of scales
 //   kOperands, prepare_columns the numbers q of 128 columns, for multiply() with get(): kOperands
 //                              registers for each v. Returns the sum of q.
 //   prepare_rows, RowOperands  of four rows, for multiply() with FourRows: up to four dwords, and
@@ -32,8 +36,7 @@ namespace twa {
 // What all tiers of 256 bits share.
 struct Lanes256 {
   using V = __m256i;
-  static constexpr int kColumns = 32, kVectors = 4, kTogether = 2, kRows = 8, kPasses = 4,
-                       kPerPass = 4;
+  static constexpr int kVectors = 4, kTogether = 2, kRows = 8, kPasses = 4, kPerPass = 4;
   template <int kBits>
   static constexpr double kFactor = 1.0;
   template <int kBits>

@@ -97,8 +97,8 @@ struct NeonDecoder {
 // where the bit is not set takes one instruction less: levels are 254 * (it + 0.5).
 struct Neon {
   using V = int32x4_t;
-  static constexpr int kColumns = 16, kVectors = 8, kTogether = 4, kRows = 4, kPasses = 4,
-                       kPerPass = 8, kOperands = 3, kSums = 3;
+  static constexpr int kVectors = 8, kTogether = 4, kRows = 4, kPasses = 4, kPerPass = 8,
+                       kOperands = 3, kSums = 3;
   static constexpr double kHigh = 65536.0;
   template <int kBits>
   static constexpr double kFactor = kBits == 1 ? 254.0 : 1.0;

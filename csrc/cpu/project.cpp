@@ -20,49 +20,6 @@
 namespace twa {
 namespace {
 
-// One tile's gradient as an operand of the lower tiers.
-struct alignas(64) TileGradient {
-  int32_t q[kTileColumns];
-  int16_t high[kTileColumns], low[kTileColumns];
-  double unit;
-};
-
-TWA_INLINE void load_gradient(const TensorTable& grads, const Block& block, int64_t tile,
-                              TileGradient* g) {
-  alignas(64) float v[kTileColumns];
-  load_tile(grads.dtype[block.tensor], grads.data[block.tensor],
-            block.first_column + tile * kTileColumns, valid_columns(grads.numel, block, tile), v);
-  g->unit = to_fixed(v, kTileColumns, g->q);
-}
-TWA_INLINE void split_gradient_int16(TileGradient* g) {
-  for (int c = 0; c < kTileColumns; ++c) split_int16(g->q[c], &g->high[c], &g->low[c]);
-}
-
-template <int kBits>
-TWA_INLINE void tile_portable(const uint8_t* codes, const uint8_t* scales, int64_t n,
-                              const TensorTable& grads, const Block& block, int64_t tile,
-                              double* acc) {
-  TileGradient g;
-  load_gradient(grads, block, tile, &g);
-  split_gradient_int16(&g);
-  alignas(64) int16_t lev[kTileColumns];
-  for (int64_t i = 0; i < n; ++i) {
-    decode_portable<kBits>(codes + i * row_bytes(kBits), lev);
-    int32_t high = 0, low = 0;
-    for (int c = 0; c < kTileColumns; ++c) high += lev[c] * g.high[c];
-    for (int c = 0; c < kTileColumns; ++c) low += lev[c] * g.low[c];
-    acc[i] += static_cast<double>(int64_t{4096} * high + low) * (e4m3_to_float(scales[i]) * g.unit);
-  }
-}
-
-template <int kBits>
-void block_portable(const BasisView& basis, const TensorTable& grads, const Block& block,
-                    double* acc) {
-  each_tile<kBits>(basis, block, [&](const uint8_t* codes, const uint8_t* scales, int64_t t) {
-    tile_portable<kBits>(codes, scales, basis.n, grads, block, t, acc);
-  });
-}
-
 // One tile's gradient in fixed point; q lies at a multiple of 64. Returns its unit.
 template <class M>
 TWA_INLINE double load_fixed(const TensorTable& grads, const Block& block, int64_t tile,
@@ -81,6 +38,48 @@ TWA_INLINE double load_fixed(const TensorTable& grads, const Block& block, int64
   }
   for (int c = 0; c < kTileColumns * size; c += 64) M::prefetch_input(data + c);
   return M::to_fixed(from, kTileColumns, q);
+}
+
+struct Plain {
+  TWA_INLINE static double to_fixed(const float* v, int count, int32_t* q) {
+    return twa::to_fixed(v, count, q);
+  }
+  TWA_INLINE static void prefetch_input(const void*) {}
+};
+
+// kRows rows of which there are `left`: where they lie, or a copy of the last ones, followed by
+// anything.
+template <int kRows, int kBits>
+TWA_INLINE const uint8_t* whole_rows(const uint8_t* rows, int64_t left, uint8_t* padded) {
+  if (left >= kRows) return rows;
+  std::memcpy(padded, rows, static_cast<size_t>(left * row_bytes(kBits)));
+  return padded;
+}
+
+// Portable: limbs of 12 bits.
+template <int kBits>
+TWA_INLINE void tile_portable(const uint8_t* codes, const uint8_t* scales, int64_t n,
+                              const TensorTable& grads, const Block& block, int64_t tile,
+                              double* acc) {
+  alignas(64) int32_t q[kTileColumns];
+  alignas(64) int16_t lev[kTileColumns], of_high[kTileColumns], of_low[kTileColumns];
+  const double unit = load_fixed<Plain>(grads, block, tile, q);
+  for (int c = 0; c < kTileColumns; ++c) split_int16(q[c], &of_high[c], &of_low[c]);
+  for (int64_t i = 0; i < n; ++i) {
+    decode_portable<kBits>(codes + i * row_bytes(kBits), lev);
+    int32_t high = 0, low = 0;
+    for (int c = 0; c < kTileColumns; ++c) high += lev[c] * of_high[c];
+    for (int c = 0; c < kTileColumns; ++c) low += lev[c] * of_low[c];
+    acc[i] += static_cast<double>(int64_t{4096} * high + low) * (e4m3_to_float(scales[i]) * unit);
+  }
+}
+
+template <int kBits>
+void block_portable(const BasisView& basis, const TensorTable& grads, const Block& block,
+                    double* acc) {
+  each_tile<kBits>(basis, block, [&](const uint8_t* codes, const uint8_t* scales, int64_t t) {
+    tile_portable<kBits>(codes, scales, basis.n, grads, block, t, acc);
+  });
 }
 
 // Columns in lanes (lanes.h): a row's levels as they lie, kTogether rows at a time, which share the
@@ -102,12 +101,9 @@ TWA_INLINE void block_lanes(const BasisView& basis, const TensorTable& grads, co
     const uint8_t* scales = basis.scales + (block.first_tile + tile) * n;
     M::prefetch_scales(scales + kScalesAhead * n);
     for (int64_t i0 = 0; i0 < n; i0 += kRows) {
-      const uint8_t *stream = codes + i0 * kBytes, *rows = stream;
       alignas(64) uint8_t padded[kRows * kBytes];
-      if (n - i0 < kRows) {  // the last rows, followed by anything
-        std::memcpy(padded, rows, static_cast<size_t>((n - i0) * kBytes));
-        rows = padded;
-      }
+      const uint8_t* stream = codes + i0 * kBytes;
+      const uint8_t* rows = whole_rows<kRows, kBits>(stream, n - i0, padded);
 #pragma GCC unroll 1
       for (int r = 0; r < kRows; r += M::kTogether) {
         V sums[M::kTogether][M::kSums];
@@ -188,15 +184,12 @@ TWA_AVX2 void block_look_up(const BasisView& basis, const TensorTable& grads, co
     const uint8_t* scales = basis.scales + (block.first_tile + tile) * n;
     Lanes256::prefetch_scales(scales + kScalesAhead * n);
     for (int64_t i0 = 0; i0 < n; i0 += kRows) {
-      const uint8_t* rows = codes + i0 * kBytes;
-      __m256i low = Lanes256::zero();
-      Lanes256::prefetch_line(rows, &low);
-      Lanes256::prefetch_line(rows + 64, &low);
       alignas(64) uint8_t padded[kRows * kBytes];
-      if (n - i0 < kRows) {  // the last rows, followed by anything
-        std::memcpy(padded, rows, static_cast<size_t>((n - i0) * kBytes));
-        rows = padded;
-      }
+      const uint8_t* stream = codes + i0 * kBytes;
+      const uint8_t* rows = whole_rows<kRows, 1>(stream, n - i0, padded);
+      __m256i low = Lanes256::zero();
+      Lanes256::prefetch_line(stream, &low);
+      Lanes256::prefetch_line(stream + 64, &low);
       Lanes256::add_rows(table.look_up(rows), low, 254.0, offset, unit, scales + i0, n - i0,
                          acc + i0);
     }
@@ -476,12 +469,9 @@ TWA_AVX512 void block_avx512(const BasisView& basis, const TensorTable& grads, c
     _mm_prefetch(reinterpret_cast<const char*>(scales + kScalesAhead * n), _MM_HINT_T0);
     const __m512d offset = _mm512_set1_pd(g.offset), unit = _mm512_set1_pd(g.unit);
     for (int64_t i0 = 0; i0 < n; i0 += 16) {
-      const uint8_t *stream = codes + i0 * kBytes, *rows = stream;
       alignas(64) uint8_t padded[16 * kBytes];
-      if (n - i0 < 16) {  // the last rows, followed by anything
-        std::memcpy(padded, rows, static_cast<size_t>((n - i0) * kBytes));
-        rows = padded;
-      }
+      const uint8_t* stream = codes + i0 * kBytes;
+      const uint8_t* rows = whole_rows<16, kBits>(stream, n - i0, padded);
       __m512i high, low = _mm512_setzero_si512();
       sum_rows16<kBits>(rows, stream, tables, g.operands, &high, &low);
       add_rows16<kBits>(high, low, offset, unit, scales + i0, n - i0, acc + i0);

@@ -38,6 +38,12 @@ TWA_INLINE double load_coefficients(const float* x_row, const uint8_t* scales, i
   return to_fixed(k->w, static_cast<int>(n), k->q);
 }
 
+// This thread's. By a pointer: in loops, compilers look a thread's own data up again and again.
+inline TileCoefficients* own_coefficients() {
+  static thread_local const auto own = std::make_unique<TileCoefficients>();
+  return own.get();
+}
+
 // Where one tile's numbers come from and go to: the tensors themselves, or a copy, where a tile is
 // ragged or of another dtype.
 class TileEnds {
@@ -99,10 +105,10 @@ TWA_INLINE void tile_portable(const uint8_t* codes, const uint8_t* scales, const
 template <int kBits>
 void block_portable(const BasisView& basis, const float* x_row, const TensorTable& center,
                     const TensorTable& out, const Block& block) {
-  static thread_local TileCoefficients workspace;
+  TileCoefficients* const k = own_coefficients();
   each_tile<kBits>(basis, block, [&](const uint8_t* codes, const uint8_t* scales, int64_t t) {
     const TileEnds ends(center, out, block, t);
-    tile_portable<kBits>(codes, scales, x_row, basis.n, ends, &workspace);
+    tile_portable<kBits>(codes, scales, x_row, basis.n, ends, k);
     ends.store();
   });
 }
@@ -157,7 +163,7 @@ TWA_INLINE void tile_lanes(const uint8_t* codes, const uint8_t* scales, const fl
     M::prepare_rows(k->q + i, k->limbs + i);
     total += k->q[i] + k->q[i + 1] + k->q[i + 2] + k->q[i + 3];
   }
-  alignas(64) uint8_t tail[4 * row_bytes(kBits)];
+  alignas(64) uint8_t tail[4 * row_bytes(kBits)] = {};
   copy_tail<kBits>(codes, n, tail);
   const double offset = M::template kOffset<kBits> * static_cast<double>(total);
   (pass_lanes<M, kBits, kPass>(codes, n, tail, k->limbs, levels, offset, unit, ends), ...);
@@ -167,9 +173,7 @@ TWA_INLINE void tile_lanes(const uint8_t* codes, const uint8_t* scales, const fl
 template <class M, int kBits>
 TWA_INLINE void block_lanes(const BasisView& basis, const float* x_row, const TensorTable& center,
                             const TensorTable& out, const Block& block) {
-  // By a pointer: in loops, compilers look a thread's own data up again and again.
-  static thread_local const auto workspace = std::make_unique<TileCoefficients>();
-  TileCoefficients* const k = workspace.get();
+  TileCoefficients* const k = own_coefficients();
   const typename M::template Levels<kBits> levels;
   for (int64_t t = 0; t < block.tiles; ++t) {
     const int64_t group = (block.first_tile + t) * basis.n;
@@ -378,7 +382,7 @@ TWA_AVX512 inline void tile_avx512(const uint8_t* codes, const uint8_t* scales, 
     total += _mm512_reduce_add_epi32(q);  // 16 numbers of 24 bits
   }
   const LevelTables<kBits> tables;
-  alignas(64) uint8_t tail[4 * row_bytes(kBits)];
+  alignas(64) uint8_t tail[4 * row_bytes(kBits)] = {};
   copy_tail<kBits>(codes, n, tail);
   __m512i sums[3][8];
   sum_half<kBits, 0>(codes, n, tail, k->limbs, tables, sums);
@@ -392,11 +396,11 @@ TWA_AVX512 inline void tile_avx512(const uint8_t* codes, const uint8_t* scales, 
 template <int kBits>
 TWA_AVX512 void block_avx512(const BasisView& basis, const float* x_row, const TensorTable& center,
                              const TensorTable& out, const Block& block) {
-  static thread_local TileCoefficients workspace;
+  TileCoefficients* const k = own_coefficients();
   each_tile<kBits>(basis, block,
                    [&](const uint8_t* codes, const uint8_t* scales, int64_t t) TWA_AVX512 {
                      const TileEnds ends(center, out, block, t);
-                     tile_avx512<kBits>(codes, scales, x_row, basis.n, ends, &workspace);
+                     tile_avx512<kBits>(codes, scales, x_row, basis.n, ends, k);
                      ends.store();
                    });
 }

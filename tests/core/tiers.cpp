@@ -370,7 +370,7 @@ void orthonormalize(int64_t n, bool transform, bool write, bool fast) {
 
 void all_cases() {
   for (const int bits : {8, 4, 3, 2, 1}) {
-    for (const int64_t n : {1, 2, 3, 5, 8, 16, 17, 31, 64, 300})
+    for (const int64_t n : {1, 2, 3, 5, 6, 8, 16, 17, 31, 64, 300})
       for (const Kind kind : kKinds) read_basis(bits, n, "ragged", kRagged, kind);
     for (const Kind kind : {Kind::plain, Kind::edge})
       for (const int64_t n : {511, 4096}) read_basis(bits, n, "small", kSmall, kind);

@@ -65,11 +65,13 @@ from .gram_schmidt import (
 Reduce = Callable[[Tensor], None]
 
 TOLERANCE = 4 * 2.0**-24
-#: loss of orthogonality that each accuracy promises; what is predicted or measured above it is
-#: computed again
-LIMITS = {"high": 1e-7, "fast": 3e-7}
+#: certificate above which Q is computed again. That of "fast" leaves room to the loss of
+#: orthogonality that is promised, 3e-7: six vectors estimate it
+LIMITS = {"high": 1e-7, "fast": 2e-7}
 #: a prediction above this asks for one more read in float64 (high); fast takes its limit
 PREDICTED = {"high": 1e-9, "fast": 2e-7}
+#: what rounding the factor of "fast" may do to it
+ROUNDED = 2.4e-7
 MOST_REFINEMENTS = 3
 FEWEST_FAST = 1 << 19  # columns from which on "fast" sums Gram matrices in float32
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -559,7 +561,7 @@ class Job:
             # Rounding the factor shifts every column alike: what it does to Q Q^T, in the
             # certificate's norm, is known before Q is.
             shift = short @ L @ L.T @ short.T - torch.eye(len(kept), dtype=gram.dtype)
-            fast = float((shift @ shift).norm()) ** 0.5 <= 0.8 * LIMITS["fast"]
+            fast = float((shift @ shift).norm()) ** 0.5 <= ROUNDED
             A = short if fast else A
         rows = tuple(first + i for i in kept)
         if self.before:  # with the earlier rows in front
