@@ -18,7 +18,8 @@
 #if __has_include(<avxvnniintrin.h>) && !defined(TWA_NO_AVXVNNI)  // GCC 11
 #define TWA_AVXVNNI __attribute__((target("avx2,f16c,fma,avxvnni")))
 #endif
-#define TWA_AVX512VL __attribute__((target("avx2,f16c,fma,avx512f,avx512vl,avx512vnni")))
+#define TWA_AVX512VL \
+  __attribute__((target("avx2,f16c,fma,avx512f,avx512vl,avx512vnni,prefer-vector-width=256")))
 #define TWA_AVX512                                                          \
   __attribute__((                                                           \
       target("avx2,f16c,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni," \

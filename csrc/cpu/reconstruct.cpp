@@ -113,12 +113,14 @@ void block_portable(const BasisView& basis, const float* x_row, const TensorTabl
   });
 }
 
-// The last rows where n is no multiple of 4, followed by anything: their limbs are zero.
+// The last four rows where n is no multiple of 4: the last one for those past n, whose limbs are
+// zero.
 template <int kBits>
 TWA_INLINE void copy_tail(const uint8_t* codes, int64_t n, uint8_t* tail) {
-  if (n % 4)
-    std::memcpy(tail, codes + n / 4 * 4 * row_bytes(kBits),
-                static_cast<size_t>(n % 4 * row_bytes(kBits)));
+  if (n % 4 == 0) return;
+  for (int64_t r = 0; r < 4; ++r)
+    std::memcpy(tail + r * row_bytes(kBits),
+                codes + std::min(n / 4 * 4 + r, n - 1) * row_bytes(kBits), row_bytes(kBits));
 }
 
 // Columns in lanes (lanes.h): four rows at a time, a 32-bit lane with one column's four levels;
@@ -163,7 +165,7 @@ TWA_INLINE void tile_lanes(const uint8_t* codes, const uint8_t* scales, const fl
     M::prepare_rows(k->q + i, k->limbs + i);
     total += k->q[i] + k->q[i + 1] + k->q[i + 2] + k->q[i + 3];
   }
-  alignas(64) uint8_t tail[4 * row_bytes(kBits)] = {};
+  alignas(64) uint8_t tail[4 * row_bytes(kBits)];
   copy_tail<kBits>(codes, n, tail);
   const double offset = M::template kOffset<kBits> * static_cast<double>(total);
   (pass_lanes<M, kBits, kPass>(codes, n, tail, k->limbs, levels, offset, unit, ends), ...);
@@ -301,7 +303,7 @@ TWA_AVX512 inline void expand_rows4(const uint8_t* rows, const LevelTables<kBits
 }
 
 // One half of the tile's columns, all rows: 12 accumulators and their operands stay in registers.
-// tail: a copy of the last rows where n is no multiple of 4, followed by anything.
+// tail: as copy_tail makes it.
 template <int kBits, int kPass>
 TWA_AVX512 inline void sum_half(const uint8_t* codes, int64_t n, const uint8_t* tail,
                                 const int32_t* limbs, const LevelTables<kBits>& tables,
@@ -382,7 +384,7 @@ TWA_AVX512 inline void tile_avx512(const uint8_t* codes, const uint8_t* scales, 
     total += _mm512_reduce_add_epi32(q);  // 16 numbers of 24 bits
   }
   const LevelTables<kBits> tables;
-  alignas(64) uint8_t tail[4 * row_bytes(kBits)] = {};
+  alignas(64) uint8_t tail[4 * row_bytes(kBits)];
   copy_tail<kBits>(codes, n, tail);
   __m512i sums[3][8];
   sum_half<kBits, 0>(codes, n, tail, k->limbs, tables, sums);
