@@ -973,7 +973,8 @@ def test_no_row_of_an_adversarial_heap_is_missed(accuracy):
         o = tk.orthonormalize(W, accuracy=accuracy)
         looks.add(o.report.refined)
         assert residuals(o, W).max() <= 1.1 * 4 * 2.0**-24, (seed, residuals(o, W))
-        assert loss(o.Q) <= (1.5e-7 if accuracy == "high" else 3e-7)  # of few columns, rounded
+        # Of few columns, rounded; and what decides about it is an estimate.
+        assert loss(o.Q) <= (1.5e-7 if accuracy == "high" else 4e-7)
     assert {0, 1, 2} <= looks
 
 

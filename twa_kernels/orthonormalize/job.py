@@ -65,13 +65,10 @@ from .gram_schmidt import (
 Reduce = Callable[[Tensor], None]
 
 TOLERANCE = 4 * 2.0**-24
-#: certificate above which Q is computed again. That of "fast" leaves room to the loss of
-#: orthogonality that is promised, 3e-7: six vectors estimate it
-LIMITS = {"high": 1e-7, "fast": 2e-7}
+#: certificate, an estimate of the loss of orthogonality, above which Q is computed again
+LIMITS = {"high": 1e-7, "fast": 3e-7}
 #: a prediction above this asks for one more read in float64 (high); fast takes its limit
 PREDICTED = {"high": 1e-9, "fast": 2e-7}
-#: what rounding the factor of "fast" may do to it
-ROUNDED = 2.4e-7
 MOST_REFINEMENTS = 3
 FEWEST_FAST = 1 << 19  # columns from which on "fast" sums Gram matrices in float32
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -219,8 +216,8 @@ def orthonormalize(
         center: subtracted from every row: one tensor of shape_k per block (a stream if W is one),
             or None.
         accuracy: "high": float64 products, loss of orthogonality at most 1e-7, plus the rounding of
-            Q to `dtype`. "fast": float32 products over few columns, summed in float64, at most
-            3e-7; what does not reach that is computed again in float64.
+            Q to `dtype`. "fast": float32 products over few columns, summed in float64, about
+            3e-7; what is estimated to be more is computed again in float64.
         form: "explicit": Q in `dtype`, new or in `out`. "implicit": no Q; `Orthonormal.apply` and
             `.transform` stand for it, one read less. "packed": Q as a PackedBasis of `bits` bits,
             never dense in memory.
@@ -561,7 +558,7 @@ class Job:
             # Rounding the factor shifts every column alike: what it does to Q Q^T, in the
             # certificate's norm, is known before Q is.
             shift = short @ L @ L.T @ short.T - torch.eye(len(kept), dtype=gram.dtype)
-            fast = float((shift @ shift).norm()) ** 0.5 <= ROUNDED
+            fast = float((shift @ shift).norm()) ** 0.5 <= 0.8 * LIMITS["fast"]
             A = short if fast else A
         rows = tuple(first + i for i in kept)
         if self.before:  # with the earlier rows in front
