@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-from pathlib import Path
 
 # Read when torch is imported. Several test processes share the cores: a thread that waits for
 # the others of its own process must not keep those of another from their turn.
