@@ -5,6 +5,7 @@ their definitions.
 from __future__ import annotations
 
 import functools
+import math
 import platform
 import re
 import time
@@ -21,6 +22,7 @@ from twa_kernels.machine import processor
 from twa_kernels.native import empty_for_streaming
 
 RESULTS = Path(__file__).parent / "results"
+Run = tuple[Callable[[], object], int]  # and the bytes that it moves
 
 
 def random_basis(n: int, columns: int, bits: int, tensors: int = 1) -> tk.PackedBasis:
@@ -36,18 +38,37 @@ def random_basis(n: int, columns: int, bits: int, tensors: int = 1) -> tk.Packed
     return tk.PackedBasis(codes, scales, row_scale, segment, divisor, shapes, bits)
 
 
-def median_seconds(run, at_least: int = 5, seconds: float = 1.0) -> float:
-    """Median of at least `at_least` runs and about `seconds` seconds, after one to warm up."""
-    run()
+def run_times(run, at_least: int, seconds: float, most: float = math.inf) -> list[float]:
+    """Seconds of at least `at_least` runs, for about `seconds` seconds, at most `most` of them."""
     times: list[float] = []
-    while len(times) < at_least or (sum(times) < seconds and len(times) < 200):
+    while len(times) < at_least or (sum(times) < seconds and len(times) < most):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
+    return times
+
+
+def median_seconds(run, at_least: int = 5, seconds: float = 1.0) -> float:
+    """Median of at least `at_least` runs and about `seconds` seconds, after one to warm up."""
+    run()
+    times = run_times(run, at_least, seconds, most=200)
     return sorted(times)[len(times) // 2]
 
 
-def memory_runs(size: int = 1 << 30) -> dict[str, tuple[Callable[[], object], int]]:
+def kernel_runs(n: int, columns: int, bits: int) -> dict[str, Run]:
+    """{op: (run, bytes moved)} of project and reconstruct of a random basis."""
+    basis, x = random_basis(n, columns, bits), torch.randn(n, 1)
+    g, center, out = torch.randn(columns), torch.randn(columns), torch.empty(columns)
+    return {
+        "project": (lambda: tk.project(basis, [g]), basis.nbytes + 4 * columns),
+        "reconstruct": (
+            lambda: tk.reconstruct(basis, x, [center], [out]),
+            basis.nbytes + 8 * columns,
+        ),
+    }
+
+
+def memory_runs(size: int = 1 << 30) -> dict[str, Run]:
     """{name: (run, bytes moved)} of reading `size` bytes by a plain loop, of reading them with
     software prefetch, and of copying them (memcpy; read + write), with the threads that the kernels
     use.

@@ -21,8 +21,6 @@ import multiprocessing
 import os
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -33,27 +31,16 @@ from cpu_ports import CORES, this_core
 from cpu_trace import Program, built_library
 from twa.io.tables import markdown_table
 
-import twa_kernels as tk
 from twa_kernels import native
 
 BOUNDS = {"project": "read", "reconstruct": "copy"}
-Run = tuple[Callable[[], object], int]  # and the bytes that it moves
 
 
-def kernels(op: str, bits: int, n: int, columns: int) -> dict[str, Run]:
-    """Our kernel, by the tier of this process."""
-    basis, g = common.random_basis(n, columns, bits), torch.randn(columns)
-    if op == "project":
-        return {"ours": (lambda: tk.project(basis, [g]), basis.nbytes + 4 * columns)}
-    x, out = torch.randn(n, 1), torch.empty(columns)
-    return {"ours": (lambda: tk.reconstruct(basis, x, [g], [out]), basis.nbytes + 8 * columns)}
-
-
-def peers(op: str, n: int, columns: int) -> dict[str, Run]:
+def peers(op: str, n: int, columns: int) -> dict[str, common.Run]:
     from peers import PEERS
 
     p, x, g = torch.randn(n, columns), torch.randn(n), torch.randn(columns)
-    found: dict[str, Run] = {}
+    found: dict[str, common.Run] = {}
     if op == "project":
         found["torch float32"] = (lambda: torch.mv(p, g), 4 * (n + 1) * columns)
     else:
@@ -79,31 +66,24 @@ def serve(connection: Connection, n: int, columns: int, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     connection.send(native._C.cpu_isa() if native._C else None)
-    runs: dict[str, Run] = {}
+    runs: dict[str, common.Run] = {}
     while True:
         match connection.recv():
             case "make", op, bits:
                 runs.clear()  # before the next takes memory
                 if op == "memory":
                     runs |= common.memory_runs()
+                elif not bits:
+                    runs |= peers(op, n, columns)
                 else:
-                    runs |= kernels(op, bits, n, columns) if bits else peers(op, n, columns)
+                    runs["ours"] = common.kernel_runs(n, columns, bits)[op]
                 connection.send({name: moved for name, (_, moved) in runs.items()})
             case "time", name, seconds:
-                connection.send(fastest(runs[name][0], seconds))
+                connection.send(min(common.run_times(runs[name][0], 1, seconds)))
             case ("clock",):
                 connection.send(native._C.clock_rate())
             case None:
                 return
-
-
-def fastest(run: Callable[[], object], seconds: float) -> float:
-    times: list[float] = []
-    while not times or sum(times) < seconds:
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 class Tier:

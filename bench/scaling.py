@@ -23,15 +23,20 @@ import argparse
 import json
 import math
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import RESULTS, bandwidth, hardware, median_seconds, memory_runs, random_basis
+from common import (
+    RESULTS,
+    bandwidth,
+    hardware,
+    kernel_runs,
+    median_seconds,
+    memory_runs,
+    run_times,
+)
 from twa.io.tables import markdown_table
-
-import twa_kernels as tk
 
 BITS = (8, 4, 3, 2, 1)
 BOUNDS = {"project": "read", "reconstruct": "copy"}
@@ -52,18 +57,12 @@ def measure(n: int, columns: int, threads: int, bits: int) -> list[dict]:
     """One row per op. The caller has set the threads."""
     if n * columns * (bits / 8 + 1 / 128) > MAX_BYTES:
         return []
-    basis, x = random_basis(n, columns, bits), torch.randn(n, 1)
-    g, center, out = torch.randn(columns), torch.randn(columns), torch.empty(columns)
-    seconds = {
-        "project": median_seconds(lambda: tk.project(basis, [g])),
-        "reconstruct": median_seconds(lambda: tk.reconstruct(basis, x, [center], [out])),
-    }
     rows = []
-    for op, bound in BOUNDS.items():
-        moved = basis.nbytes + (4 if op == "project" else 8) * columns
-        rate = moved / seconds[op] / 1e9
+    for op, (run, moved) in kernel_runs(n, columns, bits).items():
+        bound, seconds = BOUNDS[op], median_seconds(run)
+        rate = moved / seconds / 1e9
         row = {"op": op, "bits": bits, "n": n, "D": columns, "threads": threads}
-        row |= {"ms": 1e3 * seconds[op], "GB/s": rate}
+        row |= {"ms": 1e3 * seconds, "GB/s": rate}
         rows.append(row | {"percent": 100 * rate / bandwidth()[bound], "bound": bound})
     return rows
 
@@ -90,23 +89,13 @@ THREADS = (1, 2, 4, 8, 16, 32, 64)
 CACHED_BYTES = 1 << 19  # of codes: half of a small second-level cache
 
 
-def fastest(run: Callable[[], object], seconds: float = 0.5) -> float:
-    times: list[float] = []
-    while len(times) < 5 or sum(times) < seconds:
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def fastest(run: Callable[[], object]) -> float:
+    return min(run_times(run, 5, 0.5))
 
 
 def seconds_of(n: int, columns: int, bits: int) -> dict[str, float]:
     """{op: seconds} of a call."""
-    basis, x = random_basis(n, columns, bits), torch.randn(n, 1)
-    g, out = torch.randn(columns), torch.empty(columns)
-    return {
-        "project": fastest(lambda: tk.project(basis, [g])),
-        "reconstruct": fastest(lambda: tk.reconstruct(basis, x, [g], [out])),
-    }
+    return {op: fastest(run) for op, (run, _) in kernel_runs(n, columns, bits).items()}
 
 
 def arithmetic(n: int, bits: int) -> dict[str, float]:

@@ -31,7 +31,8 @@ TWA_AVX512 void average_avx512(const TensorTable& rows, const double* weights, i
 using Average = void (*)(const TensorTable& rows, const double* weights, int64_t begin, int count,
                          float* out);
 #ifdef TWA_X86
-constexpr Tiers<Average> kTiers{{average_portable, average_avx2, {}, {}, average_avx512}};
+constexpr Tiers<Average> kTiers =
+    wide_tiers<Average>(average_portable, average_avx2, average_avx512);
 #else
 constexpr Tiers<Average> kTiers{{average_portable}};
 #endif

@@ -23,7 +23,7 @@ TWA_INLINE void average_span(void* const* data, const Dtype* dtype, int64_t n,
     if (w == 0.0) continue;
     // The same columns of the next row: each row is a stream of its own, too short for the hardware
     // to notice.
-    const int64_t ahead = std::min(i + 1, n - 1), size = dtype[ahead] == Dtype::f32 ? 4 : 2;
+    const int64_t ahead = std::min(i + 1, n - 1), size = size_of(dtype[ahead]);
     const char* next = static_cast<const char*>(data[ahead]) + begin * size;
     for (int t = 0; t < count; t += kTileColumns) {
       const int valid = std::min(kTileColumns, count - t);

@@ -61,12 +61,30 @@ struct Tiers {
   Kernel kernels[kIsas];
 };
 // tiers<kBits>() of a file whose block_portable, block_avx2, block_avx512 and block_neon are of
-// this type.
-#ifdef TWA_X86
-#define TWA_TIERS(Kernel)                                                             \
-  template <int kBits>                                                                \
-  constexpr Tiers<Kernel> tiers() {                                                   \
-    return {{block_portable<kBits>, block_avx2<kBits>, {}, {}, block_avx512<kBits>}}; \
+// this type; TWA_ALL_TIERS: and block_avxvnni, block_avx512vl.
+#if defined(TWA_X86)
+// Of an op without tiers of its own between AVX2 and AVX-512.
+template <class Kernel>
+constexpr Tiers<Kernel> wide_tiers(Kernel portable, Kernel avx2, Kernel avx512) {
+  return {{portable, avx2, {}, {}, avx512}};
+}
+#ifdef TWA_AVXVNNI
+#define TWA_BLOCK_AVXVNNI block_avxvnni<kBits>
+#else
+#define TWA_BLOCK_AVXVNNI \
+  {                       \
+  }
+#endif
+#define TWA_TIERS(Kernel)                                                                     \
+  template <int kBits>                                                                        \
+  constexpr Tiers<Kernel> tiers() {                                                           \
+    return wide_tiers<Kernel>(block_portable<kBits>, block_avx2<kBits>, block_avx512<kBits>); \
+  }
+#define TWA_ALL_TIERS(Kernel)                                                                    \
+  template <int kBits>                                                                           \
+  constexpr Tiers<Kernel> tiers() {                                                              \
+    return {{block_portable<kBits>, block_avx2<kBits>, TWA_BLOCK_AVXVNNI, block_avx512vl<kBits>, \
+             block_avx512<kBits>}};                                                              \
   }
 #elif defined(TWA_ARM)
 #define TWA_TIERS(Kernel)                                \
@@ -74,12 +92,14 @@ struct Tiers {
   constexpr Tiers<Kernel> tiers() {                      \
     return {{block_portable<kBits>, block_neon<kBits>}}; \
   }
+#define TWA_ALL_TIERS TWA_TIERS
 #else
 #define TWA_TIERS(Kernel)             \
   template <int kBits>                \
   constexpr Tiers<Kernel> tiers() {   \
     return {{block_portable<kBits>}}; \
   }
+#define TWA_ALL_TIERS TWA_TIERS
 #endif
 // The kernel for the tier in use, or for the next one below it that the op has: an op has all of
 // the tiers with products of bytes, or none between AVX2 and AVX-512.

@@ -139,7 +139,7 @@ struct Ahead {
   // Where a loop that will prefetch so many bytes begins.
   const void* next(int64_t many, const void* otherwise) {
     if (!rows || at >= 2 * rows->n) return otherwise;
-    const int64_t k = tensor * rows->n + at % rows->n, size = rows->dtype[k] == Dtype::f32 ? 4 : 2;
+    const int64_t k = tensor * rows->n + at % rows->n, size = size_of(rows->dtype[k]);
     const void* from = static_cast<const char*>(rows->data[k]) + column * size + bytes;
     bytes += many;
     if (bytes >= count * size) ++at, bytes = 0;
@@ -276,7 +276,7 @@ void run(const Problem& p, int threads) {
         for (int64_t j = 0; j < r; ++j) {
           const Dtype dtype = p.out.dtype[t * r + j];
           char* out = j >= lowest ? static_cast<char*>(p.out.data[t * r + j]) : nullptr;
-          if (out) out += column * (dtype == Dtype::f32 ? 4 : 2);
+          if (out) out += column * size_of(dtype);
           kernel.finish(made.row(j), count, dtype, out, past_cache);
         }
         probes.apply(made_kernel.probe, made.data, made.stride, columns, made_panel,

@@ -28,7 +28,7 @@ TWA_INLINE double load_fixed(const TensorTable& grads, const Block& block, int64
   const int64_t column = block.first_column + tile * kTileColumns;
   const int valid = valid_columns(grads.numel, block, tile);
   const Dtype dtype = grads.dtype[block.tensor];
-  const int64_t size = dtype == Dtype::f32 ? 4 : 2;
+  const int64_t size = size_of(dtype);
   const auto* data = static_cast<const uint8_t*>(grads.data[block.tensor]) + column * size;
   const float* from = v;
   if (dtype == Dtype::f32 && valid == kTileColumns) {
@@ -208,9 +208,6 @@ TWA_AVXVNNI void block_avxvnni(const BasisView& basis, const TensorTable& grads,
                                double* acc) {
   block_lanes<AvxVnni, kBits>(basis, grads, block, acc);
 }
-#else
-template <int kBits>
-constexpr ProjectBlock block_avxvnni = nullptr;
 #endif
 template <int kBits>
 TWA_AVX512VL void block_avx512vl(const BasisView& basis, const TensorTable& grads,
@@ -258,12 +255,9 @@ struct Prepared {
   double unit, offset;  // offset: what the dot products lack because levels are not signed
 };
 
-struct Avx512 {
+struct Avx512 : Lanes256 {  // for load_fixed
   TWA_AVX512 static double to_fixed(const float* v, int count, int32_t* q) {
     return to_fixed_avx512(v, count, q);
-  }
-  TWA_AVX512 static void prefetch_input(const void* p) {
-    _mm_prefetch(static_cast<const char*>(p) + kPrefetchInput, _MM_HINT_T0);
   }
 };
 
@@ -489,17 +483,7 @@ TWA_NEON void block_neon(const BasisView& basis, const TensorTable& grads, const
 
 #endif
 
-template <int kBits>
-constexpr Tiers<ProjectBlock> tiers() {
-#ifdef TWA_X86
-  return {{block_portable<kBits>, block_avx2<kBits>, block_avxvnni<kBits>, block_avx512vl<kBits>,
-           block_avx512<kBits>}};
-#elif defined(TWA_ARM)
-  return {{block_portable<kBits>, block_neon<kBits>}};
-#else
-  return {{block_portable<kBits>}};
-#endif
-}
+TWA_ALL_TIERS(ProjectBlock)
 
 }  // namespace
 

@@ -204,9 +204,6 @@ TWA_AVXVNNI void block_avxvnni(const BasisView& basis, const float* x_row,
                                const Block& block) {
   block_lanes<AvxVnni, kBits>(basis, x_row, center, out, block);
 }
-#else
-template <int kBits>
-constexpr ReconstructBlock block_avxvnni = nullptr;
 #endif
 template <int kBits>
 TWA_AVX512VL void block_avx512vl(const BasisView& basis, const float* x_row,
@@ -417,17 +414,7 @@ TWA_NEON void block_neon(const BasisView& basis, const float* x_row, const Tenso
 
 #endif
 
-template <int kBits>
-constexpr Tiers<ReconstructBlock> tiers() {
-#ifdef TWA_X86
-  return {{block_portable<kBits>, block_avx2<kBits>, block_avxvnni<kBits>, block_avx512vl<kBits>,
-           block_avx512<kBits>}};
-#elif defined(TWA_ARM)
-  return {{block_portable<kBits>, block_neon<kBits>}};
-#else
-  return {{block_portable<kBits>}};
-#endif
-}
+TWA_ALL_TIERS(ReconstructBlock)
 
 }  // namespace
 

@@ -111,7 +111,7 @@ void block_neon(const Job& job, const Block& block) {
 TWA_TIERS(BlockKernel)
 constexpr Tiers<FirstBad> looks() {
 #ifdef TWA_X86
-  return {{bad_portable, bad_avx2, {}, {}, bad_avx512}};
+  return wide_tiers<FirstBad>(bad_portable, bad_avx2, bad_avx512);
 #else
   return {{bad_portable}};
 #endif
