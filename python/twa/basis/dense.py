@@ -5,7 +5,7 @@ It costs n * D * 4 bytes and shows what low bits lose.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -220,6 +220,7 @@ def new_packer(
     segments: Segments,
     begins: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
+    allocate: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
 ) -> AnyPacker:
     """A packer for a packed basis, or for bits=32 a dense one.
 
@@ -230,11 +231,13 @@ def new_packer(
         segments: of the tensors
         begins: where these parts begin in the tensors; None: at 0
         device: where the rows and the basis are
+        allocate: makes the memory of a packed basis, see `twa_kernels.Packer`
     """
     numels = [s.numel() for s in shapes]
     if bits != 32:
         tiles = segments.of_tiles(numels, begins)
-        return Packer(n, shapes, bits, tiles, device, num_segments=len(segments.labels))
+        count = len(segments.labels)
+        return Packer(n, shapes, bits, tiles, device, num_segments=count, allocate=allocate)
     if segments.chunk and begins:
         chunk = segments.chunk
         if any(begin % chunk for begin, numel in zip(begins, numels, strict=True) if numel):

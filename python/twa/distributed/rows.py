@@ -18,6 +18,7 @@ from ..io.averaging import average_into
 from ..io.candidates import Block, Candidates
 from ..io.errors import TwaError
 from ..io.key_map import KeyMap
+from .host import HostMemory
 from .ranks import Ranks
 from .sharding import Basis, Sharding, project, reconstruct, spread
 
@@ -75,7 +76,9 @@ class RowsSharding(Sharding):
             out.view(-1)[block.begin : block.end] = self.ranks.all_reduce_(partial)
         return out
 
-    def exchange(self, packer: AnyPacker, centers: list[Tensor]) -> None:
+    def exchange(
+        self, packer: AnyPacker, centers: list[Tensor], memory: HostMemory | None = None
+    ) -> None:
         pass  # rows and their scales are this rank's alone, centers are summed already
 
     def sum_sq(self, packer: AnyPacker) -> Tensor:

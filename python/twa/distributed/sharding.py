@@ -36,6 +36,7 @@ from ..io.errors import TwaError
 from ..io.key_map import KeyMap
 from ..io.loading import named_tensors
 from ..io.mapped import Part
+from .host import HostMemory, host_key
 from .ranks import Ranks
 
 Basis = tk.PackedBasis | DenseBasis
@@ -301,8 +302,27 @@ class Sharding:
         """
         return self.candidates.weighted(self.keys[k], weights, self.shards[k].part)
 
-    def exchange(self, packer: AnyPacker, centers: list[Tensor]) -> None:
-        """Completes packing: gets what other ranks have packed, and makes the scales equal."""
+    def host_memory(self, size: int, device: torch.device) -> HostMemory | None:
+        """Memory for a basis on this device that ranks of one host share; None if none do.
+
+        Ranks call it together.
+
+        Args:
+            size: bytes at least
+            device: where the basis is built
+        """
+        return None
+
+    def exchange(
+        self, packer: AnyPacker, centers: list[Tensor], memory: HostMemory | None = None
+    ) -> None:
+        """Completes packing: gets what other ranks have packed, and makes the scales equal.
+
+        Args:
+            packer: which has packed this rank's tensors
+            centers: of all tensors, those of this rank's are there
+            memory: where basis and centers are
+        """
         self.ranks.all_reduce_max_(packer.max_scale)
 
     def sum_sq(self, packer: AnyPacker) -> Tensor:
@@ -374,7 +394,8 @@ class Sharding:
 class ReplicateSharding(Sharding):
     """A sharding where every rank holds all of P and projects its own gradient.
 
-    n * L numbers are summed. Each rank packs its share of the tensors and sends it.
+    n * L numbers are summed. Each rank packs its share of the tensors and sends it. In CPU memory
+    the ranks of one host hold one packed basis and one center between them.
     """
 
     name = "replicate"
@@ -402,11 +423,21 @@ class ReplicateSharding(Sharding):
             value = torch.empty(self.shards[k].shape, dtype=dtype)
         return self.ranks.broadcast_(value, self.owner[k])
 
-    def exchange(self, packer: AnyPacker, centers: list[Tensor]) -> None:
-        for k, owner in enumerate(self.owner):
-            for t in [*packer.storage(k), centers[k]]:
-                self.ranks.broadcast_(t, owner)
-        super().exchange(packer, centers)
+    def host_memory(self, size: int, device: torch.device) -> HostMemory | None:
+        memory = HostMemory(self.ranks, size, host_key() if device.type == "cpu" else "")
+        return memory if memory.is_shared else None
+
+    def exchange(
+        self, packer: AnyPacker, centers: list[Tensor], memory: HostMemory | None = None
+    ) -> None:
+        parts = [[*packer.storage(k), center] for k, center in enumerate(centers)]
+        if memory is not None:
+            memory.send(self.owner, parts)
+        else:
+            for owner, tensors in zip(self.owner, parts, strict=True):
+                for t in tensors:
+                    self.ranks.broadcast_(t, owner)
+        super().exchange(packer, centers)  # and nobody is before it
 
 
 class ColumnsSharding(Sharding):
