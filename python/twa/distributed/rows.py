@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import twa_kernels as tk
 
 from ..basis.dense import AnyPacker
+from ..basis.pieces import Pieces
 from ..io.averaging import average_into
 from ..io.candidates import Block, Candidates
 from ..io.errors import TwaError
@@ -96,7 +97,7 @@ class RowsSharding(Sharding):
         return flat, [part.view(t.shape) for part, t in zip(parts, self.tensors, strict=True)]
 
     def coefficient_gradient(
-        self, basis: Basis, grads: Sequence[Tensor | None], x: Tensor
+        self, basis: Basis, pieces: Pieces, grads: Sequence[Tensor | None], x: Tensor
     ) -> Tensor:
         flat, parts = self._flat()
         for part, g in zip(parts, grads, strict=True):
@@ -109,7 +110,7 @@ class RowsSharding(Sharding):
         c[self.local_rows(len(x))] = project(basis, parts) / self.ranks.world_size
         return self.all_reduce_async([c], x)()[0]
 
-    def write(self, basis: Basis, x: Tensor, center: list[Tensor] | None) -> None:
+    def write(self, basis: Basis, pieces: Pieces, x: Tensor, center: list[Tensor] | None) -> None:
         flat, parts = self._flat()
         mine = x[self.local_rows(len(x))].contiguous()
         reconstruct(basis, mine, center if self.ranks.rank == 0 else None, parts)

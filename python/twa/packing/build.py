@@ -14,6 +14,7 @@ from twa_kernels.layout import tile_offsets
 from twa_kernels.scaling import row_divisor
 
 from ..basis.dense import AnyPacker, new_packer
+from ..basis.pieces import Pieces, by_segments
 from ..basis.segments import Segments
 from ..coordinates import Coordinates, Deltas, Differences
 from ..distributed.host import HostMemory
@@ -36,11 +37,13 @@ class Built:
         basis: the rows of P
         coordinates: how coefficients, rows of P and merge weights make each other
         center: float32, of this rank's columns; None on a rank that adds none
+        pieces: this rank's columns as the basis has them
     """
 
     basis: Basis
     coordinates: Coordinates
     center: list[Tensor] | None
+    pieces: Pieces
 
 
 @torch.no_grad()  # a .pt file may hold parameters, which ask for gradients
@@ -83,7 +86,7 @@ def build(
     made, rows = orthonormal.build(
         sharding, centers, segments, bits, normalize, weights, feed, memory
     )
-    return Built(made, rows, sharding.local_center(centers))
+    return Built(made, rows, sharding.local_center(centers), Pieces.of_whole(shapes))
 
 
 def usual_device(device: torch.device) -> torch.device:
@@ -114,16 +117,21 @@ def _in_one_stream(
         pack: makes codes and center of a block
         kind: makes the coordinates of the center's weights and the divisor (n, L)
     """
-    shapes = [shard.shape for shard in sharding.shards]
-    rows, begins = sharding.local_rows(n), None
-    if segments.chunk:
-        begins = [sharding.begin(k, segments.chunk) for k in range(len(shapes))]
+    rows = sharding.local_rows(n)
+    pieces, firsts, tiles = by_segments(
+        [shard.shape for shard in sharding.shards],
+        [shard.part for shard in sharding.shards],
+        [t.shape for t in sharding.tensors],
+        segments,
+        dense=bits == 32,
+    )
     allocate = memory.allocate if memory else None
     packer = new_packer(
-        rows.stop - rows.start, shapes, bits, segments, begins, feed.device, allocate
+        rows.stop - rows.start, pieces.shapes, bits, segments, firsts, tiles, feed.device, allocate
     )
     centers = _no_centers(sharding, feed.device, memory)
     recorded = differences.recorded(sharding, bits) if kind is Differences else {}
+    recorded = {k: place for k, place in recorded.items() if len(pieces.of(k)) == 1}
     for k, blocks in _tensors(sharding, progress, feed, recorded.keys()):
         if blocks is None:
             packer.skip()
@@ -131,8 +139,10 @@ def _in_one_stream(
         before = packer.sum_sq.clone()
         if k in recorded and isinstance(packer, tk.Packer):
             differences.take(packer, sharding, k, recorded[k], weights, centers[k], progress, feed)
-        for block in blocks:
-            center = centers[k].view(-1)[block.begin : block.end]
+        for begin, block in pieces.blocks(k, blocks):
+            if begin and not block.begin:
+                packer.end_tensor()  # the piece before
+            center = centers[k].view(-1)[begin : begin + block.end - block.begin]
             try:
                 pack(packer, k, block, weights, center)
             except tk.NotFiniteError as error:
@@ -145,7 +155,7 @@ def _in_one_stream(
     basis = packer.finish(normalize, divisor[rows])
     if memory and isinstance(packer, tk.Packer):
         memory.drop(packer.scales)
-    return Built(basis, kind(weights, divisor), sharding.local_center(centers))
+    return Built(basis, kind(weights, divisor), sharding.local_center(centers), pieces)
 
 
 def _most_bytes(n: int, shapes: Sequence[torch.Size], bits: int) -> int:

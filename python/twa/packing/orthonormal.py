@@ -70,7 +70,14 @@ def build(
     shapes = [h.shape for h in sharding.shards]
     allocate = memory.allocate if memory else None
     packer = new_packer(
-        mine.stop - mine.start, shapes, bits, segments, device=feed.device, allocate=allocate
+        mine.stop - mine.start,
+        shapes,
+        bits,
+        segments,
+        segments.first,
+        segments.first,
+        feed.device,
+        allocate,
     )
 
     def rows_of_q(k: int, columns: list[Tensor], begin: int) -> Tensor:
