@@ -170,7 +170,7 @@ def loss_of_center(job):
     candidates = twa.Candidates(f"{job[0]}/c*.safetensors")
     model = Net(middle_of(job[1]))
     twa.load_average(model, candidates, twa.averages.uniform(5))
-    return float(loss_of(model))
+    return float(loss_of(model).detach())
 
 
 # A basis on disk ---------------------------------------------------------------------------------
