@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import twa
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from twa.basis import grams
 from twa.basis.pieces import by_groups, by_segments
@@ -171,6 +172,64 @@ def loss_of_center(job):
     model = Net(middle_of(job[1]))
     twa.load_average(model, candidates, twa.averages.uniform(5))
     return float(loss_of(model).detach())
+
+
+@torch.no_grad()
+def record(group, job, path):
+    """A recording of a sharded model, whose groups begin where shards do."""
+    model = new_model(job[1], group)
+    recorder = twa.Recorder(model, every=1, bits=8, path=path, group=group)
+    for step in range(5):
+        for p in model.parameters():
+            generator = torch.Generator().manual_seed(step)
+            move = 0.1 * torch.randn(p.shape, generator=generator)
+            if group is not None:
+                move = distribute_tensor(move, p.device_mesh, p.placements)
+            p += move
+        recorder.record(step)
+    recorder.close()
+
+
+def train_recorded(group, path, kind):
+    options = {"basis": "differences", "granularity": 128, "bits": 8, "group": group}
+    with mock.patch.object(grams, "MOST_TILES", 1 << 20):
+        subspace = twa.Subspace.from_candidates(
+            new_model(kind, group), twa.Candidates(path), **options
+        )
+    return trained(group, kind, subspace)
+
+
+@pytest.mark.parametrize("job", [("fsdp", 2)], indirect=True)
+@pytest.mark.parametrize("written_by", [1, 2])
+def test_fine_segments_of_a_recording(ranks, job, tmp_path, written_by):
+    """Its codes are taken as they are only where no segment changes inside a group of theirs."""
+    if written_by == 1:
+        record(None, job, tmp_path / "run")
+    else:
+        ranks.run(2, record, job, tmp_path / "run")
+    x, labels, beta, loss, _ = train_recorded(None, tmp_path / "run", "fsdp")
+    for ours in ranks.run(2, train_recorded, tmp_path / "run", "fsdp"):
+        assert ours[1] == labels and (ours[0] - x).abs().max() <= NEAR[8] * x.abs().max()
+        assert (ours[2] - beta).abs().max() <= NEAR[8] * (beta - 0.2).abs().max()
+        assert abs(ours[3] - loss) <= 1e-3
+
+
+def not_finite(group, folder, kind):
+    with pytest.raises((twa.CandidateError, DistributedError), match=r"c1.*'b\.weight'.* NaN"):
+        twa.Subspace.from_candidates(
+            new_model(kind, group),
+            twa.Candidates(f"{folder}/c*.safetensors"),
+            granularity=128,
+            group=group,
+        )
+
+
+def test_the_tensor_of_a_nan_is_named(ranks, job, tmp_path):
+    for k in range(3):
+        state = load_file(job[0] / f"c{k}.safetensors")
+        state["b.weight"][-1, -1] = float("nan") if k == 1 else 0.0
+        save_file(state, tmp_path / f"c{k}.safetensors")
+    ranks.run(job[2], not_finite, tmp_path, job[1])
 
 
 # A basis on disk ---------------------------------------------------------------------------------
