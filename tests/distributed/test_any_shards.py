@@ -2,9 +2,13 @@
 
 import copy
 import dataclasses
+import json
 import math
+import sys
+from pathlib import Path
 from unittest import mock
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -230,6 +234,45 @@ def test_the_tensor_of_a_nan_is_named(ranks, job, tmp_path):
         state["b.weight"][-1, -1] = float("nan") if k == 1 else 0.0
         save_file(state, tmp_path / f"c{k}.safetensors")
     ranks.run(job[2], not_finite, tmp_path, job[1])
+
+
+TASK = """
+import torch
+from test_any_shards import Net, X, Y
+
+def model():
+    return Net(7)
+
+def loss(model, batch):
+    return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+def train_data(seed=0):
+    return [(X[k : k + 4], Y[k : k + 4]) for k in range(0, 12, 4)]
+
+val_data = train_data
+"""
+
+
+def average(size, job, out, *options):
+    """Coefficients of `twa average` on so many ranks, and its report."""
+    command = [sys.executable, "-m", "twa", "average", str(job[0] / "task.py")]
+    command += [*map(str, sorted(job[0].glob("c*.safetensors"))), "-o", str(out), "--steps", "8"]
+    for done in processes.finish(*processes.start_job(*[[*command, *options]] * size)):
+        assert not done.returncode, done.stderr
+    return json.loads((out / "coefficients.json").read_text()), (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize("job", [("fsdp", 2)], indirect=True)
+def test_twa_average_keeps_fine_segments(job, tmp_path):
+    task = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{TASK}"
+    (job[0] / "task.py").write_text(task)
+    options = ["--twa", "t:fine:8", "--batches-per-step", "2"]
+    ours, report = average(2, job, tmp_path / "two", *options, "--sharding", "columns")
+    theirs, _ = average(1, job, tmp_path / "one", *options)
+    assert ours["chunk"] == theirs["chunk"] == 128 and ours["segments"] == theirs["segments"]
+    assert "not fine" not in report
+    beta, expected = (torch.tensor(c["beta"]) for c in (ours, theirs))
+    assert (beta - expected).abs().max() <= NEAR[8] * (expected - 0.2).abs().max()
 
 
 # A basis on disk ---------------------------------------------------------------------------------
