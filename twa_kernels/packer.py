@@ -95,6 +95,10 @@ class Packer:
             parts, of which each is written over by the next but one. `Scaling` finishes such
             scales.
         num_segments: L, where the last segments may have no columns here.
+        allocate: called with (shape, dtype) for the memory of codes and scales, contiguous zeros
+            on the device, such as memory that several processes share: each may then pack its
+            tensors and `skip` the others'. It is called in the same order everywhere: codes,
+            scales as they are packed, and in `finish`, which no longer needs these, the basis's.
 
     Raises:
         ValueError: a number is out of range, or segments do not fit the shapes.
@@ -112,6 +116,7 @@ class Packer:
         report: bool = False,
         sink: Callable[[int, Tensor, Tensor], None] | None = None,
         num_segments: int | None = None,
+        allocate: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
     ) -> None:
         check_bits(bits)
         if not 1 <= n <= MAX_ROWS:
@@ -135,8 +140,13 @@ class Packer:
         self.sink = sink
         self._parts: list[tuple[Tensor, Tensor]] = []
         kept = tiles if sink is None else 0
-        self.codes = empty_for_streaming((kept, n, 16 * bits), device)
-        self.scales = torch.zeros(kept, n, dtype=torch.bfloat16, device=device)
+        self._allocate = allocate
+        if allocate is None:
+            self.codes = empty_for_streaming((kept, n, 16 * bits), device)
+            self.scales = torch.zeros(kept, n, dtype=torch.bfloat16, device=device)
+        else:
+            self.codes = allocate((kept, n, 16 * bits), torch.uint8)
+            self.scales = allocate((kept, n), torch.bfloat16)
         self.sum_sq = torch.zeros(n, self.num_segments, dtype=torch.float64, device=device)
         self.max_scale = torch.zeros(n, self.num_segments, dtype=torch.float32, device=device)
         self.errors: Tensor | None = None
@@ -413,7 +423,8 @@ class Packer:
         if self.sink is not None:
             raise ValueError("Packer: its sink has the codes; finish the scales with Scaling")
         scaling = Scaling.of(self.sum_sq, self.max_scale, normalize, divisor)
-        scales, zeros = scaling.apply(self.scales, self.tile_segment)
+        out = self._allocate(tuple(self.scales.shape), torch.uint8) if self._allocate else None
+        scales, zeros = scaling.apply(self.scales, self.tile_segment, out)
         if lost := int(zeros):
             warnings.warn(lost_groups(lost, scales.numel()), stacklevel=2)
         error: tuple[float, ...] | None = None

@@ -20,6 +20,7 @@ from . import averages
 from .basis.dense import DenseBasis
 from .basis.file import NAME, read_basis
 from .basis.grams import grams
+from .basis.pieces import Pieces
 from .basis.segments import Granularity, Segments, segments_of
 from .basis.sources import Sources, check_sources
 from .coordinates import BASES, CONSTRAINTS, Balanced, Coordinates, constrained
@@ -56,6 +57,7 @@ class Subspace:
         coordinates: how coefficients, rows of P and merge weights make each other
         basis: this rank's rows and columns of P
         center: this rank's part, float32; None on a rank that adds none
+        pieces: this rank's parts of the parameters as the basis has them
         segments: which columns share coefficients
         normalize: how the rows were scaled
         sharding: what this rank holds, see `twa.distributed.sharding`
@@ -73,8 +75,10 @@ class Subspace:
         segments: Segments,
         coordinates: Coordinates,
         normalize: str = "row",
+        pieces: Pieces | None = None,
     ) -> None:
         device = sharding.device
+        self.pieces = pieces or Pieces.of_whole(shard.shape for shard in sharding.shards)
         self.sharding, self.model = sharding, sharding.model
         self.candidates, self.key_map = sharding.candidates, sharding.key_map
         self.parameters = sharding.tensors
@@ -194,8 +198,10 @@ class Subspace:
             made = build(place, segments, bits, basis, normalize, weights, progress, device)
             coordinates = constrained(made.coordinates, constraint)
             if balance:
-                coordinates = balanced(coordinates, made.basis, segments, place)
-            subspace = cls(place, made.basis, made.center, segments, coordinates, normalize)
+                coordinates = balanced(coordinates, made.basis, made.pieces, segments, place)
+            subspace = cls(
+                place, made.basis, made.center, segments, coordinates, normalize, made.pieces
+            )
             with plain_weights(model):
                 load_untrained(place, weights)
                 subspace._settle()
@@ -224,8 +230,8 @@ class Subspace:
                 Without them all works but exact averages (`load_merge`) and `twa.learning_rate`
             balance: as in from_candidates, for a file that is at its center, as `twa pack` writes
                 it; one that is balanced stays so
-            sharding, group: as in from_candidates; with "columns", shards must begin at multiples
-                of 128 weights
+            sharding, group: as in from_candidates. With "columns" each rank takes the file's codes
+                of its shards as they are, wherever these begin
 
         Raises:
             BasisError: the file is damaged, is no packed basis, or does not fit model or candidates
@@ -246,7 +252,7 @@ class Subspace:
             place = choose_sharding(sharding, model, sources, key_map, contents.bits, ranks)
             if ranks.world_size > 1:
                 ranks.check_equal(versions() | {"basis": digest(contents)})
-            basis, center = part_of(loaded, place)
+            basis, center, pieces = part_of(loaded, place)
             coordinates, segments = loaded.coordinates(), contents.tensor_segments
             trained = loaded.read("coefficients")
             if balance and not contents.balanced and bool(trained.any()):
@@ -254,10 +260,10 @@ class Subspace:
             if balance or contents.balanced:
                 around = "mean" if bool(coordinates.center_weights.any()) else "zero"
                 _check_balance(True, contents.basis, contents.constraint, around, place.name)
-                coordinates = balanced(coordinates, basis, segments, place)
+                coordinates = balanced(coordinates, basis, pieces, segments, place)
             if contents.balanced:
                 coordinates.take_balance(loaded.read("mix"), loaded.read("unit"))
-            subspace = cls(place, basis, center, segments, coordinates, contents.normalize)
+            subspace = cls(place, basis, center, segments, coordinates, contents.normalize, pieces)
             with torch.no_grad():
                 if trained.shape == subspace.coefficients.shape:  # else both are zero
                     subspace.coefficients.copy_(trained)
@@ -284,7 +290,7 @@ class Subspace:
     def write_weights(self) -> None:
         """Sets the model's parameters to center + sum_r x[r, l] * P[r, :], in their own dtypes."""
         with plain_weights(self.model, self._own_train):
-            self.sharding.write(self.basis, self.x(), self.center)
+            self.sharding.write(self.basis, self.pieces, self.x(), self.center)
             self._written = write_counts(self.sharding)
 
     @torch.no_grad()
@@ -303,7 +309,7 @@ class Subspace:
                 now = local(self.parameters[k])
                 center = None if self.center is None else [self.center[k]]
                 expected = torch.empty_like(now)
-                reconstruct(basis, x[:, columns].contiguous(), center, [expected])
+                reconstruct(basis, x[:, columns].contiguous(), center, [expected], self.pieces, k)
                 stored = self.candidates.info[key].dtype
                 if not torch.allclose(now.to(stored), expected.to(stored), 0, 0, equal_nan=True):
                     return name
@@ -337,7 +343,8 @@ class Subspace:
 
         None counts as zero; several ranks get the average over ranks.
         """
-        c = self.sharding.coefficient_gradient(self.basis, self._gradients(), self.x())
+        grads = self._gradients()
+        c = self.sharding.coefficient_gradient(self.basis, self.pieces, grads, self.x())
         g = self.coordinates.pull_back(self.coefficients, c, slice(None))
         if self.coordinates.trains_rows:
             return g
@@ -358,7 +365,8 @@ class Subspace:
                 " optimizer hold this model? close() it"
             )
         basis, columns = self._basis_of(k)
-        c = self.sharding.local_coefficient_gradient(basis, [self.sharding.gradient(p)], k)
+        g = self.sharding.gradient(p)
+        c = self.sharding.local_coefficient_gradient(basis, self.pieces, [g], k)
         p.grad = None
         return self.coordinates.pull_back(self.coefficients, c, columns), columns
 
@@ -370,7 +378,7 @@ class Subspace:
         """
         ranks, found, counts = self.sharding.ranks, torch.zeros(0), list[int]()
         if not self.coordinates.is_balanced:  # which knows
-            found, counts = _grams(self.basis, self.segments, self.sharding)
+            found, counts = _grams(self.basis, self.pieces, self.segments, self.sharding)
         total = torch.tensor([self.coordinates.step_sq(found, counts)], dtype=torch.float64)
         if self.sharding.name == "rows":  # as if rows of two ranks were like those of one
             total *= ranks.world_size
@@ -379,7 +387,8 @@ class Subspace:
     def _basis_of(self, k: int) -> tuple[Basis, slice]:
         """The basis of tensor k alone, and which columns of the coefficients are its."""
         if k not in self._of_tensor:
-            self._of_tensor[k] = self.basis.select(k)
+            at = self.pieces.of(k)
+            self._of_tensor[k] = self.basis.select(at.start, len(at))
         return self._of_tensor[k]
 
     def _gradients(self) -> list[Tensor | None]:
@@ -605,20 +614,22 @@ class Subspace:
 
 
 def balanced(
-    rows: Coordinates, basis: Basis, segments: Segments, sharding: Sharding
+    rows: Coordinates, basis: Basis, pieces: Pieces, segments: Segments, sharding: Sharding
 ) -> Coordinates:
     """Coordinates that balance these rows; ranks call it together, and get the same bits."""
     if sharding.name == "rows":
         raise TwaError("expected another sharding: no rank has all rows of P", "balance")
-    made = Balanced(rows, *_grams(basis, segments, sharding))
+    made = Balanced(rows, *_grams(basis, pieces, segments, sharding))
     for t in (made.mix, made.unit):
         sharding.ranks.broadcast_(t, 0)
     return made
 
 
-def _grams(basis: Basis, segments: Segments, sharding: Sharding) -> tuple[Tensor, list[int]]:
+def _grams(
+    basis: Basis, pieces: Pieces, segments: Segments, sharding: Sharding
+) -> tuple[Tensor, list[int]]:
     """`grams` of all ranks' parts; with sharding "rows" zero between rows of two ranks."""
-    found, counts = grams(basis, segments, [shard.counts for shard in sharding.shards])
+    found, counts = grams(basis, pieces, segments, [shard.counts for shard in sharding.shards])
     if sharding.name == "rows":
         own, n = found, len(sharding.candidates)  # a row for each
         found = own.new_zeros(len(own), n, n)

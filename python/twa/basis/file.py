@@ -180,8 +180,8 @@ class Loaded:
         )
 
     def center(self) -> list[Tensor]:
-        """The center, float32, in the shapes of the trained tensors."""
-        parts = self.read("center").clone().split(self.contents.numels)
+        """The center, float32, in the shapes of the trained tensors, mapped."""
+        parts = self.read("center").split(self.contents.numels)
         return [part.view(shape) for part, shape in zip(parts, self.contents.shapes, strict=True)]
 
     def coordinates(self) -> Coordinates:

@@ -11,6 +11,7 @@ from ..distributed.cost import (
     Job,
     building,
     choose,
+    host_memory,
     memory,
     obstacle,
     payload,
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
     print()
     print(markdown_table(header, [_cells(job, sharding, limit) for sharding in SHARDINGS]))
     print()
+    print(_host(job))
     print(_building(job))
     print(_choice(job, limit))
     print(_assumptions(job))
@@ -157,6 +159,15 @@ def _building(job: Job) -> str:
     return (
         f"While the basis is built, a rank's device holds at most: {', '.join(peaks)}; candidates"
         f" go there in blocks of {quantity(BLOCK_BYTES, 'B')}."
+    )
+
+
+def _host(job: Job) -> str:
+    """What one host holds that has all ranks on its CPUs, in words."""
+    held = [f"{s} {quantity(host_memory(job, s), 'B')}" for s in SHARDINGS if not obstacle(job, s)]
+    return (
+        f"One host with all ranks on its CPUs holds: {', '.join(held)}; with replicate the ranks of"
+        " a host share a packed basis and its center."
     )
 
 

@@ -37,6 +37,8 @@ class Job:
         weight_bytes: per weight of the model, and per gradient: 4 for float32, 2 for bfloat16
         block_share: largest part of the model that FSDP gathers at a time
         low_memory: whether gradients are projected and freed inside backward
+        sharers: ranks that hold one packed basis and one center between them, in the CPU memory of
+            their host; with `replicate` only
 
     Raises:
         TwaError: a number is out of range
@@ -50,6 +52,7 @@ class Job:
     weight_bytes: int = 2
     block_share: float = 1 / 32
     low_memory: bool = False
+    sharers: int = 1
 
     def __post_init__(self) -> None:
         for name in ("params", "candidates", "segments", "ranks", "weight_bytes"):
@@ -116,20 +119,30 @@ def center_bytes(job: Job, sharding: str) -> float:
 def memory(job: Job, sharding: str) -> dict[str, float]:
     """Bytes that the most loaded rank holds while training, without activations, by kind.
 
+    Of what it shares with others it holds its share.
     "gathered" is whole weights and gradients that FSDP holds for some blocks at a time; "buffer" is
     the float32 vector that the sums of `rows` go through.
     """
     part = share(job, sharding) * job.params
     block = job.block_share * job.params * job.weight_bytes
+    sharers = job.sharers if sharding == "replicate" and job.bits != 32 else 1
     items = {
-        "basis": basis_bytes(job, sharding),
-        "center": center_bytes(job, sharding),
+        "basis": basis_bytes(job, sharding) / sharers,
+        "center": center_bytes(job, sharding) / sharers,
         "weights": part * job.weight_bytes,
         "gradients": part * job.weight_bytes * (job.block_share if job.low_memory else 1.0),
         "gathered": GATHERED_BLOCKS * block if sharding == "columns" else 0.0,
         "buffer": 4 * job.params if sharding == "rows" else 0.0,
     }
     return items | {"total": sum(items.values())}
+
+
+def host_memory(job: Job, sharding: str) -> float:
+    """Bytes that all ranks hold while training, if they are on the CPUs of one host."""
+    m = memory(job, sharding)
+    copies = job.ranks if sharding == "replicate" and job.bits == 32 else 1
+    once = job.candidates * row_bytes(job) + 4 * job.params
+    return copies * once + job.ranks * (m["total"] - m["basis"] - m["center"])
 
 
 def building(job: Job, sharding: str) -> float:

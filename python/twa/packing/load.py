@@ -10,16 +10,20 @@ import torch
 from torch import Tensor, nn
 
 import twa_kernels as tk
-from twa_kernels.layout import TILE, num_tiles, tile_offsets
+from twa_kernels.layout import TILE, tile_offsets
+from twa_kernels.shift import shift_columns
 
 from ..basis.contents import Contents
 from ..basis.file import NAME, Loaded
-from ..distributed.sharding import Basis, ColumnsSharding, Sharding, begin_of
+from ..basis.pieces import Pieces, by_groups
+from ..distributed.sharding import Basis, ColumnsSharding, Sharding
 from ..dtensors import local
 from ..io.errors import BasisError
 from ..io.key_map import aliases_of
 from ..io.loading import named_tensors
 from ..io.torch_zip import EXTRA_STATE
+
+MOST_PIECES = 8192  # of a rank's shards, beside one each: each costs a step about a microsecond
 
 
 def find_basis(path: str | Path) -> Path:
@@ -75,12 +79,13 @@ def warn_of_extra_state(model: nn.Module, path: Path) -> None:
         )
 
 
-def part_of(loaded: Loaded, sharding: Sharding) -> tuple[Basis, list[Tensor] | None]:
-    """Basis and center of this rank's rows and columns.
+def part_of(loaded: Loaded, sharding: Sharding) -> tuple[Basis, list[Tensor] | None, Pieces]:
+    """Basis and center of this rank's rows and columns, and the columns as the basis has them.
 
-    BasisError if the file cannot be cut where this rank's shards begin.
+    BasisError if the file would be cut into too many pieces.
     """
     basis, center = loaded.basis(), loaded.center()
+    pieces = Pieces.of_whole(loaded.contents.shapes)
     rows = sharding.local_rows(basis.n)
     if sharding.name == "rows" and basis.n < sharding.ranks.world_size:
         raise BasisError(
@@ -96,8 +101,12 @@ def part_of(loaded: Loaded, sharding: Sharding) -> tuple[Basis, list[Tensor] | N
             divisor=basis.divisor[rows].contiguous(),
         )
     if isinstance(sharding, ColumnsSharding):
-        basis, center = _columns_of(basis, center, sharding, loaded.contents)
-    return basis, sharding.local_center(center)
+        basis, pieces = _columns_of(basis, sharding, loaded.contents)
+        center = [
+            whole if held.part is None else whole[held.part].clone()
+            for whole, held in zip(center, sharding.shards, strict=True)
+        ]
+    return basis, sharding.local_center(center), pieces
 
 
 def _cut_scales(scales: Tensor, tiles: Tensor | slice, rows: slice) -> Tensor:
@@ -106,30 +115,35 @@ def _cut_scales(scales: Tensor, tiles: Tensor | slice, rows: slice) -> Tensor:
 
 
 def _columns_of(
-    basis: tk.PackedBasis, center: list[Tensor], sharding: Sharding, contents: Contents
-) -> tuple[tk.PackedBasis, list[Tensor]]:
-    """Basis and center of this rank's shards of the trained tensors."""
-    tiles, centers, offsets = [], [], tile_offsets(contents.numels)
+    basis: tk.PackedBasis, sharding: Sharding, contents: Contents
+) -> tuple[tk.PackedBasis, Pieces]:
+    """Basis of this rank's shards of the trained tensors: the file's codes and scales."""
+    index, shift, sizes = [], [], []
+    offsets, left = tile_offsets(contents.numels), MOST_PIECES
     for k, (name, held) in enumerate(zip(contents.trained, sharding.shards, strict=True)):
-        begin, count = begin_of(held.part, contents.shapes[k]), held.shape.numel()
-        if begin is None or (begin % TILE and count):
+        found = by_groups(held.part, contents.shapes[k], left)
+        if found is None:
             raise BasisError(
-                f"sharding 'columns': this rank's shard of {name!r} is no run of whole groups of"
-                f" {TILE} weights; pack the candidates on the ranks instead"
-                " (Subspace.from_candidates)"
+                f"sharding 'columns': this rank's shard of {name!r} is no run of weights, and no"
+                f" rows of whole groups of {TILE}: its codes lie in more than {MOST_PIECES} pieces"
+                " of the file; pack the candidates on the ranks instead (Subspace.from_candidates)"
             )
-        first = offsets[k] + begin // TILE
-        tiles.append(torch.arange(first, first + num_tiles(count)))
-        centers.append(center[k].reshape(-1)[begin : begin + count].view(held.shape))
-    at = torch.cat(tiles)
+        index.append(offsets[k] + found.index)
+        shift.append(found.shift)
+        sizes.append(found.sizes)
+        left -= len(found.sizes) - 1
+    at = torch.cat(index)
+    codes = basis.codes[at]
+    shift_columns(codes, torch.cat(shift), basis.bits)
+    pieces = Pieces(tuple(held.shape for held in sharding.shards), tuple(sizes))
     cut = replace(
         basis,
-        codes=basis.codes[at],
+        codes=codes,
         scales=_cut_scales(basis.scales, at, slice(None)),
         tile_segment=basis.tile_segment[at],
-        shapes=tuple(held.shape for held in sharding.shards),
+        shapes=pieces.shapes,
     )
-    return cut, centers
+    return cut, pieces
 
 
 @torch.no_grad()
