@@ -59,6 +59,11 @@ class Writer:
         self._opened: BinaryIO | None = None
 
     @property
+    def is_open(self) -> bool:
+        """Whether `lock` or `join` has opened the file, and nobody closed it."""
+        return self._opened is not None and not self._opened.closed
+
+    @property
     def _file(self) -> BinaryIO:
         """The file, once `lock` has opened it."""
         assert self._opened is not None, "lock() comes first"
@@ -71,7 +76,20 @@ class Writer:
         """
         descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666)
         self._opened = open(descriptor, "r+b")  # noqa: SIM115 (closed in close)
-        if not (lock(self._opened) and self._is_at(self.partial)):
+        self._check(lock(self._opened) and self._is_at(self.partial))
+
+    def share(self) -> None:
+        """Lets other ranks `join`, after `open`: they write parts of the same file."""
+        self._check(lock(self._file, shared=True))
+
+    def join(self) -> None:
+        """Opens the file that rank 0 shares; BasisError if it is gone, or another's since."""
+        self._opened = open(self.partial, "r+b")  # noqa: SIM115 (closed in close)
+        self._check(lock(self._file, shared=True) and self._is_at(self.partial))
+
+    def _check(self, locked: bool) -> None:
+        """BasisError unless the file is locked."""
+        if not locked:
             self.close()
             raise BasisError("another process is writing it", self.partial)
 

@@ -240,7 +240,10 @@ class Sharding:
         return readable(self.candidates.tensors(self.keys[k], chosen, self.shards[k].part))
 
     def stream(
-        self, wanted: Sequence[int], rows: slice | None = None, begin: tuple[int, int] = (0, 0)
+        self,
+        wanted: Sequence[int],
+        rows: slice | None = None,
+        within: Sequence[tuple[int, int]] | None = None,
     ) -> Iterator[tuple[int, Block]]:
         """Blocks of columns of some tensors as `read` gives them, each with its tensor's number.
 
@@ -249,11 +252,11 @@ class Sharding:
         Args:
             wanted: numbers of the tensors
             rows: other candidates than this rank's
-            begin: (place in `wanted`, column) of the first block
+            within: of each of wanted, only these columns, see `Candidates.stream`
         """
         asked = [(self.keys[k], self.shards[k].part) for k in wanted]
         chosen = self.rows if rows is None else rows
-        for block in self.candidates.stream(asked, chosen, self.block_columns, begin):
+        for block in self.candidates.stream(asked, chosen, self.block_columns, within):
             yield wanted[block.index], replace(block, rows=readable(block.rows))
 
     def packed_tensors(
