@@ -235,7 +235,7 @@ def test_an_unfinished_file_needs_a_word(candidates, tmp_path, monkeypatch, caps
     assert "of an unfinished run; pass --resume" in capsys.readouterr().err
     assert cli.main([*arguments, "--resume"]) == 0
     assert "continued and finished" in capsys.readouterr().out
-    twa.Subspace.load(tmp_path / "out", Model(2500))
+    twa.Subspace.load(tmp_path / "out" / NAME, Model(2500))
 
 
 # Shares ------------------------------------------------------------------------------------------

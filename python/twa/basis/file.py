@@ -206,7 +206,9 @@ class Loaded:
         """How coefficients, rows of P and merge weights make each other."""
         c, weights = self.contents, self.read("center_weights").clone()
         if c.basis == "deltas":
-            return constrained(Deltas(weights, self.read("divisor").clone()), c.constraint)
+            origin = self.read("origin").clone() if c.moved else None
+            deltas = Deltas(weights, self.read("divisor").clone(), origin)
+            return constrained(deltas, c.constraint)
         if c.basis == "differences":
             return constrained(Differences(weights, self.read("divisor").clone()), c.constraint)
         transform, R, scale = (self.read(name).clone() for name in ("transform", "R", "scale"))
@@ -243,12 +245,13 @@ def read_basis(path: Path) -> Loaded:
             raise BasisError(f"tensor {name!r}: expected {info}, found {tensors[name].info}", path)
     for name in expected:
         _check_values(path, name, tensors[name])
-    total = float(tensors["center_weights"].read().sum())
-    if contents.basis == "differences" and abs(total - 1) > 2e-6:
-        raise BasisError(
-            f"tensor 'center_weights': expected numbers that sum to 1, found a sum of {total:.7g}",
-            path,
-        )
+    with_sum = ["center_weights"] if contents.basis == "differences" or contents.moved else []
+    for name in [*with_sum, *(["origin"] if contents.moved else [])]:
+        total = float(tensors[name].read().sum())
+        if abs(total - 1) > 2e-6:
+            raise BasisError(
+                f"tensor {name!r}: expected numbers that sum to 1, found a sum of {total:.7g}", path
+            )
     return Loaded(path, contents, tensors)
 
 

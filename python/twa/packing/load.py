@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from twa_kernels.layout import TILE, num_tiles, tile_offsets
 
 from ..basis.contents import Contents
 from ..basis.file import NAME, Loaded
-from ..distributed.sharding import Basis, ColumnsSharding, Sharding, begin_of
+from ..distributed.sharding import Basis, ColumnsSharding, Sharding, begin_of, reconstruct
 from ..dtensors import local
-from ..io.errors import BasisError
+from ..io.averaging import not_finite
+from ..io.errors import BasisError, TwaError
 from ..io.key_map import aliases_of
 from ..io.loading import named_tensors
 from ..io.torch_zip import EXTRA_STATE
@@ -75,12 +77,19 @@ def warn_of_extra_state(model: nn.Module, path: Path) -> None:
         )
 
 
-def part_of(loaded: Loaded, sharding: Sharding) -> tuple[Basis, list[Tensor] | None]:
+def part_of(
+    loaded: Loaded, sharding: Sharding, with_center: bool = True
+) -> tuple[Basis, list[Tensor] | None]:
     """Basis and center of this rank's rows and columns.
 
     BasisError if the file cannot be cut where this rank's shards begin.
+
+    Args:
+        loaded: the file
+        sharding: which part this rank holds
+        with_center: whether the center is read
     """
-    basis, center = loaded.basis(), loaded.center()
+    basis, center = loaded.basis(), loaded.center() if with_center else []
     rows = sharding.local_rows(basis.n)
     if sharding.name == "rows" and basis.n < sharding.ranks.world_size:
         raise BasisError(
@@ -120,7 +129,8 @@ def _columns_of(
             )
         first = offsets[k] + begin // TILE
         tiles.append(torch.arange(first, first + num_tiles(count)))
-        centers.append(center[k].reshape(-1)[begin : begin + count].view(held.shape))
+        if center:
+            centers.append(center[k].reshape(-1)[begin : begin + count].view(held.shape))
     at = torch.cat(tiles)
     cut = replace(
         basis,
@@ -130,6 +140,50 @@ def _columns_of(
         shapes=tuple(held.shape for held in sharding.shards),
     )
     return cut, centers
+
+
+@torch.no_grad()
+def center_at(
+    loaded: Loaded,
+    sharding: Sharding,
+    basis: Basis,
+    weights: Tensor,
+    progress: Callable[[str, int], None] | None = None,
+) -> list[Tensor] | None:
+    """Another center than the file's, float32, of this rank's columns. Ranks call it together.
+
+    It is the candidates' exact average where they are at hand; else what the rows of P make of the
+    file's center, with the error of their quantisation.
+
+    Args:
+        loaded: the file
+        sharding: which part this rank holds
+        basis: this rank's rows and columns of P
+        weights: (n,), the merge weights of the center
+        progress: called with (key of the tensor, bytes read)
+
+    Raises:
+        CandidateError: a candidate holds NaN or Inf
+        TwaError: no rank has all rows, and the candidates are not at hand
+    """
+    if not sharding.candidates.at_hand:
+        if sharding.name == "rows":
+            raise TwaError(
+                "sharding 'rows': another center needs the candidates: pass them to load"
+            )
+        rows = loaded.coordinates().rows
+        x = rows.from_merge_weights(weights[:, None].expand(-1, rows.shape[1])).float()
+        held = part_of(loaded, sharding)[1] or []
+        reconstruct(basis, x.contiguous(), held, made := [torch.empty_like(c) for c in held])
+        return made
+    centers, used = [], int((weights != 0).sum())
+    for k, key in enumerate(sharding.keys):
+        centers.append(sharding.average(k, weights).float())
+        if not torch.isfinite(centers[-1]).all():
+            raise not_finite(sharding.candidates[sharding.rows], key, sharding.read(k))
+        if progress:
+            progress(key, used * sharding.candidates.info[key].nbytes)
+    return sharding.local_center(centers)
 
 
 @torch.no_grad()
