@@ -7,8 +7,11 @@ import json
 import pytest
 import torch
 import twa
+from safetensors.torch import save_file
 from test_pack_file import Model, equal, heap, parts, write
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from twa.basis import file as basis_file
 from twa.coordinates import BASES
 from twa.io.candidates import Candidates
@@ -230,10 +233,7 @@ class Wide(nn.Sequential):
         super().__init__(nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 256, bias=False))
 
 
-def of_rank(group, path, paths, sharding):
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import fully_shard
-
+def of_rank(group, path, paths, sharding, at_hand=True):
     model = Wide()
     if sharding == "columns":
         model[0].bias.requires_grad_(False)
@@ -241,7 +241,7 @@ def of_rank(group, path, paths, sharding):
     subspace = twa.Subspace.load(
         path,
         model,
-        Candidates(paths),
+        Candidates(paths) if at_hand else None,
         center=CENTER[1:],
         balance=sharding != "rows",
         sharding=sharding,
@@ -262,8 +262,6 @@ def of_rank(group, path, paths, sharding):
 
 @pytest.mark.parametrize("sharding", ["replicate", "columns", "rows"])
 def test_shardings(ranks, tmp_path, sharding):
-    from safetensors.torch import save_file
-
     for k in range(4):
         g = torch.Generator().manual_seed(k)
         state = {
@@ -285,3 +283,11 @@ def test_shardings(ranks, tmp_path, sharding):
         torch.testing.assert_close(beta, answers[0][1], rtol=0, atol=0)
         if expected is not None and sharding == "replicate":
             torch.testing.assert_close(beta, expected, rtol=1e-4, atol=1e-5)
+    if sharding == "rows":
+        with pytest.raises(AssertionError, match="another center needs the candidates"):
+            ranks.run(2, of_rank, path, paths, sharding, False)
+        return
+    mean = candidates.average(torch.full((4,), 0.25).double())
+    for start, _ in ranks.run(2, of_rank, path, paths, sharding, False):
+        for name in ("0.weight", "2.weight"):
+            assert 0 < relative(start[name], average[name], mean[name]) < 0.3  # of 4 bits
