@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -321,34 +322,19 @@ class Packer:
         at = slice(self._offsets[k], self._offsets[k + 1])
         return [self.codes[at], self.scales[at].view(torch.uint8)]
 
-    def resume(self, tensor: int, column: int, sum_sq: Tensor, max_scale: Tensor) -> None:
-        """Goes on where another packer with the same arguments and a sink was.
+    def seek(self, tile: int) -> None:
+        """Goes on at another tile, for a packer with a sink whose other tiles others pack.
 
         Args:
-            tensor: index of the tensor to go on with.
-            column: its first column that is yet to be packed, a multiple of 128.
-            sum_sq: (n, L) float64, the other packer's `sum_sq`.
-            max_scale: (n, L) float32, the other packer's `max_scale`.
+            tile: its number among all tiles; the next columns begin there.
 
         Raises:
-            ValueError: the place or the sums do not fit this packer.
+            ValueError: there is no such tile.
         """
-        known = 0 <= tensor < len(self.shapes)
-        columns = self.shapes[tensor].numel() if known else 0
-        if not (known or tensor == len(self.shapes)) or column % TILE or not 0 <= column <= columns:
-            raise ValueError(
-                f"Packer: expected a tensor of {len(self.shapes)} and whole tiles of it, "
-                f"found {tensor} and column {column}"
-            )
-        for name, t in (("sum_sq", sum_sq), ("max_scale", max_scale)):
-            mine = getattr(self, name)
-            if t.shape != mine.shape or not (t >= 0).all() or not torch.isfinite(t).all():
-                raise ValueError(
-                    f"Packer: {name}: expected {tuple(mine.shape)} finite numbers of at least 0, "
-                    f"found shape {tuple(t.shape)}"
-                )
-            mine.copy_(t)
-        self._next, self._filled = tensor, column
+        if not 0 <= tile < self._offsets[-1]:
+            raise ValueError(f"Packer: expected a tile of {self._offsets[-1]}, found {tile}")
+        self._next = bisect.bisect_right(self._offsets, tile) - 1
+        self._filled = (tile - self._offsets[self._next]) * TILE
 
     def _room(self, first: int, tiles: int) -> tuple[Tensor, Tensor]:
         """Where codes and scales of these tiles go."""

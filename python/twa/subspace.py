@@ -18,7 +18,7 @@ from twa_kernels.scaling import NORMALIZE
 
 from . import averages
 from .basis.dense import DenseBasis
-from .basis.file import NAME, read_basis
+from .basis.file import NAME, Loaded, read_basis
 from .basis.grams import grams
 from .basis.pieces import Pieces
 from .basis.segments import Granularity, Segments, segments_of
@@ -36,7 +36,15 @@ from .io.key_map import match_model
 from .modes import plain_weights, with_own_train
 from .packing.build import build
 from .packing.feed import Feed
-from .packing.load import check_model, find_basis, load_state, part_of, warn_of_extra_state
+from .packing.load import (
+    center_at,
+    center_of,
+    check_model,
+    find_basis,
+    load_state,
+    rows_of,
+    warn_of_extra_state,
+)
 from .packing.save import check_savable, save_basis
 from .spectral_norm import refresh_spectral_norms
 
@@ -214,6 +222,7 @@ class Subspace:
         model: nn.Module,
         candidates: Candidates | None = None,
         *,
+        center: str | int | Tensor | None = None,
         balance: bool = False,
         sharding: str = "auto",
         group: dist.ProcessGroup | None = None,
@@ -228,6 +237,10 @@ class Subspace:
             model: as it was packed for
             candidates: those that it was packed from, which is checked by their fingerprints.
                 Without them all works but exact averages (`load_merge`) and `twa.learning_rate`
+            center: another center than the file's: as in from_candidates, but for "zero". Rows of P
+                stay as they are, so that nothing is packed; coefficients that the file holds are
+                left out. With the candidates the center is their exact average. Without, it has the
+                error of the rows' quantisation, and what is not trained stays as the file has it
             balance: as in from_candidates, for a file that is at its center, as `twa pack` writes
                 it; one that is balanced stays so
             sharding, group: as in from_candidates. With "columns" each rank takes the file's codes
@@ -235,7 +248,8 @@ class Subspace:
 
         Raises:
             BasisError: the file is damaged, is no packed basis, or does not fit model or candidates
-            TwaError: balance, and the file's coefficients are trained ones of its rows
+            TwaError: balance, and the file's coefficients are trained ones of its rows; or center,
+                and it is zero, or the file's is
         """
         path, ranks = find_basis(path), find_ranks(sharding, model, group)
         with ranks.fail_together(f"loading {path}"):
@@ -248,11 +262,18 @@ class Subspace:
             else:
                 sources = Sources(loaded)
                 warn_of_extra_state(model, path)
+            weights = None if center is None else averages.of_center(center, len(sources))
             key_map = contents.key_map
             place = choose_sharding(sharding, model, sources, key_map, contents.bits, ranks)
             if ranks.world_size > 1:
-                ranks.check_equal(versions() | {"basis": digest(contents)})
-            basis, center, pieces = part_of(loaded, place)
+                given = None if weights is None else weights.tolist()
+                same = {"basis": digest(contents), "center": digest(given)}
+                ranks.check_equal(versions() | same)
+            if weights is not None:
+                is_balanced = balance or contents.balanced
+                return recentred(loaded, place, weights, contents.constraint, is_balanced)
+            basis, pieces = rows_of(loaded, place)
+            at = center_of(loaded, place)
             coordinates, segments = loaded.coordinates(), contents.tensor_segments
             trained = loaded.read("coefficients")
             if balance and not contents.balanced and bool(trained.any()):
@@ -263,7 +284,7 @@ class Subspace:
                 coordinates = balanced(coordinates, basis, pieces, segments, place)
             if contents.balanced:
                 coordinates.take_balance(loaded.read("mix"), loaded.read("unit"))
-            subspace = cls(place, basis, center, segments, coordinates, contents.normalize, pieces)
+            subspace = cls(place, basis, at, segments, coordinates, contents.normalize, pieces)
             with torch.no_grad():
                 if trained.shape == subspace.coefficients.shape:  # else both are zero
                     subspace.coefficients.copy_(trained)
@@ -490,6 +511,7 @@ class Subspace:
             "chunk": self.segments.chunk,
             "bits": self.basis.bits,
             "center_weights": self.coordinates.center_weights.tolist(),
+            "origin": self._origin(),
             "normalize": self.normalize,
             "constraint": self.coordinates.constraint,
             "basis": self.coordinates.basis,
@@ -557,9 +579,15 @@ class Subspace:
             "basis": self.coordinates.basis,
             "constraint": self.coordinates.constraint,
             "center_weights": self.coordinates.center_weights.tolist(),
+            "origin": self._origin(),
             "x": self.x().cpu().tolist(),
             "beta": self.merge_weights().tolist(),
         }
+
+    def _origin(self) -> list[float] | None:
+        """The weights of the point that rows of P are distances from; None: the center's."""
+        origin = self.coordinates.rows.origin
+        return None if origin is None else origin.tolist()
 
     def _segment_of(self) -> dict[str, str]:
         """Label of each trained tensor's segment, or of the first of them."""
@@ -611,6 +639,54 @@ class Subspace:
                         self.normalize,
                         self.coefficients,
                     )
+
+
+def recentred(
+    loaded: Loaded,
+    sharding: Sharding,
+    weights: Tensor,
+    constraint: str = "none",
+    balance: bool = False,
+    progress: Callable[[str, int], None] | None = None,
+) -> Subspace:
+    """The subspace of a file's rows of P around another center, and its model there.
+
+    Ranks call it together. Where the model is on the CPU, the rows stay mapped.
+
+    Args:
+        loaded: the file
+        sharding: of the model; its candidates are those of the file, at hand or not
+        weights: (n,), the merge weights of the center
+        constraint, balance: as in `Subspace.from_candidates`
+        progress: called with (key of the tensor, bytes read)
+
+    Raises:
+        TwaError: one of both centers is zero
+    """
+    contents, rows = loaded.contents, loaded.coordinates().rows
+    for name, total in (("center", weights.sum()), (f"{loaded.path}", rows.center_weights.sum())):
+        if abs(float(total) - 1) > 2e-6:
+            raise TwaError(
+                f"expected a center other than 'zero', found weights of sum {total}", name
+            )
+    _check_balance(balance, contents.basis, constraint, "mean", sharding.name)
+    with sharding.ranks.fail_together(f"moving {loaded.path} to another center"):
+        basis, pieces = rows_of(loaded, sharding)
+        center = center_at(loaded, sharding, basis, pieces, weights, progress)
+        segments = contents.tensor_segments
+        coordinates = constrained(rows.around(weights), constraint)
+        if balance:
+            coordinates = balanced(coordinates, basis, pieces, segments, sharding)
+        subspace = Subspace(
+            sharding, basis, center, segments, coordinates, contents.normalize, pieces
+        )
+        with plain_weights(sharding.model):
+            if sharding.candidates.at_hand:
+                load_untrained(sharding, weights)
+            else:
+                load_state(loaded, sharding)
+            subspace._settle()
+    return subspace
 
 
 def balanced(

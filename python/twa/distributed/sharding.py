@@ -221,7 +221,10 @@ class Sharding:
         return readable(self.candidates.tensors(self.keys[k], chosen, self.shards[k].part))
 
     def stream(
-        self, wanted: Sequence[int], rows: slice | None = None, begin: tuple[int, int] = (0, 0)
+        self,
+        wanted: Sequence[int],
+        rows: slice | None = None,
+        within: Sequence[tuple[int, int]] | None = None,
     ) -> Iterator[tuple[int, Block]]:
         """Blocks of columns of some tensors as `read` gives them, each with its tensor's number.
 
@@ -230,11 +233,11 @@ class Sharding:
         Args:
             wanted: numbers of the tensors
             rows: other candidates than this rank's
-            begin: (place in `wanted`, column) of the first block
+            within: of each of wanted, only these columns, see `Candidates.stream`
         """
         asked = [(self.keys[k], self.shards[k].part) for k in wanted]
         chosen = self.rows if rows is None else rows
-        for block in self.candidates.stream(asked, chosen, self.block_columns, begin):
+        for block in self.candidates.stream(asked, chosen, self.block_columns, within):
             yield wanted[block.index], replace(block, rows=readable(block.rows))
 
     def packed_tensors(
@@ -304,6 +307,14 @@ class Sharding:
             memory: where basis and centers are
         """
         self.ranks.all_reduce_max_(packer.max_scale)
+
+    def share(self, parts: list[list[Tensor]], memory: HostMemory | None) -> None:
+        """Sends what one rank has made of its tensors to the others.
+
+        Args:
+            parts: of each tensor of the model, what is made of it
+            memory: where these are
+        """
 
     def sum_sq(self, packer: AnyPacker) -> Tensor:
         """Squared norms of all rows over all columns: (n, L)."""
@@ -413,14 +424,16 @@ class ReplicateSharding(Sharding):
     def exchange(
         self, packer: AnyPacker, centers: list[Tensor], memory: HostMemory | None = None
     ) -> None:
-        parts = [[*packer.storage(k), center] for k, center in enumerate(centers)]
+        self.share([[*packer.storage(k), c] for k, c in enumerate(centers)], memory)
+        super().exchange(packer, centers)  # and nobody is before it
+
+    def share(self, parts: list[list[Tensor]], memory: HostMemory | None) -> None:
         if memory is not None:
             memory.send(self.owner, parts)
-        else:
-            for owner, tensors in zip(self.owner, parts, strict=True):
-                for t in tensors:
-                    self.ranks.broadcast_(t, owner)
-        super().exchange(packer, centers)  # and nobody is before it
+            return
+        for owner, tensors in zip(self.owner, parts, strict=True):
+            for t in tensors:
+                self.ranks.broadcast_(t, owner)
 
 
 class ColumnsSharding(Sharding):

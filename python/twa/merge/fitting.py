@@ -30,12 +30,12 @@ def fitted(
     Returns:
         the method, and what the note says of it: "", or "; ..."
     """
-    method, own = _for_recording(method, sharding)
+    method, own = for_recording(method, sharding)
     method, few = _for_samples(method, sharding, heldout)
     return method, own + few
 
 
-def _for_recording(method: TwaMethod, sharding: Sharding) -> tuple[TwaMethod, str]:
+def for_recording(method: TwaMethod, sharding: Sharding) -> tuple[TwaMethod, str]:
     """Of a recording, its own rows: differences of so many bits."""
     recording = sharding.candidates.recording
     if recording is None or method.bits == 32 or method.basis != "deltas":

@@ -89,6 +89,26 @@ def build(
     return Built(made, rows, sharding.local_center(centers), Pieces.of_whole(shapes))
 
 
+@torch.no_grad()
+def build_center(
+    sharding: Sharding, weights: Tensor, progress: Progress | None = None
+) -> list[Tensor] | None:
+    """The center of some candidates alone, float32; ranks call it together.
+
+    Args:
+        sharding: the candidates, and which part of it this rank holds
+        weights: (n,), the merge weights of the center
+        progress: called with (key of the tensor, bytes read)
+    """
+    feed = Feed(usual_device(sharding.device))
+    size = 4 * sum(shard.shape.numel() for shard in sharding.shards) + mmap.PAGESIZE
+    memory = sharding.host_memory(size, feed.device)
+    centers = _centers(sharding, weights, progress, feed, memory)
+    sharding.share([[center] for center in centers], memory)
+    sharding.ranks.barrier()  # others of this host may have written last
+    return sharding.local_center(centers)
+
+
 def usual_device(device: torch.device) -> torch.device:
     """Where a basis for a model on this device is built: there, if it has kernels; else the CPU."""
     return device if tk.registry.default_backend("pack", device.type) else torch.device("cpu")

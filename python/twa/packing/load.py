@@ -16,12 +16,13 @@ from twa_kernels.shift import shift_columns
 from ..basis.contents import Contents
 from ..basis.file import NAME, Loaded
 from ..basis.pieces import Pieces, by_groups
-from ..distributed.sharding import Basis, ColumnsSharding, Sharding
+from ..distributed.sharding import Basis, ColumnsSharding, Sharding, reconstruct
 from ..dtensors import local
-from ..io.errors import BasisError
+from ..io.errors import BasisError, TwaError
 from ..io.key_map import aliases_of
 from ..io.loading import named_tensors
 from ..io.torch_zip import EXTRA_STATE
+from .build import Progress, build_center
 
 MOST_PIECES = 8192  # of a rank's shards, beside one each: each costs a step about a microsecond
 
@@ -79,12 +80,12 @@ def warn_of_extra_state(model: nn.Module, path: Path) -> None:
         )
 
 
-def part_of(loaded: Loaded, sharding: Sharding) -> tuple[Basis, list[Tensor] | None, Pieces]:
-    """Basis and center of this rank's rows and columns, and the columns as the basis has them.
+def rows_of(loaded: Loaded, sharding: Sharding) -> tuple[Basis, Pieces]:
+    """This rank's rows and columns of P, and the columns as the basis has them.
 
     BasisError if the file would be cut into too many pieces.
     """
-    basis, center = loaded.basis(), loaded.center()
+    basis = loaded.basis()
     pieces = Pieces.of_whole(loaded.contents.shapes)
     rows = sharding.local_rows(basis.n)
     if sharding.name == "rows" and basis.n < sharding.ranks.world_size:
@@ -102,11 +103,18 @@ def part_of(loaded: Loaded, sharding: Sharding) -> tuple[Basis, list[Tensor] | N
         )
     if isinstance(sharding, ColumnsSharding):
         basis, pieces = _columns_of(basis, sharding, loaded.contents)
+    return basis, pieces
+
+
+def center_of(loaded: Loaded, sharding: Sharding) -> list[Tensor] | None:
+    """This rank's part of the file's center, float32; mapped, where it is all of it."""
+    center = loaded.center()
+    if isinstance(sharding, ColumnsSharding):
         center = [
             whole if held.part is None else whole[held.part].clone()
             for whole, held in zip(center, sharding.shards, strict=True)
         ]
-    return basis, sharding.local_center(center), pieces
+    return sharding.local_center(center)
 
 
 def _cut_scales(scales: Tensor, tiles: Tensor | slice, rows: slice) -> Tensor:
@@ -144,6 +152,44 @@ def _columns_of(
         shapes=pieces.shapes,
     )
     return cut, pieces
+
+
+@torch.no_grad()
+def center_at(
+    loaded: Loaded,
+    sharding: Sharding,
+    basis: Basis,
+    pieces: Pieces,
+    weights: Tensor,
+    progress: Progress | None = None,
+) -> list[Tensor] | None:
+    """Another center than the file's, float32, of this rank's columns. Ranks call it together.
+
+    It is the candidates' exact average where they are at hand; else what the rows of P make of the
+    file's center, with the error of their quantisation.
+
+    Args:
+        loaded: the file
+        sharding: which part this rank holds
+        basis: this rank's rows and columns of P
+        pieces: the columns as the basis has them
+        weights: (n,), the merge weights of the center
+        progress: called with (key of the tensor, bytes read)
+
+    Raises:
+        CandidateError: a candidate holds NaN or Inf
+        TwaError: no rank has all rows, and the candidates are not at hand
+    """
+    if sharding.candidates.at_hand:
+        return build_center(sharding, weights, progress)
+    if sharding.name == "rows":
+        raise TwaError("sharding 'rows': another center needs the candidates: pass them to load")
+    rows = loaded.coordinates().rows
+    x = rows.from_merge_weights(weights[:, None].expand(-1, rows.shape[1])).float()
+    held = center_of(loaded, sharding) or []
+    made = [torch.empty_like(c) for c in held]
+    reconstruct(basis, x.contiguous(), held, made, pieces)
+    return made
 
 
 @torch.no_grad()
