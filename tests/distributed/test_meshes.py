@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from twa.cli.main import main
 from twa.distributed.batch_shares import share_of
@@ -161,6 +161,39 @@ def test_all_that_a_model_goes_through(ranks, heap, kind, size, low_memory):
         assert torch.equal(t, results[0]["weights"][key]) and torch.equal(sharded.tensor(key), t)
 
 
+def recorded(group, path, kind):
+    """The weights at each step, and their average: inside, and for good."""
+    model, seen = net(kind, group)[0], []
+    recorder = twa.Recorder(model, every=1, path=path, **options(kind, group))
+    for step in range(3):
+        g = torch.Generator().manual_seed(step)
+        with torch.no_grad():
+            for p in model.parameters():
+                move = 0.1 * torch.randn(p.shape, generator=g)
+                is_shard = isinstance(p, DTensor)
+                p += distribute_tensor(move, p.device_mesh, p.placements) if is_shard else move
+        recorder.record(step)
+        seen.append(whole(model))
+    with recorder.averaged("uniform"):
+        inside = whole(model)
+    recorder.apply("uniform")
+    recorder.close()
+    return seen, inside, whole(model)
+
+
+@pytest.mark.parametrize("kind, size", KINDS)
+def test_a_recording(ranks, tmp_path, kind, size):
+    results = ranks.run(size, recorded, tmp_path / "run", kind)
+    candidates = twa.Candidates(tmp_path / "run")
+    read = candidates.average(twa.averages.uniform(len(candidates)))
+    for seen, inside, after in results:
+        for key, t in inside.items():
+            assert torch.equal(t, after[key]) and torch.equal(t, read.get(key, t))
+            if t.is_floating_point():
+                mean = sum(state[key].double() for state in seen) / 3
+                torch.testing.assert_close(t.double(), mean, rtol=0, atol=0.02)  # a code
+
+
 def from_file(group, folder, kind):
     """This rank's part of a packed basis and the weights: from its file, and packed here."""
     found = []
@@ -273,7 +306,7 @@ loss = loss_of
 
 @pytest.mark.parametrize("kind", ["hsdp", "tensor"])
 def test_a_model_that_its_task_has_sharded(heap, tmp_path, kind):
-    """`twa average` on two ranks, and on one."""
+    """`twa average` on two ranks, some of which end in the middle and are continued, and on one."""
     for name in (kind, "whole"):
         (tmp_path / f"{name}.py").write_text(
             TASK.format(kind=name, folder=str(Path(__file__).parent))
@@ -286,7 +319,10 @@ def test_a_model_that_its_task_has_sharded(heap, tmp_path, kind):
         return ["average", task, f"{heap}/c*.safetensors", *fixed, *more]
 
     assert main(command("whole")) == 0
-    processes.job(2, [sys.executable, "-c", PROGRAM, *command(kind)])
+    stops = [("3", []), ("0", ["--resume"])] if kind == "tensor" else [("0", [])]
+    for last, more in stops:
+        processes.job(2, [sys.executable, "-c", PROGRAM, last, *command(kind), *more])
+        assert (tmp_path / kind / "state.pt").exists() == (last == "3")
     betas = [
         torch.tensor(json.loads((tmp_path / name / "coefficients.json").read_text())["beta"])
         for name in (kind, "whole")
@@ -303,12 +339,24 @@ def test_a_model_that_its_task_has_sharded(heap, tmp_path, kind):
     assert files[0] == files[1]
 
 
-#: `twa`; see processes.leave_job
+#: `twa`, which ends before step number argv[1] if there is such a step; see processes.leave_job
 PROGRAM = """
 import sys
 import processes
+import twa
 from twa.cli.main import main
-code = main(sys.argv[1:])
+
+step, left = twa.SubspaceOptimizer.step, int(sys.argv[1])
+
+def counted(self, *args):
+    global left
+    left -= 1
+    if left == 0:
+        processes.leave_job()
+    return step(self, *args)
+
+twa.SubspaceOptimizer.step = counted
+code = main(sys.argv[2:])
 assert not code
 processes.leave_job()
 """
