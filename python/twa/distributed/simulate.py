@@ -99,25 +99,27 @@ def simulate(
             number is out of range
     """
     counted: dict[str, list[Counted]] = {}
-    job, units = None, Units(0, ())
-    for rank in sorted({0, ranks - 1}):
+    segments: dict[str, Segments] = {}
+    job = units = None
+    for rank in sorted({0, ranks - 1}, reverse=True):  # rank 0's shards can be cut anywhere
         with one_of(ranks, rank) as world:
             model = _on_meta(make)
             names = ("columns",) if is_sharded(model) else ("replicate", "rows", "columns")
             job = job or _job_of(model, candidates, bits, ranks, low_memory)
             for name in (s for s in names if not cost.obstacle(job, s)):
                 place = place_of(name, model, candidates, bits, world)
-                segments = segments_for(place, granularity)
-                found = count(place, segments, bits, low_memory)
+                if name not in segments:
+                    segments[name] = segments_for(place, granularity)
+                found = count(place, segments[name], bits, low_memory)
                 if name == "columns":  # the last one, as tensors are fake ones after it
-                    units = units_of(model) if rank == 0 else units
+                    units = units or units_of(model)
                     found = units.added_to(found)
-                counted.setdefault(name, []).append(found)
-                job = replace(job, segments=len(segments.labels))
-    assert job is not None  # there is a rank 0
-    whole = job.params * job.weight_bytes
+                counted.setdefault(name, []).insert(0, found)
+    assert job is not None and units is not None  # there is a rank 0, and columns is possible
+    whole, labels = job.params * job.weight_bytes, segments["columns"].labels
     block, root = max(units.blocks, default=1.0) / whole, units.root / whole
-    return Simulation(replace(job, block_share=block, root_share=root), counted)
+    job = replace(job, segments=len(labels), block_share=block, root_share=root)
+    return Simulation(job, counted)
 
 
 def _job_of(model: nn.Module, candidates: int, bits: int, ranks: int, low_memory: bool) -> cost.Job:
