@@ -67,17 +67,9 @@ def build(
             f"sharding {sharding.name!r}: the orthonormal basis has {r} rows, fewer than there are"
             " ranks; use 'replicate' or 'columns'"
         )
-    shapes = [h.shape for h in sharding.shards]
     allocate = memory.allocate if memory else None
     packer = new_packer(
-        mine.stop - mine.start,
-        shapes,
-        bits,
-        segments,
-        segments.first,
-        segments.first,
-        feed.device,
-        allocate,
+        mine.stop - mine.start, sharding.cut(segments), bits, segments, feed.device, allocate
     )
 
     def rows_of_q(k: int, columns: list[Tensor], begin: int) -> Tensor:
