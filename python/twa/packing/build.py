@@ -166,7 +166,7 @@ def _in_one_stream(
     divisor = row_divisor(sharding.sum_sq(packer).cpu(), normalize)
     basis = packer.finish(normalize, divisor[rows])
     if memory and isinstance(packer, tk.Packer):
-        memory.drop(packer.scales)
+        memory.settle(packer.codes, packer.scales)
     return Built(basis, kind(weights, divisor), sharding.local_center(centers), pieces)
 
 

@@ -85,7 +85,7 @@ def build(
     sharding.exchange(packer, centers, memory)
     basis = packer.finish("none", torch.ones_like(packer.sum_sq))
     if memory and isinstance(packer, tk.Packer):
-        memory.drop(packer.scales)
+        memory.settle(packer.codes, packer.scales)
     if isinstance(basis, tk.PackedBasis):
         row_scale = (basis.row_scale.double() * scale.to(feed.device)).float()
         basis = replace(basis, row_scale=row_scale)
