@@ -13,6 +13,7 @@ from ..basis.segments import GRANULARITIES, parse_granularity
 from ..distributed.cost import (
     SHARDINGS,
     Job,
+    best_weights,
     building,
     choose,
     host_memory,
@@ -227,9 +228,11 @@ def _auto(job: Job, limit: float | None) -> str:
 def _building(job: Job) -> str:
     """What the device of a rank holds while the basis is built, in words."""
     peaks = [f"{s} {quantity(building(job, s), 'B')}" for s in SHARDINGS if not obstacle(job, s)]
+    best = max(best_weights(job, s) for s in SHARDINGS if not obstacle(job, s))
     return (
         f"While the basis is built, a rank's device holds at most: {', '.join(peaks)}; candidates"
-        f" go there in blocks of {quantity(BLOCK_BYTES, 'B')}."
+        f" go there in blocks of {quantity(BLOCK_BYTES, 'B')}. Beside all this `twa average` keeps"
+        f" the best weights so far in CPU memory: {quantity(best, 'B')} a rank, or its shards."
     )
 
 

@@ -153,6 +153,11 @@ def memory(job: Job, sharding: str) -> dict[str, float]:
     return items | {"total": sum(items.values())}
 
 
+def best_weights(job: Job, sharding: str) -> float:
+    """Bytes of the best weights so far, which `twa average` keeps in a rank's CPU memory."""
+    return share(job, sharding) * job.params * job.weight_bytes
+
+
 def host_memory(job: Job, sharding: str) -> float:
     """Bytes that all ranks hold while training, if they are on the CPUs of one host."""
     m = memory(job, sharding)
