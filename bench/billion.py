@@ -4,7 +4,7 @@ beside what `twa plan` says.
     python bench/billion.py --folder DIR [--save] [--limit 20e9] [--width 2048] [--depth 20]
 
 Makes 12 checkpoints of a GPT in bfloat16 (24 GB in DIR, kept for the next run), trained on the
-standard library's text, eight steps between two of them. Then each of these is a job of its own:
+standard library's text, four steps between two of them. Then each of these is a job of its own:
 
     twa pack                  DIR/basis.safetensors, 4 bits, fine segments; on one rank and on two
     twa average --basis       20 steps from the packed basis
@@ -44,7 +44,7 @@ from twa.tasks.gpt import GPT
 from twa_kernels.machine import processor
 
 WIDTH, DEPTH, ROWS = 2048, 20, 2  # of the model; windows of a batch
-CANDIDATES, BETWEEN, STEPS, BITS, RATE = 12, 8, 20, 4, 2e-5
+CANDIDATES, BETWEEN, STEPS, BITS, RATE = 12, 4, 20, 4, 2e-5
 PACK, PACK_RANKS = "twa pack", "twa pack, two ranks"
 ANEW, BASIS = "twa average", "twa average --basis"
 COLUMNS = "twa average --basis, two ranks, columns"
