@@ -17,7 +17,7 @@ from pathlib import Path
 import processes
 
 TOOLS = ("ip", "nsenter", "unshare", "mount", "hostname", "sh")
-PORT = 29500  # of the meeting point, on the first host
+PORT = 29500  # of the meeting point, on the first host that is left
 ALL = ("--net", "--uts", "--mount", "--pid")
 
 
@@ -107,7 +107,7 @@ class Hosts:
         """torchrun of a script and its arguments on all hosts that are left: a child for each."""
         options = [
             *("--nnodes", str(len(self.alive)), "--nproc-per-node", str(per_node)),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self.names[0]}:{PORT}"),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self.names[self.alive[0]]}:{PORT}"),
             *("--rdzv-id", "twa", *options),
         ]
         run = [sys.executable, "-m", "torch.distributed.run", *options, *command]

@@ -26,6 +26,8 @@ from .note import Note
 _LOST = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|timed out|broken pipe|tcpstore", re.IGNORECASE
 )
+#: where in its source gloo has noticed
+_SOURCE = re.compile(r"^\[[^]]*:\d+\] ")
 #: stamps are whole numbers below this: sums of their squares over 4000 ranks are exact in float32
 _STAMPS = 64
 
@@ -174,10 +176,8 @@ class Ranks:
         """
         if self.note and (said := self.note.read()):
             return DistributedError(said)
-        return DistributedError(
-            f"rank {self.rank}: another rank died or does not answer"
-            f" ({str(error).splitlines()[0][:200]})"
-        )
+        text = _SOURCE.sub("", str(error).splitlines()[0])[:200]
+        return DistributedError(f"rank {self.rank}: another rank died or does not answer ({text})")
 
     def is_lost_rank(self, error: BaseException) -> bool:
         """Whether an error from elsewhere means that another rank is gone.
@@ -186,6 +186,8 @@ class Ranks:
         """
         if self.world_size == 1 or not isinstance(error, RuntimeError):
             return False
+        if isinstance(error, DistributedError):
+            return False  # which says so itself
         return bool(_LOST.search(f"{type(error).__name__} {error}"))
 
     # Failing alone -------------------------------------------------------------------------------
