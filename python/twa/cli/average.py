@@ -162,6 +162,7 @@ def average(args: argparse.Namespace, ranks: Ranks, locked: contextlib.ExitStack
         if ranks.is_rank_zero:
             store.remove()
         ranks.barrier()  # nobody leaves before the others are done
+        locked.close()
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
