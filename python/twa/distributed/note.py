@@ -84,7 +84,7 @@ class Note:
 
     def _ask(self, question: Callable[[dist.Store], Value], otherwise: Value) -> Value:
         """The store's answer; `otherwise` if it is gone."""
-        inner = self.store
+        inner: dist.Store = self.store
         while isinstance(inner, dist.PrefixStore):
             inner = inner.underlying_store
         try:
