@@ -173,6 +173,9 @@ class Run:
         options = fault.torchrun if fault else []
         if self.network is not None:
             return self.network.torchrun(arguments, options=options, **given)
+        if fault is None:  # torchrun would only take time
+            set_ = ["env", *(f"{name}={value}" for name, value in given.items())]
+            return processes.start_job(*[[*set_, sys.executable, *arguments]] * ranks)
         run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         run += ["--nproc-per-node", str(ranks), *options, *arguments]
         return [processes.Child(run, env=processes.environment() | given)]
@@ -283,7 +286,7 @@ def slow_down(run: Run) -> None:
 def second_run(run: Run) -> None:
     (run.folder / "second").mkdir()
     first, run.folder = run.folder, run.folder / "second"
-    (done,) = processes.finish(*run.start(2, None, "--resume"))
+    done, _ = processes.finish(*run.start(2, None, "--resume"))
     run.notes.append(f"the second run: {run.said(0)}, exit status {done.returncode}")
     run.folder = first
 
@@ -384,8 +387,8 @@ class Expected:
         key = sharding, ranks
         if key not in self.known:
             run = Run(self.base, Fault("nothing", ranks=ranks), sharding, None)
-            (done,) = processes.finish(*run.start(ranks, None))
-            assert done.returncode == 0, done.stderr
+            for rank, done in enumerate(processes.finish(*run.start(ranks, None))):
+                assert done.returncode == 0, run.said(rank)
             self.known[key] = run.result()
         return self.known[key]
 
@@ -495,6 +498,9 @@ def page(rows: list[dict[str, str]], bytes_: list[dict[str, str]], seconds: floa
         f" address and processes. A fault strikes one rank in step {AT} of {STEPS}; states are"
         " saved after every step. Seconds count from the fault to the end of the last process of"
         " the other ranks (of all, where no process was stopped or killed from outside).\n\n"
+        "With `columns`, shards of this small model end within groups of 128 weights, so that P is"
+        " another rounding on another number of ranks; in these rows coefficients are of two"
+        " different bases.\n\n"
         + markdown_table(list(names.values()), table)
         + "\n\n## Bytes of a step between two hosts\n\n"
         f"Replicate, one rank a host, counted on the host's interface over steps {FIRST} to {LAST},"

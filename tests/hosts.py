@@ -71,7 +71,8 @@ class Hosts:
     def _hold(stack, unshare, prepare):
         """A process in new namespaces that stays while this one does: its number."""
         command = [*unshare, "sh", "-c", f"{prepare} && echo ready && exec cat"]
-        p = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        p = subprocess.Popen(command, **pipes, stderr=subprocess.DEVNULL, text=True)
         stack.callback(Hosts._release, p)
         assert p.stdout.readline() == "ready\n"
         return p.pid
@@ -99,8 +100,7 @@ class Hosts:
 
     def start(self, k, command, **environment):
         """A command on host k, as a `processes.Child`."""
-        inside = [a for space in ALL for a in (space,)]
-        enter = ["nsenter", "--target", str(self.firsts[k]), *inside, f"--wdns={os.getcwd()}"]
+        enter = ["nsenter", "--target", str(self.firsts[k]), *ALL, f"--wdns={os.getcwd()}"]
         return processes.Child([*enter, *command], env=processes.environment() | environment)
 
     def torchrun(self, command, per_node=1, options=(), **environment):
