@@ -171,6 +171,8 @@ class Run:
                 what["drops"] = [fault.rank, str(self.base / fault.drops)]
         given = {"FAULT": json.dumps(what), "FOLDER": str(self.folder)}
         options = fault.torchrun if fault else []
+        if options:  # a new store after a restart
+            given["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         if self.network is not None:
             return self.network.torchrun(arguments, options=options, **given)
         if fault is None:  # torchrun would only take time
@@ -315,7 +317,13 @@ FAULTS = [
         options=["--timeout", str(TIMEOUT)],
         gone=(1,),
     ),
-    Fault("kill -9, torchrun restarts", DIES, rank=0, torchrun=["--max-restarts", "3"]),
+    Fault(
+        "kill -9, torchrun restarts",
+        DIES,
+        rank=0,
+        torchrun=["--max-restarts", "3"],
+        options=["--resume"],
+    ),
     Fault("the disk is full at a save", WAITS, outside=fill_disk),
     Fault("a second run in the same directory", WAITS, outside=second_run),
     Fault("a rank has other candidates", drops="c5.safetensors"),

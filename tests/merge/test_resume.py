@@ -379,19 +379,39 @@ def test_a_rank_that_fails_is_quoted(job, undisturbed, tmp_path, kind):
 
 
 def test_torchrun_restarts_a_job_that_has_lost_a_rank(job, undisturbed, tmp_path):
-    """It goes on from the state: rank 0, which holds the lock, kills itself once."""
-    once = (
-        f"first = {str(tmp_path / 'once')!r};"
-        " os.environ['RANK'] == '0' and not os.path.exists(first) and"
-        " (open(first, 'w'), os.kill(os.getpid(), signal.SIGKILL))"
+    """It goes on from the state. Rank 0, which holds the lock, raises at first, and then kills
+    itself; what it raised is said once.
+    """
+    raised, killed, out = tmp_path / "raised", tmp_path / "killed", tmp_path / "out"
+    program = tmp_path / "struck.py"
+    program.write_text(struck(STEPS // 2, "strike()")[-1])
+    (tmp_path / "strike.py").write_text(
+        textwrap.dedent(f"""
+        import os, signal
+        from pathlib import Path
+        from twa.distributed import note
+
+        def strike():
+            note.STAY = 1e6  # the machine may be busy
+            raised, killed = Path({str(raised)!r}), Path({str(killed)!r})
+            if os.environ["RANK"] == "0" and not raised.exists():
+                raised.touch()
+                raise MemoryError
+            if os.environ["RANK"] == "0" and not killed.exists():
+                killed.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        """)
     )
-    program, out = tmp_path / "struck.py", tmp_path / "out"
-    program.write_text(struck(STEPS // 2, once)[-1])
+    program.write_text("from strike import strike\n" + program.read_text())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, "--nproc-per-node", "2", "--max-restarts", "3", program]
-    done = processes.run([*command, *arguments(job, out, "--resume")], env=processes.environment())
+    new_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    done = processes.run(
+        [*command, *arguments(job, out, "--resume")], env=processes.environment() | new_store
+    )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "once").exists() and result(out) == undisturbed
+    assert raised.exists() and killed.exists() and result(out) == undisturbed
+    assert done.stderr.count("twa: error: rank 0 failed at step 20: MemoryError") == 1, done.stderr
     assert {p.name for p in out.iterdir()} == FILES
 
 

@@ -1,11 +1,12 @@
 """`Note`: why a rank gives up, left in the store of the process group for those that lose it.
 
 A backend tells the other ranks that a connection is gone, not why. Under torchrun the agent holds
-the store, a new one for each restart, so that a note outlives its rank.
+the store, so that a note outlives its rank, and a restart of the job: each has a note of its own.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -32,7 +33,8 @@ class Note:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.store = dist.PrefixStore("twa", group.get_group_store())
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"twa {attempt}", group.get_group_store())
         self._has_written = False
 
     def write(self, text: str) -> None:
