@@ -46,7 +46,8 @@ class GradientHooks:
         self._subspace = weakref.ref(subspace)
         self._sync = True
         self._used = False  # whether a step has used what is in coefficients.grad
-        self._shared = subspace.sharding.ranks.group is not None
+        ranks = subspace.sharding.ranks
+        self._shared = ranks.group is not None
         if self._shared:
             coefficients = subspace.coefficients.detach()
             self._mine = torch.zeros_like(coefficients)  # this rank's addend since the last sum
@@ -69,7 +70,8 @@ class GradientHooks:
 
         def absorb(k: int) -> None:
             if (alive := me()) is not None:
-                alive._absorb(k)
+                with ranks.telling(lambda: " in backward"):
+                    alive._absorb(k)
 
         self._handles = [
             p.register_post_accumulate_grad_hook(lambda _, k=k: absorb(k))

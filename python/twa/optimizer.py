@@ -192,7 +192,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: there is no gradient
+            DistributedError: another rank is lost; it quotes that rank's error if it was in a step
         """
+        with self.subspace.sharding.ranks.telling(lambda: " in a step of the optimizer"):
+            return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        """`step`, of which other ranks are told if it fails."""
         self.subspace.warn_if_moved()
         loss = None
         if closure is not None and type(self.inner) in FUSED:  # which ask once

@@ -14,6 +14,7 @@ import twa
 from conftest import run_python
 from safetensors.torch import load_file, save_file
 from twa.cli import main as cli
+from twa.io.atomic import LOCK, only_run_in
 from twa.io.errors import TaskError
 from twa.merge import report
 from twa.merge.baselines import BASELINES
@@ -458,6 +459,17 @@ def test_merge_by_a_bad_scheme_writes_nothing(checkpoints, tmp_path, capsys, sch
     pattern = checkpoints / "epoch_[89].safetensors"
     assert run_cli("merge", pattern, "--scheme", scheme, "-o", out) == 2
     assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_merge_is_one_run_a_directory(checkpoints, tmp_path, capsys):
+    out, pattern = tmp_path / "out", checkpoints / "epoch_[89].safetensors"
+    with only_run_in(out):
+        for how in ([], ["--overwrite"]):
+            assert run_cli("merge", pattern, "--scheme", "uniform", "-o", out, *how) == 2
+            assert "another run is at work in this directory" in capsys.readouterr().err
+    assert not out.exists()
+    assert run_cli("merge", pattern, "--scheme", "uniform", "-o", out) == 0
+    assert (out / "averaged.safetensors").exists() and not (out / LOCK).exists()
 
 
 def test_merge_protects_what_is_there(checkpoints, tmp_path, capsys):

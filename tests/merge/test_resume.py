@@ -2,6 +2,8 @@
 ranks stop with a reason; no state is lost.
 """
 
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -22,6 +24,7 @@ from safetensors.torch import save_file
 from twa.cli import average
 from twa.cli import main as cli
 from twa.distributed.ranks import Ranks
+from twa.io.atomic import LOCK
 from twa.merge import resume as state
 from twa.merge import run
 from twa.merge.evaluate import Evaluator
@@ -342,6 +345,110 @@ def test_a_rank_that_hangs_stops_the_others(job, tmp_path):
     ((code, error),) = wait(ranks[:1])
     assert code == 1 and "another rank died or does not answer" in error, error
     assert ranks[1].poll() is None
+
+
+FAILURES = {
+    "memory": (1, "raise MemoryError('no room for 7 GB')", "MemoryError: no room for 7 GB"),
+    # it holds the store, and its group is kept by FSDP until it ends
+    "of rank 0": (0, "raise OSError(5, 'no cable')", "OSError: [Errno 5] no cable"),
+    "exit": (1, "sys.exit(3)", "SystemExit: 3"),
+    "interrupt": (0, "raise KeyboardInterrupt", "KeyboardInterrupt"),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_rank_that_fails_is_quoted(job, undisturbed, tmp_path, kind):
+    """At one of its steps, for a reason that is its own: the other says it, and the state is whole.
+    The first stays until it is read, which takes a while on a busy machine.
+    """
+    rank, what, said = FAILURES[kind]
+    out = tmp_path / "out"
+    patient = f"from twa.distributed import note; note.STAY = 1e6; {what}"
+    ranks = launch(2, arguments(job, out), programs={rank: struck(12, patient)})
+    ends = wait(ranks)
+    code, error = ends[1 - rank]
+    assert code == 1 and f"twa: error: rank {rank} failed at step 12: {said}\n" in error, error
+    assert "continue with the same command and --resume" in error
+    assert ends[rank][0] == {"exit": 3, "interrupt": 130}.get(kind, 1)
+    saved = torch.load(out / "state.pt", weights_only=True)
+    assert saved["under_way"]["position"]["step"] == 11
+    if kind == "memory":
+        for code, error in wait(launch(2, arguments(job, out, "--resume"))):
+            assert code == 0, error
+        assert result(out) == undisturbed
+
+
+def test_torchrun_restarts_a_job_that_has_lost_a_rank(job, undisturbed, tmp_path):
+    """It goes on from the state. Rank 0, which holds the lock, raises at first, and then kills
+    itself; what it raised is said once.
+    """
+    raised, killed, out = tmp_path / "raised", tmp_path / "killed", tmp_path / "out"
+    program = tmp_path / "struck.py"
+    program.write_text(struck(STEPS // 2, "strike()")[-1])
+    (tmp_path / "strike.py").write_text(
+        textwrap.dedent(f"""
+        import os, signal
+        from pathlib import Path
+        from twa.distributed import note
+
+        def strike():
+            note.STAY = 1e6  # the machine may be busy
+            raised, killed = Path({str(raised)!r}), Path({str(killed)!r})
+            if os.environ["RANK"] == "0" and not raised.exists():
+                raised.touch()
+                raise MemoryError
+            if os.environ["RANK"] == "0" and not killed.exists():
+                killed.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        """)
+    )
+    program.write_text("from strike import strike\n" + program.read_text())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", "--max-restarts", "3", program]
+    new_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    done = processes.run(
+        [*command, *arguments(job, out, "--resume")], env=processes.environment() | new_store
+    )
+    assert done.returncode == 0, done.stderr
+    assert raised.exists() and killed.exists() and result(out) == undisturbed
+    assert done.stderr.count("twa: error: rank 0 failed at step 20: MemoryError") == 1, done.stderr
+    assert {p.name for p in out.iterdir()} == FILES
+
+
+def test_one_run_a_directory(job, alone, tmp_path, capsys):
+    """A second is refused, before it touches anything. After a kill none is, though a process that
+    the first has forked, as a DataLoader does, is still there."""
+    out, child = tmp_path / "out", tmp_path / "child"
+    what = (
+        "child = os.fork(); child or os.setpgid(0, 0);"
+        f" child and open({str(child)!r}, 'w').write(str(child)); signal.pause()"
+    )
+    first = processes.Child([*struck(12, what), *arguments(job, out)], env=processes.environment())
+    processes.wait(first, until=lambda: child.exists() and child.read_text())
+    files = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    assert {"state.pt", LOCK} <= files.keys()
+    for how in ("--resume", "--overwrite"):
+        assert cli.main(arguments(job, out, how)) == 2
+        assert f"{out}: another run is at work in this directory" in capsys.readouterr().err
+    assert files == {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    first.kill()
+    first.wait()
+    os.kill(int(child.read_text()), 0)
+    assert cli.main(arguments(job, out, "--resume")) == 0
+    os.kill(int(child.read_text()), signal.SIGKILL)
+    assert result(out) == result(alone) and {p.name for p in out.iterdir()} == FILES
+
+
+def test_without_locks_a_run_goes_on(job, alone, tmp_path, monkeypatch):
+    """As on some file systems of networks. A killed run's lock is nothing that must not be lost."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / LOCK).touch()
+    assert cli.main(arguments(job, tmp_path)) == 0
+    assert result(tmp_path) == result(alone)
 
 
 def test_ranks_with_other_files_or_tasks_are_refused(job, tmp_path):

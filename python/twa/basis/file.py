@@ -23,7 +23,7 @@ import twa_kernels as tk
 from twa_kernels.layout import segments_to_tiles
 
 from ..coordinates import Coordinates, Deltas, Differences, Orthonormal, constrained
-from ..io.atomic import lock, sync_folder
+from ..io.atomic import is_at, lock, sync_folder
 from ..io.candidates import BLOCK_BYTES
 from ..io.checks import first_line, parse_json
 from ..io.errors import BasisError, CandidateError
@@ -154,10 +154,7 @@ class Writer:
         return self._is_at(self.path)
 
     def _is_at(self, path: Path) -> bool:
-        try:
-            return os.path.samestat(os.stat(path), os.fstat(self._file.fileno()))
-        except FileNotFoundError:
-            return False
+        return is_at(self._file, path)
 
     def close(self) -> None:
         """Closes the file; what is not finished may be lost."""

@@ -7,6 +7,7 @@ validation data.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import warnings
@@ -17,7 +18,7 @@ import torch
 from ..basis.segments import GRANULARITIES
 from ..distributed.choose import SHARDINGS, training_bytes
 from ..distributed.ranks import Ranks, initialise
-from ..io.atomic import clear_unfinished
+from ..io.atomic import clear_unfinished, only_run_in
 from ..io.errors import CandidateError, TwaError
 from ..io.memory import limit_memory
 from ..merge.outcome import FILES
@@ -99,12 +100,19 @@ def run(args: argparse.Namespace) -> None:
     ranks = start_ranks(args.device, args.timeout)
     if not ranks.is_rank_zero:
         warnings.simplefilter("ignore")  # rank 0 says them
+    with contextlib.ExitStack() as locked:
+        average(args, ranks, locked)
+
+
+def average(args: argparse.Namespace, ranks: Ranks, locked: contextlib.ExitStack) -> None:
+    """Averages; rank 0 locks the output directory with this stack before it looks into it."""
     finished = False
     # What is wrong on one rank stops all of them.
     with ranks.fail_together("reading task and candidates"):
         settings = settings_of(args)
         candidates = arguments.open_candidates(args)
         if ranks.is_rank_zero:
+            locked.enter_context(only_run_in(args.output))
             finished = args.resume and is_finished(args.output)
             if not finished:
                 check_output(args.output, args.overwrite, args.resume)
@@ -156,6 +164,7 @@ def run(args: argparse.Namespace) -> None:
         if ranks.is_rank_zero:
             store.remove()
         ranks.barrier()  # nobody leaves before the others are done
+        locked.close()
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

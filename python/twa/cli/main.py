@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 import traceback
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from ..distributed.ranks import DistributedError, Ranks
 from ..io.errors import TaskError, TwaError
@@ -40,21 +42,48 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         the exit status: 0; 1 if another rank failed; 2 for a TwaError; 130 after Ctrl-C
     """
+    code: int | None = None
     try:
-        return _main(argv)
+        code = _main(argv)
+        return code
+    except BaseException as error:
+        _let_go(error)
+        raise
     finally:
         if dist.is_initialized():
+            note = Ranks.find().note
             dist.destroy_process_group()
             # An error's traceback may still hold a process group, and gloo aborts the process if
             # its threads live to the end of it.
             gc.collect()
+            if note is not None and code != 0:
+                note.stay_until_read()
+
+
+def _let_go(error: BaseException) -> None:
+    """Frees what an error's traceback holds: others wait for this rank while it is connected."""
+    link: BaseException | None = error
+    while dist.is_initialized() and link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+
+
+def _run(args: argparse.Namespace) -> None:
+    """Runs a command. Of its error other ranks are told, and torchrun, which prints a summary."""
+    try:
+        args.run(args)
+    except BaseException as error:
+        Ranks.find().tell(error)
+        if isinstance(error, Exception) and "TORCHELASTIC_ERROR_FILE" in os.environ:
+            get_error_handler().record_exception(error)
+        raise
 
 
 def _main(argv: list[str] | None) -> int:
     """Runs a command, and prints its error, if there is one, as the user should see it."""
     args = parser().parse_args(argv)
     try:
-        args.run(args)
+        _run(args)
     except TwaError as error:
         if isinstance(error, TaskError) and error.__cause__ is not None:  # in the user's own code
             traceback.print_exception(error.__cause__)

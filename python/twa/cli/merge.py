@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -15,7 +16,7 @@ from .. import averages
 from ..export.average import FILES, write_fixed, write_merge
 from ..export.bundle import WEIGHTS
 from ..export.hugging_face import FOLDER
-from ..io.atomic import clear_unfinished
+from ..io.atomic import clear_unfinished, only_run_in
 from ..io.averaging import FixedAverage
 from ..io.candidates import Candidates
 from ..io.checks import read_json
@@ -97,7 +98,21 @@ def write(
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise TwaError(f"twa {args.command} runs as one process: start it without torchrun")
-    out, is_file = args.output, args.output.suffix == ".safetensors"
+    is_file = args.output.suffix == ".safetensors"
+    with contextlib.nullcontext() if is_file else only_run_in(args.output):
+        _write(args, candidates, beta, scheme, what, is_file)
+
+
+def _write(
+    args: argparse.Namespace,
+    candidates: Candidates,
+    beta: Tensor,
+    scheme: str,
+    what: str,
+    is_file: bool,
+) -> None:
+    """`write`, of one process at a time."""
+    out = args.output
     (check_file if is_file else check_output)(out, args.overwrite)
     check_not_read(candidates, [out] if is_file else [out / WEIGHTS, out / FOLDER])
     fixed = FixedAverage(candidates, beta, getattr(torch, args.dtype) if args.dtype else None)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..export.hugging_face import FOLDER
+from ..io.atomic import LOCK
 from ..io.errors import OutputError
 from ..merge.outcome import Outcome
 from ..merge.resume import Store
@@ -83,7 +84,8 @@ def writing(output: Path) -> Iterator[None]:
 
 def _is_left_over(path: Path) -> bool:
     """Whether a killed process may have left it before there was a state to continue from."""
-    return (path.name.startswith(".") and path.suffix == ".tmp") or path.match(Store.BEST)
+    is_temporary = path.name.startswith(".") and path.suffix == ".tmp"
+    return is_temporary or path.match(Store.BEST) or path.name == LOCK
 
 
 def is_finished(folder: Path) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,11 +20,14 @@ from torch import Tensor, nn
 from ..io.candidates import Candidates
 from ..io.errors import TwaError
 from ..version import __version__
+from .note import Note
 
 #: what the backends write when the other end is gone or silent
 _LOST = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|timed out|broken pipe|tcpstore", re.IGNORECASE
 )
+#: where in its source gloo has noticed
+_SOURCE = re.compile(r"^\[[^]]*:\d+\] ")
 #: stamps are whole numbers below this: sums of their squares over 4000 ranks are exact in float32
 _STAMPS = 64
 
@@ -67,6 +71,7 @@ class Ranks:
             raise TwaError("group: this process is not a member of the process group")
         self.backend = dist.get_backend(group) if group is not None else "none"
         self._doing = ""  # what `fail_together` guards
+        self._is_telling = False  # whether in `telling`
         self._drift: Tensor | None = None
 
     def __deepcopy__(self, memo: dict) -> Ranks:
@@ -188,11 +193,14 @@ class Ranks:
             raise self.lost_rank(error) from error
 
     def lost_rank(self, error: BaseException) -> DistributedError:
-        """The error that a user should see when a collective failed."""
-        return DistributedError(
-            f"rank {self.rank}: another rank died or does not answer"
-            f" ({str(error).splitlines()[0][:200]})"
-        )
+        """The error that a user should see when a collective failed.
+
+        It quotes the rank that gave up, if one has left a note.
+        """
+        if self.note and (said := self.note.read()):
+            return DistributedError(said)
+        text = _SOURCE.sub("", str(error).splitlines()[0])[:200]
+        return DistributedError(f"rank {self.rank}: another rank died or does not answer ({text})")
 
     def is_lost_rank(self, error: BaseException) -> bool:
         """Whether an error from elsewhere means that another rank is gone.
@@ -201,7 +209,51 @@ class Ranks:
         """
         if self.world_size == 1 or not isinstance(error, RuntimeError):
             return False
+        if isinstance(error, DistributedError):
+            return False  # which says so itself
         return bool(_LOST.search(f"{type(error).__name__} {error}"))
+
+    # Failing alone -------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def note(self) -> Note | None:
+        """What a rank leaves for those that lose it; None in a world of one."""
+        return Note(self.group) if self.group is not None and self.world_size > 1 else None
+
+    @contextlib.contextmanager
+    def telling(self, doing: Callable[[], str]) -> Iterator[None]:
+        """What ends the body on this rank alone is what others say when they lose it.
+
+        They do so in their next collective, once this process has ended or destroyed its group. One
+        that goes on, and comes here again, takes back what it has told.
+
+        Args:
+            doing: what the body does by then, for the message, such as " at step 12"
+        """
+        if self.note is None or self._is_telling:
+            yield
+            return
+        self._is_telling = True
+        self.note.withdraw()
+        try:
+            yield
+        except BaseException as error:
+            self.tell(error, doing())
+            raise
+        finally:
+            self._is_telling = False
+
+    def tell(self, error: BaseException, doing: str = "") -> None:
+        """Leaves a note of an error, unless ranks know of it or the loss of another is its cause.
+
+        Args:
+            error: what this rank gives up for
+            doing: as in `telling`
+        """
+        if self.note is None or hasattr(error, "said_by_rank_zero") or self.is_lost_rank(error):
+            return
+        said = str(error) if isinstance(error, TwaError) else _printed(error)
+        self.note.write(f"{doing}: {said}")
 
     # Failing together ----------------------------------------------------------------------------
 
@@ -359,6 +411,11 @@ def initialise(device: str, timeout: float) -> Ranks:
             timeout=datetime.timedelta(seconds=timeout),
         )
     return Ranks.find()
+
+
+def _printed(error: BaseException) -> str:
+    """The type of an error, and its text if there is one."""
+    return ": ".join(filter(None, (type(error).__name__, str(error))))
 
 
 def digest(value: object) -> str:

@@ -13,12 +13,17 @@ import io
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
+from .errors import OutputError
+
+#: what a run locks in the directory that it writes
+LOCK = ".run.lock"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
 
@@ -35,7 +40,8 @@ def sync_folder(folder: Path) -> None:
 def lock(file: BinaryIO, shared: bool = False) -> bool:
     """Makes this process the only one that writes the open file.
 
-    It is so until the process closes the file or is killed.
+    It is so until the process closes the file or is killed. Processes that it forks, such as a
+    DataLoader's, may outlive it by seconds, and do not keep the file open.
 
     Args:
         file: the file
@@ -50,6 +56,16 @@ def lock(file: BinaryIO, shared: bool = False) -> bool:
         return False
     except OSError:
         return True
+    me = weakref.ref(file)
+
+    def forget() -> None:
+        if (mine := me()) is not None and not mine.closed:
+            # Not closed: what the parent has yet to write is not this process's to write.
+            nothing = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nothing, mine.fileno(), inheritable=False)
+            os.close(nothing)
+
+    os.register_at_fork(after_in_child=forget)
     return True
 
 
@@ -57,6 +73,44 @@ def unlock(file: BinaryIO) -> None:
     """Ends `lock`, also for processes that were forked meanwhile and have the file open."""
     with contextlib.suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@contextlib.contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Makes this process the only one that works in a directory, which is made if need be.
+
+    It is so in this context, and ends with the process, however that ends. The file that is locked,
+    `LOCK`, is empty, and gone afterwards. Where none can be made or locked, nothing is locked.
+
+    Raises:
+        OutputError: another process works there
+    """
+    is_new, path = not folder.exists(), folder / LOCK
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "ab"))
+            # One that was opened before the other process removed it is locked by nobody.
+            if not (lock(file) and is_at(file, path)):
+                raise OutputError("another run is at work in this directory", folder)
+            stack.callback(_unlock_folder, path, is_new)
+        yield
+
+
+def _unlock_folder(path: Path, is_new: bool) -> None:
+    """Removes the locked file, and its directory if that is new and nothing else is in it."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+        if is_new:
+            path.parent.rmdir()
+
+
+def is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether the file of this path is the open one."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def temporary_of(path: Path) -> Path:

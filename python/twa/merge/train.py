@@ -111,6 +111,12 @@ class Trainer:
             bar: moves with the steps
             save: called every `settings.save_every` steps, when `state_dict` may be called
         """
+        with self.ranks.telling(lambda: f" at step {self.step + 1}"):
+            self._take_steps(bar, save)
+            self.finish()
+
+    def _take_steps(self, bar: tqdm, save: Callable[[], None] | None) -> None:
+        """The steps of `run`."""
         resumed_at = self.step
         bar.update(self.step)
         while not self.note:
@@ -134,7 +140,6 @@ class Trainer:
             self.curve.append(loss)
             bar.set_postfix(loss=f"{loss:.4f}", val=f"{self.val_curve[-1][1]:.4f}", refresh=False)
             bar.update(1)
-        self.finish()
 
     def backward(self) -> Callable[[], float]:
         """Computes one step's gradients from this rank's batches.
