@@ -228,7 +228,9 @@ class Subspace:
                 of 128 weights
 
         Raises:
-            BasisError: the file is damaged, is no packed basis, or does not fit model or candidates
+            BasisError: the file is damaged, is no packed basis, or does not fit model or
+                candidates. As long as the basis is mapped (the model is on the CPU), steps and
+                `save` raise it, too, if the file is written to; replacing it is safe
             TwaError: balance, and the file's coefficients are trained ones of its rows
         """
         path, ranks = find_basis(path), find_ranks(sharding, model, group)
@@ -247,6 +249,7 @@ class Subspace:
             if ranks.world_size > 1:
                 ranks.check_equal(versions() | {"basis": digest(contents)})
             basis, center = part_of(loaded, place)
+            place.mapped = (loaded.file,)
             coordinates, segments = loaded.coordinates(), contents.tensor_segments
             trained = loaded.read("coefficients")
             if balance and not contents.balanced and bool(trained.any()):
@@ -264,6 +267,9 @@ class Subspace:
             with plain_weights(model):
                 load_state(loaded, place)
                 subspace._settle()
+            kept = subspace.basis
+            if not (isinstance(kept, tk.PackedBasis) and loaded.file.holds(kept.codes)):
+                place.mapped = ()  # all of it was copied: from now on the file may go
         return subspace
 
     def _settle(self) -> None:
@@ -306,6 +312,7 @@ class Subspace:
                 reconstruct(basis, x[:, columns].contiguous(), center, [expected])
                 stored = self.candidates.info[key].dtype
                 if not torch.allclose(now.to(stored), expected.to(stored), 0, 0, equal_nan=True):
+                    self.sharding.check_mapped()
                     return name
         return None
 
@@ -429,6 +436,8 @@ class Subspace:
                 options=options,
                 state=state,
             )
+            # Coefficients and weights may be wrong by now: nothing saves them after this.
+            self.sharding.check_mapped()
             self._written = write_counts(self.sharding)
 
     # Merge weights -------------------------------------------------------------------------------
@@ -504,7 +513,9 @@ class Subspace:
 
         Raises:
             DistributedError: the ranks' coefficients were not the same bits
+            BasisError: a mapped basis is no longer what it was
         """
+        self.sharding.check_mapped()
         self.sharding.ranks.check_drift()
         # a tuple: torch.distributed.checkpoint keeps it whole
         identity = tuple(self.identity().items())
@@ -576,12 +587,14 @@ class Subspace:
         Raises:
             TwaError: basis, and no rank holds all of a packed one; or the model's weights are not
                 those of the coefficients, since something else has written to them
+            BasisError: a mapped basis is no longer what it was
             OSError: a file cannot be written
         """
         folder, ranks = Path(folder), self.sharding.ranks
         packed = check_savable(self.basis, self.sharding) if basis else None
         ranks.check_drift()
         with ranks.fail_together(f"writing {folder}"):
+            self.sharding.check_mapped()
             if name := self.find_moved():
                 raise TwaError(
                     f"the model's {name!r} is not at the coefficients: something else has written"
@@ -619,6 +632,7 @@ def balanced(
 def _grams(basis: Basis, segments: Segments, sharding: Sharding) -> tuple[Tensor, list[int]]:
     """`grams` of all ranks' parts; with sharding "rows" zero between rows of two ranks."""
     found, counts = grams(basis, segments, [shard.counts for shard in sharding.shards])
+    sharding.check_mapped()
     if sharding.name == "rows":
         own, n = found, len(sharding.candidates)  # a row for each
         found = own.new_zeros(len(own), n, n)

@@ -32,10 +32,10 @@ from ..basis.dense import AnyPacker, DenseBasis
 from ..dtensors import is_dtensor, local, reshard
 from ..io.averaging import average_into
 from ..io.candidates import UNIT, Block, Candidates, readable
-from ..io.errors import TwaError
+from ..io.errors import BasisError, TwaError
 from ..io.key_map import KeyMap
 from ..io.loading import named_tensors
-from ..io.mapped import Part
+from ..io.mapped import MappedFile, Part
 from .ranks import Ranks
 
 Basis = tk.PackedBasis | DenseBasis
@@ -155,9 +155,11 @@ class Sharding:
         keys: their keys in the candidate files
         shards: what this rank holds of each of them
         rows: the candidates that this rank reads
+        mapped: the files that this rank's part of P lies in, as it is used
     """
 
     name = "single"
+    mapped: tuple[MappedFile, ...] = ()
 
     def __init__(
         self, ranks: Ranks, model: nn.Module, candidates: Candidates, key_map: KeyMap
@@ -344,9 +346,15 @@ class Sharding:
             c = project(basis, [g if w == weight else None for w, g in pairs])
             c = c if weight == 1.0 else c * weight
             total = c if total is None else total + c
+        self.check_mapped()  # before it is anyone's step
         if total is None:
             return torch.zeros(basis.n, basis.num_segments, device=basis.device)
         return total
+
+    def check_mapped(self) -> None:
+        """Raises BasisError if a file that P lies in is not what it was, and so nor is P."""
+        for file in self.mapped:
+            file.check(BasisError)
 
     def all_reduce_async(self, parts: list[Tensor], x: Tensor | None) -> Callable[[], list[Tensor]]:
         """Begins the sum over ranks of parts of c; see `Ranks.all_reduce_async`.
@@ -365,6 +373,7 @@ class Sharding:
         """Writes center + x^T P to this rank's weights."""
         reshard(self.model)
         reconstruct(basis, x, center, [local(t) for t in self.tensors])
+        self.check_mapped()
 
     def part_of(self, name: str, t: Tensor) -> Part | None:
         """This rank's slices of any tensor of the model's state; None for all of it."""

@@ -145,7 +145,11 @@ def save_basis(
             for part in center:
                 writer.put("center", part.cpu(), at)
                 at += part.numel()
+            sharding.check_mapped()
             writer.finish()
+    except OSError:  # of reading: the system refuses to write bytes that are gone
+        sharding.check_mapped()
+        raise
     finally:
         writer.close()
         writer.partial.unlink(missing_ok=True)

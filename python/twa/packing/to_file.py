@@ -326,7 +326,11 @@ class PackToFile:
     # Position of an interrupted run --------------------------------------------------------------
 
     def _save_position(self, packer: tk.Packer, at: tuple[int, int]) -> None:
-        """Writes (tensor, column) to go on from, when the parts before it are on the disk."""
+        """Writes (tensor, column) to go on from, when the parts before it are on the disk.
+
+        Raises CandidateError if the candidates are not what they were: the parts would be wrong.
+        """
+        self.candidates.check()
         self.behind.wait()
         self.writer.sync()
         self.raw_file.flush()
