@@ -8,13 +8,16 @@ from dataclasses import replace
 
 from ..distributed.cost import (
     SHARDINGS,
+    STORAGE,
     Job,
     building,
     choose,
+    host_memory,
     memory,
     obstacle,
     payload,
     sent,
+    streamed,
     whole_model_limit,
 )
 from ..io.candidates import BLOCK_BYTES
@@ -38,6 +41,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--weight-bytes", type=int, default=Job.weight_bytes, help=width)
     low = "as in twa average: gradients are projected and freed inside backward"
     add("--low-memory", action="store_true", help=low)
+    where = "of basis and center, as in twa average: device (default), or host"
+    add("--storage", choices=STORAGE, default="device", help=where)
+    rate = "with --storage host: gigabytes a second from a rank's host memory to its device"
+    add("--host-bandwidth", metavar="GB/S", type=float, help=rate)
     limit = "gigabytes that a rank may fill: marks what fits"
     add("--device-memory", metavar="GB", type=float, help=limit)
 
@@ -49,7 +56,13 @@ def run(args: argparse.Namespace) -> None:
         TwaError: the numbers make no job
     """
     fields = ("params", "candidates", "bits", "segments", "ranks", "weight_bytes", "low_memory")
-    job = Job(**{name: getattr(args, name) for name in fields})
+    job = Job(storage=args.storage, **{name: getattr(args, name) for name in fields})
+    rate = args.host_bandwidth
+    if rate is not None and not (0 < rate < math.inf and job.storage == "host"):
+        raise TwaError(
+            f"expected gigabytes a second above 0, with --storage host, found {rate}",
+            "--host-bandwidth",
+        )
     limit = None if args.device_memory is None else args.device_memory * 1e9
     if limit is not None and not 0 < limit < math.inf:
         raise TwaError(f"expected gigabytes above 0, found {args.device_memory}", "--device-memory")
@@ -67,6 +80,8 @@ def run(args: argparse.Namespace) -> None:
     print()
     print(markdown_table(header, [_cells(job, sharding, limit) for sharding in SHARDINGS]))
     print()
+    if job.storage == "host":
+        print(_on_host(job, rate))
     print(_building(job))
     print(_choice(job, limit))
     print(_assumptions(job))
@@ -151,9 +166,29 @@ def _auto(job: Job, limit: float | None) -> str:
     return f"`auto`: columns for a model sharded by fully_shard, else {other}"
 
 
+def _on_host(job: Job, rate: float | None) -> str:
+    """What a rank keeps in host memory, and what a step copies from there, in words."""
+    possible = [s for s in SHARDINGS if not obstacle(job, s)]
+    kept = [f"{s} {quantity(host_memory(job, s), 'B')}" for s in possible]
+    copied = [f"{s} {_copies(streamed(job, s), rate)}" for s in possible]
+    return (
+        f"Basis and center are in host memory, of a rank: {', '.join(kept)}. A step copies from"
+        f" there, behind compute, 2 basis + center: {', '.join(copied)}."
+    )
+
+
+def _copies(nbytes: float, rate: float | None) -> str:
+    """So many bytes, and what they take at a rate in GB/s."""
+    return quantity(nbytes, "B") + ("" if rate is None else f" ({nbytes / rate / 1e9:.3g} s)")
+
+
 def _building(job: Job) -> str:
     """What the device of a rank holds while the basis is built, in words."""
     peaks = [f"{s} {quantity(building(job, s), 'B')}" for s in SHARDINGS if not obstacle(job, s)]
+    if job.storage == "host":
+        return (
+            f"The basis is built on the CPU; a rank's device holds its weights: {', '.join(peaks)}."
+        )
     return (
         f"While the basis is built, a rank's device holds at most: {', '.join(peaks)}; candidates"
         f" go there in blocks of {quantity(BLOCK_BYTES, 'B')}."

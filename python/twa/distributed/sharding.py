@@ -29,6 +29,7 @@ import twa_kernels as tk
 from twa_kernels.layout import TILE
 
 from ..basis.dense import AnyPacker, DenseBasis
+from ..basis.streamed import StreamedBasis
 from ..dtensors import is_dtensor, local, reshard
 from ..io.averaging import average_into
 from ..io.candidates import UNIT, Block, Candidates, readable
@@ -38,7 +39,10 @@ from ..io.loading import named_tensors
 from ..io.mapped import MappedFile, Part
 from .ranks import Ranks
 
-Basis = tk.PackedBasis | DenseBasis
+#: a basis where its bytes are
+KeptBasis = tk.PackedBasis | DenseBasis
+#: and as it is computed with
+Basis = KeptBasis | StreamedBasis
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def project(basis: Basis, grads: Sequence[Tensor | None]) -> Tensor:
     if isinstance(basis, DenseBasis):
         return basis.project(grads)
     grads = [g.float() if g is not None and g.dtype == torch.float64 else g for g in grads]
-    return tk.project(basis, grads)
+    return basis.project(grads) if isinstance(basis, StreamedBasis) else tk.project(basis, grads)
 
 
 def reconstruct(
@@ -103,7 +107,10 @@ def reconstruct(
     targets = [
         torch.empty_like(o, dtype=torch.float32) if o.dtype == torch.float64 else o for o in out
     ]
-    tk.reconstruct(basis, x, center, out=targets)
+    if isinstance(basis, StreamedBasis):
+        basis.reconstruct(x, center, targets)
+    else:
+        tk.reconstruct(basis, x, center, out=targets)
     for o, t in zip(out, targets, strict=True):
         if o is not t:
             o.copy_(t)

@@ -115,6 +115,7 @@ class Merge:
                 max((m.bits for m in self.settings.methods), default=4),
                 self.ranks,
                 may_shard=may_shard,
+                storage=self.settings.storage,
             )
         self.evaluator = Evaluator(task, self.sharding, self.settings.bn_batches, per_step)
         self.per_epoch = length(task.train)
@@ -320,6 +321,7 @@ class Merge:
                 balance=is_balanced,
                 sharding=self.sharding,
                 progress=lambda _, count: bar.update(count),
+                storage=self.settings.storage,
             )
 
     def _add(self, result: Result) -> None:

@@ -12,13 +12,13 @@ import twa_kernels as tk
 from twa_kernels.scaling import row_divisor
 
 from ..basis.dense import AnyPacker, new_packer
+from ..basis.feed import Feed
 from ..basis.segments import Segments
 from ..coordinates import Coordinates, Deltas, Differences
-from ..distributed.sharding import Basis, Sharding
+from ..distributed.sharding import KeptBasis, Sharding
 from ..io.averaging import not_finite
 from ..io.candidates import Block
 from . import differences, orthonormal
-from .feed import Feed
 
 Progress = Callable[[str, int], None]
 #: packs a block of tensor k and writes its center: (packer, k, block, weights, center)
@@ -35,7 +35,7 @@ class Built:
         center: float32, of this rank's columns; None on a rank that adds none
     """
 
-    basis: Basis
+    basis: KeptBasis
     coordinates: Coordinates
     center: list[Tensor] | None
 

@@ -14,7 +14,7 @@ from twa_kernels.layout import TILE, num_tiles, tile_offsets
 
 from ..basis.contents import Contents
 from ..basis.file import NAME, Loaded
-from ..distributed.sharding import Basis, ColumnsSharding, Sharding, begin_of
+from ..distributed.sharding import ColumnsSharding, KeptBasis, Sharding, begin_of
 from ..dtensors import local
 from ..io.errors import BasisError
 from ..io.key_map import aliases_of
@@ -75,7 +75,7 @@ def warn_of_extra_state(model: nn.Module, path: Path) -> None:
         )
 
 
-def part_of(loaded: Loaded, sharding: Sharding) -> tuple[Basis, list[Tensor] | None]:
+def part_of(loaded: Loaded, sharding: Sharding) -> tuple[KeptBasis, list[Tensor] | None]:
     """Basis and center of this rank's rows and columns.
 
     BasisError if the file cannot be cut where this rank's shards begin.

@@ -14,7 +14,7 @@ from ..basis.dense import DenseBasis
 from ..basis.file import Writer
 from ..basis.segments import Segments
 from ..coordinates import Coordinates, Deltas, Orthonormal
-from ..distributed.sharding import Basis, Sharding
+from ..distributed.sharding import KeptBasis, Sharding
 from ..dtensors import local
 from ..io.atomic import naming, temporary_of
 from ..io.candidates import Candidates
@@ -77,7 +77,7 @@ def untrained(model: nn.Module, contents: Contents) -> dict[str, Tensor]:
     }
 
 
-def check_savable(basis: Basis, sharding: Sharding) -> tk.PackedBasis:
+def check_savable(basis: KeptBasis, sharding: Sharding) -> tk.PackedBasis:
     """The basis, if it is packed and one rank holds all of it; else TwaError."""
     if isinstance(basis, DenseBasis):
         raise TwaError(

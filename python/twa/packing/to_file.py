@@ -24,6 +24,7 @@ from twa_kernels.layout import BITS
 from twa_kernels.scaling import Scaling, lost_groups
 
 from .. import averages
+from ..basis.feed import Feed
 from ..basis.file import LARGEST_SCALE, Writer
 from ..basis.segments import Granularity, segments_of
 from ..distributed.ranks import Ranks
@@ -39,7 +40,6 @@ from ..io.key_map import match_model
 from ..io.progress import PeakMemory
 from ..io.safetensors import raw_bytes
 from ..modes import plain_weights
-from .feed import Feed
 from .save import contents_of, untrained
 
 SAVE_SECONDS = 10.0  # between saved positions
