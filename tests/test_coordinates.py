@@ -15,10 +15,15 @@ from twa.coordinates import (
 
 N, D, L = 4, 50, 2
 COLUMNS = (slice(0, 20), slice(20, D))  # of the segments
+KINDS = [*BASES, *(f"moved {basis}" for basis in BASES)]  # around another center, once or twice
 
 
 def rows_of(basis):
     """Weights (n, D), a center of them, rows of P (rows, D), and what the rows are."""
+    if basis.startswith("moved"):
+        w, weights, P, rows = rows_of(basis.split()[1])
+        other = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64)
+        return w, other, P, rows.around(weights.flip(0)).around(other)
     g = torch.Generator().manual_seed(0)
     w = torch.randn(N, D, generator=g, dtype=torch.float64)
     weights = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
@@ -40,13 +45,13 @@ def rows_of(basis):
     return w, weights, P, Orthonormal(weights, transform, R, scale, ((), ()))
 
 
-@pytest.fixture(params=[(b, c) for b in BASES for c in CONSTRAINTS], ids=str)
+@pytest.fixture(params=[(b, c) for b in KINDS for c in CONSTRAINTS], ids=str)
 def case(request):
     basis, constraint = request.param
     w, weights, P, rows = rows_of(basis)
     coordinates = constrained(rows, constraint)
     assert (coordinates.basis, coordinates.constraint, coordinates.rows) == (
-        basis,
+        basis.split()[-1],
         constraint,
         rows,
     )
@@ -118,7 +123,7 @@ def test_pull_back_is_the_gradient(case):
         torch.testing.assert_close(coordinates.pull_back(y, c[:, at], at), found[:, at])
 
 
-@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("basis", KINDS)
 def test_pull_shares_is_the_transpose(basis):
     """<x(s), c> = <s, pull(c)> for any shares, and some columns at a time."""
     rows, g = rows_of(basis)[-1], torch.Generator().manual_seed(4)
@@ -132,7 +137,7 @@ def test_pull_shares_is_the_transpose(basis):
         torch.testing.assert_close(rows.pull_shares(c[:, at], at), pulled[:, at])
 
 
-@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("basis", KINDS)
 def test_nothing_is_copied_to_the_device_twice(basis):
     """A step does this twice, and a copy from pageable memory waits."""
 
@@ -150,6 +155,31 @@ def test_nothing_is_copied_to_the_device_twice(basis):
             rows.pull_shares(torch.zeros(rows.shape, dtype=torch.float64, device="meta"), slice(L))
         counts.append(sum(copies))
     assert counts[0] > 0 == counts[1]
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_there_and_back_to_the_first_center(basis):
+    _, weights, _, rows = rows_of(basis)
+    other = rows.around(weights.flip(0))
+    s = torch.randn(N, L, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    assert not torch.allclose(other.from_shares(s), rows.from_shares(s))
+    torch.testing.assert_close(other.around(weights).from_shares(s), rows.from_shares(s))
+    if basis == "deltas":
+        assert other.origin is weights and other.around(weights).origin is None
+
+
+def test_a_candidate_that_is_the_origin():
+    """Its row is zero; its merge weight is what the others leave, around any center."""
+    w, weights, _, _ = rows_of("deltas")
+    last, divisor = torch.tensor([0.0, 0, 0, 1]).double(), torch.ones(N, L).double()
+    divisor[-1] = 0.0
+    rows = Deltas(last, divisor).around(weights)
+    beta = torch.rand(N, L, generator=torch.Generator().manual_seed(7)).double()
+    beta /= beta.sum(0)
+    x = rows.from_merge_weights(beta)
+    assert not x[-1].any()
+    torch.testing.assert_close(rows.merge_weights(x), beta)
+    torch.testing.assert_close(theta_of(w - w[-1], weights @ w, x), merged(w, beta))
 
 
 def test_shares_of_differences():

@@ -171,9 +171,10 @@ def distributed(codes):
 
 
 def packed(codes):
-    names = in_a_trainer()
-    twa.Subspace.from_candidates(names["model"], Candidates("run/*")).save(".", basis=True)
-    assert len(run(codes, names)["subspace"].candidates) == 4
+    names = in_a_trainer() | {"candidates": Candidates("run/*")}
+    twa.Subspace.from_candidates(names["model"], names["candidates"]).save(".", basis=True)
+    subspace = run(codes, names)["subspace"]
+    assert subspace.coordinates.center_weights.tolist() == [0, 0, 0, 1]
 
 
 def merged(codes):

@@ -34,7 +34,7 @@ FLOORS = {
         "operands scaling guard",
         "basis",
         "backends",
-        "registry recorded",
+        "registry recorded shift",
         "ops",
         "packer",
         "orthonormalize tune",

@@ -141,13 +141,13 @@ class PackedBasis:
         """
         return torch.ops.twa_kernels.gram.default(*self.operands, backend)
 
-    def select(self, k: int) -> tuple[PackedBasis, slice]:
-        """The basis of tensor k alone, a view of the codes.
+    def select(self, k: int, count: int = 1) -> tuple[PackedBasis, slice]:
+        """The basis of `count` tensors from k on alone, a view of the codes.
 
         Also returned: which segments of this basis its coefficients are.
         """
         offsets = tile_offsets(self.numels)
-        at = slice(offsets[k], offsets[k + 1])
+        at = slice(offsets[k], offsets[k + count])
         segment = self.tile_segment[at]
         first, last = (int(segment.min()), int(segment.max())) if len(segment) else (0, 0)
         columns = slice(first, last + 1)
@@ -157,9 +157,9 @@ class PackedBasis:
             self.row_scale[:, columns].contiguous(),
             segment - first,
             self.divisor[:, columns].contiguous(),
-            (self.shapes[k],),
+            self.shapes[k : k + count],
             self.bits,
-            None if self.relative_error is None else (self.relative_error[k],),
+            self.relative_error and self.relative_error[k : k + count],
         )
         return basis, columns
 

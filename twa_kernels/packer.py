@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -95,6 +96,10 @@ class Packer:
             parts, of which each is written over by the next but one. `Scaling` finishes such
             scales.
         num_segments: L, where the last segments may have no columns here.
+        allocate: called with (shape, dtype) for the memory of codes and scales, contiguous zeros
+            on the device, such as memory that several processes share: each may then pack its
+            tensors and `skip` the others'. It is called in the same order everywhere: codes,
+            scales as they are packed, and in `finish`, which no longer needs these, the basis's.
 
     Raises:
         ValueError: a number is out of range, or segments do not fit the shapes.
@@ -112,6 +117,7 @@ class Packer:
         report: bool = False,
         sink: Callable[[int, Tensor, Tensor], None] | None = None,
         num_segments: int | None = None,
+        allocate: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
     ) -> None:
         check_bits(bits)
         if not 1 <= n <= MAX_ROWS:
@@ -135,8 +141,13 @@ class Packer:
         self.sink = sink
         self._parts: list[tuple[Tensor, Tensor]] = []
         kept = tiles if sink is None else 0
-        self.codes = empty_for_streaming((kept, n, 16 * bits), device)
-        self.scales = torch.zeros(kept, n, dtype=torch.bfloat16, device=device)
+        self._allocate = allocate
+        if allocate is None:
+            self.codes = empty_for_streaming((kept, n, 16 * bits), device)
+            self.scales = torch.zeros(kept, n, dtype=torch.bfloat16, device=device)
+        else:
+            self.codes = allocate((kept, n, 16 * bits), torch.uint8)
+            self.scales = allocate((kept, n), torch.bfloat16)
         self.sum_sq = torch.zeros(n, self.num_segments, dtype=torch.float64, device=device)
         self.max_scale = torch.zeros(n, self.num_segments, dtype=torch.float32, device=device)
         self.errors: Tensor | None = None
@@ -311,34 +322,19 @@ class Packer:
         at = slice(self._offsets[k], self._offsets[k + 1])
         return [self.codes[at], self.scales[at].view(torch.uint8)]
 
-    def resume(self, tensor: int, column: int, sum_sq: Tensor, max_scale: Tensor) -> None:
-        """Goes on where another packer with the same arguments and a sink was.
+    def seek(self, tile: int) -> None:
+        """Goes on at another tile, for a packer with a sink whose other tiles others pack.
 
         Args:
-            tensor: index of the tensor to go on with.
-            column: its first column that is yet to be packed, a multiple of 128.
-            sum_sq: (n, L) float64, the other packer's `sum_sq`.
-            max_scale: (n, L) float32, the other packer's `max_scale`.
+            tile: its number among all tiles; the next columns begin there.
 
         Raises:
-            ValueError: the place or the sums do not fit this packer.
+            ValueError: there is no such tile.
         """
-        known = 0 <= tensor < len(self.shapes)
-        columns = self.shapes[tensor].numel() if known else 0
-        if not (known or tensor == len(self.shapes)) or column % TILE or not 0 <= column <= columns:
-            raise ValueError(
-                f"Packer: expected a tensor of {len(self.shapes)} and whole tiles of it, "
-                f"found {tensor} and column {column}"
-            )
-        for name, t in (("sum_sq", sum_sq), ("max_scale", max_scale)):
-            mine = getattr(self, name)
-            if t.shape != mine.shape or not (t >= 0).all() or not torch.isfinite(t).all():
-                raise ValueError(
-                    f"Packer: {name}: expected {tuple(mine.shape)} finite numbers of at least 0, "
-                    f"found shape {tuple(t.shape)}"
-                )
-            mine.copy_(t)
-        self._next, self._filled = tensor, column
+        if not 0 <= tile < self._offsets[-1]:
+            raise ValueError(f"Packer: expected a tile of {self._offsets[-1]}, found {tile}")
+        self._next = bisect.bisect_right(self._offsets, tile) - 1
+        self._filled = (tile - self._offsets[self._next]) * TILE
 
     def _room(self, first: int, tiles: int) -> tuple[Tensor, Tensor]:
         """Where codes and scales of these tiles go."""
@@ -413,7 +409,8 @@ class Packer:
         if self.sink is not None:
             raise ValueError("Packer: its sink has the codes; finish the scales with Scaling")
         scaling = Scaling.of(self.sum_sq, self.max_scale, normalize, divisor)
-        scales, zeros = scaling.apply(self.scales, self.tile_segment)
+        out = self._allocate(tuple(self.scales.shape), torch.uint8) if self._allocate else None
+        scales, zeros = scaling.apply(self.scales, self.tile_segment, out)
         if lost := int(zeros):
             warnings.warn(lost_groups(lost, scales.numel()), stacklevel=2)
         error: tuple[float, ...] | None = None

@@ -54,13 +54,19 @@ class Scaling:
         exponent = exponent.to(torch.int16).T.contiguous()
         return cls(exponent.to(device), row_scale.to(device), divisor.to(device))
 
-    def apply(self, scales: Tensor, tile_segment: Tensor) -> tuple[Tensor, Tensor]:
+    def apply(
+        self, scales: Tensor, tile_segment: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Scales (tiles, n) bfloat16 as the bits of e4m3, uint8; and how many became zero, ().
 
-        On a GPU nothing waits for it.
+        They are written to `out`, if it is given. On a GPU nothing waits for it.
         """
+        codes = (
+            torch.empty(scales.shape, dtype=torch.uint8, device=scales.device)
+            if out is None
+            else out
+        )
         if _C is not None and scales.device.type == "cpu":
-            codes = torch.empty(scales.shape, dtype=torch.uint8)
             lost = _C.finish_scales(
                 scales=scales,
                 tile_segment=tile_segment,
@@ -69,7 +75,7 @@ class Scaling:
                 threads=torch.get_num_threads(),
             )
             return codes, torch.tensor(lost)
-        codes, zeros = torch.empty(scales.shape, dtype=torch.uint8, device=scales.device), []
+        zeros = []
         for first in range(0, len(scales), CHUNK):
             at = slice(first, first + CHUNK)
             codes[at] = _e4m3(scales[at], self.exponent[tile_segment[at].long()])

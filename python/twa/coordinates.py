@@ -41,12 +41,15 @@ class Coordinates:
         is_balanced: whether that is balanced combinations of the candidates' distances
         rows: what the rows of P are, whatever is trained: this object, or the one it stands on
         center_weights: (n,) float64, of the candidates in the center
+        origin: (n,) float64, of the candidates in the point that distances in the rows of P are
+            from; None: the center
         shape: (rows of P, L), of the trained coefficients
     """
 
     basis = ""
     constraint = "none"
     is_balanced = False
+    origin: Tensor | None = None
 
     def __init__(self, center_weights: Tensor, shape: tuple[int, int]) -> None:
         self.center_weights, self.shape = center_weights, shape
@@ -74,6 +77,14 @@ class Coordinates:
 
     def pull_shares(self, c: Tensor, columns: slice) -> Tensor:
         """The gradient dL/ds of these columns from dL/dx: the transpose of `from_shares`."""
+        raise NotImplementedError
+
+    def around(self, weights: Tensor) -> Coordinates:
+        """The same rows of P around another center: a point of the span that they are of.
+
+        Args:
+            weights: (n,) float64 with sum 1, of the candidates in that center
+        """
         raise NotImplementedError
 
     # Trained coefficients ------------------------------------------------------------------------
@@ -158,27 +169,63 @@ class Divided(Coordinates):
     def of_groups(self, counts: Sequence[int]) -> Coordinates:
         parts = self.divisor.split(list(counts), 1)
         largest = torch.stack([part.amax(1) for part in parts], 1)  # (rows, groups)
-        return type(self)(self.center_weights, largest)
+        return self._with(self.center_weights, largest)
+
+    def around(self, weights: Tensor) -> Coordinates:
+        return self._with(weights, self.divisor)
+
+    def _with(self, center_weights: Tensor, divisor: Tensor) -> Divided:
+        """The same with another center or divisor."""
+        return type(self)(center_weights, divisor)
 
 
 class Deltas(Divided):
-    """P[i] = (w_i - center) / divisor[i, l]: a row for each candidate.
+    """P[i] = (w_i - origin) / divisor[i, l]: a row for each candidate.
+
+    The origin is the center, and shares are y = x / divisor, unless rows that are there already are
+    used around another center. Then, with the weights a of the origin and b of the center,
+
+        theta = center + sum_i y_i (w_i - origin)
+        s = y - (sum_i y_i) a          y = s - (sum_i s_i) b
+
+    Both sum to zero. So the center, where s = b, is at y = 0, whatever quantisation made of rows
+    whose combination y = a should be zero.
 
     Args:
         center_weights: (n,)
-        divisor: (n, L) float64; 0 where a candidate is equal to the center
+        divisor: (n, L) float64; 0 where a candidate is equal to the origin
+        origin: (n,) with sum 1, as the center's weights are then; None: the center
     """
 
     basis = "deltas"
 
+    def __init__(
+        self, center_weights: Tensor, divisor: Tensor, origin: Tensor | None = None
+    ) -> None:
+        super().__init__(center_weights, divisor)
+        if origin is not None and not torch.equal(origin, center_weights):
+            self.origin = origin
+
+    def _with(self, center_weights: Tensor, divisor: Tensor) -> Deltas:
+        origin = self.center_weights if self.origin is None else self.origin
+        return Deltas(center_weights, divisor, origin)
+
+    def center_on(self, device: torch.device) -> Tensor:
+        """The center's weights (n, 1) on a device."""
+        return self._on(device, "center", lambda: self.center_weights[:, None])
+
     def shares(self, x: Tensor) -> Tensor:
-        return _divided(x.double().cpu(), self.divisor)
+        y = _divided(x.double().cpu(), self.divisor)
+        return y if self.origin is None else y - y.sum(0) * self.origin[:, None]
 
     def from_shares(self, s: Tensor) -> Tensor:
+        if self.origin is not None:
+            s = s - s.sum(0) * self.center_on(s.device)
         return s * self.divisor_on(s.device)
 
     def pull_shares(self, c: Tensor, columns: slice) -> Tensor:
-        return c.double() * self.divisor_on(c.device)[:, columns]
+        g = c.double() * self.divisor_on(c.device)[:, columns]
+        return g if self.origin is None else g - (g * self.center_on(g.device)).sum(0)
 
 
 class Differences(Divided):
@@ -267,6 +314,11 @@ class Orthonormal(Coordinates):
         R = self._on(c.device, "R", lambda: self.R)[columns]
         scaled = c.double() * self._on(c.device, "inverse", lambda: self.inverse)[columns]
         return torch.einsum("lir,rl->il", R, scaled)
+
+    def around(self, weights: Tensor) -> Orthonormal:
+        transform = self.transform - self.transform.sum(2, keepdim=True) * self.center_weights
+        R = self.R - torch.einsum("i,lir->lr", weights, self.R)[:, None]
+        return Orthonormal(weights, transform, R, self.scale, self.dropped)
 
 
 def _signs_sq(gram: Tensor) -> float:

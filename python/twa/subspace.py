@@ -19,8 +19,9 @@ from twa_kernels.scaling import NORMALIZE
 from . import averages
 from .basis.dense import DenseBasis
 from .basis.feed import Feed
-from .basis.file import NAME, read_basis
+from .basis.file import NAME, Loaded, read_basis
 from .basis.grams import grams
+from .basis.pieces import Pieces
 from .basis.segments import Granularity, Segments, segments_of
 from .basis.sources import Sources, check_sources
 from .basis.streamed import StreamedBasis, in_host_memory
@@ -37,7 +38,15 @@ from .io.errors import StateError, TwaError
 from .io.key_map import match_model
 from .modes import plain_weights, with_own_train
 from .packing.build import build
-from .packing.load import check_model, find_basis, load_state, part_of, warn_of_extra_state
+from .packing.load import (
+    center_at,
+    center_of,
+    check_model,
+    find_basis,
+    load_state,
+    rows_of,
+    warn_of_extra_state,
+)
 from .packing.save import check_savable, save_basis
 from .spectral_norm import refresh_spectral_norms
 
@@ -58,6 +67,7 @@ class Subspace:
         coordinates: how coefficients, rows of P and merge weights make each other
         basis: this rank's rows and columns of P
         center: this rank's part, float32, where the basis is kept; None on a rank that adds none
+        pieces: this rank's parts of the parameters as the basis has them
         segments: which columns share coefficients
         normalize: how the rows were scaled
         sharding: what this rank holds, see `twa.distributed.sharding`
@@ -75,9 +85,11 @@ class Subspace:
         segments: Segments,
         coordinates: Coordinates,
         normalize: str = "row",
+        pieces: Pieces | None = None,
         storage: str = "device",
     ) -> None:
         device = sharding.device
+        self.pieces = pieces or Pieces.of_whole(shard.shape for shard in sharding.shards)
         self.sharding, self.model = sharding, sharding.model
         self.candidates, self.key_map = sharding.candidates, sharding.key_map
         self.parameters = sharding.tensors
@@ -206,13 +218,21 @@ class Subspace:
             place = given or choose_sharding(
                 name, model, candidates, key_map, bits, ranks, storage=storage
             )
+        place.mapped = ()  # of another basis
         with ranks.fail_together("packing the candidates"):
             made = build(place, segments, bits, basis, normalize, weights, progress, device)
             coordinates = constrained(made.coordinates, constraint)
             if balance:
-                coordinates = balanced(coordinates, made.basis, segments, place)
+                coordinates = balanced(coordinates, made.basis, made.pieces, segments, place)
             subspace = cls(
-                place, made.basis, made.center, segments, coordinates, normalize, storage
+                place,
+                made.basis,
+                made.center,
+                segments,
+                coordinates,
+                normalize,
+                made.pieces,
+                storage,
             )
             with plain_weights(model):
                 load_untrained(place, weights)
@@ -226,6 +246,7 @@ class Subspace:
         model: nn.Module,
         candidates: Candidates | None = None,
         *,
+        center: str | int | Tensor | None = None,
         balance: bool = False,
         sharding: str = "auto",
         group: dist.ProcessGroup | None = None,
@@ -243,18 +264,22 @@ class Subspace:
             model: as it was packed for
             candidates: those that it was packed from, which is checked by their fingerprints.
                 Without them all works but exact averages (`load_merge`) and `twa.learning_rate`
+            center: another center than the file's: as in from_candidates, but for "zero". Rows of P
+                stay as they are, so that nothing is packed; coefficients that the file holds are
+                left out. With the candidates the center is their exact average. Without, it has the
+                error of the rows' quantisation, and what is not trained stays as the file has it
             balance: as in from_candidates, for a file that is at its center, as `twa pack` writes
                 it; one that is balanced stays so
-            sharding, group: as in from_candidates; with "columns", shards must begin at multiples
-                of 128 weights
+            sharding, group: as in from_candidates. With "columns" each rank takes the file's codes
+                of its shards as they are, wherever these begin
             storage: as in from_candidates
 
         Raises:
             BasisError: the file is damaged, is no packed basis, or does not fit model or
                 candidates. As long as the basis is mapped (the model is on the CPU), steps and
                 `save` raise it, too, if the file is written to; replacing it is safe
-            TwaError: balance, and the file's coefficients are trained ones of its rows; storage is
-                none of what it can be
+            TwaError: balance, and the file's coefficients are trained ones of its rows; or center,
+                and it is zero, or the file's is; storage is none of what it can be
         """
         path, ranks = find_basis(path), find_ranks(sharding, model, group)
         with ranks.fail_together(f"loading {path}"):
@@ -268,14 +293,23 @@ class Subspace:
             else:
                 sources = Sources(loaded)
                 warn_of_extra_state(model, path)
+            weights = None if center is None else averages.of_center(center, len(sources))
             key_map = contents.key_map
             place = choose_sharding(
                 sharding, model, sources, key_map, contents.bits, ranks, storage=storage
             )
             if ranks.world_size > 1:
-                ranks.check_equal(versions() | {"basis": digest(contents)})
-            basis, center = part_of(loaded, place)
+                given = None if weights is None else weights.tolist()
+                same = {"basis": digest(contents), "center": digest(given)}
+                ranks.check_equal(versions() | same)
+            if weights is not None:
+                is_balanced = balance or contents.balanced
+                return recentred(
+                    loaded, place, weights, contents.constraint, is_balanced, storage=storage
+                )
             place.mapped = (loaded.file,)
+            basis, pieces = rows_of(loaded, place)
+            at = center_of(loaded, place)
             coordinates, segments = loaded.coordinates(), contents.tensor_segments
             trained = loaded.read("coefficients")
             if balance and not contents.balanced and bool(trained.any()):
@@ -283,25 +317,33 @@ class Subspace:
             if balance or contents.balanced:
                 around = "mean" if bool(coordinates.center_weights.any()) else "zero"
                 _check_balance(True, contents.basis, contents.constraint, around, place.name)
-                coordinates = balanced(coordinates, basis, segments, place)
+                coordinates = balanced(coordinates, basis, pieces, segments, place)
             if contents.balanced:
                 coordinates.take_balance(loaded.read("mix"), loaded.read("unit"))
-            subspace = cls(place, basis, center, segments, coordinates, contents.normalize, storage)
+            subspace = cls(
+                place, basis, at, segments, coordinates, contents.normalize, pieces, storage
+            )
             with torch.no_grad():
                 if trained.shape == subspace.coefficients.shape:  # else both are zero
                     subspace.coefficients.copy_(trained)
             with plain_weights(model):
                 load_state(loaded, place)
                 subspace._settle()
-            kept = subspace.kept
-            if not (isinstance(kept, tk.PackedBasis) and loaded.file.holds(kept.codes)):
-                place.mapped = ()  # all of it was copied: from now on the file may go
+            subspace._forget(loaded)
         return subspace
 
     @property
     def kept(self) -> KeptBasis:
         """The basis where its bytes are: in host memory if it is streamed from there."""
         return self.basis.host if isinstance(self.basis, StreamedBasis) else self.basis
+
+    def _forget(self, loaded: Loaded) -> None:
+        """Looks at the file no more if nothing lies in it: it was copied, and may go."""
+        held = [] if self.center is None else list(self.center)
+        if isinstance(self.kept, tk.PackedBasis):
+            held += [self.kept.codes, self.kept.scales]
+        if not any(map(loaded.file.holds, held)):
+            self.sharding.mapped = ()
 
     def _settle(self) -> None:
         """Moves the model to the coefficients for the first time."""
@@ -321,7 +363,7 @@ class Subspace:
     def write_weights(self) -> None:
         """Sets the model's parameters to center + sum_r x[r, l] * P[r, :], in their own dtypes."""
         with plain_weights(self.model, self._own_train):
-            self.sharding.write(self.basis, self.x(), self.center)
+            self.sharding.write(self.basis, self.pieces, self.x(), self.center)
             self._written = write_counts(self.sharding)
 
     @torch.no_grad()
@@ -340,7 +382,7 @@ class Subspace:
                 now = local(self.parameters[k])
                 center = None if self.center is None else [self.center[k]]
                 expected = torch.empty_like(now)
-                reconstruct(basis, x[:, columns].contiguous(), center, [expected])
+                reconstruct(basis, x[:, columns].contiguous(), center, [expected], self.pieces, k)
                 stored = self.candidates.info[key].dtype
                 if not torch.allclose(now.to(stored), expected.to(stored), 0, 0, equal_nan=True):
                     self.sharding.check_mapped()
@@ -375,7 +417,8 @@ class Subspace:
 
         None counts as zero; several ranks get the average over ranks.
         """
-        c = self.sharding.coefficient_gradient(self.basis, self._gradients(), self.x())
+        grads = self._gradients()
+        c = self.sharding.coefficient_gradient(self.basis, self.pieces, grads, self.x())
         g = self.coordinates.pull_back(self.coefficients, c, slice(None))
         if self.coordinates.trains_rows:
             return g
@@ -396,7 +439,8 @@ class Subspace:
                 " optimizer hold this model? close() it"
             )
         basis, columns = self._basis_of(k)
-        c = self.sharding.local_coefficient_gradient(basis, [self.sharding.gradient(p)], k)
+        g = self.sharding.gradient(p)
+        c = self.sharding.local_coefficient_gradient(basis, self.pieces, [g], k)
         p.grad = None
         return self.coordinates.pull_back(self.coefficients, c, columns), columns
 
@@ -408,7 +452,7 @@ class Subspace:
         """
         ranks, found, counts = self.sharding.ranks, torch.zeros(0), list[int]()
         if not self.coordinates.is_balanced:  # which knows
-            found, counts = _grams(self.kept, self.segments, self.sharding)
+            found, counts = _grams(self.kept, self.pieces, self.segments, self.sharding)
         total = torch.tensor([self.coordinates.step_sq(found, counts)], dtype=torch.float64)
         if self.sharding.name == "rows":  # as if rows of two ranks were like those of one
             total *= ranks.world_size
@@ -417,7 +461,8 @@ class Subspace:
     def _basis_of(self, k: int) -> tuple[Basis, slice]:
         """The basis of tensor k alone, and which columns of the coefficients are its."""
         if k not in self._of_tensor:
-            self._of_tensor[k] = self.basis.select(k)
+            at = self.pieces.of(k)
+            self._of_tensor[k] = self.basis.select(at.start, len(at))
         return self._of_tensor[k]
 
     def _gradients(self) -> list[Tensor | None]:
@@ -521,6 +566,7 @@ class Subspace:
             "chunk": self.segments.chunk,
             "bits": self.basis.bits,
             "center_weights": self.coordinates.center_weights.tolist(),
+            "origin": self._origin(),
             "normalize": self.normalize,
             "constraint": self.coordinates.constraint,
             "basis": self.coordinates.basis,
@@ -590,9 +636,15 @@ class Subspace:
             "basis": self.coordinates.basis,
             "constraint": self.coordinates.constraint,
             "center_weights": self.coordinates.center_weights.tolist(),
+            "origin": self._origin(),
             "x": self.x().cpu().tolist(),
             "beta": self.merge_weights().tolist(),
         }
+
+    def _origin(self) -> list[float] | None:
+        """The weights of the point that rows of P are distances from; None: the center's."""
+        origin = self.coordinates.rows.origin
+        return None if origin is None else origin.tolist()
 
     def _segment_of(self) -> dict[str, str]:
         """Label of each trained tensor's segment, or of the first of them."""
@@ -648,21 +700,75 @@ class Subspace:
                     )
 
 
+def recentred(
+    loaded: Loaded,
+    sharding: Sharding,
+    weights: Tensor,
+    constraint: str = "none",
+    balance: bool = False,
+    progress: Callable[[str, int], None] | None = None,
+    storage: str = "device",
+) -> Subspace:
+    """The subspace of a file's rows of P around another center, and its model there.
+
+    Ranks call it together. Where the model is on the CPU, the rows stay mapped.
+
+    Args:
+        loaded: the file
+        sharding: of the model; its candidates are those of the file, at hand or not
+        weights: (n,), the merge weights of the center
+        constraint, balance: as in `Subspace.from_candidates`
+        progress: called with (key of the tensor, bytes read)
+        storage: as in `Subspace.from_candidates`
+
+    Raises:
+        TwaError: one of both centers is zero
+    """
+    contents, rows = loaded.contents, loaded.coordinates().rows
+    for name, total in (("center", weights.sum()), (f"{loaded.path}", rows.center_weights.sum())):
+        if abs(float(total) - 1) > 2e-6:
+            raise TwaError(
+                f"expected a center other than 'zero', found weights of sum {total}", name
+            )
+    _check_balance(balance, contents.basis, constraint, "mean", sharding.name)
+    with sharding.ranks.fail_together(f"moving {loaded.path} to another center"):
+        sharding.mapped = (loaded.file,)
+        basis, pieces = rows_of(loaded, sharding)
+        center = center_at(loaded, sharding, basis, pieces, weights, progress)
+        segments = contents.tensor_segments
+        coordinates = constrained(rows.around(weights), constraint)
+        if balance:
+            coordinates = balanced(coordinates, basis, pieces, segments, sharding)
+        subspace = Subspace(
+            sharding, basis, center, segments, coordinates, contents.normalize, pieces, storage
+        )
+        with plain_weights(sharding.model):
+            if sharding.candidates.at_hand:
+                load_untrained(sharding, weights)
+            else:
+                load_state(loaded, sharding)
+            subspace._settle()
+        subspace._forget(loaded)
+    return subspace
+
+
 def balanced(
-    rows: Coordinates, basis: KeptBasis, segments: Segments, sharding: Sharding
+    rows: Coordinates, basis: KeptBasis, pieces: Pieces, segments: Segments, sharding: Sharding
 ) -> Coordinates:
     """Coordinates that balance these rows; ranks call it together, and get the same bits."""
     if sharding.name == "rows":
         raise TwaError("expected another sharding: no rank has all rows of P", "balance")
-    made = Balanced(rows, *_grams(basis, segments, sharding))
+    made = Balanced(rows, *_grams(basis, pieces, segments, sharding))
     for t in (made.mix, made.unit):
         sharding.ranks.broadcast_(t, 0)
     return made
 
 
-def _grams(basis: KeptBasis, segments: Segments, sharding: Sharding) -> tuple[Tensor, list[int]]:
+def _grams(
+    basis: KeptBasis, pieces: Pieces, segments: Segments, sharding: Sharding
+) -> tuple[Tensor, list[int]]:
     """`grams` of all ranks' parts; with sharding "rows" zero between rows of two ranks."""
-    found, counts = grams(basis, segments, [shard.counts for shard in sharding.shards])
+    found, counts = grams(basis, pieces, segments, [shard.counts for shard in sharding.shards])
     sharding.check_mapped()
     if sharding.name == "rows":
         own, n = found, len(sharding.candidates)  # a row for each

@@ -80,14 +80,14 @@ def test_storage_host(capsys):
         assert (found["basis"], found["center"]) == (2**27, 0)
         rest = on_device["total"] - basis - center
         assert found["total"] == pytest.approx(rest + 2**27, rel=1e-12)
-        assert cost.host_memory(job, sharding) == pytest.approx(basis + center + 2**27, rel=1e-12)
+        assert cost.kept_on_host(job, sharding) == pytest.approx(basis + center + 2**27, rel=1e-12)
         assert cost.streamed(job, sharding) == pytest.approx(2 * basis + center, rel=1e-12)
         assert cost.building(job, sharding) == found["weights"]
     words = "--params 1e9 --candidates 16 --segments 10 --ranks 4 --storage host"
     options = words.split()
     assert main(["plan", *options, "--host-bandwidth", "25"]) == 0
     text = capsys.readouterr().out
-    assert "columns 3.17 GB. A step copies from there, behind compute" in text
+    assert "columns 3.17 GB; with replicate the ranks of a host share them. A step copies" in text
     assert "replicate 20.2 GB (0.81 s), rows 8.06 GB (0.323 s), columns 5.06 GB (0.203 s)." in text
     assert main(["plan", *options]) == 0
     assert "replicate 20.2 GB, rows 8.06 GB, columns 5.06 GB." in capsys.readouterr().out
@@ -104,6 +104,29 @@ def test_memory(job, sharding, parts, total):
     assert cost.memory(job, sharding) == pytest.approx(
         dict(zip(names, parts, strict=True)) | {"total": total}, rel=1e-12
     )
+
+
+@pytest.mark.parametrize(
+    "job, sharding, expected",
+    [  # 16 rows and the center once; of each rank weights, gradients and what is gathered or summed
+        (JOB, "replicate", 8.125e9 + 4e9 + 4 * 4e9),
+        (JOB, "rows", 8.125e9 + 4e9 + 4 * 8e9),
+        (JOB, "columns", 8.125e9 + 4e9 + 4 * 1.375e9),
+        (UNEVEN, "replicate", 3 * 40000),  # dense, and not shared
+    ],
+)
+def test_memory_of_a_host(job, sharding, expected):
+    assert cost.host_memory(job, sharding) == pytest.approx(expected, rel=1e-12)
+
+
+def test_ranks_that_share_hold_a_share():
+    ours, alone = (cost.memory(replace(JOB, sharers=s), "replicate") for s in (4, 1))
+    shared = {"basis": alone["basis"] / 4, "center": alone["center"] / 4}
+    saved = 0.75 * (alone["basis"] + alone["center"])
+    assert ours == alone | shared | {"total": alone["total"] - saved}
+    assert 4 * ours["total"] == cost.host_memory(JOB, "replicate")
+    for job, sharding in [(JOB, "columns"), (JOB, "rows"), (replace(JOB, bits=32), "replicate")]:
+        assert cost.memory(replace(job, sharers=4), sharding) == cost.memory(job, sharding)
 
 
 @pytest.mark.parametrize(
@@ -457,6 +480,8 @@ def test_prints_what_the_formulas_say(capsys):
     assert "Choice: columns, since replicate needs 256 GB and does not fit" in lines[-2]
     # 7e9 * 64 * (3 / 8 + 3 / 128) + 28e9 * 2 + 0.1e9; of 16 ranks' rows or columns
     assert "replicate 235 GB, rows 67.3 GB, columns 14.8 GB" in lines[-3]
+    held = [f"{s} {quantity(cost.host_memory(job, s), 'B')}" for s in SHARDINGS]
+    assert f"on its CPUs holds: {', '.join(held)};" in lines[-4]
     assert all(word in lines[-1] for word in ("ring", "blocks of 1/32", "docs/distributed.md"))
 
 

@@ -33,8 +33,6 @@ from twa.distributed import ranks as ranks_module
 from twa.distributed.ranks import DistributedError, Ranks
 from twa.dtensors import local, reshard
 from twa.io.key_map import match_model
-from twa.merge.fitting import fitted
-from twa.merge.settings import TwaMethod
 from twa.packing.to_file import PackToFile
 
 SHARDINGS = ("replicate", "rows", "columns")
@@ -283,36 +281,6 @@ def test_the_rate_is_that_of_one_process(ranks, aligned_heap, sharding, balance)
     # rows of two ranks are not compared; samples of shards are others than those of the whole
     near = {"rows": 0.3, "columns": 0.02}.get(sharding, 1e-5)
     assert found[0] == pytest.approx(rate(None, aligned_heap, "single", options), rel=near)
-
-
-def unaligned(group, heap):
-    """Shards that do not begin at multiples of 128 weights: finer segments are refused on every
-    rank, and `twa average` takes tensors instead.
-    """
-    folder, sizes = heap
-    candidates = twa.Candidates(f"{folder}/c*.safetensors")
-    model = new_model("columns", group, sizes)
-    with pytest.raises(
-        (ValueError, DistributedError), match="no run of whole groups of 128 weights"
-    ):
-        twa.Subspace.from_candidates(
-            model, candidates, sharding="columns", group=group, granularity=128
-        )
-    place = choose.choose_sharding(
-        "columns", model, candidates, match_model(model, candidates)[1], 4, Ranks.find(group)
-    )
-    fine = TwaMethod("t", "fine", 4)
-    return place.can_cut(128), place.can_cut(1 << 20), fitted(fine, place, None)
-
-
-def test_fine_segments_of_unaligned_shards(ranks, tmp_path):
-    heap = write_heap(tmp_path, (150, 9, 11))
-    for found in ranks.run(2, unaligned, heap):
-        assert (
-            found[:2] == (False, True)
-            and found[2][0].granularity == "tensor"
-            and "not fine" in found[2][1]
-        )
 
 
 class Packed(nn.Module):
@@ -703,24 +671,6 @@ def test_replicas_of_differences_have_the_bits_of_one_process(ranks, heap):
     expected = packed_differences(None, heap)
     for found in ranks.run(2, packed_differences, heap):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def refused_shards(group, heap, path):
-    with pytest.raises(
-        (ValueError, DistributedError), match="no run of whole groups of 128 weights"
-    ) as error:
-        twa.Subspace.load(path, new_model("columns", group, heap[1]), group=group)
-    return str(error.value)
-
-
-def test_a_packed_basis_whose_groups_are_cut_by_shards(ranks, heap, tmp_path):
-    PackToFile(
-        tmp_path / "basis.safetensors", Net(*heap[1]), twa.Candidates(f"{heap[0]}/c*.safetensors")
-    ).run()
-    assert (
-        "Subspace.from_candidates"
-        in ranks.run(2, refused_shards, heap, tmp_path / "basis.safetensors")[0]
-    )
 
 
 # Refusals ----------------------------------------------------------------------------------------

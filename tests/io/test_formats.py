@@ -391,9 +391,11 @@ def test_stream(tmp_path, part, suffix):
         assert torch.equal(torch.cat(seen[1][i]), t["b"]) and torch.cat(seen[2][i]).shape == (0,)
     later = [
         (b.index, b.begin)
-        for b in candidates.stream([("w", None), ("b", None)], columns=UNIT, begin=(0, 5 * UNIT))
+        for b in candidates.stream(
+            [("w", None), ("b", None)], columns=UNIT, within=[(5 * UNIT, 8 * UNIT), (0, 5)]
+        )
     ]
-    assert later == [(0, first) for first in range(5 * UNIT, 5 * 7 * 3000, UNIT)] + [(1, 0)]
+    assert later == [(0, first * UNIT) for first in (5, 6, 7)] + [(1, 0)]
 
 
 def test_some_rows_only(tmp_path):

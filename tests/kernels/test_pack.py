@@ -252,6 +252,57 @@ def test_packer_streams_to_the_same_bits():
     assert torch.equal(a.codes, b.codes) and torch.equal(a.row_scale, b.row_scale)
 
 
+def test_two_packers_in_one_memory():
+    rows, center = rows_of(4, SHAPES), tensors(SHAPES)
+    expected = tk.pack(rows, 4, center, SEGMENTS)
+    tiles = len(expected.codes)
+    made = []
+
+    def allocator():
+        """The first packer makes the memory; the second one gets the same."""
+        calls = iter(range(3))
+
+        def allocate(shape, dtype):
+            if (k := next(calls)) == len(made):
+                made.append(torch.zeros(shape, dtype=dtype))
+            assert made[k].shape == shape and made[k].dtype == dtype
+            return made[k]
+
+        return allocate
+
+    packers = [tk.Packer(4, SHAPES, 4, SEGMENTS, allocate=allocator()) for _ in range(2)]
+    for k, (r, c) in enumerate(zip(rows, center, strict=True)):
+        packers[k % 2].add(list(r), c)
+        packers[1 - k % 2].skip()
+    sum_sq = packers[0].sum_sq + packers[1].sum_sq
+    max_scale = torch.maximum(packers[0].max_scale, packers[1].max_scale)
+    for packer in packers:
+        packer.sum_sq.copy_(sum_sq)
+        packer.max_scale.copy_(max_scale)
+    bases = [packer.finish() for packer in packers]
+    sizes = [((tiles, 4, 64), torch.uint8), ((tiles, 4), torch.bfloat16), ((tiles, 4), torch.uint8)]
+    assert [(tuple(t.shape), t.dtype) for t in made] == sizes
+    for basis in bases:
+        assert basis.codes.data_ptr() == made[0].data_ptr()
+        assert basis.scales.data_ptr() == made[2].data_ptr()
+        for a, b in zip(basis.operands[:4], expected.operands[:4], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_basis_of_some_tensors():
+    rows = rows_of(4, SHAPES)
+    basis = tk.pack(rows, 4, tensors(SHAPES), SEGMENTS)
+    x = torch.randn(4, basis.num_segments, generator=torch.Generator().manual_seed(5))
+    whole = tk.reconstruct(basis, x)
+    for first in range(len(SHAPES)):
+        for count in range(1, len(SHAPES) - first + 1):
+            part, segments = basis.select(first, count)
+            assert part.shapes == basis.shapes[first : first + count]
+            of_part = tk.reconstruct(part, x[:, segments].contiguous())
+            for a, b in zip(of_part, whole[first : first + count], strict=True):
+                assert torch.equal(a, b)
+
+
 def digests(isa):
     """What this instruction set makes of every op, with 1, 2, 3 and 8 threads."""
     code = f"""

@@ -245,15 +245,20 @@ def test_resume_refuses_another_run(candidates, tmp_path, monkeypatch):
         PackToFile(path, Model(), candidates, center="last").run(resume=True)
     position = json.loads((tmp_path / "b.safetensors.position.partial").read_text())
     for change in (
-        {"tensor": 99},
-        {"column": 5},
-        {"column": "x"},
-        {"sum_sq": [[1.0]]},
-        {"max_scale": [[float("inf")]]},
+        {"todo": "x"},
+        {"todo": [[99, 0, 1]]},
+        {"todo": [[0, 5, 26000]]},
+        {"todo": [[0, 0, 5]]},
+        {"todo": [[0, 0, 26001]]},
+        {"todo": [[0, 8192, 8192]]},
+        {"todo": [[0, 8192, 26000], [0, 0, 8192]]},
+        {"todo": [[0, 0, 16384], [0, 8192, 26000]]},
+        {"todo": [[0, 0, 8192.0]]},
+        {"todo": [[0, 0]]},
         {"of": "3"},
     ):
         (tmp_path / "b.safetensors.position.partial").write_text(json.dumps(position | change))
-        with pytest.raises((BasisError, CandidateError)):
+        with pytest.raises(BasisError, match="not the position of an interrupted run"):
             PackToFile(path, Model(), candidates).run(resume=True)
 
 

@@ -43,6 +43,7 @@ class Contents:
         chunk: see `Segments`
         constraint: what the coefficients are kept to, see `Coordinates`
         balanced: whether they are of balanced rows, see `Balanced`
+        moved: whether deltas are distances from another point than the center, see `Deltas`
         written: as in `KeyMap`: key -> [shape, dtype, [[name, begin, sizes, strides, offset], ...]]
         checked: as in `KeyMap`
         dropped: of an orthonormal basis: per segment, [candidate, relative distance] of those that
@@ -67,6 +68,7 @@ class Contents:
     chunk: int = 0
     constraint: str = "none"
     balanced: bool = False
+    moved: bool = False
     written: dict[str, list[Any]] = field(default_factory=dict)
     checked: bool = True
     dropped: list[list[list[float]]] = field(default_factory=list)
@@ -122,6 +124,8 @@ class Contents:
             groups = len(self.tensor_segments.groups)
             found["mix"] = TensorInfo((groups, n, n), torch.float64)
             found["unit"] = TensorInfo((n,), torch.float64)
+        if self.moved:
+            found["origin"] = TensorInfo((n,), torch.float64)
         if self.basis == "orthonormal":
             found |= {
                 "transform": TensorInfo((L, rows, n), torch.float64),
@@ -151,7 +155,8 @@ def parse_contents(value: object) -> Contents:
         raise ValueError(f"expected format {FORMAT!r}, found {shown(found)}")
     fields = set(Contents.__dataclass_fields__)
     # what early files do not have
-    absent = {"chunk": 0, "constraint": "none", "balanced": False, "written": {}, "checked": True}
+    absent = {"chunk": 0, "constraint": "none", "balanced": False, "moved": False}
+    absent |= {"written": {}, "checked": True}
     given: dict[str, Any] = absent | value
     if odd := sorted(fields ^ given.keys()):
         raise ValueError(
@@ -179,6 +184,8 @@ def _check_options(c: Contents) -> None:
         c.balanced is True and c.constraint == "none" and c.basis != "orthonormal"
     )
     _want(good, "balanced", "true or false, and false for this basis", c.balanced)
+    good = c.moved is False or (c.moved is True and c.basis == "deltas")
+    _want(good, "moved", "true or false, and false for this basis", c.moved)
 
 
 def _check_candidates(c: Contents) -> None:

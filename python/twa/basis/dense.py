@@ -5,7 +5,7 @@ It costs n * D * 4 bytes and shows what low bits lose.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 from twa_kernels import NotFiniteError, Packer, average
 from twa_kernels.scaling import row_divisor
 
-from ..io.errors import TwaError
 from .segments import Segments
 
 
@@ -89,11 +88,14 @@ class DenseBasis:
                     c[:, l] += p[:, at] @ flat[at]
         return c
 
-    def select(self, k: int) -> tuple[DenseBasis, slice]:
-        """The basis of tensor k alone, and which segments its coefficients are."""
-        columns = slice(self.segment[k], self.segment[k] + max(1, len(self._runs(k))))
-        divisor, shapes = self.divisor[:, columns], (self.shapes[k],)
-        return DenseBasis([self.rows[k]], [0], divisor, shapes, self.chunk), columns
+    def select(self, k: int, count: int = 1) -> tuple[DenseBasis, slice]:
+        """The basis of `count` tensors from k on, and which segments their coefficients are."""
+        at = range(k, k + count)
+        first = min(self.segment[j] for j in at)
+        columns = slice(first, max(self.segment[j] + max(1, len(self._runs(j))) for j in at))
+        divisor, shapes = self.divisor[:, columns], self.shapes[k : k + count]
+        segment = [self.segment[j] - first for j in at]
+        return DenseBasis(self.rows[k : k + count], segment, divisor, shapes, self.chunk), columns
 
     def reconstruct(
         self, x: Tensor, center: Sequence[Tensor] | None, out: Sequence[Tensor]
@@ -218,8 +220,10 @@ def new_packer(
     shapes: Sequence[torch.Size],
     bits: int,
     segments: Segments,
-    begins: Sequence[int] | None = None,
+    firsts: Sequence[int],
+    tiles: Sequence[int],
     device: torch.device | str = "cpu",
+    allocate: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
 ) -> AnyPacker:
     """A packer for a packed basis, or for bits=32 a dense one.
 
@@ -228,20 +232,12 @@ def new_packer(
         shapes: of the tensors, or of the parts of them that are packed here
         bits: of the basis
         segments: of the tensors
-        begins: where these parts begin in the tensors; None: at 0
+        firsts: the segment where each part begins
+        tiles: the segments as twa_kernels takes them
         device: where the rows and the basis are
+        allocate: makes the memory of a packed basis, see `twa_kernels.Packer`
     """
-    numels = [s.numel() for s in shapes]
     if bits != 32:
-        tiles = segments.of_tiles(numels, begins)
-        return Packer(n, shapes, bits, tiles, device, num_segments=len(segments.labels))
-    if segments.chunk and begins:
-        chunk = segments.chunk
-        if any(begin % chunk for begin, numel in zip(begins, numels, strict=True) if numel):
-            raise TwaError(
-                f"bits=32 with granularity {chunk}: expected shards that begin at"
-                " multiples of it; use packed bits, or another"
-            )
-        first = [f + begin // chunk for f, begin in zip(segments.first, begins, strict=True)]
-        segments = replace(segments, first=first)
-    return DensePacker(n, shapes, segments, device)
+        count = len(segments.labels)
+        return Packer(n, shapes, bits, tiles, device, num_segments=count, allocate=allocate)
+    return DensePacker(n, shapes, replace(segments, first=list(firsts)), device)

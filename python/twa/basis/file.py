@@ -59,6 +59,11 @@ class Writer:
         self._opened: BinaryIO | None = None
 
     @property
+    def is_open(self) -> bool:
+        """Whether `lock` or `join` has opened the file, and nobody closed it."""
+        return self._opened is not None and not self._opened.closed
+
+    @property
     def _file(self) -> BinaryIO:
         """The file, once `lock` has opened it."""
         assert self._opened is not None, "lock() comes first"
@@ -71,7 +76,20 @@ class Writer:
         """
         descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666)
         self._opened = open(descriptor, "r+b")  # noqa: SIM115 (closed in close)
-        if not (lock(self._opened) and self._is_at(self.partial)):
+        self._check(lock(self._opened) and self._is_at(self.partial))
+
+    def share(self) -> None:
+        """Lets other ranks `join`, after `open`: they write parts of the same file."""
+        self._check(lock(self._file, shared=True))
+
+    def join(self) -> None:
+        """Opens the file that rank 0 shares; BasisError if it is gone, or another's since."""
+        self._opened = open(self.partial, "r+b")  # noqa: SIM115 (closed in close)
+        self._check(lock(self._file, shared=True) and self._is_at(self.partial))
+
+    def _check(self, locked: bool) -> None:
+        """BasisError unless the file is locked."""
+        if not locked:
             self.close()
             raise BasisError("another process is writing it", self.partial)
 
@@ -189,15 +207,17 @@ class Loaded:
         )
 
     def center(self) -> list[Tensor]:
-        """The center, float32, in the shapes of the trained tensors."""
-        parts = self.read("center").clone().split(self.contents.numels)
+        """The center, float32, in the shapes of the trained tensors, mapped."""
+        parts = self.read("center").split(self.contents.numels)
         return [part.view(shape) for part, shape in zip(parts, self.contents.shapes, strict=True)]
 
     def coordinates(self) -> Coordinates:
         """How coefficients, rows of P and merge weights make each other."""
         c, weights = self.contents, self.read("center_weights").clone()
         if c.basis == "deltas":
-            return constrained(Deltas(weights, self.read("divisor").clone()), c.constraint)
+            origin = self.read("origin").clone() if c.moved else None
+            deltas = Deltas(weights, self.read("divisor").clone(), origin)
+            return constrained(deltas, c.constraint)
         if c.basis == "differences":
             return constrained(Differences(weights, self.read("divisor").clone()), c.constraint)
         transform, R, scale = (self.read(name).clone() for name in ("transform", "R", "scale"))
@@ -236,12 +256,13 @@ def read_basis(path: Path) -> Loaded:
     for name in expected:
         _check_values(path, name, tensors[name])
     loaded.check()
-    total = float(tensors["center_weights"].read().sum())
-    if contents.basis == "differences" and abs(total - 1) > 2e-6:
-        raise BasisError(
-            f"tensor 'center_weights': expected numbers that sum to 1, found a sum of {total:.7g}",
-            path,
-        )
+    with_sum = ["center_weights"] if contents.basis == "differences" or contents.moved else []
+    for name in [*with_sum, *(["origin"] if contents.moved else [])]:
+        total = float(tensors[name].read().sum())
+        if abs(total - 1) > 2e-6:
+            raise BasisError(
+                f"tensor {name!r}: expected numbers that sum to 1, found a sum of {total:.7g}", path
+            )
     return loaded
 
 

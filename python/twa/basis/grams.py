@@ -12,13 +12,14 @@ import twa_kernels as tk
 from twa_kernels.layout import TILE, tile_offsets
 
 from .dense import DenseBasis
+from .pieces import Pieces
 from .segments import Segments
 
 MOST_TILES = 64  # of a tensor that are looked at
 
 
 def grams(
-    basis: tk.PackedBasis | DenseBasis, segments: Segments, counts: Sequence[bool]
+    basis: tk.PackedBasis | DenseBasis, pieces: Pieces, segments: Segments, counts: Sequence[bool]
 ) -> tuple[Tensor, list[int]]:
     """Inner products of the rows of P in groups of segments.
 
@@ -26,7 +27,8 @@ def grams(
 
     Args:
         basis: this process's part of P
-        segments: of the tensors, as the basis has them
+        pieces: those of the tensors that the basis is of
+        segments: of the tensors
         counts: of each tensor, whether this process's part of it counts
 
     Returns:
@@ -38,8 +40,9 @@ def grams(
     offsets = tile_offsets([shape.numel() for shape in basis.shapes])
     found = torch.zeros(len(sizes), basis.n, basis.n, dtype=torch.float64)
     for k, first in enumerate(segments.first):
-        if counts[k] and basis.shapes[k].numel():
-            found[group[first]] += _of_tensor(basis, k, offsets[k])
+        for piece in pieces.of(k) if counts[k] else ():
+            if basis.shapes[piece].numel():
+                found[group[first]] += _of_tensor(basis, piece, offsets[piece])
     return found, sizes
 
 

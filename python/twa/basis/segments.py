@@ -55,20 +55,17 @@ class Segments:
             return range(first, first + 1)
         return range(first + begin // self.chunk, first - -(begin + numel) // self.chunk)
 
-    def of_tiles(self, numels: Sequence[int], begins: Sequence[int] | None = None) -> list[int]:
+    def of_tiles(self, numels: Sequence[int]) -> list[int]:
         """The segments as twa_kernels takes them: per tensor, or with `chunk` per tile.
 
         Args:
-            numels: weights of each tensor, or of the part of it that is meant
-            begins: where these parts begin in the tensors; None: at 0
+            numels: weights of each tensor
         """
         if not self.chunk:
             return list(self.first)
-        begins = begins or [0] * len(numels)
-        parts = zip(self.first, numels, begins, strict=True)
         return [
-            first + (begin + t * TILE) // self.chunk
-            for first, numel, begin in parts
+            first + t * TILE // self.chunk
+            for first, numel in zip(self.first, numels, strict=True)
             for t in range(num_tiles(numel))
         ]
 

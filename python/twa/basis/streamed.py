@@ -161,9 +161,9 @@ class StreamedBasis:
         """Bytes sent to the device so far."""
         return sum(feed.copied for feed in self.relay.feeds)
 
-    def select(self, k: int) -> tuple[StreamedBasis, slice]:
-        """The basis of tensor k alone, and which segments its coefficients are."""
-        host, columns = self.host.select(k)
+    def select(self, k: int, count: int = 1) -> tuple[StreamedBasis, slice]:
+        """The basis of `count` tensors from k on, and which segments their coefficients are."""
+        host, columns = self.host.select(k, count)
         return StreamedBasis(host, self.device, self.block_bytes, self.relay), columns
 
     def _sent(

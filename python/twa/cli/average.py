@@ -48,6 +48,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="a trained average to try, such as t:tensor:4, t:1024:2 or v:model:4:simplex;"
         f" GRANULARITY is {GRANULARITIES}; may be repeated (default: t:fine:4 and v:fine:4)",
     )
+    rows = "a file of `twa pack`: trained averages of its bits and segments start from its rows"
+    add("--basis", metavar="FILE", type=Path, help=rows)
     steps = "gradient steps of each trained average; auto (default): as many as are worth it"
     add("--steps", type=arguments.or_auto(arguments.positive_int), metavar="N", help=steps)
     rate = "learning rate of the coefficients; auto (default): that of the candidates' own training"
@@ -174,6 +176,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         save_every=args.save_every,
         patience=args.patience,
         compare=args.compare,
+        basis=args.basis,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import warnings
 from pathlib import Path
 
 from twa_kernels.layout import BITS
@@ -14,7 +15,7 @@ from twa_kernels.scaling import NORMALIZE
 
 from ..basis.file import NAME
 from ..basis.segments import GRANULARITIES
-from ..io.errors import BasisError, TwaError
+from ..io.errors import BasisError
 from ..io.memory import limit_memory
 from ..io.progress import progress_bar
 from ..packing.load import find_basis
@@ -22,6 +23,7 @@ from ..packing.to_file import PackToFile, Report, is_unfinished, remove_left_ove
 from ..tasks.contract import load_task
 from . import arguments
 from .advice import advising, to_resume
+from .average import start_ranks
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -46,8 +48,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--normalize", choices=NORMALIZE, default="row", help=norms)
     device = "where candidates are packed, a block at a time (default: %(default)s)"
     add("--device", choices=("cpu", "cuda"), default="cpu", help=device)
-    memory = "most that the process may hold in memory, such as 2GB"
+    memory = "most that the processes of this machine may hold in memory together, such as 2GB"
     add("--max-memory", metavar="SIZE", type=arguments.amount_of_memory, help=memory)
+    silent = "seconds after which a silent rank counts as lost (default: %(default)s)"
+    add("--timeout", type=arguments.positive_float, default=600.0, help=silent)
     existing = p.add_mutually_exclusive_group()
     overwrite = "replace a file that is there, or an unfinished one"
     existing.add_argument("--overwrite", action="store_true", help=overwrite)
@@ -56,40 +60,42 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Packs the candidates, or goes on with an unfinished file."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise TwaError("twa pack runs as one process: start it without torchrun")
+    """Packs, or goes on with an unfinished file, on the ranks that torchrun has started."""
+    ranks = start_ranks(args.device, args.timeout)
+    if not ranks.is_rank_zero:
+        warnings.simplefilter("ignore")  # rank 0 says them
     path = find_basis(args.output)
-    if path.exists() and args.resume and not is_unfinished(path):
-        remove_left_over(path)
-        print(f"{path} is finished: there is nothing to resume (--overwrite packs it again)")
-        return
-    if path.exists() and not args.overwrite and not args.resume:
-        raise BasisError("exists; pass --overwrite to replace it", path)
-    candidates = arguments.open_candidates(args)
-    arguments.announce(candidates)
+    with ranks.fail_together("reading task and candidates"):
+        if ranks.broadcast_object(ranks.is_rank_zero and is_finished(path, args)):
+            return
+        candidates = arguments.open_candidates(args)
+        if ranks.is_rank_zero:
+            arguments.announce(candidates)
+        model = load_task(args.task).model()
     job = PackToFile(
         path,
-        load_task(args.task).model(),
+        model,
         candidates,
         bits=args.bits,
         granularity=args.granularity,
         center=args.center,
         normalize=args.normalize,
         device=args.device,
+        ranks=ranks,
     )
-    if job.unfinished and not args.resume and not args.overwrite:
-        raise BasisError(
-            "of an unfinished run; pass --resume to continue it, or --overwrite to start anew",
-            job.position,
-        )
+    with ranks.fail_together("looking at what is there"):
+        if ranks.is_rank_zero and job.unfinished and not args.resume and not args.overwrite:
+            raise BasisError(
+                "of an unfinished run; pass --resume to continue it, or --overwrite to start anew",
+                job.position,
+            )
     with advising(lambda: how_to_go_on(job, args.overwrite)):
         if args.max_memory:
-            limit_memory(job.candidates, args.max_memory)
-        trained = job.contents.trained.values()
-        total = sum(c.info[key].nbytes for c in job.candidates for key in trained)
-        text = f"packing {len(candidates)} candidates"
-        with progress_bar(text, total, unit="B", unit_scale=True) as bar:
+            with ranks.fail_together("dividing the memory"):
+                here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks.world_size > 1 else 1
+                limit_memory(job.candidates, args.max_memory // here)
+        text, options = f"packing {len(candidates)} candidates", dict(unit="B", unit_scale=True)
+        with progress_bar(text, job.nbytes, ranks.is_rank_zero, **options) as bar:
             try:
                 report = job.run(args.resume, bar.update)
             except OSError as error:
@@ -97,7 +103,19 @@ def run(args: argparse.Namespace) -> None:
                     f"could not be written ({error.strerror}); {how_to_go_on(job, args.overwrite)}",
                     path,
                 ) from error
-        print(summary(job, report))
+        if ranks.is_rank_zero:
+            print(summary(job, report))
+
+
+def is_finished(path: Path, args: argparse.Namespace) -> bool:
+    """Whether there is nothing to do; BasisError if a file there may not be replaced."""
+    if path.exists() and args.resume and not is_unfinished(path):
+        remove_left_over(path)
+        print(f"{path} is finished: there is nothing to resume (--overwrite packs it again)")
+        return True
+    if path.exists() and not args.overwrite and not args.resume:
+        raise BasisError("exists; pass --overwrite to replace it", path)
+    return False
 
 
 def summary(job: PackToFile, report: Report) -> str:

@@ -13,6 +13,7 @@ from ..distributed.cost import (
     building,
     choose,
     host_memory,
+    kept_on_host,
     memory,
     obstacle,
     payload,
@@ -80,8 +81,7 @@ def run(args: argparse.Namespace) -> None:
     print()
     print(markdown_table(header, [_cells(job, sharding, limit) for sharding in SHARDINGS]))
     print()
-    if job.storage == "host":
-        print(_on_host(job, rate))
+    print(_on_host(job, rate) if job.storage == "host" else _host(job))
     print(_building(job))
     print(_choice(job, limit))
     print(_assumptions(job))
@@ -169,11 +169,12 @@ def _auto(job: Job, limit: float | None) -> str:
 def _on_host(job: Job, rate: float | None) -> str:
     """What a rank keeps in host memory, and what a step copies from there, in words."""
     possible = [s for s in SHARDINGS if not obstacle(job, s)]
-    kept = [f"{s} {quantity(host_memory(job, s), 'B')}" for s in possible]
+    kept = [f"{s} {quantity(kept_on_host(job, s), 'B')}" for s in possible]
     copied = [f"{s} {_copies(streamed(job, s), rate)}" for s in possible]
     return (
-        f"Basis and center are in host memory, of a rank: {', '.join(kept)}. A step copies from"
-        f" there, behind compute, 2 basis + center: {', '.join(copied)}."
+        f"Basis and center are in host memory, of a rank: {', '.join(kept)}; with replicate the"
+        " ranks of a host share them. A step copies from there, behind compute, 2 basis + center:"
+        f" {', '.join(copied)}."
     )
 
 
@@ -192,6 +193,15 @@ def _building(job: Job) -> str:
     return (
         f"While the basis is built, a rank's device holds at most: {', '.join(peaks)}; candidates"
         f" go there in blocks of {quantity(BLOCK_BYTES, 'B')}."
+    )
+
+
+def _host(job: Job) -> str:
+    """What one host holds that has all ranks on its CPUs, in words."""
+    held = [f"{s} {quantity(host_memory(job, s), 'B')}" for s in SHARDINGS if not obstacle(job, s)]
+    return (
+        f"One host with all ranks on its CPUs holds: {', '.join(held)}; with replicate the ranks of"
+        " a host share a packed basis and its center."
     )
 
 

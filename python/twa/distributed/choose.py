@@ -177,6 +177,7 @@ def _fitting(
         ranks=ranks.world_size,
         weight_bytes=trained[0].element_size(),
         storage=storage if trained[0].is_cuda else "device",  # both are one memory elsewhere
+        sharers=_ranks_here() if trained[0].device.type == "cpu" else 1,
     )
     limit = cost.whole_model_limit(job, free_memory(trained[0].device))
     choices = ("replicate", "columns", "rows", None)
@@ -216,11 +217,15 @@ def free_memory(device: torch.device) -> int:
     """Bytes that this rank may still take: of its GPU, or of its share of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     available = proc_bytes("/proc/meminfo", "MemAvailable")
     if available is None:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return available // max(1, ranks_here)
+    return available // _ranks_here()
+
+
+def _ranks_here() -> int:
+    """How many ranks the launcher has started on this host."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def training_bytes(sharding: Sharding, bits: int) -> int:

@@ -44,6 +44,8 @@ class Job:
         low_memory: whether gradients are projected and freed inside backward
         storage: where basis and center are kept: "device"; or "host", from where blocks of them
             are copied to the device as they are needed
+        sharers: ranks that hold one packed basis and one center between them, in the CPU memory of
+            their host; with `replicate` only
 
     Raises:
         TwaError: a number is out of range
@@ -58,6 +60,7 @@ class Job:
     block_share: float = 1 / 32
     low_memory: bool = False
     storage: str = "device"
+    sharers: int = 1
 
     def __post_init__(self) -> None:
         for name in ("params", "candidates", "segments", "ranks", "weight_bytes"):
@@ -134,15 +137,17 @@ def memory(job: Job, sharding: str) -> dict[str, float]:
     """Bytes that the most loaded rank holds while training, without activations, by kind.
 
     They are on the rank's device: with storage "host" the blocks of basis and center, too.
+    Of what it shares with others it holds its share.
     "gathered" is whole weights and gradients that FSDP holds for some blocks at a time; "buffer" is
     the float32 vector that the sums of `rows` go through.
     """
     part = share(job, sharding) * job.params
     block = job.block_share * job.params * job.weight_bytes
     on_host = job.storage == "host"
+    sharers = job.sharers if sharding == "replicate" and job.bits != 32 else 1
     items = {
-        "basis": STREAMED_BYTES if on_host else basis_bytes(job, sharding),
-        "center": 0.0 if on_host else center_bytes(job, sharding),
+        "basis": STREAMED_BYTES if on_host else basis_bytes(job, sharding) / sharers,
+        "center": 0.0 if on_host else center_bytes(job, sharding) / sharers,
         "weights": part * job.weight_bytes,
         "gradients": part * job.weight_bytes * (job.block_share if job.low_memory else 1.0),
         "gathered": GATHERED_BLOCKS * block if sharding == "columns" else 0.0,
@@ -152,9 +157,17 @@ def memory(job: Job, sharding: str) -> dict[str, float]:
 
 
 def host_memory(job: Job, sharding: str) -> float:
+    """Bytes that all ranks hold while training, if they are on the CPUs of one host."""
+    m = memory(job, sharding)
+    copies = job.ranks if sharding == "replicate" and job.bits == 32 else 1
+    once = job.candidates * row_bytes(job) + 4 * job.params
+    return copies * once + job.ranks * (m["total"] - m["basis"] - m["center"])
+
+
+def kept_on_host(job: Job, sharding: str) -> float:
     """Bytes that the most loaded rank keeps in host memory with storage "host": basis and center.
 
-    And the blocks that are on their way, pinned.
+    And the blocks that are on their way, pinned. With `replicate` ranks of a host share the former.
     """
     return basis_bytes(job, sharding) + center_bytes(job, sharding) + STREAMED_BYTES
 

@@ -9,7 +9,7 @@ import contextlib
 import datetime
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -143,6 +143,29 @@ class Ranks:
         with self._explained():
             dist.broadcast_object_list(values, group=self.group, group_src=0)
         return values[0]
+
+    def exchange(
+        self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]
+    ) -> None:
+        """Sends tensors to single ranks, and receives those of others in place.
+
+        All ranks call it. Between two ranks tensors come in the order in which they were sent.
+
+        Args:
+            sends: contiguous tensors, each with the rank that it goes to
+            receives: contiguous tensors, each with the rank that it comes from
+        """
+        self._check_failures()
+        with self._explained():
+            work = [
+                dist.isend(t, group=self.group, group_dst=rank) for t, rank in sends if t.numel()
+            ]
+            work += [
+                dist.irecv(t, group=self.group, group_src=rank) for t, rank in receives if t.numel()
+            ]
+            for transfer in work:
+                assert transfer is not None  # this process is in the group
+                transfer.wait()
 
     def _collective(self, t: Tensor, run: Callable[[Tensor], object]) -> Tensor:
         """Runs a collective on a tensor in place, by way of the GPU if the backend needs that."""

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 import twa_kernels as tk
 
 from ..basis.dense import AnyPacker
+from ..basis.pieces import Pieces
 from ..io.averaging import average_into
 from ..io.candidates import Block, Candidates
 from ..io.errors import TwaError
 from ..io.key_map import KeyMap
+from .host import HostMemory
 from .ranks import Ranks
 from .sharding import Basis, Sharding, project, reconstruct, spread
 
@@ -75,7 +77,9 @@ class RowsSharding(Sharding):
             out.view(-1)[block.begin : block.end] = self.ranks.all_reduce_(partial)
         return out
 
-    def exchange(self, packer: AnyPacker, centers: list[Tensor]) -> None:
+    def exchange(
+        self, packer: AnyPacker, centers: list[Tensor], memory: HostMemory | None = None
+    ) -> None:
         pass  # rows and their scales are this rank's alone, centers are summed already
 
     def sum_sq(self, packer: AnyPacker) -> Tensor:
@@ -93,7 +97,7 @@ class RowsSharding(Sharding):
         return flat, [part.view(t.shape) for part, t in zip(parts, self.tensors, strict=True)]
 
     def coefficient_gradient(
-        self, basis: Basis, grads: Sequence[Tensor | None], x: Tensor
+        self, basis: Basis, pieces: Pieces, grads: Sequence[Tensor | None], x: Tensor
     ) -> Tensor:
         flat, parts = self._flat()
         for part, g in zip(parts, grads, strict=True):
@@ -106,7 +110,7 @@ class RowsSharding(Sharding):
         c[self.local_rows(len(x))] = project(basis, parts) / self.ranks.world_size
         return self.all_reduce_async([c], x)()[0]
 
-    def write(self, basis: Basis, x: Tensor, center: list[Tensor] | None) -> None:
+    def write(self, basis: Basis, pieces: Pieces, x: Tensor, center: list[Tensor] | None) -> None:
         flat, parts = self._flat()
         mine = x[self.local_rows(len(x))].contiguous()
         reconstruct(basis, mine, center if self.ranks.rank == 0 else None, parts)

@@ -26,9 +26,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import twa_kernels as tk
-from twa_kernels.layout import TILE
 
 from ..basis.dense import AnyPacker, DenseBasis
+from ..basis.pieces import Pieces
 from ..basis.streamed import StreamedBasis
 from ..dtensors import is_dtensor, local, reshard
 from ..io.averaging import average_into
@@ -37,6 +37,7 @@ from ..io.errors import BasisError, TwaError
 from ..io.key_map import KeyMap
 from ..io.loading import named_tensors
 from ..io.mapped import MappedFile, Part
+from .host import HostMemory, host_key
 from .ranks import Ranks
 
 #: a basis where its bytes are
@@ -63,16 +64,6 @@ class Shard:
     counts: bool
 
 
-def begin_of(part: Part | None, shape: torch.Size) -> int | None:
-    """Where a part of a tensor begins in it, as it lies flat; None if it is no run of weights."""
-    if part is None:
-        return 0
-    for cut, size in zip(part[1:], shape[1:], strict=True):
-        if (cut.start, cut.stop) != (0, size):
-            return None
-    return part[0].start * shape[1:].numel()
-
-
 def spread(sizes: Sequence[int], ranks: int) -> list[int]:
     """A rank for each of these sizes: the largest first, each to the rank with the least so far."""
     load, owner = [0] * ranks, [0] * len(sizes)
@@ -85,9 +76,8 @@ def spread(sizes: Sequence[int], ranks: int) -> list[int]:
 def project(basis: Basis, grads: Sequence[Tensor | None]) -> Tensor:
     """Projection of the gradients onto the rows: c (n, L).
 
-    Sparse gradients are made dense, and float64 ones float32, which is what the kernels read.
+    float64 gradients are made float32, which is what the kernels read.
     """
-    grads = [g if g is None or g.layout == torch.strided else g.to_dense() for g in grads]
     if isinstance(basis, DenseBasis):
         return basis.project(grads)
     grads = [g.float() if g is not None and g.dtype == torch.float64 else g for g in grads]
@@ -95,22 +85,41 @@ def project(basis: Basis, grads: Sequence[Tensor | None]) -> Tensor:
 
 
 def reconstruct(
-    basis: Basis, x: Tensor, center: Sequence[Tensor] | None, out: Sequence[Tensor]
+    basis: Basis,
+    x: Tensor,
+    center: Sequence[Tensor] | None,
+    out: Sequence[Tensor],
+    pieces: Pieces | None = None,
+    first: int = 0,
 ) -> None:
     """Writes center + x^T P to `out`, in the dtypes that are there.
 
     float64 tensors, which the kernels do not write, go through float32.
+
+    Args:
+        basis: the rows
+        x: coefficients of the rows
+        center: in the shapes of out
+        out: tensors, from number `first` on
+        pieces: those of the tensors that the basis is of; None: the tensors themselves
+        first: number of the first tensor in `pieces`
     """
-    if isinstance(basis, DenseBasis):
-        basis.reconstruct(x, center, out)
-        return
+    pieces = pieces or Pieces.of_whole(o.shape for o in out)
+    dense, cut = isinstance(basis, DenseBasis), not pieces.whole
+    written = [torch.float32 if o.dtype == torch.float64 and not dense else o.dtype for o in out]
     targets = [
-        torch.empty_like(o, dtype=torch.float32) if o.dtype == torch.float64 else o for o in out
+        torch.empty(o.shape, dtype=dtype, device=o.device)
+        if dtype != o.dtype or (cut and not o.is_contiguous())
+        else o
+        for o, dtype in zip(out, written, strict=True)
     ]
-    if isinstance(basis, StreamedBasis):
-        basis.reconstruct(x, center, targets)
+    if center is not None:
+        center = pieces.cut(center, first)
+    cuts = pieces.cut(targets, first)
+    if isinstance(basis, DenseBasis | StreamedBasis):
+        basis.reconstruct(x, center, cuts)
     else:
-        tk.reconstruct(basis, x, center, out=targets)
+        tk.reconstruct(basis, x, center, out=cuts)
     for o, t in zip(out, targets, strict=True):
         if o is not t:
             o.copy_(t)
@@ -190,36 +199,6 @@ class Sharding:
         """Where this rank's weights are."""
         return local(self.tensors[0]).device
 
-    def begin(self, k: int, chunk: int) -> int:
-        """The place in tensor k where this rank's part begins, for segments of `chunk` weights.
-
-        It is 0 for a tensor that is one segment.
-
-        Raises:
-            TwaError: the tensor is more than one segment, and the part no run of whole tiles
-        """
-        held, whole = self.shards[k], self.tensors[k].shape
-        if not held.shape.numel() or whole.numel() <= chunk:
-            return 0
-        begin = begin_of(held.part, whole)
-        if begin is None or begin % TILE:
-            raise TwaError(
-                f"sharding 'columns': this rank's shard of {list(self.key_map.trained)[k]!r} is no"
-                f" run of whole groups of {TILE} weights, which a granularity below tensors needs;"
-                " use 'tensor', 'block' or 'model'"
-            )
-        return begin
-
-    def can_cut(self, chunk: int) -> bool:
-        """Whether all ranks' parts can have segments of `chunk` weights. Ranks call it together."""
-        odd = 0
-        try:
-            for k in range(len(self.shards)):
-                self.begin(k, chunk)
-        except TwaError:
-            odd = 1
-        return not self.ranks.most(odd)
-
     def is_packer(self, k: int) -> bool:
         """Whether this rank packs tensor k, rather than another that sends the result."""
         return True
@@ -249,7 +228,10 @@ class Sharding:
         return readable(self.candidates.tensors(self.keys[k], chosen, self.shards[k].part))
 
     def stream(
-        self, wanted: Sequence[int], rows: slice | None = None, begin: tuple[int, int] = (0, 0)
+        self,
+        wanted: Sequence[int],
+        rows: slice | None = None,
+        within: Sequence[tuple[int, int]] | None = None,
     ) -> Iterator[tuple[int, Block]]:
         """Blocks of columns of some tensors as `read` gives them, each with its tensor's number.
 
@@ -258,11 +240,11 @@ class Sharding:
         Args:
             wanted: numbers of the tensors
             rows: other candidates than this rank's
-            begin: (place in `wanted`, column) of the first block
+            within: of each of wanted, only these columns, see `Candidates.stream`
         """
         asked = [(self.keys[k], self.shards[k].part) for k in wanted]
         chosen = self.rows if rows is None else rows
-        for block in self.candidates.stream(asked, chosen, self.block_columns, begin):
+        for block in self.candidates.stream(asked, chosen, self.block_columns, within):
             yield wanted[block.index], replace(block, rows=readable(block.rows))
 
     def packed_tensors(
@@ -310,9 +292,36 @@ class Sharding:
         """
         return self.candidates.weighted(self.keys[k], weights, self.shards[k].part)
 
-    def exchange(self, packer: AnyPacker, centers: list[Tensor]) -> None:
-        """Completes packing: gets what other ranks have packed, and makes the scales equal."""
+    def host_memory(self, size: int, device: torch.device) -> HostMemory | None:
+        """Memory for a basis on this device that ranks of one host share; None if none do.
+
+        Ranks call it together.
+
+        Args:
+            size: bytes at least
+            device: where the basis is built
+        """
+        return None
+
+    def exchange(
+        self, packer: AnyPacker, centers: list[Tensor], memory: HostMemory | None = None
+    ) -> None:
+        """Completes packing: gets what other ranks have packed, and makes the scales equal.
+
+        Args:
+            packer: which has packed this rank's tensors
+            centers: of all tensors, those of this rank's are there
+            memory: where basis and centers are
+        """
         self.ranks.all_reduce_max_(packer.max_scale)
+
+    def share(self, parts: list[list[Tensor]], memory: HostMemory | None) -> None:
+        """Sends what one rank has made of its tensors to the others.
+
+        Args:
+            parts: of each tensor of the model, what is made of it
+            memory: where these are
+        """
 
     def sum_sq(self, packer: AnyPacker) -> Tensor:
         """Squared norms of all rows over all columns: (n, L)."""
@@ -337,20 +346,22 @@ class Sharding:
             return g.to_local()
 
     def local_coefficient_gradient(
-        self, basis: Basis, grads: Sequence[Tensor | None], first: int = 0
+        self, basis: Basis, pieces: Pieces, grads: Sequence[Tensor | None], first: int = 0
     ) -> Tensor:
         """This rank's addend of c (n, L).
 
         Args:
             basis: the rows that this rank holds
-            grads: of the tensors from number `first` on
+            pieces: those that the basis is of
+            grads: of the tensors from number `first` on; sparse ones are made dense
             first: number of the first of them
         """
+        grads = [g if g is None or g.layout == torch.strided else g.to_dense() for g in grads]
         weights = [shard.weight for shard in self.shards[first : first + len(grads)]]
         pairs = list(zip(weights, grads, strict=True))
         total = None
         for weight in sorted({w for w, g in pairs if g is not None and w}):
-            c = project(basis, [g if w == weight else None for w, g in pairs])
+            c = project(basis, pieces.cut([g if w == weight else None for w, g in pairs], first))
             c = c if weight == 1.0 else c * weight
             total = c if total is None else total + c
         self.check_mapped()  # before it is anyone's step
@@ -371,15 +382,16 @@ class Sharding:
         return self.ranks.all_reduce_async(parts, x)
 
     def coefficient_gradient(
-        self, basis: Basis, grads: Sequence[Tensor | None], x: Tensor
+        self, basis: Basis, pieces: Pieces, grads: Sequence[Tensor | None], x: Tensor
     ) -> Tensor:
         """The gradient of the coefficients, c (n, L): the same bits on every rank."""
-        return self.all_reduce_async([self.local_coefficient_gradient(basis, grads)], x)()[0]
+        mine = self.local_coefficient_gradient(basis, pieces, grads)
+        return self.all_reduce_async([mine], x)()[0]
 
-    def write(self, basis: Basis, x: Tensor, center: list[Tensor] | None) -> None:
+    def write(self, basis: Basis, pieces: Pieces, x: Tensor, center: list[Tensor] | None) -> None:
         """Writes center + x^T P to this rank's weights."""
         reshard(self.model)
-        reconstruct(basis, x, center, [local(t) for t in self.tensors])
+        reconstruct(basis, x, center, [local(t) for t in self.tensors], pieces)
         self.check_mapped()
 
     def part_of(self, name: str, t: Tensor) -> Part | None:
@@ -390,7 +402,8 @@ class Sharding:
 class ReplicateSharding(Sharding):
     """A sharding where every rank holds all of P and projects its own gradient.
 
-    n * L numbers are summed. Each rank packs its share of the tensors and sends it.
+    n * L numbers are summed. Each rank packs its share of the tensors and sends it. In CPU memory
+    the ranks of one host hold one packed basis and one center between them.
     """
 
     name = "replicate"
@@ -418,11 +431,23 @@ class ReplicateSharding(Sharding):
             value = torch.empty(self.shards[k].shape, dtype=dtype)
         return self.ranks.broadcast_(value, self.owner[k])
 
-    def exchange(self, packer: AnyPacker, centers: list[Tensor]) -> None:
-        for k, owner in enumerate(self.owner):
-            for t in [*packer.storage(k), centers[k]]:
+    def host_memory(self, size: int, device: torch.device) -> HostMemory | None:
+        memory = HostMemory(self.ranks, size, host_key() if device.type == "cpu" else "")
+        return memory if memory.is_shared else None
+
+    def exchange(
+        self, packer: AnyPacker, centers: list[Tensor], memory: HostMemory | None = None
+    ) -> None:
+        self.share([[*packer.storage(k), c] for k, c in enumerate(centers)], memory)
+        super().exchange(packer, centers)  # and nobody is before it
+
+    def share(self, parts: list[list[Tensor]], memory: HostMemory | None) -> None:
+        if memory is not None:
+            memory.send(self.owner, parts)
+            return
+        for owner, tensors in zip(self.owner, parts, strict=True):
+            for t in tensors:
                 self.ranks.broadcast_(t, owner)
-        super().exchange(packer, centers)
 
 
 class ColumnsSharding(Sharding):

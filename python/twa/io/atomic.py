@@ -32,16 +32,20 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def lock(file: BinaryIO) -> bool:
+def lock(file: BinaryIO, shared: bool = False) -> bool:
     """Makes this process the only one that writes the open file.
 
     It is so until the process closes the file or is killed.
+
+    Args:
+        file: the file
+        shared: let others write it that ask for the same, and nobody else
 
     Returns:
         False if another process writes it; True also where the file system has no locks
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:

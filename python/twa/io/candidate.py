@@ -139,15 +139,7 @@ class Candidate:
 
     def fingerprint(self) -> str:
         """Digest of the files' sizes, of samples of each, and of the entry that is read."""
-        digest = hashlib.sha256((self.entry or "").encode())
-        for path in self.files:
-            with open(path, "rb") as f:
-                size = os.fstat(f.fileno()).st_size
-                digest.update(size.to_bytes(8, "little"))
-                for k in range(SAMPLES):
-                    f.seek(max(0, size - SAMPLE_BYTES) * k // (SAMPLES - 1))
-                    digest.update(f.read(SAMPLE_BYTES))
-        return digest.hexdigest()[:16]
+        return fingerprint_of(self.files, self.entry or "")
 
     def check(self) -> None:
         """Raises CandidateError if a file has been written to since it was opened."""
@@ -166,6 +158,19 @@ class Candidate:
         self.check_torn()
         for file in self._maps:
             file.drop()
+
+
+def fingerprint_of(files: Sequence[Path], entry: str = "") -> str:
+    """Digest of files' sizes, of samples of each, and of a text."""
+    digest = hashlib.sha256(entry.encode())
+    for path in files:
+        with open(path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            digest.update(size.to_bytes(8, "little"))
+            for k in range(SAMPLES):
+                f.seek(max(0, size - SAMPLE_BYTES) * k // (SAMPLES - 1))
+                digest.update(f.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def without_wrappers(key: str) -> str:

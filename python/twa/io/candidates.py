@@ -257,7 +257,7 @@ class Candidates(Sequence[Candidate]):
         wanted: Sequence[tuple[str, Part | None]],
         rows: slice | Sequence[int] = slice(None),
         columns: int | None = None,
-        begin: tuple[int, int] = (0, 0),
+        within: Sequence[tuple[int, int]] | None = None,
     ) -> Iterator[Block]:
         """Blocks of columns of some tensors, in order; a background thread fetches the next.
 
@@ -267,7 +267,8 @@ class Candidates(Sequence[Candidate]):
             wanted: keys of the tensors, each with its slices, or None for all of it
             rows: which candidates
             columns: width of a block, a multiple of UNIT; None: what makes block_bytes
-            begin: (index in wanted, column) of the first block
+            within: of each of wanted, only the columns from one to another, both multiples of UNIT
+                (or the end)
         """
         chosen = self._chosen(rows)
 
@@ -281,7 +282,7 @@ class Candidates(Sequence[Candidate]):
                 c.prefetch(wanted[index][0], first, last, wanted[index][1])
             return prepare(index, first, last)
 
-        blocks = self._cut(wanted, chosen, columns, begin)
+        blocks = self._cut(wanted, chosen, columns, within)
         if (place := next(blocks, None)) is None:
             return
         block: Block | None = prepare(*place)
@@ -304,19 +305,18 @@ class Candidates(Sequence[Candidate]):
         wanted: Sequence[tuple[str, Part | None]],
         chosen: Sequence[Candidate],
         columns: int | None,
-        begin: tuple[int, int],
+        within: Sequence[tuple[int, int]] | None,
     ) -> Iterator[tuple[int, int, int]]:
         """(index, begin, end) of each block."""
-        for index in range(begin[0], len(wanted)):
-            key, part = wanted[index]
+        for index, (key, part) in enumerate(wanted):
             total = math.prod(shape_of(self.info[key].shape, part))
+            begin, end = within[index] if within else (0, total)
             bytes_per_unit = UNIT * sum(c.info[key].dtype.itemsize for c in chosen)
             width = columns or max(1, self.block_bytes // bytes_per_unit) * UNIT
-            at = begin[1] if index == begin[0] else 0
             if total == 0:
                 yield index, 0, 0
-            for first in range(at, total, width):
-                yield index, first, min(first + width, total)
+            for first in range(begin, end, width):
+                yield index, first, min(first + width, end)
 
     def fingerprints(self) -> dict[str, str]:
         """For each place in the order, the candidate's name and its fingerprint."""

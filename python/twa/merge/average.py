@@ -70,7 +70,8 @@ def average(
         progress: whether bars are shown
         group: the process group; None: all ranks
         settings: others of `twa average`: steps, lr, weight_decay, bn_batches, batches_per_step,
-            seed, sharding, low_memory, storage, patience, compare; steps and lr may be "auto"
+            seed, sharding, low_memory, storage, patience, compare; basis, a file of `twa pack`;
+            steps and lr may be "auto"
 
     Returns:
         all results; the model is at the winner
@@ -78,6 +79,7 @@ def average(
     Raises:
         CandidateError: model and candidates do not fit
         TaskError: data can be read only once, or are too few
+        BasisError: the basis is of another model, other candidates or other methods
         TwaError: a setting is none of what it can be
     """
     known = [f.name for f in fields(Settings) if f.name not in ("methods", "save_every")]

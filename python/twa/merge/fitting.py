@@ -30,13 +30,12 @@ def fitted(
     Returns:
         the method, and what the note says of it: "", or "; ..."
     """
-    method, own = _for_recording(method, sharding)
-    method, shards = _for_shards(method, sharding)
+    method, own = for_recording(method, sharding)
     method, few = _for_samples(method, sharding, heldout)
-    return method, own + shards + few
+    return method, own + few
 
 
-def _for_recording(method: TwaMethod, sharding: Sharding) -> tuple[TwaMethod, str]:
+def for_recording(method: TwaMethod, sharding: Sharding) -> tuple[TwaMethod, str]:
     """Of a recording, its own rows: differences of so many bits."""
     recording = sharding.candidates.recording
     if recording is None or method.bits == 32 or method.basis != "deltas":
@@ -44,18 +43,6 @@ def _for_recording(method: TwaMethod, sharding: Sharding) -> tuple[TwaMethod, st
     if sharding.name == "rows":
         return method, ""
     return replace(method, basis="differences", bits=recording.bits), "; its own rows"
-
-
-def _for_shards(method: TwaMethod, sharding: Sharding) -> tuple[TwaMethod, str]:
-    """Per tensor where the shards of a sharded model cannot have fine segments."""
-    if method.granularity != "fine" or sharding.name != "columns":
-        return method, ""
-    key_map = sharding.key_map
-    numels = key_map.numels(sharding.candidates.info)
-    if sharding.can_cut(segments_of(list(key_map.trained), numels, "fine").chunk):
-        return method, ""
-    why = "; not fine, since shards do not begin at multiples of 128 weights"
-    return replace(method, granularity="tensor"), why
 
 
 def samples_needed(coefficients: int) -> int:

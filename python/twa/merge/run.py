@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +22,14 @@ from ..io.errors import StateError, TwaError
 from ..io.key_map import match_model
 from ..io.progress import PeakMemory, progress_bar
 from ..rate import step_length
-from ..subspace import Subspace
+from ..subspace import Subspace, recentred
 from ..tasks.batches import length
 from ..tasks.contract import Task
 from .baselines import BASELINES, measure, number_of_looks
 from .evaluate import Evaluator
-from .fitting import fitted
+from .fitting import fitted, for_recording
 from .outcome import Outcome
+from .packed import Packed
 from .results import START, Result
 from .resume import Store
 from .settings import Settings, TwaMethod
@@ -72,6 +74,7 @@ class Merge:
     Raises:
         CandidateError: model and candidates do not fit
         StateError: the saved state is of another run
+        BasisError: the packed basis is of another model, other candidates or other methods
         TwaError: the model cannot have the sharding that is asked for
         DistributedError: the ranks were given different things
     """
@@ -102,6 +105,10 @@ class Merge:
             self.candidates = candidates
             self.facts = facts(self.model, candidates) | {"task": task.fingerprint}
             self.facts |= task.first_batches() | self.settings.facts()
+            self.packed: Packed | None = None
+            if settings.basis is not None and len(candidates) > 1:
+                self.packed = Packed(Path(settings.basis), self.model, candidates, key_map)
+                self.facts["basis"] = self.packed.fingerprint
             if self._saved and store:
                 store.accept(self._saved, self.facts)
         if self.ranks.world_size > 1:
@@ -117,6 +124,9 @@ class Merge:
                 may_shard=may_shard,
                 storage=self.settings.storage,
             )
+            if self.packed:
+                methods = (for_recording(m, self.sharding)[0] for m in self.settings.methods)
+                self.packed.check(methods)
         self.evaluator = Evaluator(task, self.sharding, self.settings.bn_batches, per_step)
         self.per_epoch = length(task.train)
         self.results: list[Result] = []
@@ -238,7 +248,9 @@ class Merge:
         self.evaluator.cost = before["looks"]
         data = self._data_of(method)
         method, why = fitted(method, self.sharding, data if coarsen else None)
-        subspace = self._subspace(method, start)
+        packed = self.packed if self.packed and self.packed.fits(method) else None
+        why += f"; rows of {packed.path.name}" if packed else ""
+        subspace = self._subspace(method, start, packed)
         if prepare:
             prepare(subspace)
         trainer = Trainer(
@@ -303,13 +315,23 @@ class Merge:
             coefficients=trainer.subspace.coefficients_json(),
         )
 
-    def _subspace(self, method: TwaMethod, center: Tensor) -> Subspace:
+    def _subspace(self, method: TwaMethod, center: Tensor, packed: Packed | None) -> Subspace:
         """The method's subspace around merge weights (n,); the model is then at them."""
         mine = self.candidates[self.sharding.rows]
         is_balanced = method.can_be_balanced and self.sharding.name != "rows"
         total = sum(c.info[key].nbytes for c in mine for key in self.sharding.keys)
         options = dict(unit="B", unit_scale=True, leave=False)
         with progress_bar("packing", total, self.progress, **options) as bar:
+            if packed:
+                return recentred(
+                    packed.loaded,
+                    self.sharding,
+                    center,
+                    method.constraint,
+                    is_balanced,
+                    lambda _, count: bar.update(count),
+                    self.settings.storage,
+                )
             return Subspace.from_candidates(
                 self.model,
                 self.candidates,

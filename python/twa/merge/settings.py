@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 
 from ..basis.segments import parse_granularity
@@ -109,6 +110,8 @@ class Settings:
         patience: looks at the validation data in a row without a new best, after which a trained
             average is stopped; 0: never
         compare: whether the averages in use today are evaluated, too, on all validation data
+        basis: a file of `twa pack`: methods that have its bits and segments start from its rows
+            instead of packing the candidates anew
     """
 
     methods: tuple[TwaMethod, ...] = DEFAULT_METHODS
@@ -124,6 +127,7 @@ class Settings:
     save_every: int = 10
     patience: int = 3
     compare: bool = False
+    basis: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         """Raises TwaError if a setting is none of what it can be."""
@@ -138,9 +142,10 @@ class Settings:
     def facts(self) -> dict[str, str]:
         """What a run may not change when it is continued, as texts by name.
 
-        It may change the sharding, the storage, and the number of ranks.
+        It may change the sharding, the storage, and the number of ranks. What is in a basis is
+        another's to say.
         """
-        free = {"sharding", "low_memory", "storage", "save_every"}
+        free = {"sharding", "low_memory", "storage", "save_every", "basis"}
         return {
             f.name.replace("_", " "): str(getattr(self, f.name))
             for f in fields(self)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import mmap
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import twa_kernels as tk
+from twa_kernels.layout import tile_offsets
 from twa_kernels.scaling import row_divisor
 
 from ..basis.dense import AnyPacker, new_packer
 from ..basis.feed import Feed
+from ..basis.pieces import Pieces, by_segments
 from ..basis.segments import Segments
 from ..coordinates import Coordinates, Deltas, Differences
+from ..distributed.host import HostMemory
 from ..distributed.sharding import KeptBasis, Sharding
 from ..io.averaging import not_finite
 from ..io.candidates import Block
@@ -33,11 +37,13 @@ class Built:
         basis: the rows of P
         coordinates: how coefficients, rows of P and merge weights make each other
         center: float32, of this rank's columns; None on a rank that adds none
+        pieces: this rank's columns as the basis has them
     """
 
     basis: KeptBasis
     coordinates: Coordinates
     center: list[Tensor] | None
+    pieces: Pieces
 
 
 @torch.no_grad()  # a .pt file may hold parameters, which ask for gradients
@@ -66,15 +72,41 @@ def build(
         device: where it is built, basis and center; None: see `usual_device`
     """
     feed = Feed(usual_device(sharding.device) if device is None else device)
-    n, options = len(sharding.candidates), (segments, bits, normalize, weights, progress, feed)
+    n, shapes = len(sharding.candidates), [shard.shape for shard in sharding.shards]
+    memory = None
+    if bits != 32:
+        memory = sharding.host_memory(_most_bytes(n, shapes, bits), feed.device)
+    options = (segments, bits, normalize, weights, progress, feed, memory)
     if basis == "deltas":
         return _in_one_stream(sharding, n, sharding.pack, Deltas, *options)
     if basis == "differences":
         differences.check(sharding)
         return _in_one_stream(sharding, n - 1, differences.pack, Differences, *options)
-    centers = _centers(sharding, weights, progress, feed)
-    made, rows = orthonormal.build(sharding, centers, segments, bits, normalize, weights, feed)
-    return Built(made, rows, sharding.local_center(centers))
+    centers = _centers(sharding, weights, progress, feed, memory)
+    made, rows = orthonormal.build(
+        sharding, centers, segments, bits, normalize, weights, feed, memory
+    )
+    return Built(made, rows, sharding.local_center(centers), Pieces.of_whole(shapes))
+
+
+@torch.no_grad()
+def build_center(
+    sharding: Sharding, weights: Tensor, progress: Progress | None = None
+) -> list[Tensor] | None:
+    """The center of some candidates alone, float32; ranks call it together.
+
+    Args:
+        sharding: the candidates, and which part of it this rank holds
+        weights: (n,), the merge weights of the center
+        progress: called with (key of the tensor, bytes read)
+    """
+    feed = Feed(usual_device(sharding.device))
+    size = 4 * sum(shard.shape.numel() for shard in sharding.shards) + mmap.PAGESIZE
+    memory = sharding.host_memory(size, feed.device)
+    centers = _centers(sharding, weights, progress, feed, memory)
+    sharding.share([[center] for center in centers], memory)
+    sharding.ranks.barrier()  # others of this host may have written last
+    return sharding.local_center(centers)
 
 
 def usual_device(device: torch.device) -> torch.device:
@@ -93,23 +125,33 @@ def _in_one_stream(
     weights: Tensor,
     progress: Progress | None,
     feed: Feed,
+    memory: HostMemory | None,
 ) -> Built:
     """A basis of n rows that are made of some columns at a time, as the center is.
 
     Args:
         sharding, segments, bits, normalize, weights, progress: as for `build`
         feed: to the device where it is built
+        memory: what ranks of one host share for it
         n: rows of P
         pack: makes codes and center of a block
         kind: makes the coordinates of the center's weights and the divisor (n, L)
     """
-    shapes = [shard.shape for shard in sharding.shards]
-    rows, begins = sharding.local_rows(n), None
-    if segments.chunk:
-        begins = [sharding.begin(k, segments.chunk) for k in range(len(shapes))]
-    packer = new_packer(rows.stop - rows.start, shapes, bits, segments, begins, feed.device)
-    centers = [torch.empty(shape, device=feed.device) for shape in shapes]
+    rows = sharding.local_rows(n)
+    pieces, firsts, tiles = by_segments(
+        [shard.shape for shard in sharding.shards],
+        [shard.part for shard in sharding.shards],
+        [t.shape for t in sharding.tensors],
+        segments,
+        dense=bits == 32,
+    )
+    allocate = memory.allocate if memory else None
+    packer = new_packer(
+        rows.stop - rows.start, pieces.shapes, bits, segments, firsts, tiles, feed.device, allocate
+    )
+    centers = _no_centers(sharding, feed.device, memory)
     recorded = differences.recorded(sharding, bits) if kind is Differences else {}
+    recorded = {k: place for k, place in recorded.items() if len(pieces.of(k)) == 1}
     for k, blocks in _tensors(sharding, progress, feed, recorded.keys()):
         if blocks is None:
             packer.skip()
@@ -117,8 +159,10 @@ def _in_one_stream(
         before = packer.sum_sq.clone()
         if k in recorded and isinstance(packer, tk.Packer):
             differences.take(packer, sharding, k, recorded[k], weights, centers[k], progress, feed)
-        for block in blocks:
-            center = centers[k].view(-1)[block.begin : block.end]
+        for begin, block in pieces.blocks(k, blocks):
+            if begin and not block.begin:
+                packer.end_tensor()  # the piece before
+            center = centers[k].view(-1)[begin : begin + block.end - block.begin]
             try:
                 pack(packer, k, block, weights, center)
             except tk.NotFiniteError as error:
@@ -126,17 +170,42 @@ def _in_one_stream(
         packer.end_tensor()
         if not sharding.shards[k].counts:  # another rank holds these columns, too
             packer.sum_sq.copy_(before)
-    sharding.exchange(packer, centers)
+    sharding.exchange(packer, centers, memory)
     divisor = row_divisor(sharding.sum_sq(packer).cpu(), normalize)
     basis = packer.finish(normalize, divisor[rows])
-    return Built(basis, kind(weights, divisor), sharding.local_center(centers))
+    if memory and isinstance(packer, tk.Packer):
+        memory.drop(packer.scales)
+    return Built(basis, kind(weights, divisor), sharding.local_center(centers), pieces)
+
+
+def _most_bytes(n: int, shapes: Sequence[torch.Size], bits: int) -> int:
+    """Bytes of n packed rows and their center, and of the scales as they are packed."""
+    numels = [shape.numel() for shape in shapes]
+    row = 16 * bits + 1 + 2  # of a tile
+    return tile_offsets(numels)[-1] * n * row + 4 * sum(numels) + 4 * mmap.PAGESIZE
+
+
+def _no_centers(
+    sharding: Sharding, device: torch.device, memory: HostMemory | None
+) -> list[Tensor]:
+    """A place for the center of this rank's columns, float32."""
+    shapes = [shard.shape for shard in sharding.shards]
+    if memory is None or memory.allocate is None:
+        return [torch.empty(shape, device=device) for shape in shapes]
+    numels = [shape.numel() for shape in shapes]
+    parts = memory.allocate((sum(numels),), torch.float32).split(numels)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _centers(
-    sharding: Sharding, weights: Tensor, progress: Progress | None, feed: Feed
+    sharding: Sharding,
+    weights: Tensor,
+    progress: Progress | None,
+    feed: Feed,
+    memory: HostMemory | None,
 ) -> list[Tensor]:
     """The center of this rank's columns, float32."""
-    centers = [torch.empty(shard.shape, device=feed.device) for shard in sharding.shards]
+    centers = _no_centers(sharding, feed.device, memory)
     for k, blocks in _tensors(sharding, progress, feed):
         for block in blocks or ():
             try:

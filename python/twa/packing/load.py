@@ -10,16 +10,21 @@ import torch
 from torch import Tensor, nn
 
 import twa_kernels as tk
-from twa_kernels.layout import TILE, num_tiles, tile_offsets
+from twa_kernels.layout import TILE, tile_offsets
+from twa_kernels.shift import shift_columns
 
 from ..basis.contents import Contents
 from ..basis.file import NAME, Loaded
-from ..distributed.sharding import ColumnsSharding, KeptBasis, Sharding, begin_of
+from ..basis.pieces import Pieces, by_groups
+from ..distributed.sharding import ColumnsSharding, KeptBasis, Sharding, reconstruct
 from ..dtensors import local
-from ..io.errors import BasisError
+from ..io.errors import BasisError, TwaError
 from ..io.key_map import aliases_of
 from ..io.loading import named_tensors
 from ..io.torch_zip import EXTRA_STATE
+from .build import Progress, build_center
+
+MOST_PIECES = 8192  # of a rank's shards, beside one each: each costs a step about a microsecond
 
 
 def find_basis(path: str | Path) -> Path:
@@ -75,12 +80,13 @@ def warn_of_extra_state(model: nn.Module, path: Path) -> None:
         )
 
 
-def part_of(loaded: Loaded, sharding: Sharding) -> tuple[KeptBasis, list[Tensor] | None]:
-    """Basis and center of this rank's rows and columns.
+def rows_of(loaded: Loaded, sharding: Sharding) -> tuple[KeptBasis, Pieces]:
+    """This rank's rows and columns of P, and the columns as the basis has them.
 
-    BasisError if the file cannot be cut where this rank's shards begin.
+    BasisError if the file would be cut into too many pieces.
     """
-    basis, center = loaded.basis(), loaded.center()
+    basis = loaded.basis()
+    pieces = Pieces.of_whole(loaded.contents.shapes)
     rows = sharding.local_rows(basis.n)
     if sharding.name == "rows" and basis.n < sharding.ranks.world_size:
         raise BasisError(
@@ -96,8 +102,19 @@ def part_of(loaded: Loaded, sharding: Sharding) -> tuple[KeptBasis, list[Tensor]
             divisor=basis.divisor[rows].contiguous(),
         )
     if isinstance(sharding, ColumnsSharding):
-        basis, center = _columns_of(basis, center, sharding, loaded.contents)
-    return basis, sharding.local_center(center)
+        basis, pieces = _columns_of(basis, sharding, loaded.contents)
+    return basis, pieces
+
+
+def center_of(loaded: Loaded, sharding: Sharding) -> list[Tensor] | None:
+    """This rank's part of the file's center, float32; mapped, where it is all of it."""
+    center = loaded.center()
+    if isinstance(sharding, ColumnsSharding):
+        center = [
+            whole if held.part is None else whole[held.part].clone()
+            for whole, held in zip(center, sharding.shards, strict=True)
+        ]
+    return sharding.local_center(center)
 
 
 def _cut_scales(scales: Tensor, tiles: Tensor | slice, rows: slice) -> Tensor:
@@ -106,30 +123,73 @@ def _cut_scales(scales: Tensor, tiles: Tensor | slice, rows: slice) -> Tensor:
 
 
 def _columns_of(
-    basis: tk.PackedBasis, center: list[Tensor], sharding: Sharding, contents: Contents
-) -> tuple[tk.PackedBasis, list[Tensor]]:
-    """Basis and center of this rank's shards of the trained tensors."""
-    tiles, centers, offsets = [], [], tile_offsets(contents.numels)
+    basis: tk.PackedBasis, sharding: Sharding, contents: Contents
+) -> tuple[tk.PackedBasis, Pieces]:
+    """Basis of this rank's shards of the trained tensors: the file's codes and scales."""
+    index, shift, sizes = [], [], []
+    offsets, left = tile_offsets(contents.numels), MOST_PIECES
     for k, (name, held) in enumerate(zip(contents.trained, sharding.shards, strict=True)):
-        begin, count = begin_of(held.part, contents.shapes[k]), held.shape.numel()
-        if begin is None or (begin % TILE and count):
+        found = by_groups(held.part, contents.shapes[k], left)
+        if found is None:
             raise BasisError(
-                f"sharding 'columns': this rank's shard of {name!r} is no run of whole groups of"
-                f" {TILE} weights; pack the candidates on the ranks instead"
-                " (Subspace.from_candidates)"
+                f"sharding 'columns': this rank's shard of {name!r} is no run of weights, and no"
+                f" rows of whole groups of {TILE}: its codes lie in more than {MOST_PIECES} pieces"
+                " of the file; pack the candidates on the ranks instead (Subspace.from_candidates)"
             )
-        first = offsets[k] + begin // TILE
-        tiles.append(torch.arange(first, first + num_tiles(count)))
-        centers.append(center[k].reshape(-1)[begin : begin + count].view(held.shape))
-    at = torch.cat(tiles)
+        index.append(offsets[k] + found.index)
+        shift.append(found.shift)
+        sizes.append(found.sizes)
+        left -= len(found.sizes) - 1
+    at = torch.cat(index)
+    codes = basis.codes[at]
+    shift_columns(codes, torch.cat(shift), basis.bits)
+    pieces = Pieces(tuple(held.shape for held in sharding.shards), tuple(sizes))
     cut = replace(
         basis,
-        codes=basis.codes[at],
+        codes=codes,
         scales=_cut_scales(basis.scales, at, slice(None)),
         tile_segment=basis.tile_segment[at],
-        shapes=tuple(held.shape for held in sharding.shards),
+        shapes=pieces.shapes,
     )
-    return cut, centers
+    return cut, pieces
+
+
+@torch.no_grad()
+def center_at(
+    loaded: Loaded,
+    sharding: Sharding,
+    basis: KeptBasis,
+    pieces: Pieces,
+    weights: Tensor,
+    progress: Progress | None = None,
+) -> list[Tensor] | None:
+    """Another center than the file's, float32, of this rank's columns. Ranks call it together.
+
+    It is the candidates' exact average where they are at hand; else what the rows of P make of the
+    file's center, with the error of their quantisation.
+
+    Args:
+        loaded: the file
+        sharding: which part this rank holds
+        basis: this rank's rows and columns of P
+        pieces: the columns as the basis has them
+        weights: (n,), the merge weights of the center
+        progress: called with (key of the tensor, bytes read)
+
+    Raises:
+        CandidateError: a candidate holds NaN or Inf
+        TwaError: no rank has all rows, and the candidates are not at hand
+    """
+    if sharding.candidates.at_hand:
+        return build_center(sharding, weights, progress)
+    if sharding.name == "rows":
+        raise TwaError("sharding 'rows': another center needs the candidates: pass them to load")
+    rows = loaded.coordinates().rows
+    x = rows.from_merge_weights(weights[:, None].expand(-1, rows.shape[1])).float()
+    held = center_of(loaded, sharding) or []
+    made = [torch.empty_like(c) for c in held]
+    reconstruct(basis, x.contiguous(), held, made, pieces)
+    return made
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from ..basis.dense import AnyPacker, new_packer
 from ..basis.feed import Feed
 from ..basis.segments import Segments
 from ..coordinates import Orthonormal
+from ..distributed.host import HostMemory
 from ..distributed.sharding import KeptBasis, Sharding
 from ..io.averaging import not_finite
 from ..io.errors import TwaError
@@ -32,6 +33,7 @@ def build(
     normalize: str,
     weights: Tensor,
     feed: Feed,
+    memory: HostMemory | None = None,
 ) -> tuple[KeptBasis, Orthonormal]:
     """The orthonormal basis, and its coordinates.
 
@@ -47,6 +49,7 @@ def build(
         normalize: "row" or "none"
         weights: (n,), the merge weights of the center
         feed: to the device where Gram-Schmidt runs and Q is packed, which has the centers
+        memory: what ranks of one host share for it
     """
     flat = [c.view(-1) for c in centers]
     numels = [t.numel() for t in sharding.tensors]
@@ -65,7 +68,17 @@ def build(
             " ranks; use 'replicate' or 'columns'"
         )
     shapes = [h.shape for h in sharding.shards]
-    packer = new_packer(mine.stop - mine.start, shapes, bits, segments, device=feed.device)
+    allocate = memory.allocate if memory else None
+    packer = new_packer(
+        mine.stop - mine.start,
+        shapes,
+        bits,
+        segments,
+        segments.first,
+        segments.first,
+        feed.device,
+        allocate,
+    )
 
     def rows_of_q(k: int, columns: list[Tensor], begin: int) -> Tensor:
         """Some columns of tensor k, (n, count), as this rank's rows of Q there."""
@@ -77,8 +90,10 @@ def build(
         return q if bits != 32 else q * float(scale[segments.first[k]])
 
     _pack(sharding, packer, rows_of_q, feed)
-    sharding.exchange(packer, centers)
+    sharding.exchange(packer, centers, memory)
     basis = packer.finish("none", torch.ones_like(packer.sum_sq))
+    if memory and isinstance(packer, tk.Packer):
+        memory.drop(packer.scales)
     if isinstance(basis, tk.PackedBasis):
         row_scale = (basis.row_scale.double() * scale.to(feed.device)).float()
         basis = replace(basis, row_scale=row_scale)

@@ -49,6 +49,7 @@ def contents_of(
         basis=coordinates.basis if coordinates else "deltas",
         constraint=coordinates.constraint if coordinates else "none",
         balanced=coordinates.is_balanced if coordinates else False,
+        moved=coordinates is not None and coordinates.rows.origin is not None,
         normalize=normalize,
         rows=rows or len(candidates),
         candidates=[[str(c.path), c.fingerprint()] for c in candidates],
@@ -131,6 +132,8 @@ def save_basis(
     if isinstance(rows, Orthonormal):
         contents.dropped.extend([[i, d] for i, d in pairs] for pairs in rows.dropped)
         tensors |= {"transform": rows.transform, "R": rows.R, "scale": rows.scale}
+    if rows.origin is not None:
+        tensors["origin"] = rows.origin
     tensors |= {name: t.cpu() for name, t in coordinates.balance.items()}
     tensors["divisor"] = rows.divisor if isinstance(rows, Deltas) else basis.divisor
     writer = Writer(path, contents, temporary_of(path))  # beside what `twa pack` will go on with

@@ -1,17 +1,17 @@
 """`twa pack`: candidates straight into a packed basis on disk.
 
-It is one stream, which can be interrupted and continued.
+It is one stream, which can be interrupted and continued; or one on each of several ranks, which
+write to the same file.
 """
 
 from __future__ import annotations
 
 import glob
-import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,20 @@ import torch
 from torch import Tensor, nn
 
 import twa_kernels as tk
-from twa_kernels.layout import BITS
+from twa_kernels.layout import BITS, TILE
 from twa_kernels.scaling import Scaling, lost_groups
 
 from .. import averages
 from ..basis.feed import Feed
 from ..basis.file import LARGEST_SCALE, Writer
 from ..basis.segments import Granularity, segments_of
-from ..distributed.ranks import Ranks
+from ..distributed.ranks import Ranks, digest, facts, versions
 from ..distributed.sharding import Sharding
 from ..distributed.weights import load_untrained
 from ..io.atomic import clear_unfinished, lock, write_json
 from ..io.averaging import not_finite
 from ..io.behind import Behind
-from ..io.candidates import Candidates
+from ..io.candidates import Block, Candidates
 from ..io.checks import read_json
 from ..io.errors import BasisError, TwaError
 from ..io.key_map import match_model
@@ -41,9 +41,10 @@ from ..io.progress import PeakMemory
 from ..io.safetensors import raw_bytes
 from ..modes import plain_weights
 from .save import contents_of, untrained
+from .shares import Groups, Run, all_runs, are_runs, joined, share_out
 
 SAVE_SECONDS = 10.0  # between saved positions
-MAX_POSITION = 1 << 30  # bytes: two numbers as text for each candidate and segment
+MAX_POSITION = 1 << 30  # bytes
 
 
 # Unfinished files --------------------------------------------------------------------------------
@@ -54,7 +55,7 @@ def unfinished_parts(path: Path) -> tuple[Path, Path, Path]:
 
     Returns:
         the position to continue from, written when the other two are on the disk; the scales as
-        bfloat16, as long as not all of a segment is known; the basis so far
+        bfloat16, as long as not all of a segment is known, and sums; the basis so far
     """
     return (
         path.with_name(f"{path.name}.position.partial"),
@@ -105,7 +106,7 @@ class Report:
         read: bytes of the candidates
         written: bytes of the file
         seconds: of this process alone
-        memory: highest resident bytes
+        memory: highest resident bytes, of the rank that took most
         resumed: whether it went on with what another had begun
     """
 
@@ -120,7 +121,9 @@ class PackToFile:
     """Packs candidates straight into a file, whose size is not limited by memory.
 
     Interrupted, it goes on where it was (resume=True), with the bits of an undisturbed run: the
-    file is the same whatever the interruptions and the memory.
+    file is the same whatever the interruptions, the memory and the number of ranks. Ranks make one
+    together and call `run`. Each packs its share of the columns and writes it to its place in the
+    one file, which all of them must see; nothing crosses the wire but norms.
 
     Args:
         path: where the basis goes
@@ -132,10 +135,12 @@ class PackToFile:
         normalize: "row" or "none"
         device: where they are packed, a block at a time; the file has the same bits (with Triton
             but for the last ones of row_scale and divisor)
+        ranks: those that share the work
 
     Raises:
         CandidateError: candidates and model do not fit
         TwaError: another argument is none of what it can be
+        DistributedError: the ranks were given different things
     """
 
     def __init__(
@@ -149,23 +154,43 @@ class PackToFile:
         center: str | int | Tensor = "mean",
         normalize: str = "row",
         device: torch.device | str = "cpu",
+        ranks: Ranks | None = None,
     ) -> None:
-        self.feed = Feed(device)
-        candidates, key_map = match_model(model, candidates)
-        self.path, self.candidates = Path(path), candidates
-        self.weights = averages.of_center(center, len(candidates))
-        numels = key_map.numels(candidates.info)
-        segments = segments_of(list(key_map.trained), numels, granularity)
-        if bits not in BITS:
-            raise TwaError(
-                f"bits: expected one of {BITS}, found {bits!r}; the dense basis (32) is not"
-                " written: it is the candidates"
-            )
-        self.sharding = Sharding(Ranks(), model, candidates, key_map)
-        self.contents = contents_of(key_map, candidates, bits, segments, normalize)
+        self.ranks = ranks or Ranks()
+        self.path = Path(path)
+        with self.ranks.fail_together("matching model and candidates"):
+            self.feed = Feed(device)
+            candidates, key_map = match_model(model, candidates)
+            self.candidates = candidates
+            self.weights = averages.of_center(center, len(candidates))
+            numels = key_map.numels(candidates.info)
+            segments = segments_of(list(key_map.trained), numels, granularity)
+            if bits not in BITS:
+                raise TwaError(
+                    f"bits: expected one of {BITS}, found {bits!r}; the dense basis (32) is not"
+                    " written: it is the candidates"
+                )
+            if self.ranks.world_size > 1:
+                same = {"bits": str(bits), "normalize": normalize}
+                same |= {"center": digest(self.weights.tolist()), "granularity": digest(segments)}
+                self.ranks.check_equal(versions() | facts(model, candidates) | same)
+            self.sharding = Sharding(Ranks(), model, candidates, key_map)
+            contents = contents_of(key_map, candidates, bits, segments, normalize)
+            # Its size depends on where rank 0 has the candidates.
+            self.contents = self.ranks.broadcast_object(contents)
+        self.sizes = [sum(c.info[key].dtype.itemsize for c in candidates) for key in self._keys]
         self.writer = Writer(self.path, self.contents)
         self.position, self.raw, _ = unfinished_parts(self.path)
         self.finished = False
+
+    @property
+    def _keys(self) -> list[str]:
+        return list(self.contents.trained.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the candidates' trained tensors."""
+        return self._bytes(all_runs(self.contents.numels))
 
     @property
     def unfinished(self) -> bool:
@@ -180,53 +205,125 @@ class PackToFile:
         """Packs all that is not packed yet.
 
         Args:
-            resume: go on with what an interrupted run has left, if there is something
-            progress: called with the bytes read since the last call
+            resume: go on with what an interrupted run has left, if there is something; on any
+                number of ranks
+            progress: called with the bytes that all ranks have read since the last call
 
         Raises:
             CandidateError: a candidate holds NaN or Inf, or changes meanwhile
             OSError: the disk is full; what is saved stays, to be resumed
             BasisError: another process is packing to the same place, or what is left there is of
                 another run
+            DistributedError: another rank failed
         """
-        memory, begun, resumed = PeakMemory(), time.perf_counter(), resume and self.unfinished
-        c, writer = self.contents, self.writer
-        packer = tk.Packer(
-            len(self.candidates),
-            c.shapes,
-            c.bits,
-            c.tensor_segments.of_tiles(c.numels),
-            self.feed.device,
-            sink=self._keep,
-            num_segments=len(c.labels),
-        )
-        begin = self._read_position(packer) if resumed else (0, 0)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        writer.lock()
-        try:
+        memory, begun, ranks = PeakMemory(), time.perf_counter(), self.ranks
+        with ranks.fail_together(f"packing {self.path}"):
+            resumed = ranks.broadcast_object(resume and self.unfinished)
+            todo = all_runs(self.contents.numels)
+            if resumed:
+                todo = ranks.broadcast_object(self._read_position() if ranks.is_rank_zero else [])
+            width = -ranks.most(-self.sharding.block_columns)
+            shares = share_out(todo, self.sizes, ranks.world_size, width)
+            try:
+                self._open(resumed)
+                with self.raw_file:
+                    if progress and resumed:
+                        progress(self.nbytes - self._bytes(todo))
+                    self.groups = Groups(self.contents)
+                    with Behind() as self.behind:
+                        self._stream(shares, width, progress)
+                        self._sync()
+                    self._finish()
+            finally:
+                self._close()
+            read = torch.tensor([self.candidates.bytes_read])
+            return Report(
+                int(ranks.all_reduce_(read)),
+                self.writer.size,
+                time.perf_counter() - begun,
+                ranks.most(memory.bytes()),
+                resumed,
+            )
+
+    def _open(self, resumed: bool) -> None:
+        """Makes the files ready, or goes on with them."""
+        writer = self.writer
+        if self.ranks.is_rank_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            writer.lock()
             if not resumed:  # no position may be there for a file that is started anew
                 remove_parts(self.path, but=writer.partial)
             writer.open(keep=resumed)
-            with open(self.raw, "r+b" if resumed else "w+b") as self.raw_file:
-                if progress and resumed:
-                    progress(self._bytes_before(*begin))
-                with Behind() as self.behind:
-                    self._stream(packer, begin, progress)
-                with plain_weights(self.sharding.model):
-                    load_untrained(self.sharding, self.weights)
-                    self._finish(packer)
-        finally:
-            self.finished = writer.finished
-            if self.finished or not self.position.exists():  # nothing to continue
-                remove_parts(self.path, but=writer.partial if self.finished else None)
-            writer.close()
-        return Report(
-            self.candidates.bytes_read,
-            writer.size,
-            time.perf_counter() - begun,
-            memory.bytes(),
-            resumed,
+            self.raw_file = open(self.raw, "r+b" if resumed else "w+b")  # noqa: SIM115 (run closes)
+            if self.ranks.world_size > 1:
+                writer.share()
+        self.ranks.barrier()
+        if not self.ranks.is_rank_zero:
+            writer.join()
+            self.raw_file = open(self.raw, "r+b")  # noqa: SIM115 (run closes it)
+
+    def _close(self) -> None:
+        """Closes the basis; removes what nobody can continue."""
+        if not self.writer.is_open:
+            return
+        self.finished = self.writer.finished
+        if self.ranks.is_rank_zero and (self.finished or not self.position.exists()):
+            remove_parts(self.path, but=self.writer.partial if self.finished else None)
+        self.writer.close()
+
+    # Columns -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _stream(
+        self, shares: list[list[Run]], width: int, progress: Callable[[int], None] | None
+    ) -> None:
+        """Packs this rank's share, block by block; all ranks do one, then look at each other.
+
+        Args:
+            shares: the blocks of each rank
+            width: columns of a block, at most
+            progress: as for `run`
+        """
+        numels, labels = [numel for numel in self.contents.numels if numel], width // TILE
+        packer = tk.Packer(
+            len(self.candidates),
+            [(numel,) for numel in numels],
+            self.contents.bits,
+            self.groups.number % labels,  # no block has more groups than tiles
+            self.feed.device,
+            sink=self._keep,
+            num_segments=labels,
         )
+        mine, saved = shares[self.ranks.rank], time.perf_counter()
+        within = [(begin, end) for _, begin, end in mine]
+        stream = self.sharding.stream([k for k, *_ in mine], within=within)
+        for done in range(max(map(len, shares))):
+            if done < len(mine):
+                self._pack(packer, *next(stream))
+            if progress:
+                progress(self._bytes([share[done] for share in shares if done < len(share)]))
+            if self.ranks.most(int(time.perf_counter() - saved > SAVE_SECONDS)):
+                self._save_position([run for share in shares for run in share[done + 1 :]])
+                saved = time.perf_counter()
+
+    def _pack(self, packer: tk.Packer, k: int, block: Block) -> None:
+        """Packs a block of tensor k, and has it written with its center and its sums."""
+        center = torch.empty(block.end - block.begin, device=self.feed.device)
+        packer.seek(self.groups.tile(k, block.begin))
+        packer.sum_sq.zero_(), packer.max_scale.zero_()
+        try:
+            self.sharding.pack(packer, k, self.feed.block(block), self.weights, center)
+        except tk.NotFiniteError as error:
+            self.clear()  # other files will make another basis
+            raise not_finite(
+                self.candidates, self.sharding.keys[k], self.sharding.read(k)
+            ) from error
+        first = self.contents.numels[:k]
+        self.behind(self.writer.put, "center", center.cpu(), sum(first) + block.begin)
+        groups = self.groups.of(k, block.begin, block.end)
+        at = torch.tensor(groups) % packer.num_segments
+        sums = torch.stack([packer.sum_sq.cpu()[:, at], packer.max_scale.cpu()[:, at].double()])
+        self.behind(self._write_raw, self._sums_at(groups.start), sums.permute(2, 0, 1))
 
     def _keep(self, first: int, codes: Tensor, scales: Tensor) -> None:
         """Has tiles written, from tile `first` on, while the next ones are packed.
@@ -238,113 +335,128 @@ class PackToFile:
 
     def _write(self, first: int, codes: Tensor, scales: Tensor) -> None:
         self.writer.put("codes", codes, first * codes[0].numel() if len(codes) else 0)
-        self.raw_file.seek(first * scales.shape[1] * 2)
-        self.raw_file.write(raw_bytes(scales))
+        self._write_raw(first * scales.shape[1] * 2, scales)
 
-    @torch.no_grad()
-    def _stream(
-        self, packer: tk.Packer, begin: tuple[int, int], progress: Callable[[int], None] | None
-    ) -> None:
-        """Packs the candidates from (tensor, column) `begin` on."""
-        numels, saved = self.contents.numels, time.perf_counter()
-        starts = [0, *itertools.accumulate(numels)]
-        if begin[0] < len(numels) and begin[1] and begin[1] == numels[begin[0]]:
-            raise BasisError("expected a position inside a tensor, found its end", self.position)
-        for k, block in self.sharding.stream(range(len(numels)), begin=begin):
-            try:
-                center = torch.empty(block.end - block.begin, device=self.feed.device)
-                self.sharding.pack(packer, k, self.feed.block(block), self.weights, center)
-                self.behind(self.writer.put, "center", center.cpu(), starts[k] + block.begin)
-            except tk.NotFiniteError as error:
-                self.clear()  # other files will make another basis
-                raise not_finite(
-                    self.candidates, self.sharding.keys[k], self.sharding.read(k)
-                ) from error
-            at = (k, block.end)
-            if block.end == numels[k]:
-                packer.end_tensor()
-                at = (k + 1, 0)
-            if progress:
-                progress(sum(r.nbytes for r in block.rows))
-            if time.perf_counter() - saved > SAVE_SECONDS:
-                self._save_position(packer, at)
-                saved = time.perf_counter()
+    # What is kept until all is packed: scales (tiles, n) bfloat16, sums (groups, 2, n) float64 ----
 
-    def _finish(self, packer: tk.Packer) -> None:
+    def _sums_at(self, group: int) -> int:
+        """Where a group's sums are in that file."""
+        n = len(self.candidates)
+        return self.groups.offsets[-1] * n * 2 + group * n * 16
+
+    def _write_raw(self, at: int, t: Tensor) -> None:
+        self.raw_file.seek(at)
+        self.raw_file.write(raw_bytes(t.contiguous()))
+
+    def _read_raw(self, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of that file, finite and not negative; else BasisError."""
+        t = torch.empty(shape, dtype=dtype)
+        self.raw_file.seek(at)
+        data = self.raw_file.read(t.nbytes)
+        if len(data) == t.nbytes and data:
+            t = torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+        if len(data) != t.nbytes or not bool(((t >= 0) & torch.isfinite(t)).all()):
+            raise BasisError(
+                "not the scales of an unfinished basis of these candidates; pass --overwrite to"
+                " start anew",
+                self.raw,
+            )
+        return t
+
+    # The finish ----------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
         """Writes all but codes and center, and puts the file at its place."""
-        sums = packer.sum_sq.cpu(), packer.max_scale.cpu()
-        scaling = Scaling.of(*sums, self.contents.normalize)
-        self._write_scales(scaling, packer.tile_segment.cpu())
-        small = {
-            "row_scale": scaling.row_scale,
-            "divisor": scaling.divisor,
-            "center_weights": self.weights,
-            "coefficients": torch.zeros(packer.sum_sq.shape),
-        }
-        for name, t in (small | untrained(self.sharding.model, self.contents)).items():
-            self.writer.put(name, t)
+        ranks, shape = self.ranks, (len(self.candidates), len(self.contents.labels))
+        ranks.barrier()
+        sums = torch.zeros(2, *shape, dtype=torch.float64)
+        if ranks.is_rank_zero:
+            self._add_up(*sums)
+        sum_sq, max_scale = ranks.broadcast_(sums, 0)
+        scaling = Scaling.of(sum_sq, max_scale.float(), self.contents.normalize)
+        self._write_scales(scaling)
         self.candidates.check()
-        self.writer.finish()
+        self.writer.sync()
+        ranks.barrier()
+        if ranks.is_rank_zero:
+            small = {
+                "row_scale": scaling.row_scale,
+                "divisor": scaling.divisor,
+                "center_weights": self.weights,
+                "coefficients": torch.zeros(shape),
+            }
+            with plain_weights(self.sharding.model):
+                load_untrained(self.sharding, self.weights)
+                small |= untrained(self.sharding.model, self.contents)
+            for name, t in small.items():
+                self.writer.put(name, t)
+            self.writer.finish()
+        ranks.barrier()
 
-    def _write_scales(self, scaling: Scaling, segment: Tensor) -> None:
-        """Makes the scales of the basis from those that were kept while it was packed.
+    def _add_up(self, sum_sq: Tensor, max_scale: Tensor) -> None:
+        """Sums of all groups, in the order of the columns; both (n, L) float64."""
+        n, count = len(self.candidates), len(self.groups.segment)
+        step = max(1, self.candidates.block_bytes // (16 * n))
+        for first in range(0, count, step):
+            shape = (min(step, count - first), 2, n)
+            sums = self._read_raw(self._sums_at(first), shape, torch.float64)
+            self.groups.add_up(sums, first, sum_sq, max_scale)
+
+    def _write_scales(self, scaling: Scaling) -> None:
+        """Makes the scales of the basis from those that were kept: each rank some tiles.
 
         Args:
             scaling: how, now that all of every segment is known
-            segment: of each tile
         """
-        n, lost = len(self.candidates), 0
+        n, lost, ranks = len(self.candidates), 0, self.ranks
+        segment = self.groups.tile_segment
+        begin, end = (len(segment) * r // ranks.world_size for r in (ranks.rank, ranks.rank + 1))
         step = max(1, self.candidates.block_bytes // (8 * n))
-        self.raw_file.flush()
-        for first in range(0, len(segment), step):
-            tiles = segment[first : first + step]
-            self.raw_file.seek(first * n * 2)
-            data = self.raw_file.read(len(tiles) * n * 2)
-            whole = len(data) == len(tiles) * n * 2
-            if whole:
-                raw = torch.frombuffer(bytearray(data), dtype=torch.bfloat16).view(-1, n)
-                scales, zeros = scaling.apply(raw, tiles)
-            if not whole or (scales.view(torch.uint8) > LARGEST_SCALE).any():
+        for first in range(begin, end, step):
+            tiles = segment[first : min(first + step, end)]
+            raw = self._read_raw(first * n * 2, (len(tiles), n), torch.bfloat16)
+            scales, zeros = scaling.apply(raw, tiles)
+            if (scales.view(torch.uint8) > LARGEST_SCALE).any():
                 raise BasisError(
-                    "not the scales of an unfinished basis of these candidates; pass"
-                    " --overwrite to start anew",
-                    self.raw,
+                    "sums and scales do not fit; pass --overwrite to start anew", self.raw
                 )
             self.writer.put("scales", scales, first * n)
             lost += int(zeros)
-        if lost:
+        lost = int(ranks.all_reduce_(torch.tensor([lost])))
+        if lost and ranks.is_rank_zero:
             print(f"twa: warning: {lost_groups(lost, len(segment) * n)}", file=sys.stderr)
 
-    def _bytes_before(self, index: int, column: int) -> int:
-        """Bytes of all candidates before a column of a tensor."""
-        keys = list(self.contents.trained.values())
-        whole = sum(c.info[key].nbytes for c in self.candidates for key in keys[:index])
-        if index >= len(keys):
-            return whole
-        return whole + sum(c.info[keys[index]].dtype.itemsize for c in self.candidates) * column
+    def _bytes(self, runs: Sequence[Run]) -> int:
+        """Bytes of these columns in all candidates."""
+        return sum((end - begin) * self.sizes[k] for k, begin, end in runs)
 
     # Position of an interrupted run --------------------------------------------------------------
 
-    def _save_position(self, packer: tk.Packer, at: tuple[int, int]) -> None:
-        """Writes (tensor, column) to go on from, when the parts before it are on the disk.
+    def _sync(self) -> None:
+        """Returns when all that this rank has packed is on the disk.
 
-        Raises CandidateError if the candidates are not what they were: the parts would be wrong.
+        Raises CandidateError if the candidates are not what they were: it would be wrong.
         """
         self.candidates.check()
         self.behind.wait()
         self.writer.sync()
         self.raw_file.flush()
         os.fsync(self.raw_file.fileno())
-        sums = {"sum_sq": packer.sum_sq.tolist(), "max_scale": packer.max_scale.tolist()}
-        place = {"tensor": at[0], "column": at[1]}
-        write_json(self.position, {**place, **sums, "of": json.dumps(self._options())})
+
+    def _save_position(self, todo: Sequence[Run]) -> None:
+        """Writes what is left to pack, when all else is on the disk."""
+        self._sync()
+        self.ranks.barrier()
+        if self.ranks.is_rank_zero:
+            write_json(self.position, {"todo": joined(todo), "of": json.dumps(self._options())})
+        self.ranks.barrier()
 
     def _options(self) -> dict[str, Any]:
         """What must be the same in a run that goes on."""
         return {"contents": self.contents.as_json(), "center_weights": self.weights.tolist()}
 
-    def _read_position(self, packer: tk.Packer) -> tuple[int, int]:
-        """The (tensor, column) to go on from; the packer is as it was there."""
+    def _read_position(self) -> list[Run]:
+        """What an interrupted run has left to pack."""
         expected = "expected the position of an interrupted run"
         value: Any = read_json(self.position, expected, MAX_POSITION)  # of any type, caught below
         try:
@@ -355,13 +467,12 @@ class PackToFile:
                         f"of another run: {odd[0]} differs; pass --overwrite to start anew",
                         self.position,
                     )
-            sum_sq = torch.tensor(value["sum_sq"], dtype=torch.float64)
-            max_scale = torch.tensor(value["max_scale"], dtype=torch.float32)
-            packer.resume(value["tensor"], value["column"], sum_sq, max_scale)
-            return value["tensor"], value["column"]
+            if not are_runs(value["todo"], self.contents.numels):
+                raise ValueError("todo: expected runs of columns")
+            return [(k, begin, end) for k, begin, end in value["todo"]]
         except BasisError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BasisError(
                 f"not the position of an interrupted run ({type(error).__name__}: {error})",
                 self.position,
