@@ -734,7 +734,8 @@ def recentred(
     with sharding.ranks.fail_together(f"moving {loaded.path} to another center"):
         sharding.mapped = (loaded.file,)
         basis, pieces = rows_of(loaded, sharding)
-        center = center_at(loaded, sharding, basis, pieces, weights, progress)
+        device = "cpu" if storage == "host" else None
+        center = center_at(loaded, sharding, basis, pieces, weights, progress, device)
         segments = contents.tensor_segments
         coordinates = constrained(rows.around(weights), constraint)
         if balance:

@@ -246,6 +246,18 @@ def test_a_basis_from_its_file(candidates, stages, tmp_path):
     assert torch.equal(before, loaded.coefficients)
 
 
+@pytest.mark.parametrize("at_hand", [True, False])
+def test_a_basis_from_its_file_around_another_center(candidates, stages, tmp_path, at_hand):
+    twa.Subspace.from_candidates(Model(), candidates).save(tmp_path, basis=True)
+    made = [
+        twa.Subspace.load(tmp_path, Model(), candidates if at_hand else None, center=0, **options)
+        for options in ({}, {"storage": "host"})
+    ]
+    assert len(stages) == 1 and made[1].basis is stages[0] and stages[0].copied > 0
+    for p, q in zip(made[0].model.parameters(), made[1].model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_on_the_cpu_nothing_is_copied(candidates):
     subspace = trained(candidates, storage="host")
     assert isinstance(subspace.basis, tk.PackedBasis) and subspace.can_fuse()

@@ -103,7 +103,6 @@ class StreamedBasis:
         self.block_bytes = block_bytes or BLOCK_BYTES
         self.relay = relay or Relay(self.device)
         self._row_scale = host.row_scale.to(self.device)
-        self._divisor = host.divisor.to(self.device)
         self._blocks = self._cut()
 
     def _cut(self) -> list[Block]:
@@ -181,7 +180,7 @@ class StreamedBasis:
                 of_scales.view(torch.float8_e4m3fn),
                 self._row_scale,
                 block.tile_segment,
-                self._divisor,
+                self.host.divisor,  # which no kernel reads
                 tuple(Size([columns.stop - columns.start]) for _, columns in block.pieces),
                 self.bits,
             )

@@ -91,7 +91,10 @@ def build(
 
 @torch.no_grad()
 def build_center(
-    sharding: Sharding, weights: Tensor, progress: Progress | None = None
+    sharding: Sharding,
+    weights: Tensor,
+    progress: Progress | None = None,
+    device: torch.device | str | None = None,
 ) -> list[Tensor] | None:
     """The center of some candidates alone, float32; ranks call it together.
 
@@ -99,8 +102,9 @@ def build_center(
         sharding: the candidates, and which part of it this rank holds
         weights: (n,), the merge weights of the center
         progress: called with (key of the tensor, bytes read)
+        device: where it is made; None: see `usual_device`
     """
-    feed = Feed(usual_device(sharding.device))
+    feed = Feed(usual_device(sharding.device) if device is None else device)
     size = 4 * sum(shard.shape.numel() for shard in sharding.shards) + mmap.PAGESIZE
     memory = sharding.host_memory(size, feed.device)
     centers = _centers(sharding, weights, progress, feed, memory)

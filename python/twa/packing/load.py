@@ -162,6 +162,7 @@ def center_at(
     pieces: Pieces,
     weights: Tensor,
     progress: Progress | None = None,
+    device: torch.device | str | None = None,
 ) -> list[Tensor] | None:
     """Another center than the file's, float32, of this rank's columns. Ranks call it together.
 
@@ -175,13 +176,14 @@ def center_at(
         pieces: the columns as the basis has them
         weights: (n,), the merge weights of the center
         progress: called with (key of the tensor, bytes read)
+        device: where it is made of the candidates; None: the model's
 
     Raises:
         CandidateError: a candidate holds NaN or Inf
         TwaError: no rank has all rows, and the candidates are not at hand
     """
     if sharding.candidates.at_hand:
-        return build_center(sharding, weights, progress)
+        return build_center(sharding, weights, progress, device)
     if sharding.name == "rows":
         raise TwaError("sharding 'rows': another center needs the candidates: pass them to load")
     rows = loaded.coordinates().rows
