@@ -279,7 +279,13 @@ def make_seeds():
             Path("basis"), basis=True
         )
         seeds["basis"].append({"basis.safetensors": Path("basis/basis.safetensors").read_bytes()})
-        shutil.rmtree("basis")
+    shutil.rmtree("basis")
+    packed = pack.PackToFile("basis/basis.safetensors", Model(), candidates)
+    packed.run()
+    moved = twa.Subspace.load("basis", Model(), candidates, center="last")
+    moved.save("basis", basis=True)
+    seeds["basis"].append({"basis.safetensors": Path("basis/basis.safetensors").read_bytes()})
+    shutil.rmtree("basis")
     Path("basis").mkdir()
     seconds, pack.SAVE_SECONDS = pack.SAVE_SECONDS, -1.0
     for after in (1, 2):

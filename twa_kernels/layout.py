@@ -51,7 +51,8 @@ def total_tiles(numels: tuple[int, ...]) -> int:
 def segments_to_tiles(segments: Sequence[int] | Tensor | None, numels: Sequence[int]) -> Tensor:
     """Segment of each tile, (num_tiles,) int32, from one index per tensor or one per tile.
 
-    None: one segment per tensor.
+    None: one segment per tensor. Where there are as many tensors as tiles, an int32 tensor is taken
+    for one index per tile, as this function gives it, and anything else for one per tensor.
     """
     offsets = tile_offsets(numels)
     counts = torch.tensor([b - a for a, b in itertools.pairwise(offsets)], dtype=torch.int64)
@@ -61,7 +62,8 @@ def segments_to_tiles(segments: Sequence[int] | Tensor | None, numels: Sequence[
             "segments: expected a flat list of integers, "
             f"found {index.dtype} of shape {tuple(index.shape)}"
         )
-    if len(index) == len(numels):
+    per_tile = len(index) == offsets[-1] and index.dtype == torch.int32
+    if len(index) == len(numels) and not per_tile:
         index = torch.repeat_interleave(index.long(), counts)
     elif len(index) != offsets[-1]:
         raise ValueError(

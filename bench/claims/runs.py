@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from twa.distributed.ranks import Ranks
+from twa.distributed.batch_shares import Share
 from twa.io.atomic import write_json, write_torch
 from twa.io.candidates import Candidates
 from twa.io.errors import StateError, TaskError
@@ -229,7 +229,7 @@ class Training:
         self.task, self.plan, self.model, self.seed, self.first = task, plan, model, seed, first
         self.title, self.at = title, first
         self.optimizer = plan.make_optimizer(model)
-        self.stream = Stream(task.train, Ranks(), 1, seed)
+        self.stream = Stream(task.train, Share(0, 1), 1, seed)
 
     def load(self, state: dict, optimizer_state: bool = True) -> None:
         """Goes to where another one was, or only to its weights."""

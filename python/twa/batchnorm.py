@@ -152,7 +152,7 @@ def update_bn(
         forward: how to run the model on a batch, where that guess is wrong
         max_batches: stop after so many; None: read all
         group: process group whose ranks each bring their own batches: all get the statistics of all
-            of them
+            of them. For a tensor-parallel model, that of the other dimension of its mesh
 
     Returns:
         the number of batches used, of all ranks: 0, without reading any, if the model has no

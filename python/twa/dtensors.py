@@ -33,6 +33,20 @@ def device_meshes(model: nn.Module) -> set[DeviceMesh]:
     return {p.device_mesh for p in model.parameters() if is_dtensor(p)}
 
 
+def data_parallel_meshes(model: nn.Module) -> set[DeviceMesh]:
+    """The meshes over which FSDP2 shares out batches: along them each rank has its own."""
+    if (fsdp := sys.modules.get("torch.distributed.fsdp")) is None:
+        return set()
+    found = set()
+    for state in (m._get_fsdp_state() for m in model.modules() if isinstance(m, fsdp.FSDPModule)):
+        if hasattr(state, "_fsdp_param_groups"):
+            groups = state._fsdp_param_groups
+        else:  # older PyTorch: one group, or None
+            groups = filter(None, [state._fsdp_param_group])
+        found |= {group.mesh_info.mesh for group in groups}
+    return found
+
+
 def local(t: Tensor) -> Tensor:
     """This rank's part of a tensor, to read or write in place; an unsharded tensor itself."""
     with torch.no_grad():

@@ -309,6 +309,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
         It has the form of any optimizer's: the state, and the coefficients in it, stands under the
         first parameter. So torch.distributed.checkpoint.state_dict takes it (not with low_memory).
+        torch.distributed.checkpoint.load into the state of an optimizer that has not stepped yet
+        would leave out the inner state: `load_state_dict` refuses that.
 
         Raises:
             DistributedError: the ranks' coefficients were not the same bits
@@ -319,8 +321,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         numbers = list(range(len(self.param_groups[0]["params"])))
         state: dict[int, dict[str, Any]] = {k: {} for k in numbers}
         identity = subspace.pop("identity")
-        state[0] = inner["state"].get(0, {}) | subspace
-        group = {"params": numbers, "subspace": identity}
+        own = inner["state"].get(0, {})
+        state[0] = own | subspace
+        # which dcp.load must have filled in: what the state_dict it is given lacks, it leaves out
+        group = {"params": numbers, "subspace": identity, "state_names": " ".join(sorted(own))}
         return {"state": state, "param_groups": [inner["param_groups"][0] | group]}
 
     @torch.no_grad()
@@ -338,8 +342,15 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             subspace = {"coefficients": own.pop("coefficients")}
             subspace |= {name: own.pop(name) for name in ("mix", "unit") if name in own}
             identity = dict(group.pop("subspace"))
+            names = group.pop("state_names", " ".join(sorted(own))).split()
         except (KeyError, IndexError, TypeError) as error:
             raise StateError("expected the state of a SubspaceOptimizer") from error
+        if missing := set(names) - own.keys():
+            raise StateError(
+                f"the state of a SubspaceOptimizer without {', '.join(sorted(missing))}: dcp.load"
+                " fills in what is there already, so take get_optimizer_state_dict(model,"
+                " optimizer), or load after a first step"
+            )
         self.subspace.check_identity(identity, "optimizer state")
         state = {0: own} if own else {}
         with self._coefficients_in_group():

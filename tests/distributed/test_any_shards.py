@@ -368,11 +368,11 @@ def test_pieces_by_segments(shape, chunk, dense):
     for cut, part in parts_of(shape):
         of_weight = segments.first[1] + torch.arange(math.prod(shape)).view(shape) // chunk
         expected = (of_weight if cut is None else of_weight[cut]).flatten().tolist()
-        pieces, firsts, tiles = by_segments(
+        made = by_segments(
             [torch.Size([130]), part], [None, cut], [torch.Size([130]), shape], segments, dense
         )
-        tiles, found = iter(tiles[2:]), []
-        for first, size in zip(firsts[1:], pieces.sizes[1], strict=True):
+        pieces, tiles, found = made.pieces, iter(made.tile_segments().tolist()[2:]), []
+        for first, size in zip(made.firsts[1:], pieces.sizes[1], strict=True):
             groups = [next(tiles) for _ in range(-(-size // 128))]
             if dense:
                 found += [first + j // chunk for j in range(size)]

@@ -4,6 +4,7 @@ written after it is built, and each tensor once to each other host.
 
 import contextlib
 import ctypes
+import dataclasses
 import itertools
 import os
 import shutil
@@ -19,7 +20,7 @@ import torch.distributed as dist
 import twa
 from safetensors.torch import save_file
 from torch import nn
-from twa.distributed import host, sharding
+from twa.distributed import choose, cost, host, sharding
 from twa.distributed.host import HostMemory
 from twa.distributed.ranks import Ranks
 
@@ -182,7 +183,7 @@ def test_nothing_writes_to_it(ranks, heap, options, low_memory):
 
 
 def bytes_of_it(group, heap, width):
-    """Bytes that the memory takes in the system, and those of what is in it."""
+    """Bytes that the memory takes in the system, those of what is in it, and this."""
     kept, open_memory = [], host._open
 
     def opened(offer, size):
@@ -196,14 +197,19 @@ def bytes_of_it(group, heap, width):
     os.close(kept[0])
     basis = subspace.basis
     tensors = [basis.codes, basis.scales, *subspace.center]
-    return found, sum(t.nbytes for t in tensors), basis.scales.nbytes
+    assert basis.codes.data_ptr() % host.HUGE == 0
+    return found, sum(t.nbytes for t in tensors), bits_of(subspace)
 
 
 def test_scales_as_they_were_packed_are_given_back(ranks, tmp_path):
-    write_heap(tmp_path, 700)
+    """And codes of several huge pages, on which the system may put them, are what they were."""
+    write_heap(tmp_path, 1700)
+    expected = bits_of(subspace_of(None, tmp_path, 1700, sharding="single"))
+    assert expected[0].nbytes > host.HUGE
     pages = 4 * os.sysconf("SC_PAGE_SIZE")  # codes, scales, center and the token begin on pages
-    for taken, needed, scales in ranks.run(3, bytes_of_it, tmp_path, 700):
-        assert 2 * scales > pages and needed <= taken <= needed + pages
+    for taken, needed, bits in ranks.run(3, bytes_of_it, tmp_path, 1700):
+        assert 2 * expected[1].nbytes > pages and needed <= taken <= needed + pages
+        assert all(torch.equal(a, b) for a, b in zip(bits, expected, strict=True))
 
 
 def mismatched(group):
@@ -310,3 +316,26 @@ def test_network_namespaces_are_hosts(namespaces, heap):
     codes, scales, _, _, *center = expected
     whole = codes.nbytes + 2 * scales.nbytes + sum(c.nbytes for c in center)
     assert received == whole, "not each tensor once to the other host"
+
+
+def chosen(group, heap, local_ranks):
+    """What "auto" is where half of the basis and the center fits beside the model."""
+    numel = sum(p.numel() for p in new_model().parameters())
+    job = cost.Job(numel, 5, 4, 1, 2, weight_bytes=4)
+    alone = cost.memory(job, "replicate")["total"]
+    half = cost.memory(dataclasses.replace(job, sharers=2), "replicate")["total"]
+    free = int(((alone + half) / 2 - 4 * numel) / cost.MEMORY_SHARE)
+    with (
+        mock.patch.object(choose, "free_memory", lambda device: free),
+        mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(local_ranks)}),
+    ):
+        try:
+            return subspace_of(group, heap, sharding="auto").sharding.name
+        except twa.TwaError as error:
+            return str(error)
+
+
+def test_auto_counts_a_share_of_the_hosts_basis(ranks, heap):
+    assert ranks.run(2, chosen, heap, 2) == ["replicate"] * 2
+    for said in ranks.run(2, chosen, heap, 1):
+        assert "fit into no rank's memory" in said

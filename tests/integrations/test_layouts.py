@@ -562,6 +562,54 @@ def test_torchtitan(tmp_path, nested):
     # and it is one more candidate of its kind
     both = twa.Candidates([tmp_path / "checkpoint" / "step-120", tmp_path / "average/averaged_dcp"])
     check_average(both, [states[-1], weights])
+    # the last step may be the model alone, in another dtype, and one before it half written
+    exported = {key: t.bfloat16() for key, t in states[-1].items()}
+    last, half = (tmp_path / "checkpoint" / f"step-{step}" for step in (120, 110))
+    shutil.rmtree(last)
+    dcp.save(with_weights(exported), checkpoint_id=last, no_dist=True)
+    (half / ".metadata").unlink()
+    names.remove("step-110")
+    for paths in (tmp_path / "checkpoint", f"{tmp_path}/checkpoint/step-*"):
+        candidates = read(paths, names, "as its save has not ended .*: step-110")
+    check_average(candidates, [*states[:10], exported])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("part", ["_orig_mod.", "_checkpoint_wrapped_module."])
+def test_torchtitan_of_wrapped_layers(tmp_path, part):
+    """Names with the parts that torch.compile and activation checkpointing add, as older ones."""
+    states = [{key: t + k for key, t in decoder().state_dict().items()} for k in range(3)]
+    for k, state in enumerate(states):
+        wrapped = {key.replace("layers.0.", f"layers.0.{part}"): t for key, t in state.items()}
+        moments = {f"state.{key}.exp_avg": t for key, t in wrapped.items()}
+        content = wrapped | {"optimizer": Holds(moments)}
+        dcp.save(content, checkpoint_id=tmp_path / f"step-{k + 8}", no_dist=True)
+    candidates = read(tmp_path, ["step-8", "step-9", "step-10"])
+    model = decoder()
+    twa.load_average(model, candidates, twa.averages.candidate(3, 2))
+    assert_same(model.state_dict(), states[2])
+    weights = save_between(model, candidates, tmp_path / "average")
+    assert_same(load_file(tmp_path / "average" / "averaged.safetensors"), weights)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_torchtitan_saved_for_hugging_face(tmp_path):
+    """What its last step is with last_save_in_hf: safetensors, with the shards that they are of."""
+    from torch.distributed.checkpoint._consolidate_hf_safetensors import (
+        consolidate_safetensors_files,
+    )
+
+    states = [{key: t + k for key, t in decoder().state_dict().items()} for k in range(2)]
+    for k, state in enumerate(states):
+        folder = tmp_path / f"run-{k}" / "step-100"
+        where = {key: 1 + n % 2 for n, key in enumerate(state)}
+        writer = dcp.HuggingFaceStorageWriter(
+            path=str(folder / "sharded"), save_distributed=True, fqn_to_index_mapping=where
+        )
+        dcp.save(state, storage_writer=writer, no_dist=True)
+        consolidate_safetensors_files(str(folder / "sharded"), str(folder), where)
+    candidates = read(f"{tmp_path}/run-*/step-100", ["step-100", "step-100"])
+    check_average(candidates, states)
 
 
 # DeepSpeed ---------------------------------------------------------------------------------------

@@ -94,6 +94,13 @@ def test_a_zero_tensor_in_a_tiny_segment_is_zero():
     assert not tk.unpack(basis)[1].any() and tk.unpack(basis)[0].any()
 
 
+def test_segments_of_tiles_where_there_are_as_many_tensors():
+    rows = [torch.zeros(3, 0), torch.randn(3, 256)]  # two tensors, two tiles
+    of_tiles = torch.tensor([0, 1], dtype=torch.int32)
+    assert tk.pack(rows, 4, segments=of_tiles).tile_segment.tolist() == [0, 1]
+    assert tk.pack(rows, 4, segments=[0, 1]).tile_segment.tolist() == [1, 1]
+
+
 def test_a_part_stays_with_the_sink_while_the_next_one_is_packed():
     rows, sizes, kept = rows_of(3, [(8192,)] * 4), [(8192,)] * 4, []
 

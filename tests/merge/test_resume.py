@@ -439,7 +439,7 @@ class Rank:
     """Ranks seen from one of them, without any others."""
 
     def __init__(self, rank, size):
-        self.rank, self.world_size = rank, size
+        self.rank, self.world_size, self.counts = rank, size, True
 
 
 class Noisy(torch.utils.data.Dataset):

@@ -256,6 +256,7 @@ def test_resume_refuses_another_run(candidates, tmp_path, monkeypatch):
         {"todo": [[0, 0, 8192.0]]},
         {"todo": [[0, 0]]},
         {"of": "3"},
+        {"of": "[" * 100_000},
     ):
         (tmp_path / "b.safetensors.position.partial").write_text(json.dumps(position | change))
         with pytest.raises(BasisError, match="not the position of an interrupted run"):

@@ -14,6 +14,7 @@ from torch import Tensor
 from twa_kernels import NotFiniteError, Packer, average
 from twa_kernels.scaling import row_divisor
 
+from .pieces import Cut
 from .segments import Segments
 
 
@@ -217,27 +218,24 @@ AnyPacker = Packer | DensePacker
 
 def new_packer(
     n: int,
-    shapes: Sequence[torch.Size],
+    cut: Cut,
     bits: int,
     segments: Segments,
-    firsts: Sequence[int],
-    tiles: Sequence[int],
     device: torch.device | str = "cpu",
     allocate: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
 ) -> AnyPacker:
     """A packer for a packed basis, or for bits=32 a dense one.
 
     Args:
-        n: number of rows
-        shapes: of the tensors, or of the parts of them that are packed here
+        n: rows
+        cut: the tensors, or the parts of them that are packed here
         bits: of the basis
         segments: of the tensors
-        firsts: the segment where each part begins
-        tiles: the segments as twa_kernels takes them
         device: where the rows and the basis are
         allocate: makes the memory of a packed basis, see `twa_kernels.Packer`
     """
+    shapes = cut.pieces.shapes
     if bits != 32:
-        count = len(segments.labels)
+        tiles, count = cut.tile_segments(), len(segments.labels)
         return Packer(n, shapes, bits, tiles, device, num_segments=count, allocate=allocate)
-    return DensePacker(n, shapes, replace(segments, first=list(firsts)), device)
+    return DensePacker(n, shapes, replace(segments, first=cut.firsts), device)

@@ -122,8 +122,10 @@ def begin_of(part: Part | None, shape: Sequence[int]) -> int | None:
     return part[0].start * math.prod(shape[1:])
 
 
-def _below(position: int, part: Part, shape: Sequence[int]) -> int:
+def _below(position: int, part: Part | None, shape: Sequence[int]) -> int:
     """How many weights of a part of a tensor lie before a position of it, as it lies flat."""
+    if part is None:
+        return position
     found, inner = 0, math.prod(shape)
     inside = math.prod(cut.stop - cut.start for cut in part)
     for cut, size in zip(part, shape, strict=True):
@@ -135,13 +137,33 @@ def _below(position: int, part: Part, shape: Sequence[int]) -> int:
     return found
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Parts of tensors as they are packed.
+
+    Attributes:
+        pieces: the parts, cut where their segment changes
+        firsts: the segment of each piece's begin
+        runs: (segment, groups of 128) of groups that follow each other
+    """
+
+    pieces: Pieces
+    firsts: list[int]
+    runs: list[tuple[int, int]]
+
+    def tile_segments(self) -> Tensor:
+        """The segment of each group of 128, (groups,) int32."""
+        segment, count = torch.tensor(self.runs or [(0, 0)]).T
+        return segment.int().repeat_interleave(count)
+
+
 def by_segments(
     parts: Sequence[torch.Size],
     slices: Sequence[Part | None],
     shapes: Sequence[Sequence[int]],
     segments: Segments,
     dense: bool = False,
-) -> tuple[Pieces, list[int], list[int]]:
+) -> Cut:
     """Parts of tensors, cut where their segment changes.
 
     It does not matter that it changes where a group of 128 of the piece ends.
@@ -152,41 +174,33 @@ def by_segments(
         shapes: of the whole tensors
         segments: of the whole tensors
         dense: `segments.chunk` columns of a piece each make a segment, which follow each other
-
-    Returns:
-        the pieces; the segment of each one's begin; the segments as twa_kernels takes them: of each
-        piece, or with `segments.chunk` of each group of 128
     """
-    if not segments.chunk:
-        return Pieces.of_whole(parts), list(segments.first), list(segments.first)
-    unit = segments.chunk if dense else TILE
+    chunk, unit = segments.chunk, segments.chunk if dense else TILE
     sizes: list[tuple[int, ...]] = []
     firsts: list[int] = []
-    tiles: list[int] = []
-    for k, (part, cut) in enumerate(zip(parts, slices, strict=True)):
-        first, numel, chunk = segments.first[k], part.numel(), segments.chunk
-        begin = begin_of(cut, shapes[k]) if numel else 0
-        if begin is not None and begin % unit == 0:
+    runs: list[tuple[int, int]] = []
+    for first, part, cut, shape in zip(segments.first, parts, slices, shapes, strict=True):
+        numel = part.numel()
+        if not chunk or not numel:
             sizes.append((numel,))
-            firsts.append(first + begin // chunk)
-            tiles += [first + (begin + t * TILE) // chunk for t in range(num_tiles(numel))]
+            firsts.append(first)
+            runs.append((first, num_tiles(numel)))
             continue
-        assert cut is not None  # a whole tensor begins at 0
-        count = -(-math.prod(shapes[k]) // chunk)
-        places = [_below(m * chunk, cut, shapes[k]) for m in range(count)] + [numel]
+        count = -(-math.prod(shape) // chunk)
+        places = [_below(m * chunk, cut, shape) for m in range(count)] + [numel]
         begins: list[int] = []
-        for m, (at, end) in enumerate(itertools.pairwise(places)):
+        for segment, (at, end) in enumerate(itertools.pairwise(places), first):
             if at == end:
                 continue
             follows = begins and (at - begins[-1]) % unit == 0
             if dense and follows:
-                follows = first + m == firsts[-1] + (at - begins[-1]) // chunk
+                follows = segment == firsts[-1] + (at - begins[-1]) // chunk
             if not follows:
                 begins.append(at)
-                firsts.append(first + m)
-            tiles += [first + m] * num_tiles(end - at)
+                firsts.append(segment)
+            runs.append((segment, num_tiles(end - at)))
         sizes.append(tuple(b - a for a, b in itertools.pairwise([*begins, numel])))
-    return Pieces(tuple(parts), tuple(sizes)), firsts, tiles
+    return Cut(Pieces(tuple(parts), tuple(sizes)), firsts, runs)
 
 
 @dataclass(frozen=True)

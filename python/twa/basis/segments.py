@@ -6,6 +6,9 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from twa_kernels.layout import TILE, num_tiles
 
 from ..io.errors import TwaError
@@ -48,26 +51,24 @@ class Segments:
         firsts = sorted({first for first in self.first if first < count})
         return [end - first for first, end in itertools.pairwise([*firsts, count])]
 
-    def of_tensor(self, k: int, numel: int, begin: int = 0) -> range:
-        """The segments of weights begin to begin + numel of tensor k."""
+    def of_tensor(self, k: int, numel: int) -> range:
+        """The segments of tensor k, which has so many weights."""
         first = self.first[k]
-        if not self.chunk:
-            return range(first, first + 1)
-        return range(first + begin // self.chunk, first - -(begin + numel) // self.chunk)
+        return range(first, first + (-(-numel // self.chunk) if self.chunk else 1))
 
-    def of_tiles(self, numels: Sequence[int]) -> list[int]:
+    def of_tiles(self, numels: Sequence[int]) -> Tensor:
         """The segments as twa_kernels takes them: per tensor, or with `chunk` per tile.
 
         Args:
             numels: weights of each tensor
         """
         if not self.chunk:
-            return list(self.first)
-        return [
-            first + t * TILE // self.chunk
+            return torch.tensor(self.first, dtype=torch.int32)
+        of_each = (
+            first + torch.arange(num_tiles(numel), dtype=torch.int32) // (self.chunk // TILE)
             for first, numel in zip(self.first, numels, strict=True)
-            for t in range(num_tiles(numel))
-        ]
+        )
+        return torch.cat(list(of_each))
 
 
 def segments_of(names: Sequence[str], numels: Sequence[int], granularity: Granularity) -> Segments:

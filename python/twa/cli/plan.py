@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from dataclasses import replace
 
+import torch
+
+from ..basis.segments import GRANULARITIES, parse_granularity
 from ..distributed.cost import (
     SHARDINGS,
     STORAGE,
@@ -17,27 +21,40 @@ from ..distributed.cost import (
     memory,
     obstacle,
     payload,
-    sent,
+    ring,
     streamed,
     whole_model_limit,
 )
+from ..distributed.simulate import Simulation, simulate
 from ..io.candidates import BLOCK_BYTES
 from ..io.errors import TwaError
 from ..io.tables import markdown_table
+from ..tasks.contract import BUILT_IN, load_task
+from ..tasks.gpt import GPT
+
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Adds the command and its options."""
     p = commands.add_parser("plan", help="memory and bytes of each sharding", description=__doc__)
     p.set_defaults(run=run)
+    of = p.add_mutually_exclusive_group(required=True)
+    of.add_argument("--params", type=float, help="trained weights of the model, such as 7e9")
+    model = "counts what ranks hold and send for this model, without weights, beside the formulas:"
+    model += f" a task file, {' or '.join(BUILT_IN)}, or gpt:WIDTHxBLOCKS, such as gpt:8192x86"
+    of.add_argument("--simulate", metavar="MODEL", help=model)
     add = p.add_argument
-    add("--params", type=float, required=True, help="trained weights of the model, such as 7e9")
     add("--candidates", type=int, required=True, help="number of candidates")
     bits = "of the packed basis: 8, 4, 3, 2, 1, or 32 for dense float32 (default: %(default)s)"
     add("--bits", type=int, default=4, help=bits)
     add("--ranks", type=int, default=8, help="processes, one per GPU (default: %(default)s)")
     segments = "sets of coefficients: about one per tensor of a large model (default: %(default)s)"
     add("--segments", type=int, default=200, help=segments)
+    fine = f"with --simulate, in the place of --segments: {GRANULARITIES} (default: %(default)s)"
+    add("--granularity", default="fine", help=fine)
+    blocks = "of the model, which FSDP gathers one by one; --simulate knows (default: %(default)s)"
+    add("--blocks", type=int, default=round(1 / Job.block_share), help=blocks)
     width = "per weight and per gradient: 2 bfloat16, 4 float32 (default: %(default)s)"
     add("--weight-bytes", type=int, default=Job.weight_bytes, help=width)
     low = "as in twa average: gradients are projected and freed inside backward"
@@ -56,8 +73,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         TwaError: the numbers make no job
     """
-    fields = ("params", "candidates", "bits", "segments", "ranks", "weight_bytes", "low_memory")
-    job = Job(storage=args.storage, **{name: getattr(args, name) for name in fields})
+    simulated = _simulated(args) if args.simulate else None
+    job = _job(args) if simulated is None else simulated.job
     rate = args.host_bandwidth
     if rate is not None and not (0 < rate < math.inf and job.storage == "host"):
         raise TwaError(
@@ -79,23 +96,80 @@ def run(args: argparse.Namespace) -> None:
         " them, bytes that FSDP moves anyway"
     )
     print()
-    print(markdown_table(header, [_cells(job, sharding, limit) for sharding in SHARDINGS]))
+    print(markdown_table(header, _rows(job, simulated, limit)))
     print()
+    if simulated is not None:
+        print(_how_simulated(job))
     print(_on_host(job, rate) if job.storage == "host" else _host(job))
     print(_building(job))
     print(_choice(job, limit))
     print(_assumptions(job))
 
 
-def _cells(job: Job, sharding: str, limit: float | None) -> list[str]:
-    """One row of the table."""
-    if reason := obstacle(job, sharding):
-        return [sharding, *["-"] * 9, reason]
-    m, p = memory(job, sharding), payload(job, sharding)
+def _job(args: argparse.Namespace) -> Job:
+    """The job that the options describe."""
+    fields = ("params", "candidates", "bits", "segments", "ranks", "weight_bytes", "low_memory")
+    if args.blocks < 1:
+        raise TwaError(f"expected a number above 0, found {args.blocks}", "--blocks")
+    chosen = {name: getattr(args, name) for name in fields}
+    return Job(**chosen, storage=args.storage, block_share=1 / args.blocks)
+
+
+def _simulated(args: argparse.Namespace) -> Simulation:
+    """What is counted for the model that the options name."""
+    if args.storage == "host":
+        raise TwaError("expected no --simulate, which counts a basis on the device", "--storage")
+    numbers = (args.candidates, args.bits, parse_granularity(args.granularity), args.ranks)
+    Job(1, args.candidates, args.bits, 1, args.ranks)  # which checks them
+    found = re.fullmatch(r"gpt:(\d{1,6})x(\d{1,4})", args.simulate)
+    if found is None:
+        make = load_task(args.simulate).model
+    else:
+        width, depth = int(found[1]), int(found[2])
+        shape = {"vocabulary": 128_000, "context": 8192, "width": width, "heads": 1}
+        if args.weight_bytes not in DTYPES or not width or not depth:
+            found_bytes = f"{args.weight_bytes}, width {width}, {depth} blocks"
+            raise TwaError(f"expected --weight-bytes 2 or 4 and sizes above 0, found {found_bytes}")
+        dtype = DTYPES[args.weight_bytes]
+        make = lambda: GPT(**shape, depth=depth).to(dtype)  # noqa: E731
+    return simulate(make, *numbers, low_memory=args.low_memory)
+
+
+def _rows(job: Job, simulated: Simulation | None, limit: float | None) -> list[list[str]]:
+    """The table: a row for each sharding, and two more for what was counted."""
+    rows = []
+    for sharding in SHARDINGS:
+        if reason := obstacle(job, sharding):
+            rows.append([sharding, *["-"] * 9, reason])
+            continue
+        formulas = _bytes(job, memory(job, sharding), payload(job, sharding))
+        fits = "" if limit is None else _fits(formulas[0], limit)
+        rows.append([sharding, *(quantity(b, "B") for b in formulas), fits])
+        if simulated is not None and sharding in simulated.counted:
+            counted = _bytes(job, simulated.memory(sharding), simulated.payload(sharding))
+            pairs = zip(formulas, counted, strict=True)
+            apart = [f"{100 * (f / c - 1):+.1f} %" if c else "" for f, c in pairs]
+            fits = "" if limit is None else _fits(counted[0], limit)
+            rows.append(["simulated", *(quantity(b, "B") for b in counted), fits])
+            rows.append(["formulas are off by", *apart, ""])
+        elif simulated is not None:
+            rows.append(["simulated", *["-"] * 9, "the task shards its model"])
+    return rows
+
+
+def _bytes(job: Job, m: dict[str, float], p: dict[str, float]) -> list[float]:
+    """The numbers of a row of the table."""
     parts = [m["total"], m["basis"], m["center"], m["weights"], m["gradients"]]
-    parts += [m["gathered"] + m["buffer"], p["twa"], sent(job, sharding)["twa"], p["model"]]
-    fits = "" if limit is None else _fits(m["total"], limit)
-    return [sharding, *(quantity(b, "B") for b in parts), fits]
+    return [*parts, m["gathered"] + m["buffer"], p["twa"], ring(job, p)["twa"], p["model"]]
+
+
+def _how_simulated(job: Job) -> str:
+    """What a simulation is."""
+    ranks = f"ranks 0 and {job.ranks - 1}" if job.ranks > 1 else "one rank"
+    return (
+        f"Simulated: {ranks} made this model on the meta device, sharded it, and took a step whose"
+        " messages go nowhere; the memory is of the one that holds more."
+    )
 
 
 def _fits(total: float, limit: float) -> str:
@@ -209,6 +283,6 @@ def _assumptions(job: Job) -> str:
     """What the figures assume."""
     return (
         "Assumed: ring collectives (a sum of m bytes: each of K ranks sends 2 (K - 1) / K m), FSDP"
-        f" in blocks of 1/{1 / job.block_share:g} of the model, no activations; see"
+        f" in blocks of 1/{1 / job.block_share:.3g} of the model, no activations; see"
         " docs/distributed.md."
     )

@@ -200,12 +200,13 @@ def shard_model(model: nn.Module, group: dist.ProcessGroup) -> None:
     from torch.distributed.fsdp import fully_shard
 
     device = next(model.parameters()).device.type
-    if not isinstance(group, dist.ProcessGroup) or device == "meta":
+    is_fake = dist.get_backend(group) == "fake"  # of `simulate`, whose model has no weights
+    if not isinstance(group, dist.ProcessGroup) or (device == "meta" and not is_fake):
         raise TwaError(
             "sharding 'columns': expected a model in memory and a process group, found a model on"
             f" {device}"
         )
-    mesh = DeviceMesh.from_group(group, device)
+    mesh = DeviceMesh.from_group(group, "cpu" if device == "meta" else device)
     for module in list(model.modules()):
         if isinstance(module, nn.ModuleList):
             for block in module:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..io.candidates import BLOCK_BYTES
 from ..io.errors import TwaError
@@ -19,10 +19,10 @@ STORAGE = ("device", "host")
 TILE = 128
 #: of two numbers that travel with the coefficients' gradient, to notice ranks that drift apart
 STAMP_BYTES = 8
-#: blocks that FSDP2 holds gathered at its peak, in backward: weights of the block in use, of the
-#: next one and of the root module; gradients of the block in use, of the one whose gradients are
-#: being sent, and of the root module. Counted in torch 2.13, the root as large as a block
-GATHERED_BLOCKS = 6
+#: blocks that FSDP2 holds gathered at its peak, in backward, beside the root module: the one in use
+#: and the next one; and gradients of the one in use and of the one whose gradients are being sent,
+#: and of the root module. Counted in torch 2.13
+GATHERED_BLOCKS = 2
 #: what storage "host" has on the device, and pinned in host memory: two blocks
 STREAMED_BYTES = 2.0 * BLOCK_BYTES
 #: part of a rank's free memory that `auto` is ready to fill
@@ -40,7 +40,9 @@ class Job:
         segments: sets of coefficients, L
         ranks: K
         weight_bytes: per weight of the model, and per gradient: 4 for float32, 2 for bfloat16
-        block_share: largest part of the model that FSDP gathers at a time
+        block_share: largest part of the model that FSDP gathers at a time, but for the root module
+        root_share: part of the model that is in no block but in the root module; None: as much as a
+            block
         low_memory: whether gradients are projected and freed inside backward
         storage: where basis and center are kept: "device"; or "host", from where blocks of them
             are copied to the device as they are needed
@@ -58,6 +60,7 @@ class Job:
     ranks: int
     weight_bytes: int = 2
     block_share: float = 1 / 32
+    root_share: float | None = None
     low_memory: bool = False
     storage: str = "device"
     sharers: int = 1
@@ -118,14 +121,26 @@ def row_bytes(job: Job) -> float:
     return job.params * (4.0 if job.bits == 32 else job.bits / 8 + 1 / TILE)
 
 
-def basis_bytes(job: Job, sharding: str) -> float:
-    """Bytes of one rank's P: n rows, for the whole model or for its shards.
+def _rows(job: Job, sharding: str) -> int:
+    """Rows of P that a rank holds.
 
-    With `rows` it is n // K rows, those of rank 0: it holds the center, too, and so at least as
-    much as a rank that has one row more.
+    With `rows` they are n // K, those of rank 0: it holds the center, too, and so about as much as
+    a rank that has one row more.
     """
-    rows = job.candidates // job.ranks if sharding == "rows" else job.candidates
-    return rows * row_bytes(job) * share(job, sharding)
+    return job.candidates // job.ranks if sharding == "rows" else job.candidates
+
+
+def basis_bytes(job: Job, sharding: str) -> float:
+    """Bytes of one rank's P: its rows, for the whole model or for its shards.
+
+    Beside the rows there are 8 bytes for each row and segment (divisor), and of a packed basis 4
+    more (scale), and 4 for each tile (its segment).
+    """
+    rows, part = _rows(job, sharding), share(job, sharding)
+    small = 8.0 * rows * job.segments
+    if job.bits != 32:
+        small += 4.0 * rows * job.segments + 4.0 * job.params * part / TILE
+    return rows * row_bytes(job) * part + small
 
 
 def center_bytes(job: Job, sharding: str) -> float:
@@ -142,7 +157,8 @@ def memory(job: Job, sharding: str) -> dict[str, float]:
     the float32 vector that the sums of `rows` go through.
     """
     part = share(job, sharding) * job.params
-    block = job.block_share * job.params * job.weight_bytes
+    root = job.block_share if job.root_share is None else job.root_share
+    gathered = 2 * (GATHERED_BLOCKS * job.block_share + root) * job.params * job.weight_bytes
     on_host = job.storage == "host"
     sharers = job.sharers if sharding == "replicate" and job.bits != 32 else 1
     items = {
@@ -150,7 +166,7 @@ def memory(job: Job, sharding: str) -> dict[str, float]:
         "center": 0.0 if on_host else center_bytes(job, sharding) / sharers,
         "weights": part * job.weight_bytes,
         "gradients": part * job.weight_bytes * (job.block_share if job.low_memory else 1.0),
-        "gathered": GATHERED_BLOCKS * block if sharding == "columns" else 0.0,
+        "gathered": gathered if sharding == "columns" else 0.0,
         "buffer": 4 * job.params if sharding == "rows" else 0.0,
     }
     return items | {"total": sum(items.values())}
@@ -160,7 +176,7 @@ def host_memory(job: Job, sharding: str) -> float:
     """Bytes that all ranks hold while training, if they are on the CPUs of one host."""
     m = memory(job, sharding)
     copies = job.ranks if sharding == "replicate" and job.bits == 32 else 1
-    once = job.candidates * row_bytes(job) + 4 * job.params
+    once = basis_bytes(replace(job, ranks=1), "replicate") + 4 * job.params
     return copies * once + job.ranks * (m["total"] - m["basis"] - m["center"])
 
 
@@ -189,7 +205,7 @@ def building(job: Job, sharding: str) -> float:
     """
     if job.storage == "host":
         return memory(job, sharding)["weights"]
-    rows = basis_bytes(job, sharding) / row_bytes(job)  # times the rank's share of the model
+    rows = _rows(job, sharding) * share(job, sharding)
     scales = 0.0 if job.bits == 32 else rows * job.params * 2 / TILE
     m = memory(job, sharding)
     return m["basis"] + scales + m["center"] + m["weights"] + 1.5 * BLOCK_BYTES
@@ -200,15 +216,17 @@ def payload(job: Job, sharding: str) -> dict[str, float]:
 
     "twa" is ours, all of it sums: c and the stamp; with `rows` also the gradient and x^T P, in
     float32. "model" is what training with FSDP moves anyway: weights gathered for forward and
-    again for backward (there without the root module's), gradients reduce-scattered.
+    again for backward (there without the root module's, if its share is known), gradients
+    reduce-scattered.
     """
     require(job, sharding)
     twa = 4.0 * job.candidates * job.segments + STAMP_BYTES
     if sharding == "rows":
         twa += 2 * 4 * job.params
+    model = 3.0 - (job.root_share or 0.0)
     return {
         "twa": twa,
-        "model": 3.0 * job.params * job.weight_bytes if sharding == "columns" else 0.0,
+        "model": model * job.params * job.weight_bytes if sharding == "columns" else 0.0,
     }
 
 
@@ -218,9 +236,13 @@ def sent(job: Job, sharding: str) -> dict[str, float]:
     An all-reduce of m bytes sends 2 (K - 1) / K m, an all-gather to m bytes or a reduce-scatter
     from m bytes half of that.
     """
-    ring = (job.ranks - 1) / job.ranks
-    p = payload(job, sharding)
-    return {"twa": 2 * ring * p["twa"], "model": ring * p["model"]}
+    return ring(job, payload(job, sharding))
+
+
+def ring(job: Job, messages: dict[str, float]) -> dict[str, float]:
+    """What each rank sends of messages as `payload` gives them."""
+    part = (job.ranks - 1) / job.ranks
+    return {"twa": 2 * part * messages["twa"], "model": part * messages["model"]}
 
 
 def choose(job: Job, memory_bytes: float | None = None, *, may_shard: bool = True) -> str | None:

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 import twa_kernels as tk
 
 from ..basis.dense import AnyPacker, DenseBasis
-from ..basis.pieces import Pieces
+from ..basis.pieces import Cut, Pieces, by_segments
+from ..basis.segments import Segments
 from ..basis.streamed import StreamedBasis
 from ..dtensors import is_dtensor, local, reshard
 from ..io.averaging import average_into
@@ -198,6 +199,16 @@ class Sharding:
     def device(self) -> torch.device:
         """Where this rank's weights are."""
         return local(self.tensors[0]).device
+
+    def cut(self, segments: Segments, dense: bool = False) -> Cut:
+        """This rank's parts of the tensors as a basis with these segments has them.
+
+        Args:
+            segments: of the whole tensors
+            dense: whether it is a basis of float32
+        """
+        parts, slices = [s.shape for s in self.shards], [s.part for s in self.shards]
+        return by_segments(parts, slices, [t.shape for t in self.tensors], segments, dense)
 
     def is_packer(self, k: int) -> bool:
         """Whether this rank packs tensor k, rather than another that sends the result."""

@@ -47,6 +47,14 @@ _NAMES |= {
 _NAMES |= {"torch.Size": Name(tuple), "collections.OrderedDict": Name(ordered)}
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether a directory has parts of a checkpoint without the metadata, which are written last.
+
+    Its save goes on, as after `async_save`, or was interrupted.
+    """
+    return not (folder / METADATA).is_file() and any(folder.glob("*.distcp"))
+
+
 def read(folder: Path) -> tuple[dict[str, object], tuple[Path, ...]]:
     """The content of a torch.distributed.checkpoint directory.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import CandidateError
-from .formats import FSDP_FOLDER, is_checkpoint_folder, suffix_of
+from .formats import FSDP_FOLDER, is_checkpoint_folder, is_unfinished, suffix_of
 from .order import age, in_order, shortened
 
 #: begins of names of directories in a checkpoint that hold parts of it, and no other checkpoints
@@ -91,9 +91,14 @@ def left_out(empty: Sequence[Path], opened: Sequence[Path]) -> list[str]:
     around = {folder for path in opened for folder in path.parents}
     names = [path for path in empty if path not in around]
     unread = {path for path in names if path.is_file() and not suffix_of(path)}
+    unfinished = [path for path in names if path.is_dir() and is_unfinished(path)]
     notes = []
     for why, paths in (
-        ("since no weights are in it", [path for path in names if path not in unread]),
+        ("as its save has not ended (no .metadata)", unfinished),
+        (
+            "since no weights are in it",
+            [path for path in names if path not in unread and path not in unfinished],
+        ),
         ("as no checkpoint's suffix is known for it", [path for path in names if path in unread]),
     ):
         counts = Counter(path.name for path in paths)

@@ -132,9 +132,14 @@ def open_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
     return _one_file(path, entry).checkpoint(kind, (path,))
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether a directory is a torch.distributed.checkpoint whose save has not ended."""
+    return dcp.is_unfinished(folder) or dcp.is_unfinished(folder / FSDP_FOLDER)
+
+
 def is_checkpoint_folder(folder: Path) -> bool:
     """Whether a directory is one checkpoint, rather than a place where several lie."""
-    if _has_whole(folder) or deepspeed.states_folder(folder) is not None:
+    if _has_whole(folder) or deepspeed.states_folder(folder) is not None or is_unfinished(folder):
         return True
     return bool(_indexes(folder)) or is_recording(folder)
 
@@ -184,6 +189,13 @@ def _directory(folder: Path, entry: str | None) -> Checkpoint:
         return open_checkpoint(folder / FSDP_FILE, entry)
     if (folder / FSDP_FOLDER / dcp.METADATA).is_file():
         return _directory(folder / FSDP_FOLDER, entry)
+    if is_unfinished(folder):
+        raise NoWeights(
+            f"not complete: torch.distributed.checkpoint writes {dcp.METADATA} last, and it is not"
+            " there; wait for what async_save returned, or leave the directory out if its save was"
+            " interrupted",
+            folder,
+        )
     raise NoWeights(
         f"expected a directory with a Hugging Face checkpoint ({', '.join(MODEL_FILES)}),"
         " a PEFT adapter (adapter_model.safetensors) or a torch.distributed.checkpoint"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batchnorm import batch_size, tracked_batchnorms, trained_batchnorms, update_bn_of
+from ..distributed.batch_shares import Share
 from ..distributed.ranks import Ranks
 from ..distributed.sharding import Sharding
 from ..distributed.weights import load_buffers, load_merge, load_untrained, round_to_files
@@ -35,6 +36,7 @@ def batch_values(
     ranks: Ranks | None = None,
     stride: int = 1,
     offset: int = 0,
+    share: Share | None = None,
 ) -> Tensor:
     """function(model, batch) of some batches, with the model in evaluation mode.
 
@@ -44,17 +46,19 @@ def batch_values(
         data: batches
         ranks: those that share the batches; None: this process alone
         stride, offset: which batches, see `tasks.batches.sampled`
+        share: this rank's of the batches; None: each rank has its own
 
     Returns:
         (batches, 3) float64, in order: value, size, 0 where it does not show, and position. It is
         the same on all ranks
     """
     ranks = ranks or Ranks()
+    share = share or Share.of(ranks)
     training = model.training
     model.eval()
     mine: list[tuple[float, int, int]] = []
     try:
-        for position, batch, counts in sampled(data, ranks, stride=stride, offset=offset):
+        for position, batch, counts in sampled(data, share, stride=stride, offset=offset):
             value = float(function(model, batch))
             if counts:
                 mine.append((value, batch_size(batch) or 0, position))
@@ -63,7 +67,7 @@ def batch_values(
     count = int(ranks.all_reduce_(torch.tensor([len(mine)]))[0])
     values = torch.zeros(count, 3, dtype=torch.float64)
     if mine:
-        values[ranks.rank :: ranks.world_size] = torch.tensor(mine, dtype=torch.float64)
+        values[share.rank :: share.world_size] = torch.tensor(mine, dtype=torch.float64)
     return ranks.all_reduce_(values)
 
 
@@ -72,6 +76,7 @@ def mean_over(
     function: Callable[[nn.Module, object], Tensor | float],
     data: Iterable,
     ranks: Ranks | None = None,
+    share: Share | None = None,
 ) -> float:
     """Mean of function(model, batch) over the data, with the model in evaluation mode.
 
@@ -81,11 +86,12 @@ def mean_over(
         data: batches; each is weighted by its size, or all alike if there is one whose size does
             not show
         ranks: those that share the batches; None: this process alone
+        share: this rank's of the batches; None: each rank has its own
 
     Raises:
         TaskError: there is no batch
     """
-    return _mean(batch_values(model, function, data, ranks))
+    return _mean(batch_values(model, function, data, ranks, share=share))
 
 
 def mean_of(values: Tensor) -> float:
@@ -179,6 +185,7 @@ class Evaluator:
         sharding: of the model and the candidates
         bn_batches: training batches that BatchNorm is re-estimated on
         batches_per_step: training batches of a gradient step
+        share: this rank's of all batches; None: each rank has its own
 
     Attributes:
         frozen: BatchNorm layers that keep the candidates' statistics, which are all the same
@@ -198,9 +205,11 @@ class Evaluator:
         sharding: Sharding,
         bn_batches: int = BN_BATCHES,
         batches_per_step: int = 1,
+        share: Share | None = None,
     ) -> None:
         self.task, self.sharding, self.bn_batches = task, sharding, bn_batches
         self.model, self.ranks = sharding.model, sharding.ranks
+        self.share = share or Share.of(self.ranks)
         self.frozen = frozen_batchnorms(sharding)
         self.has_batchnorm = any(m not in self.frozen for m in trained_batchnorms(self.model))
         self.bn_used = 0
@@ -242,7 +251,7 @@ class Evaluator:
         limit = self.bn_batches
         if for_look:
             limit = min(limit, max(LEAST_BN_BATCHES, -(-limit // self.stride)))
-        batches = shared_out(self.task.train, self.ranks, limit)
+        batches = shared_out(self.task.train, self.share, limit)
         loss = self.task.loss
         self.bn_used = update_bn_of(batches, self.model, loss, self.ranks, self.frozen)
         self.cost += self.bn_used * self._batch_cost
@@ -266,7 +275,8 @@ class Evaluator:
     def _values(self, stride: int, offset: int = 0) -> Tensor:
         """`batch_values` of the validation loss, whose cost is counted."""
         task = self.task
-        values = batch_values(self.model, task.loss, task.val, self.ranks, stride, offset)
+        share = self.share
+        values = batch_values(self.model, task.loss, task.val, self.ranks, stride, offset, share)
         sizes = values[:, 1]
         batches = torch.ones_like(sizes)
         if self._batch_size:
@@ -304,7 +314,7 @@ class Evaluator:
         load_untrained(self.sharding, weights)
         self.settle(own_statistics=True)
         task = self.task
-        value = mean_of(batch_values(self.model, task.loss, task.val, self.ranks))
+        value = mean_of(batch_values(self.model, task.loss, task.val, self.ranks, share=self.share))
         load_buffers(self.model, saved)
         return value
 
@@ -313,7 +323,7 @@ class Evaluator:
         task = self.task
         if task.test is None:
             return None, None
-        loss = mean_over(self.model, task.loss, task.test, self.ranks)
+        loss = mean_over(self.model, task.loss, task.test, self.ranks, self.share)
         if task.metric is None:
             return loss, None
-        return loss, mean_over(self.model, task.metric, task.test, self.ranks)
+        return loss, mean_over(self.model, task.metric, task.test, self.ranks, self.share)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed.batch_shares import share_of
 from ..distributed.choose import choose_sharding
 from ..distributed.ranks import Ranks, facts, versions
 from ..distributed.weights import restore, snapshot
@@ -94,13 +95,14 @@ class Merge:
         self.ranks = Ranks() if settings.sharding == "single" else Ranks.find(group)
         self._saved = store.read(self.ranks) if store is not None else None
         before = self._saved["run"].get("batches per step", 0) if self._saved else 0
-        per_step = settings.batches_per_step or int(before) or self.ranks.world_size
-        self.settings = replace(settings, batches_per_step=per_step)
         self.progress = progress and self.ranks.is_rank_zero
         if len(candidates) > 1 and any(m.kind == "v" for m in settings.methods):
             task.split_validation()
         with self.ranks.fail_together("making the model"):
             self.model = task.model()
+            share = share_of(self.model, self.ranks)
+            per_step = settings.batches_per_step or int(before) or share.world_size
+            self.settings = replace(settings, batches_per_step=per_step)
             candidates, key_map = match_model(self.model, candidates)
             self.candidates = candidates
             self.facts = facts(self.model, candidates) | {"task": task.fingerprint}
@@ -127,7 +129,7 @@ class Merge:
             if self.packed:
                 methods = (for_recording(m, self.sharding)[0] for m in self.settings.methods)
                 self.packed.check(methods)
-        self.evaluator = Evaluator(task, self.sharding, self.settings.bn_batches, per_step)
+        self.evaluator = Evaluator(task, self.sharding, self.settings.bn_batches, per_step, share)
         self.per_epoch = length(task.train)
         self.results: list[Result] = []
         self._best: Best | None = None

@@ -149,7 +149,7 @@ class _Walk:
         self.evaluator, self.on_look = evaluator, on_look
         self.options = options(len(evaluator.sharding.candidates))
         self.total, self.looks = count_batches(evaluator.task.val), 0
-        evaluator.stride = first_stride(self.total, evaluator.ranks.world_size)
+        evaluator.stride = first_stride(self.total, evaluator.share.world_size)
 
     def run(self) -> _Option:
         """The option that downhill leads to."""
@@ -204,7 +204,7 @@ def _together(a: Tensor, b: Tensor) -> Tensor:
 
 
 def first_stride(batches: int, world_size: int) -> int:
-    """The largest power of two that leaves enough batches for a sample, and for each rank one."""
+    """The largest power of two that leaves enough batches for a sample, and for each share one."""
     stride, least = 1, max(LEAST_BATCHES, world_size)
     while -(-batches // (2 * stride)) >= least:
         stride *= 2

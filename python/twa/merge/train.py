@@ -89,7 +89,7 @@ class Trainer:
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, ramp)
         self.average = IterateAverage(subspace)
-        self.stream = Stream(data, self.ranks, settings.batches_per_step, settings.seed)
+        self.stream = Stream(data, evaluator.share, settings.batches_per_step, settings.seed)
         self.last = settings.steps or MOST_STEPS
         self.looks = look_steps(settings.steps)
         self.curve: list[float] = []

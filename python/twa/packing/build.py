@@ -15,7 +15,7 @@ from twa_kernels.scaling import row_divisor
 
 from ..basis.dense import AnyPacker, new_packer
 from ..basis.feed import Feed
-from ..basis.pieces import Pieces, by_segments
+from ..basis.pieces import Pieces
 from ..basis.segments import Segments
 from ..coordinates import Coordinates, Deltas, Differences
 from ..distributed.host import HostMemory
@@ -142,17 +142,9 @@ def _in_one_stream(
         kind: makes the coordinates of the center's weights and the divisor (n, L)
     """
     rows = sharding.local_rows(n)
-    pieces, firsts, tiles = by_segments(
-        [shard.shape for shard in sharding.shards],
-        [shard.part for shard in sharding.shards],
-        [t.shape for t in sharding.tensors],
-        segments,
-        dense=bits == 32,
-    )
-    allocate = memory.allocate if memory else None
-    packer = new_packer(
-        rows.stop - rows.start, pieces.shapes, bits, segments, firsts, tiles, feed.device, allocate
-    )
+    cut = sharding.cut(segments, dense=bits == 32)
+    pieces, allocate = cut.pieces, memory.allocate if memory else None
+    packer = new_packer(rows.stop - rows.start, cut, bits, segments, feed.device, allocate)
     centers = _no_centers(sharding, feed.device, memory)
     recorded = differences.recorded(sharding, bits) if kind is Differences else {}
     recorded = {k: place for k, place in recorded.items() if len(pieces.of(k)) == 1}
@@ -178,7 +170,7 @@ def _in_one_stream(
     divisor = row_divisor(sharding.sum_sq(packer).cpu(), normalize)
     basis = packer.finish(normalize, divisor[rows])
     if memory and isinstance(packer, tk.Packer):
-        memory.drop(packer.scales)
+        memory.settle(packer.codes, packer.scales)
     return Built(basis, kind(weights, divisor), sharding.local_center(centers), pieces)
 
 

@@ -67,17 +67,9 @@ def build(
             f"sharding {sharding.name!r}: the orthonormal basis has {r} rows, fewer than there are"
             " ranks; use 'replicate' or 'columns'"
         )
-    shapes = [h.shape for h in sharding.shards]
     allocate = memory.allocate if memory else None
     packer = new_packer(
-        mine.stop - mine.start,
-        shapes,
-        bits,
-        segments,
-        segments.first,
-        segments.first,
-        feed.device,
-        allocate,
+        mine.stop - mine.start, sharding.cut(segments), bits, segments, feed.device, allocate
     )
 
     def rows_of_q(k: int, columns: list[Tensor], begin: int) -> Tensor:
@@ -93,7 +85,7 @@ def build(
     sharding.exchange(packer, centers, memory)
     basis = packer.finish("none", torch.ones_like(packer.sum_sq))
     if memory and isinstance(packer, tk.Packer):
-        memory.drop(packer.scales)
+        memory.settle(packer.codes, packer.scales)
     if isinstance(basis, tk.PackedBasis):
         row_scale = (basis.row_scale.double() * scale.to(feed.device)).float()
         basis = replace(basis, row_scale=row_scale)

@@ -472,7 +472,7 @@ class PackToFile:
             return [(k, begin, end) for k, begin, end in value["todo"]]
         except BasisError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise BasisError(
                 f"not the position of an interrupted run ({type(error).__name__}: {error})",
                 self.position,

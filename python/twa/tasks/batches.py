@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..distributed.ranks import Ranks
+from ..distributed.batch_shares import Share
 from ..io.errors import TaskError
 
 #: attributes under which data hold what they are made of
@@ -315,14 +315,14 @@ def first_batch(source: Iterable) -> Any:
 
 
 def shared_out(
-    source: Iterable, ranks: Ranks, limit: float = math.inf
+    source: Iterable, share: Share, limit: float = math.inf
 ) -> Iterator[tuple[Any, bool]]:
     """`sampled` of the first `limit` batches, without their positions."""
-    return ((batch, counts) for _, batch, counts in sampled(source, ranks, limit))
+    return ((batch, counts) for _, batch, counts in sampled(source, share, limit))
 
 
 def sampled(
-    source: Iterable, ranks: Ranks, limit: float = math.inf, stride: int = 1, offset: int = 0
+    source: Iterable, share: Share, limit: float = math.inf, stride: int = 1, offset: int = 0
 ) -> Iterator[tuple[int, Any, bool]]:
     """This rank's share of some batches of pass 0: (position, batch, whether it counts).
 
@@ -331,7 +331,7 @@ def sampled(
 
     Args:
         source: re-iterable data
-        ranks: those that the batches are dealt to, in turn
+        share: whose turn it is; of ranks with the same one, the first counts
         limit: of the first so many batches
         stride: a power of 2; of so many in a row one is taken, see `scattered`
         offset: below `stride`; of those at scattered positions p with p % stride == offset
@@ -343,15 +343,15 @@ def sampled(
         if scattered(position, stride) % stride != offset:
             return False
         turns += 1
-        return (turns - 1) % ranks.world_size == ranks.rank
+        return (turns - 1) % share.world_size == share.rank
 
     with generators_kept(source):
         mine = Pass(source, 0, 0, is_mine, limit)
         count, batch = 0, None
         for position, batch in mine:
             count += 1
-            yield position, batch, True
-        if count < -(-turns // ranks.world_size):
+            yield position, batch, share.counts
+        if count < -(-turns // share.world_size):
             yield -1, batch if count else first_batch(source), False
 
 
@@ -508,11 +508,12 @@ class Stream:
 
     Counted over all passes, batch g belongs to step g // per_step and to rank
     (g % per_step) % world_size: so a step sees the same batches on any number of ranks. Ranks
-    beyond per_step repeat what others do, with weight 0.
+    beyond per_step repeat what others do, with weight 0. Ranks here are numbers of shares: ranks
+    of one share see the same.
 
     Args:
         source: re-iterable data
-        ranks: those that share the batches
+        share: this rank's, of the batches
         per_step: batches of a step, of all ranks together
         seed: of the passes' orders
 
@@ -520,9 +521,9 @@ class Stream:
         step: steps so far
     """
 
-    def __init__(self, source: Iterable, ranks: Ranks, per_step: int, seed: int) -> None:
-        self.source, self.ranks, self.per_step, self.seed = source, ranks, per_step, seed
-        self.place = ranks.rank % per_step if ranks.rank >= per_step else ranks.rank
+    def __init__(self, source: Iterable, share: Share, per_step: int, seed: int) -> None:
+        self.source, self.share, self.per_step, self.seed = source, share, per_step, seed
+        self.place = share.rank % per_step if share.rank >= per_step else share.rank
         self.step = 0
         self._first: object = None  # this rank's first batch of the last step
         self._open(0, 0)
@@ -531,7 +532,7 @@ class Stream:
         """Begins pass `number`, whose first batch is the stream's batch `offset`."""
         self._number, self._offset = number, offset
         # The lambda does not know self: a cycle would keep a DataLoader's workers alive.
-        place, per_step, size = self.place, self.per_step, self.ranks.world_size
+        place, per_step, size = self.place, self.per_step, self.share.world_size
         self._pass = Pass(
             self.source, number, self.seed, lambda k: (offset + k) % per_step % size == place
         )
@@ -557,11 +558,11 @@ class Stream:
         with one batch less repeats its last with weight 0.
         """
         batches = []
-        weight = self.ranks.world_size / self.per_step if self.place == self.ranks.rank else 0.0
-        for _ in range(self.place, self.per_step, self.ranks.world_size):
+        weight = self.share.world_size / self.per_step if self.place == self.share.rank else 0.0
+        for _ in range(self.place, self.per_step, self.share.world_size):
             batches.append((*self._next(), weight))
         self._first = batches[0][1]
-        if len(batches) < -(-self.per_step // self.ranks.world_size):
+        if len(batches) < -(-self.per_step // self.share.world_size):
             batches.append((*batches[-1][:2], 0.0))
         self.step += 1
         return batches
@@ -584,11 +585,11 @@ class Stream:
             TaskError: the data do not come in the same order again
         """
         self._open(int(position["pass"]), int(position["offset"]))
-        start, size = int(position["step"]) * self.per_step, self.ranks.world_size
+        start, size = int(position["step"]) * self.per_step, self.share.world_size
         before = range(self._offset, start)
         for _ in range(sum(g % self.per_step % size == self.place for g in before)):
             g, batch = self._next()
-            is_last = g == start - self.per_step and self.ranks.rank == 0
+            is_last = g == start - self.per_step and self.share.rank == 0
             if is_last and position["digest"] not in (None, batch_digest(batch)):
                 raise TaskError(
                     f"the data do not come in the same order again: batch {g} differs from the one"
