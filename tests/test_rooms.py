@@ -31,7 +31,7 @@ FLOORS = {
     "twa_kernels": [
         "layout capture machine",
         "native",
-        "operands scaling",
+        "operands scaling guard",
         "basis",
         "backends",
         "registry recorded shift",

@@ -1,4 +1,5 @@
 // The C++ kernels for CPUs.
+#include "../guard.h"
 #include "operands.h"
 
 namespace twa {
@@ -216,6 +217,16 @@ void bind_cpu(py::module_& m) {
   });
   m.def("advise_huge_pages",
         [](uintptr_t data, int64_t bytes) { advise_huge_pages(pointer<void>(data), bytes); });
+  m.def(
+      "guard",
+      [](const py::buffer& mapped) {
+        const py::buffer_info info = mapped.request();
+        return guard(info.ptr, info.size * info.itemsize);
+      },
+      "mapped"_a);
+  m.def("unguard", &unguard, "number"_a);
+  m.def("is_torn", &is_torn, "number"_a);
+  m.def("torn_ranges", &torn_ranges);
 }
 
 }  // namespace bindings

@@ -18,15 +18,18 @@ from twa_kernels.scaling import NORMALIZE
 
 from . import averages
 from .basis.dense import DenseBasis
+from .basis.feed import Feed
 from .basis.file import NAME, Loaded, read_basis
 from .basis.grams import grams
 from .basis.pieces import Pieces
 from .basis.segments import Granularity, Segments, segments_of
 from .basis.sources import Sources, check_sources
+from .basis.streamed import StreamedBasis, in_host_memory
 from .coordinates import BASES, CONSTRAINTS, Balanced, Coordinates, constrained
 from .distributed.choose import choose_sharding, find_ranks
+from .distributed.cost import check_storage
 from .distributed.ranks import digest, facts, versions
-from .distributed.sharding import Basis, Sharding, reconstruct
+from .distributed.sharding import Basis, KeptBasis, Sharding, reconstruct
 from .distributed.weights import check_range, check_taken, load_untrained, write_counts
 from .dtensors import local
 from .export.bundle import write_bundle
@@ -35,7 +38,6 @@ from .io.errors import StateError, TwaError
 from .io.key_map import match_model
 from .modes import plain_weights, with_own_train
 from .packing.build import build
-from .packing.feed import Feed
 from .packing.load import (
     center_at,
     center_of,
@@ -64,7 +66,7 @@ class Subspace:
             basis (rank, L): what is trained. Every rank has all of them, the same bits
         coordinates: how coefficients, rows of P and merge weights make each other
         basis: this rank's rows and columns of P
-        center: this rank's part, float32; None on a rank that adds none
+        center: this rank's part, float32, where the basis is kept; None on a rank that adds none
         pieces: this rank's parts of the parameters as the basis has them
         segments: which columns share coefficients
         normalize: how the rows were scaled
@@ -78,22 +80,28 @@ class Subspace:
     def __init__(
         self,
         sharding: Sharding,
-        basis: Basis,
+        basis: KeptBasis,
         center: list[Tensor] | None,
         segments: Segments,
         coordinates: Coordinates,
         normalize: str = "row",
         pieces: Pieces | None = None,
+        storage: str = "device",
     ) -> None:
         device = sharding.device
         self.pieces = pieces or Pieces.of_whole(shard.shape for shard in sharding.shards)
         self.sharding, self.model = sharding, sharding.model
         self.candidates, self.key_map = sharding.candidates, sharding.key_map
         self.parameters = sharding.tensors
-        if isinstance(basis, tk.PackedBasis):  # its codes may be as large as a file
-            basis = replace(basis, codes=Feed(device).whole(basis.codes))
-        self.basis = basis.to(device)
-        self.center = None if center is None else [c.to(device) for c in center]
+        self.basis: Basis
+        self.center = center
+        if isinstance(basis, tk.PackedBasis) and storage == "host":
+            self.basis = in_host_memory(basis, device)
+        else:
+            if isinstance(basis, tk.PackedBasis):  # its codes may be as large as a file
+                basis = replace(basis, codes=Feed(device).whole(basis.codes))
+            self.basis = basis.to(device)
+            self.center = None if center is None else [c.to(device) for c in center]
         self.segments, self.coordinates, self.normalize = segments, coordinates, normalize
         dtype = self.basis.dtype if isinstance(self.basis, DenseBasis) else torch.float32
         self.coefficients = nn.Parameter(coordinates.start().to(device, dtype))
@@ -119,6 +127,7 @@ class Subspace:
         group: dist.ProcessGroup | None = None,
         progress: Callable[[str, int], None] | None = None,
         device: torch.device | str | None = None,
+        storage: str = "device",
     ) -> Subspace:
         """Streams the candidates tensor by tensor into a basis and moves the model to the center.
 
@@ -167,6 +176,10 @@ class Subspace:
                 if it has kernels, else on the CPU. Candidates are read on the CPU and go to a GPU
                 a block at a time. The basis has the same bits wherever it is packed, but for
                 Triton's sums of squares, and for an orthonormal one
+            storage: where basis and center are kept. "device": the model's. "host": in host
+                memory, for a GPU that has no room for them: two blocks of 64 MiB at a time are on
+                the device, and a step copies the basis there twice and the center once. The basis
+                is then built on the CPU. A step is no single kernel, and no CUDA graph captures it
 
         Raises:
             CandidateError: files and model do not fit, or a candidate holds NaN or Inf
@@ -179,6 +192,7 @@ class Subspace:
         with ranks.fail_together("matching model and candidates"):
             _check_options(bits, basis, constraint, normalize, center)
             _check_balance(balance, basis, constraint, center, name)
+            device = _check_storage(storage, bits, device)
             if given:  # which has matched them
                 candidates, key_map = given.candidates, given.key_map
             else:
@@ -196,19 +210,29 @@ class Subspace:
                 )
             if ranks.world_size > 1:
                 options = {"bits": bits, "basis": basis, "normalize": normalize, "sharding": name}
-                options |= {"constraint": constraint, "balance": balance}
+                options |= {"constraint": constraint, "balance": balance, "storage": storage}
                 options |= {"center": digest(weights.tolist())}
                 options |= {"granularity": digest((segments.labels, segments.first))}
                 same = {key: str(value) for key, value in options.items()}
                 ranks.check_equal(versions() | facts(model, candidates) | same)
-            place = given or choose_sharding(name, model, candidates, key_map, bits, ranks)
+            place = given or choose_sharding(
+                name, model, candidates, key_map, bits, ranks, storage=storage
+            )
+        place.mapped = ()  # of another basis
         with ranks.fail_together("packing the candidates"):
             made = build(place, segments, bits, basis, normalize, weights, progress, device)
             coordinates = constrained(made.coordinates, constraint)
             if balance:
                 coordinates = balanced(coordinates, made.basis, made.pieces, segments, place)
             subspace = cls(
-                place, made.basis, made.center, segments, coordinates, normalize, made.pieces
+                place,
+                made.basis,
+                made.center,
+                segments,
+                coordinates,
+                normalize,
+                made.pieces,
+                storage,
             )
             with plain_weights(model):
                 load_untrained(place, weights)
@@ -226,10 +250,13 @@ class Subspace:
         balance: bool = False,
         sharding: str = "auto",
         group: dist.ProcessGroup | None = None,
+        storage: str = "device",
     ) -> Subspace:
         """The subspace of a packed basis on disk, and the model at its coefficients.
 
         Codes are mapped, not read: it takes no time, and processes of one machine share the memory.
+        With storage="host" they stay mapped for a model on a GPU, too, and are read as they are
+        copied there, so that a basis may be larger than both memories.
         Ranks call it together.
 
         Args:
@@ -245,14 +272,18 @@ class Subspace:
                 it; one that is balanced stays so
             sharding, group: as in from_candidates. With "columns" each rank takes the file's codes
                 of its shards as they are, wherever these begin
+            storage: as in from_candidates
 
         Raises:
-            BasisError: the file is damaged, is no packed basis, or does not fit model or candidates
+            BasisError: the file is damaged, is no packed basis, or does not fit model or
+                candidates. As long as the basis is mapped (the model is on the CPU), steps and
+                `save` raise it, too, if the file is written to; replacing it is safe
             TwaError: balance, and the file's coefficients are trained ones of its rows; or center,
-                and it is zero, or the file's is
+                and it is zero, or the file's is; storage is none of what it can be
         """
         path, ranks = find_basis(path), find_ranks(sharding, model, group)
         with ranks.fail_together(f"loading {path}"):
+            check_storage(storage, ())
             loaded = read_basis(path)
             contents = loaded.contents
             check_model(model, contents, path)
@@ -264,14 +295,19 @@ class Subspace:
                 warn_of_extra_state(model, path)
             weights = None if center is None else averages.of_center(center, len(sources))
             key_map = contents.key_map
-            place = choose_sharding(sharding, model, sources, key_map, contents.bits, ranks)
+            place = choose_sharding(
+                sharding, model, sources, key_map, contents.bits, ranks, storage=storage
+            )
             if ranks.world_size > 1:
                 given = None if weights is None else weights.tolist()
                 same = {"basis": digest(contents), "center": digest(given)}
                 ranks.check_equal(versions() | same)
             if weights is not None:
                 is_balanced = balance or contents.balanced
-                return recentred(loaded, place, weights, contents.constraint, is_balanced)
+                return recentred(
+                    loaded, place, weights, contents.constraint, is_balanced, storage=storage
+                )
+            place.mapped = (loaded.file,)
             basis, pieces = rows_of(loaded, place)
             at = center_of(loaded, place)
             coordinates, segments = loaded.coordinates(), contents.tensor_segments
@@ -284,14 +320,30 @@ class Subspace:
                 coordinates = balanced(coordinates, basis, pieces, segments, place)
             if contents.balanced:
                 coordinates.take_balance(loaded.read("mix"), loaded.read("unit"))
-            subspace = cls(place, basis, at, segments, coordinates, contents.normalize, pieces)
+            subspace = cls(
+                place, basis, at, segments, coordinates, contents.normalize, pieces, storage
+            )
             with torch.no_grad():
                 if trained.shape == subspace.coefficients.shape:  # else both are zero
                     subspace.coefficients.copy_(trained)
             with plain_weights(model):
                 load_state(loaded, place)
                 subspace._settle()
+            subspace._forget(loaded)
         return subspace
+
+    @property
+    def kept(self) -> KeptBasis:
+        """The basis where its bytes are: in host memory if it is streamed from there."""
+        return self.basis.host if isinstance(self.basis, StreamedBasis) else self.basis
+
+    def _forget(self, loaded: Loaded) -> None:
+        """Looks at the file no more if nothing lies in it: it was copied, and may go."""
+        held = [] if self.center is None else list(self.center)
+        if isinstance(self.kept, tk.PackedBasis):
+            held += [self.kept.codes, self.kept.scales]
+        if not any(map(loaded.file.holds, held)):
+            self.sharding.mapped = ()
 
     def _settle(self) -> None:
         """Moves the model to the coefficients for the first time."""
@@ -333,6 +385,7 @@ class Subspace:
                 reconstruct(basis, x[:, columns].contiguous(), center, [expected], self.pieces, k)
                 stored = self.candidates.info[key].dtype
                 if not torch.allclose(now.to(stored), expected.to(stored), 0, 0, equal_nan=True):
+                    self.sharding.check_mapped()
                     return name
         return None
 
@@ -399,7 +452,7 @@ class Subspace:
         """
         ranks, found, counts = self.sharding.ranks, torch.zeros(0), list[int]()
         if not self.coordinates.is_balanced:  # which knows
-            found, counts = _grams(self.basis, self.pieces, self.segments, self.sharding)
+            found, counts = _grams(self.kept, self.pieces, self.segments, self.sharding)
         total = torch.tensor([self.coordinates.step_sq(found, counts)], dtype=torch.float64)
         if self.sharding.name == "rows":  # as if rows of two ranks were like those of one
             total *= ranks.world_size
@@ -427,7 +480,7 @@ class Subspace:
         It does for one process, a packed basis on a device that has its kernel, coefficients of the
         rows themselves, and dtypes that the kernels write.
         """
-        if self.sharding.name != "single" or isinstance(self.basis, DenseBasis):
+        if self.sharding.name != "single" or not isinstance(self.basis, tk.PackedBasis):
             return False
         if not self.coordinates.trains_rows:
             return False
@@ -459,6 +512,8 @@ class Subspace:
                 options=options,
                 state=state,
             )
+            # Coefficients and weights may be wrong by now: nothing saves them after this.
+            self.sharding.check_mapped()
             self._written = write_counts(self.sharding)
 
     # Merge weights -------------------------------------------------------------------------------
@@ -535,7 +590,9 @@ class Subspace:
 
         Raises:
             DistributedError: the ranks' coefficients were not the same bits
+            BasisError: a mapped basis is no longer what it was
         """
+        self.sharding.check_mapped()
         self.sharding.ranks.check_drift()
         # a tuple: torch.distributed.checkpoint keeps it whole
         identity = tuple(self.identity().items())
@@ -613,12 +670,14 @@ class Subspace:
         Raises:
             TwaError: basis, and no rank holds all of a packed one; or the model's weights are not
                 those of the coefficients, since something else has written to them
+            BasisError: a mapped basis is no longer what it was
             OSError: a file cannot be written
         """
         folder, ranks = Path(folder), self.sharding.ranks
-        packed = check_savable(self.basis, self.sharding) if basis else None
+        packed = check_savable(self.kept, self.sharding) if basis else None
         ranks.check_drift()
         with ranks.fail_together(f"writing {folder}"):
+            self.sharding.check_mapped()
             if name := self.find_moved():
                 raise TwaError(
                     f"the model's {name!r} is not at the coefficients: something else has written"
@@ -648,6 +707,7 @@ def recentred(
     constraint: str = "none",
     balance: bool = False,
     progress: Callable[[str, int], None] | None = None,
+    storage: str = "device",
 ) -> Subspace:
     """The subspace of a file's rows of P around another center, and its model there.
 
@@ -659,6 +719,7 @@ def recentred(
         weights: (n,), the merge weights of the center
         constraint, balance: as in `Subspace.from_candidates`
         progress: called with (key of the tensor, bytes read)
+        storage: as in `Subspace.from_candidates`
 
     Raises:
         TwaError: one of both centers is zero
@@ -671,14 +732,16 @@ def recentred(
             )
     _check_balance(balance, contents.basis, constraint, "mean", sharding.name)
     with sharding.ranks.fail_together(f"moving {loaded.path} to another center"):
+        sharding.mapped = (loaded.file,)
         basis, pieces = rows_of(loaded, sharding)
-        center = center_at(loaded, sharding, basis, pieces, weights, progress)
+        device = "cpu" if storage == "host" else None
+        center = center_at(loaded, sharding, basis, pieces, weights, progress, device)
         segments = contents.tensor_segments
         coordinates = constrained(rows.around(weights), constraint)
         if balance:
             coordinates = balanced(coordinates, basis, pieces, segments, sharding)
         subspace = Subspace(
-            sharding, basis, center, segments, coordinates, contents.normalize, pieces
+            sharding, basis, center, segments, coordinates, contents.normalize, pieces, storage
         )
         with plain_weights(sharding.model):
             if sharding.candidates.at_hand:
@@ -686,11 +749,12 @@ def recentred(
             else:
                 load_state(loaded, sharding)
             subspace._settle()
+        subspace._forget(loaded)
     return subspace
 
 
 def balanced(
-    rows: Coordinates, basis: Basis, pieces: Pieces, segments: Segments, sharding: Sharding
+    rows: Coordinates, basis: KeptBasis, pieces: Pieces, segments: Segments, sharding: Sharding
 ) -> Coordinates:
     """Coordinates that balance these rows; ranks call it together, and get the same bits."""
     if sharding.name == "rows":
@@ -702,10 +766,11 @@ def balanced(
 
 
 def _grams(
-    basis: Basis, pieces: Pieces, segments: Segments, sharding: Sharding
+    basis: KeptBasis, pieces: Pieces, segments: Segments, sharding: Sharding
 ) -> tuple[Tensor, list[int]]:
     """`grams` of all ranks' parts; with sharding "rows" zero between rows of two ranks."""
     found, counts = grams(basis, pieces, segments, [shard.counts for shard in sharding.shards])
+    sharding.check_mapped()
     if sharding.name == "rows":
         own, n = found, len(sharding.candidates)  # a row for each
         found = own.new_zeros(len(own), n, n)
@@ -729,6 +794,18 @@ def _check_balance(
     ):
         if isinstance(value, str) and value == odd:
             raise TwaError(f"expected a {name} other than {odd!r}", "balance")
+
+
+def _check_storage(
+    storage: str, bits: int, device: torch.device | str | None
+) -> torch.device | str | None:
+    """Where a basis that is kept there is built; TwaError if it cannot be kept there."""
+    check_storage(storage, [bits])
+    if storage == "device":
+        return device
+    if device is not None and torch.device(device).type != "cpu":
+        raise TwaError(f"expected a basis built on the CPU, found {device}", "storage 'host'")
+    return "cpu"
 
 
 def _check_options(bits: int, basis: str, constraint: str, normalize: str, center: object) -> None:

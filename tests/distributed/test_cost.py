@@ -93,6 +93,33 @@ MEMORY = [  # basis, center, weights, gradients, gathered, buffer
 ]
 
 
+def test_storage_host(capsys):
+    """Two blocks of 64 MiB on the device; a step reads the basis twice and the center once."""
+    job = replace(JOB, storage="host")
+    for sharding in SHARDINGS:
+        found, on_device = cost.memory(job, sharding), cost.memory(JOB, sharding)
+        basis, center = on_device["basis"], on_device["center"]
+        assert (found["basis"], found["center"]) == (2**27, 0)
+        rest = on_device["total"] - basis - center
+        assert found["total"] == pytest.approx(rest + 2**27, rel=1e-12)
+        assert cost.kept_on_host(job, sharding) == pytest.approx(basis + center + 2**27, rel=1e-12)
+        assert cost.streamed(job, sharding) == pytest.approx(2 * basis + center, rel=1e-12)
+        assert cost.building(job, sharding) == found["weights"]
+    words = "--params 1e9 --candidates 16 --segments 10 --ranks 4 --storage host"
+    options = words.split()
+    assert main(["plan", *options, "--host-bandwidth", "25"]) == 0
+    text = capsys.readouterr().out
+    assert "columns 3.17 GB; with replicate the ranks of a host share them. A step copies" in text
+    assert "replicate 20.3 GB (0.813 s), rows 8.13 GB (0.325 s), columns 5.08 GB (0.203 s)." in text
+    assert main(["plan", *options]) == 0
+    assert "replicate 20.3 GB, rows 8.13 GB, columns 5.08 GB." in capsys.readouterr().out
+    for wrong in (["--host-bandwidth", "0"], ["--bits", "32"]):
+        assert main(["plan", *options, *wrong]) == 2
+    assert main(["plan", *options[:-2], "--host-bandwidth", "25"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("with --storage host, found") == 2 and "expected packed bits" in said
+
+
 @pytest.mark.parametrize("job, sharding, parts, total", MEMORY)
 def test_memory(job, sharding, parts, total):
     names = ("basis", "center", "weights", "gradients", "gathered", "buffer")

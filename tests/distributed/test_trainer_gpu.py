@@ -117,6 +117,23 @@ def test_other_subspaces_and_rules(candidates, chosen, monkeypatch, options):
 
 
 @needs_gpu
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_basis_in_host_memory(candidates, chosen, monkeypatch, low_memory, stream):
+    """Blocks of a few tiles, on two streams; the weights are in one block and in many."""
+    from twa.basis import streamed
+
+    monkeypatch.setattr(streamed, "BLOCK_BYTES", 1 << 12)
+    user = torch.cuda.Stream() if stream else torch.cuda.current_stream()
+    user.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(user):
+        found = train(candidates, *chosen, basis={"storage": "host"}, low_memory=low_memory)
+    torch.cuda.current_stream().wait_stream(user)
+    assert not found[1].kept.codes.is_cuda and found[1].basis.copied > 0
+    agree(found, on_the_cpu(candidates, chosen[1], monkeypatch, low_memory=low_memory))
+
+
+@needs_gpu
 def test_a_stream_of_its_own(candidates, chosen, monkeypatch):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -416,7 +416,7 @@ def test_a_file_that_changes_meanwhile(tmp_path):
     for k in range(2):
         save_file({"w": torch.full((10_000,), float(k))}, tmp_path / f"c{k}.safetensors")
     candidates = Candidates(tmp_path, block_bytes=1)
-    with pytest.raises(CandidateError, match=r"c1\.safetensors: changed while it was being read"):
+    with pytest.raises(CandidateError, match=r"c1\.safetensors: became shorter while it was"):
         for k, _ in enumerate(candidates.stream([("w", None)] * 5)):
             if k == 3:
                 with open(tmp_path / "c1.safetensors", "r+b") as f:

@@ -10,9 +10,9 @@ import twa
 from conftest import ON_GPU
 from safetensors.torch import save_file
 from torch import nn
+from twa.basis.feed import Feed
 from twa.io.candidates import Block
 from twa.packing import build, to_file
-from twa.packing.feed import Feed
 from twa.packing.to_file import PackToFile
 
 import twa_kernels as tk
@@ -108,7 +108,7 @@ def test_what_is_on_the_cpu_stays():
 
 
 def test_whole_tensors(monkeypatch):
-    monkeypatch.setattr("twa.packing.feed.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("twa.basis.feed.BLOCK_BYTES", 1000)
     feed, codes = Feed("meta"), torch.zeros(37, 11, 64, dtype=torch.uint8)
     made = feed.whole(codes)
     assert made.shape == codes.shape and made.device.type == "meta"

@@ -27,7 +27,7 @@ from ..io.atomic import is_at, lock, sync_folder
 from ..io.candidates import BLOCK_BYTES
 from ..io.checks import first_line, parse_json
 from ..io.errors import BasisError, CandidateError
-from ..io.mapped import Stored
+from ..io.mapped import MappedFile, Stored
 from ..io.safetensors import DTYPES, header, raw_bytes, read_header, read_safetensors
 from .contents import FORMAT, Contents, parse_contents
 
@@ -184,6 +184,15 @@ class Loaded:
         """A tensor of the file, mapped: it is to be read only."""
         return self.tensors[name].read()
 
+    @property
+    def file(self) -> MappedFile:
+        """The file, as it is mapped."""
+        return self.tensors["codes"].file
+
+    def check(self) -> None:
+        """Raises BasisError if the file is no longer what was found to be sound."""
+        self.file.check(BasisError)
+
     def basis(self) -> tk.PackedBasis:
         """The packed basis, codes and scales mapped."""
         c = self.contents
@@ -240,8 +249,10 @@ def read_basis(path: Path) -> Loaded:
     for name, info in expected.items():
         if tensors[name].info != info:
             raise BasisError(f"tensor {name!r}: expected {info}, found {tensors[name].info}", path)
+    loaded = Loaded(path, contents, tensors)
     for name in expected:
         _check_values(path, name, tensors[name])
+    loaded.check()
     with_sum = ["center_weights"] if contents.basis == "differences" or contents.moved else []
     for name in [*with_sum, *(["origin"] if contents.moved else [])]:
         total = float(tensors[name].read().sum())
@@ -249,7 +260,7 @@ def read_basis(path: Path) -> Loaded:
             raise BasisError(
                 f"tensor {name!r}: expected numbers that sum to 1, found a sum of {total:.7g}", path
             )
-    return Loaded(path, contents, tensors)
+    return loaded
 
 
 def _check_values(path: Path, name: str, stored: Stored) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from ..basis.segments import GRANULARITIES
 from ..distributed.choose import SHARDINGS, training_bytes
+from ..distributed.cost import STORAGE
 from ..distributed.ranks import Ranks, initialise
 from ..io.atomic import clear_unfinished, only_run_in
 from ..io.errors import CandidateError, TwaError
@@ -69,6 +70,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--low-memory", action="store_true", help=low)
     who = "under torchrun, who holds what: see docs/distributed.md (default: %(default)s)"
     add("--sharding", choices=SHARDINGS, default="auto", help=who)
+    where = "where the packed candidates are kept: host, for a GPU that has no room for them"
+    add("--storage", choices=STORAGE, default="device", help=where)
     memory = "most that the process may hold besides activations, such as 8GB"
     add("--max-memory", metavar="SIZE", type=arguments.amount_of_memory, help=memory)
     force = "average candidates that a look at samples finds unrelated, or not finite, nevertheless"
@@ -178,6 +181,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         seed=args.seed,
         sharding=args.sharding,
         low_memory=args.low_memory,
+        storage=args.storage,
         save_every=args.save_every,
         patience=args.patience,
         compare=args.compare,

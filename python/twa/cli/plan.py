@@ -12,15 +12,18 @@ import torch
 from ..basis.segments import GRANULARITIES, parse_granularity
 from ..distributed.cost import (
     SHARDINGS,
+    STORAGE,
     Job,
     best_weights,
     building,
     choose,
     host_memory,
+    kept_on_host,
     memory,
     obstacle,
     payload,
     ring,
+    streamed,
     whole_model_limit,
 )
 from ..distributed.simulate import Simulation, simulate
@@ -57,6 +60,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--weight-bytes", type=int, default=Job.weight_bytes, help=width)
     low = "as in twa average: gradients are projected and freed inside backward"
     add("--low-memory", action="store_true", help=low)
+    where = "of basis and center, as in twa average: device (default), or host"
+    add("--storage", choices=STORAGE, default="device", help=where)
+    rate = "with --storage host: gigabytes a second from a rank's host memory to its device"
+    add("--host-bandwidth", metavar="GB/S", type=float, help=rate)
     limit = "gigabytes that a rank may fill: marks what fits"
     add("--device-memory", metavar="GB", type=float, help=limit)
 
@@ -69,6 +76,12 @@ def run(args: argparse.Namespace) -> None:
     """
     simulated = _simulated(args) if args.simulate else None
     job = _job(args) if simulated is None else simulated.job
+    rate = args.host_bandwidth
+    if rate is not None and not (0 < rate < math.inf and job.storage == "host"):
+        raise TwaError(
+            f"expected gigabytes a second above 0, with --storage host, found {rate}",
+            "--host-bandwidth",
+        )
     limit = None if args.device_memory is None else args.device_memory * 1e9
     if limit is not None and not 0 < limit < math.inf:
         raise TwaError(f"expected gigabytes above 0, found {args.device_memory}", "--device-memory")
@@ -88,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     print()
     if simulated is not None:
         print(_how_simulated(job))
-    print(_host(job))
+    print(_on_host(job, rate) if job.storage == "host" else _host(job))
     print(_building(job))
     print(_choice(job, limit))
     print(_assumptions(job))
@@ -99,11 +112,14 @@ def _job(args: argparse.Namespace) -> Job:
     fields = ("params", "candidates", "bits", "segments", "ranks", "weight_bytes", "low_memory")
     if args.blocks < 1:
         raise TwaError(f"expected a number above 0, found {args.blocks}", "--blocks")
-    return Job(**{name: getattr(args, name) for name in fields}, block_share=1 / args.blocks)
+    chosen = {name: getattr(args, name) for name in fields}
+    return Job(**chosen, storage=args.storage, block_share=1 / args.blocks)
 
 
 def _simulated(args: argparse.Namespace) -> Simulation:
     """What is counted for the model that the options name."""
+    if args.storage == "host":
+        raise TwaError("expected no --simulate, which counts a basis on the device", "--storage")
     numbers = (args.candidates, args.bits, parse_granularity(args.granularity), args.ranks)
     Job(1, args.candidates, args.bits, 1, args.ranks)  # which checks them
     found = re.fullmatch(r"gpt:(\d{1,6})x(\d{1,4})", args.simulate)
@@ -225,9 +241,30 @@ def _auto(job: Job, limit: float | None) -> str:
     return f"`auto`: columns for a model sharded by fully_shard, else {other}"
 
 
+def _on_host(job: Job, rate: float | None) -> str:
+    """What a rank keeps in host memory, and what a step copies from there, in words."""
+    possible = [s for s in SHARDINGS if not obstacle(job, s)]
+    kept = [f"{s} {quantity(kept_on_host(job, s), 'B')}" for s in possible]
+    copied = [f"{s} {_copies(streamed(job, s), rate)}" for s in possible]
+    return (
+        f"Basis and center are in host memory, of a rank: {', '.join(kept)}; with replicate the"
+        " ranks of a host share them. A step copies from there, behind compute, 2 basis + center:"
+        f" {', '.join(copied)}."
+    )
+
+
+def _copies(nbytes: float, rate: float | None) -> str:
+    """So many bytes, and what they take at a rate in GB/s."""
+    return quantity(nbytes, "B") + ("" if rate is None else f" ({nbytes / rate / 1e9:.3g} s)")
+
+
 def _building(job: Job) -> str:
     """What the device of a rank holds while the basis is built, in words."""
     peaks = [f"{s} {quantity(building(job, s), 'B')}" for s in SHARDINGS if not obstacle(job, s)]
+    if job.storage == "host":
+        return (
+            f"The basis is built on the CPU; a rank's device holds its weights: {', '.join(peaks)}."
+        )
     best = max(best_weights(job, s) for s in SHARDINGS if not obstacle(job, s))
     return (
         f"While the basis is built, a rank's device holds at most: {', '.join(peaks)}; candidates"

@@ -67,6 +67,7 @@ def choose_sharding(
     ranks: Ranks,
     *,
     may_shard: bool = False,
+    storage: str = "device",
 ) -> Sharding:
     """The sharding of that name. Ranks call it together.
 
@@ -80,6 +81,7 @@ def choose_sharding(
         bits: of the basis, for what fits into memory
         ranks: those that share the job
         may_shard: whether "columns" shards a model that is whole
+        storage: where basis and center are kept, "device" or "host"
 
     Raises:
         TwaError: there is no such sharding, or the model cannot have it on these ranks
@@ -89,7 +91,9 @@ def choose_sharding(
     _check_device(name, model, ranks)
     sharded = is_sharded(model)
     if name == "auto":
-        name = "columns" if sharded else _fitting(ranks, model, candidates, bits, may_shard)
+        name = "columns"
+        if not sharded:
+            name = _fitting(ranks, model, candidates, bits, may_shard, storage)
     if name == "columns" and not sharded and may_shard:
         if ranks.group is None:
             raise _not_initialised(name)
@@ -154,7 +158,12 @@ def _check_meshes(name: str, model: nn.Module, ranks: Ranks) -> None:
 
 
 def _fitting(
-    ranks: Ranks, model: nn.Module, candidates: Candidates, bits: int, may_shard: bool
+    ranks: Ranks,
+    model: nn.Module,
+    candidates: Candidates,
+    bits: int,
+    may_shard: bool,
+    storage: str,
 ) -> str:
     """The sharding that "auto" is for a model that is whole on every rank."""
     if ranks.world_size == 1:
@@ -167,6 +176,7 @@ def _fitting(
         segments=1,
         ranks=ranks.world_size,
         weight_bytes=trained[0].element_size(),
+        storage=storage if trained[0].is_cuda else "device",  # both are one memory elsewhere
         sharers=_ranks_here() if trained[0].device.type == "cpu" else 1,
     )
     limit = cost.whole_model_limit(job, free_memory(trained[0].device))

@@ -6,12 +6,15 @@ docs/distributed.md has the formulas.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ..io.candidates import BLOCK_BYTES
 from ..io.errors import TwaError
 
 SHARDINGS = ("replicate", "rows", "columns")
+#: where basis and center are kept
+STORAGE = ("device", "host")
 #: columns that share a scale, one byte
 TILE = 128
 #: of two numbers that travel with the coefficients' gradient, to notice ranks that drift apart
@@ -20,6 +23,8 @@ STAMP_BYTES = 8
 #: and the next one; and gradients of the one in use and of the one whose gradients are being sent,
 #: and of the root module. Counted in torch 2.13
 GATHERED_BLOCKS = 2
+#: what storage "host" has on the device, and pinned in host memory: two blocks
+STREAMED_BYTES = 2.0 * BLOCK_BYTES
 #: part of a rank's free memory that `auto` is ready to fill
 MEMORY_SHARE = 0.8
 
@@ -39,6 +44,8 @@ class Job:
         root_share: part of the model that is in no block but in the root module; None: as much as a
             block
         low_memory: whether gradients are projected and freed inside backward
+        storage: where basis and center are kept: "device"; or "host", from where blocks of them
+            are copied to the device as they are needed
         sharers: ranks that hold one packed basis and one center between them, in the CPU memory of
             their host; with `replicate` only
 
@@ -55,6 +62,7 @@ class Job:
     block_share: float = 1 / 32
     root_share: float | None = None
     low_memory: bool = False
+    storage: str = "device"
     sharers: int = 1
 
     def __post_init__(self) -> None:
@@ -69,6 +77,15 @@ class Job:
             raise TwaError(f"expected a number above 0, at most 1, found {found}", "block_share")
         if self.bits not in (32, 8, 4, 3, 2, 1):
             raise TwaError(f"expected one of 32, 8, 4, 3, 2, 1, found {self.bits}", "bits")
+        check_storage(self.storage, [self.bits])
+
+
+def check_storage(storage: str, bits: Iterable[int]) -> None:
+    """Raises TwaError unless a basis of each of these bits can be kept there."""
+    if storage not in STORAGE:
+        raise TwaError(f"expected one of {STORAGE}, found {storage!r}", "storage")
+    if storage == "host" and 32 in bits:
+        raise TwaError("expected packed bits, found 32, which is never streamed", "storage 'host'")
 
 
 def obstacle(job: Job, sharding: str) -> str:
@@ -134,6 +151,7 @@ def center_bytes(job: Job, sharding: str) -> float:
 def memory(job: Job, sharding: str) -> dict[str, float]:
     """Bytes that the most loaded rank holds while training, without activations, by kind.
 
+    They are on the rank's device: with storage "host" the blocks of basis and center, too.
     Of what it shares with others it holds its share.
     "gathered" is whole weights and gradients that FSDP holds for some blocks at a time; "buffer" is
     the float32 vector that the sums of `rows` go through.
@@ -141,10 +159,11 @@ def memory(job: Job, sharding: str) -> dict[str, float]:
     part = share(job, sharding) * job.params
     root = job.block_share if job.root_share is None else job.root_share
     gathered = 2 * (GATHERED_BLOCKS * job.block_share + root) * job.params * job.weight_bytes
+    on_host = job.storage == "host"
     sharers = job.sharers if sharding == "replicate" and job.bits != 32 else 1
     items = {
-        "basis": basis_bytes(job, sharding) / sharers,
-        "center": center_bytes(job, sharding) / sharers,
+        "basis": STREAMED_BYTES if on_host else basis_bytes(job, sharding) / sharers,
+        "center": 0.0 if on_host else center_bytes(job, sharding) / sharers,
         "weights": part * job.weight_bytes,
         "gradients": part * job.weight_bytes * (job.block_share if job.low_memory else 1.0),
         "gathered": gathered if sharding == "columns" else 0.0,
@@ -166,12 +185,31 @@ def host_memory(job: Job, sharding: str) -> float:
     return copies * once + job.ranks * (m["total"] - m["basis"] - m["center"])
 
 
+def kept_on_host(job: Job, sharding: str) -> float:
+    """Bytes that the most loaded rank keeps in host memory with storage "host": basis and center.
+
+    And the blocks that are on their way, pinned. With `replicate` ranks of a host share the former.
+    """
+    return basis_bytes(job, sharding) + center_bytes(job, sharding) + STREAMED_BYTES
+
+
+def streamed(job: Job, sharding: str) -> float:
+    """Bytes that a rank copies from host to device in a step with storage "host".
+
+    They are the basis to project, and basis and center to reconstruct.
+    """
+    return 2 * basis_bytes(job, sharding) + center_bytes(job, sharding)
+
+
 def building(job: Job, sharding: str) -> float:
     """Bytes that the most loaded rank's device holds while the basis is built there, at most.
 
     They are of the basis, whose scales take two bytes more until it is finished, the center, the
-    weights, and a block of candidates with what is made of it.
+    weights, and a block of candidates with what is made of it. With storage "host" it is built on
+    the CPU: weights only.
     """
+    if job.storage == "host":
+        return memory(job, sharding)["weights"]
     rows = _rows(job, sharding) * share(job, sharding)
     scales = 0.0 if job.bits == 32 else rows * job.params * 2 / TILE
     m = memory(job, sharding)

@@ -30,17 +30,21 @@ import twa_kernels as tk
 from ..basis.dense import AnyPacker, DenseBasis
 from ..basis.pieces import Cut, Pieces, by_segments
 from ..basis.segments import Segments
+from ..basis.streamed import StreamedBasis
 from ..dtensors import is_dtensor, local, reshard
 from ..io.averaging import average_into
 from ..io.candidates import UNIT, Block, Candidates, readable
-from ..io.errors import TwaError
+from ..io.errors import BasisError, TwaError
 from ..io.key_map import KeyMap
 from ..io.loading import named_tensors
-from ..io.mapped import Part
+from ..io.mapped import MappedFile, Part
 from .host import HostMemory, host_key
 from .ranks import Ranks
 
-Basis = tk.PackedBasis | DenseBasis
+#: a basis where its bytes are
+KeptBasis = tk.PackedBasis | DenseBasis
+#: and as it is computed with
+Basis = KeptBasis | StreamedBasis
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def project(basis: Basis, grads: Sequence[Tensor | None]) -> Tensor:
     if isinstance(basis, DenseBasis):
         return basis.project(grads)
     grads = [g.float() if g is not None and g.dtype == torch.float64 else g for g in grads]
-    return tk.project(basis, grads)
+    return basis.project(grads) if isinstance(basis, StreamedBasis) else tk.project(basis, grads)
 
 
 def reconstruct(
@@ -112,10 +116,11 @@ def reconstruct(
     ]
     if center is not None:
         center = pieces.cut(center, first)
-    if isinstance(basis, DenseBasis):
-        basis.reconstruct(x, center, pieces.cut(targets, first))
+    cuts = pieces.cut(targets, first)
+    if isinstance(basis, DenseBasis | StreamedBasis):
+        basis.reconstruct(x, center, cuts)
     else:
-        tk.reconstruct(basis, x, center, out=pieces.cut(targets, first))
+        tk.reconstruct(basis, x, center, out=cuts)
     for o, t in zip(out, targets, strict=True):
         if o is not t:
             o.copy_(t)
@@ -167,9 +172,11 @@ class Sharding:
         keys: their keys in the candidate files
         shards: what this rank holds of each of them
         rows: the candidates that this rank reads
+        mapped: the files that this rank's part of P lies in, as it is used
     """
 
     name = "single"
+    mapped: tuple[MappedFile, ...] = ()
 
     def __init__(
         self, ranks: Ranks, model: nn.Module, candidates: Candidates, key_map: KeyMap
@@ -368,9 +375,15 @@ class Sharding:
             c = project(basis, pieces.cut([g if w == weight else None for w, g in pairs], first))
             c = c if weight == 1.0 else c * weight
             total = c if total is None else total + c
+        self.check_mapped()  # before it is anyone's step
         if total is None:
             return torch.zeros(basis.n, basis.num_segments, device=basis.device)
         return total
+
+    def check_mapped(self) -> None:
+        """Raises BasisError if a file that P lies in is not what it was, and so nor is P."""
+        for file in self.mapped:
+            file.check(BasisError)
 
     def all_reduce_async(self, parts: list[Tensor], x: Tensor | None) -> Callable[[], list[Tensor]]:
         """Begins the sum over ranks of parts of c; see `Ranks.all_reduce_async`.
@@ -390,6 +403,7 @@ class Sharding:
         """Writes center + x^T P to this rank's weights."""
         reshard(self.model)
         reconstruct(basis, x, center, [local(t) for t in self.tensors], pieces)
+        self.check_mapped()
 
     def part_of(self, name: str, t: Tensor) -> Part | None:
         """This rank's slices of any tensor of the model's state; None for all of it."""

@@ -34,7 +34,7 @@ from . import cost
 from .choose import choose_sharding
 from .ranks import Ranks
 from .rows import RowsSharding
-from .sharding import Basis, Sharding
+from .sharding import KeptBasis, Sharding
 from .traffic import Traffic
 
 META = torch.device("meta")
@@ -228,7 +228,7 @@ def place_of(name: str, model: nn.Module, n: int, bits: int, ranks: Ranks) -> Sh
     return place
 
 
-def basis_of(place: Sharding, segments: Segments, bits: int) -> tuple[Basis, Pieces]:
+def basis_of(place: Sharding, segments: Segments, bits: int) -> tuple[KeptBasis, Pieces]:
     """This rank's rows and columns of P, on the meta device, and the columns as P has them."""
     rows, cut = place.local_rows(len(place.candidates)), place.cut(segments, dense=bits == 32)
     n, shapes = rows.stop - rows.start, cut.pieces.shapes
@@ -334,7 +334,7 @@ def _largest(place: Sharding, grads: Sequence[Tensor]) -> int:
 @torch.no_grad()
 def _messages(
     place: Sharding,
-    basis: Basis,
+    basis: KeptBasis,
     pieces: Pieces,
     segments: Segments,
     center: list[Tensor] | None,

@@ -128,6 +128,9 @@ def load_untrained(sharding: Sharding, weights: Tensor) -> None:
     Args:
         sharding: of the model
         weights: of the candidates (n,)
+
+    Raises:
+        CandidateError: a file has changed since it was opened, whatever was read of it
     """
     candidates, state = sharding.candidates, named_tensors(sharding.model)
     weights = weights if weights.any() else averages.uniform(len(candidates))
@@ -149,6 +152,7 @@ def load_untrained(sharding: Sharding, weights: Tensor) -> None:
     for name, key in sharding.key_map.copied.items():
         part = sharding.part_of(name, state[name])
         local(state[name]).copy_(candidates.tensors(key, slice(at, at + 1), part)[0])
+    candidates.check()
 
 
 @torch.no_grad()

@@ -60,7 +60,11 @@ def write_fixed(path: Path, fixed: FixedAverage, progress: Progress | None = Non
     for key, info in fixed.info.items():
         if info.dtype not in DTYPE_NAMES:
             raise TwaError(f"tensor {key!r}: safetensors files have no {info.dtype}", path)
-    replace(path, lambda p: write_blocks(p, fixed.info, _telling(fixed, progress)))
+    try:
+        replace(path, lambda p: write_blocks(p, fixed.info, _telling(fixed, progress)))
+    except OSError:  # of reading: the system refuses to write bytes that are gone
+        fixed.candidates.check()
+        raise
     if text := without_tensors(fixed.used[-1].extra):
         warnings.warn(f"{path}: {text}", CandidateWarning, stacklevel=2)
 

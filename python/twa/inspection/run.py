@@ -72,6 +72,7 @@ def _inspect_matching(
     # Only these kinds: the rest is found exactly below.
     found += [f for f in sample_findings(candidates) if f.kind in ("unrelated", "stray")]
     content = read_contents(candidates, progress)
+    candidates.check()
     found += content_findings(candidates, content)
     found += tensor_findings(candidates)
     paths = [c.path for c in candidates]

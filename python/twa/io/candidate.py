@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import CandidateError, NoWeights
 from .formats import MODEL_FILES, Checkpoint, open_checkpoint, stem_of
-from .mapped import Part, Source, shape_of
+from .mapped import Part, Source, check_torn, shape_of
 from .torch_zip import EXTRA_STATE
 from .training import Progress, progress_beside, progress_of
 
@@ -61,6 +61,7 @@ class Candidate:
         found = open_checkpoint(path, entry)
         self._take(path, found, entry, ignore)
         self.progress = progress_beside(path) if path.is_dir() else progress_of(found.numbers)
+        self.check_torn()
 
     def _take(
         self, path: Path, found: Checkpoint, entry: str | None, ignore: Sequence[str]
@@ -145,8 +146,16 @@ class Candidate:
         for file in self._maps:
             file.check()
 
+    def check_torn(self) -> None:
+        """Raises CandidateError if bytes of a file were gone when they were read."""
+        check_torn(self._maps)
+
     def release(self) -> None:
-        """Gives back the memory of what was read; tensors still held stay valid."""
+        """Gives back the memory of what was read; tensors still held stay valid.
+
+        Raises CandidateError if bytes of a file were gone when they were read.
+        """
+        self.check_torn()
         for file in self._maps:
             file.drop()
 

@@ -155,6 +155,8 @@ class Candidates(Sequence[Candidate]):
         Args:
             tensors: of each of them
         """
+        for c in self:  # whose weights the model's own loading may have read
+            c.check_torn()
         made = copy.copy(self)
         pairs = zip(self, tensors, strict=True)
         made._hold([c.translated(found) for c, found in pairs], self.block_bytes)
@@ -294,6 +296,8 @@ class Candidates(Sequence[Candidate]):
                     )
                     ahead = pool.submit(prepare_ahead, *place)
                 yield block
+                for c in chosen:
+                    c.check_torn()
                 block = None if ahead is None else ahead.result()
 
     def _cut(

@@ -12,7 +12,7 @@ import mmap
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +20,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .errors import CandidateError
+from twa_kernels.guard import GuardedMap, torn_maps
+
+from .errors import CandidateError, TwaError
 
 if sys.platform != "win32":
     import resource
@@ -56,12 +58,13 @@ class TensorInfo:
 class MappedFile:
     """A file whose bytes are read when they are touched.
 
-    It is mapped at the first use; `drop` gives the memory of what was touched back.
+    It is mapped at the first use; `drop` gives the memory of what was touched back. Bytes that are
+    gone when they are touched are zeros: `check` follows on reading, before anything is made of it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map: mmap.mmap | None = None
+        self._map: GuardedMap | None = None
         status = os.stat(path)
         self.size, self._stamp = status.st_size, (status.st_ino, status.st_mtime_ns)
 
@@ -69,7 +72,7 @@ class MappedFile:
         return self.__dict__ | {"_map": None}  # a copy maps the file again
 
     @property
-    def map(self) -> mmap.mmap:
+    def map(self) -> GuardedMap:
         """The mapping, made at the first use; CandidateError if the file has changed since."""
         if self._map is None:
             try:
@@ -83,22 +86,32 @@ class MappedFile:
                 )
         return self._map
 
-    def check(self) -> None:
-        """Raises CandidateError if the file is not what it was when its header was read.
+    def check(self, error: type[TwaError] = CandidateError) -> None:
+        """Raises an error if the file is not what it was when its header was read.
 
-        Touching bytes that are gone would end the process. A file that was removed or replaced by
-        another is still there for the mapping.
+        A file that was removed or replaced by another is still there for the mapping.
         """
         try:
             status = os.stat(self.path)
             rewritten = status.st_ino == self._stamp[0] and status.st_mtime_ns != self._stamp[1]
         except OSError:
             rewritten = False
-        if rewritten or self.map.size() != self.size:
-            raise CandidateError(
+        found = self.map.size()
+        if found < self.size:
+            raise error(
+                f"became shorter while it was being read: expected {self.size} bytes as at first,"
+                f" found {found}; is it still being written, or was another written over it?",
+                self.path,
+            )
+        if rewritten or found != self.size:
+            raise error(
                 f"changed while it was being read: expected {self.size} bytes as at"
                 " first; is it still being written?",
                 self.path,
+            )
+        if self.map.torn:
+            raise error(
+                "a part of it could not be read: was it shorter, or is it the disk?", self.path
             )
 
     def tensor(self, dtype: torch.dtype, offset: int, count: int) -> Tensor:
@@ -118,6 +131,13 @@ class MappedFile:
         nbytes = count * dtype.itemsize
         plain = torch.frombuffer(self.map, dtype=torch.uint8, offset=offset, count=nbytes)
         return plain.clone().view(dtype)
+
+    def holds(self, t: Tensor) -> bool:
+        """Whether a tensor is the file's own memory."""
+        if self._map is None or not t.nbytes or t.device.type != "cpu":
+            return False
+        begin = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
+        return begin <= t.data_ptr() < begin + self.size
 
     def drop(self) -> None:
         """Gives the memory of all touched pages back.
@@ -141,7 +161,17 @@ class MappedFile:
                     os.close(file)
 
 
-def _map(path: Path) -> mmap.mmap:
+def check_torn(files: Iterable[MappedFile], error: type[TwaError] = CandidateError) -> None:
+    """Raises an error if bytes of one of these files were gone when they were read.
+
+    Where no file of this process was torn, that costs nothing.
+    """
+    if torn_maps():
+        for file in files:
+            file.check(error)
+
+
+def _map(path: Path) -> GuardedMap:
     """A mapping of a whole file; the limit on open files is raised if it is reached."""
     try:
         file = open(path, "rb")  # noqa: SIM115 (closed below)
@@ -152,13 +182,15 @@ def _map(path: Path) -> mmap.mmap:
     with file:
         try:
             # what a caller may write stays in this process
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            return GuardedMap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
             if error.errno == errno.EMFILE and _raise_file_limit():
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                return GuardedMap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             if error.errno != errno.ENOMEM:
                 raise
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # a file larger than memory
+            return GuardedMap(
+                file.fileno(), 0, access=mmap.ACCESS_READ
+            )  # a file larger than memory
 
 
 def _raise_file_limit() -> bool:

@@ -19,7 +19,17 @@ from torch import Tensor
 import twa_kernels as tk
 from twa_kernels.layout import TILE, num_tiles, tile_offsets
 
-from .mapped import MappedFile, Part, Source, TensorInfo, Viewed, contiguous_strides, shape_of, span
+from .mapped import (
+    MappedFile,
+    Part,
+    Source,
+    TensorInfo,
+    Viewed,
+    check_torn,
+    contiguous_strides,
+    shape_of,
+    span,
+)
 
 COLUMNS = 1 << 24  # of an average that are made at once
 ROWS = 256  # that are added at once: they have to be in a GPU's memory together
@@ -170,6 +180,7 @@ class Trail:
         """The base's weights [begin, end) of tensor k plus a weighted sum of rows."""
         first = begin - begin % TILE
         out = self.base.columns(k, first, end).to(device)
+        check_torn(self.base.files)
         self._add(out, k, first, end, coefficients)
         return out[begin - first :]
 
@@ -185,6 +196,7 @@ class Trail:
             codes = [row.codes(first, last).to(out.device) for _, row in some]
             scales = [row.scales(first, last).to(out.device) for _, row in some]
             tk.replay(out, codes, scales, [c for c, _ in some], self.bits)
+            check_torn(file for _, row in some for file in row.files)
 
     def decoded(self, k: int, of: int | Tensor) -> Decoded:
         """Tensor k in a snapshot, as its dtype has it; or in an average, as float32."""

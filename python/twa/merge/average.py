@@ -70,8 +70,8 @@ def average(
         progress: whether bars are shown
         group: the process group; None: all ranks
         settings: others of `twa average`: steps, lr, weight_decay, bn_batches, batches_per_step,
-            seed, sharding, low_memory, patience, compare; basis, a file of `twa pack`; steps and
-            lr may be "auto"
+            seed, sharding, low_memory, storage, patience, compare; basis, a file of `twa pack`;
+            steps and lr may be "auto"
 
     Returns:
         all results; the model is at the winner

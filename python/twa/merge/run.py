@@ -124,6 +124,7 @@ class Merge:
                 max((m.bits for m in self.settings.methods), default=4),
                 self.ranks,
                 may_shard=may_shard,
+                storage=self.settings.storage,
             )
             if self.packed:
                 methods = (for_recording(m, self.sharding)[0] for m in self.settings.methods)
@@ -331,6 +332,7 @@ class Merge:
                     method.constraint,
                     is_balanced,
                     lambda _, count: bar.update(count),
+                    self.settings.storage,
                 )
             return Subspace.from_candidates(
                 self.model,
@@ -343,6 +345,7 @@ class Merge:
                 balance=is_balanced,
                 sharding=self.sharding,
                 progress=lambda _, count: bar.update(count),
+                storage=self.settings.storage,
             )
 
     def _add(self, result: Result) -> None:

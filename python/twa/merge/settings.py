@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, fields
 
 from ..basis.segments import parse_granularity
+from ..distributed.cost import check_storage
 from ..io.checks import check_whole
 from ..io.errors import TwaError
 from .evaluate import BN_BATCHES
@@ -104,6 +105,7 @@ class Settings:
         seed: of the order of the data, and of Dropout
         sharding: as in Subspace.from_candidates; "columns" shards the task's model
         low_memory: whether gradients are projected and freed inside backward
+        storage: where basis and center are kept, as in Subspace.from_candidates
         save_every: steps between saved states
         patience: looks at the validation data in a row without a new best, after which a trained
             average is stopped; 0: never
@@ -121,6 +123,7 @@ class Settings:
     seed: int = 0
     sharding: str = "auto"
     low_memory: bool = False
+    storage: str = "device"
     save_every: int = 10
     patience: int = 3
     compare: bool = False
@@ -134,13 +137,15 @@ class Settings:
             check_whole(getattr(self, name), least, name)
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise TwaError(f"expected a number above 0, found {self.lr!r}", "lr")
+        check_storage(self.storage, [m.bits for m in self.methods])
 
     def facts(self) -> dict[str, str]:
         """What a run may not change when it is continued, as texts by name.
 
-        It may change the sharding, and the number of ranks. What is in a basis is another's to say.
+        It may change the sharding, the storage, and the number of ranks. What is in a basis is
+        another's to say.
         """
-        free = {"sharding", "low_memory", "save_every", "basis"}
+        free = {"sharding", "low_memory", "storage", "save_every", "basis"}
         return {
             f.name.replace("_", " "): str(getattr(self, f.name))
             for f in fields(self)

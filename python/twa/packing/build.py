@@ -14,15 +14,15 @@ from twa_kernels.layout import tile_offsets
 from twa_kernels.scaling import row_divisor
 
 from ..basis.dense import AnyPacker, new_packer
+from ..basis.feed import Feed
 from ..basis.pieces import Pieces
 from ..basis.segments import Segments
 from ..coordinates import Coordinates, Deltas, Differences
 from ..distributed.host import HostMemory
-from ..distributed.sharding import Basis, Sharding
+from ..distributed.sharding import KeptBasis, Sharding
 from ..io.averaging import not_finite
 from ..io.candidates import Block
 from . import differences, orthonormal
-from .feed import Feed
 
 Progress = Callable[[str, int], None]
 #: packs a block of tensor k and writes its center: (packer, k, block, weights, center)
@@ -40,7 +40,7 @@ class Built:
         pieces: this rank's columns as the basis has them
     """
 
-    basis: Basis
+    basis: KeptBasis
     coordinates: Coordinates
     center: list[Tensor] | None
     pieces: Pieces
@@ -91,7 +91,10 @@ def build(
 
 @torch.no_grad()
 def build_center(
-    sharding: Sharding, weights: Tensor, progress: Progress | None = None
+    sharding: Sharding,
+    weights: Tensor,
+    progress: Progress | None = None,
+    device: torch.device | str | None = None,
 ) -> list[Tensor] | None:
     """The center of some candidates alone, float32; ranks call it together.
 
@@ -99,8 +102,9 @@ def build_center(
         sharding: the candidates, and which part of it this rank holds
         weights: (n,), the merge weights of the center
         progress: called with (key of the tensor, bytes read)
+        device: where it is made; None: see `usual_device`
     """
-    feed = Feed(usual_device(sharding.device))
+    feed = Feed(usual_device(sharding.device) if device is None else device)
     size = 4 * sum(shard.shape.numel() for shard in sharding.shards) + mmap.PAGESIZE
     memory = sharding.host_memory(size, feed.device)
     centers = _centers(sharding, weights, progress, feed, memory)

@@ -16,12 +16,12 @@ import twa_kernels as tk
 from twa_kernels.layout import MOST_WEIGHT, TILE, num_tiles
 
 from ..basis.dense import AnyPacker
+from ..basis.feed import Feed
 from ..distributed.sharding import Sharding
 from ..io.averaging import average_into
 from ..io.candidates import Block
 from ..io.errors import TwaError
 from ..io.trail import Trail
-from .feed import Feed
 
 
 def check(sharding: Sharding) -> None:

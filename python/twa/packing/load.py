@@ -16,7 +16,7 @@ from twa_kernels.shift import shift_columns
 from ..basis.contents import Contents
 from ..basis.file import NAME, Loaded
 from ..basis.pieces import Pieces, by_groups
-from ..distributed.sharding import Basis, ColumnsSharding, Sharding, reconstruct
+from ..distributed.sharding import ColumnsSharding, KeptBasis, Sharding, reconstruct
 from ..dtensors import local
 from ..io.errors import BasisError, TwaError
 from ..io.key_map import aliases_of
@@ -80,7 +80,7 @@ def warn_of_extra_state(model: nn.Module, path: Path) -> None:
         )
 
 
-def rows_of(loaded: Loaded, sharding: Sharding) -> tuple[Basis, Pieces]:
+def rows_of(loaded: Loaded, sharding: Sharding) -> tuple[KeptBasis, Pieces]:
     """This rank's rows and columns of P, and the columns as the basis has them.
 
     BasisError if the file would be cut into too many pieces.
@@ -158,10 +158,11 @@ def _columns_of(
 def center_at(
     loaded: Loaded,
     sharding: Sharding,
-    basis: Basis,
+    basis: KeptBasis,
     pieces: Pieces,
     weights: Tensor,
     progress: Progress | None = None,
+    device: torch.device | str | None = None,
 ) -> list[Tensor] | None:
     """Another center than the file's, float32, of this rank's columns. Ranks call it together.
 
@@ -175,13 +176,14 @@ def center_at(
         pieces: the columns as the basis has them
         weights: (n,), the merge weights of the center
         progress: called with (key of the tensor, bytes read)
+        device: where it is made of the candidates; None: the model's
 
     Raises:
         CandidateError: a candidate holds NaN or Inf
         TwaError: no rank has all rows, and the candidates are not at hand
     """
     if sharding.candidates.at_hand:
-        return build_center(sharding, weights, progress)
+        return build_center(sharding, weights, progress, device)
     if sharding.name == "rows":
         raise TwaError("sharding 'rows': another center needs the candidates: pass them to load")
     rows = loaded.coordinates().rows

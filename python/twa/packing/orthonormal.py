@@ -16,13 +16,13 @@ from twa_kernels.orthonormalize import PACK_COLUMNS
 from twa_kernels.scaling import row_divisor
 
 from ..basis.dense import AnyPacker, new_packer
+from ..basis.feed import Feed
 from ..basis.segments import Segments
 from ..coordinates import Orthonormal
 from ..distributed.host import HostMemory
-from ..distributed.sharding import Basis, Sharding
+from ..distributed.sharding import KeptBasis, Sharding
 from ..io.averaging import not_finite
 from ..io.errors import TwaError
-from .feed import Feed
 
 
 def build(
@@ -34,7 +34,7 @@ def build(
     weights: Tensor,
     feed: Feed,
     memory: HostMemory | None = None,
-) -> tuple[Basis, Orthonormal]:
+) -> tuple[KeptBasis, Orthonormal]:
     """The orthonormal basis, and its coordinates.
 
     Every tensor is read twice more than its center took, one at a time: for the Gram matrix, with a

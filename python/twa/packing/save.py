@@ -14,7 +14,7 @@ from ..basis.dense import DenseBasis
 from ..basis.file import Writer
 from ..basis.segments import Segments
 from ..coordinates import Coordinates, Deltas, Orthonormal
-from ..distributed.sharding import Basis, Sharding
+from ..distributed.sharding import KeptBasis, Sharding
 from ..dtensors import local
 from ..io.atomic import naming, temporary_of
 from ..io.candidates import Candidates
@@ -78,7 +78,7 @@ def untrained(model: nn.Module, contents: Contents) -> dict[str, Tensor]:
     }
 
 
-def check_savable(basis: Basis, sharding: Sharding) -> tk.PackedBasis:
+def check_savable(basis: KeptBasis, sharding: Sharding) -> tk.PackedBasis:
     """The basis, if it is packed and one rank holds all of it; else TwaError."""
     if isinstance(basis, DenseBasis):
         raise TwaError(
@@ -148,7 +148,11 @@ def save_basis(
             for part in center:
                 writer.put("center", part.cpu(), at)
                 at += part.numel()
+            sharding.check_mapped()
             writer.finish()
+    except OSError:  # of reading: the system refuses to write bytes that are gone
+        sharding.check_mapped()
+        raise
     finally:
         writer.close()
         writer.partial.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from twa_kernels.layout import BITS, TILE
 from twa_kernels.scaling import Scaling, lost_groups
 
 from .. import averages
+from ..basis.feed import Feed
 from ..basis.file import LARGEST_SCALE, Writer
 from ..basis.segments import Granularity, segments_of
 from ..distributed.ranks import Ranks, digest, facts, versions
@@ -39,7 +40,6 @@ from ..io.key_map import match_model
 from ..io.progress import PeakMemory
 from ..io.safetensors import raw_bytes
 from ..modes import plain_weights
-from .feed import Feed
 from .save import contents_of, untrained
 from .shares import Groups, Run, all_runs, are_runs, joined, share_out
 
@@ -433,7 +433,11 @@ class PackToFile:
     # Position of an interrupted run --------------------------------------------------------------
 
     def _sync(self) -> None:
-        """Returns when all that this rank has packed is on the disk."""
+        """Returns when all that this rank has packed is on the disk.
+
+        Raises CandidateError if the candidates are not what they were: it would be wrong.
+        """
+        self.candidates.check()
         self.behind.wait()
         self.writer.sync()
         self.raw_file.flush()
