@@ -225,7 +225,7 @@ class Run:
         """The lines with an error in what a rank has printed."""
         log = self.folder / f"rank{rank}.log"
         text = log.read_text(errors="replace") if log.exists() else ""
-        pattern = r"(?:twa: (?:error|warning|stopped)|\S*(?:Error|Exception|Exit)\b).*"
+        pattern = r"(?:twa: (?:error|warning|stopped)|\S*(?:Error|Exit)\b).*"
         lines = [re.sub(r"^\[rank\d+\]: ", "", line) for line in re.split(r"[\n\r]", text)]
         found = dict.fromkeys(line for line in lines if re.fullmatch(pattern, line))
         short = [line.replace(str(self.folder), "").replace(str(self.base), "") for line in found]
