@@ -229,7 +229,8 @@ class Run:
         lines = [re.sub(r"^\[rank\d+\]: ", "", line) for line in re.split(r"[\n\r]", text)]
         found = dict.fromkeys(line for line in lines if re.fullmatch(pattern, line))
         short = [line.replace(str(self.folder), "").replace(str(self.base), "") for line in found]
-        return " / ".join(line[:220] for line in short[-2:]) or "nothing"
+        short = [shortened(line) for line in short if "Exception raised from" not in line]
+        return " / ".join(short[-2:]) or "nothing"
 
     def is_finished(self) -> bool:
         return (self.out / "results.json").exists() and not (self.out / "state.pt").exists()
@@ -289,8 +290,8 @@ def second_run(run: Run) -> None:
     (run.folder / "second").mkdir()
     first, run.folder = run.folder, run.folder / "second"
     done, _ = processes.finish(*run.start(2, None, "--resume"))
-    run.notes.append(f"the second run: {run.said(0)}, exit status {done.returncode}")
-    run.folder = first
+    said, run.folder = run.said(0).replace(str(first), ""), first
+    run.notes.append(f"the second run: {said}, exit status {done.returncode}")
 
 
 def fill_disk(run: Run) -> None:
@@ -487,15 +488,25 @@ def wire(base: Path) -> list[dict[str, str]]:
     return rows
 
 
+def shortened(line: str) -> str:
+    """A line of a rank without what gloo guesses, and what the table says of it anyway."""
+    line = re.sub(
+        r"(?:another rank died or does not answer) \((.*?)\)?$", r"lost a rank (\1)", line
+    )
+    line = re.sub(r"\. This is typically caused.*", "", line)
+    line = re.sub(r"^twa: (error: )?(rank \d+: )?", "", line)
+    return line[:160] + ")" * (line.count("(", 0, 160) - line.count(")", 0, 160))
+
+
 def page(rows: list[dict[str, str]], bytes_: list[dict[str, str]], seconds: float) -> str:
     """The result as Markdown."""
     names = {
         "fault": "fault",
         "sharding": "sharding",
-        "said": "what each rank printed",
         "stopped": "s until the other ranks had stopped",
         "state": "state",
         "result": "coefficients after `--resume`",
+        "said": "what each rank printed",
     }
     table = [[row[k].replace("|", "/") for k in names] for row in rows]
     return (
