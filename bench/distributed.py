@@ -62,6 +62,13 @@ def status(field: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field))
 
 
+def own_memory() -> int:
+    """Bytes of this process beside pages of files: of memory that ranks share, its part."""
+    with open("/proc/self/smaps_rollup") as f:
+        parts = (line.split() for line in f if line.startswith(("Pss_Anon", "Pss_Shmem")))
+        return sum(int(part[1]) for part in parts) * 1024
+
+
 def loopback() -> int:
     """Bytes that have left through the loopback device, of all processes."""
     with open("/proc/net/dev") as f:
@@ -148,7 +155,7 @@ def worker(kind: str, sharding: str, folder: str) -> None:
     warm = nn.Linear(2, 2)  # the libraries' own memory is not what is measured
     fully_shard(warm)
     warm(torch.ones(1, 2)).sum().backward()
-    before = status("VmRSS")
+    before = status("VmRSS"), own_memory()
     job = Job(kind, sharding, folder, rank)
     figures = {
         "D": sum(p.numel() for p in job.subspace.parameters),
@@ -167,17 +174,19 @@ def worker(kind: str, sharding: str, folder: str) -> None:
     os._exit(0)  # the mesh of fully_shard keeps gloo's threads, which may abort the interpreter
 
 
-def memory_figures(job: Job, before: int) -> dict[str, float]:
-    """Bytes of the rank that has most: its peak above `before`, basis and center."""
+def memory_figures(job: Job, before: tuple[int, int]) -> dict[str, float]:
+    """Bytes above those before: of the rank that has most, and after a step of all ranks."""
     for _ in range(3):
         job.step()
-    peak, center = status("VmHWM") - before, job.subspace.center or []
-    mine = (peak, job.subspace.basis.nbytes, sum(c.numel() * 4 for c in center))
+    peak, center = status("VmHWM") - before[0], job.subspace.center or []
+    job.loss().backward()  # with gradients, as formulas have them
+    held = own_memory() - before[1]
+    mine = (peak, job.subspace.basis.nbytes, sum(c.numel() * 4 for c in center), held)
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    return dict(
-        zip(("peak", "basis", "center"), map(max, zip(*everyone, strict=True)), strict=True)
-    )
+    peaks, bases, centers, helds = zip(*everyone, strict=True)
+    most = {"peak": max(peaks), "basis": max(bases), "center": max(centers)}
+    return most | {"host": sum(helds)}
 
 
 def bytes_figures(job: Job) -> dict[str, float]:
@@ -264,21 +273,24 @@ def wire_table(folder: Path) -> str:
 
 def memory_table(folder: Path) -> str:
     rows, whole = [], None
-    cases = [("single", 1), ("replicate", 2), ("rows", 2), ("columns", 2), ("columns", 4)]
+    cases = [("single", 1), *((s, k) for k in (2, 4) for s in SHARDINGS)]
     for sharding, size in cases:
         f = measure("memory", sharding, size, str(folder))
         whole = whole or f["peak"]
         options = {"weight_bytes": 4, "block_share": 1 / LARGE["depth"]}
         job = cost.Job(f["D"], LARGE["candidates"], 4, f["segments"], size, **options)
-        m = cost.memory(job, "replicate" if sharding == "single" else sharding)
+        name = "replicate" if sharding == "single" else sharding
+        m, host = cost.memory(job, name), cost.host_memory(job, name)
         row = [sharding, str(size)]
         for name in ("basis", "center"):
             row += [f"{f[name] / 1e6:.1f}", f"{m[name] / 1e6:.1f}"]
         row += [f"{f['peak'] / 1e6:.0f}", f"{m['total'] / 1e6:.0f}", f"{f['peak'] / whole:.2f}"]
+        row += [f"{f['host'] / 1e6:.0f}", f"{host / 1e6:.0f}"]
         rows.append(row)
         print(rows[-1], file=sys.stderr)
     header = ["sharding", "ranks", "basis MB", "formula", "center MB", "formula"]
     header += ["peak MB of a rank", "formula (training)", "of one process"]
+    header += ["MB of all ranks", "formula (host)"]
     return markdown_table(header, rows)
 
 
@@ -339,7 +351,9 @@ def page(demo: Path, large: Path, weights: int) -> str:
         f"{LARGE['depth']} layers of {LARGE['width']} x {LARGE['width']} (34 M weights, 134 MB),"
         f" {LARGE['candidates']} candidates at 4 bits, three training steps. Peak: highest resident"
         " memory above that before the model was made; it includes n x the largest tensor's part,"
-        " mapped from files while it is packed. The formula counts what is held in training.",
+        " mapped from files while it is packed. The formula counts what is held in training. All"
+        " ranks: what they hold together in training, beside pages of files; with replicate they"
+        " share basis and center, which the peak of a rank counts in full.",
         "",
         memory_table(large),
         "",
