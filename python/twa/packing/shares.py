@@ -19,9 +19,8 @@ from twa_kernels.layout import TILE, segments_to_tiles, tile_offsets
 from ..basis.contents import Contents
 from ..io.candidates import UNIT
 
-Run = tuple[
-    int, int, int
-]  # (tensor, first column, end); both multiples of UNIT, or the tensor's end
+#: (tensor, first column, end); both are multiples of UNIT, or the tensor's end
+Run = tuple[int, int, int]
 
 
 def all_runs(numels: Sequence[int]) -> list[Run]:
