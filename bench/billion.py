@@ -218,22 +218,20 @@ def jobs(folder: Path) -> dict[str, list[str]]:
     }
 
 
-def plans(weights: int, segments: int, depth: int) -> dict[str, tuple[float, str]]:
-    """What `twa plan` gives for the memory of each job, in bytes, and which parts of it."""
+def plans(weights: int, segments: int, width: int, depth: int) -> dict[str, tuple[float, str]]:
+    """Bytes of each job as `twa plan` gives them, with activations, and which parts they are of."""
     job = cost.Job(weights, CANDIDATES, BITS, segments, 1, 2, block_share=1 / depth)
-    two = replace(job, ranks=2)
-    m, best = cost.memory(job, "replicate"), cost.best_weights(job, "replicate")
-    one_block = 1.5 * BLOCK_BYTES
-    average = m["total"] + best
+    m, block = cost.memory(job, "replicate"), 1.5 * BLOCK_BYTES
+    # of each layer's 17 tensors as wide as the model that backward needs, in bfloat16
+    activations = 17 * 2 * ROWS * chars.CONTEXT * width * depth
+    two = cost.host_memory(replace(job, ranks=2), "columns")
+    parts = "center, weights, gradients, activations"
     return {
-        PACK_RANKS: (2 * (m["weights"] + one_block), "the model, a block; of each rank"),
-        PACK: (m["weights"] + one_block, "the model, a block"),
-        ANEW: (average, "basis, center, weights, gradients, best weights"),
-        BASIS: (average - m["basis"], "the same without the basis, which is mapped"),
-        COLUMNS: (
-            cost.host_memory(two, "columns") + 2 * cost.best_weights(two, "columns"),
-            "basis, center, weights, gradients, gathered, best weights; of both ranks",
-        ),
+        PACK_RANKS: (2 * (m["weights"] + block), "the model and a block, of each rank"),
+        PACK: (m["weights"] + block, "the model and a block"),
+        ANEW: (m["total"] + activations, f"basis, {parts}"),
+        BASIS: (m["total"] - m["basis"] + activations, f"{parts}; the basis is mapped"),
+        COLUMNS: (two + 2 * activations, f"of both ranks: basis, {parts}, gathered"),
     }
 
 
@@ -260,7 +258,7 @@ def base() -> int:
 
 def page(args: argparse.Namespace, runs: dict[str, Run], weights: int, segments: int) -> str:
     """The results as Markdown."""
-    planned, empty, rows = plans(weights, segments, args.depth), base(), []
+    planned, empty, rows = plans(weights, segments, args.width, args.depth), base(), []
     for name, run in runs.items():
         bytes_planned, what = planned[name]
         processes = 3 if "ranks" in name else 1  # torchrun is one, too
@@ -277,7 +275,7 @@ def page(args: argparse.Namespace, runs: dict[str, Run], weights: int, segments:
                 run.note,
             ]
         )
-    head = ["job", "time", "own memory, GB", "without libraries", "twa plan", "off by", "of", ""]
+    head = ["job", "time", "own memory, GB", "without libraries", "planned", "off by", "of", ""]
     size = weights * 2 * CANDIDATES / 1e9
     return "\n".join(
         [
@@ -292,7 +290,8 @@ def page(args: argparse.Namespace, runs: dict[str, Run], weights: int, segments:
             f"{'' if all(r.limited for r in runs.values()) else ' (not enforced here)'}.",
             "Own memory: the most that its processes held together, beside pages of files, which"
             " the system takes back when it needs them. A process that has only imported all holds"
-            f" {empty / 1e9:.2f} GB. `twa plan` counts no activations.",
+            f" {empty / 1e9:.2f} GB. To what `twa plan` says the activations are added, which it does"
+            " not count.",
             "",
             markdown_table(head, rows),
             "",

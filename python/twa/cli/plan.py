@@ -268,8 +268,9 @@ def _building(job: Job) -> str:
     best = max(best_weights(job, s) for s in SHARDINGS if not obstacle(job, s))
     return (
         f"While the basis is built, a rank's device holds at most: {', '.join(peaks)}; candidates"
-        f" go there in blocks of {quantity(BLOCK_BYTES, 'B')}. Beside all this `twa average` keeps"
-        f" the best weights so far in CPU memory: {quantity(best, 'B')} a rank, or its shards."
+        f" go there in blocks of {quantity(BLOCK_BYTES, 'B')}. From its second trained average on"
+        f" `twa average` keeps the best weights so far in CPU memory, too: {quantity(best, 'B')} a"
+        " rank, or its shards."
     )
 
 
