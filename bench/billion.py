@@ -290,8 +290,8 @@ def page(args: argparse.Namespace, runs: dict[str, Run], weights: int, segments:
             f"{'' if all(r.limited for r in runs.values()) else ' (not enforced here)'}.",
             "Own memory: the most that its processes held together, beside pages of files, which"
             " the system takes back when it needs them. A process that has only imported all holds"
-            f" {empty / 1e9:.2f} GB. Planned: what `twa plan` says, and activations, which it leaves"
-            " out.",
+            f" {empty / 1e9:.2f} GB. Planned: what `twa plan` says, and activations, which it"
+            " leaves out.",
             "",
             markdown_table(head, rows),
             "",
