@@ -50,6 +50,8 @@ def test_segments_of_tensors_and_their_parts():
     ]
     assert s.of_tiles([300, 128, 0]).tolist() == [0, 1, 2, 3]
     assert segments_of(["a"], [1000], 256).of_tiles([1000]).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    per_tensor = segments_of(["a", "b", "c"], [0, 200, 300], "tensor")
+    assert per_tensor.of_tiles([0, 200, 300]).tolist() == [1, 1, 2, 2, 2]
     assert segments_of(["a", "b"], [10, 20], "tensor") == Segments(["a", "b"], [0, 1])
     for numels in ([100], [128 * 5000, 3], [10**9, 10**6], [5] * 5000):
         fine = segments_of([str(k) for k in range(len(numels))], numels, "fine")

@@ -57,15 +57,14 @@ class Segments:
         return range(first, first + (-(-numel // self.chunk) if self.chunk else 1))
 
     def of_tiles(self, numels: Sequence[int]) -> Tensor:
-        """The segments as twa_kernels takes them: per tensor, or with `chunk` per tile.
+        """The segment of each group of 128 weights, (groups,) int32.
 
         Args:
             numels: weights of each tensor
         """
-        if not self.chunk:
-            return torch.tensor(self.first, dtype=torch.int32)
+        width = self.chunk // TILE if self.chunk else max(1, *map(num_tiles, numels))
         of_each = (
-            first + torch.arange(num_tiles(numel), dtype=torch.int32) // (self.chunk // TILE)
+            first + torch.arange(num_tiles(numel), dtype=torch.int32) // width
             for first, numel in zip(self.first, numels, strict=True)
         )
         return torch.cat(list(of_each))
