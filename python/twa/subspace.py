@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -218,7 +219,8 @@ class Subspace:
             place = given or choose_sharding(
                 name, model, candidates, key_map, bits, ranks, storage=storage
             )
-        place.mapped = ()  # of another basis
+        place = copy.copy(place)  # another subspace may be of the one that was given
+        place.mapped = ()
         with ranks.fail_together("packing the candidates"):
             made = build(place, segments, bits, basis, normalize, weights, progress, device)
             coordinates = constrained(made.coordinates, constraint)
@@ -343,6 +345,7 @@ class Subspace:
         if isinstance(self.kept, tk.PackedBasis):
             held += [self.kept.codes, self.kept.scales]
         if not any(map(loaded.file.holds, held)):
+            self.sharding.check_mapped()  # what was copied was whole
             self.sharding.mapped = ()
 
     def _settle(self) -> None:
@@ -732,6 +735,7 @@ def recentred(
             )
     _check_balance(balance, contents.basis, constraint, "mean", sharding.name)
     with sharding.ranks.fail_together(f"moving {loaded.path} to another center"):
+        sharding = copy.copy(sharding)  # another subspace may be of the one that was given
         sharding.mapped = (loaded.file,)
         basis, pieces = rows_of(loaded, sharding)
         device = "cpu" if storage == "host" else None

@@ -2,6 +2,7 @@
 a signal, and nothing made of what was not there.
 """
 
+import copy
 import os
 import shutil
 import signal
@@ -292,6 +293,41 @@ def test_a_basis_that_is_replaced(tmp_path, act):
     step, same, of_state, of_save, written = done.stdout.splitlines()
     assert (step, same, of_state, of_save) == ("none", "False", "none", "none")
     assert "averaged.safetensors" in written
+
+
+def test_a_copy_of_a_subspace_does_not_need_its_file(tmp_path):
+    pattern, _ = save_in(tmp_path, "safetensors")
+    basis = tmp_path / "basis.safetensors"
+    PackToFile(basis, nn.Linear(300, 300), twa.Candidates(tmp_path / pattern)).run()
+    made = copy.deepcopy(twa.Subspace.load(basis, nn.Linear(300, 300)))
+    basis.unlink()
+    made.model(torch.ones(2, 300)).square().mean().backward()
+    assert bool(made.project_gradients().any())
+    made.write_weights()
+
+
+ROWS = """
+    import torch.distributed as dist
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=0, world_size=1)
+    model = torch.nn.Linear(300, 300)
+    subspace = twa.Subspace.load(folder / "basis.safetensors", model, sharding="rows")
+    wait()
+    model(torch.ones(8, 300)).square().mean().backward()
+    for call in (subspace.project_gradients, subspace.write_weights):
+        try:
+            call()
+        except twa.BasisError as found:
+            print(found)
+"""
+
+
+def test_a_basis_whose_rows_are_on_ranks(tmp_path):
+    pattern, _ = save_in(tmp_path, "safetensors")
+    basis = tmp_path / "basis.safetensors"
+    PackToFile(basis, nn.Linear(300, 300), twa.Candidates(tmp_path / pattern)).run()
+    done = disturbed(tmp_path, ROWS, act=lambda: os.truncate(basis, 3 * PAGE))
+    assert done.returncode == 0, done
+    assert done.stdout.count("became shorter while it was being read") == 2, done
 
 
 def test_a_basis_that_is_written_over(tmp_path):

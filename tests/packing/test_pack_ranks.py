@@ -2,6 +2,7 @@
 or dies; going on with another number of ranks.
 """
 
+import shutil
 import signal
 import sys
 import textwrap
@@ -116,6 +117,24 @@ def test_ranks_that_were_given_different_things(ranks, candidates, tmp_path, wro
     for _, error in ranks.run(2, pack_others, tmp_path / NAME, paths, wrong):
         assert error.startswith("DistributedError") and text in error, error
     assert not list(tmp_path.iterdir())
+
+
+def pack_apart(group, path, paths, resume):
+    return pack_and_save(group, path / str(group.rank()) / NAME, paths, {}, resume)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_ranks_that_see_different_folders(ranks, candidates, tmp_path, resume):
+    """A folder of its own on each host, with what an earlier run has left there."""
+    paths = [c.path for c in candidates]
+    answers = ranks.run(1, pack_and_save, tmp_path / "0" / NAME, paths, {}, False, 30)
+    assert "Stop" in answers[0][1]
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "1").iterdir()}
+    for _, error in ranks.run(2, pack_apart, tmp_path, paths, resume):
+        assert "expected the folder that rank 0 writes to" in error, error
+    assert {p.name: p.read_bytes() for p in (tmp_path / "1").iterdir()} == before
+    assert not list(tmp_path.rglob("*proof*"))
 
 
 def test_another_process_at_work(ranks, candidates, tmp_path):

@@ -115,7 +115,9 @@ class Writer:
             self._file.truncate(0)
             self._file.write(self.header)
             self._file.truncate(self.size)
-        elif there.st_size != self.size or self._file.read(len(self.header)) != self.header:
+        elif there.st_size != self.size or (
+            os.pread(self._file.fileno(), len(self.header), 0) != self.header
+        ):
             raise BasisError(
                 f"not the {self.size} bytes of an unfinished basis of these"
                 " candidates; pass --overwrite to start anew",

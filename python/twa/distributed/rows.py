@@ -108,12 +108,14 @@ class RowsSharding(Sharding):
         self.ranks.all_reduce_(flat)
         c = torch.zeros_like(x)
         c[self.local_rows(len(x))] = project(basis, parts) / self.ranks.world_size
+        self.check_mapped()  # before it is anyone's step
         return self.all_reduce_async([c], x)()[0]
 
     def write(self, basis: Basis, pieces: Pieces, x: Tensor, center: list[Tensor] | None) -> None:
         flat, parts = self._flat()
         mine = x[self.local_rows(len(x))].contiguous()
         reconstruct(basis, mine, center if self.ranks.rank == 0 else None, parts)
+        self.check_mapped()
         self.ranks.all_reduce_(flat)
         for t, part in zip(self.tensors, parts, strict=True):
             t.detach().copy_(part)

@@ -381,9 +381,13 @@ class Sharding:
         return total
 
     def check_mapped(self) -> None:
-        """Raises BasisError if a file that P lies in is not what it was, and so nor is P."""
+        """Raises BasisError if a file that P lies in is not what it was, and so nor is P.
+
+        A copy of a subspace has its P in memory: files are not mapped there.
+        """
         for file in self.mapped:
-            file.check(BasisError)
+            if file.is_mapped:
+                file.check(BasisError)
 
     def all_reduce_async(self, parts: list[Tensor], x: Tensor | None) -> Callable[[], list[Tensor]]:
         """Begins the sum over ranks of parts of c; see `Ranks.all_reduce_async`.
@@ -443,7 +447,9 @@ class ReplicateSharding(Sharding):
         return self.ranks.broadcast_(value, self.owner[k])
 
     def host_memory(self, size: int, device: torch.device) -> HostMemory | None:
-        memory = HostMemory(self.ranks, size, host_key() if device.type == "cpu" else "")
+        # between hosts it would go through the CPU
+        is_shared = device.type == "cpu" and not self.ranks.needs_cuda
+        memory = HostMemory(self.ranks, size, host_key() if is_shared else "")
         return memory if memory.is_shared else None
 
     def exchange(

@@ -251,7 +251,8 @@ class Merge:
         data = self._data_of(method)
         method, why = fitted(method, self.sharding, data if coarsen else None)
         packed = self.packed if self.packed and self.packed.fits(method) else None
-        why += f"; rows of {packed.path.name}" if packed else ""
+        if self.packed:
+            why += f"; rows of {self.packed.path.name}" if packed else "; packed, not from the file"
         subspace = self._subspace(method, start, packed)
         if prepare:
             prepare(subspace)

@@ -6,9 +6,11 @@ write to the same file.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -64,6 +66,11 @@ def unfinished_parts(path: Path) -> tuple[Path, Path, Path]:
     )
 
 
+def proof_of(path: Path) -> Path:
+    """What rank 0 writes for a moment, for the others to see that they are in its folder."""
+    return path.with_name(f"{path.name}.proof.partial")
+
+
 def is_unfinished(path: Path) -> bool:
     """Whether an interrupted run can be continued there."""
     return all(p.is_file() for p in unfinished_parts(path))
@@ -76,7 +83,7 @@ def remove_parts(path: Path, but: Path | None = None) -> None:
     """
     position = unfinished_parts(path)[0]
     clear_unfinished(path.parent, [glob.escape(position.name)])
-    for part in unfinished_parts(path):
+    for part in (*unfinished_parts(path), proof_of(path)):
         if part != but:
             part.unlink(missing_ok=True)
 
@@ -257,10 +264,33 @@ class PackToFile:
             self.raw_file = open(self.raw, "r+b" if resumed else "w+b")  # noqa: SIM115 (run closes)
             if self.ranks.world_size > 1:
                 writer.share()
-        self.ranks.barrier()
+        if self.ranks.world_size > 1:
+            self._check_one_folder()
         if not self.ranks.is_rank_zero:
             writer.join()
             self.raw_file = open(self.raw, "r+b")  # noqa: SIM115 (run closes it)
+
+    def _check_one_folder(self) -> None:
+        """BasisError on a rank that does not see what rank 0 writes beside the file."""
+        proof = proof_of(self.path)
+        token = self.ranks.broadcast_object(secrets.token_bytes(16))
+        try:
+            if self.ranks.is_rank_zero:
+                proof.write_bytes(token)
+            self.ranks.barrier()
+            found = b""
+            with contextlib.suppress(OSError):
+                found = proof.read_bytes()
+            if found != token:
+                raise BasisError(
+                    "expected the folder that rank 0 writes to, found another: ranks write one"
+                    " file, on a file system that all hosts share",
+                    self.path.parent,
+                )
+            self.ranks.barrier()  # before it is removed
+        finally:
+            if self.ranks.is_rank_zero:
+                proof.unlink(missing_ok=True)
 
     def _close(self) -> None:
         """Closes the basis; removes what nobody can continue."""
@@ -351,8 +381,9 @@ class PackToFile:
     def _read_raw(self, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of that file, finite and not negative; else BasisError."""
         t = torch.empty(shape, dtype=dtype)
-        self.raw_file.seek(at)
-        data = self.raw_file.read(t.nbytes)
+        with open(self.raw, "rb") as f:  # anew: network file systems then show what others wrote
+            f.seek(at)
+            data = f.read(t.nbytes)
         if len(data) == t.nbytes and data:
             t = torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
         if len(data) != t.nbytes or not bool(((t >= 0) & torch.isfinite(t)).all()):
