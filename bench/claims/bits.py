@@ -143,7 +143,9 @@ def quantise(subspace: Subspace, bits: int) -> None:
 def balance_again(subspace: Subspace) -> None:
     """Balances the rows as they are now."""
     rows = subspace.coordinates.rows
-    subspace.coordinates = balanced(rows, subspace.basis, subspace.segments, subspace.sharding)
+    subspace.coordinates = balanced(
+        rows, subspace.basis, subspace.pieces, subspace.segments, subspace.sharding
+    )
 
 
 @torch.no_grad()

@@ -13,7 +13,11 @@ import pytest
 from conftest import run_python
 
 HERE = Path(__file__).parents[1]
-ZEROS = "lambda self, part=None, read=twa.io.mapped.Stored.read: read(self, part).clone().zero_()"
+#: but for the fuzzer's own basis, which it moves to make another
+ZEROS = (
+    "lambda self, part=None, read=twa.io.mapped.Stored.read: read(self, part)"
+    " if self.file.path.name == 'basis.safetensors' else read(self, part).clone().zero_()"
+)
 #: what is broken: its place, what stands there instead; which cases then; what must be said of one
 LIBRARY = {
     "code is run": (

@@ -178,7 +178,7 @@ def check_torn(files: Iterable[MappedFile], error: type[TwaError] = CandidateErr
     """
     any_torn = torn_maps() > 0
     for file in files:
-        if any_torn or file.is_shorter:
+        if file.is_mapped and (any_torn or file.is_shorter):
             file.check(error)
 
 
