@@ -318,6 +318,8 @@ ROWS = """
             call()
         except twa.BasisError as found:
             print(found)
+    sys.stdout.flush()
+    os._exit(0)  # see processes.leave_job
 """
 
 
