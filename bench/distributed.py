@@ -27,10 +27,10 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from traffic import Traffic
 from twa.cli.plan import quantity
 from twa.distributed import cost
 from twa.distributed.cost import SHARDINGS
+from twa.distributed.traffic import Traffic
 from twa.io.tables import markdown_table
 
 from twa_kernels.machine import processor

@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from traffic import Traffic
 from twa.cli.main import main
 from twa.cli.plan import quantity
 from twa.distributed import cost
 from twa.distributed.cost import SHARDINGS, Job
 from twa.distributed.rows import RowsSharding
+from twa.distributed.traffic import Traffic
 
 import twa_kernels as tk
 

@@ -26,11 +26,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from traffic import Traffic
 from twa.basis import grams
 from twa.distributed import choose
 from twa.distributed import ranks as ranks_module
 from twa.distributed.ranks import DistributedError, Ranks
+from twa.distributed.traffic import Traffic
 from twa.dtensors import local, reshard
 from twa.io.key_map import match_model
 from twa.packing.to_file import PackToFile

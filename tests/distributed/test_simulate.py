@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from traffic import Traffic
 from twa.cli.main import main
 from twa.distributed.choose import shard_model
 from twa.distributed.simulate import simulate
+from twa.distributed.traffic import Traffic
 from twa.dtensors import local
 from twa.io.errors import TwaError
 from twa.tasks.gpt import GPT

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 import twa_kernels as tk
-from twa_kernels.layout import segments_to_tiles
 
 from ..coordinates import Coordinates, Deltas, Differences, Orthonormal, constrained
 from ..io.atomic import is_at, lock, sync_folder
@@ -76,7 +75,7 @@ class Writer:
         """
         descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666)
         self._opened = open(descriptor, "r+b")  # noqa: SIM115 (closed in close)
-        self._check(lock(self._opened) and self._is_at(self.partial))
+        self._check(lock(self._opened) and is_at(self._opened, self.partial))
 
     def share(self) -> None:
         """Lets other ranks `join`, after `open`: they write parts of the same file."""
@@ -85,7 +84,7 @@ class Writer:
     def join(self) -> None:
         """Opens the file that rank 0 shares; BasisError if it is gone, or another's since."""
         self._opened = open(self.partial, "r+b")  # noqa: SIM115 (closed in close)
-        self._check(lock(self._file, shared=True) and self._is_at(self.partial))
+        self._check(lock(self._file, shared=True) and is_at(self._file, self.partial))
 
     def _check(self, locked: bool) -> None:
         """BasisError unless the file is locked."""
@@ -153,10 +152,7 @@ class Writer:
     @property
     def finished(self) -> bool:
         """Whether the locked file is at its place."""
-        return self._is_at(self.path)
-
-    def _is_at(self, path: Path) -> bool:
-        return is_at(self._file, path)
+        return is_at(self._file, self.path)
 
     def close(self) -> None:
         """Closes the file; what is not finished may be lost."""
@@ -198,7 +194,7 @@ class Loaded:
     def basis(self) -> tk.PackedBasis:
         """The packed basis, codes and scales mapped."""
         c = self.contents
-        tile_segment = segments_to_tiles(c.tensor_segments.of_tiles(c.numels), c.numels)
+        tile_segment = c.tensor_segments.of_tiles(c.numels)
         row_scale, divisor = (self.read(name).clone() for name in ("row_scale", "divisor"))
         codes, scales = self.read("codes"), self.read("scales")
         return tk.PackedBasis(

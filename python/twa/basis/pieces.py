@@ -112,16 +112,6 @@ class Pieces:
             held = [row.clone() for row in rows]
 
 
-def begin_of(part: Part | None, shape: Sequence[int]) -> int | None:
-    """Where a part of a tensor begins in it, as it lies flat; None if it is no run of weights."""
-    if not part:
-        return 0
-    for cut, size in zip(part[1:], shape[1:], strict=True):
-        if (cut.start, cut.stop) != (0, size):
-            return None
-    return part[0].start * math.prod(shape[1:])
-
-
 def _below(position: int, part: Part | None, shape: Sequence[int]) -> int:
     """How many weights of a part of a tensor lie before a position of it, as it lies flat."""
     if part is None:

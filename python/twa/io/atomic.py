@@ -25,6 +25,7 @@ from .errors import OutputError
 #: what a run locks in the directory that it writes
 LOCK = ".run.lock"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
+_LOCKED: weakref.WeakSet[BinaryIO] = weakref.WeakSet()  # by this process
 
 
 def sync_folder(folder: Path) -> None:
@@ -56,17 +57,21 @@ def lock(file: BinaryIO, shared: bool = False) -> bool:
         return False
     except OSError:
         return True
-    me = weakref.ref(file)
+    _LOCKED.add(file)
+    return True
 
-    def forget() -> None:
-        if (mine := me()) is not None and not mine.closed:
+
+def _forget_locked() -> None:
+    """Lets go of the files that the parent of this process has locked."""
+    for file in list(_LOCKED):
+        if not file.closed:
             # Not closed: what the parent has yet to write is not this process's to write.
             nothing = os.open(os.devnull, os.O_RDWR)
-            os.dup2(nothing, mine.fileno(), inheritable=False)
+            os.dup2(nothing, file.fileno(), inheritable=False)
             os.close(nothing)
 
-    os.register_at_fork(after_in_child=forget)
-    return True
+
+os.register_at_fork(after_in_child=_forget_locked)
 
 
 def unlock(file: BinaryIO) -> None:

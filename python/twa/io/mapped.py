@@ -199,9 +199,8 @@ def _map(path: Path) -> GuardedMap:
                 return GuardedMap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             if error.errno != errno.ENOMEM:
                 raise
-            return GuardedMap(
-                file.fileno(), 0, access=mmap.ACCESS_READ
-            )  # a file larger than memory
+            # a file larger than memory
+            return GuardedMap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _raise_file_limit() -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twa_kernels.layout import TILE, segments_to_tiles, tile_offsets
+from twa_kernels.layout import TILE, tile_offsets
 
 from ..basis.contents import Contents
 from ..io.candidates import UNIT
@@ -92,7 +92,7 @@ class Groups:
     def __init__(self, contents: Contents) -> None:
         numels = contents.numels
         self.offsets = tile_offsets(numels)
-        self.tile_segment = segments_to_tiles(contents.tensor_segments.of_tiles(numels), numels)
+        self.tile_segment = contents.tensor_segments.of_tiles(numels)
         begins = torch.zeros(self.offsets[-1], dtype=torch.bool)
         for first, end in itertools.pairwise(self.offsets):
             begins[first : end : UNIT // TILE] = True
