@@ -1,6 +1,6 @@
 """Published claims about trainable weight averaging, each tested by an experiment of its own.
 
-    python bench/claims head        # or tail, soup, boundary, bits, beyond, all
+    python bench/claims pretrained  # or paper, border, head, tail, soup, ..., all
 
 A claim is a module with TITLE, CLAIM, `run(job)`, which makes the rows of its table,
 `findings(rows)` and `picture(figure, rows)`; METRIC, PIVOT and FIGURE if they are not the usual.
@@ -11,7 +11,8 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-CLAIMS = ("head", "tail", "soup", "boundary", "bits", "beyond")
+CLAIMS = ("pretrained", "paper", "border", "head", "tail", "soup", "boundary", "bits", "beyond")
+GPU = ("pretrained", "paper")  # those with a form for a GPU, `--scale gpu`
 
 
 def claim(name: str) -> ModuleType:

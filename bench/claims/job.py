@@ -20,7 +20,7 @@ from .runs import Plan, Run, measured, train
 from .workloads import BUILT_IN, Workload, of_path
 
 BN_BATCHES = 20  # for the statistics of an average; the digits have 14
-SCALES = {"quick": 0.2, "small": 1.0, "full": 1.0}
+SCALES = {"quick": 0.2, "small": 1.0, "gpu": 1.0, "full": 1.0}
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Job:
 
     Args:
         folder: of the suite; claims share the training runs in its runs-SCALE/
-        scale: "quick", "small", or "full" where data is given
+        scale: "quick", "small", "gpu" (a larger form of small), or "full" where data is given
         data: path to data of the user's; None: what every machine has
         options: what else was given on the command line: model, epochs, batch, finetunes
     """

@@ -6,10 +6,38 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from twa.io.tables import markdown_table
 
 KEYS = ("task", "setting", "method")  # what makes a line of the table
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two methods, seed by seed.
+
+    Args:
+        mean: over the seeds, of ours - theirs
+        error: standard error of that mean; 0 for one seed
+        lower: seeds on which ours is lower
+        count: seeds
+    """
+
+    mean: float
+    error: float
+    lower: int
+    count: int
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it is more than two standard errors from zero, of at least three seeds."""
+        return self.count > 2 and abs(self.mean) > 2 * self.error
+
+    def __str__(self) -> str:
+        if self.count == 1:
+            return f"{self.mean:+.4f}"
+        return f"{self.mean:+.4f} ± {self.error:.4f}, lower on {self.lower} of {self.count}"
 
 
 class Rows(list):
@@ -50,6 +78,27 @@ class Rows(list):
             if r.get(key) is not None:
                 found[r["seed"]] = min(r[key], found.get(r["seed"], float("inf")))
         return found
+
+    def chosen(self, *methods: str) -> Rows:
+        """Of each seed's rows of these methods the one with the lowest validation loss."""
+        best: dict[int, dict] = {}
+        for r in self.where(method=methods):
+            if r["val"] < best.get(r["seed"], {"val": float("inf")})["val"]:
+                best[r["seed"]] = r
+        return Rows(best.values())
+
+    def less(self, theirs: Rows, key: str = "test") -> Difference:
+        """These rows, one per seed, less others of the same seeds.
+
+        KeyError if there is no seed that both have.
+        """
+        a, b = self.by_seed(key), theirs.by_seed(key)
+        apart = [a[s] - b[s] for s in sorted(a.keys() & b.keys())]
+        if not apart:
+            raise KeyError(f"no seed with {key} in both")
+        n = len(apart)
+        error = statistics.stdev(apart) / n**0.5 if n > 1 else 0.0
+        return Difference(statistics.fmean(apart), error, sum(d < 0 for d in apart), n)
 
     def against(self, ours: dict, theirs: dict, key: str = "test") -> str:
         """Paired differences of the lowest values: "-0.0123 ± 0.0010, lower on 3 of 3 seeds"."""

@@ -25,7 +25,7 @@ from twa.io.errors import TwaError
 
 from twa_kernels.machine import processor
 
-from . import CLAIMS, claim
+from . import CLAIMS, GPU, claim
 from .job import SCALES, Job
 from .page import write_page
 from .rows import merged
@@ -146,9 +146,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, argv: list[str]) -> None:
     """Runs what is not done yet of the claims that were asked for, and writes their pages."""
-    names = CLAIMS if "all" in args.names else tuple(dict.fromkeys(args.names))
+    every = GPU if scale_of(args) == "gpu" else CLAIMS
+    names = every if "all" in args.names else tuple(dict.fromkeys(args.names))
     check(args, names)
-    seeds = args.seeds or (1 if scale_of(args) == "quick" else 3)
+    seeds = args.seeds or (1 if scale_of(args) in ("quick", "gpu") else 3)
     jobs = args.jobs or (1 if args.device == "cuda" or args.data else cores())
     threads, code = max(1, cores() // jobs), {name: code_of(name) for name in names}
     units = [
@@ -181,7 +182,9 @@ def check(args: argparse.Namespace, names: tuple[str, ...]) -> None:
     if args.data is not None and not args.data.exists():
         raise TwaError("there is no such file or directory", f"--data {args.data}")
     if (scale_of(args) == "full") != (args.data is not None):
-        raise TwaError("expected full with --data, quick or small without", "--scale")
+        raise TwaError("expected full with --data, another without", "--scale")
+    if scale_of(args) == "gpu" and set(names) - set(GPU):
+        raise TwaError(f"expected {' and '.join(GPU)}, which have such a form", "--scale gpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise TwaError("no CUDA device is available", "--device cuda")
     if args.finetunes and names != ("soup",):
@@ -256,8 +259,11 @@ def parser() -> argparse.ArgumentParser:
     add("--finetunes", metavar="DIR", type=Path, help=finetunes)
     models = "resnet, vgg, vit, timm:NAME, torchvision:NAME; gpt, transformers:DIR for text"
     add("--model", help=f"with --data: {models}")
-    add("--seeds", type=int, help="how many (default: 3; quick: 1)")
-    scales = "quick: a fifth of the steps, one task a claim; small (default); full: with --data"
+    add("--seeds", type=int, help="how many (default: 3; quick and gpu: 1)")
+    scales = (
+        "quick: a fifth of the steps, one task a claim; small (default); gpu: larger models and"
+        f" more data, for {' and '.join(GPU)}; full: with --data"
+    )
     add("--scale", choices=tuple(SCALES), help=scales)
     epochs = "with --data: of the usual run, instead of the published number"
     add("--epochs", type=int, help=epochs)
