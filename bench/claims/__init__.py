@@ -3,7 +3,8 @@
     python bench/claims pretrained  # or paper, border, head, tail, soup, ..., all
 
 A claim is a module with TITLE, CLAIM, `run(job)`, which makes the rows of its table,
-`findings(rows)` and `picture(figure, rows)`; METRIC, PIVOT and FIGURE if they are not the usual.
+`findings(rows)` and `picture(figure, rows)`; METRIC, PIVOT, ACCURACIES and FIGURE if they are not
+the usual.
 """
 
 from __future__ import annotations

@@ -58,7 +58,12 @@ def whole_table(module: ModuleType, rows: Rows) -> str:
 
 
 def main_table(module: ModuleType, rows: Rows) -> str:
-    return pivot(rows) if is_pivoted(module) else whole_table(module, rows)
+    if not is_pivoted(module):
+        return whole_table(module, rows)
+    parts = [pivot(rows)]
+    if getattr(module, "ACCURACIES", False):
+        parts.append(pivot(rows, "metric", f": {module.METRIC}"))
+    return "\n\n".join(parts)
 
 
 def draw(module: ModuleType, rows: Rows) -> bytes:

@@ -129,46 +129,54 @@ def table(rows: Rows, metric: str = "") -> str:
     for key, members in groups.items():
         line = [*map(str, key)]
         line += [number(members.mean(k)) for k in ("steps", "looks", "cost")]
-        line += [f"{members.mean('val'):.4f}", loss_of(members, best[key[:2]])]
+        line += [f"{members.mean('val'):.4f}", cell(members, best[key[:2]])]
         if shown:
             line.append(f"{members.mean('metric'):.4f}" if members.of("metric") else "")
         lines.append([*line, ""])
     return markdown_table([*header, ""], lines)
 
 
-def pivot(rows: Rows) -> str:
+def pivot(rows: Rows, key: str = "test", title: str = "") -> str:
     """Test losses with a line per method and a column per setting; a table per task.
 
-    The lowest of a column is in bold. cost: the least and the most.
+    The best of a column is in bold. cost: the least and the most.
+
+    Args:
+        key: "test", or "metric", of which the highest is the best
+        title: after the name of the task
     """
-    parts = []
+    parts, better = [], max if key == "metric" else min
     for task in rows.of("task"):
-        mine = rows.where(task=task)
+        mine = Rows(r for r in rows.where(task=task) if r.get(key) is not None)
         settings = mine.of("setting")
         best = {
-            s: min(mine.mean(setting=s, method=m) for m in mine.where(setting=s).of("method"))
+            s: better(
+                mine.mean(key, setting=s, method=m) for m in mine.where(setting=s).of("method")
+            )
             for s in settings
         }
         lines = []
         for method in mine.of("method"):
             one = mine.where(method=method)
             cells = [
-                loss_of(members, best[s]) if (members := one.where(setting=s)) else ""
+                cell(members, best[s], key) if (members := one.where(setting=s)) else ""
                 for s in settings
             ]
             costs = [number(one.mean("cost", setting=s)) for s in one.of("setting")]
             least, most = min(costs, key=float), max(costs, key=float)
             lines.append([method, *cells, least if least == most else f"{least} to {most}", ""])
-        parts.append(markdown_table([task, *settings, "cost", ""], lines))
+        if lines:
+            parts.append(markdown_table([f"{task}{title}", *settings, "cost", ""], lines))
     return "\n\n".join(parts)
 
 
-def loss_of(members: Rows, best: float) -> str:
-    """Test loss of a cell; in bold if it is the best."""
-    text = f"{members.mean():.4f}"
+def cell(members: Rows, best: float, key: str = "test") -> str:
+    """Mean and deviation of a cell; in bold if it is the best."""
+    mean = members.mean(key)
+    text = f"{mean:.4f}"
     if len(members) > 1:
-        text += f" ± {members.spread():.4f}"
-    return f"**{text}**" if members.mean() == best else text
+        text += f" ± {members.spread(key):.4f}"
+    return f"**{text}**" if mean == best else text
 
 
 def number(value: float) -> str:

@@ -1,0 +1,463 @@
+"""A soup of a pretrained transformer: fine-tunes that a team has left over from its search.
+
+MiniLM-L6 (22.7 million weights) is fine-tuned to sort WordNet's glosses into 45 classes, in full
+and by LoRA (Hu et al., arXiv 2106.09685): over rate, weight decay, length, word dropout and seed.
+As in "Model soups" (Wortsman et al., arXiv 2203.05482) a head alone is trained first, which all of
+them start with. TWA-t and TWA-v (Li et al., arXiv 2205.13104v4) average them by segments of three
+sizes, at 4 and at 2 bits.
+
+Beside them: the best fine-tune, uniform, greedy and learned soup. And training on: the best
+fine-tune, the uniform soup, and the best fine-tune on the held-out data that TWA-v has, each for as
+many steps as TWA costs in all. What choosing the best fine-tune took comes on top.
+
+Models are scored on glosses of the test set, and on example sentences, which are unlike anything
+that they were trained on. The best trained average on validation data is exported, and loaded and
+scored by a new process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import random
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from twa import averages
+from twa.export.bundle import write_bundle
+from twa.io.candidates import Candidates
+from twa.io.errors import TwaError
+from twa.merge.run import Merge
+from twa.merge.settings import TwaMethod
+from twa.tasks.batches import mix
+from twa.tasks.contract import Task
+
+from . import glosses
+from .glosses import Sizes, Splits, scored
+from .job import Job
+from .rows import Rows, number
+from .runs import Plan, Run
+from .soup import mean_of_two
+from .workloads import Workload
+
+TITLE = "Soup of a pretrained transformer: fine-tunes of MiniLM-L6 on real text"
+CLAIM = (
+    "A trained average of the fine-tunes of a pretrained model is better than the best of them, and"
+    " than uniform, greedy and learned soup."
+)
+METRIC = "accuracy"
+PIVOT = ACCURACIES = True  # a column per test set, and the same of accuracies
+FIGURE = (14, 7)
+IN, OUT = "glosses", "example sentences"  # the test sets
+FIXED = ("best single", "uniform", "greedy soup")
+SEGMENTS, BITS = ("model", "tensor", "fine"), (4, 2)
+TRAINED = tuple(f"{k}:{s}:{b}" for k, s, b in itertools.product("vt", SEGMENTS, BITS))
+OURS = tuple(TwaMethod.parse(text).name for text in ("v:fine:4", "t:fine:4"))
+LEARNED = {"learned soup": "v:model:4:simplex", "learned soup by layer": "v:tensor:4:simplex"}
+LEARNED_LR = 0.05  # see soup.py
+BEST_ON, SOUP_ON, BEST_HELDOUT = (
+    "best single, trained on",
+    "uniform, trained on",
+    "best single, trained on held-out data",
+)
+OTHERS = (*FIXED, *LEARNED, BEST_ON, SOUP_ON, BEST_HELDOUT)
+HEAD_RATE, RATES = 1e-2, (5e-5, 2e-4)  # from .. to
+DROPS, DECAYS, EPOCHS = (0.0, 0.1, 0.2), (0.0, 0.1), (1, 3)
+RANK, LORA_RATES, LORA_METHODS = 8, (5e-4, 2e-3), ("v:fine:4", "t:fine:4")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything there is.
+
+    Args:
+        steps: of a trained average: an epoch of the training data
+        finetunes, adapters: how many, of full weights and by LoRA
+    """
+
+    sizes: Sizes
+    batch: int
+    finetunes: int
+    adapters: int
+    steps: int
+
+
+#: "gpu" and "full" take 60 times the training data for 2 epochs: about 3 minutes of an H100, by
+#: its kernel launches
+SCALES = {
+    "quick": Scale(Sizes(640, 256, 256, 1000, 300), 32, 3, 2, 20),
+    "small": Scale(Sizes(2560, 1024, 1024, 10_000, 3000), 32, 12, 6, 80),
+    "gpu": Scale(Sizes(40_000, 4096, 4096, 20_000, 8000), 128, 24, 12, 312),
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Full weights, or adapters, and what makes a model of them.
+
+    Args:
+        make: of the pretrained model with its head
+    """
+
+    name: str
+    label: str
+    make: Callable[[nn.Module], nn.Module]
+    count: int
+    rates: tuple[float, float]
+
+
+def run(job: Job) -> Rows:
+    if job.options.get("finetunes"):
+        raise TwaError("expected it with the claim soup only", "--finetunes")
+    made, scale = Bench.of(job), scale_of(job)
+    full = Kind("full", f"{made.name}, fine-tunes", lambda m: m, scale.finetunes, RATES)
+    lora = Kind("lora", f"{made.name}, LoRA adapters", adapted, scale.adapters, LORA_RATES)
+    rows = made.rows_of(made.finetunes(full), TRAINED, LEARNED, (BEST_ON, SOUP_ON, BEST_HELDOUT))
+    if job.scale == "quick":
+        return rows
+    adapters = made.finetunes(lora)
+    rows += made.rows_of(adapters, LORA_METHODS, {}, (BEST_ON,))
+    return rows + made.rows_of(made.merged(adapters), LORA_METHODS, {}, ())
+
+
+def scale_of(job: Job) -> Scale:
+    """That of the job; user's own data are cut in like shares."""
+    if job.data is None:
+        return SCALES[job.scale]
+    n = len(glosses.read_texts(job.data).texts)
+    held, test = min(4096, n // 10), min(20_000, n // 5)
+    train = min(40_000, n - 2 * held - test)
+    batch = int(job.options.get("batch") or 32)
+    return replace(SCALES["gpu"], sizes=Sizes(train, held, held, test, 0), batch=batch)
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    """The model with adapters at its attention, and its head, to be trained."""
+    try:
+        import peft
+    except ImportError as error:
+        raise TwaError(f"needs peft: pip install 'peft>=0.17' ({error})", "LoRA") from error
+    options = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
+    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, task_type="SEQ_CLS", **options)
+    return peft.get_peft_model(model, config)
+
+
+@dataclass
+class Finetunes:
+    """Fine-tunes, as the folders that save_pretrained wrote, and what they came of.
+
+    Args:
+        task: with the model that they fit
+        runs: and the plans and data of each; none of merged adapters
+    """
+
+    kind: Kind
+    task: Task
+    folders: list[Path]
+    runs: list[tuple[Run, Task]]
+
+
+@dataclass
+class Bench:
+    """What one seed trains and measures.
+
+    Attributes:
+        headed: the pretrained model with the head that all fine-tunes start with
+    """
+
+    job: Job
+    splits: Splits
+    scale: Scale
+    headed: nn.Module
+    workload: Workload
+    name: str
+
+    @classmethod
+    def of(cls, job: Job) -> Bench:
+        scale, given = scale_of(job), job.options.get("model")
+        data, folder = glosses.read_texts(job.data), glosses.model_folder(given)
+        splits = glosses.splits(data, folder, scale.sizes, scale.batch, job.seed)
+        epoch = scale.sizes.train // scale.batch
+        plan = Plan(epoch, epoch, HEAD_RATE, "cosine")
+        make = lambda seed, **options: splits.task(seed, **options)  # noqa: E731
+        name = "MiniLM" if given is None else folder.name
+        workload = Workload("pretrained", name, make, plan, (), scale.steps)
+        task = job.task(workload)
+        model = task.model().requires_grad_(False)
+        for head in (m for n, m in model.named_children() if n in ("classifier", "score")):
+            head.requires_grad_(True)
+        headed = job.run(workload, "head", task, plan, model=model)
+        return cls(job, splits, scale, headed.load(task, headed.last), workload, name)
+
+    # Fine-tunes ----------------------------------------------------------------------------------
+
+    def model(self, kind: Kind) -> nn.Module:
+        """The model with its head, as fine-tunes of this kind begin."""
+        fresh = self.splits.task(0).model()
+        fresh.load_state_dict(self.headed.state_dict())
+        torch.manual_seed(mix(self.job.seed, 6))  # of the adapters: all begin with the same
+        return kind.make(fresh.requires_grad_(True))
+
+    def task(self, kind: Kind, seed: int | None = None, **options: object) -> Task:
+        task = self.splits.task(self.job.seed if seed is None else seed, **options)
+        task = replace(task, model=lambda: self.model(kind))
+        return task if self.job.device == "cpu" else task.on(torch.device(self.job.device))
+
+    def finetunes(self, kind: Kind) -> Finetunes:
+        """As many as the scale says; what differs is drawn at random."""
+        g = random.Random(mix(self.job.seed, 3))
+        epoch = self.scale.sizes.train // self.scale.batch
+        root, found = self.job.folder_of(self.workload) / f"{kind.name}-pretrained", []
+        runs = []
+        for k in range(kind.count):
+            steps = round(epoch * g.uniform(*EPOCHS))
+            low, high = kind.rates
+            lr = low * (high / low) ** g.random()
+            schedule, decay = g.choice(("linear", "cosine")), g.uniform(*DECAYS)
+            plan = Plan(steps, steps, lr, schedule, weight_decay=decay, warmup=steps // 10)
+            seed = mix(self.job.seed, 4, k)
+            task = self.task(kind, seed, drop=g.choice(DROPS))
+            made = self.job.run(
+                self.workload, f"{kind.name}-{k:02d}", task, plan, seed=seed, model=task.model()
+            )
+            runs.append((made, task))
+            found.append(self.written(root / f"finetune-{k:02d}", made.load(task, made.last)))
+        return Finetunes(kind, self.task(kind), found, runs)
+
+    def written(self, folder: Path, model: nn.Module) -> Path:
+        """The folder, with the model as save_pretrained writes it."""
+        shutil.rmtree(folder, ignore_errors=True)
+        model.save_pretrained(folder)
+        return folder
+
+    def merged(self, adapters: Finetunes) -> Finetunes:
+        """The adapters merged into the weights of a model each."""
+        root, folders = adapters.folders[0].parent.with_name("lora-merged"), []
+        for run, task in adapters.runs:
+            model = run.load(task, run.last).merge_and_unload()
+            folders.append(self.written(root / run.folder.name, model))
+        kind = replace(adapters.kind, make=lambda m: m, label=f"{self.name}, adapters merged")
+        return Finetunes(kind, self.task(kind), folders, [])
+
+    # Rows ----------------------------------------------------------------------------------------
+
+    def scores(self, where: dict, row: dict, model: nn.Module) -> Rows:
+        """A row for each test set."""
+        rows = Rows()
+        for setting, part in ((IN, "test"), (OUT, "examples")):
+            if part in self.splits.rows:
+                found = scored(model, self.splits.batches(part))
+                rows.append(where | {"setting": setting} | row | found)
+        return rows
+
+    def rows_of(
+        self,
+        made: Finetunes,
+        trained: Iterable[str],
+        learned: dict[str, str],
+        trained_on: Iterable[str],
+    ) -> Rows:
+        """Fixed averages, trained ones, and training on."""
+        where, job = {"task": made.kind.label}, self.job
+        n = len(made.folders)
+        merge = job.merge(made.task, Candidates(made.folders), self.scale.steps)
+        rows, exported = Rows(), Exported(job.folder / "pretrained" / f"soup-{job.seed}")
+        merge.baselines()
+        fixed = {r.method: r for r in merge.results if r.method in FIXED}
+        for result in fixed.values():
+            merge.evaluator.load(result.beta)
+            rows += self.scores(where, job.row({}, result, merge), merge.model)
+        rows[0] |= {"mean of two": mean_of_two(merge), "n": n}
+        rows[0] |= {"members": fixed["greedy soup"].candidates}
+        start = merge.start()
+        todo = [(TwaMethod.parse(text), "", None, {}) for text in trained]
+        uniform = {"start": averages.uniform(n), "start_name": "uniform"}
+        todo += [
+            (TwaMethod.parse(text), name, LEARNED_LR, uniform) for name, text in learned.items()
+        ]
+        for method, name, rate, options in todo:
+            merge.settings = replace(merge.settings, lr=rate)
+            result = merge.train(method, coarsen=False, **options)
+            before = 0.0 if options else start.looks
+            row = job.row({}, result, merge, name, start=before)
+            found = self.scores(where, row, merge.model)
+            rows += found
+            if not name and made.kind.name == "full":
+                exported.keep(merge, found[0])
+        single = fixed["best single"]
+        for name in trained_on:
+            steps = max(1, round(max(rows.mean("cost", method=m) for m in OURS)))
+            rows += self.scores(where, *self.trained_on(made, merge, name, single, steps))
+        if exported.row is not None:
+            rows[0] |= exported.reloaded(self)
+        return rows
+
+    def trained_on(
+        self, made: Finetunes, merge: Merge, name: str, single: object, steps: int
+    ) -> tuple[dict, nn.Module]:
+        """What so many more steps of usual training give: the row without test figures, and the
+        model. The rate begins at that of the best fine-tune and falls to zero.
+        """
+        k = int(single.beta.argmax())
+        best, data = made.runs[k]
+        plan = Plan(steps, steps, best.plan.lr, "linear", weight_decay=best.plan.weight_decay)
+        cost, options = single.looks, {"start": (best, best.last)}
+        if name == BEST_HELDOUT:
+            data = self.task(made.kind, part="heldout")
+            options["optimizer_state"] = False
+        if name == SOUP_ON:
+            merge.evaluator.load(averages.uniform(len(made.folders)))
+            data, cost, options = made.task, 0.0, {}
+            options["model"] = made.task.model()
+            options["model"].load_state_dict(merge.model.state_dict())
+        title = name.replace(", ", "-").replace(" ", "-")
+        run = self.job.run(
+            self.workload, f"{made.kind.name}-{title}-{steps}", data, plan, **options
+        )
+        model = run.load(made.task, run.last)
+        val = scored(model, self.splits.batches("val"))["test"]
+        row = {"seed": self.job.seed, "method": name, "steps": steps, "looks": 0.0}
+        return row | {"cost": cost + steps, "val": val, "note": f"rate {plan.lr:.1e}"}, model
+
+
+# The exported soup -------------------------------------------------------------------------------
+
+
+@dataclass
+class Exported:
+    """The best trained average so far, written for from_pretrained.
+
+    Attributes:
+        row: its test figures
+    """
+
+    folder: Path
+    row: dict | None = None
+
+    def keep(self, merge: Merge, row: dict) -> None:
+        """Writes the merge's model, if its validation loss is the lowest so far."""
+        if self.row is None or row["val"] < self.row["val"]:
+            self.row = row
+            coefficients = merge.results[-1].coefficients | {"method": row["method"]}
+            write_bundle(self.folder, merge.sharding, coefficients)
+
+    def reloaded(self, bench: Bench) -> dict:
+        """What a new process finds in the folder."""
+        job, context = bench.job, multiprocessing.get_context("spawn")
+        arguments = (self.folder / "averaged", bench.splits, job.device, torch.get_num_threads())
+        with ProcessPoolExecutor(1, context) as pool:
+            found = pool.submit(loaded_and_scored, *arguments).result()
+        names = {"exported": self.row["method"], "reported": self.row["metric"]}
+        return (
+            names
+            | {"reported loss": self.row["test"]}
+            | {f"loaded {key}": value for key, value in found.items()}
+        )
+
+
+def loaded_and_scored(folder: Path, splits: Splits, device: str, threads: int) -> dict[str, float]:
+    """Figures on the test set of what from_pretrained makes of a folder."""
+    torch.set_num_threads(threads)
+    made = glosses.library().AutoModelForSequenceClassification
+    model = made.from_pretrained(folder, local_files_only=True).to(device)
+    config = json.loads((folder / "config.json").read_text())
+    return scored(model, splits.batches("test")) | {"layers": config["num_hidden_layers"]}
+
+
+# What is shown -----------------------------------------------------------------------------------
+
+
+def findings(rows: Rows) -> list[str]:
+    """The best of TWA on validation data, and TWA fine, against everything else; what segments,
+    bits and data change; the exported soup.
+    """
+    found = []
+    for task in rows.of("task"):
+        mine = rows.where(task=task)
+        trained = [m for m in mine.of("method") if m.startswith("TWA")]
+        basin = mine.mean("mean of two")
+        found.append(
+            f"{task}: the mean of two of {mine.mean('n'):.0f} has a validation loss"
+            f" {abs(basin):.4f} {'above' if basin > 0 else 'below'} the mean of theirs; members of"
+            f" greedy soup: {number(mine.mean('members'))}"
+        )
+        for setting in mine.of("setting"):
+            one = mine.where(setting=setting)
+            others = {"the best of them": FIXED} | {
+                m: (m,) for m in OTHERS if m in one.of("method")
+            }
+            for name, ours in {"the best TWA on validation data": trained} | {
+                m: (m,) for m in OURS
+            }.items():
+                texts = []
+                for other, methods in others.items():
+                    a, b = one.chosen(*ours), one.chosen(*methods)
+                    texts.append(f"{other} {compared(a, b)}")
+                found.append(f"{task}, {setting}: {name} less {'; '.join(texts)}")
+    full = rows.where(task=rows[0]["task"], setting=IN)
+    for what, pairs in factors().items():
+        pairs = [(a, b) for a, b in pairs if full.where(method=a) and full.where(method=b)]
+        texts = [
+            f"{a} less {b} {compared(full.where(method=a), full.where(method=b))}" for a, b in pairs
+        ]
+        found.append(f"{what}: {'; '.join(texts)}")
+    for r in rows:
+        if "exported" in r:
+            found.append(
+                f"seed {r['seed']}: {r['exported']} was exported with an accuracy of"
+                f" {r['reported']:.4f} and a loss of {r['reported loss']:.4f}; from_pretrained in a"
+                f" new process gives {r['loaded metric']:.4f} and {r['loaded test']:.4f}"
+            )
+    return found
+
+
+def compared(ours: Rows, theirs: Rows) -> str:
+    """Differences of loss and, if there is one, of accuracy in percent."""
+    text = str(ours.less(theirs))
+    if ours.of("metric") and theirs.of("metric"):
+        apart = ours.less(theirs, "metric")
+        text += f" (accuracy {100 * apart.mean:+.2f} ± {100 * apart.error:.2f} %)"
+    return text
+
+
+def factors() -> dict[str, list[tuple[str, str]]]:
+    """What is varied, and the pairs of methods that differ in that alone."""
+
+    def name(kind: str, segments: str, bits: int) -> str:
+        return TwaMethod(kind, segments, bits).name
+
+    kinds, pairs = "vt", itertools.product
+    return {
+        "2 bits instead of 4": [(name(k, s, 2), name(k, s, 4)) for k, s in pairs(kinds, SEGMENTS)],
+        "more segments": [
+            (name(k, s, 4), name(k, "model", 4)) for k, s in pairs(kinds, SEGMENTS[1:])
+        ],
+        "held-out instead of training data": [(name("v", s, 4), name("t", s, 4)) for s in SEGMENTS],
+    }
+
+
+def picture(figure, rows: Rows) -> None:
+    """Accuracy on example sentences against accuracy on glosses, a panel per task."""
+    tasks = rows.of("task")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        mine = rows.where(task=task)
+        for k, method in enumerate(mine.of("method")):
+            one = mine.where(method=method)
+            x, dx = (100 * f("metric", setting=IN) for f in (one.mean, one.spread))
+            y, dy = x, dx
+            if OUT in one.of("setting"):
+                y, dy = (100 * f("metric", setting=OUT) for f in (one.mean, one.spread))
+            ours = method.startswith("TWA")
+            style = {"fmt": "os^Dv"[k % 5] if ours else "xP*+d"[k % 5], "color": f"C{k % 10}"}
+            style |= {"markersize": 8 if ours else 10, "elinewidth": 0.5, "label": method}
+            axes.errorbar(x, y, dy, dx, **style)
+        axes.set_xlabel("accuracy on glosses, %")
+        axes.set_ylabel("accuracy on example sentences, %")
+        axes.set_title(task)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
