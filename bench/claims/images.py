@@ -47,9 +47,9 @@ from .models.vit import ViT
 METRIC = "accuracy"
 MODELS = ("resnet", "vgg", "vit", "preresnet164", "resnet50")
 #: for MNIST at 14 x 14 and at 28 x 28: widths and blocks of ResNets, plans of VGGs
-SMALL_RESNET, LARGE_RESNET = ((8, 16, 32), 1), ((32, 64, 128), 2)
+SMALL_RESNET, LARGE_RESNET = ((8, 16, 32), 1), ((32, 64, 128), 1)
 SMALL_VGG = (8, 8, 0, 16, 16, 0, 32, 32, 0)
-LARGE_VGG = (32, 32, 0, 64, 64, 0, 128, 128, 128, 0)
+LARGE_VGG = (32, 32, 0, 64, 64, 0, 128, 128, 0)
 #: sets of grey images that packages bring, by name
 BUILT_IN = {
     "digits": lambda: read_digits(),  # by its name in this module, which tests replace

@@ -38,7 +38,7 @@ from twa.tasks.contract import Task
 
 from .images import image_task
 from .job import SCALES, Job
-from .rows import Difference, Rows, number
+from .rows import Difference, Rows
 from .runs import Plan, Run
 from .text import text_task
 from .workloads import Workload
@@ -54,7 +54,7 @@ FIGURE = (16, 11)
 EPOCHS, TWA_EPOCHS, BATCH = 200, 10, 128
 HEAD = {"step": 0.5, "thirds": 0.7}  # of the run, by its schedule; the paper: 1/2 and 2/3
 TAIL = 0.25  # of the run
-RATES = {"resnet": (0.02, 0.05, 0.1), "vgg": (0.02, 0.05, 0.1)}
+RATES = {"small": (0.02, 0.05, 0.1), "quick": (0.05,), "gpu": (0.05, 0.1)}
 METHODS = ("t:fine:4", "t:tensor:4", "t:model:4", "v:fine:4", "v:model:4")
 PAPERS = ("t:model:4", "v:model:4")  # one coefficient per candidate, as in the paper
 SHOWN = ("t:model:4", "t:fine:4", "v:model:4", "v:fine:4")  # in findings
@@ -105,7 +105,7 @@ def network(job: Job, model: str) -> Workload:
         f"{'ResNet' if model == 'resnet' else 'VGG'}, MNIST {side} x {side}",
         lambda **options: image_task(model, **{"data": data, "batch": BATCH} | options),
         Plan(**size, lr=0.1, schedule="step", optimizer="sgd", weight_decay=1e-4),
-        RATES[model],
+        RATES[job.scale],
         twa_steps=max(1, round(TWA_EPOCHS * scale)) * per_epoch,
     )
 
@@ -114,13 +114,13 @@ def language_model(job: Job) -> Workload:
     """A character transformer on the interpreter's help; two candidates an epoch."""
     size = {"domain": "help"} | TEXT[job.scale]
     per_epoch = len(text_task(**size).train)
-    steps = TEXT_EPOCHS * per_epoch
-    plan = Plan(steps, max(1, per_epoch // 2), TEXT_RATE, "step", warmup=steps // 40)
+    every = max(1, per_epoch // 2)
+    steps = 2 * TEXT_EPOCHS * every
     return Workload(
         "help-gpt",
         "GPT, English",
         lambda **options: text_task(**size | options),
-        replace(plan, steps=plan.nearest(1.0)),
+        Plan(steps, every, TEXT_RATE, "step", warmup=steps // 40),
         TEXT_RATES,
         twa_steps=max(1, round(steps * TWA_EPOCHS / EPOCHS)),
     )
@@ -136,14 +136,14 @@ def run(job: Job) -> Rows:
         usual = job.usual(workload, task)
         plan, per_epoch = usual.plan, length(task.train) or usual.plan.every
         label = {"task": workload.label, "full": plan.steps}
-        whole = label | {"setting": f"{number(plan.steps / per_epoch)} epochs", "stage": "whole"}
+        whole = label | {"setting": f"{round(plan.steps / per_epoch)} epochs", "stage": "whole"}
         model = usual.load(task, usual.last)
         rows.append(job.measure(whole, "whole run", task, model, 0, 0) | {"stopped": usual.last})
         line = trained_on(job, workload, task, usual)
         rows += line
 
         stop = plan.nearest(HEAD[plan.schedule])
-        where = label | {"setting": f"head, {number(stop / per_epoch)} epochs", "stage": "head"}
+        where = label | {"setting": f"head, {round(stop / per_epoch)} epochs", "stage": "head"}
         candidates = usual.candidates(until=stop)
         rows += stage(job, where, workload, task, usual, stop, candidates, line)
         for rate in workload.tail_rates:
