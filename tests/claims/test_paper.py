@@ -248,7 +248,7 @@ def test_findings(made):
         found = paper.findings(some)
         assert len(found) == len(paper.SHOWN) + 2 + 2 * 2 * len(paper.SHOWN) + 1
         assert not any("nan" in f or "not measured" in f for f in found)
-        assert sum("accuracy" in f for f in found) == 2 * len(paper.SHOWN)
+        assert sum(", accuracy " in f for f in found) == 2 * len(paper.SHOWN)
     task, ours = "VGG, MNIST 14 x 14", paper.named("t:model:4")
     mine = rows.where(task=task, stage="tail")
     apart = [
@@ -276,7 +276,7 @@ def test_findings_choose_by_validation_and_seed():
         rows.append({"seed": seed, "task": "t", "stage": "whole", "method": "whole run"})
         rows[-1] |= {"setting": "whole", "val": 0.0, "test": 0.5 + seed}
     found = {name: d for name, d, _ in paper.against(rows, "tail", NAMES[0])}
-    best = found["the fixed average that is best on validation data"]
+    best = found[paper.BEST_FIXED]
     assert best.mean == pytest.approx(-1) and best.is_clear and best.count == 3
     assert found["the whole run"].mean == pytest.approx(0.5)
     assert paper.counted(list(found.values())[:2]) == "1 / 1 / 0"
