@@ -73,7 +73,7 @@ def little(patch, tmp_path_factory):
     patch.setattr(text, "EVAL_WINDOWS", 16)
     size = {"width": 8, "depth": 1, "context": 32, "batch": 320}
     patch.setattr(paper, "TEXT", {"small": size, "gpu": size | {"width": 16}})
-    patch.setattr(paper, "TEXT_EPOCHS", EPOCHS)
+    patch.setattr(paper, "TEXT_EPOCHS", {"small": EPOCHS, "gpu": EPOCHS})
     patch.setattr(paper, "TEXT_RATES", (1e-3,))
     patch.setattr(paper, "POINTS", 4)
     yield
