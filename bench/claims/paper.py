@@ -323,7 +323,9 @@ def sensitivity(rows: Rows) -> list[str]:
 
 
 def picture(figure, rows: Rows) -> None:
-    """Test loss, and below it accuracy: a line per method, a colour per setting."""
+    """Test loss, and below it accuracy: a line per method, a colour per setting. Losses far beyond
+    the others are arrows at the edge.
+    """
     tasks = rows.of("task")
     keys = ["test", "metric"] if rows.of("metric") else ["test"]
     methods = rows.where(stage=("head", "tail")).of("method")[::-1]
@@ -337,13 +339,24 @@ def picture(figure, rows: Rows) -> None:
             label = mine.where(stage="whole")[0]["setting"]
             style = {"color": "0.5", "linestyle": ":", "label": label}
             axes.axvline(mine.mean(key, stage="whole"), **style)
-            for k, setting in enumerate(mine.where(stage=("head", "tail")).of("setting")):
+            shown = mine.where(method=tuple(methods))
+            means = [
+                shown.mean(key, method=m, setting=s) for s in shown.of("setting") for m in methods
+            ]
+            lowest, edge = min(means), max(means)
+            if key == "test":
+                edge = min(edge, lowest + 1.5 * (float(numpy.quantile(means, 0.9)) - lowest))
+            for k, setting in enumerate(shown.of("setting")):
                 at = mine.where(setting=setting)
                 x = [at.mean(key, method=m) for m in methods]
                 y = [i + 0.15 - 0.1 * k for i in range(len(methods))]
                 error = [at.spread(key, method=m) for m in methods]
                 style = {"fmt": "o", "markersize": 4, "linewidth": 1, "label": setting}
-                axes.errorbar(x, y, xerr=error, color=f"C{k}", **style)
+                near = [i for i, value in enumerate(x) if value <= edge]
+                x, error, y_near = ([v[i] for i in near] for v in (x, error, y))
+                axes.errorbar(x, y_near, xerr=error, color=f"C{k}", **style)
+                beyond = [y[i] for i in range(len(y)) if i not in near]
+                axes.plot([edge] * len(beyond), beyond, ">", color=f"C{k}")
             axes.set_yticks(range(len(methods)), methods if column == 0 else [""] * len(methods))
             axes.grid(axis="y", color="0.9")
             if key == "test":
