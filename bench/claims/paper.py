@@ -57,7 +57,7 @@ CLAIM = (
     " rate is better than SWA (Li et al., ICLR 2023 and arXiv 2205.13104v4)."
 )
 METRIC = "accuracy"
-PIVOT = True  # a column per setting
+PIVOT = ACCURACIES = True  # a column per setting, and the same of accuracies
 FIGURE = (16, 11)
 EPOCHS, TWA_EPOCHS, BATCH = 200, 10, 128
 HEAD = {"step": 0.5, "thirds": 0.7}  # of the run, by its schedule; the paper: 1/2 and 2/3
