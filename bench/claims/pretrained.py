@@ -33,6 +33,7 @@ from twa import averages
 from twa.export.bundle import write_bundle
 from twa.io.candidates import Candidates
 from twa.io.errors import TwaError
+from twa.merge.baselines import measure
 from twa.merge.run import Merge
 from twa.merge.settings import TwaMethod
 from twa.tasks.batches import mix
@@ -92,7 +93,7 @@ class Scale:
 #: its kernel launches
 SCALES = {
     "quick": Scale(Sizes(640, 256, 256, 1000, 300), 32, 3, 2, 20),
-    "small": Scale(Sizes(2560, 1024, 1024, 10_000, 3000), 32, 12, 6, 80),
+    "small": Scale(Sizes(2048, 1024, 1024, 10_000, 1500), 32, 12, 5, 64),
     "gpu": Scale(Sizes(40_000, 4096, 4096, 20_000, 8000), 128, 24, 12, 312),
 }
 
@@ -123,7 +124,8 @@ def run(job: Job) -> Rows:
         return rows
     adapters = made.finetunes(lora)
     rows += made.rows_of(adapters, LORA_METHODS, {}, (BEST_ON,))
-    return rows + made.rows_of(made.merged(adapters), LORA_METHODS, {}, ())
+    rows += made.rows_of(made.merged(adapters), LORA_METHODS, {}, ())
+    return rows
 
 
 def scale_of(job: Job) -> Scale:
@@ -209,6 +211,10 @@ class Bench:
         task = replace(task, model=lambda: self.model(kind))
         return task if self.job.device == "cpu" else task.on(torch.device(self.job.device))
 
+    def seed(self, k: int) -> int:
+        """Of fine-tune number k."""
+        return mix(self.job.seed, 4, k)
+
     def finetunes(self, kind: Kind) -> Finetunes:
         """As many as the scale says; what differs is drawn at random."""
         g = random.Random(mix(self.job.seed, 3))
@@ -221,7 +227,7 @@ class Bench:
             lr = low * (high / low) ** g.random()
             schedule, decay = g.choice(("linear", "cosine")), g.uniform(*DECAYS)
             plan = Plan(steps, steps, lr, schedule, weight_decay=decay, warmup=steps // 10)
-            seed = mix(self.job.seed, 4, k)
+            seed = self.seed(k)
             task = self.task(kind, seed, drop=g.choice(DROPS))
             made = self.job.run(
                 self.workload, f"{kind.name}-{k:02d}", task, plan, seed=seed, model=task.model()
@@ -268,9 +274,10 @@ class Bench:
         n = len(made.folders)
         merge = job.merge(made.task, Candidates(made.folders), self.scale.steps)
         rows, exported = Rows(), Exported(job.folder / "pretrained" / f"soup-{job.seed}")
-        merge.baselines()
-        fixed = {r.method: r for r in merge.results if r.method in FIXED}
-        for result in fixed.values():
+        fixed, names = {}, merge.candidates.names
+        for method in FIXED:  # EMA and LAWA are left out, as fine-tunes have no order
+            result = measure(method, merge.evaluator, names, lambda: None)
+            fixed[method] = result
             merge.evaluator.load(result.beta)
             rows += self.scores(where, job.row({}, result, merge), merge.model)
         rows[0] |= {"mean of two": mean_of_two(merge), "n": n}
@@ -307,7 +314,7 @@ class Bench:
         k = int(single.beta.argmax())
         best, data = made.runs[k]
         plan = Plan(steps, steps, best.plan.lr, "linear", weight_decay=best.plan.weight_decay)
-        cost, options = single.looks, {"start": (best, best.last)}
+        cost, options = single.looks, {"start": (best, best.last), "seed": self.seed(k)}
         if name == BEST_HELDOUT:
             data = self.task(made.kind, part="heldout")
             options["optimizer_state"] = False
@@ -380,32 +387,27 @@ def findings(rows: Rows) -> list[str]:
     found = []
     for task in rows.of("task"):
         mine = rows.where(task=task)
-        trained = [m for m in mine.of("method") if m.startswith("TWA")]
         basin = mine.mean("mean of two")
         found.append(
             f"{task}: the mean of two of {mine.mean('n'):.0f} has a validation loss"
             f" {abs(basin):.4f} {'above' if basin > 0 else 'below'} the mean of theirs; members of"
             f" greedy soup: {number(mine.mean('members'))}"
         )
-        for setting in mine.of("setting"):
+        methods = mine.of("method")
+        ours = {"the best TWA on validation data": [m for m in methods if m.startswith("TWA")]}
+        ours |= {m: [m] for m in OURS}
+        others = {"the best of these three": FIXED} | {m: (m,) for m in OTHERS if m in methods}
+        for setting, (name, wanted) in itertools.product(mine.of("setting"), ours.items()):
             one = mine.where(setting=setting)
-            others = {"the best of them": FIXED} | {
-                m: (m,) for m in OTHERS if m in one.of("method")
-            }
-            for name, ours in {"the best TWA on validation data": trained} | {
-                m: (m,) for m in OURS
-            }.items():
-                texts = []
-                for other, methods in others.items():
-                    a, b = one.chosen(*ours), one.chosen(*methods)
-                    texts.append(f"{other} {compared(a, b)}")
-                found.append(f"{task}, {setting}: {name} less {'; '.join(texts)}")
+            texts = [
+                f"{other} {compared(one.chosen(*wanted), one.chosen(*theirs))}"
+                for other, theirs in others.items()
+            ]
+            found.append(f"{task}, {setting}: {name} less {'; '.join(texts)}")
     full = rows.where(task=rows[0]["task"], setting=IN)
     for what, pairs in factors().items():
-        pairs = [(a, b) for a, b in pairs if full.where(method=a) and full.where(method=b)]
-        texts = [
-            f"{a} less {b} {compared(full.where(method=a), full.where(method=b))}" for a, b in pairs
-        ]
+        both = [(full.where(method=a), full.where(method=b), f"{a} less {b}") for a, b in pairs]
+        texts = [f"{text} {compared(a, b)}" for a, b, text in both if a and b]
         found.append(f"{what}: {'; '.join(texts)}")
     for r in rows:
         if "exported" in r:
