@@ -46,6 +46,7 @@ CLAIM = (
 METRIC = ""
 PIVOT = True  # a column per setting
 FIGURE = (16, 9)
+TICKS, LINEAR = (-0.1, -0.03, -0.01, 0, 0.01, 0.03, 0.1), 0.01  # of gains; linear up to there
 AXES = {
     TRAINED: "steps trained at a constant rate",
     LEFT_OF: "part of the schedule that is left",
@@ -173,7 +174,7 @@ def findings(rows: Rows) -> list[str]:
             )
             found.append(f"{task}: gain of {METHOD.name} over {name}: {text}")
     found += [border(rows, name) for name in RIVALS if "annealing" in name]
-    found.append(decides(rows))
+    found += decides(rows)
     both = rows.where(point=tuple(rows.where(method=BOTH).of("point")))
     for name, methods in {METHOD.name: (METHOD.name,), **RIVALS}.items():
         if "fixed" not in name:
@@ -220,30 +221,40 @@ def border(rows: Rows, name: str) -> str:
 
 #: what may decide, of a point's rows
 MEASURES: dict[str, Callable[[Rows], float]] = {
-    "what training on gains": lambda rows: rows.mean("fall"),
-    "what it is expected to gain": lambda rows: rows.mean("pace"),
-    "what a fixed average gains at once": lambda rows: rows.mean("noise"),
-    "the ratio of the two": lambda rows: rows.mean("noise") / max(1e-4, rows.mean("fall")),
+    "what training on gains, for the cost of the average": lambda rows: rows.mean("fall"),
+    "the same, as expected from the past": lambda rows: rows.mean("pace"),
+    "what the best fixed average gains over the last candidate": lambda rows: rows.mean("noise"),
+    "the last by the first": lambda rows: rows.mean("noise") / max(1e-4, rows.mean("fall")),
 }
 
 
-def decides(rows: Rows) -> str:
-    """How the gain over annealing at equal cost goes with what can be measured, over all points,
-    and with each factor.
+def decides(rows: Rows) -> list[str]:
+    """How the gain over annealing at equal cost goes with each factor, and, over all points, with
+    what can be measured of the run.
     """
     methods, texts = RIVALS["annealing, equal cost"], []
     for task in rows.of("task"):
         mine = rows.where(task=task)
-        ones = [mine.where(x=x) for x in mine.of("x")]
-        texts.append(f"{task} {correlation(mine.of('x'), [gain(r, methods).mean for r in ones])}")
+        gains = [gain(mine.where(x=x), methods).mean for x in mine.of("x")]
+        texts.append(f"{task} {correlation(mine.of('x'), gains)}")
+    head = "the gain over annealing at equal cost"
+    found = [f"rank correlation of {head} with each factor: {'; '.join(texts)}"]
     ones = [one for _, one in each(rows) if one.of("pace")]
     gains = [gain(one, methods).mean for one in ones]
     for name, value in MEASURES.items():
-        texts.append(f"{name} {correlation([value(one) for one in ones], gains)}")
-    return (
-        "rank correlation of the gain over annealing at equal cost, within a factor, and over all"
-        f" points with figures of the run in validation loss: {'; '.join(texts)}"
-    )
+        values = [value(one) for one in ones]
+        ahead = [v for v, g in zip(values, gains, strict=True) if g > 0]
+        behind = [v for v, g in zip(values, gains, strict=True) if g <= 0]
+        found.append(
+            f"{head} and, in validation loss, {name}: rank correlation"
+            f" {correlation(values, gains)}; TWA ahead at {span(ahead)}; behind at {span(behind)}"
+        )
+    return found
+
+
+def span(values: Sequence[float]) -> str:
+    """How many there are, from where to where."""
+    return f"{len(values)} points, {min(values):.2g} to {max(values):.2g}" if values else "none"
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> str:
@@ -256,7 +267,7 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> str:
 
 def picture(figure, rows: Rows) -> None:
     """Gains against each factor, and against what training on gains."""
-    *panels, last = figure.subplots(2, 3).flat
+    *panels, last = figure.subplots(2, 3, sharey=True).flat
     for axes, (task, label) in zip(panels, AXES.items(), strict=True):
         mine = rows.where(task=task)
         axes.set_visible(bool(mine))
@@ -266,7 +277,6 @@ def picture(figure, rows: Rows) -> None:
             axes.errorbar(mine.of("x"), mean, error, fmt="o-", color=f"C{k}", capsize=3)
         axes.set_xscale("log")
         axes.set_xticks(mine.of("x"), [short(x) for x in mine.of("x")])
-        axes.minorticks_off()
         axes.set_xlabel(label)
         if task == LEFT_OF:
             axes.invert_xaxis()  # the end of the run is on the right, as in the panel before
@@ -277,5 +287,9 @@ def picture(figure, rows: Rows) -> None:
     last.set_xlabel("what training on gains (EMA, validation loss), all points")
     for axes in (*panels, last):
         axes.axhline(0, color="0.6", linewidth=1)
+        axes.set_yscale("symlog", linthresh=LINEAR)
+        axes.set_yticks(TICKS, [f"{y:g}" for y in TICKS])
+        axes.minorticks_off()
+    for axes in (panels[0], panels[3]):
         axes.set_ylabel("gain of TWA in test loss")
     figure.legend(loc="outside lower center", ncols=len(RIVALS), title="TWA against")

@@ -205,9 +205,12 @@ def test_findings():
     assert any("over annealing, equal cost: 1 steps -0.0990" in f and text in f for f in found)
     text = "by two standard errors: ahead at 4 steps; not told apart at 2 steps; behind at 1 steps"
     assert any("and annealing, equal cost, of 3 points" in f and f.endswith(text) for f in found)
-    (decides,) = (f for f in found if f.startswith("rank correlation"))
-    assert "how long it has trained +1.00" in decides
-    assert "what training on gains -1.00; what it is expected to gain -;" in decides
+    assert any(f.endswith("with each factor: how long it has trained +1.00") for f in found)
+    text = (
+        "cost of the average: rank correlation -1.00; TWA ahead at 2 points, 0.4 to 0.5; behind at"
+    )
+    assert any(f"{text} 1 points, 0.6 to 0.6" in f for f in found)
+    assert any("expected from the past: rank correlation -;" in f for f in found)
     assert any(
         "combination" in f and "over annealing, equal steps: 1 steps +0.5010" in f for f in found
     )
