@@ -7,8 +7,10 @@ the model. Runs are of the small character transformer, for up to four passes ov
 A trained average takes a fixed number of steps, not as many as are worth it: so only the factor
 varies, not what is spent. It starts where `twa average` starts. Annealing gets as many steps, or
 as many as the trained average costs with all its looks. The third rival trains on at the run's own
-rate and takes the EMA, for the same total cost. The combination anneals for half of that cost and
-trains an average of the branch's checkpoints and of those before it for the other half.
+rate and takes the EMA, for the same total cost.
+
+At some points both are combined: annealing, and the EMA of the branch's last checkpoints and those
+before it, for that cost; and half of the steps for annealing, half for a trained average.
 
 Greedy soup is left out, as it would take a tenth of the time: 31 looks of 16 candidates.
 """
@@ -37,6 +39,7 @@ from .border_points import (
 )
 from .job import Job
 from .rows import Difference, Rows
+from .runs import Run
 
 TITLE = "The border between averaging and annealing"
 CLAIM = (
@@ -56,7 +59,9 @@ AXES = {
 }
 FIXED = {"last": "last", "uniform": "SWA", "EMA": "EMA", "LAWA": "LAWA"}
 EQUAL_STEPS, EQUAL_COST = "annealing", "annealing, same cost"
-ON, BOTH = "train on, then EMA, same cost", "annealing, then TWA, same cost"
+ON, EMA_AFTER = "train on, then EMA, same cost", "annealing, then EMA, same cost"
+TWA_AFTER = "annealing, then TWA, half of the steps each"
+BRANCH = N // 2  # checkpoints of an annealed branch
 #: what a trained average is compared with, by what findings and the picture call it
 RIVALS = {
     "best fixed average": tuple(FIXED.values()),
@@ -96,8 +101,13 @@ def rows_at(job: Job, point: Point) -> Rows:
     equal = max(1, round(ours["cost"]))
     for name, steps in ((EQUAL_STEPS, point.steps), (EQUAL_COST, equal)):
         rows.append(job.anneal({}, *point.place, steps, name))
-    on = trained_on(job, point, max(1, round(ours["cost"] - ema["cost"])))
-    rows += [on, combined(job, point, equal)] if point.combine else [on]
+    left = max(1, round(ours["cost"] - ema["cost"]))  # what an EMA's looks leave for steps
+    on = trained_on(job, point, left)
+    rows.append(on)
+    if point.combine:
+        rows += [annealed_ema(job, point, left), annealed_twa(job, point)]
+    if point.spacing != point.usual.spacing:
+        ema = fixed(job, job.merge(point.task, point.usual.candidates(), 1))
     ours["fall"] = ema["val"] - on["val"]
     ours["pace"] = None if start.gain is None else start.gain * ours["cost"]
     best = rows.chosen(*FIXED.values())[0]
@@ -116,21 +126,22 @@ def fixed(job: Job, merge: Merge, name: str = "EMA") -> dict:
 
 
 def trained_on(job: Job, point: Point, steps: int) -> dict:
-    """The run goes on as it was to go on, and its EMA is taken.
+    """The run goes on as it was to go on, and its EMA is taken, of candidates as far apart as the
+    base point's.
 
     A run with a schedule does for as many steps as come nearest, and no further than to its end.
     """
-    run, stop = point.run, point.stop
+    run, stop, spacing = point.run, point.stop, point.usual.spacing
     if run.plan.schedule == "constant":
-        last = min(N, steps // point.spacing) * point.spacing  # those that leave checkpoints
+        last = min(N, steps // spacing) * spacing  # those that leave checkpoints
         after, at, name = [], (run, stop), f"{run.folder.name}-on-{stop}"
-        for length, every in ((steps - last, steps - last), (last, point.spacing)):
+        for length, every in ((steps - last, steps - last), (last, spacing)):
             if length:
                 plan = replace(run.plan, steps=length, every=every, warmup=0)
                 name = f"{name}-{length}"
                 made = job.run(point.workload, f"{name}-{every}", point.task, plan, start=at)
                 after, at = [*after, made], (made, made.last)
-        candidates = point.candidates(after)
+        candidates = point.usual.candidates(after)
     else:
         every = run.plan.every
         end = min(run.last, round((stop + steps) / every) * every)
@@ -139,23 +150,35 @@ def trained_on(job: Job, point: Point, steps: int) -> dict:
     return found | {"method": ON, "steps": steps, "cost": steps + found["cost"]}
 
 
-def combined(job: Job, point: Point, cost: int) -> dict:
-    """Annealing for half of a cost, and a trained average for what is then left.
+def annealed_ema(job: Job, point: Point, steps: int) -> dict:
+    """Annealing for at most as many steps, and the EMA of its checkpoints and those before it."""
+    made = branch(job, point, steps)
+    found = fixed(job, job.merge(point.task, point.candidates([made]), 1))
+    steps = made.plan.steps
+    return found | {"method": EMA_AFTER, "steps": steps, "cost": steps + found["cost"]}
 
-    It is of the last half of the candidates and of as many checkpoints of the annealed branch. It
-    keeps its last coefficients, whatever its looks at validation data say: they are not counted.
+
+def annealed_twa(job: Job, point: Point) -> dict:
+    """Annealing for half of the steps, and a trained average for the other half, of the branch's
+    checkpoints and all candidates.
     """
-    run, half = point.run, N // 2
-    every, rate = max(1, cost // 2 // half), run.plan.rate(point.stop - run.first - 1)
-    plan = replace(run.plan, steps=half * every, every=every, lr=rate, schedule="linear", warmup=0)
+    made = branch(job, point, point.steps // 2)
+    candidates = point.candidates([made], N + BRANCH)
+    merge = job.merge(point.task, candidates, max(1, point.steps - made.plan.steps))
+    merge.start()
+    row, more = job.row({}, merge.train(METHOD), merge, TWA_AFTER), made.plan.steps
+    return row | {"steps": row["steps"] + more, "cost": row["cost"] + more}
+
+
+def branch(job: Job, point: Point, steps: int) -> Run:
+    """An annealed branch with some checkpoints, of at most so many steps."""
+    run, every = point.run, max(1, steps // BRANCH)
+    size = {"steps": BRANCH * every, "every": every, "warmup": 0}
+    plan = replace(
+        run.plan, lr=run.plan.rate(point.stop - run.first - 1), schedule="linear", **size
+    )
     name = f"{run.folder.name}-branch-{point.stop}-{plan.steps}"
-    branch = job.run(point.workload, name, point.task, plan, start=(run, point.stop))
-    merge = job.merge(point.task, point.candidates([branch]), 1)
-    start = merge.start()
-    merge.settings = replace(merge.settings, steps=max(1, round(cost - plan.steps - start.looks)))
-    row = job.row({}, merge.train(METHOD, keep="last"), merge, BOTH)
-    steps = row["steps"] + plan.steps
-    return row | {"steps": steps, "looks": start.looks, "cost": steps + start.looks}
+    return job.run(point.workload, name, point.task, plan, start=(run, point.stop))
 
 
 # What is shown -----------------------------------------------------------------------------------
@@ -175,13 +198,12 @@ def findings(rows: Rows) -> list[str]:
             found.append(f"{task}: gain of {METHOD.name} over {name}: {text}")
     found += [border(rows, name) for name in RIVALS if "annealing" in name]
     found += decides(rows)
-    both = rows.where(point=tuple(rows.where(method=BOTH).of("point")))
-    for name, methods in {METHOD.name: (METHOD.name,), **RIVALS}.items():
-        if "fixed" not in name:
-            text = "; ".join(
-                f"{label} {said(gain(one, methods, BOTH))}" for label, one in each(both)
-            )
-            found.append(f"gain of the combination, annealing and then TWA, over {name}: {text}")
+    both = rows.where(point=tuple(rows.where(method=EMA_AFTER).of("point")))
+    for ours in (EMA_AFTER, TWA_AFTER):
+        for name in (METHOD.name, *list(RIVALS)[1:]):
+            methods = RIVALS.get(name, (name,))
+            text = "; ".join(f"{s} {said(gain(one, methods, ours))}" for s, one in each(both))
+            found.append(f"gain of {ours}, over {name}: {text}")
     coarse = rows.where(point=tuple(rows.where(method=COARSE.name).of("point")))
     text = "; ".join(said(gain(one, (COARSE.name,))) for _, one in each(coarse))
     return [*found, f"gain of fine coefficients over those per tensor, at the base point: {text}"]

@@ -81,12 +81,19 @@ class Point:
         """What `Job.anneal` goes on from."""
         return self.workload, self.task, self.run, self.stop
 
-    def candidates(self, after: Sequence[Run] = ()) -> Candidates:
-        """The last up to the stop, or, of the same number, those of runs that go on from there."""
+    @property
+    def usual(self) -> Point:
+        """The same with candidates as far apart as the base point's."""
+        if self.run.plan.schedule != "constant":
+            return self
+        return replace(self, spacing=self.run.plan.every, fine=None)
+
+    def candidates(self, after: Sequence[Run] = (), count: int = N) -> Candidates:
+        """The last ones up to the stop, and of runs that go on from there."""
         source, steps = self.fine or self.run, {self.stop - k * self.spacing for k in range(N)}
         found = [source.path(s) for s in source.steps if s in steps]
         found += [run.path(s) for run in after for s in run.steps]
-        return Candidates(found[-N:])
+        return Candidates(found[-count:])
 
 
 def model_of(width: int, batch: int) -> Workload:

@@ -52,6 +52,7 @@ def tiny(monkeypatch, tmp_path):
     for name, value in TINY.items():
         monkeypatch.setattr(border_points, name, value)
     monkeypatch.setattr(border, "N", N)
+    monkeypatch.setattr(border, "BRANCH", N // 2)
     return Job(0, tmp_path)
 
 
@@ -79,7 +80,7 @@ def test_rows(tiny):
             check(mine, unit=2 if setting == "batch 8" else 1)
             is_base = (task, setting) in shared or mine[0]["point"] == base["last"]["point"]
             combined = is_base or task in (border.TRAINED, border.LEFT_OF)
-            more = {border.BOTH} if combined else set()
+            more = {border.EMA_AFTER, border.TWA_AFTER} if combined else set()
             assert set(mine.of("method")) == ALWAYS | more | ({COARSE} if is_base else set())
     # as many samples, whatever the batch
     assert len({round(r["cost"], 6) for r in rows.where(method="last")}) == 1
@@ -107,9 +108,13 @@ def check(rows, unit):
         assert abs(on["cost"] - ours["cost"]) <= unit / 2
     else:  # no further than to the end of the schedule
         assert on["steps"] <= 16 - ours["stopped"]
-    if border.BOTH in mine:
-        assert abs(mine[border.BOTH]["cost"] - ours["cost"]) <= 1
-    assert ours["fall"] == mine["EMA"]["val"] - on["val"]
+    if border.EMA_AFTER in mine:
+        ema, twa = mine[border.EMA_AFTER], mine[border.TWA_AFTER]
+        assert ema["cost"] == pytest.approx(ema["steps"] + 5 * look)
+        assert 0 <= ours["cost"] + 0.5 - ema["cost"] < border.BRANCH + 1
+        assert twa["steps"] == ours["steps"] and twa["cost"] > twa["steps"] + look
+    if ours["setting"] != "1 apart":  # there the EMA is of other candidates
+        assert ours["fall"] == mine["EMA"]["val"] - on["val"]
     best = min(mine[m]["val"] for m in border.FIXED.values())
     assert ours["noise"] == mine["last"]["val"] - best
 
@@ -186,7 +191,7 @@ def made_up(gains, seeds=3):
                 border.EQUAL_STEPS: 1.0 + noise,
                 border.EQUAL_COST: 1 + gained + noise,
             }
-            tests |= {border.ON: 1.0, border.BOTH: 0.5, COARSE: 1.25}
+            tests |= {border.ON: 1.0, border.EMA_AFTER: 0.5, border.TWA_AFTER: 0.6, COARSE: 1.25}
             for method, test in tests.items():
                 # EMA is the best on validation data, LAWA on test data
                 val = 0.0 if method == "EMA" else test
@@ -212,7 +217,9 @@ def test_findings():
     assert any(f"{text} 1 points, 0.6 to 0.6" in f for f in found)
     assert any("expected from the past: rank correlation -;" in f for f in found)
     assert any(
-        "combination" in f and "over annealing, equal steps: 1 steps +0.5010" in f for f in found
+        f.startswith("gain of annealing, then EMA")
+        and "over annealing, equal steps: 1 steps +0.5010" in f
+        for f in found
     )
     assert found[-1].startswith("gain of fine coefficients over those per tensor")
     assert found[-1].count("+0.2500") == 3
