@@ -200,7 +200,7 @@ def findings(rows: Rows) -> list[str]:
     found += decides(rows)
     both = rows.where(point=tuple(rows.where(method=EMA_AFTER).of("point")))
     for ours in (EMA_AFTER, TWA_AFTER):
-        for name in (METHOD.name, *list(RIVALS)[1:]):
+        for name in (METHOD.name, "annealing, equal cost", "training on, then EMA"):
             methods = RIVALS.get(name, (name,))
             text = "; ".join(f"{s} {said(gain(one, methods, ours))}" for s, one in each(both))
             found.append(f"gain of {ours}, over {name}: {text}")
@@ -241,12 +241,17 @@ def border(rows: Rows, name: str) -> str:
     return f"{METHOD.name} and {name}, of {len(each(rows))} points, by two standard errors: {text}"
 
 
+def ratio(rows: Rows) -> float:
+    """What a fixed average gains at once, by what training on gains."""
+    return rows.mean("noise") / max(1e-4, rows.mean("fall"))
+
+
 #: what may decide, of a point's rows
 MEASURES: dict[str, Callable[[Rows], float]] = {
     "what training on gains, for the cost of the average": lambda rows: rows.mean("fall"),
     "the same, as expected from the past": lambda rows: rows.mean("pace"),
     "what the best fixed average gains over the last candidate": lambda rows: rows.mean("noise"),
-    "the last by the first": lambda rows: rows.mean("noise") / max(1e-4, rows.mean("fall")),
+    "that by what training on gains": ratio,
 }
 
 
@@ -288,7 +293,7 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> str:
 
 
 def picture(figure, rows: Rows) -> None:
-    """Gains against each factor, and against what training on gains."""
+    """Gains against each factor, and against what may decide."""
     *panels, last = figure.subplots(2, 3, sharey=True).flat
     for axes, (task, label) in zip(panels, AXES.items(), strict=True):
         mine = rows.where(task=task)
@@ -302,11 +307,12 @@ def picture(figure, rows: Rows) -> None:
         axes.set_xlabel(label)
         if task == LEFT_OF:
             axes.invert_xaxis()  # the end of the run is on the right, as in the panel before
+    ones = [one for _, one in each(rows)]
+    x = [max(1e-2, ratio(one)) for one in ones]
     for k, (name, methods) in enumerate(RIVALS.items()):
-        ones = [one for _, one in each(rows)]
-        fall, mean = [one.mean("fall") for one in ones], [gain(one, methods).mean for one in ones]
-        last.scatter(fall, mean, color=f"C{k}", label=name)
-    last.set_xlabel("what training on gains (EMA, validation loss), all points")
+        last.scatter(x, [gain(one, methods).mean for one in ones], color=f"C{k}", label=name)
+    last.set_xscale("log")
+    last.set_xlabel("all points: what averaging gains / what training on gains (validation loss)")
     for axes in (*panels, last):
         axes.axhline(0, color="0.6", linewidth=1)
         axes.set_yscale("symlog", linthresh=LINEAR)

@@ -42,7 +42,7 @@ FACTORS = {
     BATCH_OF: (32, 64, 128, 256, 512),
     SIZE_OF: tuple(SIZES),
 }
-QUICK = {TRAINED: (32, 128), LEFT_OF: (), APART: (1, 4), BATCH_OF: (32, 128), SIZE_OF: (16, 64)}
+QUICK = {TRAINED: (32, 128), LEFT_OF: (), APART: (1, 4), BATCH_OF: (32,), SIZE_OF: (16, 64)}
 METHOD, COARSE = TwaMethod.parse("t:fine:4"), TwaMethod.parse("t:tensor:4")
 
 
@@ -174,7 +174,7 @@ def with_end(job: Job, workload: Workload, task: Task, plan: Plan) -> Run:
 
 
 def short(x: float) -> str:
-    """A number in a label: 1/16, 512, 112k."""
+    """A number in a label: 1/16, 4096, 112k."""
     if x < 1:
         return "3/4" if x == 3 / 4 else f"1/{1 / x:.0f}"
-    return f"{x / 1000:.0f}k" if x >= 10_000 else f"{x:g}"
+    return f"{x / 1000:.0f}k" if x > 5000 else f"{x:g}"

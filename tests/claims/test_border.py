@@ -37,7 +37,7 @@ COLUMNS = {
     border.LEFT_OF: ["1/4 left"],
     border.APART: ["1 apart", "2 apart"],
     border.BATCH_OF: ["batch 4", "batch 8"],
-    border.SIZE_OF: ["2040 weights", "5616 weights"],
+    border.SIZE_OF: ["2040 weights", "6k weights"],
 }
 
 
@@ -68,7 +68,7 @@ def test_rows(tiny):
     shared = (
         (border.APART, "2 apart"),
         (border.BATCH_OF, "batch 4"),
-        (border.SIZE_OF, "5616 weights"),
+        (border.SIZE_OF, "6k weights"),
     )
     for task, setting in shared:
         for r in rows.where(task=task, setting=setting):
@@ -218,7 +218,7 @@ def test_findings():
     assert any("expected from the past: rank correlation -;" in f for f in found)
     assert any(
         f.startswith("gain of annealing, then EMA")
-        and "over annealing, equal steps: 1 steps +0.5010" in f
+        and "over annealing, equal cost: 1 steps +0.4010" in f
         for f in found
     )
     assert found[-1].startswith("gain of fine coefficients over those per tensor")
