@@ -50,6 +50,7 @@ METRIC = ""
 PIVOT = True  # a column per setting
 FIGURE = (16, 9)
 TICKS, LINEAR = (-0.1, -0.03, -0.01, 0, 0.01, 0.03, 0.1), 0.01  # of gains; linear up to there
+RATIOS = (0.01, 0.1, 1, 10)
 AXES = {
     TRAINED: "steps trained at a constant rate",
     LEFT_OF: "part of the schedule that is left",
@@ -308,11 +309,12 @@ def picture(figure, rows: Rows) -> None:
         if task == LEFT_OF:
             axes.invert_xaxis()  # the end of the run is on the right, as in the panel before
     ones = [one for _, one in each(rows)]
-    x = [max(1e-2, ratio(one)) for one in ones]
+    x = [max(RATIOS[0], ratio(one)) for one in ones]
     for k, (name, methods) in enumerate(RIVALS.items()):
         last.scatter(x, [gain(one, methods).mean for one in ones], color=f"C{k}", label=name)
     last.set_xscale("log")
-    last.set_xlabel("all points: what averaging gains / what training on gains (validation loss)")
+    last.set_xticks(RATIOS, [f"{x:g}" for x in RATIOS])
+    last.set_xlabel("what averaging gains / what training on gains\n(validation loss, all points)")
     for axes in (*panels, last):
         axes.axhline(0, color="0.6", linewidth=1)
         axes.set_yscale("symlog", linthresh=LINEAR)
