@@ -5,6 +5,7 @@ for each.
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
 import multiprocessing
@@ -87,12 +88,25 @@ class Unit:
 
 
 def sources_of(name: str) -> list[Path]:
-    """Files that a claim's rows depend on: all of twa, which any default may be in, and this
-    package without the other claims and what only shows rows.
+    """Files that a claim's rows depend on: all of twa, which any default may be in, and what the
+    claim imports of this package, but for what only shows rows.
     """
     here, package = Path(__file__).parent, Path(twa.__file__).parent
-    others = {here / f"{other}.py" for other in (*ONLY_SHOW, *CLAIMS) if other != name}
-    return [*sorted(package.rglob("*.py")), *sorted(set(here.rglob("*.py")) - others)]
+    found = [here / f"{name}.py"]
+    for path in found:  # which grows
+        found += [p for p in imports_of(path) if p not in found and p.stem not in ONLY_SHOW]
+    return [*sorted(package.rglob("*.py")), *sorted(found)]
+
+
+def imports_of(path: Path) -> list[Path]:
+    """Modules that a module of this package imports from its own folder or below."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            paths = [path.parent.joinpath(*n.split(".")).with_suffix(".py") for n in names]
+            found += [p for p in paths if p.exists()]
+    return found
 
 
 def code_of(name: str) -> str:

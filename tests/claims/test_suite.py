@@ -142,15 +142,20 @@ def test_wrong_arguments(arguments, message, tmp_path, capsys):
 
 
 def test_rows_depend_on_the_code():
-    """All of twa, which a default may be in, and of this package what is not for show alone."""
+    """All of twa, which a default may be in, and of this package what the claim imports and is not
+    for show alone.
+    """
     import twa
 
     found = {"tail": set(suite.sources_of("tail")), "head": set(suite.sources_of("head"))}
     package, here = Path(twa.__file__).parent, BENCH / "claims"
     assert found["tail"] >= set(package.rglob("*.py"))
-    assert found["tail"] >= {here / "job.py", here / "models" / "vgg.py", here / "lora.py"}
+    assert found["tail"] >= {here / "job.py", here / "images.py", here / "models" / "vgg.py"}
     assert found["tail"] ^ found["head"] == {here / "tail.py", here / "head.py"}
     assert not found["tail"] & {here / f"{name}.py" for name in ("suite", "page", "rows", "soup")}
+    assert not found["tail"] & {here / "glosses.py", here / "lora.py"}
+    assert here / "lora.py" in suite.sources_of("beyond")
+    assert {here / "glosses.py", here / "soup.py"} <= set(suite.sources_of("pretrained"))
 
 
 # Data of the user's ------------------------------------------------------------------------------
