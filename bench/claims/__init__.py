@@ -14,6 +14,8 @@ from types import ModuleType
 
 CLAIMS = ("pretrained", "paper", "border", "head", "tail", "soup", "boundary", "bits", "beyond")
 GPU = ("pretrained", "paper")  # those with a form for a GPU, `--scale gpu`
+#: those that `all --data` leaves out: border takes none, pretrained labelled texts alone
+OWN_DATA = ("pretrained", "border")
 
 
 def claim(name: str) -> ModuleType:

@@ -21,11 +21,13 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from twa.io.errors import TwaError
 from twa.merge.baselines import measure
 from twa.merge.run import Merge
 
 from .border_points import (
     APART,
+    BATCH,
     BATCH_OF,
     COARSE,
     LEFT_OF,
@@ -73,6 +75,8 @@ RIVALS = {
 
 
 def run(job: Job) -> Rows:
+    if job.data is not None:
+        raise TwaError("it has data of its own: expected none", "border --data")
     rows, known = Rows(), {}
     for factor, setting, x, point in points(job):
         if point.key not in known:
@@ -189,7 +193,11 @@ def findings(rows: Rows) -> list[str]:
     """What the trained average gains on each rival, column by column; where the border is; what
     goes along with it; what the combination gains.
     """
-    found = []
+    found = [
+        "gains are theirs less ours, seed by seed, with the standard error of their mean; clear"
+        " where an interval of 95 % (Student's t) leaves out zero. Costs are in steps of a batch of"
+        f" {BATCH}. Training on does not go beyond the end of a schedule"
+    ]
     for task in rows.of("task"):
         mine = rows.where(task=task)
         for name, methods in RIVALS.items():
@@ -239,7 +247,7 @@ def border(rows: Rows, name: str) -> str:
         side = "ahead" if d.mean > 0 else "behind"
         sides[side if d.is_clear else "not told apart"].append(label)
     text = "; ".join(f"{side} at {', '.join(labels) or 'none'}" for side, labels in sides.items())
-    return f"{METHOD.name} and {name}, of {len(each(rows))} points, by two standard errors: {text}"
+    return f"{METHOD.name} and {name}, of {len(each(rows))} points, by intervals of 95 %: {text}"
 
 
 def ratio(rows: Rows) -> float:

@@ -117,10 +117,25 @@ def read_labelled(path: Path) -> Texts:
         raise TaskError("expected a file that ends in .tsv or .csv", path)
     if path.stat().st_size > LARGEST:
         raise TaskError(f"expected at most {LARGEST:,} bytes", path)
-    delimiter = "\t" if path.suffix == ".tsv" else ","
+    style: dict[str, object] = {}
+    if path.suffix == ".tsv":  # a quotation mark is a character like others
+        style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     texts: dict[str, str] = {}
+    try:
+        _read_rows(path, style, texts)
+    except csv.Error as error:
+        raise TaskError(f"cannot be read as a table: {error}", path) from error
+    names = sorted(set(texts.values()))
+    if len(names) < 2:
+        raise TaskError(f"expected at least 2 labels, found {len(names)}", path)
+    labels = [names.index(label) for label in texts.values()]
+    return Texts(path.name, list(texts), labels, [[] for _ in labels], len(names))
+
+
+def _read_rows(path: Path, style: dict, texts: dict[str, str]) -> None:
+    """Adds text -> label of each line; of equal texts the first stays."""
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        rows = csv.DictReader(file, delimiter=delimiter)
+        rows = csv.DictReader(file, **style)
         if missing := {"label", "text"} - set(rows.fieldnames or ()):
             raise TaskError(
                 f"expected columns label and text in the first line, found no {min(missing)}", path
@@ -128,11 +143,6 @@ def read_labelled(path: Path) -> Texts:
         for row in rows:
             if row["label"] and row["text"]:
                 texts.setdefault(row["text"].strip(), row["label"].strip())
-    names = sorted(set(texts.values()))
-    if len(names) < 2:
-        raise TaskError(f"expected at least 2 labels, found {len(names)}", path)
-    labels = [names.index(label) for label in texts.values()]
-    return Texts(path.name, list(texts), labels, [[] for _ in labels], len(names))
 
 
 class TextBatches:
@@ -287,7 +297,7 @@ class Splits:
     name: str
     folder: Path
     classes: int
-    special: tuple[Tensor, int]
+    special: tuple[Tensor, int] | None
     rows: dict[str, tuple[Tensor, Tensor, Tensor]]
     batch: int
 
@@ -349,7 +359,9 @@ def splits(data: Texts, folder: Path, sizes: Sizes, batch: int, seed: int) -> Sp
     if unlike and sizes.examples:
         rows["examples"] = encode(*map(list, zip(*unlike[: sizes.examples], strict=True)))
     tokenizer = _tokenizer(folder)
-    special = torch.tensor(tokenizer.all_special_ids), tokenizer.mask_token_id
+    special = None
+    if tokenizer.mask_token_id is not None:
+        special = torch.tensor(tokenizer.all_special_ids), tokenizer.mask_token_id
     return Splits(data.name, folder, data.classes, special, rows, batch)
 
 

@@ -17,6 +17,7 @@ scored by a new process.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -70,6 +71,7 @@ BEST_ON, SOUP_ON, BEST_HELDOUT = (
 OTHERS = (*FIXED, *LEARNED, BEST_ON, SOUP_ON, BEST_HELDOUT)
 HEAD_RATE, RATES = 1e-2, (5e-5, 2e-4)  # from .. to
 DROPS, DECAYS, EPOCHS = (0.0, 0.1, 0.2), (0.0, 0.1), (1, 3)
+ADAPTED = ("query", "value")  # layers
 RANK, LORA_RATES, LORA_METHODS = 8, (5e-4, 2e-3), ("v:fine:4", "t:fine:4")
 
 
@@ -89,12 +91,12 @@ class Scale:
     steps: int
 
 
-#: "gpu" and "full" take 60 times the training data for 2 epochs: about 3 minutes of an H100, by
-#: its kernel launches
+#: "gpu" and "full" are some 11,000 steps, and 10 ms each for an H100, by kernel launches: with
+#: scores and packing some 2 to 3 minutes, by this estimate
 SCALES = {
-    "quick": Scale(Sizes(640, 256, 256, 1000, 300), 32, 3, 2, 20),
+    "quick": Scale(Sizes(640, 256, 256, 1000, 300), 32, 3, 2, 10),
     "small": Scale(Sizes(2048, 1024, 1024, 10_000, 1500), 32, 12, 5, 64),
-    "gpu": Scale(Sizes(40_000, 4096, 4096, 20_000, 8000), 128, 24, 12, 312),
+    "gpu": Scale(Sizes(20_000, 4096, 4096, 20_000, 8000), 128, 16, 8, 156),
 }
 
 
@@ -132,11 +134,13 @@ def scale_of(job: Job) -> Scale:
     """That of the job; user's own data are cut in like shares."""
     if job.data is None:
         return SCALES[job.scale]
-    n = len(glosses.read_texts(job.data).texts)
+    n, batch = len(glosses.read_texts(job.data).texts), int(job.options.get("batch") or 32)
     held, test = min(4096, n // 10), min(20_000, n // 5)
     train = min(40_000, n - 2 * held - test)
-    batch = int(job.options.get("batch") or 32)
-    return replace(SCALES["gpu"], sizes=Sizes(train, held, held, test, 0), batch=batch)
+    if held < batch or train < batch:
+        raise TwaError(f"expected at least {10 * batch} texts, found {n}", f"--data {job.data}")
+    sizes, epoch = Sizes(train, held, held, test, 0), train // batch
+    return replace(SCALES["gpu"], sizes=sizes, batch=batch, steps=epoch)
 
 
 def adapted(model: nn.Module) -> nn.Module:
@@ -145,9 +149,17 @@ def adapted(model: nn.Module) -> nn.Module:
         import peft
     except ImportError as error:
         raise TwaError(f"needs peft: pip install 'peft>=0.17' ({error})", "LoRA") from error
-    options = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
+    options = {"target_modules": list(ADAPTED), "modules_to_save": ["classifier"]}
     config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, task_type="SEQ_CLS", **options)
     return peft.get_peft_model(model, config)
+
+
+def digest_of(model: nn.Module) -> str:
+    """Of its weights, so that another model's runs are not taken for its own."""
+    content = hashlib.sha256()
+    for t in model.state_dict().values():
+        content.update(t.contiguous().view(-1).view(torch.uint8).numpy())
+    return content.hexdigest()[:8]
 
 
 @dataclass
@@ -189,11 +201,18 @@ class Bench:
         plan = Plan(epoch, epoch, HEAD_RATE, "cosine")
         make = lambda seed, **options: splits.task(seed, **options)  # noqa: E731
         name = "MiniLM" if given is None else folder.name
-        workload = Workload("pretrained", name, make, plan, (), scale.steps)
+        of = "pretrained" if given is None else f"pretrained-{digest_of(splits.task(0).model())}"
+        workload = Workload(of, name, make, plan, (), scale.steps)
         task = job.task(workload)
         model = task.model().requires_grad_(False)
-        for head in (m for n, m in model.named_children() if n in ("classifier", "score")):
-            head.requires_grad_(True)
+        layers = {n.rpartition(".")[2] for n, _ in model.named_modules()}
+        if missing := {*ADAPTED, "classifier"} - layers:
+            raise TwaError(
+                f"expected a model like BERT, with layers {', '.join((*ADAPTED, 'classifier'))};"
+                f" found no {min(missing)}",
+                f"--model {given}",
+            )
+        model.classifier.requires_grad_(True)
         headed = job.run(workload, "head", task, plan, model=model)
         return cls(job, splits, scale, headed.load(task, headed.last), workload, name)
 
@@ -309,11 +328,12 @@ class Bench:
         self, made: Finetunes, merge: Merge, name: str, single: object, steps: int
     ) -> tuple[dict, nn.Module]:
         """What so many more steps of usual training give: the row without test figures, and the
-        model. The rate begins at that of the best fine-tune and falls to zero.
+        model. The rate is that of the best fine-tune: it rises to it, and falls to zero.
         """
         k = int(single.beta.argmax())
         best, data = made.runs[k]
-        plan = Plan(steps, steps, best.plan.lr, "linear", weight_decay=best.plan.weight_decay)
+        decay = best.plan.weight_decay
+        plan = Plan(steps, steps, best.plan.lr, "linear", weight_decay=decay, warmup=steps // 10)
         cost, options = single.looks, {"start": (best, best.last), "seed": self.seed(k)}
         if name == BEST_HELDOUT:
             data = self.task(made.kind, part="heldout")
@@ -384,7 +404,10 @@ def findings(rows: Rows) -> list[str]:
     """The best of TWA on validation data, and TWA fine, against everything else; what segments,
     bits and data change; the exported soup.
     """
-    found = []
+    found = [
+        "differences below are ours less theirs, seed by seed, with the standard error of their"
+        " mean; those of accuracies are in percentage points"
+    ]
     for task in rows.of("task"):
         mine = rows.where(task=task)
         basin = mine.mean("mean of two")
@@ -420,11 +443,11 @@ def findings(rows: Rows) -> list[str]:
 
 
 def compared(ours: Rows, theirs: Rows) -> str:
-    """Differences of loss and, if there is one, of accuracy in percent."""
+    """Differences of loss and, if there is one, of accuracy in percentage points."""
     text = str(ours.less(theirs))
     if ours.of("metric") and theirs.of("metric"):
         apart = ours.less(theirs, "metric")
-        text += f" (accuracy {100 * apart.mean:+.2f} ± {100 * apart.error:.2f} %)"
+        text += f" (accuracy {100 * apart.mean:+.2f} ± {100 * apart.error:.2f})"
     return text
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from twa.io.tables import markdown_table
 
+#: Student's t at 97.5 %, for 3, 4, ... values
+T_95 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 KEYS = ("task", "setting", "method")  # what makes a line of the table
 
 
@@ -31,8 +33,10 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether it is more than two standard errors from zero, of at least three seeds."""
-        return self.count > 2 and abs(self.mean) > 2 * self.error
+        """Whether its interval of 95 %, of Student's t, leaves out zero; of three seeds or more."""
+        if self.count < 3:
+            return False
+        return abs(self.mean) > T_95[min(self.count, len(T_95) + 2) - 3] * self.error
 
     def __str__(self) -> str:
         if self.count == 1:

@@ -289,7 +289,8 @@ def finish(
             if is_checkpoint or at in keep:
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 state = training.state()
-                write_torch(run.folder / "unfinished.pt", state | {"facts": facts})
+                if at < run.last:
+                    write_torch(run.folder / "unfinished.pt", state | {"facts": facts})
                 if at in keep:
                     write_torch(run.state_path(at), state)
 

@@ -26,14 +26,14 @@ from twa.io.errors import TwaError
 
 from twa_kernels.machine import processor
 
-from . import CLAIMS, GPU, claim
+from . import CLAIMS, GPU, OWN_DATA, claim
 from .job import SCALES, Job
 from .page import write_page
 from .rows import merged
 
 COMMAND = "python bench/claims"
 #: modules of this package that only run claims or show rows: no row depends on them
-ONLY_SHOW = ("__main__", "page", "rows", "suite")
+ONLY_SHOW = ("__main__", "page", "suite")
 
 
 # One seed of one claim ---------------------------------------------------------------------------
@@ -161,6 +161,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, argv: list[str]) -> None:
     """Runs what is not done yet of the claims that were asked for, and writes their pages."""
     every = GPU if scale_of(args) == "gpu" else CLAIMS
+    if args.data is not None:
+        every = tuple(name for name in CLAIMS if name not in OWN_DATA)
     names = every if "all" in args.names else tuple(dict.fromkeys(args.names))
     check(args, names)
     seeds = args.seeds or (1 if scale_of(args) in ("quick", "gpu") else 3)
@@ -178,12 +180,13 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         flush=True,
     )
     failed = run_and_say(todo, min(jobs, max(1, len(todo))))
-    machine = f"{processor()}, torch {torch.__version__}"
+    device = f"{torch.cuda.get_device_name()}, " if args.device == "cuda" else ""
+    machine = f"{device}{processor()}, torch {torch.__version__}"
     for name in names:
         found = [done for unit in units if unit.name == name and (done := unit.finished())]
         if found:
             rows, seconds = merged(f["rows"] for f in found), sum(f["seconds"] for f in found)
-            command = command_for(name, names, argv, scale_of(args))
+            command = command_for(name, argv, args.names)
             print("\n" + write_page(args.output, name, rows, command, seconds, machine))
     print(f"written to {args.output}/: " + ", ".join(f"{name}.md" for name in names))
     if failed:
@@ -243,11 +246,12 @@ def run_and_say(todo: list[Unit], jobs: int) -> int:
     return failed
 
 
-def command_for(name: str, names: tuple[str, ...], argv: list[str], scale: str) -> str:
-    """What makes this claim's page again."""
-    if len(names) == 1:
-        return f"{COMMAND} {shlex.join(argv)}"
-    return f"{COMMAND} {name}" + (" --scale quick" if scale == "quick" else "")
+def command_for(name: str, argv: list[str], asked: list[str]) -> str:
+    """What makes this claim's page again: the command that was given, for it alone."""
+    options = list(argv)
+    for one in asked:
+        options.remove(one)
+    return f"{COMMAND} {shlex.join([name, *options])}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -266,13 +270,15 @@ def parser() -> argparse.ArgumentParser:
     add("-o", "--output", metavar="OUT", type=Path, default=Path("twa-claims"), help=output)
     data = (
         "CIFAR as torchvision unpacks it, an ImageFolder (train/CLASS, val/CLASS), text, or a saved"
-        " Hugging Face dataset; nothing is downloaded"
+        " Hugging Face dataset; for pretrained .tsv or .csv with columns label and text; nothing is"
+        " downloaded"
     )
     add("--data", metavar="PATH", type=Path, help=data)
     finetunes = "for soup: a directory of fine-tunes of CLIP ViT-B/32, with --data their images"
     add("--finetunes", metavar="DIR", type=Path, help=finetunes)
     models = "resnet, vgg, vit, timm:NAME, torchvision:NAME; gpt, transformers:DIR for text"
-    add("--model", help=f"with --data: {models}")
+    own = "for pretrained, with or without: transformers:DIR"
+    add("--model", help=f"with --data: {models}; {own}")
     add("--seeds", type=int, help="how many (default: 3; quick and gpu: 1)")
     scales = (
         "quick: a fifth of the steps, one task a claim; small (default); gpu: larger models and"

@@ -11,7 +11,7 @@ from claims import glosses, page, pretrained, suite
 from claims.glosses import Sizes, TextBatches
 from claims.job import Job
 from claims.pretrained import IN, OUT, Scale
-from claims.rows import Rows, pivot
+from claims.rows import Difference, Rows, pivot
 from twa.io.errors import TaskError, TwaError
 from twa.merge.settings import TwaMethod
 
@@ -283,7 +283,11 @@ def test_chosen_rows_and_their_differences():
     apart = rows.where(method="ours").less(best)
     assert apart.mean == pytest.approx(-0.8 / 3) and apart.lower == apart.count == 3
     assert apart.error == pytest.approx(0.1 / 3**0.5 / 3**0.5)
-    assert apart.is_clear and str(apart) == "-0.2667 ± 0.0333, lower on 3 of 3"
+    assert apart.is_clear  # by 8 standard errors; 4.3 are needed of three seeds
+    assert not Difference(1.0, 0.25, 0, 3).is_clear and Difference(1.0, 0.25, 0, 4).is_clear
+    assert (
+        Difference(1.0, 0.44, 0, 50).is_clear and str(apart) == "-0.2667 ± 0.0333, lower on 3 of 3"
+    )
     assert not rows.where(method="ours", seed=0).less(best).is_clear  # one seed
     with pytest.raises(KeyError):
         rows.where(seed=0).less(rows.where(seed=1))

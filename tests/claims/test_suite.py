@@ -152,7 +152,7 @@ def test_rows_depend_on_the_code():
     assert found["tail"] >= set(package.rglob("*.py"))
     assert found["tail"] >= {here / "job.py", here / "images.py", here / "models" / "vgg.py"}
     assert found["tail"] ^ found["head"] == {here / "tail.py", here / "head.py"}
-    assert not found["tail"] & {here / f"{name}.py" for name in ("suite", "page", "rows", "soup")}
+    assert not found["tail"] & {here / f"{name}.py" for name in ("suite", "page", "soup")}
     assert not found["tail"] & {here / "glosses.py", here / "lora.py"}
     assert here / "lora.py" in suite.sources_of("beyond")
     assert {here / "glosses.py", here / "soup.py"} <= set(suite.sources_of("pretrained"))
