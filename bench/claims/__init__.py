@@ -12,10 +12,21 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-CLAIMS = ("pretrained", "paper", "border", "head", "tail", "soup", "boundary", "bits", "beyond")
-GPU = ("pretrained", "paper")  # those with a form for a GPU, `--scale gpu`
-#: those that `all --data` leaves out: border takes none, pretrained labelled texts alone
-OWN_DATA = ("pretrained", "border")
+CLAIMS = (
+    "pretrained",
+    "adapters",
+    "paper",
+    "border",
+    "head",
+    "tail",
+    "soup",
+    "boundary",
+    "bits",
+    "beyond",
+)
+GPU = ("pretrained", "adapters", "paper")  # those with a form for a GPU, `--scale gpu`
+#: those that `all --data` leaves out: border takes none, the others labelled texts alone
+OWN_DATA = ("pretrained", "adapters", "border")
 
 
 def claim(name: str) -> ModuleType:

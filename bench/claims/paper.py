@@ -261,9 +261,9 @@ def findings(rows: Rows) -> list[str]:
     explained = (
         f"Differences are ours less theirs, paired over {len(rows.of('seed'))} seeds, with the"
         " standard error of their mean, and clear where an interval of 95 % (Student's t) leaves"
-        f" out zero. All seeds have the same images to train, validate and test on. {BEST_FIXED.capitalize()} is the"
-        " one with the lowest validation loss in each setting of each seed. A higher accuracy is"
-        " better, so that 'lower' is worse there"
+        " out zero. All seeds have the same images to train, validate and test on."
+        f" {BEST_FIXED.capitalize()} is the one with the lowest validation loss in each setting of"
+        " each seed. A higher accuracy is better, so that 'lower' is worse there"
     )
     counts = [
         f"{method}: test loss clearly lower / clearly higher / not clear, of all tasks and stages:"

@@ -1,10 +1,9 @@
 """A soup of a pretrained transformer: fine-tunes that a team has left over from its search.
 
-MiniLM-L6 (22.7 million weights) is fine-tuned to sort WordNet's glosses into 45 classes, in full
-and by LoRA (Hu et al., arXiv 2106.09685): over rate, weight decay, length, word dropout and seed.
-As in "Model soups" (Wortsman et al., arXiv 2203.05482) a head alone is trained first, which all of
-them start with. TWA-t and TWA-v (Li et al., arXiv 2205.13104v4) average them by segments of three
-sizes, at 4 and at 2 bits.
+MiniLM-L6 (22.7 million weights) is fine-tuned to sort WordNet's glosses into 45 classes, over rate,
+weight decay, length, word dropout and seed. As in "Model soups" (Wortsman et al., arXiv 2203.05482)
+a head alone is trained first, which all of them start with. TWA-t and TWA-v (Li et al., arXiv
+2205.13104v4) average them by segments of three sizes, at 4 and at 2 bits.
 
 Beside them: the best fine-tune, uniform, greedy and learned soup. And training on: the best
 fine-tune, the uniform soup, and the best fine-tune on the held-out data that TWA-v has, each for as
@@ -71,8 +70,6 @@ BEST_ON, SOUP_ON, BEST_HELDOUT = (
 OTHERS = (*FIXED, *LEARNED, BEST_ON, SOUP_ON, BEST_HELDOUT)
 HEAD_RATE, RATES = 1e-2, (5e-5, 2e-4)  # from .. to
 DROPS, DECAYS, EPOCHS = (0.0, 0.1, 0.2), (0.0, 0.1), (1, 3)
-ADAPTED = ("query", "value")  # layers
-RANK, LORA_RATES, LORA_METHODS = 8, (5e-4, 2e-3), ("v:fine:4", "t:fine:4")
 
 
 @dataclass(frozen=True)
@@ -116,18 +113,10 @@ class Kind:
 
 
 def run(job: Job) -> Rows:
-    if job.options.get("finetunes"):
-        raise TwaError("expected it with the claim soup only", "--finetunes")
-    made, scale = Bench.of(job), scale_of(job)
-    full = Kind("full", f"{made.name}, fine-tunes", lambda m: m, scale.finetunes, RATES)
-    lora = Kind("lora", f"{made.name}, LoRA adapters", adapted, scale.adapters, LORA_RATES)
-    rows = made.rows_of(made.finetunes(full), TRAINED, LEARNED, (BEST_ON, SOUP_ON, BEST_HELDOUT))
-    if job.scale == "quick":
-        return rows
-    adapters = made.finetunes(lora)
-    rows += made.rows_of(adapters, LORA_METHODS, {}, (BEST_ON,))
-    rows += made.rows_of(made.merged(adapters), LORA_METHODS, {}, ())
-    return rows
+    made = Bench.of(job)
+    full = Kind("full", f"{made.name}, fine-tunes", lambda m: m, made.scale.finetunes, RATES)
+    rivals = BEST_ON, SOUP_ON, BEST_HELDOUT
+    return made.rows_of(made.finetunes(full), TRAINED, LEARNED, rivals)
 
 
 def scale_of(job: Job) -> Scale:
@@ -141,17 +130,6 @@ def scale_of(job: Job) -> Scale:
         raise TwaError(f"expected at least {10 * batch} texts, found {n}", f"--data {job.data}")
     sizes, epoch = Sizes(train, held, held, test, 0), train // batch
     return replace(SCALES["gpu"], sizes=sizes, batch=batch, steps=epoch)
-
-
-def adapted(model: nn.Module) -> nn.Module:
-    """The model with adapters at its attention, and its head, to be trained."""
-    try:
-        import peft
-    except ImportError as error:
-        raise TwaError(f"needs peft: pip install 'peft>=0.17' ({error})", "LoRA") from error
-    options = {"target_modules": list(ADAPTED), "modules_to_save": ["classifier"]}
-    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, task_type="SEQ_CLS", **options)
-    return peft.get_peft_model(model, config)
 
 
 def digest_of(model: nn.Module) -> str:
@@ -194,6 +172,8 @@ class Bench:
 
     @classmethod
     def of(cls, job: Job) -> Bench:
+        if job.options.get("finetunes"):
+            raise TwaError("expected it with the claim soup only", "--finetunes")
         scale, given = scale_of(job), job.options.get("model")
         data, folder = glosses.read_texts(job.data), glosses.model_folder(given)
         splits = glosses.splits(data, folder, scale.sizes, scale.batch, job.seed)
@@ -205,13 +185,8 @@ class Bench:
         workload = Workload(of, name, make, plan, (), scale.steps)
         task = job.task(workload)
         model = task.model().requires_grad_(False)
-        layers = {n.rpartition(".")[2] for n, _ in model.named_modules()}
-        if missing := {*ADAPTED, "classifier"} - layers:
-            raise TwaError(
-                f"expected a model like BERT, with layers {', '.join((*ADAPTED, 'classifier'))};"
-                f" found no {min(missing)}",
-                f"--model {given}",
-            )
+        if not hasattr(model, "classifier"):
+            raise TwaError("expected a model with a classifier, as BERT's", f"--model {given}")
         model.classifier.requires_grad_(True)
         headed = job.run(workload, "head", task, plan, model=model)
         return cls(job, splits, scale, headed.load(task, headed.last), workload, name)
@@ -260,15 +235,6 @@ class Bench:
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder)
         return folder
-
-    def merged(self, adapters: Finetunes) -> Finetunes:
-        """The adapters merged into the weights of a model each."""
-        root, folders = adapters.folders[0].parent.with_name("lora-merged"), []
-        for run, task in adapters.runs:
-            model = run.load(task, run.last).merge_and_unload()
-            folders.append(self.written(root / run.folder.name, model))
-        kind = replace(adapters.kind, make=lambda m: m, label=f"{self.name}, adapters merged")
-        return Finetunes(kind, self.task(kind), folders, [])
 
     # Rows ----------------------------------------------------------------------------------------
 
@@ -427,8 +393,10 @@ def findings(rows: Rows) -> list[str]:
                 for other, theirs in others.items()
             ]
             found.append(f"{task}, {setting}: {name} less {'; '.join(texts)}")
-    full = rows.where(task=rows[0]["task"], setting=IN)
+    full = rows.where(setting=IN)
     for what, pairs in factors().items():
+        if len(rows.of("task")) > 1:
+            break
         both = [(full.where(method=a), full.where(method=b), f"{a} less {b}") for a, b in pairs]
         texts = [f"{text} {compared(a, b)}" for a, b, text in both if a and b]
         found.append(f"{what}: {'; '.join(texts)}")

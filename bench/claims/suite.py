@@ -201,7 +201,7 @@ def check(args: argparse.Namespace, names: tuple[str, ...]) -> None:
     if (scale_of(args) == "full") != (args.data is not None):
         raise TwaError("expected full with --data, another without", "--scale")
     if scale_of(args) == "gpu" and set(names) - set(GPU):
-        raise TwaError(f"expected {' and '.join(GPU)}, which have such a form", "--scale gpu")
+        raise TwaError(f"expected {', '.join(GPU)}, which have such a form", "--scale gpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise TwaError("no CUDA device is available", "--device cuda")
     if args.finetunes and names != ("soup",):
@@ -282,7 +282,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, help="how many (default: 3; quick and gpu: 1)")
     scales = (
         "quick: a fifth of the steps, one task a claim; small (default); gpu: larger models and"
-        f" more data, for {' and '.join(GPU)}; full: with --data"
+        f" more data, for {', '.join(GPU)}; full: with --data"
     )
     add("--scale", choices=tuple(SCALES), help=scales)
     epochs = "with --data: of the usual run, instead of the published number"

@@ -208,7 +208,7 @@ def test_findings():
     ) in found
     text = "; 2 steps +0.0010 ± 0.0006; 4 steps +0.1010 ± 0.0006 (clear)"
     assert any("over annealing, equal cost: 1 steps -0.0990" in f and text in f for f in found)
-    text = "by two standard errors: ahead at 4 steps; not told apart at 2 steps; behind at 1 steps"
+    text = "by intervals of 95 %: ahead at 4 steps; not told apart at 2 steps; behind at 1 steps"
     assert any("and annealing, equal cost, of 3 points" in f and f.endswith(text) for f in found)
     assert any(f.endswith("with each factor: how long it has trained +1.00") for f in found)
     text = (
@@ -226,7 +226,7 @@ def test_findings():
 
 
 def test_one_seed_is_never_clear():
-    assert not any("clear" in f for f in border.findings(made_up([-0.1, 0.1], seeds=1)))
+    assert not any("(clear)" in f for f in border.findings(made_up([-0.1, 0.1], seeds=1)))
 
 
 def test_picture():

@@ -7,7 +7,7 @@ import random
 import matplotlib
 import pytest
 import torch
-from claims import glosses, page, pretrained, suite
+from claims import adapters, glosses, page, pretrained, suite
 from claims.glosses import Sizes, TextBatches
 from claims.job import Job
 from claims.pretrained import IN, OUT, Scale
@@ -91,12 +91,12 @@ def test_rows(tiny, capsys):
     a new process; nothing is trained again.
     """
     rows = pretrained.run(tiny)
+    more = adapters.run(tiny)
+    assert not any("exported" in r for r in more)
+    rows += more
     tasks = rows.of("task")
-    assert [t.partition(", ")[2] for t in tasks] == [
-        "fine-tunes",
-        "LoRA adapters",
-        "adapters merged",
-    ]
+    kinds = ["fine-tunes", "LoRA adapters", "adapters merged"]
+    assert [t.partition(", ")[2] for t in tasks] == kinds
     ours = [*pretrained.FIXED, *names("v:fine:4", "t:fine:4")]
     expected = {
         tasks[0]: [*ours, *names("t:model:2"), *pretrained.OTHERS[3:]],
@@ -133,17 +133,20 @@ def test_rows(tiny, capsys):
     assert made.config.num_labels == glosses.CLASSES
 
     before = {p: p.stat().st_mtime_ns for p in tiny.folder.rglob("step-*.safetensors")}
-    assert pretrained.run(tiny).values("test") == pytest.approx(rows.values("test"), rel=1e-5)
+    again = [*pretrained.run(tiny), *adapters.run(tiny)]
+    assert [r["test"] for r in again] == pytest.approx(rows.values("test"), rel=1e-5)
     after = {p: p.stat().st_mtime_ns for p in tiny.folder.rglob("step-*.safetensors")}
     assert before == after and before
-    shown(rows, tasks)
+    full = rows.where(task=tasks[0])
+    text = shown(full, tasks[:1])
+    assert "from_pretrained in a new process gives" in text and "2 bits instead of 4" in text
+    shown(Rows(r for r in rows if r["task"] != tasks[0]), tasks[1:])
 
 
 def shown(rows, tasks):
     assert json.loads(json.dumps(rows)) == rows
     text = "\n".join(pretrained.findings(rows))
     assert all(f"{task}, {IN}: the best TWA" in text for task in tasks)
-    assert "from_pretrained in a new process gives" in text and "2 bits instead of 4" in text
     assert ", lower on " not in text  # one seed
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -155,11 +158,7 @@ def shown(rows, tasks):
     plt.close(figure)
     tables = page.main_table(pretrained, rows)
     assert tables.count(": accuracy") == len(tasks) and tables.count("| cost |") == 2 * len(tasks)
-
-
-def test_quick_has_full_weights_alone(tiny):
-    rows = pretrained.run(dataclasses.replace(tiny, scale="quick"))
-    assert len(rows.of("task")) == 1
+    return text
 
 
 def test_seeds_have_the_same_test_set_and_other_training_texts(tiny):
@@ -263,7 +262,7 @@ def test_a_damaged_wordnet_names_the_line(tmp_path, line):
 
 def test_the_form_for_gpus_is_of_two_claims(tmp_path, capsys):
     assert suite.main(["head", "--scale", "gpu", "-o", str(tmp_path)]) == 2
-    assert "--scale gpu: expected pretrained and paper" in capsys.readouterr().err
+    assert "--scale gpu: expected pretrained, adapters, paper" in capsys.readouterr().err
 
 
 # Rows --------------------------------------------------------------------------------------------
