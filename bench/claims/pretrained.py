@@ -91,7 +91,7 @@ class Scale:
 #: "gpu" and "full" are some 11,000 steps, and 10 ms each for an H100, by kernel launches: with
 #: scores and packing some 2 to 3 minutes, by this estimate
 SCALES = {
-    "quick": Scale(Sizes(640, 256, 256, 1000, 300), 32, 3, 2, 10),
+    "quick": Scale(Sizes(320, 128, 128, 500, 200), 32, 3, 2, 5),
     "small": Scale(Sizes(2048, 1024, 1024, 10_000, 1500), 32, 12, 5, 64),
     "gpu": Scale(Sizes(20_000, 4096, 4096, 20_000, 8000), 128, 16, 8, 156),
 }
