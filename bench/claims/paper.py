@@ -77,7 +77,7 @@ TEXT = {
     "small": {"width": 48, "depth": 2, "context": 64, "batch": 32},
     "gpu": {"width": 96, "depth": 4, "context": 128, "batch": 32},
 }
-TEXT_EPOCHS = {"small": 30, "gpu": 16}  # a larger one is past its best sooner
+TEXT_EPOCHS = {"small": 20, "gpu": 16}  # a larger one is past its best sooner
 TEXT_RATE, TEXT_RATES = 3e-3, (1e-3, 3e-3)
 
 

@@ -60,7 +60,7 @@ FIXED = ("best single", "uniform", "greedy soup")
 SEGMENTS, BITS = ("model", "tensor", "fine"), (4, 2)
 TRAINED = tuple(f"{k}:{s}:{b}" for k, s, b in itertools.product("vt", SEGMENTS, BITS))
 OURS = tuple(TwaMethod.parse(text).name for text in ("v:fine:4", "t:fine:4"))
-LEARNED = {"learned soup": "v:model:4:simplex", "learned soup by layer": "v:tensor:4:simplex"}
+LEARNED = {"learned soup": "v:model:4:simplex"}
 LEARNED_LR = 0.05  # see soup.py
 BEST_ON, SOUP_ON, BEST_HELDOUT = (
     "best single, trained on",
@@ -68,8 +68,8 @@ BEST_ON, SOUP_ON, BEST_HELDOUT = (
     "best single, trained on held-out data",
 )
 OTHERS = (*FIXED, *LEARNED, BEST_ON, SOUP_ON, BEST_HELDOUT)
-HEAD_RATE, RATES = 1e-2, (5e-5, 2e-4)  # from .. to
-DROPS, DECAYS, EPOCHS = (0.0, 0.1, 0.2), (0.0, 0.1), (1, 3)
+HEAD_RATE, RATES = 1e-2, (2e-4, 6e-4)  # from .. to
+DROPS, DECAYS, EPOCHS = (0.0, 0.1, 0.2), (0.0, 0.1), (2, 3.5)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Scale:
 #: scores and packing some 2 to 3 minutes, by this estimate
 SCALES = {
     "quick": Scale(Sizes(320, 128, 128, 500, 200), 32, 3, 2, 5),
-    "small": Scale(Sizes(2048, 1024, 1024, 10_000, 1500), 32, 12, 5, 64),
+    "small": Scale(Sizes(2048, 1024, 1024, 10_000, 1000), 32, 12, 5, 64),
     "gpu": Scale(Sizes(20_000, 4096, 4096, 20_000, 8000), 128, 16, 8, 156),
 }
 
@@ -394,9 +394,7 @@ def findings(rows: Rows) -> list[str]:
             ]
             found.append(f"{task}, {setting}: {name} less {'; '.join(texts)}")
     full = rows.where(setting=IN)
-    for what, pairs in factors().items():
-        if len(rows.of("task")) > 1:
-            break
+    for what, pairs in factors().items() if len(rows.of("task")) == 1 else ():
         both = [(full.where(method=a), full.where(method=b), f"{a} less {b}") for a, b in pairs]
         texts = [f"{text} {compared(a, b)}" for a, b, text in both if a and b]
         found.append(f"{what}: {'; '.join(texts)}")
