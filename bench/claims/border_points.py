@@ -29,7 +29,7 @@ N = 16  # candidates
 SPACING, STEPS, WARMUP = 16, 128, 100  # of gradient steps, at a batch of 32
 BATCH, WIDTH, CONTEXT, LR = 32, 64, 32, 3e-3
 WINDOWS = 32768  # to train on
-SIZES = {16: 2, 32: 2, 64: 2, 96: 3}  # width and depth
+SIZES = {16: 2, 64: 2, 96: 3}  # width and depth
 BASE = 128  # where the base point is, in spacings; the length of the run with a schedule
 
 TRAINED, LEFT_OF = "how long it has trained", "what is left of its schedule"
@@ -37,9 +37,9 @@ APART, BATCH_OF, SIZE_OF = "spacing of the candidates", "batch", "size of the mo
 #: stops in spacings, parts of the schedule, parts of the spacing, samples, widths
 FACTORS = {
     TRAINED: (16, 32, 64, 128, 256),
-    LEFT_OF: (3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16),
-    APART: (1 / 16, 1 / 4, 1, 4, 8),
-    BATCH_OF: (32, 64, 128, 256, 512),
+    LEFT_OF: (1 / 2, 1 / 4, 1 / 16),
+    APART: (1 / 4, 1, 4, 8),
+    BATCH_OF: (32, 128, 512),
     SIZE_OF: tuple(SIZES),
 }
 QUICK = {TRAINED: (32, 128), LEFT_OF: (), APART: (1, 4), BATCH_OF: (32,), SIZE_OF: (16, 64)}
