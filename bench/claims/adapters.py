@@ -16,8 +16,9 @@ from torch import nn
 from twa.io.errors import TwaError
 
 from . import pretrained
+from .finetunes import Bench, Finetunes, Kind
 from .job import Job
-from .pretrained import BEST_ON, Bench, Finetunes, Kind
+from .pretrained import BEST_ON, rows_of
 from .rows import Rows
 
 TITLE = "LoRA adapters of a pretrained transformer, averaged"
@@ -42,8 +43,8 @@ def run(job: Job) -> Rows:
         raise TwaError(f"expected layers as BERT has them, found no {min(missing)}", given)
     kind = Kind("lora", f"{made.name}, LoRA adapters", adapted, made.scale.adapters, RATES)
     adapters = made.finetunes(kind)
-    rows = made.rows_of(adapters, METHODS, {}, (BEST_ON,))
-    rows += made.rows_of(merged(made, adapters), METHODS, {}, ())
+    rows = rows_of(made, adapters, METHODS, {}, (BEST_ON,))
+    rows += rows_of(made, merged(made, adapters), METHODS, {}, ())
     return rows
 
 

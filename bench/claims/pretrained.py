@@ -16,13 +16,9 @@ scored by a new process.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import multiprocessing
-import random
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,20 +28,17 @@ from torch import nn
 from twa import averages
 from twa.export.bundle import write_bundle
 from twa.io.candidates import Candidates
-from twa.io.errors import TwaError
 from twa.merge.baselines import measure
 from twa.merge.run import Merge
 from twa.merge.settings import TwaMethod
-from twa.tasks.batches import mix
-from twa.tasks.contract import Task
 
 from . import glosses
-from .glosses import Sizes, Splits, scored
+from .finetunes import Bench, Finetunes, Kind
+from .glosses import Splits, scored
 from .job import Job
 from .rows import Rows, number
-from .runs import Plan, Run
+from .runs import Plan
 from .soup import mean_of_two
-from .workloads import Workload
 
 TITLE = "Soup of a pretrained transformer: fine-tunes of MiniLM-L6 on real text"
 CLAIM = (
@@ -68,255 +61,96 @@ BEST_ON, SOUP_ON, BEST_HELDOUT = (
     "best single, trained on held-out data",
 )
 OTHERS = (*FIXED, *LEARNED, BEST_ON, SOUP_ON, BEST_HELDOUT)
-HEAD_RATE, RATES = 1e-2, (2e-4, 6e-4)  # from .. to
-DROPS, DECAYS, EPOCHS = (0.0, 0.1, 0.2), (0.0, 0.1), (2, 3.5)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much of everything there is.
-
-    Args:
-        steps: of a trained average: an epoch of the training data
-        finetunes, adapters: how many, of full weights and by LoRA
-    """
-
-    sizes: Sizes
-    batch: int
-    finetunes: int
-    adapters: int
-    steps: int
-
-
-#: "gpu" and "full" are some 11,000 steps, and 10 ms each for an H100, by kernel launches: with
-#: scores and packing some 2 to 3 minutes, by this estimate
-SCALES = {
-    "quick": Scale(Sizes(320, 128, 128, 500, 200), 32, 3, 2, 5),
-    "small": Scale(Sizes(2048, 1024, 1024, 10_000, 1000), 32, 12, 5, 64),
-    "gpu": Scale(Sizes(20_000, 4096, 4096, 20_000, 8000), 128, 16, 8, 156),
-}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Full weights, or adapters, and what makes a model of them.
-
-    Args:
-        make: of the pretrained model with its head
-    """
-
-    name: str
-    label: str
-    make: Callable[[nn.Module], nn.Module]
-    count: int
-    rates: tuple[float, float]
+RATES = 2e-4, 6e-4  # from .. to
 
 
 def run(job: Job) -> Rows:
-    made = Bench.of(job)
-    full = Kind("full", f"{made.name}, fine-tunes", lambda m: m, made.scale.finetunes, RATES)
+    bench = Bench.of(job)
+    full = Kind("full", f"{bench.name}, fine-tunes", lambda m: m, bench.scale.finetunes, RATES)
     rivals = BEST_ON, SOUP_ON, BEST_HELDOUT
-    return made.rows_of(made.finetunes(full), TRAINED, LEARNED, rivals)
+    return rows_of(bench, bench.finetunes(full), TRAINED, LEARNED, rivals)
 
 
-def scale_of(job: Job) -> Scale:
-    """That of the job; user's own data are cut in like shares."""
-    if job.data is None:
-        return SCALES[job.scale]
-    n, batch = len(glosses.read_texts(job.data).texts), int(job.options.get("batch") or 32)
-    held, test = min(4096, n // 10), min(20_000, n // 5)
-    train = min(40_000, n - 2 * held - test)
-    if held < batch or train < batch:
-        raise TwaError(f"expected at least {10 * batch} texts, found {n}", f"--data {job.data}")
-    sizes, epoch = Sizes(train, held, held, test, 0), train // batch
-    return replace(SCALES["gpu"], sizes=sizes, batch=batch, steps=epoch)
+# Rows --------------------------------------------------------------------------------------------
 
 
-def digest_of(model: nn.Module) -> str:
-    """Of its weights, so that another model's runs are not taken for its own."""
-    content = hashlib.sha256()
-    for t in model.state_dict().values():
-        content.update(t.contiguous().view(-1).view(torch.uint8).numpy())
-    return content.hexdigest()[:8]
+def scores(bench: Bench, where: dict, row: dict, model: nn.Module) -> Rows:
+    """A row for each test set."""
+    rows = Rows()
+    for setting, part in ((IN, "test"), (OUT, "examples")):
+        if part in bench.splits.rows:
+            found = scored(model, bench.splits.batches(part))
+            rows.append(where | {"setting": setting} | row | found)
+    return rows
 
 
-@dataclass
-class Finetunes:
-    """Fine-tunes, as the folders that save_pretrained wrote, and what they came of.
+def rows_of(
+    bench: Bench,
+    made: Finetunes,
+    trained: Iterable[str],
+    learned: dict[str, str],
+    rivals: Iterable[str],
+) -> Rows:
+    """Fixed averages, trained ones, and training on, by the names of the rivals."""
+    where, job = {"task": made.kind.label}, bench.job
+    n = len(made.folders)
+    merge = job.merge(made.task, Candidates(made.folders), bench.scale.steps)
+    rows, exported = Rows(), Exported(job.folder / "pretrained" / f"soup-{job.seed}")
+    fixed, names = {}, merge.candidates.names
+    for method in FIXED:  # EMA and LAWA are left out, as fine-tunes have no order
+        result = measure(method, merge.evaluator, names, lambda: None)
+        fixed[method] = result
+        merge.evaluator.load(result.beta)
+        rows += scores(bench, where, job.row({}, result, merge), merge.model)
+    rows[0] |= {"mean of two": mean_of_two(merge), "n": n}
+    rows[0] |= {"members": fixed["greedy soup"].candidates}
+    start = merge.start()
+    todo = [(TwaMethod.parse(text), "", None, {}) for text in trained]
+    uniform = {"start": averages.uniform(n), "start_name": "uniform"}
+    todo += [(TwaMethod.parse(text), name, LEARNED_LR, uniform) for name, text in learned.items()]
+    for method, name, rate, options in todo:
+        merge.settings = replace(merge.settings, lr=rate)
+        result = merge.train(method, coarsen=False, **options)
+        before = 0.0 if options else start.looks
+        row = job.row({}, result, merge, name, start=before)
+        found = scores(bench, where, row, merge.model)
+        rows += found
+        if not name and made.kind.name == "full":
+            exported.keep(merge, found[0])
+    single = fixed["best single"]
+    for name in rivals:
+        steps = max(1, round(max(rows.mean("cost", method=m) for m in OURS)))
+        rows += scores(bench, where, *trained_on(bench, made, merge, name, single, steps))
+    if exported.row is not None:
+        rows[0] |= exported.reloaded(bench)
+    return rows
 
-    Args:
-        task: with the model that they fit
-        runs: and the plans and data of each; none of merged adapters
+
+def trained_on(
+    bench: Bench, made: Finetunes, merge: Merge, name: str, single: object, steps: int
+) -> tuple[dict, nn.Module]:
+    """What so many more steps of usual training give: the row without test figures, and the
+    model. The rate is that of the best fine-tune: it rises to it, and falls to zero.
     """
-
-    kind: Kind
-    task: Task
-    folders: list[Path]
-    runs: list[tuple[Run, Task]]
-
-
-@dataclass
-class Bench:
-    """What one seed trains and measures.
-
-    Attributes:
-        headed: the pretrained model with the head that all fine-tunes start with
-    """
-
-    job: Job
-    splits: Splits
-    scale: Scale
-    headed: nn.Module
-    workload: Workload
-    name: str
-
-    @classmethod
-    def of(cls, job: Job) -> Bench:
-        if job.options.get("finetunes"):
-            raise TwaError("expected it with the claim soup only", "--finetunes")
-        scale, given = scale_of(job), job.options.get("model")
-        data, folder = glosses.read_texts(job.data), glosses.model_folder(given)
-        splits = glosses.splits(data, folder, scale.sizes, scale.batch, job.seed)
-        epoch = scale.sizes.train // scale.batch
-        plan = Plan(epoch, epoch, HEAD_RATE, "cosine")
-        make = lambda seed, **options: splits.task(seed, **options)  # noqa: E731
-        name = "MiniLM" if given is None else folder.name
-        of = "pretrained" if given is None else f"pretrained-{digest_of(splits.task(0).model())}"
-        workload = Workload(of, name, make, plan, (), scale.steps)
-        task = job.task(workload)
-        model = task.model().requires_grad_(False)
-        if not hasattr(model, "classifier"):
-            raise TwaError("expected a model with a classifier, as BERT's", f"--model {given}")
-        model.classifier.requires_grad_(True)
-        headed = job.run(workload, "head", task, plan, model=model)
-        return cls(job, splits, scale, headed.load(task, headed.last), workload, name)
-
-    # Fine-tunes ----------------------------------------------------------------------------------
-
-    def model(self, kind: Kind) -> nn.Module:
-        """The model with its head, as fine-tunes of this kind begin."""
-        fresh = self.splits.task(0).model()
-        fresh.load_state_dict(self.headed.state_dict())
-        torch.manual_seed(mix(self.job.seed, 6))  # of the adapters: all begin with the same
-        return kind.make(fresh.requires_grad_(True))
-
-    def task(self, kind: Kind, seed: int | None = None, **options: object) -> Task:
-        task = self.splits.task(self.job.seed if seed is None else seed, **options)
-        task = replace(task, model=lambda: self.model(kind))
-        return task if self.job.device == "cpu" else task.on(torch.device(self.job.device))
-
-    def seed(self, k: int) -> int:
-        """Of fine-tune number k."""
-        return mix(self.job.seed, 4, k)
-
-    def finetunes(self, kind: Kind) -> Finetunes:
-        """As many as the scale says; what differs is drawn at random."""
-        g = random.Random(mix(self.job.seed, 3))
-        epoch = self.scale.sizes.train // self.scale.batch
-        root, found = self.job.folder_of(self.workload) / f"{kind.name}-pretrained", []
-        runs = []
-        for k in range(kind.count):
-            steps = round(epoch * g.uniform(*EPOCHS))
-            low, high = kind.rates
-            lr = low * (high / low) ** g.random()
-            schedule, decay = g.choice(("linear", "cosine")), g.uniform(*DECAYS)
-            plan = Plan(steps, steps, lr, schedule, weight_decay=decay, warmup=steps // 10)
-            seed = self.seed(k)
-            task = self.task(kind, seed, drop=g.choice(DROPS))
-            made = self.job.run(
-                self.workload, f"{kind.name}-{k:02d}", task, plan, seed=seed, model=task.model()
-            )
-            runs.append((made, task))
-            found.append(self.written(root / f"finetune-{k:02d}", made.load(task, made.last)))
-        return Finetunes(kind, self.task(kind), found, runs)
-
-    def written(self, folder: Path, model: nn.Module) -> Path:
-        """The folder, with the model as save_pretrained writes it."""
-        shutil.rmtree(folder, ignore_errors=True)
-        model.save_pretrained(folder)
-        return folder
-
-    # Rows ----------------------------------------------------------------------------------------
-
-    def scores(self, where: dict, row: dict, model: nn.Module) -> Rows:
-        """A row for each test set."""
-        rows = Rows()
-        for setting, part in ((IN, "test"), (OUT, "examples")):
-            if part in self.splits.rows:
-                found = scored(model, self.splits.batches(part))
-                rows.append(where | {"setting": setting} | row | found)
-        return rows
-
-    def rows_of(
-        self,
-        made: Finetunes,
-        trained: Iterable[str],
-        learned: dict[str, str],
-        trained_on: Iterable[str],
-    ) -> Rows:
-        """Fixed averages, trained ones, and training on."""
-        where, job = {"task": made.kind.label}, self.job
-        n = len(made.folders)
-        merge = job.merge(made.task, Candidates(made.folders), self.scale.steps)
-        rows, exported = Rows(), Exported(job.folder / "pretrained" / f"soup-{job.seed}")
-        fixed, names = {}, merge.candidates.names
-        for method in FIXED:  # EMA and LAWA are left out, as fine-tunes have no order
-            result = measure(method, merge.evaluator, names, lambda: None)
-            fixed[method] = result
-            merge.evaluator.load(result.beta)
-            rows += self.scores(where, job.row({}, result, merge), merge.model)
-        rows[0] |= {"mean of two": mean_of_two(merge), "n": n}
-        rows[0] |= {"members": fixed["greedy soup"].candidates}
-        start = merge.start()
-        todo = [(TwaMethod.parse(text), "", None, {}) for text in trained]
-        uniform = {"start": averages.uniform(n), "start_name": "uniform"}
-        todo += [
-            (TwaMethod.parse(text), name, LEARNED_LR, uniform) for name, text in learned.items()
-        ]
-        for method, name, rate, options in todo:
-            merge.settings = replace(merge.settings, lr=rate)
-            result = merge.train(method, coarsen=False, **options)
-            before = 0.0 if options else start.looks
-            row = job.row({}, result, merge, name, start=before)
-            found = self.scores(where, row, merge.model)
-            rows += found
-            if not name and made.kind.name == "full":
-                exported.keep(merge, found[0])
-        single = fixed["best single"]
-        for name in trained_on:
-            steps = max(1, round(max(rows.mean("cost", method=m) for m in OURS)))
-            rows += self.scores(where, *self.trained_on(made, merge, name, single, steps))
-        if exported.row is not None:
-            rows[0] |= exported.reloaded(self)
-        return rows
-
-    def trained_on(
-        self, made: Finetunes, merge: Merge, name: str, single: object, steps: int
-    ) -> tuple[dict, nn.Module]:
-        """What so many more steps of usual training give: the row without test figures, and the
-        model. The rate is that of the best fine-tune: it rises to it, and falls to zero.
-        """
-        k = int(single.beta.argmax())
-        best, data = made.runs[k]
-        decay = best.plan.weight_decay
-        plan = Plan(steps, steps, best.plan.lr, "linear", weight_decay=decay, warmup=steps // 10)
-        cost, options = single.looks, {"start": (best, best.last), "seed": self.seed(k)}
-        if name == BEST_HELDOUT:
-            data = self.task(made.kind, part="heldout")
-            options["optimizer_state"] = False
-        if name == SOUP_ON:
-            merge.evaluator.load(averages.uniform(len(made.folders)))
-            data, cost, options = made.task, 0.0, {}
-            options["model"] = made.task.model()
-            options["model"].load_state_dict(merge.model.state_dict())
-        title = name.replace(", ", "-").replace(" ", "-")
-        run = self.job.run(
-            self.workload, f"{made.kind.name}-{title}-{steps}", data, plan, **options
-        )
-        model = run.load(made.task, run.last)
-        val = scored(model, self.splits.batches("val"))["test"]
-        row = {"seed": self.job.seed, "method": name, "steps": steps, "looks": 0.0}
-        return row | {"cost": cost + steps, "val": val, "note": f"rate {plan.lr:.1e}"}, model
+    k = int(single.beta.argmax())
+    best, data = made.runs[k]
+    decay = best.plan.weight_decay
+    plan = Plan(steps, steps, best.plan.lr, "linear", weight_decay=decay, warmup=steps // 10)
+    cost, options = single.looks, {"start": (best, best.last), "seed": bench.seed(k)}
+    if name == BEST_HELDOUT:
+        data = bench.task(made.kind, part="heldout")
+        options["optimizer_state"] = False
+    if name == SOUP_ON:
+        merge.evaluator.load(averages.uniform(len(made.folders)))
+        data, cost, options = made.task, 0.0, {}
+        options["model"] = made.task.model()
+        options["model"].load_state_dict(merge.model.state_dict())
+    title = name.replace(", ", "-").replace(" ", "-")
+    run = bench.job.run(bench.workload, f"{made.kind.name}-{title}-{steps}", data, plan, **options)
+    model = run.load(made.task, run.last)
+    val = scored(model, bench.splits.batches("val"))["test"]
+    row = {"seed": bench.job.seed, "method": name, "steps": steps, "looks": 0.0}
+    return row | {"cost": cost + steps, "val": val, "note": f"rate {plan.lr:.1e}"}, model
 
 
 # The exported soup -------------------------------------------------------------------------------
@@ -346,12 +180,13 @@ class Exported:
         arguments = (self.folder / "averaged", bench.splits, job.device, torch.get_num_threads())
         with ProcessPoolExecutor(1, context) as pool:
             found = pool.submit(loaded_and_scored, *arguments).result()
-        names = {"exported": self.row["method"], "reported": self.row["metric"]}
-        return (
-            names
-            | {"reported loss": self.row["test"]}
-            | {f"loaded {key}": value for key, value in found.items()}
-        )
+        return {
+            "exported": self.row["method"],
+            "reported": self.row["metric"],
+            "reported loss": self.row["test"],
+            "loaded": found["metric"],
+            "loaded loss": found["test"],
+        }
 
 
 def loaded_and_scored(folder: Path, splits: Splits, device: str, threads: int) -> dict[str, float]:
@@ -359,8 +194,7 @@ def loaded_and_scored(folder: Path, splits: Splits, device: str, threads: int) -
     torch.set_num_threads(threads)
     made = glosses.library().AutoModelForSequenceClassification
     model = made.from_pretrained(folder, local_files_only=True).to(device)
-    config = json.loads((folder / "config.json").read_text())
-    return scored(model, splits.batches("test")) | {"layers": config["num_hidden_layers"]}
+    return scored(model, splits.batches("test"))
 
 
 # What is shown -----------------------------------------------------------------------------------
@@ -403,7 +237,7 @@ def findings(rows: Rows) -> list[str]:
             found.append(
                 f"seed {r['seed']}: {r['exported']} was exported with an accuracy of"
                 f" {r['reported']:.4f} and a loss of {r['reported loss']:.4f}; from_pretrained in a"
-                f" new process gives {r['loaded metric']:.4f} and {r['loaded test']:.4f}"
+                f" new process gives {r['loaded']:.4f} and {r['loaded loss']:.4f}"
             )
     return found
 

@@ -7,10 +7,11 @@ import random
 import matplotlib
 import pytest
 import torch
-from claims import adapters, glosses, page, pretrained, suite
+from claims import adapters, finetunes, glosses, page, pretrained, suite
+from claims.finetunes import Scale
 from claims.glosses import Sizes, TextBatches
 from claims.job import Job
-from claims.pretrained import IN, OUT, Scale
+from claims.pretrained import IN, OUT
 from claims.rows import Difference, Rows, pivot
 from twa.io.errors import TaskError, TwaError
 from twa.merge.settings import TwaMethod
@@ -74,7 +75,7 @@ def tiny(places, monkeypatch, tmp_path):
     folder, model = places
     monkeypatch.setattr(glosses, "WORDNET", folder)
     scale = Scale(SIZES, 8, N, ADAPTERS, 4)
-    monkeypatch.setattr(pretrained, "SCALES", dict.fromkeys(pretrained.SCALES, scale))
+    monkeypatch.setattr(finetunes, "SCALES", dict.fromkeys(finetunes.SCALES, scale))
     monkeypatch.setattr(pretrained, "TRAINED", ("v:fine:4", "t:fine:4", "t:model:2"))
     return Job(0, tmp_path, "gpu", options={"model": f"transformers:{model}"})
 
@@ -126,8 +127,8 @@ def test_rows(tiny, capsys):
     found = [r for r in rows if "exported" in r]
     assert len(found) == 1
     best = rows.where(method=found[0]["exported"], setting=IN, task=tasks[0])[0]
-    assert found[0]["reported"] == best["metric"] == found[0]["loaded metric"]
-    assert found[0]["loaded test"] == pytest.approx(best["test"], rel=1e-5)
+    assert found[0]["reported"] == best["metric"] == found[0]["loaded"]
+    assert found[0]["loaded loss"] == pytest.approx(best["test"], rel=1e-5)
     folder = tiny.folder / "pretrained" / "soup-0" / "averaged"
     made = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     assert made.config.num_labels == glosses.CLASSES
@@ -162,7 +163,7 @@ def shown(rows, tasks):
 
 
 def test_seeds_have_the_same_test_set_and_other_training_texts(tiny):
-    a, b = (pretrained.Bench.of(dataclasses.replace(tiny, seed=s)).splits.rows for s in (0, 1))
+    a, b = (finetunes.Bench.of(dataclasses.replace(tiny, seed=s)).splits.rows for s in (0, 1))
     for part in ("test", "examples"):
         assert torch.equal(a[part][0], b[part][0])
     assert not torch.equal(a["train"][0], b["train"][0])
@@ -175,7 +176,7 @@ def test_fine_tunes_of_a_labelled_file(places, tmp_path, monkeypatch):
     g, path = random.Random(1), tmp_path / "mine.tsv"
     lines = [f"{'abcd'[k % 4]}\t{sentence(k % 4, g)}" for k in range(160)]
     path.write_text("\n".join(["label\ttext", *lines, lines[0]]) + "\n")
-    monkeypatch.setitem(pretrained.SCALES, "gpu", Scale(SIZES, 8, 2, 2, 2))
+    monkeypatch.setitem(finetunes.SCALES, "gpu", Scale(SIZES, 8, 2, 2, 2))
     monkeypatch.setattr(pretrained, "TRAINED", ("t:fine:4", "v:fine:4"))
     options = {"model": f"transformers:{places[1]}", "batch": 8}
     rows = pretrained.run(Job(0, tmp_path, "full", path, options=options))
