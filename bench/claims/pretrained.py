@@ -49,7 +49,8 @@ METRIC = "accuracy"
 PIVOT = ACCURACIES = True  # a column per test set, and the same of accuracies
 FIGURE = (14, 7)
 IN, OUT = "glosses", "example sentences"  # the test sets
-FIXED = ("best single", "uniform", "greedy soup")
+SOUP = "greedy soup"
+FIXED = ("best single", "uniform", SOUP)
 SEGMENTS, BITS = ("model", "tensor", "fine"), (4, 2)
 TRAINED = tuple(f"{k}:{s}:{b}" for k, s, b in itertools.product("vt", SEGMENTS, BITS))
 OURS = tuple(TwaMethod.parse(text).name for text in ("v:fine:4", "t:fine:4"))
@@ -103,7 +104,7 @@ def rows_of(
         merge.evaluator.load(result.beta)
         rows += scores(bench, where, job.row({}, result, merge), merge.model)
     rows[0] |= {"mean of two": mean_of_two(merge), "n": n}
-    rows[0] |= {"members": fixed["greedy soup"].candidates}
+    rows[0] |= {"members": fixed[SOUP].candidates}
     start = merge.start()
     todo = [(TwaMethod.parse(text), "", None, {}) for text in trained]
     uniform = {"start": averages.uniform(n), "start_name": "uniform"}
@@ -268,21 +269,24 @@ def factors() -> dict[str, list[tuple[str, str]]]:
 
 
 def picture(figure, rows: Rows) -> None:
-    """Accuracy on example sentences against accuracy on glosses, a panel per task."""
-    tasks = rows.of("task")
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        mine = rows.where(task=task)
-        for k, method in enumerate(mine.of("method")):
-            one = mine.where(method=method)
-            x, dx = (100 * f("metric", setting=IN) for f in (one.mean, one.spread))
-            y, dy = x, dx
-            if OUT in one.of("setting"):
-                y, dy = (100 * f("metric", setting=OUT) for f in (one.mean, one.spread))
-            ours = method.startswith("TWA")
-            style = {"fmt": "os^Dv"[k % 5] if ours else "xP*+d"[k % 5], "color": f"C{k % 10}"}
-            style |= {"markersize": 8 if ours else 10, "elinewidth": 0.5, "label": method}
-            axes.errorbar(x, y, dy, dx, **style)
-        axes.set_xlabel("accuracy on glosses, %")
-        axes.set_ylabel("accuracy on example sentences, %")
-        axes.set_title(task)
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    """Differences to greedy soup with their standard errors: a line per method, a row of panels per
+    task.
+    """
+    tasks, settings = rows.of("task"), rows.of("setting")
+    panels = [(s, key) for s in settings for key in ("test", "metric")]
+    grid = figure.subplots(len(tasks), len(panels), squeeze=False)
+    for line, task in zip(grid, tasks, strict=True):
+        line[0].set_title(f"{task}, less {SOUP}", loc="left")
+        methods = [m for m in rows.where(task=task).of("method") if m != SOUP][::-1]
+        for axes, (setting, key) in zip(line, panels, strict=True):
+            one = rows.where(task=task, setting=setting)
+            scale, theirs = 100 if key == "metric" else 1, one.where(method=SOUP)
+            for y, method in enumerate(methods):
+                d = one.where(method=method).less(theirs, key)
+                color = "C0" if method.startswith("TWA") else "C1"
+                style = {"xerr": scale * d.error, "fmt": "o", "color": color}
+                axes.errorbar(scale * d.mean, y, **style)
+            axes.axvline(0, color="0.6", linewidth=1)
+            axes.grid(axis="y", color="0.9")
+            axes.set_yticks(range(len(methods)), methods if axes is line[0] else [])
+            axes.set_xlabel(f"{setting}: {'accuracy, points' if key == 'metric' else 'loss'}")

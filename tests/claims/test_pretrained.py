@@ -155,7 +155,9 @@ def shown(rows, tasks):
     figure = plt.figure()
     pretrained.picture(figure, rows)
     figure.canvas.draw()
-    assert [axes.get_title() for axes in figure.axes] == tasks
+    titles = [title for axes in figure.axes if (title := axes.get_title(loc="left"))]
+    assert titles == [f"{task}, less greedy soup" for task in tasks]
+    assert len(figure.axes) == 2 * len(tasks) * len(rows.of("setting"))
     plt.close(figure)
     tables = page.main_table(pretrained, rows)
     assert tables.count(": accuracy") == len(tasks) and tables.count("| cost |") == 2 * len(tasks)
