@@ -53,6 +53,7 @@ SOUP = "greedy soup"
 FIXED = ("best single", "uniform", SOUP)
 SEGMENTS, BITS = ("model", "tensor", "fine"), (4, 2)
 TRAINED = tuple(f"{k}:{s}:{b}" for k, s, b in itertools.product("vt", SEGMENTS, BITS))
+QUICK = ("v:fine:4", "t:fine:4", "v:model:4")
 OURS = tuple(TwaMethod.parse(text).name for text in ("v:fine:4", "t:fine:4"))
 LEARNED = {"learned soup": "v:model:4:simplex"}
 LEARNED_LR = 0.05  # see soup.py
@@ -68,8 +69,9 @@ RATES = 2e-4, 6e-4  # from .. to
 def run(job: Job) -> Rows:
     bench = Bench.of(job)
     full = Kind("full", f"{bench.name}, fine-tunes", lambda m: m, bench.scale.finetunes, RATES)
+    trained = QUICK if job.scale == "quick" else TRAINED
     rivals = BEST_ON, SOUP_ON, BEST_HELDOUT
-    return rows_of(bench, bench.finetunes(full), TRAINED, LEARNED, rivals)
+    return rows_of(bench, bench.finetunes(full), trained, LEARNED, rivals)
 
 
 # Rows --------------------------------------------------------------------------------------------
@@ -232,7 +234,7 @@ def findings(rows: Rows) -> list[str]:
     for what, pairs in factors().items() if len(rows.of("task")) == 1 else ():
         both = [(full.where(method=a), full.where(method=b), f"{a} less {b}") for a, b in pairs]
         texts = [f"{text} {compared(a, b)}" for a, b, text in both if a and b]
-        found.append(f"{what}: {'; '.join(texts)}")
+        found += [f"{what}: {'; '.join(texts)}"] if texts else []
     for r in rows:
         if "exported" in r:
             found.append(
