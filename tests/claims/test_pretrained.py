@@ -140,7 +140,10 @@ def test_rows(tiny, capsys):
     assert before == after and before
     full = rows.where(task=tasks[0])
     text = shown(full, tasks[:1])
-    assert "from_pretrained in a new process gives" in text and "2 bits instead of 4" in text
+    assert (
+        "from_pretrained in a new process gives" in text
+        and "held-out instead of training data" in text
+    )
     shown(Rows(r for r in rows if r["task"] != tasks[0]), tasks[1:])
 
 
