@@ -22,8 +22,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from twa.io.errors import TwaError
-from twa.merge.baselines import measure
-from twa.merge.run import Merge
 
 from .border_points import (
     APART,
@@ -99,7 +97,7 @@ def rows_at(job: Job, point: Point) -> Rows:
         noise   what the best fixed average is below the last candidate
     """
     merge = job.merge(point.task, point.candidates(), point.steps)
-    rows = Rows(fixed(job, merge, name) | {"method": label} for name, label in FIXED.items())
+    rows = Rows(job.fixed({}, merge, name, label) for name, label in FIXED.items())
     start = merge.start()
     rows += [job.row({}, merge.train(method), merge) for method in point.methods]
     ours, ema = rows.where(method=METHOD.name)[0], rows.where(method="EMA")[0]
@@ -112,7 +110,7 @@ def rows_at(job: Job, point: Point) -> Rows:
     if point.combine:
         rows += [annealed_ema(job, point, left), annealed_twa(job, point)]
     if point.spacing != point.usual.spacing:
-        ema = fixed(job, job.merge(point.task, point.usual.candidates(), 1))
+        ema = job.fixed({}, job.merge(point.task, point.usual.candidates(), 1), "EMA")
     ours["fall"] = ema["val"] - on["val"]
     ours["pace"] = None if start.gain is None else start.gain * ours["cost"]
     best = rows.chosen(*FIXED.values())[0]
@@ -121,13 +119,6 @@ def rows_at(job: Job, point: Point) -> Rows:
         row["looks"], row["cost"] = row["looks"] * point.unit, row["cost"] * point.unit
         row["stopped"] = point.stop
     return rows
-
-
-def fixed(job: Job, merge: Merge, name: str = "EMA") -> dict:
-    """The row of a fixed average."""
-    result = measure(name, merge.evaluator, merge.candidates.names, lambda: None)
-    result.test_loss, result.test_metric = merge.evaluator.test()
-    return job.row({}, result, merge)
 
 
 def trained_on(job: Job, point: Point, steps: int) -> dict:
@@ -151,16 +142,16 @@ def trained_on(job: Job, point: Point, steps: int) -> dict:
         every = run.plan.every
         end = min(run.last, round((stop + steps) / every) * every)
         steps, candidates = end - stop, replace(point, stop=end).candidates()
-    found = fixed(job, job.merge(point.task, candidates, 1))
-    return found | {"method": ON, "steps": steps, "cost": steps + found["cost"]}
+    found = job.fixed({}, job.merge(point.task, candidates, 1), "EMA", ON)
+    return found | {"steps": steps, "cost": steps + found["cost"]}
 
 
 def annealed_ema(job: Job, point: Point, steps: int) -> dict:
     """Annealing for at most as many steps, and the EMA of its checkpoints and those before it."""
     made = branch(job, point, steps)
-    found = fixed(job, job.merge(point.task, point.candidates([made]), 1))
-    steps = made.plan.steps
-    return found | {"method": EMA_AFTER, "steps": steps, "cost": steps + found["cost"]}
+    merge, steps = job.merge(point.task, point.candidates([made]), 1), made.plan.steps
+    found = job.fixed({}, merge, "EMA", EMA_AFTER)
+    return found | {"steps": steps, "cost": steps + found["cost"]}
 
 
 def annealed_twa(job: Job, point: Point) -> dict:
@@ -178,10 +169,7 @@ def annealed_twa(job: Job, point: Point) -> dict:
 def branch(job: Job, point: Point, steps: int) -> Run:
     """An annealed branch with some checkpoints, of at most so many steps."""
     run, every = point.run, max(1, steps // BRANCH)
-    size = {"steps": BRANCH * every, "every": every, "warmup": 0}
-    plan = replace(
-        run.plan, lr=run.plan.rate(point.stop - run.first - 1), schedule="linear", **size
-    )
+    plan = run.falling(point.stop, BRANCH * every, every)
     name = f"{run.folder.name}-branch-{point.stop}-{plan.steps}"
     return job.run(point.workload, name, point.task, plan, start=(run, point.stop))
 

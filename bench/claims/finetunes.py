@@ -8,6 +8,7 @@ word dropout and the order of the data are drawn at random.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
 import shutil
@@ -131,10 +132,9 @@ class Bench:
         splits = glosses.splits(data, folder, scale.sizes, scale.batch, job.seed)
         epoch = scale.sizes.train // scale.batch
         plan = Plan(epoch, epoch, HEAD_RATE, "cosine")
-        make = lambda seed, **options: splits.task(seed, **options)  # noqa: E731
         name = "MiniLM" if given is None else folder.name
-        of = "pretrained" if given is None else f"pretrained-{digest_of(splits.task(0).model())}"
-        workload = Workload(of, name, make, plan, (), scale.steps)
+        of = "pretrained" if given is None else f"pretrained-{digest_of(splits.model())}"
+        workload = Workload(of, name, splits.task, plan, (), scale.steps)
         task = job.task(workload)
         model = task.model().requires_grad_(False)
         if not hasattr(model, "classifier"):
@@ -147,10 +147,9 @@ class Bench:
 
     def model(self, kind: Kind) -> nn.Module:
         """The model with its head, as fine-tunes of this kind begin."""
-        fresh = self.splits.task(0).model()
-        fresh.load_state_dict(self.headed.state_dict())
+        fresh = copy.deepcopy(self.headed)
         torch.manual_seed(mix(self.job.seed, 6))  # of the adapters: all begin with the same
-        return kind.make(fresh.requires_grad_(True))
+        return kind.make(fresh)
 
     def task(self, kind: Kind, seed: int | None = None, **options: object) -> Task:
         task = self.splits.task(self.job.seed if seed is None else seed, **options)

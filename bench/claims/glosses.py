@@ -20,7 +20,7 @@ import functools
 import hashlib
 import importlib.util
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,7 +128,8 @@ def read_labelled(path: Path) -> Texts:
     names = sorted(set(texts.values()))
     if len(names) < 2:
         raise TaskError(f"expected at least 2 labels, found {len(names)}", path)
-    labels = [names.index(label) for label in texts.values()]
+    number = {name: k for k, name in enumerate(names)}
+    labels = [number[label] for label in texts.values()]
     return Texts(path.name, list(texts), labels, [[] for _ in labels], len(names))
 
 
@@ -242,11 +243,6 @@ def _classifier(folder: Path, classes: int) -> nn.Module:
         return made.from_pretrained(folder, num_labels=classes, local_files_only=True).float()
 
 
-def classifier(folder: Path, classes: int) -> nn.Module:
-    """The model with a new head, the same at each call."""
-    return copy.deepcopy(_classifier(folder, classes))
-
-
 def autocast(device: torch.device) -> torch.autocast:
     """Products in bfloat16 where the processor has them, else in float32."""
     fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
@@ -306,6 +302,10 @@ class Splits:
         size = 4 * self.batch if "generator" not in options else self.batch
         return TextBatches(*self.rows[part], size, **options)
 
+    def model(self) -> nn.Module:
+        """The pretrained model with a new head, the same at each call."""
+        return copy.deepcopy(_classifier(self.folder, self.classes))
+
     def task(self, seed: int, drop: float = 0.0, part: str = "train") -> Task:
         """The task without test data, on which models are scored apart.
 
@@ -322,7 +322,7 @@ class Splits:
         digest = hashlib.sha256(self.rows["train"][0].numpy().tobytes()).hexdigest()[:16]
         return Task(
             name=self.name,
-            model=functools.partial(classifier, self.folder, self.classes),
+            model=self.model,
             loss=loss,
             train=shuffled(part, drop=drop, special=self.special),
             heldout=shuffled("heldout"),
@@ -349,16 +349,15 @@ def splits(data: Texts, folder: Path, sizes: Sizes, batch: int, seed: int) -> Sp
     train, heldout, val, _ = rest.split(
         [sizes.train, sizes.heldout, sizes.val, len(data.texts) - needed]
     )
-    encode = _encoder(folder)
-    rows = {}
+    tokenizer, rows = _tokenizer(folder), {}
     for part, at in {"train": train, "heldout": heldout, "val": val, "test": test}.items():
         chosen = at.tolist()
         labels = [data.labels[k] for k in chosen]
-        rows[part] = encode([data.texts[k] for k in chosen], labels)
+        rows[part] = _encoded(tokenizer, [data.texts[k] for k in chosen], labels)
     unlike = [(text, data.labels[k]) for k in test.tolist() for text in data.examples[k]]
     if unlike and sizes.examples:
-        rows["examples"] = encode(*map(list, zip(*unlike[: sizes.examples], strict=True)))
-    tokenizer = _tokenizer(folder)
+        texts, labels = map(list, zip(*unlike[: sizes.examples], strict=True))
+        rows["examples"] = _encoded(tokenizer, texts, labels)
     special = None
     if tokenizer.mask_token_id is not None:
         special = torch.tensor(tokenizer.all_special_ids), tokenizer.mask_token_id
@@ -370,14 +369,10 @@ def _tokenizer(folder: Path):
     return library().AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _encoder(folder: Path) -> Callable[[list[str], list[int]], tuple[Tensor, Tensor, Tensor]]:
-    tokenizer = _tokenizer(folder)
-
-    def encode(texts: list[str], labels: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        found = tokenizer(texts, truncation=True, max_length=MOST_TOKENS)["input_ids"]
-        ids = torch.full((len(found), MOST_TOKENS), tokenizer.pad_token_id or 0, dtype=torch.int32)
-        for row, tokens in zip(ids, found, strict=True):
-            row[: len(tokens)] = torch.tensor(tokens)
-        return ids, torch.tensor([len(t) for t in found]), torch.tensor(labels)
-
-    return encode
+def _encoded(tokenizer, texts: list[str], labels: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Padded tokens (n, MOST_TOKENS) int32, how many each text has, and the labels."""
+    found = tokenizer(texts, truncation=True, max_length=MOST_TOKENS)["input_ids"]
+    ids = torch.full((len(found), MOST_TOKENS), tokenizer.pad_token_id or 0, dtype=torch.int32)
+    for row, tokens in zip(ids, found, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    return ids, torch.tensor([len(t) for t in found]), torch.tensor(labels)

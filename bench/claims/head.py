@@ -16,14 +16,11 @@ from dataclasses import replace
 
 import numpy
 from twa.io.candidates import Candidates
-from twa.merge.baselines import measure
 from twa.merge.settings import TwaMethod
 from twa.tasks.contract import Task
 
 from .job import Job
 from .rows import Rows, number
-from .runs import Run
-from .workloads import Workload
 
 TITLE = "Head stage: training stopped early, then averaged"
 CLAIM = (
@@ -35,6 +32,7 @@ PIVOT = True  # a column per setting
 FIGURE = (14, 6.5)
 PARTS = (0.3, 0.5, 0.6, 0.8)  # of the usual run
 CANDIDATES = 32  # at most: the last ones
+POINTS = 20  # of the usual run, at which its EMA is measured
 METHODS = ("t:fine:4", "t:tensor:4")
 OURS, FIXED_STEPS = "TWA-t fine, 4 bits", "TWA-t fine, as many steps as annealing"
 EQUAL_STEPS, EQUAL_COST = "annealing", "annealing, same cost"
@@ -60,7 +58,8 @@ def run(job: Job) -> Rows:
             for name, steps in ((EQUAL_STEPS, workload.twa_steps), (EQUAL_COST, ours["cost"])):
                 extra = max(1, round(steps))
                 rows.append(job.anneal(where, workload, task, usual, stop, extra, name))
-        rows += trained_on(job, workload, task, usual)
+        # it is what TWA competes with: to train on instead, and take the EMA
+        rows += job.train_on(workload, task, usual, min(PARTS), CANDIDATES, POINTS)
     return rows
 
 
@@ -75,24 +74,6 @@ def averages(job: Job, where: dict, task: Task, candidates: Candidates, steps: i
     merge.settings = replace(merge.settings, steps=steps)
     result = merge.train(TwaMethod.parse(METHODS[0]))
     rows.append(job.row(where, result, merge, FIXED_STEPS))
-    return rows
-
-
-def trained_on(job: Job, workload: Workload, task: Task, usual: Run) -> Rows:
-    """What the usual run gives with the EMA of its last checkpoints, at every twentieth of it.
-
-    It is what TWA competes with: to train on instead, and take the EMA. Its cost is that of the
-    training alone.
-    """
-    rows = Rows()
-    for k in range(round(min(PARTS) * 20), 21):
-        stop = usual.plan.nearest(k / 20)
-        candidates = usual.candidates(until=stop, count=CANDIDATES)
-        merge = job.merge(task, candidates, 1)
-        result = measure("EMA", merge.evaluator, candidates.names, lambda: None)
-        result.test_loss, _ = merge.evaluator.test()
-        line = {"line": workload.label, "stopped": stop, "setting": f"{k / 20:.0%}"}
-        rows.append(job.row(line, result, merge, "train on, then EMA") | {"cost": 0.0})
     return rows
 
 

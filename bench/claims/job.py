@@ -5,11 +5,12 @@ they become rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
 from twa.io.candidates import Candidates
+from twa.merge import baselines
 from twa.merge.results import START, Result
 from twa.merge.run import Merge
 from twa.merge.settings import Settings, TwaMethod
@@ -19,6 +20,7 @@ from .rows import Rows
 from .runs import Plan, Run, measured, train
 from .workloads import BUILT_IN, Workload, of_path
 
+TRAINED_ON = "train on, then EMA"
 BN_BATCHES = 20  # for the statistics of an average; the digits have 14
 SCALES = {"quick": 0.2, "small": 1.0, "gpu": 1.0, "full": 1.0}
 
@@ -124,11 +126,35 @@ class Job:
         """What as many steps give without averaging: goes on from a state of the run, with the rate
         falling linearly from what it was to zero.
         """
-        rate = run.plan.rate(step - run.first - 1)
-        plan = replace(run.plan, steps=steps, every=steps, lr=rate, schedule="linear", warmup=0)
+        plan = run.falling(step, steps, steps)
         title = f"{run.folder.name}-anneal-{step}-{steps}"
         made = self.run(workload, title, task, plan, start=(run, step))
         return self.measure(where, name, task, made.load(task, made.last), steps, steps)
+
+    def train_on(
+        self, workload: Workload, task: Task, usual: Run, part: float, count: int, points: int
+    ) -> Rows:
+        """What the usual run gives with the EMA of its last checkpoints, from a part of it on.
+
+        Its cost is that of the training alone.
+
+        Args:
+            count: of the checkpoints, at most
+            points: of the whole run, evenly spread; those from the part on are measured
+        """
+        rows = Rows()
+        for k in range(round(part * points), points + 1):
+            stop = usual.plan.nearest(k / points)
+            merge = self.merge(task, usual.candidates(until=stop, count=count), 1)
+            at = {"line": workload.label, "stopped": stop, "setting": f"{k / points:.0%}"}
+            rows.append(self.fixed(at, merge, "EMA", TRAINED_ON) | {"cost": 0.0})
+        return rows
+
+    def fixed(self, where: dict, merge: Merge, name: str, label: str = "") -> dict:
+        """A row for one of the fixed averages, by its name in `twa.merge.baselines`."""
+        result = baselines.measure(name, merge.evaluator, merge.candidates.names, lambda: None)
+        result.test_loss, result.test_metric = merge.evaluator.test()
+        return self.row(where, result, merge, label)
 
     def averages(
         self,

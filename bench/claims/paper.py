@@ -39,13 +39,12 @@ from dataclasses import replace
 
 import numpy
 from twa.io.candidates import Candidates
-from twa.merge.baselines import measure
 from twa.merge.settings import TwaMethod
 from twa.tasks.batches import length
 from twa.tasks.contract import Task
 
 from .images import image_task
-from .job import SCALES, Job
+from .job import SCALES, TRAINED_ON, Job
 from .rows import Difference, Rows
 from .runs import Plan, Run
 from .text import text_task
@@ -69,7 +68,6 @@ SHOWN = ("t:model:4", "t:fine:4", "v:model:4", "v:fine:4")  # in findings
 FIXED = ("last", "best single", "SWA", "EMA", "LAWA", "greedy soup")
 BEST_FIXED = "the best fixed average"
 EQUAL_STEPS, EQUAL_COST = "annealing", "annealing, same cost"
-TRAINED_ON = "train on, then EMA"
 POINTS = 20  # of the whole run; its line is measured at those from the head's end on
 #: data of the image networks; size, epochs and rates of the language model
 DATA = {"small": "mnist14", "quick": "mnist14", "gpu": "mnist"}
@@ -149,10 +147,11 @@ def run(job: Job) -> Rows:
         whole = label | {"setting": f"{round(plan.steps / per_epoch)} epochs", "stage": "whole"}
         model = usual.load(task, usual.last)
         rows.append(job.measure(whole, "whole run", task, model, 0, 0) | {"stopped": usual.last})
-        line = trained_on(job, workload, task, usual)
+        part = HEAD[plan.schedule]
+        stop = plan.nearest(part)
+        line = job.train_on(workload, task, usual, part, stop // plan.every, POINTS)
         rows += line
 
-        stop = plan.nearest(HEAD[plan.schedule])
         where = label | {"setting": f"head, {round(stop / per_epoch)} epochs", "stage": "head"}
         candidates = usual.candidates(until=stop)
         rows += stage(job, where, workload, task, usual, stop, candidates, line)
@@ -205,23 +204,6 @@ def averages(job: Job, where: dict, task: Task, candidates: Candidates, steps: i
         method = TwaMethod.parse(text)
         result = merge.train(method, coarsen=False)
         rows.append(job.row(where, result, merge, method.name))
-    return rows
-
-
-def trained_on(job: Job, workload: Workload, task: Task, usual: Run) -> Rows:
-    """What the usual run gives with the EMA of its last candidates, as many as the head has, at
-    every twentieth from the head's end on. Its cost is that of the training alone.
-    """
-    rows, plan = Rows(), usual.plan
-    first = plan.nearest(HEAD[plan.schedule])
-    for k in range(round(HEAD[plan.schedule] * POINTS), POINTS + 1):
-        stop = plan.nearest(k / POINTS)
-        candidates = usual.candidates(until=stop, count=first // plan.every)
-        merge = job.merge(task, candidates, 1)
-        result = measure("EMA", merge.evaluator, candidates.names, lambda: None)
-        result.test_loss, result.test_metric = merge.evaluator.test()
-        at = {"line": workload.label, "stopped": stop, "setting": f"{k / POINTS:.0%}"}
-        rows.append(job.row(at, result, merge, TRAINED_ON) | {"cost": 0.0})
     return rows
 
 

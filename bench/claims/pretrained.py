@@ -71,7 +71,8 @@ def run(job: Job) -> Rows:
     full = Kind("full", f"{bench.name}, fine-tunes", lambda m: m, bench.scale.finetunes, RATES)
     trained = QUICK if job.scale == "quick" else TRAINED
     rivals = BEST_ON, SOUP_ON, BEST_HELDOUT
-    return rows_of(bench, bench.finetunes(full), trained, LEARNED, rivals)
+    exported = Exported(job.folder / "pretrained" / f"soup-{job.seed}")
+    return rows_of(bench, bench.finetunes(full), trained, LEARNED, rivals, exported)
 
 
 # Rows --------------------------------------------------------------------------------------------
@@ -93,13 +94,17 @@ def rows_of(
     trained: Iterable[str],
     learned: dict[str, str],
     rivals: Iterable[str],
+    exported: Exported | None = None,
 ) -> Rows:
-    """Fixed averages, trained ones, and training on, by the names of the rivals."""
+    """Fixed averages, trained ones, and training on, by the names of the rivals.
+
+    Args:
+        exported: what keeps the best trained average
+    """
     where, job = {"task": made.kind.label}, bench.job
     n = len(made.folders)
     merge = job.merge(made.task, Candidates(made.folders), bench.scale.steps)
-    rows, exported = Rows(), Exported(job.folder / "pretrained" / f"soup-{job.seed}")
-    fixed, names = {}, merge.candidates.names
+    rows, fixed, names = Rows(), {}, merge.candidates.names
     for method in FIXED:  # EMA and LAWA are left out, as fine-tunes have no order
         result = measure(method, merge.evaluator, names, lambda: None)
         fixed[method] = result
@@ -118,13 +123,13 @@ def rows_of(
         row = job.row({}, result, merge, name, start=before)
         found = scores(bench, where, row, merge.model)
         rows += found
-        if not name and made.kind.name == "full":
+        if exported is not None and not name:
             exported.keep(merge, found[0])
     single = fixed["best single"]
+    steps = max(1, round(max(rows.mean("cost", method=m) for m in OURS)))
     for name in rivals:
-        steps = max(1, round(max(rows.mean("cost", method=m) for m in OURS)))
         rows += scores(bench, where, *trained_on(bench, made, merge, name, single, steps))
-    if exported.row is not None:
+    if exported is not None:
         rows[0] |= exported.reloaded(bench)
     return rows
 

@@ -91,14 +91,17 @@ class Rows(list):
                 best[r["seed"]] = r
         return Rows(best.values())
 
+    def apart(self, theirs: Rows, key: str = "test") -> list[float]:
+        """The lowest value of each seed, less that of others, for the seeds that both have."""
+        a, b = self.by_seed(key), theirs.by_seed(key)
+        return [a[s] - b[s] for s in sorted(a.keys() & b.keys())]
+
     def less(self, theirs: Rows, key: str = "test") -> Difference:
         """These rows, one per seed, less others of the same seeds.
 
         KeyError if there is no seed that both have.
         """
-        a, b = self.by_seed(key), theirs.by_seed(key)
-        apart = [a[s] - b[s] for s in sorted(a.keys() & b.keys())]
-        if not apart:
+        if not (apart := self.apart(theirs, key)):
             raise KeyError(f"no seed with {key} in both")
         n = len(apart)
         error = statistics.stdev(apart) / n**0.5 if n > 1 else 0.0
@@ -106,8 +109,7 @@ class Rows(list):
 
     def against(self, ours: dict, theirs: dict, key: str = "test") -> str:
         """Paired differences of the lowest values: "-0.0123 ± 0.0010, lower on 3 of 3 seeds"."""
-        a, b = self.by_seed(key, **ours), self.by_seed(key, **theirs)
-        differences = [a[s] - b[s] for s in sorted(a.keys() & b.keys())]
+        differences = self.where(**ours).apart(self.where(**theirs), key)
         if not differences:
             return "not measured"
         sd = f" ± {statistics.stdev(differences):.4f}" if len(differences) > 1 else ""

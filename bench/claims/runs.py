@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -102,6 +102,12 @@ class Run:
 
     def state_path(self, step: int) -> Path:
         return self.folder / f"state-{step:06d}.pt"
+
+    def falling(self, step: int, steps: int, every: int) -> Plan:
+        """How it goes on from a step with the rate falling from what it was to zero."""
+        rate = self.plan.rate(step - self.first - 1)
+        options = {"lr": rate, "schedule": "linear", "warmup": 0}
+        return replace(self.plan, steps=steps, every=every, **options)
 
     def candidates(
         self, after: int = 0, until: int | None = None, count: int | None = None

@@ -10,6 +10,11 @@ from PIL import Image
 from twa.tasks import chars
 
 
+def times(folder, names="*.safetensors"):
+    """When each checkpoint below a folder was written."""
+    return {p: p.stat().st_mtime_ns for p in folder.rglob(names)}
+
+
 def python2(value):
     """A protocol 2 pickle as Python 2's cPickle writes it: bytes as strings, arrays by numpy 1's
     names.

@@ -13,6 +13,7 @@ from claims.glosses import Sizes, TextBatches
 from claims.job import Job
 from claims.pretrained import IN, OUT
 from claims.rows import Difference, Rows, pivot
+from stand_ins import times
 from twa.io.errors import TaskError, TwaError
 from twa.merge.settings import TwaMethod
 
@@ -133,11 +134,10 @@ def test_rows(tiny, capsys):
     made = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     assert made.config.num_labels == glosses.CLASSES
 
-    before = {p: p.stat().st_mtime_ns for p in tiny.folder.rglob("step-*.safetensors")}
+    before = times(tiny.folder, "step-*.safetensors")
     again = [*pretrained.run(tiny), *adapters.run(tiny)]
     assert [r["test"] for r in again] == pytest.approx(rows.values("test"), rel=1e-5)
-    after = {p: p.stat().st_mtime_ns for p in tiny.folder.rglob("step-*.safetensors")}
-    assert before == after and before
+    assert before == times(tiny.folder, "step-*.safetensors") and before
     full = rows.where(task=tasks[0])
     text = shown(full, tasks[:1])
     assert (

@@ -15,7 +15,7 @@ from claims.job import Job
 from claims.rows import Rows, table
 from claims.runs import Plan
 from claims.workloads import Workload
-from stand_ins import clip_files, digits, folder_of, little_digits, little_text
+from stand_ins import clip_files, digits, folder_of, little_digits, little_text, times
 from twa.io.errors import TwaError
 from twa.merge.settings import TwaMethod
 
@@ -122,10 +122,6 @@ def test_built_in(tiny):
     before = times(tiny.folder)
     made = soup.vit(tiny)  # from the runs that are there
     assert len(made.candidates) == N and before == times(tiny.folder)
-
-
-def times(folder):
-    return {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
 
 
 def state(job, name):

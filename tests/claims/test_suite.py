@@ -17,7 +17,7 @@ from claims.models.resnet import ResNet
 from claims.models.vgg import VGG
 from claims.rows import Rows, table
 from claims.runs import Plan, round_to_grid, train
-from stand_ins import cifar10, digits, folder_of, little_digits, little_text, python2
+from stand_ins import cifar10, digits, folder_of, little_digits, little_text, python2, times
 from twa.io.errors import StateError, TaskError
 
 BENCH = Path(claims.__file__).parents[1]
@@ -51,10 +51,6 @@ def tiny(monkeypatch):
 
 def command(*arguments):
     return suite.main(list(map(str, arguments)))
-
-
-def times(folder):
-    return {p: p.stat().st_mtime_ns for p in folder.rglob("step-*.safetensors")}
 
 
 # The command -------------------------------------------------------------------------------------
