@@ -21,6 +21,7 @@ from .ops.step import step
 from .ops.unpack import unpack
 from .orthonormalize import Orthonormal, StreamError, orthonormalize
 from .packer import Packer, pack
+from .version import __version__
 
 __all__ = [
     "NotFiniteError",
@@ -28,6 +29,7 @@ __all__ = [
     "PackedBasis",
     "Packer",
     "StreamError",
+    "__version__",
     "average",
     "layout",
     "orthonormalize",
@@ -42,4 +44,3 @@ __all__ = [
     "step",
     "unpack",
 ]
-__version__ = "0.1.0"

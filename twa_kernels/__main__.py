@@ -7,14 +7,15 @@ import platform
 
 import torch
 
-from . import __version__, native, ops, registry
+from . import native, ops, registry
 from .machine import processor
+from .version import described
 
 
 def main() -> None:
     """Prints the report."""
     python = platform.python_version()
-    print(f"twa_kernels {__version__}   torch {torch.__version__}   Python {python}")
+    print(f"twa_kernels {described()}   torch {torch.__version__}   Python {python}")
     print(f"CPU: {processor()}, {torch.get_num_threads()} threads")
     if native._C is not None:
         print(f"native module: {native._C.__file__}")

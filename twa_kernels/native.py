@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +23,13 @@ except ImportError as error:
 def why_unusable() -> str | None:
     """Reason why the module does not run here; None if it does."""
     if _C is None:
+        root = Path(__file__).parents[1]
+        if not (root / "setup.py").is_file():
+            return f"the native module does not load: {_import_error}"
         return (
-            f"the native module is not built ({_import_error}); "
-            "run `pip install -e .` in the source tree"
+            f"{root} holds sources that are not built: run `pip install -e .` there; or, where"
+            " twa_kernels is installed already, start Python in another folder: here its sources"
+            f" hide it ({_import_error})"
         )
     if _C.cpu_isa() is None:
         return (

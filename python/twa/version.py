@@ -1,3 +1,5 @@
-"""The version of both packages; pyproject.toml says the same."""
+"""The version: that of `twa_kernels`, since both packages are one distribution."""
 
-__version__ = "0.1.0"
+from twa_kernels.version import __version__, described
+
+__all__ = ["__version__", "described"]

@@ -7,17 +7,26 @@ import gc
 import os
 import sys
 import traceback
+from typing import NoReturn
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from ..distributed.ranks import DistributedError, Ranks
 from ..io.errors import TaskError, TwaError
-from ..version import __version__
+from ..version import described
 from . import average, demo, export, inspect, merge, pack, plan
 from .advice import advice_of
 
 COMMANDS = (average, merge, export, plan, pack, inspect, demo)
+
+
+class Version(argparse.Action):
+    """`--version`: asks git where the sources lie in a clone, so only when it is wanted."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: object) -> NoReturn:
+        print(f"twa {described()}")
+        parser.exit()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         prog="twa",
         description="Trainable weight averaging: from a heap of checkpoints to one better model.",
     )
-    p.add_argument("--version", action="version", version=f"twa {__version__}")
+    p.add_argument("--version", action=Version, nargs=0, help="print the version and exit")
     commands = p.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         command.add_parser(commands)

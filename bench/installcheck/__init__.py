@@ -1,0 +1,1 @@
+"""Every way to install, tried: see install_check.py."""
