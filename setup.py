@@ -133,6 +133,8 @@ def library(name: str, version: str, license: dict[str, str]) -> dict:
     return fields | {"licenses": [{"license": license}]}
 
 
+if not os.access(ROOT, os.W_OK):
+    fail(f"{ROOT} cannot be written to, and a build writes its version there: copy it elsewhere")
 require_package("setuptools-scm")  # without it setuptools calls any version 0.0.0
 setup(
     ext_modules=[Extension("twa_kernels._C", sources=[])],

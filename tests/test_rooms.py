@@ -29,7 +29,7 @@ FLOORS = {
         "cli",
     ],
     "twa_kernels": [
-        "layout capture machine",
+        "layout capture machine version",
         "native",
         "operands scaling guard",
         "basis",
@@ -50,7 +50,11 @@ class Package:
         self.floor = {
             room: level for level, rooms in enumerate(FLOORS[name]) for room in rooms.split()
         }
-        self.modules = {self.name_of(path, folder): path for path in folder.rglob("*.py")}
+        self.modules = {
+            self.name_of(path, folder): path
+            for path in folder.rglob("*.py")
+            if path.name != "_version.py"  # written by a build
+        }
 
     @staticmethod
     def name_of(path, folder):

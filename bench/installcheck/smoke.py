@@ -69,6 +69,7 @@ def commands() -> None:
     from importlib.metadata import version
 
     import twa
+
     import twa_kernels
 
     said = version("trainable-weight-averaging")

@@ -341,6 +341,12 @@ def test_measured_is_exported_in_half_precision(checkpoints, tmp_path, dtype):
     )
 
 
+def test_digits_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(TaskError, match="needs scikit-learn: pip install scikit-learn"):
+        digits._splits.__wrapped__()
+
+
 def test_tasks_that_break_the_contract(tmp_path):
     (tmp_path / "a.py").write_text("def model(): pass")
     with pytest.raises(TaskError, match="train_data, val_data, loss missing"):

@@ -920,3 +920,11 @@ def test_subspace_optimizer_in_a_module(tmp_path, clip, low_memory):
     assert subspace.coefficients.abs().max() > 0.01
     torch.testing.assert_close(subspace.coefficients, same.coefficients, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(state_of(module), state_of(by_hand), rtol=1e-4, atol=1e-5)
+
+
+def test_without_lightning(monkeypatch):
+    monkeypatch.delitem(sys.modules, "twa.integrations.lightning")
+    for name in ("lightning", "lightning.pytorch", "pytorch_lightning", "torchmetrics"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r'pip install "lightning>=2\.5"'):
+        importlib.import_module("twa.integrations.lightning")

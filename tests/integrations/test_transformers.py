@@ -715,7 +715,7 @@ def test_evaluate_before_the_training(tmp_path):
 def test_without_transformers(monkeypatch):
     monkeypatch.delitem(sys.modules, "twa.integrations.transformers")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r'pip install "twa-kernels\[transformers\]"'):
+    with pytest.raises(ImportError, match=r'pip install "transformers>=5\.0"'):
         importlib.import_module("twa.integrations.transformers")
     assert run_python("import sys, twa; print('transformers' in sys.modules)").strip() == "False"
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
 
 from .. import averages
 from ..distributed.ranks import DistributedError, Ranks
@@ -36,8 +35,13 @@ if TYPE_CHECKING:
 else:
     try:
         from lightning.pytorch import Callback
-    except ModuleNotFoundError:  # the same under its older name
-        from pytorch_lightning import Callback
+    except ModuleNotFoundError:
+        try:  # the same under its older name
+            from pytorch_lightning import Callback
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                'twa.integrations.lightning needs lightning: pip install "lightning>=2.5"'
+            ) from error
 
 BESIDE = "auto"  # the path that is chosen here
 FOLDER = "twa"  # its name
@@ -487,6 +491,8 @@ def _training_loss(module: LightningModule) -> Callable[[LightningModule, Any], 
 @contextlib.contextmanager
 def _silent(module: LightningModule) -> Iterator[None]:
     """A context in which a module logs nothing, after which its metrics are empty."""
+    from torchmetrics import Metric  # comes with Lightning
+
     module.log = module.log_dict = lambda *_, **__: None
     try:
         yield

@@ -41,7 +41,7 @@ except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
     raise ImportError(
-        'twa.integrations.transformers needs transformers: pip install "twa-kernels[transformers]"'
+        'twa.integrations.transformers needs transformers: pip install "transformers>=5.0"'
     ) from error
 
 if TYPE_CHECKING:

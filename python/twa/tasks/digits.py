@@ -1,8 +1,7 @@
 """Convolutional network with BatchNorm on scikit-learn's bundled digits.
 
 They are 1797 images of 8 x 8 pixels. The task is small and fast: it shows that BatchNorm statistics
-are treated right. It ranks no methods, all reach 98-99 %. It needs scikit-learn:
-`pip install twa-kernels[tasks]`.
+are treated right. It ranks no methods, all reach 98-99 %. It needs scikit-learn.
 """
 
 from __future__ import annotations
@@ -14,14 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from ..io.errors import TaskError
+
 METRIC = "accuracy"
 
 
 @functools.cache
 def _splits() -> dict[str, TensorDataset]:
     """Images (b, 1, 8, 8) and labels (b,) by split."""
-    from sklearn.datasets import load_digits
-
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise TaskError("the task digits needs scikit-learn: pip install scikit-learn") from error
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16.0  # (1797, 1, 8, 8)
     labels = torch.tensor(digits.target)
