@@ -14,8 +14,8 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -30,6 +30,13 @@ ENVIRONMENT = (
     "CUDAFLAGS",
     "CMAKE_PREFIX_PATH",
 )
+
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"twa_kernels: setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77'"
+    )
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
 
 
 def fail(message: str) -> None:

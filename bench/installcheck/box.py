@@ -16,7 +16,7 @@ SMOKE = Path(__file__).with_name("smoke.py")
 #: what `pip install` takes from PyPI, with a PyTorch that is small where pip finds one
 DEPENDENCIES = ("torch==2.13.0", "numpy", "safetensors", "matplotlib", "tqdm")
 #: what a build without isolation must find
-BUILD = ("setuptools<85", "setuptools-scm<11", "pybind11<4", "cmake<5", "ninja<2")
+BUILD = ("setuptools>=77,<85", "setuptools-scm<11", "pybind11<4", "cmake<5", "ninja<2")
 
 
 class Wrong(Exception):

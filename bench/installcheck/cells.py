@@ -17,6 +17,7 @@ from pathlib import Path
 from .box import BUILD, ROOT, SMOKE, Absent, Box, Wrong
 
 Cell = Callable[[Box], str]
+COMPILER = ("c++", "g++", "as", "ld", "ar", "ranlib", "nm")
 MINIMUM = {
     "setuptools": "77.0.1",
     "setuptools-scm": "8.1.0",
@@ -220,7 +221,7 @@ def archive(box: Box) -> str:
 def no_git(box: Box) -> str:
     """A clone on a machine without git: version 0.0."""
     python = box.venv("no-git")
-    path = bare_path(box, "c++", "g++", "cc", "gcc", "as", "ld")
+    path = bare_path(box, *COMPILER)
     box.run(*pip(python, box.source("no-git")), PATH=path)
     return f"version {box.smoke(python)['twa']}"
 
@@ -240,7 +241,7 @@ def tagged(box: Box, name: str, tag: str, extra: str = "") -> Path:
 
 def upgrade(box: Box) -> str:
     """From a release to the next, which has a module less; and uninstalled: nothing stays."""
-    python = box.venv("upgrade")
+    python = box.venv("upgrade", ["setuptools>=77,<82"])  # else PyTorch's need of it brings it
     folder = python.parents[1]
 
     def files() -> set[Path]:
@@ -321,20 +322,19 @@ def bare_path(box: Box, *names: str) -> str:
 
 def without(box: Box, tool: str) -> str:
     """--no-build-isolation in an environment that lacks one tool."""
-    packages = [p for p in BUILD if not re.match(rf"{tool}\W", p)]
+    packages = [p for p in BUILD if not re.match(rf"{tool}[<>=]", p)]
+    packages += ["setuptools==65.5.0"] * (tool == "setuptools")  # as venv of Python 3.11 brings it
     python = box.venv(f"without-{tool}", packages)
-    if tool == "setuptools":
-        box.ended(python, "-m", "pip", "uninstall", "-y", "-q", "setuptools")
-    path = os.pathsep.join([str(python.parent), bare_path(box, "c++", "g++", "as", "ld", "git")])
+    path = os.pathsep.join([str(python.parent), bare_path(box, *COMPILER, "git")])
     command = pip(python, "--no-build-isolation", box.source(f"without-{tool}"))
-    words = {"setuptools": "setuptools"}.get(tool, f"twa_kernels: {tool} is")
+    words = "is too old" if tool == "setuptools" else f"twa_kernels: {tool} is"
     return box.refused(words, *command, PATH=path)
 
 
 def without_make(box: Box) -> str:
     """No make, no cmake, no ninja on PATH: pip brings what it needs."""
     python = box.venv("without-make")
-    path = bare_path(box, "c++", "g++", "as", "ld", "git")
+    path = bare_path(box, *COMPILER, "git")
     box.run(*pip(python, box.source("without-make")), PATH=path)
     box.smoke(python)
     return ""
@@ -395,7 +395,7 @@ def nvcc_comes_later(box: Box) -> str:
     source, python = box.source("nvcc"), box.venv("nvcc", BUILD)
     command = pip(python, "--no-build-isolation", "-e", source)
     own = str(python.parent)
-    bare = os.pathsep.join([own, bare_path(box, "c++", "g++", "as", "ld", "git")])
+    bare = os.pathsep.join([own, bare_path(box, *COMPILER, "git")])
     box.run(*command, PATH=bare, TWA_CUDA="auto")
     if "CUDA: not compiled" not in box.run(python, "-m", "twa_kernels"):
         raise Wrong("CUDA kernels without nvcc")
@@ -411,7 +411,7 @@ def nvcc_comes_later(box: Box) -> str:
 def cuda_option(box: Box, value: str, words: str) -> str:
     """TWA_CUDA with a value that cannot be had."""
     python = box.venv("cuda-option")
-    path = bare_path(box, "c++", "g++", "as", "ld", "git")
+    path = bare_path(box, *COMPILER, "git")
     command = pip(python, box.source("cuda-option"))
     return box.refused(words, *command, PATH=path, TWA_CUDA=value)
 
@@ -514,8 +514,9 @@ def cells(torches: list[str]) -> Iterator[tuple[str, str, Cell]]:
     }.items():
         yield "ways", name, function
     yield "tools", "without make, cmake and ninja", without_make
-    for tool in ("ninja", "cmake", "pybind11", "setuptools-scm"):
-        yield "tools", f"--no-build-isolation without {tool}", lambda b, t=tool: without(b, t)
+    for tool in ("ninja", "cmake", "pybind11", "setuptools-scm", "setuptools"):
+        name = f"without {tool}" if tool != "setuptools" else "with setuptools 65"
+        yield "tools", f"--no-build-isolation {name}", lambda b, t=tool: without(b, t)
     yield "tools", "CMake 3.22", old_cmake
     yield "tools", "without a C++ compiler", without_compiler
     for end in ("lowest", "newest"):
