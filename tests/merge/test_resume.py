@@ -240,7 +240,7 @@ def test_alone_interrupted_and_continued(job, alone, tmp_path, capsys, monkeypat
 def rows(out):
     """The table, without what differs from run to run."""
     drop = ("seconds", "peak MB")
-    table = json.loads((out / "results.json").read_text())
+    table = json.loads((out / "results.json").read_text())["rows"]
     return [{k: v for k, v in row.items() if k not in drop} for row in table]
 
 
