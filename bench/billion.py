@@ -237,7 +237,7 @@ def plans(weights: int, segments: int, width: int, depth: int) -> dict[str, tupl
 
 def steps_of(folder: Path) -> str:
     """What a finished run says of its start and its trained average."""
-    start, trained = json.loads((folder / "results.json").read_text())
+    start, trained = json.loads((folder / "results.json").read_text())["rows"]
     return (
         f"start {start['seconds']} s, TWA {trained['seconds']} s with {trained['steps']} steps;"
         f" val loss {start['val loss']}, then {trained['val loss']}"

@@ -51,8 +51,9 @@ from twa.distributed.ranks import Ranks
 from twa.io.candidates import Candidates
 from twa.io.errors import BasisError, CandidateError, CandidateWarning, StateError, TwaError
 from twa.io.formats import weights_of
+from twa.io.versions import ITERATE_AVERAGE, RUN
 from twa.merge.results import Result
-from twa.merge.resume import FORMAT, Store
+from twa.merge.resume import Store
 from twa.packing import to_file as pack
 
 import twa_kernels as tk
@@ -182,7 +183,7 @@ def run_state():
         "val_curve": [(0, 0.5)],
         "best_loss": 0.5,
         "best": x,
-        "average": {"eta": 3.0, "steps": 2, "coefficients": x},
+        "average": {"format": ITERATE_AVERAGE, "eta": 3.0, "steps": 2, "coefficients": x},
         "seconds": 1.0,
         "looks": 2.0,
         "optimizer": moments,
@@ -193,7 +194,7 @@ def run_state():
         "position": at,
     }
     state = {
-        "format": FORMAT,
+        "format": RUN,
         "best_file": "state-best-2.safetensors",
         "best_digest": "ab",
         "run": facts,

@@ -335,9 +335,16 @@ def test_states_that_are_refused(tmp_path):
     for bad, said in (
         (optimizer.subspace.state_dict(), "state of another subspace: bits: expected 4, found 8"),
         (optimizer.state_dict(), "expected the state of a Subspace, found no 'coefficients'"),
-        (average.state_dict(), "expected the state of a Subspace, found no 'identity'"),
+        (average.state_dict(), "'twa-subspace-1', found 'twa-iterate-average-1'"),
+        ({"coefficients": state["coefficients"]}, "expected the state of a Subspace, found no 'id"),
         (state | {"coefficients": torch.ones(3, 1)}, r"expected shape \(3, 5\), found \(3, 1\)"),
     ):
         with pytest.raises(TwaError, match=said):
             subspace.load_state_dict(bad)
+    for bad, said in (
+        (state, "'twa-iterate-average-1', found 'twa-subspace-1'"),
+        ({"eta": 1.0}, "expected the state of an IterateAverage, found no 'steps'"),
+    ):
+        with pytest.raises(TwaError, match=said):
+            average.load_state_dict(bad)
     assert torch.equal(subspace.coefficients, before)

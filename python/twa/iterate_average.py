@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from .io.errors import TwaError
+from .io.errors import StateError, TwaError
+from .io.versions import ITERATE_AVERAGE, problem
 from .subspace import Subspace
 
 
@@ -78,15 +79,21 @@ class IterateAverage:
 
     def state_dict(self) -> dict[str, object]:
         """What `load_state_dict` takes."""
-        return {"eta": self.eta, "steps": self.steps, "coefficients": self.coefficients.clone()}
+        own = {"eta": self.eta, "steps": self.steps, "coefficients": self.coefficients.clone()}
+        return {"format": ITERATE_AVERAGE, **own}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Sets the average to what it was when `state_dict` was called.
 
         Raises:
-            TwaError: it is of coefficients of another shape
+            TwaError: it is no such state, of coefficients of another shape, or of a newer twa
         """
+        # without: from before there were versions
+        if text := problem(state.get("format", ITERATE_AVERAGE), ITERATE_AVERAGE):
+            raise StateError(text, "state of an IterateAverage")
+        if missing := [name for name in ("eta", "steps", "coefficients") if name not in state]:
+            raise StateError(f"expected the state of an IterateAverage, found no {missing[0]!r}")
         if state["coefficients"].shape != self.coefficients.shape:
             found, expected = tuple(state["coefficients"].shape), tuple(self.coefficients.shape)
             raise TwaError(f"expected shape {expected}, found {found}", "coefficients")

@@ -16,6 +16,7 @@ from twa_kernels.ops.step import UNSUPPORTED_OPTIONS
 
 from .grad_hooks import GradientHooks
 from .io.errors import StateError, TwaError
+from .io.versions import OPTIMIZER, problem
 from .rate import learning_rate
 from .subspace import Subspace
 
@@ -327,23 +328,28 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         numbers = list(range(len(self.param_groups[0]["params"])))
         state: dict[int, dict[str, Any]] = {k: {} for k in numbers}
         identity = subspace.pop("identity")
+        del subspace["format"]  # the group has one for all
         own = inner["state"].get(0, {})
         state[0] = own | subspace
         # which dcp.load must have filled in: what the state_dict it is given lacks, it leaves out
         group = {"params": numbers, "subspace": identity, "state_names": " ".join(sorted(own))}
-        return {"state": state, "param_groups": [inner["param_groups"][0] | group]}
+        group = inner["param_groups"][0] | group | {"format": OPTIMIZER}
+        return {"state": state, "param_groups": [group]}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Sets coefficients, inner state and model to what they were.
 
         Raises:
-            StateError: it is no state of a SubspaceOptimizer
+            StateError: it is no state of a SubspaceOptimizer, or a newer twa has made it
             TwaError: it belongs to a subspace of other candidates, segments, center, bits, basis,
                 constraint or normalisation
         """
         try:
             group = dict(state_dict["param_groups"][0])
+            # without: from before there were versions
+            if text := problem(group.pop("format", OPTIMIZER), OPTIMIZER):
+                raise StateError(text, "state of a SubspaceOptimizer")
             own = dict(state_dict["state"][group["params"][0]])
             subspace = {"coefficients": own.pop("coefficients")}
             subspace |= {name: own.pop(name) for name in ("mix", "unit") if name in own}

@@ -37,6 +37,7 @@ from .export.bundle import write_bundle
 from .io.candidates import Candidates
 from .io.errors import StateError, TwaError
 from .io.key_map import match_model
+from .io.versions import COEFFICIENTS, SUBSPACE, problem
 from .modes import plain_weights, with_own_train
 from .packing.build import build
 from .packing.load import (
@@ -599,7 +600,11 @@ class Subspace:
         self.sharding.ranks.check_drift()
         # a tuple: torch.distributed.checkpoint keeps it whole
         identity = tuple(self.identity().items())
-        state = {"coefficients": self.coefficients.detach().clone(), "identity": identity}
+        state = {
+            "format": SUBSPACE,
+            "coefficients": self.coefficients.detach().clone(),
+            "identity": identity,
+        }
         return state | self.coordinates.balance
 
     @torch.no_grad()
@@ -608,8 +613,11 @@ class Subspace:
 
         Raises:
             TwaError: it is no such state, or of a subspace of other candidates, segments, center,
-                bits, basis, constraint or normalisation
+                bits, basis, constraint or normalisation, or a newer twa has made it
         """
+        # without: from before there were versions
+        if text := problem(state.get("format", SUBSPACE), SUBSPACE):
+            raise StateError(text, "state of a Subspace")
         if missing := {"coefficients", "identity"} - state.keys():
             raise StateError(f"expected the state of a Subspace, found no {min(missing)!r}")
         self.check_identity(dict(state["identity"]))
@@ -630,7 +638,7 @@ class Subspace:
     def coefficients_json(self) -> dict[str, object]:
         """What coefficients.json holds: x, beta, and what they are of."""
         return {
-            "format": "twa-coefficients-1",
+            "format": COEFFICIENTS,
             "candidates": [str(c.path) for c in self.candidates],
             "segments": self.segments.labels,
             "segment_of": self._segment_of(),

@@ -69,7 +69,7 @@ def finished(checkpoints, tmp_path_factory):
 def test_outputs(finished):
     out, printed = finished
     assert {p.name for p in out.iterdir()} == FILES
-    results = json.loads((out / "results.json").read_text())
+    results = json.loads((out / "results.json").read_text())["rows"]
     names = [r["method"] for r in results]
     assert names == [*BASELINES, "start", "TWA-t fine, 4 bits", "TWA-v per tensor, 4 bits"]
     for r in results:
@@ -83,7 +83,8 @@ def test_outputs(finished):
 def test_winner_has_the_lowest_validation_loss(finished):
     out, printed = finished
     results = {
-        r["method"]: float(r["val loss"]) for r in json.loads((out / "results.json").read_text())
+        r["method"]: float(r["val loss"])
+        for r in json.loads((out / "results.json").read_text())["rows"]
     }
     winner = printed.split("winner on the validation data: ")[1].split(", validation loss")[0]
     assert results[winner] == min(results.values()) <= results["best single"]

@@ -24,7 +24,8 @@ from twa.io.errors import CandidateError, StateError
 from twa.io.mapped import covered
 from twa.io.peft import adapter_config
 from twa.io.unpickle import Refused, unpickle
-from twa.merge.resume import FORMAT, Store
+from twa.io.versions import RUN
+from twa.merge.resume import Store
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +136,7 @@ def test_code_in_a_plain_pickle(evil, tmp_path):
 
 def test_code_in_the_state_of_a_run(tmp_path):
     for evil in EVIL:
-        torch.save({"format": FORMAT, "run": evil}, "state.pt")
+        torch.save({"format": RUN, "run": evil}, "state.pt")
         message = "refused: loading it would run code|expected plain values, found an object of"
         with pytest.raises(StateError, match=rf"not a saved state \(.*({message})"):
             Store(tmp_path, resume=True).read(Ranks())
@@ -771,7 +772,7 @@ def test_blocks_are_compared_in_no_time():
 
 def whole_state():
     return {
-        "format": FORMAT,
+        "format": RUN,
         "best_file": "",
         "best_digest": "",
         "run": {"a": "b"},
@@ -790,7 +791,7 @@ def test_states(tmp_path):
     assert store.read(Ranks()) == whole_state()
     for name in whole_state():
         write_torch(tmp_path / "state.pt", {k: v for k, v in whole_state().items() if k != name})
-        with pytest.raises(StateError, match=f"'{name}' is missing or|expected a state of format"):
+        with pytest.raises(StateError, match=f"'{name}' is missing or|expected format"):
             store.read(Ranks())
     bad = [
         ("best", 0),

@@ -138,7 +138,7 @@ def test_outcome(run, tmp_path):
     assert all(torch.equal(t, model.state_dict()[key]) for key, t in state.items())
     page = (out / "report.md").read_text()
     assert page.startswith("# Average for task Sequential") and "twa.average(...)" in page
-    methods = [row["method"] for row in json.loads((out / "results.json").read_text())]
+    methods = [row["method"] for row in json.loads((out / "results.json").read_text())["rows"]]
     assert methods == [r.method for r in outcome.results]
     before = {key: t.clone() for key, t in model.state_dict().items()}
     for name, change in (

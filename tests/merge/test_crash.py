@@ -216,7 +216,7 @@ class Merge(Job):
 
     def whole(self, folder):
         found = contents(folder)
-        rows = json.loads(found.pop("results.json"))
+        rows = json.loads(found.pop("results.json"))["rows"]
         found["results"] = [
             {key: v for key, v in row.items() if key not in ("seconds", "peak MB")} for row in rows
         ]
@@ -228,7 +228,7 @@ class Merge(Job):
             if name in self.expected:
                 assert value == self.expected[name]
             elif name == "state.pt":
-                assert torch.load(folder / name, weights_only=True)["format"] == "twa-state-4"
+                assert torch.load(folder / name, weights_only=True)["format"] == "twa-state-5"
 
     def go_on(self, folder):
         code, text = self.server(argv=self.argv(folder, "--resume"))

@@ -60,7 +60,7 @@ def average(job, out, *options, methods=("t:tensor:8", "t:tensor:8:simplex"), ra
 
 
 def notes(out):
-    table = json.loads((out / "results.json").read_text())
+    table = json.loads((out / "results.json").read_text())["rows"]
     return {row["method"]: row["note"] for row in table if row["method"].startswith("TWA")}
 
 

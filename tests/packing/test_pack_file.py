@@ -261,6 +261,10 @@ def test_resume_refuses_another_run(candidates, tmp_path, monkeypatch):
         (tmp_path / "b.safetensors.position.partial").write_text(json.dumps(position | change))
         with pytest.raises(BasisError, match="not the position of an interrupted run"):
             PackToFile(path, Model(), candidates).run(resume=True)
+    of = position["of"].replace("twa-basis-1", "twa-basis-2")
+    (tmp_path / "b.safetensors.position.partial").write_text(json.dumps(position | {"of": of}))
+    with pytest.raises(BasisError, match="found 'twa-basis-2': a newer twa than"):
+        PackToFile(path, Model(), candidates).run(resume=True)
 
 
 def test_not_a_number_in_a_candidate(candidates, tmp_path):

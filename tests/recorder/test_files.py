@@ -353,7 +353,7 @@ def test_the_same_step_under_two_names(recording):
 CONTENTS = [
     (
         lambda c: c.update(format="twa-recording-2"),
-        "a version that this twa does not know: install",
+        "a newer twa than",
     ),
     (lambda c: c.update(format="x\x1b[2J"), "expected format 'twa-recording-1'"),
     (lambda c: c.update(bits=5), "bits: expected one of"),

@@ -19,9 +19,8 @@ from ..io.key_map import KeyMap, Written
 from ..io.lazy import Block
 from ..io.mapped import TensorInfo, span
 from ..io.safetensors import DTYPE_NAMES, SAFETENSORS_DTYPES
+from ..io.versions import BASIS, problem
 from .segments import Segments
-
-FORMAT = "twa-basis-1"
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Contents:
         checked: as in `KeyMap`
         dropped: of an orthonormal basis: per segment, [candidate, relative distance] of those that
             depend on earlier ones
-        format: FORMAT
+        format: BASIS
     """
 
     bits: int
@@ -72,7 +71,7 @@ class Contents:
     written: dict[str, list[Any]] = field(default_factory=dict)
     checked: bool = True
     dropped: list[list[list[float]]] = field(default_factory=list)
-    format: str = FORMAT
+    format: str = BASIS
 
     @property
     def shapes(self) -> list[torch.Size]:
@@ -151,8 +150,9 @@ def unrounded(dtype: torch.dtype) -> torch.dtype:
 def parse_contents(value: object) -> Contents:
     """Contents from parsed JSON; ValueError says what is wrong."""
     found = value.get("format") if isinstance(value, dict) else value
-    if not isinstance(value, dict) or found != FORMAT:
-        raise ValueError(f"expected format {FORMAT!r}, found {shown(found)}")
+    if text := problem(found, BASIS):
+        raise ValueError(text)
+    assert isinstance(value, dict)  # nothing else has a version
     fields = set(Contents.__dataclass_fields__)
     # what early files do not have
     absent = {"chunk": 0, "constraint": "none", "balanced": False, "moved": False}

@@ -28,7 +28,7 @@ from ..io.checks import first_line, parse_json
 from ..io.errors import BasisError, CandidateError
 from ..io.mapped import MappedFile, Stored
 from ..io.safetensors import DTYPES, header, raw_bytes, read_header, read_safetensors
-from .contents import FORMAT, Contents, parse_contents
+from .contents import Contents, parse_contents
 
 NAME = "basis.safetensors"
 ALIGNMENT = 4096  # of the data in the file: codes lie in memory as the kernels like them
@@ -226,7 +226,6 @@ def read_basis(path: Path) -> Loaded:
         raise BasisError("no such file", path)
     try:
         header, _ = read_header(path)
-        tensors = read_safetensors(path, DTYPES)
     except (CandidateError, OSError) as error:
         raise BasisError(str(error)) from error
     metadata = header.get("__metadata__")
@@ -236,9 +235,11 @@ def read_basis(path: Path) -> Loaded:
     try:
         contents = parse_contents(parse_json(text.encode()))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise BasisError(
-            f"not a packed basis of format {FORMAT}: {first_line(error)}", path
-        ) from error
+        raise BasisError(f"not a packed basis: {first_line(error)}", path) from error
+    try:
+        tensors = read_safetensors(path, DTYPES)
+    except (CandidateError, OSError) as error:
+        raise BasisError(str(error)) from error
     expected = contents.tensors()
     if odd := sorted(expected.keys() ^ tensors.keys()):
         raise BasisError(

@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,10 +17,11 @@ from .. import averages
 from ..export.average import FILES, write_fixed, write_merge
 from ..export.bundle import WEIGHTS
 from ..export.hugging_face import FOLDER
+from ..io import versions
 from ..io.atomic import clear_unfinished, only_run_in
 from ..io.averaging import FixedAverage
 from ..io.candidates import Candidates
-from ..io.checks import read_json
+from ..io.checks import is_text, read_json
 from ..io.errors import OutputError, TwaError
 from ..io.progress import progress_bar
 from ..io.recording_files import is_recording
@@ -40,7 +42,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     p.set_defaults(run=run)
     arguments.add_candidates(p)
-    scheme = f"{averages.SCHEMES}; or a file of weights, such as weights.json"
+    scheme = f"{averages.SCHEMES}; or a file of weights, such as weights.json or merge.json"
     p.add_argument("--scheme", metavar="SCHEME", required=True, help=scheme)
     add_output(p)
 
@@ -75,9 +77,39 @@ def weights_of(scheme: str, candidates: Candidates) -> Tensor:
         return averages.of_scheme(scheme, len(candidates))
     value = read_json(Path(scheme), "expected weights as JSON")
     try:
+        if isinstance(value, dict) and isinstance(value.get("format"), str):
+            value = recorded_weights(value)
         return averages.of_weights(value, candidates.names)
     except TwaError as error:
         raise TwaError(error.problem, scheme) from error
+
+
+def recorded_weights(value: Mapping[str, object]) -> object:
+    """The merge weights that merge.json holds, by name, or coefficients.json, in order.
+
+    They are those of one weight a candidate; `averages.of_weights` checks them.
+
+    Raises:
+        TwaError: it is neither, of a newer version, or has weights for each segment
+    """
+    version = value["format"]
+    kind = str(version).rpartition("-")[0]
+    expected = versions.COEFFICIENTS if kind == "twa-coefficients" else versions.MERGE
+    if text := versions.problem(version, expected):
+        raise TwaError(text)
+    if expected == versions.MERGE:
+        names, weights = value.get("names"), value.get("weights")
+        if not isinstance(names, list) or not isinstance(weights, list):
+            raise TwaError("expected lists 'names' and 'weights'")
+        if not all(map(is_text, names)) or not len(set(names)) == len(names) == len(weights):
+            raise TwaError("expected different 'names' and as many 'weights'")
+        return dict(zip(names, weights, strict=True))
+    beta = value.get("beta")
+    if not isinstance(beta, list) or not all(isinstance(row, list) for row in beta):
+        raise TwaError("expected 'beta', a list of weights for each candidate")
+    if any(len(row) != 1 for row in beta):
+        raise TwaError("expected one weight a candidate, found weights of segments")
+    return [row[0] for row in beta]
 
 
 def write(

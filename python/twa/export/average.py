@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..io import versions
 from ..io.atomic import remove, replace, write_json
 from ..io.averaging import FixedAverage
 from ..io.candidates import Candidates
@@ -20,7 +21,7 @@ from . import hugging_face
 from .bundle import WEIGHTS
 from .mergekit import HEADER
 
-MERGE, FORMAT = "merge.json", "twa-merge-1"
+MERGE = "merge.json"
 #: all that may be written
 FILES = (WEIGHTS, MERGE, *hugging_face.OUTPUTS)
 
@@ -107,7 +108,7 @@ def write_merge(
         if name not in {w.rstrip("/") for w in written}:
             remove(folder / name)
     description = {
-        "format": FORMAT,
+        "format": versions.MERGE,
         "scheme": scheme,
         "candidates": [str(c.path) for c in fixed.candidates],
         "names": fixed.candidates.names,

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..io.atomic import write_bytes, write_json, write_text
 from ..io.errors import TwaError
 from ..io.tables import markdown_table
+from ..io.versions import INSPECT
 from .findings import SEVERITIES, many
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def as_json(result: Inspection) -> dict[str, object]:
         for row in result.rows
     ]
     out: dict[str, object] = {
-        "format": "twa-inspect-1",
+        "format": INSPECT,
         "files": files,
         "findings": [dict(vars(f)) for f in result.findings],
     }

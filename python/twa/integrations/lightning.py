@@ -21,13 +21,14 @@ from torch.utils.data import DataLoader
 from .. import averages
 from ..distributed.ranks import DistributedError, Ranks
 from ..dtensors import is_sharded, reshard
-from ..io.errors import CandidateWarning, TwaError
+from ..io.errors import CandidateWarning, StateError, TwaError
 from ..io.recording_files import ANCHORS, STEPS, folders_of, is_recording
 from ..io.torch_zip import described
+from ..io.versions import LIGHTNING, problem
 from ..merge.average import Source, average
 from ..merge.outcome import Outcome
 from ..recorder.contents import Weights
-from ..recorder.recorder import Recorder
+from ..recorder.recorder import Recorder, check_state
 from ..tasks.batches import generators_kept, random_state_kept
 
 if TYPE_CHECKING:
@@ -237,10 +238,21 @@ class RecorderCallback(Callback):
         if recorder is None:
             return dict(self._loaded)
         path = None if recorder.path is None else str(recorder.path.absolute())
-        return {"path": path, "recorder": recorder.state_dict()}
+        return {"format": LIGHTNING, "path": path, "recorder": recorder.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the state for the recorder, which is made when training starts."""
+        """Keeps the state for the recorder, which is made when training starts.
+
+        Raises:
+            StateError: it is no such state, or a newer twa has made it
+        """
+        if state_dict:  # nothing was recorded before the first fit
+            # without: from before there were versions
+            if text := problem(state_dict.get("format", LIGHTNING), LIGHTNING):
+                raise StateError(text, "state of RecorderCallback")
+            if missing := [name for name in ("path", "recorder") if name not in state_dict]:
+                raise StateError(f"expected {missing[0]!r}", "state of RecorderCallback")
+            check_state(state_dict["recorder"])
         self._loaded = state_dict
 
     def load_best(self, trainer: Trainer) -> int:

@@ -27,8 +27,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from .. import averages
 from ..distributed.choose import find_ranks
 from ..distributed.ranks import DistributedError
-from ..io.errors import CandidateWarning, TwaError
+from ..io.checks import is_text, shown
+from ..io.errors import CandidateWarning, StateError, TwaError
 from ..io.recording_files import folders_of, is_recording, read_log
+from ..io.versions import TRANSFORMERS, problem
 from ..merge.average import Source, average
 from ..merge.outcome import Outcome
 from ..recorder.contents import Weights
@@ -165,7 +167,7 @@ class RecorderCallback(TrainerCallback):
         step, model = state.global_step, kwargs["model"]
         old, again = self.recorder, self._is_again(args, state)
         entries: Any = state.stateful_callbacks  # of trainer_state.json: a dict by now
-        runs = entries.setdefault(RUNS, [])
+        runs = _runs_of(entries)
         in_memory = path is None and old is not None and old.model is model
         if not (in_memory and self._run in runs):
             known = [self._run] if again else runs
@@ -334,6 +336,27 @@ class RecorderCallback(TrainerCallback):
             if (bar := getattr(callback, "prediction_bar", None)) is not None:
                 bar.close()
                 callback.prediction_bar = None
+
+
+def _runs_of(entries: dict[str, Any]) -> list[str]:
+    """The recordings that a trainer's state goes with; what is appended is in the state.
+
+    Args:
+        entries: of trainer_state.json, under the names of callbacks
+
+    Raises:
+        StateError: they are no names of recordings, or a newer twa has written them
+    """
+    found = entries.setdefault(RUNS, {"format": TRANSFORMERS, "runs": []})
+    if isinstance(found, list):  # from before there were versions
+        found = entries[RUNS] = {"format": TRANSFORMERS, "runs": found}
+    version = found.get("format") if isinstance(found, dict) else found
+    if text := problem(version, TRANSFORMERS):
+        raise StateError(text, f"{RUNS!r} in trainer_state.json")
+    runs = found.get("runs")
+    if not isinstance(runs, list) or not all(map(is_text, runs)):
+        raise StateError(f"expected names, found {shown(runs)}", f"{RUNS!r} in trainer_state.json")
+    return runs
 
 
 def _run_in(path: Path) -> str:

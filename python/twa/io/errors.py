@@ -30,6 +30,10 @@ class NoWeights(CandidateError):
     """
 
 
+class NewerVersion(CandidateError):
+    """A file is not damaged, but a newer twa has written it: nothing may be made of it."""
+
+
 class CandidateWarning(UserWarning):
     """Candidates are used in another way than was perhaps meant; the message says how."""
 

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from twa_kernels.layout import BITS, num_tiles
 
+from . import versions
 from .atomic import replace
 from .checks import are_sizes, first_line, is_shape, is_text, parse_json, shown
-from .errors import CandidateError
+from .errors import CandidateError, NewerVersion
 from .mapped import MappedFile, Source, Stored, TensorInfo
 from .safetensors import (
     DTYPE_NAMES,
@@ -39,8 +40,8 @@ from .safetensors import (
     read_safetensors,
 )
 from .trail import Entry, Row, Trail
+from .versions import RECORDING
 
-FORMAT = "twa-recording-1"
 ANCHOR, STEP = "anchor_{}.safetensors", "step_{}.safetensors"
 #: names of files, and of the directories of ranks
 ANCHORS, STEPS, RANKS = (
@@ -78,7 +79,7 @@ class Contents:
     def as_json(self) -> dict[str, object]:
         """Plain values."""
         return {
-            "format": FORMAT,
+            "format": RECORDING,
             "run": self.run,
             "bits": self.bits,
             "trained": [
@@ -99,10 +100,9 @@ class Contents:
 def parse_contents(value: object) -> Contents:
     """Contents from parsed JSON; ValueError says what is wrong."""
     found = value.get("format") if isinstance(value, dict) else value
-    if not isinstance(value, dict) or found != FORMAT:
-        newer = isinstance(found, str) and found.startswith("twa-recording-")
-        hint = ", a version that this twa does not know: install a newer one" if newer else ""
-        raise ValueError(f"expected format {FORMAT!r}, found {shown(found)}{hint}")
+    if text := versions.problem(found, RECORDING):
+        raise ValueError(text)
+    assert isinstance(value, dict)  # nothing else has a version
     fields = {"format", "run", "bits", "trained", "names", "aliases", "rank"}
     if odd := sorted(fields ^ value.keys()):
         raise ValueError(f"{odd[0]!r} is {'missing' if odd[0] in fields else 'unexpected'}")
@@ -231,12 +231,13 @@ def read_anchor(path: Path) -> tuple[Contents, Anchor]:
     Raises:
         CandidateError: it is damaged, none, or of a newer version
     """
-    metadata, tensors = _read(path)
+    metadata = _metadata(path)
     try:
         contents = parse_contents(metadata.get("contents"))
         number, step = _place(metadata, path)
     except ValueError as error:
         raise CandidateError(f"not the anchor of a recording: {first_line(error)}", path) from error
+    tensors = read_safetensors(path)
     weights = []
     for e in contents.trained:
         stored = tensors.pop(WEIGHTS + e.key, None)
@@ -254,9 +255,15 @@ def read_step(path: Path, contents: Contents) -> Step:
     """The snapshot in a file of a recording.
 
     Raises:
+        NewerVersion: a newer twa has written it
         CandidateError: it is damaged, or of another recording
     """
-    metadata, tensors = _read(path)
+    metadata = _metadata(path)
+    version = metadata.get("format", RECORDING)  # without: from before snapshots had one
+    if text := versions.problem(version, RECORDING):
+        kind = NewerVersion if versions.is_newer(version, RECORDING) else CandidateError
+        raise kind(f"no snapshot that can be read: {text}", path)
+    tensors = read_safetensors(path)
     tiles, bits = contents.tiles, contents.bits
     expected = {
         "codes": TensorInfo((tiles, 16 * bits), torch.uint8),
@@ -276,10 +283,9 @@ def read_step(path: Path, contents: Contents) -> Step:
     return Step(path, number, step, stored, _state(tensors, contents, path))
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """What a file of a recording says of itself, and its tensors."""
+def _metadata(path: Path) -> dict[str, Any]:
+    """What a file of a recording says of itself."""
     found, _ = read_header(path)
-    tensors = read_safetensors(path)
     metadata = found.get("__metadata__")
     text = metadata.get("twa") if isinstance(metadata, dict) else None
     try:
@@ -290,7 +296,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
         ) from error
     if not isinstance(value, dict):
         raise CandidateError("not a file of a recording: its metadata have no entry 'twa'", path)
-    return value, tensors
+    return value
 
 
 def _place(metadata: Mapping[str, object], path: Path) -> tuple[int, int]:
@@ -350,6 +356,8 @@ def metadata_of(contents: Contents, number: int, step: int, anchor: bool) -> dic
     value: dict[str, object] = {"run": contents.run, "number": number, "step": step}
     if anchor:
         value["contents"] = contents.as_json()
+    else:  # a recording may go on under a newer twa than it was begun with
+        value["format"] = RECORDING
     return {"twa": json.dumps(value)}
 
 
@@ -428,7 +436,8 @@ def read_log(folder: Path) -> Log:
     """The recording in one directory, which may be written meanwhile.
 
     Raises:
-        CandidateError: it has no anchor that can be read, or the system refuses to read a file
+        CandidateError: it has no anchor that can be read, a newer twa has written in it, or the
+            system refuses to read a file
     """
     try:
         for _ in range(ATTEMPTS):
@@ -456,6 +465,8 @@ def _read_log(folder: Path) -> Log:
             continue
         try:
             step = read_step(path, contents)
+        except NewerVersion:  # no damage, after which files would be moved aside
+            raise
         except CandidateError as error:
             problem = error.problem
             beyond.append(path)

@@ -14,6 +14,7 @@ from ..export import bundle
 from ..io.atomic import write_bytes, write_json, write_text
 from ..io.errors import TwaError
 from ..io.tables import markdown_table
+from ..io.versions import COEFFICIENTS, RESULTS
 from ..modes import plain_weights
 from ..tasks.contract import Task
 from .advice import advice
@@ -123,7 +124,7 @@ class Outcome:
                 return []
             header, rows = table_rows(self.results, self.task)
             table = [dict(zip(header, row, strict=True)) for row in rows]
-            write_json(folder / "results.json", table)
+            write_json(folder / "results.json", {"format": RESULTS, "rows": table})
             write_text(folder / "report.md", markdown(self, self.task, names, command))
             write_bytes(folder / "report.png", picture(self, self.task))
         return [*written, *REPORTS]
@@ -139,7 +140,7 @@ class Outcome:
             return winner.coefficients | {"method": winner.method}
         beta: Tensor = winner.beta if winner.beta is not None else torch.ones(1)
         return {
-            "format": "twa-coefficients-1",
+            "format": COEFFICIENTS,
             "method": winner.method,
             "candidates": names,
             "segments": ["model"],

@@ -31,12 +31,13 @@ from ..io.checks import (
     is_text,
     optional,
     printable,
-    shown,
 )
 from ..io.errors import CandidateError, StateError
 from ..io.torch_zip import read_values
+from ..io.versions import RUN, problem
 
-FORMAT = "twa-state-4"
+#: what to do with a state of an earlier version
+OLDER = "finish the run with the twa that began it, or start again with --overwrite"
 
 
 def _is_run(facts: object) -> bool:
@@ -105,7 +106,12 @@ _TRAINER = _CURVES | {
     "values": [_is_values],
     "kept": optional(is_count),
     "best": is_tensor,
-    "average": {"eta": is_number, "steps": is_count, "coefficients": is_tensor},
+    "average": {
+        "format": is_text,
+        "eta": is_number,
+        "steps": is_count,
+        "coefficients": is_tensor,
+    },
     "optimizer": {
         "state": _is_moments,
         "param_groups": lambda value: isinstance(value, list),
@@ -195,7 +201,7 @@ class Store:
         """
         if self.best_lost:
             return
-        names = {"format": FORMAT, "best_file": self.best, "best_digest": self.best_digest}
+        names = {"format": RUN, "best_file": self.best, "best_digest": self.best_digest}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_torch(self.path, names | state)
@@ -257,9 +263,10 @@ class Store:
             state = read_values(self.path)
         except (CandidateError, OSError) as error:
             raise StateError(f"not a saved state ({error})", self.path) from error
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            found = shown(state.get("format") if isinstance(state, dict) else state)
-            raise StateError(f"expected a state of format {FORMAT!r}, found {found}", self.path)
+        found = state.get("format") if isinstance(state, dict) else state
+        if text := problem(found, RUN, OLDER):
+            raise StateError(f"not a state of this twa: {text}", self.path)
+        assert isinstance(state, dict)  # nothing else has a version
         if odd := [k for k, good in _STATE.items() if k not in state or not fits(state[k], good)]:
             raise StateError(
                 f"not a whole state: {odd[0]!r} is missing or not what a run saves", self.path

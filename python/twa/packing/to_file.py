@@ -41,6 +41,7 @@ from ..io.errors import BasisError, TwaError
 from ..io.key_map import match_model
 from ..io.progress import PeakMemory
 from ..io.safetensors import raw_bytes
+from ..io.versions import BASIS, problem
 from ..modes import plain_weights
 from .save import contents_of, untrained
 from .shares import Groups, Run, all_runs, are_runs, joined, share_out
@@ -492,6 +493,9 @@ class PackToFile:
         value: Any = read_json(self.position, expected, MAX_POSITION)  # of any type, caught below
         try:
             of, ours = json.loads(value["of"]), json.loads(json.dumps(self._options()))
+            version = of["contents"].get("format")
+            if text := problem(version, BASIS, "pass --overwrite to start anew"):
+                raise BasisError(text, self.position)
             for theirs, mine in ((of["contents"], ours["contents"]), (of, ours)):
                 if odd := [name for name in mine if mine[name] != theirs.get(name)]:
                     raise BasisError(

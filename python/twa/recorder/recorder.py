@@ -32,6 +32,7 @@ from ..io.mapped import Source
 from ..io.recording import Recording
 from ..io.recording_files import MOST_STEP, Log, is_recording, others_in, read_log
 from ..io.trail import Trail
+from ..io.versions import RECORDER, problem
 from ..modes import plain_weights
 from ..spectral_norm import refresh_spectral_norms
 from ..subspace import Subspace
@@ -39,7 +40,6 @@ from .contents import Watched, Weights, master_of, part_of, rounded
 from .hooks import StepHook, with_hooks
 from .store import Folder, Memory, Snapshot, is_empty, unchanged
 
-FORMAT = "twa-recorder-1"
 STATE_KEYS = ("run", "bits", "count")
 
 
@@ -659,7 +659,7 @@ class Recorder:
             everyone = self._ranks.all_gather_object(of_ranks)
             of_ranks = {key: value for part in everyone for key, value in part.items()}
         return {
-            "format": FORMAT,
+            "format": RECORDER,
             "run": self.run,
             "bits": self.bits,
             "count": self.count,
@@ -678,7 +678,7 @@ class Recorder:
         A recording in files must have been opened with resume=True.
 
         Raises:
-            StateError: it is the state of another recorder
+            StateError: it is the state of another recorder, or a newer twa has made it
         """
         with self._ranks.fail_together("going on with a recording"):
             self._take_state(state)
@@ -686,10 +686,7 @@ class Recorder:
     def _take_state(self, state: Mapping[str, Any]) -> None:
         """Goes on where a state was taken."""
         self._check_open()
-        if not isinstance(state, Mapping) or state.get("format") != FORMAT:
-            raise StateError("expected the state of a Recorder")
-        if missing := [key for key in STATE_KEYS if key not in state]:
-            raise StateError(f"the state of a Recorder has no {missing[0]!r}")
+        check_state(state)
         if state["bits"] != self.bits:
             raise StateError(f"expected {self.bits} bits, found {state['bits']}")
         self.flush()
@@ -874,6 +871,14 @@ class Recorder:
             return self._store.trail(self._watched.contents, self._reference)
         log = self._store.log()
         return log.trail(), log.states()
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """StateError unless this is the state of a recorder, of this version."""
+    if text := problem(state.get("format") if isinstance(state, Mapping) else state, RECORDER):
+        raise StateError(f"expected the state of a Recorder: {text}")
+    if missing := [key for key in STATE_KEYS if key not in state]:
+        raise StateError(f"the state of a Recorder has no {missing[0]!r}")
 
 
 def _checked_step(step: int) -> int:
