@@ -17,7 +17,7 @@ from pathlib import Path
 from .box import BUILD, ROOT, SMOKE, Absent, Box, Wrong
 
 Cell = Callable[[Box], str]
-COMPILER = ("c++", "g++", "as", "ld", "ar", "ranlib", "nm")
+COMPILER = ("c++", "g++", "as", "ld", "ar", "ranlib", "nm", "ccache")
 MINIMUM = {
     "setuptools": "77.0.1",
     "setuptools-scm": "8.1.0",
