@@ -125,7 +125,7 @@ class MappedFile:
             count: number of elements
         """
         if count == 0:
-            return torch.empty(0, dtype=dtype)
+            return torch.empty(0, dtype=dtype, device="cpu")
         if offset % dtype.itemsize == 0:
             return torch.frombuffer(self.map, dtype=dtype, offset=offset, count=count)
         nbytes = count * dtype.itemsize
@@ -324,7 +324,7 @@ class Pieces:
         needed = self._within(part)
         if len(needed) == 1:
             return needed[0][2].read(needed[0][1])
-        out = torch.empty(shape, dtype=self.info.dtype)
+        out = torch.empty(shape, dtype=self.info.dtype, device="cpu")
         for to, of_block, block in needed:
             out[to] = block.read(of_block)
         return out

@@ -23,9 +23,10 @@ def _splits() -> dict[str, TensorDataset]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16.0  # (1797, 1, 8, 8)
-    labels = torch.tensor(digits.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images = torch.tensor(digits.images, dtype=torch.float32, device="cpu")
+    images = images[:, None] / 16.0  # (1797, 1, 8, 8)
+    labels = torch.tensor(digits.target, dtype=torch.int64, device="cpu")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0), device="cpu")
     parts = {
         "train": order[:1000],
         "heldout": order[1000:1200],
