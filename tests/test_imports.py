@@ -293,3 +293,225 @@ def plain_results(tmp_path_factory):
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "none"])
 def test_settings_change_no_bit(plain_results, tmp_path, name):
     assert results(SETTINGS[name], tmp_path) == plain_results
+
+
+# What an import brings, changes and needs ---------------------------------------------------------
+
+#: what `import twa` may bring beside its own modules, where PyTorch has not brought it already
+BRINGS = {"resource", "safetensors", "secrets", "shlex", "statistics"}
+#: what these bring themselves
+THROUGH_THEM = {"_decimal", "_statistics", "decimal", "fractions", "hmac"}
+OWN = {"twa", "twa_kernels"}
+#: what the command line may bring, beside
+COMMAND_LINE = {"argparse", "faulthandler", "gettext", "traceback"}
+
+
+def brought(first, then):
+    """Top-level names of the modules that one import adds to another."""
+    code = f"import sys, {first}; before = set(sys.modules)\n{then}\n" + (
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    return set(child(code).splitlines()[-1].split())
+
+
+def test_kernels_bring_nothing_but_themselves():
+    assert brought("torch", "import twa_kernels") == {"twa_kernels"}
+
+
+def test_what_twa_brings():
+    found = brought("torch", "import twa")
+    assert found >= OWN and found <= OWN | BRINGS | THROUGH_THEM
+
+
+HEAVY = (
+    "matplotlib",
+    "pandas",
+    "scipy",
+    "sklearn",
+    "transformers",
+    "triton",
+    "lightning",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.elastic",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.utils.tensorboard",
+)
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        "import twa",
+        *(
+            f"import contextlib, io, twa.cli.main\n"
+            f"with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+            f"    twa.cli.main.main({arguments!r})"
+            for arguments in (["--version"], ["--help"], ["merge", "--help"], ["average", "-h"])
+        ),
+    ],
+    ids=["import", "version", "help", "merge", "average"],
+)
+def test_nothing_heavy(then):
+    code = (
+        "import sys, torch; before = set(sys.modules)\n"
+        f"{then}\nprint(*sorted(set(sys.modules) - before))"
+    )
+    found = set(child(code).splitlines()[-1].split())
+    assert "twa" in found
+    assert not [m for m in found if m.startswith(HEAVY)]
+    allowed = OWN | BRINGS | THROUGH_THEM | COMMAND_LINE
+    assert {m.split(".")[0] for m in found} <= allowed
+
+
+@pytest.mark.parametrize("options", [(), ("-X", "dev")], ids=["plain", "dev"])
+def test_no_warning(options):
+    code = "import twa, twa_kernels, twa.cli.main; print('imported')"
+    assert child(code, "-W", "error", *options).split() == ["imported"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_sources_compile_without_warnings(path):
+    compile(path.read_text(), str(path), "exec")
+
+
+STATE = """
+import atexit, faulthandler, gc, locale, logging, os, random, resource, signal, sys, threading
+import warnings
+import numpy, torch
+
+def handlers():
+    lines = open("/proc/self/status").read().splitlines() if os.path.exists("/proc/self") else []
+    return {line for line in lines if line.startswith(("Sig", "Shd"))} | {
+        (s, str(signal.getsignal(s))) for s in signal.valid_signals()
+    }
+
+def files():
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            found.add((number, os.readlink(f"/proc/self/fd/{number}")))
+        except OSError:  # that of the listing
+            pass
+    return found
+
+def count(path):
+    return len(os.listdir(path)) if os.path.exists(path) else 0
+
+def state():
+    made = {
+        "threads": [t.name for t in threading.enumerate()],
+        "tasks": count("/proc/self/task"),
+        "children": [
+            open(f"/proc/self/task/{t}/children").read() for t in os.listdir("/proc/self/task")
+            if os.path.exists(f"/proc/self/task/{t}/children")
+        ] if os.path.exists("/proc/self/task") else [],
+        "environment": dict(os.environ),
+        "signals": handlers(),
+        "files": files() if os.path.exists("/proc/self/fd") else (),
+        "filters": list(warnings.filters),
+        "showwarning": warnings.showwarning,
+        "log": (logging.root.level, list(logging.root.handlers), logging.root.manager.disable,
+                logging.lastResort, logging.raiseExceptions),
+        "path": list(sys.path), "finders": list(sys.meta_path), "hooks": list(sys.path_hooks),
+        "excepthook": (sys.excepthook, threading.excepthook, sys.unraisablehook, sys.displayhook),
+        "streams": (sys.stdin, sys.stdout, sys.stderr),
+        "cwd": os.getcwd(),
+        "limits": [resource.getrlimit(getattr(resource, n)) for n in dir(resource)
+                   if n.startswith("RLIMIT_")],
+        "python": (gc.get_threshold(), gc.isenabled(), sys.getrecursionlimit(),
+                   sys.getswitchinterval(), faulthandler.is_enabled(), atexit._ncallbacks(),
+                   locale.setlocale(locale.LC_ALL), sys.gettrace(), sys.getprofile()),
+        "random": (random.getstate(), str(numpy.random.get_state()), numpy.geterr(),
+                   str(numpy.get_printoptions())),
+        "torch": (
+            torch.get_num_threads(), torch.get_num_interop_threads(), torch.get_default_dtype(),
+            torch.get_default_device(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+            torch.get_rng_state().tolist(), torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+            torch.get_float32_matmul_precision(), torch.is_anomaly_enabled(),
+            torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic,
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.mkldnn.enabled, torch.is_warn_always_enabled(),
+            torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"),
+            torch.cuda.is_initialized(), torch.distributed.is_initialized(),
+            str(torch._tensor_str.PRINT_OPTS), torch.multiprocessing.get_sharing_strategy(),
+            torch.multiprocessing.get_start_method(allow_none=True),
+        ),
+    }
+    return made
+
+before = state()
+"""
+
+
+@pytest.mark.parametrize("module", ["twa_kernels", "twa", "twa.cli.main"])
+def test_an_import_changes_nothing(module):
+    code = (
+        f"{STATE}\nimport {module}\nafter = state()\n"
+        "print({k: (v, after[k]) for k, v in before.items() if v != after[k]} or 'the same')"
+    )
+    assert child(code).strip() == "the same"
+
+
+def test_the_state_that_is_compared_is_seen_to_change():
+    """Each kind of change, so that the test above can fail."""
+    changes = """
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    os.environ["SOMETHING"] = "1"
+    signal.signal(signal.SIGUSR1, print)
+    file = open(os.devnull)
+    warnings.filterwarnings("ignore", "something")
+    logging.basicConfig()
+    sys.path.append("somewhere")
+    sys.excepthook = print
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1] // 2))
+    gc.disable()
+    random.random()
+    torch.rand(1)
+    """
+    lines = "\n".join(line.strip() for line in changes.splitlines())
+    code = (
+        f"{STATE}{lines}\nafter = state()\n"
+        "print(*sorted(k for k, v in before.items() if v != after[k]), flush=True)"
+    )
+    expected = "environment excepthook filters log path python random signals threads torch"
+    assert set(child(code).split()) >= set(expected.split())
+
+
+def test_an_import_needs_no_home_and_no_place_to_write(tmp_path):
+    """Nor a file to be made: in a directory that is read only, or gone."""
+    tmp_path.chmod(0o555)
+    missing = str(tmp_path / "missing")
+    gone = {name: missing for name in ("TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")}
+    code = "import twa, twa_kernels, twa.cli.main; print('imported')"
+    assert child(code, cwd=tmp_path, env=gone, without=("HOME", "USER")).split() == ["imported"]
+    assert list(tmp_path.iterdir()) == []
+    code = f"import os; os.mkdir({missing!r}); os.chdir({missing!r}); os.rmdir({missing!r})\n{code}"
+    tmp_path.chmod(0o755)
+    assert child(code).split() == ["imported"]
+
+
+def test_memory_that_may_not_be_written_brings_no_warning(tmp_path):
+    """A file larger than memory is mapped so; -W error makes the first warning an error."""
+    code = f"""
+import errno, mmap, torch
+from safetensors.torch import save_file
+from twa.io import mapped
+save_file({{"w": torch.arange(6.0)}}, {str(tmp_path / "a.safetensors")!r})
+
+class Full(mapped.GuardedMap):
+    def __new__(cls, fileno, length, access):
+        if access == mmap.ACCESS_COPY:
+            raise OSError(errno.ENOMEM, "no memory")
+        return super().__new__(cls, fileno, length, access)
+
+mapped.GuardedMap = Full
+from twa import Candidates
+(candidate,) = Candidates({str(tmp_path / "a.safetensors")!r})
+print(candidate.columns("w", 0, 6).sum().item())
+"""
+    assert child(code, "-W", "error").split() == ["15.0"]

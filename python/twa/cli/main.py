@@ -9,7 +9,6 @@ import sys
 import traceback
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from ..distributed.ranks import DistributedError, Ranks
 from ..io.errors import TaskError, TwaError
@@ -75,6 +74,8 @@ def _run(args: argparse.Namespace) -> None:
     except BaseException as error:
         Ranks.find().tell(error)
         if isinstance(error, Exception) and "TORCHELASTIC_ERROR_FILE" in os.environ:
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
             get_error_handler().record_exception(error)
         raise
 

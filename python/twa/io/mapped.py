@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import math
 import mmap
 import os
@@ -26,9 +27,6 @@ from .errors import CandidateError, TwaError
 
 if sys.platform != "win32":
     import resource
-
-# Tensors over a mapping that may not be written: nothing here writes them.
-warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 #: one slice per dimension of a tensor
 Part = tuple[slice, ...]
@@ -200,7 +198,19 @@ def _map(path: Path) -> GuardedMap:
             if error.errno != errno.ENOMEM:
                 raise
             # a file larger than memory
+            _expect_read_only_memory()
             return GuardedMap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+@functools.cache
+def _expect_read_only_memory() -> None:
+    """Has PyTorch's warning of memory that may not be written, which it gives once, said to nobody.
+
+    Nothing here writes to tensors over such memory.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.frombuffer(bytes(1), dtype=torch.uint8)
 
 
 def _raise_file_limit() -> bool:
