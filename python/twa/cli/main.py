@@ -10,6 +10,8 @@ import traceback
 
 import torch.distributed as dist
 
+from twa_kernels.registry import BackendError
+
 from ..distributed.ranks import DistributedError, Ranks
 from ..io.errors import TaskError, TwaError
 from ..version import __version__
@@ -39,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: its arguments; None: those of the process
 
     Returns:
-        the exit status: 0; 1 if another rank failed; 2 for a TwaError; 130 after Ctrl-C
+        the exit status: 0; 1 if another rank failed; 2 for a TwaError, or where the kernels do not
+        run; 130 after Ctrl-C
     """
     code: int | None = None
     try:
@@ -85,7 +88,7 @@ def _main(argv: list[str] | None) -> int:
     args = parser().parse_args(argv)
     try:
         _run(args)
-    except TwaError as error:
+    except (TwaError, BackendError) as error:
         if isinstance(error, TaskError) and error.__cause__ is not None:  # in the user's own code
             traceback.print_exception(error.__cause__)
         if not getattr(error, "said_by_rank_zero", False):
