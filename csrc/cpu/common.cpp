@@ -169,8 +169,8 @@ OpenMp openmp() {
   }
   return f;
 }
-// Whether this process has been made by a fork without an exec: the ninth field of its state, behind
-// a name in brackets, has the kernel's PF_FORKNOEXEC. False where that cannot be read.
+// Whether this process has been made by a fork without an exec: the ninth field of its state,
+// behind a name in brackets, has the kernel's PF_FORKNOEXEC. False where that cannot be read.
 bool is_fork() {
   std::ifstream file("/proc/self/stat");
   const std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};

@@ -64,8 +64,8 @@ def batch_values(
                 mine.append((value, batch_size(batch) or 0, position))
     finally:
         model.train() if training else model.eval()
-    count = torch.tensor([len(mine)], dtype=torch.int64, device="cpu")
-    count = int(ranks.all_reduce_(count)[0])
+    own = torch.tensor([len(mine)], dtype=torch.int64, device="cpu")
+    count = int(ranks.all_reduce_(own)[0])
     values = torch.zeros(count, 3, dtype=torch.float64, device="cpu")
     if mine:
         values[share.rank :: share.world_size] = torch.tensor(
