@@ -32,7 +32,11 @@ def main() -> None:
         state = "usable" if reason is None else f"not usable: {reason}"
         print(f"  {name:10s} {', '.join(backend.devices):20s} {state}")
     print(f"default per op ({registry.ENVIRONMENT}={os.environ.get(registry.ENVIRONMENT, '')!r}):")
-    overrides = {device: registry.environment_backend(device) for device in ("cpu", "cuda")}
+    try:
+        overrides = {device: registry.environment_backend(device) for device in ("cpu", "cuda")}
+    except registry.BackendError as error:
+        print(f"  {error}")
+        return
     for op in ops.__all__:
         row = [
             f"{device}: {override or registry.default_backend(op, device) or 'none'}"

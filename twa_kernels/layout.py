@@ -55,8 +55,12 @@ def segments_to_tiles(segments: Sequence[int] | Tensor | None, numels: Sequence[
     for one index per tile, as this function gives it, and anything else for one per tensor.
     """
     offsets = tile_offsets(numels)
-    counts = torch.tensor([b - a for a, b in itertools.pairwise(offsets)], dtype=torch.int64)
-    index = torch.arange(len(numels)) if segments is None else torch.as_tensor(segments)
+    tiles = [b - a for a, b in itertools.pairwise(offsets)]
+    counts = torch.tensor(tiles, dtype=torch.int64, device="cpu")
+    if segments is None:
+        index = torch.arange(len(numels), device="cpu")
+    else:
+        index = torch.as_tensor(segments, device="cpu")
     if index.is_floating_point() or index.dim() != 1:
         raise TypeError(
             "segments: expected a flat list of integers, "

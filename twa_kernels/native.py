@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ def why_unusable() -> str | None:
             f" hide it ({_import_error})"
         )
     if _C.cpu_isa() is None:
+        found = os.environ.get("TWA_KERNELS_ISA", "")
         return (
-            "TWA_KERNELS_ISA asks for an instruction set that this machine lacks; "
+            f"TWA_KERNELS_ISA={found!r} asks for an instruction set that this machine lacks; "
             f"expected one of: {', '.join(_C.cpu_isas())}"
         )
     return None

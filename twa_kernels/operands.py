@@ -345,7 +345,7 @@ def as_list(tensors: Tensor | Sequence[T]) -> list[Tensor | T]:
 
 def or_empty(tensors: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:
     """The tensors; absent ones are empty, which is what the ops know."""
-    empty = torch.empty(0, device=device)
+    empty = torch.empty(0, dtype=torch.float32, device=device)
     return [empty if t is None else t for t in tensors]
 
 

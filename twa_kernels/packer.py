@@ -129,7 +129,9 @@ class Packer:
         self._next = 0
         self._filled = 0  # columns of the next tensor that add_columns has packed
         self.tile_segment = segments_to_tiles(segments, numels).to(device)
-        given = torch.as_tensor(segments) if segments is not None and len(segments) else None
+        given = None
+        if segments is not None and len(segments):
+            given = torch.as_tensor(segments, device="cpu")
         seen = int(given.max()) + 1 if given is not None else len(numels)
         self.num_segments = seen if num_segments is None else num_segments
         if self.num_segments < seen:

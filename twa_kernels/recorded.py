@@ -91,10 +91,10 @@ def _pairs(codes: Tensor, bits: int) -> Tensor:
 @functools.lru_cache
 def _squares_of_pairs(bits: int, device: torch.device) -> Tensor:
     """The sum of level^2 of the codes in two bytes, as `_pairs` puts them: (65536,) float32."""
-    index = torch.arange(1 << 16)
+    index = torch.arange(1 << 16, device="cpu")
     if bits == 3:
         fields = [index >> f & 3 | (index >> 8 + f & 1) << 2 for f in (0, 2, 4, 6)]
     else:
         fields = [index >> f & (1 << bits) - 1 for f in range(0, 16, bits)]
-    squares = torch.tensor(LEVELS[bits], dtype=torch.float32).square()
+    squares = torch.tensor(LEVELS[bits], dtype=torch.float32, device="cpu").square()
     return torch.stack([squares[f] for f in fields]).sum(0).to(device)

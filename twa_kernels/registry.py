@@ -21,6 +21,10 @@ Kernel = Callable[..., Any]
 ENVIRONMENT = "TWA_KERNELS_BACKEND"
 
 
+class BackendError(RuntimeError):
+    """No backend can run an op here, or the one that is asked for cannot."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """Where implementations are, and what they can do.
@@ -115,7 +119,7 @@ def environment_backend(device: str) -> str:
     """What TWA_KERNELS_BACKEND asks for on `device`; "" if nothing.
 
     One backend for every device ("reference"), or one per device ("cuda:triton,cpu:reference").
-    A device that is not named keeps its default. Raises RuntimeError on anything else.
+    A device that is not named keeps its default. Raises BackendError on anything else.
     """
     return _asked_for(os.environ.get(ENVIRONMENT, ""), device)
 
@@ -126,7 +130,7 @@ def _asked_for(value: str, device: str) -> str:
     for entry in filter(None, (e.strip() for e in value.split(","))):
         where, colon, backend = entry.rpartition(":")
         if backend not in BACKENDS or (colon and where not in KNOWN_DEVICES):
-            raise RuntimeError(
+            raise BackendError(
                 f"{ENVIRONMENT}: expected a backend ({', '.join(BACKENDS)}) or device:backend pairs"
                 f" such as cuda:triton,cpu:cpp (devices: {', '.join(KNOWN_DEVICES)}),"
                 f" found {entry!r}"
@@ -152,30 +156,30 @@ def backend_of(op: str, device: str, override: str = "") -> Backend:
     Never another than the one chosen, by, in this order: `override` (an op's `backend` argument),
     the environment variable TWA_KERNELS_BACKEND, `default_backend`.
 
-    Raises RuntimeError when the chosen backend is absent or does not run on that device.
+    Raises BackendError when the chosen backend is absent or does not run on that device.
     """
     name = _chosen(op, device, override)
     if not name:
-        raise RuntimeError(
+        raise BackendError(
             f"twa_kernels.{op} has no kernel for {device} tensors yet; "
             f"pass backend='reference' (plain PyTorch) or set {ENVIRONMENT}=reference"
         )
     if name not in BACKENDS:
-        raise RuntimeError(
+        raise BackendError(
             f"unknown backend {name!r} for twa_kernels.{op}: expected one of {sorted(BACKENDS)}"
         )
     backend = BACKENDS[name]
     if not has(op, name) or device not in backend.devices:
-        raise RuntimeError(
+        raise BackendError(
             f"backend {name!r} does not implement twa_kernels.{op} for {device} tensors"
         )
     if name == "triton" and device == "cpu" and not interpreting():
-        raise RuntimeError(
+        raise BackendError(
             f"backend 'triton' runs twa_kernels.{op} on CPU tensors only in Triton's interpreter: "
             "set TRITON_INTERPRET=1"
         )
     if reason := why_unusable(name):
-        raise RuntimeError(f"backend {name!r} of twa_kernels.{op} is not usable: {reason}")
+        raise BackendError(f"backend {name!r} of twa_kernels.{op} is not usable: {reason}")
     return backend
 
 

@@ -74,13 +74,14 @@ class Scaling:
                 out=codes,
                 threads=torch.get_num_threads(),
             )
-            return codes, torch.tensor(lost)
+            return codes, torch.tensor(lost, dtype=torch.int64, device="cpu")
         zeros = []
         for first in range(0, len(scales), CHUNK):
             at = slice(first, first + CHUNK)
             codes[at] = _e4m3(scales[at], self.exponent[tile_segment[at].long()])
             zeros.append(((scales[at] > 0) & (codes[at] == 0)).sum())
-        return codes, torch.stack(zeros).sum() if zeros else torch.zeros((), dtype=torch.int64)
+        none = torch.zeros((), dtype=torch.int64, device="cpu")
+        return codes, torch.stack(zeros).sum() if zeros else none
 
 
 def lost_groups(lost: int, total: int) -> str:

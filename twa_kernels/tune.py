@@ -65,10 +65,10 @@ def random_case(
         torch.float8_e4m3fn
     )
     segment = torch.zeros(tiles, dtype=torch.int32, device=device)
-    ones = torch.ones(n, 1, device=device)
+    ones = torch.ones(n, 1, dtype=torch.float32, device=device)
     shapes = (torch.Size((columns,)),)
     basis = PackedBasis(codes, scales, ones, segment, ones.double(), shapes, bits)
-    return basis, [torch.randn(columns, device=device)]
+    return basis, [torch.randn(columns, dtype=torch.float32, device=device)]
 
 
 def seconds(run: Callable[[], object], device: str, budget: float) -> float:
@@ -93,9 +93,10 @@ def seconds(run: Callable[[], object], device: str, budget: float) -> float:
 def calls(op: str, basis: PackedBasis, g: list[torch.Tensor]) -> tuple[Callable[[], object], float]:
     """The call to time, and the bytes that it must move."""
     packed = basis.codes.numel() + basis.scales.numel()
-    x, out = torch.randn(basis.n, 1, device=basis.device), [torch.empty_like(t) for t in g]
+    x = torch.randn(basis.n, 1, dtype=torch.float32, device=basis.device)
+    out = [torch.empty_like(t) for t in g]
     shapes = basis.shapes if op == "pack" else ()
-    rows = [torch.randn(basis.n, *s, device=basis.device) for s in shapes]
+    rows = [torch.randn(basis.n, *s, dtype=torch.float32, device=basis.device) for s in shapes]
     return {
         "project": (lambda: project(basis, g, "triton"), packed + 4 * basis.num_columns),
         "reconstruct": (

@@ -8,6 +8,9 @@
 
 #ifdef __linux__
 #include <dlfcn.h>
+
+#include <fstream>
+#include <sstream>
 #endif
 #if defined(TWA_ARM) && defined(__linux__)
 #include <asm/hwcap.h>
@@ -20,7 +23,9 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <iterator>
 #include <mutex>
+#include <string>
 #include <thread>
 
 namespace twa {
@@ -164,9 +169,21 @@ OpenMp openmp() {
   }
   return f;
 }
+// Whether this process has been made by a fork without an exec: the ninth field of its state,
+// behind a name in brackets, has the kernel's PF_FORKNOEXEC. False where that cannot be read.
+bool is_fork() {
+  std::ifstream file("/proc/self/stat");
+  const std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  std::istringstream fields(text.substr(std::min(text.rfind(')') + 1, text.size())));
+  std::string state;
+  int64_t parent, group, session, terminal, owner, flags;
+  fields >> state >> parent >> group >> session >> terminal >> owner >> flags;
+  return fields && (flags & 0x40);
+}
+
 // After a fork that runtime's threads are gone, and it does not know. Watched from the moment the
-// library is loaded.
-std::atomic<bool> forked{false};
+// library is loaded; by then the process may be a fork already.
+std::atomic<bool> forked{is_fork()};
 const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
 struct Region {

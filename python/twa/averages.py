@@ -34,7 +34,7 @@ def candidate(n: int, k: int) -> Tensor:
     """
     if not -n <= k < n:
         raise TwaError(f"k: expected -{n} to {n - 1}, found {k}")
-    beta = torch.zeros(n, dtype=torch.float64)
+    beta = torch.zeros(n, dtype=torch.float64, device="cpu")
     beta[k] = 1.0
     return beta
 
@@ -45,7 +45,7 @@ def uniform(n: int) -> Tensor:
     Returns:
         beta (n,) float64
     """
-    return torch.full((n,), 1.0 / n, dtype=torch.float64)
+    return torch.full((n,), 1.0 / n, dtype=torch.float64, device="cpu")
 
 
 def lawa(n: int, k: int) -> Tensor:
@@ -63,7 +63,7 @@ def lawa(n: int, k: int) -> Tensor:
     """
     if not 1 <= k <= n:
         raise TwaError(f"k: expected 1 to {n}, found {k}")
-    beta = torch.zeros(n, dtype=torch.float64)
+    beta = torch.zeros(n, dtype=torch.float64, device="cpu")
     beta[n - k :] = 1.0 / k
     return beta
 
@@ -85,7 +85,7 @@ def ema(n: int, decay: float) -> Tensor:
     """
     if not 0.0 <= decay < 1.0:
         raise TwaError(f"decay: expected 0 <= decay < 1, found {decay}")
-    beta = (1.0 - decay) * decay ** torch.arange(n - 1, -1, -1, dtype=torch.float64)
+    beta = (1.0 - decay) * decay ** torch.arange(n - 1, -1, -1, dtype=torch.float64, device="cpu")
     beta[0] = decay ** (n - 1)
     return beta
 
@@ -119,8 +119,8 @@ def wsm(n: int, k: int, decay: str = "linear") -> Tensor:
         raise TwaError(f"k: expected 1 to {n}, found {k}")
     if decay not in DECAYS:
         raise TwaError(f"decay: expected one of {', '.join(DECAYS)}, found {decay!r}")
-    w = DECAYS[decay](torch.arange(k + 1, dtype=torch.float64) / k)
-    beta = torch.zeros(n, dtype=torch.float64)
+    w = DECAYS[decay](torch.arange(k + 1, dtype=torch.float64, device="cpu") / k)
+    beta = torch.zeros(n, dtype=torch.float64, device="cpu")
     beta[n - k :] = w[:-1] - w[1:]
     return beta
 
@@ -156,7 +156,7 @@ def greedy_soup(losses: Sequence[float], evaluate: Callable[[Tensor], float]) ->
 
 def _mean_of(n: int, members: Sequence[int]) -> Tensor:
     """The mean of some of n candidates."""
-    beta = torch.zeros(n, dtype=torch.float64)
+    beta = torch.zeros(n, dtype=torch.float64, device="cpu")
     beta[list(members)] = 1.0 / len(members)
     return beta
 
@@ -234,7 +234,7 @@ def of_weights(value: object, names: Sequence[str]) -> Tensor:
             f" {shown(value)}",
             "weights",
         )
-    return merge_weights(torch.tensor(value, dtype=torch.float64), len(names))
+    return merge_weights(torch.tensor(value, dtype=torch.float64, device="cpu"), len(names))
 
 
 def of_center(center: str | int | Tensor, n: int) -> Tensor:
@@ -251,7 +251,7 @@ def of_center(center: str | int | Tensor, n: int) -> Tensor:
         TwaError: it is none of these
     """
     if isinstance(center, str) and center in ("mean", "zero", "last"):
-        zero = torch.zeros(n, dtype=torch.float64)
+        zero = torch.zeros(n, dtype=torch.float64, device="cpu")
         return {"mean": uniform(n), "last": candidate(n, -1), "zero": zero}[center]
     if isinstance(center, int):
         return candidate(n, center)
@@ -307,11 +307,11 @@ def of_steps(steps: Sequence[int], scheme: str, **horizon: float | str) -> Tenso
         value = horizon.get(name, 1.0)
         if not isinstance(value, int | float) or not 0 < value < float("inf"):
             raise TwaError(f"{name}: expected a number above 0, found {value!r}")
-    n, at = len(steps), torch.tensor(list(steps), dtype=torch.float64)
+    n, at = len(steps), torch.tensor(list(steps), dtype=torch.float64, device="cpu")
     if scheme == "ema":
         decay = 0.5 ** (torch.diff(at) / float(horizon["half_life"]))  # from each to the next
         left = decay.flip(0).cumprod(0).flip(0)  # what of each is left at the end
-        beta = torch.ones(n, dtype=torch.float64)
+        beta = torch.ones(n, dtype=torch.float64, device="cpu")
         beta[:-1] = left
         beta[1:] *= 1.0 - decay
         return beta

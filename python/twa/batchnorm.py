@@ -261,9 +261,10 @@ class _Totals:
     """Sums over batches of each layer's statistics, by the size of the batch and all alike."""
 
     def __init__(self, norms: list[_BatchNorm]) -> None:
-        self.batches = torch.zeros(2, dtype=torch.int64)  # all, and those whose size does not show
+        # all, and those whose size does not show
+        self.batches = torch.zeros(2, dtype=torch.int64, device="cpu")
         # of each layer: samples (once a call), calls
-        self.counted = torch.zeros(len(norms), 2, dtype=torch.float64)
+        self.counted = torch.zeros(len(norms), 2, dtype=torch.float64, device="cpu")
         # of each layer and statistic: (2, channels), weighted by samples, and by calls
         self.sums = [
             [torch.zeros(2, *t.shape, dtype=torch.float64, device=t.device) for t in moments]
@@ -272,12 +273,12 @@ class _Totals:
 
     def add(self, norms: list[_BatchNorm], size: int | None) -> None:
         """Adds what one batch has left in the layers."""
-        self.batches += torch.tensor([1, size is None])
+        self.batches += torch.tensor([1, size is None], dtype=torch.int64, device="cpu")
         for m, counted, sums in zip(norms, self.counted, self.sums, strict=True):
             *moments, tracked = _statistics(m)
             calls = int(tracked)
             weights = (size or 0) * calls, calls
-            counted += torch.tensor(weights)
+            counted += torch.tensor(weights, dtype=torch.int64, device="cpu")
             for totals, t in zip(sums, moments, strict=True):
                 for total, weight in zip(totals, weights, strict=True):
                     total.add_(t, alpha=weight)

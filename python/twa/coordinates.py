@@ -125,7 +125,7 @@ class Coordinates:
 
     def start(self) -> Tensor:
         """The trained coefficients of the center."""
-        return torch.zeros(self.shape)
+        return torch.zeros(self.shape, dtype=torch.float32, device="cpu")
 
     def of_groups(self, counts: Sequence[int]) -> Coordinates:
         """The same with one segment in the place of each group of them.
@@ -369,7 +369,8 @@ class OnRows(Coordinates):
         y = whole.start()
         for group, gram in enumerate(grams):
             at = slice(group, group + 1)
-            columns = [whole.pull_back(y, row[:, None], at) for row in torch.eye(len(gram))]
+            rows = torch.eye(len(gram), dtype=torch.float32, device="cpu")
+            columns = [whole.pull_back(y, row[:, None], at) for row in rows]
             jacobian = torch.cat(columns, 1).double()  # (trained, r)
             total += _signs_sq(jacobian @ gram @ jacobian.T)
         return total
@@ -498,10 +499,11 @@ class Balanced(OnRows):
 
     def _by_size(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Groups of each size, and the columns of all of them."""
-        counts, ends = torch.tensor(self.counts), torch.tensor(self.ends)
+        counts = torch.tensor(self.counts, dtype=torch.int64, device="cpu")
+        ends = torch.tensor(self.ends, dtype=torch.int64, device="cpu")
         for size in sorted(set(self.counts)):
             groups = (counts == size).nonzero().flatten()
-            yield groups, (ends[groups, None] - size + torch.arange(size)).flatten()
+            yield groups, (ends[groups, None] - size + torch.arange(size, device="cpu")).flatten()
 
     def to_basis(self, y: Tensor) -> Tensor:
         s = self._mixed(y.detach(), slice(None))
@@ -529,7 +531,7 @@ def _balancing(gram: Tensor) -> Tensor:
     """c G^(-1/4) with the trace of A G A that G has; the identity for rows without length."""
     trace = gram.trace()
     if not bool(trace > 0):
-        return torch.eye(len(gram), dtype=gram.dtype)
+        return torch.eye(len(gram), dtype=gram.dtype, device="cpu")
     values, vectors = torch.linalg.eigh(gram / trace)
     values = values.clamp(min=float(values[-1]) * LEAST_EIGENVALUE)
     a = (vectors * values**-0.25) @ vectors.T

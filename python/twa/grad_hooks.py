@@ -63,7 +63,8 @@ class GradientHooks:
                 for columns in map(set, self._buckets)
             ]
             self._columns = [
-                torch.tensor(columns, device=coefficients.device) for columns in self._buckets
+                torch.tensor(columns, dtype=torch.int64, device=coefficients.device)
+                for columns in self._buckets
             ]
             self._reset()
         me = weakref.ref(self)  # the hooks must not keep this object alive

@@ -252,7 +252,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                         p.grad.mul_(1.0 / scale.to(p.grad.device))
         if found is None:
             return True
-        bad = torch.tensor([float(found)], dtype=torch.float64)
+        bad = torch.tensor([float(found)], dtype=torch.float64, device="cpu")
         return not self.subspace.sharding.ranks.all_reduce_(bad)
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
@@ -273,7 +273,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if ranks.world_size == 1 or loss is None:
             return loss
         # Line searches and stopping rules look at the loss: all ranks must do the same.
-        total = ranks.all_reduce_(torch.as_tensor(loss).detach().clone().reshape(1))
+        if not isinstance(loss, torch.Tensor):
+            loss = torch.tensor(loss, dtype=torch.float32, device="cpu")
+        total = ranks.all_reduce_(loss.detach().clone().reshape(1))
         return (total / ranks.world_size).reshape(())
 
     def _set_gradient(self) -> None:

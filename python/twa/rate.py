@@ -83,7 +83,8 @@ def _step_length(candidates: Candidates, keys: Sequence[str], per_epoch: int | N
     """That of some pairs of neighbours: the median of those that are not alike."""
     n = len(candidates)
     steps = steps_between(candidates, per_epoch) or [UNKNOWN_STEPS] * (n - 1)
-    places = torch.linspace(0, n - 2, min(n - 1, PAIRS), dtype=torch.float64).round().long()
+    pairs = min(n - 1, PAIRS)
+    places = torch.linspace(0, n - 2, pairs, dtype=torch.float64, device="cpu").round().long()
     lengths = []
     for i in places.tolist():
         square = sum(_square(candidates[i], candidates[i + 1], key) for key in keys)
@@ -101,8 +102,8 @@ def _square(a: Candidate, b: Candidate, key: str) -> float:
         places = [(0, numel)]
     else:
         width = SAMPLE // RUNS
-        begins = torch.linspace(0, numel - width, RUNS, dtype=torch.float64).long().tolist()
-        places = [(begin, begin + width) for begin in begins]
+        begins = torch.linspace(0, numel - width, RUNS, dtype=torch.float64, device="cpu")
+        places = [(begin, begin + width) for begin in begins.long().tolist()]
     square = sum(
         float((b.columns(key, *place).double() - a.columns(key, *place).double()).square().sum())
         for place in places

@@ -454,10 +454,12 @@ class Subspace:
         As in the first step of Adam with a rate of 1, and a gradient that is white noise. It is
         estimated from samples of P. Ranks call it together.
         """
-        ranks, found, counts = self.sharding.ranks, torch.zeros(0), list[int]()
+        ranks, counts = self.sharding.ranks, list[int]()
+        found = torch.zeros(0, dtype=torch.float32, device="cpu")
         if not self.coordinates.is_balanced:  # which knows
             found, counts = _grams(self.kept, self.pieces, self.segments, self.sharding)
-        total = torch.tensor([self.coordinates.step_sq(found, counts)], dtype=torch.float64)
+        mine = self.coordinates.step_sq(found, counts)
+        total = torch.tensor([mine], dtype=torch.float64, device="cpu")
         if self.sharding.name == "rows":  # as if rows of two ranks were like those of one
             total *= ranks.world_size
         return float(ranks.broadcast_(total, 0).sqrt())
@@ -547,7 +549,7 @@ class Subspace:
         """
         beta, expected = beta.double().cpu(), (len(self.candidates), len(self.segments.labels))
         beta = beta[:, None].expand(-1, expected[1]) if beta.dim() == 1 else beta
-        ones = torch.ones(1, dtype=torch.float64)
+        ones = torch.ones(1, dtype=torch.float64, device="cpu")
         if beta.shape != expected or not torch.allclose(beta.sum(0), ones, atol=1e-6):
             raise TwaError(
                 f"expected shape (n,) or {expected} with columns that sum to 1, found"

@@ -66,7 +66,7 @@ def unpack(basis: BasisView) -> list[Tensor]:
 
 
 def project(basis: BasisView, grads: Sequence[Tensor]) -> Tensor:
-    c = torch.empty(basis.row_scale.shape)
+    c = torch.empty(basis.row_scale.shape, dtype=torch.float32, device="cpu")
     _C.project(
         basis=basis_handle(basis, _C), grads=read(grads, _C), c=c, threads=torch.get_num_threads()
     )
@@ -99,7 +99,7 @@ def step(
     center: Sequence[Tensor],
     out: Sequence[Tensor],
 ) -> Tensor:
-    c = torch.empty(basis.row_scale.shape)
+    c = torch.empty(basis.row_scale.shape, dtype=torch.float32, device="cpu")
     with write(out, _C) as targets:
         _C.step(
             basis=basis_handle(basis, _C),
@@ -118,7 +118,7 @@ def step(
 
 def gram(basis: BasisView) -> Tensor:
     """From blocks of 64 tiles, dequantised to float32, multiplied and summed in float64."""
-    total = torch.zeros(basis.num_segments, basis.n, basis.n, dtype=torch.float64)
+    total = torch.zeros(basis.num_segments, basis.n, basis.n, dtype=torch.float64, device="cpu")
     offsets = tile_offsets(basis.numels)
     for k, numel in enumerate(basis.numels):
         for begin in range(offsets[k], offsets[k + 1], 64):
@@ -145,8 +145,8 @@ def gram(basis: BasisView) -> Tensor:
 
 
 def orthonormalize_pass(args: PassArgs) -> tuple[Tensor, Tensor]:
-    gram = torch.empty(args.gram_shape, dtype=torch.float64)
-    norms = torch.empty(args.n, dtype=torch.float64)
+    gram = torch.empty(args.gram_shape, dtype=torch.float64, device="cpu")
+    norms = torch.empty(args.n, dtype=torch.float64, device="cpu")
     center = read_or_none(args.center, _C)
     _C.orthonormalize_pass(
         rows=_C.Rows(rows=read(args.rows, _C), center=center, numel=args.numels, n=args.n),

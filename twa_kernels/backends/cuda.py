@@ -156,7 +156,11 @@ def _build(basis: BasisView) -> Work:
     arrays: dict[str, Tensor] = {}
     for name, data in host.arrays.items():
         dtype = torch.int64 if name in ("item_tile", "numel", "tile_begin") else torch.int32
-        array = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0).to(dtype)
+        array = (
+            torch.frombuffer(bytearray(data), dtype=dtype)
+            if data
+            else torch.empty(0, dtype=dtype, device="cpu")
+        )
         arrays[name] = array.to(basis.device)  # waits: used by every stream from here on
     items, groups = len(arrays["item_tile"]), len(arrays["group_begin"]) - 1
     return Work(arrays, host, module.Work(**arrays), items, groups, {})
@@ -192,7 +196,7 @@ def project(basis: BasisView, grads: Sequence[Tensor]) -> Tensor:
             basis=_handle(basis),
             grads=tensor_table(sources, device),
             work=work.native,
-            partial=torch.empty(work.items, n, device=device),
+            partial=torch.empty(work.items, n, dtype=torch.float32, device=device),
             sums=torch.empty(work.groups, n, dtype=torch.float64, device=device),
             c=c,
             **_place(device),
@@ -217,7 +221,7 @@ def reconstruct(
             center=tensor_table(sources, device) if center else None,
             out=tensor_table(targets, device),
             work=work.native,
-            x_rows=torch.empty(basis.num_segments, basis.n, device=device),
+            x_rows=torch.empty(basis.num_segments, basis.n, dtype=torch.float32, device=device),
             **_place(device),
         )
     return list(out)
@@ -261,11 +265,11 @@ def step(
         window = _window(n, basis.bits, place["device"])
         counters = module.step_counters(work.groups, basis.num_segments)
         space = {
-            "partial": torch.empty(work.items, n, device=device),
+            "partial": torch.empty(work.items, n, dtype=torch.float32, device=device),
             "sums": torch.empty(work.groups, n, dtype=torch.float64, device=device),
-            "x_rows": torch.empty(basis.num_segments, n, device=device),
+            "x_rows": torch.empty(basis.num_segments, n, dtype=torch.float32, device=device),
             "counters": torch.empty(counters, dtype=torch.int32, device=device),
-            "corrections": torch.empty(2, device=device),
+            "corrections": torch.empty(2, dtype=torch.float32, device=device),
             "tasks": step_tasks(work, window, device),
             "steps_before": args.steps_before,
         }

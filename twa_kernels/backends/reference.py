@@ -199,7 +199,7 @@ def replay(args: ReplayArgs) -> None:
     """out += sum_r coefficients[r] * rows[r], row after row, each step rounded to float32."""
     offsets = tile_offsets(args.numels)
     for coefficient, codes, scales in zip(args.coefficients, args.codes, args.scales, strict=True):
-        c = torch.tensor(coefficient, dtype=torch.float32)
+        c = torch.tensor(coefficient, dtype=torch.float32, device="cpu")
         if c == 0.0:
             continue
         levels = torch.tensor(LEVELS[args.bits], dtype=torch.float32, device=codes.device)
@@ -376,7 +376,7 @@ def relative_error(v: Tensor, bits: int) -> float:
         ZeroDivisionError: v is zero.
     """
     groups = _pad_columns(v.float().reshape(1, -1))[0]
-    valid = (v.numel() - TILE * torch.arange(len(groups))).clamp(max=TILE)
+    valid = (v.numel() - TILE * torch.arange(len(groups), device="cpu")).clamp(max=TILE)
     codes, scale, _ = quantise(groups, valid, bits)
     return math.sqrt(
         squared_error(groups, codes, scale, valid, bits).item()

@@ -46,7 +46,7 @@ def average(
     if out is None:
         if not rows:
             raise ValueError("rows: expected at least one tensor, found none")
-        out = torch.empty(rows[0].shape, device=rows[0].device)
+        out = torch.empty(rows[0].shape, dtype=torch.float32, device=rows[0].device)
     OP(rows, weights, out, backend)
     return out
 

@@ -119,7 +119,9 @@ def step(
     moments = RULES[rule][1] if rule == "adamw" or given["momentum"] else ()
     # torch's SGD counts no steps: its first one is the one that finds no buffer.
     counter = x.device if given.get("capturable") else "cpu"
-    steps = state["step"] if "step" in state else torch.zeros((), device=counter)
+    steps = state.get("step")
+    if steps is None:
+        steps = torch.zeros((), dtype=torch.float32, device=counter)
     on_device = rule == "adamw" and (
         given.get("capturable") or (isinstance(steps, Tensor) and steps.device.type != "cpu")
     )

@@ -230,7 +230,7 @@ class Source:
                     left -= runs * width
             if self.streamed and left <= 0:
                 break
-        x = torch.zeros(self.n + self.has_center, 0, dtype=torch.float64)
+        x = torch.zeros(self.n + self.has_center, 0, dtype=torch.float64, device="cpu")
         if taken:
             x = torch.cat(taken, 1)
         return [x[: self.n], x[self.n :]] if self.has_center else [x]
@@ -458,7 +458,8 @@ class Dense(Target):
             return None
         if not self.tensors:  # rank 0
             self.tensors = [
-                torch.empty(0, *shape, dtype=self.dtype) for shape in self.source.shapes
+                torch.empty(0, *shape, dtype=self.dtype, device="cpu")
+                for shape in self.source.shapes
             ]
         rows = [t[: self.rank] for t in self.tensors]
         return rows[0] if self.source.single else rows
@@ -490,7 +491,7 @@ class Packed(Target):
             )
         super().begin(rank)
         self.packer = Packer(rank, self.source.shapes, self.bits, self.segments, self.device)
-        self.scratch = torch.empty(rank * PACK_COLUMNS, device=self.device)
+        self.scratch = torch.empty(rank * PACK_COLUMNS, dtype=torch.float32, device=self.device)
 
     def pieces(self, number: int, tensors: Tensors) -> Iterator[Piece]:
         for k, numel in enumerate(tensors.numels):

@@ -17,7 +17,9 @@ from ..operands import PROBES
 
 def probes(r: int) -> Tensor:
     """(6, r) Gaussian vectors, the same every time, exact in float32."""
-    return torch.randn(PROBES, r, generator=torch.Generator().manual_seed(0)).double()
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(PROBES, r, generator=generator, dtype=torch.float32, device="cpu")
+    return drawn.double()
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Factor:
     def U(self) -> Tensor:
         """(n, n) unit lower triangular: differences = U (W - center)."""
         n = len(self.parent)
-        U, child = torch.eye(n, dtype=torch.float64), (self.parent >= 0).nonzero().flatten()
+        U = torch.eye(n, dtype=torch.float64, device="cpu")
+        child = (self.parent >= 0).nonzero().flatten()
         U[child, self.parent[child].long()] = -1.0
         return U
 
@@ -90,7 +93,7 @@ def rounded_inverse(L: Tensor, n: int, columns: list[int]) -> Tensor:
     W.
     """
     r = len(L)
-    a, short, eye = L.new_zeros(r, r), L.new_zeros(r, n), torch.eye(r, dtype=L.dtype)
+    a, short, eye = L.new_zeros(r, r), L.new_zeros(r, n), torch.eye(r, dtype=L.dtype, device="cpu")
     for j in range(r - 1, -1, -1):
         a[j:, j] = ((eye[j:, j] - a[j:, j + 1 :] @ L[j + 1 :, j]) / L[j, j]).float().double()
     short[:, columns] = a
@@ -201,7 +204,8 @@ def row_cholesky(
 
     factor, info = torch.linalg.cholesky_ex(schur)
     if info == 0 and not keep_all:  # the usual case: every row is independent beyond doubt
-        T = torch.linalg.solve_triangular(factor, torch.eye(new, dtype=gram.dtype), upper=False)
+        eye = torch.eye(new, dtype=gram.dtype, device="cpu")
+        T = torch.linalg.solve_triangular(factor, eye, upper=False)
         A = rows_of_A(T, list(range(new)))
         distances = factor.diagonal() * length
         if bool((distances > shortest * 1.0001).all()) and bool((16 * error_of(A) < 1).all()):
@@ -266,7 +270,7 @@ def row_gram_schmidt(
     """
     n, size = rows.shape
     B = rows.new_zeros(r0 + n - first, size)
-    B[:r0, :r0] = torch.eye(r0, dtype=rows.dtype)
+    B[:r0, :r0] = torch.eye(r0, dtype=rows.dtype, device="cpu")
     R = rows.new_zeros(n, r0 + n - first)
     R[:first, :r0] = rows[:first, :r0]
     kept: list[int] = []

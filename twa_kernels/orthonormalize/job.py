@@ -339,7 +339,7 @@ class Job:
         self.extend, self.before = extend, extend._factor if extend is not None else None
         self.first = len(self.before.parent) if self.before else 0
         self.reads = self.refined = 0
-        self.norms = torch.empty(0, dtype=torch.float64)  # squared, of the first read
+        self.norms = torch.empty(0, dtype=torch.float64, device="cpu")  # squared, of the first read
         self.short = False  # whether that read was in float32
         self.columns = 0  # of all ranks
 
@@ -413,9 +413,10 @@ class Job:
         Those of a row with vectors made for later rows are zero.
         """
         n, r = f.L.shape
-        earlier = torch.arange(n)[:, None] >= torch.tensor(f.kept)  # (n, r)
+        kept = torch.tensor(f.kept, dtype=torch.int64, device="cpu")
+        earlier = torch.arange(n, device="cpu")[:, None] >= kept  # (n, r)
         parent = torch.cat([f.parent, torch.full_like(f.parent, -1)])
-        both = torch.block_diag(f.A, torch.eye(n, dtype=f.A.dtype))
+        both = torch.block_diag(f.A, torch.eye(n, dtype=f.A.dtype, device="cpu"))
         rows = f.A.new_zeros(n, r)
         rows[earlier] = self._read(
             parent, both, r, False, lambda gram: gram[r:, :r][earlier.to(gram.device)], copies=2
@@ -463,12 +464,12 @@ class Job:
         new, columns = choose_parents(
             sample[0], sampled_center, self.first, self.source.columns, self.reduce, dropped
         )
-        parent = torch.tensor(old + new, dtype=torch.int32)
+        parent = torch.tensor(old + new, dtype=torch.int32, device="cpu")
         if columns < FEWEST_FAST:  # float32 sums over few are less exact, and not much faster
             self.fast = False
         gram = self._gram(parent, None, 0, self.fast)
         if self.fast and not self._usable(gram):
-            self.fast, self.norms = False, torch.empty(0, dtype=torch.float64)
+            self.fast, self.norms = False, torch.empty(0, dtype=torch.float64, device="cpu")
             gram = self._gram(parent, None, 0, False)
         if self.before:
             self._check_earlier(self.before, gram)
@@ -516,7 +517,8 @@ class Job:
             )
         if f.rank:
             products = f.A @ gram[:first, :first] @ f.A.T
-            error = float((products - torch.eye(f.rank, dtype=gram.dtype)).abs().max())
+            eye = torch.eye(f.rank, dtype=gram.dtype, device="cpu")
+            error = float((products - eye).abs().max())
             lengths = gram.diagonal()[:first].clamp(min=0).sqrt()
             if not error <= 1e-3 + 100 * self._noise(self.fast) * norm2(f.A * lengths) ** 2:
                 raise ValueError(
@@ -557,7 +559,7 @@ class Job:
             short = rounded_inverse(L[kept], n, kept)
             # Rounding the factor shifts every column alike: what it does to Q Q^T, in the
             # certificate's norm, is known before Q is.
-            shift = short @ L @ L.T @ short.T - torch.eye(len(kept), dtype=gram.dtype)
+            shift = short @ L @ L.T @ short.T - torch.eye(len(kept), dtype=gram.dtype, device="cpu")
             fast = float((shift @ shift).norm()) ** 0.5 <= 0.8 * LIMITS["fast"]
             A = short if fast else A
         rows = tuple(first + i for i in kept)
@@ -579,12 +581,12 @@ class Job:
         gram = self._gram(f.parent, f.A, r0, False)
         self.refined += 1
         noise = self._noise(False)
-        eye = torch.eye(r0, dtype=gram.dtype)
+        eye = torch.eye(r0, dtype=gram.dtype, device="cpu")
         length = gram.diagonal()[r0:].clamp(min=0).sqrt()
         # Rows whose second look still finds nothing but noise have nothing; at the last look,
         # whatever is in doubt is taken for that.
         negligible = 1e-15 if self.refined < MOST_REFINEMENTS else torch.inf
-        lone = torch.full((len(gram),), -1, dtype=torch.int32)
+        lone = torch.full((len(gram),), -1, dtype=torch.int32, device="cpu")
         to_frame, L, of_frame, _, _, doubt, _ = row_cholesky(
             gram, r0, eye, gram.new_ones(r0), 1e-9 * length, noise, lone, negligible=negligible
         )

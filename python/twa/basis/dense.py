@@ -129,9 +129,8 @@ class DensePacker:
         self.rows: list[Tensor] = []
         self.filling: Tensor | None = None  # the next tensor, (n, numel)
         self.sum_sq = torch.zeros(n, len(segments.labels), dtype=torch.float64, device=device)
-        self.max_scale = torch.zeros(
-            0, device=device
-        )  # nothing to agree on, unlike twa_kernels.Packer
+        # nothing to agree on, unlike twa_kernels.Packer
+        self.max_scale = torch.zeros(0, dtype=torch.float32, device=device)
 
     def add_columns(
         self,
@@ -168,7 +167,9 @@ class DensePacker:
 
     def _room(self, columns: int) -> Tensor:
         """A place for so many columns."""
-        return torch.empty(len(self.sum_sq), columns, device=self.sum_sq.device)
+        return torch.empty(
+            len(self.sum_sq), columns, dtype=torch.float32, device=self.sum_sq.device
+        )
 
     def _of_columns(self, k: int, begin: int, count: int) -> Tensor:
         """The segment of each of these columns of tensor k, with `chunk`."""

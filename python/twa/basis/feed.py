@@ -33,7 +33,7 @@ class Feed:
         self.device = torch.device(device)
         self.staged = self.device.type != "cpu" if staged is None else staged
         self.copied = 0
-        self._here = self._there = torch.empty(0, dtype=torch.uint8)
+        self._here = self._there = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._sent: torch.cuda.Event | None = None
 
     def block(self, block: Block) -> Block:
@@ -78,6 +78,7 @@ class Feed:
             self._sent.synchronize()
         if len(self._here) < size or self._here is self._there:
             pinned = self.device.type == "cuda"
-            self._here = self._there = torch.empty(0, dtype=torch.uint8)  # room for the new ones
-            self._here = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            # room for the new ones
+            self._here = self._there = torch.empty(0, dtype=torch.uint8, device="cpu")
+            self._here = torch.empty(size, dtype=torch.uint8, pin_memory=pinned, device="cpu")
             self._there = torch.empty(size, dtype=torch.uint8, device=self.device)

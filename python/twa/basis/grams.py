@@ -38,7 +38,7 @@ def grams(
     begins = itertools.accumulate(sizes[:-1], initial=0)
     group = {begin: g for g, begin in enumerate(begins)}
     offsets = tile_offsets([shape.numel() for shape in basis.shapes])
-    found = torch.zeros(len(sizes), basis.n, basis.n, dtype=torch.float64)
+    found = torch.zeros(len(sizes), basis.n, basis.n, dtype=torch.float64, device="cpu")
     for k, first in enumerate(segments.first):
         for piece in pieces.of(k) if counts[k] else ():
             if basis.shapes[piece].numel():
@@ -55,17 +55,18 @@ def _of_tensor(basis: tk.PackedBasis | DenseBasis, k: int, first: int) -> Tensor
     numel = basis.shapes[k].numel()
     tiles = -(-numel // TILE)
     if tiles <= MOST_TILES:
-        chosen, weights, columns = torch.arange(tiles), torch.ones(tiles).double(), numel
+        chosen, columns = torch.arange(tiles, device="cpu"), numel
+        weights = torch.ones(tiles, dtype=torch.float64, device="cpu")
     else:
         energy = _energies(basis, k, first, tiles)
         if numel % TILE:
             energy[-1] = 0.0  # the last tile is shorter
-        places = (torch.arange(MOST_TILES).double() + 0.5) / MOST_TILES * energy.sum()
+        places = (torch.arange(MOST_TILES, device="cpu").double() + 0.5) / MOST_TILES * energy.sum()
         chosen = torch.searchsorted(energy.cumsum(0), places).clamp(max=tiles - 1)
         weights = energy.sum() / (MOST_TILES * energy[chosen].clamp(min=1e-300))
         columns = MOST_TILES * TILE
     if isinstance(basis, DenseBasis):
-        at = (chosen[:, None] * TILE + torch.arange(TILE)).flatten()[:columns]
+        at = (chosen[:, None] * TILE + torch.arange(TILE, device="cpu")).flatten()[:columns]
         p = basis.rows[k][:, at.to(basis.device)].double().cpu()
         p *= weights.sqrt().repeat_interleave(TILE)[:columns]
         return p @ p.T
@@ -101,7 +102,7 @@ def _sampled(basis: tk.PackedBasis, tiles: Tensor, columns: int, weights: Tensor
         basis.codes[tiles].cpu(),
         basis.scales.view(torch.uint8)[tiles].cpu().view(basis.scales.dtype),
         (basis.row_scale[:, segments].cpu() * longer).contiguous(),
-        torch.arange(len(tiles), dtype=basis.tile_segment.dtype),
+        torch.arange(len(tiles), dtype=basis.tile_segment.dtype, device="cpu"),
         basis.divisor[:, segments].cpu().contiguous(),
         (Size([columns]),),
         basis.bits,

@@ -143,7 +143,7 @@ class Cut:
 
     def tile_segments(self) -> Tensor:
         """The segment of each group of 128, (groups,) int32."""
-        segment, count = torch.tensor(self.runs or [(0, 0)]).T
+        segment, count = torch.tensor(self.runs or [(0, 0)], dtype=torch.int64, device="cpu").T
         return segment.int().repeat_interleave(count)
 
 
@@ -221,11 +221,13 @@ def by_groups(cut: Part | None, shape: Sequence[int], most: int) -> Groups | Non
     """
     starts, width = _runs(cut, shape)
     if not len(starts) or not width:
-        return Groups(torch.zeros(0).long(), torch.zeros(0).long(), (0,))
+        nothing = torch.zeros(0, dtype=torch.int64, device="cpu")
+        return Groups(nothing, nothing, (0,))
     first, last = starts // TILE, (starts + width - 1) // TILE
     counts = last - first + 1  # groups of each run
     ends = counts.cumsum(0)
-    index = torch.arange(int(ends[-1])) + (first - ends + counts).repeat_interleave(counts)
+    index = torch.arange(int(ends[-1]), device="cpu")
+    index = index + (first - ends + counts).repeat_interleave(counts)
     shift = torch.zeros_like(index)
     shift[ends - counts] = starts % TILE
     taken = torch.full_like(index, TILE)
@@ -245,13 +247,13 @@ def _runs(cut: Part | None, shape: Sequence[int]) -> tuple[Tensor, int]:
     All are equally long.
     """
     if not cut:
-        return torch.zeros(1).long(), math.prod(shape)
+        return torch.zeros(1, dtype=torch.int64, device="cpu"), math.prod(shape)
     inner = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
     d = len(shape) - 1
     while d and (cut[d].start, cut[d].stop) == (0, shape[d]):
         d -= 1
-    starts = torch.tensor([cut[d].start * inner[d]])
+    starts = torch.tensor([cut[d].start * inner[d]], dtype=torch.int64, device="cpu")
     for outer in range(d - 1, -1, -1):
-        places = torch.arange(cut[outer].start, cut[outer].stop) * inner[outer]
+        places = torch.arange(cut[outer].start, cut[outer].stop, device="cpu") * inner[outer]
         starts = (places[:, None] + starts).flatten()
     return starts, (cut[d].stop - cut[d].start) * inner[d]

@@ -64,7 +64,7 @@ class Segments:
         """
         width = self.chunk // TILE if self.chunk else max(1, *map(num_tiles, numels))
         of_each = (
-            first + torch.arange(num_tiles(numel), dtype=torch.int32) // width
+            first + torch.arange(num_tiles(numel), dtype=torch.int32, device="cpu") // width
             for first, numel in zip(self.first, numels, strict=True)
         )
         return torch.cat(list(of_each))

@@ -10,7 +10,8 @@ import traceback
 from typing import NoReturn
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from twa_kernels.registry import BackendError
 
 from ..distributed.ranks import DistributedError, Ranks
 from ..io.errors import TaskError, TwaError
@@ -49,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: its arguments; None: those of the process
 
     Returns:
-        the exit status: 0; 1 if another rank failed; 2 for a TwaError; 130 after Ctrl-C
+        the exit status: 0; 1 if another rank failed; 2 for a TwaError, or where the kernels do not
+        run; 130 after Ctrl-C
     """
     code: int | None = None
     try:
@@ -84,6 +86,8 @@ def _run(args: argparse.Namespace) -> None:
     except BaseException as error:
         Ranks.find().tell(error)
         if isinstance(error, Exception) and "TORCHELASTIC_ERROR_FILE" in os.environ:
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
             get_error_handler().record_exception(error)
         raise
 
@@ -93,7 +97,7 @@ def _main(argv: list[str] | None) -> int:
     args = parser().parse_args(argv)
     try:
         _run(args)
-    except TwaError as error:
+    except (TwaError, BackendError) as error:
         if isinstance(error, TaskError) and error.__cause__ is not None:  # in the user's own code
             traceback.print_exception(error.__cause__)
         if not getattr(error, "said_by_rank_zero", False):

@@ -123,7 +123,7 @@ class Ranks:
 
     def most(self, value: int) -> int:
         """The largest of the ranks' numbers."""
-        return int(self.all_reduce_max_(torch.tensor([value]))[0])
+        return int(self.all_reduce_max_(torch.tensor([value], dtype=torch.int64, device="cpu"))[0])
 
     def broadcast_(self, t: Tensor, source: int) -> Tensor:
         """The values of the rank `source`, in place."""

@@ -70,9 +70,9 @@ class RowsSharding(Sharding):
 
     def average(self, k: int, weights: Tensor) -> Tensor:
         dtype = torch.promote_types(self.candidates.info[self.keys[k]].dtype, torch.float32)
-        out = torch.empty(self.shards[k].shape, dtype=dtype)
+        out = torch.empty(self.shards[k].shape, dtype=dtype, device="cpu")
         for block in self.candidates.stream([(self.keys[k], None)], self.rows, self.block_columns):
-            partial = torch.empty(block.end - block.begin, dtype=torch.float64)
+            partial = torch.empty(block.end - block.begin, dtype=torch.float64, device="cpu")
             average_into(partial, block.rows, weights[self.rows])
             out.view(-1)[block.begin : block.end] = self.ranks.all_reduce_(partial)
         return out
@@ -83,7 +83,9 @@ class RowsSharding(Sharding):
         pass  # rows and their scales are this rank's alone, centers are summed already
 
     def sum_sq(self, packer: AnyPacker) -> Tensor:
-        total = torch.zeros(len(self.candidates), packer.sum_sq.shape[1], dtype=torch.float64)
+        total = torch.zeros(
+            len(self.candidates), packer.sum_sq.shape[1], dtype=torch.float64, device="cpu"
+        )
         total[self.rows] = packer.sum_sq.cpu()
         return self.ranks.all_reduce_(total)
 
@@ -92,8 +94,9 @@ class RowsSharding(Sharding):
 
         The parts are views of it in the shapes of the tensors.
         """
-        flat = torch.empty(sum(t.numel() for t in self.tensors), device=self.device)
-        parts = flat.split([t.numel() for t in self.tensors])
+        numels = [t.numel() for t in self.tensors]
+        flat = torch.empty(sum(numels), dtype=torch.float32, device=self.device)
+        parts = flat.split(numels)
         return flat, [part.view(t.shape) for part, t in zip(parts, self.tensors, strict=True)]
 
     def coefficient_gradient(

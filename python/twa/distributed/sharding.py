@@ -288,7 +288,8 @@ class Sharding:
 
         It is sum_i weights[i] * rows[i].
         """
-        return average_into(torch.empty(rows[0].shape, device=rows[0].device), rows, weights)
+        out = torch.empty(rows[0].shape, dtype=torch.float32, device=rows[0].device)
+        return average_into(out, rows, weights)
 
     def pack(
         self, packer: AnyPacker, k: int, block: Block, weights: Tensor, center: Tensor
@@ -377,7 +378,8 @@ class Sharding:
             total = c if total is None else total + c
         self.check_mapped()  # before it is anyone's step
         if total is None:
-            return torch.zeros(basis.n, basis.num_segments, device=basis.device)
+            shape = basis.n, basis.num_segments
+            return torch.zeros(shape, dtype=torch.float32, device=basis.device)
         return total
 
     def check_mapped(self) -> None:
@@ -443,7 +445,7 @@ class ReplicateSharding(Sharding):
             value = super().average(k, weights)
         else:
             dtype = torch.promote_types(self.candidates.info[self.keys[k]].dtype, torch.float32)
-            value = torch.empty(self.shards[k].shape, dtype=dtype)
+            value = torch.empty(self.shards[k].shape, dtype=dtype, device="cpu")
         return self.ranks.broadcast_(value, self.owner[k])
 
     def host_memory(self, size: int, device: torch.device) -> HostMemory | None:

@@ -234,13 +234,15 @@ def basis_of(place: Sharding, segments: Segments, bits: int) -> tuple[KeptBasis,
     n, shapes = rows.stop - rows.start, cut.pieces.shapes
     divisor = torch.empty(n, len(segments.labels), dtype=torch.float64, device=META)
     if bits == 32:
-        dense = [torch.empty(n, shape.numel(), device=META) for shape in shapes]
+        dense = [
+            torch.empty(n, shape.numel(), dtype=torch.float32, device=META) for shape in shapes
+        ]
         return DenseBasis(dense, cut.firsts, divisor, shapes, segments.chunk), cut.pieces
     tiles = sum(count for _, count in cut.runs)
     basis = tk.PackedBasis(
         codes=torch.empty(tiles, n, 16 * bits, dtype=torch.uint8, device=META),
         scales=torch.empty(tiles, n, dtype=torch.float8_e4m3fn, device=META),
-        row_scale=torch.empty(divisor.shape, device=META),
+        row_scale=torch.empty(divisor.shape, dtype=torch.float32, device=META),
         tile_segment=torch.empty(tiles, dtype=torch.int32, device=META),
         divisor=divisor,
         shapes=shapes,
@@ -252,7 +254,9 @@ def basis_of(place: Sharding, segments: Segments, bits: int) -> tuple[KeptBasis,
 def count(place: Sharding, segments: Segments, bits: int, low_memory: bool = False) -> Counted:
     """What this rank holds and sends, but for what FSDP gathers."""
     basis, pieces = basis_of(place, segments, bits)
-    center = place.local_center([torch.empty(s.shape, device=META) for s in place.shards])
+    center = place.local_center(
+        [torch.empty(s.shape, dtype=torch.float32, device=META) for s in place.shards]
+    )
     grads = [torch.empty_like(local(t), device=META) for t in place.tensors]
     held = {
         "basis": basis.nbytes + basis.divisor.nbytes,
@@ -341,7 +345,7 @@ def _messages(
     grads: Sequence[Tensor],
 ) -> int:
     """Bytes that a step hands to collectives: projection, and weights written."""
-    x = torch.zeros(len(place.candidates), len(segments.labels), device=META)
+    x = torch.zeros(len(place.candidates), len(segments.labels), dtype=torch.float32, device=META)
     with Traffic() as traffic:
         place.coefficient_gradient(basis, pieces, grads, x)
         place.write(basis, pieces, x, center)

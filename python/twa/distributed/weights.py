@@ -140,7 +140,8 @@ def load_untrained(sharding: Sharding, weights: Tensor) -> None:
             value, bad = rows[0], torch.isnan(rows[0])
         else:
             dtype = torch.promote_types(rows[0].dtype, torch.float32)
-            value = average_into(torch.empty(rows[0].shape, dtype=dtype), rows, weights)
+            value = torch.empty(rows[0].shape, dtype=dtype, device="cpu")
+            average_into(value, rows, weights)
             bad = ~torch.isfinite(value)
         if bad.any():
             raise not_finite(candidates, key, rows)
@@ -237,7 +238,7 @@ def parts_of(sharding: Sharding, exported: Candidates | None) -> dict[str, Tenso
     """
     state, parts = named_tensors(sharding.model), {}
     for key, info in sharding.candidates.info.items():
-        whole = torch.empty(info.shape, dtype=info.dtype)
+        whole = torch.empty(info.shape, dtype=info.dtype, device="cpu")
         if exported is not None:
             whole = exported[0].tensor(key).clone()
         sent = sharding.ranks.broadcast_(whole.reshape(-1).view(torch.uint8), 0)
@@ -293,7 +294,7 @@ def exported_tensors(sharding: Sharding) -> Iterator[tuple[str, Tensor]]:
         for key_in_files, block in wanted[name]:
             if key_in_files not in begun:
                 info = key_map.written[key_in_files].info
-                begun[key_in_files] = torch.empty(info.shape, dtype=info.dtype)
+                begun[key_in_files] = torch.empty(info.shape, dtype=info.dtype, device="cpu")
             at = tuple(slice(b, b + s) for b, s in zip(block.begin, block.sizes, strict=True))
             begun[key_in_files].as_strided(block.sizes, block.strides, block.offset).copy_(t[at])
             left[key_in_files] -= 1

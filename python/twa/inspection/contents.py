@@ -112,7 +112,8 @@ def _read(
         what the read showed, and the candidates in an orthonormal basis of the tensors (n, r)
     """
     if not keys:
-        return Scan(candidates, keys, tqdm(disable=True)), torch.zeros(len(candidates), 0).double()
+        nothing = torch.zeros(len(candidates), 0, dtype=torch.float64, device="cpu")
+        return Scan(candidates, keys, tqdm(disable=True)), nothing
     try:
         return _read_once(candidates, keys, progress, f"{what} of {len(candidates)} candidates")
     except NotFiniteError:  # found in the norms; another read says where, and counts

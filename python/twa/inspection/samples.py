@@ -108,7 +108,7 @@ def take_sample(candidates: Candidates, sample_bytes: int = SAMPLE_BYTES) -> Sam
     total = sum(candidates.info[key].numel for key in keys)
     run = min(SAMPLE_RUN, max(64, sample_bytes // 4 // max(1, len(keys))))
     broken: list[list[str]] = [[] for _ in range(n)]
-    whole, mean = torch.zeros(n, n).double(), torch.zeros(n, n).double()
+    whole, mean = torch.zeros(2, n, n, dtype=torch.float64, device="cpu")
     weights, identical = 0, True
     for key in keys:
         size = candidates.info[key].numel
@@ -145,8 +145,9 @@ def _runs(candidates: Candidates, key: str, run: int, count: int) -> Tensor:
         count: number of runs
     """
     size = candidates.info[key].numel
-    starts = [0] if size <= run else torch.linspace(0, size - run, count).long().tolist()
-    places = [(start, min(start + run, size)) for start in starts]
+    last = max(0, size - run)
+    starts = torch.linspace(0, last, count if last else 1, dtype=torch.float64, device="cpu")
+    places = [(start, min(start + run, size)) for start in starts.long().tolist()]
     rows = []
     for c in candidates:
         rows.append(torch.cat([c.columns(key, *place) for place in places]).double())
@@ -210,6 +211,6 @@ def _between(groups: list[list[int]], related: Tensor) -> float:
     """The largest similarity between candidates of different groups, or 0."""
     between = related.clone()
     for group in groups:
-        at = torch.tensor(group)
+        at = torch.tensor(group, dtype=torch.int64, device="cpu")
         between[at[:, None], at] = 0.0
     return max(0.0, float(between.max()))

@@ -180,7 +180,9 @@ class FixedAverage:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the average, in memory; raises what `blocks` does."""
-        made = {key: torch.empty(i.shape, dtype=i.dtype) for key, i in self.info.items()}
+        made = {
+            key: torch.empty(i.shape, dtype=i.dtype, device="cpu") for key, i in self.info.items()
+        }
         filled = dict.fromkeys(made, 0)
         for key, block in self.blocks():
             made[key].view(-1)[filled[key] : filled[key] + block.numel()] = block
@@ -195,11 +197,11 @@ class FixedAverage:
         else:
             dtypes = {self.info[key].dtype, *(row.dtype for row in rows)}
             wide = torch.float64 if torch.float64 in dtypes else torch.float32
-            total = torch.empty(rows[0].shape, dtype=wide)
+            total = torch.empty(rows[0].shape, dtype=wide, device="cpu")
             average_into(total, rows, self.weights[self._rows])
             is_good = _are_finite(total)
             if not is_good or wide == torch.float64 or not self._keeps_float32:
-                same = torch.ones(total.shape, dtype=torch.bool)
+                same = torch.ones(total.shape, dtype=torch.bool, device="cpu")
                 for row in rows[1:]:
                     same &= rows[0] == row
                 total = torch.where(same, rows[-1].to(wide), total)

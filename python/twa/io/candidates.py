@@ -409,6 +409,7 @@ class Candidates(Sequence[Candidate]):
         out = torch.empty(
             shape_of(self.info[key].shape, part),
             dtype=torch.promote_types(self.info[key].dtype, torch.float32),
+            device="cpu",
         )
         for block in self.stream([(key, part)], rows=used):
             average_into(out.view(-1)[block.begin : block.end], block.rows, weights[used])

@@ -48,7 +48,8 @@ class Base:
         if self.real is None:
             self.note_read()
             whole = self.source.read()
-            self.real = torch.empty(whole.shape, dtype=self.dtype).copy_(whole).view(-1)
+            real = torch.empty(whole.shape, dtype=self.dtype, device="cpu")
+            self.real = real.copy_(whole).view(-1)
         return self.real
 
     def note_read(self) -> None:

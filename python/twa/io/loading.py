@@ -469,7 +469,7 @@ def _take_new(model: nn.Module, before: list[Tensor], values: dict[str, Tensor])
 
 def _replace(model: nn.Module, t: Lazy) -> None:
     """Puts a tensor in memory where a module holds a Lazy."""
-    new = torch.empty(t.shape, dtype=t.dtype)
+    new = torch.empty(t.shape, dtype=t.dtype, device="cpu")
     for module in model.modules():
         for own, p in module._parameters.items():
             if p is t:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import math
 import mmap
 import os
@@ -26,9 +27,6 @@ from .errors import CandidateError, TwaError
 
 if sys.platform != "win32":
     import resource
-
-# Tensors over a mapping that may not be written: nothing here writes them.
-warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 #: one slice per dimension of a tensor
 Part = tuple[slice, ...]
@@ -125,7 +123,7 @@ class MappedFile:
             count: number of elements
         """
         if count == 0:
-            return torch.empty(0, dtype=dtype)
+            return torch.empty(0, dtype=dtype, device="cpu")
         if offset % dtype.itemsize == 0:
             return torch.frombuffer(self.map, dtype=dtype, offset=offset, count=count)
         nbytes = count * dtype.itemsize
@@ -200,7 +198,19 @@ def _map(path: Path) -> GuardedMap:
             if error.errno != errno.ENOMEM:
                 raise
             # a file larger than memory
+            _expect_read_only_memory()
             return GuardedMap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+@functools.cache
+def _expect_read_only_memory() -> None:
+    """Has PyTorch's warning of memory that may not be written, which it gives once, said to nobody.
+
+    Nothing here writes to tensors over such memory.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.frombuffer(bytes(1), dtype=torch.uint8)
 
 
 def _raise_file_limit() -> bool:
@@ -324,7 +334,7 @@ class Pieces:
         needed = self._within(part)
         if len(needed) == 1:
             return needed[0][2].read(needed[0][1])
-        out = torch.empty(shape, dtype=self.info.dtype)
+        out = torch.empty(shape, dtype=self.info.dtype, device="cpu")
         for to, of_block, block in needed:
             out[to] = block.read(of_block)
         return out

@@ -129,7 +129,7 @@ class Recording:
         trail = self.trails[at]
         if trail.steps == self.steps:
             return beta.double()
-        own = torch.zeros(len(trail.steps), dtype=torch.float64)
+        own = torch.zeros(len(trail.steps), dtype=torch.float64, device="cpu")
         own[[self._numbers[at][step] for step in self.steps]] = beta.double()
         return own
 

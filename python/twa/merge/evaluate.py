@@ -64,10 +64,13 @@ def batch_values(
                 mine.append((value, batch_size(batch) or 0, position))
     finally:
         model.train() if training else model.eval()
-    count = int(ranks.all_reduce_(torch.tensor([len(mine)]))[0])
-    values = torch.zeros(count, 3, dtype=torch.float64)
+    own = torch.tensor([len(mine)], dtype=torch.int64, device="cpu")
+    count = int(ranks.all_reduce_(own)[0])
+    values = torch.zeros(count, 3, dtype=torch.float64, device="cpu")
     if mine:
-        values[share.rank :: share.world_size] = torch.tensor(mine, dtype=torch.float64)
+        values[share.rank :: share.world_size] = torch.tensor(
+            mine, dtype=torch.float64, device="cpu"
+        )
     return ranks.all_reduce_(values)
 
 

@@ -138,7 +138,9 @@ class Outcome:
         winner = self.winner
         if winner.coefficients is not None:
             return winner.coefficients | {"method": winner.method}
-        beta: Tensor = winner.beta if winner.beta is not None else torch.ones(1)
+        beta: Tensor | None = winner.beta
+        if beta is None:
+            beta = torch.ones(1, dtype=torch.float32, device="cpu")
         return {
             "format": COEFFICIENTS,
             "method": winner.method,

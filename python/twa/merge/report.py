@@ -229,10 +229,12 @@ def _weights(axes: Axes, outcome: Outcome, trained: list[Result]) -> None:
         axes.step(at, start.beta, where="mid", color="0.5", label=start.method)
     if trained:
         shown = min(trained, key=lambda r: r.val_loss)
-        beta = shown.beta if shown.beta is not None else torch.zeros(1, 1)
+        beta = shown.beta
+        if beta is None:
+            beta = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
         beta = beta[:, :: -(-beta.shape[1] // MOST_SEGMENTS)]
         at = range(1, len(beta) + 1)
-        ends = torch.tensor([0.1, 0.9], dtype=beta.dtype)
+        ends = torch.tensor([0.1, 0.9], dtype=beta.dtype, device="cpu")
         low, high = beta.quantile(ends, dim=1)
         axes.plot(at, beta.mean(1), color=WINNER, label=f"{shown.method}, mean of segments")
         label = "four of five segments"

@@ -114,7 +114,8 @@ def _gain(evaluator: Evaluator, chosen: _Option, per_epoch: int | None) -> float
 def _before(chosen: _Option, count: int) -> Tensor:
     """The merge weights (n,) that such an average had when there were `count` candidates."""
     beta = OPTIONS[chosen.name](count)
-    return torch.cat([beta, torch.zeros(len(chosen.beta) - count, dtype=torch.float64)])
+    rest = torch.zeros(len(chosen.beta) - count, dtype=torch.float64, device="cpu")
+    return torch.cat([beta, rest])
 
 
 @dataclass

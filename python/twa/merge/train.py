@@ -161,7 +161,7 @@ class Trainer:
                 losses.append((read_later(loss), weight))
 
         def read() -> float:
-            total = torch.zeros(1, dtype=torch.float64)
+            total = torch.zeros(1, dtype=torch.float64, device="cpu")
             for loss, weight in losses:
                 total += loss() * weight / self.ranks.world_size
             return float(self.ranks.all_reduce_(total))

@@ -187,7 +187,7 @@ def _no_centers(
     """A place for the center of this rank's columns, float32."""
     shapes = [shard.shape for shard in sharding.shards]
     if memory is None or memory.allocate is None:
-        return [torch.empty(shape, device=device) for shape in shapes]
+        return [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
     numels = [shape.numel() for shape in shapes]
     parts = memory.allocate((sum(numels),), torch.float32).split(numels)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -102,12 +102,12 @@ def _coordinates(
     """
     n, num_segments = len(weights), len(found)
     r = max(1, max(o.rank if o else 0 for o in found))
-    transform = torch.zeros(num_segments, r, n, dtype=torch.float64)
-    R = torch.zeros(num_segments, n, r, dtype=torch.float64)
+    transform = torch.zeros(num_segments, r, n, dtype=torch.float64, device="cpu")
+    R = torch.zeros(num_segments, n, r, dtype=torch.float64, device="cpu")
     for l, o in enumerate(found):
         if o is not None:
             transform[l, : o.rank], R[l, :, : o.rank] = o.transform, o.R
-    scale = torch.ones(num_segments, dtype=torch.float64)
+    scale = torch.ones(num_segments, dtype=torch.float64, device="cpu")
     if normalize != "none":
         sum_sq = R.square().sum(2).T  # (n, L): squared lengths of the deltas
         divisor = row_divisor(sum_sq, normalize)
@@ -166,7 +166,8 @@ def _of_segment(
             read.append((k, block.begin))
             yield feed.rows(block.rows)
         if not fed:  # a rank without columns of this segment takes part all the same
-            yield [torch.zeros(0, device=feed.device)] * len(sharding.candidates)
+            nothing = torch.zeros(0, dtype=torch.float32, device=feed.device)
+            yield [nothing] * len(sharding.candidates)
 
     def center() -> Iterator[Tensor]:
         step = sharding.block_columns
@@ -174,7 +175,7 @@ def _of_segment(
             for begin in range(0, max(1, flat[k].numel()), step):
                 yield flat[k][begin : begin + step]
         if not fed:
-            yield torch.zeros(0, device=feed.device)
+            yield torch.zeros(0, dtype=torch.float32, device=feed.device)
 
     def add_up(t: Tensor) -> None:
         sharding.ranks.all_reduce_(t)

@@ -93,7 +93,7 @@ class Groups:
         numels = contents.numels
         self.offsets = tile_offsets(numels)
         self.tile_segment = contents.tensor_segments.of_tiles(numels)
-        begins = torch.zeros(self.offsets[-1], dtype=torch.bool)
+        begins = torch.zeros(self.offsets[-1], dtype=torch.bool, device="cpu")
         for first, end in itertools.pairwise(self.offsets):
             begins[first : end : UNIT // TILE] = True
         begins[1:] |= self.tile_segment.diff() != 0

@@ -244,7 +244,7 @@ class PackToFile:
                     self._finish()
             finally:
                 self._close()
-            read = torch.tensor([self.candidates.bytes_read])
+            read = torch.tensor([self.candidates.bytes_read], dtype=torch.int64, device="cpu")
             return Report(
                 int(ranks.all_reduce_(read)),
                 self.writer.size,
@@ -339,7 +339,7 @@ class PackToFile:
 
     def _pack(self, packer: tk.Packer, k: int, block: Block) -> None:
         """Packs a block of tensor k, and has it written with its center and its sums."""
-        center = torch.empty(block.end - block.begin, device=self.feed.device)
+        center = torch.empty(block.end - block.begin, dtype=torch.float32, device=self.feed.device)
         packer.seek(self.groups.tile(k, block.begin))
         packer.sum_sq.zero_(), packer.max_scale.zero_()
         try:
@@ -352,7 +352,7 @@ class PackToFile:
         first = self.contents.numels[:k]
         self.behind(self.writer.put, "center", center.cpu(), sum(first) + block.begin)
         groups = self.groups.of(k, block.begin, block.end)
-        at = torch.tensor(groups) % packer.num_segments
+        at = torch.tensor(groups, dtype=torch.int64, device="cpu") % packer.num_segments
         sums = torch.stack([packer.sum_sq.cpu()[:, at], packer.max_scale.cpu()[:, at].double()])
         self.behind(self._write_raw, self._sums_at(groups.start), sums.permute(2, 0, 1))
 
@@ -381,7 +381,7 @@ class PackToFile:
 
     def _read_raw(self, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of that file, finite and not negative; else BasisError."""
-        t = torch.empty(shape, dtype=dtype)
+        t = torch.empty(shape, dtype=dtype, device="cpu")
         with open(self.raw, "rb") as f:  # anew: network file systems then show what others wrote
             f.seek(at)
             data = f.read(t.nbytes)
@@ -401,7 +401,7 @@ class PackToFile:
         """Writes all but codes and center, and puts the file at its place."""
         ranks, shape = self.ranks, (len(self.candidates), len(self.contents.labels))
         ranks.barrier()
-        sums = torch.zeros(2, *shape, dtype=torch.float64)
+        sums = torch.zeros(2, *shape, dtype=torch.float64, device="cpu")
         if ranks.is_rank_zero:
             self._add_up(*sums)
         sum_sq, max_scale = ranks.broadcast_(sums, 0)
@@ -415,7 +415,7 @@ class PackToFile:
                 "row_scale": scaling.row_scale,
                 "divisor": scaling.divisor,
                 "center_weights": self.weights,
-                "coefficients": torch.zeros(shape),
+                "coefficients": torch.zeros(shape, dtype=torch.float32, device="cpu"),
             }
             with plain_weights(self.sharding.model):
                 load_untrained(self.sharding, self.weights)
@@ -454,7 +454,7 @@ class PackToFile:
                 )
             self.writer.put("scales", scales, first * n)
             lost += int(zeros)
-        lost = int(ranks.all_reduce_(torch.tensor([lost])))
+        lost = int(ranks.all_reduce_(torch.tensor([lost], dtype=torch.int64, device="cpu")))
         if lost and ranks.is_rank_zero:
             print(f"twa: warning: {lost_groups(lost, len(segment) * n)}", file=sys.stderr)
 

@@ -898,7 +898,9 @@ def _until(steps: Sequence[int], last: int | None) -> list[int]:
 
 def _copy_average(trail: Trail, k: int, beta: Tensor, to: Tensor) -> None:
     """Writes tensor k of an average to a tensor."""
-    whole = to if to.is_contiguous() else torch.empty(to.shape, device=to.device)
+    whole = (
+        to if to.is_contiguous() else torch.empty(to.shape, dtype=torch.float32, device=to.device)
+    )
     begin = 0
     for part in trail.average_blocks(k, beta, to.device):
         whole.view(-1)[begin : begin + part.numel()] = part

@@ -41,7 +41,7 @@ def files() -> tuple[Path, ...]:
 def characters(text: bytes) -> Tensor:
     """The text's bytes (len(text),) uint8, each one beyond ASCII as 127."""
     if not text:  # frombuffer refuses it
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).clamp_(max=VOCABULARY - 1)
 
 
@@ -73,9 +73,10 @@ def cut(tokens: Tensor, context: int, cycle: int, held: dict[str, int]) -> dict[
         held: the position in a cycle, of each split but "train"
     """
     windows = tokens[: len(tokens) // (context + 1) * (context + 1)].view(-1, context + 1)
-    position = torch.arange(len(windows)) // BLOCK_WINDOWS % cycle  # (windows,)
+    position = torch.arange(len(windows), device="cpu") // BLOCK_WINDOWS % cycle  # (windows,)
     splits = {name: windows[position == p] for name, p in held.items()}
-    return splits | {"train": windows[~torch.isin(position, torch.tensor(list(held.values())))]}
+    taken = torch.tensor(list(held.values()), dtype=torch.int64, device="cpu")
+    return splits | {"train": windows[~torch.isin(position, taken)]}
 
 
 @functools.cache
@@ -105,7 +106,8 @@ class Batches:
         seed: int = 0,
     ) -> None:
         if limit is not None and len(data) > limit:  # evenly spread, not the text's beginning
-            data = data[torch.linspace(0, len(data) - 1, limit).long()]
+            at = torch.linspace(0, len(data) - 1, limit, dtype=torch.float32, device="cpu")
+            data = data[at.long()]
         self.data, self.batch, self.shuffle = data, batch, shuffle
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -114,7 +116,10 @@ class Batches:
 
     def __iter__(self) -> Iterator[Tensor]:
         n = len(self.data)
-        order = torch.randperm(n, generator=self.generator) if self.shuffle else torch.arange(n)
+        if self.shuffle:
+            order = torch.randperm(n, generator=self.generator, device="cpu")
+        else:
+            order = torch.arange(n, device="cpu")
         for rows in order.split(self.batch):
             yield self.data[rows].long()
 

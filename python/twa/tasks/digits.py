@@ -26,9 +26,10 @@ def _splits() -> dict[str, TensorDataset]:
     except ModuleNotFoundError as error:
         raise TaskError("the task digits needs scikit-learn: pip install scikit-learn") from error
     digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16.0  # (1797, 1, 8, 8)
-    labels = torch.tensor(digits.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images = torch.tensor(digits.images, dtype=torch.float32, device="cpu")
+    images = images[:, None] / 16.0  # (1797, 1, 8, 8)
+    labels = torch.tensor(digits.target, dtype=torch.int64, device="cpu")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0), device="cpu")
     parts = {
         "train": order[:1000],
         "heldout": order[1000:1200],

@@ -66,7 +66,7 @@ def gram_kernel(
 def gram(basis: BasisView) -> Tensor:
     launch, n = Launch("gram", basis.bits, basis.device), basis.n
     work = work_items(basis, launch.config["item"])
-    partial = torch.empty(work.count, n, n, device=basis.device)
+    partial = torch.empty(work.count, n, n, dtype=torch.float32, device=basis.device)
     rows = rows_per_program(n, launch.config["rows"])
     blocks = -(-n // rows)
     if work.count:

@@ -52,24 +52,28 @@ class Work:
 
 
 def _build(tile_segment: Tensor, numels: Sequence[int], num_segments: int, size: int) -> Work:
-    offsets = torch.tensor(tile_offsets(numels))
+    offsets = torch.tensor(tile_offsets(numels), dtype=torch.int64, device="cpu")
     segment, tiles = tile_segment.cpu().long(), int(offsets[-1])
     # A run starts where a tensor or a segment does, an item every `size` tiles of a run.
-    starts = torch.zeros(tiles, dtype=torch.bool)
+    starts = torch.zeros(tiles, dtype=torch.bool, device="cpu")
     starts[offsets[:-1][offsets[:-1] < tiles]] = True
     starts[1:] |= segment[1:] != segment[:-1]
     run = torch.nonzero(starts)[:, 0]
-    length = torch.diff(run, append=torch.tensor([tiles]))
+    length = torch.diff(run, append=torch.tensor([tiles], dtype=torch.int64, device="cpu"))
     pieces = (length + size - 1) // size
-    which = torch.repeat_interleave(torch.arange(len(run)), pieces)
-    piece = torch.arange(len(which)) - (pieces.cumsum(0) - pieces)[which]
+    which = torch.repeat_interleave(torch.arange(len(run), device="cpu"), pieces)
+    piece = torch.arange(len(which), device="cpu") - (pieces.cumsum(0) - pieces)[which]
     tile = run[which] + piece * size
-    count = torch.minimum(length[which] - piece * size, torch.tensor(size))
-    order = torch.argsort(segment[tile], stable=True) if tiles else torch.empty(0, dtype=torch.long)
+    count = (length[which] - piece * size).clamp(max=size)
+    if tiles:
+        order = torch.argsort(segment[tile], stable=True)
+    else:
+        order = torch.empty(0, dtype=torch.int64, device="cpu")
     tile, count = tile[order], count[order]
     # Tensors without columns have no tile.
     tensor = torch.searchsorted(offsets[1:], tile, right=True)
-    begin = torch.searchsorted(segment[tile].contiguous(), torch.arange(num_segments + 1))
+    every = torch.arange(num_segments + 1, device="cpu")
+    begin = torch.searchsorted(segment[tile].contiguous(), every)
     put = functools.partial(Tensor.to, device=tile_segment.device)
     return Work(
         put(tensor.int()),
@@ -77,7 +81,7 @@ def _build(tile_segment: Tensor, numels: Sequence[int], num_segments: int, size:
         put(count.int()),
         put(segment[tile].int()),
         put(begin.int()),
-        put(torch.tensor(list(numels), dtype=torch.int64)),
+        put(torch.tensor(list(numels), dtype=torch.int64, device="cpu")),
         put(offsets[:-1].clone()),
         int(begin.diff().max()),
     )
@@ -113,7 +117,7 @@ def address_table(addresses: Sequence[int], device: torch.device) -> Tensor:
         return table
 
     def make() -> Tensor:
-        table = torch.tensor(addresses, dtype=torch.int64)
+        table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
         return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
     key = (tuple(addresses), device, current_stream(device))

@@ -114,7 +114,9 @@ def step(
         numbers = (args.lr, args.weight_decay, args.momentum, 1 - args.dampening, 0.0, 0.0, 0.0)
     n, x = basis.n, args.x
     c = torch.empty_like(basis.row_scale)
-    x_rows = torch.empty(basis.num_segments, n + -n % ROW_PADDING, device=basis.device)
+    x_rows = torch.empty(
+        basis.num_segments, n + -n % ROW_PADDING, dtype=torch.float32, device=basis.device
+    )
     launch = Launch("sum", basis.bits, basis.device)
     items, rows = launch.config["items"], launch.config["rows"]
     with launch.on_device():
