@@ -468,7 +468,8 @@ def old_python(box: Box) -> str:
     for found in (shutil.which("python3.9"), *pyenv("3.9")):
         if found and box.ended(found, "--version").returncode == 0:
             source = box.source("old-python")
-            return box.refused("requires a different Python", found, "-m", "pip", "install", source)
+            command = pip(found, "--no-deps", source)
+            return box.refused("requires a different Python", *command)
     raise Absent("python3.9")
 
 
