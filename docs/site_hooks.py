@@ -21,7 +21,13 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("bench/results/**/*.md", "bench/results/**/*.png", "CONTRIBUTING.md", "CHANGELOG.md")
+OUTSIDE = (
+    "bench/results/**/*.md",
+    "bench/results/**/*.png",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+)
 NOTEBOOKS = ROOT / "build/notebook"
 #: the HTML that transformers' Trainer shows, and what of it Markdown takes
 SHOWN = {r"^ +(?=</?div>$)": "", r"^ *<table .*>$": "<table>", r"^</table><p>$": "</table>"}

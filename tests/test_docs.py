@@ -25,7 +25,7 @@ import twa_kernels as tk
 
 ROOT = Path(__file__).parent.parent
 DOCS = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
-PAGES = [*DOCS, "CONTRIBUTING.md", "CHANGELOG.md"]
+PAGES = [*DOCS, "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -109,7 +109,7 @@ class Box:
             raise Wrong(f"it should have been refused: {words}")
         if not lines:
             raise Wrong(f"refused without a word of: {words}")
-        return lines[0].removeprefix("ERROR: ").replace(str(self.folder), "")
+        return "refused: " + lines[0].removeprefix("ERROR: ").replace(str(self.folder), "")
 
     def source(self, name: str) -> Path:
         """A fresh clone of the last commit at a path of its own."""
