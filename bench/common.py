@@ -8,6 +8,7 @@ import functools
 import math
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,14 @@ import torch
 from gpucheck.machine import commit
 from torch import Tensor
 
-import twa_kernels as tk
+try:
+    import twa_kernels as tk
+except ModuleNotFoundError as error:
+    if error.name != "twa_kernels":
+        raise
+    raise SystemExit(
+        f"twa_kernels is not installed in {sys.executable}: `make build`, then .venv/bin/python"
+    ) from None
 from twa_kernels import native as native_backend
 from twa_kernels.machine import processor
 from twa_kernels.native import empty_for_streaming
