@@ -144,4 +144,4 @@ $(STACK)/.built: $(STACK)/.requirements $(NATIVE) pyproject.toml
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info twa_kernels/*.so $(VENV)/.built $(VENV)/.built-cpu $(STACK)/.built
+	rm -rf build dist *.egg-info twa_kernels/*.so twa_kernels/_version.py $(VENV)/.built $(VENV)/.built-cpu $(STACK)/.built

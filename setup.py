@@ -2,7 +2,7 @@
 in pyproject.toml.
 
 A wheel is built in a folder of its own, so that nothing of an earlier build gets into it.
-`pip install -e .` keeps its folder: then only what changed is compiled.
+`pip install --no-build-isolation -e .` keeps its folder: then only what changed is compiled.
 """
 
 import json
@@ -94,7 +94,6 @@ class CMakeBuild(build_ext):
         base = ROOT / "build" if editable else Path(SCRATCH.name)
         build = base / f"cmake-{sys.implementation.cache_tag}"
         options = [
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -104,6 +103,7 @@ class CMakeBuild(build_ext):
         if architectures := os.environ.get("TWA_CUDA_ARCHITECTURES"):
             options.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
         empty_unless_same(build, options)
+        options.append(f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}")  # another at each build
         for step in (["-G", "Ninja", "-S", ROOT, "-B", build, *options], ["--build", build]):
             try:
                 subprocess.run(["cmake", *step], check=True)
@@ -116,6 +116,7 @@ class Wheel(bdist_wheel):
 
     def write_wheelfile(self, wheelfile_base: str, *args: str, **named: str) -> None:
         """Also writes sboms/twa.cdx.json (PEP 770, CycloneDX 1.6)."""
+        require_package("pybind11")
         super().write_wheelfile(wheelfile_base, *args, **named)
         name, version = self.distribution.get_name(), self.distribution.get_version()
         parts = [library("pybind11", metadata.version("pybind11"), {"id": "BSD-3-Clause"})]
@@ -142,6 +143,8 @@ def library(name: str, version: str, license: dict[str, str]) -> dict:
 
 if not os.access(ROOT, os.W_OK):
     fail(f"{ROOT} cannot be written to, and a build writes its version there: copy it elsewhere")
+if (ROOT / ".git").exists():  # what an earlier build kept is of another commit
+    shutil.rmtree(ROOT / "trainable_weight_averaging.egg-info", ignore_errors=True)
 require_package("setuptools-scm")  # without it setuptools calls any version 0.0.0
 setup(
     ext_modules=[Extension("twa_kernels._C", sources=[])],

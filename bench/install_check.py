@@ -21,6 +21,8 @@ from pathlib import Path
 from installcheck.box import ROOT, Absent, Box, Wrong, progress
 from installcheck.cells import cells
 
+from twa_kernels.machine import processor
+
 RESULTS = ROOT / "bench" / "results" / "install.json"
 TORCHES = ("2.13.0", "2.10.0", "2.11.0", "newest")
 WORKS = "works"
@@ -45,12 +47,16 @@ def tried(box: Box, name: str, function) -> dict[str, object]:
         row = {"result": "not tried", "detail": f"{error} is not here"}
     except Wrong as error:
         row = {"result": "wrong", "detail": str(error)}
-    return row | {"seconds": round(time.monotonic() - begin)}
+    except (OSError, StopIteration) as error:  # a program or a file that should be there
+        row = {"result": "wrong", "detail": f"{type(error).__name__}: {error}"}
+    return row | {"seconds": round(time.monotonic() - begin), "commit": box.commit}
 
 
-def page(rows: dict[str, dict]) -> str:
+def page(results: dict[str, dict]) -> str:
     """The tables of docs/install.md."""
-    lines = []
+    rows, machine = results["cells"], results["machine"]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows.values()))
+    lines = [f"{machine['processor']}, {machine['system']}; commits {commits}.", ""]
     for group, head in HEADS.items():
         lines += [f"**{head}**", "", "| | result | |", "|---|---|---|"]
         for key, row in rows.items():
@@ -96,7 +102,7 @@ def main() -> int:
     parser.add_argument("--page", action="store_true", help="print the tables of docs/install.md")
     args = parser.parse_args()
     if args.page:
-        print(page(json.loads(RESULTS.read_text())["cells"]))
+        print(page(json.loads(RESULTS.read_text())))
         return 0
     box = Box(args.out.resolve(), sys.executable)
     file = box.folder / "cells.json"
@@ -113,7 +119,8 @@ def main() -> int:
         )
         file.write_text(json.dumps(rows, indent=1))
     if args.save:
-        machine = {"processor": platform.machine(), "system": platform.platform()}
+        libc = " ".join(platform.libc_ver())
+        machine = {"processor": processor(), "system": f"{platform.system()}, {libc}"}
         RESULTS.write_text(json.dumps({"machine": machine, "cells": rows}, indent=1) + "\n")
     wrong = [key for key, row in rows.items() if row["result"] == "wrong"]
     progress(f"{len(rows) - len(wrong)} cells, {len(wrong)} wrong: {', '.join(wrong)}")

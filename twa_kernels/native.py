@@ -24,8 +24,9 @@ except ImportError as error:
 def why_unusable() -> str | None:
     """Reason why the module does not run here; None if it does."""
     if _C is None:
-        root = Path(__file__).parents[1]
-        if not (root / "setup.py").is_file():
+        here = Path(__file__).parent
+        root = here.parent
+        if not (root / "setup.py").is_file() or any(here.glob("_C*")):
             return f"the native module does not load: {_import_error}"
         return (
             f"{root} holds sources that are not built: run `pip install -e .` there; or, where"

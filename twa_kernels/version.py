@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from importlib import import_module
@@ -23,8 +24,16 @@ def checked_out() -> str | None:
     if git is None or not (root / ".git").exists():
         return None
     command = [git, "-C", str(root), "describe", "--always", "--dirty", "--abbrev=9", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=own)
     return done.stdout.strip() or None
+
+
+def is_at(sources: str, built: str | None) -> bool:
+    """Whether two names of commits, each cut off somewhere, are of one."""
+    if built is None or "-" in sources:  # -dirty
+        return False
+    return sources.startswith(built) or built.startswith(sources)
 
 
 def described() -> str:
@@ -33,6 +42,6 @@ def described() -> str:
     if commit is not None:
         parts.append(f"built from commit {commit[:9]}")
     sources = checked_out()
-    if sources is not None and sources != (commit or "")[: len(sources)]:
+    if sources is not None and not is_at(sources, commit):
         parts.append(f"sources at {sources}")
     return f"{__version__} ({', '.join(parts)})" if parts else __version__

@@ -39,7 +39,7 @@ class Box:
         self.folder, self.python = folder, python
         self.tools = folder / "tools"
         self.log: Path = folder / "log.txt"
-        for name in ("tmp", "logs", "sources", "venvs", "wheels"):
+        for name in ("tmp", "logs", "sources", "venvs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         self.environment = self._environment()
         if not (self.tools / "bin/uv").exists():
@@ -48,7 +48,9 @@ class Box:
             self.run(self.tools / "bin/python", "-m", "pip", "install", "-q", *packages)
         clone = folder / "clone"
         shutil.rmtree(clone, ignore_errors=True)
-        self.run("git", "clone", "-q", ROOT, clone)
+        self.run("git", "clone", "-q", "--no-tags", ROOT, clone)
+        self.commit = self.run("git", "rev-parse", "--short=9", "HEAD", cwd=clone).strip()
+        self.wheels = folder / "wheels" / self.commit
 
     def _environment(self) -> dict[str, str]:
         """That of a new shell: nothing of this repository; temporary files in the folder."""
@@ -107,6 +109,8 @@ class Box:
         lines = [line.strip() for line in done.stdout.splitlines() if words in line]
         if done.returncode == 0:
             raise Wrong(f"it should have been refused: {words}")
+        if "Traceback" in done.stdout:
+            raise Wrong(f"refused with a traceback: {words}")
         if not lines:
             raise Wrong(f"refused without a word of: {words}")
         return "refused: " + lines[0].removeprefix("ERROR: ").replace(str(self.folder), "")

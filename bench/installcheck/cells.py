@@ -35,7 +35,7 @@ def pip(python: Path | str, *words: object) -> list[object]:
 def wheel_of(box: Box, python: str) -> Path:
     """The wheel for a Python: built once."""
     version = box.run(python, "-c", "import sys; print('%d%d' % sys.version_info[:2])").strip()
-    folder = box.folder / "wheels"
+    folder = box.wheels
     found = [*folder.glob(f"*-cp{version}-*linux_*.whl")]
     if not found:
         source = box.source(f"wheel-{version}")
@@ -86,7 +86,7 @@ def wheel(box: Box, python: str) -> str:
     ]
     if odd:
         raise Wrong(f"files outside the packages: {odd[:3]}")
-    out = box.folder / "wheels" / "repaired"
+    out = box.wheels / "repaired"
     box.run(box.tools / "bin/auditwheel", "repair", file, "-w", out, PATH=tools_path(box))
     box.run(box.tools / "bin/twine", "check", "--strict", file)
     python_tag = file.name.split("-")[2]
@@ -105,7 +105,7 @@ def cuda_wheel(box: Box) -> str:
     if not shutil.which("nvcc"):
         raise Absent("nvcc")
     source = box.source("cuda-wheel")
-    out = box.folder / "wheels" / "cuda"
+    out = box.wheels / "cuda"
     box.uv("build", "-q", "--wheel", "-p", box.python, "-o", out, source, TWA_CUDA="on")
     file = next(out.glob("*.whl"))
     text = zipfile.ZipFile(file).read(
@@ -183,7 +183,7 @@ def by_uv(box: Box) -> str:
 
 def sdist(box: Box) -> str:
     """Made without a compiler; a wheel from it alone; the tests are in it."""
-    source, out = box.source("sdist"), box.folder / "wheels" / "sdist"
+    source, out = box.source("sdist"), box.wheels / "sdist"
     shutil.rmtree(out, ignore_errors=True)
     builder = [box.tools / "bin/python", "-m", "build", "--sdist", "-o", out, source]
     box.run(*builder, PATH=bare_path(box, "git"))
@@ -219,11 +219,15 @@ def archive(box: Box) -> str:
 
 
 def no_git(box: Box) -> str:
-    """A clone on a machine without git: version 0.0."""
-    python = box.venv("no-git")
+    """A clone on a machine without git: version 0.0, also where git was there before."""
+    source, python = box.source("no-git"), box.venv("no-git")
     path = bare_path(box, *COMPILER)
-    box.run(*pip(python, box.source("no-git")), PATH=path)
-    return f"version {box.smoke(python)['twa']}"
+    box.run(*pip(python, "--no-deps", source))
+    box.run(*pip(python, "--force-reinstall", "--no-deps", source), PATH=path)
+    version = box.smoke(python)["twa"]
+    if version != "0.0":
+        raise Wrong(f"version {version}, of an earlier build")
+    return f"version {version}"
 
 
 def tagged(box: Box, name: str, tag: str, extra: str = "") -> Path:
@@ -250,6 +254,8 @@ def upgrade(box: Box) -> str:
         }
 
     before = files()
+    if not before:
+        raise Wrong(f"no files in {folder}")
     box.run(*pip(python, tagged(box, "older", "v0.1.0", "twa_kernels/gone.py")))
     first = box.smoke(python)["twa"]
     if not [*folder.rglob("twa_kernels/gone.py")]:
@@ -284,9 +290,11 @@ def side_by_side(box: Box) -> str:
 def stale(box: Box) -> str:
     """A module that was deleted since the last build is not in the next wheel."""
     source = box.source("stale")
-    out = box.folder / "wheels" / "stale"
+    out = box.wheels / "stale"
     (source / "twa_kernels" / "gone.py").write_text("")
     box.uv("build", "-q", "--wheel", "-p", box.python, "-o", out, source)
+    if "twa_kernels/gone.py" not in zipfile.ZipFile(next(out.glob("*.whl"))).namelist():
+        raise Wrong("the module is not in the first wheel")
     (source / "twa_kernels" / "gone.py").unlink()
     shutil.rmtree(out)
     box.uv("build", "-q", "--wheel", "-p", box.python, "-o", out, source)
@@ -365,7 +373,7 @@ def build_ranges(box: Box, end: str) -> str:
     file = box.folder / "tmp" / "constraints.txt"
     lines = [f"{k}=={v}" for k, v in MINIMUM.items()] if end == "lowest" else []
     file.write_text("\n".join(lines))
-    out = box.folder / "wheels" / end
+    out = box.wheels / end
     shutil.rmtree(out, ignore_errors=True)
     command = ["build", "--wheel", "-p", box.python, "-o", out, "--build-constraints", file]
     box.uv(*command, box.source(f"build-{end}"))

@@ -412,6 +412,27 @@ def test_merge_writes_a_fixed_average(checkpoints, tmp_path, capsys):
     digits.model().load_state_dict(load_file(out / "averaged.safetensors"))
 
 
+def test_merge_by_the_weights_of_another_run(checkpoints, tmp_path, capsys):
+    """merge.json and coefficients.json: by the names of their candidates, in any order."""
+    paths = [checkpoints / f"epoch_{k}.safetensors" for k in (0, 1, 2)]
+    (weights := tmp_path / "w.json").write_text("[0.5, 0.25, 0.25]")
+    assert run_cli("merge", *paths, "--scheme", weights, "-o", tmp_path / "a") == 0
+    fixed = {"format": "twa-coefficients-1", "candidates": [f"elsewhere/{p.name}" for p in paths]}
+    (coefficients := tmp_path / "coefficients.json").write_text(
+        json.dumps(fixed | {"beta": [[0.5], [0.25], [0.25]]})
+    )
+    expected = load_file(tmp_path / "a" / "averaged.safetensors")
+    for k, scheme in enumerate((tmp_path / "a" / "merge.json", coefficients)):
+        assert run_cli("merge", *paths[::-1], "--scheme", scheme, "-o", tmp_path / f"{k}") == 0
+        found = load_file(tmp_path / f"{k}" / "averaged.safetensors")
+        for key, t in expected.items():
+            if t.is_floating_point():  # of others, the last candidate's
+                torch.testing.assert_close(found[key], t)
+        capsys.readouterr()
+        assert run_cli("merge", *paths[1:], "--scheme", scheme, "-o", tmp_path / "none") == 2
+        assert "expected names of candidates (epoch_1, epoch_2)" in capsys.readouterr().err
+
+
 def test_export_writes_one_candidate(checkpoints, tmp_path, capsys):
     pattern = checkpoints / "epoch_*.safetensors"
     path = f"{checkpoints}/epoch_3.safetensors"

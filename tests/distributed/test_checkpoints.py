@@ -118,6 +118,31 @@ def test_saved_while_training_goes_on_and_read_by_other_ranks(ranks, heap, tmp_p
     assert all(torch.equal(found.tensor(key), t) for key, t in weights.items())
 
 
+def test_a_checkpoint_from_before_there_were_versions(heap, tmp_path):
+    def run(steps):
+        model = net()
+        candidates = twa.Candidates(f"{heap}/c*.safetensors")
+        subspace = twa.Subspace.from_candidates(model, candidates)
+        optimizer = twa.SubspaceOptimizer(subspace, torch.optim.AdamW, lr=0.05)
+        for _ in range(steps):
+            F.cross_entropy(model(BATCH), torch.arange(12) % 3).backward()
+            optimizer.step()
+        return optimizer
+
+    old, new, options = run(1), run(2), {"checkpoint_id": tmp_path / "c", "no_dist": True}
+    kept = old.state_dict()
+    assert kept["param_groups"][0].pop("format") == "twa-optimizer-1"
+    dcp.save({"twa": kept}, **options)
+    state = new.state_dict()
+    with pytest.raises(dcp.CheckpointException, match="format"):
+        dcp.load({"twa": state}, **options)
+    assert not torch.equal(new.subspace.coefficients, old.subspace.coefficients)
+    planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+    dcp.load({"twa": state}, planner=planner, **options)
+    new.load_state_dict(state)
+    assert torch.equal(new.subspace.coefficients, old.subspace.coefficients)
+
+
 def unfinished(group, heap, folder):
     """Two whole checkpoints, and one that is being written."""
     run = Run(group, heap)

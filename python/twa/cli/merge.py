@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -78,19 +78,24 @@ def weights_of(scheme: str, candidates: Candidates) -> Tensor:
     value = read_json(Path(scheme), "expected weights as JSON")
     try:
         if isinstance(value, dict) and isinstance(value.get("format"), str):
-            value = recorded_weights(value)
+            value = recorded_weights(value, candidates.names)
         return averages.of_weights(value, candidates.names)
     except TwaError as error:
         raise TwaError(error.problem, scheme) from error
 
 
-def recorded_weights(value: Mapping[str, object]) -> object:
-    """The merge weights that merge.json holds, by name, or coefficients.json, in order.
+def recorded_weights(value: Mapping[str, object], given: Sequence[str]) -> object:
+    """The merge weights that merge.json or coefficients.json hold, by name of their candidates.
 
     They are those of one weight a candidate; `averages.of_weights` checks them.
 
+    Args:
+        value: what the file holds
+        given: names of the candidates
+
     Raises:
-        TwaError: it is neither, of a newer version, or has weights for each segment
+        TwaError: it is neither, of a newer version, or has weights for each segment; or it does not
+            tell its candidates apart by the names of their files
     """
     version = value["format"]
     kind = str(version).rpartition("-")[0]
@@ -109,7 +114,13 @@ def recorded_weights(value: Mapping[str, object]) -> object:
         raise TwaError("expected 'beta', a list of weights for each candidate")
     if any(len(row) != 1 for row in beta):
         raise TwaError("expected one weight a candidate, found weights of segments")
-    return [row[0] for row in beta]
+    paths = value.get("candidates")
+    if not isinstance(paths, list) or not all(map(is_text, paths)) or len(paths) != len(beta):
+        raise TwaError("expected 'candidates', a path for each weight")
+    names = [path if path in given else Path(path).name for path in paths]
+    if len(set(names)) != len(names):
+        raise TwaError("expected candidates whose files have different names")
+    return {name: row[0] for name, row in zip(names, beta, strict=True)}
 
 
 def write(
