@@ -430,7 +430,7 @@ def test_merge_by_the_weights_of_another_run(checkpoints, tmp_path, capsys):
                 torch.testing.assert_close(found[key], t)
         capsys.readouterr()
         assert run_cli("merge", *paths[1:], "--scheme", scheme, "-o", tmp_path / "none") == 2
-        assert "expected names of candidates (epoch_1, epoch_2)" in capsys.readouterr().err
+        assert "expected names of candidates (epoch_1, epoch_2), found" in capsys.readouterr().err
 
 
 def test_export_writes_one_candidate(checkpoints, tmp_path, capsys):

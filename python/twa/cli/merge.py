@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -78,20 +78,20 @@ def weights_of(scheme: str, candidates: Candidates) -> Tensor:
     value = read_json(Path(scheme), "expected weights as JSON")
     try:
         if isinstance(value, dict) and isinstance(value.get("format"), str):
-            value = recorded_weights(value, candidates.names)
+            value = recorded_weights(value, candidates)
         return averages.of_weights(value, candidates.names)
     except TwaError as error:
         raise TwaError(error.problem, scheme) from error
 
 
-def recorded_weights(value: Mapping[str, object], given: Sequence[str]) -> object:
+def recorded_weights(value: Mapping[str, object], candidates: Candidates) -> object:
     """The merge weights that merge.json or coefficients.json hold, by name of their candidates.
 
     They are those of one weight a candidate; `averages.of_weights` checks them.
 
     Args:
         value: what the file holds
-        given: names of the candidates
+        candidates: those to be averaged
 
     Raises:
         TwaError: it is neither, of a newer version, or has weights for each segment; or it does not
@@ -117,7 +117,13 @@ def recorded_weights(value: Mapping[str, object], given: Sequence[str]) -> objec
     paths = value.get("candidates")
     if not isinstance(paths, list) or not all(map(is_text, paths)) or len(paths) != len(beta):
         raise TwaError("expected 'candidates', a path for each weight")
-    names = [path if path in given else Path(path).name for path in paths]
+    files = [c.path.name for c in candidates]
+    name_of = {}  # by path, and by file name where that tells them apart
+    for c, name in zip(candidates, candidates.names, strict=True):
+        name_of[str(c.path)] = name
+        if files.count(c.path.name) == 1:
+            name_of[c.path.name] = name
+    names = [name_of.get(path) or name_of.get(Path(path).name, path) for path in paths]
     if len(set(names)) != len(names):
         raise TwaError("expected candidates whose files have different names")
     return {name: row[0] for name, row in zip(names, beta, strict=True)}
