@@ -1,7 +1,7 @@
-"""The tests, once for each setting of a table: instruction sets, threads, load, order, surroundings.
+"""The tests once for each setting of a table: instruction sets, threads, load, order, and more.
 
     python bench/suite.py [--only NAME ...] [--resume] [--whole | --numbers] [--save]
-    python bench/suite.py --list
+    python bench/suite.py --list           the settings
 
 A setting's result is kept in build/suite/NAME.json as it comes, its output in NAME.txt beside it:
 a run can be cut into pieces. --save writes bench/results/suite.md and .json from all that are kept.
@@ -11,6 +11,7 @@ a run can be cut into pieces. --save writes bench/results/suite.md and .json fro
 --numbers  leaves out what depends on no instruction set and no load (APART below)
 --whole    leaves out nothing
 --tests    files or folders of tests in place of all
+--kept     a folder in place of build/suite
 
 Exit status 1 if a test failed, or a run broke off. Linux.
 """
@@ -106,24 +107,19 @@ def settings(isas: list[str]) -> dict[str, Setting]:
 
 
 def instruction_sets() -> list[str]:
-    """Of this machine and build, in a process of its own: one that can be asked for, each."""
-    code = "from twa_kernels import native; print(native.why_unusable() or '')"
-    list_all = "from twa_kernels import native; print(*native._C.cpu_isas())"
+    """Those that this machine and build have: any of them can be asked for."""
+    from twa_kernels import native
 
-    def ask(code: str, isa: str) -> str:
-        command, env = [sys.executable, "-c", code], os.environ | {"TWA_KERNELS_ISA": isa}
-        return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True).stdout
-
-    return [isa for isa in ask(list_all, "").split() if not ask(code, isa).strip()]
+    return list(native._C.cpu_isas()) if native._C else []
 
 
 @contextlib.contextmanager
-def busy(loops: int) -> Iterator[None]:
+def busy(loops: int) -> Iterator[list[subprocess.Popen]]:
     """So many processes that use a core each; they end with this one."""
     code = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
     started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(loops)]
     try:
-        yield
+        yield started
     finally:
         for process in started:
             process.kill()
@@ -131,6 +127,7 @@ def busy(loops: int) -> Iterator[None]:
 
 
 def command_of(setting: Setting, tests: list[str], report: Path) -> list[str]:
+    """pytest's, with its results as XML in `report`."""
     command = [*setting.before, sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     command += ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--tb=short"]
     command += [f"--junitxml={report}", *setting.arguments]
@@ -154,9 +151,9 @@ def counted(report: Path) -> dict:
     return found
 
 
-def run(name: str, setting: Setting, tests: list[str], facts: dict) -> dict:
+def run(name: str, setting: Setting, tests: list[str], kept: Path) -> dict:
     """Runs the tests; what they print goes to the terminal and to a file."""
-    report = KEPT / f"{name}.xml"
+    report = kept / f"{name}.xml"
     report.unlink(missing_ok=True)
     chosen = {"TWA_KERNELS_ISA", "OMP_NUM_THREADS", *LOWEST}
     env = {k: v for k, v in os.environ.items() if k not in chosen}
@@ -164,7 +161,7 @@ def run(name: str, setting: Setting, tests: list[str], facts: dict) -> dict:
     env |= {"PYTHONPATH": path} | setting.environment
     cores = sorted(os.sched_getaffinity(0))[: setting.cores or None]
     begin = time.monotonic()
-    with busy(setting.loops), open(KEPT / f"{name}.txt", "w") as kept:
+    with busy(setting.loops), open(kept / f"{name}.txt", "w") as text:
         child = subprocess.Popen(
             command_of(setting, tests, report),
             env=env,
@@ -174,7 +171,7 @@ def run(name: str, setting: Setting, tests: list[str], facts: dict) -> dict:
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )
         while piece := os.read(child.stdout.fileno(), 1 << 16).decode(errors="replace"):
-            for file in (sys.stdout, kept):
+            for file in (sys.stdout, text):
                 file.write(piece)
                 file.flush()
         status = child.wait()
@@ -185,10 +182,11 @@ def run(name: str, setting: Setting, tests: list[str], facts: dict) -> dict:
     result |= counted(report) if report.exists() else broken
     if status not in (0, 1) and not result["failed"]:
         result |= {"failed": broken["failed"]}
-    return result | facts
+    return result
 
 
 def facts_of_the_machine() -> dict:
+    """Its processor, the tree's commit, and versions."""
     import common
     from gpucheck.machine import version
 
@@ -199,8 +197,8 @@ def facts_of_the_machine() -> dict:
     }
 
 
-def kept_results(names: list[str]) -> list[dict]:
-    paths = [KEPT / f"{name}.json" for name in names]
+def kept_results(folder: Path, names: list[str]) -> list[dict]:
+    paths = [folder / f"{name}.json" for name in names]
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
@@ -247,7 +245,7 @@ def versions_of(result: dict) -> str:
     return ", ".join(f"{name} {version}" for name, version in result["versions"].items())
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -256,41 +254,38 @@ def main() -> int:
     parser.add_argument("--save", action="store_true", help="write bench/results/suite.*")
     parser.add_argument("--list", action="store_true", help="print the settings, and end")
     parser.add_argument("--tests", nargs="+", default=[], metavar="PATH")
+    parser.add_argument("--kept", type=Path, default=KEPT, metavar="FOLDER", help="of results")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--numbers", action="store_true", help="without APART everywhere")
     which.add_argument("--whole", action="store_true", help="all tests everywhere")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     table = settings(instruction_sets())
     if args.list:
         print(*table, sep="\n")
         return 0
     if unknown := set(args.only or []) - set(table):
-        parser.error(f"expected settings of: {', '.join(table)}; found {', '.join(unknown)}")
-    KEPT.mkdir(parents=True, exist_ok=True)
-    facts = facts_of_the_machine()
-    for k, name in enumerate(wanted := args.only or list(table), 1):
-        if args.resume and any(not r["failed"] for r in kept_results([name])):
-            print(f"[{k}/{len(wanted)}] {name}: kept", flush=True)
+        parser.error(f"expected settings of: {'; '.join(table)}; found {'; '.join(unknown)}")
+    args.kept.mkdir(parents=True, exist_ok=True)
+    wanted, facts = args.only or list(table), facts_of_the_machine()
+    for k, name in enumerate(wanted, 1):
+        print(title := f"[{k}/{len(wanted)}] {name}", flush=True)
+        if args.resume and any(not r["failed"] for r in kept_results(args.kept, [name])):
+            print(f"{title}: kept", flush=True)
             continue
-        print(f"[{k}/{len(wanted)}] {name}", flush=True)
         setting = table[name]
         setting.whole = args.whole or (setting.whole and not args.numbers)
-        result = run(name, setting, args.tests, facts)
-        (KEPT / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        print(
-            f"[{k}/{len(wanted)}] {name}: {result['passed']} passed, {len(result['failed'])} failed,"
-            f" {len(result['skipped'])} skipped, {result['seconds']} s",
-            *result["failed"],
-            sep="\n  ",
-            flush=True,
-        )
-    results = kept_results(list(table))
+        result = run(name, setting, args.tests, args.kept) | facts
+        (args.kept / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        numbers = [f"{len(result[what])} {what}" for what in ("failed", "skipped")]
+        said = ", ".join([f"{result['passed']} passed", *numbers, f"{result['seconds']} s"])
+        print(f"{title}: {said}", *result["failed"], sep="\n  ", flush=True)
+    results = kept_results(args.kept, list(table))
     lines = page(results)
     print("\n".join(lines))
     if args.save:
         PAGE.with_suffix(".md").write_text("\n".join(lines))
         PAGE.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    return int(any(r["failed"] for r in kept_results(wanted)))
+    return int(any(r["failed"] for r in kept_results(args.kept, wanted)))
 
 
 if __name__ == "__main__":
