@@ -533,7 +533,8 @@ def test_mixed_precision(ranks, heap, sharding, kind):
         assert ours[-1] < ours[0]
         # rounded to 8 bits along the way
         assert (coefficients - reference).norm() < 0.1 * reference.norm()
-    assert sum(ours[-1] for _, ours, _ in results) / 2 == pytest.approx(losses[-1], abs=0.02)
+    # bfloat16 has 2^-7 between a number and the next; it fell to less than half
+    assert sum(ours[-1] for _, ours, _ in results) / 2 == pytest.approx(losses[-1], rel=0.05)
 
 
 # Export ------------------------------------------------------------------------------------------
