@@ -1,6 +1,6 @@
 """The tests once for each setting of a table: instruction sets, threads, load, order, and more.
 
-    python bench/suite.py [--only NAME ...] [--resume] [--whole | --numbers] [--save]
+    python bench/suite.py [--only NAME ...] [--resume] [--part PART] [--save]
     python bench/suite.py --list           the settings
 
 A setting's result is kept in build/suite/NAME.json as it comes, its output in NAME.txt beside it:
@@ -8,8 +8,8 @@ a run can be cut into pieces. --save writes bench/results/suite.md and .json fro
 
 --only     only these settings
 --resume   leaves out settings with a kept result in which no test failed
---numbers  leaves out what depends on no instruction set and no load (APART below)
---whole    leaves out nothing
+--part     which tests: "all"; "numbers", without what depends on no CPU (APART below); "kernels",
+           those of the CPU kernels and of what is next to them. Each setting has its own.
 --tests    files or folders of tests in place of all
 --kept     a folder in place of build/suite
 
@@ -55,6 +55,18 @@ APART = (
     ),
 )
 NO_GPU = "not triton and not cuda"
+#: what an instruction set of the kernels decides; orthonormalize, tiers and others try all of them
+#: whichever is set
+KERNELS = (
+    *("tests/merge/test_zoo.py", "tests/test_averages.py", "tests/test_gradient_contract.py"),
+    *("tests/test_optimizer.py", "tests/test_subspace.py"),
+    *(
+        f"tests/kernels/test_{name}.py"
+        for name in ("gram", "native", "project", "reconstruct", "recorded", "step")
+    ),
+)
+PARTS = {"all": [], "numbers": [*(f"--ignore={name}" for name in APART), "-k", NO_GPU]}
+PARTS["kernels"] = [*KERNELS, "-k", NO_GPU]
 
 
 @dataclass
@@ -64,7 +76,7 @@ class Setting:
     Attributes:
         environment: variables; one for instruction sets or threads that is not here is not set
         arguments: of pytest
-        whole: all tests, not only those without APART
+        part: of the tests, a name of PARTS
         loops: processes beside it that use a core each
         cores: on how many cores it runs; 0: on all
         before: a command that runs it
@@ -72,7 +84,7 @@ class Setting:
 
     environment: dict[str, str] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
-    whole: bool = False
+    part: str = "numbers"
     loops: int = 0
     cores: int = 0
     before: tuple[str, ...] = ()
@@ -82,12 +94,12 @@ def settings(isas: list[str]) -> dict[str, Setting]:
     """name -> setting, for a machine with these instruction sets."""
     one, two = {"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "2"}
     found = {
-        "as it is": Setting(whole=True),
-        "lowest": Setting({"TWA_KERNELS_ISA": "portable"} | one | LOWEST, whole=True),
+        "as it is": Setting(part="all"),
+        "lowest": Setting({"TWA_KERNELS_ISA": "portable"} | one | LOWEST, part="all"),
         "avx2 shuffled": Setting(
-            {"TWA_KERNELS_ISA": "avx2"} | two | AVX2, ("-p", "shuffle", "--shuffle", "1"), True
+            {"TWA_KERNELS_ISA": "avx2"} | two | AVX2, ("-p", "shuffle", "--shuffle", "1"), "all"
         ),
-        "busy": Setting(whole=True, loops=2),
+        "busy": Setting(part="all", loops=2),
         "one core": Setting(cores=1),
         "shuffled": Setting(arguments=("-p", "shuffle", "--shuffle", "2")),
         # no locale, a narrow terminal, no home, temporary files in memory
@@ -102,7 +114,9 @@ def settings(isas: list[str]) -> dict[str, Setting]:
     for isa in isas:
         for threads in ("1", "2"):
             environment = {"TWA_KERNELS_ISA": isa, "OMP_NUM_THREADS": threads}
-            found[f"{isa}, {threads} thread{'s' * (threads != '1')}"] = Setting(environment)
+            found[f"{isa}, {threads} thread{'s' * (threads != '1')}"] = Setting(
+                environment, part="kernels"
+            )
     return found
 
 
@@ -131,9 +145,7 @@ def command_of(setting: Setting, tests: list[str], report: Path) -> list[str]:
     command = [*setting.before, sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     command += ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--tb=short"]
     command += [f"--junitxml={report}", *setting.arguments]
-    if not setting.whole and not tests:
-        command += [f"--ignore={name}" for name in APART] + ["-k", NO_GPU]
-    return command + tests
+    return command + (tests or PARTS[setting.part])
 
 
 def counted(report: Path) -> dict:
@@ -176,7 +188,7 @@ def run(name: str, setting: Setting, tests: list[str], kept: Path) -> dict:
                 file.flush()
         status = child.wait()
     result = {"setting": name, "seconds": round(time.monotonic() - begin), "status": status}
-    result |= {"whole": setting.whole and not tests, "environment": setting.environment}
+    result |= {"part": "given" if tests else setting.part, "environment": setting.environment}
     result |= {"loops": setting.loops, "cores": len(cores), "arguments": setting.arguments}
     broken = {"passed": 0, "failed": [f"the run: exit status {status}"], "skipped": []}
     result |= counted(report) if report.exists() else broken
@@ -212,8 +224,7 @@ def page(results: list[dict]) -> list[str]:
         words += [" ".join(r["arguments"])] if r["arguments"] else []
         words += [f"{r['loops']} busy loops beside it"] if r["loops"] else []
         numbers = (r["passed"], len(r["failed"]), len(r["skipped"]), r["seconds"])
-        tests = "all" if r["whole"] else "some"
-        row = [r["setting"], tests, *map(str, numbers), str(r["cores"]), r["commit"]]
+        row = [r["setting"], r["part"], *map(str, numbers), str(r["cores"]), r["commit"]]
         rows.append([*row, ", ".join(words)])
     header = ["setting", "tests", "passed", "failed", "skipped", "seconds", "cores", "commit"]
     failed = [f"- {r['setting']}: `{name}`" for r in results for name in r["failed"]]
@@ -222,9 +233,8 @@ def page(results: list[dict]) -> list[str]:
     return [
         "# The tests in many settings",
         "",
-        "`python bench/suite.py --save`. Some: without what depends on no CPU, and without GPU",
-        "kernels on a CPU (`APART` there). Seconds are of a machine with other work, whose amount",
-        "differed: they say nothing of speed.",
+        "`python bench/suite.py --save`, which says what the parts are. Seconds are of a machine",
+        "with other work, whose amount differed: they say nothing of speed.",
         "",
         markdown_table([*header, "what is set"], rows),
         "",
@@ -255,9 +265,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the settings, and end")
     parser.add_argument("--tests", nargs="+", default=[], metavar="PATH")
     parser.add_argument("--kept", type=Path, default=KEPT, metavar="FOLDER", help="of results")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--numbers", action="store_true", help="without APART everywhere")
-    which.add_argument("--whole", action="store_true", help="all tests everywhere")
+    parser.add_argument("--part", choices=PARTS, help="in place of each setting's own")
     args = parser.parse_args(words)
     table = settings(instruction_sets())
     if args.list:
@@ -273,7 +281,7 @@ def main(words: list[str] | None = None) -> int:
             print(f"{title}: kept", flush=True)
             continue
         setting = table[name]
-        setting.whole = args.whole or (setting.whole and not args.numbers)
+        setting.part = args.part or setting.part
         result = run(name, setting, args.tests, args.kept) | facts
         (args.kept / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         numbers = [f"{len(result[what])} {what}" for what in ("failed", "skipped")]

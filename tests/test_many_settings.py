@@ -113,4 +113,4 @@ def test_each_instruction_set_has_its_settings():
         "OMP_NUM_THREADS": "2",
     }
     assert "avx2 shuffled" in table and "avx2 shuffled" not in suite.settings(["neon"])
-    assert all((suite.ROOT / path).exists() for path in suite.APART)
+    assert all((suite.ROOT / path).exists() for path in suite.APART + suite.KERNELS)
