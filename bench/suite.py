@@ -1,6 +1,6 @@
 """The tests once for each setting of a table: instruction sets, threads, load, order, and more.
 
-    python bench/suite.py [--only NAME ...] [--resume] [--part PART] [--save]
+    python bench/suite.py [--only NAME ...] [--resume | --again] [--part PART] [--save]
     python bench/suite.py --list           the settings
 
 A setting's result is kept in build/suite/NAME.json as it comes, its output in NAME.txt beside it:
@@ -8,6 +8,7 @@ a run can be cut into pieces. --save writes bench/results/suite.md and .json fro
 
 --only     only these settings
 --resume   leaves out settings with a kept result in which no test failed
+--again    of a kept result only the tests that failed; the page says which passed then
 --part     which tests: "all"; "numbers", without what depends on no CPU (APART below); "kernels",
            those of the CPU kernels and of what is next to them. Each setting has its own.
 --tests    files or folders of tests in place of all
@@ -189,12 +190,28 @@ def run(name: str, setting: Setting, tests: list[str], kept: Path) -> dict:
         status = child.wait()
     result = {"setting": name, "seconds": round(time.monotonic() - begin), "status": status}
     result |= {"part": "given" if tests else setting.part, "environment": setting.environment}
-    result |= {"loops": setting.loops, "cores": len(cores), "arguments": setting.arguments}
+    result |= {
+        "again": [],
+        "loops": setting.loops,
+        "cores": len(cores),
+        "arguments": setting.arguments,
+    }
     broken = {"passed": 0, "failed": [f"the run: exit status {status}"], "skipped": []}
     result |= counted(report) if report.exists() else broken
     if status not in (0, 1) and not result["failed"]:
         result |= {"failed": broken["failed"]}
     return result
+
+
+def run_again(kept: dict, setting: Setting, folder: Path) -> dict:
+    """A kept result after its failed tests have run again: those that pass are named apart."""
+    if not kept["failed"]:
+        return kept
+    second = run(f"{kept['setting']} again", setting, kept["failed"], folder)
+    mended = [name for name in kept["failed"] if name not in second["failed"]]
+    mended = mended if second["passed"] else []
+    kept["failed"] = [name for name in kept["failed"] if name not in mended]
+    return kept | {"passed": kept["passed"] + len(mended), "again": kept["again"] + mended}
 
 
 def facts_of_the_machine() -> dict:
@@ -228,6 +245,7 @@ def page(results: list[dict]) -> list[str]:
         rows.append([*row, ", ".join(words)])
     header = ["setting", "tests", "passed", "failed", "skipped", "seconds", "cores", "commit"]
     failed = [f"- {r['setting']}: `{name}`" for r in results for name in r["failed"]]
+    again = [f"- {r['setting']}: `{name}`" for r in results for name in r["again"]]
     skipped = sorted({why for r in results for why in r["skipped"]})
     machines = {f"{r['processor']}; {versions_of(r)}" for r in results}
     return [
@@ -241,6 +259,10 @@ def page(results: list[dict]) -> list[str]:
         "## Failed",
         "",
         *(failed or ["None."]),
+        "",
+        "## Failed at first, and passed when run again at a later commit",
+        "",
+        *(again or ["None."]),
         "",
         "## Skipped in one setting or another",
         "",
@@ -260,7 +282,9 @@ def main(words: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these settings")
-    parser.add_argument("--resume", action="store_true", help="not those with a good result")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="not those with a good result")
+    how.add_argument("--again", action="store_true", help="what failed in a kept result")
     parser.add_argument("--save", action="store_true", help="write bench/results/suite.*")
     parser.add_argument("--list", action="store_true", help="print the settings, and end")
     parser.add_argument("--tests", nargs="+", default=[], metavar="PATH")
@@ -282,7 +306,11 @@ def main(words: list[str] | None = None) -> int:
             continue
         setting = table[name]
         setting.part = args.part or setting.part
-        result = run(name, setting, args.tests, args.kept) | facts
+        if args.again:
+            (before,) = kept_results(args.kept, [name]) or parser.error(f"{name}: nothing is kept")
+            result = run_again(before, setting, args.kept)
+        else:
+            result = run(name, setting, args.tests, args.kept) | facts
         (args.kept / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         numbers = [f"{len(result[what])} {what}" for what in ("failed", "skipped")]
         said = ", ".join([f"{result['passed']} passed", *numbers, f"{result['seconds']} s"])

@@ -42,6 +42,8 @@ def run(tmp_path, monkeypatch):
     """run(text of tests, *options): exit status of suite.py for them."""
     monkeypatch.setenv("TWA_KERNELS_ISA", "portable")
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    monkeypatch.setenv("PYTHONPATH", str(suite.ROOT / "bench"))
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
 
     def run(text, *options):
         (tmp_path / "test_these.py").write_text(text)
@@ -75,6 +77,18 @@ def test_what_is_kept_is_not_run_again(run, tmp_path, capfd):
     assert "one core: 1 passed" in capfd.readouterr().out
     assert run("def test(): assert False\n", "--only", "one core", "--resume") == 0
     assert "one core: kept" in capfd.readouterr().out
+
+
+def test_what_failed_runs_again(run, tmp_path, capfd):
+    mend = "import pathlib\n\ndef test():\n    assert pathlib.Path(__file__ + 'x').exists()\n"
+    mend += "\ndef test_right():\n    pass\n\ndef test_wrong():\n    assert False\n"
+    assert run(mend, "--only", "one core") == 1
+    (tmp_path / "test_these.pyx").touch()
+    assert run(mend, "--only", "one core", "--again") == 1
+    result = json.loads((tmp_path / "kept" / "one core.json").read_text())
+    names = [[name.split("::")[1] for name in result[what]] for what in ("again", "failed")]
+    assert result["passed"] == 2 and names == [["test"], ["test_wrong"]]
+    assert "passed when run again at a later commit\n\n- one core: `" in capfd.readouterr().out
 
 
 def test_a_run_that_breaks_off_is_a_failure(run, capfd):
