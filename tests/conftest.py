@@ -53,6 +53,16 @@ def same_numbers():
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    """So does a fixture that several tests share, whichever of them is the first."""
+    if fixturedef.scope == "function":
+        return (yield)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return (yield)
+
+
 @pytest.fixture(scope="module")
 def ranks():
     """Processes of one gloo job, see `ranks.Ranks`."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import twa
+from bounds import gamma
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -106,11 +107,14 @@ def reference(folder, rule, accumulate=1, clip=None, skip=(), **options):
     return torch.stack(found)
 
 
+#: with so large an eps a step is as long as its gradient is large: with the usual ones gradients
+#: that are little but rounding make steps of full length, another one on another machine
 RULES = {
-    "adamw": (torch.optim.AdamW, {"lr": 0.05, "weight_decay": 0.1}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.05, "weight_decay": 0.1, "eps": 10.0}),
     "sgd": (torch.optim.SGD, {"lr": 0.002, "momentum": 0.9}),
-    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01}),  # which is not fused
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.05, "eps": 10.0}),  # which is not fused
 }
+WEIGHTS, CANCELLED = 209, 20  # of the model; sum |p g| over the largest |sum p g|, at most
 
 
 def norm(parameters):
@@ -132,9 +136,10 @@ def trained(folder, rule, clear, low_memory=False, accumulate=1, clip=None, **op
 
 
 def assert_close(found, expected):
-    """Up to float32 rounding, of coefficients that have moved."""
+    """Up to float32 rounding of sums over all weights, of coefficients that have moved."""
+    size = expected.abs().max()
     assert expected[-1].abs().max() > 1e-3
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert (found - expected).abs().max() <= CANCELLED * gamma(WEIGHTS) * size
 
 
 # Who clears -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import warnings
 import safetensors.torch
 import torch
 import twa
+from bounds import assert_weighted
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
@@ -333,13 +334,10 @@ def walk(
     for name in key_map.fixed:
         if not name.endswith(("_u", "_v")):
             rows = [s[name].double() for s in states]
-            equal = all(torch.equal(rows[0], r) for r in rows)
-            torch.testing.assert_close(
-                state[name].double(),
-                rows[0] if equal else sum(c * r for c, r in zip(center, rows, strict=True)),
-                rtol=1e-6,
-                atol=1e-7,
-            )
+            if all(torch.equal(rows[0], r) for r in rows):
+                assert torch.equal(state[name].double(), rows[0])
+            else:
+                assert_weighted(state[name], center, rows)
     assert all(torch.equal(state[name], states[-1][name]) for name in key_map.copied)
     assert {id(p) for p in subspace.parameters} == {
         id(p) for p in model.parameters() if p.requires_grad

@@ -3,7 +3,6 @@
 Needs a GPU; tests/test_distributed.py runs gloo on CPUs.
 """
 
-import datetime
 import os
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import twa
+from ranks import LIMIT
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -33,7 +33,7 @@ def group(tmp_path_factory):
         init_method=f"file://{store}",
         rank=0,
         world_size=1,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=LIMIT,
     )
     yield dist.group.WORLD
     dist.destroy_process_group()

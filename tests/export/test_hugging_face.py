@@ -229,8 +229,8 @@ def test_command_writes_a_model(transformers, llamas, tmp_path, capsys, tied):
     )
     assert (tmp_path / "out" / "mergekit.yaml").exists() != bool(fine)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "averaged")
-    # printed with 6 decimals
-    assert mean_loss(loaded) == pytest.approx(reported_loss(printed), abs=1e-6)
+    # printed with 6 decimals; float32 sums of a model
+    assert mean_loss(loaded) == pytest.approx(reported_loss(printed), rel=1e-5)
 
 
 # PEFT adapters -----------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def test_command_writes_an_adapter(transformers, peft, adapters, tmp_path, capsy
     loaded = peft.PeftModel.from_pretrained(
         transformers.LlamaForCausalLM.from_pretrained(base), tmp_path / "out" / "averaged"
     )
-    assert mean_loss(loaded) == pytest.approx(reported_loss(printed), abs=1e-6)
+    assert mean_loss(loaded) == pytest.approx(reported_loss(printed), rel=1e-5)
     # a model that is none is refused before anything is written
     (tmp_path / "again").mkdir()
     assert (

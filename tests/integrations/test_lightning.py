@@ -377,8 +377,11 @@ def test_best_by_the_average(tmp_path):
         def on_validation_end(self, trainer, module):
             kept[trainer.global_step] = state_of(module)
 
-    # a rate at which the later epochs are worse: neither the first nor the last is the best
-    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=3.0)
+        def on_train_epoch_start(self, trainer, module):
+            """From epoch 5 on a rate that spoils it: neither the first nor the last is the best."""
+            if trainer.current_epoch == 5:
+                trainer.optimizers[0].param_groups[0]["lr"] = 10.0
+
     trainer = make_trainer(tmp_path, best, Keep(), recorder, epochs=8, logger=lines)
     trainer.fit(module, *loaders())
     losses = {

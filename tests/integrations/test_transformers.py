@@ -276,9 +276,23 @@ def test_the_best_average_is_chosen(tmp_path):
     early = EarlyStoppingCallback(early_stopping_patience=2)
     recorder = {"every": 1, "evaluate": "uniform"}
     trained = trainer(
-        tmp_path, recorder, callbacks=[early], max_steps=60, learning_rate=0.3, **EVALUATED, **BEST
+        tmp_path,
+        recorder,
+        callbacks=[early],
+        max_steps=60,
+        lr_scheduler_type="constant",
+        **EVALUATED,
+        **BEST,
     )
     live = kept(trained)
+
+    def spoil(step):
+        """It learns, and from step 9 on it unlearns: neither the first nor the last is the best."""
+        if step >= 9:
+            for p in trained.model.parameters():
+                p.data.mul_(-1.5)
+
+    trained.add_callback(AtStep(spoil))
     trained.train()
     losses = {step: row["eval_avg_loss"] for step, row in logged(trained, "eval_avg_").items()}
     best = min(losses, key=losses.get)
