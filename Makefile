@@ -35,7 +35,7 @@ test-arm: build
 # The same tests under each instruction set of this CPU, on one thread and two, under other versions of
 # PyTorch's own kernels, in random order, and beside two busy loops: hours.
 test-machines: build
-	$(BIN)/python bench/suite.py
+	$(BIN)/python bench/suite.py --save
 
 # Every way to install, in build/install-check: network, an hour and 30 GB of disk.
 install-check: build
