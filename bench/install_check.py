@@ -77,7 +77,7 @@ def grid(rows: dict[str, dict]) -> list[str]:
         for key, row in rows.items()
         if key.startswith("stack: ")
     }
-    torches = list(dict.fromkeys(torch for _, torch, _ in found))
+    torches = sorted({torch for _, torch, _ in found}, key=lambda t: (t == "newest", t))
     lines = ["**Python, NumPy and PyTorch**", ""]
     lines.append("| Python | NumPy | " + " | ".join(f"torch {t}" for t in torches) + " |")
     lines.append("|---|---|" + "---|" * len(torches))
