@@ -21,9 +21,11 @@ from .ops.step import step
 from .ops.unpack import unpack
 from .orthonormalize import Orthonormal, StreamError, orthonormalize
 from .packer import Packer, pack
+from .registry import BackendError
 from .version import __version__
 
 __all__ = [
+    "BackendError",
     "NotFiniteError",
     "Orthonormal",
     "PackedBasis",
