@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -231,8 +231,8 @@ def kept_results(folder: Path, names: list[str]) -> list[dict]:
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
-def page(results: list[dict]) -> list[str]:
-    """The page's lines."""
+def page(results: list[dict], left: Sequence[str] = ()) -> list[str]:
+    """The page's lines; `left`: settings without a result."""
     from twa.io.tables import markdown_table
 
     rows = []
@@ -246,7 +246,7 @@ def page(results: list[dict]) -> list[str]:
     header = ["setting", "tests", "passed", "failed", "skipped", "seconds", "cores", "commit"]
     failed = [f"- {r['setting']}: `{name}`" for r in results for name in r["failed"]]
     again = [f"- {r['setting']}: `{name}`" for r in results for name in r["again"]]
-    skipped = sorted({why for r in results for why in r["skipped"]})
+    skipped = sorted({reason(why) for r in results for why in r["skipped"]})
     machines = {f"{r['processor']}; {versions_of(r)}" for r in results}
     return [
         "# The tests in many settings",
@@ -256,6 +256,9 @@ def page(results: list[dict]) -> list[str]:
         "",
         markdown_table([*header, "what is set"], rows),
         "",
+        f"Not run: {', '.join(left) or 'none'}.",
+        "",
+        *[f"{r['setting']}: {r['note']}\n" for r in results if r.get("note")],
         "## Failed",
         "",
         *(failed or ["None."]),
@@ -264,13 +267,19 @@ def page(results: list[dict]) -> list[str]:
         "",
         *(again or ["None."]),
         "",
-        "## Skipped in one setting or another",
+        "## Why tests were skipped",
         "",
         *([f"- {why}" for why in skipped] or ["None."]),
         "",
         *sorted(machines),
         "",
     ]
+
+
+def reason(skipped: str) -> str:
+    """Why a test was skipped, of "name: why"; a name may end in parameters with colons."""
+    _, found, why = skipped.rpartition("]: ")
+    return why if found else skipped.partition(": ")[2]
 
 
 def versions_of(result: dict) -> str:
@@ -286,6 +295,7 @@ def main(words: list[str] | None = None) -> int:
     how.add_argument("--resume", action="store_true", help="not those with a good result")
     how.add_argument("--again", action="store_true", help="what failed in a kept result")
     parser.add_argument("--save", action="store_true", help="write bench/results/suite.*")
+    parser.add_argument("--note", default="", help="about these runs, for the page")
     parser.add_argument("--list", action="store_true", help="print the settings, and end")
     parser.add_argument("--tests", nargs="+", default=[], metavar="PATH")
     parser.add_argument("--kept", type=Path, default=KEPT, metavar="FOLDER", help="of results")
@@ -311,12 +321,14 @@ def main(words: list[str] | None = None) -> int:
             result = run_again(before, setting, args.kept)
         else:
             result = run(name, setting, args.tests, args.kept) | facts
+        result["note"] = args.note or result.get("note", "")
         (args.kept / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         numbers = [f"{len(result[what])} {what}" for what in ("failed", "skipped")]
         said = ", ".join([f"{result['passed']} passed", *numbers, f"{result['seconds']} s"])
         print(f"{title}: {said}", *result["failed"], sep="\n  ", flush=True)
     results = kept_results(args.kept, list(table))
-    lines = page(results)
+    done = {r["setting"] for r in results}
+    lines = page(results, [name for name in table if name not in done])
     print("\n".join(lines))
     if args.save:
         PAGE.with_suffix(".md").write_text("\n".join(lines))

@@ -60,21 +60,25 @@ class GPT(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem and a residual block with a strided shortcut, channels last."""
+    """A stem and a residual block with a strided shortcut, channels last.
+
+    Of 8 channels: of 4, oneDNN 3.12 writes beyond the gradient of the shortcut on CPUs with AVX2
+    and without AVX-512.
+    """
 
     def __init__(self):
         super().__init__()
-        self.stem, self.bn = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
         self.layer1 = nn.Sequential(
-            nn.Conv2d(4, 6, 3, 2, 1, bias=False),
-            nn.BatchNorm2d(6),
+            nn.Conv2d(8, 12, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(12),
             nn.ReLU(),
-            nn.Conv2d(6, 6, 3, 1, 1),
-            nn.BatchNorm2d(6),
+            nn.Conv2d(12, 12, 3, 1, 1),
+            nn.BatchNorm2d(12),
         )
         self.downsample, self.fc = (
-            nn.Sequential(nn.Conv2d(4, 6, 1, 2), nn.BatchNorm2d(6, affine=False)),
-            nn.Linear(6, 3),
+            nn.Sequential(nn.Conv2d(8, 12, 1, 2), nn.BatchNorm2d(12, affine=False)),
+            nn.Linear(12, 3),
         )
         self.to(memory_format=torch.channels_last)
 
