@@ -208,8 +208,8 @@ def run_again(kept: dict, setting: Setting, folder: Path) -> dict:
     if not kept["failed"]:
         return kept
     second = run(f"{kept['setting']} again", setting, kept["failed"], folder)
-    mended = [name for name in kept["failed"] if name not in second["failed"]]
-    mended = mended if second["passed"] else []
+    ended = second["status"] in (0, 1) and {*second["failed"]} <= {*kept["failed"]}
+    mended = [name for name in kept["failed"] if ended and name not in second["failed"]]
     kept["failed"] = [name for name in kept["failed"] if name not in mended]
     return kept | {"passed": kept["passed"] + len(mended), "again": kept["again"] + mended}
 
