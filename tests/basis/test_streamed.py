@@ -34,7 +34,7 @@ def basis_of(bits, segments=None, n=5):
 def assert_near(found, expected, basis, grads):
     """Sums over blocks, each rounded to float32, and sums over all: both as near to the exact ones
     as test_project.py has it, by |P_i| |g|."""
-    rows = [r.reshape(basis.n, -1).double() for r in tk.unpack(basis)]
+    rows = [r.reshape(basis.n, -1).double() for r in tk.unpack(basis, backend="reference")]
     pairs = [
         (r, g.detach().cpu().double()) for r, g in zip(rows, grads, strict=True) if g is not None
     ]

@@ -795,7 +795,7 @@ REFUSALS = {
     "model": "do not have the same model",
     "options": "do not have the same bits: rank 0 has 4, rank 1 has 2",
     "bad bits": "bits: expected one of .*, found 7",
-    "version": f"do not have the same version of twa: rank 0 has {VERSION}, rank 1 has 0.0.0",
+    "version": f"same version of twa: rank 0 has {re.escape(VERSION)}, rank 1 has 0.0.0",
     "nan": "c2.safetensors: tensor 'blocks.1.0.weight' has 1 NaN",
     "nan rows": "c2.safetensors: tensor 'blocks.1.0.weight' has 1 NaN",
     "rows": "at most one rank per candidate, 1, found 2 ranks",
