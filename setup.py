@@ -20,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 SCRATCH = tempfile.TemporaryDirectory(prefix="twa-build-")
+CMAKE = f"cmake-{sys.implementation.cache_tag}"  # the folder of a build
 #: what CMake keeps of the environment from one run to the next
 ENVIRONMENT = (
     "CXX",
@@ -92,7 +93,7 @@ class CMakeBuild(build_ext):
         output.mkdir(parents=True, exist_ok=True)
         editable = self.inplace or self.editable_mode
         base = ROOT / "build" if editable else Path(SCRATCH.name)
-        build = base / f"cmake-{sys.implementation.cache_tag}"
+        build = base / CMAKE
         options = [
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -120,7 +121,7 @@ class Wheel(bdist_wheel):
         super().write_wheelfile(wheelfile_base, *args, **named)
         name, version = self.distribution.get_name(), self.distribution.get_version()
         parts = [library("pybind11", metadata.version("pybind11"), {"id": "BSD-3-Clause"})]
-        cuda = Path(SCRATCH.name, f"cmake-{sys.implementation.cache_tag}", "cuda_version.txt")
+        cuda = Path(SCRATCH.name, CMAKE, "cuda_version.txt")
         if cuda.is_file():  # the CUDA runtime, linked statically
             parts.append(library("cudart", cuda.read_text().strip(), {"name": "NVIDIA CUDA EULA"}))
         content = {

@@ -80,7 +80,6 @@ class Setting:
         part: of the tests, a name of PARTS
         loops: processes beside it that use a core each
         cores: on how many cores it runs; 0: on all
-        before: a command that runs it
     """
 
     environment: dict[str, str] = field(default_factory=dict)
@@ -88,7 +87,6 @@ class Setting:
     part: str = "numbers"
     loops: int = 0
     cores: int = 0
-    before: tuple[str, ...] = ()
 
 
 def settings(isas: list[str]) -> dict[str, Setting]:
@@ -143,7 +141,7 @@ def busy(loops: int) -> Iterator[list[subprocess.Popen]]:
 
 def command_of(setting: Setting, tests: list[str], report: Path) -> list[str]:
     """pytest's, with its results as XML in `report`."""
-    command = [*setting.before, sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     command += ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--tb=short"]
     command += [f"--junitxml={report}", *setting.arguments]
     return command + (tests or PARTS[setting.part])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,7 +17,9 @@ SMOKE = Path(__file__).with_name("smoke.py")
 #: what `pip install` takes from PyPI, with a PyTorch that is small where pip finds one
 DEPENDENCIES = ("torch==2.13.0", "numpy", "safetensors", "matplotlib", "tqdm")
 #: what a build without isolation must find
-BUILD = ("setuptools>=77,<85", "setuptools-scm<11", "pybind11<4", "cmake<5", "ninja<2")
+BUILD = re.findall(
+    r'^    "([^"]+)",$', (ROOT / "pyproject.toml").read_text().split("[project]")[0], re.MULTILINE
+)
 
 
 class Wrong(Exception):
