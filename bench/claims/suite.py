@@ -24,6 +24,7 @@ import twa
 from twa.io.atomic import write_json
 from twa.io.errors import TwaError
 
+from twa_kernels import version
 from twa_kernels.machine import processor
 
 from . import CLAIMS, GPU, OWN_DATA, claim
@@ -182,6 +183,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     failed = run_and_say(todo, min(jobs, max(1, len(todo))))
     device = f"{torch.cuda.get_device_name()}, " if args.device == "cuda" else ""
     machine = f"{device}{processor()}, torch {torch.__version__}"
+    if (commit := version.checked_out()) is not None:
+        machine += f", commit {commit}"
     for name in names:
         found = [done for unit in units if unit.name == name and (done := unit.finished())]
         if found:
