@@ -54,8 +54,8 @@ wheels:
 	ls -l $(WHEELS)/*.whl
 
 bench: build
-	$(BIN)/python -m pytest -o python_files="benchmark_*.py" -p no:cacheprovider bench --benchmark-only --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --save cpu_{cpu}
-	$(BIN)/python bench/cpu_tiers.py --save
+	$(BIN)/python -m pytest -o python_files="benchmark_*.py" -p no:cacheprovider bench --benchmark-only --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
+	$(BIN)/python bench/cpu_tiers.py
 	$(BIN)/python bench/peak_memory.py
 
 # For a machine with a GPU and PyTorch already installed: its own Python, no network. What is right, what is wrong, percent of a copy.

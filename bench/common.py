@@ -7,7 +7,6 @@ from __future__ import annotations
 import functools
 import math
 import platform
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -130,12 +129,6 @@ def hardware() -> dict[str, str]:
         "python": platform.python_version(),
         "commit": commit(),
     }
-
-
-def page(name: str) -> str:
-    """Name of a result with "{cpu}" replaced by the processor's: cpu_{cpu} -> cpu_intel_xeon."""
-    words = re.sub(r"\((R|TM)\)|Processor|CPU|@.*", " ", processor(), flags=re.IGNORECASE)
-    return name.replace("{cpu}", "_".join(re.findall(r"\w+", words.lower())))
 
 
 def publish(name: str, lines: list[str], save: bool) -> None:

@@ -19,7 +19,7 @@ def pytest_addoption(parser) -> None:
     parser.addoption(
         "--save",
         default="",
-        help="name of a result under bench/results/ (NAME.json, NAME.md); {cpu}: the processor",
+        help="name of a result under bench/results/ (NAME.json, NAME.md)",
     )
 
 
@@ -77,7 +77,7 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
     terminalreporter.write_line("")
     for line in lines:
         terminalreporter.write_line(line)
-    if name := common.page(config.getoption("--save")):
+    if name := config.getoption("--save"):
         common.RESULTS.mkdir(exist_ok=True)
         result = {"hardware": common.hardware(), "bandwidth": common.bandwidth(), "rows": ROWS}
         (common.RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

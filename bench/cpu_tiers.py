@@ -3,9 +3,9 @@ measured bandwidth and of the counted bound, and the peers.
 
     python bench/cpu_tiers.py [--n 64] [--columns 8e6] [--threads 2] [--rounds 7] [--save]
 
---save writes bench/results/cpu_NAME_tiers.md and .json, NAME the processor's. One process a tier
-(TWA_KERNELS_ISA); they take turns, and so do reading, copying, PyTorch's float32 product and the
-4-bit peers, so that other load on the machine hits all alike. Of all turns the fastest counts.
+--save writes bench/results/cpu_tiers.md and .json. One process a tier (TWA_KERNELS_ISA); they take
+turns, and so do reading, copying, PyTorch's float32 product and the 4-bit peers, so that other load
+on the machine hits all alike. Of all turns the fastest counts.
 
 Bytes as in benchmark_project.py and benchmark_reconstruct.py. Bandwidth: of a plain loop (project)
 and of memcpy (reconstruct). Bound: cycles at least by instructions and ports (cpu_bound.py, for the
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.15, help="of a turn")
-    parser.add_argument("--save", action="store_true", help="write bench/results/cpu_NAME_tiers.*")
+    parser.add_argument("--save", action="store_true", help="write bench/results/cpu_tiers.*")
     args = parser.parse_args()
     options = args.n, int(args.columns), args.threads
     tiers = [tier for isa in cpu_bound.TIERS if (tier := Tier(isa, *options)).name == isa]
@@ -237,11 +237,10 @@ def main() -> None:
     lines = markdown(rows, facts, *options[:2])
     print("\n".join(lines))
     if args.save:
-        name = common.page("cpu_{cpu}_tiers")
         common.RESULTS.mkdir(exist_ok=True)
-        (common.RESULTS / f"{name}.md").write_text("\n".join(lines))
+        (common.RESULTS / "cpu_tiers.md").write_text("\n".join(lines))
         found = {"facts": facts, "n": args.n, "D": options[1], "rows": rows}
-        (common.RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (common.RESULTS / "cpu_tiers.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import platform
+import re
+from pathlib import Path
 
 
-def processor() -> str:
-    """Name of the CPU."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            names = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Name of the CPU; on x86 with family and model: names such as "AMD EPYC" hide the core."""
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    facts = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", text, re.M))
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if {"cpu family", "model"} <= facts.keys():
+        name += f" (family {facts['cpu family']}, model {facts['model']})"
+    return name
