@@ -485,6 +485,12 @@ def metadata(box: Box) -> str:
     return ""
 
 
+def requirements(box: Box, file: str, python: str) -> str:
+    """What `make` installs can be had from PyPI together, PyTorch's own requirements included."""
+    said = box.uv("pip", "compile", "--python", python, box.folder / "clone" / file)
+    return ", ".join(re.findall(r"^(?:torch|triton)==\S+", said, re.MULTILINE))
+
+
 def pyenv(version: str) -> list[str]:
     """Interpreters that pyenv has of a version."""
     root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
@@ -506,6 +512,10 @@ def cells(torches: list[str]) -> Iterator[tuple[str, str, Cell]]:
     """(group, name, function), in the order in which they run."""
     own = "this Python, PyTorch 2.13"
     yield "metadata", "pyproject.toml", metadata
+    for version, path in pythons().items():
+        for file in ("requirements.txt", *["requirements-stack.txt"] * (version == "3.12")):
+            name = f"{file}, Python {version}"
+            yield "metadata", name, lambda b, p=path, f=file: requirements(b, f, p)
     for name, function in {
         "pip install .": plain,
         "pip install -e .": editable,
