@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checks import MAX_NAME, first_line
+from .checks import MAX_NAME, first_line, is_unicode
 from .errors import CandidateError, NoWeights, TwaError
 from .foreign import foreign, foreign_archive, is_tar
 from .mapped import MappedFile, Stored, TensorInfo, contiguous_strides, span
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 #: elements of a tensor that has fewer of its own: an expanded one may claim any shape
 MAX_EXPANDED = 1 << 24
 MAX_DEPTH = 16  # of dicts in dicts
+MAX_DIRECTORY = 32 << 20  # bytes of an archive's directory: some 300,000 records
 MAX_METADATA = 64  # entries of a module's own, in the _metadata of a state_dict
 EXTRA_STATE = "_extra_state"  # how keys end under which modules store what is no tensor
 #: attribute of a zip archive's entry, for which PyTorch gives uninitialised memory
@@ -42,7 +43,7 @@ FLOAT_STORAGES = (b"FloatStorage", b"DoubleStorage", b"HalfStorage", b"BFloat16S
 
 
 class Window(io.RawIOBase):
-    """Some bytes of an open file, as a file."""
+    """Some bytes of an open file, as a file of which not much is read at once."""
 
     def __init__(self, file: io.BufferedReader, begin: int, length: int) -> None:
         self.file, self.begin, self.length, self.at = file, begin, length, 0
@@ -65,6 +66,8 @@ class Window(io.RawIOBase):
 
     def readinto(self, buffer: Buffer) -> int:
         with memoryview(buffer) as view:
+            if len(view) > MAX_DIRECTORY:
+                raise TwaError(f"its directory is {len(view)} bytes: expected {MAX_DIRECTORY}")
             count = max(0, min(len(view), self.length - self.at))
             self.file.seek(self.begin + self.at)
             data = self.file.read(count)
@@ -231,7 +234,7 @@ class Entries(dict[str, object]):
         """Adds a tensor or dict; what cannot be told from others by its name is odd."""
         if len(name) > MAX_NAME:
             self.odd[f"{name[:100]}..."] = Odd(f"one with a name of {len(name)} characters")
-        elif not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+        elif not is_unicode(name):
             self.odd[ascii(name)] = Odd("one with a name that is no text")
         elif name in self:
             self.odd[name] = Odd("two of one name")
