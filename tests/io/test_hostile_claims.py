@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import struct
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,16 +25,17 @@ from twa.export.small_files import differences, with_dtype
 from twa.inspection.report import markdown, picture
 from twa.inspection.run import inspect
 from twa.io import torch_zip
+from twa.io.candidate import Candidate
 from twa.io.candidates import Candidates
 from twa.io.checks import MAX_LEVELS, check_levels, is_shown, parse_json, read_json
-from twa.io.compare import quantised
+from twa.io.compare import check_extra, quantised
 from twa.io.dcp import METADATA
 from twa.io.deepspeed import refusal
-from twa.io.errors import CandidateError
+from twa.io.errors import CandidateError, CandidateWarning
 from twa.io.mapped import TensorInfo, covered
 from twa.io.peft import check_adapters
 from twa.io.tables import in_code
-from twa.io.unpickle import MAX_PART, checked_key, unpickle
+from twa.io.unpickle import MAX_PART, Made, checked_key, unpickle
 from twa.merge.report import markdown_table
 
 
@@ -103,6 +105,25 @@ def test_tuples_that_are_keys():
         assert unpickle(pickle.dumps({key: 1}), {"torch.float32": torch.float32}) == {key: 1}
     for key in ((MAX_PART,), (0.5,), ((1,),), (0,) * 9):
         assert list(unpickle(pickle.dumps({key: 1}), {})) != [key]
+
+
+def test_lists_in_lists(tmp_path):
+    """50^14 of them in the extra state of a module: whoever compares two never comes back."""
+    value = [1]
+    for _ in range(14):
+        value = [value] * 50
+    paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
+    for path in paths:
+        torch.save({"w": torch.zeros(2), "m._extra_state": value}, path)
+    with pytest.raises(CandidateError, match="an object of more values than it has bytes"):
+        check_extra(Candidates(paths))
+    few = value
+    for _ in range(11):
+        few = few[0]
+    states = {f"m{k}._extra_state": few for k in range(9)}
+    torch.save({"w": torch.zeros(2), **states}, paths[0])  # each is 252,551 of them
+    extra = Candidates(paths[0])[0].extra
+    assert [isinstance(v, Made) for v in extra.values()] == [False] * 4 + [True] * 5
 
 
 # Archives ----------------------------------------------------------------------------------------
@@ -271,6 +292,26 @@ def test_one_dict_under_many_names(tmp_path):
     found = Candidates(tmp_path / "x.pt")
     assert len(found[0].info) == count and len(found[0].siblings) == count
     assert len("".join(found.notes)) < 1000
+
+
+def test_many_files_that_differ_in_one_number(tmp_path, monkeypatch):
+    """No sample of them shows it: each is read about once, and not with each other one."""
+    count, read = 12, Counter()
+    for k in range(count):
+        w = torch.zeros(1000)
+        w[900] = k // 2
+        torch.save({"v": torch.zeros(3), "w": w}, f"{k}.pt")
+    columns = Candidate.columns
+
+    def counted(self, *arguments):
+        read[self.path] += 1
+        return columns(self, *arguments)
+
+    monkeypatch.setattr(Candidate, "columns", counted)
+    with pytest.warns(CandidateWarning, match=r"1\.pt is 0\.pt, .*, 11\.pt is 10\.pt$"):
+        found = Candidates(tmp_path)
+    assert [c.name for c in found] == [f"{k}" for k in range(0, count, 2)]
+    assert max(read.values()) <= 10
 
 
 # Names that forge --------------------------------------------------------------------------------

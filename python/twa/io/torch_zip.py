@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 import sys
 import warnings
@@ -34,6 +35,7 @@ MAX_EXPANDED = 1 << 24
 MAX_DEPTH = 16  # of dicts in dicts
 MAX_DIRECTORY = 32 << 20  # bytes of an archive's directory: some 300,000 records
 MAX_METADATA = 64  # entries of a module's own, in the _metadata of a state_dict
+FEW_VALUES = 1 << 20  # plain values that any file may have
 EXTRA_STATE = "_extra_state"  # how keys end under which modules store what is no tensor
 #: attribute of a zip archive's entry, for which PyTorch gives uninitialised memory
 DIRECTORY = 0x10
@@ -352,9 +354,10 @@ class Values:
 
     def __init__(self, archive: Archive) -> None:
         self.archive = archive
-        # tensors may share their bytes, but not to make much out of little
+        # tensors may share their bytes, and values be the same, but not to make much out of little
         self.left = 4 * archive.file.size
-        self.done: dict[int, tuple[object, object]] = {}
+        self.values_left = max(4 * archive.file.size, FEW_VALUES)
+        self.done: dict[int, tuple[object, int, object]] = {}
 
     def tensor(self, t: Described) -> Tensor:
         """A tensor, in memory."""
@@ -364,25 +367,46 @@ class Values:
             raise CandidateError("its tensors claim more bytes than it has", self.archive.where)
         return source.read().clone()
 
-    def of(self, value: object, depth: int = 0) -> object:
-        """A value; NotPlain if there is anything else in it, or too many levels."""
+    def of(self, value: object) -> object:
+        """A value; NotPlain if there is anything else in it, too many levels, or too many values.
+
+        Each counts as often as who walks through it would meet it.
+        """
+        found, count = self._counted(value, 0)
+        self._check(count)
+        self.values_left -= count
+        return found
+
+    def _check(self, count: int) -> None:
+        """NotPlain for more values than are left."""
+        if count > self.values_left:
+            raise NotPlain(Made("more values than it has bytes"))
+
+    def _counted(self, value: object, depth: int) -> tuple[object, int]:
+        """A value, and how many it is."""
         if depth > MAX_DEPTH:
             raise NotPlain(Made(f"more than {MAX_DEPTH} levels"))
         if id(value) in self.done:
-            return self.done[id(value)][0]
+            return self.done[id(value)][:2]
         found: object
+        inside: list[tuple[object, int]] = []
         if isinstance(value, dict):
-            found = {self.of(k, depth + 1): self.of(v, depth + 1) for k, v in value.items()}
+            inside = [self._counted(v, depth + 1) for v in itertools.chain(value, value.values())]
+            plain = [v for v, _ in inside]
+            found = dict(zip(plain, plain[len(value) :], strict=False))
         elif isinstance(value, list | tuple):
-            found = type(value)(self.of(v, depth + 1) for v in value)
+            inside = [self._counted(v, depth + 1) for v in value]
+            found = type(value)(v for v, _ in inside)
         elif isinstance(value, Described):
             found = self.tensor(value)
         elif isinstance(value, int | float | str | bytes | torch.dtype | None):
             found = value
         else:
             raise NotPlain(value if isinstance(value, Made) else Made(type(value).__name__))
-        self.done[id(value)] = found, value  # kept, so that its id stays its own
-        return found
+        count = 1 + sum(count for _, count in inside)
+        self._check(count)
+        self.done[id(value)] = found, count, value  # kept, so that its id stays its own
+        return found, count
 
     def or_made(self, value: object) -> object:
         """A value; the Made that is in it, if it is not plain."""
