@@ -6,6 +6,7 @@ import pickle
 import struct
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from test_hostile import (
     zipped,
 )
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from twa.basis.sources import Sources
 from twa.export.small_files import differences, with_dtype
 from twa.inspection.report import markdown, picture
 from twa.inspection.run import inspect
@@ -330,6 +332,15 @@ def test_names_of_files_that_forge_what_is_printed(name, tmp_path):
     os.rename(tmp_path / "d" / f"{name}.safetensors", tmp_path / "e" / "inside" / f"{name}.pt")
     os.rename(tmp_path / "e" / "inside", tmp_path / "e" / name)
     refused(tmp_path / "e", "expected a directory with a Hugging Face checkpoint")
+
+
+def test_names_of_candidates_in_a_packed_basis():
+    """They were files' names once, and lead nowhere."""
+    names = ["\x1b[2J/a\nb.pt", "/etc/passwd", "step 9.pt"]
+    contents = SimpleNamespace(info={}, kind="torch", candidates=[[name, "d"] for name in names])
+    sources = Sources(SimpleNamespace(contents=contents, path=Path("basis")))
+    assert all(f"{c.path} {c.name}".isprintable() and c.files == () for c in sources)
+    assert sources.names[1:] == ["passwd", "step 9"]
 
 
 def test_names_that_are_shown():

@@ -90,7 +90,7 @@ def _equal_ones(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
 
 def _digest(candidate: Candidate, key: str, begin: int, end: int) -> bytes:
     """Digest of some numbers of a tensor."""
-    found = hashlib.sha256(_bytes(candidate.columns(key, begin, end)).numpy()).digest()
+    found = hashlib.sha256(_bytes(candidate.columns(key, begin, end)).numpy().data).digest()
     candidate.check()
     candidate.release()
     return found
