@@ -18,7 +18,7 @@ namespace twa {
 
 enum class Status : int32_t {
   ok = 0,
-  bad_argument = 1,  // sizes, bits or dtype out of range
+  bad_argument = 1,  // sizes, bits, segments or dtype out of range
   not_finite = 2,    // pack: NaN or Inf in the input; *where says in which row and tensor
 };
 

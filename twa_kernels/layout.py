@@ -77,3 +77,15 @@ def segments_to_tiles(segments: Sequence[int] | Tensor | None, numels: Sequence[
     if len(index) and index.min() < 0:
         raise ValueError(f"segments: expected indices of at least 0, found {int(index.min())}")
     return index.to(torch.int32)
+
+
+def check_segments(tile_segment: Tensor, num_segments: int) -> None:
+    """Raises ValueError unless all are indices of segments. It waits for the device."""
+    if not len(tile_segment):
+        return
+    least, most = torch.stack(tile_segment.aminmax()).tolist()
+    if least < 0 or most >= num_segments:
+        raise ValueError(
+            f"tile_segment: expected indices from 0 to {num_segments - 1}, found"
+            f" {least if least < 0 else most}"
+        )

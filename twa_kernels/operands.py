@@ -62,10 +62,7 @@ class BasisView:
         """Raises ValueError or TypeError where tensors do not fit each other."""
         check_bits(self.bits)
         shape = self.row_scale.shape
-        if len(shape) != 2 or not 1 <= shape[0] <= MAX_ROWS:
-            raise ValueError(
-                f"row_scale: expected shape (n, L) with 1 <= n <= {MAX_ROWS}, found {tuple(shape)}"
-            )
+        check_rows("row_scale", shape)
         n, tiles, device = shape[0], total_tiles(self.numels), self.codes.device
         check_tensor("codes", self.codes, (tiles, n, 16 * self.bits), torch.uint8, device)
         check_tensor("scales", self.scales, (tiles, n), torch.uint8, device)
@@ -126,9 +123,8 @@ class PackArgs:
     def check(self, backend: str) -> None:
         """Raises ValueError or TypeError where tensors do not fit each other."""
         check_bits(self.bits)
+        check_rows("sum_sq", self.sum_sq.shape)
         n, device, tiles = self.n, self.device, total_tiles(self.numels)
-        if not 1 <= n <= MAX_ROWS:
-            raise ValueError(f"n: expected 1 to {MAX_ROWS} rows, found {n}")
         check_list("rows", self.rows, repeated(self.numels, n), device, backend)
         if self.center:
             check_list("center", self.center, self.numels, device, backend)
@@ -311,13 +307,18 @@ class PassArgs:
 
     def check(self, backend: str) -> None:
         """Raises ValueError or TypeError where tensors do not fit each other."""
+        shape = tuple(self.parent.shape)
+        if len(shape) != 1 or not 1 <= shape[0] <= MAX_ROWS:
+            raise ValueError(
+                f"parent: expected shape (n,) with 1 <= n <= {MAX_ROWS}, found {shape}"
+            )
         n, device = self.n, self.device
-        if not 1 <= n <= MAX_ROWS:
-            raise ValueError(f"n: expected 1 to {MAX_ROWS} rows, found {n}")
         check_tensor("parent", self.parent, (n,), torch.int32, device)
         check_list("rows", self.rows, repeated(self.numels, n), device, backend)
         if self.center:
             check_list("center", self.center, self.numels, device, backend)
+        if self.transform is not None:
+            check_rows("transform", self.transform.shape)
         r = self.rank
         if self.transform is not None:
             check_tensor("transform", self.transform, (r, n), torch.float64, device)
@@ -347,6 +348,15 @@ def or_empty(tensors: Sequence[Tensor | None], device: torch.device) -> list[Ten
     """The tensors; absent ones are empty, which is what the ops know."""
     empty = torch.empty(0, dtype=torch.float32, device=device)
     return [empty if t is None else t for t in tensors]
+
+
+def check_rows(name: str, shape: Sequence[int]) -> None:
+    """Raises ValueError unless this is the shape of a matrix with as many rows as kernels take."""
+    if len(shape) != 2 or not 1 <= shape[0] <= MAX_ROWS or shape[1] < 1:
+        raise ValueError(
+            f"{name}: expected a matrix of 1 to {MAX_ROWS} rows and at least 1 column, found"
+            f" shape {tuple(shape)}"
+        )
 
 
 def repeated(numels: Sequence[int], times: int) -> tuple[int, ...]:

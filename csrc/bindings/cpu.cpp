@@ -16,7 +16,7 @@ void run(const F& f) {
   }
   if (status != Status::ok)
     throw py::value_error(
-        "kernel refused its arguments: sizes, bits or tensors do not fit the basis");
+        "kernel refused its arguments: sizes, bits, segments or tensors do not fit the basis");
 }
 
 void average(const Tensors& rows, const std::vector<double>& weights, py::handle out, int threads) {

@@ -244,4 +244,9 @@ std::vector<Block> blocks_of(const TensorTable& tensors, const int32_t* tile_seg
   return blocks;
 }
 
+bool in_segments(const std::vector<Block>& blocks, int64_t num_segments) {
+  return std::all_of(blocks.begin(), blocks.end(),
+                     [&](const Block& b) { return b.segment >= 0 && b.segment < num_segments; });
+}
+
 }  // namespace twa

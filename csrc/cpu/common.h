@@ -137,6 +137,8 @@ TWA_AVX512 inline void prefetch_input(const void* p, __m512i* after) {
 
 // Blocks of kBlockTiles tiles whose tensor is not absent.
 std::vector<Block> blocks_of(const TensorTable& tensors, const int32_t* tile_segment);
+// Whether all blocks are of segments that there are: their numbers come from outside.
+bool in_segments(const std::vector<Block>& blocks, int64_t num_segments);
 
 // Tiles of a tensor list, or -1 if a size is negative.
 inline int64_t total_tiles(const TensorTable& t) { return total_tiles(t.numel, t.count); }

@@ -181,6 +181,7 @@ Status pack_cpu(const RowTable& rows, const double* weights, const PackTarget& t
   const Job job{rows, weights, target};
   const std::vector<Block> blocks =
       make_blocks(rows.numel, count, target.tile_segment, kBlockTiles);
+  if (!in_segments(blocks, target.num_segments)) return Status::bad_argument;
   std::vector<Sums> sums(blocks.size());
   const BlockKernel kernel = with_bits(target.bits, [](auto b) { return pick(tiers<b()>()); });
   parallel_for(static_cast<int64_t>(blocks.size()), threads,

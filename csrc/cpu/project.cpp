@@ -504,6 +504,7 @@ Status project_cpu(const BasisView& basis, const TensorTable& grads, float* c, i
   if (!valid_bits(basis.bits) || n < 1 || n > kMaxRows || total_tiles(grads) != basis.num_tiles)
     return Status::bad_argument;
   const std::vector<Block> blocks = blocks_of(grads, basis.tile_segment);
+  if (!in_segments(blocks, segments)) return Status::bad_argument;
   std::vector<double> partial(blocks.size() * n), total(segments * n, 0.0);
   const ProjectBlock kernel = project_block(basis.bits);
   parallel_for(static_cast<int64_t>(blocks.size()), threads, [&](int64_t k) {

@@ -428,6 +428,7 @@ Status reconstruct_cpu(const BasisView& basis, const float* x, const TensorTable
   if (!valid_bits(basis.bits) || n < 1 || n > kMaxRows || total_tiles(out) != basis.num_tiles)
     return Status::bad_argument;
   const std::vector<Block> blocks = blocks_of(out, basis.tile_segment);
+  if (!in_segments(blocks, segments)) return Status::bad_argument;
   // x * row_scale by segment, so that a block reads n consecutive numbers.
   std::vector<float> scaled(segments * n);
   for (int64_t i = 0; i < n; ++i)

@@ -77,6 +77,7 @@ Status step_cpu(const BasisView& basis, const TensorTable& grads, const Update& 
     return Status::bad_argument;
   const std::vector<Block> blocks =
       make_blocks(out.numel, out.count, basis.tile_segment, kBlockTiles);
+  if (!in_segments(blocks, segments)) return Status::bad_argument;
   std::vector<std::vector<int64_t>> of_segment(segments);  // blocks in order
   std::vector<int64_t> bytes(segments, 0);
   int64_t total_bytes = 0;

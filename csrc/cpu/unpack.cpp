@@ -70,6 +70,7 @@ Status unpack_cpu(const BasisView& basis, const TensorTable& out, int threads) {
       total_tiles(out) != basis.num_tiles)
     return Status::bad_argument;
   const std::vector<Block> blocks = blocks_of(out, basis.tile_segment);
+  if (!in_segments(blocks, basis.num_segments)) return Status::bad_argument;
   const UnpackBlock kernel = with_bits(basis.bits, [](auto b) { return pick(tiers<b()>()); });
   parallel_for(static_cast<int64_t>(blocks.size()), threads,
                [&](int64_t k) { kernel(basis, out, blocks[k]); });

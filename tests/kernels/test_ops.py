@@ -266,6 +266,72 @@ def test_lazily_negated_gradients():
     )
 
 
+def packed(segment, segments=2):
+    """Operands of a basis (tiles all of one segment) and of a pack of the same sizes."""
+    numels, tiles, n, bits = [300, 70], 4, 3, 4
+    of_tiles = torch.full((tiles,), segment, dtype=torch.int32)
+    codes = torch.zeros(tiles, n, 16 * bits, dtype=torch.uint8)
+    row_scale = torch.ones(n, segments)
+    basis = [codes, codes[..., 0].contiguous(), row_scale, of_tiles, numels, bits]
+    rows = [torch.ones(numel) for numel in numels for _ in range(n)]
+    target = [codes, torch.zeros(tiles, n, dtype=torch.bfloat16), row_scale.double(), row_scale]
+    return basis, [rows, [], numels, of_tiles, bits, *target, None]
+
+
+def calls_of(basis, pack, device="cpu", backend=""):
+    """Each op with these operands, on a device."""
+
+    def put(value):
+        if isinstance(value, list):
+            return [put(v) for v in value]
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    basis, pack, run = put(basis), put(pack), torch.ops.twa_kernels
+    grads, x = put([torch.ones(300), torch.ones(70)]), torch.zeros_like(basis[2])
+    options = [0.0, 0.1, 0.0, 0.0, 0.0, 0.0]
+    return {
+        "project": lambda: run.project(*basis, grads, backend),
+        "reconstruct": lambda: run.reconstruct(*basis, x, [], backend),
+        "unpack": lambda: run.unpack(*basis, backend),
+        "gram": lambda: run.gram(*basis, backend),
+        "step": lambda: run.step(*basis, grads, [], grads, x, [], "sgd", options, 1, backend),
+        "pack": lambda: run.pack(*pack, backend),
+    }
+
+
+@pytest.mark.parametrize("segment", [2, -1, 10**9, -(10**9)])
+def test_segments_that_are_none(segment, gpu):
+    """They would be read and written out of bounds."""
+    for call in calls_of(*packed(segment), backend="cpp").values():
+        with pytest.raises(ValueError, match=r"kernel refused its arguments: .*segments"):
+            call()
+    for op, call in calls_of(*packed(segment), gpu.device, gpu.backend).items():
+        if registry.has(op, gpu.backend):
+            with pytest.raises(ValueError, match="tile_segment: expected indices from 0 to 1"):
+                call()
+
+
+def test_operands_without_rows_or_columns():
+    """Sizes of 0 would be divided by, and dimensions that are not there looked up."""
+    for call in calls_of(*packed(0, segments=0)).values():
+        with pytest.raises(ValueError, match=r"(row_scale|sum_sq): expected a matrix of 1 to 4096"):
+            call()
+    _, pack = packed(0)
+    pack[7] = pack[7].reshape(-1)
+    with pytest.raises(ValueError, match=r"sum_sq: .*found shape \(6,\)"):
+        torch.ops.twa_kernels.pack(*pack, "")
+    rows, parent = [torch.ones(200)] * 3, torch.tensor([-1, 0, 0], dtype=torch.int32)
+    for transform in (torch.zeros(0, 3), torch.zeros(()), torch.zeros(5000, 3)):
+        with pytest.raises(ValueError, match="transform: expected a matrix of 1 to 4096 rows"):
+            torch.ops.twa_kernels.orthonormalize_pass(
+                rows, [], [200], parent, transform.double(), None, 0, False, [], ""
+            )
+    with pytest.raises(ValueError, match=r"parent: expected shape \(n,\)"):
+        torch.ops.twa_kernels.orthonormalize_pass(
+            rows[:1], [], [200], parent[0], None, None, 0, False, [], ""
+        )
+
+
 def test_unknown_instruction_set_is_an_error():
     code = """
 import torch, twa_kernels as tk

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import capture, native
-from ..layout import TILE, num_tiles
+from ..layout import TILE, check_segments, num_tiles
 from ..operands import BasisView, PackArgs, PassArgs, RecordArgs, ReplayArgs, StepArgs
 from . import handles
 from .after_pack import add_errors, first_not_finite
@@ -147,9 +147,11 @@ class Work:
 
 
 def _build(basis: BasisView) -> Work:
+    tile_segment = basis.tile_segment.cpu()
+    check_segments(tile_segment, basis.num_segments)
     host = module.HostWork(
         numel=basis.numels,
-        tile_segment=basis.tile_segment.cpu(),
+        tile_segment=tile_segment,
         segments=basis.num_segments,
         bits=basis.bits,
     )
@@ -291,8 +293,9 @@ def step(
 
 
 def pack(args: PackArgs) -> tuple[int, int, int] | None:
-    """Waits for the device once: for whether a group is not finite."""
+    """Waits for the device twice: for the segments, and for whether a group is not finite."""
     device, n = args.device, args.n
+    check_segments(args.tile_segment, args.sum_sq.shape[1])
     rows = handles.read(args.rows, module)
     center = handles.read_or_none(args.center, module)
     bad = torch.empty((), dtype=torch.int32, device=device)

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from ..io.candidate import Candidate
 from ..io.candidates import BLOCK_BYTES, Candidates
+from ..io.checks import is_shown, printable
 from ..io.errors import BasisError, CandidateError
 from ..io.formats import stem_of
 from ..io.mapped import Part, TensorInfo
@@ -72,7 +73,10 @@ class Sources(Candidates):
             key: TensorInfo(tuple(shape), SAFETENSORS_DTYPES[dtype])
             for key, (shape, dtype) in c.info.items()
         }
-        sources = [Source(Path(p), digest, c.kind, info, loaded.path) for p, digest in c.candidates]
+        sources = [
+            Source(Path(p if is_shown(p) else ascii(p)), digest, c.kind, info, loaded.path)
+            for p, digest in c.candidates
+        ]
         self._hold(sources, BLOCK_BYTES)
 
 
@@ -84,7 +88,7 @@ def check_sources(contents: Contents, candidates: Candidates) -> None:
         if theirs != ours:
             found = f"{candidates[k].name} ({ours})" if ours else "none"
             raise BasisError(
-                f"expected the one that the basis was packed from ({theirs or 'none'}), found"
-                f" {found}",
+                "expected the one that the basis was packed from"
+                f" ({printable(theirs or 'none')}), found {found}",
                 f"candidate {k}",
             )

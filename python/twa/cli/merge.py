@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -117,11 +118,11 @@ def recorded_weights(value: Mapping[str, object], candidates: Candidates) -> obj
     paths = value.get("candidates")
     if not isinstance(paths, list) or not all(map(is_text, paths)) or len(paths) != len(beta):
         raise TwaError("expected 'candidates', a path for each weight")
-    files = [c.path.name for c in candidates]
+    files = Counter(c.path.name for c in candidates)
     name_of = {}  # by path, and by file name where that tells them apart
     for c, name in zip(candidates, candidates.names, strict=True):
         name_of[str(c.path)] = name
-        if files.count(c.path.name) == 1:
+        if files[c.path.name] == 1:
             name_of[c.path.name] = name
     names = [name_of.get(path) or name_of.get(Path(path).name, path) for path in paths]
     if len(set(names)) != len(names):

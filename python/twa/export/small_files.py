@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 
-from ..io.checks import is_inside, printable
+from ..io.checks import check_levels, is_inside, is_unicode, printable
 from ..io.dcp import METADATA
 from ..io.foreign import foreign
 from ..io.formats import INDEX as ANY_INDEX
@@ -24,6 +24,7 @@ CONFIG = "config.json"
 INDEX = ".index.json"
 SMALL_BYTES = 64 << 20  # of a file
 LFS_BYTES = 1024  # more than a Git LFS pointer has
+INDENTED = 1 << 20  # bytes of a configuration that is written in lines: these may be long
 #: of all files together: bytes, files, entries of folders that are looked at, folders in folders
 MAX_BYTES, MAX_FILES, MAX_ENTRIES, MAX_DEPTH = 1 << 30, 1000, 10_000, 4
 WEIGHTS = re.compile(
@@ -236,7 +237,11 @@ def with_dtype(text: bytes, dtype: str) -> bytes:
     config = _parsed(text)
     if not _set_dtype(config, dtype):
         return text
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    indent = 2 if len(text) <= INDENTED else None
+    written = json.dumps(config, indent=indent, ensure_ascii=False)
+    if not is_unicode(written):
+        written = json.dumps(config, indent=indent)  # with escapes, as it was
+    return (written + "\n").encode("utf-8")
 
 
 def _set_dtype(config: object, dtype: str) -> bool:
@@ -321,6 +326,8 @@ def _content(source: Path, path: Path) -> bytes | None:
 def _parsed(text: bytes) -> object:
     """A JSON value, also with the Infinity that some configurations hold; None if it is none."""
     try:
-        return json.loads(text.decode("utf-8"))
+        value = json.loads(text.decode("utf-8"))
+        check_levels(value)
     except (ValueError, RecursionError):
         return None
+    return value

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..io.atomic import write_bytes, write_json, write_text
 from ..io.errors import TwaError
-from ..io.tables import markdown_table
+from ..io.tables import escaped, markdown_table
 from ..io.versions import INSPECT
 from .findings import SEVERITIES, many
 
@@ -112,7 +112,7 @@ def markdown(result: Inspection) -> str:
     lines = [
         f"# {many(len(result.rows), 'candidate')}: {total}",
         "",
-        *(f"- **{f.severity}** {str(f).split(': ', 1)[1]}" for f in result.findings),
+        *(f"- **{f.severity}** {escaped(str(f).split(': ', 1)[1])}" for f in result.findings),
         "",
     ]
     lines += [markdown_table(*table(result)), "", *_explanations(result), ""]
@@ -245,8 +245,9 @@ def _upper(distances: Tensor) -> float:
 
 
 def _label(name: str) -> str:
-    """Beginning and end of a long name."""
-    return name if len(name) <= LABEL else f"{name[:7]}...{name[10 - LABEL :]}"
+    """Beginning and end of a long name, in which Matplotlib sees no formula."""
+    shown = name if len(name) <= LABEL else f"{name[:7]}...{name[10 - LABEL :]}"
+    return shown.replace("$", r"\$")
 
 
 def _heat_map(

@@ -22,6 +22,8 @@ from .training import Progress, progress_beside, progress_of
 Value = TypeVar("Value")
 #: places of a file that its fingerprint looks at, and bytes of each
 SAMPLES, SAMPLE_BYTES = 16, 4096
+#: bytes of tensors that files of so many may claim: so many times theirs, or so many
+SHARED, MOST_CLAIMED = 64, 1 << 32
 #: parts of names that wrappers (torch.compile, FSDP, activation checkpointing) add, and no user
 WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 #: what DataParallel and AveragedModel put before every key, and AveragedModel's own buffer
@@ -79,6 +81,7 @@ class Candidate:
         for key in [key for key in tensors if key.rpartition(".")[2] == EXTRA_STATE]:
             self.extra[key] = tensors.pop(key).read().clone()
         self._hold(tensors)
+        self._check_claim()
         for key, info in self.info.items():
             if info.dtype.is_floating_point and info.dtype.itemsize == 1:
                 raise CandidateError(
@@ -86,6 +89,17 @@ class Candidate:
                     " convert the checkpoint first",
                     path,
                 )
+
+    def _check_claim(self) -> None:
+        """CandidateError if its tensors share their bytes so as to make very much out of little."""
+        claimed, size = sum(i.nbytes for i in self.info.values()), sum(m.size for m in self._maps)
+        most = max(SHARED * size, MOST_CLAIMED)
+        if self._maps and claimed > most:
+            raise CandidateError(
+                f"its tensors are {claimed} bytes that lie in {size} of its files: expected at most"
+                f" {most}",
+                self.path,
+            )
 
     def _wanted(self, found: Mapping[str, Value]) -> dict[str, Value]:
         """What is not to be left out."""

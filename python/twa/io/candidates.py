@@ -12,6 +12,7 @@ import copy
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -193,8 +194,8 @@ class Candidates(Sequence[Candidate]):
     @property
     def names(self) -> list[str]:
         """Names of the candidates; the path where a name is not unique."""
-        stems = [c.name for c in self]
-        return [c.name if stems.count(c.name) == 1 else str(c.path) for c in self]
+        counts = Counter(c.name for c in self)
+        return [c.name if counts[c.name] == 1 else str(c.path) for c in self]
 
     @property
     def kind(self) -> str:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import reprlib
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from .foreign import foreign
 MAX_ELEMENTS = 1 << 60
 MAX_DIMENSIONS = 64
 MAX_NAME = 1000  # characters of a tensor's name
+MAX_LEVELS = 100  # of lists and dicts in JSON: whoever walks through more may run out of stack
 #: bytes of a safetensors header or a JSON index: names of some 100,000 tensors
 MAX_HEADER = 32 << 20
 
@@ -62,6 +64,13 @@ def check_name(name: str, where: Path) -> None:
         raise CandidateError(
             f"expected names of at most {MAX_NAME} characters, found one of {len(name)}", where
         )
+    if not is_unicode(name):
+        raise CandidateError(f"expected names that are texts, found {name!r}", where)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: it has no lone surrogates."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def shown(value: object) -> str:
@@ -72,6 +81,16 @@ def shown(value: object) -> str:
 def printable(text: str) -> str:
     """A file's text as a terminal can show it."""
     return text[:200] if text[:200].isprintable() else ascii(text[:200])
+
+
+def is_shown(text: str) -> bool:
+    """Whether a terminal shows a text as it is: nothing in it turns a line, moves the cursor or the
+    direction of writing, or is no character at all.
+    """
+    return text.isprintable() or not any(
+        unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\u200c\u200d"
+        for c in text
+    )
 
 
 def first_line(error: BaseException) -> str:
@@ -97,7 +116,7 @@ def read_json(path: Path, expected: str = "expected JSON", limit: int = MAX_HEAD
             f"{expected}, of at most {limit} bytes, found {path.stat().st_size}", path
         )
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(bytes_of_file(path, limit))
     except (ValueError, RecursionError, OSError) as error:
         if what := foreign(path, json=True):
             raise CandidateError(f"{expected}; {what}", path) from error
@@ -106,12 +125,36 @@ def read_json(path: Path, expected: str = "expected JSON", limit: int = MAX_HEAD
         ) from error
 
 
+def bytes_of_file(path: Path, limit: int) -> bytes:
+    """All bytes of a file; ValueError for more than `limit`, whatever its size is said to be."""
+    with open(path, "rb") as f:
+        data = f.read(limit + 1)  # not all of what may have no end, as files of the system
+    if len(data) > limit:
+        raise ValueError(f"expected at most {limit} bytes, found more")
+    return data
+
+
+def check_levels(value: object) -> None:
+    """ValueError for more than MAX_LEVELS of lists and dicts in each other."""
+    inside = [value]
+    for _ in range(MAX_LEVELS):
+        items = (c.values() if isinstance(c, dict) else c for c in inside if _is_nest(c))
+        inside = [value for of in items for value in of if _is_nest(value)]
+        if not inside:
+            return
+    raise ValueError(f"more than {MAX_LEVELS} levels")
+
+
+def _is_nest(value: object) -> TypeGuard[dict[str, object] | list[object]]:
+    return isinstance(value, dict | list)
+
+
 def parse_json(text: bytes) -> object:
     """JSON as Python values.
 
     Raises:
-        ValueError: it is no JSON; also for a name that occurs twice, for NaN and -0, and for text
-            that is no UTF-8
+        ValueError: it is no JSON; also for a name that occurs twice, for NaN and -0, for text that
+            is no UTF-8, and for more than MAX_LEVELS levels
     """
 
     def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
@@ -134,9 +177,11 @@ def parse_json(text: bytes) -> object:
             refuse(text)
         return int(text)
 
-    return json.loads(
+    value = json.loads(
         text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=refuse, parse_int=whole
     )
+    check_levels(value)
+    return value
 
 
 def is_inside(file: Path, folder: Path) -> bool:

@@ -151,17 +151,19 @@ def quantised(info: Mapping[str, TensorInfo]) -> str | None:
     hold more numbers than the float tensors.
     """
     integers = {key: i for key, i in info.items() if _may_be_weights(key, i)}
-    modules: dict[str, list[str]] = {}  # of a module, or of a tensor that has parts: its keys
-    for key in info:
-        modules.setdefault(key.rpartition(".")[0], []).append(key)
+    scales: dict[str, list[str]] = {}  # of a module, or of a tensor that has parts: two at most
+    for key, i in info.items():
+        found = scales.setdefault(key.rpartition(".")[0], [])
+        if len(found) < 2 and _is_scale(key, i):
+            found.append(key)
     for key, i in integers.items():
         module, _, name = key.rpartition(".")
         if len(i.shape) < 2:
             continue
         if name in PACKED:
             return f"tensor {key!r} ({i}) has the name of packed weights"
-        beside = (k for k in (*modules[module], *modules.get(key, ())) if k != key)
-        if scale := next((k for k in beside if _is_scale(k, info[k])), None):
+        beside = (k for k in (*scales[module], *scales.get(key, ())) if k != key)
+        if scale := next(beside, None):
             return f"tensor {key!r} ({i}) stands beside {scale!r}"
     numbers = sum(i.numel for i in integers.values())
     weights = sum(i.numel for i in info.values() if i.dtype.is_floating_point)

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeGuard
 
 import torch
 
-from .checks import are_sizes, check_name, first_line, is_file_name
+from .checks import are_sizes, bytes_of_file, check_name, first_line, is_file_name, is_shape
 from .errors import CandidateError
 from .foreign import foreign
 from .mapped import MappedFile, Pieces, Source, Stored, TensorInfo, covered
@@ -71,7 +71,7 @@ def read(folder: Path) -> tuple[dict[str, object], tuple[Path, ...]]:
             f"expected at most {MAX_PICKLE} bytes, found {path.stat().st_size}", path
         )
     try:
-        metadata = unpickle(path.read_bytes(), _NAMES)
+        metadata = unpickle(bytes_of_file(path, MAX_PICKLE), _NAMES)
     except Refused as error:
         raise CandidateError(
             f"refused: {error}, which the metadata of a torch.distributed.checkpoint never do", path
@@ -150,8 +150,9 @@ class _Reader:
             chunks = description.get("chunks")
             if not isinstance(chunks, list):
                 continue  # bytes: counters, learning rates, ...
-            check_name(name, self.folder)
-            *outer, last = _steps(plan.get(name), name)
+            *outer, last = steps = _steps(plan.get(name), name)
+            for step in (name, *steps):
+                check_name(step, self.folder)
             at = out
             for step in outer:
                 inner = at.setdefault(step, {})
@@ -167,13 +168,13 @@ class _Reader:
         """One tensor, of which each chunk is a record of its own."""
         where = f"{self.folder}: tensor {name!r}"
         shape, dtype = description.get("size"), _dtype(description.get("properties"))
-        if not _are_sizes(shape) or not isinstance(dtype, torch.dtype):
+        if not _is_shape(shape) or not isinstance(dtype, torch.dtype):
             raise CandidateError("expected a shape and a dtype", where)
         blocks = []
         for chunk in chunks:
             offsets = chunk.get("offsets") if isinstance(chunk, Made) else None
             sizes = chunk.get("sizes") if isinstance(chunk, Made) else None
-            if not _are_sizes(offsets) or not _are_sizes(sizes):
+            if not _are_sizes(offsets) or not _is_shape(sizes):
                 raise CandidateError("expected offsets and sizes of each block", where)
             blocks.append((offsets, sizes))
         if not covered(shape, blocks):
@@ -182,7 +183,7 @@ class _Reader:
             (offsets, self.block(name, offsets, TensorInfo(sizes, dtype), where))
             for offsets, sizes in blocks
         )
-        if len(pieces) == 1:
+        if len(pieces) == 1 and pieces[0][1].info.shape == shape:
             return pieces[0][1]
         return Pieces(TensorInfo(shape, dtype), pieces)
 
@@ -264,3 +265,8 @@ def _dtype(properties: object) -> object:
 def _are_sizes(value: object) -> TypeGuard[tuple[int, ...]]:
     """Whether this is a tuple of sizes, as torch.Size is stored."""
     return isinstance(value, tuple) and are_sizes(value)
+
+
+def _is_shape(value: object) -> TypeGuard[tuple[int, ...]]:
+    """Whether this is a tuple of sizes that a tensor can have together."""
+    return isinstance(value, tuple) and is_shape(value)

@@ -10,7 +10,7 @@ import re
 import shlex
 from pathlib import Path
 
-from .checks import is_file_name
+from .checks import bytes_of_file, is_file_name
 
 #: files with a model's states, of one rank each; with ZeRO-3 those of data-parallel ranks, too
 STATES = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
@@ -70,7 +70,10 @@ def _states(folder: Path) -> list[str]:
 def _newest(folder: Path) -> str:
     """The name of the newest directory inside, as DeepSpeed has noted it; "" without a note."""
     path = folder / LATEST
-    if not path.is_file() or path.stat().st_size > MAX_LATEST:
+    if not path.is_file():
         return ""
-    name = path.read_bytes().decode(errors="replace").strip()
+    try:
+        name = bytes_of_file(path, MAX_LATEST).decode().strip()
+    except (OSError, ValueError):
+        return ""
     return name if is_file_name(name) else ""

@@ -74,10 +74,40 @@ def _grouped(
 
 
 def _equal_ones(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
-    """The candidates with the same bits, together."""
+    """Of candidates with one sample those with the same bits, together.
+
+    Two are compared; of more each is read once, as far as it is the same as another.
+    """
+    if len(candidates) <= 2:
+        return _together(candidates, _equal)
+    parts = [list(candidates)]
+    for key, info in candidates[0].info.items():
+        for begin in range(0, info.numel, CHUNK):
+            digest = partial(_digest, key=key, begin=begin, end=min(begin + CHUNK, info.numel))
+            parts = [p for part in parts for p in (_grouped(part, digest) if part[1:] else [part])]
+    return [same for part in parts for same in _together(part, _same_extra)]
+
+
+def _digest(candidate: Candidate, key: str, begin: int, end: int) -> bytes:
+    """Digest of some numbers of a tensor."""
+    found = hashlib.sha256(_bytes(candidate.columns(key, begin, end)).numpy().data).digest()
+    candidate.check()
+    candidate.release()
+    return found
+
+
+def _same_extra(a: Candidate, b: Candidate) -> bool:
+    """Whether two candidates have the same extra state."""
+    return equal_values(a.extra, b.extra)
+
+
+def _together(
+    candidates: Sequence[Candidate], equal: Callable[[Candidate, Candidate], bool]
+) -> list[list[Candidate]]:
+    """The candidates that are equal, together."""
     groups: list[list[Candidate]] = []
     for candidate in candidates:
-        same = next((group for group in groups if _equal(group[0], candidate)), None)
+        same = next((group for group in groups if equal(group[0], candidate)), None)
         if same is None:
             groups.append([candidate])
         else:
@@ -116,7 +146,7 @@ def sample(candidate: Candidate, tensors: int) -> str:
 
 def _equal(a: Candidate, b: Candidate) -> bool:
     """Whether two candidates with one sample have the same bits in all tensors, and extra state."""
-    if not equal_values(a.extra, b.extra):
+    if not _same_extra(a, b):
         return False
     for key, info in a.info.items():
         for begin in range(0, info.numel, CHUNK):

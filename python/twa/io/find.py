@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .checks import is_shown
 from .errors import CandidateError
 from .formats import FSDP_FOLDER, is_checkpoint_folder, is_unfinished, suffix_of
 from .order import age, in_order, shortened
@@ -47,7 +48,7 @@ def find(patterns: Iterable[str | os.PathLike[str]], keep_unmatched: bool = Fals
             opening it says what is wrong
 
     Raises:
-        CandidateError: there are no patterns, or one matches nothing
+        CandidateError: there are no patterns, one matches nothing, or a path cannot be shown
     """
     found = Found()
     named: set[Path] = set()
@@ -69,6 +70,10 @@ def find(patterns: Iterable[str | os.PathLike[str]], keep_unmatched: bool = Fals
         found.paths += sorted(dict.fromkeys(paths), key=age)  # ** brings a directory and its files
     if not found.paths:
         raise CandidateError("no candidates: expected at least one checkpoint, found none")
+    if odd := [path for path in found.paths if not is_shown(str(path))]:
+        raise CandidateError(
+            f"expected paths that can be shown as they are, found {str(odd[0])!a}: rename it"
+        )
     found.searched -= named
     found.paths, found.by_age = in_order(found.paths)
     if not found.by_age and any(a.rank == 1 for p in found.paths for a in age(p)):

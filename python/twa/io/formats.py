@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from . import dcp, deepspeed
-from .checks import is_file_name, read_json
+from .checks import is_file_name, printable, read_json
 from .errors import CandidateError, NoWeights
 from .foreign import foreign
 from .mapped import Source
@@ -231,7 +231,7 @@ def _further_inside(folder: Path) -> str:
         if p.is_dir()
         and any(is_checkpoint_folder(q) if q.is_dir() else suffix_of(q) for q in p.glob("*"))
     ]
-    names = ", ".join(sorted(p.name for p in deeper)[:4])
+    names = ", ".join(printable(p.name) for p in sorted(deeper)[:4])
     return f"; there may be some in {names}: '{folder}/*' names those" if deeper else ""
 
 
@@ -290,7 +290,7 @@ def _index_of(folder: Path) -> Path | None:
     found = [p for p in found if p.name.endswith(".index.json")] or found
     found = [p for p in found if ".safetensors." in p.name] or found
     if len(found) > 1:
-        names = ", ".join(p.name for p in found[:4])
+        names = ", ".join(printable(p.name) for p in found[:4])
         raise CandidateError(
             f"expected one index of shards, found {len(found)} ({names}): give one of these files"
             " in the place of the directory",
@@ -447,9 +447,12 @@ def _siblings(content: Mapping[str, object], key: str) -> tuple[str, ...]:
     def names(value: object) -> set[str]:
         return {name.removeprefix("module.") for name in _tensors_in(value)}
 
-    own = names(content[key])
+    own, has_all = names(content[key]), dict[int, bool]()  # of each dict, which may be many entries
+    for value in content.values():
+        if id(value) not in has_all:
+            has_all[id(value)] = own <= names(value)
     return tuple(
-        k for k, value in content.items() if k != key and k.isprintable() and own <= names(value)
+        k for k, value in content.items() if k != key and k.isprintable() and has_all[id(value)]
     )
 
 

@@ -494,11 +494,11 @@ def covered(shape: Sequence[int], blocks: Sequence[tuple[Sequence[int], Sequence
         shape: of the whole
         blocks: (offsets, sizes) of each
     """
+    if any(len(o) != len(shape) or len(s) != len(shape) for o, s in blocks):
+        return False
     if not math.prod(shape):
         return all(not math.prod(sizes) for _, sizes in blocks)
     cells = {(tuple(o), tuple(s)) for o, s in blocks if math.prod(s)}
-    if any(len(o) != len(shape) or len(s) != len(shape) for o, s in cells):
-        return False
     count = 1
     for axis, size in enumerate(shape):
         sides = sorted({(o[axis], o[axis] + s[axis]) for o, s in cells})

@@ -119,7 +119,7 @@ def _siblings(candidates: Sequence[Candidate]) -> list[str]:
     found = [c for c in candidates if c.siblings]
     if not found:
         return []
-    names = ", ".join(map(repr, found[0].siblings))
+    names = shortened([repr(name) for name in found[0].siblings])
     return [
         f"{shortened([c.path for c in found], 2)}: {found[0].nest[0]!r} is read;"
         f" {names} beside it has tensors of the same names, and can be named as entry"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from .candidate import Candidate
-from .checks import is_inside, read_json
+from .checks import is_inside, printable, read_json, shown
 from .errors import CandidateError, TwaError
 from .formats import ADAPTER_FILES
 
@@ -178,8 +178,8 @@ def _check_equal(
     for field in sorted(fields):
         if _plain(found.get(field)) != _plain(expected.get(field)):
             raise CandidateError(
-                f"{field}: expected {expected.get(field)!r} as in"
-                f" {where}, found {found.get(field)!r}",
+                f"{printable(field)}: expected {shown(expected.get(field))} as in"
+                f" {where}, found {shown(found.get(field))}",
                 folder / ADAPTER_CONFIG,
             )
 

@@ -46,6 +46,7 @@ class Recorded(Candidate):
         if not wanted:
             raise CandidateError(f"expected tensors, found all ignored by {self.ignore}", path)
         self._hold(wanted)
+        self._check_claim()
         self.files = tuple(file.path for file in self._maps)
 
     @property

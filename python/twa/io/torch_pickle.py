@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .checks import are_sizes, printable
+from .checks import are_sizes, is_shape, printable
 from .errors import CandidateError
 from .unpickle import Made, Name, Ordered, checked_key
 
@@ -105,7 +105,7 @@ def _tensor_v3(
         negated = "neg" in metadata
     if not (type(shape) is type(strides) is tuple and len(shape) == len(strides)):
         raise ValueError("expected a tensor's sizes and strides")
-    if not are_sizes((offset, *shape)) or not are_sizes((*strides,)):
+    if not is_shape(shape) or not are_sizes((offset,)) or not are_sizes(strides):
         raise ValueError("expected a tensor's sizes and strides")
     return Described(storage, dtype, offset, shape, strides, negated)
 
@@ -215,7 +215,7 @@ def _new_object(kind: object = None, *arguments: object) -> object:
 def _attribute(owner: object = None, name: object = None, *_: object) -> object:
     """What a class or module has under a name, such as a method."""
     if isinstance(owner, Made) and isinstance(name, str):
-        return Made(printable(f"{owner.kind}.{name}"[:100]))
+        return Made(printable(f"{owner.kind}.{name[:100]}"[:100]))
     return Made("builtins.getattr")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 import sys
 import warnings
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checks import MAX_NAME, first_line
+from .checks import MAX_NAME, first_line, is_unicode
 from .errors import CandidateError, NoWeights, TwaError
 from .foreign import foreign, foreign_archive, is_tar
 from .mapped import MappedFile, Stored, TensorInfo, contiguous_strides, span
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 #: elements of a tensor that has fewer of its own: an expanded one may claim any shape
 MAX_EXPANDED = 1 << 24
 MAX_DEPTH = 16  # of dicts in dicts
+MAX_DIRECTORY = 32 << 20  # bytes of an archive's directory: some 300,000 records
 MAX_METADATA = 64  # entries of a module's own, in the _metadata of a state_dict
+FEW_VALUES = 1 << 20  # plain values that any file may have
 EXTRA_STATE = "_extra_state"  # how keys end under which modules store what is no tensor
 #: attribute of a zip archive's entry, for which PyTorch gives uninitialised memory
 DIRECTORY = 0x10
@@ -42,7 +45,7 @@ FLOAT_STORAGES = (b"FloatStorage", b"DoubleStorage", b"HalfStorage", b"BFloat16S
 
 
 class Window(io.RawIOBase):
-    """Some bytes of an open file, as a file."""
+    """Some bytes of an open file, as a file of which not much is read at once."""
 
     def __init__(self, file: io.BufferedReader, begin: int, length: int) -> None:
         self.file, self.begin, self.length, self.at = file, begin, length, 0
@@ -65,6 +68,8 @@ class Window(io.RawIOBase):
 
     def readinto(self, buffer: Buffer) -> int:
         with memoryview(buffer) as view:
+            if len(view) > MAX_DIRECTORY:
+                raise TwaError(f"its directory is {len(view)} bytes: expected {MAX_DIRECTORY}")
             count = max(0, min(len(view), self.length - self.at))
             self.file.seek(self.begin + self.at)
             data = self.file.read(count)
@@ -231,7 +236,7 @@ class Entries(dict[str, object]):
         """Adds a tensor or dict; what cannot be told from others by its name is odd."""
         if len(name) > MAX_NAME:
             self.odd[f"{name[:100]}..."] = Odd(f"one with a name of {len(name)} characters")
-        elif not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+        elif not is_unicode(name):
             self.odd[ascii(name)] = Odd("one with a name that is no text")
         elif name in self:
             self.odd[name] = Odd("two of one name")
@@ -349,9 +354,10 @@ class Values:
 
     def __init__(self, archive: Archive) -> None:
         self.archive = archive
-        # tensors may share their bytes, but not to make much out of little
+        # tensors may share their bytes, and values be the same, but not to make much out of little
         self.left = 4 * archive.file.size
-        self.done: dict[int, tuple[object, object]] = {}
+        self.values_left = max(4 * archive.file.size, FEW_VALUES)
+        self.done: dict[int, tuple[object, int, object]] = {}
 
     def tensor(self, t: Described) -> Tensor:
         """A tensor, in memory."""
@@ -361,25 +367,46 @@ class Values:
             raise CandidateError("its tensors claim more bytes than it has", self.archive.where)
         return source.read().clone()
 
-    def of(self, value: object, depth: int = 0) -> object:
-        """A value; NotPlain if there is anything else in it, or too many levels."""
+    def of(self, value: object) -> object:
+        """A value; NotPlain if there is anything else in it, too many levels, or too many values.
+
+        Each counts as often as who walks through it would meet it.
+        """
+        found, count = self._counted(value, 0)
+        self._check(count)
+        self.values_left -= count
+        return found
+
+    def _check(self, count: int) -> None:
+        """NotPlain for more values than are left."""
+        if count > self.values_left:
+            raise NotPlain(Made("more values than it has bytes"))
+
+    def _counted(self, value: object, depth: int) -> tuple[object, int]:
+        """A value, and how many it is."""
         if depth > MAX_DEPTH:
             raise NotPlain(Made(f"more than {MAX_DEPTH} levels"))
         if id(value) in self.done:
-            return self.done[id(value)][0]
+            return self.done[id(value)][:2]
         found: object
+        inside: list[tuple[object, int]] = []
         if isinstance(value, dict):
-            found = {self.of(k, depth + 1): self.of(v, depth + 1) for k, v in value.items()}
+            inside = [self._counted(v, depth + 1) for v in itertools.chain(value, value.values())]
+            plain = [v for v, _ in inside]
+            found = dict(zip(plain, plain[len(value) :], strict=False))
         elif isinstance(value, list | tuple):
-            found = type(value)(self.of(v, depth + 1) for v in value)
+            inside = [self._counted(v, depth + 1) for v in value]
+            found = type(value)(v for v, _ in inside)
         elif isinstance(value, Described):
             found = self.tensor(value)
         elif isinstance(value, int | float | str | bytes | torch.dtype | None):
             found = value
         else:
             raise NotPlain(value if isinstance(value, Made) else Made(type(value).__name__))
-        self.done[id(value)] = found, value  # kept, so that its id stays its own
-        return found
+        count = 1 + sum(count for _, count in inside)
+        self._check(count)
+        self.done[id(value)] = found, count, value  # kept, so that its id stays its own
+        return found, count
 
     def or_made(self, value: object) -> object:
         """A value; the Made that is in it, if it is not plain."""

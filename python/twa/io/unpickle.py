@@ -23,7 +23,9 @@ from .checks import printable
 
 MAX_PICKLE = 256 << 20  # bytes: some million tensors
 MAX_INT = 1024  # bytes or digits of a number that is more than an object
-MAX_KEY = 64  # items of a tuple that is a key
+MAX_KEY = 8  # items of a tuple that is a key
+MAX_PART = 1 << 20  # what a number in it is below: of larger ones many tuples have one hash
+MAX_NAMED = 1000  # characters of the name of a function or class
 MAX_MEMO = 1 << 32  # indices
 #: what a known function may be given more of than this counts against the size of the pickle
 FREE_ARGUMENTS = 64
@@ -169,6 +171,8 @@ class Machine:
 
     def look_up(self, module: str, name: str) -> None:
         """Pushes what a name stands for."""
+        if len(module) + len(name) > MAX_NAMED:
+            raise ValueError(f"a function or class with a name of {len(name)} characters")
         full = full_name(module, name)
         found = self.names.get(full)
         if found is INERT:
@@ -223,9 +227,9 @@ class Machine:
             return
         if type(name) is not Name:
             raise Refused(f"it calls a {type(name).__name__}")
-        # The same long list may be given again and again.
-        for given in (arguments, *arguments[:1]):
-            if isinstance(given, list | tuple | dict) and len(given) > FREE_ARGUMENTS:
+        # The same long list or text may be given again and again.
+        for given in (arguments, *arguments):
+            if isinstance(given, list | tuple | dict | str | bytes) and len(given) > FREE_ARGUMENTS:
                 self.left -= len(given)
         if self.left < 0:
             raise ValueError("its calls are given more than it has")
@@ -281,13 +285,20 @@ class Machine:
 def checked_key(key: object) -> object:
     """The key of a dict, or what stands for it if it may not be hashed in no time.
 
-    Tuples in tuples may take for ever, and large numbers may all have one hash.
+    Tuples in tuples may take for ever, and large numbers, or tuples of them, may all have one hash.
     """
-    parts = key if type(key) is tuple and len(key) <= MAX_KEY else (key,)
-    for part in parts:
-        if type(part) not in KEYS or (type(part) is int and abs(part) >> 64):
-            return Made(f"builtins.{type(key).__name__}", (key,))
-    return key
+    if type(key) is tuple:
+        good = len(key) <= MAX_KEY and all(map(_is_part, key))
+    else:
+        good = type(key) in KEYS and not (type(key) is int and abs(key) >> 64)
+    return key if good else Made(f"builtins.{type(key).__name__}", (key,))
+
+
+def _is_part(value: object) -> bool:
+    """Whether this may stand in a tuple that is a key."""
+    if type(value) is int:
+        return abs(value) < MAX_PART
+    return type(value) in KEYS and type(value) is not float
 
 
 def _push(value: Callable[[Machine], object]) -> Instruction:

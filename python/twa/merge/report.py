@@ -14,7 +14,7 @@ import torch
 
 from twa_kernels.machine import processor
 
-from ..io.tables import markdown_table
+from ..io.tables import in_code, markdown_table
 from ..tasks.contract import Task
 from .advice import advice
 from .results import Result, fixed
@@ -124,7 +124,7 @@ def markdown(outcome: Outcome, task: Task, names: list[str], command: str) -> st
         "",
         "Candidates in the order used, oldest first:",
         "",
-        *(f"{k}. `{name}`" for k, name in enumerate(names, 1)),
+        *(f"{k}. {in_code(name)}" for k, name in enumerate(names, 1)),
         "",
         f"    {command}",
         "",

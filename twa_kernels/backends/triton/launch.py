@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import capture
-from ...layout import tile_offsets
+from ...layout import check_segments, tile_offsets
 from ...operands import BasisView
 from ..tensors import Recent, current_stream, kept, on_device
 from .config import architecture, configuration, isa
@@ -54,6 +54,7 @@ class Work:
 def _build(tile_segment: Tensor, numels: Sequence[int], num_segments: int, size: int) -> Work:
     offsets = torch.tensor(tile_offsets(numels), dtype=torch.int64, device="cpu")
     segment, tiles = tile_segment.cpu().long(), int(offsets[-1])
+    check_segments(segment, num_segments)
     # A run starts where a tensor or a segment does, an item every `size` tiles of a run.
     starts = torch.zeros(tiles, dtype=torch.bool, device="cpu")
     starts[offsets[:-1][offsets[:-1] < tiles]] = True
