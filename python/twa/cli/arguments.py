@@ -43,14 +43,6 @@ def positive_float(text: str) -> float:
     return value
 
 
-def not_negative_float(text: str) -> float:
-    """A finite number of at least 0."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, found {text}")
-    return value
-
-
 def positive_int(text: str) -> int:
     """A whole number above 0."""
     if int(text) < 1:
