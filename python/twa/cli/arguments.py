@@ -50,16 +50,6 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def or_auto(number: Callable[[str], Value]) -> Callable[[str], Value | None]:
-    """A number, or "auto": None."""
-
-    def parse(text: str) -> Value | None:
-        return None if text == "auto" else number(text)
-
-    parse.__name__ = f"{number.__name__} or auto"  # which messages name
-    return parse
-
-
 def not_negative_int(text: str) -> int:
     """A whole number of at least 0."""
     if int(text) < 0:
