@@ -46,7 +46,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from twa.io.tables import markdown_table
 
 DECAY, UPDATES = 0.999, 1000
-HALF_LIFE = math.log(0.5) / math.log(DECAY)
 STEPS, EVERY, SIGMA = 1000, 50, 0.15
 
 

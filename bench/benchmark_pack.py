@@ -30,7 +30,7 @@ def test_kernel_alone(benchmark, bits, n, columns):
     rows, center = list(torch.randn(n, columns).unbind(0)), torch.randn(columns)
     packer = tk.Packer(n, [(columns,)], bits)
     target = packer.codes, packer.scales, packer.sum_sq, packer.max_scale
-    operands = rows, [center], [columns], packer.tile_segment, bits, *target, None, ""
+    operands = rows, [center], [columns], packer.tile_segment, bits, *target, ""
     benchmark.pedantic(torch.ops.twa_kernels.pack, operands, rounds=5, warmup_rounds=1)
     moved = int(n * columns * (4 + bits / 8 + 2 / 128)) + 4 * columns
     record(benchmark, "pack", f"{bits} bits, kernel alone", n, columns, moved, "read")

@@ -56,7 +56,7 @@ def test_pack_of_one_row(benchmark, bits, columns):
     row, center = torch.randn(columns), torch.randn(columns)
     packer = tk.Packer(1, [(columns,)], bits)
     target = packer.codes, packer.scales, packer.sum_sq, packer.max_scale
-    operands = [row], [center], [columns], packer.tile_segment, bits, *target, None, ""
+    operands = [row], [center], [columns], packer.tile_segment, bits, *target, ""
     benchmark.pedantic(torch.ops.twa_kernels.pack, operands, rounds=5, warmup_rounds=1)
     moved = int(columns * (8 + bits / 8 + 2 / 128))
     record(benchmark, "record", f"{bits} bits, pack of one row", 1, columns, moved, "read")

@@ -1,15 +1,9 @@
 """Scaling of project and reconstruct at every bit width: percent of the measured bandwidth over
 candidates n, columns D and threads.
 
-    python bench/scaling.py [--quick] [--output FOLDER] [--threads-only] [--shared 50 200 ...]
+    python bench/scaling.py [--quick] [--output FOLDER]
 
-writes cpu_scaling.json, .md and .png there (bench/results/), and cpu_threads.md and .json
-(--threads-only: these alone): a model of 1 to 64 threads beside what 1 thread and all threads take.
-
-    time = max(arithmetic / threads, bytes / min(threads * one core's bandwidth, all cores'))
-
-Arithmetic: one thread's time where the codes stay in its second-level cache. All cores' bandwidth
-is this machine's, and what --shared assumes of others, in GB/s. Fastest of many short runs.
+writes cpu_scaling.json, .md and .png there (bench/results/).
 
 Over n with n * D = 64 * 8e6, so that the packed size stays the same; over D at n = 64; over threads
 at n = 64, D = 8e6. Bytes moved: project n * D * (bits / 8 + 1 / 128) + 4 * D, reconstruct 4 * D
@@ -21,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,8 +25,6 @@ from common import (
     hardware,
     kernel_runs,
     median_seconds,
-    memory_runs,
-    run_times,
 )
 from twa.io.tables import markdown_table
 
@@ -81,97 +71,6 @@ def markdown(
     table = markdown_table(header, [shown.format(**r).split() for r in ordered])
     title = ["# Scaling of the CPU kernels", "", "![percent of bandwidth](cpu_scaling.png)", ""]
     return "\n".join([*title, *lines, "", table, ""])
-
-
-# Threads -----------------------------------------------------------------------------------------
-
-THREADS = (1, 2, 4, 8, 16, 32, 64)
-CACHED_BYTES = 1 << 19  # of codes: half of a small second-level cache
-
-
-def fastest(run: Callable[[], object]) -> float:
-    return min(run_times(run, 5, 0.5))
-
-
-def seconds_of(n: int, columns: int, bits: int) -> dict[str, float]:
-    """{op: seconds} of a call."""
-    return {op: fastest(run) for op, (run, _) in kernel_runs(n, columns, bits).items()}
-
-
-def arithmetic(n: int, bits: int) -> dict[str, float]:
-    """{op: seconds for a column} of one thread whose codes are in its cache: what a column more
-    takes, so that the cost of a call is left out.
-    """
-    columns = CACHED_BYTES * 8 // (n * bits) // 128 * 128
-    whole, half = seconds_of(n, columns, bits), seconds_of(n, columns // 2, bits)
-    return {op: (whole[op] - half[op]) / (columns - columns // 2) for op in whole}
-
-
-def predicted(work: float, moved: float, threads: int, one: float, shared: float) -> float:
-    """Seconds. work: of one thread; moved: bytes; one, shared: bytes a second."""
-    return max(work / threads, moved / min(threads * one, shared))
-
-
-def threads_needed(work: float, moved: float, one: float, shared: float) -> int:
-    """The fewest threads with which all cores' bandwidth is the limit."""
-    return math.ceil(max(work * shared / moved, shared / one) - 1e-9)
-
-
-def threads_page(n: int, columns: int, assumed: list[float]) -> tuple[list[str], list[dict]]:
-    """Measures with one thread and with all, and lays the model beside it."""
-    most, rates, rows = torch.get_num_threads(), {}, []
-    for threads in sorted({1, most}):
-        torch.set_num_threads(threads)
-        memory = memory_runs()
-        rates[threads] = dict.fromkeys(memory, 0.0)
-        for bits in BITS:
-            for name, (run, moved) in memory.items():  # again and again, between the kernels
-                rates[threads][name] = max(rates[threads][name], moved / fastest(run))
-            for op, seconds in seconds_of(n, columns, bits).items():
-                rows.append({"op": op, "bits": bits, "threads": threads, "seconds": seconds})
-        del memory
-    torch.set_num_threads(1)
-    work = {bits: arithmetic(n, bits) for bits in BITS}
-    torch.set_num_threads(most)
-    measured, needed = [], []
-    for r in sorted(rows, key=lambda r: (r["op"], -r["bits"], r["threads"])):
-        op, bits = r["op"], r["bits"]
-        # the kernels read with prefetch: the faster of both loops is what one core can do
-        reads = {t: max(b["read"], b["prefetched read"]) for t, b in rates.items()}
-        limit = {t: reads[t] if op == "project" else b["copy"] for t, b in rates.items()}
-        moved = n * columns * (bits / 8 + 1 / 128) + (4 if op == "project" else 8) * columns
-        r |= {"bytes": moved, "arithmetic": work[bits][op] * columns}
-        r["model"] = predicted(r["arithmetic"], moved, r["threads"], limit[1], limit[most])
-        model, took = 1e3 * r["model"], 1e3 * r["seconds"]
-        ratio = f"{r['seconds'] / r['model']:.2f}"
-        measured.append([op, str(bits), str(r["threads"]), f"{took:.2f}", f"{model:.2f}", ratio])
-        if r["threads"] == 1:
-            shared = [limit[most], *(1e9 * s for s in assumed)]
-            costs = r["arithmetic"], moved, limit[1]
-            alone = f"{moved / predicted(*costs[:2], 1, limit[1], limit[1]) / 1e9:.1f}"
-            at = [moved / predicted(*costs[:2], t, limit[1], shared[-1]) / 1e9 for t in THREADS]
-            fewest = [str(threads_needed(*costs, s)) for s in shared]
-            needed.append([op, str(bits), alone, *fewest, *(f"{rate:.0f}" for rate in at)])
-    read, copy = (rates[most][k] / 1e9 for k in ("read", "copy"))
-    one = f"one thread {rates[1]['read'] / 1e9:.1f}, {rates[1]['copy'] / 1e9:.1f}"
-    lines = [
-        f"# Threads: a model, n = {n}, D = {columns:.3g}",
-        "",
-        "`python bench/scaling.py --threads-only`:",
-        "time = max(arithmetic / threads, bytes / min(threads * one core's bandwidth,",
-        "all cores' bandwidth)).",
-        "",
-        f"GB/s of reading and of copying: {one}; {most} threads {read:.1f}, {copy:.1f}",
-        "",
-        markdown_table(["op", "bits", "threads", "ms", "model", "ms / model"], measured),
-        "",
-        "One thread's GB/s; threads from which all cores' bandwidth is the limit, as measured here",
-        "and as assumed (GB/s); GB/s of so many threads under the largest assumed.",
-        "",
-    ]
-    header = ["op", "bits", "1 thread", "here", *(f"{s:.0f}" for s in assumed)]
-    header += [f"x {t}" for t in THREADS]
-    return [*lines, markdown_table(header, needed), ""], rows
 
 
 # Pictures ----------------------------------------------------------------------------------------
@@ -244,20 +143,10 @@ def main() -> None:
     quick = "a hundredth of the columns: shows that it runs, measures nothing of use"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
-    parser.add_argument("--threads-only", action="store_true", help="only cpu_threads.*")
-    shared = "bandwidths of all cores to assume, GB/s, ascending"
-    parser.add_argument("--shared", type=float, nargs="+", default=[50, 100, 200, 400], help=shared)
     args = parser.parse_args()
     torch.manual_seed(0)
     machine = hardware()
     args.output.mkdir(parents=True, exist_ok=True)
-    lines, found = threads_page(N, COLUMNS // 100 if args.quick else COLUMNS, args.shared)
-    lines.append(", ".join(f"{key} {value}" for key, value in machine.items()) + "\n")
-    (args.output / "cpu_threads.md").write_text("\n".join(lines))
-    facts = {"hardware": machine, "rows": found}
-    (args.output / "cpu_threads.json").write_text(json.dumps(facts, indent=1) + "\n")
-    if args.threads_only:
-        return
     curves = points(N, COLUMNS // 100 if args.quick else COLUMNS, torch.get_num_threads())
     rows, measured = [], {}
     every = {point for _, along in curves for point in along}

@@ -97,8 +97,6 @@ struct PackTarget {
   uint16_t* scales;  // (num_tiles, n) bf16 with 4 significant bits
   double* sum_sq;    // (n, L), added to: squared norms
   float* max_scale;  // (n, L), maximised with the scales
-  double* errors;    // (count, 2), added to: squared quantisation error and squared norm of each
-                     // tensor, all rows; or null
 };
 // First non-finite input that pack met: row, tensor and column.
 struct Where {
@@ -264,7 +262,7 @@ struct DeviceRows {
   int64_t count, n;
 };
 
-// As pack_cpu, without errors. *bad becomes 1 if a group has a NaN or Inf, else 0; if it is not 0,
+// As pack_cpu. *bad becomes 1 if a group has a NaN or Inf, else 0; if it is not 0,
 // sum_sq and max_scale are as they were. Units are kBlockTiles tiles of a tensor, its last one
 // fewer.
 struct DevicePackTarget {

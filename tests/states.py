@@ -1,6 +1,7 @@
-"""State dicts of tests: equal ones, and those that a recorder has."""
+"""State dicts of tests: equal ones, whole ones, and those that a recorder has."""
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 def assert_same(found, expected):
@@ -8,6 +9,14 @@ def assert_same(found, expected):
     for key, t in expected.items():
         assert found[key].dtype == t.dtype and found[key].shape == t.shape, key
         assert torch.equal(found[key], t), key
+
+
+def whole(model):
+    """A copy of a model's state_dict, gathered from all ranks."""
+    return {
+        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+        for name, t in model.state_dict().items()
+    }
 
 
 def snapshots(recorder):

@@ -30,9 +30,6 @@ class PackedBasis:
             where that part is zero.
         shapes: shape of each tensor, in order.
         bits: 8, 4, 3, 2 or 1.
-        relative_error: per tensor, if it was asked for: the quantiser's
-            ||P - dequantised P|| / ||P|| over all rows, 0 for zeros; before the smallest scales of
-            a segment lose bits to e4m3 (which a warning reports when they become zero).
         numels: number of elements of each tensor.
     """
 
@@ -43,7 +40,6 @@ class PackedBasis:
     divisor: Tensor
     shapes: tuple[torch.Size, ...]
     bits: int
-    relative_error: tuple[float, ...] | None = None
     numels: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -159,7 +155,6 @@ class PackedBasis:
             self.divisor[:, columns].contiguous(),
             self.shapes[k : k + count],
             self.bits,
-            self.relative_error and self.relative_error[k : k + count],
         )
         return basis, columns
 

@@ -95,8 +95,6 @@ class PackArgs:
         scales: (tiles, n) bfloat16, written: 4 significant bits.
         sum_sq: (n, L) float64: squared norms are added.
         max_scale: (n, L) float32: maximised with the scales.
-        errors: (count, 2) float64: each tensor's squared quantisation error and squared norm are
-            added; or None.
     """
 
     rows: Sequence[Tensor]
@@ -108,7 +106,6 @@ class PackArgs:
     scales: Tensor
     sum_sq: Tensor
     max_scale: Tensor
-    errors: Tensor | None
 
     @property
     def n(self) -> int:
@@ -133,8 +130,6 @@ class PackArgs:
         check_tensor("scales", self.scales, (tiles, n), torch.bfloat16, device)
         check_tensor("sum_sq", self.sum_sq, self.sum_sq.shape, torch.float64, device)
         check_tensor("max_scale", self.max_scale, self.sum_sq.shape, torch.float32, device)
-        if self.errors is not None:
-            check_tensor("errors", self.errors, (len(self.numels), 2), torch.float64, device)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ def pack(
     segments: Sequence[int] | Tensor | None = None,
     normalize: str = "row",
     backend: str = "",
-    report: bool = False,
 ) -> PackedBasis:
     """P = (rows - center) / divisor, packed at `bits` bits.
 
@@ -46,7 +45,6 @@ def pack(
             per tensor.
         normalize: "row" or "none", see `Packer.finish`.
         backend: the one to run; "": the default of the device (registry.py).
-        report: also measure the relative error of each tensor, `PackedBasis.relative_error`.
 
     Returns:
         The basis, on the device of the rows.
@@ -64,7 +62,7 @@ def pack(
         raise ValueError(f"center: expected {len(rows)} tensors, found {len(centers)}")
     first = rows[0][0]
     shapes = [r[0].shape for r in rows]
-    packer = Packer(len(rows[0]), shapes, bits, segments, first.device, backend, report)
+    packer = Packer(len(rows[0]), shapes, bits, segments, first.device, backend)
     for r, c in zip(rows, centers, strict=True):
         packer.add(r, c)
     return packer.finish(normalize)
@@ -90,7 +88,6 @@ class Packer:
             per tensor.
         device: where the basis and the rows are.
         backend: the one to run; "": the default of the device (registry.py).
-        report: also measure the relative error of each tensor, `PackedBasis.relative_error`.
         sink: called with (first tile, codes (tiles, n, 16 * bits) uint8, scales (tiles, n)
             bfloat16) of each part as it is packed, instead of keeping them: memory is then two
             parts, of which each is written over by the next but one. `Scaling` finishes such
@@ -114,7 +111,6 @@ class Packer:
         segments: Sequence[int] | Tensor | None = None,
         device: torch.device | str = "cpu",
         backend: str = "",
-        report: bool = False,
         sink: Callable[[int, Tensor, Tensor], None] | None = None,
         num_segments: int | None = None,
         allocate: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
@@ -152,9 +148,6 @@ class Packer:
             self.scales = allocate((kept, n), torch.bfloat16)
         self.sum_sq = torch.zeros(n, self.num_segments, dtype=torch.float64, device=device)
         self.max_scale = torch.zeros(n, self.num_segments, dtype=torch.float32, device=device)
-        self.errors: Tensor | None = None
-        if report:
-            self.errors = torch.zeros(len(numels), 2, dtype=torch.float64, device=device)
 
     def add(self, rows: Sequence[Tensor] | Tensor, center: Tensor | None = None) -> None:
         """Packs the next tensor.
@@ -249,13 +242,10 @@ class Packer:
             begin: the first column, a multiple of 128.
 
         Raises:
-            ValueError: sizes do not fit, columns are out of order, all tensors were added, a scale
-                is none that `record` makes, or errors are to be reported (`report`), which codes do
-                not tell. Nothing was added.
+            ValueError: sizes do not fit, columns are out of order, all tensors were added, or a
+                scale is none that `record` makes. Nothing was added.
             TypeError: a dtype is not one of those above.
         """
-        if self.errors is not None:
-            raise ValueError("report: expected rows with their weights, found recorded ones")
         if len(codes) != self.n or len(scales) != self.n:
             raise ValueError(
                 f"codes, scales: expected {self.n} of each, one per row, "
@@ -366,7 +356,6 @@ class Packer:
         first, tiles = self._offsets[k] + begin // TILE, num_tiles(rows[0].numel())
         at = slice(first, first + tiles)
         codes, scales = self._room(first, tiles)
-        errors = None if self.errors is None else self.errors[k : k + 1]
         operands = (
             rows,
             [] if center is None else [center],
@@ -377,7 +366,6 @@ class Packer:
             scales,
             self.sum_sq,
             self.max_scale,
-            errors,
         )
         ops = torch.ops.twa_kernels
         try:
@@ -415,10 +403,6 @@ class Packer:
         scales, zeros = scaling.apply(self.scales, self.tile_segment, out)
         if lost := int(zeros):
             warnings.warn(lost_groups(lost, scales.numel()), stacklevel=2)
-        error: tuple[float, ...] | None = None
-        if self.errors is not None:
-            squared, norm = self.errors.unbind(1)
-            error = tuple(torch.where(norm > 0, squared / norm, 0.0).sqrt().tolist())
         return PackedBasis(
             self.codes,
             scales.view(torch.float8_e4m3fn),
@@ -427,5 +411,4 @@ class Packer:
             scaling.divisor,
             self.shapes,
             self.bits,
-            error,
         )

@@ -163,18 +163,15 @@ def relative_errors(tensors: list[Tensor]) -> dict[tuple[str, int], float]:
     """||P - dequantised P|| / ||P|| of all rows, from each tensor's (n, numel), per quantiser and
     bits.
     """
-    norms = [p.norm().item() for p in tensors]
-    whole = sum(norm**2 for norm in norms) ** 0.5
+    rows = [row for p in tensors for row in p if row.any()]
+    whole = sum(p.norm().item() ** 2 for p in tensors) ** 0.5
 
     def total(parts: list[float]) -> float:
         return sum(part**2 for part in parts) ** 0.5 / whole
 
     found = {("float32", 32): 0.0}
     for bits in BITS[1:]:
-        packed = [
-            norm * tk.pack([p], bits, report=True).relative_error[0] if norm else 0.0
-            for p, norm in zip(tensors, norms, strict=True)
-        ]
+        packed = [row.norm().item() * tk.relative_error(row, bits) for row in rows]
         found["packed", bits] = total(packed)
         found["min/max", bits] = total([(minmax(p, bits) - p).norm().item() for p in tensors])
     return found

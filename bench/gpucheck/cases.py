@@ -163,7 +163,7 @@ def call(op: str, operands: Operands, backend: str, k: int = 0) -> list[Tensor]:
         sum_sq, max_scale = torch.zeros_like(basis.divisor), torch.zeros_like(basis.row_scale)
         out = (basis.codes, operands.scales, sum_sq, max_scale)
         options = (basis.numels, basis.tile_segment, basis.bits)
-        torch.ops.twa_kernels.pack(operands.rows, [], *options, *out, None, backend)
+        torch.ops.twa_kernels.pack(operands.rows, [], *options, *out, backend)
         return list(out)
     grads, center, out = operands.sets[k % len(operands.sets)]
     if op == "project":

@@ -31,29 +31,25 @@ void average(const Tensors& rows, const std::vector<double>& weights, py::handle
 struct Target {
   PackTarget view;
   int64_t n, tiles;
-  size_t tensors;
 
   Target(py::handle tile_segment, int bits, py::handle codes, py::handle scales, py::handle sum_sq,
-         py::handle max_scale, py::handle errors)
+         py::handle max_scale)
       : n(size_of(sum_sq, 0)), tiles(numel_of(tile_segment)) {
     check_bits(bits);
     const int64_t segments = size_of(sum_sq, 1);
-    tensors = errors.is_none() ? 0 : static_cast<size_t>(size_of(errors, 0));
     view = {array<int32_t>(tile_segment, tiles, "tile_segment"),
             segments,
             bits,
             array<uint8_t>(codes, tiles * n * row_bytes(bits), "codes"),
             array<uint16_t>(scales, tiles * n, "scales"),
             array<double>(sum_sq, n * segments, "sum_sq"),
-            array<float>(max_scale, n * segments, "max_scale"),
-            array_or_null<double>(errors, 2 * static_cast<int64_t>(tensors), "errors")};
+            array<float>(max_scale, n * segments, "max_scale")};
   }
 };
 
 py::object pack(const Rows& rows, const std::vector<double>& weights, const Target& target,
                 int threads) {
-  if (rows.n != target.n || tiles_of(rows.numel) != target.tiles ||
-      (target.view.errors && target.tensors != rows.numel.size()))
+  if (rows.n != target.n || tiles_of(rows.numel) != target.tiles)
     throw py::value_error("pack: rows and target of different sizes");
   if (!weights.empty() && weights.size() != static_cast<size_t>(rows.n))
     throw py::value_error("pack: as many weights as rows expected");
@@ -174,9 +170,9 @@ T* pointer(uintptr_t address) {
 
 void bind_cpu(py::module_& m) {
   py::class_<Target>(m, "PackTarget", py::module_local())
-      .def(py::init<py::handle, int, py::handle, py::handle, py::handle, py::handle, py::handle>(),
+      .def(py::init<py::handle, int, py::handle, py::handle, py::handle, py::handle>(),
            py::kw_only(), "tile_segment"_a, "bits"_a, "codes"_a, "scales"_a, "sum_sq"_a,
-           "max_scale"_a, "errors"_a);
+           "max_scale"_a);
   m.def("average", &average, py::kw_only(), "rows"_a, "weights"_a, "out"_a, "threads"_a);
   m.def("pack", &pack, py::kw_only(), "rows"_a, "weights"_a, "target"_a, "threads"_a);
   m.def("finish_scales", &finish_scales, py::kw_only(), "scales"_a, "tile_segment"_a, "exponent"_a,

@@ -15,7 +15,6 @@
 #include <algorithm>
 
 #include "average.h"
-#include "decode.h"
 #include "quantise.h"
 
 namespace twa {
@@ -31,24 +30,9 @@ struct Job {
 struct Sums {
   std::vector<double> sum_sq;
   std::vector<float> max_scale;
-  double error_sq = 0.0;                // of all rows, when asked for
   int64_t bad_row = -1, bad_tile = -1;  // the first row with a NaN or Inf
 };
 using BlockKernel = void (*)(const Job& job, const Block& block, Sums* sums);
-
-// sum of (row - center - scale * level)^2 over the real columns of a group.
-template <int kBits>
-TWA_INLINE double squared_error(const float* __restrict__ row, const float* __restrict__ center,
-                                int valid, float scale, const uint8_t* codes) {
-  alignas(64) int16_t lev[kTileColumns];
-  decode_portable<kBits>(codes, lev);
-  double sum = 0.0;
-  for (int c = 0; c < valid; ++c) {
-    const double d = static_cast<double>(row[c] - center[c]) - static_cast<double>(scale) * lev[c];
-    sum += d * d;
-  }
-  return sum;
-}
 
 constexpr int kChunk = kSpan / kTileColumns;  // tiles: a page of float32 of each row
 constexpr int kRowsAhead = 2;                 // prefetched: a row is packed in 300 ns
@@ -116,12 +100,6 @@ TWA_INLINE void pack_block(const Job& job, const Block& block, Sums* sums,
               static_cast<uint16_t>(float_bits(groups.scale[g]) >> 16);
           sum_sq += groups.sum_sq[g];
           max_scale = std::max(max_scale, groups.scale[g]);
-          if (job.target.errors) {
-            alignas(64) float v[kTileColumns];
-            load_tile(span.dtype, span.data, g * kTileColumns, kTileColumns, v);
-            sums->error_sq += squared_error<kBits>(v, from + g * kTileColumns, valid[t + g],
-                                                   groups.scale[g], out[g]);
-          }
         }
       }
       sums->sum_sq[i] = sum_sq;
@@ -192,15 +170,12 @@ Status pack_cpu(const RowTable& rows, const double* weights, const PackTarget& t
                 first_bad_column(job, blocks[k], sums[k].bad_row, sums[k].bad_tile)};
       return Status::not_finite;
     }
-  double* errors = target.errors;
   for (size_t k = 0; k < blocks.size(); ++k) {
     for (int64_t i = 0; i < n; ++i) {
       const int64_t at = i * target.num_segments + blocks[k].segment;
       target.sum_sq[at] += sums[k].sum_sq[i];
       target.max_scale[at] = std::max(target.max_scale[at], sums[k].max_scale[i]);
-      if (errors) errors[2 * blocks[k].tensor + 1] += sums[k].sum_sq[i];
     }
-    if (errors) errors[2 * blocks[k].tensor] += sums[k].error_sq;
   }
   return Status::ok;
 }

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from . import averages
-from .basis.segments import Granularity
 from .distributed.weights import load_untrained
 from .io.candidates import Candidates
 from .io.errors import TwaError
@@ -20,17 +19,15 @@ def conference_method(
     *,
     steps: int,
     lr: float = 1.0,
-    momentum: float = 0.9,
     weight_decay: float = 1e-5,
     start: int | Tensor | None = None,
-    granularity: Granularity = "model",
     bits: int = 32,
 ) -> tuple[Subspace, SubspaceOptimizer, torch.optim.lr_scheduler.MultiStepLR]:
     """The conference version of trainable weight averaging (Li et al., ICLR 2023).
 
-    SGD with momentum on gradients that are projected onto the span of the candidates, weight decay,
-    a rate that falls to a tenth after 1/2 and 3/4 of the steps. Defaults are as in the authors'
-    code.
+    SGD with momentum 0.9 on gradients that are projected onto the span of the candidates, one
+    coefficient a candidate, weight decay, a rate that falls to a tenth after 1/2 and 3/4 of the
+    steps. Defaults are as in the authors' code.
 
         subspace, optimizer, schedule = twa.conference_method(model, candidates, steps=1000)
         for batch in loader:
@@ -45,11 +42,9 @@ def conference_method(
         candidates: the n checkpoints
         steps: of the training, after which the rate is at a hundredth
         lr: the rate at the start
-        momentum: of SGD
         weight_decay: of SGD
         start: candidate to start from, or merge weights (n,) that sum to 1; None: the mean of all,
             as for the published tables
-        granularity: see `Subspace.from_candidates`
         bits: 32: dense, as published. Packed bits keep the center at the start, whose rounding does
             not matter then, and pull towards it: weight decay is then on the distance from the
             start
@@ -73,7 +68,7 @@ def conference_method(
         model,
         candidates,
         bits=bits,
-        granularity=granularity,
+        granularity="model",
         center=center,
         basis="orthonormal",
         normalize="none",
@@ -82,7 +77,7 @@ def conference_method(
         subspace.set_merge_weights(weights)
         load_untrained(subspace.sharding, weights)
     optimizer = SubspaceOptimizer(
-        subspace, torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay
+        subspace, torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=weight_decay
     )
     milestones = [max(1, steps // 2), max(1, int(steps * 0.75))]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)

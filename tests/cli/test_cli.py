@@ -559,6 +559,8 @@ def test_merge_looks_at_the_candidates_first(checkpoints, tmp_path, capsys):
         out.unlink(missing_ok=True)
         assert run_cli("merge", pattern, "--scheme", "uniform", "-o", out, *options) == 2
         assert message in capsys.readouterr().err and not out.exists()
+    assert run_cli("export", pattern, "--at", "m1", "-o", out) == 2
+    assert "has 9 NaN or Inf" in capsys.readouterr().err and not out.exists()
 
 
 def test_merge_runs_as_one_process(checkpoints, tmp_path, capsys, monkeypatch):

@@ -194,15 +194,13 @@ void pack(int bits, int64_t n, const char* shapes, const std::vector<int64_t>& s
                                 centered ? center.dtype.data() : nullptr};
       const Memory codes = guarded(tiles * n * twa::row_bytes(bits)),
                    scales = guarded(tiles * n * 2);
-      std::vector<double> sum_sq(static_cast<size_t>(numbers)),
-          errors(static_cast<size_t>(2 * count));
+      std::vector<double> sum_sq(static_cast<size_t>(numbers));
       std::vector<float> most(static_cast<size_t>(numbers));
       twa::Where where{-1, -1, -1};
-      const Status status =
-          twa::pack_cpu(table, average ? weights.data() : nullptr,
-                        {tile_segment.data(), segments, bits, codes->data, scales->as<uint16_t>(),
-                         sum_sq.data(), most.data(), errors.data()},
-                        &where, threads);
+      const Status status = twa::pack_cpu(table, average ? weights.data() : nullptr,
+                                          {tile_segment.data(), segments, bits, codes->data,
+                                           scales->as<uint16_t>(), sum_sq.data(), most.data()},
+                                          &where, threads);
       digest.add(status);
       digest.add(&where, 3, 8);
       if (status != Status::ok) return;  // of what was written nothing counts
@@ -210,7 +208,6 @@ void pack(int bits, int64_t n, const char* shapes, const std::vector<int64_t>& s
       digest.add(scales->data, tiles * n, 2);
       digest.add(sum_sq.data(), numbers);
       digest.add(most.data(), numbers);
-      digest.add(errors.data(), 2 * count);
       if (average) digest.add(center);
     });
   }

@@ -14,6 +14,7 @@ from unittest import mock
 import fuzz_loading
 import processes
 import pytest
+import states
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -123,10 +124,7 @@ def new_model(sharding, group, sizes, policy=None):
 def whole(model):
     """The model's weights on every rank."""
     reshard(model)
-    return {
-        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
-        for name, t in model.state_dict().items()
-    }
+    return states.whole(model)
 
 
 def train(group, heap, sharding, steps, rule="AdamW", low_memory=False, accumulate=1, **options):

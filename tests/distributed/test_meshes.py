@@ -8,6 +8,7 @@ from pathlib import Path
 
 import processes
 import pytest
+import states
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
@@ -80,10 +81,7 @@ def net(kind, group=None):
 
 def whole(model):
     reshard(model)
-    return {
-        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
-        for name, t in model.state_dict().items()
-    }
+    return states.whole(model)
 
 
 @pytest.fixture(scope="module")

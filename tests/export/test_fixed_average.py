@@ -13,7 +13,7 @@ import twa
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 from twa import averages
-from twa.export.average import write_average, write_fixed, write_merge
+from twa.export.average import write_fixed, write_merge
 from twa.io.averaging import FixedAverage
 from twa.io.candidates import UNIT, Candidates
 from twa.io.errors import CandidateError, CandidateWarning, TwaError
@@ -45,6 +45,10 @@ def saved(folder, states, name="c{}.safetensors", **options):
     for k, tensors in enumerate(states):
         save_file(tensors, folder / name.format(k))
     return Candidates(folder, **options)
+
+
+def write_average(path, candidates, beta, dtype=None, progress=None):
+    write_fixed(path, FixedAverage(candidates, beta, dtype), progress)
 
 
 def exact(states, beta, key):
@@ -364,11 +368,13 @@ def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch, error):
 
 
 KILLED = """
-import os, signal, sys, twa
-from twa.export.average import write_average
+import os, pathlib, signal, sys, twa
+from twa.export.average import write_fixed
+from twa.io.averaging import FixedAverage
 candidates = twa.Candidates(sys.argv[1], block_bytes=1)
 stop = lambda count: os.kill(os.getpid(), signal.SIGKILL)
-write_average(sys.argv[2], candidates, twa.averages.uniform(2), progress=stop)
+fixed = FixedAverage(candidates, twa.averages.uniform(2))
+write_fixed(pathlib.Path(sys.argv[2]), fixed, stop)
 """
 
 

@@ -84,7 +84,7 @@ def only(findings, kind):
 def test_a_sound_heap_gives_no_finding(tmp_path):
     candidates = Candidates(written(tmp_path, run(5)))
     assert sample_findings(candidates) == []
-    assert inspect.inspect([str(tmp_path)], progress=False).findings == [SCALAR]
+    assert inspect.inspect([str(tmp_path)]).findings == [SCALAR]
 
 
 def test_unrelated_groups_are_named(tmp_path):
@@ -239,7 +239,7 @@ def flat(states, matrices=False):
 def test_geometry_agrees_with_whole_vectors(tmp_path, reference):
     states = run(6)
     candidates = Candidates(written(tmp_path, states), block_bytes=1 << 16)
-    content = read_contents(candidates, progress=False)
+    content = read_contents(candidates)
     # and a sample
     assert candidates.bytes_read < 2.1 * sum(i.nbytes for i in candidates.info.values()) * 6
     g = Geometry(candidates.names, content.matrices, content.others, reference)
@@ -266,7 +266,7 @@ def test_nan_and_inf_are_counted_and_the_rest_is_measured(tmp_path):
     )
     states[3]["norm.weight"][::2] = float("nan")
     states[4]["up.weight"][:] = 3e38  # its sum overflows, no number does
-    result = inspect.inspect(written(tmp_path, states), progress=False)
+    result = inspect.inspect(written(tmp_path, states))
     broken = [f.message for f in result.findings if f.kind == "not-finite"]
     assert broken == [
         "c_1 holds NaN or Inf in up.weight (3 of 2000)",
@@ -280,9 +280,7 @@ def test_nan_and_inf_are_counted_and_the_rest_is_measured(tmp_path):
 
 
 def test_no_candidate_is_sound(tmp_path):
-    result = inspect.inspect(
-        written(tmp_path, [{"w": torch.full((3, 3), float("nan"))}] * 2), progress=False
-    )
+    result = inspect.inspect(written(tmp_path, [{"w": torch.full((3, 3), float("nan"))}] * 2))
     assert (
         result.geometry is None
         and kinds(result.findings) == ["not-finite"] * 2
@@ -293,7 +291,7 @@ def test_no_candidate_is_sound(tmp_path):
 def test_constant_tensors(tmp_path):
     frozen = {"frozen": torch.randn(30, 30)}
     found = only(
-        inspect.inspect(written(tmp_path, [s | frozen for s in run(3)]), progress=False).findings,
+        inspect.inspect(written(tmp_path, [s | frozen for s in run(3)])).findings,
         "constant",
     )
     assert found.message == "the same in all candidates: 1 tensor, 17.1% of the weights: frozen"
@@ -304,7 +302,7 @@ def test_duplicates(tmp_path):
     states[3] = states[1]
     states[4] = {key: t.clone() for key, t in states[2].items()}
     states[4]["up.weight"][0, 0] *= 1 + 1e-5
-    findings = inspect.inspect(written(tmp_path, states), progress=False).findings
+    findings = inspect.inspect(written(tmp_path, states)).findings
     assert only(findings, "duplicates").message == "c_1, c_3 are the same, every tensor"
     assert only(findings, "near-duplicates").message.startswith("c_2, c_4 differ by less")
 
@@ -312,7 +310,7 @@ def test_duplicates(tmp_path):
 def test_duplicates_may_differ_in_integers(tmp_path):
     states = [s | {"steps": torch.tensor(7)} for s in run(3)]
     states[2] = states[1] | {"steps": torch.tensor(8)}
-    findings = inspect.inspect(written(tmp_path, states), progress=False).findings
+    findings = inspect.inspect(written(tmp_path, states)).findings
     assert "duplicates" not in kinds(findings) and "near-duplicates" in kinds(findings)
 
 
@@ -323,8 +321,7 @@ def test_an_average_among_the_candidates(tmp_path, dtype):
         key: 0.5 * states[1][key] + 0.3 * states[3][key] + 0.2 * states[4][key] for key in SHAPES
     }
     findings = inspect.inspect(
-        written(tmp_path, [{key: t.to(dtype) for key, t in s.items()} for s in states]),
-        progress=False,
+        written(tmp_path, [{key: t.to(dtype) for key, t in s.items()} for s in states])
     ).findings
     assert (
         only(findings, "mean-of-others").message
@@ -337,14 +334,14 @@ def test_extrapolation_is_no_average(tmp_path):
     states = run(3)
     # so c_1 is the mean of c_0 and c_3, and no other
     states.append({key: 2 * states[1][key] - states[0][key] for key in SHAPES})
-    findings = inspect.inspect(written(tmp_path, states), progress=False).findings
+    findings = inspect.inspect(written(tmp_path, states)).findings
     assert only(findings, "mean-of-others").message.startswith("c_1 is")
 
 
 def test_outlier(tmp_path):
     states = run(5, spread=0.02)
     states[2] = state(77, 0.6, state(0))
-    findings = inspect.inspect(written(tmp_path, states), progress=False).findings
+    findings = inspect.inspect(written(tmp_path, states)).findings
     assert only(findings, "outlier").message.startswith("c_2 is")
 
 
@@ -361,10 +358,10 @@ def test_tied_only_where_equal_in_every_candidate(tmp_path):
         }
         for s in run(3)
     ]
-    result = inspect.inspect(written(tmp_path, states), progress=False)
+    result = inspect.inspect(written(tmp_path, states))
     assert only(result.findings, "tied").message.startswith("head = up.weight in every")
     states[2]["head"][20, 20] += 1.0  # neither at the beginning nor at the end
-    assert "tied" not in kinds(inspect.inspect(written(tmp_path, states), progress=False).findings)
+    assert "tied" not in kinds(inspect.inspect(written(tmp_path, states)).findings)
 
 
 def test_tensors_that_are_not_averaged(tmp_path):
@@ -373,9 +370,7 @@ def test_tensors_that_are_not_averaged(tmp_path):
         "mask": torch.ones(3, dtype=torch.bool),
         "none": torch.zeros(0, 4),
     }
-    findings = inspect.inspect(
-        written(tmp_path, [s | extra for s in run(3)]), progress=False
-    ).findings
+    findings = inspect.inspect(written(tmp_path, [s | extra for s in run(3)])).findings
     integers = only(findings, "integers")
     assert (
         integers.severity == "note"
@@ -387,23 +382,21 @@ def test_tensors_that_are_not_averaged(tmp_path):
 
 def test_quantised_checkpoints(tmp_path):
     codes = {"codes": torch.zeros(100, 100, dtype=torch.int8)}
-    findings = inspect.inspect(
-        written(tmp_path, [s | codes for s in run(3)]), progress=False
-    ).findings
+    findings = inspect.inspect(written(tmp_path, [s | codes for s in run(3)])).findings
     assert only(findings, "integers").severity == "error"
 
 
 def test_mixed_dtypes(tmp_path):
     states = run(3)
     states[1] = {key: t.bfloat16() for key, t in states[1].items()}
-    findings = inspect.inspect(written(tmp_path, states), progress=False).findings
+    findings = inspect.inspect(written(tmp_path, states)).findings
     assert only(findings, "dtypes").message.startswith(
         "of different dtypes in different candidates: 5 tensors: "
     )
 
 
 def test_integers_alone(tmp_path):
-    result = inspect.inspect(written(tmp_path, [{"codes": torch.arange(5)}] * 2), progress=False)
+    result = inspect.inspect(written(tmp_path, [{"codes": torch.arange(5)}] * 2))
     assert "integers" in kinds(result.findings) and inspect_report.text(result)
 
 
@@ -413,9 +406,7 @@ def test_integers_alone(tmp_path):
 def test_files_that_cannot_be_read_are_rows(tmp_path):
     written(tmp_path, run(3))
     (tmp_path / "c_7.safetensors").write_bytes((tmp_path / "c_0.safetensors").read_bytes()[:3000])
-    result = inspect.inspect(
-        [str(tmp_path / "c_*.safetensors"), str(tmp_path / "missing_*.pt")], progress=False
-    )
+    result = inspect.inspect([str(tmp_path / "c_*.safetensors"), str(tmp_path / "missing_*.pt")])
     assert [row.candidate is None for row in result.rows] == [False] * 3 + [True] * 2
     assert (
         kinds(result.findings) == ["odd-shapes", "unreadable", "unreadable"]
@@ -426,7 +417,7 @@ def test_files_that_cannot_be_read_are_rows(tmp_path):
 
 
 def test_nothing_can_be_read(tmp_path):
-    result = inspect.inspect([str(tmp_path / "missing.pt")], progress=False)
+    result = inspect.inspect([str(tmp_path / "missing.pt")])
     assert kinds(result.findings) == ["unreadable"] and result.geometry is None
 
 
@@ -455,7 +446,7 @@ def test_what_does_not_match_the_majority(tmp_path, words):
     """The odd one is the first: the majority counts, not the order."""
     states = run(4)
     states[0] = CHANGES[words](states[0])
-    result = inspect.inspect(written(tmp_path, states), progress=False)
+    result = inspect.inspect(written(tmp_path, states))
     found = only(result.findings, "layout")
     assert words in found.message and found.message.split(" ")[0].endswith("c_0.safetensors")
     assert [p.stem for p in result.members] == ["c_1", "c_2", "c_3"]
@@ -468,7 +459,7 @@ def test_prefix_of_the_others_and_vocabulary(tmp_path):
     ]
     states.append({key.removeprefix("model."): t for key, t in states[2].items()})
     states.append(states[0] | {"embed.weight": torch.ones(32, 4)})
-    result = inspect.inspect(written(tmp_path, states), progress=False)
+    result = inspect.inspect(written(tmp_path, states))
     assert "vocabulary mismatch (30 and 32 tokens)" in result.rows[4].problem
     assert (
         "5 of 6 tensors missing" in result.rows[3].problem
@@ -481,13 +472,13 @@ def test_reference_sets_the_layout_and_the_center(tmp_path):
     states[0]["extra"] = torch.ones(1)
     states[2]["extra"] = torch.ones(1)
     paths = written(tmp_path, states)
-    result = inspect.inspect(paths, reference=2, progress=False)
+    result = inspect.inspect(paths, reference=2)
     assert [p.stem for p in result.members] == ["c_0", "c_2"] and result.geometry.center == "c_2"
     assert result.geometry.from_center[1] == 0
     with pytest.raises(ValueError, match="expected 1 to 4, found 5"):
-        inspect.inspect(paths, reference=4, progress=False)
+        inspect.inspect(paths, reference=4)
     with pytest.raises(CandidateError, match=r"--reference 1: .* no such file"):
-        inspect.inspect([str(tmp_path / "none.pt"), *paths], reference=0, progress=False)
+        inspect.inspect([str(tmp_path / "none.pt"), *paths], reference=0)
 
 
 # Losses ------------------------------------------------------------------------------------------
@@ -521,7 +512,7 @@ def wells(folder, values):
 
 
 def test_minima_that_are_not_connected(tmp_path):
-    result = inspect.inspect(wells(tmp_path, [-1.1, 1.0, 1.1]), task=well_task(), progress=False)
+    result = inspect.inspect(wells(tmp_path, [-1.1, 1.0, 1.1]), task=well_task())
     b = result.barrier
     assert b.ends == (0, 2) and [share for share, _ in b.line] == [0, 0.25, 0.5, 0.75, 1]
     assert b.line[2][1] == pytest.approx(1.0, abs=1e-6) and b.losses[1] == pytest.approx(
@@ -542,7 +533,7 @@ def test_minima_that_are_not_connected(tmp_path):
     ],
 )
 def test_candidates_of_one_minimum(tmp_path, values, words):
-    findings = inspect.inspect(wells(tmp_path, values), task=well_task(), progress=False).findings
+    findings = inspect.inspect(wells(tmp_path, values), task=well_task()).findings
     assert (
         only(findings, "barrier").severity == "note"
         and words in only(findings, "barrier").message
@@ -566,7 +557,7 @@ def test_losses_that_are_not_finite():
 
 
 def test_candidates_that_do_not_fit_the_model(tmp_path):
-    result = inspect.inspect(written(tmp_path, run(3)), task=well_task(), progress=False)
+    result = inspect.inspect(written(tmp_path, run(3)), task=well_task())
     assert only(result.findings, "candidates").severity == "error" and result.geometry is not None
 
 
@@ -597,8 +588,8 @@ def test_losses_are_those_of_twa_average(tmp_path):
     torch.manual_seed(0)
     models = [Normed().half() for _ in range(3)]  # rounded to the files' dtype
     paths = written(tmp_path, [m.state_dict() for m in models])
-    b = inspect.inspect(paths, task=task, progress=False).barrier
-    average = Merge(task, Candidates(paths), Settings(methods=(), compare=True), progress=False)
+    b = inspect.inspect(paths, task=task).barrier
+    average = Merge(task, Candidates(paths), Settings(methods=(), compare=True))
     results = {r.method: r for r in average.run() and average.results}
     assert (
         b.mean == results["uniform"].val_loss
@@ -689,9 +680,7 @@ def test_bad_input(tmp_path, capsys, arguments):
 
 @pytest.mark.parametrize("n", [1, 3, 61])
 def test_pictures_of_any_number(tmp_path, n):
-    result = inspect.inspect(
-        written(tmp_path, [{"w": torch.randn(20, 20)} for _ in range(n)]), progress=False
-    )
+    result = inspect.inspect(written(tmp_path, [{"w": torch.randn(20, 20)} for _ in range(n)]))
     assert inspect_report.picture(result).startswith(
         b"\x89PNG"
     ) and f"# {n} candidate" in inspect_report.markdown(result)

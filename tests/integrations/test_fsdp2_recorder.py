@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import twa
+from states import whole
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -80,13 +81,6 @@ class Run:
             if k % 2:
                 seen.append(whole(self.model))
         return seen
-
-
-def whole(model):
-    return {
-        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
-        for name, t in model.state_dict().items()
-    }
 
 
 def same(a, b):

@@ -439,10 +439,9 @@ def test_squared_norms_have_the_bits_of_the_cpu(width, n):
     tiles = [-(-shape[0] // 128) for shape in shapes]
     segments = [t // width % 300 for t in range(sum(tiles))]
     rows, center = rows_of(n, shapes), tensors(shapes, 5)
-    expected = tk.pack(rows, 4, center, segments, report=True)
-    found = tk.pack(put(rows), 4, put(center), segments, report=True, backend="cuda")
+    expected = tk.pack(rows, 4, center, segments)
+    found = tk.pack(put(rows), 4, put(center), segments, backend="cuda")
     same_bits(found, expected)
-    assert found.relative_error == pytest.approx(expected.relative_error, rel=1e-12)
     packer = tk.Packer(n, shapes, 4, segments, DEVICE, "cuda")
     for row, c in zip(put(rows), put(center), strict=True):
         for begin in range(0, row.shape[1], 8192):

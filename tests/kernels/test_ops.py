@@ -33,7 +33,6 @@ def pack_arguments(bits):
         torch.zeros(3, n, dtype=torch.bfloat16),
         torch.zeros(n, 2, dtype=torch.float64),
         torch.zeros(n, 2),
-        torch.zeros(2, 2, dtype=torch.float64),
         "",
     )
 

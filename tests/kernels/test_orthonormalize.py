@@ -617,21 +617,6 @@ def test_implicit(accuracy):
     assert torch.allclose(implicit.transform @ c, on_q, atol=1e-5)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 1])
-def test_packed(bits):
-    W = [trajectory(9, 40_001), trajectory(9, 700, 1).view(9, 7, 100)]
-    W[0][5] = W[0][1]
-    W[1][5] = W[1][1]
-    o = tk.orthonormalize(W, form="packed", bits=bits, segments=[0, 1])
-    dense = tk.orthonormalize(W)
-    expected = tk.pack(dense.Q, bits, segments=[0, 1], normalize="none")
-    assert o.rank == o.Q.n == 8 and o.Q.shapes == expected.shapes and o.Q.bits == bits
-    assert torch.equal(o.Q.codes, expected.codes) and torch.equal(o.Q.row_scale, expected.row_scale)
-    assert o.report.certificate < 1e-6
-    with pytest.raises(ValueError, match="nothing to pack"):
-        tk.orthonormalize(torch.zeros(2, 5), form="packed")
-
-
 # Streams ------------------------------------------------------------------------------------------
 
 
@@ -666,8 +651,6 @@ def test_streams_give_the_same_basis():
         tk.orthonormalize(torch.cat(blocks, 1), center=torch.cat(center)).Q,
         atol=1e-6,
     )
-    packed = tk.orthonormalize(stream, form="packed", bits=8)
-    assert packed.Q.num_columns == columns
 
 
 def test_streams_that_are_wrong():
@@ -773,7 +756,7 @@ def test_appending_leaves_earlier_rows_alone(kind):
         tk.orthonormalize(W[:5], extend=first)
 
 
-def test_appending_to_an_implicit_or_packed_basis():
+def test_appending_to_an_implicit_basis():
     W = trajectory(12, 3000)
     first = tk.orthonormalize(W[:7], form="implicit")
     o = tk.orthonormalize(W, extend=first, form="implicit")
@@ -781,7 +764,6 @@ def test_appending_to_an_implicit_or_packed_basis():
     assert loss(o.apply(W)) < 1e-7
     explicit = tk.orthonormalize(W, extend=first)
     assert loss(explicit.Q) < 1e-7
-    assert tk.orthonormalize(W, extend=first, form="packed").Q.n == 12
     out = torch.full((12, 3000), 3.0)
     tk.orthonormalize(W, extend=first, out=out)
     assert torch.equal(out, explicit.Q)

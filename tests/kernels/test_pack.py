@@ -127,7 +127,7 @@ def test_a_refused_tensor_adds_nothing():
 
 
 def test_below_the_normal_range_counts_as_zero():
-    assert tk.pack([torch.full((3, 300), 1e-40)], report=True).relative_error == (0.0,)
+    assert not tk.pack([torch.full((3, 300), 1e-40)]).scales.view(torch.uint8).any()
 
 
 @pytest.mark.parametrize("n", [300, 1100])
@@ -151,20 +151,12 @@ def test_8_bits_clip_nothing():
     assert (error <= 0.51 / 127 * 1.125 * largest).all()
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("bits", BITS)
-def test_reported_error_is_the_measured_one(bits, backend):
-    rows, center = rows_of(4, SHAPES), tensors(SHAPES)
-    rows[2][:] = center[2]  # a tensor that is equal in all rows
-    packed = tk.pack(rows, bits, center, normalize="none", report=True, backend=backend)
-    for back, row, c, error in zip(
-        tk.unpack(packed), rows, center, packed.relative_error, strict=True
-    ):
-        delta = (row - c).double()
-        assert error == pytest.approx(
-            float((back.double() - delta).norm() / delta.norm()) if delta.any() else 0.0, rel=1e-4
-        )
-    assert tk.pack(rows, bits, center).relative_error is None
+def test_relative_error_is_the_measured_one(bits):
+    rows = rows_of(1, SHAPES)
+    for back, row in zip(tk.unpack(tk.pack(rows, bits, normalize="none")), rows, strict=True):
+        measured = float((back.double() - row).norm() / row.double().norm())
+        assert tk.relative_error(row, bits) == pytest.approx(measured, rel=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-37, 1e-20, 1.0, 1e20, 1e37])
@@ -185,9 +177,7 @@ GAUSSIAN_ERROR = {8: 0.0075, 4: 0.098, 3: 0.186, 2: 0.345, 1: 0.61}
 def test_gaussian_error(bits):
     v = torch.randn(2, 128 * 500, generator=torch.Generator().manual_seed(1))
     back = tk.unpack(tk.pack([v], bits, normalize="none"))[0]
-    error = ((back - v).norm() / v.norm()).item()
-    assert error <= GAUSSIAN_ERROR[bits]
-    assert error == pytest.approx(tk.relative_error(v.flatten(), bits), rel=1e-3)
+    assert ((back - v).norm() / v.norm()).item() <= GAUSSIAN_ERROR[bits]
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -449,12 +439,9 @@ def test_gpu_bytes_equal_reference(bits, gpu):
     rows, center = rows_of(3, SHAPES), tensors(SHAPES)
     rows[3][1] = rows[3][0]
     rows[4][2] = center[4]  # a zero row
-    ours = tk.pack(gpu.put(rows), bits, gpu.put(center), SEGMENTS, backend=gpu.backend, report=True)
-    truth = tk.pack(rows, bits, center, SEGMENTS, backend="reference", report=True)
+    ours = tk.pack(gpu.put(rows), bits, gpu.put(center), SEGMENTS, backend=gpu.backend)
+    truth = tk.pack(rows, bits, center, SEGMENTS, backend="reference")
     same_bytes(ours.to("cpu"), truth)
-    torch.testing.assert_close(
-        torch.tensor(ours.relative_error), torch.tensor(truth.relative_error), rtol=1e-9, atol=0
-    )
 
 
 @pytest.mark.parametrize("scale", [1e-37, 1e-20, 1e37])

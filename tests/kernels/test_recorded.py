@@ -159,5 +159,3 @@ def test_bad_input():
     packer.end_tensor()
     with pytest.raises(ValueError, match="all 1 tensors were added already"):
         packer.add_recorded(codes, scales)
-    with pytest.raises(ValueError, match="report: expected rows with their weights"):
-        tk.Packer(3, [(300,)], report=True).add_recorded(codes, scales)

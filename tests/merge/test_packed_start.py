@@ -145,12 +145,12 @@ def test_a_file_that_fits_no_method(job, tmp_path, capsys):
     assert "b8: it has 8 bits, deltas, granularity tensor: expected --twa t:tensor:8" in text
     assert "found TWA-t per model, 4 bits" in text
     assert not (tmp_path / "out").exists()
-    PackToFile(tmp_path / "n", load_task(str(job / "task.py")).model(), candidates(job),
-               normalize="none").run()  # fmt: skip
+    model = load_task(str(job / "task.py")).model()
+    unscaled = twa.Subspace.from_candidates(model, candidates(job), normalize="none")
+    unscaled.save(tmp_path / "n", basis=True)
     assert average(job, tmp_path / "out", "--basis", tmp_path / "n", methods=["t:tensor:4"]) == 2
     assert "no --twa fits it" in capsys.readouterr().err
-    PackToFile(tmp_path / "z", load_task(str(job / "task.py")).model(), candidates(job),
-               center="zero").run()  # fmt: skip
+    PackToFile(tmp_path / "z", model, candidates(job), center="zero").run()
     assert average(job, tmp_path / "out", "--basis", tmp_path / "z", methods=["t:tensor:4"]) == 2
     assert "z: its center is zero" in capsys.readouterr().err
     assert average(job, tmp_path / "out", "--basis", tmp_path / "none") == 2

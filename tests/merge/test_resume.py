@@ -748,7 +748,7 @@ def test_errors_of_the_task_are_named(job, tmp_path, capsys):
             and error.splitlines()[-1].startswith("twa: error: ")
             and "task.py" in error
         )
-    for option in (["--weight-decay", "nan"], ["--lr", "inf"], ["--overwrite", "--resume"]):
+    for option in (["--lr", "nan"], ["--lr", "inf"], ["--overwrite", "--resume"]):
         with pytest.raises(SystemExit, match="2"):
             cli.main(arguments(job, tmp_path / "out", *option))
     if not torch.cuda.is_available():

@@ -99,8 +99,8 @@ def equal(a, b):
     "options",
     [
         {},
-        {"granularity": "model", "center": "last", "normalize": "none"},
-        {"center": "zero", "normalize": "none"},
+        {"granularity": "model", "center": "last"},
+        {"center": "zero"},
     ],
 )
 def test_a_file_has_the_bits_of_memory(candidates, tmp_path, bits, options):

@@ -26,7 +26,7 @@ KINDS = [
     {},
     {"granularity": "model", "bits": 2},
     {"granularity": 128, "bits": 8},
-    {"granularity": 12800, "center": "last", "normalize": "none"},  # segments end inside blocks
+    {"granularity": 12800, "center": "last"},  # segments end inside blocks
 ]
 
 

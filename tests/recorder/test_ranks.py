@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import twa
 from conftest import exhaustive
+from states import whole
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -63,13 +64,6 @@ def move(model, seed):
         p += step
     model.norm.running_mean += torch.rand(6, generator=g)
     model.norm.num_batches_tracked += 1
-
-
-def whole(model):
-    return {
-        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
-        for name, t in model.state_dict().items()
-    }
 
 
 def recorded(group, kind, path, steps=range(4), **options):

@@ -1,4 +1,4 @@
-"""What a GPU's pack leaves to PyTorch: errors, where a NaN is, for Triton sums over tiles."""
+"""What a GPU's pack leaves to PyTorch: where a NaN is, for Triton sums over tiles."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from ..layout import TILE, tile_offsets
 from ..operands import PackArgs
-from .reference import bytes_to_codes, squared_error
 
 
 def finish_pack(args: PackArgs, squares: Tensor) -> tuple[int, int, int] | None:
@@ -33,8 +31,6 @@ def finish_pack(args: PackArgs, squares: Tensor) -> tuple[int, int, int] | None:
         at = changes.nonzero()[:, 0] + 1
         begins += at.tolist()
         segments += args.tile_segment[at].tolist()
-    if args.errors is not None:
-        add_errors(args, squares, args.errors)
     for (first, last), l in zip(itertools.pairwise([*begins, None]), segments, strict=True):
         args.sum_sq[:, l] += squares[first:last].sum(0)
         top = args.scales[first:last].float().amax(0)
@@ -58,21 +54,3 @@ def _difference(args: PackArgs, k: int, i: int) -> Tensor:
     """Row i of tensor k minus the center, float32."""
     row = args.rows[k * args.n + i].reshape(-1).float()
     return row - args.center[k].reshape(-1).float() if args.center else row
-
-
-def add_errors(args: PackArgs, squares: Tensor, errors: Tensor) -> None:
-    """Adds quantisation errors, from the packed bytes, a row at a time.
-
-    squares: (num_tiles, n) float64, of which each tensor's part has the sum of its squared norms.
-    """
-    offsets = tile_offsets(args.numels)
-    for k, numel in enumerate(args.numels):
-        at = slice(offsets[k], offsets[k + 1])
-        tiles = torch.arange(offsets[k + 1] - offsets[k], device=args.device)
-        valid = (numel - TILE * tiles).clamp(max=TILE)
-        for i in range(args.n):
-            v = torch.nn.functional.pad(_difference(args, k, i), (0, len(tiles) * TILE - numel))
-            codes = bytes_to_codes(args.codes[at, i], args.bits)
-            scales = args.scales[at, i].float()
-            errors[k, 0] += squared_error(v.view(-1, TILE), codes, scales, valid, args.bits)
-        errors[k, 1] += squares[at].sum()

@@ -31,7 +31,6 @@ def average_and_pack(args: PackArgs, weights: Sequence[float]) -> tuple[int, int
         scales=args.scales,
         sum_sq=args.sum_sq,
         max_scale=args.max_scale,
-        errors=args.errors,
     )
     return _C.pack(rows=rows, weights=weights, target=target, threads=torch.get_num_threads())
 

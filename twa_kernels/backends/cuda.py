@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import capture, native
-from ..layout import TILE, check_segments, num_tiles
+from ..layout import TILE, check_segments
 from ..operands import BasisView, PackArgs, PassArgs, RecordArgs, ReplayArgs, StepArgs
 from . import handles
-from .after_pack import add_errors, first_not_finite
+from .after_pack import first_not_finite
 from .average import average as average  # plain PyTorch, as on every GPU
 from .rows import used_rows
 from .tensors import Recent, current_stream, kept, on_device
@@ -322,16 +322,7 @@ def pack(args: PackArgs) -> tuple[int, int, int] | None:
             bad=bad,
             **_place(device),
         )
-    if bad.item():
-        return first_not_finite(args)
-    if args.errors is not None:
-        sizes = [num_tiles(numel) for numel in args.numels]
-        # The first tiles of each unit hold its sums, one for each of its pieces.
-        place = torch.arange(module.unit_tiles, device=device)
-        of_units = (place < pieces[:, :1]).split([-(-s // module.unit_tiles) for s in sizes])
-        are_sums = torch.cat([u.flatten()[:s] for u, s in zip(of_units, sizes, strict=True)])
-        add_errors(args, torch.where(are_sums[:, None], squares, 0.0), args.errors)
-    return None
+    return first_not_finite(args) if bad.item() else None
 
 
 def record(args: RecordArgs) -> None:

@@ -156,17 +156,7 @@ def pack(args: PackArgs) -> tuple[int, int, int] | None:
         segment = args.tile_segment[at].long()
         args.sum_sq.index_add_(1, segment, squares.T)
         args.max_scale.scatter_reduce_(1, segment.expand(n, -1), scale.T, "amax")
-        if args.errors is not None:
-            args.errors[k, 0] += squared_error(v, code, scale, valid, bits)
-            args.errors[k, 1] += squares.sum()
     return None
-
-
-def squared_error(v: Tensor, code: Tensor, scale: Tensor, valid: Tensor, bits: int) -> Tensor:
-    """Sum of (v - scale * level)^2 over the real columns of groups v (..., 128), in float64."""
-    levels = torch.tensor(LEVELS[bits], dtype=torch.float64, device=v.device)[code]
-    real = torch.arange(TILE, device=v.device) < valid[..., None]
-    return (((v.double() - scale.double()[..., None] * levels) ** 2) * real).sum()
 
 
 # record, replay -----------------------------------------------------------------------------------
@@ -378,7 +368,7 @@ def relative_error(v: Tensor, bits: int) -> float:
     groups = _pad_columns(v.float().reshape(1, -1))[0]
     valid = (v.numel() - TILE * torch.arange(len(groups), device="cpu")).clamp(max=TILE)
     codes, scale, _ = quantise(groups, valid, bits)
-    return math.sqrt(
-        squared_error(groups, codes, scale, valid, bits).item()
-        / (groups.double() ** 2).sum().item()
-    )
+    levels = torch.tensor(LEVELS[bits], dtype=torch.float64, device="cpu")[codes]
+    real = torch.arange(TILE, device="cpu") < valid[:, None]
+    errors = (groups.double() - scale.double()[:, None] * levels) * real
+    return math.sqrt(errors.square().sum().item() / groups.double().square().sum().item())

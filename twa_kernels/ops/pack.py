@@ -13,8 +13,7 @@ from .define import Flat, define
 #: operands of a PackArgs, in its order
 ARGS = (
     "Tensor[] rows, {center} center, int[] numels, Tensor tile_segment, int bits, "
-    "Tensor(b!) codes, Tensor(c!) scales, Tensor(d!) sum_sq, Tensor(e!) max_scale, "
-    "Tensor(f!)? errors"
+    "Tensor(b!) codes, Tensor(c!) scales, Tensor(d!) sum_sq, Tensor(e!) max_scale"
 )
 
 
@@ -36,8 +35,8 @@ class NotFiniteError(ValueError):
 
 def with_args(*flat: Any) -> Flat:
     """The first operands of a schema that begins with ARGS as one view."""
-    rows, center, numels, *others = flat[:10]
-    return PackArgs(rows, center, tuple(numels), *others), *flat[10:]
+    rows, center, numels, *others = flat[:9]
+    return PackArgs(rows, center, tuple(numels), *others), *flat[9:]
 
 
 def call(kernel: Callable[..., tuple[int, int, int] | None], *operands: object) -> None:

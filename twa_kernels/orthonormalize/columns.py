@@ -1,6 +1,6 @@
 """Where `orthonormalize` reads W from and writes Q to.
 
-Tensors in memory, streams of blocks of columns, packed codes.
+Tensors in memory, streams of blocks of columns.
 """
 
 from __future__ import annotations
@@ -15,19 +15,16 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from ..basis import PackedBasis
 from ..layout import FLOATS, MAX_ROWS
 from ..native import empty_for_streaming
 from ..operands import PassArgs
 from ..ops.orthonormalize_pass import orthonormalize_pass
-from ..packer import Packer
 from .gram_schmidt import Factor, probes
 
 if TYPE_CHECKING:
     from .job import Orthonormal
 
 SAMPLE = 4096  # columns that parents are chosen by
-PACK_COLUMNS = 1 << 15  # of Q in float32 at a time on the way to packed codes
 
 T = TypeVar("T")
 #: some columns of W: (n, *shape), or n tensors of one shape
@@ -294,53 +291,22 @@ def new_rows(r: int, tensors: Tensors, dtype: torch.dtype) -> list[Tensor]:
 
 #: some tensors of W, tensors that take Q's columns for them, and what to call when they are filled
 Piece = tuple[Tensors, list[Tensor], Callable[[], None]]
-Segments = Sequence[int] | Tensor | None
 
 
 class Target:
-    """Where Q goes."""
+    """Where Q goes: tensors, given or new; or a function, one block at a time."""
 
     in_place = False
     first = 0  # row of Q from which on it is written
 
-    def __init__(self, source: Source, dtype: torch.dtype, extend: Orthonormal | None) -> None:
-        self.source, self.dtype, self.extend = source, dtype, extend
-        self.tensors: list[Tensor] = []  # that Q is written to, if it is
-
-    def begin(self, rank: int) -> None:
-        """Prepares for one writing of Q, which has `rank` rows."""
-        self.rank = rank
-
-    def pieces(self, number: int, tensors: Tensors) -> Iterator[Piece]:
-        """Parts of these tensors of W, the first of which is block `number`."""
-        raise NotImplementedError
-
-    def finish(self) -> Tensor | list[Tensor] | PackedBasis | None:
-        """Q, as `Orthonormal` holds it."""
-        raise NotImplementedError
-
-
-class Dense(Target):
-    """Q in tensors, given or new; or handed to a function, one block at a time."""
-
     def __init__(
-        self,
-        source: Source,
-        dtype: torch.dtype,
-        out: Out,
-        bits: int,
-        segments: Segments,
-        extend: Orthonormal | None,
+        self, source: Source, dtype: torch.dtype, out: Out, extend: Orthonormal | None
     ) -> None:
-        super().__init__(source, dtype, extend)
+        self.source, self.dtype = source, dtype
+        self.tensors: list[Tensor] = []  # that Q is written to, if it is
         self.sink: Sink | None = out if callable(out) else None
         self.earlier: list[Tensor] | None = None  # rows of Q that an extended result holds
-        if (
-            extend is not None
-            and self.sink is None
-            and extend.Q is not None
-            and not isinstance(extend.Q, PackedBasis)
-        ):
+        if extend is not None and self.sink is None and extend.Q is not None:
             self.earlier = [extend.Q] if isinstance(extend.Q, Tensor) else extend.Q
             shapes, dtypes = [q.shape[1:] for q in self.earlier], {q.dtype for q in self.earlier}
             if list(shapes) != list(source.shapes):
@@ -428,12 +394,14 @@ class Dense(Target):
         return found
 
     def begin(self, rank: int) -> None:
+        """Prepares for one writing of Q, which has `rank` rows."""
         if self.tensors and rank > min(len(t) for t in self.tensors):
             room = min(len(t) for t in self.tensors)
             raise ValueError(f"out: expected room for {rank} rows of Q, found {room}")
-        super().begin(rank)
+        self.rank = rank
 
     def pieces(self, number: int, tensors: Tensors) -> Iterator[Piece]:
+        """Parts of these tensors of W, the first of which is block `number`."""
         if self.sink is not None:
             for k in range(len(tensors.shapes)):
                 rows = new_rows(self.rank, tensors.only(k), self.dtype)
@@ -454,6 +422,7 @@ class Dense(Target):
         yield tensors, here, lambda: None
 
     def finish(self) -> Tensor | list[Tensor] | None:
+        """Q, as `Orthonormal` holds it."""
         if self.sink is not None:
             return None
         if not self.tensors:  # rank 0
@@ -463,50 +432,6 @@ class Dense(Target):
             ]
         rows = [t[: self.rank] for t in self.tensors]
         return rows[0] if self.source.single else rows
-
-
-class Packed(Target):
-    """Q as codes: some columns in float32 at a time, packed while they are in the cache."""
-
-    packer: Packer  # made by `begin`
-
-    def __init__(
-        self,
-        source: Source,
-        dtype: torch.dtype,
-        out: Out,
-        bits: int,
-        segments: Segments,
-        extend: Orthonormal | None,
-    ) -> None:
-        super().__init__(source, torch.float32, extend)
-        self.bits, self.segments = bits, segments
-        self.device = source.device
-
-    def begin(self, rank: int) -> None:
-        if rank == 0:
-            raise ValueError(
-                "W: expected at least one row that is not zero, found none: "
-                "there is nothing to pack"
-            )
-        super().begin(rank)
-        self.packer = Packer(rank, self.source.shapes, self.bits, self.segments, self.device)
-        self.scratch = torch.empty(rank * PACK_COLUMNS, dtype=torch.float32, device=self.device)
-
-    def pieces(self, number: int, tensors: Tensors) -> Iterator[Piece]:
-        for k, numel in enumerate(tensors.numels):
-            flat = tensors.part(k, slice(None))  # once: rows that are not contiguous are copied
-            for begin in range(0, numel, PACK_COLUMNS):
-                part = flat.part(0, slice(begin, min(begin + PACK_COLUMNS, numel)))
-                rows = self.scratch[: self.rank * part.numels[0]].view(self.rank, -1)
-                yield part, [rows], partial(self.packer.add_columns, rows, begin)
-            self.packer.end_tensor()
-
-    def finish(self) -> PackedBasis:
-        return self.packer.finish("none")
-
-
-TARGETS: dict[str, type[Dense] | type[Packed]] = {"explicit": Dense, "packed": Packed}
 
 
 def _span(t: Tensor) -> tuple[int, int]:

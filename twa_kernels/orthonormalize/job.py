@@ -30,13 +30,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..basis import PackedBasis
 from ..layout import FLOATS, MAX_ROWS
 from ..operands import PROBES, PassArgs
 from ..ops.orthonormalize_pass import orthonormalize_pass
 from ..ops.pack import NotFiniteError
 from .columns import (
-    TARGETS,
     Block,
     Center,
     Out,
@@ -83,8 +81,8 @@ class Report:
         reads: times that all of W was read (a sample of columns for the parents not counted).
         refined: how often W was looked at again (a read each, and one more after two).
         certificate: estimate, by six Gaussian vectors, of the loss of orthogonality of the rounded
-            Q: the Schatten 4-norm of Q Q^T - I, which is at least its 2-norm (packed: of Q in
-            float32, before it is packed); None without explicit Q.
+            Q: the Schatten 4-norm of Q Q^T - I, which is at least its 2-norm; None without an
+            explicit Q.
         distances: (n,) distance of each row to the span of the rows kept before it, relative to its
             norm.
         parents: (n,) row that was subtracted, -1: the center.
@@ -115,8 +113,8 @@ class Orthonormal:
     """An orthonormal basis of the rows of W (minus a center).
 
     Attributes:
-        Q: (r, *shape), one tensor per tensor of W if W was a list; a PackedBasis (form="packed");
-            None (form="implicit", or given to a function).
+        Q: (r, *shape), one tensor per tensor of W if W was a list; None
+            (form="implicit", or given to a function).
         R: (n, r) float64: W - center = R Q, up to rounding and the tolerance of dropped rows.
         transform: (r, n) float64: Q = transform @ (W - center). So project with Q is
             `transform @ (P @ g)` and coefficients y of Q are `transform.T @ y` of the rows.
@@ -125,7 +123,7 @@ class Orthonormal:
         report: reads, distances, conditions, certificate.
     """
 
-    Q: Tensor | list[Tensor] | PackedBasis | None
+    Q: Tensor | list[Tensor] | None
     R: Tensor
     transform: Tensor
     kept: tuple[int, ...]
@@ -186,8 +184,6 @@ def orthonormalize(
     form: str = "explicit",
     dtype: torch.dtype = torch.float32,
     out: Out = None,
-    bits: int = 4,
-    segments: Sequence[int] | Tensor | None = None,
     tolerance: float = TOLERANCE,
     extend: Orthonormal | None = None,
     reduce: Reduce | None = None,
@@ -219,15 +215,12 @@ def orthonormalize(
             Q to `dtype`. "fast": float32 products over few columns, summed in float64, about
             3e-7; what is estimated to be more is computed again in float64.
         form: "explicit": Q in `dtype`, new or in `out`. "implicit": no Q; `Orthonormal.apply` and
-            `.transform` stand for it, one read less. "packed": Q as a PackedBasis of `bits` bits,
-            never dense in memory.
+            `.transform` stand for it, one read less.
         dtype: of Q: float32, bfloat16 or float16.
         out: tensors to write Q to (row j of rank r to out[k][j]; the rest is left alone); may be W
             itself, which then is Q. Or a function that is called with (block number, Q of the block
             (r, *shape)), for results that do not fit into memory; again from 0 if Q is computed
             again.
-        bits: of a packed Q: 8, 4, 3, 2 or 1.
-        segments: of a packed Q, as in `pack`.
         tolerance: a row is dropped if its distance to the span of the rows kept before it is at
             most this share of its norm (norm of the row as given, before the center is subtracted,
             since that is what its rounding errors are relative to).
@@ -252,8 +245,8 @@ def orthonormalize(
     """
     if accuracy not in LIMITS:
         raise ValueError(f"accuracy: expected one of {sorted(LIMITS)}, found {accuracy!r}")
-    if form not in ("explicit", "implicit", "packed"):
-        raise ValueError(f"form: expected 'explicit', 'implicit' or 'packed', found {form!r}")
+    if form not in ("explicit", "implicit"):
+        raise ValueError(f"form: expected 'explicit' or 'implicit', found {form!r}")
     if dtype not in FLOATS:
         raise TypeError(f"dtype: expected one of {FLOATS}, found {dtype}")
     if out is not None and form != "explicit":
@@ -266,7 +259,7 @@ def orthonormalize(
         factor = job.factorise()
         if form == "implicit":
             return job.result(None, factor, None)
-        target = TARGETS[form](job.source, dtype, out, bits, segments, extend)
+        target = Target(job.source, dtype, out, extend)
         certificate = job.write(factor, target)
         while not job.good_enough(certificate, factor, target) and job.refined < MOST_REFINEMENTS:
             if target.in_place:  # W is gone: Q itself is what is left to work on
@@ -300,7 +293,7 @@ def _once_more(
             f"orthonormalize: Q of rank {o.rank}, written in place of W, has rank {on_q.rank}: "
             "W was too badly conditioned"
         )
-    target = TARGETS["explicit"](job.source, tensors[0].dtype, rows, 0, None, None)
+    target = Target(job.source, tensors[0].dtype, rows, None)
     certificate = job.write(on_q, target)
     R, transform = on_q.undo_differences()
     report = replace(
@@ -662,7 +655,7 @@ class Job:
 
     def result(
         self,
-        Q: Tensor | list[Tensor] | PackedBasis | None,
+        Q: Tensor | list[Tensor] | None,
         f: Factor,
         certificate: float | None,
     ) -> Orthonormal:

@@ -43,29 +43,11 @@ def positive_float(text: str) -> float:
     return value
 
 
-def not_negative_float(text: str) -> float:
-    """A finite number of at least 0."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, found {text}")
-    return value
-
-
 def positive_int(text: str) -> int:
     """A whole number above 0."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
     return int(text)
-
-
-def or_auto(number: Callable[[str], Value]) -> Callable[[str], Value | None]:
-    """A number, or "auto": None."""
-
-    def parse(text: str) -> Value | None:
-        return None if text == "auto" else number(text)
-
-    parse.__name__ = f"{number.__name__} or auto"  # which messages name
-    return parse
 
 
 def not_negative_int(text: str) -> int:

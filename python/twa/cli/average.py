@@ -51,12 +51,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     rows = "a file of `twa pack`: trained averages of its bits and segments start from its rows"
     add("--basis", metavar="FILE", type=Path, help=rows)
-    steps = "gradient steps of each trained average; auto (default): as many as are worth it"
-    add("--steps", type=arguments.or_auto(arguments.positive_int), metavar="N", help=steps)
-    rate = "learning rate of the coefficients; auto (default): that of the candidates' own training"
-    add("--lr", type=arguments.or_auto(arguments.positive_float), metavar="RATE", help=rate)
-    decay = "pulls coefficients to zero, the average that they start at (default: %(default)s)"
-    add("--weight-decay", type=arguments.not_negative_float, default=0.0, help=decay)
+    steps = "gradient steps of each trained average (default: as many as are worth it)"
+    add("--steps", type=arguments.positive_int, metavar="N", help=steps)
+    rate = "learning rate of the coefficients (default: that of the candidates' own training)"
+    add("--lr", type=arguments.positive_float, metavar="RATE", help=rate)
     add("--seed", type=int, default=0, help="order of the data (default: %(default)s)")
     add(
         "--batches-per-step",
@@ -176,7 +174,6 @@ def settings_of(args: argparse.Namespace) -> Settings:
         tuple(map(TwaMethod.parse, args.twa)) if args.twa else DEFAULT_METHODS,
         args.steps,
         args.lr,
-        args.weight_decay,
         batches_per_step=args.batches_per_step,
         seed=args.seed,
         sharding=args.sharding,

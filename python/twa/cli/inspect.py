@@ -31,7 +31,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     reference = "number of the candidate that the others are compared with, such as their base"
     add("--reference", metavar="N", type=int, help=reference)
     add("--device", choices=("task", "cpu", "cuda"), default="task", help=arguments.DEVICE)
-    add("--seed", type=int, default=0, help="order of the task's data (default: %(default)s)")
     output = "directory for inspect.md, inspect.json and inspect.png"
     add("-o", "--output", metavar="OUT", type=Path, help=output)
 
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         check_folder(args.output)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise TwaError("no CUDA device is available", "--device cuda")
-    task = load_task(args.task, args.seed) if args.task else None
+    task = load_task(args.task) if args.task else None
     if task is not None and args.device != "task":
         task = task.on(torch.device(args.device))
     reference = None if args.reference is None else args.reference - 1

@@ -45,6 +45,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     arguments.add_candidates(p)
     scheme = f"{averages.SCHEMES}; or a file of weights, such as weights.json or merge.json"
     p.add_argument("--scheme", metavar="SCHEME", required=True, help=scheme)
+    force = "write it although a look at samples finds candidates unrelated, or not finite"
+    p.add_argument("--force", action="store_true", help=force)
     add_output(p)
 
 
@@ -57,8 +59,6 @@ def add_output(p: argparse.ArgumentParser) -> None:
     add("-o", "--output", metavar="OUT", type=Path, required=True, help=output)
     dtype = "of all floating-point tensors (default: as in the files)"
     add("--dtype", choices=DTYPES, help=dtype)
-    force = "write it although a look at samples finds candidates unrelated, or not finite"
-    add("--force", action="store_true", help=force)
     overwrite = "replace what is in a directory that is not empty, or a file that is there"
     add("--overwrite", action="store_true", help=overwrite)
 
@@ -166,9 +166,10 @@ def _write(
     (check_file if is_file else check_output)(out, args.overwrite)
     check_not_read(candidates, [out] if is_file else [out / WEIGHTS, out / FOLDER])
     fixed = FixedAverage(candidates, beta, getattr(torch, args.dtype) if args.dtype else None)
-    arguments.check_candidates(Candidates.of(fixed.used), args.force)
-    if len(fixed.used) > 1 and has_statistics(fixed):
-        print(f"twa: {BATCHNORM}", file=sys.stderr)
+    if len(fixed.used) > 1:  # one alone is written as it is
+        arguments.check_candidates(Candidates.of(fixed.used), args.force)
+        if has_statistics(fixed):
+            print(f"twa: {BATCHNORM}", file=sys.stderr)
     begin = time.perf_counter()
     with (
         writing(out),

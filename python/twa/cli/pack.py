@@ -11,7 +11,6 @@ import warnings
 from pathlib import Path
 
 from twa_kernels.layout import BITS
-from twa_kernels.scaling import NORMALIZE
 
 from ..basis.file import NAME
 from ..basis.segments import GRANULARITIES
@@ -44,8 +43,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--granularity", type=kind, default="tensor", metavar="KIND", help=segments)
     center = "mean, last, zero, or a candidate's index (default: %(default)s)"
     add("--center", metavar="CENTER", type=arguments.center, default="mean", help=center)
-    norms = "see Subspace.from_candidates (default: %(default)s)"
-    add("--normalize", choices=NORMALIZE, default="row", help=norms)
     device = "where candidates are packed, a block at a time (default: %(default)s)"
     add("--device", choices=("cpu", "cuda"), default="cpu", help=device)
     memory = "most that the processes of this machine may hold in memory together, such as 2GB"
@@ -79,7 +76,6 @@ def run(args: argparse.Namespace) -> None:
         bits=args.bits,
         granularity=args.granularity,
         center=args.center,
-        normalize=args.normalize,
         device=args.device,
         ranks=ranks,
     )

@@ -62,8 +62,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--low-memory", action="store_true", help=low)
     where = "of basis and center, as in twa average: device (default), or host"
     add("--storage", choices=STORAGE, default="device", help=where)
-    rate = "with --storage host: gigabytes a second from a rank's host memory to its device"
-    add("--host-bandwidth", metavar="GB/S", type=float, help=rate)
     limit = "gigabytes that a rank may fill: marks what fits"
     add("--device-memory", metavar="GB", type=float, help=limit)
 
@@ -76,12 +74,6 @@ def run(args: argparse.Namespace) -> None:
     """
     simulated = _simulated(args) if args.simulate else None
     job = _job(args) if simulated is None else simulated.job
-    rate = args.host_bandwidth
-    if rate is not None and not (0 < rate < math.inf and job.storage == "host"):
-        raise TwaError(
-            f"expected gigabytes a second above 0, with --storage host, found {rate}",
-            "--host-bandwidth",
-        )
     limit = None if args.device_memory is None else args.device_memory * 1e9
     if limit is not None and not 0 < limit < math.inf:
         raise TwaError(f"expected gigabytes above 0, found {args.device_memory}", "--device-memory")
@@ -101,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     print()
     if simulated is not None:
         print(_how_simulated(job))
-    print(_on_host(job, rate) if job.storage == "host" else _host(job))
+    print(_on_host(job) if job.storage == "host" else _host(job))
     print(_building(job))
     print(_choice(job, limit))
     print(_assumptions(job))
@@ -241,21 +233,16 @@ def _auto(job: Job, limit: float | None) -> str:
     return f"`auto`: columns for a model sharded by fully_shard, else {other}"
 
 
-def _on_host(job: Job, rate: float | None) -> str:
+def _on_host(job: Job) -> str:
     """What a rank keeps in host memory, and what a step copies from there, in words."""
     possible = [s for s in SHARDINGS if not obstacle(job, s)]
     kept = [f"{s} {quantity(kept_on_host(job, s), 'B')}" for s in possible]
-    copied = [f"{s} {_copies(streamed(job, s), rate)}" for s in possible]
+    copied = [f"{s} {quantity(streamed(job, s), 'B')}" for s in possible]
     return (
         f"Basis and center are in host memory, of a rank: {', '.join(kept)}; with replicate the"
         " ranks of a host share them. A step copies from there, behind compute, 2 basis + center:"
         f" {', '.join(copied)}."
     )
-
-
-def _copies(nbytes: float, rate: float | None) -> str:
-    """So many bytes, and what they take at a rate in GB/s."""
-    return quantity(nbytes, "B") + ("" if rate is None else f" ({nbytes / rate / 1e9:.3g} s)")
 
 
 def _building(job: Job) -> str:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..io import versions
 from ..io.atomic import remove, replace, write_json
 from ..io.averaging import FixedAverage
-from ..io.candidates import Candidates
 from ..io.compare import without_tensors
 from ..io.errors import CandidateWarning, TwaError
 from ..io.safetensors import DTYPE_NAMES, write_blocks
@@ -28,36 +25,23 @@ FILES = (WEIGHTS, MERGE, *hugging_face.OUTPUTS)
 Progress = Callable[[int], object]
 
 
-def write_average(
-    path: str | os.PathLike[str],
-    candidates: Candidates,
-    beta: Tensor,
-    dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Writes what `Candidates.average` gives as a safetensors file, without holding it.
+def write_fixed(path: Path, fixed: FixedAverage, progress: Progress | None = None) -> None:
+    """Writes a fixed average as a safetensors file, without holding it.
 
     In memory are a block of columns of the candidates, and that of their average, however large a
     tensor is. The file appears whole or not at all.
 
     Args:
         path: the file
-        candidates: the n candidates
-        beta: merge weights (n,)
-        dtype: of all floating-point tensors; None: as in the files
+        fixed: the average
         progress: called with the number of bytes that were read since its last call
 
     Raises:
-        CandidateError, TwaError: as `FixedAverage` and `FixedAverage.blocks` do
+        CandidateError, TwaError: as `FixedAverage.blocks` does
 
     Warns:
         CandidateWarning: extra state of modules is no tensor, and left out
     """
-    write_fixed(Path(path), FixedAverage(candidates, beta, dtype), progress)
-
-
-def write_fixed(path: Path, fixed: FixedAverage, progress: Progress | None = None) -> None:
-    """Writes a fixed average as a safetensors file; see `write_average`."""
     for key, info in fixed.info.items():
         if info.dtype not in DTYPE_NAMES:
             raise TwaError(f"tensor {key!r}: safetensors files have no {info.dtype}", path)
@@ -91,7 +75,7 @@ def write_merge(
         folder: where they go; it exists
         fixed: the average
         scheme: what its weights are, for merge.json
-        progress: as for `write_average`
+        progress: as for `write_fixed`
 
     Returns:
         what is written, for messages

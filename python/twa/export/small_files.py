@@ -111,8 +111,9 @@ class SmallFiles:
     copied: list[Path] = field(default_factory=list)
     left_out: dict[Path, str] = field(default_factory=dict)
 
-    def missed(self, most: int = 10) -> str:
-        """What is left out, for a message."""
+    def missed(self) -> str:
+        """What is left out, for a message: ten at most."""
+        most = 10
         items = [f"{printable(str(path))} ({why})" for path, why in self.left_out.items()]
         more = [f"{len(items) - most} more"] * (len(items) > most)
         return ", ".join([*items[:most], *more])

@@ -20,9 +20,7 @@ from .results import Barrier
 LINE_POINTS = 5  # along the straight line between two candidates, its ends included
 
 
-def measure_barrier(
-    task: Task, candidates: Candidates, ends: tuple[int, int], progress: bool = True
-) -> Barrier:
+def measure_barrier(task: Task, candidates: Candidates, ends: tuple[int, int]) -> Barrier:
     """Measures losses of every candidate, of their mean, and between two of them.
 
     They are measured as `twa average` does it.
@@ -31,14 +29,13 @@ def measure_barrier(
         task: model, data and loss
         candidates: what is measured
         ends: positions of the two
-        progress: whether a bar is shown
     """
     n, model = len(candidates), task.model()
     candidates, key_map = match_model(model, candidates)
     evaluator = Evaluator(task, Sharding(Ranks(), model, candidates, key_map))
     first, last = (averages.candidate(n, k) for k in ends)
     shares = [k / (LINE_POINTS - 1) for k in range(1, LINE_POINTS - 1)]
-    with progress_bar("validation losses", n + 1 + len(shares), progress) as bar:
+    with progress_bar("validation losses", n + 1 + len(shares)) as bar:
 
         def loss(beta: Tensor) -> float:
             bar.update(1)

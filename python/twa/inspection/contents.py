@@ -88,7 +88,7 @@ class Scan:
         self.bar.update(sum(r.nbytes for r in rows))
 
 
-def read_contents(candidates: Candidates, progress: bool = True) -> Content:
+def read_contents(candidates: Candidates) -> Content:
     """Reads every float tensor of every candidate once.
 
     It reads again where there is NaN or Inf, and where `tk.orthonormalize` has doubts. Memory does
@@ -97,15 +97,13 @@ def read_contents(candidates: Candidates, progress: bool = True) -> Content:
     keys = floats(candidates)
     of_matrices = [key for key in keys if is_matrix(candidates.info[key])]
     of_others = [key for key in keys if not is_matrix(candidates.info[key])]
-    matrices, matrix_factor = _read(candidates, of_matrices, "matrices", progress)
-    others, other_factor = _read(candidates, of_others, "vectors", progress)
+    matrices, matrix_factor = _read(candidates, of_matrices, "matrices")
+    others, other_factor = _read(candidates, of_others, "vectors")
     constant = [key for key in keys if key not in matrices.varying | others.varying]
     return Content(matrices.broken | others.broken, constant, matrix_factor, other_factor)
 
 
-def _read(
-    candidates: Candidates, keys: list[str], what: str, progress: bool
-) -> tuple[Scan, Tensor]:
+def _read(candidates: Candidates, keys: list[str], what: str) -> tuple[Scan, Tensor]:
     """Reads some tensors.
 
     Returns:
@@ -115,17 +113,17 @@ def _read(
         nothing = torch.zeros(len(candidates), 0, dtype=torch.float64, device="cpu")
         return Scan(candidates, keys, tqdm(disable=True)), nothing
     try:
-        return _read_once(candidates, keys, progress, f"{what} of {len(candidates)} candidates")
+        return _read_once(candidates, keys, f"{what} of {len(candidates)} candidates")
     except NotFiniteError:  # found in the norms; another read says where, and counts
-        return _read_once(candidates, keys, progress, f"NaN and Inf in {what}", check=True)
+        return _read_once(candidates, keys, f"NaN and Inf in {what}", check=True)
 
 
 def _read_once(
-    candidates: Candidates, keys: list[str], progress: bool, text: str, check: bool = False
+    candidates: Candidates, keys: list[str], text: str, check: bool = False
 ) -> tuple[Scan, Tensor]:
     """Reads some tensors, with or without a look for NaN and Inf, under a bar."""
     size = sum(c.info[key].nbytes for c in candidates for key in keys)
-    with progress_bar(text, size, progress, unit="B", unit_scale=True) as bar:
+    with progress_bar(text, size, unit="B", unit_scale=True) as bar:
         scan = Scan(candidates, keys, bar, check)
         return scan, tk.orthonormalize(scan, form="implicit").R
 

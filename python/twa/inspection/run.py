@@ -22,7 +22,6 @@ def inspect(
     reference: int | None = None,
     entry: str | None = None,
     ignore: Sequence[str] = (),
-    progress: bool = True,
 ) -> Inspection:
     """Looks at files, tensors, weights and, with a task, losses.
 
@@ -33,7 +32,6 @@ def inspect(
         reference: position of the candidate that the others are compared with; None: keys and
             shapes are compared with those of most, weights with their mean
         entry, ignore: as for `Candidates`
-        progress: whether bars are shown
 
     Returns:
         all that was found, errors first
@@ -51,7 +49,7 @@ def inspect(
     if matched:
         chosen = None if reference is None else rows[reference]
         try:
-            _inspect_matching(result, matched, chosen, task, progress)
+            _inspect_matching(result, matched, chosen, task)
         except CandidateError as error:  # such as a model of the task that the files do not fit
             finding = Finding("error", "candidates", str(error), "see docs/inspect.md")
             result.findings.append(finding)
@@ -64,14 +62,13 @@ def _inspect_matching(
     matched: list[Row],
     reference: Row | None,
     task: Task | None,
-    progress: bool,
 ) -> None:
     """Looks at the candidates that match each other, and adds what is found to the result."""
     candidates = Candidates.of([row.candidate for row in matched if row.candidate is not None])
     found = result.findings
     # Only these kinds: the rest is found exactly below.
     found += [f for f in sample_findings(candidates) if f.kind in ("unrelated", "stray")]
-    content = read_contents(candidates, progress)
+    content = read_contents(candidates)
     candidates.check()
     found += content_findings(candidates, content)
     found += tensor_findings(candidates)
@@ -91,5 +88,5 @@ def _inspect_matching(
     result.geometry = Geometry(sound.names, matrices, others, at)
     found += geometry_findings(sound, result.geometry)
     if task is not None and len(sound) > 1:
-        result.barrier = measure_barrier(task, sound, result.geometry.farthest(), progress)
+        result.barrier = measure_barrier(task, sound, result.geometry.farthest())
         found += barrier_findings(result.barrier)

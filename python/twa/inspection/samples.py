@@ -2,23 +2,10 @@
 
 Whether candidates share an initialisation is judged by the cosine similarity of their matrices
 alone (tensors of two or more dimensions longer than 1): weights of norm layers are all near 1 and
-would hide it. Measured on character transformers, convolutional networks and MLPs of 7 k to 360 k
-weights, with the loss half way between the two candidates:
-
-    candidates                              similarity      loss half way
-    independent initialisations,            -0.06 to 0.04   1.3 to 11 times the worse of the two
-      before, while and after training
-    the initialisation and the end of a run  0.02 to 0.69   between the two
-    first and last trained checkpoint, 7 to  0.24 to 0.64   up to 1.4 times the worse of the two
-      18 times 1 / (rate * weight decay)
-      steps apart
-    neighbouring checkpoints of such a run   0.76 to 0.99   between the two, or better than both
-    fine-tunes of one model                  0.97 to 0.999  better than both
-
-So above RELATED = 0.1 two candidates are related, and candidates belong together if such pairs link
-all of them. A few unlinked candidates beside a large group, such as an initialisation, are no
-error: averages that choose their members leave them out. Nor are adapters (LoRA) trained from
-different random factors: similarities 0.05 to 0.08, their mean between the base model and either.
+would hide it. docs/inspect.md has what was measured. So above RELATED = 0.1 two candidates are
+related, and candidates belong together if such pairs link all of them. A few unlinked candidates
+beside a large group, such as an initialisation, are no error: averages that choose their members
+leave them out. Nor are adapters (LoRA) trained from different random factors.
 """
 
 from __future__ import annotations
@@ -72,18 +59,13 @@ class Sample:
     related: Tensor | None
 
 
-def sample_findings(candidates: Candidates, sample_bytes: int = SAMPLE_BYTES) -> list[Finding]:
+def sample_findings(candidates: Candidates) -> list[Finding]:
     """What is wrong with candidates at first sight, from runs of weights spread over each tensor.
 
     It is NaN or Inf, candidates that are all the same, groups of unrelated candidates (see the
-    module's text).
-
-    Args:
-        candidates: what is looked at
-        sample_bytes: about so many are read of each; the default takes 0.3 s for 48 files of 1.4 MB
-            on 2 cores
+    module's text). It takes 0.3 s for 48 files of 1.4 MB on 2 cores.
     """
-    sample = take_sample(candidates, sample_bytes)
+    sample = take_sample(candidates)
     names, found = candidates.names, []
     for name, keys in zip(names, sample.broken, strict=True):
         if keys:

@@ -169,15 +169,15 @@ class MappedFile:
                     os.close(file)
 
 
-def check_torn(files: Iterable[MappedFile], error: type[TwaError] = CandidateError) -> None:
-    """Raises an error if bytes of one of these files were gone when they were read.
+def check_torn(files: Iterable[MappedFile]) -> None:
+    """CandidateError if bytes of one of these files were gone when they were read.
 
     Bytes of the last page that are gone are zeros without a fault: so sizes are compared, too.
     """
     any_torn = torn_maps() > 0
     for file in files:
         if file.is_mapped and (any_torn or file.is_shorter):
-            file.check(error)
+            file.check()
 
 
 def _map(path: Path) -> GuardedMap:

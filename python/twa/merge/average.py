@@ -70,8 +70,7 @@ def average(
         progress: whether bars are shown
         group: the process group; None: all ranks
         settings: others of `twa average`: steps, lr, weight_decay, bn_batches, batches_per_step,
-            seed, sharding, low_memory, storage, patience, compare; basis, a file of `twa pack`;
-            steps and lr may be "auto"
+            seed, sharding, low_memory, storage, patience, compare; basis, a file of `twa pack`
 
     Returns:
         all results; the model is at the winner
@@ -83,9 +82,6 @@ def average(
         TwaError: a setting is none of what it can be
     """
     known = [f.name for f in fields(Settings) if f.name not in ("methods", "save_every")]
-    for name in ("steps", "lr"):
-        if settings.get(name) == "auto":
-            settings[name] = None
     if odd := [name for name in settings if name not in known]:
         raise TwaError(f"expected one of {', '.join(known)}, found {odd[0]!r}", "settings")
     if methods is not None:

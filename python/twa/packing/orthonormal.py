@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import twa_kernels as tk
-from twa_kernels.orthonormalize import PACK_COLUMNS
 from twa_kernels.scaling import row_divisor
 
 from ..basis.dense import AnyPacker, new_packer
@@ -23,6 +22,8 @@ from ..distributed.host import HostMemory
 from ..distributed.sharding import KeptBasis, Sharding
 from ..io.averaging import not_finite
 from ..io.errors import TwaError
+
+PACK_COLUMNS = 1 << 15  # of Q in float32 at a time on the way to packed codes
 
 
 def build(

@@ -140,7 +140,6 @@ class PackToFile:
         bits: 8, 4, 3, 2 or 1
         granularity: see `Subspace.from_candidates`
         center: see `Subspace.from_candidates`
-        normalize: "row" or "none"
         device: where they are packed, a block at a time; the file has the same bits (with Triton
             but for the last ones of row_scale and divisor)
         ranks: those that share the work
@@ -160,7 +159,6 @@ class PackToFile:
         bits: int = 4,
         granularity: Granularity = "tensor",
         center: str | int | Tensor = "mean",
-        normalize: str = "row",
         device: torch.device | str = "cpu",
         ranks: Ranks | None = None,
     ) -> None:
@@ -179,11 +177,11 @@ class PackToFile:
                     " written: it is the candidates"
                 )
             if self.ranks.world_size > 1:
-                same = {"bits": str(bits), "normalize": normalize}
-                same |= {"center": digest(self.weights.tolist()), "granularity": digest(segments)}
+                same = {"bits": str(bits), "granularity": digest(segments)}
+                same["center"] = digest(self.weights.tolist())
                 self.ranks.check_equal(versions() | facts(model, candidates) | same)
             self.sharding = Sharding(Ranks(), model, candidates, key_map)
-            contents = contents_of(key_map, candidates, bits, segments, normalize)
+            contents = contents_of(key_map, candidates, bits, segments, "row")
             # Its size depends on where rank 0 has the candidates.
             self.contents = self.ranks.broadcast_object(contents)
         self.sizes = [sum(c.info[key].dtype.itemsize for c in candidates) for key in self._keys]

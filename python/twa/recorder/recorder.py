@@ -22,8 +22,8 @@ from twa_kernels.layout import BITS, MOST_WEIGHT, num_tiles, tile_offsets
 from .. import averages
 from ..distributed.choose import find_ranks
 from ..dtensors import local, reshard
-from ..export.average import write_average
-from ..io.averaging import average_into
+from ..export.average import write_fixed
+from ..io.averaging import FixedAverage, average_into
 from ..io.candidates import Candidates
 from ..io.checks import check_whole
 from ..io.errors import CandidateWarning, StateError, TwaError
@@ -626,7 +626,7 @@ class Recorder:
         beta, candidates = self.beta(scheme, until=until, **horizon), self.recording()
         with self._ranks.fail_together(f"writing {path}"):
             if self._ranks.is_rank_zero:
-                write_average(Path(path), candidates, beta, dtype)
+                write_fixed(Path(path), FixedAverage(candidates, beta, dtype))
 
     # State ---------------------------------------------------------------------------------------
 

@@ -126,12 +126,12 @@ def overridden(op: str, bits: int, arch: str, change: dict[str, int]) -> Iterato
             OVERRIDES[key] = before
 
 
-def rows_per_program(n: int, most: int, least: int = 16) -> int:
-    """Power of two from `least` to `most` that wastes least.
+def rows_per_program(n: int, most: int) -> int:
+    """Power of two from 16 to `most` that wastes least.
 
     Waste is rows of padding, and 16 rows' worth of gradient work for each block of rows.
     """
-    sizes = [size for size in (16, 32, 64, 128) if least <= size <= most]
+    sizes = [size for size in (16, 32, 64, 128) if size <= most]
     return min(sizes, key=lambda size: -(-n // size) * (size + 16))
 
 
@@ -139,7 +139,7 @@ def rows_per_program(n: int, most: int, least: int = 16) -> int:
 ROW_OVERHEAD = 48
 
 
-def row_parts(n: int, most: int, least: int = 16) -> tuple[int, int, int]:
+def row_parts(n: int, most: int, least: int) -> tuple[int, int, int]:
     """(rows, more, programs) of project: a program takes `rows` + `more` rows at a time.
 
     Both are powers of two, more may be 0; the sum is at most `most`, and chosen so that rows of
