@@ -65,7 +65,7 @@ MEASUREMENTS = {
     "cpu_tiers": _bench("cpu_tiers.py --save", "cpu_tiers.*", minutes=6),
     "cpu_intel_xeon": _bench("the same as cpu", "cpu_intel_xeon.*", minutes=0),
     "cpu_amd_epyc_tiers": _bench("the same as cpu_tiers", "cpu_amd_epyc_tiers.*", minutes=0),
-    "cpu_scaling": _bench("scaling.py", "cpu_scaling.*", "cpu_threads.*", minutes=10),
+    "cpu_scaling": _bench("scaling.py", "cpu_scaling.*", minutes=10),
     "cpu_bound": _bench("cpu_bound.py --mca --save", "cpu_bound.*", minutes=3, needs="llvm-mca"),
     "peers": _bench("peers.py --columns 8e6 --save", "peers.md", needs="bitsandbytes"),
     "host_cost": _bench("host_cost.py --save", "host_cost.md"),
