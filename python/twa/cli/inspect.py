@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> None:
         task = task.on(torch.device(args.device))
     reference = None if args.reference is None else args.reference - 1
     result = inspect(args.candidates, task, reference, args.entry, args.ignore)
+    if args.output is not None:  # before anything is printed, of which `| head` takes the first lines
+        write_outputs(args.output, result)
     print(text(result))
     if args.output is not None:
-        write_outputs(args.output, result)
         print(f"\nwritten to {args.output}/: {', '.join(FILES)}")
