@@ -489,6 +489,27 @@ def test_merge_by_a_bad_scheme_writes_nothing(checkpoints, tmp_path, capsys, sch
     assert message in capsys.readouterr().err and not out.exists()
 
 
+@pytest.mark.parametrize("name", ["none", "none*"])
+def test_inspect_of_nothing(tmp_path, capsys, name):
+    assert run_cli("inspect", tmp_path / name, tmp_path / "nor.pt") == 2
+    assert f"no candidates: nothing matches '{tmp_path / name}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["merge", "--scheme", "last"], "out.pt"),
+        (["export", "--at", "last"], "out.ckpt"),
+        (["average", "digits"], "out.safetensors"),
+    ],
+)
+def test_a_file_name_for_a_directory(checkpoints, tmp_path, capsys, command, name):
+    given = [*command, str(checkpoints / "epoch_*.safetensors"), "-o", tmp_path / name]
+    assert run_cli(*given) == 2
+    assert f"{name}: expected a directory for the output" in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
+
+
 def test_merge_is_one_run_a_directory(checkpoints, tmp_path, capsys):
     out, pattern = tmp_path / "out", checkpoints / "epoch_[89].safetensors"
     with only_run_in(out):
