@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..io.candidates import Candidates
-from ..io.errors import TaskError, TwaError
+from ..io.errors import TaskError, TwaError, check_type
 from ..modes import modes_kept
 from ..recorder.recorder import Recorder
 from ..tasks.batches import generators_kept, random_state_kept
@@ -93,8 +93,14 @@ def average(
         settings["methods"] = tuple(parsed)
     chosen = Settings(**settings)
     data = {"train": train, "val": val, "heldout": heldout, "test": test}
-    given = {name: batches for name, batches in data.items() if batches is not None}
+    optional = ("heldout", "test")
+    given = {k: batches for k, batches in data.items() if batches is not None or k not in optional}
     whole = model.module if isinstance(model, DistributedDataParallel) else model
+    check_type("model", whole, nn.Module, "a torch.nn.Module")
+    for name, function in {"loss": loss, "metric": metric}.items():
+        if function is not None and not callable(function):
+            found = type(function).__name__
+            raise TwaError(f"expected a function of (model, batch), found {found}", name)
     title = type(whole).__name__
     run = functools.partial(_scalar, loss)
     task = Task(
