@@ -357,6 +357,11 @@ def test_tasks_that_break_the_contract(tmp_path):
     )
     with pytest.raises(TaskError, match="can be read only once"):
         load_task(str(tmp_path / "b.py"))
+    (tmp_path / "d.py").write_text(
+        "model = loss = lambda *a: object()\ndef train_data(): return []\nval_data = train_data"
+    )
+    with pytest.raises(TaskError, match=r"d\.py: loss\(\): .* with one number, found object"):
+        load_task(str(tmp_path / "d.py")).loss(None, None)
     (tmp_path / "c.txt").write_text("")
     with pytest.raises(TaskError, match=r"ending in \.py"):
         load_task(str(tmp_path / "c.txt"))
