@@ -66,7 +66,7 @@ def pack(
         tensors = given if isinstance(given, list | tuple) else [given]
         if odd := [t for t in tensors if not isinstance(t, Tensor)]:
             raise TypeError(
-                f"rows[{k}]: expected an (n, *shape) tensor or n tensors, of the model's tensor {k},"
+                f"rows[{k}]: expected (n, *shape) or n tensors, of tensor {k} of the model,"
                 f" found {type(odd[0]).__name__}"
             )
     first = rows[0][0]

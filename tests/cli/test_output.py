@@ -5,6 +5,7 @@ import sys
 
 import processes
 import pytest
+
 from twa_kernels.output import UNREAD, printing
 
 

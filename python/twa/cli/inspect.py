@@ -49,9 +49,7 @@ def run(args: argparse.Namespace) -> None:
     result = inspect(args.candidates, task, reference, args.entry, args.ignore)
     if not any(row.candidate is not None or row.path.exists() for row in result.rows):
         raise CandidateError(f"no candidates: nothing matches {args.candidates[0]!r}")
-    if (
-        args.output is not None
-    ):  # before it prints: `| head` may end that
+    if args.output is not None:  # before it prints: `| head` may end that
         write_outputs(args.output, result)
     print(text(result))
     if args.output is not None:
