@@ -133,7 +133,7 @@ def own_trainer(codes):
 
 
 def tasks(codes):
-    task, shuffled, adapters = codes
+    task, shuffled, hugging_face, adapters = codes
     Path("mytask.py").write_text(task)
     for k in range(3):
         torch.manual_seed(k)
@@ -155,6 +155,11 @@ def tasks(codes):
     heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     config = transformers.LlamaConfig(**size, **heads)
     transformers.LlamaForCausalLM(config).save_pretrained("base")
+    transformers.LlamaForCausalLM(config).save_pretrained("run/checkpoint-500")
+    names = run([hugging_face], {"transformers": transformers})
+    words = torch.arange(8)[None]
+    value = names["loss"](names["model"](), {"input_ids": words, "labels": words})
+    assert value.shape == () and value.isfinite()
     model = run([adapters], {"transformers": transformers, "peft": peft})["model"]()
     assert isinstance(model, peft.PeftModel)
 

@@ -29,7 +29,7 @@ FLOORS = {
         "cli",
     ],
     "twa_kernels": [
-        "layout capture machine version",
+        "layout capture machine output version",
         "native",
         "operands scaling guard",
         "basis",

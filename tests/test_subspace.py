@@ -272,6 +272,43 @@ def test_bad_center(tmp_path, center):
         twa.Subspace.from_candidates(Zoo(), save_zoo(tmp_path), center=center)
 
 
+def test_merge_weights_as_lists(tmp_path):
+    candidates, model, weights = save_zoo(tmp_path), Zoo(), [0.25, 0.5, 0.25]
+    expected = candidates.average(torch.tensor(weights))
+    assert all(torch.equal(t, expected[key]) for key, t in candidates.average(weights).items())
+    subspace = twa.Subspace.from_candidates(model, candidates, center=weights, bits=32)
+    twa.load_average(model, candidates, weights)
+    assert torch.equal(model.embed.weight, expected["embed.weight"])
+    subspace.set_merge_weights([0.0, 0.0, 1.0])
+    assert torch.allclose(model.embed.weight, candidates.average([0, 0, 1])["embed.weight"])
+    for call in (subspace.set_merge_weights, candidates.average):
+        with pytest.raises(TwaError, match="expected numbers, one for each candidate, found"):
+            call("uniform")
+
+
+def test_arguments_of_other_types(tmp_path):
+    candidates, model = save_zoo(tmp_path), Zoo()
+    subspace = twa.Subspace.from_candidates(model, candidates)
+    assert repr(candidates) == "Candidates(3, oldest first: c0, c1, c2)"
+    assert repr(subspace) == "Subspace(3 candidates, coefficients (3, 5))"
+    for call, said in (
+        (lambda: twa.Subspace.from_candidates(Zoo, candidates), "model: .*, found the class Zoo"),
+        (lambda: twa.Subspace.from_candidates(model, "run/"), "candidates: .*, found str"),
+        (lambda: twa.load_average(model, "run/", [1.0]), "candidates: .*, found str"),
+        (lambda: twa.load_average({}, candidates, [1.0]), "model: .*, found dict"),
+        (lambda: twa.Recorder(model.state_dict(), every=1), "model: .*, found OrderedDict"),
+        (lambda: twa.update_bn(model, []), "model: .*, found list"),
+        (lambda: twa.IterateAverage(model), "subspace: .*, found Zoo"),
+        (lambda: twa.SubspaceOptimizer(model), "subspace: .*, found Zoo"),
+        (lambda: twa.SubspaceOptimizer(subspace, "SGD"), "optimizer: .*, found an object of str"),
+        (lambda: twa.average(Zoo, candidates, [], [], min), "model: .*, found the class Zoo"),
+        (lambda: twa.average(model, candidates, [], [], "mse"), "loss: .*, found str"),
+        (lambda: twa.average(model, candidates, [], None, min), "val: .*, found NoneType"),
+    ):
+        with pytest.raises(TwaError, match=said):
+            call()
+
+
 def test_nothing_trainable(tmp_path):
     model = Zoo()
     model.requires_grad_(False)

@@ -9,6 +9,7 @@ import torch
 
 from . import native, ops, registry
 from .machine import processor
+from .output import printing
 from .version import described
 
 
@@ -46,4 +47,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with printing():
+        main()

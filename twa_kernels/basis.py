@@ -13,7 +13,7 @@ from .layout import tile_offsets
 from .operands import BasisView, check_list, or_empty
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no truth value
 class PackedBasis:
     """Basis P (n, D) in packed form; the layout is drawn in csrc/packing.h.
 
@@ -40,7 +40,7 @@ class PackedBasis:
     divisor: Tensor
     shapes: tuple[torch.Size, ...]
     bits: int
-    numels: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    numels: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "numels", tuple(shape.numel() for shape in self.shapes))

@@ -359,6 +359,12 @@ def repeated(numels: Sequence[int], times: int) -> tuple[int, ...]:
     return tuple(numel for numel in numels for _ in range(times))
 
 
+def check_is_tensor(name: str, given: object) -> None:
+    """TypeError unless it is one; an op's own message would hold all of a list."""
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected a tensor, found {type(given).__name__}")
+
+
 def check_tensor(
     name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> None:

@@ -51,7 +51,7 @@ def pack(
 
     Raises:
         ValueError: sizes do not fit, or an option is unknown.
-        TypeError: a dtype is not one of those above.
+        TypeError: rows are no tensors, or a dtype is not one of those above.
         NotFiniteError: rows or center hold NaN or Inf.
     """
     rows = as_list(rows)
@@ -60,6 +60,13 @@ def pack(
     centers = [None] * len(rows) if center is None else as_list(center)
     if len(centers) != len(rows):
         raise ValueError(f"center: expected {len(rows)} tensors, found {len(centers)}")
+    for k, given in enumerate(rows):
+        tensors = given if isinstance(given, list | tuple) else [given]
+        if odd := [t for t in tensors if not isinstance(t, Tensor)]:
+            raise TypeError(
+                f"rows[{k}]: expected (n, *shape) or n tensors, of tensor {k} of the model,"
+                f" found {type(odd[0]).__name__}"
+            )
     first = rows[0][0]
     shapes = [r[0].shape for r in rows]
     packer = Packer(len(rows[0]), shapes, bits, segments, first.device, backend)

@@ -237,11 +237,11 @@ def of_weights(value: object, names: Sequence[str]) -> Tensor:
     return merge_weights(torch.tensor(value, dtype=torch.float64, device="cpu"), len(names))
 
 
-def of_center(center: str | int | Tensor, n: int) -> Tensor:
+def of_center(center: str | int | Tensor | Sequence[float], n: int) -> Tensor:
     """The merge weights of a center.
 
     Args:
-        center: "mean", "last", an index, weights (n,) that sum to 1, or "zero"
+        center: "mean", "last", an index, weights (n,) that sum to 1, also as a list, or "zero"
         n: number of candidates
 
     Returns:
@@ -255,6 +255,8 @@ def of_center(center: str | int | Tensor, n: int) -> Tensor:
         return {"mean": uniform(n), "last": candidate(n, -1), "zero": zero}[center]
     if isinstance(center, int):
         return candidate(n, center)
+    if isinstance(center, list | tuple):
+        return merge_weights(center, n)
     if isinstance(center, Tensor) and center.shape == (n,):
         total = float(center.double().sum())
         if abs(total - 1.0) < 1e-6:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .distributed.ranks import Ranks
-from .io.errors import TwaError
+from .io.errors import TwaError, check_type
 from .modes import plain_weights
 
 
@@ -159,8 +159,10 @@ def update_bn(
         BatchNorm with running statistics that are not frozen
 
     Raises:
-        TwaError: no batch could be used; after any error the statistics are as they were
+        TwaError: no batch could be used, or the model is none; after any error the statistics are
+            as they were
     """
+    check_type("model", model, nn.Module, "a torch.nn.Module")
     ranks = Ranks(group)
     batches = ((batch, True) for batch in itertools.islice(loader, max_batches))
     with ranks.fail_together("re-estimating BatchNorm"):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .io.errors import StateError, TwaError
+from .io.errors import StateError, TwaError, check_type
 from .io.versions import ITERATE_AVERAGE, problem
 from .subspace import Subspace
 
@@ -43,10 +43,11 @@ class IterateAverage:
         steps: how many steps are in it
 
     Raises:
-        TwaError: eta is negative or NaN
+        TwaError: eta is negative or NaN, or the subspace is none
     """
 
     def __init__(self, subspace: Subspace, eta: float = 2.0) -> None:
+        check_type("subspace", subspace, Subspace, "a twa.Subspace")
         if not eta >= 0:
             raise TwaError(f"eta: expected at least 0, found {eta}")
         self.subspace, self.eta, self.steps = subspace, eta, 0

@@ -15,7 +15,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from twa_kernels.ops.step import UNSUPPORTED_OPTIONS
 
 from .grad_hooks import GradientHooks
-from .io.errors import StateError, TwaError
+from .io.errors import StateError, TwaError, check_type
 from .io.versions import OPTIMIZER, problem
 from .rate import learning_rate
 from .subspace import Subspace
@@ -73,7 +73,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         inner: the inner optimizer
 
     Raises:
-        TwaError: low_memory with sharding "rows"; no lr, and candidates that are not at hand
+        TwaError: low_memory with sharding "rows"; no lr, and candidates that are not at hand; an
+            argument is of another type
     """
 
     def __init__(
@@ -85,6 +86,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         self._ready = False
+        check_type("subspace", subspace, Subspace, "a twa.Subspace")
+        if not callable(optimizer):
+            raise TwaError(
+                "expected a class, such as torch.optim.AdamW, found an object of"
+                f" {type(optimizer).__name__}",
+                "optimizer",
+            )
         self.subspace, self.low_memory = subspace, low_memory
         if "lr" not in options and optimizer in RATED:
             options["lr"] = learning_rate(subspace)

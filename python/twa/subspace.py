@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,9 @@ from .distributed.sharding import Basis, KeptBasis, Sharding, reconstruct
 from .distributed.weights import check_range, check_taken, load_untrained, write_counts
 from .dtensors import local
 from .export.bundle import write_bundle
+from .io.averaging import as_weights
 from .io.candidates import Candidates
-from .io.errors import StateError, TwaError
+from .io.errors import StateError, TwaError, check_type
 from .io.key_map import match_model
 from .io.versions import COEFFICIENTS, SUBSPACE, problem
 from .modes import plain_weights, with_own_train
@@ -192,6 +193,7 @@ class Subspace:
         name = sharding.name if isinstance(sharding, Sharding) else sharding
         ranks = given.ranks if given else find_ranks(name, model, group)
         with ranks.fail_together("matching model and candidates"):
+            check_type("candidates", candidates, Candidates, "twa.Candidates(...)")
             _check_options(bits, basis, constraint, normalize, center)
             _check_balance(balance, basis, constraint, center, name)
             device = _check_storage(storage, bits, device)
@@ -291,6 +293,7 @@ class Subspace:
             contents = loaded.contents
             check_model(model, contents, path)
             if candidates is not None:
+                check_type("candidates", candidates, Candidates, "twa.Candidates(...)")
                 check_sources(contents, candidates)
                 sources = match_model(model, candidates)[0]
             else:
@@ -334,6 +337,10 @@ class Subspace:
                 subspace._settle()
             subspace._forget(loaded)
         return subspace
+
+    def __repr__(self) -> str:
+        shape = tuple(self.coefficients.shape)
+        return f"Subspace({len(self.candidates)} candidates, coefficients {shape})"
 
     @property
     def kept(self) -> KeptBasis:
@@ -536,18 +543,19 @@ class Subspace:
         return self.coordinates.merge_weights(self.coefficients)
 
     @torch.no_grad()
-    def set_merge_weights(self, beta: Tensor) -> None:
+    def set_merge_weights(self, beta: Tensor | Sequence[float]) -> None:
         """Sets coefficients and model to merge weights.
 
         Under a constraint, to the nearest that it allows.
 
         Args:
-            beta: (n,) or (n, L); columns sum to 1
+            beta: (n,) or (n, L), also as a list; columns sum to 1
 
         Raises:
             TwaError: shape or sums are others
         """
-        beta, expected = beta.double().cpu(), (len(self.candidates), len(self.segments.labels))
+        beta, expected = as_weights(beta), (len(self.candidates), len(self.segments.labels))
+        beta = beta.double().cpu()
         beta = beta[:, None].expand(-1, expected[1]) if beta.dim() == 1 else beta
         ones = torch.ones(1, dtype=torch.float64, device="cpu")
         if beta.shape != expected or not torch.allclose(beta.sum(0), ones, atol=1e-6):

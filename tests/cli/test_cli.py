@@ -357,6 +357,11 @@ def test_tasks_that_break_the_contract(tmp_path):
     )
     with pytest.raises(TaskError, match="can be read only once"):
         load_task(str(tmp_path / "b.py"))
+    (tmp_path / "d.py").write_text(
+        "model = loss = lambda *a: object()\ndef train_data(): return []\nval_data = train_data"
+    )
+    with pytest.raises(TaskError, match=r"d\.py: loss\(\): .* with one number, found object"):
+        load_task(str(tmp_path / "d.py")).loss(None, None)
     (tmp_path / "c.txt").write_text("")
     with pytest.raises(TaskError, match=r"ending in \.py"):
         load_task(str(tmp_path / "c.txt"))
@@ -487,6 +492,27 @@ def test_merge_by_a_bad_scheme_writes_nothing(checkpoints, tmp_path, capsys, sch
     pattern = checkpoints / "epoch_[89].safetensors"
     assert run_cli("merge", pattern, "--scheme", scheme, "-o", out) == 2
     assert message in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize("name", ["none", "none*"])
+def test_inspect_of_nothing(tmp_path, capsys, name):
+    assert run_cli("inspect", tmp_path / name, tmp_path / "nor.pt") == 2
+    assert f"no candidates: nothing matches '{tmp_path / name}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["merge", "--scheme", "last"], "out.pt"),
+        (["export", "--at", "last"], "out.ckpt"),
+        (["average", "digits"], "out.safetensors"),
+    ],
+)
+def test_a_file_name_for_a_directory(checkpoints, tmp_path, capsys, command, name):
+    given = [*command, str(checkpoints / "epoch_*.safetensors"), "-o", tmp_path / name]
+    assert run_cli(*given) == 2
+    assert f"{name}: expected a directory for the output" in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
 
 
 def test_merge_is_one_run_a_directory(checkpoints, tmp_path, capsys):

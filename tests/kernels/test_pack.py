@@ -411,6 +411,9 @@ def test_not_finite_is_located():
             r"rows\[0\]: expected one of .* found torch.int32",
         ),
         (dict(rows=[torch.zeros(2, 3, dtype=torch.float64)]), TypeError, "float64"),
+        (dict(rows={"weight": torch.zeros(2, 3)}), TypeError, r"rows\[0\]: .*found str"),
+        (dict(rows=[{"weight": torch.zeros(3)}]), TypeError, r"rows\[0\]: .*found dict"),
+        (dict(rows=[[torch.zeros(3), [0.0] * 3]]), TypeError, r"rows\[0\]: .*found list"),
         (
             dict(rows=[[torch.zeros(3), torch.zeros(4)]]),
             ValueError,
@@ -429,6 +432,15 @@ def test_bad_input(change, error, message):
     arguments = dict(rows=[torch.randn(2, 3)], bits=4) | change
     with pytest.raises(error, match=message):
         tk.pack(**arguments)
+
+
+def test_a_basis_is_saved_loaded_and_compared(tmp_path):
+    basis = tk.pack([torch.randn(3, 300), torch.randn(3, 7, 5)], bits=2)
+    torch.save(basis, tmp_path / "basis.pt")
+    with torch.serialization.safe_globals([tk.PackedBasis]):
+        loaded = torch.load(tmp_path / "basis.pt")
+    assert all(map(torch.equal, tk.unpack(loaded), tk.unpack(basis)))
+    assert basis == basis and loaded != basis
 
 
 # GPU kernels --------------------------------------------------------------------------------------

@@ -216,6 +216,8 @@ def test_a_refused_step_leaves_the_state_alone(basis_of):
     [
         ({"rule": "lion"}, ValueError, "rule: expected one of"),
         ({"options": {"amsgrad": True}}, ValueError, "amsgrad=True is not supported"),
+        ({"options": {"learning_rate": 1}}, ValueError, "some of lr.*found 'learning_rate'"),
+        ({"x": [[0.0] * 5] * 5}, TypeError, "x: expected a tensor, found list"),
         ({"x": torch.zeros(5, 4)}, ValueError, r"x: expected shape \(n, L\) = \(5, 5\)"),
         ({"x": torch.zeros(5, 5, dtype=torch.float64)}, TypeError, "x: expected torch.float32"),
         ({"x": torch.zeros(5, 5).T}, ValueError, "x: expected a contiguous tensor"),

@@ -261,8 +261,10 @@ def test_tied_weights(kind, tmp_path):
         net(Tied, 1).load_state_dict(found, strict=True)
     average = recorder.recording().average(averages.uniform(4))
     net(Tied, 1).load_state_dict(average, strict=True)
-    recorder.save(tmp_path / "x.safetensors", "uniform")
-    assert_same(load_file(tmp_path / "x.safetensors"), average)
+    recorder.save(tmp_path / "new" / "x.safetensors", "uniform")
+    assert_same(load_file(tmp_path / "new" / "x.safetensors"), average)
+    with pytest.raises(TwaError, match=r"x\.pt: expected a name that ends in \.safetensors"):
+        recorder.save(tmp_path / "x.pt", "uniform")
     recorder.apply("uniform")
     assert model.head.weight is model.embed.weight
     assert_same(state_of(model), average)
@@ -871,7 +873,7 @@ def test_what_cannot_be_resumed(tmp_path):
     before = sorted(p.name for p in (tmp_path / "run").iterdir())
     with pytest.raises(TwaError, match="holds a recording; pass resume=True"):
         recorder_of("files", net(), tmp_path)
-    with pytest.raises(TwaError, match="another model or job: bits differs"):
+    with pytest.raises(TwaError, match="holds a recording of 4 bits: expected 2"):
         recorder_of("files", net(), tmp_path, bits=2, resume=True)
     with pytest.raises(TwaError, match="another model or job: trained differs"):
         recorder_of("files", nn.Linear(3, 3), tmp_path, resume=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..basis import PackedBasis
-from ..operands import BasisView, as_list, check_disjoint, check_list
+from ..operands import BasisView, as_list, check_disjoint, check_is_tensor, check_list
 from ..registry import select
 from .define import BASIS, LIBRARY, Context, define
 
@@ -45,6 +45,7 @@ def reconstruct(
         ValueError: sizes or devices do not fit the basis, or two outputs share memory.
         TypeError: a dtype is not one of those above.
     """
+    check_is_tensor("x", x)
     centers = [] if center is None else as_list(center)
     if out is None:
         flat = OP(*basis.operands, x, centers, backend)

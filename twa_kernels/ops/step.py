@@ -16,6 +16,7 @@ from ..operands import (
     StepArgs,
     as_list,
     check_disjoint,
+    check_is_tensor,
     check_list,
     check_tensor,
 )
@@ -56,6 +57,10 @@ DEFAULTS: dict[str, dict[str, object]] = {
 }
 #: options of torch's optimizers that change the update in ways the fused step does not know
 UNSUPPORTED_OPTIONS = ("amsgrad", "differentiable")
+#: all that a param_group of these optimizers may name
+KNOWN_OPTIONS = frozenset().union(
+    *DEFAULTS.values(), UNSUPPORTED_OPTIONS, ("capturable", "foreach", "fused")
+)
 
 
 def step(
@@ -87,7 +92,8 @@ def step(
         center: as in `reconstruct`.
         rule: "sgd" (torch.optim.SGD, with momentum) or "adamw" (torch.optim.AdamW).
         options: lr, weight_decay, momentum, dampening, nesterov, betas, eps, maximize: a
-            param_group of that optimizer, or a dict; what is left out has torch's default. amsgrad
+            param_group of that optimizer (which has "params"; names of others are passed over), or
+            a dict of these alone; what is left out has torch's default. amsgrad
             and differentiable must be false. capturable (adamw) counts steps on the device, so that
             a CUDA graph can capture the call, after one that was not captured. A graph repeats all
             other options as numbers: it refuses those that are tensors on its device.
@@ -109,10 +115,14 @@ def step(
     for name in UNSUPPORTED_OPTIONS:
         if options.get(name):
             raise ValueError(f"options: {name}=True is not supported by the fused step")
+    if "params" not in options and (odd := set(options) - KNOWN_OPTIONS):
+        known = ", ".join(DEFAULTS[rule])
+        raise ValueError(f"options: expected some of {known}, found {sorted(odd)[0]!r}")
     given = {**DEFAULTS[rule], **options}
     betas = cast(Sequence[float], given.get("betas", (0.0, 0.0)))
     given["beta1"], given["beta2"] = betas
     numbers = [_number(name, given[name]) for name in RULES[rule][0]]
+    check_is_tensor("x", x)
     if not torch.compiler.is_compiling() and x.is_neg():
         raise ValueError("x: expected a tensor to update in place, found a lazily negated one")
     x = x.detach()

@@ -30,7 +30,7 @@ from ..tasks.batches import seed_all
 from ..tasks.contract import BUILT_IN, load_task
 from . import arguments
 from .advice import advising, to_resume
-from .output import check_output, finish, is_finished
+from .output import check_is_directory, check_output, finish, is_finished
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -113,6 +113,7 @@ def average(args: argparse.Namespace, ranks: Ranks, locked: contextlib.ExitStack
         settings = settings_of(args)
         candidates = arguments.open_candidates(args)
         if ranks.is_rank_zero:
+            check_is_directory(args.output)
             locked.enter_context(only_run_in(args.output))
             finished = args.resume and is_finished(args.output)
             if not finished:

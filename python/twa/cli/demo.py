@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from .. import demo
-from .output import check_output, finish
+from .output import check_is_directory, check_output, finish
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -26,6 +26,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Trains, averages and prints how long that took."""
+    check_is_directory(args.output)
     check_output(args.output, args.overwrite)
     start = time.perf_counter()
     print(

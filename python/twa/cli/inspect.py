@@ -13,7 +13,7 @@ import torch
 
 from ..inspection.report import FILES, check_folder, text, write_outputs
 from ..inspection.run import inspect
-from ..io.errors import TwaError
+from ..io.errors import CandidateError, TwaError
 from ..tasks.contract import BUILT_IN, load_task
 from . import arguments
 
@@ -46,7 +46,10 @@ def run(args: argparse.Namespace) -> None:
         task = task.on(torch.device(args.device))
     reference = None if args.reference is None else args.reference - 1
     result = inspect(args.candidates, task, reference, args.entry, args.ignore)
+    if not any(row.candidate is not None or row.path.exists() for row in result.rows):
+        raise CandidateError(f"no candidates: nothing matches {args.candidates[0]!r}")
+    if args.output is not None:  # before it prints: `| head` may end that
+        write_outputs(args.output, result)
     print(text(result))
     if args.output is not None:
-        write_outputs(args.output, result)
         print(f"\nwritten to {args.output}/: {', '.join(FILES)}")

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from twa_kernels.output import is_unread, printing
 from twa_kernels.registry import BackendError
 
 from ..distributed.ranks import DistributedError, Ranks
@@ -52,7 +53,16 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         the exit status: 0; 1 if another rank failed; 2 for a TwaError, or where the kernels do not
         run; 130 after Ctrl-C
+
+    Raises:
+        SystemExit: bad arguments; 141 where nobody reads any more what it prints, as after `| head`
     """
+    with printing():
+        return _leaving(argv)
+
+
+def _leaving(argv: list[str] | None) -> int:
+    """Runs a command, and leaves the other ranks as they can bear it."""
     code: int | None = None
     try:
         code = _main(argv)
@@ -109,6 +119,8 @@ def _main(argv: list[str] | None) -> int:
             print(f"twa: stopped; {after}", file=sys.stderr)
         return 130
     except Exception as error:
+        if is_unread(error):
+            raise
         ranks = Ranks.find()
         lost = ranks.lost_rank(error) if ranks.is_lost_rank(error) else error
         if not isinstance(lost, DistributedError):

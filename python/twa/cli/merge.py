@@ -27,7 +27,7 @@ from ..io.errors import OutputError, TwaError
 from ..io.progress import progress_bar
 from ..io.recording_files import is_recording
 from . import arguments
-from .output import check_file, check_output, writing
+from .output import check_file, check_is_directory, check_output, writing
 
 DTYPES = ("float32", "bfloat16", "float16")
 BATCHNORM = (
@@ -149,6 +149,8 @@ def write(
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise TwaError(f"twa {args.command} runs as one process: start it without torchrun")
     is_file = args.output.suffix == ".safetensors"
+    if not is_file:
+        check_is_directory(args.output)
     with contextlib.nullcontext() if is_file else only_run_in(args.output):
         _write(args, candidates, beta, scheme, what, is_file)
 

@@ -15,6 +15,19 @@ from ..io.errors import OutputError
 from ..merge.outcome import Outcome
 from ..merge.resume import Store
 
+#: how files of checkpoints are named, so that a directory hardly is
+FILE_NAMES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+def check_is_directory(folder: Path) -> None:
+    """OutputError if a directory is to be made whose name is that of a file of weights."""
+    if not folder.exists() and folder.suffix in FILE_NAMES:
+        raise OutputError(
+            "expected a directory for the output, found a file's name; twa merge and twa export"
+            " write a single file, too, whose name ends in .safetensors",
+            folder,
+        )
+
 
 def check_output(folder: Path, overwrite: bool, resume: bool = False) -> None:
     """Checks that a run may write its output here.

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..dtensors import device_meshes, is_sharded, local, reshard
 from ..io.candidates import Candidates
-from ..io.errors import TwaError
+from ..io.errors import TwaError, check_type
 from ..io.key_map import KeyMap
 from ..io.memory import proc_bytes
 from . import cost
@@ -38,6 +38,7 @@ def find_ranks(sharding: str, model: nn.Module, group: dist.ProcessGroup | None 
     A mesh that is a part of a larger one, such as the tensor-parallel dimension, is not all there
     is to a model's ranks.
     """
+    check_type("model", model, nn.Module, "a torch.nn.Module")
     if sharding == "single":
         return Ranks()
     reshard(model)

@@ -140,6 +140,8 @@ def file_findings(rows: list[Row], matched: list[Row]) -> list[Finding]:
     for row in rows:
         if row.candidate is None:
             message, advice = f"{row.path}: {row.problem}", "save it again or leave it out"
+            if not row.path.exists():
+                advice = "look at the path"
             found.append(Finding("error", "unreadable", message, advice))
         elif row not in matched:
             message = (

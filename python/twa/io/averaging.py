@@ -12,6 +12,7 @@ import twa_kernels as tk
 from twa_kernels.layout import FLOATS
 
 from .candidate import N_AVERAGED, Candidate
+from .checks import shown
 from .compare import check_complex, check_extra, check_not_quantised
 from .errors import CandidateError, TwaError
 from .mapped import TensorInfo
@@ -72,11 +73,26 @@ SUM = 1e-6  # by which the sum of weights may miss 1
 SAME_FLOAT32 = 2.0**-26  # a relative error that does not change a float32
 
 
-def merge_weights(beta: Tensor, n: int) -> Tensor:
+def as_weights(beta: Tensor | Sequence[float]) -> Tensor:
+    """Merge weights as a tensor; TwaError if they are no numbers.
+
+    Args:
+        beta: a tensor, which stays as it is, or numbers in lists of any depth
+    """
+    if isinstance(beta, Tensor):
+        return beta
+    try:
+        return torch.as_tensor(beta, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        text = f"expected numbers, one for each candidate, found {shown(beta)}"
+        raise TwaError(text, "merge weights") from None
+
+
+def merge_weights(beta: Tensor | Sequence[float], n: int) -> Tensor:
     """Merge weights as they are used.
 
     Args:
-        beta: (n,)
+        beta: (n,), or a list of n numbers
         n: number of candidates
 
     Returns:
@@ -85,6 +101,7 @@ def merge_weights(beta: Tensor, n: int) -> Tensor:
     Raises:
         TwaError: there are not n of them, or their sum is not 1
     """
+    beta = as_weights(beta)
     if beta.shape != (n,) or beta.is_complex():
         found = TensorInfo(tuple(beta.shape), beta.dtype)
         raise TwaError(f"expected {n} merge weights, one for each candidate, found {found}")
@@ -124,7 +141,10 @@ class FixedAverage:
     """
 
     def __init__(
-        self, candidates: Candidates, beta: Tensor, dtype: torch.dtype | None = None
+        self,
+        candidates: Candidates,
+        beta: Tensor | Sequence[float],
+        dtype: torch.dtype | None = None,
     ) -> None:
         if dtype is not None and dtype not in (*FLOATS, torch.float64):
             raise TwaError(f"expected a floating-point dtype of 16 bits or more, found {dtype}")

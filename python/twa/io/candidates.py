@@ -30,6 +30,7 @@ from .errors import CandidateError, CandidateWarning, TwaError
 from .find import find
 from .mapped import Part, Source, TensorInfo, shape_of
 from .opening import open_each, sorted_out
+from .order import shortened
 from .recording import Recorded
 from .states import of_states
 
@@ -113,6 +114,9 @@ class Candidates(Sequence[Candidate]):
             warnings.warn(text, CandidateWarning, stacklevel=2)
         self._hold(chosen, block_bytes)
         self.notes = [*without_weights, *doubtful, *notes]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)}, oldest first: {shortened(self.names)})"
 
     @classmethod
     def of_states(
@@ -356,7 +360,7 @@ class Candidates(Sequence[Candidate]):
             raise TwaError(f"columns: expected at least 1, found {columns}")
         return Blocks(self, names, columns)
 
-    def average(self, beta: Tensor) -> dict[str, Tensor]:
+    def average(self, beta: Tensor | Sequence[float]) -> dict[str, Tensor]:
         """All tensors of a fixed average, in memory: theta = sum_i beta[i] * w_i.
 
             model.load_state_dict(candidates.average(twa.averages.uniform(len(candidates))))
@@ -371,7 +375,7 @@ class Candidates(Sequence[Candidate]):
         weights: `twa.update_bn` measures them.
 
         Args:
-            beta: merge weights (n,) that sum to 1, such as those of `twa.averages`
+            beta: merge weights (n,) that sum to 1, such as those of `twa.averages`, or a list
 
         Returns:
             tensors by their keys in the files, without the parts of names that wrappers add

@@ -19,6 +19,20 @@ class TwaError(ValueError):
         super().__init__(f"{self.where}: {problem}" if self.where else problem)
 
 
+def check_type(name: str, value: object, kind: type, expected: str) -> None:
+    """TwaError unless an argument is of a type.
+
+    Args:
+        name: of the argument
+        value: what was given
+        kind: the type
+        expected: the type in words
+    """
+    if not isinstance(value, kind):
+        found = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        raise TwaError(f"expected {expected}, found {found}", name)
+
+
 class CandidateError(TwaError):
     """A checkpoint cannot be read, or does not fit the others or the model."""
 

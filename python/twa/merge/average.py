@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..io.candidates import Candidates
-from ..io.errors import TaskError, TwaError
+from ..io.errors import TwaError, check_type
 from ..modes import modes_kept
 from ..recorder.recorder import Recorder
 from ..tasks.batches import generators_kept, random_state_kept
-from ..tasks.contract import Task, check_batches
+from ..tasks.contract import Task, check_batches, scalar
 from .outcome import Outcome
 from .run import Merge
 from .settings import Settings, TwaMethod
@@ -89,10 +89,16 @@ def average(
         settings["methods"] = tuple(parsed)
     chosen = Settings(**settings)
     data = {"train": train, "val": val, "heldout": heldout, "test": test}
-    given = {name: batches for name, batches in data.items() if batches is not None}
+    optional = ("heldout", "test")
+    given = {k: batches for k, batches in data.items() if batches is not None or k not in optional}
     whole = model.module if isinstance(model, DistributedDataParallel) else model
+    check_type("model", whole, nn.Module, "a torch.nn.Module")
+    for name, function in {"loss": loss, "metric": metric}.items():
+        if function is not None and not callable(function):
+            found = type(function).__name__
+            raise TwaError(f"expected a function of (model, batch), found {found}", name)
     title = type(whole).__name__
-    run = functools.partial(_scalar, loss)
+    run = functools.partial(scalar, loss, "loss")
     task = Task(
         title, lambda: whole, run, train, val, heldout, test, metric, metric_name=metric_name
     )
@@ -107,15 +113,6 @@ def average(
             check_batches(batches, name)  # which may draw random numbers
         candidates = _candidates(source)
         return Merge(task, candidates, chosen, progress, group=group, may_shard=False).run()
-
-
-def _scalar(loss: Callable[[nn.Module, Any], Tensor], model: nn.Module, batch: object) -> Tensor:
-    """The loss of a batch; TaskError if it is none."""
-    value = loss(model, batch)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        found = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise TaskError(f"expected a tensor with one number, found one {found}", "loss")
-    return value
 
 
 def _candidates(source: Source) -> Candidates:

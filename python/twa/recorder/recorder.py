@@ -619,13 +619,19 @@ class Recorder:
         """Writes an average to a safetensors file; the model stays as it is.
 
         Args:
-            path: the file
+            path: the file, which ends in .safetensors; its folder is made if there is none
             scheme, until, horizon: see `beta`
             dtype: of all floating-point tensors; None: their own
+
+        Raises:
+            TwaError: the path ends otherwise; as `beta` does
         """
+        if Path(path).suffix != ".safetensors":
+            raise TwaError("expected a name that ends in .safetensors", path)
         beta, candidates = self.beta(scheme, until=until, **horizon), self.recording()
         with self._ranks.fail_together(f"writing {path}"):
             if self._ranks.is_rank_zero:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
                 write_fixed(Path(path), FixedAverage(candidates, beta, dtype))
 
     # State ---------------------------------------------------------------------------------------
@@ -817,8 +823,11 @@ class Recorder:
             log = read_log(folder)
             mine, theirs = self._watched.contents, log.contents
             for what in ("bits", "trained", "names", "rank"):
-                if getattr(mine, what) != getattr(theirs, what):
+                here, there = getattr(mine, what), getattr(theirs, what)
+                if here != there:
                     text = f"holds a recording of another model or job: {what} differs"
+                    if what == "bits":
+                        text = f"holds a recording of {there} bits: expected {here}"
                     raise TwaError(text, folder)
         except TwaError:
             self._store.close()

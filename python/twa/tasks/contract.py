@@ -177,7 +177,7 @@ def load_task(name: str, seed: int = 0) -> Task:
     return Task(
         name=name,
         model=named("model"),
-        loss=named("loss"),
+        loss=functools.partial(scalar, named("loss"), f"task {name}: loss()"),
         train=data("train_data"),
         val=data("val_data"),
         heldout=data("heldout_data") if hasattr(module, "heldout_data") else None,
@@ -186,6 +186,18 @@ def load_task(name: str, seed: int = 0) -> Task:
         metric_name=getattr(module, "METRIC", "metric"),
         fingerprint=f"{Path(name).name} {digest[:16]}",
     )
+
+
+def scalar(
+    loss: Callable[[nn.Module, Any], Tensor], where: str, model: nn.Module, batch: object
+) -> Tensor:
+    """The loss of a batch; TaskError if it is no tensor with one number."""
+    value = loss(model, batch)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = "a tensor of shape" if isinstance(value, Tensor) else type(value).__name__
+        shape = f" {list(value.shape)}" if isinstance(value, Tensor) else ""
+        raise TaskError(f"expected a tensor with one number, found {found}{shape}", where)
+    return value
 
 
 def check_batches(batches: object, where: str) -> None:
