@@ -29,7 +29,7 @@ def load_average(model: nn.Module, candidates: Candidates, beta: Tensor) -> None
 
     Raises:
         CandidateError: files and model do not fit, or the average is not finite
-        TwaError: beta are no merge weights
+        TwaError: beta are no merge weights, or the average overflows a parameter's dtype
     """
     weights = merge_weights(beta, len(candidates))
     matched, key_map = match_model(model, candidates)
