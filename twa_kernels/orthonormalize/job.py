@@ -587,8 +587,8 @@ class Job:
         # whatever is in doubt is taken for that.
         negligible = 1e-15 if self.refined < MOST_REFINEMENTS else torch.inf
         lone = torch.full((len(gram),), -1, dtype=torch.int32, device="cpu")
-        # What a row has outside of the span may be lost where it is far below the tolerance for the
-        # row, for all rows together: scaled up once more, rounding errors would pass for directions.
+        # What a row has outside of the span may be lost where it is far below the tolerance for
+        # all rows together: scaled up once more, rounding errors would pass for directions.
         kept = list(f.kept[r0:])
         scale = f.A[range(r0, len(f.A)), kept].abs()  # what the row was scaled by
         lost = self.tolerance * f.norms[kept] * scale / (8 * len(f.norms))
