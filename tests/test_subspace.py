@@ -338,7 +338,7 @@ def test_an_average_of_many_steps_still_moves(eta):
         x.fill_(1.01)
     for t in range(10**6 + 1, 10**6 + 501):
         average.update()
-        exact += (1 + eta) / (t + eta) * (float(x[0, 0]) - exact)
+        exact += (1 + eta) / (t + eta) * (x[0, 0].item() - exact)
     other = twa.IterateAverage(types.SimpleNamespace(coefficients=x), eta)
     other.load_state_dict(average.state_dict())
     for a in (average, other):
