@@ -2,6 +2,8 @@
 subspace.
 """
 
+from math import nan
+
 import pytest
 import torch
 import twa
@@ -137,6 +139,15 @@ def test_greedy_soup():
     beta = averages.greedy_soup([loss(averages.candidate(3, k)) for k in range(3)], loss)
     assert beta.tolist() == [0.0, 0.5, 0.5]
     assert len(tried) == 3 + 2
+
+
+@pytest.mark.parametrize("losses", [[nan, 1.0, 0.5], [1.0, nan, 0.5], [0.5, 1.0, nan]])
+def test_greedy_soup_leaves_out_what_has_no_loss(losses):
+    def evaluate(beta):
+        return nan if beta[losses.index(nan)] else 0.1
+
+    beta = averages.greedy_soup(losses, evaluate)
+    assert beta.tolist() == [0.0 if loss is nan else 0.5 for loss in losses]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ granularity; streaming.
 """
 
 import json
+import types
 
 import pytest
 import torch
@@ -360,6 +361,26 @@ def test_states_of_subspace_and_average(tmp_path, options, way):
         assert torch.equal(t, found), key
     assert torch.equal(fresh.coefficients, subspace.coefficients)
     assert torch.equal(other.coefficients, average.coefficients) and other.steps == 2
+
+
+@pytest.mark.parametrize("eta", [0.0, 2.0])
+def test_an_average_of_many_steps_still_moves(eta):
+    """Late in a run a step moves the average by less than float32 can tell."""
+    x = torch.nn.Parameter(torch.ones(3, 2))
+    average = twa.IterateAverage(types.SimpleNamespace(coefficients=x), eta)
+    average.update()
+    average.steps = 10**6  # of the same
+    exact = 1.0
+    with torch.no_grad():
+        x.fill_(1.01)
+    for t in range(10**6 + 1, 10**6 + 501):
+        average.update()
+        exact += (1 + eta) / (t + eta) * (x[0, 0].item() - exact)
+    other = twa.IterateAverage(types.SimpleNamespace(coefficients=x), eta)
+    other.load_state_dict(average.state_dict())
+    for a in (average, other):
+        assert a.coefficients.dtype == torch.float32
+        assert (a.coefficients.double() - exact).abs().max() <= 2.0**-24 * 1.01 + 1e-12
 
 
 def test_states_that_are_refused(tmp_path):

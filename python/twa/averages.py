@@ -8,6 +8,7 @@ of the same space that TWA searches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -138,13 +139,13 @@ def greedy_soup(losses: Sequence[float], evaluate: Callable[[Tensor], float]) ->
     In order of their own loss, candidates join the uniform mean if it does not get worse.
 
     Args:
-        losses: (n,), each candidate's own validation loss
+        losses: (n,), each candidate's own validation loss; NaN counts as infinite
         evaluate: merge weights (n,) -> validation loss
 
     Returns:
         beta (n,) float64
     """
-    n = len(losses)
+    n, losses = len(losses), [math.inf if math.isnan(loss) else loss for loss in losses]
     order = sorted(range(n), key=lambda i: losses[i])
     members, best = [order[0]], losses[order[0]]
     for i in order[1:]:

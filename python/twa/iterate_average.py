@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .io.errors import StateError, TwaError, check_type
 from .io.versions import ITERATE_AVERAGE, problem
@@ -38,8 +39,9 @@ class IterateAverage:
         subspace: whose coefficients are averaged
         eta: at least 0; 0 weighs all steps alike
 
+    It is summed in float64: of a long run a step moves it by less than float32 can tell.
+
     Attributes:
-        coefficients: the average, in shape and dtype of the subspace's coefficients
         steps: how many steps are in it
 
     Raises:
@@ -51,19 +53,24 @@ class IterateAverage:
         if not eta >= 0:
             raise TwaError(f"eta: expected at least 0, found {eta}")
         self.subspace, self.eta, self.steps = subspace, eta, 0
-        self.coefficients = subspace.coefficients.detach().clone()  # (n, L)
+        self._mean = subspace.coefficients.detach().to(torch.float64, copy=True)  # (n, L)
+
+    @property
+    def coefficients(self) -> Tensor:
+        """The average, in shape and dtype of the subspace's coefficients; a copy."""
+        return self._mean.to(self.subspace.coefficients.dtype, copy=True)
 
     @torch.no_grad()
     def update(self) -> None:
         """Takes in the coefficients as they are; call it after each optimizer.step()."""
         self.steps += 1
         weight = (1 + self.eta) / (self.steps + self.eta)
-        self.coefficients.lerp_(self.subspace.coefficients.detach(), weight)
+        self._mean.lerp_(self.subspace.coefficients.detach().double(), weight)
 
     @torch.no_grad()
     def apply(self) -> None:
         """Sets coefficients and model to the average."""
-        self.subspace.coefficients.copy_(self.coefficients)
+        self.subspace.coefficients.copy_(self._mean)
         self.subspace.write_weights()
 
     @contextlib.contextmanager
@@ -80,7 +87,7 @@ class IterateAverage:
 
     def state_dict(self) -> dict[str, object]:
         """What `load_state_dict` takes."""
-        own = {"eta": self.eta, "steps": self.steps, "coefficients": self.coefficients.clone()}
+        own = {"eta": self.eta, "steps": self.steps, "coefficients": self._mean.clone()}
         return {"format": ITERATE_AVERAGE, **own}
 
     @torch.no_grad()
@@ -95,8 +102,8 @@ class IterateAverage:
             raise StateError(text, "state of an IterateAverage")
         if missing := [name for name in ("eta", "steps", "coefficients") if name not in state]:
             raise StateError(f"expected the state of an IterateAverage, found no {missing[0]!r}")
-        if state["coefficients"].shape != self.coefficients.shape:
-            found, expected = tuple(state["coefficients"].shape), tuple(self.coefficients.shape)
+        if state["coefficients"].shape != self._mean.shape:
+            found, expected = tuple(state["coefficients"].shape), tuple(self._mean.shape)
             raise TwaError(f"expected shape {expected}, found {found}", "coefficients")
         self.eta, self.steps = float(state["eta"]), int(state["steps"])
-        self.coefficients.copy_(state["coefficients"])
+        self._mean.copy_(state["coefficients"])

@@ -38,7 +38,7 @@ from twa import Candidates, Subspace
 import twa_kernels as tk
 
 #: oldest first
-ARCHIVES = ("4810383", "33700b4", "1b50e8d", "fe2829d")
+ARCHIVES = ("4810383", "33700b4", "1b50e8d", "fe2829d", "fd72880")
 STOP = 5  # step of training at which a run is interrupted
 TASK = '''\
 """The task of the run that was interrupted: batches are numbers, and it stops where it is told."""

@@ -24,8 +24,9 @@ MOST_BYTES = 30_000  # of an archive and its values
 NEEDED = {"lightning.pt": "lightning", "trainer_state.json": "transformers"}
 #: what is no longer read, and what is said of it
 REFUSED = {
-    ("1b50e8d", "job"): r"expected format 'twa-state-5', found 'twa-state-4': finish the run with"
-    " the twa that began it, or start again with --overwrite",
+    (commit, "job"): rf"expected format 'twa-state-6', found 'twa-state-{number}': finish the run"
+    " with the twa that began it, or start again with --overwrite"
+    for commit, number in (("1b50e8d", 4), ("fe2829d", 5))
 }
 #: of these dicts the other keys are PyTorch's
 OWN_KEYS = {"param_groups": {"format", "params", "state_names", "subspace"}, "schedule": set()}

@@ -973,6 +973,40 @@ def test_no_row_of_an_adversarial_heap_is_missed(accuracy):
     assert {0, 1, 2} <= looks
 
 
+def family(n, columns, seed):
+    """Rows that are each some way from an earlier one: all of it, one column, little, or nothing.
+
+    Their differences depend on each other exactly.
+    """
+    g = torch.Generator().manual_seed(seed)
+    rows = [torch.randn(columns, generator=g)]
+    while len(rows) < n:
+        like = rows[int(torch.randint(len(rows), (), generator=g))]
+        step, kind = torch.randn(columns, generator=g) * 0.02, float(torch.rand((), generator=g))
+        if kind < 0.15:
+            step *= 0.0
+        elif kind < 0.35:
+            step[1:] = 0.0
+        elif kind < 0.45:
+            step *= 1e-3
+        rows.append(like + step)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("form", ["explicit", "implicit"])
+@pytest.mark.parametrize("n, columns", [(20, 8), (70, 16), (70, 128)])
+def test_rows_that_exactly_depend_on_each_other_are_no_directions(n, columns, form):
+    """What rounding leaves of them, scaled up look by look, would spoil all later rows."""
+    for seed in (3, 8, 14):
+        W = family(n, columns, seed)
+        center = W.double().mean(0).float()
+        o = tk.orthonormalize(W, center=center, form=form)
+        Q = o.Q if form == "explicit" else o.apply([W], center=[center])[0]
+        assert loss(Q) <= 1e-7 + 2 * 2.0**-24 and o.report.refined <= 1
+        missed = (o.R @ Q.double() - W.double() + center.double()).norm(dim=1)
+        assert (missed <= 2 * 4 * 2.0**-24 * W.double().norm(dim=1)).all(), seed
+
+
 def test_steps_too_small_to_keep_add_up():
     g = torch.Generator().manual_seed(0)
     rows = [torch.randn(20_000, generator=g)]

@@ -228,7 +228,7 @@ class Merge(Job):
             if name in self.expected:
                 assert value == self.expected[name]
             elif name == "state.pt":
-                assert torch.load(folder / name, weights_only=True)["format"] == "twa-state-5"
+                assert torch.load(folder / name, weights_only=True)["format"] == "twa-state-6"
 
     def go_on(self, folder):
         code, text = self.server(argv=self.argv(folder, "--resume"))

@@ -197,7 +197,7 @@ def test_killed_again_and_again_and_continued(job, undisturbed, tmp_path):
         assert ends[victim][0] == -signal.SIGKILL
         assert code == 1 and "another rank died or does not answer" in error, error
         assert "continue with the same command and --resume" in error
-        assert torch.load(state, weights_only=True)["format"] == "twa-state-5"
+        assert torch.load(state, weights_only=True)["format"] == "twa-state-6"
     for code, error in wait(launch(2, arguments(job, out, "--resume"))):
         assert code == 0, error
     assert {p.name for p in out.iterdir()} == FILES
@@ -783,7 +783,7 @@ def test_a_state_of_something_else_is_refused(job, tmp_path, capsys):
         assert "not a saved state" in capsys.readouterr().err
     torch.save({"format": "other"}, out / "state.pt")
     assert cli.main(arguments(job, out, "--resume")) == 2
-    assert "expected format 'twa-state-5', found 'other'" in capsys.readouterr().err
+    assert "expected format 'twa-state-6', found 'other'" in capsys.readouterr().err
     torch.save(os.system, out / "state.pt")
     assert cli.main(arguments(job, out, "--resume")) == 2
     assert "not a saved state" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from twa.distributed.weights import load_merge
 from twa.export.bundle import write_bundle
-from twa.io.errors import CandidateError
+from twa.io.errors import CandidateError, TwaError
 from twa.merge.evaluate import mean_over
 from twa.merge.report import AVERAGED_BN, table_rows
 from twa.merge.run import Merge
@@ -289,6 +289,9 @@ def test_half_precision_overflow_is_no_silent_inf(tmp_path, part):
         twa.Subspace.from_candidates(
             nn.BatchNorm1d(4).half(), twa.Candidates(tmp_path / "c*.safetensors")
         )
+    with pytest.raises(TwaError, match=rf"'{part}': 4 of 4 values of .* overflow torch.float16"):
+        candidates = twa.Candidates(tmp_path / "c*.safetensors")
+        twa.load_average(nn.BatchNorm1d(4).half(), candidates, twa.averages.uniform(2))
     save_file(
         {"weight": torch.ones(1, 2).half(), "bias": torch.ones(1).half()},
         tmp_path / "half.safetensors",
@@ -453,6 +456,36 @@ def test_not_finite_names_file_and_tensor(tmp_path, name, value, bits, n):
         twa.Subspace.from_candidates(
             Frozen(), twa.Candidates(tmp_path / "c*.safetensors"), bits=bits
         )
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("name", ["head.weight", "backbone.0.weight", "backbone.1.running_var"])
+def test_load_average_names_file_and_tensor_that_are_not_finite(name, value):
+    states = [born(Frozen, k).state_dict() for k in range(3)]
+    states[1][name].view(-1)[1] = float(value)
+    candidates = twa.Candidates.of_states(states)
+    with pytest.raises(CandidateError, match=rf"state_1: tensor '{name}' has 1 NaN or Inf"):
+        twa.load_average(Frozen(), candidates, twa.averages.uniform(3))
+    twa.load_average(Frozen(), candidates, twa.averages.lawa(3, 1))  # which does not read it
+
+
+def test_numbers_that_all_candidates_have_stay():
+    """Also among others that differ, in float64, with weights whose sum misses 1, and as -Inf."""
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    model.register_buffer("mask", torch.zeros(3, dtype=torch.float64))
+    alike = torch.tensor([0.1, 1 / 3, -torch.inf], dtype=torch.float64)
+    states = [
+        {"weight": alike.clone().clamp(min=-1).index_fill(0, torch.tensor(1), k), "mask": alike + 0}
+        for k in range(7)
+    ]
+    for k, state in enumerate(states):
+        state["mask"][1] = k
+    candidates = twa.Candidates.of_states(states)
+    for beta in (torch.full((7,), 1 / 7), twa.averages.uniform(7), twa.averages.ema(7, 0.9)):
+        twa.load_average(model, candidates, beta)
+        assert model.weight[[0, 2]].tolist() == [0.1, -1.0]
+        assert model.mask[[0, 2]].tolist() == [0.1, -torch.inf]
 
 
 @pytest.mark.parametrize("wrap", [parametrizations.spectral_norm, old_style("spectral_norm")])

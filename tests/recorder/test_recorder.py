@@ -1116,6 +1116,25 @@ def test_load_average(kind, tmp_path):
         twa.load_average(other, recorder.recording(), 2 * beta)
 
 
+@pytest.mark.filterwarnings("ignore:weights are recorded in torch.float16")
+def test_an_average_that_overflows_half_precision_is_refused():
+    """What is decoded of weights at the limit may be beyond it."""
+    model = nn.Linear(64, 4).half()
+    recorder = twa.Recorder(model, every=1, bits=1)
+    g = torch.Generator().manual_seed(0)
+    for step in range(1, 4):
+        with torch.no_grad():
+            model.weight.copy_((torch.randn(4, 64, generator=g) * 4e4).clamp(-65504, 65504))
+        recorder.record(step)
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    said = r"'weight': \d+ of 256 values of the average overflow torch.float16"
+    with pytest.raises(TwaError, match=said), recorder.averaged("last"):
+        pass
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+    with pytest.raises(TwaError, match=said):
+        recorder.apply("last")
+
+
 def test_another_default_device(tmp_path):
     model = net()
     recorder = recorder_of("files", model, tmp_path)

@@ -580,8 +580,14 @@ class Job:
         # whatever is in doubt is taken for that.
         negligible = 1e-15 if self.refined < MOST_REFINEMENTS else torch.inf
         lone = torch.full((len(gram),), -1, dtype=torch.int32, device="cpu")
+        # What a row has outside of the span may be lost where it is far below the tolerance for
+        # all rows together: scaled up once more, rounding errors would pass for directions.
+        kept = list(f.kept[r0:])
+        scale = f.A[range(r0, len(f.A)), kept].abs()  # what the row was scaled by
+        lost = self.tolerance * f.norms[kept] * scale / (8 * len(f.norms))
+        shortest = torch.maximum(1e-9 * length, lost)
         to_frame, L, of_frame, _, _, doubt, _ = row_cholesky(
-            gram, r0, eye, gram.new_ones(r0), 1e-9 * length, noise, lone, negligible=negligible
+            gram, r0, eye, gram.new_ones(r0), shortest, noise, lone, negligible=negligible
         )
         # Rows of A * differences in the frame.
         provisional = torch.cat([torch.nn.functional.pad(eye, (0, L.shape[1] - r0)), L])

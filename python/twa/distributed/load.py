@@ -32,7 +32,7 @@ def load_average(model: nn.Module, candidates: Candidates, beta: Tensor | Sequen
 
     Raises:
         CandidateError: files and model do not fit, or the average is not finite
-        TwaError: beta are no merge weights
+        TwaError: beta are no merge weights, or the average overflows a parameter's dtype
     """
     check_type("model", model, nn.Module, "a torch.nn.Module")
     check_type("candidates", candidates, Candidates, "twa.Candidates(...)")

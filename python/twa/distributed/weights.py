@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import averages
 from ..dtensors import is_dtensor, local, reshard
 from ..io import loading
-from ..io.averaging import average_into, not_finite
+from ..io.averaging import not_finite, sum_of
 from ..io.candidates import Candidates
 from ..io.errors import TwaError
 from ..io.lazy import Block
@@ -134,17 +134,14 @@ def load_untrained(sharding: Sharding, weights: Tensor) -> None:
     """
     candidates, state = sharding.candidates, named_tensors(sharding.model)
     weights = weights if weights.any() else averages.uniform(len(candidates))
+    used = torch.nonzero(weights).flatten().tolist()
     for name, key in sharding.key_map.fixed.items():
-        rows = candidates.tensors(key, part=sharding.part_of(name, state[name]))
-        if all(torch.equal(rows[0], r) for r in rows[1:]):  # a mask of -Inf stays, too
-            value, bad = rows[0], torch.isnan(rows[0])
-        else:
-            dtype = torch.promote_types(rows[0].dtype, torch.float32)
-            value = torch.empty(rows[0].shape, dtype=dtype, device="cpu")
-            average_into(value, rows, weights)
-            bad = ~torch.isfinite(value)
-        if bad.any():
-            raise not_finite(candidates, key, rows)
+        every = candidates.tensors(key, part=sharding.part_of(name, state[name]))
+        rows = [every[i] for i in used]
+        dtype = torch.promote_types(rows[0].dtype, torch.float32)
+        value, is_good = sum_of(rows, weights[used], dtype)  # a mask of -Inf stays
+        if not is_good:
+            raise not_finite([candidates[i] for i in used], key, rows)
         mine = local(state[name])
         mine.copy_(value)
         _check_range(name, mine, int(torch.isfinite(value).sum()))
@@ -164,11 +161,20 @@ def load_merge(sharding: Sharding, beta: Tensor) -> None:
     Args:
         sharding: of the model
         beta: merge weights (n,)
+
+    Raises:
+        CandidateError: the average is not finite
+        TwaError: it is not in the dtype of a parameter
     """
     with sharding.ranks.fail_together("averaging the candidates"):
         reshard(sharding.model)
         for k, t in enumerate(sharding.tensors):
-            local(t).copy_(sharding.average(k, beta))
+            key, mine, value = sharding.keys[k], local(t), sharding.average(k, beta)
+            if not torch.isfinite(value).all():
+                rows = sharding.candidates.tensors(key, part=sharding.shards[k].part)
+                raise not_finite(sharding.candidates, key, rows)
+            mine.copy_(value)
+            _check_range(key, mine, value.numel())
         load_untrained(sharding, beta)
         refresh_spectral_norms(sharding.model)
 

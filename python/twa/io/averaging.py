@@ -46,6 +46,31 @@ def average_into(out: Tensor, rows: Sequence[Tensor], weights: Tensor) -> Tensor
     return out
 
 
+def sum_of(rows: Sequence[Tensor], weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """sum_i weights[i] * rows[i], summed in float64; a number that all rows have stays.
+
+    Args:
+        rows: n tensors of one shape, none of weight 0
+        weights: (n,)
+        dtype: float32 or float64, of the sum; one row alone keeps its own
+
+    Returns:
+        the sum, and whether each number of it is finite, or the same in all rows and no NaN
+    """
+    if len(rows) == 1:
+        return rows[0], _are_finite(rows[0]) or not rows[0].isnan().any()
+    total = torch.empty(rows[0].shape, dtype=dtype, device="cpu")
+    average_into(total, rows, weights)
+    is_good = _are_finite(total)
+    if not is_good or dtype == torch.float64 or _relative_error(weights) >= SAME_FLOAT32:
+        same = torch.ones(total.shape, dtype=torch.bool, device="cpu")
+        for row in rows[1:]:
+            same &= rows[0] == row
+        total = torch.where(same, rows[-1].to(dtype), total)
+        is_good = bool((same | total.isfinite()).all())
+    return total, is_good
+
+
 def not_finite(candidates: Sequence[Candidate], name: str, rows: list[Tensor]) -> CandidateError:
     """The error that says which file holds the NaN or Inf of tensor `name`.
 
@@ -152,7 +177,6 @@ class FixedAverage:
         self._rows = torch.nonzero(self.weights).flatten().tolist()
         self.used = [candidates[i] for i in self._rows]
         self._last = self._rows[0] if len(self._rows) == 1 else len(candidates) - 1
-        self._keeps_float32 = _relative_error(self.weights) < SAME_FLOAT32
         last, keys = candidates[self._last], [key for key in candidates.info if key != N_AVERAGED]
         taken = self.used if last is self.used[-1] else [*self.used, last]
         _check_taken(taken)
@@ -211,21 +235,9 @@ class FixedAverage:
 
     def _sum(self, key: str, rows: Sequence[Tensor]) -> Tensor:
         """The sum of some columns of those that are used, before it is rounded for good."""
-        if len(rows) == 1:
-            total = rows[0]
-            is_good = _are_finite(total) or not total.isnan().any()
-        else:
-            dtypes = {self.info[key].dtype, *(row.dtype for row in rows)}
-            wide = torch.float64 if torch.float64 in dtypes else torch.float32
-            total = torch.empty(rows[0].shape, dtype=wide, device="cpu")
-            average_into(total, rows, self.weights[self._rows])
-            is_good = _are_finite(total)
-            if not is_good or wide == torch.float64 or not self._keeps_float32:
-                same = torch.ones(total.shape, dtype=torch.bool, device="cpu")
-                for row in rows[1:]:
-                    same &= rows[0] == row
-                total = torch.where(same, rows[-1].to(wide), total)
-                is_good = bool((same | total.isfinite()).all())
+        dtypes = {self.info[key].dtype, *(row.dtype for row in rows)}
+        wide = torch.float64 if torch.float64 in dtypes else torch.float32
+        total, is_good = sum_of(rows, self.weights[self._rows], wide)
         if not is_good:
             raise not_finite(self.used, key, [c.tensor(key) for c in self.used])
         return total

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from twa_kernels.layout import FLOATS
 
-from .averaging import FixedAverage, average_into
+from .averaging import FixedAverage, sum_of
 from .candidate import Candidate
 from .compare import check_same, without_tensors
 from .errors import CandidateError, CandidateWarning, TwaError
@@ -396,7 +396,7 @@ class Candidates(Sequence[Candidate]):
     def weighted(self, key: str, weights: Tensor, part: Part | None = None) -> Tensor:
         """sum_i weights[i] * w_i of one tensor, summed in float64 block by block.
 
-        Candidates of weight 0 are not read.
+        Candidates of weight 0 are not read; a number that all others have stays.
 
         Args:
             key: name of the tensor
@@ -417,7 +417,8 @@ class Candidates(Sequence[Candidate]):
             device="cpu",
         )
         for block in self.stream([(key, part)], rows=used):
-            average_into(out.view(-1)[block.begin : block.end], block.rows, weights[used])
+            total, _ = sum_of(block.rows, weights[used], out.dtype)
+            out.view(-1)[block.begin : block.end] = total
         return out
 
 

@@ -463,6 +463,9 @@ class Recorder:
         """Moves the model to an average; see `beta`.
 
         BatchNorm's statistics become the average of the snapshots': call `twa.update_bn`.
+
+        Raises:
+            TwaError: as `beta`; or it overflows a parameter's dtype
         """
         steps = _until(self.common_steps(), until)
         self._write(steps, self._beta(steps, scheme, **horizon))
@@ -516,7 +519,12 @@ class Recorder:
                 own = torch.zeros(len(trail.steps), dtype=torch.float64, device="cpu")
                 own[[trail.steps.index(step) for step in steps]] = beta
                 for k, p in enumerate(watched.parameters()):
-                    _copy_average(trail, k, own, local(p))
+                    _copy_average(trail, k, own, to := local(p))
+                    if lost := to.numel() - int(torch.isfinite(to).sum()):  # of finite ones
+                        raise TwaError(
+                            f"model: tensor {watched.contents.trained[k].name!r}: {lost} of"
+                            f" {to.numel()} values of the average overflow {to.dtype}"
+                        )
                 self._write_state([states[trail.steps.index(step)] for step in steps], beta)
             self._send_copies()
             refresh_spectral_norms(self.model)
