@@ -6,7 +6,7 @@
 
 A result is of this code while twa_kernels/, python/, csrc/ are as they were at its commit. Each run
 is noted in bench/results/measured.json, with a digest of the files that it wrote: a page that was
-changed by hand fails tests/test_results.py. Logs: build/measure/NAME.log.
+changed by hand fails tests/test_figures.py. Logs: build/measure/NAME.log.
 
 Most of them time something: leave the machine alone meanwhile.
 """

@@ -3,7 +3,7 @@
     python bench/quotes.py             writes them into the pages, after a measurement
     python bench/quotes.py --check     names those that differ, and figures from nowhere
 
-A quote is a line or a sentence of a page with {} in the place of each figure. tests/test_results.py
+A quote is a line or a sentence of a page with {} in the place of each figure. tests/test_figures.py
 makes the check, so that no page says what no result says.
 """
 
