@@ -38,6 +38,14 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def open_lock(path: Path) -> BinaryIO:
+    """Opens a file to be locked, which is made if need be; that of another user to read only."""
+    try:
+        return open(path, "ab")
+    except PermissionError:
+        return open(path, "rb")
+
+
 def lock(file: BinaryIO, shared: bool = False) -> bool:
     """Makes this process the only one that writes the open file.
 
@@ -94,7 +102,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(path, "ab"))
+            file = stack.enter_context(open_lock(path))
             # One that was opened before the other process removed it is locked by nobody.
             if not (lock(file) and is_at(file, path)):
                 raise OutputError("another run is at work in this directory", folder)
