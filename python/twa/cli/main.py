@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import signal
 import sys
 import traceback
 from typing import NoReturn
@@ -18,6 +19,7 @@ from ..io.errors import TaskError, TwaError
 from ..version import described
 from . import average, demo, export, inspect, merge, pack, plan
 from .advice import advice_of
+from .streams import READER_IS_GONE, lasting_streams
 
 COMMANDS = (average, merge, export, plan, pack, inspect, demo)
 
@@ -50,9 +52,20 @@ def main(argv: list[str] | None = None) -> int:
         argv: its arguments; None: those of the process
 
     Returns:
-        the exit status: 0; 1 if another rank failed; 2 for a TwaError, or where the kernels do not
-        run; 130 after Ctrl-C
+        the exit status: 0; 1 if another rank failed; 2 for a TwaError, where the kernels do not
+        run, or if what was printed could not be written; 130 after Ctrl-C
     """
+    with lasting_streams() as out:
+        code = _with_ranks(argv)
+    if code == 0 and out.error is not None and out.error.errno not in READER_IS_GONE:
+        why = out.error.strerror
+        print(f"twa: error: what it printed could not be written ({why})", file=sys.stderr)
+        return 2
+    return code
+
+
+def _with_ranks(argv: list[str] | None) -> int:
+    """Runs a command, and leaves the other ranks in order."""
     code: int | None = None
     try:
         code = _main(argv)
@@ -82,7 +95,13 @@ def _let_go(error: BaseException) -> None:
 def _run(args: argparse.Namespace) -> None:
     """Runs a command. Of its error other ranks are told, and torchrun, which prints a summary."""
     try:
-        args.run(args)
+        try:
+            args.run(args)
+        except SystemExit as stop:
+            what = f"sys.exit({'' if stop.code is None else repr(stop.code)})"
+            raise TaskError(
+                f"expected functions that return, found {what}: the run is not finished", "task"
+            ) from stop
     except BaseException as error:
         Ranks.find().tell(error)
         if isinstance(error, Exception) and "TORCHELASTIC_ERROR_FILE" in os.environ:
@@ -94,9 +113,8 @@ def _run(args: argparse.Namespace) -> None:
 
 def _main(argv: list[str] | None) -> int:
     """Runs a command, and prints its error, if there is one, as the user should see it."""
-    args = parser().parse_args(argv)
     try:
-        _run(args)
+        _run(parser().parse_args(argv))
     except (TwaError, BackendError) as error:
         if isinstance(error, TaskError) and error.__cause__ is not None:  # in the user's own code
             traceback.print_exception(error.__cause__)
@@ -104,6 +122,8 @@ def _main(argv: list[str] | None) -> int:
             print(f"twa: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
+        if argv is None:  # a second one ends the process at once, without a traceback
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         if Ranks.find().is_rank_zero:
             after = advice_of(stop) or "no result was written: start again with the same command"
             print(f"twa: stopped; {after}", file=sys.stderr)
@@ -117,6 +137,8 @@ def _main(argv: list[str] | None) -> int:
                 " own functions; please report what is not the task's, with these lines:",
                 file=sys.stderr,
             )
+            if after := advice_of(error):
+                print(f"twa: {after}", file=sys.stderr)
             raise
         if lost.said_by_rank_zero:
             return 1

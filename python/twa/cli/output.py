@@ -27,8 +27,18 @@ def check_output(folder: Path, overwrite: bool, resume: bool = False) -> None:
     Raises:
         OutputError: it cannot be made or written, or holds something that must not be lost
     """
+    with writing(folder, "the output directory cannot be written"):
+        _check_output(folder, overwrite, resume)
+        folder.mkdir(parents=True, exist_ok=True)
+        _try_to_write(folder)
+
+
+def _check_output(folder: Path, overwrite: bool, resume: bool) -> None:
+    """OutputError if there is something that is no directory, or must not be lost."""
     if folder.exists() and not folder.is_dir():
         raise OutputError("expected a directory for the output, found a file", folder)
+    if folder.is_symlink() and not folder.exists():
+        raise OutputError("expected a directory for the output, found a link to nothing", folder)
     has_state = (folder / Store.NAME).exists()
     is_full = folder.is_dir() and any(not _is_left_over(p) for p in folder.iterdir())
     if is_full and not overwrite and not (resume and has_state):
@@ -43,7 +53,6 @@ def check_output(folder: Path, overwrite: bool, resume: bool = False) -> None:
             " choose another",
             folder,
         )
-    _check_writable(folder)
 
 
 def check_file(path: Path, overwrite: bool) -> None:
@@ -52,34 +61,34 @@ def check_file(path: Path, overwrite: bool) -> None:
     Raises:
         OutputError: it cannot be written, or is there and may not be replaced
     """
-    if path.is_dir():
-        raise OutputError("expected a file for the output, found a directory", path)
-    if path.exists() and not overwrite:
-        raise OutputError("exists; pass --overwrite to replace it", path)
-    _check_writable(path.absolute().parent)
+    with writing(path, "the output cannot be written"):
+        if path.is_dir():
+            raise OutputError("expected a file for the output, found a directory", path)
+        if path.exists() and not overwrite:
+            raise OutputError("exists; pass --overwrite to replace it", path)
+        _try_to_write(next(p for p in path.absolute().parents if p.exists()))
 
 
-def _check_writable(folder: Path) -> None:
-    """OutputError unless files can be written in a folder, or in that where it can be made."""
-    existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"the output directory cannot be written ({error.strerror})", folder
-        ) from error
+def _try_to_write(folder: Path) -> None:
+    """OSError unless files can be written in a folder."""
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 @contextlib.contextmanager
-def writing(output: Path) -> Iterator[None]:
-    """Makes an OSError from inside one about the output."""
+def writing(output: Path, problem: str = "") -> Iterator[None]:
+    """Makes an OSError from inside an OutputError.
+
+    Args:
+        output: what is written
+        problem: what the error means, before anything is written; else it names the file
+    """
     try:
         yield
     except OSError as error:
-        raise OutputError(
-            f"the result could not be written ({error.strerror}): {error.filename or ''}", output
-        ) from error
+        what = problem or "the result could not be written"
+        where = "" if problem else f": {error.filename or ''}"
+        raise OutputError(f"{what} ({error.strerror}){where}", output) from error
 
 
 def _is_left_over(path: Path) -> bool:

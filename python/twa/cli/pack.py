@@ -24,6 +24,7 @@ from ..tasks.contract import load_task
 from . import arguments
 from .advice import advising, to_resume
 from .average import start_ranks
+from .output import writing
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -109,11 +110,13 @@ def run(args: argparse.Namespace) -> None:
 
 def is_finished(path: Path, args: argparse.Namespace) -> bool:
     """Whether there is nothing to do; BasisError if a file there may not be replaced."""
-    if path.exists() and args.resume and not is_unfinished(path):
+    with writing(path, "the output cannot be written"):
+        exists, unfinished = path.exists(), is_unfinished(path)
+    if exists and args.resume and not unfinished:
         remove_left_over(path)
         print(f"{path} is finished: there is nothing to resume (--overwrite packs it again)")
         return True
-    if path.exists() and not args.overwrite and not args.resume:
+    if exists and not args.overwrite and not args.resume:
         raise BasisError("exists; pass --overwrite to replace it", path)
     return False
 

@@ -98,7 +98,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: another process works there
     """
-    is_new, path = not folder.exists(), folder / LOCK
+    is_new, path = not os.path.exists(folder), folder / LOCK
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -248,8 +248,8 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text as UTF-8."""
-    replace(path, lambda p: p.write_text(text, encoding="utf-8"))
+    """Writes a text as UTF-8; bytes of paths that are none are escaped."""
+    replace(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import CandidateError
+from .errors import CandidateError, reading
 from .formats import FSDP_FOLDER, is_checkpoint_folder, is_unfinished, suffix_of
 from .order import age, in_order, shortened
 
@@ -37,6 +37,7 @@ class Found:
     notes: list[str] = field(default_factory=list)
 
 
+@reading()
 def find(patterns: Iterable[str | os.PathLike[str]], keep_unmatched: bool = False) -> Found:
     """What may be checkpoints, before any is opened.
 
@@ -47,7 +48,7 @@ def find(patterns: Iterable[str | os.PathLike[str]], keep_unmatched: bool = Fals
             opening it says what is wrong
 
     Raises:
-        CandidateError: there are no patterns, or one matches nothing
+        CandidateError: there are no patterns, one matches nothing, or a directory cannot be read
     """
     found = Found()
     named: set[Path] = set()
