@@ -10,10 +10,11 @@ import warnings
 import pytest
 import torch
 import twa
-import twa_kernels as tk
 from torch import nn
 from twa.io import atomic
 from twa.io.errors import CandidateError, CandidateWarning, TwaError
+
+import twa_kernels as tk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
