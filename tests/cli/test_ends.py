@@ -5,13 +5,14 @@ read, outputs that cannot be, tasks that end the process.
 import errno
 import io
 import os
+import shutil
 import signal
 import sys
 
 import processes
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from twa import demo
 from twa.cli import main as cli
 from twa.cli.streams import Stream
@@ -170,6 +171,59 @@ def test_a_fault_of_the_task_says_how_to_go_on(average, capsys):
     with pytest.raises(AssertionError, match="worker killed"):
         cli.main(average(late))
     assert "twa: continue with the same command and --resume" in capsys.readouterr().err
+
+
+# Results of another run -------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Nothing handles it."""
+
+
+def test_killed_before_the_first_state_of_a_run_that_replaces_a_result(
+    average, monkeypatch, capsys
+):
+    """The old result is there, and --resume does not take it for that of the new run."""
+    argv = average("pass")
+    assert cli.main(argv) == 0
+    old = load_file("out/averaged.safetensors")
+    assert cli.main([*argv, "--resume"]) == 0
+    assert "there is nothing to resume" in capsys.readouterr().out
+    argv[argv.index("c2.safetensors")] = "c0.safetensors"  # other candidates
+    argv.remove("c0.safetensors")
+
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr("twa.cli.average.Merge", killed)
+        cli.main([*argv, "--overwrite"])
+    assert old["bias"].equal(load_file("out/averaged.safetensors")["bias"])
+    code, errors = says(capsys, argv)
+    assert code == 2 and "holds the state of an unfinished run" in errors[0]
+    assert cli.main([*argv, "--resume"]) == 0
+    assert "there is nothing to resume" not in capsys.readouterr().out
+    assert not old["bias"].equal(load_file("out/averaged.safetensors")["bias"])
+    assert not os.path.exists("out/state.pt")
+
+
+def test_other_forms_of_an_earlier_result(average, heap, tmp_path):
+    """Of candidates that were Hugging Face's, in a directory that gets another result."""
+    argv = average("pass")
+    for k, name in enumerate(heap):
+        os.mkdir(f"hf{k}")
+        shutil.copyfile(name, f"hf{k}/model.safetensors")
+        with open(f"hf{k}/config.json", "w") as f:
+            f.write('{"model_type": "a"}')
+    pretrained = [f"hf{heap.index(a)}" if a in heap else a for a in argv]
+    assert cli.main([*pretrained, "--dcp"]) == 0
+    more = {"averaged", "averaged_dcp", "mergekit.yaml"}
+    assert more <= set(os.listdir("out"))
+    mixed = [a if a != "c0.safetensors" else "out/averaged" for a in argv]
+    assert cli.main([*mixed, "--overwrite"]) == 2  # a candidate is no output
+    assert more <= set(os.listdir("out"))
+    assert cli.main([*argv, "--overwrite"]) == 0
+    assert not more & set(os.listdir("out"))
 
 
 # Files that cannot be read -----------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import sys
 import tempfile
@@ -11,7 +12,9 @@ from pathlib import Path
 
 from ..export.hugging_face import FOLDER
 from ..io.atomic import LOCK
+from ..io.candidates import Candidates
 from ..io.errors import OutputError
+from ..io.recording_files import is_recording
 from ..merge.outcome import Outcome
 from ..merge.resume import Store
 
@@ -69,6 +72,23 @@ def check_file(path: Path, overwrite: bool) -> None:
         _try_to_write(next(p for p in path.absolute().parents if p.exists()))
 
 
+def check_not_read(candidates: Candidates, outputs: list[Path]) -> None:
+    """OutputError if an output, or what is in it, is a file of a candidate.
+
+    Snapshots of a recording need each other: nothing is written among its files.
+    """
+    for output in outputs:
+        if output.parent.is_dir() and is_recording(output.parent):
+            raise OutputError("is inside a recording: choose another output", output)
+    real = [Path(os.path.realpath(output)) for output in outputs]
+    for c in candidates:
+        for file in c.files:
+            path = Path(os.path.realpath(file))
+            for output in real:
+                if output == path or output in path.parents:
+                    raise OutputError(f"is a candidate ({c.path}): choose another output", output)
+
+
 def _try_to_write(folder: Path) -> None:
     """OSError unless files can be written in a folder."""
     with tempfile.TemporaryFile(dir=folder):
@@ -97,10 +117,14 @@ def _is_left_over(path: Path) -> bool:
     return is_temporary or path.match(Store.BEST) or path.name == LOCK
 
 
+def has_result(folder: Path) -> bool:
+    """Whether the result of a run is there, if only in part."""
+    return all((folder / name).exists() for name in ("averaged.safetensors", "results.json"))
+
+
 def is_finished(folder: Path) -> bool:
     """Whether a run has ended there."""
-    names = ("averaged.safetensors", "results.json")
-    return all((folder / name).exists() for name in names) and not (folder / Store.NAME).exists()
+    return has_result(folder) and not (folder / Store.NAME).exists()
 
 
 def finish(folder: Path, outcome: Outcome, dcp: bool = False) -> None:
