@@ -12,6 +12,7 @@ import glob
 import io
 import json
 import os
+import secrets
 import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,7 @@ from .errors import OutputError
 #: what a run locks in the directory that it writes
 LOCK = ".run.lock"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
+_WRITING: set[Path] = set()  # by threads of this process
 _LOCKED: weakref.WeakSet[BinaryIO] = weakref.WeakSet()  # by this process
 
 
@@ -129,13 +131,15 @@ def is_at(file: BinaryIO, path: Path) -> bool:
 def temporary_of(path: Path) -> Path:
     """Where this process writes what will be put at `path`.
 
-    What killed processes have left there is removed.
+    What killed processes have left there is removed. No two writers have the same name: in
+    containers that share a directory, processes may have the same number.
     """
     for file in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        pid = file.name.split(".")[-2]
-        if pid.isdecimal() and (int(pid) == os.getpid() or not _is_running(int(pid))):
+        pid = file.name.split(".")[-2].partition("-")[0]
+        is_mine = pid == str(os.getpid())
+        if pid.isdecimal() and not (file in _WRITING if is_mine else _is_running(int(pid))):
             file.unlink(missing_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def _is_running(pid: int) -> bool:
@@ -166,6 +170,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         write: called with the temporary path to write to
     """
     temporary = temporary_of(path)
+    _WRITING.add(temporary)
     try:
         with naming(path):
             write(temporary)
@@ -175,6 +180,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        _WRITING.discard(temporary)
 
 
 def clear_unfinished(folder: Path, names: Iterable[str]) -> None:
