@@ -389,7 +389,7 @@ def test_two_writers_of_one_path(tmp_path, monkeypatch):
     files.replace(path, first)
     assert path.read_text() == "first" and names(tmp_path) == ["a"]
     real = files._WRITING
-    with monkeypatch.context() as m, pytest.raises(FileNotFoundError, match="a.*tmp"):
+    with monkeypatch.context() as m, pytest.raises(FileNotFoundError, match=r"a.*tmp"):
         m.setattr(files, "_WRITING", set())  # to the second, the first is a killed process
 
         def of_another_process(temporary):
