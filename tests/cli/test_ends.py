@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from twa import demo
+from twa.cli import advice
 from twa.cli import main as cli
 from twa.cli.streams import Stream
 
@@ -120,6 +121,27 @@ def test_a_second_interruption_ends_the_process(monkeypatch, capsys):
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err.count("twa: stopped; ") == 2
+
+
+def test_advice_outlives_a_second_interruption():
+    """One that comes while the advice is looked up, and one after it."""
+    looks = []
+
+    def how_to_go_on():
+        looks.append(None)
+        if len(looks) == 1:
+            raise KeyboardInterrupt
+        return "go on"
+
+    with pytest.raises(KeyboardInterrupt) as during, advice.advising(how_to_go_on):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt) as after:
+        try:
+            with advice.advising(how_to_go_on):
+                raise KeyboardInterrupt
+        finally:
+            raise KeyboardInterrupt
+    assert [advice.advice_of(found.value) for found in (during, after)] == ["go on", "go on"]
 
 
 # Tasks -------------------------------------------------------------------------------------------
