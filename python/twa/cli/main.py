@@ -98,10 +98,10 @@ def _run(args: argparse.Namespace) -> None:
         try:
             args.run(args)
         except SystemExit as stop:
-            what = f"sys.exit({'' if stop.code is None else repr(stop.code)})"
-            raise TaskError(
-                f"expected functions that return, found {what}: the run is not finished", "task"
-            ) from stop
+            if stop.code not in (None, 0):
+                raise
+            text = "expected functions that return, found sys.exit(): the run is not finished"
+            raise TaskError(text, "task") from stop
     except BaseException as error:
         Ranks.find().tell(error)
         if isinstance(error, Exception) and "TORCHELASTIC_ERROR_FILE" in os.environ:
