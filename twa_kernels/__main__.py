@@ -9,7 +9,7 @@ import torch
 
 from . import native, ops, registry
 from .machine import processor
-from .output import printing
+from .output import lasting_streams
 from .version import described
 
 
@@ -47,5 +47,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with printing():
+    with lasting_streams():
         main()

@@ -1,12 +1,10 @@
-"""A command whose output nobody reads any more ends without a word; other errors are not hidden."""
+"""A command whose output nobody reads any more does its work, and says nothing of it."""
 
 import os
 import sys
 
 import processes
 import pytest
-
-from twa_kernels.output import UNREAD, printing
 
 
 @pytest.mark.parametrize("buffered", [True, False])
@@ -22,24 +20,4 @@ def test_unread_output(command, buffered):
     options = {"stdout": writing, "env": os.environ | buffering}
     done = processes.run([sys.executable, "-m", *command], **options)
     os.close(writing)
-    assert done.stderr == ""
-    unnoticed = command[-1] == "--help" and not buffered  # argparse passes over that error itself
-    assert done.returncode == (0 if unnoticed else UNREAD)
-
-
-def test_an_error_of_another_pipe_is_not_hidden():
-    reading, writing = os.pipe()
-    os.close(reading)
-    with pytest.raises(BrokenPipeError), printing():
-        os.write(writing, b"x")
-    os.close(writing)
-
-
-def test_inspect_writes_its_files_though_nobody_reads(tmp_path):
-    reading, writing = os.pipe()
-    os.close(reading)
-    command = [sys.executable, "-m", "twa", "inspect", str(tmp_path), "-o", str(tmp_path / "out")]
-    done = processes.run(command, stdout=writing)
-    os.close(writing)
-    assert done.returncode == UNREAD
-    assert (tmp_path / "out" / "inspect.md").exists()
+    assert (done.returncode, done.stderr) == (0, "")

@@ -220,8 +220,8 @@ class Loaded:
         return constrained(Orthonormal(weights, transform, R, scale, dropped), c.constraint)
 
 
-def read_basis(path: Path) -> Loaded:
-    """The packed basis in a file; BasisError unless it is whole and sound."""
+def read_contents(path: Path) -> Contents:
+    """What the basis in a file is of, by its header; BasisError if it is none."""
     if not path.is_file():
         raise BasisError("no such file", path)
     try:
@@ -233,9 +233,14 @@ def read_basis(path: Path) -> Loaded:
     if not isinstance(text, str):
         raise BasisError("not a packed basis: its metadata have no entry 'twa'", path)
     try:
-        contents = parse_contents(parse_json(text.encode()))
+        return parse_contents(parse_json(text.encode()))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise BasisError(f"not a packed basis: {first_line(error)}", path) from error
+
+
+def read_basis(path: Path) -> Loaded:
+    """The packed basis in a file; BasisError unless it is whole and sound."""
+    contents = read_contents(path)
     try:
         tensors = read_safetensors(path, DTYPES)
     except (CandidateError, OSError) as error:

@@ -17,9 +17,18 @@ def advising(how_to_go_on: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not advice_of(error):
-            vars(error)["twa_advice"] = how_to_go_on()  # vars: it may be any exception
+        try:
+            _advise(error, how_to_go_on)
+        except KeyboardInterrupt as again:  # a second Ctrl-C
+            _advise(again, how_to_go_on)
+            raise
         raise
+
+
+def _advise(error: BaseException, how_to_go_on: Callable[[], str]) -> None:
+    """Gives advice to an exception."""
+    if not advice_of(error):
+        vars(error)["twa_advice"] = how_to_go_on()  # vars: it may be any exception
 
 
 def to_resume(overwrite: bool, state: Path) -> str:
@@ -29,5 +38,10 @@ def to_resume(overwrite: bool, state: Path) -> str:
 
 
 def advice_of(error: BaseException) -> str:
-    """The advice that an exception carries, or ""."""
-    return getattr(error, "twa_advice", "")
+    """The advice that an exception carries, or one during which it came, such as Ctrl-C; or ""."""
+    link: BaseException | None = error
+    while link is not None:
+        if text := getattr(link, "twa_advice", ""):
+            return str(text)
+        link = link.__context__
+    return ""

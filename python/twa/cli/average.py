@@ -19,6 +19,8 @@ from ..basis.segments import GRANULARITIES
 from ..distributed.choose import SHARDINGS, training_bytes
 from ..distributed.cost import STORAGE
 from ..distributed.ranks import Ranks, initialise
+from ..export.bundle import DCP, WEIGHTS
+from ..export.hugging_face import FOLDER
 from ..io.atomic import clear_unfinished, only_run_in
 from ..io.errors import CandidateError, TwaError
 from ..io.memory import limit_memory
@@ -30,7 +32,15 @@ from ..tasks.batches import seed_all
 from ..tasks.contract import BUILT_IN, load_task
 from . import arguments
 from .advice import advising, to_resume
-from .output import check_is_directory, check_output, finish, is_finished
+from .output import (
+    check_is_directory,
+    check_not_read,
+    check_output,
+    finish,
+    has_result,
+    is_finished,
+    writing,
+)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -118,6 +128,7 @@ def average(args: argparse.Namespace, ranks: Ranks, locked: contextlib.ExitStack
             finished = args.resume and is_finished(args.output)
             if not finished:
                 check_output(args.output, args.overwrite, args.resume)
+                check_not_read(candidates, [args.output / name for name in (WEIGHTS, FOLDER, DCP)])
             clear_unfinished(args.output, [*FILES, Store.NAME, Store.BEST])
         if ranks.broadcast_object(finished):
             if ranks.is_rank_zero:
@@ -138,7 +149,8 @@ def average(args: argparse.Namespace, ranks: Ranks, locked: contextlib.ExitStack
             task = task.on(torch.device("cuda", torch.cuda.current_device()))
     store = Store(args.output, args.resume)
     if ranks.is_rank_zero and not args.resume:
-        store.remove()
+        with writing(args.output):
+            store.begin(has_result(args.output))
     with advising(lambda: how_to_resume(store, args.overwrite)):
         job = Merge(task, candidates, settings, store=store)
         candidates = job.candidates  # with the tensors as the model has them
@@ -158,8 +170,8 @@ def average(args: argparse.Namespace, ranks: Ranks, locked: contextlib.ExitStack
         try:
             outcome = job.run()
         except CandidateError:
-            if ranks.is_rank_zero:
-                store.remove(unless_resumed=True)  # other files will make another run
+            if ranks.is_rank_zero and not store.resumed:
+                store.begin(has_result(args.output))  # other files will make another run
             raise
         finish(args.output, outcome, args.dcp)
     with advising(lambda: f"the result is in {args.output}/"):

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 from .. import demo
-from .output import check_is_directory, check_output, finish
+from ..io.atomic import only_run_in
+from .output import check_is_directory, check_output, finish, writing
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -27,12 +28,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     """Trains, averages and prints how long that took."""
     check_is_directory(args.output)
-    check_output(args.output, args.overwrite)
     start = time.perf_counter()
-    print(
-        "Training a character transformer on the standard library's source, keeping 48 checkpoints,"
-        " then averaging them."
-    )
-    outcome = demo.run(args.output, args.seed)
-    finish(args.output, outcome)
+    with only_run_in(args.output):
+        check_output(args.output, args.overwrite)
+        print(
+            "Training a character transformer on the standard library's source, keeping 48"
+            " checkpoints, then averaging them."
+        )
+        with writing(args.output):
+            outcome = demo.run(args.output, args.seed)
+        finish(args.output, outcome)
     print(f"demo took {time.perf_counter() - start:.0f} s")

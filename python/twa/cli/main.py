@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import signal
 import sys
 import traceback
 from typing import NoReturn
 
 import torch.distributed as dist
 
-from twa_kernels.output import is_unread, printing
+from twa_kernels.output import READER_IS_GONE, lasting_streams
 from twa_kernels.registry import BackendError
 
 from ..distributed.ranks import DistributedError, Ranks
@@ -51,18 +52,20 @@ def main(argv: list[str] | None = None) -> int:
         argv: its arguments; None: those of the process
 
     Returns:
-        the exit status: 0; 1 if another rank failed; 2 for a TwaError, or where the kernels do not
-        run; 130 after Ctrl-C
-
-    Raises:
-        SystemExit: bad arguments; 141 where nobody reads any more what it prints, as after `| head`
+        the exit status: 0; 1 if another rank failed; 2 for a TwaError, where the kernels do not
+        run, or if what was printed could not be written; 130 after Ctrl-C
     """
-    with printing():
-        return _leaving(argv)
+    with lasting_streams() as out:
+        code = _with_ranks(argv)
+    if code == 0 and out.error is not None and out.error.errno not in READER_IS_GONE:
+        why = out.error.strerror
+        print(f"twa: error: what it printed could not be written ({why})", file=sys.stderr)
+        return 2
+    return code
 
 
-def _leaving(argv: list[str] | None) -> int:
-    """Runs a command, and leaves the other ranks as they can bear it."""
+def _with_ranks(argv: list[str] | None) -> int:
+    """Runs a command, and leaves the other ranks in order."""
     code: int | None = None
     try:
         code = _main(argv)
@@ -92,7 +95,13 @@ def _let_go(error: BaseException) -> None:
 def _run(args: argparse.Namespace) -> None:
     """Runs a command. Of its error other ranks are told, and torchrun, which prints a summary."""
     try:
-        args.run(args)
+        try:
+            args.run(args)
+        except SystemExit as stop:
+            if stop.code not in (None, 0):
+                raise
+            text = "expected functions that return, found sys.exit(): the run is not finished"
+            raise TaskError(text, "task") from stop
     except BaseException as error:
         Ranks.find().tell(error)
         if isinstance(error, Exception) and "TORCHELASTIC_ERROR_FILE" in os.environ:
@@ -104,9 +113,8 @@ def _run(args: argparse.Namespace) -> None:
 
 def _main(argv: list[str] | None) -> int:
     """Runs a command, and prints its error, if there is one, as the user should see it."""
-    args = parser().parse_args(argv)
     try:
-        _run(args)
+        _run(parser().parse_args(argv))
     except (TwaError, BackendError) as error:
         if isinstance(error, TaskError) and error.__cause__ is not None:  # in the user's own code
             traceback.print_exception(error.__cause__)
@@ -114,13 +122,13 @@ def _main(argv: list[str] | None) -> int:
             print(f"twa: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
+        if argv is None:  # a second one ends the process at once, without a traceback
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         if Ranks.find().is_rank_zero:
             after = advice_of(stop) or "no result was written: start again with the same command"
             print(f"twa: stopped; {after}", file=sys.stderr)
         return 130
     except Exception as error:
-        if is_unread(error):
-            raise
         ranks = Ranks.find()
         lost = ranks.lost_rank(error) if ranks.is_lost_rank(error) else error
         if not isinstance(lost, DistributedError):
@@ -129,6 +137,8 @@ def _main(argv: list[str] | None) -> int:
                 " own functions; please report what is not the task's, with these lines:",
                 file=sys.stderr,
             )
+            if after := advice_of(error):
+                print(f"twa: {after}", file=sys.stderr)
             raise
         if lost.said_by_rank_zero:
             return 1

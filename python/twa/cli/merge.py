@@ -23,11 +23,10 @@ from ..io.atomic import clear_unfinished, only_run_in
 from ..io.averaging import FixedAverage
 from ..io.candidates import Candidates
 from ..io.checks import is_text, read_json
-from ..io.errors import OutputError, TwaError
+from ..io.errors import TwaError
 from ..io.progress import progress_bar
-from ..io.recording_files import is_recording
 from . import arguments
-from .output import check_file, check_is_directory, check_output, writing
+from .output import check_file, check_is_directory, check_not_read, check_output, writing
 
 DTYPES = ("float32", "bfloat16", "float16")
 BATCHNORM = (
@@ -196,20 +195,3 @@ def has_statistics(fixed: FixedAverage) -> bool:
     """Whether an average has running statistics, as BatchNorm keeps them."""
     names = {key.rpartition(".")[2] for key in fixed.info}
     return {"running_mean", "running_var"} <= names
-
-
-def check_not_read(candidates: Candidates, outputs: list[Path]) -> None:
-    """OutputError if an output, or what is in it, is a file of a candidate.
-
-    Snapshots of a recording need each other: nothing is written among its files.
-    """
-    for output in outputs:
-        if output.parent.is_dir() and is_recording(output.parent):
-            raise OutputError("is inside a recording: choose another output", output)
-    real = [Path(os.path.realpath(output)) for output in outputs]
-    for c in candidates:
-        for file in c.files:
-            path = Path(os.path.realpath(file))
-            for output in real:
-                if output == path or output in path.parents:
-                    raise OutputError(f"is a candidate ({c.path}): choose another output", output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import sys
 import tempfile
@@ -11,7 +12,9 @@ from pathlib import Path
 
 from ..export.hugging_face import FOLDER
 from ..io.atomic import LOCK
+from ..io.candidates import Candidates
 from ..io.errors import OutputError
+from ..io.recording_files import is_recording
 from ..merge.outcome import Outcome
 from ..merge.resume import Store
 
@@ -40,8 +43,18 @@ def check_output(folder: Path, overwrite: bool, resume: bool = False) -> None:
     Raises:
         OutputError: it cannot be made or written, or holds something that must not be lost
     """
+    with writing(folder, "the output directory cannot be written"):
+        _check_output(folder, overwrite, resume)
+        folder.mkdir(parents=True, exist_ok=True)
+        _try_to_write(folder)
+
+
+def _check_output(folder: Path, overwrite: bool, resume: bool) -> None:
+    """OutputError if there is something that is no directory, or must not be lost."""
     if folder.exists() and not folder.is_dir():
         raise OutputError("expected a directory for the output, found a file", folder)
+    if folder.is_symlink() and not folder.exists():
+        raise OutputError("expected a directory for the output, found a link to nothing", folder)
     has_state = (folder / Store.NAME).exists()
     is_full = folder.is_dir() and any(not _is_left_over(p) for p in folder.iterdir())
     if is_full and not overwrite and not (resume and has_state):
@@ -56,7 +69,6 @@ def check_output(folder: Path, overwrite: bool, resume: bool = False) -> None:
             " choose another",
             folder,
         )
-    _check_writable(folder)
 
 
 def check_file(path: Path, overwrite: bool) -> None:
@@ -65,34 +77,51 @@ def check_file(path: Path, overwrite: bool) -> None:
     Raises:
         OutputError: it cannot be written, or is there and may not be replaced
     """
-    if path.is_dir():
-        raise OutputError("expected a file for the output, found a directory", path)
-    if path.exists() and not overwrite:
-        raise OutputError("exists; pass --overwrite to replace it", path)
-    _check_writable(path.absolute().parent)
+    with writing(path, "the output cannot be written"):
+        if path.is_dir():
+            raise OutputError("expected a file for the output, found a directory", path)
+        if path.exists() and not overwrite:
+            raise OutputError("exists; pass --overwrite to replace it", path)
+        _try_to_write(next(p for p in path.absolute().parents if p.exists()))
 
 
-def _check_writable(folder: Path) -> None:
-    """OutputError unless files can be written in a folder, or in that where it can be made."""
-    existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"the output directory cannot be written ({error.strerror})", folder
-        ) from error
+def check_not_read(candidates: Candidates, outputs: list[Path]) -> None:
+    """OutputError if an output, or what is in it, is a file of a candidate.
+
+    Snapshots of a recording need each other: nothing is written among its files.
+    """
+    for output in outputs:
+        if output.parent.is_dir() and is_recording(output.parent):
+            raise OutputError("is inside a recording: choose another output", output)
+    real = [Path(os.path.realpath(output)) for output in outputs]
+    for c in candidates:
+        for file in c.files:
+            path = Path(os.path.realpath(file))
+            for output in real:
+                if output == path or output in path.parents:
+                    raise OutputError(f"is a candidate ({c.path}): choose another output", output)
+
+
+def _try_to_write(folder: Path) -> None:
+    """OSError unless files can be written in a folder."""
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 @contextlib.contextmanager
-def writing(output: Path) -> Iterator[None]:
-    """Makes an OSError from inside one about the output."""
+def writing(output: Path, problem: str = "") -> Iterator[None]:
+    """Makes an OSError from inside an OutputError.
+
+    Args:
+        output: what is written
+        problem: what the error means, before anything is written; else it names the file
+    """
     try:
         yield
     except OSError as error:
-        raise OutputError(
-            f"the result could not be written ({error.strerror}): {error.filename or ''}", output
-        ) from error
+        what = problem or "the result could not be written"
+        where = "" if problem else f": {error.filename or ''}"
+        raise OutputError(f"{what} ({error.strerror}){where}", output) from error
 
 
 def _is_left_over(path: Path) -> bool:
@@ -101,10 +130,14 @@ def _is_left_over(path: Path) -> bool:
     return is_temporary or path.match(Store.BEST) or path.name == LOCK
 
 
+def has_result(folder: Path) -> bool:
+    """Whether the result of a run is there, if only in part."""
+    return all((folder / name).exists() for name in ("averaged.safetensors", "results.json"))
+
+
 def is_finished(folder: Path) -> bool:
     """Whether a run has ended there."""
-    names = ("averaged.safetensors", "results.json")
-    return all((folder / name).exists() for name in names) and not (folder / Store.NAME).exists()
+    return has_result(folder) and not (folder / Store.NAME).exists()
 
 
 def finish(folder: Path, outcome: Outcome, dcp: bool = False) -> None:

@@ -23,6 +23,7 @@ from ..tasks.contract import load_task
 from . import arguments
 from .advice import advising, to_resume
 from .average import start_ranks
+from .output import writing
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -63,8 +64,7 @@ def run(args: argparse.Namespace) -> None:
         warnings.simplefilter("ignore")  # rank 0 says them
     path = find_basis(args.output)
     with ranks.fail_together("reading task and candidates"):
-        if ranks.broadcast_object(ranks.is_rank_zero and is_finished(path, args)):
-            return
+        finished = ranks.broadcast_object(ranks.is_rank_zero and is_finished(path, args))
         candidates = arguments.open_candidates(args)
         if ranks.is_rank_zero:
             arguments.announce(candidates)
@@ -80,6 +80,14 @@ def run(args: argparse.Namespace) -> None:
         ranks=ranks,
     )
     with ranks.fail_together("looking at what is there"):
+        if finished:
+            if ranks.is_rank_zero:
+                job.check_finished()
+                remove_left_over(path)
+                print(
+                    f"{path} is finished: there is nothing to resume (--overwrite packs it again)"
+                )
+            return
         if ranks.is_rank_zero and job.unfinished and not args.resume and not args.overwrite:
             raise BasisError(
                 "of an unfinished run; pass --resume to continue it, or --overwrite to start anew",
@@ -104,12 +112,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def is_finished(path: Path, args: argparse.Namespace) -> bool:
-    """Whether there is nothing to do; BasisError if a file there may not be replaced."""
-    if path.exists() and args.resume and not is_unfinished(path):
-        remove_left_over(path)
-        print(f"{path} is finished: there is nothing to resume (--overwrite packs it again)")
+    """Whether there is a finished file to resume; BasisError if one may not be replaced."""
+    with writing(path, "the output cannot be written"):
+        exists, unfinished = path.exists(), is_unfinished(path)
+    if exists and args.resume and not unfinished:
         return True
-    if path.exists() and not args.overwrite and not args.resume:
+    if exists and not args.overwrite and not args.resume:
         raise BasisError("exists; pass --overwrite to replace it", path)
     return False
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from torch import Tensor
 
 from ..io import versions
-from ..io.atomic import remove, replace, write_json
+from ..io.atomic import replace, write_json
 from ..io.averaging import FixedAverage
 from ..io.compare import without_tensors
 from ..io.errors import CandidateWarning, TwaError
 from ..io.safetensors import DTYPE_NAMES, write_blocks
 from . import hugging_face
-from .bundle import WEIGHTS
+from .bundle import WEIGHTS, remove_others
 from .mergekit import HEADER
 
 MERGE = "merge.json"
@@ -88,9 +88,7 @@ def write_merge(
         recipe = {"beta": weights[:, None].tolist(), "segments": ["model"]}
         options = {"out_dtype": dtype, "header": HEADER.format(MERGE)}
         written += hugging_face.write_recipe(folder, fixed.used, recipe, **options)
-    for name in hugging_face.OUTPUTS:
-        if name not in {w.rstrip("/") for w in written}:
-            remove(folder / name)
+    remove_others(folder, written, fixed.candidates)
     description = {
         "format": versions.MERGE,
         "scheme": scheme,

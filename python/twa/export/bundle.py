@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..distributed.sharding import Sharding
-from ..io.atomic import write_json
+from ..io.atomic import remove, write_json
+from ..io.candidate import Candidate
 from ..io.compare import without_tensors
 from . import hugging_face
 from .weights import check_export, write_dcp, write_export
@@ -23,6 +25,8 @@ def write_bundle(
     """The model as it is now, its coefficients, and what suits Hugging Face candidates.
 
     All ranks call it, the first writes; each file appears whole.
+
+    What is there of another model, such as averaged/ of other candidates, is removed.
 
     Args:
         folder: where they go; made if it is not there
@@ -46,4 +50,18 @@ def write_bundle(
     if text := without_tensors(sharding.candidates[0].extra):
         warnings.warn(f"{folder / WEIGHTS}: {text}", stacklevel=2)
     beside = hugging_face.write_beside(folder, sharding, coefficients)
-    return [WEIGHTS, *([f"{DCP}/"] if dcp else []), *beside, COEFFICIENTS]
+    written = [WEIGHTS, *([f"{DCP}/"] if dcp else []), *beside, COEFFICIENTS]
+    remove_others(folder, written, sharding.candidates)
+    return written
+
+
+def remove_others(folder: Path, written: Sequence[str], candidates: Sequence[Candidate]) -> None:
+    """Removes what is there of an earlier model's weights in other forms than those written.
+
+    A directory in which a candidate lies stays.
+    """
+    used = {p for c in candidates for file in c.files for p in Path(os.path.realpath(file)).parents}
+    for name in (DCP, *hugging_face.OUTPUTS):
+        is_used = Path(os.path.realpath(folder / name)) in used
+        if name not in {w.rstrip("/") for w in written} and not is_used:
+            remove(folder / name)

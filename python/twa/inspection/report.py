@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,7 +32,7 @@ LABEL = 22  # characters
 
 def check_folder(folder: Path) -> None:
     """Raises TwaError for something that is no directory."""
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not folder.is_dir():
         raise TwaError("expected a directory for the output, found a file", folder)
 
 

@@ -12,6 +12,7 @@ import glob
 import io
 import json
 import os
+import secrets
 import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,7 @@ from .errors import OutputError
 #: what a run locks in the directory that it writes
 LOCK = ".run.lock"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
+_WRITING: set[Path] = set()  # by threads of this process
 _LOCKED: weakref.WeakSet[BinaryIO] = weakref.WeakSet()  # by this process
 
 
@@ -36,6 +38,14 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def open_lock(path: Path) -> BinaryIO:
+    """Opens a file to be locked, which is made if need be; that of another user to read only."""
+    try:
+        return open(path, "ab")
+    except PermissionError:
+        return open(path, "rb")
 
 
 def lock(file: BinaryIO, shared: bool = False) -> bool:
@@ -90,11 +100,11 @@ def only_run_in(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: another process works there
     """
-    is_new, path = not folder.exists(), folder / LOCK
+    is_new, path = not os.path.exists(folder), folder / LOCK
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(path, "ab"))
+            file = stack.enter_context(open_lock(path))
             # One that was opened before the other process removed it is locked by nobody.
             if not (lock(file) and is_at(file, path)):
                 raise OutputError("another run is at work in this directory", folder)
@@ -121,13 +131,15 @@ def is_at(file: BinaryIO, path: Path) -> bool:
 def temporary_of(path: Path) -> Path:
     """Where this process writes what will be put at `path`.
 
-    What killed processes have left there is removed.
+    What killed processes have left there is removed. No two writers have the same name: in
+    containers that share a directory, processes may have the same number.
     """
     for file in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        pid = file.name.split(".")[-2]
-        if pid.isdecimal() and (int(pid) == os.getpid() or not _is_running(int(pid))):
+        pid = file.name.split(".")[-2].partition("-")[0]
+        is_mine = pid == str(os.getpid())
+        if pid.isdecimal() and not (file in _WRITING if is_mine else _is_running(int(pid))):
             file.unlink(missing_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def _is_running(pid: int) -> bool:
@@ -158,6 +170,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         write: called with the temporary path to write to
     """
     temporary = temporary_of(path)
+    _WRITING.add(temporary)
     try:
         with naming(path):
             write(temporary)
@@ -167,6 +180,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        _WRITING.discard(temporary)
 
 
 def clear_unfinished(folder: Path, names: Iterable[str]) -> None:
@@ -240,8 +254,8 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text as UTF-8."""
-    replace(path, lambda p: p.write_text(text, encoding="utf-8"))
+    """Writes a text as UTF-8; bytes of paths that are none are escaped."""
+    replace(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:

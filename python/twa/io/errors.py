@@ -5,6 +5,9 @@ Anything else that is raised is a fault of this package, or of the user's own fu
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class TwaError(ValueError):
     """Something that was given is wrong; the message says what was expected and what was found.
@@ -35,6 +38,17 @@ def check_type(name: str, value: object, kind: type, expected: str) -> None:
 
 class CandidateError(TwaError):
     """A checkpoint cannot be read, or does not fit the others or the model."""
+
+
+@contextlib.contextmanager
+def reading(where: object = "") -> Iterator[None]:
+    """Makes an OSError from inside, such as that of a file of another user, a CandidateError."""
+    try:
+        yield
+    except OSError as error:
+        raise CandidateError(
+            f"cannot be read ({error.strerror or error})", error.filename or where
+        ) from error
 
 
 class NoWeights(CandidateError):

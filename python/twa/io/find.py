@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .checks import is_shown
-from .errors import CandidateError
+from .errors import CandidateError, reading
 from .formats import FSDP_FOLDER, is_checkpoint_folder, is_unfinished, suffix_of
 from .order import age, in_order, shortened
 
@@ -38,6 +38,7 @@ class Found:
     notes: list[str] = field(default_factory=list)
 
 
+@reading()
 def find(patterns: Iterable[str | os.PathLike[str]], keep_unmatched: bool = False) -> Found:
     """What may be checkpoints, before any is opened.
 
@@ -48,7 +49,8 @@ def find(patterns: Iterable[str | os.PathLike[str]], keep_unmatched: bool = Fals
             opening it says what is wrong
 
     Raises:
-        CandidateError: there are no patterns, one matches nothing, or a path cannot be shown
+        CandidateError: there are no patterns, one matches nothing, a path cannot be shown, or a
+            directory cannot be read
     """
     found = Found()
     named: set[Path] = set()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .candidate import Candidate
 from .duplicates import without_duplicates, without_same_files
-from .errors import CandidateError, NoWeights
+from .errors import CandidateError, NoWeights, reading
 from .find import Found, left_out
 from .order import LISTING, shortened
 from .recording import Recorded, Recording, open_recording
@@ -56,11 +56,12 @@ def open_all(
     Raises:
         NoWeights, CandidateError: as `open_one`
     """
-    if not path.is_dir() or not is_recording(path):
-        return [open_one(found, path, entry, ignore)]
-    if entry is not None:
-        raise CandidateError(f"entry {entry!r}: a recording has none", path)
-    return [*open_recording(path).candidates(ignore)]
+    with reading(path):
+        if not path.is_dir() or not is_recording(path):
+            return [open_one(found, path, entry, ignore)]
+        if entry is not None:
+            raise CandidateError(f"entry {entry!r}: a recording has none", path)
+        return [*open_recording(path).candidates(ignore)]
 
 
 def open_one(found: Found, path: Path, entry: str | None, ignore: Sequence[str] = ()) -> Candidate:
@@ -77,6 +78,7 @@ def open_one(found: Found, path: Path, entry: str | None, ignore: Sequence[str] 
     return candidate
 
 
+@reading()
 def sorted_out(
     found: Found, opened: Sequence[Candidate]
 ) -> tuple[list[Candidate], list[str], list[str]]:
@@ -84,6 +86,9 @@ def sorted_out(
 
     Returns:
         the candidates, what may have been meant otherwise, and what else there is to say
+
+    Raises:
+        CandidateError: one can no longer be read
     """
     files = [c for c in opened if not isinstance(c, Recorded)]
     snapshots = [c for c in opened if isinstance(c, Recorded)]

@@ -251,6 +251,15 @@ def read_anchor(path: Path) -> tuple[Contents, Anchor]:
     return contents, Anchor(path, number, step, weights, _state(tensors, contents, path))
 
 
+def run_of(path: Path) -> object:
+    """Of which run a file of a recording says it is.
+
+    Raises:
+        CandidateError: it is damaged, or none
+    """
+    return _metadata(path).get("run")
+
+
 def read_step(path: Path, contents: Contents) -> Step:
     """The snapshot in a file of a recording.
 

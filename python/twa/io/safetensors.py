@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import replace
@@ -114,8 +113,13 @@ def raw_bytes(t: Tensor) -> memoryview:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a file of these tensors."""
-    replace(path, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
+    """Writes a file of these tensors, which are on the CPU.
+
+    Raises:
+        OSError: it cannot be written
+    """
+    info = {key: TensorInfo(tuple(t.shape), t.dtype) for key, t in tensors.items()}
+    write_stream(path, info, tensors.items())
 
 
 def read_header(path: Path) -> tuple[dict[str, object], int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ from ..io.errors import CandidateError, StateError
 from ..io.torch_zip import read_values
 from ..io.versions import RUN, problem
 
+#: the state of a run that has done nothing yet
+BEGUN = {"format": RUN, "begun": True}
 #: what to do with a state of an earlier version
 OLDER = "finish the run with the twa that began it, or start again with --overwrite"
 
@@ -194,6 +196,21 @@ class Store:
         self.best_lost = False
         self.saved = ""
 
+    def begin(self, replacing: bool) -> None:
+        """Removes the state of an earlier run. Rank 0 calls it before a run that is no resumed one.
+
+        Args:
+            replacing: whether results of an earlier run are there, to be replaced: then a state in
+                which nothing is done says so, until there is one of this run. A run that is killed
+                meanwhile would else be taken for a finished one
+
+        Raises:
+            OSError: it cannot be written
+        """
+        if replacing:
+            write_torch(self.path, BEGUN)
+        self.remove(but=[self.path] if replacing else [])
+
     def save(self, state: dict[str, Any]) -> None:
         """Writes a state.
 
@@ -267,6 +284,8 @@ class Store:
         if text := problem(found, RUN, OLDER):
             raise StateError(f"not a state of this twa: {text}", self.path)
         assert isinstance(state, dict)  # nothing else has a version
+        if state == BEGUN:
+            return None
         if odd := [k for k, good in _STATE.items() if k not in state or not fits(state[k], good)]:
             raise StateError(
                 f"not a whole state: {odd[0]!r} is missing or not what a run saves", self.path
@@ -320,12 +339,8 @@ class Store:
                     )
             return parts_of(sharding, exported)
 
-    def remove(self, unless_resumed: bool = False) -> None:
-        """Removes the state of a run that is finished, or cannot be continued.
-
-        Args:
-            unless_resumed: whether a state stays that another run has begun
-        """
-        if not (unless_resumed and self.resumed):
-            for path in [self.path, *self.folder.glob(self.BEST)]:
+    def remove(self, but: Sequence[Path] = ()) -> None:
+        """Removes the state of a run that is finished, or cannot be continued; not these files."""
+        for path in [self.path, *self.folder.glob(self.BEST)]:
+            if path not in but:
                 path.unlink(missing_ok=True)

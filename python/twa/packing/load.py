@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ MOST_PIECES = 8192  # of a rank's shards, beside one each: each costs a step abo
 def find_basis(path: str | Path) -> Path:
     """The file of a basis, given by itself or by its directory."""
     path = Path(path)
-    return path / NAME if path.is_dir() else path
+    return path / NAME if os.path.isdir(path) else path
 
 
 def check_model(model: nn.Module, contents: Contents, path: Path) -> None:

@@ -27,7 +27,7 @@ from twa_kernels.scaling import Scaling, lost_groups
 
 from .. import averages
 from ..basis.feed import Feed
-from ..basis.file import LARGEST_SCALE, Writer
+from ..basis.file import LARGEST_SCALE, Writer, read_contents
 from ..basis.segments import Granularity, segments_of
 from ..distributed.ranks import Ranks, digest, facts, versions
 from ..distributed.sharding import Sharding
@@ -202,6 +202,14 @@ class PackToFile:
     def unfinished(self) -> bool:
         """Whether an interrupted run can be continued."""
         return is_unfinished(self.path)
+
+    def check_finished(self) -> None:
+        """BasisError unless the file that is there is what this job would write, by its header."""
+        ours, theirs = self.contents.as_json(), read_contents(self.path).as_json()
+        if odd := [name for name in ours if ours[name] != theirs[name]]:
+            raise BasisError(
+                f"of another run: {odd[0]} differs; pass --overwrite to replace it", self.path
+            )
 
     def clear(self) -> None:
         """Removes what an interrupted run has left."""

@@ -38,7 +38,7 @@ from ..spectral_norm import refresh_spectral_norms
 from ..subspace import Subspace
 from .contents import Watched, Weights, master_of, part_of, rounded
 from .hooks import StepHook, with_hooks
-from .store import Folder, Memory, Snapshot, is_empty, unchanged
+from .store import Folder, Memory, Snapshot, is_empty, said, unchanged
 
 STATE_KEYS = ("run", "bits", "count")
 
@@ -124,6 +124,7 @@ class Recorder:
         self._pending: list[_Pending] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}  # of copies to the CPU
         self._ended = self._swapped = self._closed = False
+        self._is_torn = False  # whether the reference may be a step ahead of the codes
         self._is_unplaced = False  # whether it goes on with a recording, and nobody has said where
         self._store: Memory | Folder = Memory(keep)
         if self.path is not None:
@@ -251,14 +252,16 @@ class Recorder:
         if reason := self._store.problem():
             _warn(f"step {step} is not recorded: {reason}")
             return False
-        with plain_weights(self.model):
-            try:
+        try:
+            with plain_weights(self.model):
                 weights = self._current()
-            except Exception as error:  # of weights=, too
-                self._ended = True
-                _warn(f"recording ends before step {step}: {error}; make another Recorder")
-                return False
-            return self._take(step, weights) if known else self._begin(step, weights)
+                return self._take(step, weights) if known else self._begin(step, weights)
+        except BaseException as error:  # of weights=, too
+            self._ended = True
+            if not isinstance(error, Exception):  # such as Ctrl-C
+                raise
+            _warn(f"recording ends before step {step}: {said(error)}; make another Recorder")
+            return False
 
     def _check_not_swapped(self) -> None:
         """TwaError if the weights are not those of the training."""
@@ -320,18 +323,27 @@ class Recorder:
             # one device could not undo what another has done
             _warn(f"step {step} is not recorded: {bad}")
             return False
-        try:
-            if devices != [torch.device("cpu")]:
+        if devices != [torch.device("cpu")]:
+            with self._moving():
                 self._pending.append(self._take_from(devices, step, weights))
-                return True
-            state = self._watched.state()
-            _wait_for_gpus(self.model)
+            return True
+        state = self._watched.state()
+        _wait_for_gpus(self.model)
+        with self._moving():
             codes, scales, is_bad = tk.record(weights, self._reference, self.bits)
             self._add(_Pending(Snapshot(step, codes, scales, state), is_bad), weights)
-            return not is_bad
-        except BaseException:  # such as Ctrl-C: the reference may be a step ahead of the codes
-            self._ended = True
-            raise
+        return not is_bad
+
+    @contextlib.contextmanager
+    def _moving(self) -> Iterator[None]:
+        """A context in which the reference gets ahead of the codes.
+
+        What ends it early, such as Ctrl-C, leaves it there: in memory all snapshots are counted
+        from the reference, and are lost.
+        """
+        self._is_torn = True
+        yield
+        self._is_torn = False
 
     def _take_from(
         self, devices: Sequence[torch.device], step: int, weights: Sequence[Tensor]
@@ -388,8 +400,9 @@ class Recorder:
                     event.synchronize()
                 elif not event.query():
                     return
-            self._pending.pop(0)
-            self._add(first)
+            with self._moving():
+                self._pending.pop(0)
+                self._add(first)
 
     def _add(self, pending: _Pending, weights: Sequence[Tensor] | None = None) -> None:
         """Hands a snapshot over, if its weights were finite."""
@@ -445,9 +458,30 @@ class Recorder:
         All ranks call it.
         """
         self.flush()
-        written = self._store.written if self._watched.records else None
-        everyone = [s for s in self._ranks.all_gather_object(written) if s is not None]
+        with self._ranks.fail_together("looking for snapshots"):
+            readable = self._readable() if self._watched.records else None
+        everyone = [s for s in self._ranks.all_gather_object(readable) if s is not None]
         return sorted(set(everyone[0]).intersection(*everyone[1:])) if everyone else []
+
+    def _readable(self) -> list[int]:
+        """Steps of this rank's snapshots that can be read."""
+        if not isinstance(self._store, Folder):
+            self._check_whole()
+            return self._store.steps
+        if not self._store.written:
+            return []
+        log = self._store.log()
+        for note in log.notes:
+            _warn(note)
+        return log.trail().steps
+
+    def _check_whole(self) -> None:
+        """TwaError if the snapshots in memory are not what was recorded."""
+        if self._is_torn and isinstance(self._store, Memory):
+            raise TwaError(
+                "the snapshots in memory are lost: taking the last one was interrupted; pass path="
+                " to have them in files"
+            )
 
     def _beta(self, steps: Sequence[int], scheme: str | Tensor, **horizon: float | str) -> Tensor:
         """The merge weights of an average of the snapshots of these steps."""
@@ -585,6 +619,7 @@ class Recorder:
         if not self.steps:
             raise TwaError("there is no snapshot yet")
         assert isinstance(self._store, Memory)
+        self._check_whole()
         # a copy, since the next snapshot changes the reference
         reference = [t.clone() for t in self._reference]
         trail, states = self._store.trail(self._watched.contents, reference)
@@ -662,6 +697,7 @@ class Recorder:
         # tuples: torch.distributed.checkpoint keeps them whole, and needs not know their shapes
         kept: tuple[Any, ...] = ()
         if isinstance(self._store, Memory) and self._store.first is not None:
+            self._check_whole()
             first, rows = self._store.first, self._store.rows
             kept = (
                 tuple(t.clone() for t in self._reference),
@@ -737,6 +773,7 @@ class Recorder:
     def _load_memory(self, kept: Sequence[Any]) -> None:
         """Takes over the snapshots of a state."""
         store, entries = Memory(self.keep), self._watched.contents.trained
+        self._is_torn = False
         if kept:
             reference, first, rows = kept
             found = [tuple(t.shape) for t in reference]
@@ -775,6 +812,9 @@ class Recorder:
 
     def _rewind_memory(self, store: Memory, step: int | None) -> None:
         """Drops snapshots in memory after a step."""
+        if step is None:
+            self._is_torn = False
+        self._check_whole()
         if step is not None and store.first is not None and store.first[0] > step:
             raise TwaError(f"expected a step of at least {store.first[0]}, the first snapshot's")
         gone = [row for row in store.rows if step is None or row.step > step]
@@ -848,6 +888,7 @@ class Recorder:
 
     def _take_over(self, log: Log | None) -> None:
         """Puts reference, state and count where a log ends."""
+        self._is_torn = False
         if log is None:
             self._reference, self._state, self.count = [], {}, 0
             return
@@ -885,6 +926,7 @@ class Recorder:
     def _trail(self) -> tuple[Trail, list[Mapping[str, Source]]]:
         """This rank's snapshots, and what else there was at each."""
         if isinstance(self._store, Memory):
+            self._check_whole()
             return self._store.trail(self._watched.contents, self._reference)
         log = self._store.log()
         return log.trail(), log.states()

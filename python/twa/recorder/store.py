@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from ..io.atomic import clear_unfinished, lock, unlock
+from ..io.atomic import clear_unfinished, lock, open_lock, unlock
 from ..io.checks import first_line
-from ..io.errors import CandidateWarning, TwaError
+from ..io.errors import CandidateError, CandidateWarning, TwaError
 from ..io.mapped import Held, MappedFile, Source
 from ..io.recording_files import (
+    ANCHOR,
     ANCHORS,
     STATE,
+    STEP,
     STEPS,
     WEIGHTS,
     Contents,
     Log,
     read_log,
+    run_of,
     write_snapshot,
 )
 from ..io.trail import Trail
@@ -171,7 +174,7 @@ class Folder:
     def __init__(self, folder: Path, keep: int | None) -> None:
         self.folder, self.keep = folder, keep
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock: BinaryIO = open(folder / LOCK, "ab")  # noqa: SIM115 (closed in close)
+        self._lock = open_lock(folder / LOCK)
         if not lock(self._lock):
             self._lock.close()
             raise TwaError("another process records there", folder)
@@ -185,6 +188,7 @@ class Folder:
         self._work: Future[None] | None = None
         self._error: Exception | None = None
         self._notes: dict[str, bool] = {}  # warnings, and whether they are out
+        self._process = os.getpid()
 
     @property
     def steps(self) -> list[int]:
@@ -227,7 +231,10 @@ class Folder:
 
     def _start(self) -> None:
         """Has the thread write what waits, after what it is at."""
-        self._work = self._pool.submit(self._write_waiting)
+        try:
+            self._work = self._pool.submit(self._write_waiting)
+        except RuntimeError as error:  # no further thread is allowed, or the interpreter ends
+            self._work, self._error = None, error
 
     def _write_waiting(self) -> None:
         """Writes in order; stops at an error, since nothing can be read beyond a gap."""
@@ -237,6 +244,7 @@ class Folder:
             tensors = {"codes": snapshot.all_codes, "scales": snapshot.all_scales}
             tensors |= {STATE + key: t for key, t in snapshot.state.items()}
             try:
+                self._check_there()
                 write_snapshot(self.folder, self.contents, number, snapshot.step, tensors)
                 self._waiting.popleft()
             except Exception as error:  # whatever it is, the training goes on
@@ -248,6 +256,19 @@ class Folder:
             except Exception as error:
                 self._notes.setdefault(f"{self.folder}: old snapshots stay: {error}", False)
         self._error = None
+
+    def _check_there(self) -> None:
+        """CandidateError if a file without which the next one cannot be read has been removed."""
+        assert self.contents is not None
+        first, *later = self.written
+        there, anchor = set(os.listdir(self.folder)), ANCHOR.format(first)
+        for name in (anchor, *map(STEP.format, later)):
+            if name not in there:
+                raise CandidateError(
+                    "is gone, and later snapshots cannot be read without", self.folder / name
+                )
+        if run_of(self.folder / anchor) != self.contents.run:
+            raise CandidateError("is of another run", self.folder / anchor)
 
     def _drop(self, keep: int) -> None:
         """Drops the oldest, several at a time, by writing an anchor in the place of one."""
@@ -264,36 +285,46 @@ class Folder:
             # float32: what comes after was coded against just these numbers
             tensors[WEIGHTS + e.key] = trail.snapshot(k, 0, e.numel, at).view(e.sizes)
         write_snapshot(self.folder, log.contents, anchor.number, anchor.step, tensors)
+        del self._steps[: self._steps.index(anchor.step)]
         for path in [log.anchor.path, *(s.path for s in log.steps[:at]), *log.left]:
             path.unlink()
-        del self._steps[: self._steps.index(anchor.step)]
 
     def problem(self) -> str:
         """Why no further snapshot can be taken now; what failed is tried again meanwhile."""
+        if self._is_forked():
+            return f"{self.folder}: the process that this one was forked from records there"
         error = self._error  # which the thread may clear meanwhile
         if error is None:
             return ""
-        text = f"{self.folder}: {_said(error)}"
+        text = f"{self.folder}: {said(error)}"
         if self._work is None or self._work.done():
             self._start()
         return text
 
     def flush(self) -> None:
         """Returns when all is written that can be; warns of what is not."""
+        if self._is_forked():
+            return
         if self._waiting:
             self._start()
         if self._work is not None:
             self._work.result()
+        elif self._waiting:  # there can be no thread
+            self._write_waiting()
         for text in [text for text, is_out in self._notes.items() if not is_out]:
             warnings.warn(text, CandidateWarning, stacklevel=3)
             self._notes[text] = True
         if (error := self._error) is not None:
             warnings.warn(
                 f"{self.folder}: {len(self._waiting)} snapshots could not be written"
-                f" ({_said(error)}); they wait in memory",
+                f" ({said(error)}); they wait in memory",
                 CandidateWarning,
                 stacklevel=3,
             )
+
+    def _is_forked(self) -> bool:
+        """Whether this process is a copy of the one that has the thread and the lock."""
+        return os.getpid() != self._process
 
     def log(self) -> Log:
         """What is written."""
@@ -301,6 +332,8 @@ class Folder:
 
     def cut(self, step: int | None) -> Log | None:
         """Removes the snapshots after a step, None: all; returns what is left."""
+        if self._is_forked():
+            raise TwaError(self.problem())
         self.flush()
         log = self.log()
         if step is not None and log.anchor.step > step:
@@ -325,15 +358,19 @@ class Folder:
 
     def close(self) -> None:
         """Ends the thread; another process may then record there."""
+        if self._is_forked():
+            return
         self._pool.shutdown(wait=True)
         unlock(self._lock)
         self._lock.close()
 
 
-def _said(error: Exception) -> str:
+def said(error: BaseException) -> str:
     """What an error says, in a few words."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, TwaError):
+        return str(error)
     return f"{type(error).__name__}: {first_line(error)}"
 
 

@@ -225,7 +225,13 @@ def check_batches(batches: object, where: str) -> None:
 
 def _run_file(path: Path) -> ModuleType:
     """The module that a task file is, run."""
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+        if is_file:
+            path.read_bytes()
+    except OSError as error:
+        raise TaskError(f"task {str(path)!r}: cannot be read ({error.strerror})") from error
+    if not is_file:
         raise TaskError(
             f"task {str(path)!r}: expected one of {', '.join(BUILT_IN)}, or a Python file; there is"
             " no such file"

@@ -1,0 +1,220 @@
+"""What must not stop a training that is recorded, and must not make the recording wrong: no memory,
+no thread, a fork, an interruption, files that somebody removes.
+"""
+
+import os
+import shutil
+import threading
+import warnings
+
+import pytest
+import torch
+import twa
+from torch import nn
+from twa.io import atomic
+from twa.io.errors import CandidateError, CandidateWarning, TwaError
+
+import twa_kernels as tk
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Training:
+    """A small model, its recorder, and steps of training."""
+
+    def __init__(self, path, **options):
+        torch.manual_seed(0)
+        self.model, self.seen = nn.Sequential(nn.Linear(5, 40), nn.BatchNorm1d(40)), {}
+        self.recorder = twa.Recorder(self.model, every=1, bits=8, path=path, **options)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.recorder.attach(self.optimizer)
+
+    def steps(self, count):
+        """Takes so many; returns the warnings."""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(count):
+                self.optimizer.zero_grad()
+                self.model(torch.randn(8, 5)).square().mean().backward()
+                self.optimizer.step()
+                self.seen[self.recorder.count] = self.model[0].weight.detach().clone()
+        return [str(w.message) for w in said if w.category is CandidateWarning]
+
+    def check(self, path, steps):
+        """The recording has these steps, and the weights that there were."""
+        found = {c.step: c.tensor("0.weight") for c in twa.Candidates(path)}
+        assert list(found) == steps
+        for step, weights in found.items():
+            assert (weights - self.seen[step]).abs().max() < 0.01
+
+
+def fail(*_, **__):
+    raise MemoryError("no room for 12 bytes")
+
+
+@pytest.mark.parametrize("what", ["kernel", "state"])
+@pytest.mark.parametrize("before", [0, 3])
+def test_no_memory_for_a_snapshot(tmp_path, monkeypatch, what, before):
+    """Whatever fails: the recording ends with a warning, the training goes on."""
+    training = Training(tmp_path)
+    assert training.steps(before) == []
+    with monkeypatch.context() as m:
+        if what == "kernel":
+            m.setattr(tk, "record", fail)
+        else:
+            m.setattr(type(training.recorder._watched), "state", fail)
+        said = training.steps(3)
+    at = before + 1 + (before == 0 and what == "kernel")  # the first snapshot needs no kernel
+    text = f"recording ends before step {at}: MemoryError: no room for 12 bytes"
+    assert said == [f"{text}; make another Recorder"]
+    assert training.steps(2) == []
+    training.recorder.close()
+    if at > 1:
+        training.check(tmp_path, list(range(1, at)))
+
+
+def test_no_thread_to_write(tmp_path, monkeypatch):
+    """Snapshots wait in memory, and flush() writes them itself."""
+    training = Training(tmp_path)
+
+    def start(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    said = training.steps(4)
+    assert len(said) == 2 and all("is not recorded: " in text for text in said), said
+    assert "can't start new thread" in said[0]
+    training.recorder.close()
+    training.check(tmp_path, [1, 2])
+
+
+def test_a_forked_process_does_not_record(tmp_path):
+    """It trains on with warnings, and neither hangs nor writes."""
+    training = Training(tmp_path)
+    training.steps(3)
+    training.recorder.flush()
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            said = training.steps(9)
+            training.recorder.state_dict()
+            training.recorder.close()
+            with pytest.raises(TwaError, match="forked from"):
+                training.recorder._store.cut(1)
+            code = 0 if len(said) == 9 and all("forked from" in text for text in said) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert training.steps(2) == []
+    training.recorder.close()
+    training.check(tmp_path, [1, 2, 3, 4, 5])
+
+
+@pytest.mark.parametrize("name", ["anchor_1", "step_2", "step_4"])
+def test_a_file_is_removed_while_recording(tmp_path, name):
+    """Nothing is recorded that could not be read; it goes on when the file is there again."""
+    training, path = Training(tmp_path), tmp_path / f"{name}.safetensors"
+    training.steps(4)
+    training.recorder.flush()
+    data = path.read_bytes()
+    path.unlink()
+    training.steps(2)
+    with pytest.warns(CandidateWarning, match=rf"{name}.safetensors: is gone"):
+        training.recorder.flush()
+    assert any("is gone, and later snapshots" in text for text in training.steps(2))
+    assert not (tmp_path / "step_5.safetensors").exists()
+    path.write_bytes(data)
+    training.recorder.flush()
+    training.steps(1)
+    training.recorder.close()
+    steps = [c.step for c in twa.Candidates(tmp_path)]
+    assert steps[:4] == [1, 2, 3, 4] and steps[-1] == 9
+    training.check(tmp_path, steps)
+
+
+def test_an_average_of_what_can_be_read(tmp_path):
+    """Of the snapshots before a file that was removed, with a warning; none without the first."""
+    training = Training(tmp_path)
+    training.steps(4)
+    training.recorder.flush()
+    (tmp_path / "step_3.safetensors").unlink()
+    with pytest.warns(CandidateWarning, match=r"step_4.* is left out: snapshot 2 is missing"):
+        training.recorder.apply("last")
+    assert (training.model[0].weight - training.seen[2]).abs().max() < 0.01
+    (tmp_path / "anchor_1.safetensors").unlink()
+    with pytest.raises(CandidateError, match="no anchor"):
+        training.recorder.apply("last")
+
+
+def test_another_recording_in_the_same_place(tmp_path):
+    """The directory was removed, and another training records there: its files stay its own."""
+    mine = Training(tmp_path / "run")
+    mine.steps(1)
+    mine.recorder.flush()
+    shutil.rmtree(tmp_path / "run")
+    other = Training(tmp_path / "run")
+    other.steps(3)
+    other.recorder.close()
+    mine.steps(2)
+    with pytest.warns(CandidateWarning, match="is of another run"):
+        mine.recorder.close()
+    other.check(tmp_path / "run", [1, 2, 3])
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+def test_interrupted_while_a_snapshot_is_taken(tmp_path, monkeypatch, kind):
+    """In memory all are counted from the last one, which is unknown: an error, no wrong average."""
+    path = None if kind == "memory" else tmp_path
+    training = Training(path)
+    training.steps(3)
+    original = tk.record
+
+    def interrupted(*arguments):
+        original(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(tk, "record", interrupted)
+        training.steps(1)
+    recorder = training.recorder
+    if kind == "files":
+        recorder.apply("last")
+        assert (training.model[0].weight - training.seen[3]).abs().max() < 0.01
+        recorder.rewind(3)
+        training.steps(2)
+        recorder.close()
+        training.check(path, [1, 2, 3, 4, 5])
+        return
+    for use in (
+        lambda: recorder.apply("last"),
+        recorder.recording,
+        recorder.state_dict,
+        lambda: recorder.rewind(2),
+    ):
+        with pytest.raises(TwaError, match="taking the last one was interrupted"):
+            use()
+    recorder.rewind(None)
+    training.steps(2)
+    recorder.apply("last")
+    assert (training.model[0].weight - training.seen[2]).abs().max() < 0.01
+
+
+def test_a_lock_of_another_user(tmp_path, monkeypatch):
+    """A file that may only be read is locked as well: two users write one directory in turn."""
+    real = open
+
+    def another_users(path, mode="r", *arguments, **options):
+        if str(path).endswith(".lock") and mode == "ab":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, mode, *arguments, **options)
+
+    with atomic.only_run_in(tmp_path):
+        monkeypatch.setattr("builtins.open", another_users)
+        with pytest.raises(TwaError, match="another run"), atomic.only_run_in(tmp_path):
+            pass
+    (tmp_path / "recording.lock").touch()
+    training = Training(tmp_path)
+    with pytest.raises(TwaError, match="another process records there"):
+        Training(tmp_path, resume=True)
+    training.recorder.close()
