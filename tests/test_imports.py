@@ -131,7 +131,7 @@ def kernels(inputs, backend):
         )
     yield "average", tk.average(list(inputs.rows[0]), [0.1, 0.2, 0.3, 0.15, 0.25], backend=backend)
     yield "gram", tk.ops.gram.OP(*basis.operands, backend)
-    for form in ("explicit", "implicit", "packed"):
+    for form in ("explicit", "implicit"):
         for accuracy in ("high", "fast"):
             options = {"center": inputs.center, "form": form, "accuracy": accuracy}
             o = tk.orthonormalize(inputs.rows, backend=backend, **options)

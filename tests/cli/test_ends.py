@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from twa import demo
 from twa.cli import advice
 from twa.cli import main as cli
+
 from twa_kernels.output import Stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -320,16 +321,17 @@ def test_paths_that_cannot_be(heap, average, capsys):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
 def test_names_that_are_no_text(average, capsys):
-    """A directory whose name is not UTF-8: its bytes are escaped in report.md."""
+    """Names that are not UTF-8 are refused before the work, of candidates and of outputs."""
     folder = os.fsdecode(b"n\xff")
     os.mkdir(folder)
     argv = average("pass")
-    for name in [a for a in argv if a.startswith("c")]:
-        os.rename(name, f"{folder}/{name}")
-    assert cli.main([f"{folder}/{a}" if a.startswith("c") else a for a in argv]) == 0
-    with open("out/report.md", encoding="utf-8") as f:
-        assert "n\\udcff/c1.safetensors" in f.read()
-    capsys.readouterr()
+    candidates = [a for a in argv if a.startswith("c")]
+    shutil.copy(candidates[0], folder)
+    odd = [f"{folder}/{a}" if a == candidates[0] else a for a in argv]
+    code, errors = says(capsys, odd)
+    assert code == 2 and "expected paths that can be shown as they are" in errors[0]
+    code, errors = says(capsys, [f"{folder}/out" if a == "out" else a for a in argv])
+    assert code == 2 and "expected a name that can be shown as it is" in errors[0]
 
 
 def test_a_demo_without_room(tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..export.hugging_face import FOLDER
 from ..io.atomic import LOCK
 from ..io.candidates import Candidates
+from ..io.checks import is_shown
 from ..io.errors import OutputError
 from ..io.recording_files import is_recording
 from ..merge.outcome import Outcome
@@ -24,7 +25,7 @@ FILE_NAMES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 def check_is_directory(folder: Path) -> None:
     """OutputError if a directory is to be made whose name is that of a file of weights."""
-    if not folder.exists() and folder.suffix in FILE_NAMES:
+    if folder.suffix in FILE_NAMES and not os.path.exists(folder):
         raise OutputError(
             "expected a directory for the output, found a file's name; twa merge and twa export"
             " write a single file, too, whose name ends in .safetensors",
@@ -51,6 +52,7 @@ def check_output(folder: Path, overwrite: bool, resume: bool = False) -> None:
 
 def _check_output(folder: Path, overwrite: bool, resume: bool) -> None:
     """OutputError if there is something that is no directory, or must not be lost."""
+    _check_name(folder)
     if folder.exists() and not folder.is_dir():
         raise OutputError("expected a directory for the output, found a file", folder)
     if folder.is_symlink() and not folder.exists():
@@ -78,11 +80,18 @@ def check_file(path: Path, overwrite: bool) -> None:
         OutputError: it cannot be written, or is there and may not be replaced
     """
     with writing(path, "the output cannot be written"):
+        _check_name(path)
         if path.is_dir():
             raise OutputError("expected a file for the output, found a directory", path)
         if path.exists() and not overwrite:
             raise OutputError("exists; pass --overwrite to replace it", path)
         _try_to_write(next(p for p in path.absolute().parents if p.exists()))
+
+
+def _check_name(path: Path) -> None:
+    """OutputError if the path could not be read again: find() takes none that cannot be shown."""
+    if not is_shown(str(path)):
+        raise OutputError(f"expected a name that can be shown as it is, found {str(path)!a}")
 
 
 def check_not_read(candidates: Candidates, outputs: list[Path]) -> None:
