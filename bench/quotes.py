@@ -148,7 +148,7 @@ def readme() -> Iterator[tuple[str, tuple]]:
     published = both("published arithmetic")
     yield "| published arithmetic: uint8, broadcast, sum | {} ms | | {} ms |", published[::2]
     yield "2 threads of {}, one run", (machine_of_kernels(),)
-    yield "the optimizer's step is [{} % of a training step]", (step_share(),)
+    yield "In the demo the optimizer takes [{} % of a step]", (step_share(),)
     loss, points = said(
         "claims/pretrained",
         r"glosses: TWA-v fine, 4 bits less the best of these three -(\S+) .*?accuracy \+(\S+) ±",
