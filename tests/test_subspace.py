@@ -3,7 +3,6 @@ granularity; streaming.
 """
 
 import json
-import types
 
 import pytest
 import torch
@@ -129,6 +128,16 @@ def test_dense_export_is_the_weighted_sum_of_the_files(tmp_path):
         torch.testing.assert_close(
             dict(model.named_parameters())[name].double(), direct, rtol=1e-5, atol=1e-5
         )
+
+
+def test_what_others_have_in_a_directory_stays(tmp_path):
+    """A folder that had no result of ours: its averaged/ is the user's own."""
+    subspace = twa.Subspace.from_candidates(Zoo(), save_zoo(tmp_path))
+    own = tmp_path / "out" / "averaged" / "mine.bin"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    subspace.save(tmp_path / "out")
+    assert own.read_text() == "mine"
 
 
 def test_frozen_and_equal_in_all_candidates_keeps_its_bits(tmp_path):
@@ -364,10 +373,13 @@ def test_states_of_subspace_and_average(tmp_path, options, way):
 
 
 @pytest.mark.parametrize("eta", [0.0, 2.0])
-def test_an_average_of_many_steps_still_moves(eta):
+def test_an_average_of_many_steps_still_moves(tmp_path, eta):
     """Late in a run a step moves the average by less than float32 can tell."""
-    x = torch.nn.Parameter(torch.ones(3, 2))
-    average = twa.IterateAverage(types.SimpleNamespace(coefficients=x), eta)
+    subspace = twa.Subspace.from_candidates(Zoo(), save_zoo(tmp_path))
+    x = subspace.coefficients
+    with torch.no_grad():
+        x.fill_(1.0)
+    average = twa.IterateAverage(subspace, eta)
     average.update()
     average.steps = 10**6  # of the same
     exact = 1.0
@@ -376,7 +388,7 @@ def test_an_average_of_many_steps_still_moves(eta):
     for t in range(10**6 + 1, 10**6 + 501):
         average.update()
         exact += (1 + eta) / (t + eta) * (x[0, 0].item() - exact)
-    other = twa.IterateAverage(types.SimpleNamespace(coefficients=x), eta)
+    other = twa.IterateAverage(subspace, eta)
     other.load_state_dict(average.state_dict())
     for a in (average, other):
         assert a.coefficients.dtype == torch.float32

@@ -251,6 +251,20 @@ def test_other_forms_of_an_earlier_result(average, heap, tmp_path):
     assert not more & set(os.listdir("out"))
 
 
+def test_pack_resume_of_a_finished_file(average, capsys):
+    """The file of the same run, wherever the candidates lie now, is finished; another is not."""
+    heap = [a for a in average("pass") if a.startswith("c")]
+    pack = ["pack", "task.py", *heap, "-o", "b.safetensors"]
+    assert cli.main(pack) == 0
+    os.mkdir("moved")
+    for name in heap:
+        os.rename(name, f"moved/{name}")
+    moved = [f"moved/{a}" if a in heap else a for a in pack]
+    assert cli.main([*moved, "--resume"]) == 0
+    code, errors = says(capsys, [*moved, "--center", "last", "--resume"])
+    assert code == 2 and "of another run: center_weights differs" in errors[0]
+
+
 # Files that cannot be read -----------------------------------------------------------------------
 
 

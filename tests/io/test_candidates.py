@@ -156,6 +156,20 @@ def test_weighted_sum_is_float64_inside(tmp_path):
     torch.testing.assert_close(mean, torch.full((3,), 1 / 3), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weights", [[0, 0], [1, -1], [2, 0], [1, 1], [0.5, 0.5]])
+def test_weighted_sum_with_weights_of_any_sum(tmp_path, weights, dtype):
+    """A number that all have stays where they sum to 1, and only there."""
+    for k in range(2):
+        save(
+            tmp_path / f"c{k}.pt",
+            {"t": torch.full((3,), 3.0, dtype=dtype), "u": torch.full((1,), k)},
+        )
+    weights = torch.tensor(weights, dtype=torch.float64)
+    found = Candidates(tmp_path / "c*.pt").weighted("t", weights)
+    assert torch.equal(found, torch.full((3,), 3 * float(weights.sum()), dtype=dtype))
+
+
 def test_memory_is_given_back(tmp_path, monkeypatch):
     for c in range(2):
         save(

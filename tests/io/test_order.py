@@ -336,12 +336,12 @@ def test_inspect_leaves_out_the_same(tmp_path):
         save(tmp_path / f"step_{step}.pt", step)
     save(tmp_path / "best.pt", 5)
     without_weights(tmp_path)
-    result = inspect.inspect([str(tmp_path)], progress=False)
+    result = inspect.inspect([str(tmp_path)])
     assert names(row.path for row in result.rows) == ["best.pt", "step_9.pt", "step_10.pt"]
     found = {f.kind: f.message for f in result.findings}
     assert "training_args.bin" in found["left-out"] and "best.pt" in found["order"]
     (tmp_path / "cut.pt").write_bytes((tmp_path / "step_9.pt").read_bytes()[:-100])
-    result = inspect.inspect([str(tmp_path)], progress=False)
+    result = inspect.inspect([str(tmp_path)])
     assert "unreadable" in [f.kind for f in result.findings] and len(result.rows) == 4
 
 
@@ -508,6 +508,12 @@ def test_an_order_of_ones_own_is_in_no_doubt(tmp_path):
         assert Candidates(paths).names == ["step_2", "best", "step_1"]
 
 
+def test_shortened_names_are_whole_and_cannot_harm():
+    long = "x" * 300
+    assert shortened([long, "modèle\u00a0final.pt"]) == f"{long}, modèle\u00a0final.pt"
+    assert shortened(["a\x1b[2J"]) == "'a\\x1b[2J'"
+
+
 def test_shortened():
     assert shortened(range(12)) == ", ".join(map(str, range(12)))
     assert shortened([f"step_{k}00" for k in range(1, 49)]) == "step_100, step_200, ..., step_4800"
@@ -623,7 +629,7 @@ def test_inspect_finds_duplicates(tmp_path):
     for k in range(3):
         save(tmp_path / f"step_{k}.pt", k)
     os.symlink("step_1.pt", tmp_path / "last.pt")
-    result = inspect.inspect([str(tmp_path)], progress=False)
+    result = inspect.inspect([str(tmp_path)])
     assert len(result.rows) == 4
     (found,) = [f for f in result.findings if f.kind == "duplicates"]
     assert found.message == "step_1, last are the same, every tensor"

@@ -211,9 +211,20 @@ def test_a_refused_step_leaves_the_state_alone(basis_of):
     assert before is state["step"] and int(before) == 2
 
 
+@pytest.mark.parametrize("rule, kind", [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
+def test_all_defaults_of_an_optimizer_of_torch(rule, kind, basis_of):
+    """`optimizer.defaults` may be handed on as it is."""
+    basis, x = basis_of(5, 4), torch.zeros(5, 5)
+    options = kind([torch.zeros(1)]).defaults
+    grads, out = [torch.randn(s) for s in SHAPES], [torch.empty(s) for s in SHAPES]
+    tk.step(basis, grads, x, out, rule=rule, options=options, state={})
+    assert x.any()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"options": {"decoupled_weight_decay": False}}, ValueError, "is Adam's rule"),
         ({"rule": "lion"}, ValueError, "rule: expected one of"),
         ({"options": {"amsgrad": True}}, ValueError, "amsgrad=True is not supported"),
         ({"options": {"learning_rate": 1}}, ValueError, "some of lr.*found 'learning_rate'"),

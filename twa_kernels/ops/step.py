@@ -59,7 +59,9 @@ DEFAULTS: dict[str, dict[str, object]] = {
 UNSUPPORTED_OPTIONS = ("amsgrad", "differentiable")
 #: all that a param_group of these optimizers may name
 KNOWN_OPTIONS = frozenset().union(
-    *DEFAULTS.values(), UNSUPPORTED_OPTIONS, ("capturable", "foreach", "fused")
+    *DEFAULTS.values(),
+    UNSUPPORTED_OPTIONS,
+    ("capturable", "decoupled_weight_decay", "foreach", "fused"),
 )
 
 
@@ -118,6 +120,8 @@ def step(
     if "params" not in options and (odd := set(options) - KNOWN_OPTIONS):
         known = ", ".join(DEFAULTS[rule])
         raise ValueError(f"options: expected some of {known}, found {sorted(odd)[0]!r}")
+    if rule == "adamw" and not options.get("decoupled_weight_decay", True):
+        raise ValueError("options: decoupled_weight_decay=False is Adam's rule, expected AdamW's")
     given = {**DEFAULTS[rule], **options}
     betas = cast(Sequence[float], given.get("betas", (0.0, 0.0)))
     given["beta1"], given["beta2"] = betas

@@ -171,7 +171,8 @@ def average(args: argparse.Namespace, ranks: Ranks, locked: contextlib.ExitStack
             outcome = job.run()
         except CandidateError:
             if ranks.is_rank_zero and not store.resumed:
-                store.begin(has_result(args.output))  # other files will make another run
+                with writing(args.output):
+                    store.begin(has_result(args.output))  # other files will make another run
             raise
         finish(args.output, outcome, args.dcp)
     with advising(lambda: f"the result is in {args.output}/"):

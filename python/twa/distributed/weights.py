@@ -171,12 +171,23 @@ def load_merge(sharding: Sharding, beta: Tensor) -> None:
         for k, t in enumerate(sharding.tensors):
             key, mine, value = sharding.keys[k], local(t), sharding.average(k, beta)
             if not torch.isfinite(value).all():
-                rows = sharding.candidates.tensors(key, part=sharding.shards[k].part)
-                raise not_finite(sharding.candidates, key, rows)
+                _check_shared(sharding, k, beta)
             mine.copy_(value)
-            _check_range(key, mine, value.numel())
+            _check_range(key, mine, int(torch.isfinite(value).sum()))
         load_untrained(sharding, beta)
         refresh_spectral_norms(sharding.model)
+
+
+def _check_shared(sharding: Sharding, k: int, beta: Tensor) -> None:
+    """CandidateError unless what is not finite in the average of a tensor is so in all candidates
+    that have weight: the same Inf, which stays, such as -Inf in a mask.
+    """
+    every = sharding.candidates.tensors(sharding.keys[k], part=sharding.shards[k].part)
+    used = torch.nonzero(beta).flatten().tolist()
+    rows = [every[i] for i in used]
+    _, is_good = sum_of(rows, beta[used], torch.promote_types(rows[0].dtype, torch.float32))
+    if not is_good:
+        raise not_finite([sharding.candidates[i] for i in used], sharding.keys[k], rows)
 
 
 @torch.no_grad()

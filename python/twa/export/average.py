@@ -80,6 +80,7 @@ def write_merge(
     Returns:
         what is written, for messages
     """
+    had_result = (folder / MERGE).exists()
     write_fixed(folder / WEIGHTS, fixed, progress)
     dtype = hugging_face.common_dtype(fixed.info)
     written = hugging_face.write_folder(folder, fixed.used, folder / WEIGHTS, dtype)
@@ -88,7 +89,8 @@ def write_merge(
         recipe = {"beta": weights[:, None].tolist(), "segments": ["model"]}
         options = {"out_dtype": dtype, "header": HEADER.format(MERGE)}
         written += hugging_face.write_recipe(folder, fixed.used, recipe, **options)
-    remove_others(folder, written, fixed.candidates)
+    if had_result:
+        remove_others(folder, written, fixed.candidates)
     description = {
         "format": versions.MERGE,
         "scheme": scheme,

@@ -37,6 +37,7 @@ def write_bundle(
     Returns:
         what is written, for messages; nothing on other ranks than the first
     """
+    had_result = (folder / COEFFICIENTS).exists()
     if sharding.ranks.is_rank_zero:
         folder.mkdir(parents=True, exist_ok=True)
     sharding.ranks.barrier()
@@ -51,14 +52,16 @@ def write_bundle(
         warnings.warn(f"{folder / WEIGHTS}: {text}", stacklevel=2)
     beside = hugging_face.write_beside(folder, sharding, coefficients)
     written = [WEIGHTS, *([f"{DCP}/"] if dcp else []), *beside, COEFFICIENTS]
-    remove_others(folder, written, sharding.candidates)
+    if had_result:
+        remove_others(folder, written, sharding.candidates)
     return written
 
 
 def remove_others(folder: Path, written: Sequence[str], candidates: Sequence[Candidate]) -> None:
-    """Removes what is there of an earlier model's weights in other forms than those written.
+    """Removes what an earlier result has left of its weights in other forms than those written.
 
-    A directory in which a candidate lies stays.
+    For a directory that had a result: elsewhere such names are the user's own. A directory in which
+    a candidate lies stays.
     """
     used = {p for c in candidates for file in c.files for p in Path(os.path.realpath(file)).parents}
     for name in (DCP, *hugging_face.OUTPUTS):

@@ -26,7 +26,6 @@ from .errors import OutputError
 #: what a run locks in the directory that it writes
 LOCK = ".run.lock"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
-_WRITING: set[Path] = set()  # by threads of this process
 _LOCKED: weakref.WeakSet[BinaryIO] = weakref.WeakSet()  # by this process
 
 
@@ -129,17 +128,30 @@ def is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def temporary_of(path: Path) -> Path:
-    """Where this process writes what will be put at `path`.
+    """Where this process writes what will be put at `path`; it locks the file meanwhile.
 
     What killed processes have left there is removed. No two writers have the same name: in
     containers that share a directory, processes may have the same number.
     """
     for file in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         pid = file.name.split(".")[-2].partition("-")[0]
-        is_mine = pid == str(os.getpid())
-        if pid.isdecimal() and not (file in _WRITING if is_mine else _is_running(int(pid))):
+        if pid.isdecimal() and _is_abandoned(file, int(pid)):
             file.unlink(missing_ok=True)
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def _is_abandoned(file: Path, pid: int) -> bool:
+    """Whether nobody writes a temporary file; the process may be one of another container."""
+    if pid != os.getpid() and _is_running(pid):
+        return False
+    try:
+        with open(file, "rb") as f:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, FileNotFoundError, PermissionError):
+        return False
+    except OSError:  # no locks here
+        return pid != os.getpid()
+    return True
 
 
 def _is_running(pid: int) -> bool:
@@ -170,17 +182,15 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         write: called with the temporary path to write to
     """
     temporary = temporary_of(path)
-    _WRITING.add(temporary)
     try:
-        with naming(path):
+        with naming(path), open(temporary, "xb") as f:
+            lock(f)
             write(temporary)
-            with open(temporary, "rb+") as f:
-                os.fsync(f.fileno())
+            os.fsync(f.fileno())
             os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-        _WRITING.discard(temporary)
 
 
 def clear_unfinished(folder: Path, names: Iterable[str]) -> None:

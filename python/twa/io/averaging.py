@@ -47,22 +47,27 @@ def average_into(out: Tensor, rows: Sequence[Tensor], weights: Tensor) -> Tensor
 
 
 def sum_of(rows: Sequence[Tensor], weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
-    """sum_i weights[i] * rows[i], summed in float64; a number that all rows have stays.
+    """sum_i weights[i] * rows[i], summed in float64.
+
+    Where the weights sum to 1, a number that all rows have stays.
 
     Args:
         rows: n tensors of one shape, none of weight 0
         weights: (n,)
-        dtype: float32 or float64, of the sum; one row alone keeps its own
+        dtype: float32 or float64, of the sum; one row of weight 1 keeps its own
 
     Returns:
         the sum, and whether each number of it is finite, or the same in all rows and no NaN
     """
-    if len(rows) == 1:
+    is_average = abs(float(weights.sum()) - 1.0) <= SUM
+    if len(rows) == 1 and is_average:
         return rows[0], _are_finite(rows[0]) or not rows[0].isnan().any()
     total = torch.empty(rows[0].shape, dtype=dtype, device="cpu")
     average_into(total, rows, weights)
     is_good = _are_finite(total)
-    if not is_good or dtype == torch.float64 or _relative_error(weights) >= SAME_FLOAT32:
+    if is_average and (
+        not is_good or dtype == torch.float64 or _relative_error(weights) >= SAME_FLOAT32
+    ):
         same = torch.ones(total.shape, dtype=torch.bool, device="cpu")
         for row in rows[1:]:
             same &= rows[0] == row

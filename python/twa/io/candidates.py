@@ -396,7 +396,8 @@ class Candidates(Sequence[Candidate]):
     def weighted(self, key: str, weights: Tensor, part: Part | None = None) -> Tensor:
         """sum_i weights[i] * w_i of one tensor, summed in float64 block by block.
 
-        Candidates of weight 0 are not read; a number that all others have stays.
+        Candidates of weight 0 are not read. Where the weights sum to 1, a number that all others
+        have stays.
 
         Args:
             key: name of the tensor

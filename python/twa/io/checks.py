@@ -80,7 +80,7 @@ def shown(value: object) -> str:
 
 def printable(text: str) -> str:
     """A file's text as a terminal can show it."""
-    return text[:200] if text[:200].isprintable() else ascii(text[:200])
+    return text[:200] if is_shown(text[:200]) else ascii(text[:200])
 
 
 def is_shown(text: str) -> bool:

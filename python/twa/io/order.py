@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checks import printable
+from .checks import is_shown
 from .formats import stem_of
 
 Numeric = list[tuple[int, int, str]]
@@ -208,7 +208,8 @@ def best_named(paths: Sequence[Path]) -> int:
 
 def shortened(things: Sequence[object], most: int = 12) -> str:
     """Names in a row, such as "step_1, step_2, ..., step_48" if there are more than `most`."""
-    names = [printable(n.name if isinstance(n, Path) else str(n)) for n in things]
+    names = [n.name if isinstance(n, Path) else str(n) for n in things]
+    names = [name if is_shown(name) else ascii(name) for name in names]
     if len(names) > most:
         names[2:-1] = ["..."]
     return ", ".join(names)

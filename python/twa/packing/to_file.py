@@ -27,7 +27,7 @@ from twa_kernels.scaling import Scaling, lost_groups
 
 from .. import averages
 from ..basis.feed import Feed
-from ..basis.file import LARGEST_SCALE, Writer, read_contents
+from ..basis.file import DTYPES, LARGEST_SCALE, Writer, read_contents
 from ..basis.segments import Granularity, segments_of
 from ..distributed.ranks import Ranks, digest, facts, versions
 from ..distributed.sharding import Sharding
@@ -40,7 +40,7 @@ from ..io.checks import read_json
 from ..io.errors import BasisError, TwaError
 from ..io.key_map import match_model
 from ..io.progress import PeakMemory
-from ..io.safetensors import raw_bytes
+from ..io.safetensors import raw_bytes, read_safetensors
 from ..io.versions import BASIS, problem
 from ..modes import plain_weights
 from .save import contents_of, untrained
@@ -205,8 +205,12 @@ class PackToFile:
 
     def check_finished(self) -> None:
         """BasisError unless the file that is there is what this job would write, by its header."""
-        ours, theirs = self.contents.as_json(), read_contents(self.path).as_json()
-        if odd := [name for name in ours if ours[name] != theirs[name]]:
+        theirs = read_safetensors(self.path, DTYPES)["center_weights"].read()
+        of = {"contents": read_contents(self.path).as_json(), "center_weights": theirs.tolist()}
+        ours = self._options()
+        for options in (of, ours):  # where the candidates lie does not matter any more
+            options["contents"]["candidates"] = [c[1] for c in options["contents"]["candidates"]]
+        if odd := _differences(of, ours):
             raise BasisError(
                 f"of another run: {odd[0]} differs; pass --overwrite to replace it", self.path
             )
@@ -498,16 +502,15 @@ class PackToFile:
         expected = "expected the position of an interrupted run"
         value: Any = read_json(self.position, expected, MAX_POSITION)  # of any type, caught below
         try:
-            of, ours = json.loads(value["of"]), json.loads(json.dumps(self._options()))
+            of, ours = json.loads(value["of"]), self._options()
             version = of["contents"].get("format")
             if text := problem(version, BASIS, "pass --overwrite to start anew"):
                 raise BasisError(text, self.position)
-            for theirs, mine in ((of["contents"], ours["contents"]), (of, ours)):
-                if odd := [name for name in mine if mine[name] != theirs.get(name)]:
-                    raise BasisError(
-                        f"of another run: {odd[0]} differs; pass --overwrite to start anew",
-                        self.position,
-                    )
+            if odd := _differences(of, ours):
+                raise BasisError(
+                    f"of another run: {odd[0]} differs; pass --overwrite to start anew",
+                    self.position,
+                )
             if not are_runs(value["todo"], self.contents.numels):
                 raise ValueError("todo: expected runs of columns")
             return [(k, begin, end) for k, begin, end in value["todo"]]
@@ -518,3 +521,9 @@ class PackToFile:
                 f"not the position of an interrupted run ({type(error).__name__}: {error})",
                 self.position,
             ) from error
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Names of what differs between the options of two runs."""
+    flat = [json.loads(json.dumps(of["contents"] | of | {"contents": 0})) for of in (theirs, ours)]
+    return [name for name in flat[1] if flat[0].get(name) != flat[1][name]]
