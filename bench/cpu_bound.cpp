@@ -45,8 +45,8 @@ int main(int count, char** arguments) {
   const twa::RowTable table{rows.data(), dtypes.data(), &columns, 1, n, &from, &dtype};
   std::vector<uint16_t> packed(scales.size());
   std::vector<double> norms(x.size());
-  const twa::PackTarget target{segment.data(), 1,           bits,   codes.data(), packed.data(),
-                               norms.data(),   most.data(), nullptr};
+  const twa::PackTarget target{segment.data(), 1,          bits, codes.data(), packed.data(),
+                               norms.data(),   most.data()};
   twa::Where where{};
   const auto call = [&] {
     if (std::strcmp(arguments[1], "project") == 0)

@@ -483,7 +483,7 @@ def test_reference_sets_the_layout_and_the_center(tmp_path):
 
 def test_paths_that_lead_nowhere(tmp_path):
     paths = [*written(tmp_path, run(2)), str(tmp_path / "none.pt")]
-    messages = [str(f) for f in inspect.inspect(paths, progress=False).findings]
+    messages = [str(f) for f in inspect.inspect(paths).findings]
     assert any("none.pt: no such file. Look at the path" in m for m in messages), messages
 
 

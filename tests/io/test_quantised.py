@@ -187,6 +187,6 @@ def test_subspace_and_inspection_say_the_same(files):
     candidates = twa.Candidates(files / "c*.safetensors")
     with pytest.raises(CandidateError, match="stands beside 'SCB'"):
         twa.Subspace.from_candidates(Layer(), candidates)
-    findings = inspect.inspect([str(files / "c*.safetensors")], progress=False).findings
+    findings = inspect.inspect([str(files / "c*.safetensors")]).findings
     (found,) = [f for f in findings if f.kind == "integers"]
     assert found.severity == "error" and "stands beside 'SCB'" in found.message

@@ -69,7 +69,7 @@ def test_steps_in_files_count_where_names_have_none(tmp_path):
         BY.format(tmp_path / "a", "step"),
         BY.format(tmp_path / "b", "epoch"),
     ]
-    result = inspect.inspect([f"{tmp_path}/*/*.pt"], progress=False)
+    result = inspect.inspect([f"{tmp_path}/*/*.pt"])
     assert [row.path.stem for row in result.rows] == right
     assert sum("the order is that of" in f.message for f in result.findings) == 2
 
@@ -127,7 +127,7 @@ def check_order(folder, right, *said):
     assert len(doubts) == len(said) and doubts == list(candidates.notes)
     for text, doubt in zip(said, doubts, strict=True):
         assert doubt.startswith(text) and doubt.endswith("if the order is another")
-    result = inspect.inspect([str(folder)], progress=False)
+    result = inspect.inspect([str(folder)])
     assert [row.path.stem for row in result.rows] == right
 
 

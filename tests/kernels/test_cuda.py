@@ -491,8 +491,8 @@ def test_a_refused_part_adds_nothing():
     same_bits(packer.finish(), tk.pack([torch.ones(3, 20000)]))
 
 
-def test_pack_waits_once(monkeypatch):
-    """One number comes back: how many groups are not finite."""
+def test_pack_waits_twice(monkeypatch):
+    """For the segments, before they are used; and for how many groups are not finite."""
     read = []
     for name in ("item", "tolist", "cpu", "__bool__", "__int__", "__float__", "nonzero"):
         real = getattr(torch.Tensor, name)
@@ -506,4 +506,4 @@ def test_pack_waits_once(monkeypatch):
     rows = put(torch.randn(5, 3000))
     read.clear()
     packer.add(rows)
-    assert read == ["item"]
+    assert read == ["tolist", "item"]

@@ -274,7 +274,7 @@ def packed(segment, segments=2):
     basis = [codes, codes[..., 0].contiguous(), row_scale, of_tiles, numels, bits]
     rows = [torch.ones(numel) for numel in numels for _ in range(n)]
     target = [codes, torch.zeros(tiles, n, dtype=torch.bfloat16), row_scale.double(), row_scale]
-    return basis, [rows, [], numels, of_tiles, bits, *target, None]
+    return basis, [rows, [], numels, of_tiles, bits, *target]
 
 
 def calls_of(basis, pack, device="cpu", backend=""):
