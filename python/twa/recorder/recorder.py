@@ -124,6 +124,7 @@ class Recorder:
         self._pending: list[_Pending] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}  # of copies to the CPU
         self._ended = self._swapped = self._closed = False
+        self._unsaid = ""  # why recording has ended, if no warning has said so
         self._is_torn = False  # whether the reference may be a step ahead of the codes
         self._is_unplaced = False  # whether it goes on with a recording, and nobody has said where
         self._store: Memory | Folder = Memory(keep)
@@ -241,6 +242,9 @@ class Recorder:
         step = _checked_step(self.count if step is None else step)
         self._settle()
         if self._ended or not self._watched.records:
+            if self._unsaid:
+                _warn(self._unsaid)
+                self._unsaid = ""
             return False
         known = [*self._store.steps, *(p.snapshot.step for p in self._pending)]
         if known and step <= known[-1]:
@@ -257,11 +261,20 @@ class Recorder:
                 weights = self._current()
                 return self._take(step, weights) if known else self._begin(step, weights)
         except BaseException as error:  # of weights=, too
-            self._ended = True
-            if not isinstance(error, Exception):  # such as Ctrl-C
-                raise
-            _warn(f"recording ends before step {step}: {said(error)}; make another Recorder")
+            self._end(step, error)
             return False
+
+    def _end(self, step: int, error: BaseException) -> None:
+        """Ends the recording, with a warning; what is no Exception, such as Ctrl-C, goes on up."""
+        self._ended = True
+        if isinstance(error, Exception):
+            _warn(f"recording ends before step {step}: {said(error)}; make another Recorder")
+            return
+        again = "close() this one, and make another with resume=True"
+        if self.path is None:
+            again = "make another Recorder"
+        self._unsaid = f"recording has ended before step {step}: it was interrupted; {again}"
+        raise error
 
     def _check_not_swapped(self) -> None:
         """TwaError if the weights are not those of the training."""
@@ -305,13 +318,14 @@ class Recorder:
         kept = [rounded(e, w) for e, w in zip(entries, weights, strict=True)]
         state = self._watched.state(frozen=True)
         _wait_for_gpus(self.model)
-        try:
-            self._store.begin(self._watched.contents, step, kept, state)
-        except OSError as error:
-            _warn(f"step {step} is not recorded: {error.filename}: {error.strerror}")
-            return False
-        self._reference = [t.to(torch.float32, copy=True).contiguous() for t in kept]
-        self._state = state
+        with self._moving():
+            try:
+                self._store.begin(self._watched.contents, step, kept, state)
+            except OSError as error:
+                _warn(f"step {step} is not recorded: {error.filename}: {error.strerror}")
+                return False
+            self._reference = [t.to(torch.float32, copy=True).contiguous() for t in kept]
+            self._state = state
         return True
 
     def _take(self, step: int, weights: Sequence[Tensor]) -> bool:
@@ -336,14 +350,14 @@ class Recorder:
 
     @contextlib.contextmanager
     def _moving(self) -> Iterator[None]:
-        """A context in which the reference gets ahead of the codes.
+        """A context in which the reference is not where the codes lead.
 
         What ends it early, such as Ctrl-C, leaves it there: in memory all snapshots are counted
         from the reference, and are lost.
         """
-        self._is_torn = True
+        before, self._is_torn = self._is_torn, True
         yield
-        self._is_torn = False
+        self._is_torn = before
 
     def _take_from(
         self, devices: Sequence[torch.device], step: int, weights: Sequence[Tensor]
@@ -394,15 +408,19 @@ class Recorder:
             wait: for all of them
         """
         while self._pending:
-            first = self._pending[0]
+            first, *later = self._pending
             for event in first.events:
                 if wait:
                     event.synchronize()
                 elif not event.query():
                     return
-            with self._moving():
-                self._pending.pop(0)
-                self._add(first)
+            try:
+                with self._moving():
+                    self._pending = []  # if this one is lost, then so are those after it
+                    self._add(first)
+                    self._pending = later
+            except BaseException as error:
+                self._end(first.snapshot.step, error)
 
     def _add(self, pending: _Pending, weights: Sequence[Tensor] | None = None) -> None:
         """Hands a snapshot over, if its weights were finite."""
@@ -749,7 +767,8 @@ class Recorder:
                     " path=None this one's own state"
                 )
             self._load(state["run"], list(found[0]), found[1])
-        self.count, self._ended, self._is_unplaced = state["count"], False, False
+        self.count = state["count"]
+        self._goes_on()
 
     def _load(self, run: str, steps: list[int], kept: Sequence[Any]) -> None:
         """Takes over, or goes back to, the snapshots of a state."""
@@ -808,7 +827,12 @@ class Recorder:
                 self._take_over(self._store.cut(step))
         else:
             self._rewind_memory(self._store, step)
-        self.count, self._ended, self._is_unplaced = step or 0, False, False
+        self.count = step or 0
+        self._goes_on()
+
+    def _goes_on(self) -> None:
+        """Notes that the next snapshot can be taken."""
+        self._ended, self._unsaid, self._is_unplaced = False, "", False
 
     def _rewind_memory(self, store: Memory, step: int | None) -> None:
         """Drops snapshots in memory after a step."""
