@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -21,15 +21,16 @@ from twa_kernels.layout import BITS, MOST_WEIGHT, num_tiles, tile_offsets
 
 from .. import averages
 from ..distributed.choose import find_ranks
+from ..distributed.weights import check_written
 from ..dtensors import local, reshard
 from ..export.average import write_fixed
-from ..io.averaging import FixedAverage, average_into
+from ..io.averaging import FixedAverage, average_into, merge_weights
 from ..io.candidates import Candidates
 from ..io.checks import check_whole
 from ..io.errors import CandidateWarning, StateError, TwaError
 from ..io.loading import named_tensors
 from ..io.mapped import Source
-from ..io.recording import Recording
+from ..io.recording import Recorded, Recording
 from ..io.recording_files import MOST_STEP, Log, is_recording, others_in, read_log
 from ..io.trail import Trail
 from ..io.versions import RECORDER, problem
@@ -41,6 +42,8 @@ from .hooks import StepHook, with_hooks
 from .store import Folder, Memory, Snapshot, is_empty, said, unchanged
 
 STATE_KEYS = ("run", "bits", "count")
+#: the name of an average, or its merge weights (n,)
+Scheme: TypeAlias = str | Tensor | Sequence[float]
 
 
 @dataclass
@@ -449,13 +452,12 @@ class Recorder:
 
     # Averages ------------------------------------------------------------------------------------
 
-    def beta(
-        self, scheme: str | Tensor, *, until: int | None = None, **horizon: float | str
-    ) -> Tensor:
+    def beta(self, scheme: Scheme, *, until: int | None = None, **horizon: float | str) -> Tensor:
         """The merge weights of an average of the snapshots.
 
         Args:
-            scheme: "uniform", "ema", "lawa", "wsm", "last", or merge weights (n,)
+            scheme: "uniform", "ema", "lawa", "wsm", "last", or merge weights (n,), also
+                as a list
             until: the average as it was at this step: later snapshots have no weight; nor have
                 those that `keep` has dropped since
             horizon: in steps of training, see `twa.averages.of_steps`
@@ -466,7 +468,12 @@ class Recorder:
         Raises:
             TwaError: there is no such scheme, or no snapshot yet
         """
-        steps = self.common_steps()
+        return self._beta_of_all(self.common_steps(), scheme, until, **horizon)
+
+    def _beta_of_all(
+        self, steps: Sequence[int], scheme: Scheme, until: int | None, **horizon: float | str
+    ) -> Tensor:
+        """The merge weights of all snapshots of these steps: those after `until` have none."""
         beta = self._beta(known := _until(steps, until), scheme, **horizon)
         return torch.cat([beta, beta.new_zeros(len(steps) - len(known))])
 
@@ -475,23 +482,25 @@ class Recorder:
 
         All ranks call it.
         """
-        self.flush()
-        with self._ranks.fail_together("looking for snapshots"):
-            readable = self._readable() if self._watched.records else None
-        everyone = [s for s in self._ranks.all_gather_object(readable) if s is not None]
-        return sorted(set(everyone[0]).intersection(*everyone[1:])) if everyone else []
+        return self._look()[0]
 
-    def _readable(self) -> list[int]:
-        """Steps of this rank's snapshots that can be read."""
-        if not isinstance(self._store, Folder):
-            self._check_whole()
-            return self._store.steps
-        if not self._store.written:
-            return []
-        log = self._store.log()
-        for note in log.notes:
-            _warn(note)
-        return log.trail().steps
+    def _look(self) -> tuple[list[int], Log | None]:
+        """Steps of the snapshots that all ranks can read, and this rank's files, if it has any."""
+        self.flush()
+        log: Log | None = None
+        readable: list[int] | None = None
+        with self._ranks.fail_together("looking for snapshots"):
+            if self._watched.records:
+                self._check_whole()
+                readable = self._store.steps
+                if isinstance(self._store, Folder):
+                    log = self._store.log() if self._store.written else None
+                    readable = log.trail().steps if log else []
+                for note in log.notes if log else ():
+                    _warn(note)
+        everyone = [s for s in self._ranks.all_gather_object(readable) if s is not None]
+        common = sorted(set(everyone[0]).intersection(*everyone[1:])) if everyone else []
+        return common, log
 
     def _check_whole(self) -> None:
         """TwaError if the snapshots in memory are not what was recorded."""
@@ -501,17 +510,15 @@ class Recorder:
                 " to have them in files"
             )
 
-    def _beta(self, steps: Sequence[int], scheme: str | Tensor, **horizon: float | str) -> Tensor:
+    def _beta(self, steps: Sequence[int], scheme: Scheme, **horizon: float | str) -> Tensor:
         """The merge weights of an average of the snapshots of these steps."""
         if not steps:
             raise TwaError("there is no snapshot yet")
-        if isinstance(scheme, Tensor):
-            return averages.of_center(scheme, len(steps))
-        return averages.of_steps(steps, scheme, **horizon)
+        if isinstance(scheme, str):
+            return averages.of_steps(steps, scheme, **horizon)
+        return merge_weights(scheme, len(steps))
 
-    def apply(
-        self, scheme: str | Tensor, *, until: int | None = None, **horizon: float | str
-    ) -> None:
+    def apply(self, scheme: Scheme, *, until: int | None = None, **horizon: float | str) -> None:
         """Moves the model to an average; see `beta`.
 
         BatchNorm's statistics become the average of the snapshots': call `twa.update_bn`.
@@ -519,19 +526,21 @@ class Recorder:
         Raises:
             TwaError: as `beta`; or it overflows a parameter's dtype
         """
-        steps = _until(self.common_steps(), until)
-        self._write(steps, self._beta(steps, scheme, **horizon))
+        common, log = self._look()
+        steps = _until(common, until)
+        self._write(steps, self._beta(steps, scheme, **horizon), log)
 
     @contextlib.contextmanager
     def averaged(
-        self, scheme: str | Tensor, *, until: int | None = None, **horizon: float | str
+        self, scheme: Scheme, *, until: int | None = None, **horizon: float | str
     ) -> Iterator[None]:
         """A context in which the model is at an average, see `beta`; then it is as it was.
 
         Buffers come back, too, whatever was written to them inside. Before the first snapshot it is
         as it is, with a CandidateWarning: an evaluation does not stop the training.
         """
-        steps = _until(self.common_steps(), until)
+        common, log = self._look()
+        steps = _until(common, until)
         if not steps:
             _warn("there is no snapshot yet: the model is as it is, and no average")
             yield
@@ -542,7 +551,7 @@ class Recorder:
             before = [(t, local(t).clone()) for t in self._written_over()]
         try:
             self._swapped = True
-            self._write(steps, beta)
+            self._write(steps, beta, log)
             yield
         finally:
             reshard(self.model)
@@ -561,22 +570,18 @@ class Recorder:
         return list(dict.fromkeys([*weights, *self.model.buffers()]))
 
     @torch.no_grad()
-    def _write(self, steps: Sequence[int], beta: Tensor) -> None:
-        """Moves the model to merge weights (n,) of the snapshots of these steps."""
+    def _write(self, steps: Sequence[int], beta: Tensor, log: Log | None) -> None:
+        """Moves the model to merge weights (n,) of the snapshots of these steps; see `_look`."""
         watched = self._watched
         doing = self._ranks.fail_together("writing an average into the model")
         with doing, plain_weights(self.model):
             if watched.records:
-                trail, states = self._trail()
+                trail, states = self._trail(log)
                 own = torch.zeros(len(trail.steps), dtype=torch.float64, device="cpu")
                 own[[trail.steps.index(step) for step in steps]] = beta
                 for k, p in enumerate(watched.parameters()):
                     _copy_average(trail, k, own, to := local(p))
-                    if lost := to.numel() - int(torch.isfinite(to).sum()):  # of finite ones
-                        raise TwaError(
-                            f"model: tensor {watched.contents.trained[k].name!r}: {lost} of"
-                            f" {to.numel()} values of the average overflow {to.dtype}"
-                        )
+                    check_written(watched.contents.trained[k].name, to, to.numel())
                 self._write_state([states[trail.steps.index(step)] for step in steps], beta)
             self._send_copies()
             refresh_spectral_norms(self.model)
@@ -631,6 +636,8 @@ class Recorder:
         self._warn_of_thawed()
         self._ranks.barrier()
         if self.path is not None:
+            if not is_recording(self.path):
+                raise TwaError("there is no snapshot yet: found no anchor_*.safetensors", self.path)
             return Candidates(self.path)
         if self._ranks.world_size > 1:
             raise TwaError("the snapshots are in the memory of several ranks: pass path=")
@@ -671,7 +678,7 @@ class Recorder:
     def save(
         self,
         path: str | Path,
-        scheme: str | Tensor,
+        scheme: Scheme,
         *,
         until: int | None = None,
         dtype: torch.dtype | None = None,
@@ -689,7 +696,9 @@ class Recorder:
         """
         if Path(path).suffix != ".safetensors":
             raise TwaError("expected a name that ends in .safetensors", path)
-        beta, candidates = self.beta(scheme, until=until, **horizon), self.recording()
+        candidates = self.recording()
+        steps = [c.step for c in candidates if isinstance(c, Recorded)]
+        beta = self._beta_of_all(steps, scheme, until, **horizon)
         with self._ranks.fail_together(f"writing {path}"):
             if self._ranks.is_rank_zero:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -947,12 +956,11 @@ class Recorder:
             self._watched = replace(self._watched, contents=contents)
         self.count = last or 0
 
-    def _trail(self) -> tuple[Trail, list[Mapping[str, Source]]]:
-        """This rank's snapshots, and what else there was at each."""
+    def _trail(self, log: Log | None) -> tuple[Trail, list[Mapping[str, Source]]]:
+        """This rank's snapshots, and what else there was at each; see `_look`."""
         if isinstance(self._store, Memory):
-            self._check_whole()
             return self._store.trail(self._watched.contents, self._reference)
-        log = self._store.log()
+        assert log is not None
         return log.trail(), log.states()
 
 
