@@ -13,6 +13,7 @@ import twa
 from torch import nn
 from twa.io import atomic
 from twa.io.errors import CandidateError, CandidateWarning, TwaError
+from twa.recorder import store
 from twa.recorder.recorder import _Pending
 from twa.recorder.store import Snapshot
 
@@ -115,7 +116,7 @@ def test_a_forked_process_does_not_record(tmp_path):
 
 @pytest.mark.parametrize("name", ["anchor_1", "step_2", "step_4"])
 def test_a_file_is_removed_while_recording(tmp_path, name):
-    """Nothing is recorded that could not be read; it goes on when the file is there again."""
+    """Recording waits, at the latest from flush() on, and goes on when the file is there again."""
     training, path = Training(tmp_path), tmp_path / f"{name}.safetensors"
     training.steps(4)
     training.recorder.flush()
@@ -124,8 +125,10 @@ def test_a_file_is_removed_while_recording(tmp_path, name):
     training.steps(2)
     with pytest.warns(CandidateWarning, match=rf"{name}.safetensors: is gone"):
         training.recorder.flush()
-    assert any("is gone, and later snapshots" in text for text in training.steps(2))
-    assert not (tmp_path / "step_5.safetensors").exists()
+    assert len([text for text in training.steps(2) if "is gone, and later" in text]) == 2
+    assert not (tmp_path / "step_7.safetensors").exists()
+    # files in the middle are looked for by flush(): what is there is of use when they are back
+    assert (tmp_path / "step_5.safetensors").exists() == (name == "step_2")
     path.write_bytes(data)
     training.recorder.flush()
     training.steps(1)
@@ -133,6 +136,57 @@ def test_a_file_is_removed_while_recording(tmp_path, name):
     steps = [c.step for c in twa.Candidates(tmp_path)]
     assert steps[:4] == [1, 2, 3, 4] and steps[-1] == 9
     training.check(tmp_path, steps)
+
+
+def test_the_work_for_a_snapshot_does_not_grow(tmp_path, monkeypatch):
+    """One step's file is looked for, and none is read: the directory of months is long."""
+    training, looked_for = Training(tmp_path), []
+    training.steps(3)
+    training.recorder.flush()
+
+    class Names:
+        def format(self, step):
+            looked_for.append(step)
+            return f"step_{step}.safetensors"
+
+    with monkeypatch.context() as m:
+        m.setattr(store, "run_of", fail)
+        m.setattr(store.os, "listdir", fail)
+        m.setattr(store, "STEP", Names())
+        assert training.steps(3) == []
+        training.recorder._store._work.result()
+        assert looked_for == [3, 4, 5]
+    training.recorder.close()
+    training.check(tmp_path, [1, 2, 3, 4, 5, 6])
+
+
+def test_another_anchor_is_read(tmp_path):
+    """One that another run has put in its place, while this one records."""
+    training, other = Training(tmp_path / "mine"), Training(tmp_path / "other")
+    other.steps(1)
+    other.recorder.close()
+    training.steps(3)
+    training.recorder.flush()
+    name = "anchor_1.safetensors"
+    (tmp_path / "other" / name).replace(tmp_path / "mine" / name)
+    training.steps(1)
+    with pytest.warns(CandidateWarning, match="is of another run"):
+        training.recorder.close()
+    assert not (tmp_path / "mine" / "step_4.safetensors").exists()
+
+
+def test_a_closed_recorder_looks_for_no_files(tmp_path):
+    """They are those of the next one."""
+    training = Training(tmp_path)
+    training.steps(4)
+    training.recorder.close()
+    later = Training(tmp_path, resume=True)
+    later.recorder.rewind(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        training.recorder.apply("last")
+    assert (training.model[0].weight - training.seen[2]).abs().max() < 0.01
+    later.recorder.close()
 
 
 def test_an_average_of_what_can_be_read(tmp_path):
