@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 from twa import averages
+from twa.io import recording_files
 from twa.io.errors import CandidateWarning, StateError, TwaError
 from twa.recorder import store
 
@@ -191,19 +192,74 @@ def test_averages(scheme, tmp_path):
         recorder.apply("mean")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_before_the_first_snapshot(kind, tmp_path):
+    recorder = recorder_of(kind, net(), tmp_path / "run")
+    for use in (
+        lambda: recorder.apply("uniform"),
+        lambda: recorder.save(tmp_path / "out.safetensors", "uniform"),
+        recorder.recording,
+        recorder.subspace,
+    ):
+        with pytest.raises(TwaError, match="there is no snapshot yet"):
+            use()
+
+
 def test_merge_weights_of_ones_own(tmp_path):
     recorder = recorder_of("memory", net(), tmp_path)
-    with pytest.raises(TwaError, match="there is no snapshot yet"):
-        recorder.apply("uniform")
-    with pytest.raises(TwaError, match="there is no snapshot yet"):
-        recorder.recording()
     recorded(recorder)
     beta = torch.tensor([1.5, 0.0, 0.0, -0.5])
     recorder.apply(beta)
     assert_same(state_of(recorder.model), recorder.recording().average(beta))
-    for bad in (torch.ones(4), torch.tensor([1.0]), torch.full((4,), torch.nan)):
-        with pytest.raises(TwaError, match="4 merge weights that sum to 1"):
+    for bad in (torch.ones(4), [0.5] * 4, torch.full((4,), torch.nan)):
+        with pytest.raises(TwaError, match="merge weights that sum to 1"):
             recorder.apply(bad)
+    for bad in (torch.tensor([1.0]), [0.5, 0.5], (1.0,), 3, None, {"a": 1.0}, ["uniform"]):
+        with pytest.raises(TwaError, match="one for each candidate"):
+            recorder.apply(bad)
+
+
+@pytest.mark.parametrize("form", [list, tuple, torch.tensor])
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_weights_in_any_form(kind, form, tmp_path):
+    recorder = recorder_of(kind, net(), tmp_path)
+    recorded(recorder)
+    weights = form([0.25, 0.75])
+    beta = torch.tensor([0.25, 0.75, 0.0, 0.0], dtype=torch.float64)
+    until = recorder.steps[1]
+    assert torch.equal(recorder.beta(weights, until=until), beta)
+    expected = recorder.recording().average(beta)
+    with recorder.averaged(weights, until=until):
+        assert torch.equal(recorder.model.first.weight, expected["first.weight"])
+    recorder.save(tmp_path / "out.safetensors", form(beta.tolist()))
+    assert_same(load_file(tmp_path / "out.safetensors"), expected)
+
+
+def test_files_are_read_once(tmp_path, monkeypatch):
+    """The headers of a recording of months are many."""
+    recorder, read = recorder_of("files", net(), tmp_path / "run"), []
+    recorded(recorder)
+    recorder.flush()
+    original = recording_files.read_header
+
+    def read_header(path):
+        read.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(recording_files, "read_header", read_header)
+
+    def averaged():
+        with recorder.averaged("uniform"):
+            pass
+
+    for use in (
+        averaged,
+        lambda: recorder.apply("uniform"),
+        lambda: recorder.save(tmp_path / "out.safetensors", "uniform"),
+    ):
+        read.clear()
+        use()
+        assert len(read) == len(set(read)) == 4, read
 
 
 def test_buffers_are_written_once(tmp_path):
@@ -1127,7 +1183,7 @@ def test_an_average_that_overflows_half_precision_is_refused():
             model.weight.copy_((torch.randn(4, 64, generator=g) * 4e4).clamp(-65504, 65504))
         recorder.record(step)
     before = {k: t.clone() for k, t in model.state_dict().items()}
-    said = r"'weight': \d+ of 256 values of the average overflow torch.float16"
+    said = r"'weight': \d+ of 256 values of the candidates' average overflow torch.float16"
     with pytest.raises(TwaError, match=said), recorder.averaged("last"):
         pass
     assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())

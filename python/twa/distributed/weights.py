@@ -83,11 +83,20 @@ def check_range(sharding: Sharding) -> None:
         TwaError: some have become Inf
     """
     for name, t in zip(sharding.key_map.trained, sharding.tensors, strict=True):
-        _check_range(name, local(t), local(t).numel())
+        check_written(name, local(t), local(t).numel())
 
 
-def _check_range(name: str, written: Tensor, finite: int) -> None:
-    """Raises TwaError if fewer values than `finite` are so in the dtype they were written in."""
+def check_written(name: str, written: Tensor, finite: int) -> None:
+    """Checks that values of an average are finite in the dtype that they were written in.
+
+    Args:
+        name: of the tensor
+        written: the values there
+        finite: how many were finite before
+
+    Raises:
+        TwaError: fewer are
+    """
     if (lost := finite - int(torch.isfinite(written).sum())) > 0:
         raise TwaError(
             f"model: tensor {name!r}: {lost} of {written.numel()} values of the candidates' average"
@@ -144,7 +153,7 @@ def load_untrained(sharding: Sharding, weights: Tensor) -> None:
             raise not_finite([candidates[i] for i in used], key, rows)
         mine = local(state[name])
         mine.copy_(value)
-        _check_range(name, mine, int(torch.isfinite(value).sum()))
+        check_written(name, mine, int(torch.isfinite(value).sum()))
     single = torch.nonzero(weights == 1.0).flatten().tolist()
     at = single[0] if single else len(candidates) - 1
     for name, key in sharding.key_map.copied.items():
@@ -173,7 +182,7 @@ def load_merge(sharding: Sharding, beta: Tensor) -> None:
             if not torch.isfinite(value).all():
                 _check_shared(sharding, k, beta)
             mine.copy_(value)
-            _check_range(key, mine, int(torch.isfinite(value).sum()))
+            check_written(key, mine, int(torch.isfinite(value).sum()))
         load_untrained(sharding, beta)
         refresh_spectral_norms(sharding.model)
 

@@ -29,7 +29,7 @@ from twa_kernels.layout import BITS, num_tiles
 from . import versions
 from .atomic import replace
 from .checks import are_sizes, first_line, is_shape, is_text, parse_json, shown
-from .errors import CandidateError, NewerVersion
+from .errors import CandidateError, NewerVersion, reading
 from .mapped import MappedFile, Source, Stored, TensorInfo
 from .safetensors import (
     DTYPE_NAMES,
@@ -448,15 +448,11 @@ def read_log(folder: Path) -> Log:
         CandidateError: it has no anchor that can be read, a newer twa has written in it, or the
             system refuses to read a file
     """
-    try:
+    with reading(folder):  # nothing is known of what is in there, and nothing left out
         for _ in range(ATTEMPTS):
             with contextlib.suppress(FileNotFoundError):  # the anchor was moved meanwhile
                 return _read_log(folder)
         return _read_log(folder)
-    except OSError as error:  # nothing is known of what is in there, and nothing left out
-        raise CandidateError(
-            f"cannot be read ({error.strerror})", error.filename or folder
-        ) from error
 
 
 def _read_log(folder: Path) -> Log:

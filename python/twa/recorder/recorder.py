@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -21,15 +21,16 @@ from twa_kernels.layout import BITS, MOST_WEIGHT, num_tiles, tile_offsets
 
 from .. import averages
 from ..distributed.choose import find_ranks
+from ..distributed.weights import check_written
 from ..dtensors import local, reshard
 from ..export.average import write_fixed
-from ..io.averaging import FixedAverage, average_into
+from ..io.averaging import FixedAverage, average_into, merge_weights
 from ..io.candidates import Candidates
 from ..io.checks import check_whole
 from ..io.errors import CandidateWarning, StateError, TwaError
 from ..io.loading import named_tensors
 from ..io.mapped import Source
-from ..io.recording import Recording
+from ..io.recording import Recorded, Recording
 from ..io.recording_files import MOST_STEP, Log, is_recording, others_in, read_log
 from ..io.trail import Trail
 from ..io.versions import RECORDER, problem
@@ -41,6 +42,8 @@ from .hooks import StepHook, with_hooks
 from .store import Folder, Memory, Snapshot, is_empty, said, unchanged
 
 STATE_KEYS = ("run", "bits", "count")
+#: the name of an average, or its merge weights (n,)
+Scheme: TypeAlias = str | Tensor | Sequence[float]
 
 
 @dataclass
@@ -124,6 +127,7 @@ class Recorder:
         self._pending: list[_Pending] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}  # of copies to the CPU
         self._ended = self._swapped = self._closed = False
+        self._unsaid = ""  # why recording has ended, if no warning has said so
         self._is_torn = False  # whether the reference may be a step ahead of the codes
         self._is_unplaced = False  # whether it goes on with a recording, and nobody has said where
         self._store: Memory | Folder = Memory(keep)
@@ -241,6 +245,9 @@ class Recorder:
         step = _checked_step(self.count if step is None else step)
         self._settle()
         if self._ended or not self._watched.records:
+            if self._unsaid:
+                _warn(self._unsaid)
+                self._unsaid = ""
             return False
         known = [*self._store.steps, *(p.snapshot.step for p in self._pending)]
         if known and step <= known[-1]:
@@ -257,11 +264,20 @@ class Recorder:
                 weights = self._current()
                 return self._take(step, weights) if known else self._begin(step, weights)
         except BaseException as error:  # of weights=, too
-            self._ended = True
-            if not isinstance(error, Exception):  # such as Ctrl-C
-                raise
-            _warn(f"recording ends before step {step}: {said(error)}; make another Recorder")
+            self._end(step, error)
             return False
+
+    def _end(self, step: int, error: BaseException) -> None:
+        """Ends the recording, with a warning; what is no Exception, such as Ctrl-C, goes on up."""
+        self._ended = True
+        if isinstance(error, Exception):
+            _warn(f"recording ends before step {step}: {said(error)}; make another Recorder")
+            return
+        again = "close() this one, and make another with resume=True"
+        if self.path is None:
+            again = "make another Recorder"
+        self._unsaid = f"recording has ended before step {step}: it was interrupted; {again}"
+        raise error
 
     def _check_not_swapped(self) -> None:
         """TwaError if the weights are not those of the training."""
@@ -305,13 +321,14 @@ class Recorder:
         kept = [rounded(e, w) for e, w in zip(entries, weights, strict=True)]
         state = self._watched.state(frozen=True)
         _wait_for_gpus(self.model)
-        try:
-            self._store.begin(self._watched.contents, step, kept, state)
-        except OSError as error:
-            _warn(f"step {step} is not recorded: {error.filename}: {error.strerror}")
-            return False
-        self._reference = [t.to(torch.float32, copy=True).contiguous() for t in kept]
-        self._state = state
+        with self._moving():
+            try:
+                self._store.begin(self._watched.contents, step, kept, state)
+            except OSError as error:
+                _warn(f"step {step} is not recorded: {error.filename}: {error.strerror}")
+                return False
+            self._reference = [t.to(torch.float32, copy=True).contiguous() for t in kept]
+            self._state = state
         return True
 
     def _take(self, step: int, weights: Sequence[Tensor]) -> bool:
@@ -336,14 +353,14 @@ class Recorder:
 
     @contextlib.contextmanager
     def _moving(self) -> Iterator[None]:
-        """A context in which the reference gets ahead of the codes.
+        """A context in which the reference is not where the codes lead.
 
         What ends it early, such as Ctrl-C, leaves it there: in memory all snapshots are counted
         from the reference, and are lost.
         """
-        self._is_torn = True
+        before, self._is_torn = self._is_torn, True
         yield
-        self._is_torn = False
+        self._is_torn = before
 
     def _take_from(
         self, devices: Sequence[torch.device], step: int, weights: Sequence[Tensor]
@@ -394,15 +411,19 @@ class Recorder:
             wait: for all of them
         """
         while self._pending:
-            first = self._pending[0]
+            first, *later = self._pending
             for event in first.events:
                 if wait:
                     event.synchronize()
                 elif not event.query():
                     return
-            with self._moving():
-                self._pending.pop(0)
-                self._add(first)
+            try:
+                with self._moving():
+                    self._pending = []  # if this one is lost, then so are those after it
+                    self._add(first)
+                    self._pending = later
+            except BaseException as error:
+                self._end(first.snapshot.step, error)
 
     def _add(self, pending: _Pending, weights: Sequence[Tensor] | None = None) -> None:
         """Hands a snapshot over, if its weights were finite."""
@@ -431,13 +452,12 @@ class Recorder:
 
     # Averages ------------------------------------------------------------------------------------
 
-    def beta(
-        self, scheme: str | Tensor, *, until: int | None = None, **horizon: float | str
-    ) -> Tensor:
+    def beta(self, scheme: Scheme, *, until: int | None = None, **horizon: float | str) -> Tensor:
         """The merge weights of an average of the snapshots.
 
         Args:
-            scheme: "uniform", "ema", "lawa", "wsm", "last", or merge weights (n,)
+            scheme: "uniform", "ema", "lawa", "wsm", "last", or merge weights (n,), also
+                as a list
             until: the average as it was at this step: later snapshots have no weight; nor have
                 those that `keep` has dropped since
             horizon: in steps of training, see `twa.averages.of_steps`
@@ -448,7 +468,12 @@ class Recorder:
         Raises:
             TwaError: there is no such scheme, or no snapshot yet
         """
-        steps = self.common_steps()
+        return self._beta_of_all(self.common_steps(), scheme, until, **horizon)
+
+    def _beta_of_all(
+        self, steps: Sequence[int], scheme: Scheme, until: int | None, **horizon: float | str
+    ) -> Tensor:
+        """The merge weights of all snapshots of these steps: those after `until` have none."""
         beta = self._beta(known := _until(steps, until), scheme, **horizon)
         return torch.cat([beta, beta.new_zeros(len(steps) - len(known))])
 
@@ -457,23 +482,25 @@ class Recorder:
 
         All ranks call it.
         """
-        self.flush()
-        with self._ranks.fail_together("looking for snapshots"):
-            readable = self._readable() if self._watched.records else None
-        everyone = [s for s in self._ranks.all_gather_object(readable) if s is not None]
-        return sorted(set(everyone[0]).intersection(*everyone[1:])) if everyone else []
+        return self._look()[0]
 
-    def _readable(self) -> list[int]:
-        """Steps of this rank's snapshots that can be read."""
-        if not isinstance(self._store, Folder):
-            self._check_whole()
-            return self._store.steps
-        if not self._store.written:
-            return []
-        log = self._store.log()
-        for note in log.notes:
-            _warn(note)
-        return log.trail().steps
+    def _look(self) -> tuple[list[int], Log | None]:
+        """Steps of the snapshots that all ranks can read, and this rank's files, if it has any."""
+        self.flush()
+        log: Log | None = None
+        readable: list[int] | None = None
+        with self._ranks.fail_together("looking for snapshots"):
+            if self._watched.records:
+                self._check_whole()
+                readable = self._store.steps
+                if isinstance(self._store, Folder):
+                    log = self._store.log() if self._store.written else None
+                    readable = log.trail().steps if log else []
+                for note in log.notes if log else ():
+                    _warn(note)
+        everyone = [s for s in self._ranks.all_gather_object(readable) if s is not None]
+        common = sorted(set(everyone[0]).intersection(*everyone[1:])) if everyone else []
+        return common, log
 
     def _check_whole(self) -> None:
         """TwaError if the snapshots in memory are not what was recorded."""
@@ -483,17 +510,15 @@ class Recorder:
                 " to have them in files"
             )
 
-    def _beta(self, steps: Sequence[int], scheme: str | Tensor, **horizon: float | str) -> Tensor:
+    def _beta(self, steps: Sequence[int], scheme: Scheme, **horizon: float | str) -> Tensor:
         """The merge weights of an average of the snapshots of these steps."""
         if not steps:
             raise TwaError("there is no snapshot yet")
-        if isinstance(scheme, Tensor):
-            return averages.of_center(scheme, len(steps))
-        return averages.of_steps(steps, scheme, **horizon)
+        if isinstance(scheme, str):
+            return averages.of_steps(steps, scheme, **horizon)
+        return merge_weights(scheme, len(steps))
 
-    def apply(
-        self, scheme: str | Tensor, *, until: int | None = None, **horizon: float | str
-    ) -> None:
+    def apply(self, scheme: Scheme, *, until: int | None = None, **horizon: float | str) -> None:
         """Moves the model to an average; see `beta`.
 
         BatchNorm's statistics become the average of the snapshots': call `twa.update_bn`.
@@ -501,19 +526,21 @@ class Recorder:
         Raises:
             TwaError: as `beta`; or it overflows a parameter's dtype
         """
-        steps = _until(self.common_steps(), until)
-        self._write(steps, self._beta(steps, scheme, **horizon))
+        common, log = self._look()
+        steps = _until(common, until)
+        self._write(steps, self._beta(steps, scheme, **horizon), log)
 
     @contextlib.contextmanager
     def averaged(
-        self, scheme: str | Tensor, *, until: int | None = None, **horizon: float | str
+        self, scheme: Scheme, *, until: int | None = None, **horizon: float | str
     ) -> Iterator[None]:
         """A context in which the model is at an average, see `beta`; then it is as it was.
 
         Buffers come back, too, whatever was written to them inside. Before the first snapshot it is
         as it is, with a CandidateWarning: an evaluation does not stop the training.
         """
-        steps = _until(self.common_steps(), until)
+        common, log = self._look()
+        steps = _until(common, until)
         if not steps:
             _warn("there is no snapshot yet: the model is as it is, and no average")
             yield
@@ -524,7 +551,7 @@ class Recorder:
             before = [(t, local(t).clone()) for t in self._written_over()]
         try:
             self._swapped = True
-            self._write(steps, beta)
+            self._write(steps, beta, log)
             yield
         finally:
             reshard(self.model)
@@ -543,22 +570,18 @@ class Recorder:
         return list(dict.fromkeys([*weights, *self.model.buffers()]))
 
     @torch.no_grad()
-    def _write(self, steps: Sequence[int], beta: Tensor) -> None:
-        """Moves the model to merge weights (n,) of the snapshots of these steps."""
+    def _write(self, steps: Sequence[int], beta: Tensor, log: Log | None) -> None:
+        """Moves the model to merge weights (n,) of the snapshots of these steps; see `_look`."""
         watched = self._watched
         doing = self._ranks.fail_together("writing an average into the model")
         with doing, plain_weights(self.model):
             if watched.records:
-                trail, states = self._trail()
+                trail, states = self._trail(log)
                 own = torch.zeros(len(trail.steps), dtype=torch.float64, device="cpu")
                 own[[trail.steps.index(step) for step in steps]] = beta
                 for k, p in enumerate(watched.parameters()):
                     _copy_average(trail, k, own, to := local(p))
-                    if lost := to.numel() - int(torch.isfinite(to).sum()):  # of finite ones
-                        raise TwaError(
-                            f"model: tensor {watched.contents.trained[k].name!r}: {lost} of"
-                            f" {to.numel()} values of the average overflow {to.dtype}"
-                        )
+                    check_written(watched.contents.trained[k].name, to, to.numel())
                 self._write_state([states[trail.steps.index(step)] for step in steps], beta)
             self._send_copies()
             refresh_spectral_norms(self.model)
@@ -613,6 +636,8 @@ class Recorder:
         self._warn_of_thawed()
         self._ranks.barrier()
         if self.path is not None:
+            if not is_recording(self.path):
+                raise TwaError("there is no snapshot yet: found no anchor_*.safetensors", self.path)
             return Candidates(self.path)
         if self._ranks.world_size > 1:
             raise TwaError("the snapshots are in the memory of several ranks: pass path=")
@@ -653,7 +678,7 @@ class Recorder:
     def save(
         self,
         path: str | Path,
-        scheme: str | Tensor,
+        scheme: Scheme,
         *,
         until: int | None = None,
         dtype: torch.dtype | None = None,
@@ -671,7 +696,9 @@ class Recorder:
         """
         if Path(path).suffix != ".safetensors":
             raise TwaError("expected a name that ends in .safetensors", path)
-        beta, candidates = self.beta(scheme, until=until, **horizon), self.recording()
+        candidates = self.recording()
+        steps = [c.step for c in candidates if isinstance(c, Recorded)]
+        beta = self._beta_of_all(steps, scheme, until, **horizon)
         with self._ranks.fail_together(f"writing {path}"):
             if self._ranks.is_rank_zero:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -749,7 +776,8 @@ class Recorder:
                     " path=None this one's own state"
                 )
             self._load(state["run"], list(found[0]), found[1])
-        self.count, self._ended, self._is_unplaced = state["count"], False, False
+        self.count = state["count"]
+        self._goes_on()
 
     def _load(self, run: str, steps: list[int], kept: Sequence[Any]) -> None:
         """Takes over, or goes back to, the snapshots of a state."""
@@ -808,7 +836,12 @@ class Recorder:
                 self._take_over(self._store.cut(step))
         else:
             self._rewind_memory(self._store, step)
-        self.count, self._ended, self._is_unplaced = step or 0, False, False
+        self.count = step or 0
+        self._goes_on()
+
+    def _goes_on(self) -> None:
+        """Notes that the next snapshot can be taken."""
+        self._ended, self._unsaid, self._is_unplaced = False, "", False
 
     def _rewind_memory(self, store: Memory, step: int | None) -> None:
         """Drops snapshots in memory after a step."""
@@ -923,12 +956,11 @@ class Recorder:
             self._watched = replace(self._watched, contents=contents)
         self.count = last or 0
 
-    def _trail(self) -> tuple[Trail, list[Mapping[str, Source]]]:
-        """This rank's snapshots, and what else there was at each."""
+    def _trail(self, log: Log | None) -> tuple[Trail, list[Mapping[str, Source]]]:
+        """This rank's snapshots, and what else there was at each; see `_look`."""
         if isinstance(self._store, Memory):
-            self._check_whole()
             return self._store.trail(self._watched.contents, self._reference)
-        log = self._store.log()
+        assert log is not None
         return log.trail(), log.states()
 
 

@@ -187,6 +187,7 @@ class Folder:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="twa-recorder")
         self._work: Future[None] | None = None
         self._error: Exception | None = None
+        self._anchor: tuple[int, ...] = ()  # which file was found to be this run's
         self._notes: dict[str, bool] = {}  # warnings, and whether they are out
         self._process = os.getpid()
 
@@ -239,6 +240,9 @@ class Folder:
     def _write_waiting(self) -> None:
         """Writes in order; stops at an error, since nothing can be read beyond a gap."""
         assert self.contents is not None
+        if self._error is not None and (damage := self._damage()):
+            self._error = damage
+            return
         while self._waiting:
             number, snapshot = self._waiting[0]
             tensors = {"codes": snapshot.all_codes, "scales": snapshot.all_scales}
@@ -257,18 +261,34 @@ class Folder:
                 self._notes.setdefault(f"{self.folder}: old snapshots stay: {error}", False)
         self._error = None
 
-    def _check_there(self) -> None:
-        """CandidateError if a file without which the next one cannot be read has been removed."""
+    def _check_there(self, whole: bool = False) -> None:
+        """CandidateError if a file without which the next one cannot be read has been removed.
+
+        Args:
+            whole: looks for all files; else, as for each snapshot, for the first and the last: the
+                directory of a recording of months is long
+        """
         assert self.contents is not None
         first, *later = self.written
-        there, anchor = set(os.listdir(self.folder)), ANCHOR.format(first)
-        for name in (anchor, *map(STEP.format, later)):
-            if name not in there:
-                raise CandidateError(
-                    "is gone, and later snapshots cannot be read without", self.folder / name
-                )
-        if run_of(self.folder / anchor) != self.contents.run:
-            raise CandidateError("is of another run", self.folder / anchor)
+        anchor = self.folder / ANCHOR.format(first)
+        paths = [anchor, *(self.folder / STEP.format(k) for k in (later if whole else later[-1:]))]
+        there = set(os.listdir(self.folder)) if whole else {p.name for p in paths if p.exists()}
+        for path in paths:
+            if path.name not in there:
+                raise CandidateError("is gone, and later snapshots cannot be read without", path)
+        stat = anchor.stat()
+        found = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if found != self._anchor and run_of(anchor) != self.contents.run:
+            raise CandidateError("is of another run", anchor)
+        self._anchor = found
+
+    def _damage(self) -> Exception | None:
+        """Why not all that is written can be read, if so."""
+        try:
+            self._check_there(whole=True)
+        except (OSError, TwaError) as error:
+            return error
+        return None
 
     def _drop(self, keep: int) -> None:
         """Drops the oldest, several at a time, by writing an anchor in the place of one."""
@@ -311,16 +331,19 @@ class Folder:
             self._work.result()
         elif self._waiting:  # there can be no thread
             self._write_waiting()
+        if self._steps and not self._waiting and not self._lock.closed:
+            self._error = self._damage()
         for text in [text for text, is_out in self._notes.items() if not is_out]:
             warnings.warn(text, CandidateWarning, stacklevel=3)
             self._notes[text] = True
         if (error := self._error) is not None:
-            warnings.warn(
-                f"{self.folder}: {len(self._waiting)} snapshots could not be written"
-                f" ({said(error)}); they wait in memory",
-                CandidateWarning,
-                stacklevel=3,
-            )
+            text = said(error)
+            if self._waiting:
+                text = (
+                    f"{len(self._waiting)} snapshots could not be written ({text}); they wait in"
+                    " memory"
+                )
+            warnings.warn(f"{self.folder}: {text}", CandidateWarning, stacklevel=3)
 
     def _is_forked(self) -> bool:
         """Whether this process is a copy of the one that has the thread and the lock."""
