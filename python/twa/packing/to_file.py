@@ -206,8 +206,8 @@ class PackToFile:
     def check_finished(self) -> None:
         """BasisError unless the file that is there is what this job would write, by its header."""
         theirs = read_safetensors(self.path, DTYPES)["center_weights"].read()
-        of = {"contents": read_contents(self.path).as_json(), "center_weights": theirs.tolist()}
-        ours = self._options()
+        ours, of = self._options(), dict[str, Any]()
+        of |= {"contents": read_contents(self.path).as_json(), "center_weights": theirs.tolist()}
         for options in (of, ours):  # where the candidates lie does not matter any more
             options["contents"]["candidates"] = [c[1] for c in options["contents"]["candidates"]]
         if odd := _differences(of, ours):
