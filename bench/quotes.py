@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 #: pages on which every figure is a quote, but for versions and what follows from a format
 WHOLE = ("README.md", "docs/benchmarks.md")
-KNOWN = ("3.10", "3.13", "2.13", "0.508")
+KNOWN = ("3.10", "3.13", "2.13", "0.508", "6 GB")
 FIGURE = re.compile(r"\d+(?:\.\d+)?e?-?\d* (?:%|ms|s|[GM]B(?:/s)?|times)(?!\w)|\b\d+\.\d{2,}\b")
 
 
@@ -137,7 +137,7 @@ def readme() -> Iterator[tuple[str, tuple]]:
     for text, method in labels.items():
         row = line("demo_seeds", method=method)
         yield text, tuple(row[f"seed {seed}"] for seed in range(3))
-    yield "{}, 2 cores; `python bench/demo_seeds.py`", (processor("demo_seeds"),)
+    yield "{}; `bench/demo_seeds.py`", (processor("demo_seeds"),)
     for bits in (4, 2, 1):
         label = f"{bits} bit" + "s" * (bits > 1)
         yield f"| {label} | {{}} ms | {{}} % | {{}} ms | {{}} % |", both(f"{bits} bits")
@@ -148,7 +148,7 @@ def readme() -> Iterator[tuple[str, tuple]]:
     published = both("published arithmetic")
     yield "| published arithmetic: uint8, broadcast, sum | {} ms | | {} ms |", published[::2]
     yield "2 threads of {}, one run", (machine_of_kernels(),)
-    yield "In the demo the optimizer takes [{} % of a step]", (step_share(),)
+    yield "A Xeon that reads {} GB/s: {} and {} % at 4 bits.", xeon()
     loss, points = said(
         "claims/pretrained",
         r"glosses: TWA-v fine, 4 bits less the best of these three -(\S+) .*?accuracy \+(\S+) ±",
@@ -162,12 +162,19 @@ def readme() -> Iterator[tuple[str, tuple]]:
 def processor(name: str) -> str:
     """That a result was measured on."""
     notes = json.loads((RESULTS / "measured.json").read_text())
-    return notes[name]["machine"].partition(", ")[0]
+    return notes[name]["machine"].rsplit(", ", 2)[0]  # before cores and PyTorch
 
 
 def machine_of_kernels() -> str:
     hardware = loaded("cpu")["hardware"]
     return f"an {hardware['processor']}, {hardware['isa'].upper()}"
+
+
+def xeon() -> tuple[str, str, str]:
+    """What another machine reads, and what project and reconstruct reach of it at 4 bits."""
+    (read,) = said("cpu_intel_xeon", r"read (\S+) GB/s")
+    rows = [line("cpu_intel_xeon", op=op, kernel="4 bits") for op in BOTH]
+    return read, *(row["of bandwidth"].split()[0] for row in rows)
 
 
 def step_share() -> str:
@@ -203,6 +210,9 @@ def kernels_on_a_cpu() -> Iterator[tuple[str, tuple]]:
     dense = times("torch float32 dense")
     yield "a float32 product takes {} and {} times as long as our 4 bits", dense
     yield "the published arithmetic {} and {} times as long", times("published arithmetic")
+    (slow,) = said("cpu_tiers", r"bandwidth: read (\S+) GB/s")
+    yield "gave {} to {} GB/s within the hour", (slow, f"{rate['read']:.1f}")
+    yield "an Intel Xeon that reads {} GB/s project reached {} % and reconstruct {} %", xeon()
     whole, alone = kernel("pack", "4 bits"), kernel("pack", "4 bits, kernel alone")
     packed = (f"{whole['ms']:.0f}", f"{alone['ms']:.0f}", f"{alone['percent']:.0f}")
     yield "at 4 bits takes {} ms. {} ms of it is the kernel, at {} % of the read", packed

@@ -48,7 +48,7 @@ def reuse(
     host = native._C.HostWork(
         numel=sizes, tile_segment=tile_segment, segments=max(segments) + 1, bits=bits
     )
-    tiles = torch.frombuffer(bytearray(host.arrays[2]), dtype=torch.int32).tolist()
+    tiles = torch.frombuffer(bytearray(host.arrays["item_tiles"]), dtype=torch.int32).tolist()
     kept: collections.OrderedDict = collections.OrderedDict()
     used = hit = total = 0.0
 
