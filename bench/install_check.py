@@ -56,7 +56,7 @@ def page(results: dict[str, dict]) -> str:
     """The tables of docs/install.md."""
     rows, machine = results["cells"], results["machine"]
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows.values()))
-    lines = [f"{machine['processor']}, {machine['system']}; commits {commits}.", ""]
+    lines = [f"{machine['processor']}, {machine['system']}; commits", f"{commits}.", ""]
     for group, head in HEADS.items():
         lines += [f"**{head}**", "", "| | result | |", "|---|---|---|"]
         for key, row in rows.items():

@@ -387,6 +387,10 @@ def demo() -> list[dict[str, float]]:
     return [dict(zip(losses, case, strict=True)) for case in zip(*losses.values(), strict=True)]
 
 
+def demo_page() -> Iterator[tuple[str, tuple]]:
+    yield "The optimizer's step is [{} % of the training step]", (step_share(),)
+
+
 def index() -> Iterator[tuple[str, tuple]]:
     text, soup = "GPT, source text", "GPT, source text to English"
     head, tail = cases("head", text), cases("tail", text)
@@ -446,6 +450,7 @@ def index() -> Iterator[tuple[str, tuple]]:
 
 def quotes() -> list[Quote]:
     pages = {"README.md": readme, "docs/benchmarks.md": benchmarks, "docs/index.md": index}
+    pages["docs/commands/demo.md"] = demo_page
     return [
         Quote(page, text, tuple(values)) for page, made in pages.items() for text, values in made()
     ]
