@@ -28,9 +28,14 @@ def test_two_hosts_have_the_bits_of_one(base):
 
 
 def test_a_host_is_killed_and_the_other_goes_on(base):
-    """That of the meeting point, with rank 0, its store and its lock."""
+    """That of the meeting point, with rank 0, its store and its lock.
+
+    torchrun on the other host loses its store at the same moment, and may end rank 1 before it has
+    said anything.
+    """
     row = measured(base, "the host of the meeting point is killed")
-    assert "rank 1: lost a rank" in row["said"], row
+    said = row["said"].partition("rank 1: ")[2]
+    assert said == "nothing" or said.startswith("lost a rank"), row
     assert row["state"] in ("whole, step 10", "whole, step 11"), row  # it may be at its save
     assert row["result"].endswith("(on 1 of 2 ranks)"), row
     assert float(row["result"].split()[2]) < 1e-4, row
