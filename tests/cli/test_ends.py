@@ -5,6 +5,7 @@ read, outputs that cannot be, tasks that end the process.
 import errno
 import io
 import os
+import pathlib
 import shutil
 import signal
 import sys
@@ -281,6 +282,8 @@ def unreadable(monkeypatch):
 
         monkeypatch.setattr("builtins.open", opened)
         monkeypatch.setattr(io, "open", opened)
+        if sys.version_info < (3, 11):  # which keeps an `open` of its own
+            monkeypatch.setattr(pathlib._NormalAccessor, "open", staticmethod(opened))
 
     return refuse
 

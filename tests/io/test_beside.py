@@ -69,8 +69,12 @@ class Slotted:
 class Attributes(dict):
     """As EasyDict, AttributeDict and others."""
 
-    __getattr__ = dict.__getitem__
     __setattr__ = dict.__setitem__
+
+    def __getattr__(self, name):
+        if name == "__getstate__":  # which pickle asks for, up to Python 3.10
+            raise AttributeError(name)
+        return self[name]
 
 
 class Ordered(collections.OrderedDict):
