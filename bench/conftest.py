@@ -61,12 +61,12 @@ def pytest_collection_finish(session) -> None:
 def pytest_terminal_summary(terminalreporter, config) -> None:
     if not ROWS:
         return
-    rates = common.bandwidth()
-    rates |= {name: max(rate, BEFORE.get(name, 0.0)) for name, rate in rates.items()}
+    after = common.bandwidth()
+    rates = {name: max(rate, BEFORE.get(name, 0.0)) for name, rate in after.items()}
     for row in ROWS:
         row["percent"] = 100 * row["GB/s"] / rates[row["bound"]] if row["bound"] else None
     lines = [f"{k}: {v}" for k, v in common.hardware().items()]
-    read, ahead, copy = (common.bandwidth()[name] for name in ("read", "prefetched read", "copy"))
+    read, ahead, copy = (rates[name] for name in ("read", "prefetched read", "copy"))
     lines.append(
         f"measured bandwidth: read {read:.1f} GB/s (with software prefetch {ahead:.1f}), copy"
         f" {copy:.1f} GB/s (read + write)"
@@ -90,7 +90,7 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
         terminalreporter.write_line(line)
     if name := config.getoption("--save"):
         common.RESULTS.mkdir(exist_ok=True)
-        result = {"hardware": common.hardware(), "bandwidth": common.bandwidth(), "rows": ROWS}
+        result = {"hardware": common.hardware(), "bandwidth": rates, "rows": ROWS}
         (common.RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         page = ["# CPU kernels", "", *lines[:6], "", *lines[6:], ""]
         (common.RESULTS / f"{name}.md").write_text("\n".join(page) + "\n")

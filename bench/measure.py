@@ -164,11 +164,10 @@ def here() -> tuple[str, str]:
     """
     from common import hardware
 
-    commit = git("rev-parse", "--short=7", "HEAD").stdout.strip()
     if not is_of_this_code("HEAD"):
         raise SystemExit(f"measure: commit the changes in {', '.join(PRODUCT)} first")
     facts = hardware()
-    return commit, f"{facts['processor']}, {os.cpu_count()} cores, torch {facts['torch']}"
+    return facts["commit"], f"{facts['processor']}, {os.cpu_count()} cores, torch {facts['torch']}"
 
 
 # The command -------------------------------------------------------------------------------------

@@ -449,8 +449,12 @@ def index() -> Iterator[tuple[str, tuple]]:
 
 
 def quotes() -> list[Quote]:
-    pages = {"README.md": readme, "docs/benchmarks.md": benchmarks, "docs/index.md": index}
-    pages["docs/commands/demo.md"] = demo_page
+    pages = {
+        "README.md": readme,
+        "docs/benchmarks.md": benchmarks,
+        "docs/index.md": index,
+        "docs/commands/demo.md": demo_page,
+    }
     return [
         Quote(page, text, tuple(values)) for page, made in pages.items() for text, values in made()
     ]
@@ -459,16 +463,20 @@ def quotes() -> list[Quote]:
 # The command -------------------------------------------------------------------------------------
 
 
-def differences() -> list[str]:
-    """What the pages say and the results do not."""
-    wrong, known = [], {page: [] for page in WHOLE}
+def found(wrong: list[str]) -> Iterator[tuple[Quote, re.Match[str]]]:
+    """Each quote and where its page has it; what is not in one place is added to `wrong`."""
     for quote in quotes():
-        text = (ROOT / quote.page).read_text()
         try:
-            match = quote.found(text)
+            yield quote, quote.found((ROOT / quote.page).read_text())
         except LookupError as error:
             wrong.append(str(error))
-            continue
+
+
+def differences() -> list[str]:
+    """What the pages say and the results do not."""
+    wrong: list[str] = []
+    known: dict[str, list[tuple[int, int]]] = {}
+    for quote, match in found(wrong):
         known.setdefault(quote.page, []).append(match.span())
         if match.groups() != quote.values:
             one = f"{match.groups()}, the results {quote.values}"
@@ -476,9 +484,8 @@ def differences() -> list[str]:
     for page in WHOLE:
         text = (ROOT / page).read_text()
         for match in FIGURE.finditer(text):
-            inside = any(a <= match.start() < b for a, b in known[page])
-            known_one = match.group() in KNOWN or in_code(text, match.start())
-            if not inside and not known_one:
+            is_quoted = any(a <= match.start() < b for a, b in known.get(page, ()))
+            if not (is_quoted or match.group() in KNOWN or in_code(text, match.start())):
                 wrong.append(f"{page}: {match.group()!r} is in no quote of bench/quotes.py")
     return wrong
 
@@ -490,19 +497,13 @@ def in_code(text: str, at: int) -> bool:
 
 def write() -> list[str]:
     """Writes the figures into the pages; what could not be."""
-    wrong = []
-    for quote in quotes():
-        path = ROOT / quote.page
-        text = path.read_text()
-        try:
-            match = quote.found(text)
-        except LookupError as error:
-            wrong.append(str(error))
-            continue
+    wrong: list[str] = []
+    for quote, match in found(wrong):
+        text = match.string
         for k in reversed(range(len(quote.values))):
             start, end = match.span(k + 1)
             text = text[:start] + quote.values[k] + text[end:]
-        path.write_text(text)
+        (ROOT / quote.page).write_text(text)
     return wrong
 
 

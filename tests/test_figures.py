@@ -14,27 +14,29 @@ def test_every_figure_is_a_results():
     assert quotes.differences() == []
 
 
-@pytest.mark.parametrize("page, old", [("README.md", "| 4 bits | "), ("docs/index.md", "| 12 | ")])
-def test_another_figure_is_found(page, old, tmp_path, monkeypatch):
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """A folder with the pages, which are looked at there."""
     for name in {quote.page for quote in quotes.quotes()}:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(quotes.ROOT / name, tmp_path / name)
-    text = (tmp_path / page).read_text()
-    assert text.count(old) == 1
-    (tmp_path / page).write_text(text.replace(old, old + "1"))
     monkeypatch.setattr(quotes, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page, old", [("README.md", "| 4 bits | "), ("docs/index.md", "| 12 | ")])
+def test_another_figure_is_found(page, old, pages):
+    text = (pages / page).read_text()
+    assert text.count(old) == 1
+    (pages / page).write_text(text.replace(old, old + "1"))
     (wrong,) = quotes.differences()
     assert wrong.startswith(page)
     assert quotes.write() == [] and quotes.differences() == []
 
 
-def test_a_figure_from_nowhere_is_found(tmp_path, monkeypatch):
-    for name in {quote.page for quote in quotes.quotes()}:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(quotes.ROOT / name, tmp_path / name)
-    with (tmp_path / "README.md").open("a") as page:
+def test_a_figure_from_nowhere_is_found(pages):
+    with (pages / "README.md").open("a") as page:
         page.write("It is 7.5 times as fast.\n")
-    monkeypatch.setattr(quotes, "ROOT", tmp_path)
     assert quotes.differences() == ["README.md: '7.5 times' is in no quote of bench/quotes.py"]
 
 

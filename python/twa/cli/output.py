@@ -140,7 +140,7 @@ def _is_left_over(path: Path) -> bool:
 
 
 def has_result(folder: Path) -> bool:
-    """Whether the result of a run is there, if only in part."""
+    """Whether the result of a run is there."""
     return all((folder / name).exists() for name in ("averaged.safetensors", "results.json"))
 
 

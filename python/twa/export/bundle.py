@@ -26,7 +26,7 @@ def write_bundle(
 
     All ranks call it, the first writes; each file appears whole.
 
-    What is there of another model, such as averaged/ of other candidates, is removed.
+    What an earlier result has left there in other forms, such as averaged/, is removed.
 
     Args:
         folder: where they go; made if it is not there

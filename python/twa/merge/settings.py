@@ -63,7 +63,7 @@ class TwaMethod:
         try:
             if kind not in ("t", "v") or bits not in ("32", "8", "4", "3", "2", "1"):
                 raise TwaError("expected kind t or v, bits 32, 8, 4, 3, 2 or 1")
-            if not set(options) <= {*OPTIONS}:
+            if not set(options) <= set(OPTIONS):
                 *others, last = OPTIONS
                 raise TwaError(f"expected option {', '.join(others)} or {last}")
             chosen: dict[str, str] = {}

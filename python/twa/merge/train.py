@@ -176,7 +176,7 @@ class Trainer:
             if self.on_look:
                 self.on_look(self.step)
         if self.is_kept(values):
-            self.kept, self.best = len(self.values), self.average.coefficients.clone()
+            self.kept, self.best = len(self.values), self.average.coefficients
         self.values.append(values)
         self.val_curve.append((self.step, mean_of(values)))
 
